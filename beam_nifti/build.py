@@ -1,0 +1,336 @@
+"""Plan a build, run it, clean up after it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from beam_nifti import lock, storage
+from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
+from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, VolumeError
+from beam_nifti.header import VolumeHeader
+from beam_nifti.index import read_index
+from beam_nifti.local_runner import whole_elements
+from beam_nifti.manifest import Manifest, read_manifest
+from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.plan import BuildPlan, choose_unit_rows, default_sharding, parts_root, record_bytes
+from beam_nifti.publish import (
+    BuildSummary,
+    TooManyFailures,
+    find_info,
+    read_info,
+    remove_shards,
+    take_summary,
+)
+from beam_nifti.sharding import ShardName
+from beam_nifti.volume import load_header
+
+if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.runner import PipelineResult
+
+_HEADERS_TRIED: Final = 20
+"""Images whose headers are tried, in order, for the shape of the dataset."""
+
+_PLAN_FILE: Final = f"{BUILD_FOLDER}/plan.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build would write.
+
+    Attributes:
+        num_volumes: rows of the manifest.
+        num_shards: of all splits.
+        num_bytes: of the shards, roughly.
+        examples_per_shard: rows of the largest shard.
+        shape: (X, Y, Z) of the first image.
+        splits: rows of each split.
+    """
+
+    num_volumes: int
+    num_shards: int
+    num_bytes: int
+    examples_per_shard: int
+    shape: tuple[int, ...]
+    splits: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a build reads before it decides anything.
+
+    Attributes:
+        config: with absolute paths.
+        manifest: checked.
+        header: of the first image.
+    """
+
+    config: BuildConfig
+    manifest: Manifest
+    header: VolumeHeader
+
+
+def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
+    """Read the manifest and the first header, look at the output, and decide. Writes nothing.
+
+    Raises:
+        ManifestError: the manifest cannot be built from.
+        OutputError: the output holds something that this build must not touch.
+    """
+    return _plan(_read_inputs(config))
+
+
+def _read_inputs(config: BuildConfig) -> _Inputs:
+    config = replace(
+        config,
+        manifest=storage.absolute(config.manifest),
+        output=storage.absolute(config.output),
+        temp_location=config.temp_location and storage.absolute(config.temp_location),
+    )
+    manifest = read_manifest(config.manifest, config.columns)
+    return _Inputs(config, manifest, _first_header(manifest))
+
+
+def _plan(inputs: _Inputs) -> tuple[BuildPlan, Estimate]:
+    config, manifest, header = inputs.config, inputs.manifest, inputs.header
+    published = _published(config)
+    native = config.record.voxel_dtype == "native"
+    itemsize = header.dtype.itemsize
+    volume_bytes = math.prod(header.shape) * (itemsize if native else 4)
+    compressed = config.record.compression == "gzip"
+    sharding = config.sharding
+    if sharding is None and published and not config.overwrite:
+        sharding = Sharding(**published.config["sharding"])
+    if sharding is None:
+        sharding = default_sharding(volume_bytes, itemsize, compressed, native)
+    config = replace(config, sharding=sharding, columns=manifest.columns)
+    if published is None:
+        _refuse_foreign(config)
+    elif not config.overwrite:
+        _refuse_other(published, config, manifest, header)
+    earlier = _earlier_totals(config)
+    plan = BuildPlan(
+        config=config,
+        num_rows=len(manifest),
+        digest=manifest.digest(),
+        column_names=tuple(manifest.table.column_names),
+        extra_columns=manifest.extra_columns,
+        split_sizes=manifest.split_sizes(),
+        shape=None if config.allow_mixed_shapes else header.shape,
+        source_dtype=header.dtype.name,
+        unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
+        resume=bool(earlier) or published is not None,
+        published=frozenset(s.name for s in published.shards) if published else frozenset(),
+        reuse_published=not config.overwrite,
+        earlier_totals=earlier,
+        revision=published.revision + 1 if published else 1,
+    )
+    each = record_bytes(volume_bytes, itemsize, compressed, native)
+    ranges = [task.positions for split in plan.split_sizes for task in plan.tasks(split)]
+    return plan, Estimate(
+        num_volumes=plan.num_rows,
+        num_shards=len(ranges),
+        num_bytes=round(plan.num_rows * each),
+        examples_per_shard=max(map(len, ranges)),
+        shape=header.shape,
+        splits=plan.split_sizes,
+    )
+
+
+def _published(config: BuildConfig) -> DatasetInfo | None:
+    try:
+        return find_info(config.output)
+    except DatasetError:
+        if config.overwrite:
+            return None  # nothing can be read by it, so there is nothing to keep readable
+        raise
+
+
+def _first_header(manifest: Manifest) -> VolumeHeader:
+    problems = []
+    for row in manifest.rows(range(min(_HEADERS_TRIED, len(manifest)))):
+        try:
+            return load_header(row, manifest.folder)
+        except VolumeError as e:
+            problems.append(f"row {row.row} ({row.example_id}): {e}")
+    raise ManifestError(
+        manifest.path,
+        [*problems, "none of these images can be read: is the manifest's folder right?"],
+    )
+
+
+def _refuse_foreign(config: BuildConfig) -> None:
+    """An output that no build of ours left must not hold files that this build would replace."""
+    if config.overwrite or _dead_build(config.output):
+        return
+    if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
+        raise OutputError(
+            f"{config.output}: holds a folder {BUILD_FOLDER} that no build left; move it, choose another "
+            "OUTPUT, or --overwrite to remove it"
+        )
+    names = storage.list_files(config.output, "*.tfrecord*")
+    foreign = next((name for name in names if ShardName.parse(name)), None)
+    if foreign is not None:
+        raise OutputError(
+            f"{config.output}: holds {foreign} but no dataset_info.json; choose another OUTPUT, or "
+            "--overwrite to replace it"
+        )
+
+
+def _refuse_other(
+    published: DatasetInfo, config: BuildConfig, manifest: Manifest, header: VolumeHeader
+) -> None:
+    """A dataset of another configuration or of other rows is refused, saying what differs."""
+    wanted: dict[str, Any] = {
+        **config.as_dataset_config(),
+        "fingerprint": config.record.fingerprint,
+    }
+    differences = [
+        f"{key.replace('_', '-')} was {published.config.get(key)!r}, now {value!r}"
+        for key, value in wanted.items()
+        if published.config.get(key) != value and key != "fingerprint"
+    ]
+    if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
+        differences = ["the format version"]
+    if published.shape not in (None, header.shape):
+        differences.append(f"the first image had shape {published.shape}, now {header.shape}")
+    if config.record.voxel_dtype == "native" and published.dtype != header.dtype.name:
+        differences.append(f"the first image had {published.dtype} voxels, now {header.dtype.name}")
+    known = published.manifest
+    if len(manifest) < known["num_rows"] or manifest.digest(known["num_rows"]) != known["digest"]:
+        differences.append(_row_difference(published, config, manifest))
+    if differences:
+        raise OutputError(
+            f"{config.output}: holds a dataset of another making:\n  "
+            + "\n  ".join(differences)
+            + "\nchoose another OUTPUT, or --overwrite to replace it"
+        )
+
+
+def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manifest) -> str:
+    known = published.manifest
+    if list(known["columns"]) != manifest.table.column_names:
+        return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
+    if len(manifest) < known["num_rows"]:
+        return f"the manifest had {known['num_rows']} rows, now {len(manifest)}"
+    for shard in published.shards:
+        try:
+            table, _ = read_index(storage.join(config.output, shard.index))
+        except (FileNotFoundError, ShardError):
+            continue
+        then = table.select(["row", "example_id", "source", "label"]).to_pylist()
+        now = manifest.rows([found["row"] - 1 for found in then])
+        for found, row in zip(then, now, strict=True):
+            was = (found["example_id"], found["source"], found["label"])
+            if was != (row.example_id, row.path, row.label):
+                return f"row {row.row} was {was}, now {(row.example_id, row.path, row.label)}"
+    return f"among the manifest's first {known['num_rows']} rows some were changed"
+
+
+def _earlier_totals(config: BuildConfig) -> dict[str, tuple[int, ...]]:
+    """Shards a split, of unfinished builds of the same fingerprint in the output."""
+    dead = _dead_build(config.output)
+    if dead.get("fingerprint") != config.record.fingerprint:
+        return {}
+    return {split: tuple(totals) for split, totals in dead["totals"].items()}
+
+
+def _dead_build(output: str) -> dict[str, Any]:
+    """What an unfinished build in the output noted of itself."""
+    try:
+        return dict(json.loads(storage.read(storage.join(output, _PLAN_FILE))))
+    except (FileNotFoundError, ValueError):  # an empty one is what a loss of power can leave
+        return {}
+
+
+@contextlib.contextmanager
+def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
+    """Plan a build and prepare its output, which no other build can write to during the block.
+
+    Raises:
+        ManifestError: as `plan_build`.
+        OutputError: as `plan_build`; or another build is writing there.
+    """
+    inputs = _read_inputs(config)  # a manifest that cannot be built from leaves no trace of the build
+    with lock.hold(inputs.config.output):
+        plan, _ = _plan(inputs)
+        _prepare(plan)
+        yield plan
+
+
+def _prepare(plan: BuildPlan) -> None:
+    """Remove what dead builds of another making left, and say what this one is."""
+    output, fingerprint = plan.config.output, plan.config.record.fingerprint
+    dead = _dead_build(output)
+    for root in {parts_root(output, None), parts_root(output, dead.get("temp_location"))}:
+        for folder in storage.list_folders(root):
+            if folder != fingerprint or root != plan.parts_root:
+                storage.delete_tree(storage.join(root, folder))
+    if not plan.resume:
+        remove_shards(output, keep=plan.published)
+    if not plan.published:  # a damaged one, which --overwrite was given for
+        storage.delete(storage.join(output, FILE_NAME))
+    take_summary(output)
+    note = {
+        "fingerprint": fingerprint,
+        "totals": {
+            split: sorted({total, *plan.earlier_totals.get(split, ())})
+            for split, total in plan.shard_totals().items()
+        },
+        "temp_location": plan.config.temp_location,
+    }
+    storage.write(storage.join(output, _PLAN_FILE), json.dumps(note).encode())
+
+
+def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, dict[str, int]]:
+    """Run the pipeline and remove what only the build needed.
+
+    Returns:
+        How it ended, and Beam's counters by name, such as "volumes-loaded".
+
+    Raises:
+        TooManyFailures: the dataset is not published; the next run loads only what failed.
+    """
+    import apache_beam as beam
+
+    from beam_nifti.transforms import BuildDataset
+
+    output = plan.config.output
+    try:
+        pipeline = beam.Pipeline(options=options)
+        pipeline | "BuildDataset" >> BuildDataset(plan)
+        with whole_elements():
+            result = pipeline.run()
+            result.wait_until_finish()
+    except Exception as e:
+        # A runner brings back a worker's exception as text; the worker's last act tells which it was.
+        summary = take_summary(output)
+        if summary is None or summary.complete:
+            raise
+        raise TooManyFailures(summary) from e
+    summary = take_summary(output)
+    assert summary is not None
+    _clean_up(plan)
+    return summary, _counters(result)
+
+
+def _counters(result: PipelineResult) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for counter in result.metrics().query()["counters"]:
+        name = counter.key.metric.name
+        totals[name] = totals.get(name, 0) + counter.result
+    return totals
+
+
+def _clean_up(plan: BuildPlan) -> None:
+    """Remove the parts, and the shards of the dataset that this one replaces."""
+    output = plan.config.output
+    remove_shards(output, keep={s.name for s in read_info(output).shards})
+    storage.delete_tree(plan.parts_root)
+    storage.delete_tree(storage.join(output, BUILD_FOLDER))

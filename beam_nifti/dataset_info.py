@@ -1,0 +1,149 @@
+"""What was written, as data: the content of dataset_info.json. No Beam, no TensorFlow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from beam_nifti.config import FORMAT_VERSION
+from beam_nifti.errors import DatasetError
+
+FILE_NAME: Final = "dataset_info.json"
+FAILURES_FILE: Final = "failures.jsonl"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard file.
+
+    Attributes:
+        name: file name, relative to the dataset.
+        index: path of its index, relative to the dataset.
+        num_examples: records in it.
+        num_bytes: of the file.
+        sha256: of the file, in hex.
+        index_sha256: of its index, in hex.
+    """
+
+    name: str
+    index: str
+    num_examples: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split: its shards in order."""
+
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def num_examples(self) -> int:
+        """Records in the split."""
+        return sum(s.num_examples for s in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the split's shards."""
+        return sum(s.num_bytes for s in self.shards)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A complete dataset.
+
+    Attributes:
+        config: what decided its content (`BuildConfig.as_dataset_config`).
+        manifest: path, digest, num_rows and columns of the manifest.
+        shape: (X, Y, Z) of every volume; None where shapes are mixed.
+        dtype: of the stored voxels, such as "float32".
+        labelled: whether the manifest had labels; without, every `label` is NaN.
+        features: name to kind of every feature of a record.
+        splits: by name.
+        num_failures: volumes left out, listed in failures.jsonl.
+        revision: 1 for a first build, counting up with every rebuild in the same place.
+        versions: of the software that wrote it.
+        format_version: of the format.
+    """
+
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    shape: tuple[int, ...] | None
+    dtype: str
+    labelled: bool
+    features: Mapping[str, str]
+    splits: Mapping[str, SplitInfo]
+    num_failures: int = 0
+    revision: int = 1
+    versions: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_examples(self) -> int:
+        """Records in all splits."""
+        return sum(s.num_examples for s in self.splits.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(s.num_bytes for s in self.splits.values())
+
+    @property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """The shards of all splits."""
+        return tuple(shard for split in self.splits.values() for shard in split.shards)
+
+    def split(self, name: str) -> SplitInfo:
+        """A split by name.
+
+        Raises:
+            DatasetError: there is none of that name.
+        """
+        if name not in self.splits:
+            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def to_json(self) -> str:
+        """The content of dataset_info.json."""
+        facts = asdict(self)
+        facts["splits"] = {
+            name: {
+                "num_examples": split.num_examples,
+                "num_bytes": split.num_bytes,
+                "shards": [asdict(s) for s in split.shards],
+            }
+            for name, split in self.splits.items()
+        }
+        return json.dumps({"format_version": facts.pop("format_version"), **facts}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, path: str) -> DatasetInfo:
+        """Parse dataset_info.json.
+
+        Args:
+            text: its content.
+            path: where it was read from, for errors.
+
+        Raises:
+            DatasetError: it is damaged, or of a later format.
+        """
+        try:
+            facts = json.loads(text)
+            version = facts["format_version"]
+            if version > FORMAT_VERSION:
+                raise DatasetError(
+                    f"{path}: format version {version}; this beam_nifti reads up to {FORMAT_VERSION}: "
+                    "install a newer one"
+                )
+            facts["splits"] = {
+                name: SplitInfo(tuple(ShardInfo(**s) for s in split["shards"]))
+                for name, split in facts["splits"].items()
+            }
+            facts["shape"] = None if facts["shape"] is None else tuple(facts["shape"])
+            return cls(**facts)
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise DatasetError(f"{path}: not a dataset's info: {e!r}; rebuild the dataset") from e

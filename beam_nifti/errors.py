@@ -1,0 +1,46 @@
+"""Every error that beam_nifti raises on purpose. Each message names the thing, the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class BeamNiftiError(Exception):
+    """The root: `except BeamNiftiError` catches what this package raises on purpose."""
+
+
+class UsageError(BeamNiftiError):
+    """An option or a combination of options that cannot be carried out."""
+
+
+class ManifestError(BeamNiftiError):
+    """A manifest that cannot be built from, with every problem found (up to a limit).
+
+    Attributes:
+        problems: one sentence a problem.
+    """
+
+    def __init__(self, path: str, problems: Sequence[str]) -> None:
+        super().__init__(path, tuple(problems))
+        self.path = path
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        """The path, then a line a problem."""
+        return "\n".join([f"{self.path}: not usable as a manifest", *(f"  {p}" for p in self.problems)])
+
+
+class OutputError(BeamNiftiError):
+    """An output folder that may not be written: it holds something else, or a build is running."""
+
+
+class VolumeError(BeamNiftiError):
+    """One image that cannot become a record."""
+
+
+class ShardError(BeamNiftiError):
+    """A shard, part or index file that is not what it should be."""
+
+
+class DatasetError(BeamNiftiError):
+    """A dataset that is absent, incomplete or damaged."""

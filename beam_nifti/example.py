@@ -1,0 +1,231 @@
+"""tf.train.Example and TensorProto as bytes, without TensorFlow.
+
+Byte-equal to TensorFlow's deterministic serialization. Source: docs/format.md, "Records".
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from beam_nifti.errors import ShardError
+
+if TYPE_CHECKING:
+    from beam_nifti.volume import Volume
+
+FEATURES: Final[Mapping[str, str]] = {
+    "affine": "float[16]",
+    "id": "bytes",
+    "image_raw": "bytes",
+    "intensity_max": "float",
+    "intensity_min": "float",
+    "label": "float",
+    "scl_inter": "bytes",
+    "scl_slope": "bytes",
+    "zooms": "float[3]",
+}
+"""Every feature of a record and its kind.
+
+`scl_*` stand only where native voxels need them: 8 bytes, a little-endian float64, as in NIfTI-2.
+"""
+
+FeatureValue = bytes | npt.NDArray[np.float32] | tuple[bytes | memoryview, ...]
+
+# Source: tensorflow/core/framework/types.proto
+_DTYPE_ENUM: Final = {
+    "float32": 1,
+    "float64": 2,
+    "int32": 3,
+    "uint8": 4,
+    "int16": 5,
+    "int8": 6,
+    "int64": 9,
+    "uint16": 17,
+    "uint32": 22,
+    "uint64": 23,
+}
+_DTYPE_OF_ENUM: Final = {number: name for name, number in _DTYPE_ENUM.items()}
+_LENGTH_DELIMITED: Final = 2
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _field(number: int, size: int) -> bytes:
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(size)
+
+
+def encode_tensor(voxels: npt.NDArray[np.generic]) -> tuple[bytes, memoryview]:
+    """What `tf.io.serialize_tensor` gives, in two pieces, so that the voxels are not copied.
+
+    Args:
+        voxels: C order, native byte order, any real dtype.
+    """
+    dims = b""
+    for size in voxels.shape:
+        dim = b"\x08" + _varint(size)
+        dims += _field(2, len(dim)) + dim
+    content = memoryview(voxels.reshape(-1)).cast("B")
+    head = b"\x08" + _varint(_DTYPE_ENUM[voxels.dtype.name]) + _field(2, len(dims)) + dims
+    return head + _field(4, len(content)), content
+
+
+def encode_example(features: Mapping[str, FeatureValue]) -> bytes:
+    """Serialize a tf.train.Example.
+
+    Args:
+        features: by name: bytes, or a tuple of pieces of one bytes value; or float32 of shape (n,).
+
+    Returns:
+        The bytes of `Example.SerializeToString(deterministic=True)`. The one copy of the voxels that
+        is made is the one into this value.
+    """
+    pieces: list[bytes | memoryview] = []
+    total = 0
+    for name in sorted(features):
+        value = features[name]
+        if isinstance(value, np.ndarray):
+            packed = value.astype("<f4").tobytes()
+            body: tuple[bytes | memoryview, ...] = (_field(1, len(packed)), packed) if packed else ()
+            kind = 2
+        else:
+            content = (value,) if isinstance(value, bytes) else value
+            body = (_field(1, sum(map(len, content))), *content)
+            kind = 1
+        inner = sum(map(len, body))
+        feature_head = _field(kind, inner)
+        key = name.encode()
+        entry_head = _field(1, len(key)) + key + _field(2, len(feature_head) + inner)
+        entry_size = len(entry_head) + len(feature_head) + inner
+        entry = _field(1, entry_size)
+        pieces += [entry, entry_head, feature_head, *body]
+        total += len(entry) + entry_size
+    return b"".join([_field(1, total), *pieces])
+
+
+def encode_volume(volume: Volume) -> bytes:
+    """The record of one rescaled volume.
+
+    Args:
+        volume: its voxels as they are to be stored; measured.
+    """
+    row, intensity = volume.row, volume.intensity
+    assert intensity is not None
+
+    def floats(*values: float) -> npt.NDArray[np.float32]:
+        with np.errstate(over="ignore"):  # the index keeps the range in full
+            return np.array(values, np.float64).astype(np.float32)
+
+    features: dict[str, FeatureValue] = {
+        "image_raw": encode_tensor(volume.voxels),
+        "label": floats(np.nan if row.label is None else row.label),
+        "id": row.example_id.encode(),
+        "affine": floats(*volume.affine.ravel()),
+        "zooms": floats(*volume.zooms),
+        "intensity_min": floats(intensity.min),
+        "intensity_max": floats(intensity.max),
+    }
+    if not volume.scaling.is_identity:
+        features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
+        features["scl_inter"] = struct.pack("<d", volume.scaling.inter)
+    return encode_example(features)
+
+
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    at = 0
+    while at < len(data):
+        tag, at = _read_varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _read_varint(data, at)
+            yield number, value
+            continue
+        if wire == _LENGTH_DELIMITED:
+            size, at = _read_varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ShardError(f"not an Example: wire type {wire}")
+        if at + size > len(data):
+            raise ShardError("not an Example: a field reaches past the end")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ShardError("not an Example: a number where a message should stand")
+    return value
+
+
+def _decode_feature(data: memoryview) -> memoryview | npt.NDArray[np.generic]:
+    for kind, value in _fields(data):
+        content = _message(value)
+        if kind == 1:
+            items = [_message(v) for _, v in _fields(content)]
+            if len(items) != 1:
+                raise ShardError(f"a bytes feature holds {len(items)} values instead of 1")
+            return items[0]
+        if kind == 2:
+            floats = b"".join(_message(v) for _, v in _fields(content))
+            return np.frombuffer(floats, "<f4")
+    raise ShardError("a feature holds neither bytes nor floats")
+
+
+def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArray[np.generic]]:
+    """Parse a tf.train.Example of one bytes value, or floats, a feature. Nothing is copied.
+
+    Raises:
+        ShardError: the bytes are no such Example.
+    """
+    features: dict[str, memoryview | npt.NDArray[np.generic]] = {}
+    try:
+        for _, body in _fields(memoryview(data)):
+            for _, entry in _fields(_message(body)):
+                parts = dict(_fields(_message(entry)))
+                features[bytes(_message(parts[1])).decode()] = _decode_feature(_message(parts[2]))
+    except (IndexError, KeyError, UnicodeDecodeError, ValueError, struct.error) as e:
+        raise ShardError(f"not an Example: {e}") from e
+    return features
+
+
+def decode_tensor(data: bytes | memoryview) -> npt.NDArray[np.generic]:
+    """What `tf.io.parse_tensor` gives: read-only, C order, not copied.
+
+    Raises:
+        ShardError: the bytes are no TensorProto with contiguous content.
+    """
+    name, shape, content = "", [], memoryview(b"")
+    try:
+        for number, value in _fields(memoryview(data)):
+            if number == 1 and isinstance(value, int):
+                name = _DTYPE_OF_ENUM[value]
+            elif number == 2:
+                for _, dim in _fields(_message(value)):
+                    shape.append(next((v for n, v in _fields(_message(dim)) if n == 1), 0))
+            elif number == 4:
+                content = _message(value)
+        return np.frombuffer(content, np.dtype(name).newbyteorder("<")).reshape(shape)  # type: ignore[arg-type]
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as e:
+        raise ShardError(f"not a tensor: {e}") from e

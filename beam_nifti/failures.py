@@ -1,0 +1,75 @@
+"""Volumes that were left out, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from beam_nifti import storage
+from beam_nifti.config import Columns
+from beam_nifti.manifest import VolumeRow
+
+_OWN_KEYS: Final = ("row", "stage", "error", "message")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One volume that could not become a record.
+
+    Attributes:
+        row: its row of the manifest.
+        stage: the step that failed, such as "LoadVolume".
+        error: the exception's class.
+        message: what it said.
+    """
+
+    row: VolumeRow
+    stage: str
+    error: str
+    message: str
+
+
+def write_failures(
+    path: str,
+    failures: Iterable[Failure],
+    folder: str,
+    columns: Columns,
+    extra_columns: Sequence[str],
+) -> None:
+    """Write failures.jsonl: a line a volume, which `build` accepts as the manifest of a retry.
+
+    Args:
+        path: where to.
+        failures: in any order; written in the manifest's.
+        folder: what relative image paths are relative to; the lines hold absolute ones.
+        columns: which manifest columns mean what.
+        extra_columns: names of the manifest's further columns.
+    """
+    with storage.create(path) as handle:
+        for failure in sorted(failures, key=lambda f: f.row.row):
+            row = failure.row
+            cells: dict[str, object] = {
+                **{_extra_key(c): v for c, v in zip(extra_columns, row.extras, strict=True)},
+                "row": row.row,
+                "stage": failure.stage,
+                "error": failure.error,
+                "message": failure.message,
+                columns.path: storage.join(folder, row.path),
+                "participant_id": row.participant_id,
+                "session_id": row.session_id,
+                "split": row.split,
+            }
+            if not row.participant_id:
+                del cells["participant_id"], cells["session_id"]
+            if columns.id is not None:
+                cells[columns.id] = row.example_id
+            if columns.label is not None:
+                cells[columns.label] = row.label
+            handle.write(json.dumps(cells, ensure_ascii=False).encode() + b"\n")
+
+
+def _extra_key(column: str) -> str:
+    """Under which key a further column of the manifest is kept: as in the index, a clash is renamed."""
+    return f"manifest_{column}" if column in _OWN_KEYS else column

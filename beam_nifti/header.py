@@ -1,0 +1,153 @@
+"""What a NIfTI header says. The only importer of nibabel."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.spatialimages import HeaderDataError
+
+from beam_nifti.errors import VolumeError
+from beam_nifti.rescale import Scaling
+
+HEAD_BYTES: Final = 544
+"""Enough for either header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
+
+MAX_VOLUME_BYTES: Final = 2**31 - 2**16
+"""Largest volume, in bytes of its voxels: its Example must stay below protobuf's 2 GiB."""
+
+_MAX_OFFSET: Final = 64 << 20
+"""Largest start of the voxels: header and its extensions."""
+
+_quiet = logging.getLogger(f"{__name__}.nibabel")
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeHeader:
+    """What an image's header says of its voxels.
+
+    Attributes:
+        shape: (X, Y, Z), the file's own axis order.
+        dtype: of the voxels on disk, with its byte order.
+        offset: byte at which the voxels start.
+        scaling: from stored voxels to the image's units.
+        affine: float64 (4, 4), voxel indices to millimetres in RAS+.
+        zooms: voxel size along each axis, in the header's spatial unit (millimetres as a rule).
+    """
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    offset: int
+    scaling: Scaling
+    affine: npt.NDArray[np.float64]
+    zooms: tuple[float, float, float]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the voxels on disk, uncompressed."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def parse_header(name: str, head: bytes) -> VolumeHeader:
+    """What the first bytes of an uncompressed NIfTI file say.
+
+    Args:
+        name: the image's path, for errors.
+        head: at least 352 bytes of a NIfTI-1 file, 544 of a NIfTI-2 file.
+
+    Raises:
+        VolumeError: they are not the header of a single-file 3-D NIfTI image of real voxels.
+    """
+    kind = _header_class(name, head)
+    try:
+        # Its from_fileobj would read the header's extensions too, which may be long and damaged.
+        header = kind(head[: kind.sizeof_hdr], check=False)
+        header.check_fix(logger=_quiet)
+        shape = tuple(int(n) for n in header.get_data_shape())
+        dtype = header.get_data_dtype()
+        offset = int(header.get_data_offset())
+        slope, inter = header.get_slope_inter()
+        affine = np.asarray(header.get_best_affine(), np.float64)
+        zooms = tuple(float(z) for z in header.get_zooms()[:3])
+    except (HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError) as e:
+        raise VolumeError(f"{name}: header is not valid: {e}; repair or convert the image") from e
+    if len(shape) != 3:
+        remedy = "leave it out" if len(shape) < 3 else "extract one volume of it, with fslroi, say"
+        raise VolumeError(f"{name}: expected a 3-D image, got shape {shape}; {remedy}")
+    if min(shape) < 1:
+        raise VolumeError(f"{name}: shape {shape} has no voxels; leave it out")
+    if dtype.kind not in "iuf":
+        what = "RGB" if dtype.names else "complex" if dtype.kind == "c" else str(dtype)
+        raise VolumeError(f"{name}: {what} voxels; convert the image to one real number a voxel")
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        raise VolumeError(f"{name}: {dtype.name} voxels; convert the image to float64 or float32")
+    if not kind.sizeof_hdr <= offset <= _MAX_OFFSET:
+        where = "inside the header" if offset < kind.sizeof_hdr else "beyond any header extension"
+        raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
+    if not np.isfinite(affine).all():
+        raise VolumeError(f"{name}: the affine is not finite; repair its sform or qform")
+    found = VolumeHeader(
+        shape=(shape[0], shape[1], shape[2]),
+        dtype=dtype,
+        offset=offset,
+        scaling=Scaling() if slope is None else Scaling(float(slope), float(inter)),
+        affine=affine,
+        zooms=(zooms[0], zooms[1], zooms[2]),
+    )
+    if max(found.num_bytes, 4 * math.prod(shape)) > MAX_VOLUME_BYTES:
+        raise VolumeError(
+            f"{name}: shape {shape} of {dtype.name} is larger than a record can be (2 GiB); "
+            "crop or downsample the image"
+        )
+    return found
+
+
+def _header_class(name: str, head: bytes) -> type[nib.Nifti1Header]:
+    size = {head[:4], head[:4][::-1]}
+    if (348).to_bytes(4, "little") in size and len(head) >= 348:
+        if head[344:348] == b"n+1\0":
+            return nib.Nifti1Header
+        if head[344:348] == b"ni1\0":
+            raise VolumeError(f"{name}: the header of an .hdr/.img pair; convert it to one .nii file")
+        raise VolumeError(f"{name}: an ANALYZE 7.5 header; convert it to NIfTI")
+    if (540).to_bytes(4, "little") in size and len(head) >= 540:
+        if head[4:8] == b"n+2\0":
+            return nib.Nifti2Header
+        raise VolumeError(f"{name}: the header of a NIfTI-2 pair; convert it to one .nii file")
+    if len(head) < 348:
+        raise VolumeError(f"{name}: {len(head)} bytes are less than a NIfTI header; copy it again")
+    if name.endswith((".img", ".img.gz")):
+        raise VolumeError(f"{name}: the voxels of an .hdr/.img pair; convert the pair to one .nii file")
+    raise VolumeError(f"{name}: not a NIfTI file; convert it to .nii or .nii.gz")
+
+
+def require_uniform(
+    name: str, header: VolumeHeader, shape: tuple[int, ...] | None, dtype: str | None
+) -> None:
+    """Refuse an image that is unlike the dataset's first.
+
+    Args:
+        name: the image's path, for errors.
+        header: of the image.
+        shape: that all volumes share; None where they may differ.
+        dtype: on disk, that all volumes share; None where they may differ.
+
+    Raises:
+        VolumeError: shape or dtype differs.
+    """
+    if shape is not None and header.shape != shape:
+        raise VolumeError(
+            f"{name}: shape {header.shape} where the first image has {shape}; "
+            "resample it, or use --allow-mixed-shapes"
+        )
+    if dtype is not None and header.dtype.name != dtype:
+        raise VolumeError(
+            f"{name}: {header.dtype.name} voxels where the first image has {dtype}; use --voxel-dtype float32"
+        )

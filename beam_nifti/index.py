@@ -1,0 +1,167 @@
+"""The index: a row a record, saying where it lies and what it was made of.
+
+The same table describes a part file while a build runs and a finished shard afterwards.
+Source: docs/format.md, "Index".
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from beam_nifti import storage
+from beam_nifti.errors import ShardError
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.rescale import Intensity
+
+if TYPE_CHECKING:
+    from beam_nifti.volume import Volume
+
+SCHEMA: Final = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("participant_id", pa.string()),
+        ("session_id", pa.string()),
+        ("label", pa.float64()),
+        ("position", pa.int64()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("row", pa.int64()),
+        ("source", pa.string()),
+        ("source_size", pa.int64()),
+        ("source_mtime", pa.float64()),
+        ("shape", pa.list_(pa.int64())),
+        ("dtype", pa.string()),
+        ("zooms", pa.list_(pa.float64())),
+        ("affine", pa.list_(pa.float64())),
+        ("min", pa.float64()),
+        ("max", pa.float64()),
+        ("mean", pa.float64()),
+        ("std", pa.float64()),
+    ]
+)
+"""Columns of every index; the manifest's further columns follow as strings."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """What the index says of one record, but for its place in the file.
+
+    Attributes:
+        row: its row of the manifest.
+        source: size and time of the image when it was read.
+        shape: (X, Y, Z).
+        dtype: of the voxels on disk.
+        zooms: voxel size along each axis.
+        affine: 16 numbers, row by row.
+        intensity: in the image's units.
+    """
+
+    row: VolumeRow
+    source: storage.Stat
+    shape: tuple[int, ...]
+    dtype: str
+    zooms: tuple[float, ...]
+    affine: tuple[float, ...]
+    intensity: Intensity
+
+    @classmethod
+    def of(cls, volume: Volume) -> IndexEntry:
+        """The entry of a rescaled volume."""
+        assert volume.intensity is not None
+        return cls(
+            row=volume.row,
+            source=volume.source,
+            shape=volume.voxels.shape,
+            dtype=volume.dtype,
+            zooms=volume.zooms,
+            affine=tuple(volume.affine.ravel().tolist()),
+            intensity=volume.intensity,
+        )
+
+
+def extra_column(name: str) -> str:
+    """Under which name the index keeps a further column of the manifest."""
+    taken = name in SCHEMA.names or name.startswith("manifest_")
+    return f"manifest_{name}" if taken else name
+
+
+def row_cells(row: VolumeRow, extra_columns: Sequence[str]) -> dict[str, object]:
+    """The part of an index row that comes from the manifest."""
+    return {
+        "example_id": row.example_id,
+        "participant_id": row.participant_id,
+        "session_id": row.session_id,
+        "label": row.label,
+        "position": row.position,
+        "row": row.row,
+        "source": row.path,
+        **dict(zip(map(extra_column, extra_columns), row.extras, strict=True)),
+    }
+
+
+def make_table(entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Sequence[str]) -> pa.Table:
+    """The index of some records.
+
+    Args:
+        entries: entry, offset and length in bytes, in the order of the file.
+        extra_columns: names of the manifest's further columns.
+    """
+    rows = [
+        {
+            **row_cells(e.row, extra_columns),
+            "offset": offset,
+            "length": length,
+            "source_size": e.source.size,
+            "source_mtime": e.source.mtime,
+            "shape": e.shape,
+            "dtype": e.dtype,
+            "zooms": e.zooms,
+            "affine": e.affine,
+            "min": e.intensity.min,
+            "max": e.intensity.max,
+            "mean": e.intensity.mean,
+            "std": e.intensity.std,
+        }
+        for e, offset, length in entries
+    ]
+    return pa.Table.from_pylist(rows, schema=schema_of(extra_columns))
+
+
+def schema_of(extra_columns: Sequence[str]) -> pa.Schema:
+    """The schema of an index whose manifest has further columns."""
+    return pa.schema([*SCHEMA, *((extra_column(c), pa.string()) for c in extra_columns)])
+
+
+def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:
+    """Write an index, whole or not at all.
+
+    Args:
+        path: where to.
+        table: as `make_table` gives it.
+        facts: about the file that it describes; kept in the Parquet file's metadata.
+    """
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(facts), sink, compression="zstd")
+    storage.write(path, sink.getvalue())
+
+
+def read_index(path: str) -> tuple[pa.Table, dict[str, str]]:
+    """An index and the facts about the file that it describes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ShardError: the file is no index.
+    """
+    data = storage.read(path)
+    try:
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+    except (pa.ArrowException, OSError) as e:
+        raise ShardError(f"{path}: not an index: {e}") from e
+    facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    return table, facts

@@ -1,0 +1,256 @@
+"""What is in a dataset, or in one of its records: from dataset_info.json and the indexes alone."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti import storage
+from beam_nifti.config import Columns
+from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo
+from beam_nifti.errors import DatasetError, ShardError
+from beam_nifti.index import read_index
+from beam_nifti.manifest import read_manifest
+from beam_nifti.publish import read_info
+
+_SUMMARIZED: Final = ("label", "dtype", "shape", "min", "max", "mean")
+_COMPARED_IDS: Final = 50_000
+"""Ids that are searched for one that resembles an unknown one: about a second."""
+
+_NAME_WIDTH: Final = 14
+_SHOWN_SHAPES: Final = 5
+
+
+def describe_dataset(output: str) -> dict[str, Any]:
+    """What a dataset holds, as values that JSON can hold.
+
+    Args:
+        output: folder or URL of the dataset.
+
+    Returns:
+        Among others `splits` (examples, shards and bytes of each), `shape` (None where shapes are
+        mixed; `shapes` counts them), `labels` (None where there are none) and `intensities`, in the
+        images' units.
+
+    Raises:
+        DatasetError: there is no complete dataset, or an index of it cannot be read.
+    """
+    output = storage.absolute(output)
+    info = read_info(output)
+    totals = _Totals()
+    for _, _, table in _read_indexes(output, info):
+        totals.add(table.select(_SUMMARIZED))
+    return {
+        "path": output,
+        "format_version": info.format_version,
+        "revision": info.revision,
+        "num_examples": info.num_examples,
+        "num_bytes": info.num_bytes,
+        "splits": {
+            name: {
+                "num_examples": split.num_examples,
+                "num_shards": len(split.shards),
+                "num_bytes": split.num_bytes,
+            }
+            for name, split in info.splits.items()
+        },
+        "shape": None if info.shape is None else list(info.shape),
+        "shapes": _counted(totals.shapes),
+        "dtype": info.dtype,
+        "source_dtypes": _counted(totals.dtypes),
+        "labels": totals.labels.summary() if info.labelled else None,
+        "intensities": totals.intensities(),
+        "failures": {
+            "count": info.num_failures,
+            "path": storage.join(output, FAILURES_FILE) if info.num_failures else None,
+        },
+        "config": dict(info.config),
+        "manifest": dict(info.manifest),
+        "versions": dict(info.versions),
+    }
+
+
+def describe_record(output: str, example_id: str) -> dict[str, Any]:
+    """What the index says of one record: where it lies, what it was made of.
+
+    Args:
+        output: folder or URL of the dataset.
+        example_id: names the record.
+
+    Raises:
+        DatasetError: there is no complete dataset, or no such record in it.
+    """
+    output = storage.absolute(output)
+    info = read_info(output)
+    ids: list[pa.ChunkedArray] = []
+    for split, shard, table in _read_indexes(output, info):
+        ordinal = pc.index(table["example_id"], example_id).as_py()
+        if ordinal >= 0:
+            (cells,) = table.slice(ordinal, 1).to_pylist()
+            place = {"split": split, "shard": shard.name, "ordinal": ordinal}
+            return {"example_id": example_id, **place, **cells, **place}
+        ids.append(table["example_id"])
+    raise DatasetError(f"{output}: no record {example_id!r}{_hint(output, info, example_id, ids)}")
+
+
+def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.ChunkedArray]) -> str:
+    reason = _failure_reason(output, info, example_id) if info.num_failures else None
+    if reason is not None:
+        return f"; it was left out: {reason}"
+    known = itertools.chain.from_iterable(column.to_pylist() for column in ids)
+    close = difflib.get_close_matches(example_id, itertools.islice(known, _COMPARED_IDS), n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f" among its {info.num_examples}; the column example_id of index/*.parquet has them all"
+
+
+def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | None:
+    failures = read_manifest(storage.join(output, FAILURES_FILE), Columns(**info.config["columns"]))
+    # Where paths are the ids, failures.jsonl holds them with the manifest's folder.
+    in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
+    for wanted in (example_id, in_folder):
+        at = pc.index(failures.ids, wanted).as_py()
+        if at >= 0:
+            cells = failures.table.slice(at, 1).to_pylist()[0]
+            return f"{cells['stage']}: {cells['message']} (see {FAILURES_FILE})"
+    return None
+
+
+def _read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
+    for split, found in info.splits.items():
+        for shard in found.shards:
+            path = storage.join(output, shard.index)
+            try:
+                yield split, shard, read_index(path)[0]
+            except (ShardError, OSError) as e:
+                raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
+
+
+@dataclass
+class _Numbers:
+    """Count, ends and mean of numbers that come in portions."""
+
+    count: int = 0
+    total: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, column: pa.ChunkedArray) -> None:
+        count = len(column) - column.null_count
+        if count:
+            self.count += count
+            self.total += pc.sum(column).as_py()
+            self.low = min(self.low, pc.min(column).as_py())
+            self.high = max(self.high, pc.max(column).as_py())
+
+    def summary(self) -> dict[str, float | None]:
+        if not self.count:
+            return {"count": 0, "min": None, "max": None, "mean": None}
+        mean = self.total / self.count
+        return {"count": self.count, "min": self.low, "max": self.high, "mean": mean}
+
+
+@dataclass
+class _Totals:
+    """What all indexes say together."""
+
+    labels: _Numbers = field(default_factory=_Numbers)
+    lows: _Numbers = field(default_factory=_Numbers)
+    highs: _Numbers = field(default_factory=_Numbers)
+    means: _Numbers = field(default_factory=_Numbers)
+    dtypes: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, table: pa.Table) -> None:
+        self.labels.add(table["label"])
+        self.lows.add(table["min"])
+        self.highs.add(table["max"])
+        self.means.add(table["mean"])
+        self.dtypes.update(table["dtype"].to_pylist())
+        self.shapes.update(map(_shape_text, table["shape"].to_pylist()))
+
+    def intensities(self) -> dict[str, dict[str, float | None]]:
+        """Over the volumes: of each one's least, largest and mean intensity."""
+        return {
+            "min": self.lows.summary(),
+            "max": self.highs.summary(),
+            "mean": self.means.summary(),
+        }
+
+
+def _counted(counter: Counter[str]) -> dict[str, int]:
+    return dict(counter.most_common())
+
+
+def _shape_text(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def format_description(description: Mapping[str, Any]) -> str:
+    """A description, of a dataset or of a record, as text for the screen."""
+    rows = _record_rows(description) if "example_id" in description else _dataset_rows(description)
+    return "\n".join(f"{name:<{_NAME_WIDTH}}{text}".rstrip() for name, text in rows)
+
+
+def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    config, manifest, failures = d["config"], d["manifest"], d["failures"]
+    yield "dataset", f"{d['path']}  (format {d['format_version']}, revision {d['revision']})"
+    yield "examples", f"{d['num_examples']:,} in {_bytes_text(d['num_bytes'])}"
+    for name, split in d["splits"].items():
+        shards = f"{split['num_shards']:,} shard{'s' * (split['num_shards'] != 1)}"
+        yield f"  {name}", f"{split['num_examples']:,} in {shards}, {_bytes_text(split['num_bytes'])}"
+    for number, (shape, count) in enumerate(itertools.islice(d["shapes"].items(), _SHOWN_SHAPES)):
+        text = f"{shape} {d['dtype']}"
+        yield "" if number else "voxels", text if d["shape"] else f"{text}: {count:,} volumes"
+    if len(d["shapes"]) > _SHOWN_SHAPES:
+        yield "", f"and {len(d['shapes']) - _SHOWN_SHAPES} more shapes"
+    yield "on disk", ", ".join(f"{dtype} ({count:,})" for dtype, count in d["source_dtypes"].items())
+    level = f" level {config['compression_level']}" if config["compression"] == "gzip" else ""
+    yield "written with", f"rescale {config['rescale']}, compression {config['compression']}{level}"
+    yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
+    for number, (name, numbers) in enumerate(d["intensities"].items()):
+        yield "" if number else "intensities", f"{name:<5}{_numbers_text(numbers)}"
+    yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
+    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows)"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
+
+
+def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    width = max(map(len, d))
+    for name, value in d.items():
+        if name == "shape":
+            text = _shape_text(value)
+        elif name == "affine":
+            rows = [" ".join(f"{n:>12.6g}" for n in value[i : i + 4]) for i in range(0, 16, 4)]
+            text = f"\n{'':<{width + 2}}".join(rows)
+        elif isinstance(value, list):
+            text = " ".join(f"{n:g}" for n in value)
+        elif name == "source_mtime":
+            text = datetime.fromtimestamp(value, UTC).isoformat(" ", "seconds")
+        else:
+            text = "" if value is None else str(value)
+        yield f"{name:<{max(width + 2, _NAME_WIDTH)}}", text
+
+
+def _numbers_text(numbers: Mapping[str, float | None]) -> str:
+    if not numbers["count"]:
+        return "none"
+    return f"{numbers['min']:g} to {numbers['max']:g}, mean {numbers['mean']:g}"
+
+
+def _bytes_text(size: int) -> str:
+    value, unit = float(size), "bytes"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{size:,} bytes" if unit == "bytes" else f"{value:.1f} {unit}"

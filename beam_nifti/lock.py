@@ -1,0 +1,138 @@
+"""One build at a time in one output."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from beam_nifti import storage
+from beam_nifti.errors import OutputError
+
+LOCK_FILE: Final = ".lock"
+_RENEW_SECONDS: Final = 30.0
+_STALE_SECONDS: Final = 180.0
+"""A lease that was not renewed for so long belongs to a dead build."""
+
+
+@contextlib.contextmanager
+def hold(output: str) -> Iterator[None]:
+    """Hold an output for the time of the block.
+
+    On the local disk the lock dies with its process. On an object store it is a lease that is renewed
+    every 30 seconds; one that was not for 3 minutes, or whose process on this machine is gone, is dead.
+
+    Raises:
+        OutputError: another build holds it.
+    """
+    path = storage.join(output, LOCK_FILE)
+    with _lease(path) if storage.is_remote(output) else _flock(path):
+        yield
+
+
+@contextlib.contextmanager
+def _flock(path: str) -> Iterator[None]:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(
+                f"{Path(path).parent}: another build is writing here; wait for it, or choose another OUTPUT"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.sameopenfile(descriptor, again := os.open(path, os.O_RDWR)):
+                os.close(again)
+                break
+            os.close(again)
+        os.close(descriptor)  # its holder removed the file between our open and our lock
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            Path(path).unlink()
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _lease(path: str) -> Iterator[None]:
+    _refuse_held(path)
+    token = uuid.uuid4().hex
+    _renew(path, token)
+    _require_own(path, token)
+    stop = threading.Event()
+    thread = threading.Thread(target=_keep, args=(path, token, stop), name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+        _require_own(path, token)
+    finally:
+        stop.set()
+        thread.join()
+        if _holder(path).get("token") == token:
+            storage.delete(path)
+
+
+def _keep(path: str, token: str, stop: threading.Event) -> None:
+    """Renew a lease until told to stop, or until it is another build's."""
+    while not stop.wait(_RENEW_SECONDS):
+        with contextlib.suppress(OSError):  # tried again; the end of the build looks whether it held
+            if _holder(path).get("token") != token:
+                return
+            _renew(path, token)
+
+
+def _require_own(path: str, token: str) -> None:
+    if _holder(path).get("token") != token:
+        raise OutputError(
+            f"{storage.dirname(path)}: another build took this output; start one at a time, and run "
+            "this one again"
+        )
+
+
+def _holder(path: str) -> dict[str, object]:
+    try:
+        holder = json.loads(storage.read(path))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _renew(path: str, token: str) -> None:
+    lease = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    storage.write(path, json.dumps(lease).encode())
+
+
+def _refuse_held(path: str) -> None:
+    if not storage.exists(path):
+        return
+    holder = _holder(path)
+    age = time.time() - float(str(holder.get("time", 0)))
+    dead = age > _STALE_SECONDS or (
+        holder.get("host") == socket.gethostname() and not _is_alive(int(str(holder.get("pid", 0))))
+    )
+    if not dead:
+        raise OutputError(
+            f"{storage.dirname(path)}: a build on {holder.get('host')} was writing here {age:.0f} s ago; "
+            f"wait for it, or, if it died, for its lease to end after {_STALE_SECONDS:.0f} s"
+        )
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

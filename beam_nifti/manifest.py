@@ -1,0 +1,249 @@
+"""The manifest: a table of images and labels, read as strings and checked row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti import storage
+from beam_nifti.config import Columns
+from beam_nifti.sharding import SPLIT_PATTERN
+from beam_nifti.tables import Problems, read_table
+
+DEFAULT_SPLIT: Final = "train"
+_OWN: Final = ("participant_id", "session_id", "split")
+_BATCH_ROWS: Final = 1 << 14
+"""Rows that are turned into Python strings at a time."""
+
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRow:
+    """One row of the manifest, with its place in the dataset.
+
+    Attributes:
+        row: 1-based number of the row in the manifest, its header not counted.
+        example_id: what names the example, unique in the manifest.
+        path: the image, as the manifest says it.
+        label: None in an unlabelled manifest.
+        participant_id: "" where the manifest has none.
+        session_id: "" where the manifest has none.
+        split: such as "train".
+        position: 0-based place in its split.
+        extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
+        shard: file name of the shard that it belongs to.
+        unit: number of the work unit in its shard.
+    """
+
+    row: int
+    example_id: str
+    path: str
+    label: float | None = None
+    participant_id: str = ""
+    session_id: str = ""
+    split: str = DEFAULT_SPLIT
+    position: int = 0
+    extras: tuple[str, ...] = ()
+    shard: str = ""
+    unit: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest, held as Arrow columns (about 100 bytes a row).
+
+    Attributes:
+        path: where it was read from.
+        table: every column as strings, in the manifest's order.
+        columns: which of them mean what; its `label` is None in an unlabelled manifest.
+        labels: float64 of shape (rows,); None in an unlabelled manifest.
+        ids: example id a row.
+        splits: split a row.
+        extra_columns: names of the columns that are only kept in the index.
+    """
+
+    path: str
+    table: pa.Table
+    columns: Columns
+    labels: npt.NDArray[np.float64] | None
+    ids: pa.Array
+    splits: pa.Array
+    extra_columns: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self.table.num_rows)
+
+    @property
+    def folder(self) -> str:
+        """What relative image paths are relative to."""
+        return storage.dirname(self.path)
+
+    def split_sizes(self) -> dict[str, int]:
+        """Rows of each split, by the split's name in sorted order."""
+        counts = pc.value_counts(self.splits).to_pylist()
+        return {c["values"]: c["counts"] for c in sorted(counts, key=lambda c: str(c["values"]))}
+
+    def row_numbers(self, split: str) -> npt.NDArray[np.int64]:
+        """0-based row indices of a split, in the manifest's order."""
+        mask = pc.equal(self.splits, split).to_numpy(zero_copy_only=False)
+        return np.flatnonzero(mask)
+
+    def rows(
+        self, indices: Sequence[int], first_position: int = 0, shard: str = "", unit: int = 0
+    ) -> list[VolumeRow]:
+        """The rows at `indices`, at consecutive positions of their split."""
+        take = pa.array(indices, pa.int64())
+        part = self.table.take(take)
+        paths = part[self.columns.path].to_pylist()
+        ids, splits = self.ids.take(take).to_pylist(), self.splits.take(take).to_pylist()
+        blank = [""] * len(indices)
+        participants, sessions = (
+            part[name].to_pylist() if name in part.column_names else blank
+            for name in ("participant_id", "session_id")
+        )
+        extras = list(zip(*(part[c].to_pylist() for c in self.extra_columns), strict=True))
+        return [
+            VolumeRow(
+                row=int(index) + 1,
+                example_id=ids[i],
+                path=paths[i],
+                label=None if self.labels is None else float(self.labels[index]),
+                participant_id=participants[i],
+                session_id=sessions[i],
+                split=splits[i],
+                position=first_position + i,
+                extras=extras[i] if extras else (),
+                shard=shard,
+                unit=unit,
+            )
+            for i, index in enumerate(indices)
+        ]
+
+    def digest(self, num_rows: int | None = None) -> str:
+        """sha256 of the column names and the first `num_rows` rows, whatever the file's format."""
+        hasher = hashlib.sha256("\x1f".join(self.table.column_names).encode())
+        for batch in self.table.slice(0, num_rows).to_batches(max_chunksize=_BATCH_ROWS):
+            columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]
+            rows = ("\x1f".join(cells) for cells in zip(*columns, strict=True))
+            hasher.update(("\x1e" + "\x1e".join(rows)).encode())
+        return hasher.hexdigest()
+
+
+def read_manifest(path: str, columns: Columns | None = None) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
+        columns: which columns mean what.
+
+    Raises:
+        ManifestError: with every problem found, up to 20, by row number.
+    """
+    columns = columns or Columns()
+    table = read_table(path)
+    problems = Problems(path)
+    present = ", ".join(table.column_names) or "none"
+    for name, flag in (
+        (columns.path, "--path-column"),
+        (columns.label, "--label-column"),
+        (columns.id, "--id-column"),
+    ):
+        if name is not None and name not in table.column_names:
+            problems.add(f"no column {name!r}, only {present}; name another with {flag}")
+    for name, meant in _misspelled(table.column_names, columns):
+        problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
+    if table.num_rows == 0:
+        problems.add("no rows; a manifest needs a header and at least one image")
+    problems.stop()
+
+    label_column = columns.label or ("label" if "label" in table.column_names else None)
+    for i, text in enumerate(_cells(table, columns.path)):
+        if not text.strip():
+            problems.add(f"row {i + 1}: empty {columns.path}; give the image's path or drop the row")
+    labels = None
+    if label_column is not None:
+        labels = np.empty(table.num_rows, np.float64)
+        for i, text in enumerate(_cells(table, label_column)):
+            labels[i] = _number(text)
+            if not math.isfinite(labels[i]):
+                problems.add(f"row {i + 1}: {label_column} is {text!r}, not a finite number (of float32)")
+    splits = table["split"].combine_chunks() if "split" in table.column_names else None
+    if splits is None:
+        splits = pa.array([DEFAULT_SPLIT]).take(pa.array(np.zeros(table.num_rows, np.int64)))
+    else:
+        bad = {s for s in pc.unique(splits).to_pylist() if not SPLIT_PATTERN.fullmatch(s)}
+        for i, text in enumerate(splits.to_pylist() if bad else ()):
+            if text in bad:
+                problems.add(
+                    f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
+                    "first, such as train"
+                )
+    ids = _ids(table, columns)
+    _check_ids(ids, problems)
+    problems.stop()
+    used = {columns.path, label_column, columns.id, *_OWN}
+    extras = tuple(c for c in table.column_names if c not in used)
+    columns = dataclasses.replace(columns, label=label_column)
+    return Manifest(path, table, columns, labels, ids, splits, extras)
+
+
+def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
+    """Columns that are ours but for case and spaces, which would be taken for further ones."""
+    wanted = {*_OWN, columns.path, columns.label or "label"} - set(names)
+    for name in names:
+        if name not in (columns.path, columns.label, columns.id) and name.strip().lower() in wanted:
+            yield name, name.strip().lower()
+
+
+def _cells(table: pa.Table, column: str) -> Iterator[str]:
+    for batch in table.select([column]).to_batches(max_chunksize=_BATCH_ROWS):
+        yield from batch.column(0).to_pylist()
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
+
+
+def _ids(table: pa.Table, columns: Columns) -> pa.Array:
+    if columns.id is not None:
+        ids = table[columns.id]
+    elif "participant_id" not in table.column_names:
+        ids = table[columns.path]
+    elif "session_id" not in table.column_names:
+        ids = table["participant_id"]
+    else:
+        joined = pc.binary_join_element_wise(table["participant_id"], table["session_id"], "_")
+        ids = pc.if_else(pc.equal(table["session_id"], ""), table["participant_id"], joined)
+    return ids.combine_chunks()
+
+
+def _check_ids(ids: pa.Array, problems: Problems) -> None:
+    if pc.any(pc.equal(ids, "")).as_py():
+        for i, text in enumerate(ids.to_pylist()):
+            if not text:
+                problems.add(f"row {i + 1}: empty id; every image needs one (see --id-column)")
+    if len(pc.unique(ids)) == len(ids):
+        return
+    first: dict[str, int] = {}
+    for i, text in enumerate(ids.to_pylist()):
+        if text in first and text:
+            problems.add(
+                f"row {i + 1}: id {text!r} stands in row {first[text] + 1} too; "
+                "add a session_id column, or name a unique one with --id-column"
+            )
+        first.setdefault(text, i)

@@ -1,0 +1,227 @@
+"""Merging the parts of a shard into its file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti import storage
+from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.errors import ShardError
+from beam_nifti.index import make_table, read_index, write_index
+from beam_nifti.parts import PART_ENDING, Part, part_at
+from beam_nifti.sharding import ShardName
+from beam_nifti.tfrecord import EMPTY_MEMBER
+
+_COPY_BYTES: Final = 1 << 20
+"""Small enough to stay in a core's cache between being read, hashed and written."""
+
+
+def merge_parts(
+    output: str,
+    name: ShardName,
+    expected: Collection[int],
+    parts: Iterable[Part],
+    fingerprint: str,
+    extra_columns: Sequence[str],
+    folder: str,
+) -> ShardInfo:
+    """Merge parts into a finished shard, in the order of positions, and write the shard's index.
+
+    Doing it again with the same parts gives the same result, also when they are gone by then.
+
+    Args:
+        output: folder of the dataset.
+        name: the shard's file name.
+        expected: the positions that the shard must hold.
+        parts: what was written or found; several may hold the same position, with the same bytes.
+        fingerprint: of the configuration that made the records.
+        extra_columns: names of the manifest's further columns.
+        folder: `parts_folder` of the shard.
+
+    Raises:
+        ShardError: the parts do not hold exactly the expected positions.
+    """
+    given = _joined(parts)
+    target = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
+    spare = part_at(storage.join(folder, hashlib.sha256(repr(given).encode()).hexdigest()))
+    present = [part for part in given if storage.exists(part.index)]
+    if len(present) < len(given):
+        # An earlier attempt removed them once their records were in the shard, or in its spare.
+        held = tuple(sorted(expected))
+        present += [replace(p, positions=held) for p in (spare, target) if storage.exists(p.index)]
+    records = _select(present, expected, name, extra_columns)
+    if any(part.data == target.data for part in records.sources) and not _whole_file(records):
+        # Between losing its index and getting the next one, a shard could not be found again.
+        _write_part(spare, records, name.compressed)
+        records = _select([spare], expected, name, extra_columns)
+    source = _whole_file(records)
+    known = _facts_of(source) if source else {}
+    kept = _shard_of(source) if source else None
+    if kept is not None and kept.is_same_place(name):
+        name, facts = kept, known  # unchanged: it keeps its file
+    else:
+        # Between these two no index stands beside a shard file that it does not describe.
+        storage.delete(target.index)
+        facts = {"fingerprint": fingerprint}
+        facts |= _write_shard(target.data, records, source, known, name.compressed)
+        write_index(target.index, _placed(records), facts)
+    for part in (*given, spare):
+        if part.data.endswith(PART_ENDING):
+            storage.delete(part.index)
+            storage.delete(part.data)
+    return ShardInfo(
+        name=str(name),
+        index=name.index_file,
+        num_examples=len(expected),
+        num_bytes=int(facts["num_bytes"]),
+        sha256=facts["sha256"],
+        index_sha256=hashlib.sha256(storage.read(storage.join(output, name.index_file))).hexdigest(),
+    )
+
+
+def _joined(parts: Iterable[Part]) -> list[Part]:
+    """One part a file, in a fixed order: the units of a shard each name what they found in it."""
+    joined: dict[str, Part] = {}
+    for part in parts:
+        known = joined.setdefault(part.data, part)
+        if known.positions is not None and part.positions is not None:
+            positions = tuple(sorted({*known.positions, *part.positions}))
+            joined[part.data] = replace(part, positions=positions)
+        else:
+            joined[part.data] = replace(part, positions=None)
+    return [joined[data] for data in sorted(joined)]
+
+
+def _write_part(part: Part, records: _Records, compressed: bool) -> None:
+    with storage.create(part.data) as handle:
+        for chunk in _content(records, compressed):
+            handle.write(chunk)
+    write_index(part.index, _placed(records), {})
+
+
+def _shard_of(part: Part) -> ShardName | None:
+    return ShardName.parse(part.data.rpartition("/")[2])
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Records in the order of their positions: their index, and the part that each lies in."""
+
+    table: pa.Table
+    sources: list[Part]
+
+
+def _facts_of(part: Part) -> dict[str, str]:
+    return read_index(part.index)[1]
+
+
+def _select(
+    parts: Sequence[Part], expected: Collection[int], name: ShardName, extra_columns: Sequence[str]
+) -> _Records:
+    tables = [make_table([], extra_columns).append_column("part", pa.array([], pa.int64()))]
+    for number, part in enumerate(parts):
+        table = read_index(part.index)[0].replace_schema_metadata()
+        if part.positions is not None:
+            table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
+        numbers = pa.array([number] * table.num_rows, pa.int64())
+        tables.append(table.append_column("part", numbers))
+    merged = pa.concat_tables(tables).sort_by([("position", "ascending"), ("part", "ascending")])
+    positions = merged["position"].to_pylist()
+    keep = [i for i, p in enumerate(positions) if i == 0 or p != positions[i - 1]]
+    merged = merged.take(pa.array(keep, pa.int64()))
+    found = set(positions)
+    if found != set(expected):
+        missing = sorted(set(expected) - found)[:5]
+        surplus = sorted(found - set(expected))[:5]
+        raise ShardError(
+            f"{name}: positions {missing} are missing and {surplus} are too many; run the build again"
+        )
+    numbers = merged["part"].to_pylist()
+    return _Records(merged.drop_columns(["part"]), [parts[n] for n in numbers])
+
+
+def _whole_file(records: _Records) -> Part | None:
+    """The one file whose content, as it is, is these records."""
+    sources = set(records.sources)
+    if len(sources) != 1:
+        return None
+    end = 0
+    for offset, length in _extents(records):
+        if offset != end:
+            return None
+        end += length
+    (source,) = sources
+    return source if storage.stat(source.data).size == end else None
+
+
+def _extents(records: _Records) -> Iterator[tuple[int, int]]:
+    table = records.table
+    return zip(table["offset"].to_pylist(), table["length"].to_pylist(), strict=True)
+
+
+def _placed(records: _Records) -> pa.Table:
+    """The index of the records as they lie in the shard."""
+    ends = itertools.accumulate((length for _, length in _extents(records)), initial=0)
+    offsets = pa.array(list(ends)[:-1], pa.int64())
+    column = records.table.schema.get_field_index("offset")
+    return records.table.set_column(column, "offset", offsets)
+
+
+def _write_shard(
+    target: str, records: _Records, source: Part | None, known: dict[str, str], compressed: bool
+) -> dict[str, str]:
+    """Write the shard's file; its sha256 and its size."""
+    if source and "sha256" in known:
+        storage.link(source.data, target)
+        return {k: known[k] for k in ("sha256", "num_bytes")}
+    hasher, size = hashlib.sha256(), 0
+    with contextlib.ExitStack() as stack:
+        # One part that is the shard is published without a copy; it is only read to be hashed.
+        handle = None if source else stack.enter_context(storage.create(target))
+        for chunk in _content(records, compressed):
+            hasher.update(chunk)
+            size += len(chunk)
+            if handle:
+                handle.write(chunk)
+    if source:
+        storage.link(source.data, target)
+    return {"sha256": hasher.hexdigest(), "num_bytes": str(size)}
+
+
+def _content(records: _Records, compressed: bool) -> Iterator[bytes]:
+    if not records.sources and compressed:
+        yield EMPTY_MEMBER
+    by_file = itertools.groupby(
+        zip(records.sources, _extents(records), strict=True), key=lambda record: record[0]
+    )
+    for part, run in by_file:
+        with storage.open_read(part.data) as handle:
+            for start, stop in _runs(extent for _, extent in run):
+                handle.seek(start)
+                while start < stop:
+                    chunk = handle.read(min(_COPY_BYTES, stop - start))
+                    if not chunk:
+                        raise ShardError(f"{part.data}: ends before byte {stop}; run the build again")
+                    start += len(chunk)
+                    yield chunk
+
+
+def _runs(extents: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Join extents that touch: (offset, length) to (start, stop)."""
+    start = stop = -1
+    for offset, length in extents:
+        if offset != stop:
+            if start >= 0:
+                yield start, stop
+            start = offset
+        stop = offset + length
+    if start >= 0:
+        yield start, stop

@@ -1,0 +1,293 @@
+"""The command line: from arguments to checked values. Imports neither Beam nor TensorFlow."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+
+from beam_nifti import __version__
+from beam_nifti.config import (
+    COMPRESSION_LEVELS,
+    COMPRESSIONS,
+    RESCALE_METHODS,
+    VOXEL_DTYPES,
+    BuildConfig,
+    Columns,
+    RecordConfig,
+    Sharding,
+)
+from beam_nifti.errors import UsageError
+
+EXIT_CODES = """\
+exit codes:
+  0  success
+  1  volumes failed beyond the limit, or the dataset is not right
+  2  a wrong option, manifest or OUTPUT; nothing was written
+"""
+
+_BUILD_EXAMPLES = """\
+examples:
+  beam-nifti build cohort/manifest.tsv cohort/dataset --dry-run
+  beam-nifti build cohort/manifest.tsv cohort/dataset
+  beam-nifti build gs://lab/manifest.csv gs://lab/dataset --shuffle-seed 1 \\
+      --runner=DataflowRunner --region=europe-west1 --temp-location=gs://lab/tmp
+
+A build that was stopped continues when the same command is given again. Rows that were appended to the
+manifest are added; volumes that failed are tried again.
+
+"""
+
+
+def default_workers() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="beam-nifti",
+        description="Turn NIfTI volumes into sharded TFRecords for training, on one machine or a cluster.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"beam-nifti {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_build(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    epilog: str = EXIT_CODES,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    build = _command(
+        commands,
+        "build",
+        "write the dataset that a manifest describes",
+        _BUILD_EXAMPLES + EXIT_CODES,
+    )
+    build.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help="table of images: .csv, .tsv, .jsonl or .parquet with the columns path, label, "
+        "participant_id, session_id, split (all but path optional; further ones are kept in the index)",
+    )
+    build.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+
+    columns = build.add_argument_group("manifest columns")
+    columns.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
+    columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+    columns.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="unique name of each example; default: participant_id, joined with session_id, else the path",
+    )
+
+    shards = build.add_argument_group("shards")
+    size = shards.add_mutually_exclusive_group()
+    size.add_argument(
+        "--examples-per-shard",
+        type=int,
+        metavar="N",
+        help="default: from the first image's header, for shards of 128 to 256 MB",
+    )
+    size.add_argument("--num-shards", type=int, metavar="N", help="shards of each split")
+    shards.add_argument(
+        "--shuffle-seed",
+        type=int,
+        metavar="N",
+        help="shuffle the rows of each split, the same way everywhere; default: the manifest's order",
+    )
+    shards.add_argument("--compression", choices=COMPRESSIONS, default="gzip", help="default: gzip")
+    shards.add_argument(
+        "--compression-level",
+        type=int,
+        choices=COMPRESSION_LEVELS,
+        default=2,
+        help="igzip level; default: 2, the smallest of the four on float32 voxels",
+    )
+
+    voxels = build.add_argument_group("voxels")
+    voxels.add_argument(
+        "--rescale",
+        choices=RESCALE_METHODS,
+        default="minmax",
+        help="minmax (default): each volume's own range onto [0, 1]; none: the image's units",
+    )
+    voxels.add_argument(
+        "--voxel-dtype",
+        choices=VOXEL_DTYPES,
+        default="float32",
+        help="float32 (default); native: as in the file, smaller, and rescaled by the reader",
+    )
+    voxels.add_argument(
+        "--allow-mixed-shapes",
+        action="store_true",
+        help="accept volumes of another shape than the first image's",
+    )
+
+    run = build.add_argument_group("running")
+    run.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="complete the dataset if at most this fraction of the volumes failed; default: 0",
+    )
+    run.add_argument("--overwrite", action="store_true", help="replace a dataset of another making")
+    run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
+    _add_workers(run, "threads; on a cluster, the least parallelism to prepare for")
+    run.add_argument(
+        "--temp-location",
+        metavar="PATH",
+        help="folder or URL for what is needed only while building; default: in OUTPUT",
+    )
+    _add_quiet(run)
+    build.add_argument_group(
+        "Apache Beam",
+        "Every other flag goes to Beam: --runner=FlinkRunner --flink_master=… and so on.",
+    )
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verify = _command(commands, "verify", "read a dataset back and check every byte of it")
+    verify.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+    verify.add_argument("--manifest", metavar="MANIFEST", help="compare ids and labels with this table")
+    verify.add_argument(
+        "--deep",
+        metavar="N",
+        help="make N records (or: all) again from their images, and compare bit for bit",
+    )
+    _add_workers(verify, "threads")
+    _add_quiet(verify)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = _command(commands, "inspect", "say what is in a dataset, or in one of its records")
+    inspect.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+    inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_workers(group: argparse._ActionsContainer, what: str) -> None:
+    group.add_argument(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        metavar="N",
+        help=f"{what}; default: all cores ({default_workers()} here)",
+    )
+
+
+def _add_quiet(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--quiet", action="store_true", help="no progress; results and errors only")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a command line.
+
+    Args:
+        argv: without the program's name. Flags may be written with - or _.
+
+    Returns:
+        Our options, and the flags that are for Beam (none but for `build`).
+
+    Raises:
+        UsageError: a flag that no command of ours knows, where Beam gets none.
+        SystemExit: argparse's own, for --help and for malformed options.
+    """
+    parser = make_parser()
+    known, rest = parser.parse_known_args([_dashed(a) for a in argv])
+    if "" in (known.output, getattr(known, "manifest", None)):
+        raise UsageError("MANIFEST or OUTPUT is empty; was a variable not set?")
+    if rest and (known.command != "build" or not all(a.startswith("--") for a in rest[:1])):
+        raise UsageError(f"unknown argument {rest[0]}; see `beam-nifti {known.command} --help`")
+    return known, [_underscored(a) for a in rest]
+
+
+def _dashed(argument: str) -> str:
+    return _renamed(argument, "_", "-")
+
+
+def _underscored(argument: str) -> str:
+    return _renamed(argument, "-", "_")
+
+
+def _renamed(argument: str, old: str, new: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace(old, new)}{equals}{value}"
+
+
+def refuse_misspelled(unknown: Sequence[str], *, strict: bool) -> None:
+    """Refuse flags that are nobody's.
+
+    Args:
+        unknown: flags that neither we nor Beam's Python SDK know.
+        strict: whether there is nobody else who could know them; a cluster's job service may.
+
+    Raises:
+        UsageError: naming the flag that was probably meant.
+    """
+    ours = [o for o in _build_flags() if o.startswith("--")]
+    for argument in unknown:
+        if not argument.startswith("--"):
+            continue
+        flag = _dashed(argument.partition("=")[0])
+        close = difflib.get_close_matches(flag, ours, n=1, cutoff=0.75)
+        if close or strict:
+            hint = f"; did you mean {close[0]}?" if close else "; see `beam-nifti build --help`"
+            raise UsageError(f"unknown flag {flag}{hint}")
+
+
+def _build_flags() -> list[str]:
+    parser = argparse.ArgumentParser()
+    _add_build(parser.add_subparsers())
+    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return list(action.choices["build"]._option_string_actions)
+
+
+def build_config(options: argparse.Namespace) -> BuildConfig:
+    """The build that the options ask for.
+
+    Raises:
+        UsageError: a value that no build can have.
+    """
+    sharding = None
+    if options.examples_per_shard is not None or options.num_shards is not None:
+        sharding = Sharding(options.examples_per_shard, options.num_shards)
+    # A level means nothing without compression, so it makes no difference between two datasets.
+    level = options.compression_level if options.compression == "gzip" else RecordConfig.compression_level
+    return BuildConfig(
+        manifest=options.manifest,
+        output=options.output,
+        record=RecordConfig(options.rescale, options.voxel_dtype, options.compression, level),
+        columns=Columns(options.path_column, options.label_column, options.id_column),
+        sharding=sharding,
+        shuffle_seed=options.shuffle_seed,
+        allow_mixed_shapes=options.allow_mixed_shapes,
+        max_bad_fraction=options.max_bad_fraction,
+        overwrite=options.overwrite,
+        temp_location=options.temp_location,
+        workers=options.workers,
+    )

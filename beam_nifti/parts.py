@@ -1,0 +1,155 @@
+"""Part files: written while volumes stream by, found again after a crash.
+
+A part holds some records of one shard, with an index of its own. The index is written after the part
+is closed, so a part counts only where its index is there.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti import storage
+from beam_nifti.errors import ShardError
+from beam_nifti.index import IndexEntry, make_table, read_index, row_cells, schema_of, write_index
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.sharding import ShardName
+
+BUILD_FOLDER: Final = ".build"
+"""Folder, in the output, of what a build needs only until it is complete."""
+
+PART_ENDING: Final = ".part"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Records of one shard that are already written: a part file, or another shard.
+
+    Attributes:
+        data: path of the file that holds them.
+        index: path of its index.
+        positions: which of its records are meant; None means all.
+    """
+
+    data: str
+    index: str
+    positions: tuple[int, ...] | None = None
+
+
+def part_at(stem: str) -> Part:
+    """A part file and its index, by the name that they share."""
+    return Part(f"{stem}{PART_ENDING}", f"{stem}.parquet")
+
+
+def parts_folder(root: str, fingerprint: str, split: str, shard_index: int) -> str:
+    """Where the parts of a shard lie; the same however many shards the split has.
+
+    Args:
+        root: `BuildPlan.parts_root`.
+        fingerprint: of the configuration that makes the records.
+        split: of the shard.
+        shard_index: of the shard in its split.
+    """
+    return storage.join(root, fingerprint, f"{split}-{shard_index:05d}")
+
+
+class PartWriter:
+    """Writes one part file, a record at a time.
+
+    Args:
+        folder: `parts_folder` of the shard.
+        extra_columns: names of the manifest's further columns.
+    """
+
+    def __init__(self, folder: str, extra_columns: Sequence[str]) -> None:
+        # Attempts may overlap when a runner retries, so each writes under a name of its own.
+        self._stem = storage.join(folder, uuid.uuid4().hex)
+        self._extra_columns = extra_columns
+        self._entries: list[tuple[IndexEntry, int, int]] = []
+        self._offset = 0
+        self._opened = storage.create(f"{self._stem}{PART_ENDING}")
+        self._handle: BinaryIO = self._opened.__enter__()
+
+    def write(self, entry: IndexEntry, record: bytes) -> None:
+        """Append one encoded record."""
+        self._handle.write(record)
+        self._entries.append((entry, self._offset, len(record)))
+        self._offset += len(record)
+
+    def close(self) -> Part:
+        """Publish the part, then its index."""
+        self._opened.__exit__(None, None, None)
+        part = part_at(self._stem)
+        write_index(part.index, make_table(self._entries, self._extra_columns), {})
+        return part
+
+
+def find_parts(folder: str) -> list[Part]:
+    """The complete parts of a shard that an earlier run left."""
+    stems = (name.removesuffix(".parquet") for name in storage.list_files(folder, "*.parquet"))
+    return [part_at(storage.join(folder, stem)) for stem in stems]
+
+
+def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:
+    """A finished shard of the same making, if there is one."""
+    part = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
+    try:
+        facts = read_index(part.index)[1]
+    except (FileNotFoundError, ShardError):
+        return None
+    return part if facts.get("fingerprint") == fingerprint else None
+
+
+def finished_rows(
+    part: Part,
+    rows: Sequence[VolumeRow],
+    extra_columns: Sequence[str],
+    folder: str,
+    shape: tuple[int, ...] | None = None,
+    dtype: str | None = None,
+) -> Part | None:
+    """Which of `rows` a part holds, made of the same manifest rows and of unchanged images.
+
+    Args:
+        part: of the same fingerprint as this build's.
+        rows: of one shard.
+        extra_columns: names of the manifest's further columns.
+        folder: what relative image paths are relative to.
+        shape: that every volume must have; None where shapes may differ.
+        dtype: that every volume must have on disk; None where dtypes may differ.
+
+    Returns:
+        The part with its `positions` set; None where it holds none of them.
+    """
+    try:
+        table, _ = read_index(part.index)
+        held = storage.stat(part.data).size
+    except (FileNotFoundError, ShardError):
+        return None
+    if table.schema.names != schema_of(extra_columns).names or table.num_rows == 0:
+        return None
+    if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
+        return None
+    by_position = {row.position: row for row in rows}
+    positions = []
+    ours = pc.is_in(table["position"], pa.array(list(by_position), pa.int64()))
+    for found in table.filter(ours).to_pylist():
+        row = by_position[found["position"]]
+        same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
+        fits = shape in (None, tuple(found["shape"])) and dtype in (None, found["dtype"])
+        if same and fits and _unchanged(storage.join(folder, row.path), found):
+            positions.append(row.position)
+    return Part(part.data, part.index, tuple(positions)) if positions else None
+
+
+def _unchanged(path: str, found: dict[str, object]) -> bool:
+    try:
+        now = storage.stat(path)
+    except OSError:
+        return False  # loading it again says what is wrong
+    return (now.size, now.mtime) == (found["source_size"], found["source_mtime"])

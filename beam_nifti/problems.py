@@ -1,0 +1,48 @@
+"""What a check found wrong, collected by many threads and told in one order."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from enum import IntEnum
+from typing import Final
+
+MAX_PROBLEMS: Final = 20
+"""Problems that are told one by one; the rest are counted."""
+
+
+class Scope(IntEnum):
+    """What a problem concerns. The most bytes come first."""
+
+    DATASET = 0
+    SHARD = 1
+    ROWS = 2
+    RECORD = 3
+
+
+class Problems:
+    """Keeps the first MAX_PROBLEMS in the order of the dataset, whoever finds them first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: list[tuple[tuple[int, ...], str]] = []
+        self._total = 0
+
+    def add(self, scope: Scope, problem: str, *place: int) -> None:
+        """Add a problem.
+
+        Args:
+            scope: what it concerns.
+            problem: a sentence that names it.
+            place: numbers that order it among others of its scope, such as shard and record.
+        """
+        with self._lock:
+            self._total += 1
+            bisect.insort(self._kept, ((scope, *place), problem), key=lambda kept: kept[0])
+            del self._kept[MAX_PROBLEMS:]
+
+    def texts(self) -> tuple[str, ...]:
+        """The problems kept, and one more sentence where there were more."""
+        more = self._total - len(self._kept)
+        texts = tuple(text for _, text in self._kept)
+        return (*texts, f"and {more} more problems") if more else texts

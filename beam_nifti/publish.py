@@ -1,0 +1,200 @@
+"""The last step: dataset_info.json, whose presence means that the dataset is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from typing import Final
+
+from beam_nifti import storage
+from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
+from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError
+from beam_nifti.example import FEATURES
+from beam_nifti.failures import Failure, write_failures
+from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.plan import BuildPlan
+from beam_nifti.sharding import ShardName
+
+_SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
+_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "isal")
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """How a build ended.
+
+    Attributes:
+        num_written: records in the shards.
+        num_failed: volumes left out.
+        num_bytes: of the shards.
+        num_shards: of all splits.
+        complete: whether the dataset was published.
+        failures_path: of the list of the volumes left out; "" where there are none.
+    """
+
+    num_written: int
+    num_failed: int
+    num_bytes: int
+    num_shards: int
+    complete: bool
+    failures_path: str = ""
+
+
+class TooManyFailures(BeamNiftiError):
+    """More volumes failed than the build allows; the dataset is not published.
+
+    Attributes:
+        summary: how the build ended.
+    """
+
+    def __init__(self, summary: BuildSummary) -> None:
+        super().__init__(summary)
+        self.summary = summary
+
+    def __str__(self) -> str:
+        """How many failed of how many."""
+        failed, total = self.summary.num_failed, self.summary.num_failed + self.summary.num_written
+        return f"{failed} of {total} volumes failed, more than --max-bad-fraction allows"
+
+
+def read_info(output: str) -> DatasetInfo:
+    """The info of a complete dataset.
+
+    Raises:
+        DatasetError: there is none, or it is damaged.
+    """
+    path = storage.join(output, FILE_NAME)
+    try:
+        return DatasetInfo.from_json(storage.read(path), path)
+    except FileNotFoundError as e:
+        if storage.exists(storage.join(output, BUILD_FOLDER)):
+            raise DatasetError(
+                f"{output}: the build of this dataset is not complete; run the same "
+                "`beam-nifti build` again, it continues where it stopped"
+            ) from e
+        raise DatasetError(f"{output}: no dataset here ({FILE_NAME} is missing)") from e
+
+
+def find_info(output: str) -> DatasetInfo | None:
+    """The info of a complete dataset, if there is one.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    if not storage.exists(storage.join(output, FILE_NAME)):
+        return None
+    return read_info(output)
+
+
+def publish_dataset(
+    plan: BuildPlan, shards: Sequence[ShardInfo], failures: Sequence[Failure]
+) -> BuildSummary:
+    """Write failures.jsonl and, if the failures are within the limit, dataset_info.json.
+
+    Args:
+        plan: of the build.
+        shards: every shard, in any order.
+        failures: every volume left out, in any order.
+
+    Raises:
+        ShardError: a shard or a row is unaccounted for.
+        TooManyFailures: nothing is lost by it; the next run loads only what failed.
+    """
+    config = plan.config
+    by_place = {(n.split, n.index): s for s in shards if (n := ShardName.parse(s.name))}
+    splits = {split: [(split, i) for i in range(total)] for split, total in plan.shard_totals().items()}
+    missing = {place for places in splits.values() for place in places} - by_place.keys()
+    num_written = sum(s.num_examples for s in shards)
+    if missing or num_written + len(failures) != plan.num_rows:
+        raise ShardError(
+            f"{len(missing)} shards are missing, and {num_written} records and {len(failures)} failures "
+            f"do not make {plan.num_rows} rows; run the build again"
+        )
+    complete = len(failures) <= config.max_bad_fraction * plan.num_rows
+    published = find_info(config.output)
+    summary = BuildSummary(
+        num_written=num_written,
+        num_failed=len(failures),
+        num_bytes=sum(s.num_bytes for s in shards),
+        num_shards=len(shards),
+        complete=complete,
+        failures_path=_write_failures(plan, failures, complete or published is None),
+    )
+    _write_summary(config.output, summary)
+    if not summary.complete:
+        raise TooManyFailures(summary)
+    info = DatasetInfo(
+        config=config.as_dataset_config() | {"fingerprint": config.record.fingerprint},
+        manifest={
+            "path": config.manifest,
+            "num_rows": plan.num_rows,
+            "digest": plan.digest,
+            "columns": list(plan.column_names),
+        },
+        shape=plan.shape,
+        dtype=plan.stored_dtype,
+        labelled=config.columns.label is not None,
+        features=dict(FEATURES),
+        splits={
+            split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
+        },
+        num_failures=len(failures),
+        revision=plan.revision,
+        versions={name: metadata.version(name) for name in _VERSIONED},
+    )
+    if published is None or info != replace(published, revision=info.revision, versions=info.versions):
+        storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())
+    return summary
+
+
+def _write_failures(plan: BuildPlan, failures: Sequence[Failure], is_dataset: bool) -> str:
+    """Write failures.jsonl, beside the dataset only if it speaks of that dataset."""
+    output, config = plan.config.output, plan.config
+    path = storage.join(output if is_dataset else storage.join(output, BUILD_FOLDER), FAILURES_FILE)
+    if not failures:
+        storage.delete(path)
+        return ""
+    folder = storage.dirname(config.manifest)
+    write_failures(path, failures, folder, config.columns, plan.extra_columns)
+    return path
+
+
+def _write_summary(output: str, summary: BuildSummary) -> None:
+    text = json.dumps(asdict(summary))
+    storage.write(storage.join(output, _SUMMARY_FILE), text.encode())
+
+
+def take_summary(output: str) -> BuildSummary | None:
+    """How the last build in this output ended, if it got that far; forgets it."""
+    path = storage.join(output, _SUMMARY_FILE)
+    try:
+        summary = BuildSummary(**json.loads(storage.read(path)))
+    except FileNotFoundError:
+        return None
+    storage.delete(path)
+    return summary
+
+
+def remove_shards(output: str, keep: Collection[str]) -> None:
+    """Remove from an output the shards and indexes that are not among `keep` (file names).
+
+    What dead processes left of files that they had begun goes too.
+    """
+    kept = {name.stem for name in map(ShardName.parse, keep) if name}
+    index = storage.join(output, "index")
+    for name in storage.list_files(index):
+        whole = storage.temporary_of(name)
+        stem, _, ending = (whole or name).rpartition(".")
+        if ending == "parquet" and _is_stem(stem) and (whole or stem not in kept):
+            storage.delete(storage.join(index, name))
+    for name in storage.list_files(output):
+        whole = storage.temporary_of(name)
+        is_shard = ShardName.parse(whole or name) is not None
+        if whole in (FILE_NAME, FAILURES_FILE) or (is_shard and name not in keep):
+            storage.delete(storage.join(output, name))
+
+
+def _is_stem(stem: str) -> bool:
+    return ShardName.parse(f"{stem}.tfrecord") is not None

@@ -1,0 +1,270 @@
+"""Datasets as tf.data pipelines. The only importer of TensorFlow; loads no Beam.
+
+Voxels that were stored as in the file ("native") are rescaled here, in the graph, to the same bits
+that a float32 dataset of the same images holds. Source: docs/format.md, "Intensity".
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import tensorflow as tf
+
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
+from beam_nifti.errors import DatasetError, UsageError
+
+_OPEN_SHARDS: Final = 8
+"""Shards that are read at a time. A constant, so that the order is the same on every machine."""
+
+_SHUFFLE_BUFFER: Final = 64
+"""Examples among which the next one is drawn: 230 MB for float32 volumes of 91×109×91."""
+
+_IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
+_LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
+# Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
+_SCALING: Final = {
+    "scl_slope": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", 1.0)),
+    "scl_inter": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", -0.0)),
+}
+
+_NORMAL: Final = 2.0**-126
+_STEP: Final = 2.0**-149
+_SIGN: Final = -(2**31)
+_UNSIGNED: Final = {
+    tf.int8: tf.uint8,
+    tf.int16: tf.uint16,
+    tf.int32: tf.uint32,
+    tf.int64: tf.uint64,
+}
+
+
+def load_dataset(
+    path: str | os.PathLike[str],
+    split: str = "train",
+    batch_size: int | None = None,
+    *,
+    shuffle: bool = False,
+    seed: int | None = None,
+    drop_remainder: bool = False,
+) -> tf.data.Dataset:
+    """Open one split of a complete dataset.
+
+    Args:
+        path: the dataset's folder, or a URL of a scheme that TensorFlow serves.
+        split: such as "train".
+        batch_size: examples a batch; None gives single examples, without the axis B.
+        shuffle: put shards, and the examples of a window of 64, into another order in every epoch.
+            Without, the order is the same in every epoch and on every machine: one example of each
+            of eight shards in turn.
+        seed: makes the sequence of orders that `shuffle` gives the same in every run.
+        drop_remainder: leave out a last batch that is not full, so that B is static.
+
+    Returns:
+        A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), and y,
+        float32 of shape (B,); X alone where the dataset has no labels. All axes but B are static,
+        unless the dataset's volumes have different shapes. X is in [0, 1], or in the images' own
+        units in a dataset built with `--rescale none`.
+
+    Raises:
+        DatasetError: there is no complete dataset, no such split, or a shard is missing.
+        UsageError: the arguments do not fit together, or volumes of different shapes are to be batched.
+    """
+    _check_batching(batch_size, drop_remainder)
+    if seed is not None and not shuffle:
+        raise UsageError(f"seed is {seed}, but nothing is shuffled; add shuffle=True")
+    folder = os.fspath(path).rstrip("/")
+    info = _read_info(folder)
+    if info.shape is None and batch_size not in (None, 1):
+        raise UsageError(
+            f"batch_size is {batch_size}, but the volumes of {folder} have different shapes; "
+            "use batch_size=1 or None"
+        )
+    files = _shard_files(folder, info, split)
+    compression = "GZIP" if info.config["compression"] == "gzip" else ""
+    names = tf.data.Dataset.from_tensor_slices(files)
+    if shuffle:
+        names = names.shuffle(len(files), seed)
+    records = names.interleave(
+        lambda name: tf.data.TFRecordDataset(name, compression),
+        cycle_length=min(_OPEN_SHARDS, len(files)),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    # Ends an epoch with an error if a shard holds other than what dataset_info.json says.
+    records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
+    if shuffle:
+        records = records.shuffle(_SHUFFLE_BUFFER, seed)
+    examples = records.map(_parser(info), num_parallel_calls=tf.data.AUTOTUNE)
+    if batch_size is not None:
+        examples = examples.batch(batch_size, drop_remainder=drop_remainder)
+    return examples.prefetch(tf.data.AUTOTUNE)
+
+
+def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.Dataset:
+    """Read GZIP TFRecords of float32 volumes from the files alone, in order.
+
+    `load_dataset` is faster and knows shapes and cardinality; this needs no dataset_info.json and reads
+    what any writer of `image_raw` and `label` made.
+
+    Args:
+        files: a glob, or a list of files.
+        batch_size: examples a batch, which must have one shape.
+
+    Returns:
+        A dataset of X, float32 of shape (B, x, y, z, 1), and y, float32 of shape (B,). No axis but the
+        last is static.
+
+    Raises:
+        DatasetError: a file is missing, or the glob matches none.
+        UsageError: batch_size is below 1.
+    """
+    _check_batching(batch_size, drop_remainder=False)
+    if isinstance(files, str):
+        found = sorted(tf.io.gfile.glob(files))
+        if not found:
+            raise DatasetError(f"{files}: no file matches; check the folder and the ending")
+    else:
+        found = list(files)
+        for name in found:
+            if not tf.io.gfile.exists(name):
+                raise DatasetError(f"{name}: no such file; check the list of files")
+        if not found:
+            raise DatasetError("the list of files is empty; give at least one file")
+
+    def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        features = tf.io.parse_single_example(record, {**_IMAGE, **_LABEL})
+        voxels = tf.io.parse_tensor(features["image_raw"], tf.float32)
+        return tf.expand_dims(tf.ensure_shape(voxels, [None] * 3), 3), features["label"]
+
+    records = tf.data.TFRecordDataset(found, "GZIP")
+    examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+    return examples.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def _check_batching(batch_size: int | None, drop_remainder: bool) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
+    if drop_remainder and batch_size is None:
+        raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")
+
+
+def _read_info(folder: str) -> DatasetInfo:
+    path = f"{folder}/{FILE_NAME}"
+    try:
+        with tf.io.gfile.GFile(path, "rb") as handle:
+            text = handle.read()
+    except tf.errors.NotFoundError as e:
+        raise DatasetError(
+            f"{folder}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
+            "`beam-nifti build`, which continues a build that was interrupted"
+        ) from e
+    except tf.errors.UnimplementedError as e:
+        raise DatasetError(
+            f"{folder}: TensorFlow has no such file system ({e.message}); install beam-nifti[io] and "
+            "import tensorflow_io first"
+        ) from e
+    return DatasetInfo.from_json(text, path)
+
+
+def _shard_files(folder: str, info: DatasetInfo, split: str) -> list[str]:
+    """Paths of a split's shards, all of which are there."""
+    shards = info.split(split).shards
+    present = set(tf.io.gfile.listdir(folder))  # one request, however many shards
+    missing = [s.name for s in shards if s.name not in present]
+    if missing:
+        raise DatasetError(
+            f"{folder}: {len(missing)} of {len(shards)} shards of split {split!r} are missing, "
+            f"{missing[0]} among them; copy the dataset again, or build it again with --overwrite"
+        )
+    return [f"{folder}/{s.name}" for s in shards]
+
+
+def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
+    """From a serialized Example to (X, y), or to X where there are no labels."""
+    native = info.config["voxel_dtype"] == "native"
+    wanted = {**_IMAGE, **(_LABEL if info.labelled else {}), **(_SCALING if native else {})}
+    shape = [None] * 3 if info.shape is None else info.shape
+
+    def parse(record: tf.Tensor) -> Any:
+        features = tf.io.parse_single_example(record, wanted)
+        voxels = tf.io.parse_tensor(features["image_raw"], tf.as_dtype(info.dtype))
+        voxels = tf.ensure_shape(voxels, shape)
+        if native:
+            voxels = _rescale(
+                voxels,
+                _decode_double(features["scl_slope"]),
+                _decode_double(features["scl_inter"]),
+                info.config["rescale"],
+            )
+        image = tf.expand_dims(voxels, 3)
+        return (image, features["label"]) if info.labelled else image
+
+    return parse
+
+
+def _decode_double(data: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(tf.io.decode_raw(data, tf.float64), [])
+
+
+def _rescale(voxels: tf.Tensor, slope: tf.Tensor, inter: tf.Tensor, method: str) -> tf.Tensor:
+    """What `beam_nifti.rescale` makes of the same voxels, bit for bit."""
+    if method == "none":
+        return _to_float32(_to_float64(voxels) * slope + inter)
+    if not voxels.dtype.is_integer:
+        return _rescale_values(voxels, slope, inter)
+    return tf.cond(
+        (slope == 1.0) & (inter == 0.0),
+        lambda: _rescale_integers(voxels),
+        lambda: _rescale_values(voxels, slope, inter),
+    )
+
+
+def _rescale_integers(voxels: tf.Tensor) -> tf.Tensor:
+    """Unscaled integers: their differences are exact, whatever their size."""
+    low = tf.reduce_min(voxels)
+    # Modular subtraction of unsigned integers is exact where the signed one would overflow.
+    unsigned = _UNSIGNED.get(voxels.dtype, voxels.dtype)
+    above = tf.bitcast(voxels, unsigned) - tf.bitcast(low, unsigned)
+    # In float32 the quotient of narrow integers is the same, and takes half the time.
+    exact = tf.float32 if unsigned.size <= 2 else tf.float64
+    quotient = tf.cast(above, exact) / tf.cast(tf.reduce_max(above), exact)
+    return tf.cast(quotient, tf.float32)
+
+
+def _rescale_values(voxels: tf.Tensor, slope: tf.Tensor, inter: tf.Tensor) -> tf.Tensor:
+    """Floats, and integers with a scaling: all in float64."""
+    values = _to_float64(voxels)
+    ends = tf.stack([tf.reduce_min(values), tf.reduce_max(values)]) * slope + inter
+    low, high = tf.reduce_min(ends), tf.reduce_max(ends)
+    # A range wider than float64's own overflows; halving everything is exact up there.
+    factor = tf.where(tf.math.is_inf(high - low), tf.constant(0.5, tf.float64), 1.0)
+    low, high = low * factor, high * factor
+    # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
+    low = tf.where(low == 0.0, tf.constant(-0.0, tf.float64), low)
+    values = values * (slope * factor) + inter * factor
+    return _to_float32((values - low) / (high - low))
+
+
+# TensorFlow's threads take subnormal numbers for 0 and round to 0 what would be one. Float32 images do
+# hold some (probability maps, smoothed masks), so those go through integers: the n-th subnormal float32
+# above 0 is n times _STEP, and has the bits of the integer n.
+
+
+def _to_float64(voxels: tf.Tensor) -> tf.Tensor:
+    """Exactly, subnormal float32 included."""
+    values = tf.cast(voxels, tf.float64)
+    if voxels.dtype != tf.float32:
+        return values
+    bits = tf.bitcast(voxels, tf.int32)
+    size = tf.cast(tf.bitwise.bitwise_and(bits, ~_SIGN), tf.float64) * _STEP
+    return tf.where(size < _NORMAL, tf.where(bits < 0, -size, size), values)
+
+
+def _to_float32(values: tf.Tensor) -> tf.Tensor:
+    """Rounded to nearest, subnormal float32 included."""
+    rounded = tf.bitcast(tf.cast(values, tf.float32), tf.int32)
+    size = tf.abs(values)
+    steps = tf.cast(tf.round(tf.where(size < _NORMAL, size / _STEP, 0.0)), tf.int32)
+    return tf.bitcast(tf.bitwise.bitwise_or(rounded, steps), tf.float32)

@@ -1,0 +1,225 @@
+"""What one record must be. Bytes and its row of the index in, sentences out."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.errors import VolumeError
+from beam_nifti.example import decode_example, decode_tensor, encode_volume
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.rescale import Scaling
+from beam_nifti.volume import load_volume, rescale_volume
+
+_FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
+_SCALING: Final = frozenset({"scl_slope", "scl_inter"})
+"""Features that stand only beside native voxels whose header scales them."""
+
+_DOUBLE: Final = struct.Struct("<d")
+_STATISTICS_TOLERANCE: Final = 1e-6
+"""Relative; sums of the same voxels differ in their last bits between processors."""
+
+_Feature = memoryview | npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class RecordSpec:
+    """What every record of a dataset must be.
+
+    Attributes:
+        config: what decided its bytes.
+        features: name to kind, such as "float[16]".
+        shape: (X, Y, Z) of every volume; None where shapes are mixed.
+        dtype: of the stored voxels.
+        labelled: whether every record has a label; without, every label is NaN.
+    """
+
+    config: RecordConfig
+    features: Mapping[str, str]
+    shape: tuple[int, ...] | None
+    dtype: str
+    labelled: bool
+
+    @classmethod
+    def of(cls, info: DatasetInfo) -> RecordSpec:
+        """The spec of a dataset.
+
+        Raises:
+            UsageError: its configuration is not one that this version knows.
+        """
+        known = {f.name for f in fields(RecordConfig)}
+        config = RecordConfig(**{k: v for k, v in info.config.items() if k in known})
+        return cls(config, info.features, info.shape, info.dtype, info.labelled)
+
+
+def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
+    """Find what is wrong with one record.
+
+    Args:
+        payload: the serialized Example.
+        cells: the record's row of the index.
+        spec: of the dataset.
+
+    Raises:
+        ShardError: the payload is no Example, or `image_raw` no tensor.
+    """
+    features = decode_example(payload)
+    wrong = list(_check_schema(features, spec))
+    yield from wrong
+    if wrong:
+        return
+    yield from _check_metadata(features, cells, spec)
+    voxels = decode_tensor(features["image_raw"])  # type: ignore[arg-type]
+    shape = tuple(cells["shape"])
+    if voxels.shape != shape:
+        yield f"shape is {voxels.shape}, the index says {shape}"
+    if spec.shape is not None and voxels.shape != spec.shape:
+        yield f"shape is {voxels.shape}, dataset_info.json says {spec.shape}"
+    if voxels.dtype.name != spec.dtype:
+        yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.dtype}"
+    native = spec.config.voxel_dtype == "native"
+    if native and cells["dtype"] != spec.dtype:
+        yield f"voxels are {spec.dtype} as in the image's file, the index says {cells['dtype']}"
+    if voxels.size == 0:
+        yield "there are no voxels"
+        return
+    yield from _check_intensities(voxels, features, cells, spec.config)
+
+
+def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterator[str]:
+    required = spec.features.keys() - _SCALING
+    if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
+        required |= _SCALING
+    for name in sorted(required - features.keys()):
+        yield f"feature {name} is missing"
+    for name in sorted(features.keys() - required):
+        yield f"feature {name} is not one that dataset_info.json names"
+    for name in sorted(required & features.keys()):
+        kind, value = spec.features.get(name, "none"), features[name]
+        found = "bytes" if isinstance(value, memoryview) else f"float[{value.size}]"
+        if found != ("float[1]" if kind == "float" else kind):
+            yield f"feature {name} is {found}, dataset_info.json says {kind}"
+        elif name in _SCALING and len(value) != _DOUBLE.size:
+            yield f"feature {name} has {len(value)} bytes, a float64 has {_DOUBLE.size}"
+
+
+def _check_metadata(
+    features: Mapping[str, _Feature], cells: Mapping[str, Any], spec: RecordSpec
+) -> Iterator[str]:
+    stored_id = bytes(features["id"]).decode(errors="replace")
+    if stored_id != cells["example_id"]:
+        yield f"id is {stored_id!r}, the index says {cells['example_id']!r}"
+    label = cells["label"]
+    if (label is None) == spec.labelled:
+        yield f"the index's label is {label}, and dataset_info.json says labelled: {spec.labelled}"
+    expected = {
+        "label": [np.nan if label is None else label],
+        "affine": cells["affine"],
+        "zooms": cells["zooms"],
+        "intensity_min": [cells["min"]],
+        "intensity_max": [cells["max"]],
+    }
+    for name, numbers in expected.items():
+        stored, said = np.asarray(features[name]), _as_float32(numbers)
+        if not np.array_equal(stored, said, equal_nan=True):
+            yield f"{name} is {_show(stored)}, the index says {_show(said)}"
+
+
+def _as_float32(numbers: Sequence[float]) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return np.array(numbers, np.float64).astype(np.float32)
+
+
+def _show(numbers: npt.NDArray[Any]) -> str:
+    return " ".join(f"{n:g}" for n in numbers.tolist())
+
+
+def _check_intensities(
+    voxels: npt.NDArray[Any],
+    features: Mapping[str, _Feature],
+    cells: Mapping[str, Any],
+    config: RecordConfig,
+) -> Iterator[str]:
+    # One NaN makes both ends NaN: two passes find every bad voxel.
+    ends = np.array([voxels.min(), voxels.max()])
+    if not np.isfinite(ends).all():
+        bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
+        yield f"{bad} of {voxels.size} voxels are NaN or infinite"
+        return
+    low, high = float(cells["min"]), float(cells["max"])
+    if config.rescale == "minmax" and not low < high:
+        yield f"the index says an intensity range from {low:g} to {high:g}, which cannot be rescaled"
+    name, found = "voxels", ends
+    if config.voxel_dtype == "native":
+        name, found, expected = "voxels, scaled,", _native_range(ends, features), np.array([low, high])
+    elif config.rescale == "minmax":
+        name, expected = "rescaled voxels", np.array([0.0, 1.0])
+    else:
+        expected = _as_float32([low, high])
+    if not np.array_equal(found, expected):
+        ends_text = f"{found[0]:g} to {found[1]:g}, expected {expected[0]:g} to {expected[1]:g}"
+        yield f"{name} range from {ends_text}"
+
+
+def _native_range(ends: npt.NDArray[Any], features: Mapping[str, _Feature]) -> npt.NDArray[np.float64]:
+    """The range in the image's units."""
+    scaling = Scaling()
+    if "scl_slope" in features:
+        scaling = Scaling(*(_DOUBLE.unpack(features[name])[0] for name in ("scl_slope", "scl_inter")))
+    return np.sort(scaling.apply(ends))
+
+
+def check_source(
+    payload: bytes, cells: Mapping[str, Any], folder: str, config: RecordConfig
+) -> Iterator[str]:
+    """Make a record again from its image and find where it differs.
+
+    Args:
+        payload: the serialized Example.
+        cells: the record's row of the index.
+        folder: what relative image paths are relative to.
+        config: that the record was made with.
+    """
+    row = VolumeRow(cells["row"], cells["example_id"], cells["source"], cells["label"])
+    try:
+        volume = rescale_volume(load_volume(row, folder), config)
+    except VolumeError as e:
+        yield f"cannot be made again: {e}"
+        return
+    assert volume.intensity is not None
+    again = encode_volume(volume)
+    if again != payload:
+        stored, made = decode_example(payload), decode_example(again)
+        names = sorted(n for n in stored.keys() | made.keys() if not _same(stored, made, n))
+        was = (cells["source_size"], cells["source_mtime"])
+        changed = (volume.source.size, volume.source.mtime) != was
+        reason = (
+            f"the image changed since the build (then {was[0]} bytes, now {volume.source.size})"
+            if changed
+            else "the image did not change since the build"
+        )
+        yield f"{row.path} gives another {', '.join(names)} than is stored; {reason}; build it again"
+        return
+    now = volume.intensity
+    tolerance = _STATISTICS_TOLERANCE * max(abs(now.min), abs(now.max))
+    for name, far in (("min", 0.0), ("max", 0.0), ("mean", tolerance), ("std", tolerance)):
+        said, found = cells[name], getattr(now, name)
+        if not abs(said - found) <= far:
+            yield f"the index says {name} {said:g}, its image has {found:g}"
+    if cells["dtype"] != volume.dtype:
+        yield f"the index says dtype {cells['dtype']}, its image has {volume.dtype}"
+
+
+def _same(one: Mapping[str, _Feature], other: Mapping[str, _Feature], name: str) -> bool:
+    if name not in one or name not in other:
+        return False
+    # memoryview and float32 arrays both hand out their bytes; NaN labels compare equal so.
+    return bytes(memoryview(one[name]).cast("B")) == bytes(memoryview(other[name]).cast("B"))

@@ -1,0 +1,148 @@
+"""One pass over a shard's file: hashed and cut into records in the same reading."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
+
+from beam_nifti import storage
+from beam_nifti.dataset_info import FILE_NAME, ShardInfo
+from beam_nifti.errors import ShardError
+from beam_nifti.index import read_index
+from beam_nifti.problems import Problems, Scope
+from beam_nifti.table_checks import check_index, check_places, index_rows, no_rows
+
+_READ_BYTES: Final = 1 << 22
+_BATCH_ROWS: Final = 256
+_RESTORE: Final = "copy it again, or delete it and its index and run the build again"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record as it lies in its shard.
+
+    Attributes:
+        ordinal: 0-based number in the shard.
+        data: its bytes.
+        cells: its row of the index.
+        name: how problems call it.
+    """
+
+    ordinal: int
+    data: bytes
+    cells: Mapping[str, Any]
+    name: str
+
+
+class ShardPass:
+    """Hands the records of a shard to whoever asks next, and finds what is wrong with its files.
+
+    Threads may take in turn; the one that reads holds the others up, so the file is read in order.
+
+    Args:
+        output: folder of the dataset.
+        shard: as dataset_info.json describes it.
+        split: that it belongs to.
+        number: of the shard in the dataset.
+        problems: where to tell what is wrong.
+
+    Attributes:
+        rows: id, label and split of its records, once it was read.
+    """
+
+    def __init__(self, output: str, shard: ShardInfo, split: str, number: int, problems: Problems) -> None:
+        self._output, self._shard, self._split = output, shard, split
+        self._number, self._problems = number, problems
+        self._lock = threading.Lock()
+        self._records = self._read()
+        self.rows = no_rows()
+
+    def take(self) -> StoredRecord | None:
+        """The next record; None when there is no more."""
+        with self._lock:
+            return next(self._records, None)
+
+    def _tell(self, file: str, problem: str) -> None:
+        self._problems.add(Scope.SHARD, f"{file}: {problem}", self._number)
+
+    def _read(self) -> Iterator[StoredRecord]:
+        table = self._read_index()
+        path, name = storage.join(self._output, self._shard.name), self._shard.name
+        try:
+            size = storage.stat(path).size
+            with storage.open_read(path) as handle:
+                yield from self._read_file(handle, size, table)
+        except FileNotFoundError:
+            self._tell(name, "is missing; copy it again, or delete its index and build again")
+        except OSError as e:
+            self._tell(name, f"cannot be read: {e}; {_RESTORE}")
+
+    def _read_index(self) -> pa.Table:
+        """The shard's index; without rows where they cannot be used."""
+        shard = self._shard
+        path = storage.join(self._output, shard.index)
+        try:
+            if hashlib.sha256(storage.read(path)).hexdigest() != shard.index_sha256:
+                self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
+            table, facts = read_index(path)
+            table.validate(full=True)  # Parquet's text is not checked when it is read
+            problems = list(check_index(table, facts, shard))
+        except FileNotFoundError:
+            problems = ["is missing"]
+        except (ShardError, pa.ArrowException, OSError, ValueError) as e:
+            problems = [f"cannot be read: {e}"]
+        for problem in problems:
+            remedy = f"{shard.name} is not checked by it; delete both and run the build again"
+            self._tell(shard.index, f"{problem}; {remedy}")
+        if problems:
+            return no_rows()
+        if table.num_rows != shard.num_examples:
+            said = f"{FILE_NAME} says {shard.num_examples} examples"
+            self._tell(shard.index, f"has {table.num_rows} rows, {said}")
+        self.rows = index_rows(table, self._split)
+        return table
+
+    def _read_file(self, handle: BinaryIO, size: int, table: pa.Table) -> Iterator[StoredRecord]:
+        shard, hasher = self._shard, hashlib.sha256()
+        problems = list(check_places(table, size)) if table.num_rows else []
+        for problem in problems:
+            self._tell(shard.index, problem)
+        # Where the index does not lead through the file from front to back, it is hashed by itself.
+        in_order = not problems
+        if not in_order:
+            _hash_rest(handle, hasher)
+        for ordinal, cells in _rows_of(table):
+            offset, length = cells["offset"], cells["length"]
+            name = f"{shard.name}: record {ordinal} ({cells['example_id']})"
+            if not 0 <= offset < offset + length <= size:
+                problem = f"{name}: bytes {offset} to {offset + length} are not in the file ({size})"
+                self._problems.add(Scope.RECORD, problem, self._number, ordinal)
+                continue
+            if not in_order:
+                handle.seek(offset)
+            data = handle.read(length)
+            if in_order:
+                hasher.update(data)
+            yield StoredRecord(ordinal, data, cells, name)
+        if in_order:
+            _hash_rest(handle, hasher)
+        if size != shard.num_bytes:
+            self._tell(shard.name, f"has {size} bytes, {FILE_NAME} says {shard.num_bytes}")
+        if (found := hasher.hexdigest()) != shard.sha256:
+            said = f"{FILE_NAME} says {shard.sha256}: one of the files was changed"
+            self._tell(shard.name, f"sha256 is {found}, {said}; {_RESTORE}")
+
+
+def _rows_of(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
+    for start in range(0, table.num_rows, _BATCH_ROWS):
+        yield from enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), start)
+
+
+def _hash_rest(handle: BinaryIO, hasher: hashlib._Hash) -> None:
+    while chunk := handle.read(_READ_BYTES):
+        hasher.update(chunk)

@@ -1,0 +1,108 @@
+"""Shards and the order of rows: integers and names only."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from beam_nifti.config import Sharding
+
+SPLIT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+_NAME = re.compile(
+    rf"(?P<split>{SPLIT_PATTERN.pattern})-(?P<index>\d{{5,}})-of-(?P<total>\d{{5,}})"
+    r"(?:-r(?P<revision>\d+))?\.tfrecord(?P<gz>\.gz)?"
+)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ShardName:
+    """A shard's file name, formatted and parsed in one place.
+
+    Attributes:
+        split: such as "train".
+        index: 0-based number of the shard in its split.
+        total: shards in the split.
+        compressed: whether the file ends in `.gz`.
+        revision: 0 for a first build; a rebuild that must not touch a published file of the same
+            name counts up.
+
+    >>> str(ShardName("train", 3, 10))
+    'train-00003-of-00010.tfrecord.gz'
+    >>> ShardName.parse("test-00000-of-00001-r2.tfrecord")
+    ShardName(split='test', index=0, total=1, compressed=False, revision=2)
+    """
+
+    split: str
+    index: int
+    total: int
+    compressed: bool = True
+    revision: int = 0
+
+    def __str__(self) -> str:
+        """The file's name, without a folder."""
+        return f"{self.stem}.tfrecord{'.gz' if self.compressed else ''}"
+
+    @property
+    def stem(self) -> str:
+        """The name without its endings."""
+        revision = f"-r{self.revision}" if self.revision else ""
+        return f"{self.split}-{self.index:05d}-of-{self.total:05d}{revision}"
+
+    @property
+    def index_file(self) -> str:
+        """Path of the shard's index, relative to the dataset."""
+        return f"index/{self.stem}.parquet"
+
+    def is_same_place(self, other: ShardName) -> bool:
+        """Whether both are the same shard of the same split, but perhaps of another revision."""
+        return replace(self, revision=0) == replace(other, revision=0)
+
+    @classmethod
+    def parse(cls, name: str) -> ShardName | None:
+        """The shard that a file name stands for; None where it is no shard's name."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        return cls(
+            match["split"],
+            int(match["index"]),
+            int(match["total"]),
+            match["gz"] is not None,
+            int(match["revision"] or 0),
+        )
+
+
+def shard_ranges(num_rows: int, sharding: Sharding) -> list[range]:
+    """Cut the positions 0 to `num_rows` of a split into consecutive shards, none empty.
+
+    >>> shard_ranges(7, Sharding(examples_per_shard=3))
+    [range(0, 3), range(3, 6), range(6, 7)]
+    >>> shard_ranges(7, Sharding(num_shards=3))
+    [range(0, 2), range(2, 4), range(4, 7)]
+    """
+    if sharding.examples_per_shard is not None:
+        step = sharding.examples_per_shard
+        return [range(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+    assert sharding.num_shards is not None
+    total = min(sharding.num_shards, num_rows)
+    return [range(s * num_rows // total, (s + 1) * num_rows // total) for s in range(total)]
+
+
+def order_rows(ids: Sequence[str], seed: int | None) -> list[int]:
+    """The order in which the rows of a split take their positions.
+
+    Args:
+        ids: example ids, unique, in the manifest's order.
+        seed: None keeps that order; a number orders by a keyed hash of the ids, which is the same on
+            every machine and does not depend on where a row stands in the manifest.
+
+    Returns:
+        Indices into `ids`, one a position.
+    """
+    if seed is None:
+        return list(range(len(ids)))
+    key = hashlib.sha256(str(seed).encode()).digest()
+    keys = [hashlib.blake2b(i.encode(), digest_size=16, key=key).digest() for i in ids]
+    return sorted(range(len(ids)), key=lambda i: (keys[i], ids[i]))

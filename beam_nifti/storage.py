@@ -1,0 +1,265 @@
+"""Files, local or remote. The only module that knows how to reach a path.
+
+A path with a scheme (`s3://`, `gs://`, `hdfs://`) goes through Beam's FileSystems, which are imported
+only then; everything else is the local disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import importlib.util
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar, cast
+
+T = TypeVar("T")
+_TEMPORARY = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """A file's size in bytes and its time of modification in seconds since 1970."""
+
+    size: int
+    mtime: float
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names an object store or cluster file system rather than the local disk.
+
+    >>> is_remote("s3://bucket/a.nii.gz"), is_remote("/data/a.nii.gz")
+    (True, False)
+    """
+    return "://" in path
+
+
+def join(base: str, *parts: str) -> str:
+    """Append to a folder; a part that is absolute or a URL starts afresh.
+
+    >>> join("s3://bucket/study", "sub-01/T1w.nii.gz")
+    's3://bucket/study/sub-01/T1w.nii.gz'
+    >>> join("/data", "/scans/a.nii")
+    '/scans/a.nii'
+    """
+    for part in parts:
+        if is_remote(part) or part.startswith("/"):
+            base = part
+        else:
+            base = f"{base.rstrip('/')}/{part}" if base else part
+    return base
+
+
+def dirname(path: str) -> str:
+    """The folder that holds a path.
+
+    >>> dirname("s3://bucket/study/manifest.tsv"), dirname("manifest.tsv")
+    ('s3://bucket/study', '')
+    """
+    return path.rpartition("/")[0]
+
+
+def absolute(path: str) -> str:
+    """A path that means the same from every working folder."""
+    return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def _remote() -> Any:
+    from apache_beam.io.filesystems import FileSystems
+
+    return FileSystems
+
+
+def _translated(path: str, action: Callable[[], T]) -> T:
+    """Run a call into Beam's FileSystems; its errors come back as OSError."""
+    from apache_beam.io.filesystem import BeamIOError
+
+    if path.startswith("s3://") and importlib.util.find_spec("boto3") is None:
+        # Beam offers the scheme all the same, and fails at its first use with a riddle.
+        raise OSError(f"{path}: nothing here serves s3://; install beam-nifti[aws]")
+    try:
+        return action()
+    except BeamIOError as e:
+        raise OSError(f"{path}: {e}") from e
+    except ValueError as e:
+        scheme = path.partition("://")[0]
+        extra = {"gs": "gcp", "s3": "aws"}.get(scheme)
+        remedy = f"install beam-nifti[{extra}]" if extra else "use a scheme that Apache Beam serves"
+        raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); {remedy}") from e
+    except OSError:
+        raise
+    except Exception as e:  # a cloud's client library has errors of its own
+        raise OSError(f"{path}: {type(e).__name__}: {e}") from e
+
+
+def stat(path: str) -> Stat:
+    """Size and time of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be reached.
+    """
+    if not is_remote(path):
+        status = os.stat(path)
+        return Stat(status.st_size, status.st_mtime)
+    matches = _translated(path, lambda: _remote().match([path]))[0].metadata_list
+    if not matches:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+    return Stat(matches[0].size_in_bytes, matches[0].last_updated_in_seconds or 0.0)
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    if _translated(path, lambda: _remote().exists(path)):
+        return True
+    # An object store has no folders, only objects whose names begin alike.
+    return bool(_translated(path, lambda: _remote().match([f"{path}/**"], [1]))[0].metadata_list)
+
+
+def open_read(path: str) -> BinaryIO:
+    """Open for reading; seekable; never decompressed, whatever the path ends in.
+
+    Raises:
+        OSError: the file is not there or cannot be reached.
+    """
+    if not is_remote(path):
+        return open(path, "rb")
+    from apache_beam.io.filesystem import CompressionTypes
+
+    plain = CompressionTypes.UNCOMPRESSED
+    try:
+        handle = _translated(path, lambda: _remote().open(path, compression_type=plain))
+    except OSError as e:  # few of Beam's file systems say that it is not there
+        if isinstance(e, FileNotFoundError) or _translated(path, lambda: _remote().exists(path)):
+            raise
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", path) from e
+    return cast(BinaryIO, handle)
+
+
+def read(path: str) -> bytes:
+    """The whole of a file."""
+    with open_read(path) as handle:
+        return handle.read()
+
+
+def read_head(path: str, size: int) -> bytes:
+    """The first `size` bytes of a file, or all of a shorter one."""
+    with open_read(path) as handle:
+        return handle.read(size)
+
+
+@contextlib.contextmanager
+def create(path: str) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name whole, when the block ends well, or not at all."""
+    if is_remote(path):  # an object appears when its upload is closed
+        from apache_beam.io.filesystem import CompressionTypes
+
+        plain = CompressionTypes.UNCOMPRESSED
+        handle = _translated(path, lambda: _remote().create(path, compression_type=plain))
+        try:
+            yield handle
+        except BaseException:
+            with contextlib.suppress(Exception):
+                handle.close()  # which uploads what there is of it
+                delete(path)
+            raise
+        handle.close()
+        return
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write(path: str, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with create(path) as handle:
+        handle.write(data)
+
+
+def link(source: str, target: str) -> None:
+    """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
+    if is_remote(source) or is_remote(target):
+        _translated(target, lambda: _remote().copy([source], [target]))
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another device, or a file system without links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # still there after an error, or if both are names of one file
+
+
+def list_files(folder: str, pattern: str = "*") -> list[str]:
+    """Names of the files in a folder that match a glob, sorted; none where there is no folder."""
+    if not is_remote(folder):
+        try:
+            with os.scandir(folder) as entries:
+                names = [e.name for e in entries if e.is_file()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(fnmatch.filter(names, pattern))
+    found = _translated(folder, lambda: _remote().match([f"{folder}/{pattern}"]))[0].metadata_list
+    names = [m.path[len(folder) + 1 :] for m in found]
+    return sorted(n for n in names if "/" not in n)
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders in a folder, sorted; none where there is no folder."""
+    if not is_remote(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(e.name for e in entries if e.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    found = _translated(folder, lambda: _remote().match([f"{folder}/**"]))[0].metadata_list
+    names = [m.path[len(folder) + 1 :] for m in found]
+    return sorted({n.partition("/")[0] for n in names if "/" in n})
+
+
+def temporary_of(name: str) -> str | None:
+    """The file that a temporary one, left by a process that died, was to become; None for others.
+
+    >>> temporary_of(f"failures.jsonl.{'0' * 32}.tmp")
+    'failures.jsonl'
+    """
+    match = _TEMPORARY.fullmatch(name)
+    return match["name"] if match else None
+
+
+def delete(path: str) -> None:
+    """Remove a file; one that is not there is no error."""
+    if not is_remote(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    elif exists(path):
+        _translated(path, lambda: _remote().delete([path]))
+
+
+def delete_tree(folder: str) -> None:
+    """Remove a folder and all in it; one that is not there is no error."""
+    if not is_remote(folder):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        return
+    found = _translated(folder, lambda: _remote().match([f"{folder}/**"]))[0].metadata_list
+    if found:
+        _translated(folder, lambda: _remote().delete([m.path for m in found]))

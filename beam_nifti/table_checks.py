@@ -1,0 +1,186 @@
+"""What the tables of a dataset must be: dataset_info.json, indexes, failures.jsonl, the manifest.
+
+Every check takes what was read and yields a sentence a problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo
+from beam_nifti.index import SCHEMA
+from beam_nifti.manifest import Manifest
+from beam_nifti.sharding import ShardName
+
+_ROWS: Final = pa.schema([("id", pa.string()), ("label", pa.float64()), ("split", pa.string())])
+_SHOWN: Final = 3
+"""Examples named in a problem that concerns many."""
+
+
+def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> Iterator[str]:
+    """Find where dataset_info.json disagrees with itself.
+
+    Args:
+        info: as parsed.
+        said: the `splits` of the file, with their sums.
+        compressed: whether shards are gzip.
+    """
+    for split, found in info.splits.items():
+        for count in ("num_examples", "num_bytes"):
+            is_said, is_found = said[split].get(count), getattr(found, count)
+            if is_said != is_found:
+                yield f"{FILE_NAME}: {count} of split {split} is {is_said}, of its shards {is_found}"
+        for number, shard in enumerate(found.shards):
+            name = ShardName.parse(shard.name)
+            revision = name.revision if name else 0
+            expected = ShardName(split, number, len(found.shards), compressed, revision)
+            if (shard.name, shard.index) != (str(expected), expected.index_file):
+                yield (
+                    f"{FILE_NAME}: shard {number} of split {split} is {shard.name} with "
+                    f"{shard.index}, expected {expected} with {expected.index_file}"
+                )
+    num_rows = info.manifest.get("num_rows")
+    if info.num_examples + info.num_failures != num_rows:
+        yield (
+            f"{FILE_NAME}: {info.num_examples} examples and {info.num_failures} failures do not make "
+            f"the manifest's {num_rows} rows"
+        )
+
+
+def check_index(table: pa.Table, facts: Mapping[str, str], shard: ShardInfo) -> Iterator[str]:
+    """Find what is wrong with an index as such; nothing can be checked by it then.
+
+    Args:
+        table: as `read_index` gives it.
+        facts: about the shard file, kept with the index.
+        shard: the shard that it should describe.
+    """
+    for column in SCHEMA:
+        if column.name not in table.column_names:
+            yield f"column {column.name} is missing"
+        elif table.schema.field(column.name).type != column.type:
+            found = table.schema.field(column.name).type
+            yield f"column {column.name} is {found}, expected {column.type}"
+        elif column.name != "label" and table[column.name].null_count:
+            yield f"column {column.name} has {table[column.name].null_count} empty cells"
+    if facts.get("sha256") != shard.sha256:
+        yield (f"written for a file of sha256 {facts.get('sha256')}, {FILE_NAME} says {shard.sha256}")
+
+
+def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
+    """Find where the rows of an index do not tile the shard's file, one after the other.
+
+    Args:
+        table: the index, sound by `check_index`; not empty.
+        file_bytes: size of the shard's file.
+    """
+    offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    wrong = np.flatnonzero((offsets != ends[:-1]) | (lengths <= 0))
+    if wrong.size:
+        at = int(wrong[0])
+        yield (
+            f"its rows do not tile the shard: {_record_name(at, table)} is said to take "
+            f"{lengths[at]} bytes at offset {offsets[at]}, and the one before it ends at {ends[at]}"
+        )
+    elif ends[-1] != file_bytes:
+        yield f"its rows end at byte {ends[-1]}, the shard's file at {file_bytes}"
+    steps = np.flatnonzero(np.diff(table["position"].to_numpy()) <= 0)
+    if steps.size:
+        yield f"its positions do not ascend at {_record_name(int(steps[0]) + 1, table)}"
+
+
+def _record_name(ordinal: int, table: pa.Table) -> str:
+    return f"record {ordinal} ({table['example_id'][ordinal].as_py()})"
+
+
+def no_rows() -> pa.Table:
+    """The rows of nothing."""
+    return _ROWS.empty_table()
+
+
+def index_rows(table: pa.Table, split: str) -> pa.Table:
+    """Id, label and split of the records of a shard; the rest of the index may be forgotten."""
+    splits = pa.array([split] * table.num_rows, pa.string())
+    return pa.table([table["example_id"], table["label"], splits], schema=_ROWS)
+
+
+def manifest_rows(manifest: Manifest) -> pa.Table:
+    """Id, label and split of the rows of a manifest."""
+    labels = manifest.labels
+    column = pa.nulls(len(manifest), pa.float64()) if labels is None else pa.array(labels)
+    return pa.table([manifest.ids, column, manifest.splits], schema=_ROWS)
+
+
+def relative_ids(rows: pa.Table, folder: str) -> pa.Table:
+    """The same rows with the folder taken off ids that are paths in it."""
+    ids, prefix = rows["id"], f"{folder}/"
+    cut = pc.utf8_slice_codeunits(ids, len(prefix))
+    return rows.set_column(0, "id", pc.if_else(pc.starts_with(ids, prefix), cut, ids))
+
+
+def check_rows(records: pa.Table, failures: pa.Table) -> Iterator[str]:
+    """Find ids that stand twice in the dataset, or both in it and among its failures."""
+    counts = pa.Table.from_struct_array(pc.value_counts(records["id"].combine_chunks()))
+    twice = counts.filter(pc.greater(counts["counts"], 1)).rename_columns(["id", "times"])
+    if twice.num_rows:
+        yield f"index: {twice.num_rows} ids stand more than once: {_named(twice, ['times'])}"
+    both = failures.filter(_is_in(failures, records))
+    if both.num_rows:
+        yield f"{FAILURES_FILE}: {both.num_rows} of its examples are in the shards: {_named(both)}"
+
+
+def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
+    """Find where a dataset and a manifest disagree.
+
+    Args:
+        known: id, label and split of the dataset's records and failures.
+        wanted: those of the manifest's rows.
+    """
+    at = pc.index_in(known["id"], value_set=wanted["id"].combine_chunks())
+    surplus = known.filter(pc.is_null(at))
+    if surplus.num_rows:
+        yield f"{surplus.num_rows} examples of the dataset are not in the manifest: {_named(surplus)}"
+    missing = wanted.filter(pc.invert(_is_in(wanted, known)))
+    if missing.num_rows:
+        yield (
+            f"{missing.num_rows} rows of the manifest are neither in the shards nor in "
+            f"{FAILURES_FILE}: {_named(missing)}"
+        )
+    both, theirs = known.filter(pc.is_valid(at)), wanted.take(pc.drop_null(at))
+    for column in ("label", "split"):
+        was, now = both[column], theirs[column]
+        equal = pc.fill_null(pc.equal(was, now), False)
+        none = pc.and_(pc.is_null(was), pc.is_null(now))
+        different = both.append_column("now", now).filter(pc.invert(pc.or_(equal, none)))
+        if different.num_rows:
+            yield (
+                f"{different.num_rows} examples have another {column} in the manifest (dataset's, "
+                f"manifest's): {_named(different, [column, 'now'])}"
+            )
+
+
+def _is_in(rows: pa.Table, others: pa.Table) -> pa.ChunkedArray:
+    return pc.is_in(rows["id"], value_set=others["id"].combine_chunks())
+
+
+def _named(rows: pa.Table, columns: Sequence[str] = ()) -> str:
+    """The first few rows: `sub-01 (3.0, 4.0), sub-02 (…), …`."""
+    texts = []
+    for row in rows.slice(0, _SHOWN).to_pylist():
+        values = ", ".join(str(row[c]) for c in columns)
+        texts.append(f"{row['id']} ({values})" if columns else row["id"])
+    return ", ".join(texts) + (", …" if rows.num_rows > _SHOWN else "")
+
+
+def find_strays(files: Collection[str], info: DatasetInfo) -> Iterator[str]:
+    """Find shards in the folder that do not belong to the dataset."""
+    known = {s.name for s in info.shards}
+    for file in files:
+        if ShardName.parse(file) and file not in known:
+            yield f"{file}: not in {FILE_NAME}, but whoever reads all shards reads it too; delete it"

@@ -1,0 +1,93 @@
+"""TFRecord framing, CRCs and gzip members, without TensorFlow.
+
+A record is `length (uint64) | masked CRC32C of the length | payload | masked CRC32C of the payload`,
+all little-endian; a compressed shard is a chain of gzip members, one a record.
+Source: docs/format.md, "Shards".
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from typing import Final
+
+import google_crc32c
+from isal import igzip_lib, isal_zlib
+
+from beam_nifti.errors import ShardError
+
+_LENGTH = struct.Struct("<Q")
+_CRC = struct.Struct("<I")
+_MASK_DELTA: Final = 0xA282EAD8
+_GZIP_WBITS: Final = 31
+INFLATE_ERRORS: Final[tuple[type[Exception], ...]] = (
+    igzip_lib.IsalError,  # type: ignore[assignment]  # isal's stub calls the class an instance
+    zlib.error,
+    gzip.BadGzipFile,
+)
+"""What a damaged gzip stream raises."""
+
+HEADER_BYTES: Final = 12
+FOOTER_BYTES: Final = 4
+EMPTY_MEMBER: Final = gzip.compress(b"", mtime=0)
+"""A gzip member of nothing: the file of a compressed shard without records."""
+
+
+def _masked_crc(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return _CRC.pack((((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF)
+
+
+def frame(payload: bytes) -> tuple[bytes, bytes, bytes]:
+    """The three pieces of a record: header, the payload itself (not copied), footer."""
+    length = _LENGTH.pack(len(payload))
+    return length + _masked_crc(length), payload, _masked_crc(payload)
+
+
+def encode_record(payload: bytes, level: int | None) -> bytes:
+    """One framed record, as one gzip member.
+
+    Args:
+        payload: a serialized Example.
+        level: igzip level 0 to 3; None for an uncompressed shard.
+
+    Returns:
+        The bytes of the record; equal for equal arguments (the member's header holds no time).
+    """
+    pieces = frame(payload)
+    if level is None:
+        return b"".join(pieces)
+    packer = isal_zlib.compressobj(level, wbits=_GZIP_WBITS)
+    return b"".join([*map(packer.compress, pieces), packer.flush()])
+
+
+def decode_record(data: bytes, compressed: bool) -> bytes:
+    """The payload of one record, after checking its gzip checksum and both CRCs.
+
+    Args:
+        data: the record's bytes, exactly, as an index locates them.
+        compressed: whether they are a gzip member.
+
+    Raises:
+        ShardError: the bytes are truncated, damaged, or hold more than one record.
+    """
+    if compressed:
+        unpacker = isal_zlib.decompressobj(wbits=_GZIP_WBITS)
+        try:
+            data = unpacker.decompress(data)
+        except INFLATE_ERRORS as e:
+            raise ShardError(f"gzip member is damaged ({e})") from e
+        if not unpacker.eof or unpacker.unused_data:
+            raise ShardError("gzip member is truncated, or its bounds are wrong")
+    if len(data) < HEADER_BYTES + FOOTER_BYTES:
+        raise ShardError(f"record is truncated: {len(data)} bytes")
+    if _masked_crc(data[:8]) != data[8:HEADER_BYTES]:
+        raise ShardError("the CRC of the record's length does not match")
+    size, held = _LENGTH.unpack_from(data)[0], len(data) - HEADER_BYTES - FOOTER_BYTES
+    if held != size:
+        raise ShardError(f"record says {size} bytes, and holds {held}")
+    payload = data[HEADER_BYTES:-FOOTER_BYTES]
+    if _masked_crc(payload) != data[-FOOTER_BYTES:]:
+        raise ShardError("the CRC of the record's payload does not match")
+    return payload

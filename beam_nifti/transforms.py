@@ -1,0 +1,411 @@
+"""The pipeline: DoFns and PTransforms. Wiring, labels and counters; the work is in plain functions.
+
+Create([manifest])   str
+ReadManifest         WorkUnit, and (shard, ShardTask)
+Reshuffle            WorkUnit          only rows cross a shuffle, never a voxel
+SkipFinished         WorkUnit, and (shard, Part)
+UnpackRows           VolumeRow
+LoadVolume           Volume            ┐
+Rescale              Volume            │ each with (shard, Failure)
+EncodeExample        (IndexEntry, Example bytes) ┘
+WriteToTFRecord      ShardOutcome
+WriteDatasetInfo     BuildSummary
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import PBegin, TaggedOutput
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
+
+from beam_nifti import storage
+from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.example import encode_volume
+from beam_nifti.failures import Failure
+from beam_nifti.index import IndexEntry
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.memory import keep_buffers
+from beam_nifti.merge import merge_parts
+from beam_nifti.parts import (
+    Part,
+    PartWriter,
+    find_parts,
+    find_shard,
+    finished_rows,
+    parts_folder,
+)
+from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
+from beam_nifti.progress import METER
+from beam_nifti.publish import BuildSummary, publish_dataset
+from beam_nifti.sharding import ShardName
+from beam_nifti.tfrecord import encode_record
+from beam_nifti.volume import Volume, load_volume, rescale_volume
+
+FAILURES: Final = "failures"
+FINISHED: Final = "finished"
+SHARDS: Final = "shards"
+_Values = beam.PCollection[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOutcome:
+    """What became of the rows of one shard."""
+
+    shard: ShardInfo
+    failures: tuple[Failure, ...]
+
+
+@contextlib.contextmanager
+def _timed(distribution: Any) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    distribution.update(round(1e3 * (time.perf_counter() - start)))
+
+
+class ReadManifest(beam.DoFn):
+    """Cut the manifest into work units."""
+
+    def __init__(self, plan: BuildPlan) -> None:
+        self._plan = plan
+
+    def process(self, manifest: str) -> Iterable[Any]:
+        """Yield units; and (shard, ShardTask), so that a shard without records is written too."""
+        for item in self._plan.read_units(manifest):
+            yield (TaggedOutput(SHARDS, (str(item.name), item)) if isinstance(item, ShardTask) else item)
+
+
+class SkipFinished(beam.DoFn):
+    """Send what an earlier run finished straight to CommitShards."""
+
+    def __init__(self, plan: BuildPlan) -> None:
+        self._plan = plan
+        self._skipped = Metrics.counter(type(self), "volumes-skipped")
+
+    def process(self, unit: WorkUnit) -> Iterable[Any]:
+        """Yield what is left of the unit; and (shard, Part) for what is not."""
+        rows = list(unit.rows)
+        for part in self._candidates(unit.task) if self._plan.resume else ():
+            found = self._finished(part, rows)
+            if found is not None:
+                done = set(found.positions or ())
+                rows = [row for row in rows if row.position not in done]
+                self._skipped.inc(len(done))
+                METER.add(volumes=len(done))
+                yield TaggedOutput(FINISHED, (str(unit.task.name), found))
+            if not rows:
+                return
+        yield WorkUnit(unit.task, tuple(rows))
+
+    def _candidates(self, task: ShardTask) -> Iterator[Part]:
+        config = self._plan.config
+        fingerprint = config.record.fingerprint
+        for name in task.candidates:
+            shard = find_shard(config.output, name, fingerprint)
+            if shard is not None:
+                yield shard
+        yield from find_parts(
+            parts_folder(self._plan.parts_root, fingerprint, task.name.split, task.name.index)
+        )
+
+    def _finished(self, part: Part, rows: list[VolumeRow]) -> Part | None:
+        folder = storage.dirname(self._plan.config.manifest)
+        plan = self._plan
+        return finished_rows(part, rows, plan.extra_columns, folder, plan.shape, plan.required_dtype)
+
+
+class LoadVolume(beam.DoFn):
+    """Read an image.
+
+    Args:
+        folder: what relative paths are relative to: the manifest's folder.
+        shape: that every volume must have; None where shapes may differ.
+        dtype: that every volume must have on disk; None where dtypes may differ.
+    """
+
+    def __init__(
+        self, folder: str = "", shape: tuple[int, ...] | None = None, dtype: str | None = None
+    ) -> None:
+        self._folder, self._shape, self._dtype = folder, shape, dtype
+        self._msec = Metrics.distribution(type(self), "load-msec")
+        self._loaded = Metrics.counter(type(self), "volumes-loaded")
+        self._bytes = Metrics.counter(type(self), "bytes-read")
+
+    def setup(self) -> None:
+        """Called once a thread."""
+        keep_buffers()
+
+    def process(self, row: VolumeRow) -> Iterable[Volume]:
+        """Yield the volume."""
+        with _timed(self._msec):
+            volume = load_volume(row, self._folder, self._shape, self._dtype)
+        self._loaded.inc()
+        self._bytes.inc(volume.source.size)
+        yield volume
+
+
+class Rescale(beam.DoFn):
+    """Measure a volume's intensities and make its voxels what the record stores."""
+
+    def __init__(self, config: RecordConfig | None = None) -> None:
+        self._config = config or RecordConfig()
+        self._msec = Metrics.distribution(type(self), "rescale-msec")
+
+    def process(self, volume: Volume) -> Iterable[Volume]:
+        """Yield the rescaled volume."""
+        with _timed(self._msec):
+            rescaled = rescale_volume(volume, self._config)
+        yield rescaled
+
+
+class EncodeExample(beam.DoFn):
+    """Serialize a volume as a tf.train.Example."""
+
+    def __init__(self) -> None:
+        self._msec = Metrics.distribution(type(self), "encode-msec")
+        self._bytes = Metrics.counter(type(self), "bytes-encoded")
+
+    def process(self, volume: Volume) -> Iterable[tuple[IndexEntry, bytes]]:
+        """Yield the index entry and the Example."""
+        with _timed(self._msec):
+            example = encode_volume(volume)
+        self._bytes.inc(len(example))
+        yield IndexEntry.of(volume), example
+
+
+class _DeadLetters(beam.DoFn):
+    """Run a step; what it raises becomes (shard, Failure) on the output FAILURES.
+
+    Beam's `with_exception_handling` would put the element itself, voxels and all, on that output.
+    """
+
+    def __init__(self, step: beam.DoFn) -> None:
+        self._step = step
+        self._failed = Metrics.counter(type(step), "volumes-failed")
+
+    def setup(self) -> None:
+        self._step.setup()
+
+    def process(self, element: VolumeRow | Volume) -> Iterable[Any]:
+        try:
+            results = list(self._step.process(element))
+        except Exception as e:
+            row = element if isinstance(element, VolumeRow) else element.row
+            self._failed.inc()
+            METER.add(failed=1)
+            failure = Failure(row, type(self._step).__name__, type(e).__name__, str(e))
+            yield TaggedOutput(FAILURES, (row.shard, failure))
+        else:
+            yield from results
+
+
+def _guarded(step: beam.DoFn, output: Any) -> Any:
+    pardo = beam.ParDo(_DeadLetters(step))
+    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure]})
+    return typed.with_outputs(FAILURES, main="main")
+
+
+class WriteParts(beam.DoFn):
+    """Write records into part files, one file open and one volume in memory.
+
+    A part ends where the unit or the bundle ends, so a unit that a runner cuts in two becomes two.
+    """
+
+    def __init__(self, root: str, config: RecordConfig, extra_columns: tuple[str, ...]) -> None:
+        self._root, self._config, self._extra_columns = root, config, extra_columns
+        self._level = config.compression_level if config.compression == "gzip" else None
+        self._msec = Metrics.distribution(type(self), "write-msec")
+        self._bytes = Metrics.counter(type(self), "bytes-written")
+
+    def start_bundle(self) -> None:
+        """Start without an open file."""
+        self._open: PartWriter | None = None
+        self._unit: tuple[str, int] | None = None
+
+    def process(self, record: tuple[IndexEntry, bytes]) -> Iterable[tuple[str, Part]]:
+        """Yield (shard, Part) when a part is complete."""
+        entry, example = record
+        unit = (entry.row.shard, entry.row.unit)
+        if unit != self._unit:
+            yield from self._close()
+            self._start(unit)
+        with _timed(self._msec):
+            packed = encode_record(example, self._level)
+            cast(PartWriter, self._open).write(entry, packed)
+        self._bytes.inc(len(packed))
+        METER.add(volumes=1, num_bytes=len(packed))
+
+    def finish_bundle(self) -> Iterable[WindowedValue]:
+        """Yield the bundle's last part."""
+        window = GlobalWindow()
+        for part in self._close():
+            yield WindowedValue(part, window.max_timestamp(), (window,))
+
+    def _start(self, unit: tuple[str, int]) -> None:
+        name = ShardName.parse(unit[0])
+        assert name is not None
+        folder = parts_folder(self._root, self._config.fingerprint, name.split, name.index)
+        self._open, self._unit = PartWriter(folder, self._extra_columns), unit
+
+    def _close(self) -> Iterator[tuple[str, Part]]:
+        if self._open is not None and self._unit is not None:
+            yield self._unit[0], self._open.close()
+            self._open = self._unit = None
+
+
+class CommitShards(beam.DoFn):
+    """Merge the parts of a shard and publish it."""
+
+    def __init__(self, output: str, root: str, config: RecordConfig, extra_columns: tuple[str, ...]) -> None:
+        self._output, self._root, self._fingerprint = output, root, config.fingerprint
+        self._extra_columns = extra_columns
+        self._msec = Metrics.distribution(type(self), "commit-msec")
+        self._committed = Metrics.counter(type(self), "shards-committed")
+
+    def process(self, shard: tuple[str, Iterable[ShardTask | Part | Failure]]) -> Iterable[ShardOutcome]:
+        """Yield what became of the shard's rows."""
+        outcomes = list(shard[1])
+        (task,) = {o for o in outcomes if isinstance(o, ShardTask)}
+        parts = [o for o in outcomes if isinstance(o, Part)]
+        failures = {o.row.position: o for o in outcomes if isinstance(o, Failure)}
+        name, expected = task.name, set(task.positions) - failures.keys()
+        with _timed(self._msec):
+            info = merge_parts(
+                self._output,
+                name,
+                expected,
+                parts,
+                self._fingerprint,
+                self._extra_columns,
+                parts_folder(self._root, self._fingerprint, name.split, name.index),
+            )
+        self._committed.inc()
+        yield ShardOutcome(info, tuple(failures.values()))
+
+
+class WriteToTFRecord(beam.PTransform[Any, Any]):
+    """Write (IndexEntry, Example bytes) as sharded TFRecords, without sending them through a shuffle.
+
+    It does what `beam.io.WriteToTFRecord`, whose name it keeps, cannot: the same bytes on every runner,
+    memory of one volume a thread, an index beside every shard.
+
+    Args:
+        file_path_prefix: folder of the dataset.
+        temp_location: folder of the part files.
+        config: compression and its level, with whatever else decides a record's bytes.
+        extra_columns: names of the manifest's further columns, which the index keeps.
+    """
+
+    def __init__(
+        self,
+        file_path_prefix: str,
+        temp_location: str,
+        config: RecordConfig,
+        extra_columns: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self._output, self._root = file_path_prefix, temp_location
+        self._arguments = (config, extra_columns)
+
+    def expand(self, inputs: dict[str, _Values]) -> _Values:
+        """From `records`, and (shard, ShardTask | Part | Failure) in `outcomes`, to ShardOutcome."""
+        written = inputs["records"] | "WriteParts" >> beam.ParDo(
+            WriteParts(self._root, *self._arguments)
+        ).with_output_types(tuple[str, Part])
+        committed: _Values = (
+            (written, inputs["outcomes"])
+            | "Flatten" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
+            | "GroupByKey" >> beam.GroupByKey()  # (shard, [ShardTask | Part | Failure])
+            | "CommitShards"
+            >> beam.ParDo(CommitShards(self._output, self._root, *self._arguments)).with_output_types(
+                ShardOutcome
+            )  # ShardOutcome
+        )
+        return committed
+
+
+class WriteDatasetInfo(beam.DoFn):
+    """Write dataset_info.json, last of all."""
+
+    def __init__(self, plan: BuildPlan) -> None:
+        self._plan = plan
+
+    def process(self, group: tuple[None, Iterable[ShardOutcome]]) -> Iterable[BuildSummary]:
+        """Yield how the build ended."""
+        outcomes = list(group[1])
+        failures = [f for o in outcomes for f in o.failures]
+        yield publish_dataset(self._plan, [o.shard for o in outcomes], failures)
+
+
+def _rows_of(unit: WorkUnit) -> Iterable[VolumeRow]:
+    return unit.rows
+
+
+def _without_key(outcome: ShardOutcome) -> tuple[None, ShardOutcome]:
+    return None, outcome
+
+
+class BuildDataset(beam.PTransform[Any, Any]):
+    """From nothing to a published dataset: the whole graph.
+
+    Args:
+        plan: what to build.
+    """
+
+    def __init__(self, plan: BuildPlan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def expand(self, pipeline: beam.Pipeline | PBegin) -> _Values:
+        """To one BuildSummary."""
+        plan, config = self._plan, self._plan.config
+        manifest = (
+            pipeline
+            | "Create" >> beam.Create([config.manifest], reshuffle=False)  # str
+            | "ReadManifest"
+            >> beam.ParDo(ReadManifest(plan))
+            .with_output_types(WorkUnit, **{SHARDS: tuple[str, ShardTask]})
+            .with_outputs(SHARDS, main="units")
+        )
+        units = (
+            manifest.units
+            | "Reshuffle" >> beam.Reshuffle().with_output_types(WorkUnit)  # WorkUnit
+            | "SkipFinished"
+            >> beam.ParDo(SkipFinished(plan))
+            .with_output_types(WorkUnit, **{FINISHED: tuple[str, Part]})
+            .with_outputs(FINISHED, main="units")
+        )
+        loading = LoadVolume(storage.dirname(config.manifest), plan.shape, plan.required_dtype)
+        loaded = (
+            units.units
+            | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
+            | "LoadVolume" >> _guarded(loading, Volume)  # Volume
+        )
+        rescaled = loaded.main | "Rescale" >> _guarded(Rescale(config.record), Volume)  # Volume
+        encoded = rescaled.main | "EncodeExample" >> _guarded(
+            EncodeExample(), tuple[IndexEntry, bytes]
+        )  # (IndexEntry, Example bytes)
+        outcomes = (
+            (manifest[SHARDS], units[FINISHED], *(s[FAILURES] for s in (loaded, rescaled, encoded)))
+            | "Outcomes" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
+        )
+        summary: _Values = (
+            {"records": encoded.main, "outcomes": outcomes}
+            | "WriteToTFRecord"
+            >> WriteToTFRecord(
+                config.output, plan.parts_root, config.record, plan.extra_columns
+            )  # ShardOutcome
+            | "WithoutKey"
+            >> beam.Map(_without_key).with_output_types(tuple[None, ShardOutcome])  # (None, ShardOutcome)
+            | "Gather" >> beam.GroupByKey()  # (None, [ShardOutcome])
+            | "WriteDatasetInfo" >> beam.ParDo(WriteDatasetInfo(plan))  # BuildSummary
+        )
+        return summary

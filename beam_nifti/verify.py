@@ -1,0 +1,238 @@
+"""Read a dataset back and compare: files with their checksums, records with the index and the info.
+
+Shards are read front to back, once: the bytes that are hashed are the bytes that are parsed. Each
+thread holds one record; several may take records of the same shard in turn.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import pyarrow as pa
+
+from beam_nifti import storage
+from beam_nifti.config import Columns
+from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
+from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
+from beam_nifti.manifest import Manifest, read_manifest
+from beam_nifti.memory import keep_buffers
+from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.problems import Problems, Scope
+from beam_nifti.publish import read_info
+from beam_nifti.record_checks import RecordSpec, check_record, check_source
+from beam_nifti.shard_pass import ShardPass, StoredRecord
+from beam_nifti.table_checks import (
+    check_info,
+    check_rows,
+    compare_rows,
+    find_strays,
+    manifest_rows,
+    no_rows,
+    relative_ids,
+)
+from beam_nifti.tfrecord import decode_record
+
+ALL: Final = 2**63 - 1
+"""For `deep`: every record."""
+
+
+class OnProgress(Protocol):
+    """Called, from any thread, for every record that was checked."""
+
+    def __call__(self, *, volumes: int, num_bytes: int) -> object:
+        """Count some records, and the bytes that they take in their shards."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked and what is wrong.
+
+    Attributes:
+        num_examples: records checked.
+        num_shards: shards named by dataset_info.json.
+        num_bytes: of the records checked.
+        num_deep: records that were made again from their images.
+        problems: a sentence each, those of whole files first; none for a sound dataset.
+    """
+
+    num_examples: int
+    num_shards: int
+    num_bytes: int
+    num_deep: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_dataset(
+    output: str,
+    *,
+    manifest: str | None = None,
+    deep: int | None = None,
+    workers: int = 1,
+    on_progress: OnProgress | None = None,
+) -> VerifyReport:
+    """Check every byte of a dataset.
+
+    Args:
+        output: folder or URL of the dataset.
+        manifest: a table whose ids, labels and splits the dataset must have; relative image paths are
+            then relative to its folder.
+        deep: how many records, spread evenly, to make again from their images and to compare bit for
+            bit; ALL for every one.
+        workers: threads; each holds one record.
+        on_progress: called for every record.
+
+    Raises:
+        DatasetError: there is no complete dataset of a known format.
+        ManifestError: the manifest cannot be read.
+        UsageError: `deep` or `workers` is out of range.
+    """
+    if workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be at least 1")
+    if deep is not None and deep < 0:
+        raise UsageError(f"--deep is {deep}; give a number of records, or all")
+    output = storage.absolute(output)
+    info = read_info(output)
+    try:
+        columns = Columns(**info.config["columns"])
+        built_from = info.manifest["path"]
+        verification = _Verification(output, info, RecordSpec.of(info), on_progress)
+    except (UsageError, KeyError, TypeError) as e:
+        path = storage.join(output, FILE_NAME)
+        raise DatasetError(f"{path}: not a configuration of a dataset: {e!r}") from e
+    wanted = None
+    if manifest is not None:
+        built_from = storage.absolute(manifest)
+        wanted = read_manifest(built_from, columns)
+    keep_buffers()
+    verification.check_files()
+    verification.check_shards(workers, min(deep or 0, info.num_examples), storage.dirname(built_from))
+    verification.check_tables(columns, wanted)
+    return verification.report()
+
+
+class _Verification:
+    """One run of `verify_dataset`."""
+
+    def __init__(
+        self, output: str, info: DatasetInfo, spec: RecordSpec, on_progress: OnProgress | None
+    ) -> None:
+        self._output, self._info, self._spec = output, info, spec
+        self._compressed = spec.config.compression == "gzip"
+        self._on_progress = on_progress
+        self._problems = Problems()
+        self._rows = [no_rows()]
+        self._lock = threading.Lock()
+        self._num_examples = self._num_bytes = self._num_deep = 0
+
+    def report(self) -> VerifyReport:
+        return VerifyReport(
+            num_examples=self._num_examples,
+            num_shards=len(self._info.shards),
+            num_bytes=self._num_bytes,
+            num_deep=self._num_deep,
+            problems=self._problems.texts(),
+        )
+
+    def check_files(self) -> None:
+        """dataset_info.json agrees with itself and with the folder."""
+        said = json.loads(storage.read(storage.join(self._output, FILE_NAME)))["splits"]
+        problems = list(check_info(self._info, said, self._compressed))
+        if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
+            problems += find_strays(storage.list_files(self._output, "*.tfrecord*"), self._info)
+        for problem in problems:
+            self._problems.add(Scope.DATASET, problem)
+
+    def check_shards(self, workers: int, num_deep: int, folder: str) -> None:
+        """Every shard, its index and its records."""
+        info = self._info
+        shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
+        passes = [
+            ShardPass(self._output, shard, split, number, self._problems)
+            for number, (split, shard) in enumerate(shards)
+        ]
+        starts = list(itertools.accumulate((s.num_examples for _, s in shards), initial=0))
+        stop = threading.Event()
+
+        def work(first: int) -> None:
+            for number in itertools.chain(range(first, len(passes)), range(first)):
+                while not stop.is_set() and (record := passes[number].take()) is not None:
+                    at = starts[number] + record.ordinal
+                    # Exactly num_deep of the numbers below num_examples, evenly spread.
+                    is_deep = at * num_deep % max(info.num_examples, 1) < num_deep
+                    self._check(record, number, folder if is_deep else None)
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+            try:
+                firsts = (worker * len(passes) // workers for worker in range(workers))
+                for done in as_completed([pool.submit(work, first) for first in firsts]):
+                    done.result()
+            finally:
+                stop.set()
+        self._rows += (p.rows for p in passes)
+
+    def _check(self, record: StoredRecord, shard: int, folder: str | None) -> None:
+        def tell(problem: str) -> None:
+            self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
+
+        try:
+            payload = decode_record(record.data, self._compressed)
+            for problem in check_record(payload, record.cells, self._spec):
+                tell(problem)
+            if folder is not None:
+                for problem in check_source(payload, record.cells, folder, self._spec.config):
+                    tell(problem)
+        except ShardError as e:
+            tell(str(e))
+        except Exception as e:  # whatever a parser trips over, the other records are still read
+            tell(f"cannot be checked: {e!r}")
+        with self._lock:
+            self._num_examples += 1
+            self._num_bytes += len(record.data)
+            self._num_deep += folder is not None
+        if self._on_progress:
+            self._on_progress(volumes=1, num_bytes=len(record.data))
+
+    def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
+        """All indexes and failures.jsonl together; and the manifest, if there is one to compare."""
+        info = self._info
+        records = pa.concat_tables(self._rows)
+        failures = self._read_failures(columns)
+        rows = None if wanted is None else manifest_rows(wanted)
+        if columns.id is None and "participant_id" not in info.manifest["columns"]:
+            # Paths are the ids then, and failures.jsonl holds them with the manifest's folder.
+            folder = storage.dirname(info.manifest["path"])
+            records, failures = (relative_ids(t, folder) for t in (records, failures))
+            rows = None if rows is None else relative_ids(rows, folder)
+        for problem in check_rows(records, failures):
+            self._problems.add(Scope.ROWS, problem)
+        if wanted is not None:
+            for problem in compare_rows(pa.concat_tables([records, failures]), rows):
+                self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
+
+    def _read_failures(self, columns: Columns) -> pa.Table:
+        """Id, label and split of the volumes left out; without rows where they cannot be read."""
+        path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
+        found, problem = no_rows(), None
+        if storage.exists(path):
+            try:
+                found = manifest_rows(read_manifest(path, columns))
+                lines = found.num_rows
+                if lines != count:
+                    problem = f"has {lines} lines, {FILE_NAME} says {count} failures; copy it again"
+            except ManifestError as e:
+                problem = "; ".join(e.problems)
+        elif count:
+            problem = f"is missing, and {FILE_NAME} says {count} failures; copy it again"
+        if problem:
+            self._problems.add(Scope.ROWS, f"{FAILURES_FILE}: {problem}")
+        return found

@@ -1,0 +1,52 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from tests.images import write_cohort
+
+# The same examples every time: a red check shall be the fault of the change that it checks.
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.load_profile("suite")
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    """The manifest of twelve small images."""
+    return write_cohort(tmp_path / "cohort", 12)
+
+
+@pytest.fixture
+def local_flags() -> Callable[..., list[str]]:
+    """Beam's flags for the in-process runner: `local_flags(workers)`."""
+
+    def flags(workers: int = 1, mode: str = "multi_threading") -> list[str]:
+        return [
+            "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner",
+            f"--direct_running_mode={mode}",
+            f"--direct_num_workers={workers}",
+        ]
+
+    return flags
+
+
+@pytest.fixture
+def build(local_flags: Callable[..., list[str]]) -> Callable[..., Any]:
+    """Build a dataset in this process: `build(config, workers)` -> BuildSummary."""
+
+    def run(config: Any, workers: int = 1, mode: str = "multi_threading") -> Any:
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        from beam_nifti.build import open_build, run_build
+
+        with open_build(config) as plan:
+            summary, _ = run_build(plan, PipelineOptions(local_flags(workers, mode)))
+        return summary
+
+    return run

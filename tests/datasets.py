@@ -1,0 +1,111 @@
+"""Tiny datasets, built for real, and ways to damage them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from beam_nifti.build import open_build, run_build
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.index import read_index, write_index
+from beam_nifti.tfrecord import decode_record, encode_record
+
+
+def build_dataset(manifest: Path, output: Path, record: RecordConfig | None = None, **config: Any) -> Path:
+    """Build in this process, by default two shards a split; the output."""
+    config = {"sharding": Sharding(num_shards=2)} | config
+    build = BuildConfig(str(manifest), str(output), record=record or RecordConfig(), **config)
+    flags = [
+        "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner",
+        "--direct_running_mode=multi_threading",
+        "--direct_num_workers=1",
+    ]
+    with open_build(build) as plan:
+        run_build(plan, PipelineOptions(flags))
+    return output
+
+
+def info_of(output: Path) -> DatasetInfo:
+    """The dataset's info."""
+    path = output / "dataset_info.json"
+    return DatasetInfo.from_json(path.read_bytes(), str(path))
+
+
+def edit_info(output: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change dataset_info.json in place."""
+    path = output / "dataset_info.json"
+    facts = json.loads(path.read_text())
+    edit(facts)
+    path.write_text(json.dumps(facts))
+
+
+def edit_index(output: Path, edit: Callable[[pa.Table], pa.Table], shard: int = 0) -> None:
+    """Replace the table of a shard's index; its facts stay."""
+    index = info_of(output).shards[shard].index
+    table, facts = read_index(str(output / index))
+    replace_index(output, index, edit(table), facts)
+
+
+def replace_index(output: Path, index: str, table: pa.Table, facts: dict[str, str]) -> None:
+    """Write an index, and its sha256 into dataset_info.json."""
+    write_index(str(output / index), table, facts)
+    digest = hashlib.sha256((output / index).read_bytes()).hexdigest()
+
+    def agree(facts: dict[str, Any]) -> None:
+        for split in facts["splits"].values():
+            for entry in split["shards"]:
+                if entry["index"] == index:
+                    entry["index_sha256"] = digest
+
+    edit_info(output, agree)
+
+
+def set_cell(column: str, row: int, value: object) -> Callable[[pa.Table], pa.Table]:
+    """An edit of one cell of an index."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        cells = table[column].to_pylist()
+        cells[row] = value
+        place = table.column_names.index(column)
+        return table.set_column(place, column, pa.array(cells, table.schema.field(column).type))
+
+    return edit
+
+
+def edit_record(output: Path, row: int, edit: Callable[[bytes], bytes], shard: int = 0) -> None:
+    """Change a record's payload; checksums, index and info are made to agree with it."""
+    info = info_of(output)
+    target = info.shards[shard]
+    compressed = info.config["compression"] == "gzip"
+    level = info.config["compression_level"] if compressed else None
+    table, facts = read_index(str(output / target.index))
+    content = (output / target.name).read_bytes()
+    offsets, lengths = table["offset"].to_pylist(), table["length"].to_pylist()
+    records = [content[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
+    records[row] = encode_record(edit(decode_record(records[row], compressed)), level)
+    lengths = [len(r) for r in records]
+    table = table.set_column(
+        table.column_names.index("offset"),
+        "offset",
+        pa.array([sum(lengths[:i]) for i in range(len(lengths))], pa.int64()),
+    ).set_column(table.column_names.index("length"), "length", pa.array(lengths, pa.int64()))
+    content = b"".join(records)
+    new = {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
+    (output / target.name).write_bytes(content)
+    replace_index(output, target.index, table, facts | {k: str(v) for k, v in new.items()})
+
+    def agree(facts: dict[str, Any]) -> None:
+        for split in facts["splits"].values():
+            for entry in split["shards"]:
+                if entry["name"] == target.name:
+                    entry |= new
+            split["num_bytes"] = sum(e["num_bytes"] for e in split["shards"])
+
+    edit_info(output, agree)

@@ -1,0 +1,485 @@
+"""The command line, as a person and as a scheduler meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from beam_nifti import cli, options
+from beam_nifti.errors import UsageError
+from beam_nifti.example import decode_example, decode_tensor
+from beam_nifti.index import read_index
+from beam_nifti.publish import read_info
+from beam_nifti.tfrecord import decode_record
+from pipelines import build_dataset
+from tests.images import write_cohort, write_image, write_manifest
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def built(cohort: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Build the cohort of twelve with some flags: `built("--num-shards=2")` -> the dataset."""
+
+    def run(*flags: str, output: str = "out", code: int = cli.SUCCESS) -> Path:
+        assert cli.main(["build", str(cohort), str(tmp_path / output), "--workers=2", *flags]) == code
+        return tmp_path / output
+
+    return run
+
+
+def shards(output: Path) -> list[str]:
+    return [shard.name for shard in read_info(str(output)).shards]
+
+
+def records(output: Path) -> dict[str, dict[str, Any]]:
+    """The features of every record, in the order of the dataset, by example id."""
+    found = {}
+    for shard in read_info(str(output)).shards:
+        data = (output / shard.name).read_bytes()
+        for row in read_index(str(output / shard.index))[0].to_pylist():
+            record = data[row["offset"] : row["offset"] + row["length"]]
+            payload = decode_record(record, shard.name.endswith(".gz"))
+            found[row["example_id"]] = decode_example(payload)
+    return found
+
+
+def voxels(output: Path, example_id: str = "sub-0003") -> Any:
+    return decode_tensor(records(output)[example_id]["image_raw"])
+
+
+def total_bytes(output: Path) -> int:
+    return read_info(str(output)).num_bytes
+
+
+# Help and parsing
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["build", "--help"], ["verify", "--help"], ["inspect", "--help"], ["--version"]]
+)
+def test_help_loads_nothing_heavy(argv: Sequence[str]) -> None:
+    program = (
+        "import sys; from beam_nifti import cli; code = cli.main(sys.argv[1:]);"
+        "heavy = {'apache_beam', 'tensorflow', 'numpy', 'pyarrow', 'nibabel'} & set(sys.modules);"
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "beam-nifti" in done.stdout
+
+
+@pytest.mark.parametrize("flag", [f for f in options._build_flags() if f.startswith("--")])
+def test_help_explains_every_flag(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["build", "--help"])
+    text = capsys.readouterr().out
+    assert f"{flag} " in text or f"{flag}\n" in text
+
+
+def test_flags_take_dashes_and_underscores() -> None:
+    dashed, _ = options.parse(["build", "m.csv", "out", "--examples-per-shard=3", "--shuffle-seed", "1"])
+    under, _ = options.parse(["build", "m.csv", "out", "--examples_per_shard=3", "--shuffle_seed", "1"])
+    assert options.build_config(dashed) == options.build_config(under)
+
+
+def test_other_flags_go_to_beam_with_underscores() -> None:
+    _, rest = options.parse(["build", "m.csv", "out", "--flink-master=host:8081", "--runner=FlinkRunner"])
+    assert rest == ["--flink_master=host:8081", "--runner=FlinkRunner"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["build", "m.csv"], "OUTPUT"),
+        (["build", "m.csv", "out", "--rescale", "zscore"], "minmax"),
+        (["build", "m.csv", "out", "--examples-per-shard", "3", "--num-shards", "2"], "not allowed with"),
+        (["build", "m.csv", "out", "--examples-per-shard", "0"], "at least 1"),
+        (["build", "m.csv", "out", "--num-shards", "-1"], "at least 1"),
+        (["build", "m.csv", "out", "--compression-level", "9"], "0, 1, 2, 3"),
+        (["build", "m.csv", "out", "--max-bad-fraction", "2"], "between 0 and 1"),
+        (["build", "m.csv", "out", "--max-bad-fraction", "nan"], "between 0 and 1"),
+        (["build", "m.csv", "out", "--workers", "0"], "at least 1"),
+        (["build", "m.csv", "out", "--rescle", "none"], "did you mean --rescale?"),
+        (["build", "m.csv", "out", "--surprise"], "unknown flag --surprise"),
+        (["build", "m.csv", "out", "more"], "unknown argument more"),
+        (["build", "m.csv", "out", "--runner=NoSuchRunner"], "NoSuchRunner"),
+        (["build", "m.csv", "out"], "no such file"),
+        (["verify", "out", "--deeep", "3"], "--deeep"),
+        (["inspect", "out", "--quiet"], "--quiet"),
+        (["bild"], "bild"),
+        ([], "COMMAND"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_say_what_is_wrong(
+    argv: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == cli.USAGE
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_may_know_flags_that_we_do_not() -> None:
+    options.refuse_misspelled(["--some_flink_option=3"], strict=False)
+    with pytest.raises(UsageError, match="did you mean --num-shards"):
+        options.refuse_misspelled(["--num_shard=3"], strict=False)
+
+
+# Exit codes and what stands on the screen
+
+
+def test_success(built: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    output = built()
+    said = capsys.readouterr().out
+    assert "12 examples, 1 shard," in said
+    assert str(output) in said
+    assert "load_dataset(" in said
+
+
+def test_manifest_errors_name_every_row_and_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii", "label": "x"}, {"path": "", "label": 1}])
+    assert cli.main(["build", str(manifest), str(tmp_path / "out")]) == cli.USAGE
+    said = capsys.readouterr().err
+    assert "row 1" in said
+    assert "row 2" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_volumes_exit_with_1_and_the_list_is_named(
+    cohort: Path, built: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cohort.parent / "sub-0002.nii.gz").unlink()
+    output = built(code=cli.FAILED)
+    streams = capsys.readouterr()
+    assert "left out 1 volume," in streams.out
+    assert str(output / "failures.jsonl") in streams.out
+    assert "1 of 12 volumes failed" in streams.err
+    assert "Traceback" not in streams.err
+    assert not (output / "dataset_info.json").exists()
+
+
+def test_another_configuration_is_refused_with_2(
+    built: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    built()
+    built("--rescale=none", code=cli.USAGE)
+    assert "rescale was 'minmax', now 'none'" in capsys.readouterr().err
+
+
+def test_a_second_run_says_what_it_kept(
+    built: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    built()
+    built()
+    assert "kept     12 examples of an earlier run" in capsys.readouterr().out
+
+
+def test_verify_and_inspect(
+    cohort: Path, built: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(built("--num-shards=3"))
+    capsys.readouterr()
+    assert cli.main(["verify", output, "--manifest", str(cohort), "--deep", "all"]) == cli.SUCCESS
+    assert "12 made again" in capsys.readouterr().out
+    assert cli.main(["inspect", output, "--json"]) == cli.SUCCESS
+    assert json.loads(capsys.readouterr().out)["splits"]["train"]["num_examples"] == 12
+    assert cli.main(["inspect", output, "--record", "sub-0004"]) == cli.SUCCESS
+    assert "sub-0004" in capsys.readouterr().out
+    assert cli.main(["verify", output, "--deep", "some"]) == cli.USAGE
+
+
+def test_verify_of_a_damaged_dataset_exits_with_1(
+    built: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = built()
+    shard = output / shards(output)[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert cli.main(["verify", str(output)]) == cli.FAILED
+    streams = capsys.readouterr()
+    assert shard.name in streams.err
+    assert "WRONG" in streams.out
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_no_dataset_exits_with_1(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, str(tmp_path)]) == cli.FAILED
+    assert "no dataset here" in capsys.readouterr().err
+
+
+def test_the_entry_point_for_schedulers_is_the_same_command(cohort: Path, tmp_path: Path) -> None:
+    assert build_dataset.main([str(cohort), str(tmp_path / "out"), "--quiet"]) == cli.SUCCESS
+    assert read_info(str(tmp_path / "out")).num_examples == 12
+    assert build_dataset.main([str(tmp_path / "none.csv"), str(tmp_path / "out")]) == cli.USAGE
+
+
+def test_quiet_says_nothing_on_standard_error(
+    built: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    built("--quiet")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(cohort: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "beam_nifti.cli", "build", str(cohort), str(tmp_path / "out")]
+    screen = b""
+
+    def read(descriptor: int) -> bytes:
+        nonlocal screen
+        screen += (data := os.read(descriptor, 4096))
+        return data
+
+    def screen_of(command: list[str]) -> bytes:
+        nonlocal screen
+        screen = b""
+        assert pty.spawn(["sh", "-c", f"stty cols 120 rows 40 && exec {shlex.join(command)}"], read) == 0
+        return screen
+
+    first = screen_of(build)
+    assert b"12/12" in first
+    assert b"MB/s" in first
+    assert b"12/12" not in screen_of([*build, "--quiet"])
+
+
+def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 300, shape=(40, 40, 20))
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "beam_nifti.cli", "build", str(manifest), str(output), "--workers=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(output.glob(".build/*/*/*.parquet")):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == cli.INTERRUPTED
+    assert "continues where it was" in said
+    assert "Traceback" not in said
+    assert cli.main(["build", str(manifest), str(output), "--quiet"]) == cli.SUCCESS
+    assert read_info(str(output)).num_examples == 300
+
+
+# Every option has its effect
+
+
+def test_dry_run_writes_nothing(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["build", str(cohort), str(tmp_path / "out"), "--dry-run", "--num-shards=3"]
+    assert cli.main(argv) == cli.SUCCESS
+    said = capsys.readouterr().out
+    assert "volumes 12 of 6x5x4 voxels" in said
+    assert "shards  3 of up to 4 examples" in said
+    assert "MB" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_per_shard(built: Callable[..., Path]) -> None:
+    info = read_info(str(built("--examples-per-shard=5")))
+    assert [shard.num_examples for shard in info.shards] == [5, 5, 2]
+
+
+def test_num_shards(built: Callable[..., Path]) -> None:
+    info = read_info(str(built("--num-shards=5")))
+    assert [shard.num_examples for shard in info.shards] == [2, 2, 3, 2, 3]
+
+
+def test_shuffle_seed(built: Callable[..., Path]) -> None:
+    plain = list(records(built()))
+    one, again, two = (
+        list(records(built(f"--shuffle-seed={seed}", output=f"out{i}"))) for i, seed in enumerate((1, 1, 2))
+    )
+    assert plain == sorted(plain)
+    assert one == again
+    assert len({tuple(plain), tuple(one), tuple(two)}) == 3
+    assert sorted(one) == sorted(two) == plain
+
+
+def test_compression(built: Callable[..., Path]) -> None:
+    packed, plain = built(output="packed"), built("--compression=none", output="plain")
+    assert shards(plain) == [shards(packed)[0].removesuffix(".gz")]
+    assert total_bytes(plain) > total_bytes(packed)
+    assert list(records(plain)) == list(records(packed))
+    np.testing.assert_array_equal(voxels(plain), voxels(packed))
+
+
+def test_compression_level(cohort: Path, built: Callable[..., Path]) -> None:
+    levels = [built(f"--compression-level={level}", output=f"out{level}") for level in (0, 2)]
+    assert total_bytes(levels[0]) != total_bytes(levels[1])
+
+
+def test_rescale(built: Callable[..., Path]) -> None:
+    minmax, none = (voxels(built(f"--rescale={r}", output=r)) for r in ("minmax", "none"))
+    assert (minmax.min(), minmax.max()) == (0, 1)
+    assert none.max() > 1
+    np.testing.assert_array_equal(((none - none.min()) / (none.max() - none.min())).astype("f4"), minmax)
+
+
+def test_voxel_dtype(built: Callable[..., Path]) -> None:
+    native = built("--voxel-dtype=native", output="native")
+    assert voxels(native).dtype == np.int16
+    assert voxels(built(output="float32")).dtype == np.float32
+    assert read_info(str(native)).dtype == "int16"
+
+
+def test_allow_mixed_shapes(cohort: Path, built: Callable[..., Path]) -> None:
+    write_image(cohort.parent / "sub-0003.nii.gz", np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    built(code=cli.FAILED, output="one")
+    assert voxels(built("--allow-mixed-shapes", output="two")).shape == (2, 3, 4)
+
+
+def test_max_bad_fraction(cohort: Path, built: Callable[..., Path]) -> None:
+    (cohort.parent / "sub-0002.nii.gz").write_bytes(b"")
+    built("--max-bad-fraction=0.08", code=cli.FAILED)
+    info = read_info(str(built("--max-bad-fraction=0.09")))
+    assert (info.num_examples, info.num_failures) == (11, 1)
+
+
+def test_overwrite(built: Callable[..., Path]) -> None:
+    built()
+    output = built("--rescale=none", "--overwrite")
+    assert read_info(str(output)).config["rescale"] == "none"
+    assert voxels(output).max() > 1
+
+
+def test_columns(tmp_path: Path) -> None:
+    for i in range(3):
+        write_image(tmp_path / f"{i}.nii")
+    rows = [{"file": f"{i}.nii", "age": 30 + i, "scan": f"scan-{i}", "label": "x"} for i in range(3)]
+    manifest = write_manifest(tmp_path / "m.csv", rows)
+    flags = ["--path-column=file", "--label-column=age", "--id-column=scan", "--quiet"]
+    assert cli.main(["build", str(manifest), str(tmp_path / "out"), *flags]) == cli.SUCCESS
+    found = records(tmp_path / "out")
+    assert {name: features["label"].tolist() for name, features in found.items()} == {
+        "scan-0": [30],
+        "scan-1": [31],
+        "scan-2": [32],
+    }
+
+
+def test_temp_location_holds_what_is_needed_only_while_building(
+    built: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    temporary = tmp_path / "scratch"
+    temporary.write_text("a file, where a folder is to be made")
+    built(f"--temp-location={temporary}", "--quiet", code=cli.FAILED)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "scratch" in said
+    assert "the same command continues where it was" in said
+    temporary.unlink()
+    output = built(f"--temp-location={temporary}", "--quiet")
+    assert list(temporary.iterdir()) == []
+    assert sorted(p.name for p in output.iterdir()) == ["dataset_info.json", "index", *shards(output)]
+
+
+def test_workers_cut_the_units_and_start_the_threads(cohort: Path, tmp_path: Path) -> None:
+    from apache_beam.options.pipeline_options import DirectOptions
+
+    from beam_nifti.build import plan_build
+
+    for workers, unit_rows in ((1, 12), (2, 1), (12, 1)):
+        parsed, flags = options.parse(["build", str(cohort), str(tmp_path / "out"), f"--workers={workers}"])
+        config = options.build_config(parsed)
+        beam_options, is_local = cli._beam_options(config, flags)
+        assert is_local
+        direct = beam_options.view_as(DirectOptions)
+        assert (direct.direct_num_workers, direct.direct_running_mode) == (workers, "multi_threading")
+        assert plan_build(config)[0].unit_rows == unit_rows
+
+
+# What a shell and its user get wrong
+
+
+def test_an_empty_variable_is_not_this_folder(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["build", str(cohort), ""], ["build", "", "out"], ["verify", ""]):
+        assert cli.main(argv) == cli.USAGE
+        assert "was a variable not set?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build", "verify", "inspect"])
+def test_an_output_that_is_a_file(
+    cohort: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    manifest = [str(cohort)] if command == "build" else []
+    assert cli.main([command, *manifest, str(tmp_path / "file")]) in (cli.USAGE, cli.FAILED)
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file") in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_of_our_name_that_is_not_ours_stays(cohort: Path, built: Callable[..., Path]) -> None:
+    precious = cohort.parent.parent / "out" / ".build" / "precious" / "file"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("kept")
+    built(code=cli.USAGE)
+    assert precious.read_text() == "kept"
+
+
+def test_output_that_nobody_reads_to_its_end(cohort: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "beam_nifti.cli", "build", str(cohort), str(tmp_path / "out"), "--quiet"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_dataset_without_labels_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(tmp_path / "a.nii")
+    manifest = write_manifest(tmp_path / "m.csv", [{"path": "a.nii"}])
+    for flags in (["--dry-run"], []):
+        assert cli.main(["build", str(manifest), str(tmp_path / "out"), *flags]) == cli.SUCCESS
+        assert "labels   none" in capsys.readouterr().out
+
+
+def test_a_failed_build_over_a_dataset_says_that_it_stays(
+    cohort: Path, built: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    built()
+    (cohort.parent / "sub-0002.nii.gz").unlink()
+    built(code=cli.FAILED)
+    assert "the dataset stays as it was" in capsys.readouterr().err
+
+
+def test_records_of_another_shape_are_not_kept_once_mixed_shapes_are_not_allowed(
+    cohort: Path, built: Callable[..., Path]
+) -> None:
+    write_image(cohort.parent / "sub-0003.nii.gz", np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    (cohort.parent / "sub-0005.nii.gz").unlink()
+    built("--allow-mixed-shapes", code=cli.FAILED)
+    output = built("--max-bad-fraction=0.5")
+    assert read_info(str(output)).num_failures == 2
+    assert cli.main(["verify", str(output)]) == cli.SUCCESS
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+def test_a_first_image_of_another_kind_is_another_dataset(
+    cohort: Path, built: Callable[..., Path], change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = "--voxel-dtype=native" if change == "dtype" else "--rescale=minmax"
+    output = built(flag)
+    other = np.arange(120).reshape((6, 5, 4) if change == "dtype" else (4, 5, 6))
+    write_image(cohort.parent / "sub-0000.nii.gz", other.astype("f4" if change == "dtype" else "i2"))
+    built(flag, code=cli.USAGE)
+    assert "the first image had" in capsys.readouterr().err
+    assert read_info(str(output)).num_examples == 12
+
+
+def test_a_level_without_compression_makes_no_difference(built: Callable[..., Path]) -> None:
+    built("--compression=none")
+    built("--compression=none", "--compression-level=1")

@@ -1,0 +1,140 @@
+"""Real, odd images: each becomes a right record, or a failure whose message a person can act on.
+
+Not part of the project: set BEAM_NIFTI_CORPUS to a folder of images; its `README.md` and `images.tsv`
+are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from beam_nifti import storage
+from beam_nifti.build import TooManyFailures
+from beam_nifti.config import BuildConfig, RecordConfig
+from beam_nifti.errors import VolumeError
+from beam_nifti.example import decode_example, decode_tensor
+from beam_nifti.index import read_index
+from beam_nifti.publish import read_info
+from beam_nifti.tfrecord import decode_record
+from beam_nifti.volume import Volume, load_volume, rescale_volume
+from tests.images import Array, row_of, write_manifest
+
+CORPUS = os.environ.get("BEAM_NIFTI_CORPUS", "")
+CORPUS = CORPUS and os.path.abspath(CORPUS)  # a manifest in another folder names its images
+pytestmark = pytest.mark.skipif(not CORPUS, reason="BEAM_NIFTI_CORPUS is not set to a folder of odd images")
+
+
+def files() -> list[str]:
+    """Names of all images, listed in the table or not (the table leaves out halves of pairs)."""
+    others = {"README.md", "images.tsv"}
+    return sorted({p.name for p in Path(CORPUS).iterdir()} - others) if CORPUS else []
+
+
+FILES = files()
+
+# What a person can do about it stands in the message itself.
+ACTIONABLE = re.compile(r"; (copy|convert|extract|leave it out|mask|repair)")
+
+
+def expected_voxels(path: Path) -> Array | None:
+    """The voxels in the image's units, of what nibabel reads as one real 3-D NIfTI file; else None."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = nib.load(path)
+            values = np.asanyarray(image.dataobj)
+    except Exception:
+        return None
+    if not isinstance(image, nib.Nifti1Image) or "img" in path.suffixes[0]:
+        return None
+    return values if values.ndim == 3 and values.dtype.kind in "iuf" else None
+
+
+def has_range(values: Array) -> bool:
+    return bool(np.isfinite(values).all() and values.min() < values.max())
+
+
+def rescaled(values: Array) -> Array:
+    values = values.astype(np.float64)
+    out: Array = ((values - values.min()) / (values.max() - values.min())).astype(np.float32)
+    return out
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_image_is_read_right_or_refused_with_a_reason(name: str) -> None:
+    path = Path(CORPUS) / name
+    values = expected_voxels(path)
+    loaded, message, peak = load(path)
+    size = 0 if values is None else values.size
+    assert peak < 40 * size + 3 * path.stat().st_size + (2 << 20)
+    if loaded is None:
+        assert values is None or not has_range(values), message
+        assert message.startswith(f"{path}: ")
+        assert ACTIONABLE.search(message), message
+        return
+    volume, stored = loaded
+    assert values is not None
+    assert np.array_equal(volume.scaling.apply(volume.voxels), values)
+    assert np.array_equal(stored.voxels, rescaled(values))
+    image = nib.load(path)
+    assert np.array_equal(stored.affine, image.affine)
+    assert stored.zooms == tuple(map(float, image.header.get_zooms()))
+
+
+def load(path: Path) -> tuple[tuple[Volume, Volume] | None, str, int]:
+    """An image as it is and as it is stored, or why there is none; and the peak of memory in bytes."""
+    tracemalloc.start()
+    try:
+        volume = load_volume(row_of(path))
+        return (volume, rescale_volume(volume, RecordConfig())), "", tracemalloc.get_traced_memory()[1]
+    except VolumeError as e:
+        return None, str(e), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_build_of_all_of_them(tmp_path: Path, build: Callable[..., Any]) -> None:
+    """Also through the pipeline: records and failures together are all images."""
+    rows = [{"path": str(Path(CORPUS) / name), "label": i} for i, name in enumerate(FILES)]
+    manifest = write_manifest(tmp_path / "m.tsv", rows)
+    output = tmp_path / "out"
+    config = BuildConfig(str(manifest), str(output), allow_mixed_shapes=True, max_bad_fraction=1.0)
+    summary = build(config, 2)
+    failures = [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
+    assert summary.num_written + summary.num_failed == len(FILES)
+    assert len(failures) == summary.num_failed
+    for failure in failures:
+        assert failure["error"] == "VolumeError", failure
+        assert ACTIONABLE.search(failure["message"]), failure["message"]
+    seen = {f["path"] for f in failures}
+    for shard in read_info(str(output)).shards:
+        data = storage.read(str(output / shard.name))
+        for entry in read_index(str(output / shard.index))[0].to_pylist():
+            record = data[entry["offset"] : entry["offset"] + entry["length"]]
+            raw = decode_example(decode_record(record, compressed=True))["image_raw"]
+            assert isinstance(raw, memoryview)
+            values = expected_voxels(Path(entry["source"]))
+            assert values is not None
+            assert np.array_equal(decode_tensor(raw), rescaled(values))
+            seen.add(entry["source"])
+    assert seen == {row["path"] for row in rows}
+
+
+def test_without_a_limit_they_are_too_many(tmp_path: Path, build: Callable[..., Any]) -> None:
+    names = [name for name in FILES if expected_voxels(Path(CORPUS) / name) is None]
+    good = next(name for name in FILES if name not in names)
+    rows = [{"path": str(Path(CORPUS) / name)} for name in [good, *names]]
+    manifest = write_manifest(tmp_path / "m.tsv", rows)
+    with pytest.raises(TooManyFailures, match=f"{len(names)} of {len(names) + 1} volumes failed"):
+        build(BuildConfig(str(manifest), str(tmp_path / "out"), allow_mixed_shapes=True), 2)
+    assert len((tmp_path / "out" / "failures.jsonl").read_text().splitlines()) == len(names)

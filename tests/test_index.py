@@ -1,0 +1,104 @@
+"""The index: what was put in comes out, in types that other tools read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import ShardError
+from beam_nifti.index import (
+    SCHEMA,
+    IndexEntry,
+    extra_column,
+    make_table,
+    read_index,
+    schema_of,
+    write_index,
+)
+from beam_nifti.volume import load_volume, rescale_volume
+from tests.images import AFFINE, row_of, write_image
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> IndexEntry:
+    path = write_image(tmp_path / "a.nii.gz", slope=0.5, inter=0.1)
+    row = row_of(path, label=0.25, participant_id="007", session_id="02", extras=("Zürich", "x"))
+    return IndexEntry.of(rescale_volume(load_volume(row), RecordConfig()))
+
+
+def test_an_entry_comes_back(tmp_path: Path, entry: IndexEntry) -> None:
+    unlabelled = replace(entry, row=replace(entry.row, label=None, position=1, row=9))
+    table = make_table([(entry, 0, 100), (unlabelled, 100, 2**40)], ["site", "min"])
+    write_index(str(tmp_path / "a" / "i.parquet"), table, {"sha256": "ab", "num_bytes": "7"})
+    again, facts = read_index(str(tmp_path / "a" / "i.parquet"))
+    assert facts == {"sha256": "ab", "num_bytes": "7"}
+    first, second = again.to_pylist()
+    assert first == {
+        "example_id": "sub-01",
+        "participant_id": "007",
+        "session_id": "02",
+        "label": 0.25,
+        "position": 0,
+        "offset": 0,
+        "length": 100,
+        "row": 1,
+        "source": entry.row.path,
+        "source_size": entry.source.size,
+        "source_mtime": entry.source.mtime,
+        "shape": [6, 5, 4],
+        "dtype": "int16",
+        "zooms": [2.0, 2.0, 2.5],
+        "affine": AFFINE.ravel().tolist(),
+        "min": entry.intensity.min,
+        "max": entry.intensity.max,
+        "mean": entry.intensity.mean,
+        "std": entry.intensity.std,
+        "site": "Zürich",
+        "manifest_min": "x",
+    }
+    assert (second["label"], second["length"], second["row"]) == (None, 2**40, 9)
+
+
+def test_an_index_without_records_has_all_columns(tmp_path: Path) -> None:
+    write_index(str(tmp_path / "i.parquet"), make_table([], ["site"]), {})
+    table, facts = read_index(str(tmp_path / "i.parquet"))
+    assert facts == {}
+    assert table.schema.equals(schema_of(["site"]))
+    assert table.num_rows == 0
+
+
+def test_pandas_reads_it(tmp_path: Path, entry: IndexEntry) -> None:
+    pytest.importorskip("pandas")
+    write_index(str(tmp_path / "i.parquet"), make_table([(entry, 0, 1)], ["a", "b"]), {"x": "y"})
+    frame = pq.read_table(tmp_path / "i.parquet").to_pandas()
+    assert frame.loc[0, "participant_id"] == "007"
+    assert frame.loc[0, "max"] == entry.intensity.max
+
+
+def test_further_columns_never_share_a_name() -> None:
+    names = [*SCHEMA.names, *(f"manifest_{n}" for n in SCHEMA.names), "site", "manifest_", ""]
+    kept = [extra_column(n) for n in names]
+    assert len(set(kept) | set(SCHEMA.names)) == len(kept) + len(SCHEMA.names)
+    assert extra_column("site") == "site"
+
+
+def test_equal_entries_give_equal_bytes(tmp_path: Path, entry: IndexEntry) -> None:
+    for name in "ab":
+        write_index(str(tmp_path / name), make_table([(entry, 0, 1)], ["s", "t"]), {"x": "y"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_what_is_no_index(tmp_path: Path, entry: IndexEntry) -> None:
+    path = tmp_path / "i.parquet"
+    with pytest.raises(FileNotFoundError):
+        read_index(str(path))
+    write_index(str(path), make_table([(entry, 0, 1)], ["s", "t"]), {})
+    data = path.read_bytes()
+    for size in [*range(0, len(data), 97), len(data) - 1]:
+        path.write_bytes(data[:size])
+        with pytest.raises(ShardError, match=f"{path}: not an index"):
+            read_index(str(path))

@@ -1,0 +1,42 @@
+"""Beam's in-process runner, as we set it up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.testing.util import assert_that, equal_to
+
+from beam_nifti.local_runner import whole_elements
+
+
+class _SlowToPickle:
+    """Takes longer to write than the runner's clock ticks: its beginning is out before its end is in."""
+
+    def __reduce__(self) -> tuple[type[_SlowToPickle], tuple[()]]:
+        end = time.monotonic() + 1.2
+        while time.monotonic() < end:
+            pass
+        return _SlowToPickle, ()
+
+
+def _make(_: None) -> _SlowToPickle:
+    return _SlowToPickle()
+
+
+def _name(element: object) -> str:
+    return type(element).__name__
+
+
+def test_an_element_is_never_sent_in_halves(local_flags: Callable[..., list[str]]) -> None:
+    with whole_elements(), beam.Pipeline(options=PipelineOptions(local_flags(2))) as pipeline:
+        names = (
+            pipeline
+            | beam.Create([None], reshuffle=False)
+            | beam.Map(_make)
+            | beam.Reshuffle()
+            | beam.Map(_name)
+        )
+        assert_that(names, equal_to(["_SlowToPickle"]))

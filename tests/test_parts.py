@@ -1,0 +1,313 @@
+"""Parts: written, found again, and merged into shards, whatever died meanwhile."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.errors import ShardError
+from beam_nifti.index import IndexEntry, read_index
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.merge import merge_parts
+from beam_nifti.parts import (
+    Part,
+    PartWriter,
+    find_parts,
+    find_shard,
+    finished_rows,
+    parts_folder,
+)
+from beam_nifti.rescale import Intensity
+from beam_nifti.sharding import ShardName
+from beam_nifti.storage import stat
+from tests.build_helpers import Ended, fork_server, sha256
+
+SHARD = ShardName("train", 0, 1)
+FINGERPRINT = "fingerprint"
+COUNT = 8
+
+
+def record_of(position: int) -> bytes:
+    """A record; each is of another length."""
+    return gzip.compress(random.Random(position).randbytes(20 + 7 * position), mtime=0)
+
+
+def entry_of(folder: Path, position: int) -> IndexEntry:
+    """The index entry of an image that exists."""
+    image = folder / f"{position}.nii"
+    if not image.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(b"image")
+    row = VolumeRow(row=position + 1, example_id=f"sub-{position}", path=image.name, position=position)
+    return IndexEntry(
+        row=row,
+        source=stat(str(image)),
+        shape=(1, 1, 1),
+        dtype="int16",
+        zooms=(1.0, 1.0, 1.0),
+        affine=(0.0,) * 16,
+        intensity=Intensity(0.0, 1.0, 0.5, 0.5),
+    )
+
+
+class Place:
+    """An output and its folder of parts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images, self.output = folder / "images", folder / "out"
+        root = self.output / ".build"
+        self.parts = Path(parts_folder(str(root), FINGERPRINT, SHARD.split, SHARD.index))
+
+    def write(self, positions: Sequence[int]) -> Part:
+        """A complete part of some records."""
+        writer = PartWriter(str(self.parts), ())
+        for position in positions:
+            writer.write(entry_of(self.images, position), record_of(position))
+        return writer.close()
+
+    def merge(self, parts: Sequence[Part], positions: Sequence[int] = range(COUNT)) -> ShardInfo:
+        return merge_parts(str(self.output), SHARD, positions, parts, FINGERPRINT, (), str(self.parts))
+
+    def found(self) -> list[Part]:
+        """What the next run would merge."""
+        shard = find_shard(str(self.output), SHARD, FINGERPRINT)
+        rows = [entry_of(self.images, position).row for position in range(COUNT)]
+        selected = []
+        for part in ([shard] if shard else []) + find_parts(str(self.parts)):
+            held = finished_rows(part, rows, (), str(self.images))
+            if held is not None:
+                done = set(held.positions or ())
+                rows = [row for row in rows if row.position not in done]
+                selected.append(held)
+        return selected
+
+    @property
+    def shard(self) -> Path:
+        return self.output / str(SHARD)
+
+    def check(self, positions: Sequence[int] = range(COUNT)) -> None:
+        """The shard holds the records of these positions, in order, as its index says."""
+        data = self.shard.read_bytes()
+        assert data == b"".join(map(record_of, positions))
+        table, facts = read_index(str(self.output / SHARD.index_file))
+        assert table["position"].to_pylist() == list(positions)
+        for row in table.to_pylist():
+            assert data[row["offset"] : row["offset"] + row["length"]] == record_of(row["position"])
+        assert facts["fingerprint"] == FINGERPRINT
+        assert facts["sha256"] == hashlib.sha256(data).hexdigest()
+        assert facts["num_bytes"] == str(len(data))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_a_part_is_found_only_when_its_index_is_there(place: Place) -> None:
+    assert find_parts(str(place.parts)) == []
+    writer = PartWriter(str(place.parts), ())
+    writer.write(entry_of(place.images, 0), record_of(0))
+    assert find_parts(str(place.parts)) == []
+    part = writer.close()
+    assert find_parts(str(place.parts)) == [part]
+    assert Path(part.data).read_bytes() == record_of(0)
+    Path(part.index).unlink()
+    assert find_parts(str(place.parts)) == []
+
+
+def test_parts_of_one_shard_never_share_a_name(place: Place) -> None:
+    assert place.write([0]) != place.write([0])
+    assert len(find_parts(str(place.parts))) == 2
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_any_parts_merge_into_the_same_shard(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[list[int]], twice: bool
+) -> None:
+    place = Place(tmp_path_factory.mktemp("merge"))
+    groups = [list(dict.fromkeys(group)) for group in groups]
+    positions = sorted({position for group in groups for position in group})
+    parts = [place.write(group) for group in groups]
+    info = place.merge(parts, positions)
+    if twice:  # a retry, after the parts are gone
+        assert place.merge(parts, positions) == info
+    place.check(positions)
+    assert info.sha256 == sha256(place.shard)
+    assert (info.num_examples, info.num_bytes) == (len(positions), place.shard.stat().st_size)
+    assert find_parts(str(place.parts)) == []
+
+
+def test_one_part_that_is_the_shard_is_not_copied(place: Place) -> None:
+    part = place.write(range(COUNT))
+    inode = Path(part.data).stat().st_ino
+    place.merge([part])
+    place.check()
+    assert place.shard.stat().st_ino == inode
+
+
+def test_a_shard_found_by_several_units_is_not_copied(place: Place) -> None:
+    place.merge([place.write(range(COUNT))])
+    before = place.shard.stat()
+    found = find_shard(str(place.output), SHARD, FINGERPRINT)
+    assert found is not None
+    units = [replace(found, positions=p) for p in ((0, 1, 2), (5, 3, 4), (6, 7))]
+    info = place.merge(units)
+    place.check()
+    assert info.num_examples == COUNT
+    assert place.shard.stat().st_ino == before.st_ino
+    assert place.shard.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("positions", [[0, 1, 2], [0, 1, 2, 3, 4]])
+def test_missing_and_surplus_records_are_refused(place: Place, positions: list[int]) -> None:
+    parts = [place.write(positions)]
+    with pytest.raises(ShardError, match="missing"):
+        place.merge(parts, range(4))
+    assert not place.shard.exists()
+    assert find_parts(str(place.parts)) == parts
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_shard_without_records_is_a_readable_file(place: Place, compressed: bool) -> None:
+    name = replace(SHARD, compressed=compressed)
+    info = merge_parts(str(place.output), name, (), (), FINGERPRINT, (), str(place.parts))
+    written = (place.output / str(name)).read_bytes()
+    assert (gzip.decompress(written) if compressed else written) == b""
+    assert bool(written) == compressed  # an empty file is no gzip file
+    assert (info.num_examples, info.num_bytes) == (0, len(written))
+
+
+def test_a_part_that_lost_its_end_is_not_used(place: Place) -> None:
+    part = place.write([0, 1, 2])
+    rows = [entry_of(place.images, p).row for p in range(3)]
+    assert finished_rows(part, rows, (), str(place.images)) is not None
+    os.truncate(part.data, Path(part.data).stat().st_size - 1)
+    assert finished_rows(part, rows, (), str(place.images)) is None
+    Path(part.data).unlink()
+    assert finished_rows(part, rows, (), str(place.images)) is None
+
+
+def test_a_damaged_index_is_as_none(place: Place) -> None:
+    part = place.write([0, 1])
+    rows = [entry_of(place.images, p).row for p in range(2)]
+    Path(part.index).write_bytes(b"PAR1 and then nothing")
+    assert finished_rows(part, rows, (), str(place.images)) is None
+    place.merge([place.write(range(COUNT))])
+    (place.output / SHARD.index_file).write_bytes(b"")
+    assert find_shard(str(place.output), SHARD, FINGERPRINT) is None
+
+
+def test_a_shard_of_another_fingerprint_is_not_found(place: Place) -> None:
+    place.merge([place.write(range(COUNT))])
+    assert find_shard(str(place.output), SHARD, "another") is None
+    assert find_shard(str(place.output), replace(SHARD, index=1), FINGERPRINT) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"row": 9},
+        {"example_id": "sub-9"},
+        {"path": "9.nii"},
+        {"label": 9.0},
+        {"participant_id": "9"},
+        {"session_id": "9"},
+        {"position": 9},
+    ],
+)
+def test_only_the_same_row_is_finished(place: Place, change: dict[str, object]) -> None:
+    part = place.write([0, 1])
+    rows = [entry_of(place.images, p).row for p in range(2)]
+    whole = finished_rows(part, rows, (), str(place.images))
+    assert whole == replace(part, positions=(0, 1))
+    half = finished_rows(part, [rows[0], replace(rows[1], **change)], (), str(place.images))
+    assert half == replace(part, positions=(0,))
+
+
+def test_only_an_unchanged_image_is_finished(place: Place) -> None:
+    part = place.write([0, 1, 2, 3])
+    rows = [entry_of(place.images, p).row for p in range(4)]
+    (place.images / "1.nii").write_bytes(b"a longer image")
+    os.utime(place.images / "2.nii", (1, 1))
+    (place.images / "3.nii").unlink()
+    found = finished_rows(part, rows, (), str(place.images))
+    assert found == replace(part, positions=(0,))
+
+
+def test_other_further_columns_are_not_finished(place: Place) -> None:
+    part = place.write([0])
+    row = entry_of(place.images, 0).row
+    assert finished_rows(part, [replace(row, extras=("7",))], ("age",), str(place.images)) is None
+
+
+def test_a_part_that_is_published_twice_leaves_nothing(place: Place) -> None:
+    """As after a death between a shard's appearance and that of its index."""
+    part = place.write(range(COUNT))
+    index = Path(part.index).read_bytes()
+    place.merge([part])
+    (place.output / SHARD.index_file).unlink()
+    os.link(place.shard, part.data)
+    Path(part.index).write_bytes(index)
+    place.merge([part])
+    place.check()
+    assert not list(place.output.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path, is_replaced: bool) -> None:
+    """Two parts; or a shard, and a part that is to go into its middle."""
+
+    def prepare(folder: Path) -> tuple[Place, list[Part]]:
+        place = Place(folder)
+        if not is_replaced:
+            return place, [place.write([5, 1, 0, 4]), place.write([2, 3, 7, 6])]
+        held = [p for p in range(COUNT) if p != 3]
+        place.merge([place.write(held)], held)
+        shard = find_shard(str(place.output), SHARD, FINGERPRINT)
+        assert shard is not None
+        return place, [replace(shard, positions=tuple(held)), place.write([3])]
+
+    def merge(place: Place, parts: Sequence[Part], kill_at: int | None = None) -> Ended:
+        return fork_server().run(
+            "merge",
+            folder=place.output,
+            kill_at=kill_at,
+            output=str(place.output),
+            parts_folder=str(place.parts),
+            parts=[(p.data, p.index, p.positions) for p in parts],
+            count=COUNT,
+        )
+
+    place, parts = prepare(tmp_path / "undisturbed")
+    undisturbed = merge(place, parts)
+    place.check()
+    assert undisturbed.operations > 8
+    for kill_at in range(1, undisturbed.operations + 1):
+        place, parts = prepare(tmp_path / str(kill_at))
+        assert merge(place, parts, kill_at).was_killed
+        shutil.copytree(place.output, tmp_path / "left")
+        # The next run merges what it finds.
+        found = place.found()
+        assert sorted(p for part in found for p in part.positions or ()) == list(range(COUNT))
+        place.merge(found)
+        place.check()
+        # A runner merges the same parts again.
+        shutil.rmtree(place.output)
+        (tmp_path / "left").rename(place.output)
+        place.merge(parts)
+        place.check()

@@ -1,0 +1,393 @@
+"""A build into an output that already holds something."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beam_nifti.build import open_build, plan_build, run_build
+from beam_nifti.config import BuildConfig
+from beam_nifti.errors import OutputError
+from beam_nifti.publish import TooManyFailures, read_info
+from tests.build_helpers import (
+    SHAPE,
+    UNIT_ROWS,
+    Ended,
+    assert_complete,
+    assert_intact,
+    build,
+    contents,
+    fork_server,
+    make_config,
+    make_options,
+    stray_files,
+)
+from tests.images import brain, write_cohort, write_image, write_manifest
+
+COUNT = 24
+LONGER = 31
+
+
+def name_of(number: int) -> str:
+    return f"sub-{number:04d}.nii.gz"
+
+
+def names(*numbers: int) -> set[str]:
+    return {name_of(n) for n in numbers}
+
+
+def rows_of(count: int, **changes: Any) -> list[dict[str, Any]]:
+    return [
+        {"participant_id": f"sub-{i:04d}", "path": name_of(i), "label": i, "age": 20 + i} | changes
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the images of the longer manifest and both manifests, which no test changes."""
+    folder = write_cohort(tmp_path_factory.mktemp("cohort"), LONGER, shape=SHAPE).parent
+    write_manifest(folder / "short.tsv", rows_of(COUNT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of the shorter manifest, which no test changes."""
+    output = tmp_path_factory.mktemp("built") / "dataset"
+    build(images / "short.tsv", output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def longer(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of the longer manifest, built afresh; no test changes it."""
+    output = tmp_path_factory.mktemp("longer") / "dataset"
+    build(images / "manifest.tsv", output)
+    return output
+
+
+@pytest.fixture
+def manifest(images: Path) -> Path:
+    return images / "short.tsv"
+
+
+@pytest.fixture
+def output(built: Path, tmp_path: Path) -> Path:
+    """A copy of the shorter dataset, to be built into."""
+    return Path(shutil.copytree(built, tmp_path / "dataset"))
+
+
+@pytest.fixture
+def own(images: Path, manifest: Path, tmp_path: Path) -> Path:
+    """A manifest of images that the test may change."""
+    shutil.copytree(images, tmp_path / "own")
+    return tmp_path / "own" / manifest.name
+
+
+def run(manifest: Path, output: Path, kill_at: int | None = None, **arguments: Any) -> Ended:
+    """A build in a process of its own, killed before one of its operations on files in the output."""
+    return fork_server().run(
+        "build", folder=output, kill_at=kill_at, manifest=manifest, output=output, **arguments
+    )
+
+
+def identities(output: Path) -> dict[int, tuple[int, int]]:
+    """By number of the shard: inode and time of its file."""
+    shards = read_info(str(output)).split("train").shards
+    status = [(output / shard.name).stat() for shard in shards]
+    return {i: (s.st_ino, s.st_mtime_ns) for i, s in enumerate(status)}
+
+
+def snapshot(output: Path) -> dict[str, bytes]:
+    """The content of every file."""
+    files = (p for p in output.rglob("*") if p.is_file())
+    return {str(p.relative_to(output)): p.read_bytes() for p in files}
+
+
+# Nothing, or little, has changed
+
+
+def test_unchanged_inputs_change_nothing(manifest: Path, output: Path, built: Path) -> None:
+    before, held = identities(output), snapshot(output)
+    again = build(manifest, output, workers=2, unit_rows=5)
+    assert again.read == set()
+    assert again.summary.complete
+    assert identities(output) == before
+    assert {k: v for k, v in snapshot(output).items() if k != "dataset_info.json"} == {
+        k: v for k, v in held.items() if k != "dataset_info.json"
+    }
+    assert_complete(output, built)
+
+
+def test_a_manifest_of_another_format_is_the_same_manifest(images: Path, output: Path, built: Path) -> None:
+    manifest = write_manifest(images / "short.csv", rows_of(COUNT))
+    assert build(manifest, output).read == set()
+    assert_complete(output, built)
+
+
+def test_only_a_changed_image_is_loaded_again(own: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    build(own, output)
+    before = identities(output)
+    write_image(own.parent / name_of(9), brain(SHAPE, seed=99))
+    again = build(own, output)
+    assert again.read == names(9)
+    after = identities(output)
+    assert [i for i in after if after[i] != before[i]] == [1]
+    build(own, tmp_path / "fresh")
+    assert_complete(output, tmp_path / "fresh")
+    # Changed back and forth, as often as one likes.
+    for seed in (100, 101):
+        write_image(own.parent / name_of(9), brain(SHAPE, seed=seed))
+        assert build(own, output).read == names(9)
+    build(own, tmp_path / "fresher")
+    assert_complete(output, tmp_path / "fresher")
+
+
+def test_a_touched_image_is_loaded_again(own: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    build(own, output)
+    os.utime(own.parent / name_of(3), (1, 1))
+    assert build(own, output).read == names(3)
+
+
+def test_a_rebuild_that_fails_leaves_the_dataset_as_it_was(own: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    build(own, output)
+    before = snapshot(output)
+    write_image(own.parent / name_of(5), brain(SHAPE, seed=99))
+    (own.parent / name_of(9)).write_bytes(b"no image")
+    with pytest.raises(TooManyFailures, match="1 of 24"):
+        build(own, output)
+    now = snapshot(output)
+    assert {name: now[name] for name in before} == before
+    write_image(own.parent / name_of(9), brain(SHAPE, seed=9))
+    assert build(own, output).read == names(9)
+    build(own, tmp_path / "fresh")
+    assert_complete(output, tmp_path / "fresh")
+
+
+# Rows were appended
+
+
+def test_appended_rows_are_added(images: Path, output: Path, longer: Path) -> None:
+    before = identities(output)
+    again = build(images / "manifest.tsv", output)
+    assert again.read == names(*range(COUNT, LONGER))
+    after = identities(output)
+    assert {i for i in after if after[i] == before.get(i)} == {0, 1, 2}  # the fourth held 3 of 7
+    assert_complete(output, longer)
+
+
+def test_rows_appended_to_an_unfinished_build_are_added(
+    images: Path, manifest: Path, longer: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    operations = run(manifest, tmp_path / "undisturbed").operations
+    for share in (0.4, 0.9):
+        killed = run(manifest, output, round(share * operations))
+        assert killed.was_killed
+        again = build(images / "manifest.tsv", output)
+        assert names(*range(COUNT, LONGER)) <= again.read
+        assert len(again.read & killed.read) <= UNIT_ROWS + 1
+        assert_complete(output, longer)
+        shutil.rmtree(output)
+
+
+def test_appended_rows_of_a_shuffled_dataset(images: Path, manifest: Path, tmp_path: Path) -> None:
+    """A row's place among the shuffled moves; the records are made anew, and are right."""
+    output = tmp_path / "out"
+    build(manifest, output, shuffle_seed=3)
+    build(images / "manifest.tsv", output, shuffle_seed=3)
+    build(images / "manifest.tsv", tmp_path / "fresh", shuffle_seed=3)
+    assert_complete(output, tmp_path / "fresh")
+
+
+def test_appended_rows_of_one_split_leave_the_others(images: Path, tmp_path: Path) -> None:
+    rows = [row | {"split": ("train", "test")[i % 2]} for i, row in enumerate(rows_of(20))]
+    more = [row | {"split": "val"} for row in rows_of(LONGER)[20:]]
+    output = tmp_path / "out"
+    build(write_manifest(images / "splits.tsv", rows), output)
+    before = identities(output)
+    again = build(write_manifest(images / "splits.tsv", rows + more), output)
+    assert again.read == names(*range(20, LONGER))
+    assert identities(output) == before
+    build(images / "splits.tsv", tmp_path / "fresh")
+    assert_complete(output, tmp_path / "fresh")
+
+
+# Something else was asked for
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rescale": "none"}, "rescale was 'minmax', now 'none'"),
+        ({"voxel_dtype": "native"}, "voxel-dtype was 'float32', now 'native'"),
+        ({"compression": "none"}, "compression was 'gzip', now 'none'"),
+        ({"compression_level": 1}, "compression-level was 2, now 1"),
+        ({"shuffle_seed": 1}, "shuffle-seed was None, now 1"),
+        ({"examples_per_shard": 5}, "sharding was .*7.*, now .*5"),
+        ({"num_shards": 2}, "sharding was .*, now .*2"),
+        ({"allow_mixed_shapes": True}, "allow-mixed-shapes was False, now True"),
+        ({"columns": {"label": "age"}}, "columns was .*'label'.*, now .*'age'"),
+    ],
+)
+def test_another_configuration_is_refused(
+    manifest: Path, output: Path, changes: dict[str, Any], message: str
+) -> None:
+    before = snapshot(output)
+    with pytest.raises(OutputError, match=message) as raised:
+        build(manifest, output, **changes)
+    assert "--overwrite" in str(raised.value)
+    assert snapshot(output) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (rows_of(COUNT - 1), "had 24 rows, now 23"),
+        ([*rows_of(3), *rows_of(COUNT, label=5)[3:]], r"row 4 was .*3.0.* now .*5.0"),
+        ([*rows_of(2), *rows_of(LONGER)[3:]], r"row 3 was .*sub-0002.* now .*sub-0003"),
+        ([{**row, "site": "A"} for row in rows_of(COUNT)], "columns were .*now .*site"),
+        ([{**row, "age": 1} for row in rows_of(COUNT)], "some were changed"),
+    ],
+)
+def test_other_rows_are_refused(images: Path, output: Path, rows: list[dict[str, Any]], message: str) -> None:
+    before = snapshot(output)
+    with pytest.raises(OutputError, match=message):
+        build(write_manifest(images / "other.tsv", rows), output)
+    assert snapshot(output) == before
+
+
+@pytest.mark.parametrize("changes", [{"rescale": "none"}, {"num_shards": 2}, {"compression": "none"}, {}])
+def test_overwrite_replaces(manifest: Path, output: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    again = build(manifest, output, overwrite=True, **changes)
+    assert again.read == names(*range(COUNT))
+    build(manifest, tmp_path / "fresh", **changes)
+    assert_complete(output, tmp_path / "fresh")
+
+
+def test_a_dataset_that_was_replaced_can_be_appended_to(
+    images: Path, output: Path, manifest: Path, longer: Path
+) -> None:
+    build(manifest, output, overwrite=True, rescale="none")
+    build(manifest, output, overwrite=True)
+    assert build(images / "manifest.tsv", output).read == names(*range(COUNT, LONGER))
+    assert_complete(output, longer)
+
+
+# Until the end, the old dataset is there
+
+CHANGES = {"append": {}, "overwrite": {"overwrite": True, "rescale": "none"}}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.7, 0.85, 0.93, 0.98])
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_old_dataset_is_intact_until_the_new_one_is_complete(
+    images: Path, output: Path, built: Path, tmp_path: Path, change: str, share: float
+) -> None:
+    changes, manifest = CHANGES[change], images / "manifest.tsv"
+    old = contents(built)
+    undisturbed = Path(shutil.copytree(output, tmp_path / "undisturbed"))
+    operations = run(manifest, undisturbed, **changes).operations
+    new = contents(undisturbed)
+    assert run(manifest, output, round(share * operations), **changes).was_killed
+    assert contents(output) in (old, new)
+    run(manifest, output, **changes)
+    assert_complete(output, undisturbed)
+
+
+def test_the_old_dataset_can_be_read_while_its_rebuild_is_planned_and_dropped(
+    manifest: Path, images: Path, output: Path, built: Path
+) -> None:
+    """A rebuild that died is no reason not to go back to the old manifest."""
+    operations = run(images / "manifest.tsv", output, 100).was_killed
+    assert operations
+    assert_intact(output)
+    assert build(manifest, output).read == set()
+    assert_complete(output, built)
+
+
+# Others
+
+
+def test_a_second_build_is_refused_and_the_first_unharmed(
+    manifest: Path, built: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with open_build(make_config(manifest, output)) as plan:
+        second = run(manifest, output)
+        assert second.result["error"] == "OutputError"
+        assert "another build is writing here" in second.result["message"]
+        assert run(manifest, output, overwrite=True).result["error"] == "OutputError"
+        plan = dataclasses.replace(plan, unit_rows=UNIT_ROWS)
+        run_build(plan, make_options())
+    assert_complete(output, built)
+
+
+def test_a_build_that_was_killed_holds_no_lock(
+    manifest: Path, output: Path, built: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new"
+    assert run(manifest, new, 20).was_killed
+    assert (new / ".lock").exists()
+    build(manifest, new)
+    assert_complete(new, built)
+
+
+def test_a_lock_file_alone_is_no_build(manifest: Path, built: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").touch()
+    build(manifest, tmp_path / "out")
+    assert_complete(tmp_path / "out", built)
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00004.tfrecord.gz", "val-00001-of-00009-r3.tfrecord"])
+def test_files_of_others_are_not_touched(manifest: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / name).write_bytes(b"somebody's")
+    with pytest.raises(OutputError, match=name):
+        build(manifest, output)
+    assert snapshot(output) == {name: b"somebody's"}
+
+
+def test_files_of_other_names_stay(manifest: Path, tmp_path: Path) -> None:
+    """Also through an overwrite and the leavings of a killed build."""
+    output = tmp_path / "out"
+    (output / "index").mkdir(parents=True)
+    kept = {"README.md", "index/notes.parquet", "mnist.tfrecord", "work.tmp"}
+    for name in kept:
+        (output / name).write_bytes(b"mine")
+    run(manifest, output, 120)
+    build(manifest, output)
+    build(manifest, output, overwrite=True, rescale="none")
+    assert stray_files(output) == kept
+    assert {(output / name).read_bytes() for name in kept} == {b"mine"}
+
+
+def test_parts_may_lie_elsewhere(manifest: Path, built: Path, tmp_path: Path) -> None:
+    output, scratch = tmp_path / "out", tmp_path / "scratch"
+    operations = run(manifest, tmp_path / "undisturbed").operations
+    killed = run(manifest, output, operations // 4, temp_location=str(scratch))
+    assert killed.was_killed
+    assert list(scratch.rglob("*.part"))
+    again = build(manifest, output, temp_location=str(scratch))
+    assert len(again.read & killed.read) <= UNIT_ROWS + 1
+    assert_complete(output, built)
+    assert [p for p in scratch.rglob("*") if p.is_file()] == []
+
+
+def test_planning_writes_nothing(manifest: Path, output: Path, tmp_path: Path) -> None:
+    before = snapshot(output)
+    plan_build(make_config(manifest, output))
+    plan_build(BuildConfig(str(manifest), str(tmp_path / "none")))
+    assert snapshot(output) == before
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,219 @@
+"""Files on the local disk and in an object store behave alike."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beam_nifti import storage
+from beam_nifti.build import TooManyFailures
+from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.lock import LOCK_FILE
+from beam_nifti.storage import join
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "disk":
+        yield str(tmp_path / "a folder")
+        return
+    from tests.object_store import MemoryFileSystem
+
+    MemoryFileSystem.objects.clear()
+    yield "memory://bucket/a folder"
+    MemoryFileSystem.objects.clear()
+
+
+def test_what_is_written_can_be_read(folder: str) -> None:
+    path = join(folder, "sub/ä b.bin")
+    storage.write(path, b"some bytes")
+    assert storage.read(path) == b"some bytes"
+    assert storage.read_head(path, 4) == b"some"
+    assert storage.read_head(path, 99) == b"some bytes"
+    assert storage.stat(path).size == 10
+    assert storage.stat(path).mtime > 1e9
+    with storage.open_read(path) as handle:
+        handle.seek(5)
+        assert handle.read() == b"bytes"
+
+
+def test_gzip_is_not_unpacked_on_the_way(folder: str) -> None:
+    for name in ("a.gz", "a.bz2"):
+        storage.write(join(folder, name), b"\x1f\x8b not gzip at all")
+        assert storage.read(join(folder, name)) == b"\x1f\x8b not gzip at all"
+
+
+def test_what_is_not_there(folder: str) -> None:
+    path = join(folder, "missing")
+    assert not storage.exists(path)
+    for access in (storage.stat, storage.read, storage.open_read):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            access(path)
+    storage.delete(path)
+    storage.delete_tree(path)
+    assert storage.list_files(path) == []
+    assert storage.list_folders(path) == []
+
+
+def test_a_file_appears_whole_or_not_at_all(folder: str) -> None:
+    path = join(folder, "a.bin")
+    with storage.create(path) as handle:
+        handle.write(b"new")
+        handle.flush()
+        assert not storage.exists(path)
+    assert storage.read(path) == b"new"
+    with contextlib.suppress(ZeroDivisionError), storage.create(join(folder, "b.bin")) as handle:
+        handle.write(b"half")
+        raise ZeroDivisionError
+    assert storage.list_files(folder) == ["a.bin"]
+
+
+def test_on_the_disk_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.bin")
+    storage.write(path, b"old")
+    with contextlib.suppress(KeyboardInterrupt), storage.create(path) as handle:
+        handle.write(b"half")
+        raise KeyboardInterrupt
+    assert storage.read(path) == b"old"
+    assert storage.list_files(str(tmp_path)) == ["a.bin"]
+
+
+def test_of_many_writers_one_wins_whole(folder: str) -> None:
+    path = join(folder, "a.bin")
+    contents = [bytes([i]) * 300_000 for i in range(8)]
+    threads = [threading.Thread(target=storage.write, args=(path, c)) for c in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.read(path) in contents
+    assert storage.list_files(folder) == ["a.bin"]
+
+
+def test_a_link_has_the_content_and_replaces_what_was_there(folder: str) -> None:
+    source, target = join(folder, "a"), join(folder, "deep/b")
+    storage.write(source, b"content")
+    storage.link(source, target)
+    storage.write(join(folder, "deep/c"), b"old")
+    storage.link(source, join(folder, "deep/c"))
+    storage.delete(source)
+    assert storage.read(target) == storage.read(join(folder, "deep/c")) == b"content"
+    assert storage.list_files(join(folder, "deep")) == ["b", "c"]
+
+
+def test_a_link_across_devices_is_a_copy(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has no second file system for everyone to write to")
+    target = other / f"beam-nifti-{os.getpid()}"
+    storage.write(str(tmp_path / "a"), b"content")
+    try:
+        storage.link(str(tmp_path / "a"), str(target))
+        assert target.read_bytes() == b"content"
+    finally:
+        target.unlink()
+
+
+def test_listing_is_of_one_folder_and_sorted(folder: str) -> None:
+    for name in ("b.txt", "a.txt", "a.bin", "x/c.txt", "x/y/d.txt", "z/e.txt"):
+        storage.write(join(folder, name), b"")
+    assert storage.list_files(folder) == ["a.bin", "a.txt", "b.txt"]
+    assert storage.list_files(folder, "*.txt") == ["a.txt", "b.txt"]
+    assert storage.list_files(join(folder, "x")) == ["c.txt"]
+    assert storage.list_folders(folder) == ["x", "z"]
+    assert storage.list_folders(join(folder, "x")) == ["y"]
+
+
+def test_a_folder_is_there_while_something_is_in_it(folder: str) -> None:
+    storage.write(join(folder, "x/c.txt"), b"")
+    assert storage.exists(folder)
+    assert storage.exists(join(folder, "x"))
+    assert not storage.exists(join(folder, "x/c"))
+    assert not storage.exists(join(folder, "x/c.tx"))
+
+
+def test_deleting_a_tree_spares_its_neighbours(folder: str) -> None:
+    for name in ("x/a", "x/y/b", "xy/c", "x.txt"):
+        storage.write(join(folder, name), b"")
+    storage.delete_tree(join(folder, "x"))
+    assert not storage.exists(join(folder, "x"))
+    assert storage.list_folders(folder) == ["xy"]
+    storage.delete(join(folder, "x.txt"))
+    assert storage.list_files(folder) == []
+
+
+def test_paths() -> None:
+    assert join("", "a.nii") == "a.nii"
+    assert join("/data/", "a", "b.nii") == "/data/a/b.nii"
+    assert join("/data", "s3://b/a.nii") == "s3://b/a.nii"
+    assert join("gs://b", "/data/a.nii") == "/data/a.nii"
+    assert storage.absolute("gs://b/a/") == "gs://b/a"
+    assert storage.absolute("~/x/") == str(Path("~/x").expanduser())
+    assert storage.absolute("x/../y") == str(Path.cwd() / "y")
+    assert storage.dirname(storage.absolute("m.csv")) == str(Path.cwd())
+
+
+def test_a_scheme_that_is_not_served_says_what_to_do() -> None:
+    pytest.importorskip("apache_beam")
+    for access in (storage.read, storage.stat, storage.exists, storage.list_files, storage.delete):
+        with pytest.raises(OSError, match=r"nowhere://b/x: nothing here serves nowhere:// .*Apache Beam"):
+            access("nowhere://b/x")
+    with pytest.raises(OSError, match="nothing here serves"):
+        storage.write("nowhere://b/x", b"")
+
+
+@pytest.mark.parametrize(("path", "extra"), [("s3://b/x", "aws"), ("gs://b/x", "gcp")])
+def test_a_missing_extra_is_named(path: str, extra: str) -> None:
+    client = {"aws": "boto3", "gcp": "apitools"}[extra]
+    if importlib.util.find_spec(client) is not None:
+        pytest.skip(f"beam-nifti[{extra}] is installed")
+    with pytest.raises(OSError, match=rf"install beam-nifti\[{extra}\]"):
+        storage.read(path)
+
+
+def test_a_dataset_is_built_from_and_in_an_object_store(
+    cohort: Path, tmp_path: Path, build: Callable[..., Any]
+) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    MemoryFileSystem.objects.clear()
+    for path in cohort.parent.iterdir():
+        storage.write(f"memory://in/{path.name}", path.read_bytes())
+    sharding = Sharding(num_shards=2)
+    here = build(BuildConfig(str(cohort), str(tmp_path / "out"), sharding=sharding))
+    there = BuildConfig("memory://in/manifest.tsv", "memory://out/set", sharding=sharding)
+    assert build(there, 2) == here
+    written = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert {Path(o.removeprefix("memory://out/set/")) for o in _objects("memory://out/")} == written
+    for name in storage.list_files("memory://out/set", "*.tfrecord.gz"):
+        assert storage.read(f"memory://out/set/{name}") == (tmp_path / "out" / name).read_bytes()
+    assert build(there) == here  # again: nothing to do
+
+
+def test_an_unfinished_build_in_an_object_store_goes_on(cohort: Path, build: Callable[..., Any]) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    MemoryFileSystem.objects.clear()
+    broken = cohort.parent / "sub-0003.nii.gz"
+    image = broken.read_bytes()
+    broken.write_bytes(image[:-9])
+    config = BuildConfig(str(cohort), "memory://out", sharding=Sharding(num_shards=2))
+    with pytest.raises(TooManyFailures, match="1 of 12 volumes failed"):
+        build(config)
+    broken.write_bytes(image)
+    assert build(config).num_written == 12
+    assert not storage.exists("memory://out/failures.jsonl")
+    assert not storage.exists(f"memory://out/{LOCK_FILE}")
+
+
+def _objects(prefix: str) -> list[str]:
+    from tests.object_store import MemoryFileSystem
+
+    return [path for path in MemoryFileSystem.objects if path.startswith(prefix)]

@@ -1,0 +1,158 @@
+"""TFRecord framing: TensorFlow's bytes, readable by others, and no damage goes unseen."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beam_nifti.errors import ShardError
+from beam_nifti.tfrecord import (
+    EMPTY_MEMBER,
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    decode_record,
+    encode_record,
+    frame,
+)
+
+GOLDEN = Path(__file__).parent / "golden"  # made by TensorFlow: see make.py there
+PAYLOADS = [b"", b"a", b"golden record", bytes(range(256)) * 40]
+LEVELS = [None, 0, 1, 2, 3]
+
+
+def test_records_are_tensorflows_bytes() -> None:
+    records = b"".join(encode_record(payload, None) for payload in PAYLOADS)
+    assert records == (GOLDEN / "records.tfrecord").read_bytes()
+    packed = gzip.decompress((GOLDEN / "records.tfrecord.gz").read_bytes())
+    for level in range(4):
+        members = b"".join(encode_record(payload, level) for payload in PAYLOADS)
+        assert gzip.decompress(members) == packed == records
+
+
+@given(st.binary(max_size=3000), st.sampled_from(LEVELS))
+def test_a_record_comes_back(payload: bytes, level: int | None) -> None:
+    record = encode_record(payload, level)
+    assert decode_record(record, compressed=level is not None) == payload
+    assert record == encode_record(payload, level)
+    if level is None:
+        assert len(record) == HEADER_BYTES + len(payload) + FOOTER_BYTES
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_a_member_holds_no_time_and_no_name(level: int) -> None:
+    magic, method, flags, mtime = struct.unpack("<HBBI", encode_record(b"x" * 99, level)[:8])
+    assert (magic, method, flags, mtime) == (0x8B1F, 8, 0, 0)
+
+
+def test_every_level_has_an_effect() -> None:
+    payload = b"".join(struct.pack("<f", i % 97 / 97) for i in range(50_000))
+    sizes = {level: len(encode_record(payload, level)) for level in range(4)}
+    assert len(set(sizes.values())) >= 3
+    assert max(sizes.values()) < len(payload)
+
+
+def test_the_payload_is_framed_without_a_copy() -> None:
+    payload = bytes(1000)
+    assert frame(payload)[1] is payload
+
+
+@pytest.fixture(params=LEVELS)
+def shard(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / ("a.tfrecord" if request.param is None else "a.tfrecord.gz")
+    path.write_bytes(b"".join(encode_record(payload, request.param) for payload in PAYLOADS))
+    return path
+
+
+@pytest.mark.tf
+def test_tensorflow_reads_a_shard(shard: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    compression = "GZIP" if shard.suffix == ".gz" else ""
+    dataset = tf.data.TFRecordDataset(str(shard), compression)
+    assert list(dataset.as_numpy_iterator()) == PAYLOADS
+
+
+def test_beam_reads_shards(tmp_path: Path, local_flags: object) -> None:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.testing.util import assert_that, equal_to
+
+    for level in LEVELS:
+        path = tmp_path / (f"{level}.tfrecord" if level is None else f"{level}.tfrecord.gz")
+        path.write_bytes(b"".join(encode_record(payload, level) for payload in PAYLOADS))
+    (tmp_path / "empty.tfrecord.gz").write_bytes(EMPTY_MEMBER)
+    with beam.Pipeline(options=PipelineOptions(local_flags())) as pipeline:  # type: ignore[operator]
+        records = pipeline | beam.io.ReadFromTFRecord(f"{tmp_path}/*.tfrecord*")
+        assert_that(records, equal_to(PAYLOADS * len(LEVELS)))
+
+
+@pytest.mark.tf
+def test_tensorflow_reads_a_shard_without_records(tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    (tmp_path / "a.gz").write_bytes(EMPTY_MEMBER)
+    assert list(tf.data.TFRecordDataset(str(tmp_path / "a.gz"), "GZIP")) == []
+
+
+RECORD = encode_record(b"golden record", None)
+
+
+@pytest.mark.parametrize(
+    ("position", "message"),
+    [
+        (0, "the CRC of the record's length does not match"),
+        (8, "the CRC of the record's length does not match"),
+        (HEADER_BYTES, "the CRC of the record's payload does not match"),
+        (len(RECORD) - 1, "the CRC of the record's payload does not match"),
+    ],
+    ids=["length", "CRC of the length", "payload", "CRC of the payload"],
+)
+def test_each_checksum_is_checked(position: int, message: str) -> None:
+    damaged = bytearray(RECORD)
+    damaged[position] ^= 1
+    for data, compressed in ((bytes(damaged), False), (gzip.compress(damaged), True)):
+        with pytest.raises(ShardError, match=message):
+            decode_record(data, compressed)
+
+
+def test_every_flipped_bit_of_a_record_is_found() -> None:
+    for bit in range(8 * len(RECORD)):
+        damaged = bytearray(RECORD)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ShardError):
+            decode_record(bytes(damaged), compressed=False)
+
+
+def test_every_flipped_bit_of_a_member_is_found_or_harmless() -> None:
+    member, found = encode_record(b"golden record" * 20, 2), 0
+    for bit in range(8 * len(member)):
+        damaged = bytearray(member)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            assert decode_record(bytes(damaged), compressed=True) == b"golden record" * 20
+        except ShardError:
+            found += 1
+    assert found > 8 * (len(member) - 10)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_wrong_bounds_are_found(level: int | None) -> None:
+    record = encode_record(b"golden record", level)
+    cuts = [record[:size] for size in range(len(record))]
+    for wrong in [*cuts, record + b"\0", record + record, record[1:], b""]:
+        with pytest.raises(ShardError):
+            decode_record(wrong, compressed=level is not None)
+
+
+def test_two_records_in_one_member_are_refused() -> None:
+    with pytest.raises(ShardError, match="record says 13 bytes, and holds 42"):
+        decode_record(gzip.compress(RECORD + RECORD), compressed=True)
+
+
+@given(st.binary(max_size=80), st.booleans())
+def test_any_bytes_are_a_record_or_a_shard_error(data: bytes, compressed: bool) -> None:
+    with pytest.raises(ShardError):
+        decode_record(data, compressed)

@@ -1,0 +1,260 @@
+"""The steps on their own, and what they count."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.pvalue import TaggedOutput
+from apache_beam.utils.windowed_value import WindowedValue
+
+from beam_nifti.build import open_build, plan_build
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import ManifestError, VolumeError
+from beam_nifti.failures import Failure
+from beam_nifti.index import IndexEntry, read_index
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.parts import Part
+from beam_nifti.plan import BuildPlan, WorkUnit
+from beam_nifti.publish import read_info
+from beam_nifti.transforms import (
+    FAILURES,
+    FINISHED,
+    SHARDS,
+    BuildDataset,
+    CommitShards,
+    EncodeExample,
+    LoadVolume,
+    ReadManifest,
+    Rescale,
+    ShardOutcome,
+    SkipFinished,
+    WriteParts,
+    WriteToTFRecord,
+    _DeadLetters,
+)
+from beam_nifti.volume import Volume
+from tests.build_helpers import PER_SHARD, SHAPE, UNIT_ROWS, build, make_config, make_options, run_steps
+from tests.images import brain, row_of, write_cohort, write_image
+
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cohort(tmp_path_factory.mktemp("cohort"), COUNT, shape=SHAPE)
+
+
+@pytest.fixture
+def plan(manifest: Path, tmp_path: Path) -> BuildPlan:
+    plan, _ = plan_build(make_config(manifest, tmp_path / "out"))
+    return dataclasses.replace(plan, unit_rows=UNIT_ROWS)
+
+
+def by_tag(outputs: Iterable[Any]) -> dict[str | None, list[Any]]:
+    """What a step yields, by output; None is the main one."""
+    found: dict[str | None, list[Any]] = {}
+    for output in outputs:
+        is_tagged = isinstance(output, TaggedOutput)
+        tag, value = (output.tag, output.value) if is_tagged else (None, output)
+        found.setdefault(tag, []).append(value)
+    return found
+
+
+def units_of(plan: BuildPlan) -> list[WorkUnit]:
+    return by_tag(ReadManifest(plan).process(plan.config.manifest))[None]
+
+
+def records_of(plan: BuildPlan) -> list[tuple[IndexEntry, bytes]]:
+    """The encoded records of a plan, in order."""
+    steps = [LoadVolume(str(Path(plan.config.manifest).parent)), Rescale(), EncodeExample()]
+    return [r for unit in units_of(plan) for row in unit.rows for r in run_steps(steps, row)]
+
+
+def test_the_manifest_becomes_shards_and_units(plan: BuildPlan) -> None:
+    outputs = by_tag(ReadManifest(plan).process(plan.config.manifest))
+    units = outputs[None]
+    assert [len(unit.rows) for unit in units] == [2, 2, 3, 3]
+    rows = [row for unit in units for row in unit.rows]
+    assert [row.position for row in rows] == list(range(COUNT))
+    assert [row.example_id for row in rows] == [f"sub-{i:04d}" for i in range(COUNT)]
+    assert [key for key, _ in outputs[SHARDS]] == [str(task.name) for _, task in outputs[SHARDS]]
+    assert [task.positions for _, task in outputs[SHARDS]] == [range(PER_SHARD), range(PER_SHARD, COUNT)]
+    assert all(row.shard == str(unit.task.name) for unit in units for row in unit.rows)
+
+
+def test_a_manifest_that_changed_is_refused(manifest: Path, plan: BuildPlan, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.tsv"
+    changed.write_text(manifest.read_text().replace("\t3\t", "\t4\t"))
+    with pytest.raises(ManifestError, match="changed since this build was started"):
+        list(ReadManifest(plan).process(str(changed)))
+
+
+def test_a_fresh_build_skips_nothing(plan: BuildPlan) -> None:
+    assert not plan.resume
+    for unit in units_of(plan):
+        assert by_tag(SkipFinished(plan).process(unit)) == {None: [unit]}
+
+
+def test_a_resumed_build_skips_what_is_there(plan: BuildPlan) -> None:
+    build(plan.config.manifest, plan.config.output)
+    again, _ = plan_build(plan.config)
+    again = dataclasses.replace(again, unit_rows=UNIT_ROWS)
+    for unit in units_of(again):
+        outputs = by_tag(SkipFinished(again).process(unit))
+        assert list(outputs) == [FINISHED]
+        ((key, part),) = outputs[FINISHED]
+        assert key == str(unit.task.name)
+        assert part.positions == tuple(row.position for row in unit.rows)
+
+
+def test_the_steps_work_without_a_build(tmp_path: Path) -> None:
+    row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
+    (volume,) = run_steps([LoadVolume(), Rescale()], row)
+    assert (volume.voxels.dtype, volume.voxels.shape) == (np.float32, SHAPE)
+    assert (volume.voxels.min(), volume.voxels.max()) == (0, 1)
+
+
+def test_images_lie_relative_to_the_manifest(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.nii.gz", brain(SHAPE))
+    (volume,) = LoadVolume(str(tmp_path)).process(row_of("a.nii.gz"))
+    assert np.array_equal(volume.voxels, brain(SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("step", "word"),
+    [(LoadVolume(shape=(12, 10, 9)), "shape"), (LoadVolume(dtype="float32"), "int16 voxels")],
+)
+def test_unlike_volumes_are_refused(tmp_path: Path, step: LoadVolume, word: str) -> None:
+    row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
+    with pytest.raises(VolumeError, match=word):
+        list(step.process(row))
+
+
+class _Broken(beam.DoFn):
+    def process(self, element: VolumeRow | Volume) -> Iterable[Any]:
+        yield element
+        raise ZeroDivisionError("half way")
+
+
+def test_dead_letters_hold_no_voxels(tmp_path: Path) -> None:
+    row = dataclasses.replace(row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE))), shard="shard")
+    (volume,) = LoadVolume().process(row)
+    for element in (row, volume):
+        outputs = by_tag(_DeadLetters(_Broken()).process(element))
+        failure = Failure(row, "_Broken", "ZeroDivisionError", "half way")
+        assert outputs == {FAILURES: [("shard", failure)]}  # nothing of the half that went well
+        assert b"numpy" not in pickle.dumps(outputs)
+
+
+def write_bundles(plan: BuildPlan, bundles: Iterable[Iterable[Any]]) -> list[tuple[str, Part]]:
+    """Send records through WriteParts, as bundles of one worker."""
+    writer = WriteParts(plan.parts_root, plan.config.record, plan.extra_columns)
+    written = []
+    for bundle in bundles:
+        writer.start_bundle()
+        for record in bundle:
+            written += list(writer.process(record))
+        for last in writer.finish_bundle():
+            assert isinstance(last, WindowedValue)
+            written.append(last.value)
+    return written
+
+
+def commit(plan: BuildPlan, written: Iterable[tuple[str, Any]]) -> list[ShardOutcome]:
+    step = CommitShards(plan.config.output, plan.parts_root, plan.config.record, plan.extra_columns)
+    outcomes = []
+    for task in plan.tasks("train"):
+        parts = [value for key, value in written if key == str(task.name)]
+        outcomes += list(step.process((str(task.name), [*parts, task])))
+    return outcomes
+
+
+@pytest.mark.parametrize("order", ["cut", "interleaved", "reversed"])
+def test_units_may_be_cut_and_mixed(plan: BuildPlan, tmp_path: Path, order: str) -> None:
+    records = records_of(plan)
+    bundles = {
+        "cut": [records[:1], records[1:3], records[3:8], records[8:]],
+        "interleaved": [records[0::2], records[1::2]],
+        "reversed": [records[::-1]],
+    }[order]
+    written = write_bundles(plan, bundles)
+    if order == "cut":
+        # Of the units, 2 + 2 + 3 + 3 rows, the bundles hold 1 | 1 + 1 | 1 + 3 + 1 | 2.
+        assert len(written) == 7
+    outcomes = commit(plan, written)
+    build(plan.config.manifest, tmp_path / "whole")
+    expected = read_info(str(tmp_path / "whole")).shards
+    assert [outcome.shard.sha256 for outcome in outcomes] == [shard.sha256 for shard in expected]
+    for shard in expected:
+        tables = [read_index(f"{o}/{shard.index}")[0] for o in (plan.config.output, tmp_path / "whole")]
+        assert tables[0].equals(tables[1])
+
+
+def test_a_commit_may_be_repeated(plan: BuildPlan) -> None:
+    written = write_bundles(plan, [records_of(plan)])
+    assert commit(plan, written) == commit(plan, written)
+
+
+def test_failures_leave_their_positions_out(plan: BuildPlan) -> None:
+    records = records_of(plan)
+    lost = records.pop(1)[0].row
+    failure = Failure(lost, "LoadVolume", "VolumeError", "gone")
+    written = [*write_bundles(plan, [records]), (lost.shard, failure)]
+    first, second = commit(plan, written)
+    assert (first.shard.num_examples, first.failures) == (PER_SHARD - 1, (failure,))
+    assert (second.shard.num_examples, second.failures) == (COUNT - PER_SHARD, ())
+
+
+def test_records_may_come_from_elsewhere(plan: BuildPlan, tmp_path: Path) -> None:
+    """WriteToTFRecord on records that another pipeline made."""
+    output = str(tmp_path / "alone")
+    outcomes = [(str(task.name), task) for task in plan.tasks("train")]
+    with beam.Pipeline(options=make_options()) as pipeline:
+        shards = {
+            "records": pipeline | "Records" >> beam.Create(records_of(plan)),
+            "outcomes": pipeline | "Tasks" >> beam.Create(outcomes),
+        } | WriteToTFRecord(output, f"{output}/.build", RecordConfig(), plan.extra_columns)
+        shards | beam.Map(lambda o: o.shard.num_examples) | beam.combiners.ToList() | beam.Map(_check)
+    build(plan.config.manifest, plan.config.output)
+    for shard in read_info(plan.config.output).shards:
+        assert Path(output, shard.name).read_bytes() == Path(plan.config.output, shard.name).read_bytes()
+
+
+def _check(sizes: list[int]) -> None:
+    assert sorted(sizes) == [COUNT - PER_SHARD, PER_SHARD]
+
+
+def test_every_step_counts(tmp_path: Path) -> None:
+    cohort = write_cohort(tmp_path / "cohort", COUNT, shape=SHAPE)
+    write_image(tmp_path / "cohort" / "sub-0004.nii.gz", np.zeros(SHAPE, np.int16))
+    sizes = [p.stat().st_size for p in (tmp_path / "cohort").glob("*.nii.gz")]
+    config = make_config(cohort, tmp_path / "out", max_bad_fraction=0.1)
+    with open_build(config) as plan:
+        pipeline = beam.Pipeline(options=make_options())
+        pipeline | "BuildDataset" >> BuildDataset(plan)
+        metrics = pipeline.run().metrics().query()
+    counters = {c.key.metric.name: c.result for c in metrics["counters"]}
+    assert counters["volumes-loaded"] == COUNT
+    assert counters["bytes-read"] == sum(sizes)
+    assert counters["volumes-failed"] == 1
+    assert counters["bytes-encoded"] > (COUNT - 1) * 4 * np.prod(SHAPE)
+    assert counters["bytes-written"] == read_info(str(tmp_path / "out")).num_bytes
+    assert counters["shards-committed"] == 2
+    counts = {d.key.metric.name: d.result.count for d in metrics["distributions"]}
+    assert counts["load-msec"] == COUNT
+    assert {counts[f"{s}-msec"] for s in ("rescale", "encode", "write")} == {COUNT - 1}
+    assert counts["commit-msec"] == 2
+
+
+def test_a_resumed_build_counts_what_it_skips(manifest: Path, tmp_path: Path) -> None:
+    build(manifest, tmp_path / "out")
+    counters = build(manifest, tmp_path / "out").counters
+    assert counters["volumes-skipped"] == COUNT
+    assert "volumes-loaded" not in counters
