@@ -1,0 +1,67 @@
+"""The same build on real engines and object stores, compared with this machine's own.
+
+Not part of a plain `pytest`: each module needs something that a script of `scripts/` installs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from beam_nifti.local_runner import RUNNER
+from tests.images import write_cohort
+
+LOCAL = (f"--runner={RUNNER}", "--direct_running_mode=in_memory")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A cohort, and what the local runner makes of it.
+
+    Attributes:
+        manifest: of the cohort.
+        flags: of `beam-nifti build`, that decide the dataset.
+        content: `content_of` the dataset.
+    """
+
+    manifest: Path
+    flags: tuple[str, ...]
+    content: dict[str, str]
+
+
+def content_of(output: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, by its relative path; hidden ones too."""
+    files = sorted(p for p in output.rglob("*") if p.is_file())
+    return {str(p.relative_to(output)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def run_cli(arguments: Sequence[str], timeout: float = 300.0, **environment: str) -> str:
+    """Run beam-nifti in a process of its own; what it printed. A failure shows all of it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "beam_nifti.cli", *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Sixty images in twelve shards of two splits, built by one thread of the local runner."""
+    folder = tmp_path_factory.mktemp("reference")
+    manifest = write_cohort(folder / "cohort", 60, shape=(12, 11, 10), split=("train", "test"))
+    flags = ("--num-shards=6", "--shuffle-seed=7")
+    run_cli(["build", str(manifest), str(folder / "dataset"), *flags, "--workers=1", *LOCAL])
+    return Reference(manifest, flags, content_of(folder / "dataset"))
