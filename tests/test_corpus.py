@@ -31,7 +31,7 @@ from beam_nifti.volume import Volume, load_volume, rescale_volume
 from tests.images import Array, row_of, write_manifest
 
 CORPUS = os.environ.get("BEAM_NIFTI_CORPUS", "")
-CORPUS = CORPUS and os.path.abspath(CORPUS)  # a manifest in another folder names its images
+CORPUS = CORPUS and str(Path(CORPUS).resolve())  # a manifest in another folder names its images
 pytestmark = pytest.mark.skipif(not CORPUS, reason="BEAM_NIFTI_CORPUS is not set to a folder of odd images")
 
 
