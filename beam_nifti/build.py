@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,14 @@ from beam_nifti.index import read_index
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
-from beam_nifti.plan import BuildPlan, choose_unit_rows, default_sharding, parts_root, record_bytes
+from beam_nifti.plan import (
+    BuildNote,
+    BuildPlan,
+    choose_unit_rows,
+    default_sharding,
+    parts_root,
+    record_bytes,
+)
 from beam_nifti.publish import (
     BuildSummary,
     TooManyFailures,
@@ -27,7 +33,7 @@ from beam_nifti.publish import (
     remove_shards,
     take_summary,
 )
-from beam_nifti.sharding import ShardName
+from beam_nifti.sharding import ShardName, shard_ranges
 from beam_nifti.volume import load_header
 
 if TYPE_CHECKING:
@@ -36,8 +42,6 @@ if TYPE_CHECKING:
 
 _HEADERS_TRIED: Final = 20
 """Images whose headers are tried, in order, for the shape of the dataset."""
-
-_PLAN_FILE: Final = f"{BUILD_FOLDER}/plan.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Estimate:
         num_shards: of all splits.
         num_bytes: of the shards, roughly.
         examples_per_shard: rows of the largest shard.
-        shape: (X, Y, Z) of the first image.
+        shape: (X, Y, Z) or (X, Y, Z, T) of the first image.
         splits: rows of each split.
     """
 
@@ -83,7 +87,8 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
         ManifestError: the manifest cannot be built from.
         OutputError: the output holds something that this build must not touch.
     """
-    return _plan(_read_inputs(config))
+    plan, _, estimate = _plan(_read_inputs(config))
+    return plan, estimate
 
 
 def _read_inputs(config: BuildConfig) -> _Inputs:
@@ -94,11 +99,12 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         temp_location=config.temp_location and storage.absolute(config.temp_location),
     )
     manifest = read_manifest(config.manifest, config.columns)
-    return _Inputs(config, manifest, _first_header(manifest))
+    return _Inputs(config, manifest, _first_header(config, manifest))
 
 
-def _plan(inputs: _Inputs) -> tuple[BuildPlan, Estimate]:
+def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     config, manifest, header = inputs.config, inputs.manifest, inputs.header
+    folder = storage.dirname(config.manifest)
     published = _published(config)
     native = config.record.voxel_dtype == "native"
     itemsize = header.dtype.itemsize
@@ -114,7 +120,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, Estimate]:
         _refuse_foreign(config)
     elif not config.overwrite:
         _refuse_other(published, config, manifest, header)
-    earlier = _earlier_totals(config)
+    earlier = _resumable(config.output, config.record.fingerprint, folder)
     plan = BuildPlan(
         config=config,
         num_rows=len(manifest),
@@ -125,21 +131,34 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, Estimate]:
         shape=None if config.allow_mixed_shapes else header.shape,
         source_dtype=header.dtype.name,
         unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
-        resume=bool(earlier) or published is not None,
-        published=frozenset(s.name for s in published.shards) if published else frozenset(),
-        reuse_published=not config.overwrite,
-        earlier_totals=earlier,
+        has_published=published is not None,
+        reuse_published=not config.overwrite and _images_folder(published) == folder,
+        earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
     )
     each = record_bytes(volume_bytes, itemsize, compressed, native)
-    ranges = [task.positions for split in plan.split_sizes for task in plan.tasks(split)]
-    return plan, Estimate(
-        num_volumes=plan.num_rows,
-        num_shards=len(ranges),
-        num_bytes=round(plan.num_rows * each),
-        examples_per_shard=max(map(len, ranges)),
-        shape=header.shape,
-        splits=plan.split_sizes,
+    ranges = [r for size in plan.split_sizes.values() for r in shard_ranges(size, sharding)]
+    note = BuildNote(
+        fingerprint=config.record.fingerprint,
+        folder=folder,
+        totals={
+            split: tuple(sorted({total, *plan.earlier_totals.get(split, ())}))
+            for split, total in plan.shard_totals().items()
+        },
+        temp_location=config.temp_location,
+        published=tuple(s.name for s in published.shards) if published else (),
+    )
+    return (
+        plan,
+        note,
+        Estimate(
+            num_volumes=plan.num_rows,
+            num_shards=len(ranges),
+            num_bytes=round(plan.num_rows * each),
+            examples_per_shard=max(map(len, ranges)),
+            shape=header.shape,
+            splits=plan.split_sizes,
+        ),
     )
 
 
@@ -152,11 +171,11 @@ def _published(config: BuildConfig) -> DatasetInfo | None:
         raise
 
 
-def _first_header(manifest: Manifest) -> VolumeHeader:
+def _first_header(config: BuildConfig, manifest: Manifest) -> VolumeHeader:
     problems = []
     for row in manifest.rows(range(min(_HEADERS_TRIED, len(manifest)))):
         try:
-            return load_header(row, manifest.folder)
+            return load_header(row, manifest.folder, config.record)
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
@@ -167,7 +186,7 @@ def _first_header(manifest: Manifest) -> VolumeHeader:
 
 def _refuse_foreign(config: BuildConfig) -> None:
     """An output that no build of ours left must not hold files that this build would replace."""
-    if config.overwrite or _dead_build(config.output):
+    if config.overwrite or BuildNote.read(config.output):
         return
     if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
         raise OutputError(
@@ -233,20 +252,15 @@ def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manif
     return f"among the manifest's first {known['num_rows']} rows some were changed"
 
 
-def _earlier_totals(config: BuildConfig) -> dict[str, tuple[int, ...]]:
-    """Shards a split, of unfinished builds of the same fingerprint in the output."""
-    dead = _dead_build(config.output)
-    if dead.get("fingerprint") != config.record.fingerprint:
-        return {}
-    return {split: tuple(totals) for split, totals in dead["totals"].items()}
+def _images_folder(published: DatasetInfo | None) -> str | None:
+    """What relative paths of the published dataset's manifest are relative to."""
+    return storage.dirname(published.manifest["path"]) if published else None
 
 
-def _dead_build(output: str) -> dict[str, Any]:
-    """What an unfinished build in the output noted of itself."""
-    try:
-        return dict(json.loads(storage.read(storage.join(output, _PLAN_FILE))))
-    except (FileNotFoundError, ValueError):  # an empty one is what a loss of power can leave
-        return {}
+def _resumable(output: str, fingerprint: str, folder: str) -> BuildNote | None:
+    """What an unfinished build in the output said of itself, if this one can use what it did."""
+    note = BuildNote.read(output)
+    return note if note and (note.fingerprint, note.folder) == (fingerprint, folder) else None
 
 
 @contextlib.contextmanager
@@ -259,33 +273,27 @@ def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
     """
     inputs = _read_inputs(config)  # a manifest that cannot be built from leaves no trace of the build
     with lock.hold(inputs.config.output):
-        plan, _ = _plan(inputs)
-        _prepare(plan)
+        plan, note, _ = _plan(inputs)
+        del inputs  # hundreds of megabytes of rows, in a large cohort, for as long as the build runs
+        _prepare(plan, note)
         yield plan
 
 
-def _prepare(plan: BuildPlan) -> None:
+def _prepare(plan: BuildPlan, note: BuildNote) -> None:
     """Remove what dead builds of another making left, and say what this one is."""
-    output, fingerprint = plan.config.output, plan.config.record.fingerprint
-    dead = _dead_build(output)
-    for root in {parts_root(output, None), parts_root(output, dead.get("temp_location"))}:
+    output = plan.config.output
+    dead = BuildNote.read(output)
+    usable = _resumable(output, note.fingerprint, note.folder) is not None
+    for root in {parts_root(output, None), parts_root(output, dead.temp_location if dead else None)}:
         for folder in storage.list_folders(root):
-            if folder != fingerprint or root != plan.parts_root:
+            if not usable or folder != note.fingerprint or root != plan.parts_root:
                 storage.delete_tree(storage.join(root, folder))
-    if not plan.resume:
-        remove_shards(output, keep=plan.published)
-    if not plan.published:  # a damaged one, which --overwrite was given for
+    if not usable:
+        remove_shards(output, keep=set(note.published))
+    if not plan.has_published:  # a damaged one, which --overwrite was given for
         storage.delete(storage.join(output, FILE_NAME))
     take_summary(output)
-    note = {
-        "fingerprint": fingerprint,
-        "totals": {
-            split: sorted({total, *plan.earlier_totals.get(split, ())})
-            for split, total in plan.shard_totals().items()
-        },
-        "temp_location": plan.config.temp_location,
-    }
-    storage.write(storage.join(output, _PLAN_FILE), json.dumps(note).encode())
+    note.write(output)
 
 
 def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, dict[str, int]]:
@@ -301,21 +309,15 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
 
     from beam_nifti.transforms import BuildDataset
 
-    output = plan.config.output
-    try:
-        pipeline = beam.Pipeline(options=options)
-        pipeline | "BuildDataset" >> BuildDataset(plan)
-        with whole_elements():
-            result = pipeline.run()
-            result.wait_until_finish()
-    except Exception as e:
-        # A runner brings back a worker's exception as text; the worker's last act tells which it was.
-        summary = take_summary(output)
-        if summary is None or summary.complete:
-            raise
-        raise TooManyFailures(summary) from e
-    summary = take_summary(output)
+    pipeline = beam.Pipeline(options=options)
+    pipeline | "BuildDataset" >> BuildDataset(plan)
+    with whole_elements():
+        result = pipeline.run()
+        result.wait_until_finish()
+    summary = take_summary(plan.config.output)
     assert summary is not None
+    if not summary.complete:
+        raise TooManyFailures(summary)
     _clean_up(plan)
     return summary, _counters(result)
 
@@ -324,7 +326,7 @@ def _counters(result: PipelineResult) -> dict[str, int]:
     totals: dict[str, int] = {}
     for counter in result.metrics().query()["counters"]:
         name = counter.key.metric.name
-        totals[name] = totals.get(name, 0) + counter.result
+        totals[name] = totals.get(name, 0) + (counter.result or 0)  # Prism names some without a value
     return totals
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import io
 import json
 import logging
@@ -14,7 +13,6 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from beam_nifti import local_runner
 from beam_nifti import options as command_line
 from beam_nifti.errors import (
     BeamNiftiError,
@@ -24,9 +22,8 @@ from beam_nifti.errors import (
 )
 
 if TYPE_CHECKING:
-    from apache_beam.options.pipeline_options import PipelineOptions
-
     from beam_nifti.config import BuildConfig
+    from beam_nifti.engines import Engine
     from beam_nifti.plan import BuildPlan
     from beam_nifti.publish import BuildSummary
 
@@ -85,32 +82,40 @@ def _complain(error: Exception | str, code: int) -> int:
 
 def _build(options: argparse.Namespace, beam_flags: list[str]) -> int:
     config = command_line.build_config(options)
-    if options.dry_run:
-        return _dry_run(config)
+    if options.dry_run and not beam_flags:
+        return _dry_run(config)  # sooner, as it needs no Beam
     from beam_nifti.build import open_build
+    from beam_nifti.engines import choose_engine, write_template
 
-    beam_options, is_local = _beam_options(config, beam_flags)
-    with open_build(config) as plan:
-        return _run(plan, beam_options, is_local=is_local, quiet=options.quiet)
+    engine = choose_engine(config, beam_flags, options.workers)
+    if options.dry_run:
+        return _dry_run(engine.config)
+    with open_build(engine.config) as plan:
+        if engine.is_template:
+            write_template(plan, engine.options)
+            return SUCCESS
+        return _run(plan, engine, quiet=options.quiet)
 
 
-def _run(plan: BuildPlan, beam_options: PipelineOptions, *, is_local: bool, quiet: bool) -> int:
+def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     from beam_nifti.build import run_build
     from beam_nifti.progress import no_progress, show_progress
     from beam_nifti.publish import TooManyFailures
 
-    progress = show_progress(plan.num_rows) if is_local and not quiet else no_progress()
+    # Processes count for themselves, and a cluster's workers too.
+    is_counted = engine.is_local and not engine.in_processes
+    progress = show_progress(plan.num_rows) if is_counted and not quiet else no_progress()
     noise = io.StringIO()
-    if is_local:
+    if engine.is_local:
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     try:
-        with progress, contextlib.redirect_stderr(noise) if is_local else contextlib.nullcontext():
-            summary, counters = run_build(plan, beam_options)
+        with progress, _set_aside(noise, engine):
+            summary, counters = run_build(plan, engine.options)
     except TooManyFailures as e:  # the runner's own account of it, many screens long, says no more
         with _while_read():
             _report(plan, e.summary, {})
         return _complain(
-            f"{e}; {'the dataset stays as it was' if plan.published else 'the dataset is not complete'}. "
+            f"{e}; {'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}. "
             "Repair those images and give the same command again, which loads only them, or leave them "
             "out with --max-bad-fraction",
             FAILED,
@@ -123,6 +128,19 @@ def _run(plan: BuildPlan, beam_options: PipelineOptions, *, is_local: bool, quie
     with _while_read():
         _report(plan, summary, counters)
     return SUCCESS
+
+
+@contextlib.contextmanager
+def _set_aside(noise: io.StringIO, engine: Engine) -> Iterator[None]:
+    """Keep what a local runner writes on standard error from the screen."""
+    from beam_nifti.engines import quiet_processes
+
+    with contextlib.ExitStack() as stack:
+        if engine.in_processes:
+            stack.enter_context(quiet_processes())
+        if engine.is_local:
+            stack.enter_context(contextlib.redirect_stderr(noise))
+        yield
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
@@ -158,45 +176,6 @@ def _dry_run(config: BuildConfig) -> int:
         print(_NO_LABELS)
     print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
     return SUCCESS
-
-
-def _beam_options(config: BuildConfig, flags: list[str]) -> tuple[PipelineOptions, bool]:
-    """Beam's options, and whether the pipeline runs in this process."""
-    # numpy's linear algebra is not used: its threads would only start, spin and take memory.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Beam says at import which of its optional packages are absent; none is needed here.
-    logging.disable(logging.WARNING)
-    # What is imported stays: collecting garbage among it would cost a third of the start.
-    gc.disable()
-    import apache_beam as beam
-    from apache_beam.options import pipeline_options
-
-    from beam_nifti import transforms  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
-    logging.disable(logging.NOTSET)
-    parser = pipeline_options._BeamArgumentParser(allow_abbrev=False, add_help=False)
-    for view in pipeline_options.PipelineOptions.__subclasses__():
-        view._add_argparse_args(parser)
-    known, unknown = parser.parse_known_args(flags)
-    is_local = (known.runner or "") in local_runner.NAMES
-    command_line.refuse_misspelled(unknown, strict=is_local)
-    flags = list(flags)
-    if is_local:
-        flags.append(f"--runner={local_runner.RUNNER}")
-        if not known.direct_num_workers or known.direct_num_workers == 1:
-            flags.append(f"--direct_num_workers={config.workers}")
-        if known.direct_running_mode == "in_memory" and "direct_running_mode" not in " ".join(flags):
-            flags.append("--direct_running_mode=multi_threading")
-    if config.temp_location is not None:
-        flags.append(f"--temp_location={config.temp_location}")
-    try:
-        options = pipeline_options.PipelineOptions(flags)
-        beam.Pipeline(options=options)
-    except (ValueError, ImportError, AttributeError) as e:
-        raise UsageError(f"Apache Beam does not accept these options: {e}") from e
-    return options, is_local
 
 
 def _verify(options: argparse.Namespace, _: list[str]) -> int:

@@ -15,6 +15,7 @@ FORMAT_VERSION: Final = 1
 
 RESCALE_METHODS: Final = ("minmax", "none")
 VOXEL_DTYPES: Final = ("float32", "native")
+FRAMES: Final = ("all",)
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
 
@@ -35,12 +36,14 @@ class RecordConfig:
             reader rescales.
         compression: "gzip" (one member a record) or "none".
         compression_level: igzip level, 0 (fastest) to 3.
+        frames: "all" makes the time axis of a 4-D image the record's last axis; None refuses 4-D images.
     """
 
     rescale: str = "minmax"
     voxel_dtype: str = "float32"
     compression: str = "gzip"
     compression_level: int = 2
+    frames: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no record can have."""
@@ -48,6 +51,8 @@ class RecordConfig:
         _choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         _choose("--compression", self.compression, COMPRESSIONS)
         _choose("--compression-level", self.compression_level, COMPRESSION_LEVELS)
+        if self.frames is not None:
+            _choose("--frames", self.frames, FRAMES)
 
     @property
     def fingerprint(self) -> str:
@@ -55,6 +60,8 @@ class RecordConfig:
         facts = {"format": FORMAT_VERSION, **asdict(self)}
         if self.compression == "none":
             del facts["compression_level"]
+        if self.frames is None:  # as it was before there was a choice
+            del facts["frames"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -59,7 +59,7 @@ class DatasetInfo:
     Attributes:
         config: what decided its content (`BuildConfig.as_dataset_config`).
         manifest: path, digest, num_rows and columns of the manifest.
-        shape: (X, Y, Z) of every volume; None where shapes are mixed.
+        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
         dtype: of the stored voxels, such as "float32".
         labelled: whether the manifest had labels; without, every `label` is NaN.
         features: name to kind of every feature of a record.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.errors import ShardError
+from beam_nifti.errors import ShardError, VolumeError
 
 if TYPE_CHECKING:
     from beam_nifti.volume import Volume
@@ -32,6 +32,10 @@ FEATURES: Final[Mapping[str, str]] = {
 
 `scl_*` stand only where native voxels need them: 8 bytes, a little-endian float64, as in NIfTI-2.
 """
+
+MAX_EXAMPLE_BYTES: Final = 2**31 - 1 - 16
+"""Largest Example. Lengths are int32 in protobuf, whose C++ parser takes none of the last 16 of them;
+TensorFlow's parser crashes on messages of 2 GiB and more."""
 
 FeatureValue = bytes | npt.NDArray[np.float32] | tuple[bytes | memoryview, ...]
 
@@ -89,7 +93,21 @@ def encode_example(features: Mapping[str, FeatureValue]) -> bytes:
     Returns:
         The bytes of `Example.SerializeToString(deterministic=True)`. The one copy of the voxels that
         is made is the one into this value.
+
+    Raises:
+        VolumeError: it would be larger than protobuf can read.
     """
+    pieces = _pieces(features)
+    size = sum(map(len, pieces))
+    if size > MAX_EXAMPLE_BYTES:
+        raise VolumeError(
+            f"the record takes {size:,} bytes, more than protobuf can read ({MAX_EXAMPLE_BYTES:,}); "
+            "crop or resample the image, or give it a shorter id"
+        )
+    return b"".join(pieces)
+
+
+def _pieces(features: Mapping[str, FeatureValue]) -> list[bytes | memoryview]:
     pieces: list[bytes | memoryview] = []
     total = 0
     for name in sorted(features):
@@ -110,7 +128,7 @@ def encode_example(features: Mapping[str, FeatureValue]) -> bytes:
         entry = _field(1, entry_size)
         pieces += [entry, entry_head, feature_head, *body]
         total += len(entry) + entry_size
-    return b"".join([_field(1, total), *pieces])
+    return [_field(1, total), *pieces]
 
 
 def encode_volume(volume: Volume) -> bytes:
@@ -118,6 +136,9 @@ def encode_volume(volume: Volume) -> bytes:
 
     Args:
         volume: its voxels as they are to be stored; measured.
+
+    Raises:
+        VolumeError: as `encode_example`.
     """
     row, intensity = volume.row, volume.intensity
     assert intensity is not None
@@ -138,7 +159,10 @@ def encode_volume(volume: Volume) -> bytes:
     if not volume.scaling.is_identity:
         features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
         features["scl_inter"] = struct.pack("<d", volume.scaling.inter)
-    return encode_example(features)
+    try:
+        return encode_example(features)
+    except VolumeError as e:
+        raise VolumeError(f"{row.path}: {e}") from e
 
 
 def _read_varint(data: memoryview, at: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.rescale import Scaling
 
@@ -19,7 +20,7 @@ HEAD_BYTES: Final = 544
 """Enough for either header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
 
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
-"""Largest volume, in bytes of its voxels: its Example must stay below protobuf's 2 GiB."""
+"""Most bytes of voxels in a record: with the rest of it they must stay below protobuf's 2 GiB."""
 
 _MAX_OFFSET: Final = 64 << 20
 """Largest start of the voxels: header and its extensions."""
@@ -34,7 +35,7 @@ class VolumeHeader:
     """What an image's header says of its voxels.
 
     Attributes:
-        shape: (X, Y, Z), the file's own axis order.
+        shape: (X, Y, Z) or (X, Y, Z, T), the file's own axis order; T is at least 2.
         dtype: of the voxels on disk, with its byte order.
         offset: byte at which the voxels start.
         scaling: from stored voxels to the image's units.
@@ -42,7 +43,7 @@ class VolumeHeader:
         zooms: voxel size along each axis, in the header's spatial unit (millimetres as a rule).
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
     scaling: Scaling
@@ -63,7 +64,7 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         head: at least 352 bytes of a NIfTI-1 file, 544 of a NIfTI-2 file.
 
     Raises:
-        VolumeError: they are not the header of a single-file 3-D NIfTI image of real voxels.
+        VolumeError: they are not the header of a single-file 3-D or 4-D NIfTI image of real voxels.
     """
     kind = _header_class(name, head)
     try:
@@ -78,7 +79,9 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         zooms = tuple(float(z) for z in header.get_zooms()[:3])
     except (HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError) as e:
         raise VolumeError(f"{name}: header is not valid: {e}; repair or convert the image") from e
-    if len(shape) != 3:
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if not 3 <= len(shape) <= 4:
         remedy = "leave it out" if len(shape) < 3 else "extract one volume of it, with fslroi, say"
         raise VolumeError(f"{name}: expected a 3-D image, got shape {shape}; {remedy}")
     if min(shape) < 1:
@@ -93,20 +96,14 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
     if not np.isfinite(affine).all():
         raise VolumeError(f"{name}: the affine is not finite; repair its sform or qform")
-    found = VolumeHeader(
-        shape=(shape[0], shape[1], shape[2]),
+    return VolumeHeader(
+        shape=shape,
         dtype=dtype,
         offset=offset,
         scaling=Scaling() if slope is None else Scaling(float(slope), float(inter)),
         affine=affine,
         zooms=(zooms[0], zooms[1], zooms[2]),
     )
-    if max(found.num_bytes, 4 * math.prod(shape)) > MAX_VOLUME_BYTES:
-        raise VolumeError(
-            f"{name}: shape {shape} of {dtype.name} is larger than a record can be (2 GiB); "
-            "crop or downsample the image"
-        )
-    return found
 
 
 def _header_class(name: str, head: bytes) -> type[nib.Nifti1Header]:
@@ -126,6 +123,40 @@ def _header_class(name: str, head: bytes) -> type[nib.Nifti1Header]:
     if name.endswith((".img", ".img.gz")):
         raise VolumeError(f"{name}: the voxels of an .hdr/.img pair; convert the pair to one .nii file")
     raise VolumeError(f"{name}: not a NIfTI file; convert it to .nii or .nii.gz")
+
+
+def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> None:
+    """Refuse an image that no record of a configuration can hold.
+
+    Args:
+        name: the image's path, for errors.
+        header: of the image.
+        record: the configuration.
+
+    Raises:
+        VolumeError: it has frames and none were asked for, or more voxels than a record can hold.
+    """
+    if len(header.shape) > 3 and record.frames is None:
+        raise VolumeError(
+            f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with --frames all, "
+            "or extract one volume of it, with fslroi, say"
+        )
+    sizes = {"float32": 4 * math.prod(header.shape), "native": header.num_bytes}
+    size = sizes[record.voxel_dtype]
+    if size <= MAX_VOLUME_BYTES:
+        return
+    remedies = [
+        f"use --voxel-dtype {other}, which takes {sizes[other]:,}"
+        for other in sizes
+        if sizes[other] <= MAX_VOLUME_BYTES
+    ]
+    if len(header.shape) > 3:
+        remedies.append("split the image along time, with fslroi, say")
+    dtype = "float32" if record.voxel_dtype == "float32" else header.dtype.name
+    raise VolumeError(
+        f"{name}: shape {header.shape} takes {size:,} bytes as {dtype}, more than a record can hold "
+        f"({MAX_VOLUME_BYTES:,}: protobuf ends at 2 GiB); {', or '.join([*remedies, 'crop or resample it'])}"
+    )
 
 
 def require_uniform(

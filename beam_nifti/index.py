@@ -55,7 +55,7 @@ class IndexEntry:
     Attributes:
         row: its row of the manifest.
         source: size and time of the image when it was read.
-        shape: (X, Y, Z).
+        shape: (X, Y, Z) or (X, Y, Z, T).
         dtype: of the voxels on disk.
         zooms: voxel size along each axis.
         affine: 16 numbers, row by row.

@@ -29,6 +29,7 @@ def hold(output: str) -> Iterator[None]:
 
     On the local disk the lock dies with its process. On an object store it is a lease that is renewed
     every 30 seconds; one that was not for 3 minutes, or whose process on this machine is gone, is dead.
+    On S3 and Cloud Storage it is taken and renewed by conditional writes, so by one build alone.
 
     Raises:
         OutputError: another build holds it.
@@ -66,9 +67,14 @@ def _flock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lease(path: str) -> Iterator[None]:
-    _refuse_held(path)
     token = uuid.uuid4().hex
-    _renew(path, token)
+    try:
+        found, version = storage.read_version(path)
+    except FileNotFoundError:
+        version = storage.ABSENT
+    else:
+        _refuse_held(path, _parse(found))
+    _write(path, token, version)
     _require_own(path, token)
     stop = threading.Event()
     thread = threading.Thread(target=_keep, args=(path, token, stop), name="lease", daemon=True)
@@ -87,9 +93,10 @@ def _keep(path: str, token: str, stop: threading.Event) -> None:
     """Renew a lease until told to stop, or until it is another build's."""
     while not stop.wait(_RENEW_SECONDS):
         with contextlib.suppress(OSError):  # tried again; the end of the build looks whether it held
-            if _holder(path).get("token") != token:
+            found, version = storage.read_version(path)
+            if _parse(found).get("token") != token:
                 return
-            _renew(path, token)
+            _write(path, token, version)
 
 
 def _require_own(path: str, token: str) -> None:
@@ -102,21 +109,27 @@ def _require_own(path: str, token: str) -> None:
 
 def _holder(path: str) -> dict[str, object]:
     try:
-        holder = json.loads(storage.read(path))
-    except (FileNotFoundError, ValueError):
+        return _parse(storage.read(path))
+    except FileNotFoundError:
+        return {}
+
+
+def _parse(lease: bytes) -> dict[str, object]:
+    try:
+        holder = json.loads(lease)
+    except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
 
 
-def _renew(path: str, token: str) -> None:
+def _write(path: str, token: str, version: str | None) -> None:
+    """Write a lease in place of the one that was read, unless another build was faster."""
     lease = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-    storage.write(path, json.dumps(lease).encode())
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # whose it is now, the callers look
+        storage.write_if(path, json.dumps(lease).encode(), version)
 
 
-def _refuse_held(path: str) -> None:
-    if not storage.exists(path):
-        return
-    holder = _holder(path)
+def _refuse_held(path: str, holder: dict[str, object]) -> None:
     age = time.time() - float(str(holder.get("time", 0)))
     dead = age > _STALE_SECONDS or (
         holder.get("host") == socket.gethostname() and not _is_alive(int(str(holder.get("pid", 0))))

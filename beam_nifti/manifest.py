@@ -20,6 +20,9 @@ from beam_nifti.sharding import SPLIT_PATTERN
 from beam_nifti.tables import Problems, read_table
 
 DEFAULT_SPLIT: Final = "train"
+WHOLE_SHARD: Final = -1
+"""`VolumeRow.unit` where a shard is a single work unit."""
+
 _OWN: Final = ("participant_id", "session_id", "split")
 _BATCH_ROWS: Final = 1 << 14
 """Rows that are turned into Python strings at a time."""
@@ -42,7 +45,7 @@ class VolumeRow:
         position: 0-based place in its split.
         extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
         shard: file name of the shard that it belongs to.
-        unit: number of the work unit in its shard.
+        unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
     """
 
     row: int

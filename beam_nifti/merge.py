@@ -16,7 +16,7 @@ from beam_nifti import storage
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
 from beam_nifti.index import make_table, read_index, write_index
-from beam_nifti.parts import PART_ENDING, Part, part_at
+from beam_nifti.parts import PART_ENDING, Part, file_facts, part_at
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import EMPTY_MEMBER
 
@@ -35,7 +35,8 @@ def merge_parts(
 ) -> ShardInfo:
     """Merge parts into a finished shard, in the order of positions, and write the shard's index.
 
-    Doing it again with the same parts gives the same result, also when they are gone by then.
+    Doing it again with the same parts gives the same result, also when they are gone by then, and also
+    while another attempt, which the runner gave up too early, is still at it.
 
     Args:
         output: folder of the dataset.
@@ -49,42 +50,90 @@ def merge_parts(
     Raises:
         ShardError: the parts do not hold exactly the expected positions.
     """
-    given = _joined(parts)
-    target = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
-    spare = part_at(storage.join(folder, hashlib.sha256(repr(given).encode()).hexdigest()))
-    present = [part for part in given if storage.exists(part.index)]
-    if len(present) < len(given):
-        # An earlier attempt removed them once their records were in the shard, or in its spare.
-        held = tuple(sorted(expected))
-        present += [replace(p, positions=held) for p in (spare, target) if storage.exists(p.index)]
-    records = _select(present, expected, name, extra_columns)
-    if any(part.data == target.data for part in records.sources) and not _whole_file(records):
-        # Between losing its index and getting the next one, a shard could not be found again.
-        _write_part(spare, records, name.compressed)
-        records = _select([spare], expected, name, extra_columns)
-    source = _whole_file(records)
-    known = _facts_of(source) if source else {}
-    kept = _shard_of(source) if source else None
-    if kept is not None and kept.is_same_place(name):
-        name, facts = kept, known  # unchanged: it keeps its file
-    else:
+    merge = _Merge(output, name, expected, _joined(parts), fingerprint, extra_columns, folder)
+    try:
+        return merge.run()
+    except FileNotFoundError:
+        # Another attempt was faster: it has removed the parts, as their records are in the shard.
+        return merge.run()
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """The arguments of `merge_parts`; one part a file."""
+
+    output: str
+    name: ShardName
+    expected: Collection[int]
+    parts: list[Part]
+    fingerprint: str
+    extra_columns: Sequence[str]
+    folder: str
+
+    def run(self) -> ShardInfo:
+        name, target = self.name, self._at(self.name)
+        spare = part_at(storage.join(self.folder, hashlib.sha256(repr(self.parts).encode()).hexdigest()))
+        present = [part for part in self.parts if storage.exists(part.index)]
+        if len(present) < len(self.parts):
+            # An earlier attempt removed them once their records were in the shard, or in its spare.
+            held = tuple(sorted(self.expected))
+            present += [replace(p, positions=held) for p in (spare, target) if storage.exists(p.index)]
+        records = self._select(present)
+        if any(part.data == target.data for part in records.sources) and not _whole_file(records):
+            # Between losing its index and getting the next one, a shard could not be found again.
+            _write_part(spare, records, name.compressed)
+            records = self._select([spare])
+        source = _whole_file(records)
+        known = _facts_of(source) if source else {}
+        kept = _shard_of(source) if source else None
+        if kept is not None and kept.is_same_place(name):
+            name, facts = kept, known  # unchanged: it keeps its file
+        else:
+            facts = self._finished(records) or self._write(records, source, known)
+        for part in (*self.parts, spare):
+            if part.data.endswith(PART_ENDING):
+                storage.delete(part.index)
+                storage.delete(part.data)
+        index = self._at(name).index
+        return ShardInfo(
+            name=str(name),
+            index=name.index_file,
+            num_examples=len(self.expected),
+            num_bytes=int(facts["num_bytes"]),
+            sha256=facts["sha256"],
+            index_sha256=hashlib.sha256(storage.read(index)).hexdigest(),
+        )
+
+    def _at(self, name: ShardName) -> Part:
+        return Part(storage.join(self.output, str(name)), storage.join(self.output, name.index_file))
+
+    def _select(self, parts: Sequence[Part]) -> _Records:
+        return _select(parts, self.expected, self.name, self.extra_columns)
+
+    def _finished(self, records: _Records) -> dict[str, str] | None:
+        """What is known of the shard if another attempt at this merge has written it."""
+        target = self._at(self.name)
+        try:
+            table, facts = read_index(target.index)
+            size = storage.stat(target.data).size
+        except (FileNotFoundError, ShardError):
+            return None
+        is_same = facts.get("fingerprint") == self.fingerprint and facts.get("num_bytes") == str(size)
+        same_rows = is_same and table.replace_schema_metadata().equals(_placed(records))
+        return facts if same_rows else None
+
+    def _write(self, records: _Records, source: Part | None, known: dict[str, str]) -> dict[str, str]:
+        target = self._at(self.name)
         # Between these two no index stands beside a shard file that it does not describe.
         storage.delete(target.index)
-        facts = {"fingerprint": fingerprint}
-        facts |= _write_shard(target.data, records, source, known, name.compressed)
+        facts = {"fingerprint": self.fingerprint}
+        try:
+            facts |= _write_shard(target.data, records, source, known, self.name.compressed)
+        except FileNotFoundError:
+            # Another attempt has removed the parts, so its shard is whole, and we its index.
+            facts |= _facts_of_data(target.data, records)
         write_index(target.index, _placed(records), facts)
-    for part in (*given, spare):
-        if part.data.endswith(PART_ENDING):
-            storage.delete(part.index)
-            storage.delete(part.data)
-    return ShardInfo(
-        name=str(name),
-        index=name.index_file,
-        num_examples=len(expected),
-        num_bytes=int(facts["num_bytes"]),
-        sha256=facts["sha256"],
-        index_sha256=hashlib.sha256(storage.read(storage.join(output, name.index_file))).hexdigest(),
-    )
+        return facts
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:
@@ -150,7 +199,7 @@ def _select(
 
 def _whole_file(records: _Records) -> Part | None:
     """The one file whose content, as it is, is these records."""
-    sources = set(records.sources)
+    sources = {part.data: part for part in records.sources}  # a part's own hash takes all its positions
     if len(sources) != 1:
         return None
     end = 0
@@ -158,7 +207,7 @@ def _whole_file(records: _Records) -> Part | None:
         if offset != end:
             return None
         end += length
-    (source,) = sources
+    (source,) = sources.values()
     return source if storage.stat(source.data).size == end else None
 
 
@@ -184,7 +233,8 @@ def _write_shard(
         return {k: known[k] for k in ("sha256", "num_bytes")}
     hasher, size = hashlib.sha256(), 0
     with contextlib.ExitStack() as stack:
-        # One part that is the shard is published without a copy; it is only read to be hashed.
+        # One part that is the shard is published without a copy. It is read to be hashed, as it was not
+        # written to be a whole shard: the rows that fill it may have failed in the others.
         handle = None if source else stack.enter_context(storage.create(target))
         for chunk in _content(records, compressed):
             hasher.update(chunk)
@@ -193,7 +243,18 @@ def _write_shard(
                 handle.write(chunk)
     if source:
         storage.link(source.data, target)
-    return {"sha256": hasher.hexdigest(), "num_bytes": str(size)}
+    return file_facts(hasher.hexdigest(), size)
+
+
+def _facts_of_data(path: str, records: _Records) -> dict[str, str]:
+    hasher, size = hashlib.sha256(), 0
+    with storage.open_read(path) as handle:
+        while chunk := handle.read(_COPY_BYTES):
+            hasher.update(chunk)
+            size += len(chunk)
+    if size != sum(length for _, length in _extents(records)):
+        raise ShardError(f"{path}: its parts were removed while they were merged; run the build again")
+    return file_facts(hasher.hexdigest(), size)
 
 
 def _content(records: _Records, compressed: bool) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from beam_nifti import __version__
 from beam_nifti.config import (
     COMPRESSION_LEVELS,
     COMPRESSIONS,
+    FRAMES,
     RESCALE_METHODS,
     VOXEL_DTYPES,
     BuildConfig,
@@ -140,6 +141,11 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="float32 (default); native: as in the file, smaller, and rescaled by the reader",
     )
     voxels.add_argument(
+        "--frames",
+        choices=FRAMES,
+        help="of 4-D images; all: every frame, as the channels of one record; default: they are refused",
+    )
+    voxels.add_argument(
         "--allow-mixed-shapes",
         action="store_true",
         help="accept volumes of another shape than the first image's",
@@ -155,7 +161,13 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     run.add_argument("--overwrite", action="store_true", help="replace a dataset of another making")
     run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
-    _add_workers(run, "threads; on a cluster, the least parallelism to prepare for")
+    run.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"threads; default: all cores ({default_workers()} here). On a cluster, the least parallelism "
+        "to cut the work for; default: what the engine's flags give it, else 32",
+    )
     run.add_argument(
         "--temp-location",
         metavar="PATH",
@@ -281,7 +293,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
     return BuildConfig(
         manifest=options.manifest,
         output=options.output,
-        record=RecordConfig(options.rescale, options.voxel_dtype, options.compression, level),
+        record=RecordConfig(options.rescale, options.voxel_dtype, options.compression, level, options.frames),
         columns=Columns(options.path_column, options.label_column, options.id_column),
         sharding=sharding,
         shuffle_seed=options.shuffle_seed,
@@ -289,5 +301,5 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         max_bad_fraction=options.max_bad_fraction,
         overwrite=options.overwrite,
         temp_location=options.temp_location,
-        workers=options.workers,
+        workers=default_workers() if options.workers is None else options.workers,
     )

@@ -6,6 +6,7 @@ is closed, so a part counts only where its index is there.
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,36 +64,60 @@ class PartWriter:
 
     Args:
         folder: `parts_folder` of the shard.
+        first: position of the first record.
         extra_columns: names of the manifest's further columns.
+        is_shard: whether the part will be a whole shard, which is then published as it is, without being
+            read again for its sha256.
     """
 
-    def __init__(self, folder: str, extra_columns: Sequence[str]) -> None:
+    def __init__(self, folder: str, first: int, extra_columns: Sequence[str], is_shard: bool = False) -> None:
         # Attempts may overlap when a runner retries, so each writes under a name of its own.
-        self._stem = storage.join(folder, uuid.uuid4().hex)
+        self._stem = storage.join(folder, f"{first:010d}-{uuid.uuid4().hex}")
         self._extra_columns = extra_columns
         self._entries: list[tuple[IndexEntry, int, int]] = []
         self._offset = 0
+        self._hasher = hashlib.sha256() if is_shard else None
         self._opened = storage.create(f"{self._stem}{PART_ENDING}")
         self._handle: BinaryIO = self._opened.__enter__()
 
-    def write(self, entry: IndexEntry, record: bytes) -> None:
+    def write(self, entry: IndexEntry, *pieces: bytes) -> None:
         """Append one encoded record."""
-        self._handle.write(record)
-        self._entries.append((entry, self._offset, len(record)))
-        self._offset += len(record)
+        start = self._offset
+        for piece in pieces:
+            self._handle.write(piece)
+            if self._hasher:
+                self._hasher.update(piece)
+            self._offset += len(piece)
+        self._entries.append((entry, start, self._offset - start))
 
     def close(self) -> Part:
         """Publish the part, then its index."""
         self._opened.__exit__(None, None, None)
         part = part_at(self._stem)
-        write_index(part.index, make_table(self._entries, self._extra_columns), {})
+        facts = file_facts(self._hasher.hexdigest(), self._offset) if self._hasher else {}
+        write_index(part.index, make_table(self._entries, self._extra_columns), facts)
         return part
 
 
-def find_parts(folder: str) -> list[Part]:
-    """The complete parts of a shard that an earlier run left."""
-    stems = (name.removesuffix(".parquet") for name in storage.list_files(folder, "*.parquet"))
-    return [part_at(storage.join(folder, stem)) for stem in stems]
+def file_facts(sha256: str, num_bytes: int) -> dict[str, str]:
+    """What an index says of the file that it describes."""
+    return {"sha256": sha256, "num_bytes": str(num_bytes)}
+
+
+def find_parts(folder: str, positions: range) -> list[Part]:
+    """The complete parts of a shard that an earlier attempt left, as far as they concern a unit.
+
+    Args:
+        folder: `parts_folder` of the shard.
+        positions: of the unit. Left out are parts that begin behind it, and before it all but those that
+            begin last: so a shard of many units costs each of them the reading of a few.
+    """
+    stems = [name.removesuffix(".parquet") for name in storage.list_files(folder, "*.parquet")]
+    firsts = {stem: int(stem.partition("-")[0]) for stem in stems if "-" in stem}
+    begin = max((first for first in firsts.values() if first <= positions.start), default=0)
+    # What a merge has put together has no position in its name, and may hold any.
+    found = [stem for stem in stems if begin <= firsts.get(stem, begin) < positions.stop]
+    return [part_at(storage.join(folder, stem)) for stem in found]
 
 
 def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:

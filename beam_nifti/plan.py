@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
 from beam_nifti import storage
 from beam_nifti.config import BuildConfig, Sharding
-from beam_nifti.errors import ManifestError
-from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
+from beam_nifti.errors import ManifestError, OutputError
+from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.sharding import ShardName, order_rows, shard_ranges
 
 SHARD_BYTES: Final = 192 << 20
 """Aimed at for one shard file: large enough to stream from an object store, small enough to shuffle."""
 
-UNIT_BYTES: Final = 512 << 20
-"""Voxels a work unit, at most: a few seconds, which is what a crash costs a thread."""
+UNIT_BYTES: Final = 1 << 30
+"""Voxels a work unit, at most: some seconds, which is what a crash costs a thread. A shard of SHARD_BYTES
+has less."""
 
-MAX_UNIT_ROWS: Final = 1024
+MAX_UNIT_ROWS: Final = 1 << 14
+"""What a crash costs in rows, and about 10 MB of them in memory."""
+
 UNITS_PER_WORKER: Final = 8
 """Least number of units a worker, so that the last ones to finish do not leave the others idle."""
 
@@ -30,6 +33,10 @@ _ASSUMED_RATIO: Final = {1: 0.2, 2: 0.36}
 """Size after gzip to float32 size, by bytes of the source's voxels; measured on brain images."""
 
 _ASSUMED_RATIO_WIDE: Final = 0.85
+_RECORD_OVERHEAD: Final = 400
+"""Bytes of a record that are not voxels, compressed."""
+
+_NOTE_FILE: Final = f"{BUILD_FOLDER}/plan.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +46,12 @@ class ShardTask:
     Attributes:
         name: its file name.
         positions: of its rows in the split.
-        candidates: names of shards that may already hold some of its records.
+        candidates: names of shards that may already hold some of its records; its own is the first.
     """
 
     name: ShardName
     positions: range
-    candidates: tuple[ShardName, ...] = ()
+    candidates: tuple[ShardName, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,42 @@ class WorkUnit:
 
     task: ShardTask
     rows: tuple[VolumeRow, ...]
+
+
+@dataclass(frozen=True)
+class BuildNote:
+    """What a build says of itself in its output: to its own workers, and to the build after it.
+
+    It holds what would make the job graph large.
+
+    Attributes:
+        fingerprint: of the configuration that makes the records.
+        folder: of the manifest, as the same relative path means another image elsewhere.
+        totals: shards a split, of this build and of the unfinished ones before it.
+        temp_location: of this build.
+        published: names of the shards of the dataset that the output holds, which stay untouched.
+    """
+
+    fingerprint: str
+    folder: str
+    totals: Mapping[str, tuple[int, ...]]
+    temp_location: str | None = None
+    published: tuple[str, ...] = ()
+
+    def write(self, output: str) -> None:
+        """Leave it in an output."""
+        storage.write(storage.join(output, _NOTE_FILE), json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def read(cls, output: str) -> BuildNote | None:
+        """The note of an unfinished build, if there is one."""
+        try:
+            facts = json.loads(storage.read(storage.join(output, _NOTE_FILE)))
+            totals = {split: tuple(counts) for split, counts in facts.pop("totals").items()}
+            return cls(**facts | {"totals": totals, "published": tuple(facts["published"])})
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            # An empty one is what a loss of power can leave, another one what another version left.
+            return None
 
 
 @dataclass(frozen=True)
@@ -69,8 +112,7 @@ class BuildPlan:
         shape: that every volume must have; None where shapes may differ.
         source_dtype: dtype on disk of the first image.
         unit_rows: rows of a work unit, at most.
-        resume: whether finished work may lie in the output.
-        published: names of the shards of the dataset that the output holds, which stay untouched.
+        has_published: whether the output holds a dataset; `BuildNote.published` names its shards.
         reuse_published: whether records may be taken from them.
         earlier_totals: shards a split, of unfinished builds of these or other rows in the output.
         revision: of the dataset that this build makes.
@@ -85,8 +127,7 @@ class BuildPlan:
     shape: tuple[int, ...] | None
     source_dtype: str
     unit_rows: int
-    resume: bool = False
-    published: frozenset[str] = frozenset()
+    has_published: bool = False
     reuse_published: bool = True
     earlier_totals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revision: int = 1
@@ -117,42 +158,42 @@ class BuildPlan:
         """Shards of each split."""
         return {s: len(shard_ranges(n, self.sharding)) for s, n in self.split_sizes.items()}
 
-    def tasks(self, split: str) -> list[ShardTask]:
-        """The shards of a split."""
+    def tasks(self, split: str, published: Collection[str] = ()) -> list[ShardTask]:
+        """The shards of a split.
+
+        Args:
+            split: its name.
+            published: `BuildNote.published`.
+        """
         ranges = shard_ranges(self.split_sizes[split], self.sharding)
+        compressed = self.config.record.compression == "gzip"
+        held = {(n.split, n.index): n for n in map(ShardName.parse, published) if n}
         return [
-            self._task(ShardName(split, i, len(ranges), self._compressed), positions)
+            self._task(ShardName(split, i, len(ranges), compressed), positions, published, held)
             for i, positions in enumerate(ranges)
         ]
 
-    @property
-    def _compressed(self) -> bool:
-        return self.config.record.compression == "gzip"
-
-    def _task(self, base: ShardName, positions: range) -> ShardTask:
+    def _task(
+        self,
+        base: ShardName,
+        positions: range,
+        published: Collection[str],
+        held: Mapping[tuple[str, int], ShardName],
+    ) -> ShardTask:
         def named(total: int, revision: int = 0) -> ShardName:
             return ShardName(base.split, base.index, total, base.compressed, revision)
 
         # Both have one index: a shard of the other compression takes the name as well.
         twins = {str(base), str(replace(base, compressed=not base.compressed))}
-        name = named(base.total, self.revision) if twins & self.published else base
-        if not self.resume:
-            return ShardTask(name, positions)
+        name = base if twins.isdisjoint(published) else named(base.total, self.revision)
         candidates = [name]
-        if self.reuse_published:
-            candidates += self._published_at.get((base.split, base.index), [])
+        if self.reuse_published and (base.split, base.index) in held:
+            candidates.append(held[base.split, base.index])
         for total in self.earlier_totals.get(base.split, ()):
             if base.index < total:
-                candidates += [c for c in (named(total), named(total, self.revision)) if self._is_free(c)]
+                found = (named(total), named(total, self.revision))
+                candidates += [c for c in found if str(c) not in published]
         return ShardTask(name, positions, tuple(dict.fromkeys(candidates)))
-
-    def _is_free(self, name: ShardName) -> bool:
-        return str(name) not in self.published
-
-    @functools.cached_property
-    def _published_at(self) -> dict[tuple[str, int], list[ShardName]]:
-        names = [name for name in map(ShardName.parse, sorted(self.published)) if name]
-        return {(n.split, n.index): [n] for n in names}
 
     def read_units(self, manifest_path: str) -> Iterator[ShardTask | WorkUnit]:
         """Read the manifest again, where the build runs, and cut it into units.
@@ -166,22 +207,38 @@ class BuildPlan:
         manifest = read_manifest(manifest_path, self.config.columns)
         if manifest.digest() != self.digest:
             raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
+        published = self._published()
         for split in self.split_sizes:
-            yield from self._split_units(manifest, split)
+            yield from self._split_units(manifest, split, published)
 
-    def _split_units(self, manifest: Manifest, split: str) -> Iterator[ShardTask | WorkUnit]:
+    def _published(self) -> frozenset[str]:
+        if not self.has_published:
+            return frozenset()
+        note = BuildNote.read(self.config.output)
+        if note is None:
+            raise OutputError(
+                f"{storage.join(self.config.output, _NOTE_FILE)}: was removed or damaged while the build "
+                "ran; start it again"
+            )
+        return frozenset(note.published)
+
+    def _split_units(
+        self, manifest: Manifest, split: str, published: Collection[str]
+    ) -> Iterator[ShardTask | WorkUnit]:
         indices = manifest.row_numbers(split)
         seed = self.config.shuffle_seed
         if seed is not None:
             ids = manifest.ids.take(indices).to_pylist()
             indices = indices[order_rows(ids, seed)]
-        for task in self.tasks(split):
+        for task in self.tasks(split, published):
             yield task
             of_shard = indices[task.positions.start : task.positions.stop].tolist()
             units = Sharding(num_shards=math.ceil(len(of_shard) / self.unit_rows))
-            for unit, cut in enumerate(shard_ranges(len(of_shard), units)):
+            cuts = shard_ranges(len(of_shard), units)
+            for unit, cut in enumerate(cuts):
                 first = task.positions.start + cut.start
-                rows = manifest.rows(of_shard[cut.start : cut.stop], first, str(task.name), unit)
+                number = unit if len(cuts) > 1 else WHOLE_SHARD
+                rows = manifest.rows(of_shard[cut.start : cut.stop], first, str(task.name), number)
                 yield WorkUnit(task, tuple(rows))
 
 
@@ -212,10 +269,10 @@ def default_sharding(volume_bytes: int, source_itemsize: int, compressed: bool, 
 def record_bytes(volume_bytes: int, source_itemsize: int, compressed: bool, native: bool) -> float:
     """Bytes that one record is expected to take in a shard."""
     if not compressed:
-        return float(volume_bytes)
+        return float(volume_bytes + _RECORD_OVERHEAD)
     ratio = _ASSUMED_RATIO.get(source_itemsize, _ASSUMED_RATIO_WIDE)
     # What gzip finds in float32 voxels made of narrow integers, it cannot find in the integers again.
-    return volume_bytes * (min(1.0, ratio * 4 / source_itemsize) if native else ratio)
+    return volume_bytes * (min(1.0, ratio * 4 / source_itemsize) if native else ratio) + _RECORD_OVERHEAD
 
 
 def choose_unit_rows(num_rows: int, volume_bytes: int, workers: int) -> int:

@@ -93,6 +93,8 @@ def publish_dataset(
 ) -> BuildSummary:
     """Write failures.jsonl and, if the failures are within the limit, dataset_info.json.
 
+    If they are not, nothing is lost by it: the next run loads only what failed.
+
     Args:
         plan: of the build.
         shards: every shard, in any order.
@@ -100,7 +102,6 @@ def publish_dataset(
 
     Raises:
         ShardError: a shard or a row is unaccounted for.
-        TooManyFailures: nothing is lost by it; the next run loads only what failed.
     """
     config = plan.config
     by_place = {(n.split, n.index): s for s in shards if (n := ShardName.parse(s.name))}
@@ -124,7 +125,7 @@ def publish_dataset(
     )
     _write_summary(config.output, summary)
     if not summary.complete:
-        raise TooManyFailures(summary)
+        return summary
     info = DatasetInfo(
         config=config.as_dataset_config() | {"fingerprint": config.record.fingerprint},
         manifest={

@@ -6,6 +6,7 @@ that a float32 dataset of the same images holds. Source: docs/format.md, "Intens
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ _OPEN_SHARDS: Final = 8
 
 _SHUFFLE_BUFFER: Final = 64
 """Examples among which the next one is drawn: 230 MB for float32 volumes of 91×109×91."""
+
+_SHUFFLE_BYTES: Final = 4 << 30
+"""Voxels in that buffer, at most: 64 float32 volumes of 256×256×256, 8 of 512×512×512."""
 
 _IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
 _LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
@@ -56,17 +60,17 @@ def load_dataset(
         path: the dataset's folder, or a URL of a scheme that TensorFlow serves.
         split: such as "train".
         batch_size: examples a batch; None gives single examples, without the axis B.
-        shuffle: put shards, and the examples of a window of 64, into another order in every epoch.
-            Without, the order is the same in every epoch and on every machine: one example of each
-            of eight shards in turn.
+        shuffle: put shards, and the examples of a window of 64 (of fewer if those had more than
+            4 GiB of voxels), into another order in every epoch. Without, the order is the same in
+            every epoch and on every machine: one example of each of eight shards in turn.
         seed: makes the sequence of orders that `shuffle` gives the same in every run.
         drop_remainder: leave out a last batch that is not full, so that B is static.
 
     Returns:
-        A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), and y,
-        float32 of shape (B,); X alone where the dataset has no labels. All axes but B are static,
-        unless the dataset's volumes have different shapes. X is in [0, 1], or in the images' own
-        units in a dataset built with `--rescale none`.
+        A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
+        (B, x, y, z, t) where the images are 4-D, and y, float32 of shape (B,); X alone where the
+        dataset has no labels. All axes but B are static, unless the volumes have different shapes.
+        X is in [0, 1], or in the images' own units in a dataset built with `--rescale none`.
 
     Raises:
         DatasetError: there is no complete dataset, no such split, or a shard is missing.
@@ -95,7 +99,7 @@ def load_dataset(
     # Ends an epoch with an error if a shard holds other than what dataset_info.json says.
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
-        records = records.shuffle(_SHUFFLE_BUFFER, seed)
+        records = records.shuffle(_window(info), seed)
     examples = records.map(_parser(info), num_parallel_calls=tf.data.AUTOTUNE)
     if batch_size is not None:
         examples = examples.batch(batch_size, drop_remainder=drop_remainder)
@@ -114,7 +118,7 @@ def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.
 
     Returns:
         A dataset of X, float32 of shape (B, x, y, z, 1), and y, float32 of shape (B,). No axis but the
-        last is static.
+        last is static. Records of 4-D images end it with an error: `load_dataset` reads them.
 
     Raises:
         DatasetError: a file is missing, or the glob matches none.
@@ -141,6 +145,14 @@ def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.
     records = tf.data.TFRecordDataset(found, "GZIP")
     examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
     return examples.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def _window(info: DatasetInfo) -> int:
+    """Examples that a shuffle draws from; the same on every machine."""
+    if info.shape is None:
+        return _SHUFFLE_BUFFER
+    each = math.prod(info.shape) * int(tf.as_dtype(info.dtype).size)
+    return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // each))
 
 
 def _check_batching(batch_size: int | None, drop_remainder: bool) -> None:
@@ -185,12 +197,15 @@ def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
     """From a serialized Example to (X, y), or to X where there are no labels."""
     native = info.config["voxel_dtype"] == "native"
     wanted = {**_IMAGE, **(_LABEL if info.labelled else {}), **(_SCALING if native else {})}
+    # A dataset that was built before there were frames to choose says nothing of them.
+    is_mixed = info.shape is None and info.config.get("frames") is not None
     shape = [None] * 3 if info.shape is None else info.shape
 
     def parse(record: tf.Tensor) -> Any:
         features = tf.io.parse_single_example(record, wanted)
         voxels = tf.io.parse_tensor(features["image_raw"], tf.as_dtype(info.dtype))
-        voxels = tf.ensure_shape(voxels, shape)
+        if not is_mixed:
+            voxels = tf.ensure_shape(voxels, shape)
         if native:
             voxels = _rescale(
                 voxels,
@@ -198,7 +213,11 @@ def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
                 _decode_double(features["scl_inter"]),
                 info.config["rescale"],
             )
-        image = tf.expand_dims(voxels, 3)
+        if is_mixed:  # 3-D and 4-D, perhaps, side by side
+            image = tf.reshape(voxels, tf.concat([tf.shape(voxels)[:3], [-1]], 0))
+            image = tf.ensure_shape(image, [None] * 4)
+        else:
+            image = voxels if len(shape) == 4 else tf.expand_dims(voxels, 3)
         return (image, features["label"]) if info.labelled else image
 
     return parse

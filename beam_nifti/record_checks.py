@@ -37,7 +37,7 @@ class RecordSpec:
     Attributes:
         config: what decided its bytes.
         features: name to kind, such as "float[16]".
-        shape: (X, Y, Z) of every volume; None where shapes are mixed.
+        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
         dtype: of the stored voxels.
         labelled: whether every record has a label; without, every label is NaN.
     """
@@ -190,7 +190,7 @@ def check_source(
     """
     row = VolumeRow(cells["row"], cells["example_id"], cells["source"], cells["label"])
     try:
-        volume = rescale_volume(load_volume(row, folder), config)
+        volume = rescale_volume(load_volume(row, folder, record=config), config)
     except VolumeError as e:
         yield f"cannot be made again: {e}"
         return

@@ -117,7 +117,7 @@ def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling) -> np
     smallest voxels become 0.0, never -0.0.
 
     Args:
-        voxels: shape (X, Y, Z), real dtype, as stored. Not modified.
+        voxels: any shape, real dtype, C order, as stored. Not modified.
         intensity: of the same voxels.
         scaling: from stored voxels to the image's units.
 
@@ -154,12 +154,15 @@ def _rescale_integers(voxels: Voxels) -> npt.NDArray[np.float32]:
         raise _constant(voxels, low)
     # Modular subtraction of unsigned integers is exact where the signed one would overflow.
     unsigned = np.dtype(f"u{voxels.dtype.itemsize}")
-    above = np.subtract(voxels.view(unsigned), np.array(low, voxels.dtype).view(unsigned))
-    if high - low < _FLOAT32_EXACT:
-        out = np.empty(voxels.shape, np.float32)
-        np.divide(above, np.float32(high - low), out=out, dtype=np.float32, casting="unsafe")
-        return out
-    return _divide(above, 0.0, float(high - low), Scaling())
+    least = np.array(low, voxels.dtype).view(unsigned)
+    exact = np.float32 if high - low < _FLOAT32_EXACT else np.float64
+    width = exact(high - low)
+    out = np.empty(voxels.shape, np.float32)
+    source, target = voxels.reshape(-1).view(unsigned), out.reshape(-1)
+    for start in range(0, source.size, _CHUNK):
+        above = source[start : start + _CHUNK] - least
+        np.divide(above, width, out=target[start : start + _CHUNK], dtype=exact, casting="unsafe")
+    return out
 
 
 def _divide(voxels: Voxels, low: float, width: float, scaling: Scaling) -> npt.NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """Files, local or remote. The only module that knows how to reach a path.
 
-A path with a scheme (`s3://`, `gs://`, `hdfs://`) goes through Beam's FileSystems, which are imported
-only then; everything else is the local disk.
+Paths with the schemes `s3://` and `gs://` go through `object_stores`, with other schemes (`hdfs://`) through
+Beam's FileSystems; either is imported only then. Everything else is the local disk.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
-import importlib.util
+import io
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Final, TypeVar, cast
+
+from beam_nifti.object_stores import Store, Writer, store_of
 
 T = TypeVar("T")
+ABSENT: Final = ""
+"""The version of a file that is not there."""
+
+_BUFFER_BYTES: Final = 1 << 20
+_TREE_ATTEMPTS: Final = 3
+"""At removing a folder into which a worker that outlives its job may still write."""
+
 _TEMPORARY = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 
@@ -69,6 +78,18 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def _store(path: str) -> Store | None:
+    """The object store of an `s3://` or `gs://` path; None for the other schemes."""
+    try:
+        return store_of(path)
+    except ImportError as e:
+        scheme = path.partition("://")[0]
+        extra = {"gs": "gcp", "s3": "aws"}[scheme]
+        raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); install beam-nifti[{extra}]") from e
+    except Exception as e:  # options that contradict each other, half of a pair of keys
+        raise OSError(f"{path}: no way to the store: {e}; check its options and credentials") from e
+
+
 def _remote() -> Any:
     from apache_beam.io.filesystems import FileSystems
 
@@ -79,21 +100,18 @@ def _translated(path: str, action: Callable[[], T]) -> T:
     """Run a call into Beam's FileSystems; its errors come back as OSError."""
     from apache_beam.io.filesystem import BeamIOError
 
-    if path.startswith("s3://") and importlib.util.find_spec("boto3") is None:
-        # Beam offers the scheme all the same, and fails at its first use with a riddle.
-        raise OSError(f"{path}: nothing here serves s3://; install beam-nifti[aws]")
     try:
         return action()
     except BeamIOError as e:
         raise OSError(f"{path}: {e}") from e
     except ValueError as e:
         scheme = path.partition("://")[0]
-        extra = {"gs": "gcp", "s3": "aws"}.get(scheme)
-        remedy = f"install beam-nifti[{extra}]" if extra else "use a scheme that Apache Beam serves"
-        raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); {remedy}") from e
+        raise OSError(
+            f"{path}: nothing here serves {scheme}:// ({e}); use a scheme that Apache Beam serves"
+        ) from e
     except OSError:
         raise
-    except Exception as e:  # a cloud's client library has errors of its own
+    except Exception as e:  # a client library has errors of its own
         raise OSError(f"{path}: {type(e).__name__}: {e}") from e
 
 
@@ -107,6 +125,8 @@ def stat(path: str) -> Stat:
     if not is_remote(path):
         status = os.stat(path)
         return Stat(status.st_size, status.st_mtime)
+    if store := _store(path):
+        return Stat(*store.stat(path))
     matches = _translated(path, lambda: _remote().match([path]))[0].metadata_list
     if not matches:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
@@ -117,6 +137,11 @@ def exists(path: str) -> bool:
     """Whether a file or folder is there."""
     if not is_remote(path):
         return os.path.exists(path)
+    if store := _store(path):
+        with contextlib.suppress(FileNotFoundError):
+            store.stat(path)
+            return True
+        return any(store.find(f"{path}/", limit=1))
     if _translated(path, lambda: _remote().exists(path)):
         return True
     # An object store has no folders, only objects whose names begin alike.
@@ -131,6 +156,8 @@ def open_read(path: str) -> BinaryIO:
     """
     if not is_remote(path):
         return open(path, "rb")
+    if store := _store(path):
+        return io.BufferedReader(store.open(path), _BUFFER_BYTES)
     from apache_beam.io.filesystem import CompressionTypes
 
     plain = CompressionTypes.UNCOMPRESSED
@@ -143,6 +170,23 @@ def open_read(path: str) -> BinaryIO:
     return cast(BinaryIO, handle)
 
 
+def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
+    """Open for reading, and say what `stat` says of the file; on S3 and Cloud Storage in one request.
+
+    Raises:
+        OSError: the file is not there or cannot be reached.
+    """
+    if is_remote(path):
+        if store := _store(path):
+            reader = store.open(path)
+            return io.BufferedReader(reader, _BUFFER_BYTES), Stat(reader.size, reader.mtime)
+        found = stat(path)
+        return open_read(path), found
+    handle = open_read(path)
+    status = os.fstat(handle.fileno())
+    return handle, Stat(status.st_size, status.st_mtime)
+
+
 def read(path: str) -> bytes:
     """The whole of a file."""
     with open_read(path) as handle:
@@ -151,6 +195,9 @@ def read(path: str) -> bytes:
 
 def read_head(path: str, size: int) -> bytes:
     """The first `size` bytes of a file, or all of a shorter one."""
+    if is_remote(path) and (store := _store(path)):
+        with store.open(path, size) as reader:
+            return reader.readall()
     with open_read(path) as handle:
         return handle.read(size)
 
@@ -158,6 +205,11 @@ def read_head(path: str, size: int) -> bytes:
 @contextlib.contextmanager
 def create(path: str) -> Iterator[BinaryIO]:
     """Write a file that appears under its name whole, when the block ends well, or not at all."""
+    if is_remote(path) and (store := _store(path)):
+        with Writer(store, path) as writer:
+            yield cast(BinaryIO, writer)
+            writer.finish()
+        return
     if is_remote(path):  # an object appears when its upload is closed
         from apache_beam.io.filesystem import CompressionTypes
 
@@ -186,14 +238,54 @@ def create(path: str) -> Iterator[BinaryIO]:
 
 def write(path: str, data: bytes) -> None:
     """Write a file whole or not at all."""
+    if is_remote(path) and (store := _store(path)):
+        store.put(path, data)
+        return
     with create(path) as handle:
         handle.write(data)
+
+
+def read_version(path: str) -> tuple[bytes, str | None]:
+    """The whole of a remote file, and its version for `write_if`; None where the store keeps none.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be reached.
+    """
+    if store := _store(path):
+        return store.get_version(path)
+    return read(path), None
+
+
+def write_if(path: str, data: bytes, version: str | None) -> None:
+    """Write a remote file in place of one version of it; in place of any if the version is None.
+
+    Args:
+        path: of the file.
+        data: all of it.
+        version: as `read_version` gave it, or ABSENT if there shall be none yet.
+
+    Raises:
+        FileExistsError: there is another version.
+        FileNotFoundError: it is gone.
+        OSError: it cannot be reached.
+    """
+    if version is not None and (store := _store(path)):
+        store.put(path, data, version)
+    else:
+        write(path, data)
 
 
 def link(source: str, target: str) -> None:
     """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
     if is_remote(source) or is_remote(target):
-        _translated(target, lambda: _remote().copy([source], [target]))
+        if source.partition("://")[0] != target.partition("://")[0]:
+            with open_read(source) as origin, create(target) as copy:
+                shutil.copyfileobj(origin, copy, _BUFFER_BYTES)
+        elif store := _store(target):
+            store.copy(source, target)
+        else:
+            _translated(target, lambda: _remote().copy([source], [target]))
         return
     os.makedirs(os.path.dirname(target), exist_ok=True)
     temporary = f"{target}.{uuid.uuid4().hex}.tmp"
@@ -217,6 +309,9 @@ def list_files(folder: str, pattern: str = "*") -> list[str]:
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(fnmatch.filter(names, pattern))
+    if store := _store(folder):
+        objects, _ = store.find(f"{folder}/")
+        return sorted(fnmatch.filter((path[len(folder) + 1 :] for path in objects), pattern))
     found = _translated(folder, lambda: _remote().match([f"{folder}/{pattern}"]))[0].metadata_list
     names = [m.path[len(folder) + 1 :] for m in found]
     return sorted(n for n in names if "/" not in n)
@@ -230,6 +325,9 @@ def list_folders(folder: str) -> list[str]:
                 return sorted(e.name for e in entries if e.is_dir())
         except (FileNotFoundError, NotADirectoryError):
             return []
+    if store := _store(folder):
+        _, folders = store.find(f"{folder}/")
+        return sorted(path[len(folder) + 1 : -1] for path in folders)
     found = _translated(folder, lambda: _remote().match([f"{folder}/**"]))[0].metadata_list
     names = [m.path[len(folder) + 1 :] for m in found]
     return sorted({n.partition("/")[0] for n in names if "/" in n})
@@ -250,15 +348,26 @@ def delete(path: str) -> None:
     if not is_remote(path):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+    elif store := _store(path):
+        store.delete([path])
     elif exists(path):
         _translated(path, lambda: _remote().delete([path]))
 
 
 def delete_tree(folder: str) -> None:
-    """Remove a folder and all in it; one that is not there is no error."""
+    """Remove a folder and all in it; one that is not there, or is written to meanwhile, is no error."""
     if not is_remote(folder):
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+        for _ in range(_TREE_ATTEMPTS):
+            try:
+                shutil.rmtree(folder)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
+            if not os.path.exists(folder):
+                return
+        return
+    if store := _store(folder):
+        store.delete(store.find(f"{folder}/", deep=True)[0])
         return
     found = _translated(folder, lambda: _remote().match([f"{folder}/**"]))[0].metadata_list
     if found:

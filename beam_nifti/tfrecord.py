@@ -45,21 +45,27 @@ def frame(payload: bytes) -> tuple[bytes, bytes, bytes]:
     return length + _masked_crc(length), payload, _masked_crc(payload)
 
 
-def encode_record(payload: bytes, level: int | None) -> bytes:
-    """One framed record, as one gzip member.
+def encode_pieces(payload: bytes, level: int | None) -> tuple[bytes, ...]:
+    """One framed record, as one gzip member, in pieces to be written one after the other.
 
     Args:
         payload: a serialized Example.
-        level: igzip level 0 to 3; None for an uncompressed shard.
+        level: igzip level 0 to 3; None for an uncompressed shard, whose payload is not copied.
 
     Returns:
         The bytes of the record; equal for equal arguments (the member's header holds no time).
     """
     pieces = frame(payload)
     if level is None:
-        return b"".join(pieces)
+        return pieces
     packer = isal_zlib.compressobj(level, wbits=_GZIP_WBITS)
-    return b"".join([*map(packer.compress, pieces), packer.flush()])
+    # The payload goes in at one go: where igzip's input is cut, its output may differ.
+    return (*map(packer.compress, pieces), packer.flush())
+
+
+def encode_record(payload: bytes, level: int | None) -> bytes:
+    """One framed record in one piece; else as `encode_pieces`."""
+    return b"".join(encode_pieces(payload, level))
 
 
 def decode_record(data: bytes, compressed: bool) -> bytes:

@@ -15,6 +15,7 @@ WriteDatasetInfo     BuildSummary
 from __future__ import annotations
 
 import contextlib
+import pickle
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.example import encode_volume
 from beam_nifti.failures import Failure
 from beam_nifti.index import IndexEntry
-from beam_nifti.manifest import VolumeRow
+from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
 from beam_nifti.merge import merge_parts
 from beam_nifti.parts import (
@@ -45,9 +46,9 @@ from beam_nifti.parts import (
 )
 from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.progress import METER
-from beam_nifti.publish import BuildSummary, publish_dataset
+from beam_nifti.publish import BuildSummary, TooManyFailures, publish_dataset
 from beam_nifti.sharding import ShardName
-from beam_nifti.tfrecord import encode_record
+from beam_nifti.tfrecord import encode_pieces
 from beam_nifti.volume import Volume, load_volume, rescale_volume
 
 FAILURES: Final = "failures"
@@ -84,7 +85,7 @@ class ReadManifest(beam.DoFn):
 
 
 class SkipFinished(beam.DoFn):
-    """Send what an earlier run finished straight to CommitShards."""
+    """Send what an earlier run, or an attempt of this one, finished straight to CommitShards."""
 
     def __init__(self, plan: BuildPlan) -> None:
         self._plan = plan
@@ -93,7 +94,7 @@ class SkipFinished(beam.DoFn):
     def process(self, unit: WorkUnit) -> Iterable[Any]:
         """Yield what is left of the unit; and (shard, Part) for what is not."""
         rows = list(unit.rows)
-        for part in self._candidates(unit.task) if self._plan.resume else ():
+        for part in self._candidates(unit):
             found = self._finished(part, rows)
             if found is not None:
                 done = set(found.positions or ())
@@ -105,16 +106,15 @@ class SkipFinished(beam.DoFn):
                 return
         yield WorkUnit(unit.task, tuple(rows))
 
-    def _candidates(self, task: ShardTask) -> Iterator[Part]:
-        config = self._plan.config
+    def _candidates(self, unit: WorkUnit) -> Iterator[Part]:
+        task, config = unit.task, self._plan.config
         fingerprint = config.record.fingerprint
         for name in task.candidates:
             shard = find_shard(config.output, name, fingerprint)
             if shard is not None:
                 yield shard
-        yield from find_parts(
-            parts_folder(self._plan.parts_root, fingerprint, task.name.split, task.name.index)
-        )
+        folder = parts_folder(self._plan.parts_root, fingerprint, task.name.split, task.name.index)
+        yield from find_parts(folder, range(unit.rows[0].position, unit.rows[-1].position + 1))
 
     def _finished(self, part: Part, rows: list[VolumeRow]) -> Part | None:
         folder = storage.dirname(self._plan.config.manifest)
@@ -129,12 +129,18 @@ class LoadVolume(beam.DoFn):
         folder: what relative paths are relative to: the manifest's folder.
         shape: that every volume must have; None where shapes may differ.
         dtype: that every volume must have on disk; None where dtypes may differ.
+        config: of the records that the volumes become.
     """
 
     def __init__(
-        self, folder: str = "", shape: tuple[int, ...] | None = None, dtype: str | None = None
+        self,
+        folder: str = "",
+        shape: tuple[int, ...] | None = None,
+        dtype: str | None = None,
+        config: RecordConfig | None = None,
     ) -> None:
         self._folder, self._shape, self._dtype = folder, shape, dtype
+        self._config = config or RecordConfig()
         self._msec = Metrics.distribution(type(self), "load-msec")
         self._loaded = Metrics.counter(type(self), "volumes-loaded")
         self._bytes = Metrics.counter(type(self), "bytes-read")
@@ -146,7 +152,7 @@ class LoadVolume(beam.DoFn):
     def process(self, row: VolumeRow) -> Iterable[Volume]:
         """Yield the volume."""
         with _timed(self._msec):
-            volume = load_volume(row, self._folder, self._shape, self._dtype)
+            volume = load_volume(row, self._folder, self._shape, self._dtype, self._config)
         self._loaded.inc()
         self._bytes.inc(volume.source.size)
         yield volume
@@ -181,10 +187,33 @@ class EncodeExample(beam.DoFn):
         yield IndexEntry.of(volume), example
 
 
+class _VolumeCoder(beam.coders.Coder):
+    """Pickle, and a size that does not take pickling: Beam asks for that of ten volumes a step."""
+
+    def encode(self, value: Volume) -> bytes:
+        return pickle.dumps(value, protocol=5)
+
+    def decode(self, encoded: bytes) -> Volume:
+        return cast(Volume, pickle.loads(encoded))
+
+    def estimate_size(self, value: Volume) -> int:
+        return int(value.voxels.nbytes)
+
+    def is_deterministic(self) -> bool:
+        return False
+
+    def to_type_hint(self) -> type[Volume]:
+        return Volume
+
+
+beam.coders.registry.register_coder(Volume, _VolumeCoder)
+
+
 class _DeadLetters(beam.DoFn):
     """Run a step; what it raises becomes (shard, Failure) on the output FAILURES.
 
     Beam's `with_exception_handling` would put the element itself, voxels and all, on that output.
+    Only for volumes that no other step takes: they are released once this one is done with them.
     """
 
     def __init__(self, step: beam.DoFn) -> None:
@@ -204,6 +233,8 @@ class _DeadLetters(beam.DoFn):
             failure = Failure(row, type(self._step).__name__, type(e).__name__, str(e))
             yield TaggedOutput(FAILURES, (row.shard, failure))
         else:
+            if isinstance(element, Volume):
+                element.release()
             yield from results
 
 
@@ -236,12 +267,13 @@ class WriteParts(beam.DoFn):
         unit = (entry.row.shard, entry.row.unit)
         if unit != self._unit:
             yield from self._close()
-            self._start(unit)
+            self._start(entry.row)
         with _timed(self._msec):
-            packed = encode_record(example, self._level)
-            cast(PartWriter, self._open).write(entry, packed)
-        self._bytes.inc(len(packed))
-        METER.add(volumes=1, num_bytes=len(packed))
+            pieces = encode_pieces(example, self._level)
+            cast(PartWriter, self._open).write(entry, *pieces)
+        size = sum(map(len, pieces))
+        self._bytes.inc(size)
+        METER.add(volumes=1, num_bytes=size)
 
     def finish_bundle(self) -> Iterable[WindowedValue]:
         """Yield the bundle's last part."""
@@ -249,11 +281,13 @@ class WriteParts(beam.DoFn):
         for part in self._close():
             yield WindowedValue(part, window.max_timestamp(), (window,))
 
-    def _start(self, unit: tuple[str, int]) -> None:
-        name = ShardName.parse(unit[0])
+    def _start(self, row: VolumeRow) -> None:
+        name = ShardName.parse(row.shard)
         assert name is not None
         folder = parts_folder(self._root, self._config.fingerprint, name.split, name.index)
-        self._open, self._unit = PartWriter(folder, self._extra_columns), unit
+        is_shard = row.unit == WHOLE_SHARD
+        self._open = PartWriter(folder, row.position, self._extra_columns, is_shard)
+        self._unit = (row.shard, row.unit)
 
     def _close(self) -> Iterator[tuple[str, Part]]:
         if self._open is not None and self._unit is not None:
@@ -333,16 +367,24 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
 
 
 class WriteDatasetInfo(beam.DoFn):
-    """Write dataset_info.json, last of all."""
+    """Write dataset_info.json, last of all.
 
-    def __init__(self, plan: BuildPlan) -> None:
-        self._plan = plan
+    Args:
+        plan: of the build.
+        is_judge: whether too many failed volumes fail the pipeline. A runner would try that again.
+    """
+
+    def __init__(self, plan: BuildPlan, is_judge: bool = False) -> None:
+        self._plan, self._is_judge = plan, is_judge
 
     def process(self, group: tuple[None, Iterable[ShardOutcome]]) -> Iterable[BuildSummary]:
         """Yield how the build ended."""
         outcomes = list(group[1])
         failures = [f for o in outcomes for f in o.failures]
-        yield publish_dataset(self._plan, [o.shard for o in outcomes], failures)
+        summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures)
+        if self._is_judge and not summary.complete:
+            raise TooManyFailures(summary)
+        yield summary
 
 
 def _rows_of(unit: WorkUnit) -> Iterable[VolumeRow]:
@@ -358,11 +400,13 @@ class BuildDataset(beam.PTransform[Any, Any]):
 
     Args:
         plan: what to build.
+        is_judge: whether too many failed volumes fail the pipeline; else whoever runs it must look at the
+            summary.
     """
 
-    def __init__(self, plan: BuildPlan) -> None:
+    def __init__(self, plan: BuildPlan, is_judge: bool = False) -> None:
         super().__init__()
-        self._plan = plan
+        self._plan, self._is_judge = plan, is_judge
 
     def expand(self, pipeline: beam.Pipeline | PBegin) -> _Values:
         """To one BuildSummary."""
@@ -383,7 +427,8 @@ class BuildDataset(beam.PTransform[Any, Any]):
             .with_output_types(WorkUnit, **{FINISHED: tuple[str, Part]})
             .with_outputs(FINISHED, main="units")
         )
-        loading = LoadVolume(storage.dirname(config.manifest), plan.shape, plan.required_dtype)
+        folder = storage.dirname(config.manifest)
+        loading = LoadVolume(folder, plan.shape, plan.required_dtype, config.record)
         loaded = (
             units.units
             | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
@@ -406,6 +451,6 @@ class BuildDataset(beam.PTransform[Any, Any]):
             | "WithoutKey"
             >> beam.Map(_without_key).with_output_types(tuple[None, ShardOutcome])  # (None, ShardOutcome)
             | "Gather" >> beam.GroupByKey()  # (None, [ShardOutcome])
-            | "WriteDatasetInfo" >> beam.ParDo(WriteDatasetInfo(plan))  # BuildSummary
+            | "WriteDatasetInfo" >> beam.ParDo(WriteDatasetInfo(plan, self._is_judge))  # BuildSummary
         )
         return summary

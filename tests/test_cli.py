@@ -386,21 +386,6 @@ def test_temp_location_holds_what_is_needed_only_while_building(
     assert sorted(p.name for p in output.iterdir()) == ["dataset_info.json", "index", *shards(output)]
 
 
-def test_workers_cut_the_units_and_start_the_threads(cohort: Path, tmp_path: Path) -> None:
-    from apache_beam.options.pipeline_options import DirectOptions
-
-    from beam_nifti.build import plan_build
-
-    for workers, unit_rows in ((1, 12), (2, 1), (12, 1)):
-        parsed, flags = options.parse(["build", str(cohort), str(tmp_path / "out"), f"--workers={workers}"])
-        config = options.build_config(parsed)
-        beam_options, is_local = cli._beam_options(config, flags)
-        assert is_local
-        direct = beam_options.view_as(DirectOptions)
-        assert (direct.direct_num_workers, direct.direct_running_mode) == (workers, "multi_threading")
-        assert plan_build(config)[0].unit_rows == unit_rows
-
-
 # What a shell and its user get wrong
 
 

@@ -21,6 +21,8 @@ from beam_nifti.errors import UsageError
         ("compression_level", 4, "--compression-level"),
         ("compression_level", -1, "--compression-level"),
         ("compression_level", 9, "--compression-level"),
+        ("frames", "", "--frames"),
+        ("frames", "some", "--frames"),
     ],
 )
 def test_record_config_refuses_what_no_record_can_have(field: str, value: object, flag: str) -> None:
@@ -30,11 +32,12 @@ def test_record_config_refuses_what_no_record_can_have(field: str, value: object
 
 def test_fingerprints_differ_wherever_bytes_do() -> None:
     configs = [
-        RecordConfig(rescale, dtype, compression, level)
+        RecordConfig(rescale, dtype, compression, level, frames)
         for rescale in ("minmax", "none")
         for dtype in ("float32", "native")
         for compression in ("gzip", "none")
         for level in ((0, 1, 2, 3) if compression == "gzip" else (2,))
+        for frames in (None, "all")
     ]
     assert len({c.fingerprint for c in configs}) == len(configs)
     assert len({len(c.fingerprint) for c in configs}) == 1

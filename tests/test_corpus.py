@@ -44,7 +44,7 @@ def files() -> list[str]:
 FILES = files()
 
 # What a person can do about it stands in the message itself.
-ACTIONABLE = re.compile(r"; (copy|convert|extract|leave it out|mask|repair)")
+ACTIONABLE = re.compile(r"; (choose frames|copy|convert|extract|leave it out|mask|repair)")
 
 
 def expected_voxels(path: Path) -> Array | None:
@@ -57,6 +57,8 @@ def expected_voxels(path: Path) -> Array | None:
         return None
     if not isinstance(image, nib.Nifti1Image) or "img" in path.suffixes[0]:
         return None
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
     return values if values.ndim == 3 and values.dtype.kind in "iuf" else None
 
 
@@ -88,7 +90,7 @@ def test_each_image_is_read_right_or_refused_with_a_reason(name: str) -> None:
     assert np.array_equal(stored.voxels, rescaled(values))
     image = nib.load(path)
     assert np.array_equal(stored.affine, image.affine)
-    assert stored.zooms == tuple(map(float, image.header.get_zooms()))
+    assert stored.zooms == tuple(map(float, image.header.get_zooms()[:3]))
 
 
 def load(path: Path) -> tuple[tuple[Volume, Volume] | None, str, int]:

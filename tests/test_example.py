@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import mmap
 import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,10 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from beam_nifti import example
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import ShardError
+from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.example import (
     FEATURES,
+    MAX_EXAMPLE_BYTES,
     FeatureValue,
     decode_example,
     decode_tensor,
@@ -211,6 +214,33 @@ def test_a_volume_is_read_by_tensorflow(
     if scaled:
         scaling = [np.frombuffer(parsed[n].numpy(), "<f8") for n in ("scl_slope", "scl_inter")]
         assert scaling == [2.0, 1.0]
+
+
+def test_an_example_that_protobuf_cannot_read_is_refused_and_not_made(tmp_path: Path) -> None:
+    with mmap.mmap(-1, 2**31) as unused, memoryview(unused) as content, content[:-100] as voxels:
+        tracemalloc.start()
+        try:
+            with pytest.raises(
+                VolumeError, match=r"takes 2,147,483,\d\d\d bytes, more than protobuf can read"
+            ):
+                encode_example({"image_raw": (b"head", voxels), "id": bytes(80)})
+            assert tracemalloc.get_traced_memory()[1] < 20_000
+        finally:
+            tracemalloc.stop()
+
+
+def test_the_largest_example_is_allowed_and_one_byte_more_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    features: dict[str, FeatureValue] = {"image_raw": (b"head", bytes(1000)), "label": LABEL}
+    size = len(encode_example(features))
+    monkeypatch.setattr(example, "MAX_EXAMPLE_BYTES", size)
+    assert len(encode_example(features)) == size
+    monkeypatch.setattr(example, "MAX_EXAMPLE_BYTES", size - 1)
+    with pytest.raises(VolumeError, match=f"takes {size:,} bytes"):
+        encode_example(features)
+
+
+def test_the_largest_example_is_one_that_protobuf_reads() -> None:
+    assert MAX_EXAMPLE_BYTES <= 2**31 - 1 - 16
 
 
 def test_an_unlabelled_volume_has_a_label_that_is_no_number(tmp_path: Path) -> None:

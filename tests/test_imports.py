@@ -19,9 +19,9 @@ PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 ONLY_IMPORTERS = {
     "nibabel": {"header"},
     "tensorflow": {"reader"},
-    "apache_beam": {"transforms", "storage", "local_runner", "build", "cli"},
+    "apache_beam": {"transforms", "storage", "object_stores", "local_runner", "build", "engines"},
 }
-LAZY_IMPORTERS = {"apache_beam": {"storage", "local_runner", "build", "cli"}}
+LAZY_IMPORTERS = {"apache_beam": {"storage", "object_stores", "local_runner", "build", "engines"}}
 """Modules that import the package only inside functions."""
 
 

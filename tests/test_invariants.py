@@ -264,13 +264,12 @@ def test_dataset_info_appears_last(manifest: Path, tmp_path: Path) -> None:
 
 def test_a_pipeline_that_fails_publishes_nothing(manifest: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    (output / "index").mkdir(parents=True)
-    (output / "index" / "train-00001-of-00003.parquet").mkdir()  # in the way of one shard's index
+    (output / "train-00001-of-00003.tfrecord.gz").mkdir(parents=True)  # in the way of one shard
     with pytest.raises(Exception, match="train-00001-of-00003"):
         build(manifest, output)
     assert not (output / "dataset_info.json").exists()
     assert not list(output.rglob("*.tmp"))
-    (output / "index" / "train-00001-of-00003.parquet").rmdir()
+    (output / "train-00001-of-00003.tfrecord.gz").rmdir()
     build(manifest, output)
     assert read_info(str(output)).num_examples == COUNT
 

@@ -7,14 +7,16 @@ import hashlib
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from beam_nifti import storage
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
 from beam_nifti.index import IndexEntry, read_index
@@ -71,7 +73,7 @@ class Place:
 
     def write(self, positions: Sequence[int]) -> Part:
         """A complete part of some records."""
-        writer = PartWriter(str(self.parts), ())
+        writer = PartWriter(str(self.parts), positions[0], ())
         for position in positions:
             writer.write(entry_of(self.images, position), record_of(position))
         return writer.close()
@@ -84,7 +86,7 @@ class Place:
         shard = find_shard(str(self.output), SHARD, FINGERPRINT)
         rows = [entry_of(self.images, position).row for position in range(COUNT)]
         selected = []
-        for part in ([shard] if shard else []) + find_parts(str(self.parts)):
+        for part in ([shard] if shard else []) + find_parts(str(self.parts), range(COUNT)):
             held = finished_rows(part, rows, (), str(self.images))
             if held is not None:
                 done = set(held.positions or ())
@@ -115,20 +117,29 @@ def place(tmp_path: Path) -> Place:
 
 
 def test_a_part_is_found_only_when_its_index_is_there(place: Place) -> None:
-    assert find_parts(str(place.parts)) == []
-    writer = PartWriter(str(place.parts), ())
+    assert find_parts(str(place.parts), range(COUNT)) == []
+    writer = PartWriter(str(place.parts), 0, ())
     writer.write(entry_of(place.images, 0), record_of(0))
-    assert find_parts(str(place.parts)) == []
+    assert find_parts(str(place.parts), range(COUNT)) == []
     part = writer.close()
-    assert find_parts(str(place.parts)) == [part]
+    assert find_parts(str(place.parts), range(COUNT)) == [part]
     assert Path(part.data).read_bytes() == record_of(0)
     Path(part.index).unlink()
-    assert find_parts(str(place.parts)) == []
+    assert find_parts(str(place.parts), range(COUNT)) == []
 
 
 def test_parts_of_one_shard_never_share_a_name(place: Place) -> None:
     assert place.write([0]) != place.write([0])
-    assert len(find_parts(str(place.parts))) == 2
+    assert len(find_parts(str(place.parts), range(COUNT))) == 2
+
+
+def test_a_unit_looks_only_at_the_parts_that_may_be_its_own(place: Place) -> None:
+    parts = {first: place.write([first, first + 1]) for first in (0, 2, 4, 6)}
+    again = place.write([2])
+    assert find_parts(str(place.parts), range(0, 2)) == [parts[0]]
+    assert set(find_parts(str(place.parts), range(2, 4))) == {parts[2], again}
+    assert set(find_parts(str(place.parts), range(3, 5))) == {parts[2], again, parts[4]}
+    assert find_parts(str(place.parts), range(7, 8)) == [parts[6]]
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -149,7 +160,7 @@ def test_any_parts_merge_into_the_same_shard(
     place.check(positions)
     assert info.sha256 == sha256(place.shard)
     assert (info.num_examples, info.num_bytes) == (len(positions), place.shard.stat().st_size)
-    assert find_parts(str(place.parts)) == []
+    assert find_parts(str(place.parts), range(COUNT)) == []
 
 
 def test_one_part_that_is_the_shard_is_not_copied(place: Place) -> None:
@@ -158,6 +169,60 @@ def test_one_part_that_is_the_shard_is_not_copied(place: Place) -> None:
     place.merge([part])
     place.check()
     assert place.shard.stat().st_ino == inode
+
+
+def test_a_part_that_will_be_the_shard_is_hashed_while_it_is_written(place: Place) -> None:
+    writer = PartWriter(str(place.parts), 0, (), is_shard=True)
+    for position in range(COUNT):
+        writer.write(entry_of(place.images, position), record_of(position))
+    part = writer.close()
+    digest = sha256(Path(part.data))
+    assert read_index(part.index)[1] == {"sha256": digest, "num_bytes": str(stat(part.data).size)}
+    place.merge([part])
+    place.check()
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_second_attempt_at_a_merge_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    """A runner that took a slow worker for dead: another does the whole merge between two of its steps."""
+    steps = ("exists", "stat", "open_read", "create", "write", "link", "delete")
+    originals = {step: getattr(storage, step) for step in steps}
+
+    def interrupted(folder: Path, moment: int | None) -> int:
+        """Merge, with another attempt before the step of this number; the number of steps."""
+        place = Place(folder)
+        parts = [place.write([5, 1, 0, 4]), place.write([2, 3, 7, 6])]
+        if is_replaced:  # by a shard with more records
+            place.merge([place.write([0, 1])], [0, 1])
+        count, busy = 0, False
+
+        def hooked(step: str) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                nonlocal count, busy
+                if not busy:
+                    if count == moment:
+                        busy = True
+                        place.merge(parts)
+                        busy = False
+                    count += 1
+                return originals[step](*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for step in steps:
+                patch.setattr(storage, step, hooked(step))
+            place.merge(parts)
+        place.check()
+        assert find_parts(str(place.parts), range(COUNT)) == []
+        return count
+
+    total = interrupted(tmp_path / "alone", None)
+    assert total > 15
+    for moment in range(total):
+        interrupted(tmp_path / str(moment), moment)
 
 
 def test_a_shard_found_by_several_units_is_not_copied(place: Place) -> None:
@@ -179,7 +244,7 @@ def test_missing_and_surplus_records_are_refused(place: Place, positions: list[i
     with pytest.raises(ShardError, match="missing"):
         place.merge(parts, range(4))
     assert not place.shard.exists()
-    assert find_parts(str(place.parts)) == parts
+    assert find_parts(str(place.parts), range(COUNT)) == parts
 
 
 @pytest.mark.parametrize("compressed", [True, False])

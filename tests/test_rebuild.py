@@ -157,6 +157,24 @@ def test_a_touched_image_is_loaded_again(own: Path, tmp_path: Path) -> None:
     assert build(own, output).read == names(3)
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_the_same_paths_in_another_folder_are_other_images(
+    own: Path, tmp_path: Path, is_complete: bool
+) -> None:
+    """Two sites of a study with one manifest, and an image of the same size and time in both."""
+    output, other = tmp_path / "out", Path(shutil.copytree(own.parent, tmp_path / "other"))
+    image = other / name_of(3)
+    before = image.stat()
+    changed = bytearray(image.read_bytes())
+    changed[4] ^= 1  # in the gzip header's time, so that the voxels stay right
+    image.write_bytes(changed)
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run(own, output, kill_at=None if is_complete else 60).was_killed != is_complete
+    assert build(other / own.name, output).read == names(*range(COUNT))
+    build(other / own.name, tmp_path / "fresh")
+    assert_complete(output, tmp_path / "fresh")
+
+
 def test_a_rebuild_that_fails_leaves_the_dataset_as_it_was(own: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     build(own, output)

@@ -44,6 +44,18 @@ def test_what_is_written_can_be_read(folder: str) -> None:
         assert handle.read() == b"bytes"
 
 
+def test_what_is_opened_is_described(folder: str) -> None:
+    path = join(folder, "a.bin")
+    storage.write(path, b"some bytes")
+    handle, stat = storage.open_with_stat(path)
+    with handle:
+        assert handle.read(4) == b"some"
+        assert handle.read() == b" bytes"
+    assert stat == storage.stat(path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        storage.open_with_stat(join(folder, "missing"))
+
+
 def test_gzip_is_not_unpacked_on_the_way(folder: str) -> None:
     for name in ("a.gz", "a.bz2"):
         storage.write(join(folder, name), b"\x1f\x8b not gzip at all")
@@ -121,6 +133,18 @@ def test_a_link_across_devices_is_a_copy(tmp_path: Path) -> None:
         target.unlink()
 
 
+def test_a_link_between_disk_and_store_is_a_copy(tmp_path: Path) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    MemoryFileSystem.objects.clear()
+    here, there = str(tmp_path / "sub/a"), "memory://bucket/a"
+    storage.write(there, b"content")
+    storage.link(there, here)
+    storage.delete(there)
+    storage.link(here, there)
+    assert storage.read(here) == storage.read(there) == b"content"
+
+
 def test_listing_is_of_one_folder_and_sorted(folder: str) -> None:
     for name in ("b.txt", "a.txt", "a.bin", "x/c.txt", "x/y/d.txt", "z/e.txt"):
         storage.write(join(folder, name), b"")
@@ -171,7 +195,7 @@ def test_a_scheme_that_is_not_served_says_what_to_do() -> None:
 
 @pytest.mark.parametrize(("path", "extra"), [("s3://b/x", "aws"), ("gs://b/x", "gcp")])
 def test_a_missing_extra_is_named(path: str, extra: str) -> None:
-    client = {"aws": "boto3", "gcp": "apitools"}[extra]
+    client = {"aws": "boto3", "gcp": "apitools"}[extra]  # what each extra brings and nothing else does
     if importlib.util.find_spec(client) is not None:
         pytest.skip(f"beam-nifti[{extra}] is installed")
     with pytest.raises(OSError, match=rf"install beam-nifti\[{extra}\]"):
@@ -217,3 +241,24 @@ def _objects(prefix: str) -> list[str]:
     from tests.object_store import MemoryFileSystem
 
     return [path for path in MemoryFileSystem.objects if path.startswith(prefix)]
+
+
+def test_a_folder_that_is_written_to_while_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a worker that outlives its job: what it left in time goes, and the rest is no error."""
+    folder = tmp_path / "folder"
+    (folder / "parts").mkdir(parents=True)
+    rmdir, late = os.rmdir, ["a", "b", "c", "d"]
+
+    def write_and_rmdir(path: Any, **arguments: Any) -> None:
+        if late:
+            (folder / "parts").mkdir(exist_ok=True)
+            (folder / "parts" / late.pop()).touch()
+        rmdir(path, **arguments)
+
+    monkeypatch.setattr(os, "rmdir", write_and_rmdir)
+    storage.delete_tree(str(folder))
+    late.clear()
+    storage.delete_tree(str(folder))
+    assert not folder.exists()

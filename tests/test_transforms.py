@@ -97,21 +97,36 @@ def test_a_manifest_that_changed_is_refused(manifest: Path, plan: BuildPlan, tmp
 
 
 def test_a_fresh_build_skips_nothing(plan: BuildPlan) -> None:
-    assert not plan.resume
     for unit in units_of(plan):
         assert by_tag(SkipFinished(plan).process(unit)) == {None: [unit]}
 
 
+def test_a_second_attempt_of_a_fresh_build_skips_what_the_first_finished(plan: BuildPlan) -> None:
+    first, second, *_ = units_of(plan)
+    folder = str(Path(plan.config.manifest).parent)
+    steps = (LoadVolume(folder), Rescale(), EncodeExample())
+    writer = WriteParts(plan.parts_root, plan.config.record, plan.extra_columns)
+    writer.start_bundle()
+    for row in first.rows:
+        (record,) = run_steps(steps, row)
+        list(writer.process(record))
+    (written,) = writer.finish_bundle()
+    _, part = written.value
+    done = dataclasses.replace(part, positions=tuple(row.position for row in first.rows))
+    assert by_tag(SkipFinished(plan).process(first)) == {FINISHED: [(str(first.task.name), done)]}
+    assert by_tag(SkipFinished(plan).process(second)) == {None: [second]}
+
+
 def test_a_resumed_build_skips_what_is_there(plan: BuildPlan) -> None:
     build(plan.config.manifest, plan.config.output)
-    again, _ = plan_build(plan.config)
-    again = dataclasses.replace(again, unit_rows=UNIT_ROWS)
-    for unit in units_of(again):
-        outputs = by_tag(SkipFinished(again).process(unit))
-        assert list(outputs) == [FINISHED]
-        ((key, part),) = outputs[FINISHED]
-        assert key == str(unit.task.name)
-        assert part.positions == tuple(row.position for row in unit.rows)
+    with open_build(plan.config) as again:
+        again = dataclasses.replace(again, unit_rows=UNIT_ROWS)
+        for unit in units_of(again):
+            outputs = by_tag(SkipFinished(again).process(unit))
+            assert list(outputs) == [FINISHED]
+            ((key, part),) = outputs[FINISHED]
+            assert key == str(unit.task.name)
+            assert part.positions == tuple(row.position for row in unit.rows)
 
 
 def test_the_steps_work_without_a_build(tmp_path: Path) -> None:

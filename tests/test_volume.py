@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import math
 import os
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
+from beam_nifti.example import MAX_EXAMPLE_BYTES, encode_volume
 from beam_nifti.header import MAX_VOLUME_BYTES
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.images import (
@@ -235,9 +238,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "MINC or HDF5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(600), "not a NIfTI file; convert it"),
     "1-D": (lambda: nifti_bytes(random_voxels((9,))), r"a 3-D image, got shape \(9,\); leave it out"),
     "2-D": (lambda: nifti_bytes(random_voxels((4, 4))), r"expected a 3-D image, got shape \(4, 4\)"),
-    "4-D": (lambda: nifti_bytes(random_voxels((4, 3, 2, 7))), r"\(4, 3, 2, 7\); extract one volume"),
-    "one frame": (lambda: nifti_bytes(random_voxels((4, 3, 2, 1))), r"got shape \(4, 3, 2, 1\)"),
-    "5-D": (lambda: nifti_bytes(random_voxels((4, 3, 2, 1, 3))), r"got shape \(4, 3, 2, 1, 3\)"),
+    "4-D": (lambda: nifti_bytes(random_voxels((4, 3, 2, 7))), r"\(4, 3, 2, 7\); choose frames with --frames"),
+    "5-D": (lambda: nifti_bytes(random_voxels((4, 3, 2, 1, 3))), r"got shape \(4, 3, 2, 1, 3\); extract"),
+    "no frames": (lambda: fields(dim=[4, 6, 5, 4, 0, 1, 1, 1]), r"shape \(6, 5, 4, 0\) has no voxels"),
     "no voxels": (lambda: fields(dim=[3, 4, 0, 4, 1, 1, 1, 1]), r"shape \(4, 0, 4\) has no voxels"),
     "negative": (lambda: fields(dim=[3, 4, -5, 4, 1, 1, 1, 1]), r"\(4, -5, 4\) has no voxels"),
     "no dimensions": (lambda: fields(dim=[0] * 8), "expected a 3-D image"),
@@ -257,7 +260,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "far offset": (lambda: fields(vox_offset=2e9), "beyond any header extension; repair vox_offset"),
     "NaN offset": (lambda: fields(vox_offset=np.nan), "header is not valid"),
     "infinite offset": (lambda: fields(vox_offset=np.inf), "header is not valid"),
-    "32767 cubed": (lambda: fields(dim=[3, *[32767] * 3, 1, 1, 1, 1]), "larger than a record can be"),
+    "32767 cubed": (lambda: fields(dim=[3, *[32767] * 3, 1, 1, 1, 1]), "more than a record can hold"),
     "too long": (lambda: nifti_bytes(brain()) + b"x" * 4097, "holds more than the 592 bytes that shape"),
     "half the voxels": (lambda: nifti_bytes(brain())[:470], r"truncated: 470 bytes where shape \(6, 5, 4\)"),
 }  # fmt: skip
@@ -451,8 +454,100 @@ def test_loading_holds_the_file_and_its_voxels_twice(tmp_path: Path, suffix: str
         load_volume(row_of(path))
 
 
-def test_the_largest_volume_is_what_an_example_can_hold() -> None:
-    assert MAX_VOLUME_BYTES + 4096 < 2**31
+def test_the_largest_volume_is_what_an_example_can_hold(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii", slope=2.0)
+    row = replace(row_of(path), example_id="i" * 60_000)
+    volume = rescale_volume(load_volume(row), RecordConfig(voxel_dtype="native"))
+    rest = len(encode_volume(volume)) - volume.voxels.nbytes
+    assert MAX_VOLUME_BYTES + rest + 40 <= MAX_EXAMPLE_BYTES  # lengths take up to 5 bytes instead of 1
+
+
+FLOATS_HELD = MAX_VOLUME_BYTES // 4
+SIZES: dict[str, tuple[str, tuple[int, ...], str, str | None]] = {
+    "float32": ("float32", (FLOATS_HELD, 1, 1), "float32", None),
+    "one more": (
+        "float32",
+        (FLOATS_HELD + 1, 1, 1),
+        "float32",
+        r"2,147,418,116 bytes as float32, more than a record can hold \(2,147,418,112: .*\); crop",
+    ),
+    "uint8": ("uint8", (MAX_VOLUME_BYTES, 1, 1), "native", None),
+    "one more uint8": ("uint8", (MAX_VOLUME_BYTES + 1, 1, 1), "native", "2,147,418,113 bytes as uint8"),
+    "fits as it is": (
+        "int16",
+        (1024, 1024, 1000),
+        "float32",
+        r"4,194,304,000 bytes .*; use --voxel-dtype native, which takes 2,097,152,000, or crop",
+    ),
+    "and so it does": ("int16", (1024, 1024, 1000), "native", None),
+    "fits narrowed": (
+        "float64",
+        (1024, 1024, 400),
+        "native",
+        "; use --voxel-dtype float32, which takes 1,677,721,600, or",
+    ),
+    "and so it is": ("float64", (1024, 1024, 400), "float32", None),
+    "frames": (
+        "int16",
+        (64, 64, 40, 7000),
+        "native",
+        "; split the image along time, with fslroi, say, or crop",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_what_a_record_cannot_hold_is_refused_by_the_header_alone(tmp_path: Path, case: str) -> None:
+    dtype, shape, stored, message = SIZES[case]
+    header = nifti_header(np.broadcast_to(np.zeros((), dtype), shape), version=2)
+    record = RecordConfig(voxel_dtype=stored, frames="all")
+    plain, packed = tmp_path / "a.nii", tmp_path / "a.nii.gz"
+    plain.write_bytes(header)
+    os.truncate(plain, len(header) + math.prod(shape) * np.dtype(dtype).itemsize)  # of holes
+    packed.write_bytes(gzip.compress(header))
+    for path in (plain, packed):
+        with peak_below(1 << 20):
+            if message is None:
+                assert load_header(row_of(path), record=record).shape == shape
+                continue
+            for load in (load_header, load_volume):
+                with pytest.raises(VolumeError, match=rf"^{path}: shape .*{message}"):
+                    load(row_of(path), record=record)
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3, 7), (3, 9, 2, 17), (2, 8, 1, 16), (1, 1, 1, 2), (40, 3, 2, 33)])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_frames_are_read_as_nibabel_reads_them(tmp_path: Path, suffix: str, shape: tuple[int, ...]) -> None:
+    for dtype, order in itertools.product(("int16", "float32", "float64"), "<>"):
+        voxels = random_voxels(shape, dtype)
+        path = write_image(tmp_path / f"a{suffix}", voxels, byte_order=order, slope=0.5, inter=3.0)
+        volume = load_volume(row_of(path), record=RecordConfig(frames="all"))
+        values, affine, zooms = load_with_nibabel(path)
+        assert volume.voxels.flags.c_contiguous
+        assert volume.scaling.apply(volume.voxels).tobytes() == values.astype(np.float64).tobytes()
+        assert np.array_equal(volume.affine, affine)
+        assert volume.zooms == tuple(map(float, zooms[:3]))
+
+
+@pytest.mark.parametrize("frames", [None, "all"])
+@pytest.mark.parametrize("shape", [(5, 4, 3, 1), (5, 4, 3, 1, 1), (5, 4, 3, 1, 1, 1, 1)])
+def test_axes_of_length_one_at_the_end_are_none(
+    tmp_path: Path, shape: tuple[int, ...], frames: str | None
+) -> None:
+    voxels = random_voxels(shape)
+    path = write_image(tmp_path / "a.nii", voxels)
+    volume = load_volume(row_of(path), record=RecordConfig(frames=frames))
+    assert np.array_equal(volume.voxels, voxels.reshape(5, 4, 3))
+    assert volume.zooms == (2.0, 2.0, 2.5)
+
+
+def test_what_is_released_is_only_the_voxels(tmp_path: Path) -> None:
+    loaded = load_volume(row_of(write_image(tmp_path / "a.nii")))
+    kept = rescale_volume(loaded, RecordConfig(voxel_dtype="native"))
+    loaded.release()
+    assert loaded.voxels.size == 0
+    assert kept.voxels.shape == (6, 5, 4)
+    assert loaded.affine is kept.affine
 
 
 def test_a_dataset_has_one_shape_and_native_voxels_one_dtype(tmp_path: Path) -> None:

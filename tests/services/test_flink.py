@@ -1,0 +1,175 @@
+"""The build on a real Flink cluster of processes, whose TaskManagers are killed while they work.
+
+Flink and Beam's Java side are of the versions in scripts/flink_cluster, older than the Python SDK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inotify_simple import flags
+
+from tests.services.conftest import LOCAL, Reference, content_of, run_cli
+from tests.services.watching import watch_build, write_rows
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "flink_cluster"
+TASK_MANAGERS = 3
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def _script(*arguments: str) -> str:
+    command = [str(SCRIPT), *arguments, f"--python={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster.
+
+    Attributes:
+        flags: of `beam-nifti build`, as `up` prints them.
+        text: all that `up` prints.
+        address: of Flink's REST interface.
+    """
+
+    flags: tuple[str, ...]
+    text: str
+    address: str
+
+    @classmethod
+    def up(cls) -> Cluster:
+        text = _script("up", str(TASK_MANAGERS))
+        (command,) = re.findall(r"^beam-nifti build MANIFEST OUTPUT (.+?)\n\n", text, re.M | re.S)
+        (address,) = re.findall(r"http://[\d.:]+", text.partition("\n")[0])
+        return cls(tuple(shlex.split(command.replace("\\\n", " "))), text, address)
+
+    def ask(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.address}/{path}", timeout=10) as response:
+            return json.load(response)
+
+    def newest_job(self) -> str:
+        return str(max(self.ask("jobs/overview")["jobs"], key=lambda job: job["start-time"])["jid"])
+
+    def subtasks(self, step: str) -> list[dict[str, Any]]:
+        """What the newest job says of the stage that has a step."""
+        job = self.ask(f"jobs/{self.newest_job()}")
+        (stage,) = (v for v in job["vertices"] if re.search(rf"\b{step}\b", v["name"]))
+        return list(self.ask(f"jobs/{job['jid']}/vertices/{stage['id']}")["subtasks"])
+
+    def kill_worker_of(self, step: str) -> None:
+        """SIGKILL a TaskManager that works on a step."""
+        busy = [s["taskmanager-id"] for s in self.subtasks(step) if s["status"] == "RUNNING"]
+        pid = SCRIPT.parents[1] / ".services" / "flink" / "run" / f"{busy[0]}.pid"
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Cluster]:
+    _script("install")
+    _script("down")  # workers of an earlier run may still hold an earlier beam_nifti
+    try:
+        yield Cluster.up()
+    finally:
+        _script("down")
+
+
+@pytest.fixture
+def cluster(running: Cluster) -> Cluster:
+    """With all its TaskManagers, whatever an earlier test did to them."""
+    return Cluster.up()
+
+
+def _local(manifest: Path, output: Path, *arguments: str) -> dict[str, str]:
+    run_cli(["build", str(manifest), str(output), *arguments, *LOCAL])
+    return content_of(output)
+
+
+def test_same_bytes_by_a_running_job_server(cluster: Cluster, reference: Reference, tmp_path: Path) -> None:
+    run_cli(["build", str(reference.manifest), str(tmp_path / "out"), *reference.flags, *cluster.flags])
+    assert content_of(tmp_path / "out") == reference.content
+    places = {s["taskmanager-id"] for s in cluster.subtasks("LoadVolume")}
+    assert len(places) == TASK_MANAGERS - 1, "it did not run in parallel"
+
+
+def test_same_bytes_by_flink_runner(cluster: Cluster, reference: Reference, tmp_path: Path) -> None:
+    (instead,) = re.findall(r"^With (--runner=FlinkRunner .+)$", cluster.text, re.M)
+    replaced = ("--runner", "--job_endpoint", "--artifact_endpoint")
+    used = [*shlex.split(instead), *(flag for flag in cluster.flags if not flag.startswith(replaced))]
+    run_cli(["build", str(reference.manifest), str(tmp_path / "out"), *reference.flags, *used])
+    assert content_of(tmp_path / "out") == reference.content
+
+
+def test_a_task_manager_dies_while_volumes_are_loaded(cluster: Cluster, tmp_path: Path) -> None:
+    volumes = 400
+    manifest = write_rows(tmp_path / "cohort", volumes, 40, (64, 64, 64))
+    expected = _local(manifest, tmp_path / "local", "--num-shards=8")
+    watched = watch_build(
+        [str(manifest), str(tmp_path / "out"), "--num-shards=8", *cluster.flags],
+        manifest.parent,
+        flags.OPEN,
+        ".nii.gz",
+        {volumes // 4: lambda: cluster.kill_worker_of("LoadVolume")},
+    )
+    assert watched.code == 0, watched.printed
+    assert volumes // 4 <= len(watched.seen) < volumes, "the fault did not come midway"
+    assert watched.events > volumes + 1, "nothing was loaded again"
+    assert any(s["attempt"] > 0 for s in cluster.subtasks("LoadVolume")), "the fault hit nobody"
+    assert content_of(tmp_path / "out") == expected
+
+
+def test_a_task_manager_dies_while_shards_are_committed(cluster: Cluster, tmp_path: Path) -> None:
+    shards, output = 600, tmp_path / "out"
+    manifest = write_rows(tmp_path / "cohort", 2 * shards, 30, (8, 8, 8))
+    expected = _local(manifest, tmp_path / "local", f"--num-shards={shards}")
+    output.mkdir()
+
+    def kill() -> None:
+        parts = [len(list(folder.glob("*.part"))) for folder in output.glob(".build/*/*")]
+        several.append(max(parts) > 1)
+        cluster.kill_worker_of("WithoutKey")  # the step behind CommitShards, and in its stage
+
+    several: list[bool] = []
+    watched = watch_build(
+        # Units of one row, so that every shard is merged of two parts.
+        [str(manifest), str(output), f"--num-shards={shards}", *cluster.flags, f"--workers={shards}"],
+        output,
+        flags.MOVED_TO,
+        ".tfrecord.gz",
+        {20: kill},
+    )
+    assert watched.code == 0, watched.printed
+    assert several == [True], "no shard was to be merged"
+    assert len(set(watched.seen)) < shards, "the fault did not come midway"
+    # Shards that were complete are not written again, so it is Flink that tells.
+    assert any(s["attempt"] > 0 for s in cluster.subtasks("WithoutKey")), "the fault hit nobody"
+    assert content_of(output) == expected
+
+
+def test_volumes_that_fail_are_said_as_on_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+    manifest = write_rows(tmp_path / "cohort", 12, 12, (12, 11, 10))
+    image = manifest.parent / "0005.nii.gz"
+    image.write_bytes(image.read_bytes()[:-40])
+    watched = watch_build(
+        [str(manifest), str(tmp_path / "out"), *cluster.flags], manifest.parent, flags.OPEN, ".nii.gz", {}
+    )
+    assert watched.code == 1, watched.printed
+    last = watched.printed.strip().rpartition("\n")[2]
+    assert last.startswith("beam-nifti: error: 1 of 12 volumes failed, more than --max-bad-fraction allows")
+    failures = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    assert [json.loads(line)["participant_id"] for line in failures] == ["sub-00005"]
+    assert watched.events <= 12 + 1, "what the user must repair was tried again"

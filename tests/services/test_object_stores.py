@@ -1,0 +1,399 @@
+"""Builds from and into S3 and Cloud Storage, with servers of both on this machine and a proxy that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from beam_nifti import storage
+from beam_nifti.errors import OutputError, VolumeError
+from beam_nifti.lock import LOCK_FILE, hold
+from beam_nifti.object_stores import ATTEMPTS, store_of
+from beam_nifti.volume import load_volume
+from tests.images import row_of
+from tests.services.conftest import LOCAL, Reference, content_of, run_cli
+from tests.services.fault_proxy import FAULTS, FaultProxy, Request
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "scripts" / "object_stores"
+STORES = ("s3", "gs")
+FIRST_IMAGE = "sub-0000.nii.gz"
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The two servers, each behind a proxy.
+
+    Attributes:
+        proxies: by scheme.
+    """
+
+    proxies: dict[str, FaultProxy]
+
+    def rest(self) -> None:
+        for proxy in self.proxies.values():
+            proxy.rest()
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    run = f"--run={tmp_path_factory.mktemp('object-stores')}"
+    subprocess.run([SCRIPT, "install"], check=True)
+    s3_port, gcs_port = _free_ports(2)
+    s3, gcs = FaultProxy(s3_port), FaultProxy(gcs_port)
+    ports = [f"--s3-port={s3_port}", f"--gcs-port={gcs_port}", f"--gcs-url={gcs.url}"]
+    up = subprocess.run([SCRIPT, "up", "lab", run, *ports], check=True, stdout=subprocess.PIPE, text=True)
+    exports = (line.removeprefix("export ").partition("=") for line in up.stdout.splitlines())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, _, value in exports:
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", s3.url)
+        yield Servers({"s3": s3, "gs": gcs})
+    subprocess.run([SCRIPT, "down", run], check=True)
+    s3.close()
+    gcs.close()
+
+
+@pytest.fixture(autouse=True)
+def _rested(servers: Servers) -> Iterator[None]:
+    yield
+    servers.rest()
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, servers: Servers) -> Callable[[str], str]:
+    """A folder of this test's own in a store: `folder("s3")`."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return lambda scheme: f"{scheme}://lab/{name}"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def upload(reference: Reference, folder: str) -> str:
+    """Copy the reference's cohort into a store; the path of its manifest there."""
+    for path in reference.manifest.parent.iterdir():
+        storage.write(f"{folder}/{path.name}", path.read_bytes())
+    return f"{folder}/{reference.manifest.name}"
+
+
+def shards(reference: Reference) -> dict[str, str]:
+    return {name: digest for name, digest in reference.content.items() if ".tfrecord" in name}
+
+
+def assert_same(output: str, reference: Reference) -> None:
+    """The output has the reference's shards, to the byte, its other files, and nothing else."""
+    if storage.is_remote(output):
+        objects = _paths(output)
+        found = {path.removeprefix(f"{output}/"): path for path in objects}
+        assert set(found) == set(reference.content)
+        digests = {name: hashlib.sha256(storage.read(path)).hexdigest() for name, path in found.items()}
+    else:
+        digests = content_of(Path(output))
+        assert set(digests) == set(reference.content)
+    assert {name: digests[name] for name in shards(reference)} == shards(reference)
+
+
+def _paths(folder: str) -> list[str]:
+    store = store_of(folder)
+    assert store is not None
+    return store.find(f"{folder}/", deep=True)[0]
+
+
+def gets_of_images(requests: list[Request]) -> Counter[str]:
+    return Counter(r.path.rpartition("/")[2] for r in requests if r.method == "GET" and ".nii" in r.path)
+
+
+MIXTURES = (
+    ("s3", "s3", "s3"),
+    ("gs", "gs", "gs"),
+    ("local", "s3", "gs"),
+    ("gs", "local", "s3"),
+    ("s3", "gs", "local"),
+)
+
+
+@pytest.mark.parametrize(("manifest", "images", "output"), MIXTURES, ids=map("-".join, MIXTURES))
+def test_every_mixture_makes_the_same_shards(
+    reference: Reference,
+    folder: Callable[[str], str],
+    tmp_path: Path,
+    manifest: str,
+    images: str,
+    output: str,
+) -> None:
+    def where(kind: str, name: str) -> str:
+        return str(tmp_path / name) if kind == "local" else f"{folder(kind)}/{name}"
+
+    if manifest == images:
+        table = upload(reference, where(images, "in"))
+    else:
+        lines = reference.manifest.read_text().splitlines()
+        if images == "local":
+            prefix = str(reference.manifest.parent)
+        else:
+            prefix = where(images, "in")
+            upload(reference, prefix)
+        column = lines[0].split("\t").index("path")
+        rows = [line.split("\t") for line in lines[1:]]
+        for row in rows:
+            row[column] = f"{prefix}/{row[column]}"
+        table = where(manifest, "manifest.tsv")
+        storage.write(table, "\n".join([lines[0], *("\t".join(row) for row in rows), ""]).encode())
+    dataset = where(output, "dataset")
+    run_cli(["build", table, dataset, *reference.flags, "--workers=2"])
+    assert_same(dataset, reference)
+    said = run_cli(["verify", dataset, "--manifest", table, "--deep=3"])
+    assert said.startswith("right    60 examples, 12 shards")
+    assert "examples      60 in " in run_cli(["inspect", dataset])
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_what_a_build_asks_for(
+    reference: Reference, folder: Callable[[str], str], servers: Servers, scheme: str
+) -> None:
+    manifest, proxy = upload(reference, f"{folder(scheme)}/in"), servers.proxies[scheme]
+    proxy.rest()
+    dataset = f"{folder(scheme)}/dataset"
+    run_cli(["build", manifest, dataset, *reference.flags, "--workers=1", *LOCAL])
+    requests = proxy.rest()
+    gets = gets_of_images(requests)
+    assert gets.pop(FIRST_IMAGE) == 2  # its header is read before anything is planned
+    assert set(gets.values()) == {1}
+    assert len(gets) == 59
+    images = [r for r in requests if ".nii" in r.path]
+    assert {r.method for r in images} == {"GET"}
+    sizes = sum(path.stat().st_size for path in reference.manifest.parent.glob("*.nii.gz"))
+    first = (reference.manifest.parent / FIRST_IMAGE).stat().st_size
+    assert sum(r.received for r in images) == sizes + first
+    # With one worker a shard is one unit. What is asked besides is for shards and for the build.
+    assert len(requests) - len(images) <= 17 * 12 + 35
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_passing_errors_change_nothing(
+    reference: Reference, folder: Callable[[str], str], servers: Servers, scheme: str
+) -> None:
+    manifest, proxy = upload(reference, f"{folder(scheme)}/in"), servers.proxies[scheme]
+    proxy.rest()
+    proxy.spoil(0.1, seed=4)
+    dataset = f"{folder(scheme)}/dataset"
+    run_cli(["build", manifest, dataset, *reference.flags, "--workers=2"])
+    spoilt = Counter(r.fault for r in proxy.rest() if r.fault)
+    assert spoilt.keys() == set(FAULTS)
+    assert_same(dataset, reference)
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_a_refused_image_is_a_dead_letter_at_once(
+    reference: Reference, folder: Callable[[str], str], servers: Servers, scheme: str
+) -> None:
+    manifest, proxy = upload(reference, f"{folder(scheme)}/in"), servers.proxies[scheme]
+    proxy.rest()
+    refused = {"sub-0007.nii.gz": "400", "sub-0008.nii.gz": "403", "sub-0009.nii.gz": "404"}
+    proxy.choose = lambda _, path: refused.get(path.rpartition("/")[2], "")
+    dataset = f"{folder(scheme)}/dataset"
+    run_cli(["build", manifest, dataset, *reference.flags, "--workers=2", "--max-bad-fraction=0.1"])
+    asked = gets_of_images(proxy.rest())
+    assert [asked[name] for name in refused] == [1, 1, 1]
+    failures = [json.loads(line) for line in storage.read(f"{dataset}/failures.jsonl").splitlines()]
+    assert [failure["participant_id"] for failure in failures] == ["sub-0007", "sub-0008", "sub-0009"]
+    for failure, reason in zip(failures, ("HTTP 400", "HTTP 403", "No such file or directory"), strict=True):
+        assert failure["message"].startswith(f"{failure['participant_id']}.nii.gz: cannot be read: ")
+        assert reason in failure["message"]
+        assert failure["message"].endswith("; check the path and its rights")
+
+
+def test_a_killed_build_goes_on(
+    reference: Reference, folder: Callable[[str], str], servers: Servers, tmp_path: Path
+) -> None:
+    manifest, proxy = upload(reference, f"{folder('s3')}/in"), servers.proxies["s3"]
+    proxy.rest()
+    dataset = f"{folder('s3')}/dataset"
+    command = ["build", manifest, dataset, *reference.flags, "--workers=1", *LOCAL]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "beam_nifti.cli", *command], stdout=log, stderr=subprocess.STDOUT
+        )
+    asked, lock = set[str](), threading.Lock()
+
+    def kill_midway(method: str, path: str) -> str:
+        with lock:
+            if method == "GET" and path.endswith(".nii.gz"):
+                asked.add(path)
+                if len(asked) == 31:
+                    process.send_signal(signal.SIGKILL)
+        return ""
+
+    proxy.choose = kill_midway
+    assert process.wait(timeout=200) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    proxy.rest()
+    assert not storage.exists(f"{dataset}/dataset_info.json")
+    said = run_cli(command)
+    again = gets_of_images(proxy.rest())
+    assert_same(dataset, reference)
+    assert "kept     " in said
+    assert 29 <= len(again) < 60
+    assert set(again.values()) <= {1, 2}
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_of_many_builds_one_takes_the_lease(folder: Callable[[str], str], scheme: str) -> None:
+    output, together = folder(scheme), threading.Barrier(6)
+    outcomes = list[str]()
+
+    def build() -> None:
+        together.wait()
+        try:
+            with hold(output):
+                outcomes.append("held")
+                refused.wait(60)
+        except OutputError as e:
+            outcomes.append(str(e))
+        if len(outcomes) == 6:
+            refused.set()
+
+    for stale in (False, True):
+        outcomes.clear()
+        refused = threading.Event()
+        if stale:
+            lease = {"token": "x", "host": "another-machine", "pid": 1, "time": 0}
+            storage.write(f"{output}/{LOCK_FILE}", json.dumps(lease).encode())
+        threads = [threading.Thread(target=build) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes.count("held") == 1
+        assert all("a build on" in o or "another build took" in o for o in outcomes if o != "held")
+        assert not storage.exists(f"{output}/{LOCK_FILE}")
+
+
+LARGE = bytes(range(256)) * 70_000
+"""More than is sent at once."""
+
+
+def _write_large(path: str) -> None:
+    with storage.create(path) as handle:
+        for start in range(0, len(LARGE), 1 << 20):
+            handle.write(LARGE[start : start + (1 << 20)])
+
+
+def _read_in_pieces(path: str) -> bytes:
+    handle, stat = storage.open_with_stat(path)
+    assert stat == storage.stat(path)
+    with handle:
+        data = bytearray(stat.size)
+        view, size = memoryview(data), 0
+        while count := handle.readinto(view[size:]):  # type: ignore[attr-defined]
+            size += count
+    return bytes(data[:size])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("scheme", STORES)
+def test_whatever_is_asked_is_asked_again(
+    folder: Callable[[str], str],
+    servers: Servers,
+    scheme: str,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("beam_nifti.object_stores._FIRST_WAIT", 0.05)
+    root, proxy, lock = folder(scheme), servers.proxies[scheme], threading.Lock()
+    seen: Counter[tuple[str, str]] = Counter()
+
+    def every_other(method: str, path: str) -> str:
+        # Cloud Storage passes over bytes of an upload that it has already; its stand-in here does not.
+        if scheme == "gs" and method == "PUT" and fault in ("lost", "cut"):
+            return ""
+        with lock:
+            seen[method, path] += 1
+            return fault if seen[method, path] % 2 else ""
+
+    proxy.choose = every_other
+    storage.write(f"{root}/a b", b"some bytes")
+    assert storage.read(f"{root}/a b") == b"some bytes"
+    assert storage.stat(f"{root}/a b").size == 10
+    storage.write(f"{root}/empty", b"")
+    assert storage.read(f"{root}/empty") == b""
+    _write_large(f"{root}/large")
+    assert storage.read(f"{root}/large") == LARGE
+    assert _read_in_pieces(f"{root}/large") == LARGE
+    storage.link(f"{root}/large", f"{root}/x/copy")
+    assert storage.read(f"{root}/x/copy") == LARGE
+    assert storage.list_files(root) == ["a b", "empty", "large"]
+    assert storage.list_folders(root) == ["x"]
+    storage.delete_tree(f"{root}/x")
+    assert not storage.exists(f"{root}/x")
+    assert any(r.fault for r in proxy.requests)
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_a_store_that_stays_down_is_given_up(
+    folder: Callable[[str], str], servers: Servers, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, proxy = f"{folder(scheme)}/a", servers.proxies[scheme]
+    monkeypatch.setattr("beam_nifti.object_stores._FIRST_WAIT", 0.01)
+    proxy.choose = lambda *_: "503"
+    with pytest.raises(TimeoutError, match=rf"failed {ATTEMPTS} times in a row \(HTTP 503"):
+        storage.read(path)
+    assert len(proxy.requests) == ATTEMPTS
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_what_is_not_finished_does_not_appear(folder: Callable[[str], str], scheme: str) -> None:
+    path = f"{folder(scheme)}/a"
+    storage.write(path, b"old")
+    for size in (10, len(LARGE)):
+        with contextlib.suppress(KeyboardInterrupt), storage.create(path) as handle:
+            handle.write(LARGE[:size])
+            raise KeyboardInterrupt
+        assert storage.read(path) == b"old"
+    with storage.create(path) as handle:
+        handle.write(LARGE)
+        assert storage.read(path) == b"old"
+    assert storage.read(path) == LARGE
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_a_large_file_is_judged_by_its_head(
+    folder: Callable[[str], str], servers: Servers, scheme: str
+) -> None:
+    """Of a download that is no image, no more is read than the store sends before it can be stopped."""
+    path = f"{folder(scheme)}/a.nii"
+    with storage.create(path) as handle:
+        for _ in range(9):
+            handle.write(bytes(10 << 20))
+    with pytest.raises(VolumeError, match="not a NIfTI file"):
+        load_volume(row_of(path))
+
+
+def test_unfinished_uploads_are_taken_back(folder: Callable[[str], str], servers: Servers) -> None:
+    path = f"{folder('s3')}/a"
+    with contextlib.suppress(ZeroDivisionError), storage.create(path) as handle:
+        handle.write(LARGE)
+        raise ZeroDivisionError
+    methods = [r.method for r in servers.proxies["s3"].rest() if "uploadId" in r.query]
+    assert methods[0] == "PUT"
+    assert methods[-1] == "DELETE"
+    assert not storage.exists(path)

@@ -1,0 +1,183 @@
+"""The build on a real Spark cluster of processes, whose executors are killed while they work.
+
+Spark and Beam's job server are of the versions in scripts/spark_cluster, older than the Python SDK.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from inotify_simple import flags
+
+from tests.services.conftest import LOCAL, Reference, content_of, run_cli
+from tests.services.watching import Watched, watch_build, write_rows
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "spark_cluster"
+HOME = SCRIPT.parents[1] / ".services" / "spark"
+WORKERS = 2
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def _script(*arguments: str) -> str:
+    command = [str(SCRIPT), *arguments, f"--python={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _processes(main_class: str) -> list[psutil.Process]:
+    """Processes of this cluster that run a class of Spark's."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        ours = (process.info["environ"] or {}).get("BEAM_NIFTI_SPARK_CLUSTER") == str(HOME)
+        if ours and any(a.endswith(f".{main_class}") for a in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def _catch_loading() -> tuple[psutil.Process, list[psutil.Process]]:
+    """An executor, and its launcher and Python worker; the latter is stopped, with a part half written."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for executor in _processes("CoarseGrainedExecutorBackend"):
+            workers = executor.children(recursive=True)
+            for worker in workers:
+                worker.suspend()
+                if any(".part" in Path(f.path).name for f in worker.open_files()):
+                    return executor, workers
+                worker.resume()
+    raise AssertionError("no executor was writing a part")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster.
+
+    Attributes:
+        flags: of `beam-nifti build` that reach its job server, as `up` prints them.
+        flags_without: of `beam-nifti build` that reach its master by a job server of the build's own.
+    """
+
+    flags: tuple[str, ...]
+    flags_without: tuple[str, ...]
+
+    @classmethod
+    def up(cls) -> Cluster:
+        text = _script("up", str(WORKERS))
+        (command,) = re.findall(r"^beam-nifti build MANIFEST OUTPUT (.+?)\n\n", text, re.M | re.S)
+        (instead,) = re.findall(r"^With (--runner=SparkRunner .+)$", text, re.M)
+        words = shlex.split(command.replace("\\\n", " "))
+        rest = [w for w in words if not w.startswith(("--runner", "--job_endpoint", "--artifact_endpoint"))]
+        return cls(tuple(words), (*shlex.split(instead), *rest))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    _script("install")
+    _script("down")  # workers of an earlier run may still hold an earlier beam_nifti
+    try:
+        yield Cluster.up()
+    finally:
+        _script("down")
+
+
+def test_same_bytes_by_a_running_job_server(cluster: Cluster, reference: Reference, tmp_path: Path) -> None:
+    logs = set(HOME.glob("work/*/app-*/*/stderr"))
+    run_cli(["build", str(reference.manifest), str(tmp_path / "out"), *reference.flags, *cluster.flags])
+    assert content_of(tmp_path / "out") == reference.content
+    tasks = [
+        len(re.findall("Finished task", p.read_text()))
+        for p in set(HOME.glob("work/*/app-*/*/stderr")) - logs
+    ]
+    assert len(tasks) == WORKERS, "it did not start an executor for each worker"
+    assert min(tasks) > 0, "an executor had nothing to do"
+
+
+VOLUMES = 400
+"""Of which each of four tasks loads a hundred."""
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("cohort")
+    manifest = write_rows(folder / "cohort", VOLUMES, 40, (64, 64, 64))
+    flags_ = ("--num-shards=8",)
+    run_cli(["build", str(manifest), str(folder / "dataset"), *flags_, *LOCAL])
+    return Reference(manifest, flags_, content_of(folder / "dataset"))
+
+
+def _watch_loading(
+    cohort: Reference, output: Path, flags_: Sequence[str], faults: Mapping[int, Callable[[], None]]
+) -> Watched:
+    arguments = [str(cohort.manifest), str(output), *cohort.flags, *flags_]
+    return watch_build(arguments, cohort.manifest.parent, flags.OPEN, ".nii.gz", faults)
+
+
+def test_executors_die_while_volumes_are_loaded(cluster: Cluster, cohort: Reference, tmp_path: Path) -> None:
+    """One alone, whose Python worker goes on; then one with all that belongs to it."""
+    killed: list[int] = []
+
+    def kill_alone() -> None:
+        executor, workers = _catch_loading()
+        executor.kill()
+        for worker in workers:
+            worker.resume()
+        killed.append(executor.pid)
+
+    def kill_all() -> None:
+        executor, workers = _catch_loading()
+        for process in (*workers, executor):
+            process.kill()
+        killed.append(executor.pid)
+
+    faults = {VOLUMES // 4: kill_alone, VOLUMES // 2: kill_all}
+    watched = _watch_loading(cohort, tmp_path / "out", cluster.flags, faults)
+    assert watched.code == 0, watched.printed
+    assert len(set(killed)) == 2, "the faults did not come midway"
+    assert watched.events > VOLUMES + 1, "nothing was loaded again"
+    assert content_of(tmp_path / "out") == cohort.content
+
+
+def test_a_slow_worker_is_overtaken_by_a_second_copy_of_its_task(
+    cluster: Cluster, cohort: Reference, tmp_path: Path
+) -> None:
+    """By Spark's speculative execution: for a while both copies write parts of the same rows.
+
+    The build starts a job server of its own here, by --runner=SparkRunner.
+    """
+    stopped: list[psutil.Process] = []
+
+    def stop() -> None:
+        stopped.extend(_catch_loading()[1])
+
+    def resume() -> None:
+        for worker in stopped:
+            worker.resume()
+
+    flags_ = (*cluster.flags_without, "--job_server_jvm_properties=-Dspark.speculation=true")
+    # Without a copy, images are opened once each, and the first one's header before.
+    faults = {VOLUMES // 4: stop, VOLUMES + 2: resume}
+    watched = _watch_loading(cohort, tmp_path / "out", flags_, faults)
+    assert watched.code == 0, watched.printed
+    assert watched.events > VOLUMES + 1, "there was no second copy"
+    assert content_of(tmp_path / "out") == cohort.content
+
+
+def test_down_ends_all_that_was_started(cluster: Cluster) -> None:
+    """What a killed executor has left behind as well."""
+    assert len(_processes("Worker")) == WORKERS
+    _script("down")
+    survivors = [
+        p for p in psutil.process_iter(["environ"]) if "BEAM_NIFTI_SPARK_CLUSTER" in (p.info["environ"] or {})
+    ]
+    assert survivors == []

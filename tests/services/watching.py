@@ -1,0 +1,82 @@
+"""A build of which something is awaited, such as the hundredth image being opened."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inotify_simple import INotify
+
+from tests.images import brain, write_image, write_manifest
+
+PATIENCE = 240.0
+"""Seconds for one build, faults included."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A build that was watched.
+
+    Attributes:
+        code: its exit code.
+        printed: what it printed.
+        seen: files on which the awaited event was seen, in order, when the first fault came.
+        events: how many events there were in all.
+        seconds: it took.
+    """
+
+    code: int
+    printed: str
+    seen: tuple[str, ...]
+    events: int
+    seconds: float
+
+
+def watch_build(
+    arguments: Sequence[str],
+    folder: Path,
+    mask: int,
+    ending: str,
+    faults: Mapping[int, Callable[[], None]],
+) -> Watched:
+    """Run `beam-nifti build` and call each fault once, at the moment of the event of its number.
+
+    Args:
+        arguments: of the build.
+        folder: whose files are watched.
+        mask: of inotify: which events count.
+        ending: of the names that count.
+        faults: what to do, by the number of the event.
+    """
+    started, printed = time.monotonic(), folder.parent / f"{folder.name}.printed"
+    events, due = list[str](), sorted(faults)
+    seen: tuple[str, ...] = ()
+    with INotify() as inotify, printed.open("w") as out:
+        inotify.add_watch(folder, mask)
+        command = [sys.executable, "-m", "beam_nifti.cli", "build", *arguments]
+        with subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as build:
+            try:
+                while build.poll() is None:
+                    assert time.monotonic() < started + PATIENCE, printed.read_text()
+                    events += [e.name for e in inotify.read(timeout=100) if e.name.endswith(ending)]
+                    while due and len(events) >= due[0]:
+                        seen = seen or tuple(events)
+                        faults[due.pop(0)]()
+            finally:
+                build.kill()
+        events += [e.name for e in inotify.read(timeout=0) if e.name.endswith(ending)]
+    seconds = time.monotonic() - started
+    print(f"{folder.name}: {seconds:.1f} s, {len(seen)} events at the fault, {len(events)} in all")
+    return Watched(build.returncode, printed.read_text(), seen, len(events), seconds)
+
+
+def write_rows(folder: Path, count: int, images: int, shape: tuple[int, int, int]) -> Path:
+    """The manifest of `count` rows that share `images` images."""
+    for i in range(images):
+        write_image(folder / f"{i:04d}.nii.gz", brain(shape, seed=i))
+    rows = [{"participant_id": f"sub-{i:05d}", "path": f"{i % images:04d}.nii.gz"} for i in range(count)]
+    return write_manifest(folder / "manifest.tsv", rows)

@@ -1,0 +1,285 @@
+"""The job that Dataflow would get, described here without Google: its size, its shuffles, its workers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pytest
+from apache_beam.internal import pickler
+from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2 as proto
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import DockerEnvironment, python_sdk_dependencies
+
+from beam_nifti import cli, engines, options
+from beam_nifti.build import plan_build
+from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.plan import BuildPlan
+from beam_nifti.publish import publish_dataset
+from beam_nifti.sharding import ShardName, shard_ranges
+from beam_nifti.transforms import BuildDataset
+from pipelines.flex_template import launch
+from tests.images import brain, write_image
+
+ROOT = Path(__file__).parent.parent
+METADATA = ROOT / "pipelines/flex_template/metadata.json"
+IMAGE = "europe-west1-docker.pkg.dev/lab/images/beam-nifti:0.1.0"
+FLAGS = (
+    "--project=lab",
+    "--region=europe-west1",
+    "--temp_location=gs://lab/tmp",
+    f"--sdk_container_image={IMAGE}",
+)
+HAS_DATAFLOW = engines._is_installed("google.cloud.dataflow")
+MEGABYTE = 1 << 20
+ROWS = 1_000_000
+PER_SHARD = 10
+
+Graph = proto.Pipeline
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A million rows of one image."""
+    folder = tmp_path_factory.mktemp("million")
+    write_image(folder / "image.nii", brain((8, 8, 8)))
+    path = folder / "manifest.tsv"
+    with path.open("w") as file:
+        file.write("participant_id\tpath\tlabel\n")
+        file.writelines(f"sub-{i:07d}\timage.nii\t{i % 90}\n" for i in range(ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(manifest: Path) -> BuildPlan:
+    """Of a first build, in a hundred thousand shards."""
+    return make_plan(manifest, manifest.parent / "out")
+
+
+def make_plan(manifest: Path, output: Path) -> BuildPlan:
+    config = BuildConfig(str(manifest), str(output), sharding=Sharding(PER_SHARD), workers=400)
+    return plan_build(config)[0]
+
+
+def describe_portable(plan: BuildPlan) -> Graph:
+    """The graph as any cluster gets it, with the workers' image."""
+    pipeline = beam.Pipeline(runner=FnApiRunner())
+    pipeline | "BuildDataset" >> BuildDataset(plan)
+    environment = DockerEnvironment.from_container_image(IMAGE)
+    return pipeline.to_runner_api(default_environment=environment)
+
+
+def describe_dataflow(plan: BuildPlan) -> Graph:
+    """The graph that Beam's runner for Dataflow makes; a dry run sends it to nobody."""
+    from apache_beam.runners.dataflow.dataflow_runner import DataflowRunner
+
+    runner = DataflowRunner()
+    flags = ["--runner=DataflowRunner", "--dry_run=true", "--no_auth", "--no_save_main_session", *FLAGS]
+    pipeline = beam.Pipeline(runner, PipelineOptions(flags))
+    pipeline | "BuildDataset" >> BuildDataset(plan)
+    pipeline.run()
+    return runner.proto_pipeline
+
+
+@pytest.fixture(
+    params=[
+        describe_portable,
+        pytest.param(
+            describe_dataflow,
+            marks=pytest.mark.skipif(not HAS_DATAFLOW, reason="needs the extra [gcp]"),
+        ),
+    ]
+)
+def describe(request: pytest.FixtureRequest) -> Callable[[BuildPlan], Graph]:
+    function: Callable[[BuildPlan], Graph] = request.param
+    return function
+
+
+# Its size
+
+
+def test_the_job_of_a_million_rows_is_small(plan: BuildPlan, describe: Callable[[BuildPlan], Graph]) -> None:
+    assert plan.num_rows == ROWS
+    assert plan.shard_totals() == {"train": ROWS // PER_SHARD}
+    assert len(describe(plan).SerializeToString()) < MEGABYTE
+
+
+@pytest.mark.slow
+def test_the_job_is_small_where_a_dataset_of_many_shards_lies(
+    manifest: Path, plan: BuildPlan, describe: Callable[[BuildPlan], Graph]
+) -> None:
+    ranges = shard_ranges(ROWS, plan.sharding)
+    names = [ShardName("train", i, len(ranges), True) for i in range(len(ranges))]
+    shards = [ShardInfo(str(n), f"index/{n}", len(r), 1, "", "") for n, r in zip(names, ranges, strict=True)]
+    publish_dataset(plan, shards, [])
+    again = make_plan(manifest, Path(plan.config.output))
+    assert again.has_published
+    assert len(describe(again).SerializeToString()) < MEGABYTE
+
+
+# Its shuffles
+
+HEAVY = ("LoadVolume", "Rescale", "EncodeExample")
+"""Steps whose results hold voxels."""
+
+
+def leaf_steps(graph: Graph) -> Iterator[proto.PTransform]:
+    """The steps that do something, without the composites that they are in."""
+    for step in graph.components.transforms.values():
+        if not step.subtransforms and step.spec.urn:
+            yield step
+
+
+def named(graph: Graph, name: str) -> proto.PTransform:
+    pardo = common_urns.primitives.PAR_DO.urn
+    (step,) = (s for s in leaf_steps(graph) if name in s.unique_name and s.spec.urn == pardo)
+    return step
+
+
+def test_no_voxels_cross_a_shuffle(plan: BuildPlan, describe: Callable[[BuildPlan], Graph]) -> None:
+    graph = describe(plan)
+    shuffles = [s for s in leaf_steps(graph) if s.spec.urn == common_urns.primitives.GROUP_BY_KEY.urn]
+    assert len(shuffles) == 3
+    consumers: dict[str, set[str]] = {}
+    for step in leaf_steps(graph):
+        for elements in step.inputs.values():
+            consumers.setdefault(elements, set()).add(step.unique_name)
+    for name in HEAVY:
+        outputs = named(graph, name).outputs
+        main = [elements for tag, elements in outputs.items() if tag != "failures"]
+        assert len(main) == len(outputs) - 1 == 1
+        (consumer,) = consumers[main[0]]
+        # The next of them, and after the last the one that writes: nothing else sees a voxel.
+        following = dict(zip(HEAVY, (*HEAVY[1:], "WriteParts"), strict=True))[name]
+        assert consumer == named(graph, following).unique_name
+
+
+# Its workers
+
+
+def test_workers_run_in_the_image_and_get_no_main_program(
+    plan: BuildPlan, describe: Callable[[BuildPlan], Graph]
+) -> None:
+    graph = describe(plan)
+    (environment,) = graph.components.environments.values()
+    payload = proto.DockerPayload.FromString(environment.payload)
+    assert payload.container_image == IMAGE
+    staged = {
+        proto.ArtifactStagingToRolePayload.FromString(d.role_payload).staged_name
+        for d in environment.dependencies
+    }
+    assert staged <= {"submission_environment_dependencies.txt"}
+    for name in ("ReadManifest", "SkipFinished", *HEAVY, "WriteParts", "CommitShards", "WriteDatasetInfo"):
+        pardo = proto.ParDoPayload.FromString(named(graph, name).spec.payload)
+        do_fn = pickler.loads(pardo.do_fn.payload)[0]
+        assert type(do_fn).__module__ == "beam_nifti.transforms", name
+
+
+def test_beam_would_stage_the_main_program_if_we_let_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_is_installed", lambda _: True)
+    monkeypatch.setattr(engines, "_accepted", PipelineOptions)
+    config = BuildConfig("gs://lab/m.csv", "gs://lab/out", temp_location="gs://lab/tmp")
+    chosen = engines.choose_engine(config, ["--runner=DataflowRunner", *FLAGS]).options
+
+    def staged(setup: PipelineOptions) -> set[str]:
+        resources = python_sdk_dependencies(setup, str(tmp_path))
+        return {proto.ArtifactStagingToRolePayload.FromString(r.role_payload).staged_name for r in resources}
+
+    assert "pickled_main_session" not in staged(chosen)
+    chosen.view_as(SetupOptions).save_main_session = True
+    assert "pickled_main_session" in staged(chosen)
+
+
+# The Flex Template
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What the launcher makes of a template's parameters: `launched(name=value)` -> our command line."""
+    commands: list[list[str]] = []
+
+    def run(argv: list[str]) -> int:
+        commands.append(argv)
+        return cli.SUCCESS
+
+    monkeypatch.setattr(cli, "main", run)
+
+    def launch_with(**parameters: str) -> list[str]:
+        paths = {"manifest": "gs://lab/m.csv", "output": "gs://lab/out"}
+        assert launch.main([f"--{k}={v}" for k, v in (paths | parameters).items()]) == cli.SUCCESS
+        return commands[-1]
+
+    return launch_with
+
+
+def metadata() -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = json.loads(METADATA.read_text())["parameters"]
+    return parameters
+
+
+def test_the_template_offers_every_option_of_the_build() -> None:
+    ours = {f[2:].replace("-", "_") for f in options._build_flags() if f.startswith("--")}
+    # What a person at a screen asks for, and what the environment of a launch sets.
+    ours -= {"help", "dry_run", "quiet", "temp_location"}
+    names = [p["name"] for p in metadata()]
+    beams = {"sdk_container_image", "number_of_worker_harness_threads"}
+    assert set(names) == ours | beams | {"manifest", "output"}
+    assert len(names) == len(set(names))
+    required = {p["name"] for p in metadata() if not p.get("isOptional")}
+    assert required == {"manifest", "output", "sdk_container_image"}
+
+
+VALUES = {
+    "rescale": "none",
+    "voxel_dtype": "native",
+    "frames": "all",
+    "compression": "none",
+    "compression_level": "1",
+    "examples_per_shard": "7",
+    "shuffle_seed": "1",
+    "max_bad_fraction": "0.5",
+    "workers": "9",
+    "number_of_worker_harness_threads": "2",
+}
+
+
+@pytest.mark.parametrize("parameter", metadata(), ids=lambda p: p["name"])
+def test_a_parameter_is_what_the_parser_takes(
+    parameter: dict[str, Any], launched: Callable[..., list[str]]
+) -> None:
+    name = parameter["name"]
+    assert set(parameter) <= {"name", "label", "helpText", "isOptional", "regexes", "paramType"}
+    assert parameter["label"]
+    assert parameter["helpText"]
+    if f"--{name.replace('_', '-')}" in launch.switches():
+        assert f"--{name}" in launched(**{name: "true"})
+        assert f"--{name}" not in launched(**{name: "false"})
+        with pytest.raises(SystemExit):
+            launched(**{name: "maybe"})
+        return
+    value = VALUES.get(name, "gs://lab/x" if name in ("manifest", "output") else "3")
+    for pattern in parameter.get("regexes", ()):
+        assert re.fullmatch(pattern, value)
+        assert not re.fullmatch(pattern, "no/such value")
+    plain, _ = options.parse(launched())
+    given, beam_flags = options.parse(launched(**{name: value}))
+    options.build_config(given)
+    assert given != plain or f"--{name}={value}" in beam_flags
+    if name not in ("manifest", "output"):
+        assert options.parse(launched(**{name: ""}))[0] == plain
+
+
+def test_the_launcher_is_what_the_image_starts() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert "COPY pipelines/flex_template/launch.py /opt/beam_nifti/flex_template/launch.py" in dockerfile
+    assert "ENV FLEX_TEMPLATE_PYTHON_PY_FILE=/opt/beam_nifti/flex_template/launch.py" in dockerfile
+    assert "!pipelines/flex_template/launch.py" in (ROOT / ".dockerignore").read_text().splitlines()

@@ -1,0 +1,196 @@
+"""4-D images, from the command line to the training batch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from beam_nifti import cli
+from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.example import decode_example, decode_tensor, encode_volume
+from beam_nifti.volume import load_volume, rescale_volume
+from tests.images import REAL_DTYPES, Array, random_voxels, row_of, write_image, write_manifest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+SHAPE = (6, 5, 4, 7)
+Run = Callable[..., str]
+
+
+def formula(path: Path) -> Array:
+    """The whole image's range onto [0, 1], with the axes that nibabel gives it."""
+    image: Any = nib.load(path)
+    x = np.asanyarray(image.dataobj).astype(np.float64)
+    return ((x - x.min()) / (x.max() - x.min())).astype(np.float32)
+
+
+def cohort_of(folder: Path, shapes: list[tuple[int, ...]], dtype: str = "int16", **header: Any) -> Path:
+    """An image of each shape, `0.nii.gz` and on; the manifest, whose labels are those numbers."""
+    for i, shape in enumerate(shapes):
+        write_image(folder / f"{i}.nii.gz", random_voxels(shape, dtype, seed=i), **header)
+    return write_manifest(
+        folder / "m.tsv", [{"path": f"{i}.nii.gz", "label": i} for i, _ in enumerate(shapes)]
+    )
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command of the command line: `run("verify", output)` -> what it prints."""
+
+    def command(*arguments: object, code: int = 0) -> str:
+        quiet = [] if arguments[0] == "inspect" else ["--quiet"]
+        assert cli.main([*map(str, arguments), *quiet]) == code
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    return command
+
+
+def info_of(output: Path) -> DatasetInfo:
+    return DatasetInfo.from_json((output / "dataset_info.json").read_text(), str(output))
+
+
+@pytest.mark.parametrize("options", [[], ["--voxel-dtype=native"], ["--compression=none", "--rescale=none"]])
+def test_a_dataset_of_4d_images(run: Run, tmp_path: Path, options: list[str]) -> None:
+    manifest, output = cohort_of(tmp_path / "c", [SHAPE] * 3, slope=0.5, inter=2.0), tmp_path / "out"
+    assert "of 6x5x4x7 voxels" in run("build", manifest, output, "--frames=all", "--dry-run", *options)
+    run("build", manifest, output, "--frames=all", *options)
+    info = info_of(output)
+    assert info.shape == SHAPE
+    assert info.config["frames"] == "all"
+    assert "3 made again" in run("verify", output, "--deep=all", "--manifest", manifest)
+    shown = run("inspect", output)
+    assert "6×5×4×7" in shown
+    assert "frames all" in shown
+    record = json.loads(run("inspect", output, "--record=1.nii.gz", "--json"))
+    assert record["shape"] == list(SHAPE)
+    assert record["zooms"] == [2.0, 2.0, 2.5]
+    # The second run finds everything done.
+    before = (output / info.shards[0].name).stat()
+    run("build", manifest, output, "--frames=all", *options)
+    assert (output / info.shards[0].name).stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_without_the_option_4d_images_are_refused_with_the_remedy(run: Run, tmp_path: Path) -> None:
+    manifest = cohort_of(tmp_path / "c", [SHAPE] * 2)
+    told = run("build", manifest, tmp_path / "out", code=cli.USAGE)
+    assert "got shape (6, 5, 4, 7); choose frames with --frames all" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_4d_image_among_others_is_a_failure_with_the_remedy(run: Run, tmp_path: Path) -> None:
+    manifest, output = cohort_of(tmp_path / "c", [SHAPE[:3], SHAPE, (*SHAPE[:3], 1)]), tmp_path / "out"
+    run("build", manifest, output, "--max-bad-fraction=0.5")
+    (failure,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
+    assert (failure["row"], failure["stage"]) == (2, "LoadVolume")
+    assert "choose frames with --frames all" in failure["message"]
+    assert info_of(output).shape == SHAPE[:3]
+
+
+def test_other_frames_are_another_dataset(run: Run, tmp_path: Path) -> None:
+    manifest, output = cohort_of(tmp_path / "c", [SHAPE[:3]] * 2), tmp_path / "out"
+    run("build", manifest, output)
+    told = run("build", manifest, output, "--frames=all", code=cli.USAGE)
+    assert "frames was None, now 'all'" in told
+
+
+def test_a_run_of_another_length_is_another_shape(run: Run, tmp_path: Path) -> None:
+    manifest = cohort_of(tmp_path / "c", [SHAPE, (*SHAPE[:3], 9)])
+    run("build", manifest, tmp_path / "one", "--frames=all", code=cli.FAILED)
+    message = json.loads((tmp_path / "one/failures.jsonl").read_text())["message"]
+    assert "shape (6, 5, 4, 9) where the first image has (6, 5, 4, 7)" in message
+    run("build", manifest, tmp_path / "two", "--frames=all", "--allow-mixed-shapes")
+    assert "right" in run("verify", tmp_path / "two", "--deep=all")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(REAL_DTYPES),
+    st.tuples(*[st.integers(1, 5)] * 3, st.integers(2, 20)),
+    st.integers(0, 2**32 - 1),
+)
+def test_frames_are_stored_bit_equal_to_the_formula(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...], seed: int
+) -> None:
+    voxels = random_voxels(shape, dtype, seed)
+    if dtype.endswith("64"):  # which the formula cannot subtract without rounding twice
+        voxels = (voxels / 2**12).astype(dtype)
+    path = write_image(tmp_path / "a.nii", voxels)
+    if voxels.min() == voxels.max():
+        return
+    config = RecordConfig(frames="all")
+    data = encode_volume(rescale_volume(load_volume(row_of(path), record=config), config))
+    stored = decode_tensor(decode_example(data)["image_raw"])  # type: ignore[arg-type]
+    assert stored.shape == shape
+    assert stored.tobytes() == (formula(path) + np.float32(0)).tobytes()
+
+
+@pytest.mark.tf
+@pytest.mark.parametrize("dtype", ["int16", "uint8", "float32"])
+@pytest.mark.parametrize("voxel_dtype", ["float32", "native"])
+def test_frames_are_the_channels_of_a_batch(run: Run, tmp_path: Path, voxel_dtype: str, dtype: str) -> None:
+    tf = pytest.importorskip("tensorflow")
+    from beam_nifti.reader import load_dataset
+
+    manifest, output = cohort_of(tmp_path / "c", [SHAPE] * 3, dtype), tmp_path / "out"
+    run("build", manifest, output, "--frames=all", f"--voxel-dtype={voxel_dtype}")
+    batches = load_dataset(output, batch_size=2)
+    assert batches.element_spec[0] == tf.TensorSpec((None, *SHAPE), tf.float32)
+    read = {int(label): image for x, y in batches for label, image in zip(y, x.numpy(), strict=True)}
+    assert sorted(read) == [0, 1, 2]
+    for number, image in read.items():
+        assert image.tobytes() == formula(tmp_path / f"c/{number}.nii.gz").tobytes()
+
+
+@pytest.mark.tf
+@pytest.mark.parametrize("voxel_dtype", ["float32", "native"])
+def test_3d_and_4d_images_in_one_dataset(run: Run, tmp_path: Path, voxel_dtype: str) -> None:
+    tf = pytest.importorskip("tensorflow")
+    from beam_nifti.reader import load_dataset
+
+    shapes = [SHAPE, SHAPE[:3], (3, 4, 5, 2), (2, 3, 4, 1)]
+    manifest, output = cohort_of(tmp_path / "c", shapes), tmp_path / "out"
+    run("build", manifest, output, "--frames=all", "--allow-mixed-shapes", f"--voxel-dtype={voxel_dtype}")
+    volumes = load_dataset(output)
+    assert volumes.element_spec[0] == tf.TensorSpec((None, None, None, None), tf.float32)
+    read = {int(y): x.numpy() for x, y in volumes}
+    assert [read[i].shape for i in range(4)] == [SHAPE, (6, 5, 4, 1), (3, 4, 5, 2), (2, 3, 4, 1)]
+    for i in range(4):
+        assert read[i].tobytes() == formula(tmp_path / f"c/{i}.nii.gz").tobytes()
+
+
+@pytest.mark.tf
+def test_a_frame_of_its_own_is_a_3d_image(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    from beam_nifti.reader import load_dataset
+
+    manifest, output = cohort_of(tmp_path / "c", [(6, 5, 4, 1), (6, 5, 4)]), tmp_path / "out"
+    run("build", manifest, output)
+    assert load_dataset(output, batch_size=2).element_spec[0].shape.as_list() == [None, 6, 5, 4, 1]
+
+
+@pytest.mark.tf
+def test_a_shuffle_draws_from_fewer_large_volumes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorflow")
+    from beam_nifti import reader
+
+    manifest, output = cohort_of(tmp_path / "c", [(3, 2, 1)] * 12), tmp_path / "out"
+    run("build", manifest, output, "--num-shards=1")
+
+    def labels() -> list[int]:
+        return [int(y) for _, y in reader.load_dataset(output, shuffle=True, seed=1)]
+
+    assert labels() != list(range(12))
+    monkeypatch.setattr(reader, "_SHUFFLE_BYTES", 24 * 2 - 1)  # of two volumes, but for a byte
+    assert labels() == list(range(12))
