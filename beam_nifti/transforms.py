@@ -15,7 +15,6 @@ WriteDatasetInfo     BuildSummary
 from __future__ import annotations
 
 import contextlib
-import pickle
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from apache_beam.pvalue import PBegin, TaggedOutput
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
+from beam_nifti import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
@@ -185,28 +185,6 @@ class EncodeExample(beam.DoFn):
             example = encode_volume(volume)
         self._bytes.inc(len(example))
         yield IndexEntry.of(volume), example
-
-
-class _VolumeCoder(beam.coders.Coder):
-    """Pickle, and a size that does not take pickling: Beam asks for that of ten volumes a step."""
-
-    def encode(self, value: Volume) -> bytes:
-        return pickle.dumps(value, protocol=5)
-
-    def decode(self, encoded: bytes) -> Volume:
-        return cast(Volume, pickle.loads(encoded))
-
-    def estimate_size(self, value: Volume) -> int:
-        return int(value.voxels.nbytes)
-
-    def is_deterministic(self) -> bool:
-        return False
-
-    def to_type_hint(self) -> type[Volume]:
-        return Volume
-
-
-beam.coders.registry.register_coder(Volume, _VolumeCoder)
 
 
 class _DeadLetters(beam.DoFn):

@@ -1,0 +1,61 @@
+"""How elements are encoded where a runner has to: between two stages, and to judge their size."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, cast
+
+from apache_beam import coders
+from isal import isal_zlib
+
+from beam_nifti.plan import WorkUnit
+from beam_nifti.volume import Volume
+
+
+class VolumeCoder(coders.Coder):
+    """Pickle, and a size that does not take pickling: Beam asks for that of ten volumes a step."""
+
+    def encode(self, value: Volume) -> bytes:
+        """To bytes, where a runner cuts the chain."""
+        return pickle.dumps(value, protocol=5)
+
+    def decode(self, encoded: bytes) -> Volume:
+        """And back."""
+        return cast(Volume, pickle.loads(encoded))
+
+    def estimate_size(self, value: Volume) -> int:
+        """Bytes of the voxels."""
+        return int(value.voxels.nbytes)
+
+    def is_deterministic(self) -> bool:
+        """It is never a key."""
+        return False
+
+    def to_type_hint(self) -> type[Any]:
+        """What it encodes."""
+        return Volume
+
+
+class WorkUnitCoder(coders.Coder):
+    """Compressed pickle: rows are alike, and a runner in this process holds all of them in memory."""
+
+    def encode(self, value: WorkUnit) -> bytes:
+        """To bytes, before the shuffle."""
+        packed: bytes = isal_zlib.compress(pickle.dumps(value, protocol=5), 1)
+        return packed
+
+    def decode(self, encoded: bytes) -> WorkUnit:
+        """And back."""
+        return cast(WorkUnit, pickle.loads(isal_zlib.decompress(encoded)))
+
+    def is_deterministic(self) -> bool:
+        """It is never a key."""
+        return False
+
+    def to_type_hint(self) -> type[Any]:
+        """What it encodes."""
+        return WorkUnit
+
+
+coders.registry.register_coder(Volume, VolumeCoder)
+coders.registry.register_coder(WorkUnit, WorkUnitCoder)
