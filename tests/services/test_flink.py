@@ -5,6 +5,7 @@ Flink and Beam's Java side are of the versions in scripts/flink_cluster, older t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from inotify_simple import flags
 
 from tests.services.conftest import LOCAL, Reference, content_of, run_cli
-from tests.services.watching import watch_build, write_rows
+from tests.services.watching import catch_writing, watch_build, write_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "flink_cluster"
+RUN = SCRIPT.parents[1] / ".services" / "flink" / "run"
 TASK_MANAGERS = 3
 
 pytestmark = pytest.mark.timeout(600)
@@ -72,10 +75,21 @@ class Cluster:
         return list(self.ask(f"jobs/{job['jid']}/vertices/{stage['id']}")["subtasks"])
 
     def kill_worker_of(self, step: str) -> None:
-        """SIGKILL a TaskManager that works on a step."""
+        """SIGKILL a TaskManager that works on a step; its Python worker goes on."""
         busy = [s["taskmanager-id"] for s in self.subtasks(step) if s["status"] == "RUNNING"]
-        pid = SCRIPT.parents[1] / ".services" / "flink" / "run" / f"{busy[0]}.pid"
-        os.kill(int(pid.read_text()), signal.SIGKILL)
+        os.kill(int((RUN / f"{busy[0]}.pid").read_text()), signal.SIGKILL)
+
+    def kill_writer(self) -> None:
+        """SIGKILL a TaskManager and its Python workers, which have a part half written."""
+        master, workers = catch_writing(self._task_managers)
+        for process in (*workers, master):
+            process.kill()
+
+    @staticmethod
+    def _task_managers() -> Iterator[psutil.Process]:
+        for pid in RUN.glob("taskmanager*.pid"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                yield psutil.Process(int(pid.read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +137,7 @@ def test_a_task_manager_dies_while_volumes_are_loaded(cluster: Cluster, tmp_path
         manifest.parent,
         flags.OPEN,
         ".nii.gz",
-        {volumes // 4: lambda: cluster.kill_worker_of("LoadVolume")},
+        {volumes // 4: cluster.kill_writer},
     )
     assert watched.code == 0, watched.printed
     assert volumes // 4 <= len(watched.seen) < volumes, "the fault did not come midway"

@@ -9,7 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from inotify_simple import flags
 
 from tests.services.conftest import LOCAL, Reference, content_of, run_cli
-from tests.services.watching import Watched, watch_build, write_rows
+from tests.services.watching import Watched, catch_writing, watch_build, write_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "spark_cluster"
 HOME = SCRIPT.parents[1] / ".services" / "spark"
@@ -46,17 +45,8 @@ def _processes(main_class: str) -> list[psutil.Process]:
 
 
 def _catch_loading() -> tuple[psutil.Process, list[psutil.Process]]:
-    """An executor, and its launcher and Python worker; the latter is stopped, with a part half written."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for executor in _processes("CoarseGrainedExecutorBackend"):
-            workers = executor.children(recursive=True)
-            for worker in workers:
-                worker.suspend()
-                if any(".part" in Path(f.path).name for f in worker.open_files()):
-                    return executor, workers
-                worker.resume()
-    raise AssertionError("no executor was writing a part")
+    """An executor, and its launcher and Python worker; these are stopped, with a part half written."""
+    return catch_writing(lambda: _processes("CoarseGrainedExecutorBackend"))
 
 
 @dataclass(frozen=True)

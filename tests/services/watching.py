@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from inotify_simple import INotify
 
 from tests.images import brain, write_image, write_manifest
@@ -72,6 +73,29 @@ def watch_build(
     seconds = time.monotonic() - started
     print(f"{folder.name}: {seconds:.1f} s, {len(seen)} events at the fault, {len(events)} in all")
     return Watched(build.returncode, printed.read_text(), seen, len(events), seconds)
+
+
+def catch_writing(
+    masters: Callable[[], Iterable[psutil.Process]],
+) -> tuple[psutil.Process, list[psutil.Process]]:
+    """A process that has started workers, and these: all stopped, one of them with a part half written.
+
+    Its work is lost if it is killed now, where a finished part would be found by whoever does it again.
+
+    Args:
+        masters: processes that start workers, as they are at the moment.
+    """
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for master in masters():
+            workers = master.children(recursive=True)
+            for worker in workers:
+                worker.suspend()
+            if any(".part" in Path(f.path).name for worker in workers for f in worker.open_files()):
+                return master, workers
+            for worker in workers:
+                worker.resume()
+    raise AssertionError("no worker was writing a part")
 
 
 def write_rows(folder: Path, count: int, images: int, shape: tuple[int, int, int]) -> Path:
