@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -93,6 +93,7 @@ def run(
             log.seek(0)
             sys.exit(f"exit code {process.returncode}:\n{log.read().decode(errors='replace')[-3000:]}")
     usage = Usage(used.ru_utime + used.ru_stime, time.perf_counter() - start, used.ru_maxrss / 1024)
+    print(json.dumps({"command": arguments[0], "moment": moment[0], **asdict(usage)}), file=sys.stderr)
     return usage, moment[0]
 
 
