@@ -1,6 +1,6 @@
 """Files, local or remote. The only module that knows how to reach a path.
 
-Paths with the schemes `s3://` and `gs://` go through `object_stores`, with other schemes (`hdfs://`) through
+Paths with the schemes `s3://` and `gs://` go through `s3` and `gcs`, with other schemes (`hdfs://`) through
 Beam's FileSystems; either is imported only then. Everything else is the local disk.
 """
 
@@ -13,12 +13,15 @@ import io
 import os
 import re
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
-from beam_nifti.object_stores import Store, Writer, store_of
+from beam_nifti.gcs import Gcs
+from beam_nifti.object_store import Store, Writer
+from beam_nifti.s3 import S3
 
 T = TypeVar("T")
 ABSENT: Final = ""
@@ -28,6 +31,11 @@ _BUFFER_BYTES: Final = 1 << 20
 _TREE_ATTEMPTS: Final = 3
 """At removing a folder into which a worker that outlives its job may still write."""
 
+_STORES: Final[dict[str, tuple[type[Store], str]]] = {"s3": (S3, "aws"), "gs": (Gcs, "gcp")}
+"""By scheme: what serves it, and the extra of this package that it needs."""
+
+_stores: dict[str, tuple[int, Any, Store]] = {}
+_stores_lock = threading.Lock()
 _TEMPORARY = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 
@@ -80,14 +88,26 @@ def absolute(path: str) -> str:
 
 def _store(path: str) -> Store | None:
     """The object store of an `s3://` or `gs://` path; None for the other schemes."""
-    try:
-        return store_of(path)
-    except ImportError as e:
-        scheme = path.partition("://")[0]
-        extra = {"gs": "gcp", "s3": "aws"}[scheme]
-        raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); install beam-nifti[{extra}]") from e
-    except Exception as e:  # options that contradict each other, half of a pair of keys
-        raise OSError(f"{path}: no way to the store: {e}; check its options and credentials") from e
+    scheme = path.partition("://")[0]
+    if scheme not in _STORES:
+        return None
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    kind, extra = _STORES[scheme]
+    options = FileSystems._pipeline_options
+    with _stores_lock:
+        # Connections must not be shared by processes.
+        pid, known, store = _stores.get(scheme, (0, None, None))
+        if store is None or pid != os.getpid() or known is not options:
+            try:
+                store = kind(options or PipelineOptions([]))
+            except ImportError as e:
+                raise OSError(
+                    f"{path}: nothing here serves {scheme}:// ({e}); install beam-nifti[{extra}]"
+                ) from e
+            _stores[scheme] = os.getpid(), options, store
+    return store
 
 
 def _remote() -> Any:

@@ -19,9 +19,19 @@ PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 ONLY_IMPORTERS = {
     "nibabel": {"header"},
     "tensorflow": {"reader"},
-    "apache_beam": {"coders", "transforms", "storage", "object_stores", "local_runner", "build", "engines"},
+    "apache_beam": {
+        "coders",
+        "transforms",
+        "storage",
+        "object_store",
+        "s3",
+        "gcs",
+        "local_runner",
+        "build",
+        "engines",
+    },
 }
-LAZY_IMPORTERS = {"apache_beam": {"storage", "object_stores", "local_runner", "build", "engines"}}
+LAZY_IMPORTERS = {"apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"}}
 """Modules that import the package only inside functions."""
 
 

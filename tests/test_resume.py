@@ -240,8 +240,7 @@ def test_failed_volumes_fail_the_build_and_lose_nothing(
 
     with images_read() as again, pytest.raises(TooManyFailures, match="6 of 24"):
         build(broken, output, workers=2)
-    # The first image's header tells the shape; the third is not there to be opened.
-    assert again - {name_of(0)} == BROKEN - {name_of(2)}
+    assert again - {name_of(0)} == BROKEN  # the first image's header tells the shape
 
     repair(manifest, broken)
     built = build(broken, output)
@@ -271,7 +270,7 @@ def test_failures_within_the_limit_leave_a_complete_dataset(
     with pytest.raises(TooManyFailures):
         build(broken, output, max_bad_fraction=5.9 / COUNT)
     built = build(broken, output, max_bad_fraction=6 / COUNT)
-    assert built.read == BROKEN - {name_of(2)}
+    assert built.read == BROKEN
     assert built.summary.complete
     assert (built.summary.num_written, built.summary.num_failed) == (COUNT - 6, 6)
     check_failures(output, broken)

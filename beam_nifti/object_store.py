@@ -1,0 +1,303 @@
+"""What an object store does, whichever it is: `s3.py` and `gcs.py` have the two that there are.
+
+They go through the client libraries that Beam's extras install, with Beam's options.
+
+Beam's own file systems serve the other schemes. For these two they fall short: they make a client for
+every call, ask for an object's size before its bytes, keep the errors of a copy to themselves, and
+publish what a writer that failed had sent until then.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import errno
+import io
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+ATTEMPTS: Final = 8
+FIRST_WAIT: Final = 1.0
+LONGEST_WAIT: Final = 16.0
+ALL_WAITS: Final = 63.0
+"""Seconds between the attempts at a request: 1, 2, 4, 8, 16, 16, 16, each cut by up to half at random."""
+
+_TRANSIENT_STATUS: Final = frozenset([408, 429, 500, 502, 503, 504])
+_TRANSIENT_CODES: Final = frozenset(
+    ["RequestTimeout", "SlowDown", "Throttling", "InternalError", "ConditionalRequestConflict"]
+)
+"""What S3 says of a transient error, whatever the HTTP status that it comes with."""
+
+_ABSENT_CODES: Final = frozenset(
+    ["NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", "NotFound", "Not Found", "notFound"]
+)
+"""What the stores say where there is no object. Some say 404 of unknown users, too."""
+
+PIECE_BYTES: Final = 16 << 20
+"""Bytes that are sent at once. What is shorter is sent in one request."""
+
+
+class Reader(io.RawIOBase):
+    """An object, opened for reading.
+
+    Args:
+        store: that holds it.
+        path: of the object.
+
+    Attributes:
+        size: of the object in bytes.
+        mtime: when it was written, in seconds since 1970.
+    """
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store, self._path = store, path
+        self._position = 0
+        self.size, self.mtime = 0, 0.0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte is read."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go elsewhere; costs a request at the next reading."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read some bytes; none only at the end."""
+        view = memoryview(buffer).cast("B")
+        if not view or self._position >= self.size:
+            return 0
+        count = self._store.attempt(self._path, lambda: self._read_some(view))
+        self._position += count
+        return count
+
+    def readall(self) -> bytes:
+        """Read what is left; if it breaks off, all of it again."""
+        if self._position >= self.size:
+            return b""
+        data = self._store.attempt(self._path, self._read_rest)
+        self._position = self.size
+        return data
+
+    @abc.abstractmethod
+    def _read_some(self, view: memoryview) -> int:
+        """Read at least a byte from the position on."""
+
+    @abc.abstractmethod
+    def _read_rest(self) -> bytes:
+        """Read from the position to the end."""
+
+
+class Pieces(abc.ABC):
+    """An upload of several pieces; the object appears when it is finished."""
+
+    @abc.abstractmethod
+    def add(self, data: bytes) -> None:
+        """Send a piece."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Make the object appear."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Forget what was sent."""
+
+
+class Writer(io.BufferedIOBase):
+    """An object that is being written. It appears only with `finish`.
+
+    Args:
+        store: that shall hold it.
+        path: of the object.
+    """
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store, self._path = store, path
+        self._buffer = bytearray()
+        self._pieces: Pieces | None = None
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Take bytes, and send what has come together."""
+        view = memoryview(data)
+        self._buffer += view
+        if len(self._buffer) >= PIECE_BYTES:
+            if self._pieces is None:
+                self._pieces = self._store.begin(self._path)
+            self._pieces.add(self._take())
+        return view.nbytes
+
+    def finish(self) -> None:
+        """Send the rest and make the object appear."""
+        rest = self._take()
+        if self._pieces is None:
+            self._store.put(self._path, rest)
+        else:
+            if rest:
+                self._pieces.add(rest)
+            self._pieces.finish()
+            self._pieces = None
+        self.close()
+
+    def close(self) -> None:
+        """Close; what was not finished does not appear."""
+        pieces, self._pieces = self._pieces, None
+        if pieces is not None:
+            with contextlib.suppress(OSError):  # the store's own rules for unfinished uploads remain
+                pieces.abort()
+        super().close()
+
+    def _take(self) -> bytes:
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        return data
+
+
+class Store(abc.ABC):
+    """An object store. Everything it raises is an OSError.
+
+    Args:
+        options: Beam's, of the pipeline that runs here.
+    """
+
+    _lost: tuple[type[Exception], ...]
+    """What its client raises when a connection breaks or a server keeps silent."""
+
+    @abc.abstractmethod
+    def __init__(self, options: Any) -> None: ...
+
+    def attempt(self, path: str, request: Callable[[], T]) -> T:
+        """Make a request, again while it fails for a reason that may pass.
+
+        Raises:
+            FileNotFoundError: HTTP 404.
+            PermissionError: HTTP 401 or 403.
+            FileExistsError: HTTP 412, a condition of the request does not hold.
+            TimeoutError: it failed ATTEMPTS times.
+            OSError: any other error; these four are kinds of it.
+        """
+        from apache_beam.utils.retry import with_exponential_backoff
+
+        retrying = with_exponential_backoff(
+            num_retries=ATTEMPTS - 1,
+            initial_delay_secs=FIRST_WAIT,
+            max_delay_secs=LONGEST_WAIT,
+            retry_filter=self.is_transient,
+            logger=_say_nothing,
+        )
+        try:
+            result: T = retrying(request)()
+        except Exception as e:
+            raise self._as_os_error(path, e) from e
+        return result
+
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether a request that failed so may succeed later."""
+        error = _cause(error)
+        status, code = self._answer(error)
+        return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES or isinstance(error, self._lost)
+
+    def _as_os_error(self, path: str, error: BaseException) -> OSError:
+        error = _cause(error)
+        status, code = self._answer(error)
+        said = f"HTTP {status} {code}" if status else f"{type(error).__name__}: {error}"
+        if status == 404 and code in _ABSENT_CODES:
+            reason = "No such bucket" if code == "NoSuchBucket" else os.strerror(errno.ENOENT)
+            return FileNotFoundError(errno.ENOENT, reason, path)
+        if status in (401, 403):
+            return PermissionError(errno.EACCES, f"access is denied ({said})", path)
+        if status == 412:
+            return FileExistsError(errno.EEXIST, f"another process has written it meanwhile ({said})", path)
+        if self.is_transient(error):
+            return TimeoutError(errno.ETIMEDOUT, f"the store failed {ATTEMPTS} times in a row ({said})", path)
+        return OSError(errno.EIO, f"{said}: {error}" if status else said, path)
+
+    @staticmethod
+    @abc.abstractmethod
+    def _answer(error: BaseException) -> tuple[int | None, str]:
+        """The HTTP status, if the server answered, and the store's own code for the error."""
+
+    @abc.abstractmethod
+    def stat(self, path: str) -> tuple[int, float]:
+        """Size and time of an object, as a Reader has them."""
+
+    @abc.abstractmethod
+    def open(self, path: str, head: int | None = None) -> Reader:
+        """Open an object, or only its first `head` bytes; in one request together with reading it."""
+
+    @abc.abstractmethod
+    def put(self, path: str, data: bytes, version: str | None = None) -> None:
+        """Write an object whole.
+
+        Args:
+            path: of the object.
+            data: all of it.
+            version: only if the object has this one, or, if "", only if there is none.
+        """
+
+    @abc.abstractmethod
+    def get_version(self, path: str) -> tuple[bytes, str]:
+        """An object whole, and what `put` calls its version."""
+
+    @abc.abstractmethod
+    def begin(self, path: str) -> Pieces:
+        """Begin an upload of several pieces."""
+
+    @abc.abstractmethod
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object inside the store."""
+
+    @abc.abstractmethod
+    def delete(self, paths: Iterable[str]) -> None:
+        """Remove objects; those that are not there are no error."""
+
+    @abc.abstractmethod
+    def find(
+        self, prefix: str, *, deep: bool = False, limit: int | None = None
+    ) -> tuple[list[str], list[str]]:
+        """Paths that begin with a prefix.
+
+        Args:
+            prefix: a path that ends in "/".
+            deep: whether to list what lies in folders below.
+            limit: give no more than about so many.
+
+        Returns:
+            Paths of objects, and, unless `deep`, of folders, which end in "/".
+        """
+
+
+def _say_nothing(*_: object) -> None:
+    """Take the place of a logger: an error that passed is nobody's concern."""
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a client's error about its own attempts is about."""
+    return getattr(error, "cause", None) or error
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Bucket and key of a path.
+
+    >>> split_path("s3://lab/cohort/manifest.tsv")
+    ('lab', 'cohort/manifest.tsv')
+    """
+    bucket, _, key = path.partition("://")[2].partition("/")
+    return bucket, key
