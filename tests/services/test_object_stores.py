@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from beam_nifti.object_stores import ATTEMPTS, store_of
+from beam_nifti.object_store import ATTEMPTS
 
 from beam_nifti import storage
 from beam_nifti.errors import OutputError, VolumeError
@@ -114,7 +114,7 @@ def assert_same(output: str, reference: Reference) -> None:
 
 
 def _paths(folder: str) -> list[str]:
-    store = store_of(folder)
+    store = storage._store(folder)
     assert store is not None
     return store.find(f"{folder}/", deep=True)[0]
 
