@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from beam_nifti.object_store import ATTEMPTS
 
 from beam_nifti import storage
 from beam_nifti.errors import OutputError, VolumeError
 from beam_nifti.lock import LOCK_FILE, hold
+from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from tests.images import row_of
 from tests.services.conftest import LOCAL, Reference, content_of, run_cli
