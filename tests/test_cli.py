@@ -264,7 +264,7 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     output = tmp_path / "out"
     command = [sys.executable, "-m", "beam_nifti.cli", "build", str(manifest), str(output), "--workers=1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(output.glob(".build/*/*/*.parquet")):
+    while process.poll() is None and not list(output.glob(".build/*/*/*.part*")):
         pass
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()

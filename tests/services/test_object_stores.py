@@ -318,7 +318,7 @@ def test_whatever_is_asked_is_asked_again(
     fault: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("beam_nifti.object_stores._FIRST_WAIT", 0.05)
+    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.05)
     root, proxy, lock = folder(scheme), servers.proxies[scheme], threading.Lock()
     seen: Counter[tuple[str, str]] = Counter()
 
@@ -353,7 +353,7 @@ def test_a_store_that_stays_down_is_given_up(
     folder: Callable[[str], str], servers: Servers, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, proxy = f"{folder(scheme)}/a", servers.proxies[scheme]
-    monkeypatch.setattr("beam_nifti.object_stores._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
     proxy.choose = lambda *_: "503"
     with pytest.raises(TimeoutError, match=rf"failed {ATTEMPTS} times in a row \(HTTP 503"):
         storage.read(path)
