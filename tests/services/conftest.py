@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,14 @@ def run_cli(arguments: Sequence[str], timeout: float = 300.0, **environment: str
         check=False,
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+def run_script(script: Path, *arguments: str) -> str:
+    """Run a script that installs, starts or ends a service for this interpreter; what it printed."""
+    command = [str(script), *arguments, f"--python={sys.executable}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 

@@ -11,8 +11,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import psutil
 import pytest
 from inotify_simple import flags
 
-from tests.services.conftest import LOCAL, Reference, content_of, run_cli
+from tests.services.conftest import LOCAL, Reference, content_of, run_cli, run_script
 from tests.services.watching import catch_writing, watch_build, write_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "flink_cluster"
@@ -31,13 +29,6 @@ RUN = SCRIPT.parents[1] / ".services" / "flink" / "run"
 TASK_MANAGERS = 3
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def _script(*arguments: str) -> str:
-    command = [str(SCRIPT), *arguments, f"--python={sys.executable}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
-    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Cluster:
 
     @classmethod
     def up(cls) -> Cluster:
-        text = _script("up", str(TASK_MANAGERS))
+        text = run_script(SCRIPT, "up", str(TASK_MANAGERS))
         (command,) = re.findall(r"^beam-nifti build MANIFEST OUTPUT (.+?)\n\n", text, re.M | re.S)
         (address,) = re.findall(r"http://[\d.:]+", text.partition("\n")[0])
         return cls(tuple(shlex.split(command.replace("\\\n", " "))), text, address)
@@ -94,12 +85,12 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Cluster]:
-    _script("install")
-    _script("down")  # workers of an earlier run may still hold an earlier beam_nifti
+    run_script(SCRIPT, "install")
+    run_script(SCRIPT, "down")  # workers of an earlier run may still hold an earlier beam_nifti
     try:
         yield Cluster.up()
     finally:
-        _script("down")
+        run_script(SCRIPT, "down")
 
 
 @pytest.fixture

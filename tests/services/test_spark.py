@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import psutil
 import pytest
 from inotify_simple import flags
 
-from tests.services.conftest import LOCAL, Reference, content_of, run_cli
+from tests.services.conftest import LOCAL, Reference, content_of, run_cli, run_script
 from tests.services.watching import Watched, catch_writing, watch_build, write_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "spark_cluster"
@@ -25,13 +23,6 @@ HOME = SCRIPT.parents[1] / ".services" / "spark"
 WORKERS = 2
 
 pytestmark = pytest.mark.timeout(600)
-
-
-def _script(*arguments: str) -> str:
-    command = [str(SCRIPT), *arguments, f"--python={sys.executable}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
-    return done.stdout
 
 
 def _processes(main_class: str) -> list[psutil.Process]:
@@ -63,7 +54,7 @@ class Cluster:
 
     @classmethod
     def up(cls) -> Cluster:
-        text = _script("up", str(WORKERS))
+        text = run_script(SCRIPT, "up", str(WORKERS))
         (command,) = re.findall(r"^beam-nifti build MANIFEST OUTPUT (.+?)\n\n", text, re.M | re.S)
         (instead,) = re.findall(r"^With (--runner=SparkRunner .+)$", text, re.M)
         words = shlex.split(command.replace("\\\n", " "))
@@ -73,12 +64,12 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    _script("install")
-    _script("down")  # workers of an earlier run may still hold an earlier beam_nifti
+    run_script(SCRIPT, "install")
+    run_script(SCRIPT, "down")  # workers of an earlier run may still hold an earlier beam_nifti
     try:
         yield Cluster.up()
     finally:
-        _script("down")
+        run_script(SCRIPT, "down")
 
 
 def test_same_bytes_by_a_running_job_server(cluster: Cluster, reference: Reference, tmp_path: Path) -> None:
@@ -166,7 +157,7 @@ def test_a_slow_worker_is_overtaken_by_a_second_copy_of_its_task(
 def test_down_ends_all_that_was_started(cluster: Cluster) -> None:
     """What a killed executor has left behind as well."""
     assert len(_processes("Worker")) == WORKERS
-    _script("down")
+    run_script(SCRIPT, "down")
     survivors = [
         p for p in psutil.process_iter(["environ"]) if "BEAM_NIFTI_SPARK_CLUSTER" in (p.info["environ"] or {})
     ]
