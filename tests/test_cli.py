@@ -263,7 +263,10 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     manifest = write_cohort(tmp_path / "cohort", 300, shape=(40, 40, 20))
     output = tmp_path / "out"
     command = [sys.executable, "-m", "beam_nifti.cli", "build", str(manifest), str(output), "--workers=1"]
+    # Who starts the tests in the background of a shell has them ignore this signal, and all their children.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, ours)
     while process.poll() is None and not list(output.glob(".build/*/*/*.part*")):
         pass
     process.send_signal(signal.SIGINT)
