@@ -120,7 +120,8 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         _refuse_foreign(config)
     elif not config.overwrite:
         _refuse_other(published, config, manifest, header)
-    earlier = _resumable(config.output, config.record.fingerprint, folder)
+    dead = BuildNote.read(config.output)
+    earlier = dead if dead and dead.is_of(config.record.fingerprint, folder) else None
     plan = BuildPlan(
         config=config,
         num_rows=len(manifest),
@@ -257,12 +258,6 @@ def _images_folder(published: DatasetInfo | None) -> str | None:
     return storage.dirname(published.manifest["path"]) if published else None
 
 
-def _resumable(output: str, fingerprint: str, folder: str) -> BuildNote | None:
-    """What an unfinished build in the output said of itself, if this one can use what it did."""
-    note = BuildNote.read(output)
-    return note if note and (note.fingerprint, note.folder) == (fingerprint, folder) else None
-
-
 @contextlib.contextmanager
 def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
     """Plan a build and prepare its output, which no other build can write to during the block.
@@ -283,7 +278,7 @@ def _prepare(plan: BuildPlan, note: BuildNote) -> None:
     """Remove what dead builds of another making left, and say what this one is."""
     output = plan.config.output
     dead = BuildNote.read(output)
-    usable = _resumable(output, note.fingerprint, note.folder) is not None
+    usable = dead is not None and dead.is_of(note.fingerprint, note.folder)
     for root in {parts_root(output, None), parts_root(output, dead.temp_location if dead else None)}:
         for folder in storage.list_folders(root):
             if not usable or folder != note.fingerprint or root != plan.parts_root:

@@ -111,7 +111,7 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     try:
         with progress, _set_aside(noise, engine):
             summary, counters = run_build(plan, engine.options)
-    except TooManyFailures as e:  # the runner's own account of it, many screens long, says no more
+    except TooManyFailures as e:
         with _while_read():
             _report(plan, e.summary, {})
         return _complain(

@@ -82,6 +82,10 @@ class BuildNote:
     temp_location: str | None = None
     published: tuple[str, ...] = ()
 
+    def is_of(self, fingerprint: str, folder: str) -> bool:
+        """Whether a build of these can use what the one that left the note has done."""
+        return (self.fingerprint, self.folder) == (fingerprint, folder)
+
     def write(self, output: str) -> None:
         """Leave it in an output."""
         storage.write(storage.join(output, _NOTE_FILE), json.dumps(asdict(self)).encode())
