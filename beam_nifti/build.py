@@ -146,6 +146,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
             split: tuple(sorted({total, *plan.earlier_totals.get(split, ())}))
             for split, total in plan.shard_totals().items()
         },
+        identity=plan.identity,
         temp_location=config.temp_location,
         published=tuple(s.name for s in published.shards) if published else (),
     )

@@ -72,6 +72,7 @@ class BuildNote:
         fingerprint: of the configuration that makes the records.
         folder: of the manifest, as the same relative path means another image elsewhere.
         totals: shards a split, of this build and of the unfinished ones before it.
+        identity: of this build.
         temp_location: of this build.
         published: names of the shards of the dataset that the output holds, which stay untouched.
     """
@@ -79,6 +80,7 @@ class BuildNote:
     fingerprint: str
     folder: str
     totals: Mapping[str, tuple[int, ...]]
+    identity: str = ""
     temp_location: str | None = None
     published: tuple[str, ...] = ()
 
@@ -158,6 +160,17 @@ class BuildPlan:
         """Dtype that every image must have on disk; None where dtypes may differ."""
         return self.source_dtype if self.config.record.voxel_dtype == "native" else None
 
+    @property
+    def identity(self) -> str:
+        """16 hex digits that differ wherever a build of another making has this output.
+
+        Two builds of one making may overlap, as when a job outlives the command that started it and that
+        is given again; they write the same bytes.
+        """
+        facts = [self.config.as_dataset_config(), storage.dirname(self.config.manifest)]
+        text = json.dumps([*facts, self.digest, self.shape, self.source_dtype, self.revision], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def shard_totals(self) -> dict[str, int]:
         """Shards of each split."""
         return {s: len(shard_ranges(n, self.sharding)) for s, n in self.split_sizes.items()}
@@ -218,13 +231,7 @@ class BuildPlan:
     def _published(self) -> frozenset[str]:
         if not self.has_published:
             return frozenset()
-        note = BuildNote.read(self.config.output)
-        if note is None:
-            raise OutputError(
-                f"{storage.join(self.config.output, _NOTE_FILE)}: was removed or damaged while the build "
-                "ran; start it again"
-            )
-        return frozenset(note.published)
+        return frozenset(require_current(self.config.output, self.identity).published)
 
     def _split_units(
         self, manifest: Manifest, split: str, published: Collection[str]
@@ -244,6 +251,27 @@ class BuildPlan:
                 number = unit if len(cuts) > 1 else WHOLE_SHARD
                 rows = manifest.rows(of_shard[cut.start : cut.stop], first, str(task.name), number)
                 yield WorkUnit(task, tuple(rows))
+
+
+def require_current(output: str, identity: str) -> BuildNote:
+    """The note of the build that has an output.
+
+    Args:
+        output: of the build that asks.
+        identity: of that build.
+
+    Raises:
+        OutputError: the output is another build's by now. A cluster's job can outlive its launcher, whose
+            lock is gone with it.
+    """
+    note = BuildNote.read(output)
+    if note is None or note.identity != identity:
+        what = "is not being built any more" if note is None else "is being built otherwise by now"
+        raise OutputError(
+            f"{output}: {what}: a build of it ended or another one was started while this one ran; this one "
+            "stops. Cancel jobs that a stopped command left behind before the next build"
+        )
+    return note
 
 
 def parts_root(output: str, temp_location: str | None) -> str:

@@ -44,7 +44,7 @@ from beam_nifti.parts import (
     finished_rows,
     parts_folder,
 )
-from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
+from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit, require_current
 from beam_nifti.progress import METER
 from beam_nifti.publish import BuildSummary, TooManyFailures, publish_dataset
 from beam_nifti.sharding import ShardName
@@ -276,9 +276,16 @@ class WriteParts(beam.DoFn):
 class CommitShards(beam.DoFn):
     """Merge the parts of a shard and publish it."""
 
-    def __init__(self, output: str, root: str, config: RecordConfig, extra_columns: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        output: str,
+        root: str,
+        config: RecordConfig,
+        extra_columns: tuple[str, ...],
+        identity: str | None = None,
+    ) -> None:
         self._output, self._root, self._fingerprint = output, root, config.fingerprint
-        self._extra_columns = extra_columns
+        self._extra_columns, self._identity = extra_columns, identity
         self._msec = Metrics.distribution(type(self), "commit-msec")
         self._committed = Metrics.counter(type(self), "shards-committed")
 
@@ -289,6 +296,8 @@ class CommitShards(beam.DoFn):
         parts = [o for o in outcomes if isinstance(o, Part)]
         failures = {o.row.position: o for o in outcomes if isinstance(o, Failure)}
         name, expected = task.name, set(task.positions) - failures.keys()
+        if self._identity is not None:
+            require_current(self._output, self._identity)
         with _timed(self._msec):
             info = merge_parts(
                 self._output,
@@ -314,6 +323,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         temp_location: folder of the part files.
         config: compression and its level, with whatever else decides a record's bytes.
         extra_columns: names of the manifest's further columns, which the index keeps.
+        identity: `BuildPlan.identity`, where the folder may become another build's; None where it cannot.
     """
 
     def __init__(
@@ -322,9 +332,10 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         temp_location: str,
         config: RecordConfig,
         extra_columns: tuple[str, ...] = (),
+        identity: str | None = None,
     ) -> None:
         super().__init__()
-        self._output, self._root = file_path_prefix, temp_location
+        self._output, self._root, self._identity = file_path_prefix, temp_location, identity
         self._arguments = (config, extra_columns)
 
     def expand(self, inputs: dict[str, _Values]) -> _Values:
@@ -337,9 +348,9 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
             | "Flatten" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
             | "GroupByKey" >> beam.GroupByKey()  # (shard, [ShardTask | Part | Failure])
             | "CommitShards"
-            >> beam.ParDo(CommitShards(self._output, self._root, *self._arguments)).with_output_types(
-                ShardOutcome
-            )  # ShardOutcome
+            >> beam.ParDo(
+                CommitShards(self._output, self._root, *self._arguments, self._identity)
+            ).with_output_types(ShardOutcome)  # ShardOutcome
         )
         return committed
 
@@ -359,6 +370,7 @@ class WriteDatasetInfo(beam.DoFn):
         """Yield how the build ended."""
         outcomes = list(group[1])
         failures = [f for o in outcomes for f in o.failures]
+        require_current(self._plan.config.output, self._plan.identity)
         summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures)
         if self._is_judge and not summary.complete:
             raise TooManyFailures(summary)
@@ -424,7 +436,7 @@ class BuildDataset(beam.PTransform[Any, Any]):
             {"records": encoded.main, "outcomes": outcomes}
             | "WriteToTFRecord"
             >> WriteToTFRecord(
-                config.output, plan.parts_root, config.record, plan.extra_columns
+                config.output, plan.parts_root, config.record, plan.extra_columns, plan.identity
             )  # ShardOutcome
             | "WithoutKey"
             >> beam.Map(_without_key).with_output_types(tuple[None, ShardOutcome])  # (None, ShardOutcome)

@@ -350,6 +350,37 @@ def test_a_second_build_is_refused_and_the_first_unharmed(
     assert_complete(output, built)
 
 
+@pytest.mark.parametrize("has_ended", [True, False])
+@pytest.mark.parametrize("is_rebuild", [True, False])
+def test_a_job_that_outlives_its_launcher_does_not_write_into_the_next_build(
+    images: Path, manifest: Path, longer: Path, output: Path, has_ended: bool, is_rebuild: bool
+) -> None:
+    if not is_rebuild:
+        shutil.rmtree(output)
+    with open_build(make_config(manifest, output, shuffle_seed=1, overwrite=True)) as orphan:
+        pass  # the launcher is gone, and the lock with it; its job on the cluster is not
+    with open_build(make_config(images / "manifest.tsv", output)) as plan:
+        if has_ended:
+            run_build(plan, make_options())
+        with pytest.raises(OutputError, match="is not being built any more|is being built otherwise by now"):
+            run_build(orphan, make_options())
+        if not has_ended:
+            run_build(plan, make_options())
+    assert contents(output) == contents(longer)
+
+
+def test_a_job_that_outlives_its_launcher_may_share_the_work_with_it(
+    manifest: Path, built: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with open_build(make_config(manifest, output)) as orphan:
+        pass
+    with open_build(make_config(manifest, output)) as plan:
+        run_build(dataclasses.replace(orphan, unit_rows=UNIT_ROWS), make_options())
+    assert plan.identity == orphan.identity
+    assert_complete(output, built)
+
+
 def test_a_build_that_was_killed_holds_no_lock(
     manifest: Path, output: Path, built: Path, tmp_path: Path
 ) -> None:
