@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beam_nifti import storage
@@ -46,6 +47,9 @@ SCHEMA: Final = pa.schema(
     ]
 )
 """Columns of every index; the manifest's further columns follow as strings."""
+
+_GROUP_ROWS: Final = 1 << 14
+"""Rows that can be read without the others: a work unit's, at most (5 MB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,20 +151,33 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:
         facts: about the file that it describes; kept in the Parquet file's metadata.
     """
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(facts), sink, compression="zstd")
+    schema = table.schema.with_metadata(facts)
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for start in range(0, max(1, table.num_rows), _GROUP_ROWS):
+            # In one chunk, as the pages of the file are cut where chunks end.
+            group = table.slice(start, _GROUP_ROWS).combine_chunks()
+            writer.write_table(group.replace_schema_metadata(facts))
     storage.write(path, sink.getvalue())
 
 
-def read_index(path: str) -> tuple[pa.Table, dict[str, str]]:
+def read_index(path: str, positions: range | None = None) -> tuple[pa.Table, dict[str, str]]:
     """An index and the facts about the file that it describes.
+
+    Args:
+        path: of the index.
+        positions: between which the records are wanted; None means all.
 
     Raises:
         FileNotFoundError: there is none.
         ShardError: the file is no index.
     """
     data = storage.read(path)
+    wanted = None
+    if positions is not None:
+        position = pc.field("position")
+        wanted = (position >= positions.start) & (position < positions.stop)
     try:
-        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        table = pq.read_table(pa.BufferReader(data), use_threads=False, filters=wanted)
     except (pa.ArrowException, OSError) as e:
         raise ShardError(f"{path}: not an index: {e}") from e
     facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}

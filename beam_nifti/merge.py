@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -84,7 +85,7 @@ class _Merge:
             _write_part(spare, records, name.compressed)
             records = self._select([spare])
         source = _whole_file(records)
-        known = _facts_of(source) if source else {}
+        known = records.facts[source.data] if source else {}
         kept = _shard_of(source) if source else None
         if kept is not None and kept.is_same_place(name):
             name, facts = kept, known  # unchanged: it keeps its file
@@ -162,39 +163,43 @@ def _shard_of(part: Part) -> ShardName | None:
 
 @dataclass(frozen=True)
 class _Records:
-    """Records in the order of their positions: their index, and the part that each lies in."""
+    """Records in the order of their positions.
+
+    Attributes:
+        table: their index.
+        sources: the part that each lies in.
+        facts: what the index of a part says of its file, by the path of that.
+    """
 
     table: pa.Table
     sources: list[Part]
-
-
-def _facts_of(part: Part) -> dict[str, str]:
-    return read_index(part.index)[1]
+    facts: dict[str, dict[str, str]]
 
 
 def _select(
     parts: Sequence[Part], expected: Collection[int], name: ShardName, extra_columns: Sequence[str]
 ) -> _Records:
-    tables = [make_table([], extra_columns).append_column("part", pa.array([], pa.int64()))]
-    for number, part in enumerate(parts):
-        table = read_index(part.index)[0].replace_schema_metadata()
+    tables, facts = [make_table([], extra_columns)], {}
+    for part in parts:
+        table, facts[part.data] = read_index(part.index)
         if part.positions is not None:
             table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
-        numbers = pa.array([number] * table.num_rows, pa.int64())
-        tables.append(table.append_column("part", numbers))
-    merged = pa.concat_tables(tables).sort_by([("position", "ascending"), ("part", "ascending")])
-    positions = merged["position"].to_pylist()
-    keep = [i for i, p in enumerate(positions) if i == 0 or p != positions[i - 1]]
-    merged = merged.take(pa.array(keep, pa.int64()))
-    found = set(positions)
-    if found != set(expected):
-        missing = sorted(set(expected) - found)[:5]
-        surplus = sorted(found - set(expected))[:5]
+        tables.append(table.replace_schema_metadata())
+    merged = pa.concat_tables(tables)
+    part_numbers = np.repeat(np.arange(len(parts)), [table.num_rows for table in tables[1:]])
+    positions = merged["position"].to_numpy()
+    order = np.argsort(positions, kind="stable")  # of a position that several parts hold, the first part's
+    order = order[np.diff(positions[order], prepend=-1) != 0]
+    found, wanted = positions[order], np.array(sorted(expected), np.int64)
+    if not np.array_equal(found, wanted):
+        missing = np.setdiff1d(wanted, found)[:5].tolist()
+        surplus = np.setdiff1d(found, wanted)[:5].tolist()
         raise ShardError(
             f"{name}: positions {missing} are missing and {surplus} are too many; run the build again"
         )
-    numbers = merged["part"].to_pylist()
-    return _Records(merged.drop_columns(["part"]), [parts[n] for n in numbers])
+    if not np.array_equal(order, np.arange(len(positions))):  # as a rule, and then nothing is copied
+        merged = merged.take(pa.array(order))
+    return _Records(merged, [parts[number] for number in part_numbers[order].tolist()], facts)
 
 
 def _whole_file(records: _Records) -> Part | None:

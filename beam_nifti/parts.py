@@ -142,7 +142,7 @@ def finished_rows(
 
     Args:
         part: of the same fingerprint as this build's.
-        rows: of one shard.
+        rows: of one shard, in the order of their positions; at least one.
         extra_columns: names of the manifest's further columns.
         folder: what relative image paths are relative to.
         shape: that every volume must have; None where shapes may differ.
@@ -152,7 +152,7 @@ def finished_rows(
         The part with its `positions` set; None where it holds none of them.
     """
     try:
-        table, _ = read_index(part.index)
+        table, _ = read_index(part.index, range(rows[0].position, rows[-1].position + 1))
         held = storage.stat(part.data).size
     except (FileNotFoundError, ShardError):
         return None
@@ -162,8 +162,9 @@ def finished_rows(
         return None
     by_position = {row.position: row for row in rows}
     positions = []
-    ours = pc.is_in(table["position"], pa.array(list(by_position), pa.int64()))
-    for found in table.filter(ours).to_pylist():
+    ours = table.filter(pc.is_in(table["position"], pa.array(list(by_position), pa.int64())))
+    compared = [*row_cells(rows[0], extra_columns), "shape", "dtype", "source_size", "source_mtime"]
+    for found in ours.select(compared).to_pylist():
         row = by_position[found["position"]]
         same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
         fits = shape in (None, tuple(found["shape"])) and dtype in (None, found["dtype"])

@@ -87,7 +87,7 @@ class Place:
         rows = [entry_of(self.images, position).row for position in range(COUNT)]
         selected = []
         for part in ([shard] if shard else []) + find_parts(str(self.parts), range(COUNT)):
-            held = finished_rows(part, rows, (), str(self.images))
+            held = finished_rows(part, rows, (), str(self.images)) if rows else None
             if held is not None:
                 done = set(held.positions or ())
                 rows = [row for row in rows if row.position not in done]
