@@ -18,6 +18,7 @@ from beam_nifti.config import (
     Columns,
     RecordConfig,
     Sharding,
+    Splitting,
 )
 from beam_nifti.errors import UsageError
 
@@ -103,6 +104,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="unique name of each example; default: participant_id, joined with session_id, else the path",
     )
 
+    _add_splits(build.add_argument_group("splits"))
+
     shards = build.add_argument_group("shards")
     size = shards.add_mutually_exclusive_group()
     size.add_argument(
@@ -177,6 +180,27 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.add_argument_group(
         "Apache Beam",
         "Every other flag goes to Beam: --runner=FlinkRunner --flink_master=… and so on.",
+    )
+
+
+def _add_splits(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--split",
+        metavar="NAME=SHARE,…",
+        help="deal the participants to splits, such as train=0.8,validation=0.1,test=0.1; all images of a "
+        "participant_id go to one, which stays theirs when others are added; default: the manifest's column "
+        "split, else all is train",
+    )
+    group.add_argument(
+        "--stratify",
+        metavar="COLUMN",
+        help="hold the shares within each value of this column, such as site or diagnosis",
+    )
+    group.add_argument(
+        "--split-seed",
+        type=int,
+        metavar="N",
+        help="another number is another draw, as for repeated cross-validation; default: 0",
     )
 
 
@@ -296,6 +320,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         record=RecordConfig(options.rescale, options.voxel_dtype, options.compression, level, options.frames),
         columns=Columns(options.path_column, options.label_column, options.id_column),
         sharding=sharding,
+        splitting=_splitting(options),
         shuffle_seed=options.shuffle_seed,
         allow_mixed_shapes=options.allow_mixed_shapes,
         max_bad_fraction=options.max_bad_fraction,
@@ -303,3 +328,24 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         temp_location=options.temp_location,
         workers=default_workers() if options.workers is None else options.workers,
     )
+
+
+def _splitting(options: argparse.Namespace) -> Splitting | None:
+    if options.split is None:
+        for flag, value in (("--stratify", options.stratify), ("--split-seed", options.split_seed)):
+            if value is not None:
+                raise UsageError(f"{flag} needs --split, such as --split train=0.8,test=0.2")
+        return None
+    shares = dict[str, float]()
+    for part in options.split.split(","):
+        name, equals, share = part.strip().partition("=")
+        try:
+            if not equals or name in shares:
+                raise ValueError
+            shares[name] = float(share)
+        except ValueError:
+            raise UsageError(
+                f"--split is {options.split!r}; give each split once, with its share, such as "
+                "train=0.8,validation=0.1,test=0.1"
+            ) from None
+    return Splitting(shares, options.split_seed or 0, options.stratify)
