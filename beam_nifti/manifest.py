@@ -182,7 +182,7 @@ def read_manifest(path: str, columns: Columns | None = None, splitting: Splittin
     if label_column is not None:
         labels = np.empty(table.num_rows, np.float64)
         for i, text in enumerate(_cells(table, label_column)):
-            labels[i] = _number(text)
+            labels[i] = parse_label(text)
             if not math.isfinite(labels[i]):
                 problems.add(f"row {i + 1}: {label_column} is {text!r}, not a finite number (of float32)")
     ids = _ids(table, columns)
@@ -193,6 +193,15 @@ def read_manifest(path: str, columns: Columns | None = None, splitting: Splittin
     extras = tuple(c for c in table.column_names if c not in used)
     columns = dataclasses.replace(columns, label=label_column)
     return Manifest(path, table, columns, labels, ids, splits, extras)
+
+
+def parse_label(text: str) -> float:
+    """The number that a cell is; NaN where it is none, or none of float32."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
 
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
@@ -206,14 +215,6 @@ def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, s
 def _cells(table: pa.Table, column: str) -> Iterator[str]:
     for batch in table.select([column]).to_batches(max_chunksize=_BATCH_ROWS):
         yield from batch.column(0).to_pylist()
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
 
 
 def _given_splits(table: pa.Table, problems: Problems) -> pa.Array:
