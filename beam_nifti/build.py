@@ -98,7 +98,7 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         output=storage.absolute(config.output),
         temp_location=config.temp_location and storage.absolute(config.temp_location),
     )
-    manifest = read_manifest(config.manifest, config.columns)
+    manifest = read_manifest(config.manifest, config.columns, config.splitting)
     return _Inputs(config, manifest, _first_header(config, manifest))
 
 

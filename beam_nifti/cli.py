@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output.
     """
-    commands = {"build": _build, "verify": _verify, "inspect": _inspect}
+    commands = {"manifest": _manifest, "build": _build, "verify": _verify, "inspect": _inspect}
     try:
         options, beam_flags = command_line.parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:  # argparse has already said what it has to say
@@ -78,6 +78,38 @@ def _while_read() -> Iterator[None]:
 def _complain(error: Exception | str, code: int) -> int:
     print(f"beam-nifti: error: {error}", file=sys.stderr)
     return code
+
+
+def _manifest(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti import discovery, storage
+    from beam_nifti.tables import format_delimited, write_table
+
+    out = options.out and storage.absolute(options.out)
+    if out and storage.exists(out) and not options.overwrite:
+        raise OutputError(f"{options.out}: is there already; choose another, or --overwrite to replace it")
+    folder = storage.dirname(out) if out else ""
+    if options.source == "bids":
+        found = discovery.find_bids_images(
+            options.folder,
+            options.suffix,
+            folder,
+            entities=command_line.chosen_entities(options),
+            label=options.label,
+            columns=options.column or (),
+            all_images=options.all_images,
+        )
+    else:
+        found = discovery.find_matching_images(options.pattern, folder, all_images=options.all_images)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    if out:
+        write_table(out, found.table)
+    with _while_read():
+        if out:
+            print(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
+        else:
+            print(format_delimited(found.table, "\t"), end="")
+    return SUCCESS
 
 
 def _build(options: argparse.Namespace, beam_flags: list[str]) -> int:

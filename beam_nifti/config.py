@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -18,6 +20,10 @@ VOXEL_DTYPES: Final = ("float32", "native")
 FRAMES: Final = ("all",)
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
+SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+
+_SHARES_TOLERANCE: Final = 1e-5
+"""Three times 0.333333 is a whole."""
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
@@ -106,6 +112,35 @@ class Sharding:
 
 
 @dataclass(frozen=True)
+class Splitting:
+    """How participants are dealt to splits, where the manifest does not say.
+
+    Attributes:
+        shares: fraction of the participants, by the name of the split; their order makes no difference.
+        seed: another one gives another draw.
+        stratify: column within each of whose values the shares are held; None draws every participant on
+            its own.
+    """
+
+    shares: Mapping[str, float]
+    seed: int = 0
+    stratify: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse names that no split can have, and shares that do not make a whole."""
+        for name, share in self.shares.items():
+            if not SPLIT_PATTERN.fullmatch(name):
+                raise UsageError(
+                    f"--split names {name!r}; use letters, digits, '_' and '.', a letter or digit first"
+                )
+            if not share > 0:
+                raise UsageError(f"--split gives {name} a share of {share}; it must be above 0")
+        total = math.fsum(self.shares.values())
+        if not abs(total - 1) <= _SHARES_TOLERANCE:
+            raise UsageError(f"--split has shares that sum to {total:g}; they must sum to 1")
+
+
+@dataclass(frozen=True)
 class BuildConfig:
     """Everything `beam-nifti build` was asked to do.
 
@@ -115,6 +150,7 @@ class BuildConfig:
         record: what decides a record's bytes.
         columns: which manifest columns mean what.
         sharding: how shards are cut; None derives it from the first image's header.
+        splitting: how participants are dealt to splits; None leaves that to the manifest.
         shuffle_seed: orders the rows of a split by a keyed hash of their ids; None keeps the
             manifest's order.
         allow_mixed_shapes: accept volumes of other shapes than the first image's.
@@ -130,6 +166,7 @@ class BuildConfig:
     record: RecordConfig = field(default_factory=RecordConfig)
     columns: Columns = field(default_factory=Columns)
     sharding: Sharding | None = None
+    splitting: Splitting | None = None
     shuffle_seed: int | None = None
     allow_mixed_shapes: bool = False
     max_bad_fraction: float = 0.0
@@ -152,6 +189,7 @@ class BuildConfig:
             **asdict(self.record),
             "columns": asdict(self.columns),
             "sharding": asdict(self.sharding) if self.sharding else None,
+            "splitting": asdict(self.splitting) if self.splitting else None,
             "shuffle_seed": self.shuffle_seed,
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }

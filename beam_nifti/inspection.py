@@ -208,6 +208,10 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, split in d["splits"].items():
         shards = f"{split['num_shards']:,} shard{'s' * (split['num_shards'] != 1)}"
         yield f"  {name}", f"{split['num_examples']:,} in {shards}, {_bytes_text(split['num_bytes'])}"
+    if drawn := config.get("splitting"):
+        shares = ", ".join(f"{name} {share:g}" for name, share in drawn["shares"].items())
+        within = f", within each {drawn['stratify']}" if drawn["stratify"] else ""
+        yield "  drawn", f"{shares}{within}, seed {drawn['seed']}"
     for number, (shape, count) in enumerate(itertools.islice(d["shapes"].items(), _SHOWN_SHAPES)):
         text = f"{shape} {d['dtype']}"
         yield "" if number else "voxels", text if d["shape"] else f"{text}: {count:,} volumes"

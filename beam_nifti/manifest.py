@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.config import Columns
-from beam_nifti.sharding import SPLIT_PATTERN
+from beam_nifti.config import SPLIT_PATTERN, Columns, Splitting
+from beam_nifti.splits import draw_splits, find_disagreements
 from beam_nifti.tables import Problems, read_table
 
 DEFAULT_SPLIT: Final = "train"
@@ -143,12 +143,13 @@ class Manifest:
         return hasher.hexdigest()
 
 
-def read_manifest(path: str, columns: Columns | None = None) -> Manifest:
+def read_manifest(path: str, columns: Columns | None = None, splitting: Splitting | None = None) -> Manifest:
     """Read and check a manifest.
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         columns: which columns mean what.
+        splitting: how to draw the splits; None takes those of the column `split`.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
@@ -161,9 +162,12 @@ def read_manifest(path: str, columns: Columns | None = None) -> Manifest:
         (columns.path, "--path-column"),
         (columns.label, "--label-column"),
         (columns.id, "--id-column"),
+        (splitting and splitting.stratify, "--stratify"),
     ):
         if name is not None and name not in table.column_names:
             problems.add(f"no column {name!r}, only {present}; name another with {flag}")
+    if splitting and "split" in table.column_names:
+        problems.add("has a column 'split' already; leave --split out, or drop or rename the column")
     for name, meant in _misspelled(table.column_names, columns):
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
     if table.num_rows == 0:
@@ -178,27 +182,26 @@ def read_manifest(path: str, columns: Columns | None = None) -> Manifest:
     if label_column is not None:
         labels = np.empty(table.num_rows, np.float64)
         for i, text in enumerate(_cells(table, label_column)):
-            labels[i] = _number(text)
+            labels[i] = parse_label(text)
             if not math.isfinite(labels[i]):
                 problems.add(f"row {i + 1}: {label_column} is {text!r}, not a finite number (of float32)")
-    splits = table["split"].combine_chunks() if "split" in table.column_names else None
-    if splits is None:
-        splits = pa.array([DEFAULT_SPLIT]).take(pa.array(np.zeros(table.num_rows, np.int64)))
-    else:
-        bad = {s for s in pc.unique(splits).to_pylist() if not SPLIT_PATTERN.fullmatch(s)}
-        for i, text in enumerate(splits.to_pylist() if bad else ()):
-            if text in bad:
-                problems.add(
-                    f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
-                    "first, such as train"
-                )
     ids = _ids(table, columns)
+    splits = _drawn_splits(table, ids, splitting, problems) if splitting else _given_splits(table, problems)
     _check_ids(ids, problems)
     problems.stop()
     used = {columns.path, label_column, columns.id, *_OWN}
     extras = tuple(c for c in table.column_names if c not in used)
     columns = dataclasses.replace(columns, label=label_column)
     return Manifest(path, table, columns, labels, ids, splits, extras)
+
+
+def parse_label(text: str) -> float:
+    """The number that a cell is; NaN where it is none, or none of float32."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
 
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
@@ -214,12 +217,49 @@ def _cells(table: pa.Table, column: str) -> Iterator[str]:
         yield from batch.column(0).to_pylist()
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
+def _given_splits(table: pa.Table, problems: Problems) -> pa.Array:
+    if "split" not in table.column_names:
+        return pa.array([DEFAULT_SPLIT]).take(pa.array(np.zeros(table.num_rows, np.int64)))
+    splits = table["split"].combine_chunks()
+    bad = {s for s in pc.unique(splits).to_pylist() if not SPLIT_PATTERN.fullmatch(s)}
+    for i, text in enumerate(splits.to_pylist() if bad else ()):
+        if text in bad:
+            problems.add(
+                f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
+                "first, such as train"
+            )
+    if "participant_id" in table.column_names:
+        participants = table["participant_id"].combine_chunks()
+        for i, first in zip(*find_disagreements(participants, splits), strict=True):
+            problems.add(
+                f"row {i + 1}: participant {participants[i]} is in split {splits[i]} and, in row "
+                f"{first + 1}, in {splits[first]}; give all rows of a participant one split, or, where "
+                "participant_id does not name persons, rename that column"
+            )
+    return splits
+
+
+def _drawn_splits(table: pa.Table, ids: pa.Array, splitting: Splitting, problems: Problems) -> pa.Array:
+    participants, categories = ids, None
+    if "participant_id" in table.column_names:
+        participants = table["participant_id"].combine_chunks()
+        nobody = pc.equal(participants, "").to_numpy(zero_copy_only=False)
+        for i in np.flatnonzero(nobody):
+            problems.add(f"row {i + 1}: empty participant_id; --split needs to know whose image it is")
+    if splitting.stratify is not None:
+        categories = table[splitting.stratify].combine_chunks()
+        for i, first in zip(*find_disagreements(participants, categories), strict=True):
+            problems.add(
+                f"row {i + 1}: {splitting.stratify} of {participants[i]} is {categories[i].as_py()!r} and, "
+                f"in row {first + 1}, {categories[first].as_py()!r}; --stratify takes one value a participant"
+            )
+    splits = draw_splits(participants, splitting, categories)
+    for name in sorted(splitting.shares.keys() - set(pc.unique(splits).to_pylist())):
+        problems.add(
+            f"no participant falls into split {name} with a share of {splitting.shares[name]:g}; give it a "
+            "larger share, or draw again with another --split-seed"
+        )
+    return splits.cast(pa.string())
 
 
 def _ids(table: pa.Table, columns: Columns) -> pa.Array:

@@ -275,7 +275,7 @@ class Store(abc.ABC):
         """Paths that begin with a prefix.
 
         Args:
-            prefix: a path that ends in "/".
+            prefix: of paths; without `deep` it ends in "/".
             deep: whether to list what lies in folders below.
             limit: give no more than about so many.
 

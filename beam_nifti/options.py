@@ -18,6 +18,7 @@ from beam_nifti.config import (
     Columns,
     RecordConfig,
     Sharding,
+    Splitting,
 )
 from beam_nifti.errors import UsageError
 
@@ -28,6 +29,9 @@ exit codes:
   2  a wrong option, manifest or OUTPUT; nothing was written
 """
 
+_PATHS = {"manifest": "MANIFEST", "output": "OUTPUT", "folder": "DIR", "out": "--out"}
+"""Arguments that no command takes empty, and how its help calls them."""
+
 _BUILD_EXAMPLES = """\
 examples:
   beam-nifti build cohort/manifest.tsv cohort/dataset --dry-run
@@ -37,6 +41,33 @@ examples:
 
 A build that was stopped continues when the same command is given again. Rows that were appended to the
 manifest are added; volumes that failed are tried again.
+
+"""
+
+_MANIFEST_EXAMPLES = """\
+examples:
+  beam-nifti manifest bids study --suffix T1w --label age --out manifest.tsv
+  beam-nifti manifest bids study/derivatives/fmriprep --suffix T1w \\
+      --entity space=MNI152NLin2009cAsym --entity desc=preproc --out mni.tsv
+  beam-nifti manifest glob 'scans/**/*.nii.gz' --out manifest.tsv
+
+"""
+_BIDS_EXAMPLES = """\
+examples:
+  beam-nifti manifest bids study --suffix T1w --label age --column sex --out manifest.tsv
+  beam-nifti manifest bids study --suffix T1w --session baseline --entity run=1 --out manifest.tsv
+  beam-nifti manifest bids study --suffix T1w --entity acq= --out manifest.tsv
+  beam-nifti manifest bids study --suffix bold --all-images --out manifest.tsv
+  beam-nifti build manifest.tsv dataset --id-column image_id
+
+The first takes the T1w image of everyone whose age participants.tsv has, and keeps sex in the index. The
+third takes those whose names have no acq-. What is left out is said on standard error.
+
+"""
+_GLOB_EXAMPLES = """\
+examples:
+  beam-nifti manifest glob 'scans/**/*_T1w.nii.gz' --out manifest.tsv
+  beam-nifti manifest glob 'gs://lab/scans/sub-*/T1w.nii' --out manifest.tsv
 
 """
 
@@ -57,6 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"beam-nifti {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_manifest(commands)
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
@@ -77,6 +109,75 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    manifest = _command(
+        commands,
+        "manifest",
+        "write the manifest of the images that there are",
+        _MANIFEST_EXAMPLES + EXIT_CODES,
+    )
+    sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    bids = _command(sources, "bids", "write the manifest of a BIDS study", _BIDS_EXAMPLES + EXIT_CODES)
+    bids.add_argument(
+        "folder", metavar="DIR", help="folder or URL of the study, or of one of its derivatives"
+    )
+    bids.add_argument("--suffix", required=True, metavar="NAME", help="of the images, such as T1w")
+    bids.add_argument(
+        "--session",
+        action="append",
+        metavar="LABEL",
+        help="only images of this session; several times for several",
+    )
+    bids.add_argument(
+        "--entity",
+        action="append",
+        metavar="KEY=LABEL",
+        help="only images with this in their name, such as run=1; KEY= for those without KEY; several times "
+        "for several keys, or for several labels of one",
+    )
+    bids.add_argument(
+        "--label",
+        metavar="COLUMN",
+        help="of participants.tsv or of the participants' sessions.tsv: a number; images without one are "
+        "left out; default: no labels",
+    )
+    bids.add_argument(
+        "--column",
+        action="append",
+        metavar="COLUMN",
+        help="of the same tables, to be kept in the manifest and in the index of the dataset; several times "
+        "for several; default: none",
+    )
+    _add_manifest_output(bids)
+    glob = _command(
+        sources, "glob", "write the manifest of all images that match", _GLOB_EXAMPLES + EXIT_CODES
+    )
+    glob.add_argument(
+        "pattern",
+        nargs="+",
+        metavar="PATTERN",
+        help="*, ? and […] stand for parts of a name, ** for any folders. participant_id and session_id are "
+        "what the paths have as sub- and ses-",
+    )
+    _add_manifest_output(glob)
+
+
+def _add_manifest_output(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--all-images",
+        action="store_true",
+        help="keep several images of a participant's session; they are named in a column image_id, for "
+        "build --id-column image_id; default: they are refused",
+    )
+    group.add_argument(
+        "--out",
+        metavar="FILE",
+        help=".tsv, .csv, .jsonl or .parquet; images in its folder are written relative to it; default: TSV "
+        "on standard output, with absolute paths",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -102,6 +203,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help="unique name of each example; default: participant_id, joined with session_id, else the path",
     )
+
+    _add_splits(build.add_argument_group("splits"))
 
     shards = build.add_argument_group("shards")
     size = shards.add_mutually_exclusive_group()
@@ -180,6 +283,27 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
 
 
+def _add_splits(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--split",
+        metavar="NAME=SHARE,…",
+        help="deal the participants to splits, such as train=0.8,validation=0.1,test=0.1; all images of a "
+        "participant_id go to one, which stays theirs when others are added; default: the manifest's column "
+        "split, else all is train",
+    )
+    group.add_argument(
+        "--stratify",
+        metavar="COLUMN",
+        help="hold the shares within each value of this column, such as site or diagnosis",
+    )
+    group.add_argument(
+        "--split-seed",
+        type=int,
+        metavar="N",
+        help="another number is another draw, as for repeated cross-validation; default: 0",
+    )
+
+
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verify = _command(commands, "verify", "read a dataset back and check every byte of it")
     verify.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
@@ -229,8 +353,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     parser = make_parser()
     known, rest = parser.parse_known_args([_dashed(a) for a in argv])
-    if "" in (known.output, getattr(known, "manifest", None)):
-        raise UsageError("MANIFEST or OUTPUT is empty; was a variable not set?")
+    for name, shown in _PATHS.items():
+        if getattr(known, name, None) == "":
+            raise UsageError(f"{shown} is empty; was a variable not set?")
     if rest and (known.command != "build" or not all(a.startswith("--") for a in rest[:1])):
         raise UsageError(f"unknown argument {rest[0]}; see `beam-nifti {known.command} --help`")
     return known, [_underscored(a) for a in rest]
@@ -296,6 +421,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         record=RecordConfig(options.rescale, options.voxel_dtype, options.compression, level, options.frames),
         columns=Columns(options.path_column, options.label_column, options.id_column),
         sharding=sharding,
+        splitting=_splitting(options),
         shuffle_seed=options.shuffle_seed,
         allow_mixed_shapes=options.allow_mixed_shapes,
         max_bad_fraction=options.max_bad_fraction,
@@ -303,3 +429,41 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         temp_location=options.temp_location,
         workers=default_workers() if options.workers is None else options.workers,
     )
+
+
+def _splitting(options: argparse.Namespace) -> Splitting | None:
+    if options.split is None:
+        for flag, value in (("--stratify", options.stratify), ("--split-seed", options.split_seed)):
+            if value is not None:
+                raise UsageError(f"{flag} needs --split, such as --split train=0.8,test=0.2")
+        return None
+    shares = dict[str, float]()
+    for part in options.split.split(","):
+        name, equals, share = part.strip().partition("=")
+        try:
+            if not equals or name in shares:
+                raise ValueError
+            shares[name] = float(share)
+        except ValueError:
+            raise UsageError(
+                f"--split is {options.split!r}; give each split once, with its share, such as "
+                "train=0.8,validation=0.1,test=0.1"
+            ) from None
+    return Splitting(shares, options.split_seed or 0, options.stratify)
+
+
+def chosen_entities(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The labels that `manifest bids` is to choose images by, for each key.
+
+    Raises:
+        UsageError: no KEY=LABEL.
+    """
+    chosen = dict[str, list[str]]()
+    for label in options.session or ():
+        chosen.setdefault("ses", []).append(label.removeprefix("ses-"))
+    for text in options.entity or ():
+        key, equals, label = text.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--entity is {text!r}; give a key and a label, such as run=1")
+        chosen.setdefault(key, []).append(label)
+    return chosen

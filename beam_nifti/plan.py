@@ -221,7 +221,7 @@ class BuildPlan:
         Raises:
             ManifestError: the manifest is no longer the one that was planned for.
         """
-        manifest = read_manifest(manifest_path, self.config.columns)
+        manifest = read_manifest(manifest_path, self.config.columns, self.config.splitting)
         if manifest.digest() != self.digest:
             raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
         published = self._published()

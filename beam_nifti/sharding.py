@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from beam_nifti.config import Sharding
+from beam_nifti.config import SPLIT_PATTERN, Sharding
 
-SPLIT_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 _NAME = re.compile(
     rf"(?P<split>{SPLIT_PATTERN.pattern})-(?P<index>\d{{5,}})-of-(?P<total>\d{{5,}})"
     r"(?:-r(?P<revision>\d+))?\.tfrecord(?P<gz>\.gz)?"

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import glob as local_glob
 import io
+import itertools
 import os
 import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
@@ -351,6 +353,79 @@ def list_folders(folder: str) -> list[str]:
     found = _translated(folder, lambda: _remote().match([f"{folder}/**"]))[0].metadata_list
     names = [m.path[len(folder) + 1 :] for m in found]
     return sorted({n.partition("/")[0] for n in names if "/" in n})
+
+
+def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
+    """Paths, relative to a folder, of the files below those of its folders that begin alike.
+
+    Args:
+        folder: local or a URL.
+        prefix: of the names of its folders.
+        depth: folders below `folder` that a path has at most.
+
+    Yields:
+        In no order. Files and folders whose names begin with a dot are left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder on the local disk.
+        OSError: a folder cannot be listed.
+    """
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            tops = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir()]
+        for name in tops:
+            yield from _list_below(folder, name, depth)
+        return
+    for path in _list_deep(f"{folder}/{prefix}"):
+        relative = path[len(folder) + 1 :]
+        if 0 < relative.count("/") <= depth and "/." not in relative:
+            yield relative
+
+
+def _list_below(folder: str, relative: str, depth: int) -> Iterator[str]:
+    with os.scandir(f"{folder}/{relative}") as entries:
+        found = [(f"{relative}/{e.name}", e.is_dir()) for e in entries if not e.name.startswith(".")]
+    for path, is_folder in found:
+        if not is_folder:
+            yield path
+        elif depth > 1:
+            yield from _list_below(folder, path, depth - 1)
+
+
+def _list_deep(prefix: str) -> list[str]:
+    """Remote files whose paths begin so."""
+    if store := _store(prefix):
+        return store.find(prefix, deep=True)[0]
+    found = _translated(prefix, lambda: _remote().match([f"{prefix}**"]))[0].metadata_list
+    return [m.path for m in found]
+
+
+def glob(pattern: str) -> list[str]:
+    """Files whose paths match, sorted: `*`, `?` and `[…]` stand for parts of one name, `**` for any folders.
+
+    Names that begin with a dot match only where the pattern has the dot.
+    """
+    if not is_remote(pattern):
+        found = local_glob.glob(os.path.expanduser(pattern), recursive=True)
+        return sorted(path for path in found if not os.path.isdir(path))
+    parts = pattern.split("/")
+    # The scheme and the bucket, and the folders before the first that is not plain.
+    plain = 3 + sum(1 for _ in itertools.takewhile(lambda p: not local_glob.has_magic(p), parts[3:-1]))
+    folder = "/".join(parts[:plain])
+    below = (path[len(folder) + 1 :] for path in _list_deep(f"{folder}/"))
+    return sorted(f"{folder}/{path}" for path in below if _is_match(path.split("/"), parts[plain:]))
+
+
+def _is_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**" and _is_match(names, patterns[1:]):
+        return True
+    if not names or (names[0].startswith(".") and not patterns[0].startswith(".")):
+        return False
+    if patterns[0] == "**":
+        return _is_match(names[1:], patterns)
+    return fnmatch.fnmatchcase(names[0], patterns[0]) and _is_match(names[1:], patterns[1:])
 
 
 def temporary_of(name: str) -> str | None:

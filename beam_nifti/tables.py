@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from beam_nifti import storage
-from beam_nifti.errors import ManifestError
+from beam_nifti.errors import ManifestError, UsageError
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
@@ -87,6 +87,40 @@ def read_table(path: str) -> pa.Table:
     if repeated:
         raise ManifestError(path, [f"column {c!r} stands twice; rename one" for c in sorted(repeated)])
     return table
+
+
+def write_table(path: str, table: pa.Table) -> None:
+    """Write a table of strings, as `read_table` reads it.
+
+    Args:
+        path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
+        table: of string columns.
+
+    Raises:
+        UsageError: another ending.
+        OSError: it cannot be written.
+    """
+    suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
+    if suffix not in _READERS:
+        raise UsageError(f"{path}: is no .csv, .tsv, .jsonl or .parquet file; choose one of these")
+    with storage.create(path) as handle:
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(table, handle)
+        elif suffix in ("csv", "tsv"):
+            handle.write(format_delimited(table, "," if suffix == "csv" else "\t").encode())
+        else:
+            for batch in table.to_batches(max_chunksize=_JSON_ROWS):
+                lines = (json.dumps(row, ensure_ascii=False) for row in batch.to_pylist())
+                handle.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def format_delimited(table: pa.Table, delimiter: str) -> str:
+    """The text of a .csv or .tsv file."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer.writerow(table.column_names)
+    writer.writerows(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    return text.getvalue()
 
 
 def _read_delimited(path: str, handle: BinaryIO, delimiter: str) -> pa.Table:

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import pyarrow as pa
 
 from beam_nifti import storage
-from beam_nifti.config import Columns
+from beam_nifti.config import Columns, Splitting
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
 from beam_nifti.manifest import Manifest, read_manifest
@@ -104,6 +104,8 @@ def verify_dataset(
     info = read_info(output)
     try:
         columns = Columns(**info.config["columns"])
+        drawn = info.config.get("splitting")
+        splitting = Splitting(**drawn) if drawn else None
         built_from = info.manifest["path"]
         verification = _Verification(output, info, RecordSpec.of(info), on_progress)
     except (UsageError, KeyError, TypeError) as e:
@@ -112,7 +114,7 @@ def verify_dataset(
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns)
+        wanted = read_manifest(built_from, columns, splitting)
     keep_buffers()
     verification.check_files()
     verification.check_shards(workers, min(deep or 0, info.num_examples), storage.dirname(built_from))

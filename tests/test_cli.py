@@ -67,7 +67,15 @@ def total_bytes(output: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["build", "--help"], ["verify", "--help"], ["inspect", "--help"], ["--version"]]
+    "argv",
+    [
+        ["--help"],
+        ["build", "--help"],
+        ["verify", "--help"],
+        ["inspect", "--help"],
+        ["manifest", "bids", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_loads_nothing_heavy(argv: Sequence[str]) -> None:
     program = (
@@ -117,6 +125,11 @@ def test_other_flags_go_to_beam_with_underscores() -> None:
         (["build", "m.csv", "out"], "no such file"),
         (["verify", "out", "--deeep", "3"], "--deeep"),
         (["inspect", "out", "--quiet"], "--quiet"),
+        (["manifest", "bids", "missing", "--suffix", "T1w"], "missing: No such file or directory"),
+        (["manifest", "bids", "", "--suffix", "T1w"], "DIR is empty"),
+        (["manifest", "glob", "*.nii", "--out", ""], "--out is empty"),
+        (["manifest", "glob", "*.nii", "--label", "age"], "unknown argument --label"),
+        (["manifest"], "SOURCE"),
         (["bild"], "bild"),
         ([], "COMMAND"),
     ],

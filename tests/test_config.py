@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from beam_nifti.config import BuildConfig, RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding, Splitting
 from beam_nifti.errors import UsageError
 
 
@@ -88,6 +88,7 @@ def test_dataset_config_holds_what_decides_the_content_and_nothing_else() -> Non
     content = {
         "record": RecordConfig(rescale="none"),
         "sharding": Sharding(num_shards=3),
+        "splitting": Splitting({"train": 0.8, "test": 0.2}),
         "shuffle_seed": 1,
         "allow_mixed_shapes": True,
     }

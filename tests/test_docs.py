@@ -42,9 +42,12 @@ def blocks(document: Path, language: str, tag: str | None = None) -> list[str]:
 
 @functools.cache
 def _flags(command: str) -> frozenset[str]:
-    """The long flags of one of our commands."""
-    (action,) = (a for a in options.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return frozenset(f for f in action.choices[command]._option_string_actions if f.startswith("--"))
+    """The long flags of one of our commands, such as "build" or "manifest bids"."""
+    parser = options.make_parser()
+    for name in command.split():
+        (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        parser = action.choices[name]
+    return frozenset(f for f in parser._option_string_actions if f.startswith("--"))
 
 
 @functools.cache
@@ -154,7 +157,10 @@ def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
     assert [n for n in sorted(names) if f"`{n}`" not in text] == []
 
 
-@pytest.mark.parametrize("command", ["build", "verify", "inspect"])
+COMMANDS = ("manifest bids", "manifest glob", "build", "verify", "inspect")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_explains_every_option(command: str) -> None:
     section = README.read_text().split(f"### beam-nifti {command}")[1].split("\n### ")[0]
     explained = {f"--{name}" for name in re.findall(r"^\| `--([\w-]+)", section, re.M)}
@@ -162,7 +168,7 @@ def test_the_readme_explains_every_option(command: str) -> None:
 
 
 def test_every_flag_in_the_documents_exists() -> None:
-    ours = _flags("build") | _flags("verify") | _flags("inspect") | {"--version"}
+    ours = frozenset({"--version"}).union(*map(_flags, COMMANDS))
     scripts = {"--fast", "--services", "--all", "--fix"}  # of scripts/check and ruff
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers

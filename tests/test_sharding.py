@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti.config import Sharding
-from beam_nifti.sharding import SPLIT_PATTERN, ShardName, order_rows, shard_ranges
+from beam_nifti.config import SPLIT_PATTERN, Sharding
+from beam_nifti.sharding import ShardName, order_rows, shard_ranges
 
 SPLITS = st.from_regex(SPLIT_PATTERN, fullmatch=True)
 NAMES = st.builds(

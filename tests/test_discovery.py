@@ -1,0 +1,416 @@
+"""Manifests of BIDS studies and of patterns: what is taken, what is told, and that a build takes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beam_nifti import cli
+from beam_nifti.bids import BidsImage
+from beam_nifti.index import read_index
+from beam_nifti.publish import read_info
+from beam_nifti.tables import read_table, write_table
+from beam_nifti.verify import verify_dataset
+from tests.images import brain, write_image
+
+
+def touch(root: Path, *names: str) -> None:
+    """Make empty files and their folders."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def write_tsv(path: Path, *lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(line.split()) + "\n" for line in lines))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Three participants with a T1w image and an age, and what else a study holds."""
+    root = tmp_path / "study"
+    for i in (3, 1, 2):
+        touch(root, f"sub-0{i}/anat/sub-0{i}_T1w.nii.gz", f"sub-0{i}/anat/sub-0{i}_T1w.json")
+    touch(
+        root,
+        "derivatives/fs/sub-01/anat/sub-01_T1w.nii.gz",
+        "sourcedata/sub-01/anat/sub-01_T1w.nii.gz",
+        "sub-01/func/sub-01_task-rest_bold.nii.gz",
+        "sub-01/anat/._sub-01_T1w.nii.gz",
+        "sub-01/.git/sub-01_T1w.nii.gz",
+        "T1w.nii.gz",
+    )
+    write_tsv(
+        root / "participants.tsv", "participant_id age sex", "sub-01 31 F", "sub-02 42.5 M", "sub-03 53 F"
+    )
+    return root
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def rows_of(capsys: Capture, *arguments: str) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows that a command prints, and its lines on standard error."""
+    assert cli.main(["manifest", *arguments]) == cli.SUCCESS
+    said = capsys.readouterr()
+    names, *lines = (line.split("\t") for line in said.out.splitlines())
+    return [dict(zip(names, cells, strict=True)) for cells in lines], said.err.splitlines()
+
+
+def error_of(capsys: Capture, *arguments: str) -> str:
+    assert cli.main(["manifest", *arguments]) == cli.USAGE
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+def names(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    return [Path(row["path"]).name for row in rows]
+
+
+# Names
+
+
+LABELS = st.from_regex(r"[A-Za-z0-9]+", fullmatch=True)
+KEYS = st.sampled_from(["acq", "run", "space", "desc", "task", "echo"])
+
+
+@given(LABELS, LABELS | st.none(), st.dictionaries(KEYS, LABELS), st.sampled_from([".nii", ".nii.gz"]))
+def test_a_name_is_parsed_into_what_it_was_made_of(
+    sub: str, ses: str | None, others: dict[str, str], ending: str
+) -> None:
+    entities = {"sub": sub, **({} if ses is None else {"ses": ses}), **others}
+    stem = "_".join([*(f"{key}-{label}" for key, label in entities.items()), "T1w"])
+    folder = f"sub-{sub}/anat" if ses is None else f"sub-{sub}/ses-{ses}/anat"
+    image = BidsImage.parse(f"{folder}/{stem}{ending}")
+    assert image is not None
+    assert (image.entities, image.suffix, image.stem) == (entities, "T1w", stem)
+    assert image.participant_id == f"sub-{sub}"
+    assert image.session_id == ("" if ses is None else f"ses-{ses}")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "sub-01/anat/sub-01_mprage_T1w.nii.gz",
+        "sub-01/anat/sub-01_T1w.nii.gz.tmp",
+        "sub-01/anat/sub-01_run-1_run-2_T1w.nii.gz",
+        "sub-01/anat/run-1_T1w.nii.gz",
+        "sub-01/anat/T1w.nii.gz",
+        "sub-02/anat/sub-01_T1w.nii.gz",
+        "sub-01/ses-2/anat/sub-01_ses-1_T1w.nii.gz",
+        "sub-01/ses-2/anat/sub-01_T1w.nii.gz",
+    ],
+)
+def test_other_names_are_none_of_a_study(path: str) -> None:
+    assert BidsImage.parse(path) is None
+
+
+# What is taken
+
+
+def test_the_images_of_a_study_and_nothing_else_of_it(study: Path, capsys: Capture) -> None:
+    rows, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age", "--column=sex")
+    assert rows == [
+        {
+            "participant_id": f"sub-0{i}",
+            "path": f"{study}/sub-0{i}/anat/sub-0{i}_T1w.nii.gz",
+            "label": age,
+            "sex": sex,
+        }
+        for i, age, sex in ((1, "31", "F"), (2, "42.5", "M"), (3, "53", "F"))
+    ]
+    assert notes == []
+    rows, _ = rows_of(capsys, "bids", str(study), "--suffix=bold")
+    assert [list(row) for row in rows] == [["participant_id", "path"]]
+
+
+def test_tables_of_participants_are_not_copied_unless_asked_for(study: Path, capsys: Capture) -> None:
+    (study / "participants.tsv").unlink()
+    rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w")
+    assert [list(row) for row in rows] == [["participant_id", "path"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        (["--entity=run=1"], ["ses-a_run-1", "ses-b_run-1"]),
+        (["--entity=acq="], ["ses-a_run-1", "ses-a_run-2", "ses-b_run-1"]),
+        (
+            ["--entity", "run=1", "--entity", "run=2", "--entity=acq="],
+            ["ses-a_run-1", "ses-a_run-2", "ses-b_run-1"],
+        ),
+        (["--session=a"], ["ses-a_run-1", "ses-a_run-2"]),
+        (["--session=ses-b", "--session=c"], ["ses-b_run-1", "ses-c_acq-x"]),
+        (["--session=c", "--entity=acq=x"], ["ses-c_acq-x"]),
+    ],
+)
+def test_entities_choose(flags: list[str], chosen: list[str], tmp_path: Path, capsys: Capture) -> None:
+    every = ["ses-a_run-1", "ses-a_run-2", "ses-b_run-1", "ses-c_acq-x"]
+    touch(tmp_path, *(f"sub-1/{name[:5]}/anat/sub-1_{name}_T1w.nii" for name in every))
+    rows, _ = rows_of(capsys, "bids", str(tmp_path), "--suffix=T1w", "--all-images", *flags)
+    assert names(rows) == [f"sub-1_{name}_T1w.nii" for name in chosen]
+    assert [row["session_id"] for row in rows] == [name[:5] for name in chosen]
+    assert [row["image_id"] for row in rows] == [f"sub-1_{name}_T1w" for name in chosen]
+
+
+def test_entities_that_vary_are_columns(tmp_path: Path, capsys: Capture) -> None:
+    touch(
+        tmp_path,
+        "sub-1/anat/sub-1_desc-x_run-1_label-GM_probseg.nii",
+        "sub-2/anat/sub-2_desc-x_label-WM_probseg.nii",
+    )
+    rows, _ = rows_of(capsys, "bids", str(tmp_path), "--suffix=probseg")
+    assert [(row["run"], row["entity_label"]) for row in rows] == [("1", "GM"), ("", "WM")]
+    assert set(rows[0]) == {"participant_id", "path", "run", "entity_label"}
+
+
+def test_labels_of_sessions_come_before_those_of_participants(study: Path, capsys: Capture) -> None:
+    touch(study, *(f"sub-01/ses-{s}/anat/sub-01_ses-{s}_FLAIR.nii" for s in ("x", "y", "z")))
+    touch(study, "sub-02/ses-x/anat/sub-02_ses-x_FLAIR.nii", "sub-03/ses-x/anat/sub-03_ses-x_FLAIR.nii")
+    write_tsv(study / "sub-01/sub-01_sessions.tsv", "session_id age", "ses-x 31.5", "ses-y n/a")
+    write_tsv(study / "sub-02/sub-02_sessions.tsv", "session_id site", "ses-x berlin")
+    flags = ["--suffix=FLAIR", "--label=age", "--column=site"]
+    rows, notes = rows_of(capsys, "bids", str(study), *flags)
+    assert [(row["participant_id"], row["session_id"], row["label"], row["site"]) for row in rows] == [
+        ("sub-01", "ses-x", "31.5", "n/a"),
+        ("sub-01", "ses-z", "31", "n/a"),
+        ("sub-02", "ses-x", "42.5", "berlin"),
+        ("sub-03", "ses-x", "53", "n/a"),
+    ]
+    assert notes == ["left out 1 image (sub-01_ses-y_FLAIR) without age"]
+
+
+# What is told
+
+
+def test_what_is_left_out_is_told(study: Path, capsys: Capture) -> None:
+    write_tsv(study / "participants.tsv", "participant_id age", "sub-01 31", "sub-02 n/a", "sub-09 40")
+    touch(study, "sub-01/anat/sub-01_mprage_T1w.nii.gz", "sub-01/anat/sub-02_T1w.nii.gz")
+    (study / "sub-01/anat/sub-01_run-2_T1w.nii.gz").symlink_to("nowhere")
+    rows, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age", "--all-images")
+    assert [row["image_id"] for row in rows] == ["sub-01_T1w", "sub-01_run-2_T1w"]
+    assert sorted(notes) == [
+        "1 image (sub-01_run-2_T1w.nii.gz) only linked to; get the content before building",
+        "1 participant (sub-03) with images, not in participants.tsv",
+        "1 participant (sub-09) in participants.tsv, without such an image",
+        "left out 2 files (sub-01/anat/sub-01_mprage_T1w.nii.gz, sub-01/anat/sub-02_T1w.nii.gz) not named as "
+        "BIDS has it, or in the folder of another",
+        "left out 2 images (sub-02_T1w, sub-03_T1w) without age",
+    ]
+
+
+def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    touch(
+        tmp_path,
+        *(f"sub-{i}/anat/sub-{i}_{e}T1w.nii" for i in (1, 2) for e in ("", "run-2_", "acq-x_run-3_")),
+    )
+    said = error_of(capsys, "bids", str(tmp_path), "--suffix=T1w")
+    assert "2 of the participants' sessions have several images, such as sub-1/anat/sub-1_" in said
+    assert "they differ in acq (absent, x), run (absent, 2, 3)" in said
+    assert "--entity acq=x (or acq= for those without), or keep all with --all-images" in said
+
+
+@pytest.mark.parametrize(
+    ("table", "flags", "says"),
+    [
+        (
+            None,
+            ["--label=age"],
+            "no column 'age' in participants.tsv or in a sessions.tsv; there are: no such",
+        ),
+        (["participant_id sex", "sub-01 F"], ["--label=age"], "there are: sex"),
+        (["participant_id sex", "sub-01 F"], ["--column=age"], "no column 'age'"),
+        (
+            ["id age", "sub-01 3"],
+            ["--label=age"],
+            "participants.tsv: no column 'participant_id', only id, age",
+        ),
+        (["participant_id age", "sub-01 3", "sub-01 4"], ["--label=age"], "'sub-01' stands twice"),
+        (["participant_id age", "sub-01 3 4"], ["--label=age"], "row 1: 3 cells where the header names 2"),
+        (["participant_id age", "01 3"], ["--label=age"], "none of the 3 images has a value of age; does"),
+        (
+            ["participant_id age", "sub-01 89+", "sub-02 F"],
+            ["--label=age"],
+            "sub-01_T1w is '89+', not a finite",
+        ),
+        (["participant_id age", "sub-01 nan"], ["--label=age"], "'nan', not a finite number"),
+        ([], ["--column=path"], "--column path is a column of every manifest"),
+        ([], ["--entity=run"], "--entity is 'run'; give a key and a label, such as run=1"),
+        ([], ["--entity==1"], "--entity is '=1'"),
+        ([], ["--entity=run=1"], "none of 3 T1w images is chosen: run is absent"),
+        ([], ["--session=1"], "ses is absent"),
+        ([], ["--suffix=T2w"], "no T2w images; there are: T1w (3), bold (1)"),
+    ],
+)
+def test_errors_of_a_study(
+    table: Sequence[str] | None, flags: list[str], says: str, study: Path, capsys: Capture
+) -> None:
+    (study / "participants.tsv").unlink()
+    if table:
+        write_tsv(study / "participants.tsv", *table)
+    assert says in error_of(capsys, "bids", str(study), "--suffix=T1w", *flags)
+
+
+def test_errors_of_folders(study: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "missing" in error_of(capsys, "bids", str(tmp_path / "missing"), "--suffix=T1w")
+    assert "no files in folders sub-*" in error_of(capsys, "bids", str(tmp_path), "--suffix=T1w")
+    assert "--suffix" in error_of(capsys, "bids", str(study))
+    touch(study, "sub-01/anat/sub-01_T1w.nii")
+    said = error_of(capsys, "bids", str(study), "--suffix=T1w", "--all-images")
+    assert "sub-01_T1w.nii and sub-01/anat/sub-01_T1w.nii.gz have one name" in said
+
+
+# Where it is written
+
+
+@pytest.mark.parametrize("name", ["m.tsv", "m.csv", "m.jsonl", "m.parquet"])
+def test_every_format_is_read_back(name: str, study: Path, capsys: Capture) -> None:
+    out = str(study / name)
+    arguments = ["manifest", "bids", str(study), "--suffix=T1w", "--label=age", "--out", out]
+    assert cli.main(arguments) == cli.SUCCESS
+    assert capsys.readouterr().out == f"manifest 3 images: {out}\n"
+    rows = read_table(out).to_pylist()
+    assert rows[1] == {"participant_id": "sub-02", "path": "sub-02/anat/sub-02_T1w.nii.gz", "label": "42.5"}
+    before = (study / name).read_bytes()
+    assert "is there already" in error_of(capsys, *arguments[1:])
+    assert (study / name).read_bytes() == before
+    assert cli.main([*arguments, "--overwrite"]) == cli.SUCCESS
+    assert (study / name).read_bytes() == before
+
+
+def test_paths_are_relative_only_below_the_manifest(study: Path, tmp_path: Path) -> None:
+    for out, expected in (
+        (tmp_path / "m.tsv", "study/sub-01/anat/sub-01_T1w.nii.gz"),
+        (tmp_path / "other/m.tsv", f"{study}/sub-01/anat/sub-01_T1w.nii.gz"),
+    ):
+        assert cli.main(["manifest", "bids", str(study), "--suffix=T1w", "--out", str(out)]) == cli.SUCCESS
+        assert read_table(str(out))["path"][0].as_py() == expected
+
+
+def test_another_ending_is_refused(study: Path, capsys: Capture) -> None:
+    out = study / "m.xlsx"
+    assert "choose one of these" in error_of(capsys, "bids", str(study), "--suffix=T1w", "--out", str(out))
+    assert not out.exists()
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), max_size=8)
+
+
+@given(
+    st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5),
+    st.sampled_from(["tsv", "csv", "jsonl", "parquet"]),
+)
+def test_what_is_written_is_what_is_read(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], ending: str
+) -> None:
+    path = str(tmp_path_factory.getbasetemp() / f"table.{ending}")
+    table = pa.table({"a": [f"x{a}" for a, _ in rows], "b": [b for _, b in rows]})
+    write_table(path, table)
+    assert read_table(path).to_pylist() == table.to_pylist()
+
+
+# Patterns
+
+
+def test_a_pattern_finds_what_matches(study: Path, capsys: Capture) -> None:
+    rows, _ = rows_of(capsys, "glob", f"{study}/sub-*/**/*_T1w.nii.gz")
+    assert [row["participant_id"] for row in rows] == ["sub-01", "sub-02", "sub-03"]
+    assert names(rows) == [f"sub-0{i}_T1w.nii.gz" for i in (1, 2, 3)]
+    assert list(rows[0]) == ["participant_id", "path"]
+    paths = [row["path"] for row in rows]
+    again, _ = rows_of(capsys, "glob", *reversed(paths), paths[0])
+    assert [row["path"] for row in again] == paths
+
+
+def test_participants_and_sessions_are_those_of_the_path(tmp_path: Path, capsys: Capture) -> None:
+    touch(tmp_path, "sub-study/sub-1/ses-a/T1w.nii", "sub-study/sub-1/ses-b/T1w.nii", "sub-study/sub-2/x.nii")
+    rows, _ = rows_of(capsys, "glob", f"{tmp_path}/**/*.nii")
+    ids = [(row["participant_id"], row["session_id"]) for row in rows]
+    assert ids == [("sub-1", "ses-a"), ("sub-1", "ses-b"), ("sub-2", "")]
+    touch(tmp_path, "plain/b.nii", "plain/a.nii.gz")
+    rows, _ = rows_of(capsys, "glob", f"{tmp_path}/plain/*")
+    assert [list(row) for row in rows] == [["path"]] * 2
+    assert names(rows) == ["a.nii.gz", "b.nii"]
+
+
+def test_errors_of_patterns(study: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert "no file matches" in error_of(capsys, "glob", f"{tmp_path}/*.nii.gz")
+    assert "3 files that are not .nii" in error_of(capsys, "glob", f"{study}/sub-*/anat/sub*")
+    assert "1 of 7 paths name no participant" in error_of(
+        capsys, "glob", f"{study}/**/*.nii.gz", f"{study}/*.nii.gz"
+    )
+    said = error_of(capsys, "glob", f"{study}/sub-*/*/*.nii.gz")
+    assert "1 of the participants' sessions have several images" in said
+    rows, _ = rows_of(capsys, "glob", f"{study}/sub-01/*/*.nii.gz", "--all-images")
+    assert [row["image_id"] for row in rows] == [row["path"].removesuffix(".nii.gz") for row in rows]
+
+
+# On an object store
+
+
+@pytest.fixture
+def remote() -> Iterator[str]:
+    from tests.object_store import MemoryFileSystem
+
+    MemoryFileSystem.objects.clear()
+    yield "memory://bucket/lab"
+    MemoryFileSystem.objects.clear()
+
+
+def test_a_study_on_an_object_store_gives_the_same(study: Path, remote: str, capsys: Capture) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    for path in study.rglob("*"):
+        if path.is_file():
+            MemoryFileSystem.objects[f"{remote}/{path.relative_to(study)}"] = path.read_bytes(), 1.0
+    flags = ["--suffix=T1w", "--label=age"]
+    here, _ = rows_of(capsys, "bids", str(study), *flags)
+    there, _ = rows_of(capsys, "bids", remote, *flags)
+    assert [row | {"path": row["path"].replace(remote, str(study))} for row in there] == here
+    for pattern in ("sub-*/**/*_T1w.nii.gz", "**/sub-0[12]_T1w.nii.gz", "sub-01/anat/sub-01_T1w.nii.gz"):
+        here, _ = rows_of(capsys, "glob", f"{study}/{pattern}", "--all-images")
+        there, _ = rows_of(capsys, "glob", f"{remote}/{pattern}", "--all-images")
+        assert [row["path"].replace(remote, str(study)) for row in there] == [row["path"] for row in here]
+    assert cli.main(["manifest", "bids", remote, *flags, "--out", f"{remote}/m.tsv"]) == cli.SUCCESS
+    assert read_table(f"{remote}/m.tsv")["path"][0].as_py() == "sub-01/anat/sub-01_T1w.nii.gz"
+
+
+# And then
+
+
+def test_a_build_takes_the_manifest_as_it_is(tmp_path: Path, capsys: Capture) -> None:
+    study, manifest, dataset = tmp_path / "study", tmp_path / "manifest.tsv", tmp_path / "dataset"
+    lines = []
+    for i in range(6):
+        for run in (1, 2):
+            name = f"sub-0{i}/ses-1/anat/sub-0{i}_ses-1_run-{run}_T1w.nii.gz"
+            write_image(study / name, brain(seed=2 * i + run))
+        lines.append(f"sub-0{i} {20 + i} {'MF'[i % 2]}")
+    write_tsv(study / "participants.tsv", "participant_id age sex", *lines)
+    (study / "dataset_description.json").write_text(json.dumps({"Name": "x", "BIDSVersion": "1.10.0"}))
+    flags = ["--suffix=T1w", "--label=age", "--column=sex", "--out", str(manifest)]
+    assert cli.main(["manifest", "bids", str(study), *flags, "--entity=run=2"]) == cli.SUCCESS
+    split = ["--split=train=0.5,test=0.5", "--stratify=sex", "--workers=1", "--quiet"]
+    assert cli.main(["build", str(manifest), str(dataset), *split]) == cli.SUCCESS
+    info = read_info(str(dataset))
+    tables = [read_index(str(dataset / shard.index))[0] for shard in info.shards]
+    rows = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: str(row["example_id"]))
+    assert [(row["example_id"], row["label"], row["sex"]) for row in rows] == [
+        (f"sub-0{i}_ses-1", 20.0 + i, "MF"[i % 2]) for i in range(6)
+    ]
+    assert verify_dataset(str(dataset), manifest=str(manifest), deep=6).problems == ()
+    assert cli.main(["manifest", "bids", str(study), *flags, "--all-images", "--overwrite"]) == cli.SUCCESS
+    capsys.readouterr()
+    assert cli.main(["build", str(manifest), str(tmp_path / "all"), "--dry-run", "--id-column=image_id"]) == 0
+    assert "volumes 12 of" in capsys.readouterr().out
