@@ -56,6 +56,7 @@ def write_failures(
                 "stage": failure.stage,
                 "error": failure.error,
                 "message": failure.message,
+                **({columns.id: row.example_id} if columns.id is not None else {}),
                 columns.path: storage.join(folder, row.path),
                 "participant_id": row.participant_id,
                 "session_id": row.session_id,
@@ -63,8 +64,6 @@ def write_failures(
             }
             if not row.participant_id:
                 del cells["participant_id"], cells["session_id"]
-            if columns.id is not None:
-                cells[columns.id] = row.example_id
             if columns.label is not None:
                 cells[columns.label] = row.label
             handle.write(json.dumps(cells, ensure_ascii=False).encode() + b"\n")

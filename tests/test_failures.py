@@ -58,6 +58,13 @@ def test_a_failure_of_a_retry_tells_the_last_reason(tmp_path: Path) -> None:
     assert lines[0]["message"] == 's3://b/c.nii: "broken"\n'
 
 
+def test_the_path_stays_whole_where_it_is_the_id(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path\na.nii\n")
+    manifest = read_manifest(str(tmp_path / "m.csv"), Columns(id="path"))
+    (line,) = write(tmp_path / "out" / "failures.jsonl", manifest, failures_of(manifest))
+    assert line["path"] == f"{tmp_path}/a.nii"
+
+
 def test_a_manifest_of_paths_alone(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("path\na.nii\n")
     manifest = read_manifest(str(tmp_path / "m.csv"))
