@@ -175,14 +175,17 @@ def _facts_of(part: Part) -> dict[str, str]:
 def _select(
     parts: Sequence[Part], expected: Collection[int], name: ShardName, extra_columns: Sequence[str]
 ) -> _Records:
-    tables = [make_table([], extra_columns).append_column("part", pa.array([], pa.int64()))]
+    tables = []
     for number, part in enumerate(parts):
         table = read_index(part.index)[0].replace_schema_metadata()
         if part.positions is not None:
             table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
         numbers = pa.array([number] * table.num_rows, pa.int64())
         tables.append(table.append_column("part", numbers))
-    merged = pa.concat_tables(tables).sort_by([("position", "ascending"), ("part", "ascending")])
+    # A table without rows may lack columns that the others have.
+    filled = [table for table in tables if table.num_rows]
+    empty = make_table([], extra_columns).append_column("part", pa.array([], pa.int64()))
+    merged = pa.concat_tables(filled or [empty]).sort_by([("position", "ascending"), ("part", "ascending")])
     positions = merged["position"].to_pylist()
     keep = [i for i, p in enumerate(positions) if i == 0 or p != positions[i - 1]]
     merged = merged.take(pa.array(keep, pa.int64()))

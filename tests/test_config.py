@@ -14,9 +14,9 @@ from beam_nifti.errors import UsageError
 @pytest.mark.parametrize(
     ("field", "value", "flag"),
     [
-        ("rescale", "zscore", "--rescale"),
+        ("rescale", "quantile", "--rescale"),
         ("rescale", "", "--rescale"),
-        ("voxel_dtype", "float16", "--voxel-dtype"),
+        ("voxel_dtype", "float64", "--voxel-dtype"),
         ("compression", "zstd", "--compression"),
         ("compression_level", 4, "--compression-level"),
         ("compression_level", -1, "--compression-level"),
