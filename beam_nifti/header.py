@@ -142,16 +142,15 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
             "or extract one volume of it, with fslroi, say"
         )
     voxels = math.prod(header.shape)
-    sizes = {"float32": 4 * voxels, "native": header.num_bytes, "float16": 2 * voxels, "bfloat16": 2 * voxels}
-    if record.is_bounded:
-        sizes["uint8"] = voxels
+    exact = {"float32": 4 * voxels, "native": header.num_bytes}
+    sizes = {**exact, "float16": 2 * voxels, "bfloat16": 2 * voxels, "uint8": voxels}
     size = sizes[record.voxel_dtype]
     if size <= MAX_VOLUME_BYTES:
         return
     remedies = [
-        f"use --voxel-dtype {other}, which takes {sizes[other]:,}"
-        for other in sizes
-        if sizes[other] <= MAX_VOLUME_BYTES
+        f"use --voxel-dtype {other}, which takes {exact[other]:,}"
+        for other in exact
+        if exact[other] <= MAX_VOLUME_BYTES
     ]
     if len(header.shape) > 3:
         remedies.append("split the image along time, with fslroi, say")

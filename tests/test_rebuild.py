@@ -27,6 +27,7 @@ from tests.build_helpers import (
     make_options,
     stray_files,
 )
+from tests.datasets import edit_info
 from tests.images import brain, write_cohort, write_image, write_manifest
 
 COUNT = 24
@@ -240,6 +241,18 @@ def test_appended_rows_of_one_split_leave_the_others(images: Path, tmp_path: Pat
     assert_complete(output, tmp_path / "fresh")
 
 
+def test_a_dataset_of_before_there_was_a_choice_is_the_same(manifest: Path, tmp_path: Path) -> None:
+    output = tmp_path / "old"
+    build(manifest, output)
+
+    def forget(info: dict[str, Any]) -> None:
+        for name in ("clip", "rescale_within", "frames"):
+            del info["config"][name]
+
+    edit_info(output, forget)
+    assert build(manifest, output).read == frozenset()
+
+
 # Something else was asked for
 
 
@@ -247,6 +260,8 @@ def test_appended_rows_of_one_split_leave_the_others(images: Path, tmp_path: Pat
     ("changes", "message"),
     [
         ({"rescale": "none"}, "rescale was 'minmax', now 'none'"),
+        ({"rescale_within": "nonzero"}, "rescale-within was None, now 'nonzero'"),
+        ({"rescale": "window:0,9", "clip": True}, "clip was False, now True"),
         ({"voxel_dtype": "native"}, "voxel-dtype was 'float32', now 'native'"),
         ({"compression": "none"}, "compression was 'gzip', now 'none'"),
         ({"compression_level": 1}, "compression-level was 2, now 1"),
