@@ -137,6 +137,15 @@ def _pieces(features: Mapping[str, FeatureValue]) -> list[bytes | memoryview]:
     return [_field(1, total), *pieces]
 
 
+def feature_kinds(has_ends: bool) -> dict[str, str]:
+    """Every feature that a record of a dataset can have and its kind, by name.
+
+    Args:
+        has_ends: `RecordConfig.has_ends`.
+    """
+    return dict(sorted({**FEATURES, **(ENDS_FEATURES if has_ends else {})}.items()))
+
+
 def encode_volume(volume: Volume) -> bytes:
     """The record of one rescaled volume.
 

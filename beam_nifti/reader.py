@@ -215,7 +215,7 @@ def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
             voxels = tf.ensure_shape(voxels, shape)
         doubles = {name: _decode_double(features[name]) for name in wanted if name in _DOUBLES}
         if has_ends:
-            voxels = _rescale_between(voxels, **doubles, clip=info.config["clip"])
+            voxels = _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
         elif native:
             voxels = _rescale(voxels, **doubles, method=info.config["rescale"])
         elif info.dtype == "uint8":
@@ -265,25 +265,25 @@ def _rescale_values(voxels: tf.Tensor, slope: tf.Tensor, inter: tf.Tensor) -> tf
     """Floats, and integers with a scaling: all in float64."""
     values = _to_float64(voxels)
     ends = tf.stack([tf.reduce_min(values), tf.reduce_max(values)]) * slope + inter
-    return _rescale_between(voxels, slope, inter, tf.reduce_min(ends), tf.reduce_max(ends))
+    return _rescale_between(values, slope, inter, tf.reduce_min(ends), tf.reduce_max(ends))
 
 
 def _rescale_between(
-    voxels: tf.Tensor,
+    values: tf.Tensor,
     scl_slope: tf.Tensor,
     scl_inter: tf.Tensor,
     rescale_low: tf.Tensor,
     rescale_high: tf.Tensor,
     clip: bool = False,
 ) -> tf.Tensor:
-    """What `beam_nifti.rescale.rescale_between` makes of the same voxels, bit for bit."""
+    """What `beam_nifti.rescale.rescale_between` makes of the same voxels, in float64, bit for bit."""
     low, high = rescale_low, rescale_high
     # A range wider than float64's own overflows; halving everything is exact up there.
     factor = tf.where(tf.math.is_inf(high - low), tf.constant(0.5, tf.float64), 1.0)
     low, high = low * factor, high * factor
     # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
     low = tf.where(low == 0.0, tf.constant(-0.0, tf.float64), low)
-    values = _to_float64(voxels) * (scl_slope * factor) + scl_inter * factor
+    values = values * (scl_slope * factor) + scl_inter * factor
     if clip:
         values = tf.clip_by_value(values, low, high)
     return _to_float32((values - low) / (high - low))

@@ -102,6 +102,8 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
     required = spec.features.keys() - _SCALING
     if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
         required |= _SCALING
+    if spec.config.has_ends:
+        required |= ENDS_FEATURES.keys()
     for name in sorted(required - features.keys()):
         yield f"feature {name} is missing"
     for name in sorted(features.keys() - required):
@@ -161,7 +163,7 @@ def _check_intensities(
     intensity = Intensity(*(float(cells[name]) for name in ("min", "max", "mean", "std")))
     said = np.array([intensity.min, intensity.max])
     if config.method == "minmax" and not intensity.min < intensity.max:
-        yield (f"the index says an intensity range from {said[0]:g} to {said[1]:g}, which cannot be rescaled")
+        yield f"the index says an intensity range from {said[0]:g} to {said[1]:g}, which cannot be rescaled"
         return
     becomes = None
     if config.has_ends:
@@ -175,7 +177,8 @@ def _check_intensities(
     else:
         # Every rescaling keeps the order of voxels, so the ends of the range stay its ends.
         name, found = "voxels" if config.method == "none" else "rescaled voxels", ends.astype(np.float64)
-        expected = rescale_voxels(said, Scaling(), intensity, becomes, config).astype(np.float64)
+        with np.errstate(over="ignore"):
+            expected = rescale_voxels(said, Scaling(), intensity, becomes, config).astype(np.float64)
     if not np.array_equal(found, expected):
         ends_text = f"{found[0]:g} to {found[1]:g}, expected {expected[0]:g} to {expected[1]:g}"
         yield f"{name} range from {ends_text}"

@@ -14,6 +14,7 @@ from beam_nifti.build import open_build, plan_build, run_build
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import OutputError
 from beam_nifti.publish import TooManyFailures, read_info
+from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import (
     SHAPE,
     UNIT_ROWS,
@@ -251,6 +252,19 @@ def test_a_dataset_of_before_there_was_a_choice_is_the_same(manifest: Path, tmp_
 
     edit_info(output, forget)
     assert build(manifest, output).read == frozenset()
+
+
+def test_what_became_0_and_1_is_kept_beside_a_shard_without_records(tmp_path: Path) -> None:
+    manifest, output = write_cohort(tmp_path / "images", 6), tmp_path / "out"
+    for i in (3, 4, 5):
+        write_image(tmp_path / f"images/sub-{i:04d}.nii.gz", brain() * 0)
+    options: dict[str, Any] = {"rescale": "percentile:1,99", "examples_per_shard": 3, "max_bad_fraction": 0.5}
+    build(manifest, output, unit_rows=2, **options)
+    assert verify_dataset(str(output), deep=ALL).problems == ()
+    for i in (3, 4, 5):
+        write_image(tmp_path / f"images/sub-{i:04d}.nii.gz", brain(seed=i))
+    assert build(manifest, output, unit_rows=2, **options).read == names(3, 4, 5)
+    assert verify_dataset(str(output), deep=ALL).problems == ()
 
 
 # Something else was asked for
