@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from beam_nifti import storage
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
-from beam_nifti.index import make_table, read_index, write_index
+from beam_nifti.index import read_index, schema_of, write_index
 from beam_nifti.parts import PART_ENDING, Part, file_facts, part_at
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import EMPTY_MEMBER
@@ -182,10 +182,13 @@ def _select(
             table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
         numbers = pa.array([number] * table.num_rows, pa.int64())
         tables.append(table.append_column("part", numbers))
-    # A table without rows may lack columns that the others have.
+    # One without rows may lack columns that the others have.
     filled = [table for table in tables if table.num_rows]
-    empty = make_table([], extra_columns).append_column("part", pa.array([], pa.int64()))
-    merged = pa.concat_tables(filled or [empty]).sort_by([("position", "ascending"), ("part", "ascending")])
+    has_ends = any("rescale_low" in table.column_names for table in filled)
+    schema = schema_of(extra_columns, has_ends).append(pa.field("part", pa.int64()))
+    merged = pa.concat_tables([schema.empty_table(), *filled]).sort_by(
+        [("position", "ascending"), ("part", "ascending")]
+    )
     positions = merged["position"].to_pylist()
     keep = [i for i, p in enumerate(positions) if i == 0 or p != positions[i - 1]]
     merged = merged.take(pa.array(keep, pa.int64()))
