@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from beam_nifti import lock, storage
-from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, VolumeError
 from beam_nifti.header import VolumeHeader
@@ -24,6 +24,7 @@ from beam_nifti.plan import (
     default_sharding,
     parts_root,
     record_bytes,
+    stored_itemsize,
 )
 from beam_nifti.publish import (
     BuildSummary,
@@ -106,15 +107,13 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     config, manifest, header = inputs.config, inputs.manifest, inputs.header
     folder = storage.dirname(config.manifest)
     published = _published(config)
-    native = config.record.voxel_dtype == "native"
-    itemsize = header.dtype.itemsize
-    volume_bytes = math.prod(header.shape) * (itemsize if native else 4)
-    compressed = config.record.compression == "gzip"
+    itemsize, num_voxels = header.dtype.itemsize, math.prod(header.shape)
+    volume_bytes = num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
         sharding = Sharding(**published.config["sharding"])
     if sharding is None:
-        sharding = default_sharding(volume_bytes, itemsize, compressed, native)
+        sharding = default_sharding(num_voxels, itemsize, config.record)
     config = replace(config, sharding=sharding, columns=manifest.columns)
     if published is None:
         _refuse_foreign(config)
@@ -137,7 +136,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
     )
-    each = record_bytes(volume_bytes, itemsize, compressed, native)
+    each = record_bytes(num_voxels, itemsize, config.record)
     ranges = [r for size in plan.split_sizes.values() for r in shard_ranges(size, sharding)]
     note = BuildNote(
         fingerprint=config.record.fingerprint,
@@ -212,10 +211,12 @@ def _refuse_other(
         **config.as_dataset_config(),
         "fingerprint": config.record.fingerprint,
     }
+    # A dataset that was built before there was a choice says nothing of it.
+    known_config = {**asdict(RecordConfig()), **published.config}
     differences = [
-        f"{key.replace('_', '-')} was {published.config.get(key)!r}, now {value!r}"
+        f"{key.replace('_', '-')} was {known_config.get(key)!r}, now {value!r}"
         for key, value in wanted.items()
-        if published.config.get(key) != value and key != "fingerprint"
+        if known_config.get(key) != value and key != "fingerprint"
     ]
     if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
         differences = ["the format version"]

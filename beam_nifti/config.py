@@ -15,8 +15,9 @@ from beam_nifti.errors import UsageError
 FORMAT_VERSION: Final = 1
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
-RESCALE_METHODS: Final = ("minmax", "none")
-VOXEL_DTYPES: Final = ("float32", "native")
+RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
+RESCALE_SELECTIONS: Final = ("nonzero", "above:T")
+VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 FRAMES: Final = ("all",)
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
@@ -32,17 +33,44 @@ def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
         raise UsageError(f"{name} is {value!r}; choose one of: {choices}")
 
 
+def _parse_numbers(flag: str, text: str, forms: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:
+    """From "window:-160,240" to ("window", (-160.0, 240.0)), if a form such as "window:LO,HI" allows it."""
+    name, colon, cells = text.partition(":")
+    form = next((f for f in forms if f.partition(":")[0] == name), None)
+    if form is None:
+        raise UsageError(f"{flag} is {text!r}; choose one of: {', '.join(forms)}")
+    try:
+        numbers = tuple(float(cell) + 0.0 for cell in cells.split(",")) if colon else ()
+    except ValueError:
+        numbers = (math.nan,)
+    wanted = form.partition(":")[2].split(",") if ":" in form else []
+    if len(numbers) != len(wanted) or not all(map(math.isfinite, numbers)):
+        hint = ", with finite numbers" if wanted else ""
+        raise UsageError(f"{flag} is {text!r}; write it as {form}{hint}")
+    return name, numbers
+
+
+def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
+    """The one spelling of what `_parse_numbers` takes apart."""
+    return ":".join([name, *([",".join(repr(n).removesuffix(".0") for n in numbers)] if numbers else [])])
+
+
 @dataclass(frozen=True)
 class RecordConfig:
     """What decides the bytes of one record, apart from its row and its image.
 
     Attributes:
-        rescale: "minmax" maps each volume's own range onto [0, 1]; "none" keeps the image's units.
-        voxel_dtype: "float32" stores rescaled voxels; "native" stores them as in the file, and the
-            reader rescales.
+        rescale: which intensities become 0 and 1: "minmax", each volume's least and largest;
+            "percentile:LO,HI", two of its percentiles; "window:LO,HI", two intensities in the image's
+            units; "zscore", its mean and its mean plus one standard deviation; "none" keeps the units.
+        voxel_dtype: "float32", "float16", "bfloat16" and "uint8" (of [0, 1] only) store rescaled voxels;
+            "native" stores them as in the file, and the reader rescales.
         compression: "gzip" (one member a record) or "none".
         compression_level: igzip level, 0 (fastest) to 3.
         frames: "all" makes the time axis of a 4-D image the record's last axis; None refuses 4-D images.
+        clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
+        rescale_within: which voxels tell what `rescale` asks of a volume: "nonzero"; "above:T", those
+            above T in the image's units; None means all of them.
     """
 
     rescale: str = "minmax"
@@ -50,15 +78,74 @@ class RecordConfig:
     compression: str = "gzip"
     compression_level: int = 2
     frames: str | None = None
+    clip: bool = False
+    rescale_within: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that no record can have."""
-        _choose("--rescale", self.rescale, RESCALE_METHODS)
+        """Refuse values that no record can have; spell equal ones alike."""
+        self._check_rescaling()
         _choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         _choose("--compression", self.compression, COMPRESSIONS)
         _choose("--compression-level", self.compression_level, COMPRESSION_LEVELS)
         if self.frames is not None:
             _choose("--frames", self.frames, FRAMES)
+        if self.voxel_dtype == "uint8" and not self.is_bounded:
+            raise UsageError(
+                f"--voxel-dtype uint8 holds [0, 1] only, which --rescale {self.rescale} leaves; use "
+                "--clip with percentile or window, or --voxel-dtype float16"
+            )
+
+    def _check_rescaling(self) -> None:
+        method, numbers = _parse_numbers("--rescale", self.rescale, RESCALE_METHODS)
+        if numbers and not numbers[0] < numbers[1]:
+            raise UsageError(f"--rescale is {self.rescale!r}; LO must be below HI")
+        if method == "percentile" and not (numbers[0] >= 0 and numbers[1] <= 100):
+            raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
+        object.__setattr__(self, "rescale", _join_numbers(method, numbers))
+        if self.rescale_within is not None:
+            selection = _parse_numbers("--rescale-within", self.rescale_within, RESCALE_SELECTIONS)
+            object.__setattr__(self, "rescale_within", _join_numbers(*selection))
+            if method in ("window", "none"):
+                raise UsageError(
+                    f"--rescale-within has no effect on --rescale {self.rescale}, which asks nothing of "
+                    "the voxels; drop it"
+                )
+        if self.clip and (method in ("zscore", "none") or not self.has_ends):
+            raise UsageError(
+                f"--clip has no place with --rescale {self.rescale}; it is for percentile and window, and "
+                "for minmax with --rescale-within: drop it"
+            )
+
+    @property
+    def method(self) -> str:
+        """The method of `rescale`, without its numbers."""
+        return self.rescale.partition(":")[0]
+
+    @property
+    def rescale_numbers(self) -> tuple[float, ...]:
+        """The two percentiles, or the two ends of the window; else none."""
+        return _parse_numbers("--rescale", self.rescale, RESCALE_METHODS)[1]
+
+    @property
+    def threshold(self) -> float | None:
+        """T of `rescale_within`; None for "nonzero"."""
+        text = self.rescale_within or "nonzero"
+        return next(iter(_parse_numbers("--rescale-within", text, RESCALE_SELECTIONS)[1]), None)
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether a record has to say which intensities became 0 and 1: its range does not tell."""
+        return self.method in ("percentile", "window", "zscore") or self.rescale_within is not None
+
+    @property
+    def rescaled_dtype(self) -> str:
+        """What rescaled voxels are rounded to; those of native records by the reader."""
+        return "float32" if self.voxel_dtype == "native" else self.voxel_dtype
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether all rescaled voxels are in [0, 1]."""
+        return self.clip or (self.method == "minmax" and not self.has_ends)
 
     @property
     def fingerprint(self) -> str:
@@ -68,6 +155,10 @@ class RecordConfig:
             del facts["compression_level"]
         if self.frames is None:  # as it was before there was a choice
             del facts["frames"]
+        if not self.clip:
+            del facts["clip"]
+        if self.rescale_within is None:
+            del facts["rescale_within"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import ShardError, VolumeError
+from beam_nifti.quantize import numpy_dtype
 
 if TYPE_CHECKING:
     from beam_nifti.volume import Volume
@@ -33,6 +34,9 @@ FEATURES: Final[Mapping[str, str]] = {
 `scl_*` stand only where native voxels need them: 8 bytes, a little-endian float64, as in NIfTI-2.
 """
 
+ENDS_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low": "bytes"}
+"""Further features where a record's range does not say what became 0 and 1: float64, like `scl_*`."""
+
 MAX_EXAMPLE_BYTES: Final = 2**31 - 1 - 16
 """Largest Example. Lengths are int32 in protobuf, whose C++ parser takes none of the last 16 of them;
 TensorFlow's parser crashes on messages of 2 GiB and more."""
@@ -48,7 +52,9 @@ _DTYPE_ENUM: Final = {
     "int16": 5,
     "int8": 6,
     "int64": 9,
+    "bfloat16": 14,
     "uint16": 17,
+    "float16": 19,
     "uint32": 22,
     "uint64": 23,
 }
@@ -73,13 +79,13 @@ def encode_tensor(voxels: npt.NDArray[np.generic]) -> tuple[bytes, memoryview]:
     """What `tf.io.serialize_tensor` gives, in two pieces, so that the voxels are not copied.
 
     Args:
-        voxels: C order, native byte order, any real dtype.
+        voxels: C order, native byte order, any real dtype, bfloat16 included.
     """
     dims = b""
     for size in voxels.shape:
         dim = b"\x08" + _varint(size)
         dims += _field(2, len(dim)) + dim
-    content = memoryview(voxels.reshape(-1)).cast("B")
+    content = memoryview(voxels.reshape(-1).view(np.uint8))
     head = b"\x08" + _varint(_DTYPE_ENUM[voxels.dtype.name]) + _field(2, len(dims)) + dims
     return head + _field(4, len(content)), content
 
@@ -131,6 +137,15 @@ def _pieces(features: Mapping[str, FeatureValue]) -> list[bytes | memoryview]:
     return [_field(1, total), *pieces]
 
 
+def feature_kinds(has_ends: bool) -> dict[str, str]:
+    """Every feature that a record of a dataset can have and its kind, by name.
+
+    Args:
+        has_ends: `RecordConfig.has_ends`.
+    """
+    return dict(sorted({**FEATURES, **(ENDS_FEATURES if has_ends else {})}.items()))
+
+
 def encode_volume(volume: Volume) -> bytes:
     """The record of one rescaled volume.
 
@@ -159,6 +174,9 @@ def encode_volume(volume: Volume) -> bytes:
     if not volume.scaling.is_identity:
         features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
         features["scl_inter"] = struct.pack("<d", volume.scaling.inter)
+    if volume.ends is not None:
+        features["rescale_low"] = struct.pack("<d", volume.ends.low)
+        features["rescale_high"] = struct.pack("<d", volume.ends.high)
     try:
         return encode_example(features)
     except VolumeError as e:
@@ -250,6 +268,6 @@ def decode_tensor(data: bytes | memoryview) -> npt.NDArray[np.generic]:
                     shape.append(next((v for n, v in _fields(_message(dim)) if n == 1), 0))
             elif number == 4:
                 content = _message(value)
-        return np.frombuffer(content, np.dtype(name).newbyteorder("<")).reshape(shape)  # type: ignore[arg-type]
+        return np.frombuffer(content, numpy_dtype(name).newbyteorder("<")).reshape(shape)  # type: ignore[arg-type]
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as e:
         raise ShardError(f"not a tensor: {e}") from e

@@ -141,18 +141,20 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
             f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with --frames all, "
             "or extract one volume of it, with fslroi, say"
         )
-    sizes = {"float32": 4 * math.prod(header.shape), "native": header.num_bytes}
+    voxels = math.prod(header.shape)
+    exact = {"float32": 4 * voxels, "native": header.num_bytes}
+    sizes = {**exact, "float16": 2 * voxels, "bfloat16": 2 * voxels, "uint8": voxels}
     size = sizes[record.voxel_dtype]
     if size <= MAX_VOLUME_BYTES:
         return
     remedies = [
-        f"use --voxel-dtype {other}, which takes {sizes[other]:,}"
-        for other in sizes
-        if sizes[other] <= MAX_VOLUME_BYTES
+        f"use --voxel-dtype {other}, which takes {exact[other]:,}"
+        for other in exact
+        if exact[other] <= MAX_VOLUME_BYTES
     ]
     if len(header.shape) > 3:
         remedies.append("split the image along time, with fslroi, say")
-    dtype = "float32" if record.voxel_dtype == "float32" else header.dtype.name
+    dtype = header.dtype.name if record.voxel_dtype == "native" else record.voxel_dtype
     raise VolumeError(
         f"{name}: shape {header.shape} takes {size:,} bytes as {dtype}, more than a record can hold "
         f"({MAX_VOLUME_BYTES:,}: protobuf ends at 2 GiB); {', or '.join([*remedies, 'crop or resample it'])}"

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from beam_nifti import storage
 from beam_nifti.errors import ShardError
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.rescale import Intensity
+from beam_nifti.rescale import Ends, Intensity
 
 if TYPE_CHECKING:
     from beam_nifti.volume import Volume
@@ -48,6 +48,11 @@ SCHEMA: Final = pa.schema(
 )
 """Columns of every index; the manifest's further columns follow as strings."""
 
+ENDS_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
+"""Columns that stand between them where records have the features of these names."""
+
+_OWN_NAMES: Final = frozenset([*SCHEMA.names, *ENDS_SCHEMA.names])
+
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
 
@@ -64,6 +69,7 @@ class IndexEntry:
         zooms: voxel size along each axis.
         affine: 16 numbers, row by row.
         intensity: in the image's units.
+        ends: what became 0 and 1, in the image's units; None where the range says it.
     """
 
     row: VolumeRow
@@ -73,6 +79,7 @@ class IndexEntry:
     zooms: tuple[float, ...]
     affine: tuple[float, ...]
     intensity: Intensity
+    ends: Ends | None = None
 
     @classmethod
     def of(cls, volume: Volume) -> IndexEntry:
@@ -86,12 +93,13 @@ class IndexEntry:
             zooms=volume.zooms,
             affine=tuple(volume.affine.ravel().tolist()),
             intensity=volume.intensity,
+            ends=volume.ends,
         )
 
 
 def extra_column(name: str) -> str:
     """Under which name the index keeps a further column of the manifest."""
-    taken = name in SCHEMA.names or name.startswith("manifest_")
+    taken = name in _OWN_NAMES or name.startswith("manifest_")
     return f"manifest_{name}" if taken else name
 
 
@@ -131,15 +139,24 @@ def make_table(entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Se
             "max": e.intensity.max,
             "mean": e.intensity.mean,
             "std": e.intensity.std,
+            "rescale_low": e.ends and e.ends.low,
+            "rescale_high": e.ends and e.ends.high,
         }
         for e, offset, length in entries
     ]
-    return pa.Table.from_pylist(rows, schema=schema_of(extra_columns))
+    has_ends = any(e.ends for e, _, _ in entries)
+    return pa.Table.from_pylist(rows, schema=schema_of(extra_columns, has_ends))
 
 
-def schema_of(extra_columns: Sequence[str]) -> pa.Schema:
-    """The schema of an index whose manifest has further columns."""
-    return pa.schema([*SCHEMA, *((extra_column(c), pa.string()) for c in extra_columns)])
+def schema_of(extra_columns: Sequence[str], has_ends: bool = False) -> pa.Schema:
+    """The schema of an index.
+
+    Args:
+        extra_columns: names of the manifest's further columns.
+        has_ends: whether any of its records has the features of ENDS_SCHEMA.
+    """
+    ends = ENDS_SCHEMA if has_ends else ()
+    return pa.schema([*SCHEMA, *ends, *((extra_column(c), pa.string()) for c in extra_columns)])
 
 
 def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:

@@ -220,7 +220,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "on disk", ", ".join(f"{dtype} ({count:,})" for dtype, count in d["source_dtypes"].items())
     level = f" level {config['compression_level']}" if config["compression"] == "gzip" else ""
     frames = f", frames {config['frames']}" if config.get("frames") else ""
-    yield "written with", f"rescale {config['rescale']}, compression {config['compression']}{level}{frames}"
+    within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
+    rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
+    yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
     yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         yield "" if number else "intensities", f"{name:<5}{_numbers_text(numbers)}"

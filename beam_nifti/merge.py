@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from beam_nifti import storage
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
-from beam_nifti.index import make_table, read_index, write_index
+from beam_nifti.index import read_index, schema_of, write_index
 from beam_nifti.parts import PART_ENDING, Part, file_facts, part_at
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import EMPTY_MEMBER
@@ -179,14 +179,17 @@ class _Records:
 def _select(
     parts: Sequence[Part], expected: Collection[int], name: ShardName, extra_columns: Sequence[str]
 ) -> _Records:
-    tables, facts = [make_table([], extra_columns)], {}
+    tables, facts = [], {}
     for part in parts:
         table, facts[part.data] = read_index(part.index)
         if part.positions is not None:
             table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
         tables.append(table.replace_schema_metadata())
-    merged = pa.concat_tables(tables)
-    part_numbers = np.repeat(np.arange(len(parts)), [table.num_rows for table in tables[1:]])
+    # One without rows may lack columns that the others have.
+    filled = [table for table in tables if table.num_rows]
+    has_ends = any("rescale_low" in table.column_names for table in filled)
+    merged = pa.concat_tables([schema_of(extra_columns, has_ends).empty_table(), *filled])
+    part_numbers = np.repeat(np.arange(len(parts)), [table.num_rows for table in tables])
     positions = merged["position"].to_numpy()
     order = np.argsort(positions, kind="stable")  # of a position that several parts hold, the first part's
     order = order[np.diff(positions[order], prepend=-1) != 0]

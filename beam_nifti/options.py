@@ -12,7 +12,6 @@ from beam_nifti.config import (
     COMPRESSION_LEVELS,
     COMPRESSIONS,
     FRAMES,
-    RESCALE_METHODS,
     VOXEL_DTYPES,
     BuildConfig,
     Columns,
@@ -233,15 +232,32 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     voxels = build.add_argument_group("voxels")
     voxels.add_argument(
         "--rescale",
-        choices=RESCALE_METHODS,
         default="minmax",
-        help="minmax (default): each volume's own range onto [0, 1]; none: the image's units",
+        metavar="METHOD",
+        help="which intensities of a volume become 0 and 1. minmax (default): its least and largest; "
+        "percentile:LO,HI: two of its percentiles, as percentile:0.5,99.5, for MRI with bright outliers; "
+        "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
+        "and one standard deviation above it; none: keep the image's units",
+    )
+    voxels.add_argument(
+        "--rescale-within",
+        metavar="VOXELS",
+        help="take range, percentiles, mean and deviation over these voxels only: nonzero, or above:T, "
+        "those above T in the image's units; default: all",
+    )
+    voxels.add_argument(
+        "--clip",
+        action="store_true",
+        help="set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
+        "with --rescale-within; default: keep them as they are",
     )
     voxels.add_argument(
         "--voxel-dtype",
         choices=VOXEL_DTYPES,
         default="float32",
-        help="float32 (default); native: as in the file, smaller, and rescaled by the reader",
+        help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
+        "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
+        "float32",
     )
     voxels.add_argument(
         "--frames",
@@ -418,7 +434,15 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
     return BuildConfig(
         manifest=options.manifest,
         output=options.output,
-        record=RecordConfig(options.rescale, options.voxel_dtype, options.compression, level, options.frames),
+        record=RecordConfig(
+            options.rescale,
+            options.voxel_dtype,
+            options.compression,
+            level,
+            options.frames,
+            clip=options.clip,
+            rescale_within=options.rescale_within,
+        ),
         columns=Columns(options.path_column, options.label_column, options.id_column),
         sharding=sharding,
         splitting=_splitting(options),

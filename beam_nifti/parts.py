@@ -156,7 +156,8 @@ def finished_rows(
         held = storage.stat(part.data).size
     except (FileNotFoundError, ShardError):
         return None
-    if table.schema.names != schema_of(extra_columns).names or table.num_rows == 0:
+    columns = schema_of(extra_columns, has_ends="rescale_low" in table.column_names)
+    if table.column_names != columns.names or table.num_rows == 0:
         return None
     if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
         return None

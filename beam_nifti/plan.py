@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
 from beam_nifti import storage
-from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestError, OutputError
 from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
@@ -29,10 +29,13 @@ MAX_UNIT_ROWS: Final = 1 << 14
 UNITS_PER_WORKER: Final = 8
 """Least number of units a worker, so that the last ones to finish do not leave the others idle."""
 
-_ASSUMED_RATIO: Final = {1: 0.2, 2: 0.36}
-"""Size after gzip to float32 size, by bytes of the source's voxels; measured on brain images."""
+_ASSUMED_BYTES: Final = {1: 0.8, 2: 1.44}
+"""Bytes of a voxel after gzip, by bytes of the source's voxels; measured on brain images."""
 
-_ASSUMED_RATIO_WIDE: Final = 0.85
+_ASSUMED_BYTES_WIDE: Final = 3.4
+_ASSUMED_SHARE: Final = {"float16": 0.75, "bfloat16": 0.7, "uint8": 0.5}
+"""Size after gzip to that of float32, for the dtypes that round; measured on the same images."""
+
 _RECORD_OVERHEAD: Final = 400
 """Bytes of a record that are not voxels, compressed."""
 
@@ -148,7 +151,7 @@ class BuildPlan:
     def stored_dtype(self) -> str:
         """Dtype of the voxels in the records."""
         record = self.config.record
-        return "float32" if record.voxel_dtype == "float32" else self.source_dtype
+        return self.source_dtype if record.voxel_dtype == "native" else record.voxel_dtype
 
     @property
     def parts_root(self) -> str:
@@ -282,29 +285,36 @@ def parts_root(output: str, temp_location: str | None) -> str:
     return storage.join(temp_location, f"beam_nifti-{hashlib.sha256(output.encode()).hexdigest()[:16]}")
 
 
-def default_sharding(volume_bytes: int, source_itemsize: int, compressed: bool, native: bool) -> Sharding:
+def stored_itemsize(voxel_dtype: str, source_itemsize: int) -> int:
+    """Bytes of a voxel in a record, uncompressed.
+
+    Args:
+        voxel_dtype: `RecordConfig.voxel_dtype`.
+        source_itemsize: bytes of a voxel on disk.
+    """
+    return {"float16": 2, "bfloat16": 2, "uint8": 1, "native": source_itemsize}.get(voxel_dtype, 4)
+
+
+def default_sharding(num_voxels: int, source_itemsize: int, record: RecordConfig) -> Sharding:
     """Shards of about SHARD_BYTES, from what the first image's header says.
 
     Args:
-        volume_bytes: of one stored volume, uncompressed.
+        num_voxels: of a volume.
         source_itemsize: bytes of a voxel on disk.
-        compressed: whether shards are gzip.
-        native: whether voxels are stored as on disk.
+        record: dtype and compression of what is stored.
     """
-    return Sharding(
-        examples_per_shard=max(
-            1, round(SHARD_BYTES / record_bytes(volume_bytes, source_itemsize, compressed, native))
-        )
-    )
+    each = record_bytes(num_voxels, source_itemsize, record)
+    return Sharding(examples_per_shard=max(1, round(SHARD_BYTES / each)))
 
 
-def record_bytes(volume_bytes: int, source_itemsize: int, compressed: bool, native: bool) -> float:
+def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) -> float:
     """Bytes that one record is expected to take in a shard."""
-    if not compressed:
-        return float(volume_bytes + _RECORD_OVERHEAD)
-    ratio = _ASSUMED_RATIO.get(source_itemsize, _ASSUMED_RATIO_WIDE)
-    # What gzip finds in float32 voxels made of narrow integers, it cannot find in the integers again.
-    return volume_bytes * (min(1.0, ratio * 4 / source_itemsize) if native else ratio) + _RECORD_OVERHEAD
+    each: float = stored_itemsize(record.voxel_dtype, source_itemsize)
+    if record.compression == "gzip":
+        # What gzip finds in float32 voxels made of narrow integers, it cannot find in the integers again.
+        packed = _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
+        each = min(each, packed * _ASSUMED_SHARE.get(record.voxel_dtype, 1.0))
+    return num_voxels * each + _RECORD_OVERHEAD
 
 
 def choose_unit_rows(num_rows: int, volume_bytes: int, workers: int) -> int:

@@ -11,7 +11,7 @@ from typing import Final
 from beam_nifti import storage
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError
-from beam_nifti.example import FEATURES
+from beam_nifti.example import feature_kinds
 from beam_nifti.failures import Failure, write_failures
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
@@ -137,7 +137,7 @@ def publish_dataset(
         shape=plan.shape,
         dtype=plan.stored_dtype,
         labelled=config.columns.label is not None,
-        features=dict(FEATURES),
+        features=feature_kinds(config.record.has_ends),
         splits={
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },

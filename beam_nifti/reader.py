@@ -1,7 +1,8 @@
 """Datasets as tf.data pipelines. The only importer of TensorFlow; loads no Beam.
 
 Voxels that were stored as in the file ("native") are rescaled here, in the graph, to the same bits
-that a float32 dataset of the same images holds. Source: docs/format.md, "Intensity".
+that a float32 dataset of the same images holds; those of float16, bfloat16 and uint8 become float32.
+Source: docs/format.md, "Intensity".
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tensorflow as tf
 
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.example import ENDS_FEATURES
 
 _OPEN_SHARDS: Final = 8
 """Shards that are read at a time. A constant, so that the order is the same on every machine."""
@@ -33,6 +35,8 @@ _SCALING: Final = {
     "scl_slope": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", 1.0)),
     "scl_inter": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", -0.0)),
 }
+_ENDS: Final = {name: tf.io.FixedLenFeature([], tf.string) for name in ENDS_FEATURES}
+_DOUBLES: Final = {**_SCALING, **_ENDS}
 
 _NORMAL: Final = 2.0**-126
 _STEP: Final = 2.0**-149
@@ -70,7 +74,8 @@ def load_dataset(
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
         (B, x, y, z, t) where the images are 4-D, and y, float32 of shape (B,); X alone where the
         dataset has no labels. All axes but B are static, unless the volumes have different shapes.
-        X is in [0, 1], or in the images' own units in a dataset built with `--rescale none`.
+        X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
+        `--rescale none`.
 
     Raises:
         DatasetError: there is no complete dataset, no such split, or a shard is missing.
@@ -196,7 +201,9 @@ def _shard_files(folder: str, info: DatasetInfo, split: str) -> list[str]:
 def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
     """From a serialized Example to (X, y), or to X where there are no labels."""
     native = info.config["voxel_dtype"] == "native"
-    wanted = {**_IMAGE, **(_LABEL if info.labelled else {}), **(_SCALING if native else {})}
+    has_ends = native and "rescale_low" in info.features
+    wanted = {**_IMAGE, **(_LABEL if info.labelled else {})}
+    wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
     # A dataset that was built before there were frames to choose says nothing of them.
     is_mixed = info.shape is None and info.config.get("frames") is not None
     shape = [None] * 3 if info.shape is None else info.shape
@@ -206,13 +213,15 @@ def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
         voxels = tf.io.parse_tensor(features["image_raw"], tf.as_dtype(info.dtype))
         if not is_mixed:
             voxels = tf.ensure_shape(voxels, shape)
-        if native:
-            voxels = _rescale(
-                voxels,
-                _decode_double(features["scl_slope"]),
-                _decode_double(features["scl_inter"]),
-                info.config["rescale"],
-            )
+        doubles = {name: _decode_double(features[name]) for name in wanted if name in _DOUBLES}
+        if has_ends:
+            voxels = _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
+        elif native:
+            voxels = _rescale(voxels, **doubles, method=info.config["rescale"])
+        elif info.dtype == "uint8":
+            voxels = tf.cast(voxels, tf.float32) / 255.0
+        else:
+            voxels = tf.cast(voxels, tf.float32)
         if is_mixed:  # 3-D and 4-D, perhaps, side by side
             image = tf.reshape(voxels, tf.concat([tf.shape(voxels)[:3], [-1]], 0))
             image = tf.ensure_shape(image, [None] * 4)
@@ -227,16 +236,16 @@ def _decode_double(data: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.io.decode_raw(data, tf.float64), [])
 
 
-def _rescale(voxels: tf.Tensor, slope: tf.Tensor, inter: tf.Tensor, method: str) -> tf.Tensor:
-    """What `beam_nifti.rescale` makes of the same voxels, bit for bit."""
+def _rescale(voxels: tf.Tensor, scl_slope: tf.Tensor, scl_inter: tf.Tensor, method: str) -> tf.Tensor:
+    """What `beam_nifti.rescale` makes of the same voxels, bit for bit, where their range says it."""
     if method == "none":
-        return _to_float32(_to_float64(voxels) * slope + inter)
+        return _to_float32(_to_float64(voxels) * scl_slope + scl_inter)
     if not voxels.dtype.is_integer:
-        return _rescale_values(voxels, slope, inter)
+        return _rescale_values(voxels, scl_slope, scl_inter)
     return tf.cond(
-        (slope == 1.0) & (inter == 0.0),
+        (scl_slope == 1.0) & (scl_inter == 0.0),
         lambda: _rescale_integers(voxels),
-        lambda: _rescale_values(voxels, slope, inter),
+        lambda: _rescale_values(voxels, scl_slope, scl_inter),
     )
 
 
@@ -256,13 +265,27 @@ def _rescale_values(voxels: tf.Tensor, slope: tf.Tensor, inter: tf.Tensor) -> tf
     """Floats, and integers with a scaling: all in float64."""
     values = _to_float64(voxels)
     ends = tf.stack([tf.reduce_min(values), tf.reduce_max(values)]) * slope + inter
-    low, high = tf.reduce_min(ends), tf.reduce_max(ends)
+    return _rescale_between(values, slope, inter, tf.reduce_min(ends), tf.reduce_max(ends))
+
+
+def _rescale_between(
+    values: tf.Tensor,
+    scl_slope: tf.Tensor,
+    scl_inter: tf.Tensor,
+    rescale_low: tf.Tensor,
+    rescale_high: tf.Tensor,
+    clip: bool = False,
+) -> tf.Tensor:
+    """What `beam_nifti.rescale.rescale_between` makes of the same voxels, in float64, bit for bit."""
+    low, high = rescale_low, rescale_high
     # A range wider than float64's own overflows; halving everything is exact up there.
     factor = tf.where(tf.math.is_inf(high - low), tf.constant(0.5, tf.float64), 1.0)
     low, high = low * factor, high * factor
     # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
     low = tf.where(low == 0.0, tf.constant(-0.0, tf.float64), low)
-    values = values * (slope * factor) + inter * factor
+    values = values * (scl_slope * factor) + scl_inter * factor
+    if clip:
+        values = tf.clip_by_value(values, low, high)
     return _to_float32((values - low) / (high - low))
 
 

@@ -14,14 +14,18 @@ import numpy.typing as npt
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import VolumeError
-from beam_nifti.example import decode_example, decode_tensor, encode_volume
+from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor, encode_volume
+from beam_nifti.intensity import rescale_voxels
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.rescale import Scaling
+from beam_nifti.rescale import Ends, Intensity, Scaling
 from beam_nifti.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
 _SCALING: Final = frozenset({"scl_slope", "scl_inter"})
 """Features that stand only beside native voxels whose header scales them."""
+
+_DOUBLES: Final = _SCALING | ENDS_FEATURES.keys()
+"""Features of 8 bytes, a float64."""
 
 _DOUBLE: Final = struct.Struct("<d")
 _STATISTICS_TOLERANCE: Final = 1e-6
@@ -98,6 +102,8 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
     required = spec.features.keys() - _SCALING
     if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
         required |= _SCALING
+    if spec.config.has_ends:
+        required |= ENDS_FEATURES.keys()
     for name in sorted(required - features.keys()):
         yield f"feature {name} is missing"
     for name in sorted(features.keys() - required):
@@ -107,7 +113,7 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
         found = "bytes" if isinstance(value, memoryview) else f"float[{value.size}]"
         if found != ("float[1]" if kind == "float" else kind):
             yield f"feature {name} is {found}, dataset_info.json says {kind}"
-        elif name in _SCALING and len(value) != _DOUBLE.size:
+        elif name in _DOUBLES and len(value) != _DOUBLE.size:
             yield f"feature {name} has {len(value)} bytes, a float64 has {_DOUBLE.size}"
 
 
@@ -154,26 +160,57 @@ def _check_intensities(
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         yield f"{bad} of {voxels.size} voxels are NaN or infinite"
         return
-    low, high = float(cells["min"]), float(cells["max"])
-    if config.rescale == "minmax" and not low < high:
-        yield f"the index says an intensity range from {low:g} to {high:g}, which cannot be rescaled"
-    name, found = "voxels", ends
+    intensity = Intensity(*(float(cells[name]) for name in ("min", "max", "mean", "std")))
+    said = np.array([intensity.min, intensity.max])
+    if config.method == "minmax" and not intensity.min < intensity.max:
+        yield f"the index says an intensity range from {said[0]:g} to {said[1]:g}, which cannot be rescaled"
+        return
+    becomes = None
+    if config.has_ends:
+        becomes = Ends(*(_double(features[name]) for name in ("rescale_low", "rescale_high")))
+        wrong = list(_check_ends(becomes, cells, intensity, config))
+        yield from wrong
+        if wrong:
+            return
     if config.voxel_dtype == "native":
-        name, found, expected = "voxels, scaled,", _native_range(ends, features), np.array([low, high])
-    elif config.rescale == "minmax":
-        name, expected = "rescaled voxels", np.array([0.0, 1.0])
+        name, found, expected = "voxels, scaled,", _native_range(ends, features), said
     else:
-        expected = _as_float32([low, high])
+        # Every rescaling keeps the order of voxels, so the ends of the range stay its ends.
+        name, found = "voxels" if config.method == "none" else "rescaled voxels", ends.astype(np.float64)
+        with np.errstate(over="ignore"):
+            expected = rescale_voxels(said, Scaling(), intensity, becomes, config).astype(np.float64)
     if not np.array_equal(found, expected):
         ends_text = f"{found[0]:g} to {found[1]:g}, expected {expected[0]:g} to {expected[1]:g}"
         yield f"{name} range from {ends_text}"
+
+
+def _check_ends(
+    ends: Ends, cells: Mapping[str, Any], intensity: Intensity, config: RecordConfig
+) -> Iterator[str]:
+    """Find where what became 0 and 1 is not what the index and the configuration say."""
+    for name, stored in (("rescale_low", ends.low), ("rescale_high", ends.high)):
+        said = cells.get(name)
+        if stored != said:
+            yield f"{name} is {stored!r}, the index says {said!r}"
+    if not ends.low < ends.high:
+        yield f"rescale_low is {ends.low:g} and rescale_high {ends.high:g}, which is no range"
+    expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
+    if config.method == "zscore" and config.rescale_within is None:
+        expected = (intensity.mean, intensity.mean + intensity.std)
+    if expected and (ends.low, ends.high) != expected:
+        yield f"{ends.low:g} and {ends.high:g} became 0 and 1, expected {expected[0]:g} and {expected[1]:g}"
+
+
+def _double(feature: _Feature) -> float:
+    value: float = _DOUBLE.unpack(feature)[0]
+    return value
 
 
 def _native_range(ends: npt.NDArray[Any], features: Mapping[str, _Feature]) -> npt.NDArray[np.float64]:
     """The range in the image's units."""
     scaling = Scaling()
     if "scl_slope" in features:
-        scaling = Scaling(*(_DOUBLE.unpack(features[name])[0] for name in ("scl_slope", "scl_inter")))
+        scaling = Scaling(*(_double(features[name]) for name in ("scl_slope", "scl_inter")))
     return np.sort(scaling.apply(ends))
 
 

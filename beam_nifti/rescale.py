@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
+from beam_nifti.quantize import LARGEST, numpy_dtype, quantize
 
 Voxels = npt.NDArray[Any]
 _CHUNK: Final = 1 << 15
@@ -51,6 +53,14 @@ class Intensity:
     max: float
     mean: float
     std: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The intensities, in the image's units, that become 0 and 1: low < high."""
+
+    low: float
+    high: float
 
 
 def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
@@ -106,7 +116,7 @@ def _shrink(voxels: Voxels) -> float:
     return 2.0 ** -max(-1000, math.frexp(largest)[1])
 
 
-def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling) -> npt.NDArray[np.float32]:
+def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling, dtype: str = "float32") -> Voxels:
     """Map a volume's own intensity range linearly onto [0, 1].
 
     Bit-equal to `((x - x.min()) / (x.max() - x.min())).astype(float32)` in float64 without overflow:
@@ -120,9 +130,10 @@ def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling) -> np
         voxels: any shape, real dtype, C order, as stored. Not modified.
         intensity: of the same voxels.
         scaling: from stored voxels to the image's units.
+        dtype: what the float32 results are rounded to, as in `quantize`.
 
     Returns:
-        float32 of the same shape, C order.
+        The same shape, C order.
 
     Raises:
         VolumeError: all voxels are equal.
@@ -130,15 +141,58 @@ def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling) -> np
     Source: docs/format.md, "Intensity".
     """
     if voxels.dtype.kind in "iu" and scaling.is_identity:
-        return _rescale_integers(voxels)
+        return _rescale_integers(voxels, dtype)
     if intensity.min == intensity.max:
         raise _constant(voxels, intensity.min)
+    return rescale_between(voxels, Ends(intensity.min, intensity.max), scaling, dtype=dtype)
+
+
+def rescale_between(
+    voxels: Voxels, ends: Ends, scaling: Scaling, *, clip: bool = False, dtype: str = "float32"
+) -> Voxels:
+    """Map two intensities linearly onto 0 and 1: `(v - low) / (high - low)`.
+
+    In float64, rounded once to float32. What is `low` becomes 0.0, never -0.0.
+
+    Args:
+        voxels: any shape, real dtype, C order, as stored. Not modified.
+        ends: what becomes 0 and 1.
+        scaling: from stored voxels to the image's units.
+        clip: whether to set what is below `low` to 0, and what is above `high` to 1.
+        dtype: what the float32 results are rounded to, as in `quantize`.
+
+    Returns:
+        The same shape, C order.
+    """
     # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
-    low_value, width = intensity.min or -0.0, intensity.max - intensity.min
-    if math.isinf(width):  # the range of float64 itself: halve everything, which is exact up here
-        halved = Scaling(scaling.slope / 2, scaling.inter / 2)
-        return _divide(voxels, low_value / 2, intensity.max / 2 - low_value / 2, halved)
-    return _divide(voxels, low_value, width, scaling)
+    low, high = ends.low or -0.0, ends.high
+    if math.isinf(high - low):  # the range of float64 itself: halve everything, which is exact up here
+        low, high, scaling = low / 2, high / 2, Scaling(scaling.slope / 2, scaling.inter / 2)
+
+    def fill(chunk: Voxels, out: Voxels) -> None:
+        values = scaling.apply(chunk)
+        if clip:
+            np.clip(values, low, high, out=values)
+        values -= low
+        values /= high - low
+        out[...] = values
+
+    return _in_chunks(voxels, dtype, fill)
+
+
+def _in_chunks(voxels: Voxels, dtype: str, fill: Callable[[Voxels, Voxels], None]) -> Voxels:
+    """Let `fill` make float32 of one chunk of voxels after the other, and round it to the dtype."""
+    out = np.empty(voxels.shape, numpy_dtype(dtype))
+    source, target = voxels.reshape(-1), out.reshape(-1)
+    rescaled = np.empty(_CHUNK, np.float32)
+    for start in range(0, source.size, _CHUNK):
+        chunk, stored = source[start : start + _CHUNK], target[start : start + _CHUNK]
+        if dtype == "float32":
+            fill(chunk, stored)
+        else:
+            fill(chunk, rescaled[: chunk.size])
+            quantize(rescaled[: chunk.size], stored)
+    return out
 
 
 def _constant(voxels: Voxels, value: float) -> VolumeError:
@@ -148,7 +202,7 @@ def _constant(voxels: Voxels, value: float) -> VolumeError:
     )
 
 
-def _rescale_integers(voxels: Voxels) -> npt.NDArray[np.float32]:
+def _rescale_integers(voxels: Voxels, dtype: str) -> Voxels:
     low, high = int(voxels.min()), int(voxels.max())
     if low == high:
         raise _constant(voxels, low)
@@ -157,43 +211,44 @@ def _rescale_integers(voxels: Voxels) -> npt.NDArray[np.float32]:
     least = np.array(low, voxels.dtype).view(unsigned)
     exact = np.float32 if high - low < _FLOAT32_EXACT else np.float64
     width = exact(high - low)
-    out = np.empty(voxels.shape, np.float32)
-    source, target = voxels.reshape(-1).view(unsigned), out.reshape(-1)
-    for start in range(0, source.size, _CHUNK):
-        above = source[start : start + _CHUNK] - least
-        np.divide(above, width, out=target[start : start + _CHUNK], dtype=exact, casting="unsafe")
-    return out
+
+    def fill(chunk: Voxels, out: Voxels) -> None:
+        np.divide(chunk.view(unsigned) - least, width, out=out, dtype=exact, casting="unsafe")
+
+    return _in_chunks(voxels, dtype, fill)
 
 
-def _divide(voxels: Voxels, low: float, width: float, scaling: Scaling) -> npt.NDArray[np.float32]:
-    out = np.empty(voxels.shape, np.float32)
-    source, target = voxels.reshape(-1), out.reshape(-1)
-    for start in range(0, source.size, _CHUNK):
-        values = scaling.apply(source[start : start + _CHUNK])
-        values -= low
-        values /= width
-        target[start : start + _CHUNK] = values
-    return out
+def require_range(intensity: Intensity, ends: Ends | None, dtype: str) -> None:
+    """Refuse a volume whose voxels the records' dtype cannot hold.
 
-
-def require_float32(intensity: Intensity) -> None:
-    """Refuse intensities that are not rescaled and that float32 cannot hold.
+    Args:
+        intensity: of the volume.
+        ends: what becomes 0 and 1, without clipping; None for voxels in the image's units.
+        dtype: of the stored voxels.
 
     Raises:
-        VolumeError: a value is beyond float32's range.
+        VolumeError: a value is beyond the dtype's range.
     """
-    if max(abs(intensity.min), abs(intensity.max)) > float(np.finfo(np.float32).max):
-        raise VolumeError(
-            f"intensities from {intensity.min:g} to {intensity.max:g} do not fit float32, which "
-            "training reads; use --rescale minmax"
-        )
+    low, high = intensity.min, intensity.max
+    if ends is not None:
+        with np.errstate(over="ignore"):
+            low, high = ((np.array([low, high]) - ends.low) / (ends.high - ends.low)).tolist()
+    if max(abs(low), abs(high)) > LARGEST[dtype]:
+        what = "intensities" if ends is None else "rescaled intensities"
+        where = ", which training reads" if dtype == "float32" else ""
+        raise VolumeError(f"{what} from {low:g} to {high:g} do not fit {dtype}{where}; use --rescale minmax")
 
 
-def to_float32(voxels: Voxels, scaling: Scaling) -> npt.NDArray[np.float32]:
+def keep_units(voxels: Voxels, scaling: Scaling, dtype: str = "float32") -> Voxels:
     """The values in the image's units, rounded to float32.
 
     Args:
-        voxels: as stored; within `require_float32` once they are scaled.
+        voxels: as stored; within `require_range` once they are scaled.
         scaling: from stored voxels to the image's units.
+        dtype: what the float32 results are rounded to, as in `quantize`.
     """
-    return _divide(voxels, 0.0, 1.0, scaling)
+
+    def fill(chunk: Voxels, out: Voxels) -> None:
+        out[...] = scaling.apply(chunk)
+
+    return _in_chunks(voxels, dtype, fill)

@@ -23,16 +23,9 @@ from beam_nifti.header import (
     require_storable,
     require_uniform,
 )
+from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.rescale import (
-    Intensity,
-    Scaling,
-    Voxels,
-    measure,
-    require_float32,
-    rescale_minmax,
-    to_float32,
-)
+from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
 from beam_nifti.tfrecord import INFLATE_ERRORS
 
 _TRAILING_BYTES: Final = 4096
@@ -67,6 +60,7 @@ class Volume:
         dtype: name of the dtype on disk, such as "int16".
         source: size and time of the file it was read from.
         intensity: its range, mean and standard deviation in the image's units; None until measured.
+        ends: what of it becomes 0 and 1; None where its range says it.
     """
 
     row: VolumeRow
@@ -77,6 +71,7 @@ class Volume:
     dtype: str
     source: storage.Stat
     intensity: Intensity | None = None
+    ends: Ends | None = None
 
     def release(self) -> None:
         """Let go of the voxels: for a step that has made the next thing of them and hands on only that.
@@ -291,23 +286,28 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
     """Measure a volume, and make its voxels what the record stores.
 
     Raises:
-        VolumeError: it has NaN or infinite voxels, or no range where one is needed.
+        VolumeError: it has NaN or infinite voxels, or no range where one is needed, or its voxels would
+            be beyond what their dtype holds.
     """
+    voxels, scaling = volume.voxels, volume.scaling
     try:
-        intensity = measure(volume.voxels, volume.scaling)
-        if config.rescale == "minmax" and intensity.min == intensity.max:
+        intensity = measure(voxels, scaling)
+        if config.method == "minmax" and intensity.min == intensity.max:
             raise VolumeError(
                 f"all voxels are {intensity.min:g}: a constant image has no range to rescale; "
                 "leave it out, or use --rescale none"
             )
-        if config.rescale == "none":
-            require_float32(intensity)
+        selection = None
+        if config.rescale_within is not None:
+            selection = select_voxels(voxels, scaling, config.threshold)
+        ends = find_ends(voxels, scaling, intensity, config, selection)
+        del selection  # it is not needed any more, and as large as the voxels of a mask
+        if not config.is_bounded:
+            require_range(intensity, ends, config.rescaled_dtype)
+        measured = replace(volume, intensity=intensity, ends=ends)
         if config.voxel_dtype == "native":
-            return replace(volume, intensity=intensity)
-        if config.rescale == "none":
-            voxels = to_float32(volume.voxels, volume.scaling)
-        else:
-            voxels = rescale_minmax(volume.voxels, intensity, volume.scaling)
+            return measured
+        rescaled = rescale_voxels(voxels, scaling, intensity, ends, config)
     except VolumeError as e:
         raise VolumeError(f"{volume.row.path}: {e}") from e
-    return replace(volume, voxels=voxels, scaling=Scaling(), intensity=intensity)
+    return replace(measured, voxels=rescaled, scaling=Scaling())

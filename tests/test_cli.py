@@ -20,6 +20,7 @@ from beam_nifti import cli, options
 from beam_nifti.errors import UsageError
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.index import read_index
+from beam_nifti.inspection import describe_dataset, format_description
 from beam_nifti.publish import read_info
 from beam_nifti.tfrecord import decode_record
 from pipelines import build_dataset
@@ -110,7 +111,7 @@ def test_other_flags_go_to_beam_with_underscores() -> None:
     ("argv", "says"),
     [
         (["build", "m.csv"], "OUTPUT"),
-        (["build", "m.csv", "out", "--rescale", "zscore"], "minmax"),
+        (["build", "m.csv", "out", "--rescale", "quantile"], "minmax"),
         (["build", "m.csv", "out", "--examples-per-shard", "3", "--num-shards", "2"], "not allowed with"),
         (["build", "m.csv", "out", "--examples-per-shard", "0"], "at least 1"),
         (["build", "m.csv", "out", "--num-shards", "-1"], "at least 1"),
@@ -343,6 +344,22 @@ def test_rescale(built: Callable[..., Path]) -> None:
     assert (minmax.min(), minmax.max()) == (0, 1)
     assert none.max() > 1
     np.testing.assert_array_equal(((none - none.min()) / (none.max() - none.min())).astype("f4"), minmax)
+
+
+def test_rescale_within_and_clip(built: Callable[..., Path]) -> None:
+    percentile = built("--rescale=percentile:40,90", output="plain")
+    within = built("--rescale=percentile:40,90", "--rescale-within=nonzero", output="within")
+    clipped = built("--rescale=percentile:40,90", "--clip", output="clipped")
+    plain = voxels(percentile)
+    assert plain.min() < 0
+    assert plain.max() > 1
+    assert not np.array_equal(voxels(within), plain)
+    np.testing.assert_array_equal(voxels(clipped), np.clip(plain, 0, 1))
+    text = format_description(describe_dataset(str(within)))
+    assert "rescale percentile:40,90 within nonzero, compression" in text
+    info = read_info(str(clipped))
+    assert (info.config["rescale"], info.config["clip"]) == ("percentile:40,90", True)
+    assert {"rescale_low", "rescale_high"} <= set(info.features)
 
 
 def test_voxel_dtype(built: Callable[..., Path]) -> None:

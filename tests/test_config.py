@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,9 @@ from beam_nifti.errors import UsageError
 @pytest.mark.parametrize(
     ("field", "value", "flag"),
     [
-        ("rescale", "zscore", "--rescale"),
+        ("rescale", "quantile", "--rescale"),
         ("rescale", "", "--rescale"),
-        ("voxel_dtype", "float16", "--voxel-dtype"),
+        ("voxel_dtype", "float64", "--voxel-dtype"),
         ("compression", "zstd", "--compression"),
         ("compression_level", 4, "--compression-level"),
         ("compression_level", -1, "--compression-level"),
@@ -30,6 +31,45 @@ def test_record_config_refuses_what_no_record_can_have(field: str, value: object
         RecordConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rescale": "percentile"}, "--rescale is 'percentile'; write it as percentile:LO,HI"),
+        ({"rescale": "window:"}, "write it as window:LO,HI, with finite numbers"),
+        ({"rescale": "window:1"}, "write it as window:LO,HI, with finite numbers"),
+        ({"rescale": "window:1,2,3"}, "write it as window:LO,HI, with finite numbers"),
+        ({"rescale": "window:1,inf"}, "write it as window:LO,HI, with finite numbers"),
+        ({"rescale": "percentile:a,b"}, "write it as percentile:LO,HI, with finite numbers"),
+        ({"rescale": "minmax:0,1"}, "write it as minmax$"),
+        ({"rescale": "window:5,5"}, "LO must be below HI"),
+        ({"rescale": "percentile:99,1"}, "LO must be below HI"),
+        ({"rescale": "percentile:-1,99"}, "percentiles are between 0 and 100"),
+        ({"rescale": "percentile:1,100.5"}, "percentiles are between 0 and 100"),
+        ({"rescale_within": "brain"}, "--rescale-within is 'brain'; choose one of: nonzero, above:T"),
+        ({"rescale_within": "above"}, "--rescale-within is 'above'; write it as above:T"),
+        ({"rescale_within": "nonzero:1"}, "write it as nonzero$"),
+        ({"rescale": "window:0,1", "rescale_within": "nonzero"}, "no effect on --rescale window:0,1"),
+        ({"rescale": "none", "rescale_within": "above:1"}, "no effect on --rescale none"),
+        ({"clip": True}, "--clip has no place with --rescale minmax"),
+        ({"rescale": "zscore", "clip": True}, "--clip has no place with --rescale zscore"),
+        ({"rescale": "none", "clip": True}, "--clip has no place with --rescale none"),
+        ({"rescale": "zscore", "voxel_dtype": "uint8"}, r"uint8 holds \[0, 1\] only, which --rescale zscore"),
+        ({"rescale": "percentile:1,99", "voxel_dtype": "uint8"}, "use --clip with percentile or window"),
+        ({"rescale_within": "nonzero", "voxel_dtype": "uint8"}, "--voxel-dtype uint8"),
+    ],
+)
+def test_rescalings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RecordConfig(**options)
+
+
+def test_equal_rescalings_are_spelled_alike() -> None:
+    spelled = RecordConfig("percentile:00.50,99.5e0", rescale_within="above:-0")
+    assert (spelled.rescale, spelled.rescale_within) == ("percentile:0.5,99.5", "above:0")
+    assert spelled.fingerprint == RecordConfig("percentile:.5,99.5", rescale_within="above:0.0").fingerprint
+    assert RecordConfig("window:-160,240.0").rescale == "window:-160,240"
+
+
 def test_fingerprints_differ_wherever_bytes_do() -> None:
     configs = [
         RecordConfig(rescale, dtype, compression, level, frames)
@@ -38,6 +78,13 @@ def test_fingerprints_differ_wherever_bytes_do() -> None:
         for compression in ("gzip", "none")
         for level in ((0, 1, 2, 3) if compression == "gzip" else (2,))
         for frames in (None, "all")
+    ]
+    configs += [
+        RecordConfig(rescale, dtype, clip=clip, rescale_within=within)
+        for rescale in ("percentile:1,99", "percentile:2,99")
+        for dtype in ("float32", "float16", "bfloat16")
+        for clip in (False, True)
+        for within in (None, "nonzero", "above:1")
     ]
     assert len({c.fingerprint for c in configs}) == len(configs)
     assert len({len(c.fingerprint) for c in configs}) == 1

@@ -239,7 +239,8 @@ def test_the_template_offers_every_option_of_the_build() -> None:
 
 
 VALUES = {
-    "rescale": "none",
+    "rescale": "percentile:0.5,99.5",
+    "rescale_within": "nonzero",
     "voxel_dtype": "native",
     "frames": "all",
     "compression": "none",

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from beam_nifti import options
-from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.index import SCHEMA, read_index
+from beam_nifti.example import decode_example, decode_tensor, encode_tensor
+from beam_nifti.index import ENDS_SCHEMA, SCHEMA, read_index
 from beam_nifti.publish import read_info
+from beam_nifti.quantize import numpy_dtype
 from beam_nifti.tfrecord import decode_record
 from tests.images import brain, write_image
 
@@ -143,6 +144,13 @@ def test_the_reader_of_the_format_reads_every_record(here: Path) -> None:
         assert np.array_equal(voxels, decode_tensor(bytes(features["image_raw"])))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8", "float32", "int16", "uint64"])
+def test_the_reader_of_the_format_reads_every_dtype(dtype: str) -> None:
+    voxels = np.arange(24).reshape(2, 3, 4).astype(numpy_dtype(dtype))
+    read = _defined("import gzip").__globals__["tensor"](b"".join(encode_tensor(voxels)))
+    assert np.array_equal(read, np.arange(24).reshape(2, 3, 4))
+
+
 def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
     for data in (b"", b"123456789", struct.pack("<Q", 3610774)):
         crc = google_crc32c.value(data)
@@ -152,7 +160,15 @@ def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
 
 def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
     info = read_info(str(folder / "cohort/dataset"))
-    names = {*SCHEMA.names, *info.features, *info.config, *info.manifest, *vars(info), *vars(info.shards[0])}
+    names = {
+        *SCHEMA.names,
+        *ENDS_SCHEMA.names,
+        *info.features,
+        *info.config,
+        *info.manifest,
+        *vars(info),
+        *vars(info.shards[0]),
+    }
     text = FORMAT.read_text()
     assert [n for n in sorted(names) if f"`{n}`" not in text] == []
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -46,7 +47,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
         from beam_nifti.build import open_build, run_build
 
-        of_record = {k: options.pop(k) for k in ("rescale", "voxel_dtype", "compression") if k in options}
+        names = {f.name for f in dataclasses.fields(RecordConfig)}
+        of_record = {k: options.pop(k) for k in names & options.keys()}
         output = str(tmp_path_factory.mktemp("dataset"))
         config = BuildConfig(str(manifest), output, RecordConfig(**of_record), sharding=sharding, **options)
         with open_build(config) as plan:
@@ -328,6 +330,46 @@ def test_native_voxels_give_the_bits_of_float32(build: Build, scans: Scans, dtyp
         expected = np.frombuffer(stored[name], np.float32).reshape(SHAPE)
         np.testing.assert_array_equal(x.numpy()[..., 0], expected, err_msg=name)
         assert x.numpy().tobytes() == stored[name], f"{name}: signs of zeros differ"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("int16", {"rescale": "percentile:5,95", "rescale_within": "nonzero", "clip": True}),
+        ("float32", {"rescale": "window:-20,300.5", "clip": True}),
+        ("int16", {"rescale": "zscore"}),
+        ("float32", {"rescale": "minmax", "rescale_within": "above:0"}),
+    ],
+    ids=["percentile", "window", "zscore", "minmax"],
+)
+def test_native_voxels_give_the_bits_of_float32_with_every_method(
+    build: Build, tmp_path: Path, dtype: str, options: dict[str, Any]
+) -> None:
+    images: list[dict[str, Any]] = [{}, {"slope": -1 / 3, "inter": 100.7}, {"slope": 0.5, "inter": -200.0}]
+    for i, header in enumerate(images):
+        write_image(tmp_path / f"{i}.nii", (brain(SHAPE, seed=i) - 100).astype(dtype), version=2, **header)
+    manifest = write_manifest(tmp_path / "m.csv", manifest_rows([f"{i}.nii" for i in range(len(images))]))
+    native, stored = (load_dataset(build(manifest, voxel_dtype=d, **options)) for d in ("native", "float32"))
+    read = list(zip(native, stored, strict=True))
+    assert len(read) == len(images)
+    for (x, _), (expected, _) in read:
+        assert x.numpy().tobytes() == expected.numpy().tobytes()
+
+
+def test_voxels_of_every_dtype_are_read_as_float32(build: Build, cohort: Path) -> None:
+    import ml_dtypes
+
+    rounded = {
+        "float16": lambda x: x.astype(np.float16).astype(np.float32),
+        "bfloat16": lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32),
+        "uint8": lambda x: np.rint(x.astype(np.float64) * 255).astype(np.float32) / np.float32(255),
+    }
+    for dtype, round_ in rounded.items():
+        read = load_dataset(build(cohort, voxel_dtype=dtype), batch_size=12)
+        assert read.element_spec[0] == tf.TensorSpec((None, *SHAPE, 1), tf.float32)
+        ((x, y),) = read
+        order = np.argsort(y.numpy())
+        assert bits(x.numpy()[order, ..., 0]) == bits([round_(v) for v in preprocessed(cohort)])
 
 
 def test_the_float32_volumes_follow_the_formula(scans: Scans) -> None:

@@ -14,6 +14,7 @@ from beam_nifti.build import open_build, plan_build, run_build
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import OutputError
 from beam_nifti.publish import TooManyFailures, read_info
+from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import (
     SHAPE,
     UNIT_ROWS,
@@ -27,6 +28,7 @@ from tests.build_helpers import (
     make_options,
     stray_files,
 )
+from tests.datasets import edit_info
 from tests.images import brain, write_cohort, write_image, write_manifest
 
 COUNT = 24
@@ -240,6 +242,31 @@ def test_appended_rows_of_one_split_leave_the_others(images: Path, tmp_path: Pat
     assert_complete(output, tmp_path / "fresh")
 
 
+def test_a_dataset_of_before_there_was_a_choice_is_the_same(manifest: Path, tmp_path: Path) -> None:
+    output = tmp_path / "old"
+    build(manifest, output)
+
+    def forget(info: dict[str, Any]) -> None:
+        for name in ("clip", "rescale_within", "frames"):
+            del info["config"][name]
+
+    edit_info(output, forget)
+    assert build(manifest, output).read == frozenset()
+
+
+def test_what_became_0_and_1_is_kept_beside_a_shard_without_records(tmp_path: Path) -> None:
+    manifest, output = write_cohort(tmp_path / "images", 6), tmp_path / "out"
+    for i in (3, 4, 5):
+        write_image(tmp_path / f"images/sub-{i:04d}.nii.gz", brain() * 0)
+    options: dict[str, Any] = {"rescale": "percentile:1,99", "examples_per_shard": 3, "max_bad_fraction": 0.5}
+    build(manifest, output, unit_rows=2, **options)
+    assert verify_dataset(str(output), deep=ALL).problems == ()
+    for i in (3, 4, 5):
+        write_image(tmp_path / f"images/sub-{i:04d}.nii.gz", brain(seed=i))
+    assert build(manifest, output, unit_rows=2, **options).read == names(3, 4, 5)
+    assert verify_dataset(str(output), deep=ALL).problems == ()
+
+
 # Something else was asked for
 
 
@@ -247,6 +274,8 @@ def test_appended_rows_of_one_split_leave_the_others(images: Path, tmp_path: Pat
     ("changes", "message"),
     [
         ({"rescale": "none"}, "rescale was 'minmax', now 'none'"),
+        ({"rescale_within": "nonzero"}, "rescale-within was None, now 'nonzero'"),
+        ({"rescale": "window:0,9", "clip": True}, "clip was False, now True"),
         ({"voxel_dtype": "native"}, "voxel-dtype was 'float32', now 'native'"),
         ({"compression": "none"}, "compression was 'gzip', now 'none'"),
         ({"compression_level": 1}, "compression-level was 2, now 1"),

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti.config import SPLIT_PATTERN, Sharding
+from beam_nifti.config import SPLIT_PATTERN, RecordConfig, Sharding
+from beam_nifti.plan import default_sharding, record_bytes
 from beam_nifti.sharding import ShardName, order_rows, shard_ranges
 
 SPLITS = st.from_regex(SPLIT_PATTERN, fullmatch=True)
@@ -114,3 +115,19 @@ def test_a_seeded_order_is_the_same_on_every_machine() -> None:
 
 def test_a_seed_may_have_any_number_of_digits() -> None:
     assert sorted(order_rows(["a", "b"], 10**100)) == [0, 1]
+
+
+def test_a_record_of_a_smaller_dtype_is_expected_to_be_smaller() -> None:
+    def expected(dtype: str, itemsize: int, compression: str = "gzip") -> float:
+        return record_bytes(1_000_000, itemsize, RecordConfig(voxel_dtype=dtype, compression=compression))
+
+    for itemsize in (1, 2, 4, 8):
+        packed = [expected(dtype, itemsize) for dtype in ("uint8", "bfloat16", "float16", "float32")]
+        assert packed == sorted(packed)
+        plain = [expected(d, itemsize, "none") for d in ("uint8", "bfloat16", "float16", "float32", "native")]
+        assert [round(n / 1e6) for n in plain] == [1, 2, 2, 4, itemsize]
+        assert all(p <= n for p, n in zip(packed, plain, strict=False))
+    # As it was before there were other dtypes.
+    assert expected("float32", 2) == pytest.approx(1_440_400)
+    assert expected("native", 1) == pytest.approx(800_400)
+    assert default_sharding(91 * 109 * 91, 2, RecordConfig()).examples_per_shard == 155

@@ -487,6 +487,9 @@ SIZES: dict[str, tuple[str, tuple[int, ...], str, str | None]] = {
         "; use --voxel-dtype float32, which takes 1,677,721,600, or",
     ),
     "and so it is": ("float64", (1024, 1024, 400), "float32", None),
+    "fits as halves": ("float32", (1024, 1024, 1000), "float16", None),
+    "fits as bytes": ("float32", (1024, 1024, 2000), "uint8", None),
+    "no halves": ("float32", (1024, 1024, 1100), "bfloat16", r"2,306,867,200 bytes as bfloat16, .*\); crop"),
     "frames": (
         "int16",
         (64, 64, 40, 7000),
