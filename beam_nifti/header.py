@@ -56,6 +56,7 @@ class VolumeHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@np.errstate(all="ignore")  # numpy warns of a NaN in a field, which is said below
 def parse_header(name: str, head: bytes) -> VolumeHeader:
     """What the first bytes of an uncompressed NIfTI file say.
 

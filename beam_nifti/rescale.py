@@ -36,12 +36,13 @@ class Scaling:
         return self.slope == 1.0 and self.inter == 0.0
 
     def apply(self, voxels: Voxels) -> npt.NDArray[np.float64]:
-        """The values of `voxels` in the image's units, as float64."""
-        values = voxels.astype(np.float64)
-        if self.slope != 1.0:
-            values *= self.slope
-        if self.inter != 0.0:  # adding 0.0 would turn -0.0 into 0.0
-            values += self.inter
+        """The values of `voxels` in the image's units, as float64; infinite where they are beyond it."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = voxels.astype(np.float64)
+            if self.slope != 1.0:
+                values *= self.slope
+            if self.inter != 0.0:  # adding 0.0 would turn -0.0 into 0.0
+                values += self.inter
         return values
 
 

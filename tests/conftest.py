@@ -13,6 +13,7 @@ from tests.images import write_cohort
 
 # The same examples every time: a red check shall be the fault of the change that it checks.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.register_profile("nightly", deadline=None, database=None, max_examples=10_000)
 settings.load_profile("suite")
 
 

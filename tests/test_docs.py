@@ -185,7 +185,8 @@ def test_the_readme_explains_every_option(command: str) -> None:
 
 def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset({"--version"}).union(*map(_flags, COMMANDS))
-    scripts = {"--fast", "--services", "--all", "--fix"}  # of scripts/check and ruff
+    scripts = {"--fast", "--services", "--all"}
+    tools = {"--fix", "--dist", "--hypothesis-profile"}  # of ruff and pytest
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers
     job_server = {"--execution-mode-for-batch"}  # Beam's, of Flink
@@ -193,7 +194,7 @@ def test_every_flag_in_the_documents_exists() -> None:
         *("--image", "--location", "--max-workers", "--metadata-file", "--parameters", "--recursive"),
         *("--repository-format", "--sdk-language", "--template-file-gcs-location"),
     }
-    scripts |= containers | boot | job_server | gcloud
+    scripts |= tools | containers | boot | job_server | gcloud
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
