@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -18,6 +20,17 @@ VOXEL_DTYPES: Final = ("float32", "native")
 FRAMES: Final = ("all",)
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
+PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
+"""Fields of RecordConfig that say how a volume is prepared, in the order in which it is done."""
+
+ORIENTATIONS: Final = frozenset(
+    "".join(letters)
+    for axes in itertools.permutations(("RL", "AP", "SI"))
+    for letters in itertools.product(*axes)
+)
+"""Codes of the 48 orientations: to where each of the three indices grows, as nibabel writes them."""
+
+_FUNCTION: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
@@ -37,6 +50,15 @@ class RecordConfig:
         compression: "gzip" (one member a record) or "none".
         compression_level: igzip level, 0 (fastest) to 3.
         frames: "all" makes the time axis of a 4-D image the record's last axis; None refuses 4-D images.
+        preprocess: the user's function, `package.module:function`, from Volume to Volume.
+        preprocess_sha256: of the file that defines it; set by the build.
+        orientation: code, such as "RAS", that the axes are turned to.
+        spacing: voxel size along each axis, in mm, that volumes are resampled to.
+        crop_foreground: which voxels' bounding box to crop to: "nonzero", or "above:T", with T in the
+            image's units.
+        shape: (X, Y, Z) that volumes are cropped and padded to.
+
+    A preparation that is None is left out. docs/preparation.md has what they do, in their order.
     """
 
     rescale: str = "minmax"
@@ -44,25 +66,86 @@ class RecordConfig:
     compression: str = "gzip"
     compression_level: int = 2
     frames: str | None = None
+    preprocess: str | None = None
+    preprocess_sha256: str | None = None
+    orientation: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    crop_foreground: str | None = None
+    shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no record can have."""
+        for name in ("spacing", "shape"):
+            if getattr(self, name) is not None:  # a list, where it comes from JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         _choose("--rescale", self.rescale, RESCALE_METHODS)
         _choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         _choose("--compression", self.compression, COMPRESSIONS)
         _choose("--compression-level", self.compression_level, COMPRESSION_LEVELS)
         if self.frames is not None:
             _choose("--frames", self.frames, FRAMES)
+        _check_preparation(self)
+
+    @property
+    def prepares(self) -> bool:
+        """Whether anything is done to a volume between loading and rescaling."""
+        return any(getattr(self, name) is not None for name in PREPARATIONS)
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits that differ wherever the same image would give other bytes."""
-        facts = {"format": FORMAT_VERSION, **asdict(self)}
+        # Without what is None, it is as it was before there was that choice.
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        facts = {"format": FORMAT_VERSION, **given}
         if self.compression == "none":
             del facts["compression_level"]
-        if self.frames is None:  # as it was before there was a choice
-            del facts["frames"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_preparation(record: RecordConfig) -> None:
+    if record.preprocess is not None and not _FUNCTION.fullmatch(record.preprocess):
+        raise UsageError(f"--preprocess is {record.preprocess!r}; write it as package.module:function")
+    if record.orientation is not None and record.orientation not in ORIENTATIONS:
+        raise UsageError(
+            f"--orientation is {record.orientation!r}; write native, or three letters, one of each pair "
+            "R/L, A/P and S/I, such as RAS or LPS"
+        )
+    spacing, shape = record.spacing, record.shape
+    if spacing is not None and not (len(spacing) == 3 and all(0 < n < math.inf for n in spacing)):
+        raise UsageError(f"--spacing is {_joined(spacing)}; give three sizes in mm, such as 1,1,1")
+    if shape is not None and not (len(shape) == 3 and all(n >= 1 for n in shape)):
+        raise UsageError(f"--shape is {_joined(shape)}; give three numbers of voxels, such as 160,192,160")
+    if record.crop_foreground is not None:
+        foreground_threshold(record.crop_foreground)
+    if record.voxel_dtype == "native":
+        for name in ("preprocess", "spacing"):
+            if getattr(record, name) is not None:
+                raise UsageError(
+                    f"--{name} makes other voxels than the file's, which --voxel-dtype native stores; "
+                    "use --voxel-dtype float32"
+                )
+
+
+def _joined(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{n:g}" for n in numbers)
+
+
+def foreground_threshold(rule: str) -> float | None:
+    """The T of `above:T`, in the image's units; None for `nonzero`.
+
+    Raises:
+        UsageError: the rule is neither.
+    """
+    if rule == "nonzero":
+        return None
+    name, _, text = rule.partition(":")
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = math.nan
+    if name != "above" or not math.isfinite(threshold):
+        raise UsageError(f"--crop-foreground is {rule!r}; write nonzero, or above:T with a number T")
+    return threshold
 
 
 @dataclass(frozen=True)
@@ -148,10 +231,12 @@ class BuildConfig:
 
     def as_dataset_config(self) -> dict[str, Any]:
         """The part of it that decides a dataset's content, as dataset_info.json records it."""
-        return {
+        content = {
             **asdict(self.record),
             "columns": asdict(self.columns),
             "sharding": asdict(self.sharding) if self.sharding else None,
             "shuffle_seed": self.shuffle_seed,
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }
+        as_json: dict[str, Any] = json.loads(json.dumps(content))  # which has no tuples
+        return as_json

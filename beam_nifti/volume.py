@@ -20,8 +20,10 @@ from beam_nifti.header import (
     HEAD_BYTES,
     VolumeHeader,
     parse_header,
+    require_dtype,
+    require_shape,
     require_storable,
-    require_uniform,
+    stored_shape,
 )
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.rescale import (
@@ -98,7 +100,8 @@ def load_volume(
     Args:
         row: names the image.
         folder: what a relative path is relative to: the manifest's folder.
-        shape: that it must have; None accepts any.
+        shape: that its record must have; None accepts any. What the header cannot tell, `prepare_volume`
+            looks at.
         dtype: that it must have on disk; None accepts any.
         record: configuration of the record that is to be made of it; None means the default one.
 
@@ -113,7 +116,10 @@ def load_volume(
 
     def read_header(head: bytes) -> VolumeHeader:
         header = _read_header(row.path, head, record)
-        require_uniform(row.path, header, shape, dtype)
+        stored = stored_shape(row.path, header, record or RecordConfig())
+        if stored is not None:
+            require_shape(row.path, stored, shape)
+        require_dtype(row.path, header, dtype)
         return header
 
     try:
