@@ -25,30 +25,23 @@ def source_sha256(name: str) -> str:
         name: `package.module:function`.
 
     Raises:
-        UsageError: as `load_function`; or the function has no file.
+        UsageError: the function cannot be imported here, or has no file.
     """
-    function = inspect.unwrap(_import(name))
-    # Where a package only passes it on, the file is that of the module it comes from.
-    module = function.__module__ if inspect.isfunction(function) else name.partition(":")[0]
-    path = getattr(sys.modules[module], "__file__", None)
-    if path is None:
-        raise UsageError(f"--preprocess {name}: {module} has no file; define the function in a module")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return _find(name)[1]
 
 
-@functools.cache
 def load_function(name: str, sha256: str | None = None) -> Function:
     """Import a function.
 
     Args:
         name: `package.module:function`.
-        sha256: that `source_sha256` must give; None takes any.
+        sha256: that its `source_sha256` must be; None takes any.
 
     Raises:
-        UsageError: it cannot be imported here, or is another one.
+        UsageError: as `source_sha256`; or it is another one.
     """
-    function = _import(name)
-    if sha256 is not None and source_sha256(name) != sha256:
+    function, found = _find(name)
+    if sha256 not in (None, found):
         raise UsageError(
             f"--preprocess {name}: the file that defines it differs from the one that the dataset is made "
             "with; give launcher and workers the same version, or build the dataset again"
@@ -56,7 +49,8 @@ def load_function(name: str, sha256: str | None = None) -> Function:
     return function
 
 
-def _import(name: str) -> Function:
+@functools.cache  # so that the digest stays that of what this process has imported
+def _find(name: str) -> tuple[Function, str]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -67,4 +61,10 @@ def _import(name: str) -> Function:
         ) from e
     if not callable(function):
         raise UsageError(f"--preprocess {name}: is no function but a {type(function).__name__}")
-    return function  # type: ignore[no-any-return]
+    inner = inspect.unwrap(function)
+    # Where a package only passes a function on, its file is that of the module that it comes from.
+    defined_in = inner.__module__ if inspect.isfunction(inner) else module
+    path = getattr(sys.modules[defined_in], "__file__", None)
+    if path is None:
+        raise UsageError(f"--preprocess {name}: {defined_in} has no file; define the function in a module")
+    return function, hashlib.sha256(Path(path).read_bytes()).hexdigest()
