@@ -12,19 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import nibabel as nib
 import numpy as np
 import pytest
 
 from beam_nifti import cli, options
+from beam_nifti.build import plan_build
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.index import read_index
-from beam_nifti.transforms import Prepare
+from beam_nifti.transforms import BuildDataset, Prepare
 from beam_nifti.user_function import _find, load_function, source_sha256
 from beam_nifti.volume import load_header, load_volume
-from tests.images import AFFINE, brain, nifti_header, row_of, write_image, write_manifest
+from tests.build_helpers import CUTTING_RUNNER, assert_complete, build, steps_of
+from tests.images import AFFINE, brain, nifti_header, row_of, write_cohort, write_image, write_manifest
 
 Run = Callable[..., str]
 MakeModule = Callable[[str], str]
@@ -372,3 +375,19 @@ def test_a_function_that_fails_for_the_first_images_is_told_at_once(
     told = run("build", cohort, tmp_path / "out", f"--preprocess={module}:f", code=cli.USAGE)
     assert f"row 1 (sub-0000): sub-0000.nii.gz: --preprocess {module}:f returned a NoneType" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_the_step_is_there_only_where_it_is_asked_for(cohort: Path, tmp_path: Path) -> None:
+    for record, count in ((RecordConfig(), 0), (RecordConfig(orientation="RAS"), 1)):
+        plan, _ = plan_build(BuildConfig(str(cohort), str(tmp_path / "out"), record=record))
+        pipeline = beam.Pipeline()
+        pipeline | BuildDataset(plan)
+        assert sum("Prepare" in step for step in steps_of(pipeline)) == count
+
+
+def test_a_runner_may_cut_before_and_after_the_step(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "c", 4)
+    changes = {"orientation": "LPI", "spacing": (3, 3, 3), "crop_foreground": "above:0", "shape": (6, 6, 6)}
+    build(manifest, tmp_path / "whole", **changes)
+    build(manifest, tmp_path / "cut", runner=CUTTING_RUNNER, **changes)
+    assert_complete(tmp_path / "cut", tmp_path / "whole")
