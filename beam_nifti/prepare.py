@@ -162,7 +162,7 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
     voxels = np.empty((*new.shape, frames.shape[3]), np.float32)
     # Rescaling refuses what comes of infinite voxels, and of those that float32 cannot hold.
     with np.errstate(over="ignore", invalid="ignore"):
-        for frame, x in np.ndindex(frames.shape[3], new.shape[0]):
+        for x, frame in np.ndindex(new.shape[0], frames.shape[3]):
             near = slice(first.indptr[x], first.indptr[x + 1])
             slices = (volume.scaling.apply(frames[i, ..., frame]) for i in first.indices[near])
             between = sum(map(np.multiply, first.data[near], slices))
@@ -178,12 +178,11 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
 
 def _interpolation(old_size: int, new_size: int, start: float, step: float) -> sparse.csr_array:
     """What linear interpolation at `start + step · i` multiplies a line of voxels by."""
-    from scipy import ndimage, sparse  # 0.2 s, which no other build shall wait for
+    from scipy import sparse  # 0.15 s, which no other build shall wait for
 
-    weights = ndimage.affine_transform(
-        np.eye(old_size), [step, 1.0], [start, 0.0], (new_size, old_size), order=1, mode="nearest"
-    )
-    return sparse.csr_array(weights)
+    places, indices = start + step * np.arange(new_size), np.arange(old_size)
+    weights = [np.interp(places, indices, unit) for unit in np.eye(old_size)]
+    return sparse.csr_array(np.stack(weights, axis=1))
 
 
 def crop_foreground(volume: Volume, rule: str) -> Volume:
