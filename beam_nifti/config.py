@@ -75,9 +75,11 @@ class RecordConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no record can have."""
-        for name in ("spacing", "shape"):
-            if getattr(self, name) is not None:  # a list, where it comes from JSON
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        # Lists come from JSON; 1 and 1.0 are one spacing.
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
+        if self.shape is not None:
+            object.__setattr__(self, "shape", tuple(self.shape))
         _choose("--rescale", self.rescale, RESCALE_METHODS)
         _choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         _choose("--compression", self.compression, COMPRESSIONS)

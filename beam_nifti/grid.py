@@ -80,7 +80,7 @@ def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:
     return Grid.of(shape, grid.affine @ nib.orientations.inv_ornt_aff(turns, grid.shape))
 
 
-def space(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], list[float]]:
+def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], list[float]]:
     """A grid of another voxel size around the same centre.
 
     Along an axis of n voxels of size z it has `max(1, round(n · z / spacing))` of them. An axis whose
@@ -131,5 +131,5 @@ def prepared_shape(
     if record.orientation is not None:
         grid = turn(grid, axes_to(grid, record.orientation))
     if record.spacing is not None:
-        grid, _, _ = space(grid, record.spacing)
+        grid, _, _ = respace(grid, record.spacing)
     return grid.shape + channels

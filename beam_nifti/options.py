@@ -199,7 +199,8 @@ def _add_preparation(build: argparse.ArgumentParser) -> None:
         "--orientation",
         default="native",
         metavar="CODE",
-        help="turn the axes, such as RAS or LPS: to where each index grows; default: native, as in the file",
+        help="turn the axes to where this says that each index grows, such as RAS or LPS; default: native, "
+        "as in the file",
     )
     group.add_argument(
         "--spacing",

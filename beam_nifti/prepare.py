@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import nibabel as nib
 import numpy as np
 
 from beam_nifti.config import RecordConfig, foreground_threshold
 from beam_nifti.errors import VolumeError
-from beam_nifti.grid import Grid, Shape3, axes_to, space, turn
+from beam_nifti.grid import Grid, Shape3, axes_to, respace, turn
 from beam_nifti.header import require_shape, require_size
 from beam_nifti.rescale import Scaling
 from beam_nifti.user_function import Function, load_function
@@ -105,7 +105,9 @@ def _wrong_with(made: object) -> str | None:
         return f"returned voxels of shape {voxels.shape}; return (X, Y, Z) or (X, Y, Z, channels)"
     if not (voxels.flags.c_contiguous and voxels.dtype.isnative):
         return "returned voxels in another order; return numpy.ascontiguousarray of them, in native bytes"
-    affine: Any = np.asarray(made.affine)
+    affine: object = made.affine
+    if not isinstance(affine, np.ndarray):
+        return f"returned an affine that is a {type(affine).__name__}; return a finite (4, 4) array"
     if affine.shape != (4, 4) or affine.dtype.kind not in "iuf" or not np.isfinite(affine).all():
         return f"returned the affine {affine.tolist()}; return a finite (4, 4) array"
     return None
@@ -151,7 +153,7 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
         VolumeError: the affine gives the voxels no size along an axis.
     """
     old = Grid.of(volume.voxels.shape, volume.affine)
-    new, starts, steps = space(old, spacing)
+    new, starts, steps = respace(old, spacing)
     if steps == [1.0] * 3:
         return replace(volume, zooms=old.zooms)
     # As sparse matrices, one axis after the other: what scipy.ndimage.affine_transform gives, in a ninth
@@ -207,8 +209,8 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
         along[1] |= mask.any(axis=1)
         along[2] |= mask.any(axis=0)
     if not along[0].any():
-        what = "nonzero" if threshold is None else f"above {threshold:g}"
-        raise VolumeError(f"no voxel is {what}, as --crop-foreground asks; lower it, or leave the image out")
+        what, lower = ("nonzero", "") if threshold is None else (f"above {threshold:g}", "lower it, or ")
+        raise VolumeError(f"no voxel is {what}, as --crop-foreground asks; {lower}leave the image out")
     starts, stops = zip(*((int(i[0]), int(i[-1]) + 1) for i in map(np.flatnonzero, along)), strict=True)
     box = tuple(map(slice, starts, stops))
     voxels = np.ascontiguousarray(volume.voxels[box])
@@ -233,7 +235,9 @@ def crop_or_pad(volume: Volume, shape: Shape3) -> Volume:
     missing = [max(0, wanted - size) for size, wanted in zip(old.shape, shape, strict=True)]
     cropped = voxels[tuple(slice(start, start + size) for start, size in zip(cut, shape, strict=True))]
     if any(missing):
-        least = voxels.min() if volume.scaling.slope > 0 else voxels.max()
+        # NaN voxels that are cropped away shall not come back as padding.
+        ufunc = np.fmin if volume.scaling.slope > 0 else np.fmax
+        least = ufunc.reduce(voxels, axis=None)
         widths = [(n // 2, n - n // 2) for n in missing] + [(0, 0)] * (voxels.ndim - 3)
         cropped = np.pad(cropped, widths, constant_values=least)
     starts = [start - n // 2 for start, n in zip(cut, missing, strict=True)]

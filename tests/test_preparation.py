@@ -126,6 +126,7 @@ def test_the_configuration_comes_back_from_json() -> None:
     known = {f.name for f in dataclasses.fields(RecordConfig)}
     again = RecordConfig(**{name: value for name, value in facts.items() if name in known})
     assert (again, again.fingerprint) == (config.record, config.record.fingerprint)
+    assert RecordConfig(spacing=(1, 1, 2)).fingerprint == RecordConfig(spacing=(1.0, 1.0, 2.0)).fingerprint
 
 
 @pytest.mark.parametrize(
