@@ -12,7 +12,7 @@ from beam_nifti import lock, storage
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, VolumeError
-from beam_nifti.header import VolumeHeader
+from beam_nifti.header import VolumeHeader, stored_shape
 from beam_nifti.index import read_index
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import Manifest, read_manifest
@@ -26,6 +26,7 @@ from beam_nifti.plan import (
     record_bytes,
     stored_itemsize,
 )
+from beam_nifti.prepare import prepare_volume
 from beam_nifti.publish import (
     BuildSummary,
     TooManyFailures,
@@ -35,14 +36,15 @@ from beam_nifti.publish import (
     take_summary,
 )
 from beam_nifti.sharding import ShardName, shard_ranges
-from beam_nifti.volume import load_header
+from beam_nifti.user_function import source_sha256
+from beam_nifti.volume import load_header, load_volume
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineResult
 
-_HEADERS_TRIED: Final = 20
-"""Images whose headers are tried, in order, for the shape of the dataset."""
+_IMAGES_TRIED: Final = 20
+"""Images that are tried, in order, for the shape of the dataset."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Estimate:
         num_shards: of all splits.
         num_bytes: of the shards, roughly.
         examples_per_shard: rows of the largest shard.
-        shape: (X, Y, Z) or (X, Y, Z, T) of the first image.
+        shape: (X, Y, Z) or (X, Y, Z, T) of the first image's record.
         splits: rows of each split.
     """
 
@@ -74,11 +76,13 @@ class _Inputs:
         config: with absolute paths.
         manifest: checked.
         header: of the first image.
+        shape: of the first image's record.
     """
 
     config: BuildConfig
     manifest: Manifest
     header: VolumeHeader
+    shape: tuple[int, ...]
 
 
 def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
@@ -87,6 +91,7 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
     Raises:
         ManifestError: the manifest cannot be built from.
         OutputError: the output holds something that this build must not touch.
+        UsageError: the user's function cannot be imported.
     """
     plan, _, estimate = _plan(_read_inputs(config))
     return plan, estimate
@@ -99,15 +104,20 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         output=storage.absolute(config.output),
         temp_location=config.temp_location and storage.absolute(config.temp_location),
     )
+    if config.record.preprocess is not None:
+        digest = source_sha256(config.record.preprocess)
+        config = replace(config, record=replace(config.record, preprocess_sha256=digest))
     manifest = read_manifest(config.manifest, config.columns, config.splitting)
-    return _Inputs(config, manifest, _first_header(config, manifest))
+    return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
 def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     config, manifest, header = inputs.config, inputs.manifest, inputs.header
     folder = storage.dirname(config.manifest)
     published = _published(config)
-    itemsize, num_voxels = header.dtype.itemsize, math.prod(header.shape)
+    # Interpolated voxels, and a function's, pack like those of a float32 image.
+    made_anew = config.record.spacing is not None or config.record.preprocess is not None
+    itemsize, num_voxels = 4 if made_anew else header.dtype.itemsize, math.prod(inputs.shape)
     volume_bytes = num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
@@ -118,7 +128,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     if published is None:
         _refuse_foreign(config)
     elif not config.overwrite:
-        _refuse_other(published, config, manifest, header)
+        _refuse_other(published, inputs, config)
     dead = BuildNote.read(config.output)
     earlier = dead if dead and dead.is_of(config.record.fingerprint, folder) else None
     plan = BuildPlan(
@@ -128,7 +138,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         column_names=tuple(manifest.table.column_names),
         extra_columns=manifest.extra_columns,
         split_sizes=manifest.split_sizes(),
-        shape=None if config.allow_mixed_shapes else header.shape,
+        shape=None if config.allow_mixed_shapes else inputs.shape,
         source_dtype=header.dtype.name,
         unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
         has_published=published is not None,
@@ -157,7 +167,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
             num_shards=len(ranges),
             num_bytes=round(plan.num_rows * each),
             examples_per_shard=max(map(len, ranges)),
-            shape=header.shape,
+            shape=inputs.shape,
             splits=plan.split_sizes,
         ),
     )
@@ -172,16 +182,22 @@ def _published(config: BuildConfig) -> DatasetInfo | None:
         raise
 
 
-def _first_header(config: BuildConfig, manifest: Manifest) -> VolumeHeader:
+def _first_volume(config: BuildConfig, manifest: Manifest) -> tuple[VolumeHeader, tuple[int, ...]]:
+    """The header of the first image that can be read, and the shape of its record."""
     problems = []
-    for row in manifest.rows(range(min(_HEADERS_TRIED, len(manifest)))):
+    for row in manifest.rows(range(min(_IMAGES_TRIED, len(manifest)))):
         try:
-            return load_header(row, manifest.folder, config.record)
+            header = load_header(row, manifest.folder, config.record)
+            shape = stored_shape(row.path, header, config.record)
+            if shape is None:
+                volume = load_volume(row, manifest.folder, record=config.record)
+                shape = prepare_volume(volume, config.record).voxels.shape
+            return header, shape
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
         manifest.path,
-        [*problems, "none of these images can be read: is the manifest's folder right?"],
+        [*problems, "none of these images can be used: is the manifest's folder right?"],
     )
 
 
@@ -203,10 +219,9 @@ def _refuse_foreign(config: BuildConfig) -> None:
         )
 
 
-def _refuse_other(
-    published: DatasetInfo, config: BuildConfig, manifest: Manifest, header: VolumeHeader
-) -> None:
+def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) -> None:
     """A dataset of another configuration or of other rows is refused, saying what differs."""
+    manifest, header = inputs.manifest, inputs.header
     wanted: dict[str, Any] = {
         **config.as_dataset_config(),
         "fingerprint": config.record.fingerprint,
@@ -220,8 +235,8 @@ def _refuse_other(
     ]
     if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
         differences = ["the format version"]
-    if published.shape not in (None, header.shape):
-        differences.append(f"the first image had shape {published.shape}, now {header.shape}")
+    if published.shape not in (None, inputs.shape):
+        differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
     if config.record.voxel_dtype == "native" and published.dtype != header.dtype.name:
         differences.append(f"the first image had {published.dtype} voxels, now {header.dtype.name}")
     known = published.manifest
@@ -266,6 +281,7 @@ def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
 
     Raises:
         ManifestError: as `plan_build`.
+        UsageError: as `plan_build`.
         OutputError: as `plan_build`; or another build is writing there.
     """
     inputs = _read_inputs(config)  # a manifest that cannot be built from leaves no trace of the build

@@ -1,4 +1,4 @@
-"""What a NIfTI header says. The only importer of nibabel."""
+"""What a NIfTI header says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
+from beam_nifti.grid import prepared_shape
 from beam_nifti.rescale import Scaling
 
 HEAD_BYTES: Final = 544
@@ -142,9 +143,43 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
             f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with --frames all, "
             "or extract one volume of it, with fslroi, say"
         )
-    voxels = math.prod(header.shape)
-    exact = {"float32": 4 * voxels, "native": header.num_bytes}
-    sizes = {**exact, "float16": 2 * voxels, "bfloat16": 2 * voxels, "uint8": voxels}
+    stored = stored_shape(name, header, record)
+    if stored is not None:
+        require_size(name, stored, header.dtype, record)
+
+
+def stored_shape(name: str, header: VolumeHeader, record: RecordConfig) -> tuple[int, ...] | None:
+    """The shape that a record of an image will have; None where its header cannot tell.
+
+    Args:
+        name: the image's path, for errors.
+        header: of the image.
+        record: the configuration.
+
+    Raises:
+        VolumeError: the affine does not allow the preparation.
+    """
+    try:
+        return prepared_shape(header.shape, header.affine, record)
+    except VolumeError as e:
+        raise VolumeError(f"{name}: {e}") from e
+
+
+def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record: RecordConfig) -> None:
+    """Refuse a volume with more voxels than a record can hold.
+
+    Args:
+        name: the image's path, for errors.
+        shape: of the volume, prepared.
+        dtype: of its voxels.
+        record: the configuration.
+
+    Raises:
+        VolumeError: they take more bytes, as they are stored.
+    """
+    count = math.prod(shape)
+    exact = {"float32": 4 * count, "native": dtype.itemsize * count}
+    sizes = {**exact, "float16": 2 * count, "bfloat16": 2 * count, "uint8": count}
     size = sizes[record.voxel_dtype]
     if size <= MAX_VOLUME_BYTES:
         return
@@ -153,34 +188,45 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
         for other in exact
         if exact[other] <= MAX_VOLUME_BYTES
     ]
-    if len(header.shape) > 3:
+    if len(shape) > 3:
         remedies.append("split the image along time, with fslroi, say")
-    dtype = header.dtype.name if record.voxel_dtype == "native" else record.voxel_dtype
+    remedies.append("crop or resample it with --shape or --spacing")
+    stored = dtype.name if record.voxel_dtype == "native" else record.voxel_dtype
     raise VolumeError(
-        f"{name}: shape {header.shape} takes {size:,} bytes as {dtype}, more than a record can hold "
-        f"({MAX_VOLUME_BYTES:,}: protobuf ends at 2 GiB); {', or '.join([*remedies, 'crop or resample it'])}"
+        f"{name}: shape {shape} takes {size:,} bytes as {stored}, more than a record can hold "
+        f"({MAX_VOLUME_BYTES:,}: protobuf ends at 2 GiB); {', or '.join(remedies)}"
     )
 
 
-def require_uniform(
-    name: str, header: VolumeHeader, shape: tuple[int, ...] | None, dtype: str | None
-) -> None:
-    """Refuse an image that is unlike the dataset's first.
+def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+    """Refuse a volume that has another shape than the dataset's first.
+
+    Args:
+        name: the image's path, for errors.
+        shape: of the volume, prepared.
+        wanted: that all volumes share; None where they may differ.
+
+    Raises:
+        VolumeError: the shape differs.
+    """
+    if wanted is not None and shape != wanted:
+        raise VolumeError(
+            f"{name}: shape {shape} where the first image has {wanted}; "
+            "crop and pad all images with --shape, or use --allow-mixed-shapes"
+        )
+
+
+def require_dtype(name: str, header: VolumeHeader, dtype: str | None) -> None:
+    """Refuse an image that has another dtype on disk than the dataset's first.
 
     Args:
         name: the image's path, for errors.
         header: of the image.
-        shape: that all volumes share; None where they may differ.
-        dtype: on disk, that all volumes share; None where they may differ.
+        dtype: that all images share; None where they may differ.
 
     Raises:
-        VolumeError: shape or dtype differs.
+        VolumeError: the dtype differs.
     """
-    if shape is not None and header.shape != shape:
-        raise VolumeError(
-            f"{name}: shape {header.shape} where the first image has {shape}; "
-            "resample it, or use --allow-mixed-shapes"
-        )
     if dtype is not None and header.dtype.name != dtype:
         raise VolumeError(
             f"{name}: {header.dtype.name} voxels where the first image has {dtype}; use --voxel-dtype float32"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.config import Columns
+from beam_nifti.config import PREPARATIONS, Columns
 from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.index import read_index
@@ -223,12 +223,21 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
+    prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]
+    if prepared:
+        yield "prepared with", ", ".join(prepared)
     yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         yield "" if number else "intensities", f"{name:<5}{_numbers_text(numbers)}"
     yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
     yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows)"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
+
+
+def _option_text(name: str, value: str | Sequence[float]) -> str:
+    """As it is written on the command line."""
+    text = value if isinstance(value, str) else ",".join(f"{n:g}" for n in value)
+    return f"{name.replace('_', '-')} {text}"
 
 
 def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

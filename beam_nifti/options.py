@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from beam_nifti import __version__
 from beam_nifti.config import (
@@ -20,6 +21,8 @@ from beam_nifti.config import (
     Splitting,
 )
 from beam_nifti.errors import UsageError
+
+_Number = TypeVar("_Number", int, float)
 
 EXIT_CODES = """\
 exit codes:
@@ -270,6 +273,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="accept volumes of another shape than the first image's",
     )
 
+    _add_preparation(build)
+
     run = build.add_argument_group("running")
     run.add_argument(
         "--max-bad-fraction",
@@ -317,6 +322,40 @@ def _add_splits(group: argparse._ActionsContainer) -> None:
         type=int,
         metavar="N",
         help="another number is another draw, as for repeated cross-validation; default: 0",
+    )
+
+
+def _add_preparation(build: argparse.ArgumentParser) -> None:
+    group = build.add_argument_group(
+        "preparation",
+        "What is done to each volume between loading and rescaling, in this order; default: nothing.",
+    )
+    group.add_argument(
+        "--preprocess",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours, Volume to Volume, that the workers can import, such as mylab.brains:strip",
+    )
+    group.add_argument(
+        "--orientation",
+        default="native",
+        metavar="CODE",
+        help="turn the axes to where this says that each index grows, such as RAS or LPS; default: native, "
+        "as in the file",
+    )
+    group.add_argument(
+        "--spacing",
+        metavar="X,Y,Z",
+        help="resample to this voxel size in mm, such as 1,1,1, linearly and without smoothing first",
+    )
+    group.add_argument(
+        "--crop-foreground",
+        metavar="RULE",
+        help="crop to the bounding box of the voxels that are nonzero, or above:T, in the image's units",
+    )
+    group.add_argument(
+        "--shape",
+        metavar="X,Y,Z",
+        help="crop and pad around the centre to this many voxels, such as 160,192,160",
     )
 
 
@@ -420,6 +459,19 @@ def _build_flags() -> list[str]:
     return list(action.choices["build"]._option_string_actions)
 
 
+def _triple(
+    flag: str, text: str | None, number: Callable[[str], _Number]
+) -> tuple[_Number, _Number, _Number] | None:
+    if text is None:
+        return None
+    try:
+        x, y, z = map(number, text.split(","))
+    except ValueError:
+        example = "160,192,160" if number is int else "1,1,1.5"
+        raise UsageError(f"{flag} is {text!r}; give three numbers with commas, such as {example}") from None
+    return x, y, z
+
+
 def build_config(options: argparse.Namespace) -> BuildConfig:
     """The build that the options ask for.
 
@@ -435,13 +487,18 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         manifest=options.manifest,
         output=options.output,
         record=RecordConfig(
-            options.rescale,
-            options.voxel_dtype,
-            options.compression,
-            level,
-            options.frames,
+            rescale=options.rescale,
+            voxel_dtype=options.voxel_dtype,
+            compression=options.compression,
+            compression_level=level,
+            frames=options.frames,
             clip=options.clip,
             rescale_within=options.rescale_within,
+            preprocess=options.preprocess,
+            orientation=None if options.orientation == "native" else options.orientation,
+            spacing=_triple("--spacing", options.spacing, float),
+            crop_foreground=options.crop_foreground,
+            shape=_triple("--shape", options.shape, int),
         ),
         columns=Columns(options.path_column, options.label_column, options.id_column),
         sharding=sharding,

@@ -118,7 +118,7 @@ class BuildPlan:
         column_names: of the manifest.
         extra_columns: those of them that are only kept in the index.
         split_sizes: rows of each split.
-        shape: that every volume must have; None where shapes may differ.
+        shape: that every record must have; None where shapes may differ.
         source_dtype: dtype on disk of the first image.
         unit_rows: rows of a work unit, at most.
         has_published: whether the output holds a dataset; `BuildNote.published` names its shards.

@@ -18,7 +18,7 @@ from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
-_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "isal")
+_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "scipy", "isal")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor, encode_volume
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.prepare import prepare_volume
 from beam_nifti.rescale import Ends, Intensity, Scaling
 from beam_nifti.volume import load_volume, rescale_volume
 
@@ -227,7 +228,7 @@ def check_source(
     """
     row = VolumeRow(cells["row"], cells["example_id"], cells["source"], cells["label"])
     try:
-        volume = rescale_volume(load_volume(row, folder, record=config), config)
+        volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
     except VolumeError as e:
         yield f"cannot be made again: {e}"
         return

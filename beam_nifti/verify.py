@@ -36,6 +36,7 @@ from beam_nifti.table_checks import (
     relative_ids,
 )
 from beam_nifti.tfrecord import decode_record
+from beam_nifti.user_function import load_function
 
 ALL: Final = 2**63 - 1
 """For `deep`: every record."""
@@ -94,7 +95,8 @@ def verify_dataset(
     Raises:
         DatasetError: there is no complete dataset of a known format.
         ManifestError: the manifest cannot be read.
-        UsageError: `deep` or `workers` is out of range.
+        UsageError: `deep` or `workers` is out of range; or records are to be made again with a function
+            that cannot be imported here, or is not the one that they were made with.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -107,10 +109,13 @@ def verify_dataset(
         drawn = info.config.get("splitting")
         splitting = Splitting(**drawn) if drawn else None
         built_from = info.manifest["path"]
-        verification = _Verification(output, info, RecordSpec.of(info), on_progress)
+        spec = RecordSpec.of(info)
+        verification = _Verification(output, info, spec, on_progress)
     except (UsageError, KeyError, TypeError) as e:
         path = storage.join(output, FILE_NAME)
         raise DatasetError(f"{path}: not a configuration of a dataset: {e!r}") from e
+    if deep and spec.config.preprocess is not None:
+        load_function(spec.config.preprocess, spec.config.preprocess_sha256)
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)

@@ -14,14 +14,16 @@ import numpy.typing as npt
 from isal import isal_zlib
 
 from beam_nifti import storage
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import RecordConfig, threshold_of
 from beam_nifti.errors import VolumeError
 from beam_nifti.header import (
     HEAD_BYTES,
     VolumeHeader,
     parse_header,
+    require_dtype,
+    require_shape,
     require_storable,
-    require_uniform,
+    stored_shape,
 )
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
@@ -93,7 +95,8 @@ def load_volume(
     Args:
         row: names the image.
         folder: what a relative path is relative to: the manifest's folder.
-        shape: that it must have; None accepts any.
+        shape: that its record must have; None accepts any. What the header cannot tell, `prepare_volume`
+            looks at.
         dtype: that it must have on disk; None accepts any.
         record: configuration of the record that is to be made of it; None means the default one.
 
@@ -108,7 +111,10 @@ def load_volume(
 
     def read_header(head: bytes) -> VolumeHeader:
         header = _read_header(row.path, head, record)
-        require_uniform(row.path, header, shape, dtype)
+        stored = stored_shape(row.path, header, record or RecordConfig())
+        if stored is not None:
+            require_shape(row.path, stored, shape)
+        require_dtype(row.path, header, dtype)
         return header
 
     try:
@@ -299,7 +305,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
             )
         selection = None
         if config.rescale_within is not None:
-            selection = select_voxels(voxels, scaling, config.threshold)
+            selection = select_voxels(voxels, scaling, threshold_of(config.rescale_within))
         ends = find_ends(voxels, scaling, intensity, config, selection)
         del selection  # it is not needed any more, and as large as the voxels of a mask
         if not config.is_bounded:

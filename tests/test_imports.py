@@ -17,7 +17,8 @@ MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if pat
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"header"},
+    "nibabel": {"header", "grid", "prepare"},
+    "scipy": {"prepare"},
     "tensorflow": {"reader"},
     "apache_beam": {
         "coders",
@@ -31,7 +32,10 @@ ONLY_IMPORTERS = {
         "engines",
     },
 }
-LAZY_IMPORTERS = {"apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"}}
+LAZY_IMPORTERS = {
+    "scipy": {"prepare"},
+    "apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"},
+}
 """Modules that import the package only inside functions."""
 
 
