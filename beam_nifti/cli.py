@@ -44,7 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output.
     """
-    commands = {"manifest": _manifest, "build": _build, "verify": _verify, "inspect": _inspect}
+    commands = {
+        "manifest": _manifest,
+        "check": _check,
+        "build": _build,
+        "verify": _verify,
+        "inspect": _inspect,
+    }
     try:
         options, beam_flags = command_line.parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:  # argparse has already said what it has to say
@@ -138,8 +144,6 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     is_counted = engine.is_local and not engine.in_processes
     progress = show_progress(plan.num_rows) if is_counted and not quiet else no_progress()
     noise = io.StringIO()
-    if engine.is_local:
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     try:
         with progress, _set_aside(noise, engine):
             summary, counters = run_build(plan, engine.options)
@@ -152,10 +156,8 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
             "out with --max-bad-fraction",
             FAILED,
         )
-    except RuntimeError as e:  # a worker's exception, which the runner brings back as text
-        traceback.print_exception(e)
-        reason = str(e).strip().rpartition("\n")[2]
-        return _complain(f"the build stopped: {reason}; the same command continues where it was", FAILED)
+    except RuntimeError as e:
+        return _stopped(e, "the build stopped", "the same command continues where it was")
     sys.stderr.write(noise.getvalue())
     with _while_read():
         _report(plan, summary, counters)
@@ -171,8 +173,15 @@ def _set_aside(noise: io.StringIO, engine: Engine) -> Iterator[None]:
         if engine.in_processes:
             stack.enter_context(quiet_processes())
         if engine.is_local:
+            logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
             stack.enter_context(contextlib.redirect_stderr(noise))
         yield
+
+
+def _stopped(error: RuntimeError, what: str, remedy: str) -> int:
+    """Say why a pipeline failed: by a worker's exception, which the runner brings back as text."""
+    traceback.print_exception(error)
+    return _complain(f"{what}: {str(error).strip().rpartition(chr(10))[2]}; {remedy}", FAILED)
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
@@ -208,6 +217,35 @@ def _dry_run(config: BuildConfig) -> int:
         print(_NO_LABELS)
     print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
     return SUCCESS
+
+
+def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
+    from beam_nifti import storage
+    from beam_nifti.engines import choose_engine
+    from beam_nifti.manifest import read_manifest
+    from beam_nifti.progress import no_progress, show_progress
+    from beam_nifti.survey import format_report
+
+    engine = choose_engine(command_line.check_config(options), beam_flags, options.workers)
+    if not engine.is_local and options.out is None:
+        raise UsageError(
+            "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
+        )
+    from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
+
+    config, manifest = engine.config, storage.absolute(engine.config.manifest)
+    num_rows = len(read_manifest(manifest, config.columns))
+    is_counted = engine.is_local and not engine.in_processes
+    progress = show_progress(num_rows, unit="image") if is_counted and not options.quiet else no_progress()
+    try:
+        with progress, _set_aside(io.StringIO(), engine):
+            report = check_images(manifest, config.columns, config.record, engine.options, options.out)
+    except RuntimeError as e:
+        return _stopped(e, "the check stopped", "the same command starts again")
+    with _while_read():
+        print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
+    is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
+    return FAILED if report["num_bad"] or is_mixed else SUCCESS
 
 
 def _verify(options: argparse.Namespace, _: list[str]) -> int:

@@ -55,6 +55,11 @@ class Grid:
         return Grid(shape, affine)
 
 
+def orientation_of(affine: npt.NDArray[np.float64]) -> str:
+    """To where each index grows, such as "RAS"; "?" for an axis whose direction the affine does not tell."""
+    return "".join(letter or "?" for letter in nib.aff2axcodes(affine))
+
+
 def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
     """How the axes have to be turned: for each one its new place, and 1 or -1 where it is flipped.
 

@@ -66,6 +66,16 @@ The first takes the T1w image of everyone whose age participants.tsv has, and ke
 third takes those whose names have no acq-. What is left out is said on standard error.
 
 """
+_CHECK_EXAMPLES = """\
+examples:
+  beam-nifti check cohort/manifest.tsv
+  beam-nifti check cohort/manifest.tsv --orientation RAS --spacing 1,1,1 --shape 192,224,192
+  beam-nifti check cohort/manifest.tsv --json | jq '.problems[].example_id'
+
+Takes the flags of build that say what a record is. Reads 64 KB of each image. Exits with 1 if a build with
+these flags would leave volumes out.
+
+"""
 _GLOB_EXAMPLES = """\
 examples:
   beam-nifti manifest glob 'scans/**/*_T1w.nii.gz' --out manifest.tsv
@@ -91,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"beam-nifti {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_manifest(commands)
+    _add_check(commands)
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
@@ -197,15 +208,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     build.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
 
-    columns = build.add_argument_group("manifest columns")
-    columns.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
-    columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
-    columns.add_argument(
-        "--id-column",
-        metavar="NAME",
-        help="unique name of each example; default: participant_id, joined with session_id, else the path",
-    )
-
+    _add_columns(build)
     _add_splits(build.add_argument_group("splits"))
 
     shards = build.add_argument_group("shards")
@@ -232,47 +235,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="igzip level; default: 2, the smallest of the four on float32 voxels",
     )
 
-    voxels = build.add_argument_group("voxels")
-    voxels.add_argument(
-        "--rescale",
-        default="minmax",
-        metavar="METHOD",
-        help="which intensities of a volume become 0 and 1. minmax (default): its least and largest; "
-        "percentile:LO,HI: two of its percentiles, as percentile:0.5,99.5, for MRI with bright outliers; "
-        "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
-        "and one standard deviation above it; none: keep the image's units",
-    )
-    voxels.add_argument(
-        "--rescale-within",
-        metavar="VOXELS",
-        help="take range, percentiles, mean and deviation over these voxels only: nonzero, or above:T, "
-        "those above T in the image's units; default: all",
-    )
-    voxels.add_argument(
-        "--clip",
-        action="store_true",
-        help="set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
-        "with --rescale-within; default: keep them as they are",
-    )
-    voxels.add_argument(
-        "--voxel-dtype",
-        choices=VOXEL_DTYPES,
-        default="float32",
-        help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
-        "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
-        "float32",
-    )
-    voxels.add_argument(
-        "--frames",
-        choices=FRAMES,
-        help="of 4-D images; all: every frame, as the channels of one record; default: they are refused",
-    )
-    voxels.add_argument(
-        "--allow-mixed-shapes",
-        action="store_true",
-        help="accept volumes of another shape than the first image's",
-    )
-
+    _add_voxels(build)
     _add_preparation(build)
 
     run = build.add_argument_group("running")
@@ -325,8 +288,62 @@ def _add_splits(group: argparse._ActionsContainer) -> None:
     )
 
 
-def _add_preparation(build: argparse.ArgumentParser) -> None:
-    group = build.add_argument_group(
+def _add_columns(command: argparse.ArgumentParser) -> None:
+    columns = command.add_argument_group("manifest columns")
+    columns.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
+    columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+    columns.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="unique name of each example; default: participant_id, joined with session_id, else the path",
+    )
+
+
+def _add_voxels(command: argparse.ArgumentParser) -> None:
+    voxels = command.add_argument_group("voxels")
+    voxels.add_argument(
+        "--rescale",
+        default="minmax",
+        metavar="METHOD",
+        help="which intensities of a volume become 0 and 1. minmax (default): its least and largest; "
+        "percentile:LO,HI: two of its percentiles, as percentile:0.5,99.5, for MRI with bright outliers; "
+        "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
+        "and one standard deviation above it; none: keep the image's units",
+    )
+    voxels.add_argument(
+        "--rescale-within",
+        metavar="VOXELS",
+        help="take range, percentiles, mean and deviation over these voxels only: nonzero, or above:T, "
+        "those above T in the image's units; default: all",
+    )
+    voxels.add_argument(
+        "--clip",
+        action="store_true",
+        help="set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
+        "with --rescale-within; default: keep them as they are",
+    )
+    voxels.add_argument(
+        "--voxel-dtype",
+        choices=VOXEL_DTYPES,
+        default="float32",
+        help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
+        "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
+        "float32",
+    )
+    voxels.add_argument(
+        "--frames",
+        choices=FRAMES,
+        help="of 4-D images; all: every frame, as the channels of one record; default: they are refused",
+    )
+    voxels.add_argument(
+        "--allow-mixed-shapes",
+        action="store_true",
+        help="accept volumes of another shape than the first image's",
+    )
+
+
+def _add_preparation(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
         "preparation",
         "What is done to each volume between loading and rescaling, in this order; default: nothing.",
     )
@@ -357,6 +374,31 @@ def _add_preparation(build: argparse.ArgumentParser) -> None:
         metavar="X,Y,Z",
         help="crop and pad around the centre to this many voxels, such as 160,192,160",
     )
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = _command(
+        commands,
+        "check",
+        "read the headers of a manifest's images, and say what a build would make of them",
+        _CHECK_EXAMPLES + EXIT_CODES,
+    )
+    check.add_argument("manifest", metavar="MANIFEST", help="as for build")
+    _add_columns(check)
+    _add_voxels(check)
+    _add_preparation(check)
+    run = check.add_argument_group("running")
+    run.add_argument("--json", action="store_true", help="as JSON")
+    run.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the JSON here too; on a cluster needed, and within the workers' reach",
+    )
+    run.add_argument(
+        "--workers", type=int, metavar="N", help=f"threads; default: all cores ({default_workers()} here)"
+    )
+    _add_quiet(run)
+    check.add_argument_group("Apache Beam", "Every other flag goes to Beam, as for build.")
 
 
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -411,7 +453,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, shown in _PATHS.items():
         if getattr(known, name, None) == "":
             raise UsageError(f"{shown} is empty; was a variable not set?")
-    if rest and (known.command != "build" or not all(a.startswith("--") for a in rest[:1])):
+    if rest and (known.command not in ("build", "check") or not all(a.startswith("--") for a in rest[:1])):
         raise UsageError(f"unknown argument {rest[0]}; see `beam-nifti {known.command} --help`")
     return known, [_underscored(a) for a in rest]
 
@@ -486,21 +528,8 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
     return BuildConfig(
         manifest=options.manifest,
         output=options.output,
-        record=RecordConfig(
-            rescale=options.rescale,
-            voxel_dtype=options.voxel_dtype,
-            compression=options.compression,
-            compression_level=level,
-            frames=options.frames,
-            clip=options.clip,
-            rescale_within=options.rescale_within,
-            preprocess=options.preprocess,
-            orientation=None if options.orientation == "native" else options.orientation,
-            spacing=_triple("--spacing", options.spacing, float),
-            crop_foreground=options.crop_foreground,
-            shape=_triple("--shape", options.shape, int),
-        ),
-        columns=Columns(options.path_column, options.label_column, options.id_column),
+        record=_record_config(options, options.compression, level),
+        columns=_columns(options),
         sharding=sharding,
         splitting=_splitting(options),
         shuffle_seed=options.shuffle_seed,
@@ -509,6 +538,47 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         overwrite=options.overwrite,
         temp_location=options.temp_location,
         workers=default_workers() if options.workers is None else options.workers,
+    )
+
+
+def check_config(options: argparse.Namespace) -> BuildConfig:
+    """The build that `check` looks ahead to; its output is the report, "" for none.
+
+    Raises:
+        UsageError: a value that no build can have.
+    """
+    return BuildConfig(
+        manifest=options.manifest,
+        output=options.out or "",
+        record=_record_config(options),
+        columns=_columns(options),
+        allow_mixed_shapes=options.allow_mixed_shapes,
+        workers=default_workers() if options.workers is None else options.workers,
+    )
+
+
+def _columns(options: argparse.Namespace) -> Columns:
+    return Columns(options.path_column, options.label_column, options.id_column)
+
+
+def _record_config(
+    options: argparse.Namespace,
+    compression: str = RecordConfig.compression,
+    level: int = RecordConfig.compression_level,
+) -> RecordConfig:
+    return RecordConfig(
+        rescale=options.rescale,
+        voxel_dtype=options.voxel_dtype,
+        compression=compression,
+        compression_level=level,
+        frames=options.frames,
+        clip=options.clip,
+        rescale_within=options.rescale_within,
+        preprocess=options.preprocess,
+        orientation=None if options.orientation == "native" else options.orientation,
+        spacing=_triple("--spacing", options.spacing, float),
+        crop_foreground=options.crop_foreground,
+        shape=_triple("--shape", options.shape, int),
     )
 
 

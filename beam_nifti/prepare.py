@@ -203,7 +203,8 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
     shape = volume.voxels.shape[:3]
     along = [np.zeros(size, bool) for size in shape]
     for x, slice_ in enumerate(volume.voxels):
-        mask = select_voxels(slice_, volume.scaling, threshold).reshape(*shape[1:], -1).any(axis=2)
+        selected = select_voxels(slice_, volume.scaling, threshold)
+        mask = np.any(selected.reshape(*shape[1:], -1), axis=2)
         along[0][x] = mask.any()
         along[1] |= mask.any(axis=1)
         along[2] |= mask.any(axis=0)

@@ -29,6 +29,7 @@ ONLY_IMPORTERS = {
         "gcs",
         "local_runner",
         "build",
+        "check",
         "engines",
     },
 }
