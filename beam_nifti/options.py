@@ -73,6 +73,16 @@ examples:
 
 """
 
+_EXTRACT_EXAMPLES = """\
+examples:
+  beam-nifti extract dataset --id sub-0003
+  beam-nifti extract gs://lab/dataset --id sub-0003 --out /tmp/sub-0003.nii
+
+Voxels are in the image's units; those of --voxel-dtype native are the file's own. docs/extract.md says how
+close the others are to them.
+
+"""
+
 
 def default_workers() -> int:
     """Cores that this process may use."""
@@ -94,6 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_extract(commands)
     return parser
 
 
@@ -377,6 +388,26 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    extract = _command(
+        commands, "extract", "write the images of records as NIfTI files", _EXTRACT_EXAMPLES + EXIT_CODES
+    )
+    extract.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+    extract.add_argument(
+        "--id",
+        action="append",
+        required=True,
+        metavar="ID",
+        help="a record, by its example id; several times for several",
+    )
+    extract.add_argument(
+        "--out",
+        metavar="FILE",
+        help=".nii.gz or .nii; default: ID.nii.gz in this folder, with _ for what a file name cannot hold",
+    )
+    extract.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def _add_workers(group: argparse._ActionsContainer, what: str) -> None:
