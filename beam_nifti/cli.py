@@ -239,6 +239,7 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
         report = verify_dataset(
             options.output,
             manifest=options.manifest,
+            anonymous_ids=options.anonymous_ids,
             deep=deep,
             workers=options.workers,
             on_progress=METER.add,

@@ -251,7 +251,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         yield "" if number else "intensities", f"{name:<5}{_numbers_text(numbers)}"
     yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
-    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows)"
+    anonymous = ", anonymous ids" if manifest.get("key_check") else ""
+    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 

@@ -31,7 +31,13 @@ exit codes:
   2  a wrong option, manifest or OUTPUT; nothing was written
 """
 
-_PATHS = {"manifest": "MANIFEST", "output": "OUTPUT", "folder": "DIR", "out": "--out"}
+_PATHS = {
+    "manifest": "MANIFEST",
+    "output": "OUTPUT",
+    "folder": "DIR",
+    "out": "--out",
+    "anonymous_ids": "--anonymous-ids",
+}
 """Arguments that no command takes empty, and how its help calls them."""
 
 _BUILD_EXAMPLES = """\
@@ -217,6 +223,15 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="unique name of each example; default: participant_id, joined with session_id, else the path",
     )
 
+    privacy = build.add_argument_group("privacy")
+    privacy.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="write keyed hashes in the place of participant_id, session_id, ids and paths. KEYFILE has at "
+        "least 16 random bytes, and workers read it too: `head -c 32 /dev/urandom` makes them; default: "
+        "names are kept",
+    )
+
     _add_splits(build.add_argument_group("splits"))
 
     shards = build.add_argument_group("shards")
@@ -374,6 +389,11 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verify = _command(commands, "verify", "read a dataset back and check every byte of it")
     verify.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     verify.add_argument("--manifest", metavar="MANIFEST", help="compare ids and labels with this table")
+    verify.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="of a dataset that was built with it: to compare with --manifest, and for --deep",
+    )
     verify.add_argument(
         "--deep",
         metavar="N",
@@ -540,6 +560,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         overwrite=options.overwrite,
         temp_location=options.temp_location,
         workers=default_workers() if options.workers is None else options.workers,
+        anonymous_ids=options.anonymous_ids,
     )
 
 
