@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 from beam_nifti import lock, storage
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
-from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, VolumeError
+from beam_nifti.errors import (
+    DatasetError,
+    ManifestError,
+    OutputError,
+    ShardError,
+    UsageError,
+    VolumeError,
+)
 from beam_nifti.header import VolumeHeader, stored_shape
 from beam_nifti.index import read_index
 from beam_nifti.local_runner import whole_elements
@@ -27,6 +34,7 @@ from beam_nifti.plan import (
     stored_itemsize,
 )
 from beam_nifti.prepare import prepare_volume
+from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.publish import (
     BuildSummary,
     TooManyFailures,
@@ -91,7 +99,8 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
     Raises:
         ManifestError: the manifest cannot be built from.
         OutputError: the output holds something that this build must not touch.
-        UsageError: the user's function cannot be imported.
+        UsageError: the user's function cannot be imported; or the key of anonymous ids is in the output,
+            or too short.
     """
     plan, _, estimate = _plan(_read_inputs(config))
     return plan, estimate
@@ -103,11 +112,18 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         manifest=storage.absolute(config.manifest),
         output=storage.absolute(config.output),
         temp_location=config.temp_location and storage.absolute(config.temp_location),
+        anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
     )
     if config.record.preprocess is not None:
         digest = source_sha256(config.record.preprocess)
         config = replace(config, record=replace(config.record, preprocess_sha256=digest))
-    manifest = read_manifest(config.manifest, config.columns, config.splitting)
+    key = config.anonymous_ids
+    if key and key.startswith(f"{config.output}/"):
+        raise UsageError(
+            f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
+        )
+    pseudonyms = read_pseudonyms(key) if key else None
+    manifest = read_manifest(config.manifest, config.columns, config.splitting, pseudonyms)
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
@@ -145,6 +161,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         reuse_published=not config.overwrite and _images_folder(published) == folder,
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
+        key_check=manifest.key_check,
     )
     each = record_bytes(num_voxels, itemsize, config.record)
     ranges = [r for size in plan.split_sizes.values() for r in shard_ranges(size, sharding)]
@@ -252,6 +269,12 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
 
 def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manifest) -> str:
     known = published.manifest
+    key_check = known.get("key_check")
+    if key_check != manifest.key_check:
+        if key_check is None:
+            return "its ids are not anonymous, and now there is --anonymous-ids"
+        other = "another key" if manifest.key_check else "no key"
+        return f"its ids are anonymous, and {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:
         return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
     if len(manifest) < known["num_rows"]:
@@ -265,8 +288,8 @@ def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manif
         now = manifest.rows([found["row"] - 1 for found in then])
         for found, row in zip(then, now, strict=True):
             was = (found["example_id"], found["source"], found["label"])
-            if was != (row.example_id, row.path, row.label):
-                return f"row {row.row} was {was}, now {(row.example_id, row.path, row.label)}"
+            if was != (row.example_id, row.source, row.label):
+                return f"row {row.row} was {was}, now {(row.example_id, row.source, row.label)}"
     return f"among the manifest's first {known['num_rows']} rows some were changed"
 
 

@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "build": _build,
         "verify": _verify,
         "inspect": _inspect,
+        "extract": _extract,
     }
     try:
         options, beam_flags = command_line.parse(sys.argv[1:] if argv is None else argv)
@@ -86,13 +87,20 @@ def _complain(error: Exception | str, code: int) -> int:
     return code
 
 
+def _refuse_existing(path: str) -> None:
+    from beam_nifti import storage
+
+    if storage.exists(storage.absolute(path)):
+        raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
+
+
 def _manifest(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti import discovery, storage
     from beam_nifti.tables import format_delimited, write_table
 
     out = options.out and storage.absolute(options.out)
-    if out and storage.exists(out) and not options.overwrite:
-        raise OutputError(f"{options.out}: is there already; choose another, or --overwrite to replace it")
+    if out and not options.overwrite:
+        _refuse_existing(options.out)
     folder = storage.dirname(out) if out else ""
     if options.source == "bids":
         found = discovery.find_bids_images(
@@ -264,6 +272,7 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
         report = verify_dataset(
             options.output,
             manifest=options.manifest,
+            anonymous_ids=options.anonymous_ids,
             deep=deep,
             workers=options.workers,
             on_progress=METER.add,
@@ -287,6 +296,23 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
         description = describe_dataset(options.output)
     with _while_read():
         print(json.dumps(description, indent=2) if options.json else format_description(description))
+    return SUCCESS
+
+
+def _extract(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti import storage
+    from beam_nifti.extract import choose_paths, read_volumes
+
+    ids = list(dict.fromkeys(options.id))
+    paths = choose_paths(ids, options.out)
+    if not options.overwrite:
+        for path in paths:
+            _refuse_existing(path)
+    for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
+        volume.save(storage.absolute(path))
+        with _while_read():
+            shape = "x".join(map(str, volume.voxels.shape))
+            print(f"image    {shape} {volume.voxels.dtype}: {path}")
     return SUCCESS
 
 

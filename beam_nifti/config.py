@@ -316,6 +316,8 @@ class BuildConfig:
         temp_location: folder of what is needed only until the dataset is complete; None keeps it in
             the output.
         workers: threads of the local runner; on a cluster, the least parallelism to cut units for.
+        anonymous_ids: file of the key by which pseudonyms stand for ids and paths, local or a URL that the
+            workers reach; None keeps the names.
     """
 
     manifest: str
@@ -330,6 +332,7 @@ class BuildConfig:
     overwrite: bool = False
     temp_location: str | None = None
     workers: int = 1
+    anonymous_ids: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse fractions outside [0, 1] and worker counts below 1."""

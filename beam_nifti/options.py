@@ -31,7 +31,13 @@ exit codes:
   2  a wrong option, manifest or OUTPUT; nothing was written
 """
 
-_PATHS = {"manifest": "MANIFEST", "output": "OUTPUT", "folder": "DIR", "out": "--out"}
+_PATHS = {
+    "manifest": "MANIFEST",
+    "output": "OUTPUT",
+    "folder": "DIR",
+    "out": "--out",
+    "anonymous_ids": "--anonymous-ids",
+}
 """Arguments that no command takes empty, and how its help calls them."""
 
 _BUILD_EXAMPLES = """\
@@ -83,6 +89,16 @@ examples:
 
 """
 
+_EXTRACT_EXAMPLES = """\
+examples:
+  beam-nifti extract dataset --id sub-0003
+  beam-nifti extract gs://lab/dataset --id sub-0003 --out /tmp/sub-0003.nii
+
+Voxels are in the image's units; those of --voxel-dtype native are the file's own. docs/extract.md says how
+close the others are to them.
+
+"""
+
 
 def default_workers() -> int:
     """Cores that this process may use."""
@@ -105,6 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_extract(commands)
     return parser
 
 
@@ -209,6 +226,16 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
 
     _add_columns(build)
+
+    privacy = build.add_argument_group("privacy")
+    privacy.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="write keyed hashes in the place of participant_id, session_id, ids and paths. KEYFILE has at "
+        "least 16 random bytes, and workers read it too: `head -c 32 /dev/urandom` makes them; default: "
+        "names are kept",
+    )
+
     _add_splits(build.add_argument_group("splits"))
 
     shards = build.add_argument_group("shards")
@@ -406,6 +433,11 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verify.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     verify.add_argument("--manifest", metavar="MANIFEST", help="compare ids and labels with this table")
     verify.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="of a dataset that was built with it: to compare with --manifest, and for --deep",
+    )
+    verify.add_argument(
         "--deep",
         metavar="N",
         help="make N records (or: all) again from their images, and compare bit for bit",
@@ -419,6 +451,26 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    extract = _command(
+        commands, "extract", "write the images of records as NIfTI files", _EXTRACT_EXAMPLES + EXIT_CODES
+    )
+    extract.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+    extract.add_argument(
+        "--id",
+        action="append",
+        required=True,
+        metavar="ID",
+        help="a record, by its example id; several times for several",
+    )
+    extract.add_argument(
+        "--out",
+        metavar="FILE",
+        help=".nii.gz or .nii; default: ID.nii.gz in this folder, with _ for what a file name cannot hold",
+    )
+    extract.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def _add_workers(group: argparse._ActionsContainer, what: str) -> None:
@@ -538,6 +590,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         overwrite=options.overwrite,
         temp_location=options.temp_location,
         workers=default_workers() if options.workers is None else options.workers,
+        anonymous_ids=options.anonymous_ids,
     )
 
 

@@ -133,6 +133,7 @@ def publish_dataset(
             "num_rows": plan.num_rows,
             "digest": plan.digest,
             "columns": list(plan.column_names),
+            **({"key_check": plan.key_check} if plan.key_check else {}),
         },
         shape=plan.shape,
         dtype=plan.stored_dtype,

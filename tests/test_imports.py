@@ -17,7 +17,7 @@ MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if pat
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"header", "grid", "prepare"},
+    "nibabel": {"header", "grid", "prepare", "nifti_writer"},
     "scipy": {"prepare"},
     "tensorflow": {"reader"},
     "apache_beam": {
@@ -124,6 +124,7 @@ def loaded_by(module: str) -> set[str]:
         ("beam_nifti", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.cli", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.verify", {"apache_beam", "tensorflow"}),
+        ("beam_nifti.extract", {"apache_beam", "tensorflow"}),
         ("beam_nifti.build", {"apache_beam", "tensorflow"}),
         ("beam_nifti.transforms", {"tensorflow"}),
         ("beam_nifti.reader", {"apache_beam", "nibabel"}),
