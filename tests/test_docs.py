@@ -201,7 +201,7 @@ def test_the_readme_explains_every_option(command: str) -> None:
 def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset({"--version"}).union(*map(_flags, COMMANDS))
     scripts = {"--fast", "--services", "--all"}
-    tools = {"--fix", "--dist", "--hypothesis-profile"}  # of ruff and pytest
+    tools = {"--fix", "--dist", "--peers", "--nobrainer", "--hypothesis-profile"}  # of ruff and pytest
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers
     job_server = {"--execution-mode-for-batch"}  # Beam's, of Flink
