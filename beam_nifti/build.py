@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +11,7 @@ from beam_nifti import lock, storage
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, VolumeError
-from beam_nifti.header import VolumeHeader
+from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.index import read_index
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import Manifest, read_manifest
@@ -54,7 +53,7 @@ class Estimate:
         num_shards: of all splits.
         num_bytes: of the shards, roughly.
         examples_per_shard: rows of the largest shard.
-        shape: (X, Y, Z) or (X, Y, Z, T) of the first image.
+        shape: (X, Y, Z) or (X, Y, Z, C) of the first image's record.
         splits: rows of each split.
     """
 
@@ -74,11 +73,13 @@ class _Inputs:
         config: with absolute paths.
         manifest: checked.
         header: of the first image.
+        layout: of its record.
     """
 
     config: BuildConfig
     manifest: Manifest
     header: VolumeHeader
+    layout: RecordLayout
 
 
 def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
@@ -100,14 +101,15 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         temp_location=config.temp_location and storage.absolute(config.temp_location),
     )
     manifest = read_manifest(config.manifest, config.columns, config.splitting)
-    return _Inputs(config, manifest, _first_header(config, manifest))
+    header = _first_header(config, manifest)
+    return _Inputs(config, manifest, header, record_layout(manifest.path, header, config.record))
 
 
 def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
-    config, manifest, header = inputs.config, inputs.manifest, inputs.header
+    config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
     folder = storage.dirname(config.manifest)
     published = _published(config)
-    itemsize, num_voxels = header.dtype.itemsize, math.prod(header.shape)
+    itemsize, num_voxels = layout.dtype.itemsize, layout.num_voxels
     volume_bytes = num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
@@ -118,7 +120,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     if published is None:
         _refuse_foreign(config)
     elif not config.overwrite:
-        _refuse_other(published, config, manifest, header)
+        _refuse_other(published, inputs, config)
     dead = BuildNote.read(config.output)
     earlier = dead if dead and dead.is_of(config.record.fingerprint, folder) else None
     plan = BuildPlan(
@@ -128,8 +130,9 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         column_names=tuple(manifest.table.column_names),
         extra_columns=manifest.extra_columns,
         split_sizes=manifest.split_sizes(),
-        shape=None if config.allow_mixed_shapes else header.shape,
-        source_dtype=header.dtype.name,
+        shape=None if config.allow_mixed_shapes else layout.shape,
+        source_dtype=inputs.header.dtype_name,
+        loaded_dtype=layout.dtype.name,
         unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
         has_published=published is not None,
         reuse_published=not config.overwrite and _images_folder(published) == folder,
@@ -157,7 +160,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
             num_shards=len(ranges),
             num_bytes=round(plan.num_rows * each),
             examples_per_shard=max(map(len, ranges)),
-            shape=header.shape,
+            shape=layout.shape,
             splits=plan.split_sizes,
         ),
     )
@@ -203,10 +206,9 @@ def _refuse_foreign(config: BuildConfig) -> None:
         )
 
 
-def _refuse_other(
-    published: DatasetInfo, config: BuildConfig, manifest: Manifest, header: VolumeHeader
-) -> None:
+def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) -> None:
     """A dataset of another configuration or of other rows is refused, saying what differs."""
+    manifest, layout = inputs.manifest, inputs.layout
     wanted: dict[str, Any] = {
         **config.as_dataset_config(),
         "fingerprint": config.record.fingerprint,
@@ -220,10 +222,10 @@ def _refuse_other(
     ]
     if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
         differences = ["the format version"]
-    if published.shape not in (None, header.shape):
-        differences.append(f"the first image had shape {published.shape}, now {header.shape}")
-    if config.record.voxel_dtype == "native" and published.dtype != header.dtype.name:
-        differences.append(f"the first image had {published.dtype} voxels, now {header.dtype.name}")
+    if published.shape not in (None, layout.shape):
+        differences.append(f"the first image had shape {published.shape}, now {layout.shape}")
+    if config.record.voxel_dtype == "native" and published.dtype != layout.dtype.name:
+        differences.append(f"the first image had {published.dtype} voxels, now {layout.dtype.name}")
     known = published.manifest
     if len(manifest) < known["num_rows"] or manifest.digest(known["num_rows"]) != known["digest"]:
         differences.append(_row_difference(published, config, manifest))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from beam_nifti import __version__
 from beam_nifti.config import (
+    COMPLEX_PARTS,
     COMPRESSION_LEVELS,
     COMPRESSIONS,
     FRAMES,
@@ -261,8 +262,15 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     voxels.add_argument(
         "--frames",
-        choices=FRAMES,
-        help="of 4-D images; all: every frame, as the channels of one record; default: they are refused",
+        metavar="|".join(FRAMES),
+        help="of 4-D images; all: every frame, as the channels of one record; first, or a number from 0: one "
+        "of them; mean: their mean; default: 4-D images are refused",
+    )
+    voxels.add_argument(
+        "--complex",
+        choices=COMPLEX_PARTS,
+        help="of complex images; magnitude; phase, in radians; real-imag: both parts, as channels; default: "
+        "complex images are refused",
     )
     voxels.add_argument(
         "--allow-mixed-shapes",
@@ -442,6 +450,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
             options.frames,
             clip=options.clip,
             rescale_within=options.rescale_within,
+            complex=options.complex,
         ),
         columns=Columns(options.path_column, options.label_column, options.id_column),
         sharding=sharding,

@@ -127,7 +127,7 @@ class LoadVolume(beam.DoFn):
 
     Args:
         folder: what relative paths are relative to: the manifest's folder.
-        shape: that every volume must have; None where shapes may differ.
+        shape: that every volume must have; None, or None for an axis, where shapes may differ.
         dtype: that every volume must have on disk; None where dtypes may differ.
         config: of the records that the volumes become.
     """
@@ -135,7 +135,7 @@ class LoadVolume(beam.DoFn):
     def __init__(
         self,
         folder: str = "",
-        shape: tuple[int, ...] | None = None,
+        shape: tuple[int | None, ...] | None = None,
         dtype: str | None = None,
         config: RecordConfig | None = None,
     ) -> None:
@@ -418,7 +418,7 @@ class BuildDataset(beam.PTransform[Any, Any]):
             .with_outputs(FINISHED, main="units")
         )
         folder = storage.dirname(config.manifest)
-        loading = LoadVolume(folder, plan.shape, plan.required_dtype, config.record)
+        loading = LoadVolume(folder, plan.required_shape, plan.required_dtype, config.record)
         loaded = (
             units.units
             | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
