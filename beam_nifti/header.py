@@ -192,8 +192,8 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
     return number
 
 
-def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> None:
-    """Refuse an image that no record of a configuration can hold.
+def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
+    """What a record of an image will hold; an image that no record can hold is refused.
 
     Args:
         name: the image's path, for errors.
@@ -209,7 +209,7 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
     sizes = {**exact, "float16": 2 * voxels, "bfloat16": 2 * voxels, "uint8": voxels}
     size = sizes[record.voxel_dtype]
     if size <= MAX_VOLUME_BYTES:
-        return
+        return layout
     remedies = [
         f"use --voxel-dtype {other}, which takes {exact[other]:,}"
         for other in exact
@@ -227,23 +227,23 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
 def require_uniform(
     name: str,
     header: VolumeHeader,
+    layout: RecordLayout,
     shape: tuple[int | None, ...] | None,
     dtype: str | None,
-    record: RecordConfig,
 ) -> None:
     """Refuse an image that is unlike the dataset's first.
 
     Args:
         name: the image's path, for errors.
         header: of the image.
+        layout: of its record.
         shape: that all records share, None for axes along which they may differ; None accepts any.
         dtype: on disk, that all images share; None where they may differ.
-        record: the configuration.
 
     Raises:
         VolumeError: shape or dtype differs.
     """
-    found = record_layout(name, header, record).shape
+    found = layout.shape
     if shape is not None and len(shape) != len(found) and None in shape:
         raise VolumeError(
             f"{name}: shape {found} in a dataset of 3-D volumes of mixed shapes; leave it out, or use "

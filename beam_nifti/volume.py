@@ -93,8 +93,8 @@ def load_volume(
     record = record or RecordConfig()
 
     def parse(head: bytes) -> VolumeHeader:
-        header = _parse(row.path, head, record)
-        require_uniform(row.path, header, shape, dtype, record)
+        header = parse_header(row.path, head)
+        require_uniform(row.path, header, require_storable(row.path, header, record), shape, dtype)
         return header
 
     with open_image(row.path, storage.join(folder, row.path), parse) as image:
@@ -124,14 +124,13 @@ def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = 
     Raises:
         VolumeError: as `load_volume`, as far as the header tells.
     """
-    path = storage.join(folder, row.path)
-    return read_header(row.path, path, lambda head: _parse(row.path, head, record or RecordConfig()))
 
+    def parse(head: bytes) -> VolumeHeader:
+        header = parse_header(row.path, head)
+        require_storable(row.path, header, record or RecordConfig())
+        return header
 
-def _parse(name: str, head: bytes, record: RecordConfig) -> VolumeHeader:
-    header = parse_header(name, head)
-    require_storable(name, header, record)
-    return header
+    return read_header(row.path, storage.join(folder, row.path), parse)
 
 
 _Part = Callable[[npt.NDArray[np.complex128]], npt.NDArray[np.float64]]
