@@ -151,6 +151,7 @@ def _take(image: Image, layout: RecordLayout, part: _Part | None) -> Voxels:
     wanted = range(frames) if frame == "mean" else [int(frame)]
     numbers = [v * frames + t for v in range(components) for t in wanted]
     out = np.zeros(layout.shape, layout.dtype)
+    # Strict, so that the image is asked for more than there is, and reads a packed file to its end.
     for number, content in zip(numbers, image.read_frames(numbers), strict=True):
         voxels = _arrange(content, header, (), layout, part)
         target = out[..., number // frames] if components > 1 else out

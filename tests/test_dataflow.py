@@ -243,6 +243,7 @@ VALUES = {
     "rescale_within": "nonzero",
     "voxel_dtype": "native",
     "frames": "all",
+    "complex": "magnitude",
     "compression": "none",
     "compression_level": "1",
     "examples_per_shard": "7",
