@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -10,8 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 from beam_nifti import lock, storage
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
-from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, VolumeError
-from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
+from beam_nifti.errors import (
+    DatasetError,
+    ManifestError,
+    OutputError,
+    ShardError,
+    UsageError,
+    VolumeError,
+)
+from beam_nifti.header import RecordLayout, VolumeHeader, record_layout, stored_shape
 from beam_nifti.index import read_index
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import Manifest, read_manifest
@@ -25,6 +33,8 @@ from beam_nifti.plan import (
     record_bytes,
     stored_itemsize,
 )
+from beam_nifti.prepare import prepare_volume
+from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.publish import (
     BuildSummary,
     TooManyFailures,
@@ -34,14 +44,15 @@ from beam_nifti.publish import (
     take_summary,
 )
 from beam_nifti.sharding import ShardName, shard_ranges
-from beam_nifti.volume import load_header
+from beam_nifti.user_function import source_sha256
+from beam_nifti.volume import load_header, load_volume
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineResult
 
-_HEADERS_TRIED: Final = 20
-"""Images whose headers are tried, in order, for the shape of the dataset."""
+_IMAGES_TRIED: Final = 20
+"""Images that are tried, in order, for the shape of the dataset."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +84,15 @@ class _Inputs:
         config: with absolute paths.
         manifest: checked.
         header: of the first image.
-        layout: of its record.
+        layout: of it as it is loaded.
+        shape: of its record.
     """
 
     config: BuildConfig
     manifest: Manifest
     header: VolumeHeader
     layout: RecordLayout
+    shape: tuple[int, ...]
 
 
 def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
@@ -88,6 +101,8 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
     Raises:
         ManifestError: the manifest cannot be built from.
         OutputError: the output holds something that this build must not touch.
+        UsageError: the user's function cannot be imported; or the key of anonymous ids is in the output,
+            or too short.
     """
     plan, _, estimate = _plan(_read_inputs(config))
     return plan, estimate
@@ -99,17 +114,28 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         manifest=storage.absolute(config.manifest),
         output=storage.absolute(config.output),
         temp_location=config.temp_location and storage.absolute(config.temp_location),
+        anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
     )
-    manifest = read_manifest(config.manifest, config.columns, config.splitting)
-    header = _first_header(config, manifest)
-    return _Inputs(config, manifest, header, record_layout(manifest.path, header, config.record))
+    if config.record.preprocess is not None:
+        digest = source_sha256(config.record.preprocess)
+        config = replace(config, record=replace(config.record, preprocess_sha256=digest))
+    key = config.anonymous_ids
+    if key and key.startswith(f"{config.output}/"):
+        raise UsageError(
+            f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
+        )
+    pseudonyms = read_pseudonyms(key) if key else None
+    manifest = read_manifest(config.manifest, config.columns, config.splitting, pseudonyms)
+    return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
 def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
     folder = storage.dirname(config.manifest)
     published = _published(config)
-    itemsize, num_voxels = layout.dtype.itemsize, layout.num_voxels
+    # Interpolated voxels, and a function's, pack like those of a float32 image.
+    made_anew = config.record.spacing is not None or config.record.preprocess is not None
+    itemsize, num_voxels = 4 if made_anew else layout.dtype.itemsize, math.prod(inputs.shape)
     volume_bytes = num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
@@ -130,7 +156,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         column_names=tuple(manifest.table.column_names),
         extra_columns=manifest.extra_columns,
         split_sizes=manifest.split_sizes(),
-        shape=None if config.allow_mixed_shapes else layout.shape,
+        shape=None if config.allow_mixed_shapes else inputs.shape,
         source_dtype=inputs.header.dtype_name,
         loaded_dtype=layout.dtype.name,
         unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
@@ -138,6 +164,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         reuse_published=not config.overwrite and _images_folder(published) == folder,
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
+        key_check=manifest.key_check,
     )
     each = record_bytes(num_voxels, itemsize, config.record)
     ranges = [r for size in plan.split_sizes.values() for r in shard_ranges(size, sharding)]
@@ -160,7 +187,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
             num_shards=len(ranges),
             num_bytes=round(plan.num_rows * each),
             examples_per_shard=max(map(len, ranges)),
-            shape=layout.shape,
+            shape=inputs.shape,
             splits=plan.split_sizes,
         ),
     )
@@ -175,16 +202,24 @@ def _published(config: BuildConfig) -> DatasetInfo | None:
         raise
 
 
-def _first_header(config: BuildConfig, manifest: Manifest) -> VolumeHeader:
+def _first_volume(
+    config: BuildConfig, manifest: Manifest
+) -> tuple[VolumeHeader, RecordLayout, tuple[int, ...]]:
+    """The header of the first image that can be read, how it is loaded, and the shape of its record."""
     problems = []
-    for row in manifest.rows(range(min(_HEADERS_TRIED, len(manifest)))):
+    for row in manifest.rows(range(min(_IMAGES_TRIED, len(manifest)))):
         try:
-            return load_header(row, manifest.folder, config.record)
+            header = load_header(row, manifest.folder, config.record)
+            shape = stored_shape(row.path, header, config.record)
+            if shape is None:
+                volume = load_volume(row, manifest.folder, record=config.record)
+                shape = prepare_volume(volume, config.record).voxels.shape
+            return header, record_layout(row.path, header, config.record), shape
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
         manifest.path,
-        [*problems, "none of these images can be read: is the manifest's folder right?"],
+        [*problems, "none of these images can be used: is the manifest's folder right?"],
     )
 
 
@@ -222,8 +257,8 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
     ]
     if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
         differences = ["the format version"]
-    if published.shape not in (None, layout.shape):
-        differences.append(f"the first image had shape {published.shape}, now {layout.shape}")
+    if published.shape not in (None, inputs.shape):
+        differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
     if config.record.voxel_dtype == "native" and published.dtype != layout.dtype.name:
         differences.append(f"the first image had {published.dtype} voxels, now {layout.dtype.name}")
     known = published.manifest
@@ -239,6 +274,12 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
 
 def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manifest) -> str:
     known = published.manifest
+    key_check = known.get("key_check")
+    if key_check != manifest.key_check:
+        if key_check is None:
+            return "its ids are not anonymous, and now there is --anonymous-ids"
+        other = "another key" if manifest.key_check else "no key"
+        return f"its ids are anonymous, and {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:
         return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
     if len(manifest) < known["num_rows"]:
@@ -252,8 +293,8 @@ def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manif
         now = manifest.rows([found["row"] - 1 for found in then])
         for found, row in zip(then, now, strict=True):
             was = (found["example_id"], found["source"], found["label"])
-            if was != (row.example_id, row.path, row.label):
-                return f"row {row.row} was {was}, now {(row.example_id, row.path, row.label)}"
+            if was != (row.example_id, row.source, row.label):
+                return f"row {row.row} was {was}, now {(row.example_id, row.source, row.label)}"
     return f"among the manifest's first {known['num_rows']} rows some were changed"
 
 
@@ -268,6 +309,7 @@ def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
 
     Raises:
         ManifestError: as `plan_build`.
+        UsageError: as `plan_build`.
         OutputError: as `plan_build`; or another build is writing there.
     """
     inputs = _read_inputs(config)  # a manifest that cannot be built from leaves no trace of the build

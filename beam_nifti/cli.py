@@ -44,7 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output.
     """
-    commands = {"manifest": _manifest, "build": _build, "verify": _verify, "inspect": _inspect}
+    commands = {
+        "manifest": _manifest,
+        "check": _check,
+        "build": _build,
+        "verify": _verify,
+        "inspect": _inspect,
+        "extract": _extract,
+    }
     try:
         options, beam_flags = command_line.parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:  # argparse has already said what it has to say
@@ -80,13 +87,20 @@ def _complain(error: Exception | str, code: int) -> int:
     return code
 
 
+def _refuse_existing(path: str) -> None:
+    from beam_nifti import storage
+
+    if storage.exists(storage.absolute(path)):
+        raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
+
+
 def _manifest(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti import discovery, storage
     from beam_nifti.tables import format_delimited, write_table
 
     out = options.out and storage.absolute(options.out)
-    if out and storage.exists(out) and not options.overwrite:
-        raise OutputError(f"{options.out}: is there already; choose another, or --overwrite to replace it")
+    if out and not options.overwrite:
+        _refuse_existing(options.out)
     folder = storage.dirname(out) if out else ""
     if options.source == "bids":
         found = discovery.find_bids_images(
@@ -138,8 +152,6 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     is_counted = engine.is_local and not engine.in_processes
     progress = show_progress(plan.num_rows) if is_counted and not quiet else no_progress()
     noise = io.StringIO()
-    if engine.is_local:
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     try:
         with progress, _set_aside(noise, engine):
             summary, counters = run_build(plan, engine.options)
@@ -152,10 +164,8 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
             "out with --max-bad-fraction",
             FAILED,
         )
-    except RuntimeError as e:  # a worker's exception, which the runner brings back as text
-        traceback.print_exception(e)
-        reason = str(e).strip().rpartition("\n")[2]
-        return _complain(f"the build stopped: {reason}; the same command continues where it was", FAILED)
+    except RuntimeError as e:
+        return _stopped(e, "the build stopped", "the same command continues where it was")
     sys.stderr.write(noise.getvalue())
     with _while_read():
         _report(plan, summary, counters)
@@ -171,8 +181,15 @@ def _set_aside(noise: io.StringIO, engine: Engine) -> Iterator[None]:
         if engine.in_processes:
             stack.enter_context(quiet_processes())
         if engine.is_local:
+            logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
             stack.enter_context(contextlib.redirect_stderr(noise))
         yield
+
+
+def _stopped(error: RuntimeError, what: str, remedy: str) -> int:
+    """Say why a pipeline failed: by a worker's exception, which the runner brings back as text."""
+    traceback.print_exception(error)
+    return _complain(f"{what}: {str(error).strip().rpartition(chr(10))[2]}; {remedy}", FAILED)
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
@@ -210,6 +227,35 @@ def _dry_run(config: BuildConfig) -> int:
     return SUCCESS
 
 
+def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
+    from beam_nifti import storage
+    from beam_nifti.engines import choose_engine
+    from beam_nifti.manifest import read_manifest
+    from beam_nifti.progress import no_progress, show_progress
+    from beam_nifti.survey import format_report
+
+    engine = choose_engine(command_line.check_config(options), beam_flags, options.workers)
+    if not engine.is_local and options.out is None:
+        raise UsageError(
+            "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
+        )
+    from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
+
+    config, manifest = engine.config, storage.absolute(engine.config.manifest)
+    num_rows = len(read_manifest(manifest, config.columns))
+    is_counted = engine.is_local and not engine.in_processes
+    progress = show_progress(num_rows, unit="image") if is_counted and not options.quiet else no_progress()
+    try:
+        with progress, _set_aside(io.StringIO(), engine):
+            report = check_images(manifest, config.columns, config.record, engine.options, options.out)
+    except RuntimeError as e:
+        return _stopped(e, "the check stopped", "the same command starts again")
+    with _while_read():
+        print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
+    is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
+    return FAILED if report["num_bad"] or is_mixed else SUCCESS
+
+
 def _verify(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.progress import METER, no_progress, show_progress
     from beam_nifti.publish import read_info
@@ -226,6 +272,7 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
         report = verify_dataset(
             options.output,
             manifest=options.manifest,
+            anonymous_ids=options.anonymous_ids,
             deep=deep,
             workers=options.workers,
             on_progress=METER.add,
@@ -249,6 +296,23 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
         description = describe_dataset(options.output)
     with _while_read():
         print(json.dumps(description, indent=2) if options.json else format_description(description))
+    return SUCCESS
+
+
+def _extract(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti import storage
+    from beam_nifti.extract import choose_paths, read_volumes
+
+    ids = list(dict.fromkeys(options.id))
+    paths = choose_paths(ids, options.out)
+    if not options.overwrite:
+        for path in paths:
+            _refuse_existing(path)
+    for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
+        volume.save(storage.absolute(path))
+        with _while_read():
+            shape = "x".join(map(str, volume.voxels.shape))
+            print(f"image    {shape} {volume.voxels.dtype}: {path}")
     return SUCCESS
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -16,7 +17,9 @@ FORMAT_VERSION: Final = 1
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
 RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
-RESCALE_SELECTIONS: Final = ("nonzero", "above:T")
+SELECTIONS: Final = ("nonzero", "above:T")
+"""Which voxels: those that are not 0, or those above T in the image's units."""
+
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 FRAMES: Final = ("all", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
@@ -25,9 +28,20 @@ COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
+"""Fields of RecordConfig that say how a volume is prepared, in the order in which it is done."""
+
+ORIENTATIONS: Final = frozenset(
+    "".join(letters)
+    for axes in itertools.permutations(("RL", "AP", "SI"))
+    for letters in itertools.product(*axes)
+)
+"""Codes of the 48 orientations: to where each of the three indices grows, as nibabel writes them."""
 
 _SHARES_TOLERANCE: Final = 1e-5
 """Three times 0.333333 is a whole."""
+
+_FUNCTION: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
@@ -77,6 +91,15 @@ class RecordConfig:
             above T in the image's units; None means all of them.
         complex: what becomes of complex voxels: "magnitude"; "phase", in radians; "real-imag", two channels;
             None refuses them.
+        preprocess: the user's function, `package.module:function`, from Volume to Volume.
+        preprocess_sha256: of the file that defines it; set by the build.
+        orientation: code, such as "RAS", that the axes are turned to.
+        spacing: voxel size along each axis, in mm, that volumes are resampled to.
+        crop_foreground: which voxels' bounding box to crop to: "nonzero", or "above:T", with T in the
+            image's units.
+        shape: (X, Y, Z) that volumes are cropped and padded to.
+
+    A preparation that is None is left out. docs/preparation.md has what they do, in their order.
     """
 
     rescale: str = "minmax"
@@ -87,9 +110,20 @@ class RecordConfig:
     clip: bool = False
     rescale_within: str | None = None
     complex: str | None = None
+    preprocess: str | None = None
+    preprocess_sha256: str | None = None
+    orientation: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    crop_foreground: str | None = None
+    shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no record can have; spell equal ones alike."""
+        # Lists come from JSON; 1 and 1.0 are one spacing.
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
+        if self.shape is not None:
+            object.__setattr__(self, "shape", tuple(self.shape))
         self._check_rescaling()
         _choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         _choose("--compression", self.compression, COMPRESSIONS)
@@ -100,6 +134,7 @@ class RecordConfig:
                 f"--voxel-dtype uint8 holds [0, 1] only, which --rescale {self.rescale} leaves; use "
                 "--clip with percentile or window, or --voxel-dtype float16"
             )
+        _check_preparation(self)
 
     def _check_frames(self) -> None:
         if self.frames is not None and not re.fullmatch(r"all|first|mean|0|[1-9]\d{0,8}", self.frames, re.A):
@@ -127,7 +162,7 @@ class RecordConfig:
             raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
         object.__setattr__(self, "rescale", _join_numbers(method, numbers))
         if self.rescale_within is not None:
-            selection = _parse_numbers("--rescale-within", self.rescale_within, RESCALE_SELECTIONS)
+            selection = _parse_numbers("--rescale-within", self.rescale_within, SELECTIONS)
             object.__setattr__(self, "rescale_within", _join_numbers(*selection))
             if method in ("window", "none"):
                 raise UsageError(
@@ -151,12 +186,6 @@ class RecordConfig:
         return _parse_numbers("--rescale", self.rescale, RESCALE_METHODS)[1]
 
     @property
-    def threshold(self) -> float | None:
-        """T of `rescale_within`; None for "nonzero"."""
-        text = self.rescale_within or "nonzero"
-        return next(iter(_parse_numbers("--rescale-within", text, RESCALE_SELECTIONS)[1]), None)
-
-    @property
     def has_ends(self) -> bool:
         """Whether a record has to say which intensities became 0 and 1: its range does not tell."""
         return self.method in ("percentile", "window", "zscore") or self.rescale_within is not None
@@ -172,20 +201,55 @@ class RecordConfig:
         return self.clip or (self.method == "minmax" and not self.has_ends)
 
     @property
+    def prepares(self) -> bool:
+        """Whether anything is done to a volume between loading and rescaling."""
+        return any(getattr(self, name) is not None for name in PREPARATIONS)
+
+    @property
     def fingerprint(self) -> str:
         """16 hex digits that differ wherever the same image would give other bytes."""
-        facts = {"format": FORMAT_VERSION, **asdict(self)}
+        # Without what is None, it is as it was before there was that choice.
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        facts = {"format": FORMAT_VERSION, **given}
         if self.compression == "none":
             del facts["compression_level"]
-        if self.frames is None:  # as it was before there was a choice
-            del facts["frames"]
         if not self.clip:
             del facts["clip"]
-        if self.rescale_within is None:
-            del facts["rescale_within"]
-        if self.complex is None:
-            del facts["complex"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_preparation(record: RecordConfig) -> None:
+    if record.preprocess is not None and not _FUNCTION.fullmatch(record.preprocess):
+        raise UsageError(f"--preprocess is {record.preprocess!r}; write it as package.module:function")
+    if record.orientation is not None and record.orientation not in ORIENTATIONS:
+        raise UsageError(
+            f"--orientation is {record.orientation!r}; write native, or three letters, one of each pair "
+            "R/L, A/P and S/I, such as RAS or LPS"
+        )
+    spacing, shape = record.spacing, record.shape
+    if spacing is not None and not (len(spacing) == 3 and all(0 < n < math.inf for n in spacing)):
+        raise UsageError(f"--spacing is {_joined(spacing)}; give three sizes in mm, such as 1,1,1")
+    if shape is not None and not (len(shape) == 3 and all(n >= 1 for n in shape)):
+        raise UsageError(f"--shape is {_joined(shape)}; give three numbers of voxels, such as 160,192,160")
+    if record.crop_foreground is not None:
+        selection = _parse_numbers("--crop-foreground", record.crop_foreground, SELECTIONS)
+        object.__setattr__(record, "crop_foreground", _join_numbers(*selection))
+    if record.voxel_dtype == "native":
+        for name in ("preprocess", "spacing"):
+            if getattr(record, name) is not None:
+                raise UsageError(
+                    f"--{name} makes other voxels than the file's, which --voxel-dtype native stores; "
+                    "use --voxel-dtype float32"
+                )
+
+
+def threshold_of(selection: str) -> float | None:
+    """The T of `above:T`; None for `nonzero`. The selection is one that RecordConfig has accepted."""
+    return float(selection.partition(":")[2]) if ":" in selection else None
+
+
+def _joined(numbers: tuple[float, ...]) -> str:
+    return ",".join(f"{n:g}" for n in numbers)
 
 
 @dataclass(frozen=True)
@@ -276,6 +340,8 @@ class BuildConfig:
         temp_location: folder of what is needed only until the dataset is complete; None keeps it in
             the output.
         workers: threads of the local runner; on a cluster, the least parallelism to cut units for.
+        anonymous_ids: file of the key by which pseudonyms stand for ids and paths, local or a URL that the
+            workers reach; None keeps the names.
     """
 
     manifest: str
@@ -290,6 +356,7 @@ class BuildConfig:
     overwrite: bool = False
     temp_location: str | None = None
     workers: int = 1
+    anonymous_ids: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse fractions outside [0, 1] and worker counts below 1."""
@@ -302,7 +369,7 @@ class BuildConfig:
 
     def as_dataset_config(self) -> dict[str, Any]:
         """The part of it that decides a dataset's content, as dataset_info.json records it."""
-        return {
+        content = {
             **asdict(self.record),
             "columns": asdict(self.columns),
             "sharding": asdict(self.sharding) if self.sharding else None,
@@ -310,3 +377,5 @@ class BuildConfig:
             "shuffle_seed": self.shuffle_seed,
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }
+        as_json: dict[str, Any] = json.loads(json.dumps(content))  # which has no tuples
+        return as_json

@@ -181,8 +181,9 @@ def _dataflow_problems(known: argparse.Namespace, _: set[str], config: BuildConf
     for path, what, example in (
         (config.manifest, "MANIFEST", "gs://my-bucket/manifest.csv"),
         (config.output, "OUTPUT", "gs://my-bucket/dataset"),
+        (config.anonymous_ids, "--anonymous-ids", "gs://my-bucket/key"),
     ):
-        if not storage.is_remote(path):
+        if path and not storage.is_remote(path):
             yield f"{what} is {path}: workers do not reach this machine's disk; for example {example}"
     example = "gs://my-bucket/tmp"
     if config.temp_location is None:

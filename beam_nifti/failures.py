@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 from beam_nifti import storage
 from beam_nifti.config import Columns
@@ -40,6 +41,8 @@ def write_failures(
 ) -> None:
     """Write failures.jsonl: a line a volume, which `build` accepts as the manifest of a retry.
 
+    Where ids are anonymous the lines have no paths either, and are the manifest of nothing.
+
     Args:
         path: where to.
         failures: in any order; written in the manifest's.
@@ -55,9 +58,9 @@ def write_failures(
                 "row": row.row,
                 "stage": failure.stage,
                 "error": failure.error,
-                "message": failure.message,
+                "message": _message(failure),
                 **({columns.id: row.example_id} if columns.id is not None else {}),
-                columns.path: storage.join(folder, row.path),
+                columns.path: row.pseudonym or storage.join(folder, row.path),
                 "participant_id": row.participant_id,
                 "session_id": row.session_id,
                 "split": row.split,
@@ -67,6 +70,15 @@ def write_failures(
             if columns.label is not None:
                 cells[columns.label] = row.label
             handle.write(json.dumps(cells, ensure_ascii=False).encode() + b"\n")
+
+
+def _message(failure: Failure) -> str:
+    """What the exception said; where ids are anonymous, without the image's path."""
+    path, message = failure.row.path, failure.message
+    if failure.row.pseudonym:
+        for spelling in (path, quote(path), quote(path, safe="")):  # servers repeat what they were asked for
+            message = message.replace(spelling, failure.row.pseudonym)
+    return message
 
 
 def _extra_key(column: str) -> str:

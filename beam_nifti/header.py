@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
+from beam_nifti.grid import prepared_shape
 from beam_nifti.rescale import Scaling
 
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
@@ -97,7 +98,7 @@ class VolumeHeader:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """What a record of a configuration holds of an image.
+    """What is loaded of an image for a record of a configuration.
 
     Attributes:
         shape: of the voxels: (X, Y, Z), or (X, Y, Z, C) where a voxel has several numbers.
@@ -111,12 +112,12 @@ class RecordLayout:
 
     @property
     def num_voxels(self) -> int:
-        """Numbers in the record."""
+        """Numbers that are loaded."""
         return math.prod(self.shape)
 
 
 def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
-    """What a record of an image will hold.
+    """What is loaded of an image for its record.
 
     Args:
         name: the image's path, for errors.
@@ -192,8 +193,8 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
     return number
 
 
-def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
-    """What a record of an image will hold; an image that no record can hold is refused.
+def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> None:
+    """Refuse an image that no record of a configuration can hold.
 
     Args:
         name: the image's path, for errors.
@@ -204,56 +205,98 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> R
         VolumeError: as `record_layout`; or it has more voxels than a record can hold.
     """
     layout = record_layout(name, header, record)
-    voxels = layout.num_voxels
-    exact = {"float32": 4 * voxels, "native": layout.dtype.itemsize * voxels}
-    sizes = {**exact, "float16": 2 * voxels, "bfloat16": 2 * voxels, "uint8": voxels}
+    stored = stored_shape(name, header, record)
+    if stored is not None:
+        require_size(name, stored, layout.dtype, record)
+
+
+def stored_shape(name: str, header: VolumeHeader, record: RecordConfig) -> tuple[int, ...] | None:
+    """The shape that a record of an image will have; None where its header cannot tell.
+
+    Args:
+        name: the image's path, for errors.
+        header: of the image.
+        record: the configuration.
+
+    Raises:
+        VolumeError: as `record_layout`; or the affine does not allow the preparation.
+    """
+    shape = record_layout(name, header, record).shape
+    try:
+        return prepared_shape(shape, header.affine, record)
+    except VolumeError as e:
+        raise VolumeError(f"{name}: {e}") from e
+
+
+def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record: RecordConfig) -> None:
+    """Refuse a volume with more voxels than a record can hold.
+
+    Args:
+        name: the image's path, for errors.
+        shape: of the volume, prepared.
+        dtype: of its voxels.
+        record: the configuration.
+
+    Raises:
+        VolumeError: they take more bytes, as they are stored.
+    """
+    count = math.prod(shape)
+    exact = {"float32": 4 * count, "native": dtype.itemsize * count}
+    sizes = {**exact, "float16": 2 * count, "bfloat16": 2 * count, "uint8": count}
     size = sizes[record.voxel_dtype]
     if size <= MAX_VOLUME_BYTES:
-        return layout
+        return
     remedies = [
         f"use --voxel-dtype {other}, which takes {exact[other]:,}"
         for other in exact
         if exact[other] <= MAX_VOLUME_BYTES
     ]
-    if len(layout.shape) > 3:
+    if len(shape) > 3:
         remedies.append("split the image along time, with fslroi, say")
-    dtype = layout.dtype.name if record.voxel_dtype == "native" else record.voxel_dtype
+    remedies.append("crop or resample it with --shape or --spacing")
+    stored = dtype.name if record.voxel_dtype == "native" else record.voxel_dtype
     raise VolumeError(
-        f"{name}: shape {layout.shape} takes {size:,} bytes as {dtype}, more than a record can hold "
-        f"({MAX_VOLUME_BYTES:,}: protobuf ends at 2 GiB); {', or '.join([*remedies, 'crop or resample it'])}"
+        f"{name}: shape {shape} takes {size:,} bytes as {stored}, more than a record can hold "
+        f"({MAX_VOLUME_BYTES:,}: protobuf ends at 2 GiB); {', or '.join(remedies)}"
     )
 
 
-def require_uniform(
-    name: str,
-    header: VolumeHeader,
-    layout: RecordLayout,
-    shape: tuple[int | None, ...] | None,
-    dtype: str | None,
-) -> None:
-    """Refuse an image that is unlike the dataset's first.
+def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> None:
+    """Refuse a volume that has another shape than the dataset's first.
+
+    Args:
+        name: the image's path, for errors.
+        shape: of the volume, prepared.
+        wanted: that all volumes share, None for axes along which they may differ; None accepts any.
+
+    Raises:
+        VolumeError: the shape differs.
+    """
+    if wanted is None:
+        return
+    if None in wanted and len(shape) != len(wanted):
+        raise VolumeError(
+            f"{name}: shape {shape} in a dataset of 3-D volumes of mixed shapes; leave it out, or use "
+            "--frames all, which makes the last axis of any length the channels"
+        )
+    if None not in wanted and shape != wanted:
+        raise VolumeError(
+            f"{name}: shape {shape} where the first image has {wanted}; "
+            "crop and pad all images with --shape, or use --allow-mixed-shapes"
+        )
+
+
+def require_dtype(name: str, header: VolumeHeader, dtype: str | None) -> None:
+    """Refuse an image that has another dtype on disk than the dataset's first.
 
     Args:
         name: the image's path, for errors.
         header: of the image.
-        layout: of its record.
-        shape: that all records share, None for axes along which they may differ; None accepts any.
-        dtype: on disk, that all images share; None where they may differ.
+        dtype: that all images share; None where they may differ.
 
     Raises:
-        VolumeError: shape or dtype differs.
+        VolumeError: the dtype differs.
     """
-    found = layout.shape
-    if shape is not None and len(shape) != len(found) and None in shape:
-        raise VolumeError(
-            f"{name}: shape {found} in a dataset of 3-D volumes of mixed shapes; leave it out, or use "
-            "--frames all, which makes the last axis of any length the channels"
-        )
-    if shape is not None and found != shape and None not in shape:
-        raise VolumeError(
-            f"{name}: shape {found} where the first image has {shape}; "
-            "resample it, or use --allow-mixed-shapes"
-        )
     if dtype is not None and header.dtype_name != dtype:
         raise VolumeError(
             f"{name}: {header.dtype_name} voxels where the first image has {dtype}; use --voxel-dtype float32"

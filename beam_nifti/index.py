@@ -112,7 +112,7 @@ def row_cells(row: VolumeRow, extra_columns: Sequence[str]) -> dict[str, object]
         "label": row.label,
         "position": row.position,
         "row": row.row,
-        "source": row.path,
+        "source": row.source,
         **dict(zip(map(extra_column, extra_columns), row.extras, strict=True)),
     }
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.config import Columns
+from beam_nifti.config import PREPARATIONS, Columns
 from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.index import read_index
@@ -89,17 +89,38 @@ def describe_record(output: str, example_id: str) -> dict[str, Any]:
     Raises:
         DatasetError: there is no complete dataset, or no such record in it.
     """
+    return describe_records(output, [example_id])[0]
+
+
+def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """What the indexes say of some records; each index is read once, and none after the last was found.
+
+    Args:
+        output: folder or URL of the dataset.
+        example_ids: name the records.
+
+    Returns:
+        As `describe_record`, in the order of the names.
+
+    Raises:
+        DatasetError: there is no complete dataset, or one of the records is not in it.
+    """
     output = storage.absolute(output)
     info = read_info(output)
     ids: list[pa.ChunkedArray] = []
+    found: dict[str, dict[str, Any]] = {}
     for split, shard, table in _read_indexes(output, info):
-        ordinal = pc.index(table["example_id"], example_id).as_py()
-        if ordinal >= 0:
-            (cells,) = table.slice(ordinal, 1).to_pylist()
-            place = {"split": split, "shard": shard.name, "ordinal": ordinal}
-            return {"example_id": example_id, **place, **cells, **place}
+        for example_id in set(example_ids) - found.keys():
+            ordinal = pc.index(table["example_id"], example_id).as_py()
+            if ordinal >= 0:
+                (cells,) = table.slice(ordinal, 1).to_pylist()
+                place = {"split": split, "shard": shard.name, "ordinal": ordinal}
+                found[example_id] = {"example_id": example_id, **place, **cells, **place}
+        if all(example_id in found for example_id in example_ids):
+            return [found[example_id] for example_id in example_ids]
         ids.append(table["example_id"])
-    raise DatasetError(f"{output}: no record {example_id!r}{_hint(output, info, example_id, ids)}")
+    missing = next(example_id for example_id in example_ids if example_id not in found)
+    raise DatasetError(f"{output}: no record {missing!r}{_hint(output, info, missing, ids)}")
 
 
 def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.ChunkedArray]) -> str:
@@ -223,12 +244,22 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
+    prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]
+    if prepared:
+        yield "prepared with", ", ".join(prepared)
     yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         yield "" if number else "intensities", f"{name:<5}{_numbers_text(numbers)}"
     yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
-    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows)"
+    anonymous = ", anonymous ids" if manifest.get("key_check") else ""
+    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
+
+
+def _option_text(name: str, value: str | Sequence[float]) -> str:
+    """As it is written on the command line."""
+    text = value if isinstance(value, str) else ",".join(f"{n:g}" for n in value)
+    return f"{name.replace('_', '-')} {text}"
 
 
 def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import SPLIT_PATTERN, Columns, Splitting
+from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements
 from beam_nifti.tables import Problems, read_table
 
@@ -46,6 +47,7 @@ class VolumeRow:
         extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
         shard: file name of the shard that it belongs to.
         unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
+        pseudonym: what is written in the place of the path; "" where that is the path itself.
     """
 
     row: int
@@ -59,6 +61,12 @@ class VolumeRow:
     extras: tuple[str, ...] = ()
     shard: str = ""
     unit: int = 0
+    pseudonym: str = ""
+
+    @property
+    def source(self) -> str:
+        """What is written of where the image is."""
+        return self.pseudonym or self.path
 
 
 @dataclass(frozen=True)
@@ -67,21 +75,26 @@ class Manifest:
 
     Attributes:
         path: where it was read from.
-        table: every column as strings, in the manifest's order.
+        table: every column as strings, in the manifest's order; where ids are anonymous, with pseudonyms in
+            the place of ids and paths.
+        paths: the images, as the manifest says it.
         columns: which of them mean what; its `label` is None in an unlabelled manifest.
         labels: float64 of shape (rows,); None in an unlabelled manifest.
         ids: example id a row.
         splits: split a row.
         extra_columns: names of the columns that are only kept in the index.
+        key_check: `Pseudonyms.check` where ids are anonymous; else None.
     """
 
     path: str
     table: pa.Table
+    paths: pa.ChunkedArray
     columns: Columns
     labels: npt.NDArray[np.float64] | None
     ids: pa.Array
     splits: pa.Array
     extra_columns: tuple[str, ...]
+    key_check: str | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -108,9 +121,10 @@ class Manifest:
         """The rows at `indices`, at consecutive positions of their split."""
         take = pa.array(indices, pa.int64())
         part = self.table.take(take)
-        paths = part[self.columns.path].to_pylist()
+        paths = self.paths.take(take).to_pylist()
         ids, splits = self.ids.take(take).to_pylist(), self.splits.take(take).to_pylist()
         blank = [""] * len(indices)
+        pseudonyms = part[self.columns.path].to_pylist() if self.key_check else blank
         participants, sessions = (
             part[name].to_pylist() if name in part.column_names else blank
             for name in ("participant_id", "session_id")
@@ -129,9 +143,15 @@ class Manifest:
                 extras=extras[i] if extras else (),
                 shard=shard,
                 unit=unit,
+                pseudonym=pseudonyms[i],
             )
             for i, index in enumerate(indices)
         ]
+
+    def path_of(self, source: str) -> str | None:
+        """The path of an image by what is written of it; None where it is none of this manifest's."""
+        at = pc.index(self.table[self.columns.path], source).as_py()
+        return None if at < 0 else str(self.paths[at])
 
     def digest(self, num_rows: int | None = None) -> str:
         """sha256 of the column names and the first `num_rows` rows, whatever the file's format."""
@@ -143,13 +163,20 @@ class Manifest:
         return hasher.hexdigest()
 
 
-def read_manifest(path: str, columns: Columns | None = None, splitting: Splitting | None = None) -> Manifest:
+def read_manifest(
+    path: str,
+    columns: Columns | None = None,
+    splitting: Splitting | None = None,
+    pseudonyms: Pseudonyms | None = None,
+) -> Manifest:
     """Read and check a manifest.
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         columns: which columns mean what.
         splitting: how to draw the splits; None takes those of the column `split`.
+        pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
+            shuffle included, which would tell them otherwise; None keeps the names.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
@@ -185,6 +212,9 @@ def read_manifest(path: str, columns: Columns | None = None, splitting: Splittin
             labels[i] = parse_label(text)
             if not math.isfinite(labels[i]):
                 problems.add(f"row {i + 1}: {label_column} is {text!r}, not a finite number (of float32)")
+    paths = table[columns.path]
+    if pseudonyms:
+        table = _without_names(table, columns, pseudonyms)
     ids = _ids(table, columns)
     splits = _drawn_splits(table, ids, splitting, problems) if splitting else _given_splits(table, problems)
     _check_ids(ids, problems)
@@ -192,7 +222,8 @@ def read_manifest(path: str, columns: Columns | None = None, splitting: Splittin
     used = {columns.path, label_column, columns.id, *_OWN}
     extras = tuple(c for c in table.column_names if c not in used)
     columns = dataclasses.replace(columns, label=label_column)
-    return Manifest(path, table, columns, labels, ids, splits, extras)
+    key_check = pseudonyms.check if pseudonyms else None
+    return Manifest(path, table, paths, columns, labels, ids, splits, extras, key_check)
 
 
 def parse_label(text: str) -> float:
@@ -260,6 +291,15 @@ def _drawn_splits(table: pa.Table, ids: pa.Array, splitting: Splitting, problems
             "larger share, or draw again with another --split-seed"
         )
     return splits.cast(pa.string())
+
+
+def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:
+    kinds = {columns.id: "id", "participant_id": "participant_id", "session_id": "session_id"}
+    for name, kind in (kinds | {columns.path: "path"}).items():
+        if name in table.column_names:
+            hashed = pseudonyms.of_column(table[name], kind)
+            table = table.set_column(table.column_names.index(name), name, hashed)
+    return table
 
 
 def _ids(table: pa.Table, columns: Columns) -> pa.Array:

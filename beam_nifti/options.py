@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from beam_nifti import __version__
 from beam_nifti.config import (
@@ -22,6 +23,8 @@ from beam_nifti.config import (
 )
 from beam_nifti.errors import UsageError
 
+_Number = TypeVar("_Number", int, float)
+
 EXIT_CODES = """\
 exit codes:
   0  success
@@ -29,7 +32,13 @@ exit codes:
   2  a wrong option, manifest or OUTPUT; nothing was written
 """
 
-_PATHS = {"manifest": "MANIFEST", "output": "OUTPUT", "folder": "DIR", "out": "--out"}
+_PATHS = {
+    "manifest": "MANIFEST",
+    "output": "OUTPUT",
+    "folder": "DIR",
+    "out": "--out",
+    "anonymous_ids": "--anonymous-ids",
+}
 """Arguments that no command takes empty, and how its help calls them."""
 
 _BUILD_EXAMPLES = """\
@@ -64,10 +73,30 @@ The first takes the T1w image of everyone whose age participants.tsv has, and ke
 third takes those whose names have no acq-. What is left out is said on standard error.
 
 """
+_CHECK_EXAMPLES = """\
+examples:
+  beam-nifti check cohort/manifest.tsv
+  beam-nifti check cohort/manifest.tsv --orientation RAS --spacing 1,1,1 --shape 192,224,192
+  beam-nifti check cohort/manifest.tsv --json | jq '.problems[].example_id'
+
+Takes the flags of build that say what a record is. Reads 64 KB of each image. Exits with 1 if a build with
+these flags would leave volumes out.
+
+"""
 _GLOB_EXAMPLES = """\
 examples:
   beam-nifti manifest glob 'scans/**/*_T1w.nii.gz' --out manifest.tsv
   beam-nifti manifest glob 'gs://lab/scans/sub-*/T1w.nii' --out manifest.tsv
+
+"""
+
+_EXTRACT_EXAMPLES = """\
+examples:
+  beam-nifti extract dataset --id sub-0003
+  beam-nifti extract gs://lab/dataset --id sub-0003 --out /tmp/sub-0003.nii
+
+Voxels are in the image's units; those of --voxel-dtype native are the file's own. docs/extract.md says how
+close the others are to them.
 
 """
 
@@ -89,9 +118,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"beam-nifti {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_manifest(commands)
+    _add_check(commands)
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_extract(commands)
     return parser
 
 
@@ -195,13 +226,15 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     build.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
 
-    columns = build.add_argument_group("manifest columns")
-    columns.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
-    columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
-    columns.add_argument(
-        "--id-column",
-        metavar="NAME",
-        help="unique name of each example; default: participant_id, joined with session_id, else the path",
+    _add_columns(build)
+
+    privacy = build.add_argument_group("privacy")
+    privacy.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="write keyed hashes in the place of participant_id, session_id, ids and paths. KEYFILE has at "
+        "least 16 random bytes, and workers read it too: `head -c 32 /dev/urandom` makes them; default: "
+        "names are kept",
     )
 
     _add_splits(build.add_argument_group("splits"))
@@ -230,53 +263,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="igzip level; default: 2, the smallest of the four on float32 voxels",
     )
 
-    voxels = build.add_argument_group("voxels")
-    voxels.add_argument(
-        "--rescale",
-        default="minmax",
-        metavar="METHOD",
-        help="which intensities of a volume become 0 and 1. minmax (default): its least and largest; "
-        "percentile:LO,HI: two of its percentiles, as percentile:0.5,99.5, for MRI with bright outliers; "
-        "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
-        "and one standard deviation above it; none: keep the image's units",
-    )
-    voxels.add_argument(
-        "--rescale-within",
-        metavar="VOXELS",
-        help="take range, percentiles, mean and deviation over these voxels only: nonzero, or above:T, "
-        "those above T in the image's units; default: all",
-    )
-    voxels.add_argument(
-        "--clip",
-        action="store_true",
-        help="set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
-        "with --rescale-within; default: keep them as they are",
-    )
-    voxels.add_argument(
-        "--voxel-dtype",
-        choices=VOXEL_DTYPES,
-        default="float32",
-        help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
-        "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
-        "float32",
-    )
-    voxels.add_argument(
-        "--frames",
-        metavar="|".join(FRAMES),
-        help="of 4-D images; all: every frame, as the channels of one record; first, or a number from 0: one "
-        "of them; mean: their mean; default: 4-D images are refused",
-    )
-    voxels.add_argument(
-        "--complex",
-        choices=COMPLEX_PARTS,
-        help="of complex images; magnitude; phase, in radians; real-imag: both parts, as channels; default: "
-        "complex images are refused",
-    )
-    voxels.add_argument(
-        "--allow-mixed-shapes",
-        action="store_true",
-        help="accept volumes of another shape than the first image's",
-    )
+    _add_voxels(build)
+    _add_preparation(build)
 
     run = build.add_argument_group("running")
     run.add_argument(
@@ -328,10 +316,135 @@ def _add_splits(group: argparse._ActionsContainer) -> None:
     )
 
 
+def _add_columns(command: argparse.ArgumentParser) -> None:
+    columns = command.add_argument_group("manifest columns")
+    columns.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
+    columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+    columns.add_argument(
+        "--id-column",
+        metavar="NAME",
+        help="unique name of each example; default: participant_id, joined with session_id, else the path",
+    )
+
+
+def _add_voxels(command: argparse.ArgumentParser) -> None:
+    voxels = command.add_argument_group("voxels")
+    voxels.add_argument(
+        "--rescale",
+        default="minmax",
+        metavar="METHOD",
+        help="which intensities of a volume become 0 and 1. minmax (default): its least and largest; "
+        "percentile:LO,HI: two of its percentiles, as percentile:0.5,99.5, for MRI with bright outliers; "
+        "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
+        "and one standard deviation above it; none: keep the image's units",
+    )
+    voxels.add_argument(
+        "--rescale-within",
+        metavar="VOXELS",
+        help="take range, percentiles, mean and deviation over these voxels only: nonzero, or above:T, "
+        "those above T in the image's units; default: all",
+    )
+    voxels.add_argument(
+        "--clip",
+        action="store_true",
+        help="set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
+        "with --rescale-within; default: keep them as they are",
+    )
+    voxels.add_argument(
+        "--voxel-dtype",
+        choices=VOXEL_DTYPES,
+        default="float32",
+        help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
+        "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
+        "float32",
+    )
+    voxels.add_argument(
+        "--frames",
+        metavar="|".join(FRAMES),
+        help="of 4-D images; all: every frame, as the channels of one record; first, or a number from 0: one "
+        "of them; mean: their mean; default: 4-D images are refused",
+    )
+    voxels.add_argument(
+        "--complex",
+        choices=COMPLEX_PARTS,
+        help="of complex images; magnitude; phase, in radians; real-imag: both parts, as channels; default: "
+        "complex images are refused",
+    )
+    voxels.add_argument(
+        "--allow-mixed-shapes",
+        action="store_true",
+        help="accept volumes of another shape than the first image's",
+    )
+
+
+def _add_preparation(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "preparation",
+        "What is done to each volume between loading and rescaling, in this order; default: nothing.",
+    )
+    group.add_argument(
+        "--preprocess",
+        metavar="MODULE:FUNCTION",
+        help="a function of yours, Volume to Volume, that the workers can import, such as mylab.brains:strip",
+    )
+    group.add_argument(
+        "--orientation",
+        default="native",
+        metavar="CODE",
+        help="turn the axes to where this says that each index grows, such as RAS or LPS; default: native, "
+        "as in the file",
+    )
+    group.add_argument(
+        "--spacing",
+        metavar="X,Y,Z",
+        help="resample to this voxel size in mm, such as 1,1,1, linearly and without smoothing first",
+    )
+    group.add_argument(
+        "--crop-foreground",
+        metavar="RULE",
+        help="crop to the bounding box of the voxels that are nonzero, or above:T, in the image's units",
+    )
+    group.add_argument(
+        "--shape",
+        metavar="X,Y,Z",
+        help="crop and pad around the centre to this many voxels, such as 160,192,160",
+    )
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = _command(
+        commands,
+        "check",
+        "read the headers of a manifest's images, and say what a build would make of them",
+        _CHECK_EXAMPLES + EXIT_CODES,
+    )
+    check.add_argument("manifest", metavar="MANIFEST", help="as for build")
+    _add_columns(check)
+    _add_voxels(check)
+    _add_preparation(check)
+    run = check.add_argument_group("running")
+    run.add_argument("--json", action="store_true", help="as JSON")
+    run.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the JSON here too; on a cluster needed, and within the workers' reach",
+    )
+    run.add_argument(
+        "--workers", type=int, metavar="N", help=f"threads; default: all cores ({default_workers()} here)"
+    )
+    _add_quiet(run)
+    check.add_argument_group("Apache Beam", "Every other flag goes to Beam, as for build.")
+
+
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verify = _command(commands, "verify", "read a dataset back and check every byte of it")
     verify.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     verify.add_argument("--manifest", metavar="MANIFEST", help="compare ids and labels with this table")
+    verify.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="of a dataset that was built with it: to compare with --manifest, and for --deep",
+    )
     verify.add_argument(
         "--deep",
         metavar="N",
@@ -346,6 +459,26 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    extract = _command(
+        commands, "extract", "write the images of records as NIfTI files", _EXTRACT_EXAMPLES + EXIT_CODES
+    )
+    extract.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+    extract.add_argument(
+        "--id",
+        action="append",
+        required=True,
+        metavar="ID",
+        help="a record, by its example id; several times for several",
+    )
+    extract.add_argument(
+        "--out",
+        metavar="FILE",
+        help=".nii.gz or .nii; default: ID.nii.gz in this folder, with _ for what a file name cannot hold",
+    )
+    extract.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def _add_workers(group: argparse._ActionsContainer, what: str) -> None:
@@ -380,7 +513,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, shown in _PATHS.items():
         if getattr(known, name, None) == "":
             raise UsageError(f"{shown} is empty; was a variable not set?")
-    if rest and (known.command != "build" or not all(a.startswith("--") for a in rest[:1])):
+    if rest and (known.command not in ("build", "check") or not all(a.startswith("--") for a in rest[:1])):
         raise UsageError(f"unknown argument {rest[0]}; see `beam-nifti {known.command} --help`")
     return known, [_underscored(a) for a in rest]
 
@@ -428,6 +561,19 @@ def _build_flags() -> list[str]:
     return list(action.choices["build"]._option_string_actions)
 
 
+def _triple(
+    flag: str, text: str | None, number: Callable[[str], _Number]
+) -> tuple[_Number, _Number, _Number] | None:
+    if text is None:
+        return None
+    try:
+        x, y, z = map(number, text.split(","))
+    except ValueError:
+        example = "160,192,160" if number is int else "1,1,1.5"
+        raise UsageError(f"{flag} is {text!r}; give three numbers with commas, such as {example}") from None
+    return x, y, z
+
+
 def build_config(options: argparse.Namespace) -> BuildConfig:
     """The build that the options ask for.
 
@@ -442,17 +588,8 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
     return BuildConfig(
         manifest=options.manifest,
         output=options.output,
-        record=RecordConfig(
-            options.rescale,
-            options.voxel_dtype,
-            options.compression,
-            level,
-            options.frames,
-            clip=options.clip,
-            rescale_within=options.rescale_within,
-            complex=options.complex,
-        ),
-        columns=Columns(options.path_column, options.label_column, options.id_column),
+        record=_record_config(options, options.compression, level),
+        columns=_columns(options),
         sharding=sharding,
         splitting=_splitting(options),
         shuffle_seed=options.shuffle_seed,
@@ -461,6 +598,49 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         overwrite=options.overwrite,
         temp_location=options.temp_location,
         workers=default_workers() if options.workers is None else options.workers,
+        anonymous_ids=options.anonymous_ids,
+    )
+
+
+def check_config(options: argparse.Namespace) -> BuildConfig:
+    """The build that `check` looks ahead to; its output is the report, "" for none.
+
+    Raises:
+        UsageError: a value that no build can have.
+    """
+    return BuildConfig(
+        manifest=options.manifest,
+        output=options.out or "",
+        record=_record_config(options),
+        columns=_columns(options),
+        allow_mixed_shapes=options.allow_mixed_shapes,
+        workers=default_workers() if options.workers is None else options.workers,
+    )
+
+
+def _columns(options: argparse.Namespace) -> Columns:
+    return Columns(options.path_column, options.label_column, options.id_column)
+
+
+def _record_config(
+    options: argparse.Namespace,
+    compression: str = RecordConfig.compression,
+    level: int = RecordConfig.compression_level,
+) -> RecordConfig:
+    return RecordConfig(
+        rescale=options.rescale,
+        voxel_dtype=options.voxel_dtype,
+        compression=compression,
+        compression_level=level,
+        frames=options.frames,
+        clip=options.clip,
+        rescale_within=options.rescale_within,
+        complex=options.complex,
+        preprocess=options.preprocess,
+        orientation=None if options.orientation == "native" else options.orientation,
+        spacing=_triple("--spacing", options.spacing, float),
+        crop_foreground=options.crop_foreground,
+        shape=_triple("--shape", options.shape, int),
     )
 
 

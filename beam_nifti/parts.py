@@ -146,7 +146,7 @@ def finished_rows(
         rows: of one shard, in the order of their positions; at least one.
         extra_columns: names of the manifest's further columns.
         folder: what relative image paths are relative to.
-        shape: that every volume must have; None where shapes may differ.
+        shape: that every record must have; None where shapes may differ.
         dtype: that every volume must have on disk; None where dtypes may differ.
 
     Returns:

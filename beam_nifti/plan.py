@@ -14,6 +14,7 @@ from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestError, OutputError
 from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.sharding import ShardName, order_rows, shard_ranges
 
 SHARD_BYTES: Final = 192 << 20
@@ -118,7 +119,7 @@ class BuildPlan:
         column_names: of the manifest.
         extra_columns: those of them that are only kept in the index.
         split_sizes: rows of each split.
-        shape: that every volume must have; None where shapes may differ.
+        shape: that every record must have; None where shapes may differ.
         source_dtype: dtype on disk of the first image, such as "int16" or "rgb24".
         loaded_dtype: of its voxels as they are loaded.
         unit_rows: rows of a work unit, at most.
@@ -126,6 +127,7 @@ class BuildPlan:
         reuse_published: whether records may be taken from them.
         earlier_totals: shards a split, of unfinished builds of these or other rows in the output.
         revision: of the dataset that this build makes.
+        key_check: `Manifest.key_check`.
     """
 
     config: BuildConfig
@@ -142,6 +144,7 @@ class BuildPlan:
     reuse_published: bool = True
     earlier_totals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revision: int = 1
+    key_check: str | None = None
 
     @property
     def sharding(self) -> Sharding:
@@ -234,7 +237,9 @@ class BuildPlan:
         Raises:
             ManifestError: the manifest is no longer the one that was planned for.
         """
-        manifest = read_manifest(manifest_path, self.config.columns, self.config.splitting)
+        key = self.config.anonymous_ids
+        pseudonyms = read_pseudonyms(key) if key else None
+        manifest = read_manifest(manifest_path, self.config.columns, self.config.splitting, pseudonyms)
         if manifest.digest() != self.digest:
             raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
         published = self._published()

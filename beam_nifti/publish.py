@@ -18,7 +18,7 @@ from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
-_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "isal")
+_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "scipy", "isal")
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ def publish_dataset(
             "num_rows": plan.num_rows,
             "digest": plan.digest,
             "columns": list(plan.column_names),
+            **({"key_check": plan.key_check} if plan.key_check else {}),
         },
         shape=plan.shape,
         dtype=plan.stored_dtype,

@@ -18,6 +18,7 @@ from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor, enc
 from beam_nifti.header import COLOURS
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.prepare import prepare_volume
 from beam_nifti.rescale import Ends, Intensity, Scaling
 from beam_nifti.volume import load_volume, rescale_volume
 
@@ -229,7 +230,7 @@ def check_source(
     """
     row = VolumeRow(cells["row"], cells["example_id"], cells["source"], cells["label"])
     try:
-        volume = rescale_volume(load_volume(row, folder, record=config), config)
+        volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
     except VolumeError as e:
         yield f"cannot be made again: {e}"
         return

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.quantize import LARGEST, numpy_dtype, quantize
+from beam_nifti.quantize import LARGEST, UINT8_LEVELS, numpy_dtype, quantize
 
 Voxels = npt.NDArray[Any]
 _CHUNK: Final = 1 << 15
@@ -253,3 +253,37 @@ def keep_units(voxels: Voxels, scaling: Scaling, dtype: str = "float32") -> Voxe
         out[...] = scaling.apply(chunk)
 
     return _in_chunks(voxels, dtype, fill)
+
+
+def restore_units(stored: Voxels, ends: Ends | None) -> Voxels:
+    """The values in the image's units: `low + x * (high - low)`, the inverse of `rescale_between`.
+
+    In float64, rounded once. What was clipped comes back as the end at which it was clipped.
+
+    Args:
+        stored: any shape, C order, as a record holds rescaled voxels: x, or as uint8 255 times x.
+        ends: what became 0 and 1; None for voxels that are in the image's units.
+
+    Returns:
+        float32 of the same shape; float64 where float32 cannot hold the largest of the values.
+    """
+    if ends is None:
+        return stored.astype(np.float32, copy=False)
+    levels = UINT8_LEVELS if stored.dtype == np.uint8 else 1
+    factor = 0.5 if math.isinf(ends.high - ends.low) else 1.0  # the range of float64 itself, as above
+    low, width = ends.low * factor, ends.high * factor - ends.low * factor
+
+    def restore(chunk: Voxels) -> npt.NDArray[np.float64]:
+        values = chunk.astype(np.float64)
+        values *= width / levels
+        values += low
+        values /= factor
+        return values
+
+    largest = np.abs(restore(np.array([stored.min(), stored.max()]))).max()
+    fits = largest == 0 or np.finfo(np.float32).tiny <= largest <= LARGEST["float32"]
+    out = np.empty(stored.shape, np.float32 if fits else np.float64)
+    source, target = stored.reshape(-1), out.reshape(-1)
+    for start in range(0, source.size, _CHUNK):
+        target[start : start + _CHUNK] = restore(source[start : start + _CHUNK])
+    return out

@@ -6,6 +6,7 @@ Reshuffle            WorkUnit          only rows cross a shuffle, never a voxel
 SkipFinished         WorkUnit, and (shard, Part)
 UnpackRows           VolumeRow
 LoadVolume           Volume            ┐
+Prepare              Volume            │ only where a preparation is asked for
 Rescale              Volume            │ each with (shard, Failure)
 EncodeExample        (IndexEntry, Example bytes) ┘
 WriteToTFRecord      ShardOutcome
@@ -45,10 +46,12 @@ from beam_nifti.parts import (
     parts_folder,
 )
 from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit, require_current
+from beam_nifti.prepare import prepare_volume
 from beam_nifti.progress import METER
 from beam_nifti.publish import BuildSummary, TooManyFailures, publish_dataset
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import encode_pieces
+from beam_nifti.user_function import load_function
 from beam_nifti.volume import Volume, load_volume, rescale_volume
 
 FAILURES: Final = "failures"
@@ -127,7 +130,7 @@ class LoadVolume(beam.DoFn):
 
     Args:
         folder: what relative paths are relative to: the manifest's folder.
-        shape: that every volume must have; None, or None for an axis, where shapes may differ.
+        shape: that every record must have; None, or None for an axis, where shapes may differ.
         dtype: that every volume must have on disk; None where dtypes may differ.
         config: of the records that the volumes become.
     """
@@ -156,6 +159,30 @@ class LoadVolume(beam.DoFn):
         self._loaded.inc()
         self._bytes.inc(volume.source.size)
         yield volume
+
+
+class Prepare(beam.DoFn):
+    """Do to a volume what it needs before its intensities are looked at: `prepare_volume`.
+
+    Args:
+        config: says what.
+        shape: that every record must have; None, or None for an axis, where shapes may differ.
+    """
+
+    def __init__(self, config: RecordConfig, shape: tuple[int | None, ...] | None = None) -> None:
+        self._config, self._shape = config, shape
+        self._msec = Metrics.distribution(type(self), "prepare-msec")
+
+    def setup(self) -> None:
+        """Find the user's function: without it the build must stop, not lose every volume."""
+        if self._config.preprocess is not None:
+            load_function(self._config.preprocess, self._config.preprocess_sha256)
+
+    def process(self, volume: Volume) -> Iterable[Volume]:
+        """Yield the prepared volume."""
+        with _timed(self._msec):
+            prepared = prepare_volume(volume, self._config, self._shape)
+        yield prepared
 
 
 class Rescale(beam.DoFn):
@@ -424,12 +451,18 @@ class BuildDataset(beam.PTransform[Any, Any]):
             | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
             | "LoadVolume" >> _guarded(loading, Volume)  # Volume
         )
-        rescaled = loaded.main | "Rescale" >> _guarded(Rescale(config.record), Volume)  # Volume
+        steps, volumes = [loaded], loaded.main
+        if config.record.prepares:
+            prepared = volumes | "Prepare" >> _guarded(
+                Prepare(config.record, plan.required_shape), Volume
+            )  # Volume
+            steps, volumes = [loaded, prepared], prepared.main
+        rescaled = volumes | "Rescale" >> _guarded(Rescale(config.record), Volume)  # Volume
         encoded = rescaled.main | "EncodeExample" >> _guarded(
             EncodeExample(), tuple[IndexEntry, bytes]
         )  # (IndexEntry, Example bytes)
         outcomes = (
-            (manifest[SHARDS], units[FINISHED], *(s[FAILURES] for s in (loaded, rescaled, encoded)))
+            (manifest[SHARDS], units[FINISHED], *(s[FAILURES] for s in (*steps, rescaled, encoded)))
             | "Outcomes" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
         )
         summary: _Values = (

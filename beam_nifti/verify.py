@@ -9,20 +9,22 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import pyarrow as pa
 
 from beam_nifti import storage
-from beam_nifti.config import Columns, Splitting
+from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
 from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.memory import keep_buffers
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.problems import Problems, Scope
+from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec, check_record, check_source
 from beam_nifti.shard_pass import ShardPass, StoredRecord
@@ -36,6 +38,7 @@ from beam_nifti.table_checks import (
     relative_ids,
 )
 from beam_nifti.tfrecord import decode_record
+from beam_nifti.user_function import load_function
 
 ALL: Final = 2**63 - 1
 """For `deep`: every record."""
@@ -76,6 +79,7 @@ def verify_dataset(
     output: str,
     *,
     manifest: str | None = None,
+    anonymous_ids: str | None = None,
     deep: int | None = None,
     workers: int = 1,
     on_progress: OnProgress | None = None,
@@ -86,6 +90,8 @@ def verify_dataset(
         output: folder or URL of the dataset.
         manifest: a table whose ids, labels and splits the dataset must have; relative image paths are
             then relative to its folder.
+        anonymous_ids: file of the key by which ids and paths of the dataset became pseudonyms, if it has
+            any; `manifest` and `deep` need both it and the manifest then.
         deep: how many records, spread evenly, to make again from their images and to compare bit for
             bit; ALL for every one.
         workers: threads; each holds one record.
@@ -94,7 +100,9 @@ def verify_dataset(
     Raises:
         DatasetError: there is no complete dataset of a known format.
         ManifestError: the manifest cannot be read.
-        UsageError: `deep` or `workers` is out of range.
+        UsageError: `deep` or `workers` is out of range; or records are to be made again with a function
+            that cannot be imported here, or is not the one that they were made with; or the key is not
+            the dataset's.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -107,19 +115,65 @@ def verify_dataset(
         drawn = info.config.get("splitting")
         splitting = Splitting(**drawn) if drawn else None
         built_from = info.manifest["path"]
-        verification = _Verification(output, info, RecordSpec.of(info), on_progress)
+        spec = RecordSpec.of(info)
+        verification = _Verification(output, info, spec, on_progress)
     except (UsageError, KeyError, TypeError) as e:
         path = storage.join(output, FILE_NAME)
         raise DatasetError(f"{path}: not a configuration of a dataset: {e!r}") from e
+    if deep and spec.config.preprocess is not None:
+        load_function(spec.config.preprocess, spec.config.preprocess_sha256)
+    pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns, splitting)
+        wanted = read_manifest(built_from, columns, splitting, pseudonyms)
     keep_buffers()
     verification.check_files()
-    verification.check_shards(workers, min(deep or 0, info.num_examples), storage.dirname(built_from))
+    images = _Images(storage.dirname(built_from), wanted if pseudonyms else None)
+    verification.check_shards(workers, min(deep or 0, info.num_examples), images)
     verification.check_tables(columns, wanted)
     return verification.report()
+
+
+def _read_pseudonyms(
+    output: str, info: DatasetInfo, manifest: str | None, key: str | None, deep: int | None
+) -> Pseudonyms | None:
+    """The pseudonyms of the dataset, where it has some and a manifest is to be compared with it."""
+    check = info.manifest.get("key_check")
+    if check is None and key is not None:
+        raise UsageError(f"{output}: its ids are not anonymous; leave --anonymous-ids out")
+    if (manifest or key or deep) and check is not None and not (manifest and key):
+        raise UsageError(
+            f"{output}: its ids and paths are anonymous; to compare it with a manifest or with its images, "
+            "give both --manifest and --anonymous-ids"
+        )
+    pseudonyms = read_pseudonyms(key) if key else None
+    if pseudonyms and pseudonyms.check != check:
+        raise UsageError(f"{key}: not the key that {output} was built with; give that one")
+    return pseudonyms
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Where the images of a dataset are.
+
+    Attributes:
+        folder: what relative paths are relative to.
+        manifest: has the paths where the index has pseudonyms of them; else None.
+    """
+
+    folder: str
+    manifest: Manifest | None
+
+    def check(self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig) -> Iterator[str]:
+        """Make a record again from its image; as `check_source`."""
+        if self.manifest:
+            path = self.manifest.path_of(cells["source"])
+            if path is None:
+                yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
+                return
+            cells = {**cells, "source": path}
+        yield from check_source(payload, cells, self.folder, config)
 
 
 class _Verification:
@@ -154,7 +208,7 @@ class _Verification:
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)
 
-    def check_shards(self, workers: int, num_deep: int, folder: str) -> None:
+    def check_shards(self, workers: int, num_deep: int, images: _Images) -> None:
         """Every shard, its index and its records."""
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
@@ -171,7 +225,7 @@ class _Verification:
                     at = starts[number] + record.ordinal
                     # Exactly num_deep of the numbers below num_examples, evenly spread.
                     is_deep = at * num_deep % max(info.num_examples, 1) < num_deep
-                    self._check(record, number, folder if is_deep else None)
+                    self._check(record, number, images if is_deep else None)
 
         with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
             try:
@@ -182,7 +236,7 @@ class _Verification:
                 stop.set()
         self._rows += (p.rows for p in passes)
 
-    def _check(self, record: StoredRecord, shard: int, folder: str | None) -> None:
+    def _check(self, record: StoredRecord, shard: int, images: _Images | None) -> None:
         def tell(problem: str) -> None:
             self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
 
@@ -190,8 +244,8 @@ class _Verification:
             payload = decode_record(record.data, self._compressed)
             for problem in check_record(payload, record.cells, self._spec):
                 tell(problem)
-            if folder is not None:
-                for problem in check_source(payload, record.cells, folder, self._spec.config):
+            if images is not None:
+                for problem in images.check(payload, record.cells, self._spec.config):
                     tell(problem)
         except ShardError as e:
             tell(str(e))
@@ -200,7 +254,7 @@ class _Verification:
         with self._lock:
             self._num_examples += 1
             self._num_bytes += len(record.data)
-            self._num_deep += folder is not None
+            self._num_deep += images is not None
         if self._on_progress:
             self._on_progress(volumes=1, num_bytes=len(record.data))
 

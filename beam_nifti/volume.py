@@ -11,15 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti import storage
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import RecordConfig, threshold_of
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import parse_header
 from beam_nifti.header import (
     RecordLayout,
     VolumeHeader,
     record_layout,
+    require_dtype,
+    require_shape,
     require_storable,
-    require_uniform,
+    stored_shape,
 )
 from beam_nifti.image import Image, open_image, read_header
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
@@ -78,7 +80,8 @@ def load_volume(
     Args:
         row: names the image.
         folder: what a relative path is relative to: the manifest's folder.
-        shape: that its voxels must have, None for axes of any length; None accepts any.
+        shape: that its record must have, None for axes of any length; None accepts any. What the header
+            cannot tell, `prepare_volume` looks at.
         dtype: that it must have on disk; None accepts any.
         record: configuration of the record that is to be made of it; None means the default one.
 
@@ -94,7 +97,11 @@ def load_volume(
 
     def parse(head: bytes) -> VolumeHeader:
         header = parse_header(row.path, head)
-        require_uniform(row.path, header, require_storable(row.path, header, record), shape, dtype)
+        require_storable(row.path, header, record)
+        stored = stored_shape(row.path, header, record)
+        if stored is not None:
+            require_shape(row.path, stored, shape)
+        require_dtype(row.path, header, dtype)
         return header
 
     with open_image(row.path, storage.join(folder, row.path), parse) as image:
@@ -227,7 +234,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
             )
         selection = None
         if config.rescale_within is not None:
-            selection = select_voxels(voxels, scaling, config.threshold)
+            selection = select_voxels(voxels, scaling, threshold_of(config.rescale_within))
         ends = find_ends(voxels, scaling, intensity, config, selection)
         del selection  # it is not needed any more, and as large as the voxels of a mask
         if not config.is_bounded:

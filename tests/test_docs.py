@@ -21,10 +21,12 @@ import pytest
 from beam_nifti import options
 from beam_nifti.example import decode_example, decode_tensor, encode_tensor
 from beam_nifti.index import ENDS_SCHEMA, SCHEMA, read_index
+from beam_nifti.prepare import apply_function
 from beam_nifti.publish import read_info
 from beam_nifti.quantize import numpy_dtype
 from beam_nifti.tfrecord import decode_record
-from tests.images import brain, write_image
+from beam_nifti.volume import load_volume
+from tests.images import brain, row_of, write_image
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -173,14 +175,27 @@ def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
     assert [n for n in sorted(names) if f"`{n}`" not in text] == []
 
 
-COMMANDS = ("manifest bids", "manifest glob", "build", "verify", "inspect")
+def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
+    (source,) = blocks(ROOT / "docs/preparation.md", "python")
+    names: dict[str, Any] = {}
+    exec(source, names)
+    volume = load_volume(row_of(write_image(tmp_path / "a.nii", slope=0.5)))
+    clipped = apply_function(volume, names["clip"], "mylab.brains:clip").voxels
+    assert np.array_equal(clipped, np.minimum(0.5 * volume.voxels, clipped.max()))
+    assert 0 < np.mean(clipped == clipped.max()) < 0.05
+
+
+COMMANDS = ("manifest bids", "manifest glob", "check", "build", "verify", "inspect", "extract")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_explains_every_option(command: str) -> None:
     section = README.read_text().split(f"### beam-nifti {command}")[1].split("\n### ")[0]
     explained = {f"--{name}" for name in re.findall(r"^\| `--([\w-]+)", section, re.M)}
-    assert explained == _flags(command) - {"--help"}
+    flags = _flags(command) - {"--help"}
+    if command == "check":  # what it shares with the build is explained there
+        flags -= _flags("build") - {"--workers", "--quiet"}
+    assert explained == flags
 
 
 def test_every_flag_in_the_documents_exists() -> None:

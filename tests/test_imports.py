@@ -17,7 +17,8 @@ MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if pat
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"formats"},
+    "nibabel": {"formats", "grid", "prepare", "nifti_writer"},
+    "scipy": {"prepare"},
     "tensorflow": {"reader"},
     "apache_beam": {
         "coders",
@@ -28,10 +29,14 @@ ONLY_IMPORTERS = {
         "gcs",
         "local_runner",
         "build",
+        "check",
         "engines",
     },
 }
-LAZY_IMPORTERS = {"apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"}}
+LAZY_IMPORTERS = {
+    "scipy": {"prepare"},
+    "apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"},
+}
 """Modules that import the package only inside functions."""
 
 
@@ -119,6 +124,7 @@ def loaded_by(module: str) -> set[str]:
         ("beam_nifti", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.cli", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.verify", {"apache_beam", "tensorflow"}),
+        ("beam_nifti.extract", {"apache_beam", "tensorflow"}),
         ("beam_nifti.build", {"apache_beam", "tensorflow"}),
         ("beam_nifti.transforms", {"tensorflow"}),
         ("beam_nifti.reader", {"apache_beam", "nibabel"}),

@@ -1,0 +1,168 @@
+"""From a record back to an image: its voxels in the image's units, and where they lie.
+
+A record is read by the place that the index gives, without the others of its shard, and is held to all that
+`verify` asks of it before anything is made of it. Source: docs/extract.md.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from beam_nifti import storage
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import DatasetError, ShardError, UsageError
+from beam_nifti.example import decode_example, decode_tensor
+from beam_nifti.inspection import describe_records
+from beam_nifti.nifti_writer import require_nifti_name, write_nifti
+from beam_nifti.publish import read_info
+from beam_nifti.record_checks import RecordSpec, check_record
+from beam_nifti.rescale import Ends, Scaling, Voxels, restore_units
+from beam_nifti.tfrecord import decode_record
+
+_UNFIT: Final = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
+"""What a file name cannot hold, on Linux or elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredVolume:
+    """The volume that a record holds.
+
+    Attributes:
+        example_id: of the record.
+        voxels: (X, Y, Z) or (X, Y, Z, T), C order, read-only. Of a dataset of native voxels they are those
+            of the image's file; else they are in the image's units, as float32, or as float64 where float32
+            cannot hold them.
+        scaling: from `voxels` to the image's units; that of the image's header for native voxels, else
+            none.
+        affine: float64 (4, 4), voxel indices to millimetres in RAS+.
+        zooms: voxel size along each axis, in millimetres.
+    """
+
+    example_id: str
+    voxels: Voxels
+    scaling: Scaling
+    affine: npt.NDArray[np.float64]
+    zooms: tuple[float, float, float]
+
+    def save(self, path: str) -> None:
+        """Write it as a NIfTI image.
+
+        Args:
+            path: ends in .nii or .nii.gz; local or a URL; replaced if it is there.
+
+        Raises:
+            UsageError: the path has another ending.
+            OSError: it cannot be written.
+        """
+        write_nifti(path, self.voxels, self.scaling, self.affine, self.zooms)
+
+
+def read_volume(output: str, example_id: str) -> StoredVolume:
+    """Read one record of a dataset.
+
+    Args:
+        output: folder or URL of the dataset.
+        example_id: names the record.
+
+    Raises:
+        DatasetError: there is no complete dataset, no such record in it, or the record is damaged.
+    """
+    (volume,) = read_volumes(output, [example_id])
+    return volume
+
+
+def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolume]:
+    """Read some records of a dataset, one at a time, and its indexes once.
+
+    Args:
+        output: folder or URL of the dataset.
+        example_ids: name the records.
+
+    Yields:
+        The volumes, in the order of their names.
+
+    Raises:
+        DatasetError: as `read_volume`. Names that no record has are found before any is read.
+    """
+    output = storage.absolute(output)
+    spec = RecordSpec.of(read_info(output))
+    for cells in describe_records(output, example_ids):
+        try:
+            yield _read_record(storage.join(output, cells["shard"]), cells, spec)
+        except (ShardError, OSError) as e:
+            raise DatasetError(
+                f"{output}: record {cells['example_id']!r} of {cells['shard']} cannot be read ({e}); run "
+                "beam-nifti verify"
+            ) from e
+
+
+def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> StoredVolume:
+    with storage.open_read(path) as handle:
+        handle.seek(cells["offset"])
+        data = handle.read(cells["length"])
+    payload = decode_record(data, spec.config.compression == "gzip")
+    for problem in check_record(payload, cells, spec):
+        raise ShardError(problem)
+    features = decode_example(payload)
+    voxels, scaling = decode_tensor(features["image_raw"]), Scaling()  # type: ignore[arg-type]
+    if spec.config.voxel_dtype != "native":
+        voxels = restore_units(voxels, _ends(cells, spec.config))
+    elif "scl_slope" in features:
+        scaling = Scaling(*(struct.unpack("<d", features[n])[0] for n in ("scl_slope", "scl_inter")))
+    x, y, z = cells["zooms"]
+    affine = np.array(cells["affine"], np.float64).reshape(4, 4)
+    return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z))
+
+
+def _ends(cells: Mapping[str, Any], config: RecordConfig) -> Ends | None:
+    """What became 0 and 1; None where nothing was rescaled."""
+    if config.has_ends:
+        return Ends(cells["rescale_low"], cells["rescale_high"])
+    return None if config.method == "none" else Ends(cells["min"], cells["max"])
+
+
+def choose_paths(example_ids: Sequence[str], out: str | None) -> list[str]:
+    """Where to write the images of some records.
+
+    Args:
+        example_ids: each once.
+        out: of the only one; None names each file after its id.
+
+    Raises:
+        UsageError: two images would have one name, or `out` is no name of a NIfTI image.
+    """
+    if out is not None:
+        if len(example_ids) > 1:
+            raise UsageError(
+                f"--out names one file, and there are {len(example_ids)} ids; leave it out, and each file is "
+                "named after its id"
+            )
+        require_nifti_name(out)
+        return [out]
+    named: dict[str, str] = {}
+    for example_id in example_ids:
+        path = file_name(example_id)
+        if path in named:
+            raise UsageError(
+                f"--id {named[path]!r} and --id {example_id!r} would both be written to {path}; extract one "
+                "after the other, with --out"
+            )
+        named[path] = example_id
+    return list(named)
+
+
+def file_name(example_id: str) -> str:
+    r"""The name of the image of a record: its id, with `_` for what a file name cannot hold.
+
+    >>> file_name("sub-01_ses-2"), file_name("scans/sub-01/T1w.nii.gz")
+    ('sub-01_ses-2.nii.gz', 'scans_sub-01_T1w.nii.gz')
+    """
+    stem = example_id.removesuffix(".gz").removesuffix(".nii")
+    return f"{_UNFIT.sub('_', stem)}.nii.gz"

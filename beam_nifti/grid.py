@@ -1,0 +1,140 @@
+"""Where the voxels of a volume lie, and where preparation puts them. No voxels here.
+
+The shape that a header and a configuration promise is computed by the functions that make it, so that
+no volume gets another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import VolumeError
+
+Shape3 = tuple[int, int, int]
+
+_SAME_SPACING: Final = 1e-4
+"""Relative difference of voxel sizes up to which an axis is not resampled: headers hold float32."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Voxel centres in space.
+
+    Attributes:
+        shape: (X, Y, Z).
+        affine: float64 (4, 4), voxel indices to millimetres in RAS+.
+    """
+
+    shape: Shape3
+    affine: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], affine: npt.NDArray[np.float64]) -> Grid:
+        """The grid of a volume of (X, Y, Z) or (X, Y, Z, T)."""
+        x, y, z = shape[:3]
+        return cls((x, y, z), affine)
+
+    @property
+    def zooms(self) -> tuple[float, float, float]:
+        """Distance in millimetres of neighbours along each axis."""
+        x, y, z = nib.affines.voxel_sizes(self.affine).tolist()
+        return x, y, z
+
+    def part(self, starts: Sequence[float], shape: Shape3, steps: Sequence[float] = (1.0, 1.0, 1.0)) -> Grid:
+        """The grid whose voxel i lies where voxel `starts + steps · i` of this one does."""
+        affine = self.affine.copy()
+        affine[:3, :3] *= steps
+        affine[:3, 3] += self.affine[:3, :3] @ np.asarray(starts, np.float64)
+        return Grid(shape, affine)
+
+
+def orientation_of(affine: npt.NDArray[np.float64]) -> str:
+    """To where each index grows, such as "RAS"; "?" for an axis whose direction the affine does not tell."""
+    return "".join(letter or "?" for letter in nib.aff2axcodes(affine))
+
+
+def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
+    """How the axes have to be turned: for each one its new place, and 1 or -1 where it is flipped.
+
+    Args:
+        grid: any, oblique ones too: its nearest orientation counts.
+        code: such as "RAS".
+
+    Raises:
+        VolumeError: the affine does not tell where an axis points.
+    """
+    found = nib.orientations.io_orientation(grid.affine)
+    if np.isnan(found).any():
+        raise VolumeError("the affine gives an axis no direction; repair its sform or qform")
+    turns: npt.NDArray[Any] = nib.orientations.ornt_transform(found, nib.orientations.axcodes2ornt(code))
+    return turns
+
+
+def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:
+    """The grid with its axes turned as `axes_to` says."""
+    shape = [0, 0, 0]
+    for size, place in zip(grid.shape, turns[:, 0].astype(int), strict=True):
+        shape[place] = size
+    return Grid.of(shape, grid.affine @ nib.orientations.inv_ornt_aff(turns, grid.shape))
+
+
+def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], list[float]]:
+    """A grid of another voxel size around the same centre.
+
+    Along an axis of n voxels of size z it has `max(1, round(n · z / spacing))` of them. An axis whose
+    voxel size is within 1e-4 of the spacing stays as it is.
+
+    Returns:
+        The grid; and the starts and steps by which it is a part of the former one.
+
+    Raises:
+        VolumeError: the affine gives the voxels no size along an axis.
+    """
+    if not min(grid.zooms) > 0:
+        raise VolumeError("the affine gives the voxels no size; repair its sform or qform")
+    shape, starts, steps = list(grid.shape), [0.0] * 3, [1.0] * 3
+    for axis, (size, zoom, wanted) in enumerate(zip(grid.shape, grid.zooms, spacing, strict=True)):
+        if abs(zoom - wanted) > _SAME_SPACING * wanted:
+            shape[axis] = max(1, round(size * zoom / wanted))
+            steps[axis] = wanted / zoom
+            starts[axis] = (size - 1) / 2 - steps[axis] * (shape[axis] - 1) / 2
+    x, y, z = shape
+    return grid.part(starts, (x, y, z), steps), starts, steps
+
+
+def prepared_shape(
+    shape: tuple[int, ...], affine: npt.NDArray[np.float64], record: RecordConfig
+) -> tuple[int, ...] | None:
+    """The shape of a volume after its preparation.
+
+    Args:
+        shape: (X, Y, Z) or (X, Y, Z, T), as loaded.
+        affine: of the volume as loaded.
+        record: says how it is prepared.
+
+    Returns:
+        None where only the voxels or the user's function can tell.
+
+    Raises:
+        VolumeError: the affine does not allow the preparation.
+    """
+    if record.preprocess is not None:  # which may even add channels
+        return None
+    channels = shape[3:]
+    if record.shape is not None:
+        return record.shape + channels
+    if record.crop_foreground is not None:
+        return None
+    grid = Grid.of(shape, affine)
+    if record.orientation is not None:
+        grid = turn(grid, axes_to(grid, record.orientation))
+    if record.spacing is not None:
+        grid, _, _ = respace(grid, record.spacing)
+    return grid.shape + channels

@@ -1,0 +1,108 @@
+"""Writing a NIfTI image. Its header is made new: it has no text, and nothing of the one that was read."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+from nibabel.spatialimages import HeaderDataError
+
+from beam_nifti import storage
+from beam_nifti.errors import UsageError
+from beam_nifti.rescale import Scaling, Voxels
+
+_ALIGNED: Final = 2
+"""NIFTI_XFORM_ALIGNED_ANAT, the code of an affine whose space has no name: what nibabel gives a new image."""
+
+_MAX_NIFTI1_AXIS: Final = 2**15 - 1
+_GZIP_LEVEL: Final = 2
+_GZIP_WBITS: Final = 31
+_ZOOMS_TOLERANCE: Final = 1e-4
+"""Relative; beyond it a header's voxel sizes are not those of its affine."""
+
+
+def write_nifti(
+    path: str,
+    voxels: Voxels,
+    scaling: Scaling,
+    affine: npt.NDArray[np.float64],
+    zooms: tuple[float, float, float],
+) -> None:
+    """Write a single-file NIfTI image, whole or not at all.
+
+    NIfTI-1, unless that would change a value: NIfTI-2 where an axis has more than 32,767 voxels, or the
+    scaling does not fit float32.
+
+    Args:
+        path: ends in .nii or .nii.gz; local or a URL.
+        voxels: (X, Y, Z) or (X, Y, Z, T), any real dtype of NIfTI.
+        scaling: from `voxels` to the image's units; goes into the header.
+        affine: (4, 4), voxel indices to millimetres in RAS+. It becomes the sform, and, where it has no
+            shears and the sizes of `zooms`, the qform too.
+        zooms: voxel sizes in millimetres.
+
+    Raises:
+        UsageError: the path has another ending.
+        OSError: it cannot be written.
+    """
+    require_nifti_name(path)
+    content = voxels.astype(voxels.dtype.newbyteorder("<"), copy=False)
+    in_file_order = np.ascontiguousarray(content.T)  # x fastest
+    header = _make_header(voxels, scaling, affine, zooms)
+    with storage.create(path) as handle:
+        if not path.endswith(".gz"):
+            handle.write(header)
+            handle.write(in_file_order.data.cast("B"))
+            return
+        packer = isal_zlib.compressobj(_GZIP_LEVEL, wbits=_GZIP_WBITS)  # its member names no file and no time
+        handle.write(packer.compress(header))
+        for part in in_file_order:
+            handle.write(packer.compress(part.data.cast("B")))
+        handle.write(packer.flush())
+
+
+def require_nifti_name(path: str) -> None:
+    """Refuse to write an image under a name by which no program would know it.
+
+    Raises:
+        UsageError: it ends in neither .nii nor .nii.gz.
+    """
+    if not path.endswith((".nii", ".nii.gz")):
+        raise UsageError(f"{path}: not the name of a NIfTI image; let it end in .nii or .nii.gz")
+
+
+def _make_header(
+    voxels: Voxels, scaling: Scaling, affine: npt.NDArray[np.float64], zooms: tuple[float, float, float]
+) -> bytes:
+    """A little-endian header and its empty extension flag."""
+    factors = np.array([scaling.slope, scaling.inter])
+    with np.errstate(over="ignore", under="ignore"):
+        fits = np.array_equal(factors.astype(np.float32), factors)
+    is_small = fits and max(voxels.shape) <= _MAX_NIFTI1_AXIS
+    kind: type[nib.Nifti1Header] = nib.Nifti1Header if is_small else nib.Nifti2Header
+    header = kind(endianness="<")
+    header.set_data_dtype(voxels.dtype.newbyteorder("="))
+    header.set_data_shape(voxels.shape)
+    header.set_sform(affine, code=_ALIGNED)
+    if not _set_qform(header, affine, zooms):
+        header.set_qform(np.eye(4), code=0)
+    header["pixdim"][1:4] = zooms
+    header["pixdim"][4] = 0  # of a time step that no record keeps
+    header.set_xyzt_units("mm")
+    header["scl_slope"], header["scl_inter"] = factors
+    header["vox_offset"] = kind.sizeof_hdr + 4
+    return bytes(header.binaryblock) + bytes(4)
+
+
+def _set_qform(
+    header: nib.Nifti1Header, affine: npt.NDArray[np.float64], zooms: tuple[float, float, float]
+) -> bool:
+    """Give the header a qform; whether the affine can be one: a rotation, perhaps a flip, and the zooms."""
+    try:
+        header.set_qform(affine, code=_ALIGNED, strip_shears=False)
+    except HeaderDataError:
+        return False
+    return np.allclose(header["pixdim"][1:4], zooms, rtol=_ZOOMS_TOLERANCE, atol=0)

@@ -1,0 +1,247 @@
+"""What is done to a volume between loading and rescaling. Conventions: docs/preparation.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import nibabel as nib
+import numpy as np
+
+from beam_nifti.config import RecordConfig, threshold_of
+from beam_nifti.errors import VolumeError
+from beam_nifti.grid import Grid, Shape3, axes_to, respace, turn
+from beam_nifti.header import require_shape, require_size
+from beam_nifti.intensity import select_voxels
+from beam_nifti.rescale import Scaling
+from beam_nifti.user_function import Function, load_function
+from beam_nifti.volume import Volume
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+_UNTURNED: Final = [[0, 1], [1, 1], [2, 1]]
+
+
+def prepare_volume(
+    volume: Volume, record: RecordConfig, shape: tuple[int | None, ...] | None = None
+) -> Volume:
+    """Prepare a volume as a configuration says.
+
+    Args:
+        volume: as loaded. Its voxels are taken over and released, so that there are never more than two
+            copies of them.
+        record: says what is done.
+        shape: that the result must have; None accepts any.
+
+    Raises:
+        VolumeError: the volume cannot be prepared so, or not to that shape, or has then no place in a
+            record.
+        UsageError: the user's function cannot be imported, or is another than the dataset's.
+    """
+    prepared = replace(volume)
+    volume.release()
+    path = volume.row.path
+    try:
+        for step in _steps(record):
+            prepared = step(prepared)
+    except VolumeError as e:
+        raise VolumeError(f"{path}: {e}") from e
+    require_shape(path, prepared.voxels.shape, shape)
+    require_size(path, prepared.voxels.shape, prepared.voxels.dtype, record)
+    return prepared
+
+
+def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
+    steps: list[Callable[[Volume], Volume]] = []
+    if record.preprocess is not None:
+        function = load_function(record.preprocess, record.preprocess_sha256)
+        steps.append(partial(apply_function, function=function, name=record.preprocess))
+    if record.orientation is not None:
+        steps.append(partial(orient, code=record.orientation))
+    if record.spacing is not None:
+        steps.append(partial(resample, spacing=record.spacing))
+    if record.crop_foreground is not None:
+        steps.append(partial(crop_foreground, rule=record.crop_foreground))
+    if record.shape is not None:
+        steps.append(partial(crop_or_pad, shape=record.shape))
+    return steps
+
+
+def apply_function(volume: Volume, function: Function, name: str) -> Volume:
+    """Call the user's function, and check what it returns.
+
+    Voxels, scaling and affine of the result are taken from it, voxel sizes from its affine.
+
+    Args:
+        volume: that the function gets.
+        function: from Volume to Volume.
+        name: of the function, for errors.
+
+    Raises:
+        VolumeError: it raised an exception, or returned what cannot be a volume.
+    """
+    try:
+        made = function(volume)
+    except Exception as e:
+        raise VolumeError(
+            f"--preprocess {name} failed: {type(e).__name__}: {e}; repair it, or leave the image out"
+        ) from e
+    problem = _wrong_with(made)
+    if problem:
+        raise VolumeError(f"--preprocess {name} {problem}")
+    grid = Grid.of(made.voxels.shape, np.asarray(made.affine, np.float64))
+    return replace(volume, voxels=made.voxels, scaling=made.scaling, affine=grid.affine, zooms=grid.zooms)
+
+
+def _wrong_with(made: object) -> str | None:
+    if not isinstance(made, Volume):
+        return f"returned a {type(made).__name__}; return dataclasses.replace(volume, voxels=…)"
+    voxels: object = made.voxels
+    if not isinstance(voxels, np.ndarray):
+        return f"returned voxels that are a {type(voxels).__name__}; return a numpy array"
+    if voxels.dtype.kind not in "iu" and voxels.dtype not in (np.float32, np.float64):
+        return f"returned {voxels.dtype} voxels; return integers, float32 or float64"
+    if voxels.ndim not in (3, 4) or voxels.size == 0:
+        return f"returned voxels of shape {voxels.shape}; return (X, Y, Z) or (X, Y, Z, channels)"
+    if not (voxels.flags.c_contiguous and voxels.dtype.isnative):
+        return "returned voxels in another order; return numpy.ascontiguousarray of them, in native bytes"
+    affine: object = made.affine
+    if not isinstance(affine, np.ndarray):
+        return f"returned an affine that is a {type(affine).__name__}; return a finite (4, 4) array"
+    if affine.shape != (4, 4) or affine.dtype.kind not in "iuf" or not np.isfinite(affine).all():
+        return f"returned the affine {affine.tolist()}; return a finite (4, 4) array"
+    return None
+
+
+def orient(volume: Volume, code: str) -> Volume:
+    """Reorder and flip the axes to an orientation, exactly; an oblique image stays oblique.
+
+    Args:
+        volume: voxels of any dtype, which they keep, with their scaling.
+        code: to where each index grows, such as "RAS".
+
+    Raises:
+        VolumeError: the affine does not tell where an axis points.
+    """
+    grid = Grid.of(volume.voxels.shape, volume.affine)
+    turns = axes_to(grid, code)
+    if np.array_equal(turns, _UNTURNED):
+        return volume
+    x, y, z = (volume.zooms[axis] for axis in np.argsort(turns[:, 0]))
+    return replace(
+        volume,
+        voxels=np.ascontiguousarray(nib.orientations.apply_orientation(volume.voxels, turns)),
+        affine=turn(grid, turns).affine,
+        zooms=(x, y, z),
+    )
+
+
+def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
+    """Interpolate linearly to another voxel size around the same centre, without smoothing first.
+
+    Outside of the outermost voxel centres the nearest voxel counts. Frames are resampled one by one.
+
+    Args:
+        volume: of any dtype.
+        spacing: voxel size along each axis, in mm.
+
+    Returns:
+        float32 voxels in the image's units. Where every axis has that voxel size already, the voxels as
+        they are.
+
+    Raises:
+        VolumeError: the affine gives the voxels no size along an axis.
+    """
+    old = Grid.of(volume.voxels.shape, volume.affine)
+    new, starts, steps = respace(old, spacing)
+    if steps == [1.0] * 3:
+        return replace(volume, zooms=old.zooms)
+    # As sparse matrices, one axis after the other: what scipy.ndimage.affine_transform gives, in a ninth
+    # of its time (docs/preparation.md), and no more than a slice in float64.
+    first, second, third = map(_interpolation, old.shape, new.shape, starts, steps)
+    channels = volume.voxels.shape[3:]
+    frames = volume.voxels.reshape(*old.shape, -1)
+    voxels = np.empty((*new.shape, frames.shape[3]), np.float32)
+    # Rescaling refuses what comes of infinite voxels, and of those that float32 cannot hold.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for x, frame in np.ndindex(new.shape[0], frames.shape[3]):
+            near = slice(first.indptr[x], first.indptr[x + 1])
+            slices = (volume.scaling.apply(frames[i, ..., frame]) for i in first.indices[near])
+            between = sum(map(np.multiply, first.data[near], slices))
+            voxels[x, ..., frame] = (third @ (second @ between).T).T
+    return replace(
+        volume,
+        voxels=voxels.reshape(new.shape + channels),
+        scaling=Scaling(),
+        affine=new.affine,
+        zooms=new.zooms,
+    )
+
+
+def _interpolation(old_size: int, new_size: int, start: float, step: float) -> sparse.csr_array:
+    """What linear interpolation at `start + step · i` multiplies a line of voxels by."""
+    from scipy import sparse  # 0.15 s, which no other build shall wait for
+
+    places, indices = start + step * np.arange(new_size), np.arange(old_size)
+    weights = [np.interp(places, indices, unit) for unit in np.eye(old_size)]
+    return sparse.csr_array(np.stack(weights, axis=1))
+
+
+def crop_foreground(volume: Volume, rule: str) -> Volume:
+    """Crop to the bounding box of the foreground, of all frames together.
+
+    Args:
+        volume: voxels of any dtype, which they keep, with their scaling.
+        rule: `nonzero` or `above:T`: which voxels are foreground, by their value in the image's units,
+            as float64.
+
+    Raises:
+        VolumeError: there is no foreground.
+    """
+    threshold = threshold_of(rule)
+    shape = volume.voxels.shape[:3]
+    along = [np.zeros(size, bool) for size in shape]
+    for x, slice_ in enumerate(volume.voxels):
+        selected = select_voxels(slice_, volume.scaling, threshold)
+        mask = np.any(selected.reshape(*shape[1:], -1), axis=2)
+        along[0][x] = mask.any()
+        along[1] |= mask.any(axis=1)
+        along[2] |= mask.any(axis=0)
+    if not along[0].any():
+        what, lower = ("nonzero", "") if threshold is None else (f"above {threshold:g}", "lower it, or ")
+        raise VolumeError(f"no voxel is {what}, as --crop-foreground asks; {lower}leave the image out")
+    starts, stops = zip(*((int(i[0]), int(i[-1]) + 1) for i in map(np.flatnonzero, along)), strict=True)
+    box = tuple(map(slice, starts, stops))
+    voxels = np.ascontiguousarray(volume.voxels[box])
+    grid = Grid.of(shape, volume.affine)
+    return replace(volume, voxels=voxels, affine=grid.part(starts, voxels.shape[:3]).affine)
+
+
+def crop_or_pad(volume: Volume, shape: Shape3) -> Volume:
+    """Crop and pad each axis around its centre; where that is uneven, one voxel more at the end.
+
+    Padding has the volume's own least value, so its range stays.
+
+    Args:
+        volume: voxels of any dtype, which they keep, with their scaling.
+        shape: (X, Y, Z) of the result.
+    """
+    old = Grid.of(volume.voxels.shape, volume.affine)
+    if old.shape == shape:
+        return volume
+    voxels = volume.voxels
+    cut = [max(0, size - wanted) // 2 for size, wanted in zip(old.shape, shape, strict=True)]
+    missing = [max(0, wanted - size) for size, wanted in zip(old.shape, shape, strict=True)]
+    cropped = voxels[tuple(slice(start, start + size) for start, size in zip(cut, shape, strict=True))]
+    if any(missing):
+        # NaN voxels that are cropped away shall not come back as padding.
+        ufunc = np.fmin if volume.scaling.slope > 0 else np.fmax
+        least = ufunc.reduce(voxels, axis=None)
+        widths = [(n // 2, n - n // 2) for n in missing] + [(0, 0)] * (voxels.ndim - 3)
+        cropped = np.pad(cropped, widths, constant_values=least)
+    starts = [start - n // 2 for start, n in zip(cut, missing, strict=True)]
+    grid = old.part(starts, shape)
+    return replace(volume, voxels=np.ascontiguousarray(cropped), affine=grid.affine)

@@ -1,0 +1,83 @@
+"""Keyed hashes that stand for names by which a person could be known.
+
+The key is read from a file wherever it is needed, and is written, logged and sent nowhere.
+Source: docs/format.md, "Anonymous ids".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final, NoReturn
+
+import pyarrow as pa
+
+from beam_nifti import storage
+from beam_nifti.errors import UsageError
+
+_LEAST_BYTES: Final = 16
+_DIGEST_BYTES: Final = 16
+_CHECK_BYTES: Final = 8
+_BATCH: Final = 1 << 14
+"""Names that are Python strings at a time."""
+
+
+class Pseudonyms:
+    """What stands for the names of one key.
+
+    Args:
+        secret: the key; any bytes.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._key = hashlib.sha256(secret).digest()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, so that no key gets into a job graph."""
+        raise TypeError("a key does not travel; send the path of its file")
+
+    @property
+    def check(self) -> str:
+        """16 hex digits that differ from key to key and do not give the key away."""
+        return self._hash("", "check", _CHECK_BYTES)
+
+    def of(self, name: str, kind: str) -> str:
+        """What stands for a name; "", which is nobody's, for "".
+
+        Args:
+            name: any text.
+            kind: of name, at most 16 letters; equal names of two kinds have nothing in common.
+        """
+        return self._hash(name, kind, _DIGEST_BYTES) if name else ""
+
+    def of_column(self, column: pa.ChunkedArray, kind: str) -> pa.Array:
+        """What stands for the names of a column."""
+        names = column.combine_chunks().dictionary_encode()
+        hashed = [pa.array([], pa.string())]
+        for start in range(0, len(names.dictionary), _BATCH):
+            batch = names.dictionary.slice(start, _BATCH).to_pylist()
+            hashed.append(pa.array([self.of(name, kind) for name in batch], pa.string()))
+        return pa.concat_arrays(hashed).take(names.indices)
+
+    def _hash(self, name: str, kind: str, size: int) -> str:
+        return hashlib.blake2b(
+            name.encode(), digest_size=size, key=self._key, person=kind.encode()
+        ).hexdigest()
+
+
+def read_pseudonyms(path: str) -> Pseudonyms:
+    """The pseudonyms of the key in a file.
+
+    Args:
+        path: local or a URL; every byte of the file counts.
+
+    Raises:
+        UsageError: the key is too short to keep anything secret.
+        OSError: the file cannot be read.
+    """
+    secret = storage.read(path)
+    if len(secret) < _LEAST_BYTES:
+        raise UsageError(
+            f"{path}: {len(secret)} bytes are too few for a key, which needs {_LEAST_BYTES}; make one with "
+            "`head -c 32 /dev/urandom`"
+        )
+    return Pseudonyms(secret)

@@ -1,0 +1,100 @@
+"""Measure what each preparation costs a volume; print a Markdown table.
+
+One volume of make_cohort.py (91×109×91 voxels of 2 mm, int16) goes through each function, and, for the
+interpolation, through those of scipy that do the same. CPU milliseconds of one thread, the best of
+several runs; and the bytes of the record's voxels, rescaled and packed as `beam-nifti build` does by
+default, beside those of the volume as it is.
+
+Usage: prepare.py [--repeat N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+import numpy as np
+from isal import igzip
+from make_cohort import AFFINE, load_anatomy, scan
+from nibabel import Nifti1Image
+from scipy import ndimage
+
+from beam_nifti.config import RecordConfig
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.prepare import crop_foreground, crop_or_pad, orient, resample
+from beam_nifti.rescale import Scaling
+from beam_nifti.storage import Stat
+from beam_nifti.volume import Volume, rescale_volume
+
+STEP = 0.75  # from 2 mm to 1.5 mm
+Preparation = Callable[[Volume], Volume]
+
+
+def load() -> Volume:
+    image = Nifti1Image.from_bytes(igzip.decompress(scan(load_anatomy(), 0)))
+    voxels = np.ascontiguousarray(image.dataobj)
+    row = VolumeRow(1, "sub-00000", "sub-00000_T1w.nii.gz", None)
+    return Volume(row, voxels, Scaling(), AFFINE, (2.0, 2.0, 2.0), voxels.dtype.name, Stat(0, 0.0))
+
+
+def by_affine_transform(volume: Volume) -> Volume:
+    old = volume.voxels.shape
+    new = tuple(round(n / STEP) for n in old)
+    starts = [(n - 1) / 2 - STEP * (m - 1) / 2 for n, m in zip(old, new, strict=True)]
+    voxels = ndimage.affine_transform(
+        volume.voxels, [STEP] * 3, starts, new, np.float32, order=1, mode="nearest"
+    )
+    return dataclasses.replace(volume, voxels=voxels)
+
+
+def by_zoom(volume: Volume) -> Volume:
+    voxels = ndimage.zoom(volume.voxels, 1 / STEP, np.float32, order=1, mode="nearest", grid_mode=True)
+    return dataclasses.replace(volume, voxels=voxels)
+
+
+PREPARATIONS: dict[str, Preparation] = {
+    "none": lambda volume: volume,
+    "`--orientation LPS` of RAS": lambda volume: orient(volume, "LPS"),
+    "`--orientation SAR` of RAS": lambda volume: orient(volume, "SAR"),
+    "`--spacing 1.5,1.5,1.5` of 2 mm": lambda volume: resample(volume, (1.5, 1.5, 1.5)),
+    "… by `scipy.ndimage.affine_transform`": by_affine_transform,
+    "… by `scipy.ndimage.zoom`, whose grid differs": by_zoom,
+    "`--spacing 3,3,3` of 2 mm": lambda volume: resample(volume, (3, 3, 3)),
+    "`--crop-foreground above:100`": lambda volume: crop_foreground(volume, "above:100"),
+    "`--shape 96,96,96`": lambda volume: crop_or_pad(volume, (96, 96, 96)),
+}
+
+
+def cpu_ms(prepare: Preparation, volume: Volume, repeat: int) -> float:
+    times = []
+    for _ in range(repeat):
+        start = time.process_time()
+        prepare(volume)
+        times.append(time.process_time() - start)
+    return 1e3 * min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=9)
+    repeat = parser.parse_args().repeat
+    volume = load()
+    print("| preparation | CPU ms | shape | voxels as float32, MB | packed, MB | packed / float32 |")
+    print("|---|---:|---|---:|---:|---:|")
+    for name, prepare in PREPARATIONS.items():
+        made = prepare(volume)
+        voxels = rescale_volume(made, RecordConfig()).voxels
+        packed = len(igzip.compress(voxels, RecordConfig.compression_level))
+        shape = "×".join(map(str, voxels.shape))
+        sizes = f"{voxels.nbytes / 1e6:.1f} | {packed / 1e6:.1f} | {packed / voxels.nbytes:.2f}"
+        print(f"| {name} | {cpu_ms(prepare, volume, repeat):.1f} | {shape} | {sizes} |")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("numpy", "scipy", "nibabel", "isal"))
+    print(f"\n{versions}, Python {platform.python_version()}")
+
+
+if __name__ == "__main__":
+    main()

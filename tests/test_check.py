@@ -1,0 +1,159 @@
+"""`beam-nifti check`: what headers tell of a cohort before anything is built."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from beam_nifti import cli
+from tests.build_helpers import build
+from tests.images import brain, nifti_bytes, write_cohort, write_image, write_manifest
+
+Check = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str]) -> Check:
+    """Run the command: `check(manifest, *flags)` -> exit code, report."""
+
+    def run(manifest: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+        code = cli.main(["check", str(manifest), "--json", "--quiet", *flags])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Six images of one kind; then one of each other kind."""
+    folder = write_cohort(tmp_path, 6, shape=(6, 5, 4)).parent
+    rows = [{"participant_id": f"sub-{i:04d}", "path": f"sub-{i:04d}.nii.gz"} for i in range(6)]
+    turned = np.diag([2.0, 2.0, 2.5, 1.0])
+    write_image(folder / "larger.nii", brain((9, 5, 4), seed=7))
+    write_image(folder / "turned.nii", brain(seed=8), affine=turned)
+    write_image(folder / "wider.nii", brain(seed=9).astype(np.float32), affine=turned * [3, 3, 3, 1])
+    write_image(folder / "frames.nii.gz", brain((6, 5, 4, 3)))
+    shutil.copy(folder / "sub-0002.nii.gz", folder / "copy.nii.gz")
+    (folder / "junk.nii.gz").write_bytes(gzip.compress(b"junk" * 300))
+    for name in (
+        "larger.nii",
+        "turned.nii",
+        "wider.nii",
+        "frames.nii.gz",
+        "copy.nii.gz",
+        "junk.nii.gz",
+        "no.nii",
+    ):
+        rows.append({"participant_id": name.partition(".")[0], "path": name})
+    return write_manifest(folder / "mixed.tsv", rows)
+
+
+def test_what_there_is_is_counted(mixed: Path, check: Check) -> None:
+    code, report = check(mixed)
+    assert code == 1
+    assert report["num_images"] == 13
+    assert report["shapes"] == {"6×5×4": 9, "9×5×4": 1, "6×5×4×3": 1}
+    assert report["spacings"] == {"2×2×2.5": 10, "6×6×7.5": 1}
+    assert report["orientations"] == {"LAS": 9, "RAS": 2}
+    assert report["dtypes"] == {"int16": 10, "float32": 1}
+    assert report["records"] == {"6×5×4": 9, "9×5×4": 1}
+    assert report["source_bytes"] == sum(p.stat().st_size for p in mixed.parent.glob("*.nii*")) - (
+        (mixed.parent / "junk.nii.gz").stat().st_size
+    )
+
+
+def test_what_would_be_left_out_is_named(mixed: Path, check: Check) -> None:
+    _, report = check(mixed)
+    assert report["num_bad"] == 3
+    assert [(p["row"], p["example_id"]) for p in report["problems"]] == [
+        (10, "frames"),
+        (12, "junk"),
+        (13, "no"),
+    ]
+    messages = [p["message"] for p in report["problems"]]
+    assert "choose frames with --frames all" in messages[0]
+    assert "not a NIfTI, ANALYZE or MGH image" in messages[1]
+    assert "No such file" in messages[2]
+
+
+def test_copies_are_suspected(mixed: Path, check: Check) -> None:
+    assert check(mixed)[1]["twins"] == [["copy", "sub-0002"]]
+
+
+def test_the_suggested_flags_make_the_cohort_alike(mixed: Path, tmp_path: Path, check: Check) -> None:
+    _, report = check(mixed)
+    flags = " ".join(report["suggested_flags"]).split()
+    assert flags == ["--frames", "all", "--orientation", "LAS", "--spacing", "2,2,2.5", "--shape", "6,5,4"]
+    rows = mixed.read_text().splitlines()
+    sound = mixed.with_name("sound.tsv")
+    sound.write_text("\n".join(r for r in rows if r.split("\t")[0] not in ("frames", "junk", "no")) + "\n")
+    code, report = check(sound, *flags[2:])
+    assert (code, report["suggested_flags"], report["records"]) == (0, [], {"6×5×4": 10})
+    assert cli.main(["build", str(sound), str(tmp_path / "out"), "--quiet", *flags[2:]]) == 0
+
+
+def test_the_estimate_is_that_of_a_build(tmp_path: Path, check: Check) -> None:
+    manifest = write_cohort(tmp_path, 5, shape=(32, 32, 20))
+    code, report = check(manifest)
+    assert code == 0
+    build(manifest, tmp_path / "out")
+    size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tfrecord.gz"))
+    assert report["num_examples"] == 5
+    assert 0.5 < report["record_bytes"] / size < 2
+    assert report["worker_bytes"] == round(0.3e9 + 2 * 4 * 32 * 32 * 20)
+
+
+def test_only_the_first_kilobytes_are_read(tmp_path: Path, check: Check) -> None:
+    """A file that is cut behind its first block is found by the build, not by the check."""
+    data = gzip.compress(
+        nifti_bytes(np.random.default_rng(0).integers(0, 9999, (64, 64, 30)).astype(np.int16))
+    )
+    (tmp_path / "cut.nii.gz").write_bytes(data[: len(data) // 2])
+    manifest = write_manifest(tmp_path / "m.tsv", [{"participant_id": "a", "path": "cut.nii.gz"}])
+    assert check(manifest)[0] == 0
+
+
+def test_shapes_that_differ_are_no_failure_where_they_may(tmp_path: Path, check: Check) -> None:
+    write_image(tmp_path / "a.nii", brain((6, 5, 4)))
+    write_image(tmp_path / "b.nii", brain((6, 5, 5)))
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii"}, {"path": "b.nii"}])
+    assert check(manifest)[0] == 1
+    assert check(manifest, "--allow-mixed-shapes")[0] == 0
+
+
+def test_the_table_and_the_file_say_the_same(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(mixed), "--quiet", f"--out={tmp_path}/report.json"]) == 1
+    table = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert f"images        13 in {report['source_bytes'] / 1e6:,.1f} MB" in table
+    assert all(f"{kind}: {count}" in table for kind, count in report["shapes"].items())
+    assert "left out      row 10 (frames): frames.nii.gz: " in table
+    assert "same twice?   copy = sub-0002" in table
+    assert table.rstrip().endswith("OUTPUT " + " ".join(report["suggested_flags"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--runner=PortableRunner", "--job_endpoint=h:1", "--environment_type=LOOPBACK"],
+            "--out is missing",
+        ),
+        (["--rescale=maxmin"], "--rescale is 'maxmin'"),
+        (["--shap=1,2,3"], "did you mean --shape"),
+    ],
+)
+def test_wrong_flags_are_refused(
+    mixed: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(mixed), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""Datasets without names: nothing in OUTPUT tells them, and resuming, appending and checking work on."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from beam_nifti import cli
+from beam_nifti.config import BuildConfig, Columns, Splitting
+from beam_nifti.errors import OutputError, UsageError
+from beam_nifti.extract import read_volume
+from beam_nifti.failures import Failure, write_failures
+from beam_nifti.inspection import describe_dataset, describe_record, format_description
+from beam_nifti.manifest import Manifest, read_manifest
+from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
+from beam_nifti.publish import read_info
+from beam_nifti.verify import ALL, verify_dataset
+from tests.build_helpers import build, fork_server
+from tests.images import brain, write_image, write_manifest
+
+SECRET = b"not so random, but long enough"
+NAMES = ("Ada", "Grace", "Emmy", "Lise")
+SESSIONS = ("first", "second")
+
+
+def expected(name: str, kind: str) -> str:
+    """What docs/format.md says."""
+    key = hashlib.sha256(SECRET).digest()
+    return hashlib.blake2b(name.encode(), key=key, person=kind.encode(), digest_size=16).hexdigest()
+
+
+def write_study(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
+    """Two sessions of everybody; the manifest. Names are in paths, too, and sites are a further column."""
+    rows = []
+    for name in names:
+        for session in SESSIONS:
+            path = f"scans of/{name}/{session}.nii.gz"
+            if not (folder / path).exists():
+                write_image(folder / path, brain(seed=len(rows)))
+            ids = {"participant_id": name, "session_id": session}
+            rows.append({**ids, "path": path, "label": len(rows), "site": "Jena"})
+    return write_manifest(folder / "manifest.tsv", rows)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    return write_study(tmp_path / "study")
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> str:
+    path = tmp_path / "key"
+    path.write_bytes(SECRET)
+    return str(path)
+
+
+def contents_of(output: Path) -> dict[str, bytes]:
+    """The names and the content of all files, unpacked."""
+    found = {}
+    for path in (p for p in output.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        elif path.suffix == ".parquet":
+            table = pq.read_table(path)
+            data = repr((table.to_pylist(), table.schema.metadata)).encode()
+        found[str(path.relative_to(output))] = data
+    return found
+
+
+def names_in(output: Path) -> set[tuple[str, str]]:
+    """Files and the names of persons, sessions and folders that they hold."""
+    told = (*NAMES, *SESSIONS, "scans of", "scans%20of")
+    return {
+        (file, name) for file, data in contents_of(output).items() for name in told if name.encode() in data
+    }
+
+
+def index_of(output: Path) -> list[dict[str, Any]]:
+    tables = [pq.read_table(output / shard.index) for shard in read_info(str(output)).shards]
+    return list(pa.concat_tables([t.replace_schema_metadata() for t in tables]).to_pylist())
+
+
+def test_nothing_of_the_output_tells_a_name(manifest: Path, key: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (manifest.parent / "scans of/Emmy/second.nii.gz").write_bytes(b"no image")
+    build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)
+    assert names_in(output) == set()
+    assert SECRET not in b"".join(contents_of(output).values())
+    (line,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
+    assert line["row"] == 6
+    assert line["path"] == expected("scans of/Emmy/second.nii.gz", "path")
+    assert line["message"].startswith(f"{line['path']}: ")
+    for cells, row in zip(index_of(output), [1, 2, 3, 4, 5, 7, 8], strict=True):
+        name, session = NAMES[(row - 1) // 2], SESSIONS[(row - 1) % 2]
+        assert cells["row"] == row
+        assert cells["participant_id"] == expected(name, "participant_id")
+        assert cells["session_id"] == expected(session, "session_id")
+        assert cells["example_id"] == f"{cells['participant_id']}_{cells['session_id']}"
+        assert cells["source"] == expected(f"scans of/{name}/{session}.nii.gz", "path")
+        assert cells["site"] == "Jena"
+    assert "(8 rows, anonymous ids)" in format_description(describe_dataset(str(output)))
+    some = index_of(output)[3]
+    assert describe_record(str(output), some["example_id"])["source"] == some["source"]
+
+
+@pytest.mark.parametrize("columns", [Columns(), Columns(id="name"), Columns(id="path")])
+def test_every_kind_of_id_is_hashed(tmp_path: Path, key: str, columns: Columns) -> None:
+    path = write_manifest(tmp_path / "m.csv", [{"path": "Ada.nii", "name": "Ada", "age": 3}])
+    found = read_manifest(str(path), columns, pseudonyms=read_pseudonyms(key))
+    (row,) = found.rows([0])
+    assert row.example_id == (expected("Ada", "id") if columns.id == "name" else expected("Ada.nii", "path"))
+    assert (row.path, row.source) == ("Ada.nii", expected("Ada.nii", "path"))
+    assert row.extras == (("3",) if columns.id == "name" else ("Ada", "3"))
+
+
+def test_equal_names_of_two_kinds_have_nothing_in_common() -> None:
+    names = Pseudonyms(SECRET)
+    assert len({names.of("1", kind) for kind in ("participant_id", "session_id", "path", "id")}) == 4
+    assert names.of("", "session_id") == ""
+    assert names.of("1", "id") != Pseudonyms(SECRET + b"!").of("1", "id")
+    column = pa.chunked_array([["a", ""], ["b", "a"]])
+    assert names.of_column(column, "id").to_pylist() == [names.of(n, "id") for n in ("a", "", "b", "a")]
+
+
+def test_neither_order_nor_splits_follow_from_the_names(tmp_path: Path, key: str) -> None:
+    rows = [{"participant_id": f"p{i}", "path": f"{i}.nii"} for i in range(200)]
+    path = str(write_manifest(tmp_path / "m.csv", rows))
+    splitting = Splitting({"train": 0.5, "test": 0.5})
+
+    def splits(pseudonyms: Pseudonyms | None) -> list[str]:
+        return list(read_manifest(path, splitting=splitting, pseudonyms=pseudonyms).splits.to_pylist())
+
+    drawn = [splits(None), splits(read_pseudonyms(key)), splits(Pseudonyms(b"another key"))]
+    same = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(drawn)]
+    assert all(60 < count < 140 for count in same)
+    assert splits(read_pseudonyms(key)) == drawn[1]
+
+
+def test_the_digest_says_nothing_without_the_key(manifest: Path, key: str) -> None:
+    digests = [
+        read_manifest(str(manifest), pseudonyms=p).digest()
+        for p in (None, Pseudonyms(SECRET + b"!"), read_pseudonyms(key), read_pseudonyms(key))
+    ]
+    assert len(set(digests)) == 3
+    assert digests[2] == digests[3]
+
+
+def test_the_key_does_not_travel(manifest: Path, key: str, tmp_path: Path) -> None:
+    from beam_nifti.build import plan_build
+
+    with pytest.raises(TypeError, match="does not travel"):
+        pickle.dumps(read_pseudonyms(key))
+    plan, _ = plan_build(BuildConfig(str(manifest), str(tmp_path / "out"), anonymous_ids=key))
+    packed = pickle.dumps(plan)
+    assert key.encode() in packed
+    assert SECRET not in packed
+    assert hashlib.sha256(SECRET).digest() not in packed
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_it_resumes_and_appends(tmp_path: Path, key: str, seed: int | None) -> None:
+    output = tmp_path / "out"
+    few, options = write_study(tmp_path / "study", NAMES[:3]), {"anonymous_ids": key, "shuffle_seed": seed}
+    assert len(build(few, output, **options).read) > 0
+    assert build(few, output, **options).counters["volumes-skipped"] == 6
+    (tmp_path / "study/scans of/Ada/first.nii.gz").touch()
+    again = build(few, output, **options)
+    assert again.counters["volumes-loaded"] == 1
+    assert build(write_study(tmp_path / "study"), output, **options).summary.num_written == 8
+    assert names_in(output) == set()
+    report = verify_dataset(str(output), manifest=str(few), anonymous_ids=key, deep=ALL)
+    assert (report.problems, report.num_deep) == ((), 8)
+    write_study(tmp_path / "study", NAMES[:3])
+    (problem,) = verify_dataset(str(output), manifest=str(few), anonymous_ids=key).problems
+    assert (
+        f"2 examples of the dataset are not in the manifest: {expected('Lise', 'participant_id')}_" in problem
+    )
+
+
+def test_an_unfinished_build_with_names_leaves_none(manifest: Path, key: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (manifest.parent / "scans of/Lise/second.nii.gz").write_bytes(b"no image")
+    ended = fork_server().run("build", manifest=str(manifest), output=str(output))
+    assert ended.result["error"] == "TooManyFailures"
+    assert names_in(output) != set()
+    build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)
+    assert names_in(output) == set()
+
+
+def test_another_key_is_another_making(manifest: Path, key: str, tmp_path: Path) -> None:
+    output, other = tmp_path / "out", tmp_path / "other"
+    other.write_bytes(SECRET[::-1])
+    build(manifest, output, anonymous_ids=key)
+    before = contents_of(output)
+    for now, reason in ((str(other), "another key was given"), (None, "no key was given")):
+        with pytest.raises(OutputError, match=f"its ids are anonymous, and {reason}"):
+            build(manifest, output, anonymous_ids=now)
+    assert contents_of(output) == before
+    build(manifest, output, anonymous_ids=str(other), overwrite=True)
+    assert index_of(output)[0]["source"] == Pseudonyms(SECRET[::-1]).of("scans of/Ada/first.nii.gz", "path")
+    build(manifest, tmp_path / "named")
+    assert "key_check" not in read_info(str(tmp_path / "named")).manifest
+    with pytest.raises(OutputError, match="its ids are not anonymous, and now there is --anonymous-ids"):
+        build(manifest, tmp_path / "named", anonymous_ids=key)
+
+
+def test_verify_needs_the_key_for_manifest_and_images(manifest: Path, key: str, tmp_path: Path) -> None:
+    output, other = str(tmp_path / "out"), tmp_path / "other"
+    other.write_bytes(SECRET[::-1])
+    (manifest.parent / "scans of/Lise/second.nii.gz").write_bytes(b"no image")
+    build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)
+    assert verify_dataset(output).problems == ()
+    assert verify_dataset(output, manifest=str(manifest), anonymous_ids=key, deep=ALL).problems == ()
+    with pytest.raises(UsageError, match="not the key that"):
+        verify_dataset(output, manifest=str(manifest), anonymous_ids=str(other))
+    for given in ({"manifest": str(manifest)}, {"deep": 1}, {"anonymous_ids": key, "deep": 1}):
+        with pytest.raises(UsageError, match="give both --manifest and --anonymous-ids"):
+            verify_dataset(output, **given)
+    write_image(manifest.parent / "scans of/Ada/first.nii.gz", slope=2.0)
+    (problem,) = verify_dataset(output, manifest=str(manifest), anonymous_ids=key, deep=ALL).problems
+    assert "scans of/Ada/first.nii.gz gives another" in problem
+    build(manifest, tmp_path / "named", max_bad_fraction=0.5)
+    with pytest.raises(UsageError, match="its ids are not anonymous"):
+        verify_dataset(str(tmp_path / "named"), anonymous_ids=key)
+
+
+def test_verify_says_which_image_the_manifest_lacks(tmp_path: Path, key: str) -> None:
+    few = write_study(tmp_path / "study", NAMES[:1])
+    output = str(tmp_path / "out")
+    build(few, output, anonymous_ids=key)
+    text = few.read_text().replace("scans of/Ada/first", "elsewhere/first")
+    few.write_text(text)
+    (problem,) = verify_dataset(output, manifest=str(few), anonymous_ids=key, deep=ALL).problems
+    source = expected("scans of/Ada/first.nii.gz", "path")
+    assert f"its image, {source}, is not in the manifest" in problem
+
+
+def test_messages_lose_the_path_however_it_is_spelled(manifest: Path, key: str, tmp_path: Path) -> None:
+    found: Manifest = read_manifest(str(manifest), pseudonyms=read_pseudonyms(key))
+    (row,) = found.rows([0])
+    said = "/study/scans of/Ada/first.nii.gz scans%20of/Ada/first.nii.gz scans%20of%2FAda%2Ffirst.nii.gz"
+    path = str(tmp_path / "failures.jsonl")
+    write_failures(path, [Failure(row, "s", "E", said)], "/study", found.columns, found.extra_columns)
+    message = json.loads(Path(path).read_text())["message"]
+    assert message == f"/study/{row.source} {row.source} {row.source}"
+
+
+@pytest.mark.parametrize(
+    ("secret", "flags", "message"),
+    [
+        (b"fifteen bytes!!", [], "15 bytes are too few for a key, which needs 16; make one with"),
+        (None, [], "key: No such file"),
+        (SECRET, ["--anonymous-ids="], "--anonymous-ids is empty"),
+        (SECRET, ["--anonymous-ids=out/key"], "would be given away with the dataset; keep it out of OUTPUT"),
+    ],
+)
+def test_keys_that_are_refused(
+    manifest: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    secret: bytes | None,
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if secret:
+        (tmp_path / "key").write_bytes(secret)
+    arguments = ["build", str(manifest), str(tmp_path / "out"), f"--anonymous-ids={tmp_path}/key", *flags]
+    assert cli.main(arguments) == cli.USAGE
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line(
+    manifest: Path, key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, flag = str(tmp_path / "out"), f"--anonymous-ids={key}"
+    assert cli.main(["build", str(manifest), output, flag, "--quiet"]) == cli.SUCCESS
+    assert cli.main(["verify", output, "--manifest", str(manifest), flag, "--deep=all"]) == cli.SUCCESS
+    said = capsys.readouterr()
+    assert "8 made again from their images" in said.out
+    assert not any(name in said.out + said.err for name in NAMES)
+
+
+def test_the_configuration_and_the_voxels_are_those_of_the_names(
+    manifest: Path, key: str, tmp_path: Path
+) -> None:
+    outputs = [str(tmp_path / name) for name in ("named", "out")]
+    for output, given in zip(outputs, (None, key), strict=True):
+        build(manifest, output, anonymous_ids=given)
+    one, other = map(read_info, outputs)
+    assert one.config == other.config
+    assert [s.sha256 for s in one.shards] != [s.sha256 for s in other.shards]
+    ids = "Ada_second", f"{expected('Ada', 'participant_id')}_{expected('second', 'session_id')}"
+    volumes = [read_volume(*place) for place in zip(outputs, ids, strict=True)]
+    assert np.array_equal(volumes[0].voxels, volumes[1].voxels)
