@@ -110,11 +110,6 @@ class RecordLayout:
     dtype: np.dtype[Any]
     frame: int | str | None
 
-    @property
-    def num_voxels(self) -> int:
-        """Numbers that are loaded."""
-        return math.prod(self.shape)
-
 
 def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
     """What is loaded of an image for its record.

@@ -26,6 +26,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.header import record_layout
 from beam_nifti.image import image_files, stat_image
+from beam_nifti.survey import look_at
 from beam_nifti.volume import Volume, load_header, load_volume
 from tests.images import (
     AFFINE,
@@ -204,6 +205,16 @@ def test_a_change_of_either_half_shows(tmp_path: Path) -> None:
         with (tmp_path / name).open("ab") as handle:
             handle.write(b"\0")
         assert stat_image(str(path)).size > before.size
+
+
+def test_images_with_equal_headers_are_not_copies_of_each_other(tmp_path: Path) -> None:
+    twins = []
+    for seed in (0, 1, 0):
+        folder = tmp_path / str(len(twins))
+        folder.mkdir()
+        path = pair(folder, brain(seed=seed))
+        twins.append(look_at(row_of(path), "", RecordConfig())[1])
+    assert twins[0] == twins[2] != twins[1]
 
 
 def test_voxels_that_begin_like_a_packed_file_are_voxels(tmp_path: Path) -> None:
