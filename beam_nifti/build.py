@@ -19,7 +19,7 @@ from beam_nifti.errors import (
     UsageError,
     VolumeError,
 )
-from beam_nifti.header import VolumeHeader, stored_shape
+from beam_nifti.header import RecordLayout, VolumeHeader, record_layout, stored_shape
 from beam_nifti.index import read_index
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import Manifest, read_manifest
@@ -64,7 +64,7 @@ class Estimate:
         num_shards: of all splits.
         num_bytes: of the shards, roughly.
         examples_per_shard: rows of the largest shard.
-        shape: (X, Y, Z) or (X, Y, Z, T) of the first image's record.
+        shape: (X, Y, Z) or (X, Y, Z, C) of the first image's record.
         splits: rows of each split.
     """
 
@@ -84,12 +84,14 @@ class _Inputs:
         config: with absolute paths.
         manifest: checked.
         header: of the first image.
-        shape: of the first image's record.
+        layout: of it as it is loaded.
+        shape: of its record.
     """
 
     config: BuildConfig
     manifest: Manifest
     header: VolumeHeader
+    layout: RecordLayout
     shape: tuple[int, ...]
 
 
@@ -128,12 +130,12 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
 
 
 def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
-    config, manifest, header = inputs.config, inputs.manifest, inputs.header
+    config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
     folder = storage.dirname(config.manifest)
     published = _published(config)
     # Interpolated voxels, and a function's, pack like those of a float32 image.
     made_anew = config.record.spacing is not None or config.record.preprocess is not None
-    itemsize, num_voxels = 4 if made_anew else header.dtype.itemsize, math.prod(inputs.shape)
+    itemsize, num_voxels = 4 if made_anew else layout.dtype.itemsize, math.prod(inputs.shape)
     volume_bytes = num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
@@ -155,7 +157,8 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         extra_columns=manifest.extra_columns,
         split_sizes=manifest.split_sizes(),
         shape=None if config.allow_mixed_shapes else inputs.shape,
-        source_dtype=header.dtype.name,
+        source_dtype=inputs.header.dtype_name,
+        loaded_dtype=layout.dtype.name,
         unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
         has_published=published is not None,
         reuse_published=not config.overwrite and _images_folder(published) == folder,
@@ -199,8 +202,10 @@ def _published(config: BuildConfig) -> DatasetInfo | None:
         raise
 
 
-def _first_volume(config: BuildConfig, manifest: Manifest) -> tuple[VolumeHeader, tuple[int, ...]]:
-    """The header of the first image that can be read, and the shape of its record."""
+def _first_volume(
+    config: BuildConfig, manifest: Manifest
+) -> tuple[VolumeHeader, RecordLayout, tuple[int, ...]]:
+    """The header of the first image that can be read, how it is loaded, and the shape of its record."""
     problems = []
     for row in manifest.rows(range(min(_IMAGES_TRIED, len(manifest)))):
         try:
@@ -209,7 +214,7 @@ def _first_volume(config: BuildConfig, manifest: Manifest) -> tuple[VolumeHeader
             if shape is None:
                 volume = load_volume(row, manifest.folder, record=config.record)
                 shape = prepare_volume(volume, config.record).voxels.shape
-            return header, shape
+            return header, record_layout(row.path, header, config.record), shape
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
@@ -238,7 +243,7 @@ def _refuse_foreign(config: BuildConfig) -> None:
 
 def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) -> None:
     """A dataset of another configuration or of other rows is refused, saying what differs."""
-    manifest, header = inputs.manifest, inputs.header
+    manifest, layout = inputs.manifest, inputs.layout
     wanted: dict[str, Any] = {
         **config.as_dataset_config(),
         "fingerprint": config.record.fingerprint,
@@ -254,8 +259,8 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
         differences = ["the format version"]
     if published.shape not in (None, inputs.shape):
         differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
-    if config.record.voxel_dtype == "native" and published.dtype != header.dtype.name:
-        differences.append(f"the first image had {published.dtype} voxels, now {header.dtype.name}")
+    if config.record.voxel_dtype == "native" and published.dtype != layout.dtype.name:
+        differences.append(f"the first image had {published.dtype} voxels, now {layout.dtype.name}")
     known = published.manifest
     if len(manifest) < known["num_rows"] or manifest.digest(known["num_rows"]) != known["digest"]:
         differences.append(_row_difference(published, config, manifest))

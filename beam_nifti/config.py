@@ -21,7 +21,10 @@ SELECTIONS: Final = ("nonzero", "above:T")
 """Which voxels: those that are not 0, or those above T in the image's units."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
-FRAMES: Final = ("all",)
+FRAMES: Final = ("all", "first", "mean", "INDEX")
+"""INDEX stands for a number, from 0."""
+
+COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
@@ -81,10 +84,13 @@ class RecordConfig:
             "native" stores them as in the file, and the reader rescales.
         compression: "gzip" (one member a record) or "none".
         compression_level: igzip level, 0 (fastest) to 3.
-        frames: "all" makes the time axis of a 4-D image the record's last axis; None refuses 4-D images.
+        frames: "all" makes the time axis of a 4-D image the record's last axis; "first", "mean" and a number,
+            from 0, make one volume of it; None refuses 4-D images.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
         rescale_within: which voxels tell what `rescale` asks of a volume: "nonzero"; "above:T", those
             above T in the image's units; None means all of them.
+        complex: what becomes of complex voxels: "magnitude"; "phase", in radians; "real-imag", two channels;
+            None refuses them.
         preprocess: the user's function, `package.module:function`, from Volume to Volume.
         preprocess_sha256: of the file that defines it; set by the build.
         orientation: code, such as "RAS", that the axes are turned to.
@@ -103,6 +109,7 @@ class RecordConfig:
     frames: str | None = None
     clip: bool = False
     rescale_within: str | None = None
+    complex: str | None = None
     preprocess: str | None = None
     preprocess_sha256: str | None = None
     orientation: str | None = None
@@ -121,14 +128,31 @@ class RecordConfig:
         _choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         _choose("--compression", self.compression, COMPRESSIONS)
         _choose("--compression-level", self.compression_level, COMPRESSION_LEVELS)
-        if self.frames is not None:
-            _choose("--frames", self.frames, FRAMES)
+        self._check_frames()
         if self.voxel_dtype == "uint8" and not self.is_bounded:
             raise UsageError(
                 f"--voxel-dtype uint8 holds [0, 1] only, which --rescale {self.rescale} leaves; use "
                 "--clip with percentile or window, or --voxel-dtype float16"
             )
         _check_preparation(self)
+
+    def _check_frames(self) -> None:
+        if self.frames is not None and not re.fullmatch(r"all|first|mean|0|[1-9]\d{0,8}", self.frames, re.A):
+            raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
+        if self.frames == "0":
+            object.__setattr__(self, "frames", "first")
+        if self.complex is not None:
+            _choose("--complex", self.complex, COMPLEX_PARTS)
+        computed = "--frames mean" if self.frames == "mean" else self.complex and f"--complex {self.complex}"
+        if computed and self.voxel_dtype == "native":
+            raise UsageError(
+                f"--voxel-dtype native stores voxels as in the file, and {computed} computes others; use "
+                "--voxel-dtype float32"
+            )
+        if (self.frames, self.complex) == ("mean", "phase"):
+            raise UsageError(
+                "--complex phase gives angles, which --frames mean cannot average; choose one frame"
+            )
 
     def _check_rescaling(self) -> None:
         method, numbers = _parse_numbers("--rescale", self.rescale, RESCALE_METHODS)

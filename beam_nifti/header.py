@@ -1,34 +1,28 @@
-"""What a NIfTI header says."""
+"""What an image's header says of its voxels, and what a record of a configuration will hold of them."""
 
 from __future__ import annotations
 
-import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from nibabel.spatialimages import HeaderDataError
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import prepared_shape
 from beam_nifti.rescale import Scaling
 
-HEAD_BYTES: Final = 544
-"""Enough for either header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
-
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
 """Most bytes of voxels in a record: with the rest of it they must stay below protobuf's 2 GiB."""
 
-_MAX_OFFSET: Final = 64 << 20
-"""Largest start of the voxels: header and its extensions."""
+COLOURS: Final = {3: "rgb24", 4: "rgba32"}
+"""By bytes a voxel, the names of the dtypes of colours; numpy knows them as structures."""
 
-_quiet = logging.getLogger(f"{__name__}.nibabel")
-_quiet.addHandler(logging.NullHandler())
-_quiet.propagate = False
+PADDING_BYTES: Final = 4096
+"""Bytes after the voxels that are taken for padding; more is not what the header promises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +30,17 @@ class VolumeHeader:
     """What an image's header says of its voxels.
 
     Attributes:
-        shape: (X, Y, Z) or (X, Y, Z, T), the file's own axis order; T is at least 2.
+        shape: (X, Y, Z), (X, Y, Z, T) or (X, Y, Z, T, V), the file's own axis order; the last of more than
+            three is at least 2.
         dtype: of the voxels on disk, with its byte order.
         offset: byte at which the voxels start.
         scaling: from stored voxels to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel size along each axis, in the header's spatial unit (millimetres as a rule).
+        is_vector: whether the header declares that the fifth axis holds the components of a voxel.
+        is_pair: whether the voxels are in a file of their own.
+        is_analyze: whether it is an ANALYZE header, which cannot hold a rotation.
+        max_trailing: bytes after the voxels that may be there, of padding or of a footer.
     """
 
     shape: tuple[int, ...]
@@ -50,81 +49,143 @@ class VolumeHeader:
     scaling: Scaling
     affine: npt.NDArray[np.float64]
     zooms: tuple[float, float, float]
+    is_vector: bool = False
+    is_pair: bool = False
+    is_analyze: bool = False
+    max_trailing: int = PADDING_BYTES
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the voxels on disk, uncompressed."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The three spatial axes."""
+        x, y, z = self.shape[:3]
+        return x, y, z
 
-@np.errstate(all="ignore")  # numpy warns of a NaN in a field, which is said below
-def parse_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first bytes of an uncompressed NIfTI file say.
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return self.shape[3] if len(self.shape) > 3 else 1
+
+    @property
+    def num_components(self) -> int:
+        """V."""
+        return self.shape[4] if len(self.shape) > 4 else 1
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes on disk of one component of one frame, which lie together."""
+        return math.prod(self.grid) * self.dtype.itemsize
+
+    @property
+    def num_colours(self) -> int:
+        """3 or 4 numbers a voxel, of RGB and RGBA; else 1."""
+        return self.dtype.itemsize if self.dtype.names else 1
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether voxels are complex numbers."""
+        return self.dtype.kind == "c"
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the voxels on disk, as the index has it: "int16", "rgb24"."""
+        return COLOURS[self.dtype.itemsize] if self.dtype.names else self.dtype.name
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """What is loaded of an image for a record of a configuration.
+
+    Attributes:
+        shape: of the voxels: (X, Y, Z), or (X, Y, Z, C) where a voxel has several numbers.
+        dtype: of the voxels as they are loaded.
+        frame: number of the frame that is taken; "mean" of all frames; None takes the image whole.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    frame: int | str | None
+
+
+def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
+    """What is loaded of an image for its record.
 
     Args:
         name: the image's path, for errors.
-        head: at least 352 bytes of a NIfTI-1 file, 544 of a NIfTI-2 file.
+        header: of the image.
+        record: the configuration.
 
     Raises:
-        VolumeError: they are not the header of a single-file 3-D or 4-D NIfTI image of real voxels.
+        VolumeError: the configuration does not say what to make of the image's frames or numbers.
     """
-    kind = _header_class(name, head)
-    try:
-        # Its from_fileobj would read the header's extensions too, which may be long and damaged.
-        header = kind(head[: kind.sizeof_hdr], check=False)
-        header.check_fix(logger=_quiet)
-        shape = tuple(int(n) for n in header.get_data_shape())
-        dtype = header.get_data_dtype()
-        offset = int(header.get_data_offset())
-        slope, inter = header.get_slope_inter()
-        affine = np.asarray(header.get_best_affine(), np.float64)
-        zooms = tuple(float(z) for z in header.get_zooms()[:3])
-    except (HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError) as e:
-        raise VolumeError(f"{name}: header is not valid: {e}; repair or convert the image") from e
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if not 3 <= len(shape) <= 4:
-        remedy = "leave it out" if len(shape) < 3 else "extract one volume of it, with fslroi, say"
-        raise VolumeError(f"{name}: expected a 3-D image, got shape {shape}; {remedy}")
-    if min(shape) < 1:
-        raise VolumeError(f"{name}: shape {shape} has no voxels; leave it out")
-    if dtype.kind not in "iuf":
-        what = "RGB" if dtype.names else "complex" if dtype.kind == "c" else str(dtype)
-        raise VolumeError(f"{name}: {what} voxels; convert the image to one real number a voxel")
-    if dtype.kind == "f" and dtype.itemsize > 8:
-        raise VolumeError(f"{name}: {dtype.name} voxels; convert the image to float64 or float32")
-    if not kind.sizeof_hdr <= offset <= _MAX_OFFSET:
-        where = "inside the header" if offset < kind.sizeof_hdr else "beyond any header extension"
-        raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
-    if not np.isfinite(affine).all():
-        raise VolumeError(f"{name}: the affine is not finite; repair its sform or qform")
-    return VolumeHeader(
-        shape=shape,
-        dtype=dtype,
-        offset=offset,
-        scaling=Scaling() if slope is None else Scaling(float(slope), float(inter)),
-        affine=affine,
-        zooms=(zooms[0], zooms[1], zooms[2]),
-    )
+    is_wide = header.dtype.kind == "f" and header.dtype.itemsize > 8
+    if record.voxel_dtype == "native" and (is_wide or header.is_complex):
+        raise VolumeError(
+            f"{name}: {header.dtype_name} voxels, which no record can hold as they are; use "
+            "--voxel-dtype float32"
+        )
+    if header.is_complex:
+        _require_part(name, header, record)
+    frame = _choose_frame(name, header, record)
+    numbers = [n for n in _numbers_of_voxel(header, record, frame) if n > 1]
+    if len(numbers) > 1:
+        raise VolumeError(
+            f"{name}: shape {header.shape} of {header.dtype_name} has {' × '.join(map(str, numbers))} "
+            "numbers a voxel, and a record has one axis for them; choose frames with --frames first, mean "
+            "or a number, or extract one of the components"
+        )
+    dtype = header.dtype.newbyteorder("=")
+    if header.dtype.names:
+        dtype = np.dtype(np.uint8)
+    if is_wide or header.is_complex or frame == "mean":
+        dtype = np.dtype(np.float64)
+    return RecordLayout((*header.grid, *numbers), dtype, frame)
 
 
-def _header_class(name: str, head: bytes) -> type[nib.Nifti1Header]:
-    size = {head[:4], head[:4][::-1]}
-    if (348).to_bytes(4, "little") in size and len(head) >= 348:
-        if head[344:348] == b"n+1\0":
-            return nib.Nifti1Header
-        if head[344:348] == b"ni1\0":
-            raise VolumeError(f"{name}: the header of an .hdr/.img pair; convert it to one .nii file")
-        raise VolumeError(f"{name}: an ANALYZE 7.5 header; convert it to NIfTI")
-    if (540).to_bytes(4, "little") in size and len(head) >= 540:
-        if head[4:8] == b"n+2\0":
-            return nib.Nifti2Header
-        raise VolumeError(f"{name}: the header of a NIfTI-2 pair; convert it to one .nii file")
-    if len(head) < 348:
-        raise VolumeError(f"{name}: {len(head)} bytes are less than a NIfTI header; copy it again")
-    if name.endswith((".img", ".img.gz")):
-        raise VolumeError(f"{name}: the voxels of an .hdr/.img pair; convert the pair to one .nii file")
-    raise VolumeError(f"{name}: not a NIfTI file; convert it to .nii or .nii.gz")
+def _numbers_of_voxel(header: VolumeHeader, record: RecordConfig, frame: int | str | None) -> Iterator[int]:
+    yield header.num_frames if frame is None else 1
+    yield header.num_components
+    yield header.num_colours
+    yield 2 if header.is_complex and record.complex == "real-imag" else 1
+
+
+def _require_part(name: str, header: VolumeHeader, record: RecordConfig) -> None:
+    if record.complex is None:
+        raise VolumeError(
+            f"{name}: {header.dtype_name} voxels; choose what becomes of them with --complex magnitude, "
+            "phase or real-imag"
+        )
+    if header.scaling.inter != 0:
+        raise VolumeError(
+            f"{name}: {header.dtype_name} voxels with an intercept of {header.scaling.inter:g}, which NIfTI "
+            "adds to both parts and nibabel to the real one; repair the header"
+        )
+
+
+def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int | str | None:
+    frames, count = record.frames, header.num_frames
+    if frames is None:
+        if len(header.shape) > 3 and not (header.is_vector and count == 1):
+            raise VolumeError(
+                f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with --frames all, "
+                "first, mean or a number"
+            )
+        return None
+    if frames == "all" or (count == 1 and frames in ("first", "mean")):
+        return None
+    if frames == "mean":
+        return frames
+    number = 0 if frames == "first" else int(frames)
+    if number >= count:
+        raise VolumeError(
+            f"{name}: no frame {number}: shape {header.shape} has {count}, counted from 0; choose another "
+            "with --frames, or leave the image out"
+        )
+    return number
 
 
 def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> None:
@@ -136,16 +197,12 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
         record: the configuration.
 
     Raises:
-        VolumeError: it has frames and none were asked for, or more voxels than a record can hold.
+        VolumeError: as `record_layout`; or it has more voxels than a record can hold.
     """
-    if len(header.shape) > 3 and record.frames is None:
-        raise VolumeError(
-            f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with --frames all, "
-            "or extract one volume of it, with fslroi, say"
-        )
+    layout = record_layout(name, header, record)
     stored = stored_shape(name, header, record)
     if stored is not None:
-        require_size(name, stored, header.dtype, record)
+        require_size(name, stored, layout.dtype, record)
 
 
 def stored_shape(name: str, header: VolumeHeader, record: RecordConfig) -> tuple[int, ...] | None:
@@ -157,10 +214,11 @@ def stored_shape(name: str, header: VolumeHeader, record: RecordConfig) -> tuple
         record: the configuration.
 
     Raises:
-        VolumeError: the affine does not allow the preparation.
+        VolumeError: as `record_layout`; or the affine does not allow the preparation.
     """
+    shape = record_layout(name, header, record).shape
     try:
-        return prepared_shape(header.shape, header.affine, record)
+        return prepared_shape(shape, header.affine, record)
     except VolumeError as e:
         raise VolumeError(f"{name}: {e}") from e
 
@@ -198,18 +256,25 @@ def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record
     )
 
 
-def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> None:
     """Refuse a volume that has another shape than the dataset's first.
 
     Args:
         name: the image's path, for errors.
         shape: of the volume, prepared.
-        wanted: that all volumes share; None where they may differ.
+        wanted: that all volumes share, None for axes along which they may differ; None accepts any.
 
     Raises:
         VolumeError: the shape differs.
     """
-    if wanted is not None and shape != wanted:
+    if wanted is None:
+        return
+    if None in wanted and len(shape) != len(wanted):
+        raise VolumeError(
+            f"{name}: shape {shape} in a dataset of 3-D volumes of mixed shapes; leave it out, or use "
+            "--frames all, which makes the last axis of any length the channels"
+        )
+    if None not in wanted and shape != wanted:
         raise VolumeError(
             f"{name}: shape {shape} where the first image has {wanted}; "
             "crop and pad all images with --shape, or use --allow-mixed-shapes"
@@ -227,7 +292,7 @@ def require_dtype(name: str, header: VolumeHeader, dtype: str | None) -> None:
     Raises:
         VolumeError: the dtype differs.
     """
-    if dtype is not None and header.dtype.name != dtype:
+    if dtype is not None and header.dtype_name != dtype:
         raise VolumeError(
-            f"{name}: {header.dtype.name} voxels where the first image has {dtype}; use --voxel-dtype float32"
+            f"{name}: {header.dtype_name} voxels where the first image has {dtype}; use --voxel-dtype float32"
         )

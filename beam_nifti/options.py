@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from beam_nifti import __version__
 from beam_nifti.config import (
+    COMPLEX_PARTS,
     COMPRESSION_LEVELS,
     COMPRESSIONS,
     FRAMES,
@@ -359,8 +360,15 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
     )
     voxels.add_argument(
         "--frames",
-        choices=FRAMES,
-        help="of 4-D images; all: every frame, as the channels of one record; default: they are refused",
+        metavar="|".join(FRAMES),
+        help="of 4-D images; all: every frame, as the channels of one record; first, or a number from 0: one "
+        "of them; mean: their mean; default: 4-D images are refused",
+    )
+    voxels.add_argument(
+        "--complex",
+        choices=COMPLEX_PARTS,
+        help="of complex images; magnitude; phase, in radians; real-imag: both parts, as channels; default: "
+        "complex images are refused",
     )
     voxels.add_argument(
         "--allow-mixed-shapes",
@@ -627,6 +635,7 @@ def _record_config(
         frames=options.frames,
         clip=options.clip,
         rescale_within=options.rescale_within,
+        complex=options.complex,
         preprocess=options.preprocess,
         orientation=None if options.orientation == "native" else options.orientation,
         spacing=_triple("--spacing", options.spacing, float),

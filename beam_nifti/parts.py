@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.errors import ShardError
+from beam_nifti.image import stat_image
 from beam_nifti.index import IndexEntry, make_table, read_index, row_cells, schema_of, write_index
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.sharding import ShardName
@@ -176,7 +177,7 @@ def finished_rows(
 
 def _unchanged(path: str, found: dict[str, object]) -> bool:
     try:
-        now = storage.stat(path)
+        now = stat_image(path)
     except OSError:
         return False  # loading it again says what is wrong
     return (now.size, now.mtime) == (found["source_size"], found["source_mtime"])

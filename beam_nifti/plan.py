@@ -120,7 +120,8 @@ class BuildPlan:
         extra_columns: those of them that are only kept in the index.
         split_sizes: rows of each split.
         shape: that every record must have; None where shapes may differ.
-        source_dtype: dtype on disk of the first image.
+        source_dtype: dtype on disk of the first image, such as "int16" or "rgb24".
+        loaded_dtype: of its voxels as they are loaded.
         unit_rows: rows of a work unit, at most.
         has_published: whether the output holds a dataset; `BuildNote.published` names its shards.
         reuse_published: whether records may be taken from them.
@@ -137,6 +138,7 @@ class BuildPlan:
     split_sizes: Mapping[str, int]
     shape: tuple[int, ...] | None
     source_dtype: str
+    loaded_dtype: str
     unit_rows: int
     has_published: bool = False
     reuse_published: bool = True
@@ -154,12 +156,20 @@ class BuildPlan:
     def stored_dtype(self) -> str:
         """Dtype of the voxels in the records."""
         record = self.config.record
-        return self.source_dtype if record.voxel_dtype == "native" else record.voxel_dtype
+        return self.loaded_dtype if record.voxel_dtype == "native" else record.voxel_dtype
 
     @property
     def parts_root(self) -> str:
         """Folder of the part files."""
         return parts_root(self.config.output, self.config.temp_location)
+
+    @property
+    def required_shape(self) -> tuple[int | None, ...] | None:
+        """Shape that every image must be loaded with; None for what may differ."""
+        if self.shape is None and self.config.record.frames != "all":
+            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
+            return (None, None, None)
+        return self.shape
 
     @property
     def required_dtype(self) -> str | None:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 _UNTURNED: Final = [[0, 1], [1, 1], [2, 1]]
 
 
-def prepare_volume(volume: Volume, record: RecordConfig, shape: tuple[int, ...] | None = None) -> Volume:
+def prepare_volume(
+    volume: Volume, record: RecordConfig, shape: tuple[int | None, ...] | None = None
+) -> Volume:
     """Prepare a volume as a configuration says.
 
     Args:

@@ -72,8 +72,8 @@ def load_dataset(
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
-        (B, x, y, z, t) where the images are 4-D, and y, float32 of shape (B,); X alone where the
-        dataset has no labels. All axes but B are static, unless the volumes have different shapes.
+        (B, x, y, z, c) where records have c frames or components, and y, float32 of shape (B,); X alone
+        where the dataset has no labels. All axes but B are static, unless the volumes have different shapes.
         X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
         `--rescale none`.
 
@@ -205,7 +205,7 @@ def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
     wanted = {**_IMAGE, **(_LABEL if info.labelled else {})}
     wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
     # A dataset that was built before there were frames to choose says nothing of them.
-    is_mixed = info.shape is None and info.config.get("frames") is not None
+    is_mixed = info.shape is None and info.config.get("frames") == "all"
     shape = [None] * 3 if info.shape is None else info.shape
 
     def parse(record: tf.Tensor) -> Any:

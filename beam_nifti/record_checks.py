@@ -15,6 +15,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import VolumeError
 from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor, encode_volume
+from beam_nifti.header import COLOURS
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.prepare import prepare_volume
@@ -91,7 +92,8 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     if voxels.dtype.name != spec.dtype:
         yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.dtype}"
     native = spec.config.voxel_dtype == "native"
-    if native and cells["dtype"] != spec.dtype:
+    on_disk = "uint8" if cells["dtype"] in COLOURS.values() else cells["dtype"]
+    if native and on_disk != spec.dtype:
         yield f"voxels are {spec.dtype} as in the image's file, the index says {cells['dtype']}"
     if voxels.size == 0:
         yield "there are no voxels"

@@ -14,7 +14,8 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import orientation_of
-from beam_nifti.header import require_storable, stored_shape
+from beam_nifti.header import record_layout, require_storable, stored_shape
+from beam_nifti.image import image_files, stat_image
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
 from beam_nifti.volume import load_header
@@ -108,23 +109,25 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
         # Frames that are not asked for are counted before they are refused.
         header = load_header(row, folder, replace(record, frames=record.frames or "all"))
         path = storage.join(folder, row.path)
-        size, head = storage.stat(path).size, storage.read_head(path, _HEAD_BYTES)
+        # The file of the voxels: headers of pairs are often alike.
+        size, head = stat_image(path).size, storage.read_head(image_files(path)[-1], _HEAD_BYTES)
     except (OSError, VolumeError) as e:
         return _refused(found, row, str(e)), None
     found.shapes[_joined(header.shape)] = 1
     found.spacings[_joined(round(zoom, 3) for zoom in header.zooms)] = 1
     found.orientations[orientation_of(header.affine)] = 1
-    found.dtypes[header.dtype.name] = 1
+    found.dtypes[header.dtype_name] = 1
     found.source_bytes = size
     twin = f"{size}-{hashlib.sha256(head).hexdigest()}"
     try:
         require_storable(row.path, header, record)
+        layout = record_layout(row.path, header, record)
         shape = stored_shape(row.path, header, record)
     except VolumeError as e:
         return _refused(found, row, str(e)), twin
     found.records["?" if shape is None else _joined(shape)] = 1
-    voxels = math.prod(shape or header.shape)
-    itemsize = header.dtype.itemsize
+    voxels = math.prod(shape or layout.shape)
+    itemsize = layout.dtype.itemsize
     found.record_bytes = record_bytes(voxels, itemsize, record)
     found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), header.num_bytes)
     return found, twin

@@ -130,7 +130,7 @@ class LoadVolume(beam.DoFn):
 
     Args:
         folder: what relative paths are relative to: the manifest's folder.
-        shape: that every record must have; None where shapes may differ.
+        shape: that every record must have; None, or None for an axis, where shapes may differ.
         dtype: that every volume must have on disk; None where dtypes may differ.
         config: of the records that the volumes become.
     """
@@ -138,7 +138,7 @@ class LoadVolume(beam.DoFn):
     def __init__(
         self,
         folder: str = "",
-        shape: tuple[int, ...] | None = None,
+        shape: tuple[int | None, ...] | None = None,
         dtype: str | None = None,
         config: RecordConfig | None = None,
     ) -> None:
@@ -166,10 +166,10 @@ class Prepare(beam.DoFn):
 
     Args:
         config: says what.
-        shape: that every record must have; None where shapes may differ.
+        shape: that every record must have; None, or None for an axis, where shapes may differ.
     """
 
-    def __init__(self, config: RecordConfig, shape: tuple[int, ...] | None = None) -> None:
+    def __init__(self, config: RecordConfig, shape: tuple[int | None, ...] | None = None) -> None:
         self._config, self._shape = config, shape
         self._msec = Metrics.distribution(type(self), "prepare-msec")
 
@@ -445,7 +445,7 @@ class BuildDataset(beam.PTransform[Any, Any]):
             .with_outputs(FINISHED, main="units")
         )
         folder = storage.dirname(config.manifest)
-        loading = LoadVolume(folder, plan.shape, plan.required_dtype, config.record)
+        loading = LoadVolume(folder, plan.required_shape, plan.required_dtype, config.record)
         loaded = (
             units.units
             | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
@@ -453,7 +453,9 @@ class BuildDataset(beam.PTransform[Any, Any]):
         )
         steps, volumes = [loaded], loaded.main
         if config.record.prepares:
-            prepared = volumes | "Prepare" >> _guarded(Prepare(config.record, plan.shape), Volume)  # Volume
+            prepared = volumes | "Prepare" >> _guarded(
+                Prepare(config.record, plan.required_shape), Volume
+            )  # Volume
             steps, volumes = [loaded, prepared], prepared.main
         rescaled = volumes | "Rescale" >> _guarded(Rescale(config.record), Volume)  # Volume
         encoded = rescaled.main | "EncodeExample" >> _guarded(

@@ -24,6 +24,12 @@ from beam_nifti.errors import UsageError
         ("compression_level", 9, "--compression-level"),
         ("frames", "", "--frames"),
         ("frames", "some", "--frames"),
+        ("frames", "INDEX", "--frames"),
+        ("frames", "-1", "--frames"),
+        ("frames", "01", "--frames"),
+        ("frames", "1.5", "--frames"),
+        ("complex", "", "--complex"),
+        ("complex", "abs", "--complex"),
     ],
 )
 def test_record_config_refuses_what_no_record_can_have(field: str, value: object, flag: str) -> None:
@@ -77,8 +83,14 @@ def test_fingerprints_differ_wherever_bytes_do() -> None:
         for dtype in ("float32", "native")
         for compression in ("gzip", "none")
         for level in ((0, 1, 2, 3) if compression == "gzip" else (2,))
-        for frames in (None, "all")
+        for frames in (None, "all", "first", "1", "12")
     ]
+    configs += [
+        RecordConfig(frames=frames, complex=part)
+        for frames in ("mean", None, "all")
+        for part in ("magnitude", "real-imag")
+    ]
+    configs += [RecordConfig(frames="mean"), RecordConfig(complex="phase")]
     configs += [
         RecordConfig(rescale, dtype, clip=clip, rescale_within=within)
         for rescale in ("percentile:1,99", "percentile:2,99")
@@ -88,6 +100,23 @@ def test_fingerprints_differ_wherever_bytes_do() -> None:
     ]
     assert len({c.fingerprint for c in configs}) == len(configs)
     assert len({len(c.fingerprint) for c in configs}) == 1
+
+
+def test_the_frame_of_number_0_is_the_first() -> None:
+    assert RecordConfig(frames="0") == RecordConfig(frames="first")
+
+
+def test_native_records_hold_nothing_that_is_computed() -> None:
+    for fields in ({"frames": "mean"}, {"complex": "phase"}, {"complex": "real-imag"}):
+        with pytest.raises(
+            UsageError, match=r"native stores voxels as in the file, .* use --voxel-dtype float32"
+        ):
+            RecordConfig(voxel_dtype="native", **fields)
+
+
+def test_angles_have_no_mean() -> None:
+    with pytest.raises(UsageError, match="--complex phase gives angles, which --frames mean cannot average"):
+        RecordConfig(frames="mean", complex="phase")
 
 
 def test_level_does_not_count_without_compression() -> None:

@@ -243,6 +243,7 @@ VALUES = {
     "rescale_within": "nonzero",
     "voxel_dtype": "native",
     "frames": "all",
+    "complex": "magnitude",
     "preprocess": "lab.brains:strip",
     "orientation": "LPS",
     "spacing": "1,1,1.5",

@@ -19,7 +19,15 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.example import decode_example, decode_tensor, encode_volume
 from beam_nifti.volume import load_volume, rescale_volume
-from tests.images import REAL_DTYPES, Array, random_voxels, row_of, write_image, write_manifest
+from tests.images import (
+    REAL_DTYPES,
+    Array,
+    nifti_header,
+    random_voxels,
+    row_of,
+    write_image,
+    write_manifest,
+)
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 SHAPE = (6, 5, 4, 7)
@@ -166,6 +174,72 @@ def test_3d_and_4d_images_in_one_dataset(run: Run, tmp_path: Path, voxel_dtype: 
     assert [read[i].shape for i in range(4)] == [SHAPE, (6, 5, 4, 1), (3, 4, 5, 2), (2, 3, 4, 1)]
     for i in range(4):
         assert read[i].tobytes() == formula(tmp_path / f"c/{i}.nii.gz").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [(["--frames=mean"], SHAPE[:3]), (["--frames=3", "--voxel-dtype=native"], SHAPE[:3])],
+)
+def test_a_dataset_of_one_volume_an_image(
+    run: Run, tmp_path: Path, options: list[str], shape: tuple[int, ...]
+) -> None:
+    manifest, output = (
+        cohort_of(tmp_path / "c", [SHAPE, (*SHAPE[:3], 9)], slope=0.5, inter=2.0),
+        tmp_path / "out",
+    )
+    assert "of 6x5x4 voxels" in run("build", manifest, output, *options, "--dry-run")
+    run("build", manifest, output, *options)
+    assert info_of(output).shape == shape
+    assert "2 made again" in run("verify", output, "--deep=all", "--manifest", manifest)
+    assert f"frames {options[0].partition('=')[2]}" in run("inspect", output)
+
+
+COLOURS = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+
+
+@pytest.mark.tf
+@pytest.mark.parametrize("voxel_dtype", ["float32", "native"])
+def test_colours_are_the_channels_of_a_batch(run: Run, tmp_path: Path, voxel_dtype: str) -> None:
+    pytest.importorskip("tensorflow")
+    from beam_nifti.reader import load_dataset
+
+    for i in range(2):
+        write_image(tmp_path / f"c/{i}.nii.gz", random_voxels((6, 5, 4, 3), "uint8", i).view(COLOURS)[..., 0])
+    rows = [{"path": f"{i}.nii.gz", "label": i} for i in range(2)]
+    manifest, output = write_manifest(tmp_path / "c/m.tsv", rows), tmp_path / "out"
+    run("build", manifest, output, f"--voxel-dtype={voxel_dtype}")
+    assert "2 made again" in run("verify", output, "--deep=all")
+    assert "rgb24 (2)" in run("inspect", output)
+    for image, label in load_dataset(output):
+        x = random_voxels((6, 5, 4, 3), "uint8", int(label)).astype(np.float64)
+        assert np.array_equal(image, ((x - x.min()) / (x.max() - x.min())).astype(np.float32))
+    run("build", manifest, tmp_path / "mixed", "--allow-mixed-shapes", code=cli.FAILED)
+    assert (
+        "--frames all"
+        in json.loads((tmp_path / "mixed/failures.jsonl").read_text().splitlines()[0])["message"]
+    )
+    run("build", manifest, tmp_path / "mixed", "--allow-mixed-shapes", "--frames=all")
+    assert [x.shape.as_list() for x, _ in load_dataset(tmp_path / "mixed")] == [[6, 5, 4, 3]] * 2
+
+
+def test_a_pair_is_loaded_again_when_either_file_changes(run: Run, tmp_path: Path) -> None:
+    voxels = random_voxels((6, 5, 4))
+    (tmp_path / "c").mkdir()
+    header = nifti_header(voxels, fields={"magic": b"ni1", "vox_offset": 0})
+    (tmp_path / "c/a.hdr").write_bytes(header)
+    (tmp_path / "c/a.img").write_bytes(voxels.tobytes(order="F"))
+    manifest, output = write_manifest(tmp_path / "c/m.tsv", [{"path": "a.img"}]), tmp_path / "out"
+    run("build", manifest, output, "--rescale=none")
+    name = info_of(output).shards[0].name
+    run("build", manifest, output, "--rescale=none")
+    assert info_of(output).shards[0].name == name
+    (tmp_path / "c/a.hdr").write_bytes(
+        nifti_header(voxels, slope=2.0, fields={"magic": b"ni1", "vox_offset": 0})
+    )
+    os.utime(tmp_path / "c/a.hdr", (0, 0))  # as a restored backup has it
+    run("build", manifest, output, "--rescale=none")
+    assert info_of(output).shards[0].name != name
+    assert "1 made again" in run("verify", output, "--deep=all")
 
 
 @pytest.mark.tf

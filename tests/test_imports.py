@@ -17,7 +17,7 @@ MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if pat
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"header", "grid", "prepare", "nifti_writer"},
+    "nibabel": {"formats", "grid", "prepare", "nifti_writer"},
     "scipy": {"prepare"},
     "tensorflow": {"reader"},
     "apache_beam": {

@@ -1,0 +1,131 @@
+"""Headers of NIfTI-1, NIfTI-2, ANALYZE 7.5 and MGH, read by nibabel."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import nibabel as nib
+import numpy as np
+from nibabel.freesurfer.mghformat import DATA_OFFSET, MGHHeader, header_dtype
+from nibabel.nifti2 import Nifti2PairHeader
+from nibabel.spatialimages import HeaderDataError
+from nibabel.spm2analyze import Spm2AnalyzeHeader
+
+from beam_nifti.errors import VolumeError
+from beam_nifti.header import PADDING_BYTES, VolumeHeader
+from beam_nifti.rescale import Scaling
+
+HEAD_BYTES: Final = 544
+"""Enough for every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
+
+_MAX_OFFSET: Final = 64 << 20
+"""Largest start of the voxels: header and its extensions."""
+
+_MGH_MAGIC: Final = b"\x00\x00\x00\x01"
+_MGH_FOOTER: Final = 1 << 20
+"""Most bytes of an MGH footer: commands that made the image, and a table of colours."""
+
+_VECTOR_INTENTS: Final = frozenset([1004, 1005, 1006, 1007])
+"""Matrix, symmetric matrix, displacement, vector: the fifth axis holds their components. Source: nifti1.h."""
+
+_CIFTI_INTENTS: Final = range(3000, 3100)
+
+_OTHER_FORMATS: Final = {
+    b"CDF\x01": "a MINC image; convert it with mnc2nii",
+    b"CDF\x02": "a MINC image; convert it with mnc2nii",
+    b"\x89HDF": "an HDF5 file; if it is a MINC image, convert it with mnc2nii, or with nibabel and h5py",
+    b"# ==": "the header of a PAR/REC pair; convert it with nibabel's parrec2nii",
+    b"NRRD": "an NRRD image; convert it to .nii.gz",
+}
+
+_quiet = logging.getLogger(f"{__name__}.nibabel")
+_quiet.addHandler(logging.NullHandler())
+_quiet.propagate = False
+
+
+@np.errstate(all="ignore")  # numpy warns of a NaN in a field, which is said below
+def parse_header(name: str, head: bytes) -> VolumeHeader:
+    """What the first bytes of an uncompressed image, or of the header of a pair, say.
+
+    Args:
+        name: the image's path, for errors.
+        head: the first HEAD_BYTES of the file, or all of a shorter one.
+
+    Raises:
+        VolumeError: they are not a header that is known, of a 3-D to 5-D image.
+    """
+    kind = _header_class(name, head)
+    is_mgh = kind is MGHHeader
+    try:
+        # Its from_fileobj would read the header's extensions too, which may be long and damaged.
+        header = kind(head[: header_dtype.itemsize if is_mgh else kind.sizeof_hdr], check=False)
+        header.check_fix(logger=_quiet)
+        shape = tuple(int(n) for n in header.get_data_shape())
+        dtype = header.get_data_dtype()
+        offset = DATA_OFFSET if is_mgh else int(header.get_data_offset())
+        slope, inter = (None, None) if is_mgh else header.get_slope_inter()
+        affine = np.asarray(header.get_best_affine(), np.float64)
+        zooms = tuple(float(z) for z in header.get_zooms()[:3])
+        intent = int(header["intent_code"]) if "intent_code" in header else 0
+    except KeyError as e:
+        raise VolumeError(f"{name}: data type {e} is not known; repair or convert the image") from e
+    except (HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError) as e:
+        raise VolumeError(f"{name}: header is not valid: {e}; repair or convert the image") from e
+    if intent in _CIFTI_INTENTS:
+        raise VolumeError(
+            f"{name}: a CIFTI-2 file, whose values are not on a grid; extract a volume of it with "
+            "wb_command -cifti-separate, or leave it out"
+        )
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if not 3 <= len(shape) <= 5:
+        remedy = "leave it out" if len(shape) < 3 else "extract one volume of it"
+        raise VolumeError(f"{name}: expected a 3-D image, got shape {shape}; {remedy}")
+    if min(shape) < 1:
+        raise VolumeError(f"{name}: shape {shape} has no voxels; leave it out")
+    is_pair = not is_mgh and not getattr(header, "is_single", False)
+    first = 0 if is_pair else DATA_OFFSET if is_mgh else kind.sizeof_hdr
+    if not first <= offset <= _MAX_OFFSET:
+        where = "inside the header" if offset < first else "beyond any header extension"
+        raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
+    if not np.isfinite(affine).all():
+        what = "direction cosines" if is_mgh else "sform or qform"
+        raise VolumeError(f"{name}: the affine is not finite; repair its {what}")
+    scaling = Scaling()
+    if slope is not None and not dtype.names:  # NIfTI has no scaling of colours, whatever the fields hold
+        scaling = Scaling(float(slope), float(inter or 0.0))
+    return VolumeHeader(
+        shape=shape,
+        dtype=dtype,
+        offset=offset,
+        scaling=scaling,
+        affine=affine,
+        zooms=(zooms[0], zooms[1], zooms[2]),
+        is_vector=intent in _VECTOR_INTENTS,
+        is_pair=is_pair,
+        is_analyze=kind is Spm2AnalyzeHeader,
+        max_trailing=_MGH_FOOTER if is_mgh else PADDING_BYTES,
+    )
+
+
+def _header_class(name: str, head: bytes) -> Any:
+    size = {head[:4], head[:4][::-1]}
+    if (348).to_bytes(4, "little") in size and len(head) >= 348:
+        # As nibabel.load does, take every ANALYZE header for SPM2's, which knows the fields of the others.
+        kinds = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}
+        return kinds.get(head[344:348], Spm2AnalyzeHeader)
+    if (540).to_bytes(4, "little") in size and len(head) >= 540:
+        return nib.Nifti2Header if head[4:8] == b"n+2\0" else Nifti2PairHeader
+    if head.startswith(_MGH_MAGIC) and len(head) >= DATA_OFFSET:
+        return MGHHeader
+    for magic, what in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise VolumeError(f"{name}: {what}")
+    if name.lower().endswith((".img", ".img.gz", ".img.bz2", ".img.zst")):
+        raise VolumeError(f"{name}: voxels without their header; copy the .hdr file beside them")
+    if len(head) < 348:
+        raise VolumeError(f"{name}: {len(head)} bytes are less than a NIfTI header; copy it again")
+    raise VolumeError(
+        f"{name}: not a NIfTI, ANALYZE or MGH image; convert it to .nii or .nii.gz, or leave it out"
+    )

@@ -1,0 +1,309 @@
+"""The files of an image: which they are, and the bytes of its voxels."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, Final
+
+import numpy as np
+
+from beam_nifti import storage
+from beam_nifti.errors import VolumeError
+from beam_nifti.formats import HEAD_BYTES
+from beam_nifti.header import VolumeHeader
+from beam_nifti.packing import Bytes, Unpacker, fill, packing_of, unpacked_head
+
+ReadHeader = Callable[[bytes], VolumeHeader]
+
+_LARGE_FILE: Final = 64 << 20
+"""Bytes of a file from which on its header is looked at before the rest is read."""
+
+_HEAD_OF_FILE: Final = 1 << 16
+"""Bytes of a file in which its header is looked for, unless its packing needs more of them."""
+
+_LARGEST_HALF: Final = 1 << 20
+"""Bytes of the header's file of a pair."""
+
+_LARGEST_HEADER: Final = 64 << 20
+"""Bytes of a header and its extensions."""
+
+_HALF = re.compile(r"(?P<stem>.+\.)(?P<half>hdr|img)(?P<packed>|\.gz|\.bz2|\.zst)", re.I | re.S)
+
+
+def image_files(path: str) -> tuple[str, ...]:
+    """The files of an image: its one, or the header and the voxels of a pair, whichever of them is named.
+
+    The other half of a pair may be packed otherwise. A half without the other one is taken for a single
+    file, which some programs call .img.
+
+    Raises:
+        OSError: the path cannot be reached.
+    """
+    match = _HALF.fullmatch(path)
+    if match is None:
+        return (path,)
+    half, packed = match["half"], match["packed"]
+    is_header = half.lower() == "hdr"
+    other = "img" if is_header else "hdr"
+    stem = match["stem"] + (other.upper() if half.isupper() else other)
+    for ending in dict.fromkeys((packed, "", ".gz", ".bz2", ".zst")):
+        with contextlib.suppress(FileNotFoundError):
+            storage.stat(stem + ending)
+            return (path, stem + ending) if is_header else (stem + ending, path)
+    return (path,)
+
+
+def stat_image(path: str) -> storage.Stat:
+    """Size and time of an image; of a pair, both sizes together, and the mean of both times.
+
+    So a change of either file shows, also one to an older file.
+
+    Raises:
+        OSError: the path cannot be reached.
+    """
+    return _joined([storage.stat(file) for file in image_files(path)])
+
+
+def _joined(stats: list[storage.Stat]) -> storage.Stat:
+    return storage.Stat(sum(s.size for s in stats), sum(s.mtime for s in stats) / len(stats))
+
+
+def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
+    """The header of an image, from the first kilobytes of its file.
+
+    Args:
+        name: the image's path in errors.
+        path: of the image.
+        parse: makes a header of the first HEAD_BYTES of what the file holds.
+
+    Raises:
+        VolumeError: it cannot be read, or `parse` refuses it.
+    """
+    with _reading(name):
+        files = image_files(path)
+        head = storage.read_head(files[0], _HEAD_OF_FILE)
+        packing = packing_of(head)
+        if packing and packing.head_bytes > len(head) == _HEAD_OF_FILE:
+            head = storage.read_head(files[0], packing.head_bytes)
+    header = parse(unpacked_head(name, head, HEAD_BYTES))
+    _check_pair(name, files, header)
+    return header
+
+
+def _check_pair(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
+    if header.is_pair and len(files) == 1:
+        raise VolumeError(
+            f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
+        )
+    if not header.is_pair and len(files) == 2:
+        raise VolumeError(
+            f"{name}: its .hdr file is a whole image and no header of an .img file; repair its name: .nii"
+        )
+    if header.is_analyze and (match := _HALF.fullmatch(files[0])):
+        with _reading(name):
+            found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
+        if found:
+            raise VolumeError(
+                f"{name}: its affine is in a .mat file beside it, which is not read; convert the pair to "
+                "NIfTI with nibabel or SPM"
+            )
+
+
+@contextlib.contextmanager
+def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
+    """Open an image to read its voxels.
+
+    Args:
+        name: the image's path in errors.
+        path: of the image.
+        parse: as for `read_header`. Nothing large is read or allocated before it.
+
+    Raises:
+        VolumeError: it cannot be read, or `parse` refuses it, or it is larger than its header says.
+    """
+    with contextlib.ExitStack() as stack:
+        with _reading(name):
+            opened = []
+            files = image_files(path)
+            for file in files:
+                handle, stat = storage.open_with_stat(file)
+                opened.append((stack.enter_context(handle), stat))
+        header = _read_half(name, *opened[0], parse) if len(opened) > 1 else None
+        image = Image(name, handle, stat.size, _joined([s for _, s in opened]), parse, header)
+        _check_pair(name, files, image.header)
+        yield image
+
+
+def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeader) -> VolumeHeader:
+    """The header of a pair, from its own file."""
+    if stat.size > _LARGEST_HALF:
+        raise VolumeError(f"{name}: its .hdr file has {stat.size} bytes, which no header has; copy it again")
+    with _reading(name):
+        data = handle.read()
+    if packing := packing_of(data):
+        Unpacker(name, data, packing).skip(_LARGEST_HEADER)  # to its end, where the checksum is
+    return parse(unpacked_head(name, data, HEAD_BYTES))
+
+
+class Image:
+    """An image that is open for reading.
+
+    Args:
+        name: its path in errors.
+        handle: of the file of its voxels.
+        size: of that file.
+        source: size and time of all its files.
+        parse: as for `read_header`.
+        header: of a pair; None where it stands before the voxels.
+
+    Attributes:
+        source: size and time of all its files.
+        header: what it says.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        handle: BinaryIO,
+        size: int,
+        source: storage.Stat,
+        parse: ReadHeader,
+        header: VolumeHeader | None,
+    ) -> None:
+        self.source = source
+        self._name, self._handle, self._size = name, handle, size
+        self._is_large = size > _LARGE_FILE
+        self._data: Bytes = self._read_start()
+        self._packing = packing_of(self._data)
+        self._unpacker: Unpacker | None = None
+        if header is not None:
+            self.header = header
+            if self._packing and self._size == self._promised:
+                self._packing = None  # voxels may happen to begin like a packed file
+        elif self._packing and not self._is_large:
+            self._unpacker = Unpacker(name, self._data, self._packing)
+            self.header = parse(self._unpacker.peek(HEAD_BYTES))
+        else:
+            self.header = parse(unpacked_head(name, self._data, HEAD_BYTES))
+        if self._is_large:
+            self._refuse_oversized()
+
+    @property
+    def _promised(self) -> int:
+        return self.header.offset + self.header.num_bytes
+
+    @property
+    def _most(self) -> int:
+        """Bytes at which more than the header promises is proven."""
+        return self._promised + self.header.max_trailing + 1
+
+    def _read_start(self) -> bytes:
+        """All of a small file, the head of a large one."""
+        with _reading(self._name):
+            if self._is_large:
+                head = self._handle.read(_HEAD_OF_FILE)
+                packing = packing_of(head)
+                return head + self._handle.read(packing.head_bytes - len(head)) if packing else head
+            data = self._handle.read()
+        self._size = len(data)
+        return data
+
+    def _read_rest(self) -> Bytes:
+        """All of the file."""
+        if not self._is_large:
+            return self._data
+        data = memoryview(np.empty(self._size, np.uint8)).cast("B")
+        data[: len(self._data)] = self._data
+        with _reading(self._name):
+            return data[: len(self._data) + fill(self._handle, data[len(self._data) :])]
+
+    def read_all(self) -> memoryview:
+        """The bytes of all voxels; what was read for them is let go of.
+
+        Raises:
+            VolumeError: the file is damaged, or does not hold what its header promises.
+        """
+        data = self._read_rest()
+        self._data = b""
+        if self._packing:
+            unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
+            self._unpacker = None
+            content = unpacker.read(self._promised, self._most)
+        else:
+            content = memoryview(data)
+        self._check_size(len(content))
+        return content[self.header.offset : self._promised]
+
+    def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
+        """The bytes of single components of frames, each gone with the next one.
+
+        Of a file that is not packed only they are read. A packed one is read to its end, so that damage
+        behind them does not go unnoticed.
+
+        Args:
+            numbers: rising; component v of frame t has number v * T + t.
+
+        Raises:
+            VolumeError: as `read_all`.
+        """
+        size = self.header.frame_bytes
+        if self._packing:
+            unpacker = Unpacker(self._name, self._read_rest(), self._packing)
+            unpacker.require(self._promised)
+            reader: Unpacker | BinaryIO = unpacker
+        else:
+            self._check_size(self._size)
+            reader = self._handle if self._is_large else io.BytesIO(self._data)
+        at = 0
+        buffer = memoryview(np.empty(size, np.uint8)).cast("B")
+        for number in numbers:
+            start = self.header.offset + number * size
+            with _reading(self._name):
+                if isinstance(reader, Unpacker):
+                    at += reader.skip(start - at)
+                else:
+                    at = reader.seek(start)
+                got = fill(reader, buffer)
+            at += got
+            if got < size:
+                self._check_size(at)
+            yield buffer
+        if isinstance(reader, Unpacker):
+            self._check_size(at + reader.skip(self._most - at))
+
+    def _refuse_oversized(self) -> None:
+        """Spare the memory of a file that its header disowns, such as a wrong download."""
+        # What cannot be compressed is stored, by deflate with 5 bytes a block of 16 KiB, by bzip2 with 1 %.
+        allowance = self._promised // 1000 if self._packing is None else self._promised // 50
+        if self._size > self._promised + allowance + _LARGE_FILE // 2:
+            raise self._disowned()
+
+    def _check_size(self, size: int) -> None:
+        if size < self._promised:
+            raise VolumeError(
+                f"{self._name}: truncated: {size} bytes where shape {self.header.shape} of "
+                f"{self.header.dtype_name} needs {self._promised}; copy the file again"
+            )
+        if size >= self._most:
+            raise self._disowned()
+
+    def _disowned(self) -> VolumeError:
+        return VolumeError(
+            f"{self._name}: holds more than the {self._promised} bytes that shape {self.header.shape} of "
+            f"{self.header.dtype_name} needs; repair its header or convert it again"
+        )
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What a file system raises becomes a VolumeError."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else None
+        # A store that keeps failing is no fault of the image.
+        remedy = "build again" if isinstance(e, TimeoutError) else "check the path and its rights"
+        raise VolumeError(f"{name}: cannot be read: {reason or e}; {remedy}") from e
