@@ -1,7 +1,7 @@
 """Load and prepare the same volumes with beam_nifti, MONAI, TorchIO and nobrainer; print Markdown tables.
 
-Twelve .nii.gz volumes of 91×109×91 int16 voxels, made as those of make_cohort.py are. Each contender runs in an
-interpreter of its own, with one thread, after two volumes that do not count; CPU is that of the process.
+Twelve .nii.gz volumes of 91×109×91 int16 voxels, made as those of make_cohort.py are. Each contender runs
+in an interpreter of its own, with one thread, after two volumes that do not count; CPU is the process's.
 The interpreters need: monai, torchio and torch; nobrainer 1.2.1 with its TensorFlow.
 
 Usage: compare.py [--peers PYTHON] [--nobrainer PYTHON]

@@ -176,7 +176,7 @@ FAILURES = {
     10: ("Rescale", "constant"),
     11: ("Rescale", "NaN"),
     12: ("LoadVolume", "(12, 10, 9) where the first image has (12, 10, 8)"),
-    24: ("LoadVolume", "not a NIfTI file"),
+    24: ("LoadVolume", "not a NIfTI, ANALYZE or MGH image"),
 }
 """By row of the manifest: the step that fails, and a word of its message."""
 
