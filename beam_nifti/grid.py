@@ -102,7 +102,9 @@ def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], li
     shape, starts, steps = list(grid.shape), [0.0] * 3, [1.0] * 3
     for axis, (size, zoom, wanted) in enumerate(zip(grid.shape, grid.zooms, spacing, strict=True)):
         if abs(zoom - wanted) > _SAME_SPACING * wanted:
-            shape[axis] = max(1, round(size * zoom / wanted))
+            # First to a thousandth: headers hold float32, and 181 voxels of about 1 mm shall not become 90
+            # of 2 mm in one image and 91 in the next.
+            shape[axis] = max(1, round(round(size * zoom / wanted, 3)))
             steps[axis] = wanted / zoom
             starts[axis] = (size - 1) / 2 - steps[axis] * (shape[axis] - 1) / 2
     x, y, z = shape

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.grid import prepared_shape
+from beam_nifti.grid import Grid, prepared_shape, respace
 from beam_nifti.prepare import (
     apply_function,
     crop_foreground,
@@ -152,6 +152,13 @@ def test_interpolation_is_that_of_scipy(dtype: str, spacing: tuple[float, ...]) 
     assert made.voxels.dtype == np.float32
     assert made.scaling.is_identity
     assert np.allclose(made.voxels, expected, rtol=1e-7, atol=1e-14 * np.abs(values).max())
+
+
+@pytest.mark.parametrize("noise", [-1e-7, 0.0, 1e-7])
+def test_noise_in_a_header_changes_no_shape(noise: float) -> None:
+    """Half a voxel more or less would go either way: 181 voxels of 1 mm are 90.5 of 2 mm."""
+    grid = Grid.of((181, 7, 7), np.diag([1 + noise, 2.0, 2.0, 1.0]))
+    assert respace(grid, (2, 2, 2))[0].shape == (90, 7, 7)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS[:3])
