@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from beam_nifti.config import RecordConfig, threshold_of
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import Grid, Shape3, axes_to, respace, turn
-from beam_nifti.header import require_shape, require_size
+from beam_nifti.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.intensity import select_voxels
 from beam_nifti.rescale import Scaling
 from beam_nifti.user_function import Function, load_function
@@ -153,12 +154,14 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
         they are.
 
     Raises:
-        VolumeError: the affine gives the voxels no size along an axis.
+        VolumeError: the affine gives the voxels no size along an axis, or there would be more of them than
+            any record can hold.
     """
     old = Grid.of(volume.voxels.shape, volume.affine)
     new, starts, steps = respace(old, spacing)
     if steps == [1.0] * 3:
         return replace(volume, zooms=old.zooms)
+    _require_grid(new.shape, volume.voxels.shape[3:], spacing)
     # As sparse matrices, one axis after the other: what scipy.ndimage.affine_transform gives, in a ninth
     # of its time (docs/preparation.md), and no more than a slice in float64.
     first, second, third = map(_interpolation, old.shape, new.shape, starts, steps)
@@ -179,6 +182,16 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
         affine=new.affine,
         zooms=new.zooms,
     )
+
+
+def _require_grid(shape: Shape3, channels: tuple[int, ...], spacing: Sequence[float]) -> None:
+    # Though they may be cropped afterwards: an affine that is wrong by a thousand asks for terabytes.
+    made = (*shape, *channels)
+    if 4 * math.prod(made) > MAX_VOLUME_BYTES:
+        raise VolumeError(
+            f"--spacing {','.join(f'{n:g}' for n in spacing)} would make shape {made}, more than "
+            f"{MAX_VOLUME_BYTES:,} bytes of float32; repair the affine, or use a larger --spacing"
+        )
 
 
 def _interpolation(old_size: int, new_size: int, start: float, step: float) -> sparse.csr_array:

@@ -154,6 +154,12 @@ def test_interpolation_is_that_of_scipy(dtype: str, spacing: tuple[float, ...]) 
     assert np.allclose(made.voxels, expected, rtol=1e-7, atol=1e-14 * np.abs(values).max())
 
 
+def test_no_more_is_made_than_a_record_can_hold() -> None:
+    volume = volume_of(random_voxels((5, 4, 3)), np.diag([1e4, 1e4, 1e4, 1.0]))
+    with pytest.raises(VolumeError, match=r"would make shape \(50000, 40000, 30000\)"):
+        prepare_volume(volume, RecordConfig(spacing=(1, 1, 1), shape=(8, 8, 8)))
+
+
 @pytest.mark.parametrize("noise", [-1e-7, 0.0, 1e-7])
 def test_noise_in_a_header_changes_no_shape(noise: float) -> None:
     """Half a voxel more or less would go either way: 181 voxels of 1 mm are 90.5 of 2 mm."""
