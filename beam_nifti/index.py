@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beam_nifti import storage
@@ -182,20 +181,28 @@ def read_index(path: str, positions: range | None = None) -> tuple[pa.Table, dic
 
     Args:
         path: of the index.
-        positions: between which the records are wanted; None means all.
+        positions: in whose neighbourhood the records are wanted, with some others; None means all.
 
     Raises:
         FileNotFoundError: there is none.
         ShardError: the file is no index.
     """
     data = storage.read(path)
-    wanted = None
-    if positions is not None:
-        position = pc.field("position")
-        wanted = (position >= positions.start) & (position < positions.stop)
     try:
-        table = pq.read_table(pa.BufferReader(data), use_threads=False, filters=wanted)
+        # By itself, as `read_table` starts threads, which can bring a short process down at its end.
+        file = pq.ParquetFile(pa.BufferReader(data))
+        groups = [i for i in range(file.num_row_groups) if _is_near(file.metadata.row_group(i), positions)]
+        table = file.read_row_groups(groups, use_threads=False)
     except (pa.ArrowException, OSError) as e:
         raise ShardError(f"{path}: not an index: {e}") from e
     facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     return table, facts
+
+
+def _is_near(group: pq.RowGroupMetaData, positions: range | None) -> bool:
+    """Whether some rows of a group may be at these positions."""
+    columns = (group.column(i) for i in range(group.num_columns))
+    found = next((c.statistics for c in columns if c.path_in_schema == "position"), None)
+    if positions is None or found is None or not found.has_min_max:
+        return True
+    return bool(found.min < positions.stop and found.max >= positions.start)
