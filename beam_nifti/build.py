@@ -19,10 +19,10 @@ from beam_nifti.errors import (
     UsageError,
     VolumeError,
 )
-from beam_nifti.header import RecordLayout, VolumeHeader, record_layout, stored_shape
+from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.index import read_index
 from beam_nifti.local_runner import whole_elements
-from beam_nifti.manifest import Manifest, read_manifest
+from beam_nifti.manifest import Manifest
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import (
     BuildNote,
@@ -30,11 +30,11 @@ from beam_nifti.plan import (
     choose_unit_rows,
     default_sharding,
     parts_root,
+    read_build_manifest,
     record_bytes,
     stored_itemsize,
 )
 from beam_nifti.prepare import prepare_volume
-from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.publish import (
     BuildSummary,
     TooManyFailures,
@@ -124,8 +124,7 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         raise UsageError(
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
-    pseudonyms = read_pseudonyms(key) if key else None
-    manifest = read_manifest(config.manifest, config.columns, config.splitting, pseudonyms)
+    manifest = read_build_manifest(config.manifest, config)
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
@@ -210,11 +209,12 @@ def _first_volume(
     for row in manifest.rows(range(min(_IMAGES_TRIED, len(manifest)))):
         try:
             header = load_header(row, manifest.folder, config.record)
-            shape = stored_shape(row.path, header, config.record)
+            layout = record_layout(row.path, header, config.record)
+            shape = layout.stored_shape
             if shape is None:
                 volume = load_volume(row, manifest.folder, record=config.record)
                 shape = prepare_volume(volume, config.record).voxels.shape
-            return header, record_layout(row.path, header, config.record), shape
+            return header, layout, shape
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(

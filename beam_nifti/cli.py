@@ -145,12 +145,9 @@ def _build(options: argparse.Namespace, beam_flags: list[str]) -> int:
 
 def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     from beam_nifti.build import run_build
-    from beam_nifti.progress import no_progress, show_progress
     from beam_nifti.publish import TooManyFailures
 
-    # Processes count for themselves, and a cluster's workers too.
-    is_counted = engine.is_local and not engine.in_processes
-    progress = show_progress(plan.num_rows) if is_counted and not quiet else no_progress()
+    progress = _progress(engine, plan.num_rows, "volume", quiet=quiet)
     noise = io.StringIO()
     try:
         with progress, _set_aside(noise, engine):
@@ -170,6 +167,16 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     with _while_read():
         _report(plan, summary, counters)
     return SUCCESS
+
+
+def _progress(
+    engine: Engine, total: int, unit: str, *, quiet: bool
+) -> contextlib.AbstractContextManager[None]:
+    from beam_nifti.progress import no_progress, show_progress
+
+    # Processes count for themselves, and a cluster's workers too.
+    is_counted = engine.is_local and not engine.in_processes
+    return show_progress(total, unit) if is_counted and not quiet else no_progress()
 
 
 @contextlib.contextmanager
@@ -231,7 +238,6 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti import storage
     from beam_nifti.engines import choose_engine
     from beam_nifti.manifest import read_manifest
-    from beam_nifti.progress import no_progress, show_progress
     from beam_nifti.survey import format_report
 
     engine = choose_engine(command_line.check_config(options), beam_flags, options.workers)
@@ -243,8 +249,7 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
 
     config, manifest = engine.config, storage.absolute(engine.config.manifest)
     num_rows = len(read_manifest(manifest, config.columns))
-    is_counted = engine.is_local and not engine.in_processes
-    progress = show_progress(num_rows, unit="image") if is_counted and not options.quiet else no_progress()
+    progress = _progress(engine, num_rows, "image", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
             report = check_images(manifest, config.columns, config.record, engine.options, options.out)

@@ -98,21 +98,23 @@ class VolumeHeader:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """What is loaded of an image for a record of a configuration.
+    """What is loaded of an image for a record of a configuration, and the shape that the record will have.
 
     Attributes:
         shape: of the voxels: (X, Y, Z), or (X, Y, Z, C) where a voxel has several numbers.
         dtype: of the voxels as they are loaded.
         frame: number of the frame that is taken; "mean" of all frames; None takes the image whole.
+        stored_shape: of the voxels once they are prepared; None where the header cannot tell.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     frame: int | str | None
+    stored_shape: tuple[int, ...] | None
 
 
 def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
-    """What is loaded of an image for its record.
+    """What is loaded of an image for its record, and the shape that the record will have.
 
     Args:
         name: the image's path, for errors.
@@ -120,7 +122,8 @@ def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> Reco
         record: the configuration.
 
     Raises:
-        VolumeError: the configuration does not say what to make of the image's frames or numbers.
+        VolumeError: the configuration does not say what to make of the image's frames or numbers, or the
+            affine does not allow the preparation.
     """
     is_wide = header.dtype.kind == "f" and header.dtype.itemsize > 8
     if record.voxel_dtype == "native" and (is_wide or header.is_complex):
@@ -143,7 +146,11 @@ def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> Reco
         dtype = np.dtype(np.uint8)
     if is_wide or header.is_complex or frame == "mean":
         dtype = np.dtype(np.float64)
-    return RecordLayout((*header.grid, *numbers), dtype, frame)
+    shape = (*header.grid, *numbers)
+    try:
+        return RecordLayout(shape, dtype, frame, prepared_shape(shape, header.affine, record))
+    except VolumeError as e:
+        raise VolumeError(f"{name}: {e}") from e
 
 
 def _numbers_of_voxel(header: VolumeHeader, record: RecordConfig, frame: int | str | None) -> Iterator[int]:
@@ -188,8 +195,8 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
     return number
 
 
-def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> None:
-    """Refuse an image that no record of a configuration can hold.
+def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
+    """Refuse an image that no record of a configuration can hold; else say what one will.
 
     Args:
         name: the image's path, for errors.
@@ -200,27 +207,9 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> N
         VolumeError: as `record_layout`; or it has more voxels than a record can hold.
     """
     layout = record_layout(name, header, record)
-    stored = stored_shape(name, header, record)
-    if stored is not None:
-        require_size(name, stored, layout.dtype, record)
-
-
-def stored_shape(name: str, header: VolumeHeader, record: RecordConfig) -> tuple[int, ...] | None:
-    """The shape that a record of an image will have; None where its header cannot tell.
-
-    Args:
-        name: the image's path, for errors.
-        header: of the image.
-        record: the configuration.
-
-    Raises:
-        VolumeError: as `record_layout`; or the affine does not allow the preparation.
-    """
-    shape = record_layout(name, header, record).shape
-    try:
-        return prepared_shape(shape, header.affine, record)
-    except VolumeError as e:
-        raise VolumeError(f"{name}: {e}") from e
+    if layout.stored_shape is not None:
+        require_size(name, layout.stored_shape, layout.dtype, record)
+    return layout
 
 
 def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record: RecordConfig) -> None:

@@ -237,9 +237,7 @@ class BuildPlan:
         Raises:
             ManifestError: the manifest is no longer the one that was planned for.
         """
-        key = self.config.anonymous_ids
-        pseudonyms = read_pseudonyms(key) if key else None
-        manifest = read_manifest(manifest_path, self.config.columns, self.config.splitting, pseudonyms)
+        manifest = read_build_manifest(manifest_path, self.config)
         if manifest.digest() != self.digest:
             raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
         published = self._published()
@@ -269,6 +267,18 @@ class BuildPlan:
                 number = unit if len(cuts) > 1 else WHOLE_SHARD
                 rows = manifest.rows(of_shard[cut.start : cut.stop], first, str(task.name), number)
                 yield WorkUnit(task, tuple(rows))
+
+
+def read_build_manifest(path: str, config: BuildConfig) -> Manifest:
+    """The manifest of a build: with its splits, and with pseudonyms where ids are anonymous.
+
+    Raises:
+        ManifestError: it cannot be built from.
+        UsageError: the key of the pseudonyms is too short.
+    """
+    key = config.anonymous_ids
+    pseudonyms = read_pseudonyms(key) if key else None
+    return read_manifest(path, config.columns, config.splitting, pseudonyms)
 
 
 def require_current(output: str, identity: str) -> BuildNote:

@@ -14,7 +14,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import orientation_of
-from beam_nifti.header import record_layout, require_storable, stored_shape
+from beam_nifti.header import require_storable
 from beam_nifti.image import image_files, stat_image
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
@@ -120,11 +120,10 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     found.source_bytes = size
     twin = f"{size}-{hashlib.sha256(head).hexdigest()}"
     try:
-        require_storable(row.path, header, record)
-        layout = record_layout(row.path, header, record)
-        shape = stored_shape(row.path, header, record)
+        layout = require_storable(row.path, header, record)
     except VolumeError as e:
         return _refused(found, row, str(e)), twin
+    shape = layout.stored_shape
     found.records["?" if shape is None else _joined(shape)] = 1
     voxels = math.prod(shape or layout.shape)
     itemsize = layout.dtype.itemsize

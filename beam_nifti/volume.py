@@ -21,7 +21,6 @@ from beam_nifti.header import (
     require_dtype,
     require_shape,
     require_storable,
-    stored_shape,
 )
 from beam_nifti.image import Image, open_image, read_header
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
@@ -97,10 +96,9 @@ def load_volume(
 
     def parse(head: bytes) -> VolumeHeader:
         header = parse_header(row.path, head)
-        require_storable(row.path, header, record)
-        stored = stored_shape(row.path, header, record)
-        if stored is not None:
-            require_shape(row.path, stored, shape)
+        layout = require_storable(row.path, header, record)
+        if layout.stored_shape is not None:
+            require_shape(row.path, layout.stored_shape, shape)
         require_dtype(row.path, header, dtype)
         return header
 
