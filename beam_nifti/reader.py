@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.example import ENDS_FEATURES
+from beam_nifti.example import ENDS_FEATURES, label_feature
 
 _OPEN_SHARDS: Final = 8
 """Shards that are read at a time. A constant, so that the order is the same on every machine."""
@@ -30,6 +30,11 @@ _SHUFFLE_BYTES: Final = 4 << 30
 
 _IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
 _LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
+_LABEL_TYPES: Final = {
+    "float": tf.io.FixedLenFeature([], tf.float32),
+    "int64": tf.io.FixedLenFeature([], tf.int64),
+    "bytes": tf.io.FixedLenFeature([], tf.string),
+}
 # Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
 _SCALING: Final = {
     "scl_slope": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", 1.0)),
@@ -57,6 +62,7 @@ def load_dataset(
     shuffle: bool = False,
     seed: int | None = None,
     drop_remainder: bool = False,
+    label: str | Sequence[str] | None = None,
 ) -> tf.data.Dataset:
     """Open one split of a complete dataset.
 
@@ -69,17 +75,21 @@ def load_dataset(
             every epoch and on every machine: one example of each of eight shards in turn.
         seed: makes the sequence of orders that `shuffle` gives the same in every run.
         drop_remainder: leave out a last batch that is not full, so that B is static.
+        label: the column of the manifest that y is; several give a dictionary of them; None gives the
+            first label as a number.
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
-        (B, x, y, z, c) where records have c frames or components, and y, float32 of shape (B,); X alone
-        where the dataset has no labels. All axes but B are static, unless the volumes have different shapes.
+        (B, x, y, z, c) where records have c frames or components, and y, of shape (B,): float32; int64 for a
+        label that is a class, -1 where it is missing; tf.string for one that is a string. X alone where the
+        dataset has no labels. All axes but B are static, unless the volumes have different shapes.
         X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
         `--rescale none`.
 
     Raises:
         DatasetError: there is no complete dataset, no such split, or a shard is missing.
-        UsageError: the arguments do not fit together, or volumes of different shapes are to be batched.
+        UsageError: the arguments do not fit together, or volumes of different shapes are to be batched; or
+            there is no such label.
     """
     _check_batching(batch_size, drop_remainder)
     if seed is not None and not shuffle:
@@ -105,7 +115,7 @@ def load_dataset(
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
         records = records.shuffle(_window(info), seed)
-    examples = records.map(_parser(info), num_parallel_calls=tf.data.AUTOTUNE)
+    examples = records.map(_parser(info, label), num_parallel_calls=tf.data.AUTOTUNE)
     if batch_size is not None:
         examples = examples.batch(batch_size, drop_remainder=drop_remainder)
     return examples.prefetch(tf.data.AUTOTUNE)
@@ -198,11 +208,31 @@ def _shard_files(folder: str, info: DatasetInfo, split: str) -> list[str]:
     return [f"{folder}/{s.name}" for s in shards]
 
 
-def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
+def _label_features(info: DatasetInfo, names: Sequence[str]) -> dict[str, str]:
+    """The feature of each of these labels, by name."""
+    known = {column.name: label_feature(column.name) for column in info.labels}
+    if info.labelled and not known:
+        known = {info.config["columns"]["label"]: "label"}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        wanted = ", ".join(map(repr, unknown)) or "none"
+        raise UsageError(f"label is {wanted}; the dataset has {', '.join(known) or 'no labels'}")
+    return {name: known[name] for name in names}
+
+
+def _parser(info: DatasetInfo, label: str | Sequence[str] | None) -> Callable[[tf.Tensor], Any]:
     """From a serialized Example to (X, y), or to X where there are no labels."""
+    if label is None and info.labels and info.labels[0].kind == "string":
+        names = ", ".join(column.name for column in info.labels)
+        raise UsageError(f"the first label is a string and no number; choose y with label=, one of: {names}")
+    of_labels = {}
+    if label is not None:
+        of_labels = _label_features(info, [label] if isinstance(label, str) else label)
+    elif info.labelled:
+        of_labels = {"label": "label"}
     native = info.config["voxel_dtype"] == "native"
     has_ends = native and "rescale_low" in info.features
-    wanted = {**_IMAGE, **(_LABEL if info.labelled else {})}
+    wanted = _IMAGE | {feature: _LABEL_TYPES[info.features[feature]] for feature in of_labels.values()}
     wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
     # A dataset that was built before there were frames to choose says nothing of them.
     is_mixed = info.shape is None and info.config.get("frames") == "all"
@@ -227,7 +257,10 @@ def _parser(info: DatasetInfo) -> Callable[[tf.Tensor], Any]:
             image = tf.ensure_shape(image, [None] * 4)
         else:
             image = voxels if len(shape) == 4 else tf.expand_dims(voxels, 3)
-        return (image, features["label"]) if info.labelled else image
+        labels = {name: features[feature] for name, feature in of_labels.items()}
+        if label is None or isinstance(label, str):
+            return (image, *labels.values()) if labels else image
+        return image, labels
 
     return parse
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 
 from beam_nifti import storage
+from beam_nifti.config import LabelColumn
 from beam_nifti.dataset_info import FILE_NAME, ShardInfo
 from beam_nifti.errors import ShardError
 from beam_nifti.index import read_index
@@ -50,17 +51,26 @@ class ShardPass:
         split: that it belongs to.
         number: of the shard in the dataset.
         problems: where to tell what is wrong.
+        labels: that the records have features of.
 
     Attributes:
-        rows: id, label and split of its records, once it was read.
+        rows: id, labels and split of its records, once it was read.
     """
 
-    def __init__(self, output: str, shard: ShardInfo, split: str, number: int, problems: Problems) -> None:
+    def __init__(
+        self,
+        output: str,
+        shard: ShardInfo,
+        split: str,
+        number: int,
+        problems: Problems,
+        labels: Sequence[LabelColumn],
+    ) -> None:
         self._output, self._shard, self._split = output, shard, split
-        self._number, self._problems = number, problems
+        self._number, self._problems, self._labels = number, problems, labels
         self._lock = threading.Lock()
         self._records = self._read()
-        self.rows = no_rows()
+        self.rows = no_rows(labels)
 
     def take(self) -> StoredRecord | None:
         """The next record; None when there is no more."""
@@ -91,7 +101,7 @@ class ShardPass:
                 self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
             table, facts = read_index(path)
             table.validate(full=True)  # Parquet's text is not checked when it is read
-            problems = list(check_index(table, facts, shard))
+            problems = list(check_index(table, facts, shard, self._labels))
         except FileNotFoundError:
             problems = ["is missing"]
         except (ShardError, pa.ArrowException, OSError, ValueError) as e:
@@ -100,11 +110,11 @@ class ShardPass:
             remedy = f"{shard.name} is not checked by it; delete both and run the build again"
             self._tell(shard.index, f"{problem}; {remedy}")
         if problems:
-            return no_rows()
+            return no_rows(self._labels)
         if table.num_rows != shard.num_examples:
             said = f"{FILE_NAME} says {shard.num_examples} examples"
             self._tell(shard.index, f"has {table.num_rows} rows, {said}")
-        self.rows = index_rows(table, self._split)
+        self.rows = index_rows(table, self._split, self._labels)
         return table
 
     def _read_file(self, handle: BinaryIO, size: int, table: pa.Table) -> Iterator[StoredRecord]:

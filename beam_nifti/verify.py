@@ -186,7 +186,7 @@ class _Verification:
         self._compressed = spec.config.compression == "gzip"
         self._on_progress = on_progress
         self._problems = Problems()
-        self._rows = [no_rows()]
+        self._rows = [no_rows(info.labels)]
         self._lock = threading.Lock()
         self._num_examples = self._num_bytes = self._num_deep = 0
 
@@ -213,7 +213,7 @@ class _Verification:
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
         passes = [
-            ShardPass(self._output, shard, split, number, self._problems)
+            ShardPass(self._output, shard, split, number, self._problems, info.labels)
             for number, (split, shard) in enumerate(shards)
         ]
         starts = list(itertools.accumulate((s.num_examples for _, s in shards), initial=0))
@@ -276,9 +276,9 @@ class _Verification:
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
     def _read_failures(self, columns: Columns) -> pa.Table:
-        """Id, label and split of the volumes left out; without rows where they cannot be read."""
+        """Id, labels and split of the volumes left out; without rows where they cannot be read."""
         path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
-        found, problem = no_rows(), None
+        found, problem = no_rows(self._info.labels), None
         if storage.exists(path):
             try:
                 found = manifest_rows(read_manifest(path, columns))
