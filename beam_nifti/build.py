@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
-
 _SHOWN_CLASSES: Final = 20
 """Named where the classes of a label are not those of the dataset."""
 

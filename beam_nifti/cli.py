@@ -225,8 +225,12 @@ def _print_labels(plan: BuildPlan) -> None:
         shown = ", ".join(classes[:_SHOWN_CLASSES]) + (", …" if len(classes) > _SHOWN_CLASSES else "")
         which = f", {len(classes)}: {shown}" if column.kind == "class" else ""
         print(f"{'' if number else 'labels':<9}{column.name}: {column.kind}{which}")
-    if plan.num_skipped:
-        print(f"skipped  {_count(plan.num_skipped, 'row')} without a label")
+    _print_skipped(plan.num_skipped)
+
+
+def _print_skipped(num_rows: int) -> None:
+    if num_rows:
+        print(f"skipped  {_count(num_rows, 'row')} without a label")
 
 
 def _count(number: int, noun: str) -> str:
@@ -261,8 +265,10 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
 
     config, manifest = engine.config, storage.absolute(engine.config.manifest)
-    num_images = len(read_manifest(manifest, config.columns).kept_rows())
-    progress = _progress(engine, num_images, "image", quiet=options.quiet)
+    rows = read_manifest(manifest, config.columns)
+    num_rows, num_skipped = len(rows), rows.num_skipped
+    del rows
+    progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
             report = check_images(manifest, config.columns, config.record, engine.options, options.out)
@@ -270,6 +276,8 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
         return _stopped(e, "the check stopped", "the same command starts again")
     with _while_read():
         print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
+        if not options.json:
+            _print_skipped(num_skipped)
     is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
     return FAILED if report["num_bad"] or is_mixed else SUCCESS
 

@@ -196,13 +196,11 @@ def encode_volume(volume: Volume) -> bytes:
         features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
         features["scl_inter"] = struct.pack("<d", volume.scaling.inter)
     for name, label in row.labels:
-        features[label_feature(name)] = (
-            label.encode()
-            if isinstance(label, str)
-            else np.array([label], np.int64)
-            if isinstance(label, int)
-            else floats(label)
-        )
+        if isinstance(label, str):
+            features[label_feature(name)] = label.encode()
+        else:
+            number = np.array([label], np.int64) if isinstance(label, int) else floats(label)
+            features[label_feature(name)] = number
     if volume.ends is not None:
         features["rescale_low"] = struct.pack("<d", volume.ends.low)
         features["rescale_high"] = struct.pack("<d", volume.ends.high)

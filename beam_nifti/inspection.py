@@ -29,7 +29,7 @@ _COMPARED_IDS: Final = 50_000
 
 _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
-_SHOWN: Final = 10
+_SHOWN_CLASSES: Final = 10
 """Classes of a label."""
 
 
@@ -326,9 +326,9 @@ def _label_text(label: Mapping[str, Any]) -> str:
     elif label["kind"] == "class":
         counts = list(label["classes"].items())
         text = ", ".join(
-            f"{number} = {name} ({count:,})" for number, (name, count) in enumerate(counts[:_SHOWN])
+            f"{number} = {name} ({count:,})" for number, (name, count) in enumerate(counts[:_SHOWN_CLASSES])
         )
-        text += f", and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
+        text += f", and {len(counts) - _SHOWN_CLASSES} more" if len(counts) > _SHOWN_CLASSES else ""
     else:
         text = f"{label['count']:,}, {label['different']:,} different"
     missing = f", {label['missing']:,} missing" if label["missing"] else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -27,7 +28,7 @@ MAX_CLASSES: Final = 1 << 14
 """Of a column; all of them stand in dataset_info.json and in the job graph."""
 
 _MISSING: Final = ("", "n/a", "nan")
-_INTEGER: Final = re.compile(r"[+-]?\d+", re.ASCII)
+_INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 _BATCH: Final = 1 << 14
 """Cells that are Python strings at a time."""
@@ -119,7 +120,7 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
     Raises:
         ShardError: it is none of the column's kind, or none of its classes.
     """
-    is_missing = cell.strip().lower() in _MISSING
+    is_missing = cell.strip(string.whitespace).lower() in _MISSING
     if column.kind == "float":
         number = parse_label(cell)
         if is_missing or math.isfinite(number):
@@ -147,9 +148,8 @@ def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
 
 
 def _is_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = pc.is_in(
-        pc.utf8_lower(pc.utf8_trim_whitespace(texts)), value_set=pa.array(_MISSING)
-    ).to_numpy(zero_copy_only=False)
+    bare = pc.ascii_lower(pc.ascii_trim_whitespace(texts))
+    found: npt.NDArray[np.bool_] = pc.is_in(bare, value_set=pa.array(_MISSING)).to_numpy(zero_copy_only=False)
     return found
 
 

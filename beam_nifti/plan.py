@@ -247,6 +247,7 @@ class BuildPlan:
         manifest = read_build_manifest(manifest_path, self.config)
         if manifest.digest() != self.digest:
             raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
+        # So the classes of labels, which are made of the rows alone, are the planned ones as well.
         published = self._published()
         for split in self.split_sizes:
             yield from self._split_units(manifest, split, published)

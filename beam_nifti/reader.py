@@ -80,9 +80,10 @@ def load_dataset(
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
-        (B, x, y, z, c) where records have c frames or components, and y, of shape (B,): float32; int64 for a
-        label that is a class, -1 where it is missing; tf.string for one that is a string. X alone where the
-        dataset has no labels. All axes but B are static, unless the volumes have different shapes.
+        (B, x, y, z, c) where records have c frames or components, and y, of shape (B,): float32; int64
+        for a label that is a class; tf.string for one that is a string; NaN, -1 or "" where it is missing.
+        X alone where the dataset has no labels. All axes but B are static, unless the volumes have
+        different shapes.
         X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
         `--rescale none`.
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from beam_nifti import cli
 from beam_nifti import labels as label_module
 from beam_nifti.build import plan_build
 from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Splitting
@@ -25,6 +26,7 @@ from beam_nifti.inspection import describe_dataset, describe_record, format_desc
 from beam_nifti.labels import LabelValue, comparable, label_of, parse_label, read_labels
 from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.options import build_config, parse
+from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.tables import Problems
 from beam_nifti.tfrecord import decode_record
 from beam_nifti.verify import ALL, verify_dataset
@@ -246,6 +248,28 @@ def test_filling_in_a_label_moves_nobody(tmp_path: Path) -> None:
     assert drawn[0][:2] + drawn[0][3:] == drawn[1][:2] + drawn[1][3:]
 
 
+def test_names_that_the_index_and_the_list_of_failures_have_too(tmp_path: Path) -> None:
+    rows = [{"path": f"{i}.nii", "label": i, "row": "ab"[i % 2], "stage": "x"} for i in range(3)]
+    path = write_manifest(tmp_path / "m.tsv", rows)
+    manifest = read_manifest(str(path), Columns(label="label,row,stage"))
+    assert manifest.columns.label == "label:float,row:class,stage:class"
+    failed = [Failure(row, "LoadVolume", "VolumeError", "broken") for row in manifest.rows(range(3))]
+    retry = str(tmp_path / "failures.jsonl")
+    write_failures(retry, failed, manifest.folder, manifest.columns, manifest.extra_columns)
+    again = read_manifest(retry, manifest.columns)
+    assert [r.labels for r in again.rows(range(3))] == [r.labels for r in manifest.rows(range(3))]
+
+
+def test_names_in_a_label_become_pseudonyms_too(tmp_path: Path) -> None:
+    columns = Columns(label="participant_id,age", missing_label="nan")
+    path = write_manifest(tmp_path / "m.tsv", rows_of())
+    manifest = read_manifest(str(path), columns, pseudonyms=Pseudonyms(b"0123456789abcdef"))
+    classes = manifest.label_columns[0].classes
+    assert classes
+    assert set(classes) == set(manifest.table["participant_id"].to_pylist())
+    assert not any("sub-" in name for name in classes)
+
+
 def test_failures_are_the_manifest_of_a_retry(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, COLUMNS)
     failed = [Failure(row, "LoadVolume", "VolumeError", "broken") for row in manifest.rows(range(6))]
@@ -418,7 +442,8 @@ def test_skipped_rows_are_counted_and_no_failures(folder: Path, tmp_path: Path) 
     assert (built.summary.num_written, built.summary.num_failed) == (4, 0)
     assert built.read == {"sub-0.nii", "sub-1.nii", "sub-3.nii", "sub-4.nii"}
     info = info_of(tmp_path / "out")
-    assert (info.manifest["num_rows"], info.manifest["num_skipped"], info.labels) == (5, 1, ())
+    assert (info.manifest["num_rows"], info.manifest["num_skipped"]) == (5, 1)
+    assert "labels" not in json.loads(info.to_json())
     ((_, rows),) = contents(tmp_path / "out").values()
     assert [row["row"] for row in rows] == [1, 2, 4, 5]
     assert verify_dataset(str(tmp_path / "out"), manifest=str(manifest), deep=ALL).problems == ()
@@ -427,6 +452,25 @@ def test_skipped_rows_are_counted_and_no_failures(folder: Path, tmp_path: Path) 
     edit_info(tmp_path / "out", lambda facts: facts["manifest"].update(num_skipped=2))
     (problem,) = verify_dataset(str(tmp_path / "out")).problems
     assert "4 examples and 0 failures and 2 rows without a label do not make the manifest's 5 rows" in problem
+
+
+def test_the_command_says_what_labels_are_and_what_is_skipped(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = str(write_manifest(folder / "said.tsv", rows_of()[:5]))
+    flags = ["--label-column", "age,sex", "--missing-label", "skip"]
+    assert cli.main(["build", manifest, str(tmp_path / "out"), *flags, "--dry-run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].endswith("volumes 3 of 6x5x4 voxels (train 3)")
+    assert said[3:6] == [
+        "labels   age: float",
+        "         sex: class, 2: F, M",
+        "skipped  2 rows without a label",
+    ]
+    assert cli.main(["check", manifest, *flags, "--quiet"]) == 0
+    assert capsys.readouterr().out.endswith("skipped  2 rows without a label\n")
+    assert cli.main(["build", manifest, str(tmp_path / "out"), "--label-column", "age"]) == 2
+    assert "row 3: age is 'n/a', which is no label; fill it in" in capsys.readouterr().err
 
 
 def test_plain_labels_may_be_missing(folder: Path, tmp_path: Path) -> None:
