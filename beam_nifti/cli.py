@@ -309,15 +309,16 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.extract import choose_paths, read_volumes
 
     ids = list(dict.fromkeys(options.id))
-    paths = choose_paths(ids, options.out)
+    paths = choose_paths(ids, options.out, "_mask" if options.mask else "")
     if not options.overwrite:
         for path in paths:
             _refuse_existing(path)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
-        volume.save(storage.absolute(path))
+        written = volume.of_mask() if options.mask else volume
+        written.save(storage.absolute(path))
         with _while_read():
-            shape = "x".join(map(str, volume.voxels.shape))
-            print(f"image    {shape} {volume.voxels.dtype}: {path}")
+            shape = "x".join(map(str, written.voxels.shape))
+            print(f"image    {shape} {written.voxels.dtype}: {path}")
     return SUCCESS
 
 

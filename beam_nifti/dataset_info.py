@@ -64,6 +64,7 @@ class DatasetInfo:
         labelled: whether the manifest had labels; without, every `label` is NaN.
         features: name to kind of every feature of a record.
         splits: by name.
+        mask_labels: those that the masks have, ascending; None where there are no masks.
         num_failures: volumes left out, listed in failures.jsonl.
         revision: 1 for a first build, counting up with every rebuild in the same place.
         versions: of the software that wrote it.
@@ -77,6 +78,7 @@ class DatasetInfo:
     labelled: bool
     features: Mapping[str, str]
     splits: Mapping[str, SplitInfo]
+    mask_labels: tuple[int, ...] | None = None
     num_failures: int = 0
     revision: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -118,6 +120,8 @@ class DatasetInfo:
             }
             for name, split in self.splits.items()
         }
+        if self.mask_labels is None:
+            del facts["mask_labels"]
         return json.dumps({"format_version": facts.pop("format_version"), **facts}, indent=2) + "\n"
 
     @classmethod
@@ -143,6 +147,8 @@ class DatasetInfo:
                 name: SplitInfo(tuple(ShardInfo(**s) for s in split["shards"]))
                 for name, split in facts["splits"].items()
             }
+            labels = facts.get("mask_labels")
+            facts["mask_labels"] = None if labels is None else tuple(labels)
             facts["shape"] = None if facts["shape"] is None else tuple(facts["shape"])
             return cls(**facts)
         except (ValueError, KeyError, TypeError, AttributeError) as e:

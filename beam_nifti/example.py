@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.quantize import numpy_dtype
 
@@ -36,6 +37,9 @@ FEATURES: Final[Mapping[str, str]] = {
 
 ENDS_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low": "bytes"}
 """Further features where a record's range does not say what became 0 and 1: float64, like `scl_*`."""
+
+MASK_FEATURE: Final = "mask_raw"
+"""Where there are masks: a tensor, like `image_raw`."""
 
 MAX_EXAMPLE_BYTES: Final = 2**31 - 1 - 16
 """Largest Example. Lengths are int32 in protobuf, whose C++ parser takes none of the last 16 of them;
@@ -137,26 +141,26 @@ def _pieces(features: Mapping[str, FeatureValue]) -> list[bytes | memoryview]:
     return [_field(1, total), *pieces]
 
 
-def feature_kinds(has_ends: bool) -> dict[str, str]:
-    """Every feature that a record of a dataset can have and its kind, by name.
-
-    Args:
-        has_ends: `RecordConfig.has_ends`.
-    """
-    return dict(sorted({**FEATURES, **(ENDS_FEATURES if has_ends else {})}.items()))
+def feature_kinds(record: RecordConfig) -> dict[str, str]:
+    """Every feature that a record of a configuration can have and its kind, by name."""
+    kinds = {**FEATURES, **(ENDS_FEATURES if record.has_ends else {})}
+    if record.channels is not None:
+        kinds |= dict.fromkeys(("intensity_min", "intensity_max"), f"float[{record.num_channels}]")
+    if record.mask_dtype is not None:
+        kinds[MASK_FEATURE] = "bytes"
+    return dict(sorted(kinds.items()))
 
 
 def encode_volume(volume: Volume) -> bytes:
     """The record of one rescaled volume.
 
     Args:
-        volume: its voxels as they are to be stored; measured.
+        volume: its voxels as they are to be stored, and measured.
 
     Raises:
         VolumeError: as `encode_example`.
     """
-    row, intensity = volume.row, volume.intensity
-    assert intensity is not None
+    row, intensities = volume.row, volume.intensities
 
     def floats(*values: float) -> npt.NDArray[np.float32]:
         with np.errstate(over="ignore"):  # the index keeps the range in full
@@ -168,15 +172,18 @@ def encode_volume(volume: Volume) -> bytes:
         "id": row.example_id.encode(),
         "affine": floats(*volume.affine.ravel()),
         "zooms": floats(*volume.zooms),
-        "intensity_min": floats(intensity.min),
-        "intensity_max": floats(intensity.max),
+        "intensity_min": floats(*(i.min for i in intensities)),
+        "intensity_max": floats(*(i.max for i in intensities)),
     }
     if not volume.scaling.is_identity:
         features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
         features["scl_inter"] = struct.pack("<d", volume.scaling.inter)
-    if volume.ends is not None:
-        features["rescale_low"] = struct.pack("<d", volume.ends.low)
-        features["rescale_high"] = struct.pack("<d", volume.ends.high)
+    if volume.ends:
+        doubles = struct.Struct(f"<{len(volume.ends)}d")
+        features["rescale_low"] = doubles.pack(*(e.low for e in volume.ends))
+        features["rescale_high"] = doubles.pack(*(e.high for e in volume.ends))
+    if volume.mask is not None:
+        features[MASK_FEATURE] = encode_tensor(volume.mask)
     try:
         return encode_example(features)
     except VolumeError as e:

@@ -22,7 +22,8 @@ from beam_nifti.index import read_index
 from beam_nifti.manifest import read_manifest
 from beam_nifti.publish import read_info
 
-_SUMMARIZED: Final = ("label", "dtype", "shape", "min", "max", "mean")
+_STATISTICS: Final = ("min", "max", "mean")
+_SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
 _COMPARED_IDS: Final = 50_000
 """Ids that are searched for one that resembles an unknown one: about a second."""
 
@@ -46,7 +47,7 @@ def describe_dataset(output: str) -> dict[str, Any]:
     """
     output = storage.absolute(output)
     info = read_info(output)
-    totals = _Totals()
+    totals = _Totals(tuple(info.config.get("channels") or ("",)))
     for _, _, table in _read_indexes(output, info):
         totals.add(table.select(_SUMMARIZED))
     return {
@@ -69,6 +70,7 @@ def describe_dataset(output: str) -> dict[str, Any]:
         "source_dtypes": _counted(totals.dtypes),
         "labels": totals.labels.summary() if info.labelled else None,
         "intensities": totals.intensities(),
+        "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
         "failures": {
             "count": info.num_failures,
             "path": storage.join(output, FAILURES_FILE) if info.num_failures else None,
@@ -182,30 +184,37 @@ class _Numbers:
 
 @dataclass
 class _Totals:
-    """What all indexes say together."""
+    """What all indexes say together.
 
+    Attributes:
+        channels: names of the images of a record; "" of a single one.
+        labels: of the records.
+        statistics: of each image, by its name and that of the statistic.
+        dtypes: on disk.
+        shapes: of the records.
+    """
+
+    channels: tuple[str, ...]
     labels: _Numbers = field(default_factory=_Numbers)
-    lows: _Numbers = field(default_factory=_Numbers)
-    highs: _Numbers = field(default_factory=_Numbers)
-    means: _Numbers = field(default_factory=_Numbers)
+    statistics: dict[str, _Numbers] = field(default_factory=dict)
     dtypes: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
 
     def add(self, table: pa.Table) -> None:
         self.labels.add(table["label"])
-        self.lows.add(table["min"])
-        self.highs.add(table["max"])
-        self.means.add(table["mean"])
+        for (number, channel), statistic in itertools.product(enumerate(self.channels), _STATISTICS):
+            column = table[statistic]
+            if channel:
+                column = (
+                    pc.list_element(column, number) if len(column) else pa.chunked_array([], pa.float64())
+                )
+            self.statistics.setdefault(f"{channel} {statistic}".strip(), _Numbers()).add(column)
         self.dtypes.update(table["dtype"].to_pylist())
         self.shapes.update(map(_shape_text, table["shape"].to_pylist()))
 
     def intensities(self) -> dict[str, dict[str, float | None]]:
-        """Over the volumes: of each one's least, largest and mean intensity."""
-        return {
-            "min": self.lows.summary(),
-            "max": self.highs.summary(),
-            "mean": self.means.summary(),
-        }
+        """Over the volumes: of each one's least, largest and mean intensity, of each of its images."""
+        return {name: numbers.summary() for name, numbers in self.statistics.items()}
 
 
 def _counted(counter: Counter[str]) -> dict[str, int]:
@@ -244,12 +253,17 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
+    if config.get("channels"):
+        yield "channels", ", ".join(config["channels"])
     prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]
     if prepared:
         yield "prepared with", ", ".join(prepared)
     yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
     for number, (name, numbers) in enumerate(d["intensities"].items()):
-        yield "" if number else "intensities", f"{name:<5}{_numbers_text(numbers)}"
+        width = max(map(len, d["intensities"])) + 1
+        yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
+    if d["mask_labels"] is not None:
+        yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
     yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{anonymous})"

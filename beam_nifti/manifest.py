@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,7 +38,7 @@ class VolumeRow:
     Attributes:
         row: 1-based number of the row in the manifest, its header not counted.
         example_id: what names the example, unique in the manifest.
-        path: the image, as the manifest says it.
+        path: the image, as the manifest says it; of several the first.
         label: None in an unlabelled manifest.
         participant_id: "" where the manifest has none.
         session_id: "" where the manifest has none.
@@ -47,7 +47,8 @@ class VolumeRow:
         extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
         shard: file name of the shard that it belongs to.
         unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
-        pseudonym: what is written in the place of the path; "" where that is the path itself.
+        further: the other files of the example, as the manifest says them: its further images, then its mask.
+        pseudonyms: what is written in the place of each of its paths; none where those are written.
     """
 
     row: int
@@ -61,12 +62,18 @@ class VolumeRow:
     extras: tuple[str, ...] = ()
     shard: str = ""
     unit: int = 0
-    pseudonym: str = ""
+    further: tuple[str, ...] = ()
+    pseudonyms: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of the images, and of the mask if there is one."""
+        return (self.path, *self.further)
 
     @property
     def source(self) -> str:
         """What is written of where the image is."""
-        return self.pseudonym or self.path
+        return self.pseudonyms[0] if self.pseudonyms else self.path
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Manifest:
         path: where it was read from.
         table: every column as strings, in the manifest's order; where ids are anonymous, with pseudonyms in
             the place of ids and paths.
-        paths: the images, as the manifest says it.
+        paths: the images and masks, as the manifest says it, by column.
         columns: which of them mean what; its `label` is None in an unlabelled manifest.
         labels: float64 of shape (rows,); None in an unlabelled manifest.
         ids: example id a row.
@@ -88,7 +95,7 @@ class Manifest:
 
     path: str
     table: pa.Table
-    paths: pa.ChunkedArray
+    paths: Mapping[str, pa.ChunkedArray]
     columns: Columns
     labels: npt.NDArray[np.float64] | None
     ids: pa.Array
@@ -121,10 +128,12 @@ class Manifest:
         """The rows at `indices`, at consecutive positions of their split."""
         take = pa.array(indices, pa.int64())
         part = self.table.take(take)
-        paths = self.paths.take(take).to_pylist()
+        paths, *further = (column.take(take).to_pylist() for column in self.paths.values())
         ids, splits = self.ids.take(take).to_pylist(), self.splits.take(take).to_pylist()
         blank = [""] * len(indices)
-        pseudonyms = part[self.columns.path].to_pylist() if self.key_check else blank
+        others = list(zip(*further, strict=True))
+        hashed = [part[name].to_pylist() for name in self.paths] if self.key_check else []
+        pseudonyms = list(zip(*hashed, strict=True))
         participants, sessions = (
             part[name].to_pylist() if name in part.column_names else blank
             for name in ("participant_id", "session_id")
@@ -143,15 +152,16 @@ class Manifest:
                 extras=extras[i] if extras else (),
                 shard=shard,
                 unit=unit,
-                pseudonym=pseudonyms[i],
+                further=others[i] if others else (),
+                pseudonyms=pseudonyms[i] if pseudonyms else (),
             )
             for i, index in enumerate(indices)
         ]
 
-    def path_of(self, source: str) -> str | None:
-        """The path of an image by what is written of it; None where it is none of this manifest's."""
-        at = pc.index(self.table[self.columns.path], source).as_py()
-        return None if at < 0 else str(self.paths[at])
+    def row_of(self, source: str) -> VolumeRow | None:
+        """The row of an image by what is written of it; None where it is none of this manifest's."""
+        at = pc.index(self.table[self.columns.paths[0]], source).as_py()
+        return None if at < 0 else self.rows([at])[0]
 
     def digest(self, num_rows: int | None = None) -> str:
         """sha256 of the column names and the first `num_rows` rows, whatever the file's format."""
@@ -186,7 +196,8 @@ def read_manifest(
     problems = Problems(path)
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
-        (columns.path, "--path-column"),
+        *((name, "--path-column") for name in columns.paths),
+        (columns.mask, "--mask-column"),
         (columns.label, "--label-column"),
         (columns.id, "--id-column"),
         (splitting and splitting.stratify, "--stratify"),
@@ -202,9 +213,11 @@ def read_manifest(
     problems.stop()
 
     label_column = columns.label or ("label" if "label" in table.column_names else None)
-    for i, text in enumerate(_cells(table, columns.path)):
-        if not text.strip():
-            problems.add(f"row {i + 1}: empty {columns.path}; give the image's path or drop the row")
+    for name in columns.files:
+        what = "mask" if name == columns.mask else "image"
+        for i, text in enumerate(_cells(table, name)):
+            if not text.strip():
+                problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
     labels = None
     if label_column is not None:
         labels = np.empty(table.num_rows, np.float64)
@@ -212,14 +225,14 @@ def read_manifest(
             labels[i] = parse_label(text)
             if not math.isfinite(labels[i]):
                 problems.add(f"row {i + 1}: {label_column} is {text!r}, not a finite number (of float32)")
-    paths = table[columns.path]
+    paths = {name: table[name] for name in columns.files}
     if pseudonyms:
         table = _without_names(table, columns, pseudonyms)
     ids = _ids(table, columns)
     splits = _drawn_splits(table, ids, splitting, problems) if splitting else _given_splits(table, problems)
     _check_ids(ids, problems)
     problems.stop()
-    used = {columns.path, label_column, columns.id, *_OWN}
+    used = {columns.paths[0], label_column, columns.id, *_OWN}
     extras = tuple(c for c in table.column_names if c not in used)
     columns = dataclasses.replace(columns, label=label_column)
     key_check = pseudonyms.check if pseudonyms else None
@@ -237,9 +250,9 @@ def parse_label(text: str) -> float:
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
     """Columns that are ours but for case and spaces, which would be taken for further ones."""
-    wanted = {*_OWN, columns.path, columns.label or "label"} - set(names)
+    wanted = {*_OWN, *columns.files, columns.label or "label"} - set(names)
     for name in names:
-        if name not in (columns.path, columns.label, columns.id) and name.strip().lower() in wanted:
+        if name not in (*columns.files, columns.label, columns.id) and name.strip().lower() in wanted:
             yield name, name.strip().lower()
 
 
@@ -295,7 +308,7 @@ def _drawn_splits(table: pa.Table, ids: pa.Array, splitting: Splitting, problems
 
 def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:
     kinds = {columns.id: "id", "participant_id": "participant_id", "session_id": "session_id"}
-    for name, kind in (kinds | {columns.path: "path"}).items():
+    for name, kind in (kinds | dict.fromkeys(columns.files, "path")).items():
         if name in table.column_names:
             hashed = pseudonyms.of_column(table[name], kind)
             table = table.set_column(table.column_names.index(name), name, hashed)
@@ -306,7 +319,7 @@ def _ids(table: pa.Table, columns: Columns) -> pa.Array:
     if columns.id is not None:
         ids = table[columns.id]
     elif "participant_id" not in table.column_names:
-        ids = table[columns.path]
+        ids = table[columns.paths[0]]
     elif "session_id" not in table.column_names:
         ids = table["participant_id"]
     else:

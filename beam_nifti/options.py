@@ -14,6 +14,7 @@ from beam_nifti.config import (
     COMPRESSION_LEVELS,
     COMPRESSIONS,
     FRAMES,
+    MASK_DTYPES,
     VOXEL_DTYPES,
     BuildConfig,
     Columns,
@@ -318,7 +319,19 @@ def _add_splits(group: argparse._ActionsContainer) -> None:
 
 def _add_columns(command: argparse.ArgumentParser) -> None:
     columns = command.add_argument_group("manifest columns")
-    columns.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
+    columns.add_argument(
+        "--path-column",
+        default="path",
+        metavar="NAME",
+        help="of the images; several, with commas, such as T1w,T2w,FLAIR, are the channels of one record, "
+        "each rescaled by itself, and must have the same voxels in space; default: path",
+    )
+    columns.add_argument(
+        "--mask-column",
+        metavar="NAME",
+        help="of label maps, images of whole numbers with the same voxels in space as the images: prepared "
+        "with them, by nearest neighbour, and stored as they are; default: none",
+    )
     columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
     columns.add_argument(
         "--id-column",
@@ -341,8 +354,8 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
     voxels.add_argument(
         "--rescale-within",
         metavar="VOXELS",
-        help="take range, percentiles, mean and deviation over these voxels only: nonzero, or above:T, "
-        "those above T in the image's units; default: all",
+        help="take range, percentiles, mean and deviation over these voxels only: nonzero; above:T, those "
+        "above T in the image's units; or mask, those with a label in the mask; default: all",
     )
     voxels.add_argument(
         "--clip",
@@ -357,6 +370,11 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
         help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
         "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
         "float32",
+    )
+    voxels.add_argument(
+        "--mask-dtype",
+        choices=MASK_DTYPES,
+        help="of the labels of masks: uint8 (default), up to 255, or uint16, up to 65535",
     )
     voxels.add_argument(
         "--frames",
@@ -402,7 +420,8 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--crop-foreground",
         metavar="RULE",
-        help="crop to the bounding box of the voxels that are nonzero, or above:T, in the image's units",
+        help="crop to the bounding box of the voxels that are nonzero; above:T, in the image's units; or "
+        "mask, those with a label in the mask",
     )
     group.add_argument(
         "--shape",
@@ -476,7 +495,11 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     extract.add_argument(
         "--out",
         metavar="FILE",
-        help=".nii.gz or .nii; default: ID.nii.gz in this folder, with _ for what a file name cannot hold",
+        help=".nii.gz or .nii; default: ID.nii.gz, or ID_mask.nii.gz with --mask, in this folder, with _ for "
+        "what a file name cannot hold",
+    )
+    extract.add_argument(
+        "--mask", action="store_true", help="write the records' masks instead of their images"
     )
     extract.add_argument("--overwrite", action="store_true", help="replace FILE")
 
@@ -619,7 +642,7 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
 
 
 def _columns(options: argparse.Namespace) -> Columns:
-    return Columns(options.path_column, options.label_column, options.id_column)
+    return Columns(options.path_column, options.label_column, options.id_column, options.mask_column)
 
 
 def _record_config(
@@ -641,6 +664,7 @@ def _record_config(
         spacing=_triple("--spacing", options.spacing, float),
         crop_foreground=options.crop_foreground,
         shape=_triple("--shape", options.shape, int),
+        mask_dtype=options.mask_dtype,
     )
 
 

@@ -89,7 +89,10 @@ def find_info(output: str) -> DatasetInfo | None:
 
 
 def publish_dataset(
-    plan: BuildPlan, shards: Sequence[ShardInfo], failures: Sequence[Failure]
+    plan: BuildPlan,
+    shards: Sequence[ShardInfo],
+    failures: Sequence[Failure],
+    mask_labels: Collection[int] = (),
 ) -> BuildSummary:
     """Write failures.jsonl and, if the failures are within the limit, dataset_info.json.
 
@@ -99,6 +102,7 @@ def publish_dataset(
         plan: of the build.
         shards: every shard, in any order.
         failures: every volume left out, in any order.
+        mask_labels: those of all masks.
 
     Raises:
         ShardError: a shard or a row is unaccounted for.
@@ -138,11 +142,12 @@ def publish_dataset(
         shape=plan.shape,
         dtype=plan.stored_dtype,
         labelled=config.columns.label is not None,
-        features=feature_kinds(config.record.has_ends),
+        features=feature_kinds(config.record),
         splits={
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },
         num_failures=len(failures),
+        mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         revision=plan.revision,
         versions={name: metadata.version(name) for name in _VERSIONED},
     )

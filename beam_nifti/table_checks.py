@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo
-from beam_nifti.index import SCHEMA
+from beam_nifti.index import schema_of
 from beam_nifti.manifest import Manifest
 from beam_nifti.sharding import ShardName
 
@@ -52,15 +53,24 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
         )
 
 
-def check_index(table: pa.Table, facts: Mapping[str, str], shard: ShardInfo) -> Iterator[str]:
+def check_labels(found: Collection[int], info: DatasetInfo) -> Iterator[str]:
+    """Find where dataset_info.json does not name the labels that the indexes have."""
+    if info.mask_labels is not None and set(info.mask_labels) != set(found):
+        yield f"{FILE_NAME}: mask_labels are {list(info.mask_labels)}, of the indexes {sorted(found)}"
+
+
+def check_index(
+    table: pa.Table, facts: Mapping[str, str], shard: ShardInfo, record: RecordConfig
+) -> Iterator[str]:
     """Find what is wrong with an index as such; nothing can be checked by it then.
 
     Args:
         table: as `read_index` gives it.
         facts: about the shard file, kept with the index.
         shard: the shard that it should describe.
+        record: configuration of the shard's records.
     """
-    for column in SCHEMA:
+    for column in schema_of(record):
         if column.name not in table.column_names:
             yield f"column {column.name} is missing"
         elif table.schema.field(column.name).type != column.type:

@@ -1,0 +1,99 @@
+"""The mask of an example: an image of whole numbers, which label the voxels of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from beam_nifti import storage
+from beam_nifti.config import MASK_DTYPES, RecordConfig
+from beam_nifti.errors import VolumeError
+from beam_nifti.formats import parse_header
+from beam_nifti.header import VolumeHeader, record_layout
+from beam_nifti.image import ReadHeader, open_image
+from beam_nifti.rescale import Scaling, Voxels
+from beam_nifti.voxels import take_voxels
+
+_RECORD: Final = RecordConfig(voxel_dtype="float32")
+
+
+def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
+    """What the first bytes of a mask say.
+
+    Args:
+        name: its path, for errors.
+        head: as for `parse_header`.
+
+    Raises:
+        VolumeError: they are not the header of a 3-D image of one number a voxel.
+    """
+    header = parse_header(name, head)
+    if len(header.shape) > 3 or header.num_colours > 1 or header.is_complex:
+        raise VolumeError(
+            f"{name}: shape {header.shape} of {header.dtype_name}: a mask has one number a voxel; extract "
+            "the volume that is meant"
+        )
+    return header
+
+
+def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxels, storage.Stat]:
+    """Read a mask.
+
+    Args:
+        name: its path, for errors.
+        path: of the file.
+        parse: reads its header, and refuses it where it does not fit the image.
+        dtype: "uint8" or "uint16".
+
+    Returns:
+        The labels, of that dtype and shape (X, Y, Z), C order; size and time of the file.
+
+    Raises:
+        VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.
+    """
+    with open_image(name, path, parse) as image:
+        voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
+        scaling = image.header.scaling
+    if voxels.dtype.kind == "f" or scaling != Scaling():
+        voxels = scaling.apply(voxels)
+        uneven = voxels[~(np.isfinite(voxels) & (voxels == np.rint(voxels)))]
+        if uneven.size:
+            raise VolumeError(
+                f"{name}: {uneven.size} of {voxels.size} voxels of the mask are no whole numbers "
+                f"({uneven[0]:g} is the first); threshold or round it"
+            )
+    low, high = voxels.min(), voxels.max()
+    if low < 0 or high > np.iinfo(dtype).max:
+        wider = MASK_DTYPES[-1]
+        fits = low >= 0 and high <= np.iinfo(wider).max
+        remedy = f"use --mask-dtype {wider}" if fits else "renumber them"
+        raise VolumeError(f"{name}: labels from {low:g} to {high:g} do not fit {dtype}; {remedy}")
+    return voxels.astype(dtype, copy=False), image.source
+
+
+def labels_of(mask: Voxels) -> list[int]:
+    """The labels that occur in a mask, ascending."""
+    found: list[int] = np.flatnonzero(np.bincount(mask.reshape(-1))).tolist()
+    return found
+
+
+def pick_nearest(
+    mask: Voxels, shape: Sequence[int], starts: Sequence[float], steps: Sequence[float]
+) -> Voxels:
+    """The labels at `starts + steps · i`, each that of the nearest voxel, halves up.
+
+    Outside of the mask they are those of its outermost voxels.
+
+    Args:
+        mask: (X, Y, Z).
+        shape: of the result.
+        starts: along each axis, in voxels of the mask.
+        steps: likewise.
+    """
+    places = (
+        np.clip(np.floor(start + step * np.arange(size) + 0.5).astype(np.intp), 0, last - 1)
+        for size, start, step, last in zip(shape, starts, steps, mask.shape, strict=True)
+    )
+    return np.ascontiguousarray(mask[np.ix_(*places)])
