@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,7 +17,11 @@ from beam_nifti.image import ReadHeader, open_image
 from beam_nifti.rescale import Scaling, Voxels
 from beam_nifti.voxels import take_voxels
 
-_RECORD: Final = RecordConfig(voxel_dtype="float32")
+_RECORD: Final = RecordConfig()
+"""By which the voxels of a mask are loaded: as they are in the file."""
+
+_CHUNK: Final = 1 << 17
+"""Voxels that are looked at at a time."""
 
 
 def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
@@ -55,27 +60,39 @@ def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxe
     """
     with open_image(name, path, parse) as image:
         voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
-        scaling = image.header.scaling
-    if voxels.dtype.kind == "f" or scaling != Scaling():
-        voxels = scaling.apply(voxels)
-        uneven = voxels[~(np.isfinite(voxels) & (voxels == np.rint(voxels)))]
+        labels = _as_labels(name, voxels, image.header.scaling, dtype)
+    return labels, image.source
+
+
+def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxels:
+    labels = np.empty(voxels.shape, dtype)
+    source, target = voxels.reshape(-1), labels.reshape(-1)
+    low, high = math.inf, -math.inf
+    for start in range(0, source.size, _CHUNK):
+        values = scaling.apply(source[start : start + _CHUNK])
+        low, high = min(low, values.min()), max(high, values.max())
+        uneven = values[~((np.rint(values) == values) & np.isfinite(values))]
         if uneven.size:
             raise VolumeError(
-                f"{name}: {uneven.size} of {voxels.size} voxels of the mask are no whole numbers "
-                f"({uneven[0]:g} is the first); threshold or round it"
+                f"{name}: a voxel of the mask is {uneven[0]:g}, no whole number; threshold or round it"
             )
-    low, high = voxels.min(), voxels.max()
+        with np.errstate(invalid="ignore"):  # those that do not fit are refused below
+            target[start : start + _CHUNK] = values
     if low < 0 or high > np.iinfo(dtype).max:
         wider = MASK_DTYPES[-1]
         fits = low >= 0 and high <= np.iinfo(wider).max
         remedy = f"use --mask-dtype {wider}" if fits else "renumber them"
         raise VolumeError(f"{name}: labels from {low:g} to {high:g} do not fit {dtype}; {remedy}")
-    return voxels.astype(dtype, copy=False), image.source
+    return labels
 
 
 def labels_of(mask: Voxels) -> list[int]:
     """The labels that occur in a mask, ascending."""
-    found: list[int] = np.flatnonzero(np.bincount(mask.reshape(-1))).tolist()
+    flat = mask.reshape(-1)
+    occurs = np.zeros(np.iinfo(mask.dtype).max + 1, bool)
+    for start in range(0, flat.size, _CHUNK):
+        occurs[flat[start : start + _CHUNK]] = True
+    found: list[int] = np.flatnonzero(occurs).tolist()
     return found
 
 
