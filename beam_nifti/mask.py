@@ -20,7 +20,7 @@ from beam_nifti.voxels import take_voxels
 _RECORD: Final = RecordConfig()
 """By which the voxels of a mask are loaded: as they are in the file."""
 
-_CHUNK: Final = 1 << 17
+_CHUNK: Final = 1 << 16
 """Voxels that are looked at at a time."""
 
 
@@ -65,6 +65,21 @@ def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxe
 
 
 def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxels:
+    if voxels.dtype.kind in "iu" and scaling.is_identity:
+        low, high = float(voxels.min()), float(voxels.max())
+        labels = voxels.astype(dtype, copy=False)
+    else:
+        low, high, labels = _whole_numbers(name, voxels, scaling, dtype)
+    if low < 0 or high > np.iinfo(dtype).max:
+        wider = MASK_DTYPES[-1]
+        fits = low >= 0 and high <= np.iinfo(wider).max
+        remedy = f"use --mask-dtype {wider}" if fits else "renumber them"
+        raise VolumeError(f"{name}: labels from {low:g} to {high:g} do not fit {dtype}; {remedy}")
+    return labels
+
+
+def _whole_numbers(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> tuple[float, float, Voxels]:
+    """The least and the largest value of a mask, and its labels, which may be wrong where they do not fit."""
     labels = np.empty(voxels.shape, dtype)
     source, target = voxels.reshape(-1), labels.reshape(-1)
     low, high = math.inf, -math.inf
@@ -76,23 +91,17 @@ def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxel
             raise VolumeError(
                 f"{name}: a voxel of the mask is {uneven[0]:g}, no whole number; threshold or round it"
             )
-        with np.errstate(invalid="ignore"):  # those that do not fit are refused below
+        with np.errstate(invalid="ignore"):
             target[start : start + _CHUNK] = values
-    if low < 0 or high > np.iinfo(dtype).max:
-        wider = MASK_DTYPES[-1]
-        fits = low >= 0 and high <= np.iinfo(wider).max
-        remedy = f"use --mask-dtype {wider}" if fits else "renumber them"
-        raise VolumeError(f"{name}: labels from {low:g} to {high:g} do not fit {dtype}; {remedy}")
-    return labels
+    return low, high, labels
 
 
 def labels_of(mask: Voxels) -> list[int]:
     """The labels that occur in a mask, ascending."""
-    flat = mask.reshape(-1)
-    occurs = np.zeros(np.iinfo(mask.dtype).max + 1, bool)
+    flat, counts = mask.reshape(-1), np.zeros(np.iinfo(mask.dtype).max + 1, np.int64)
     for start in range(0, flat.size, _CHUNK):
-        occurs[flat[start : start + _CHUNK]] = True
-    found: list[int] = np.flatnonzero(occurs).tolist()
+        counts += np.bincount(flat[start : start + _CHUNK], minlength=counts.size)
+    found: list[int] = np.flatnonzero(counts).tolist()
     return found
 
 
@@ -109,8 +118,7 @@ def pick_nearest(
         starts: along each axis, in voxels of the mask.
         steps: likewise.
     """
-    places = (
-        np.clip(np.floor(start + step * np.arange(size) + 0.5).astype(np.intp), 0, last - 1)
-        for size, start, step, last in zip(shape, starts, steps, mask.shape, strict=True)
-    )
-    return np.ascontiguousarray(mask[np.ix_(*places)])
+    for axis in reversed(range(3)):
+        place = np.floor(starts[axis] + steps[axis] * np.arange(shape[axis]) + 0.5).astype(np.intp)
+        mask = mask.take(np.clip(place, 0, mask.shape[axis] - 1), axis)
+    return mask
