@@ -177,14 +177,17 @@ def _parser(
 def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> tuple[Voxels, Scaling]:
     """The images as channels: as they are stored, if in one way, else in their units."""
     first = images[0]
-    if all((i.voxels.dtype, i.scaling) == (first.voxels.dtype, first.scaling) for i in images):
-        return np.stack([image.voxels for image in images], -1), first.scaling
-    if record.voxel_dtype == "native":
+    alike = all((i.voxels.dtype, i.scaling) == (first.voxels.dtype, first.scaling) for i in images)
+    if not alike and record.voxel_dtype == "native":
         raise VolumeError(
             f"{row.path}: the images of this example have different dtypes or scalings, of which a record of "
             "native voxels has one; use --voxel-dtype float32"
         )
-    return np.stack([image.scaling.apply(image.voxels) for image in images], -1), Scaling()
+    dtype = first.voxels.dtype if alike else np.float64
+    stacked = np.empty((*first.voxels.shape, len(images)), dtype)
+    for number, image in enumerate(images):
+        stacked[..., number] = image.voxels if alike else image.scaling.apply(image.voxels)
+    return stacked, first.scaling if alike else Scaling()
 
 
 def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = None) -> VolumeHeader:
