@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "build": _build,
         "verify": _verify,
         "inspect": _inspect,
+        "diff": _diff,
         "extract": _extract,
     }
     try:
@@ -302,6 +303,15 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
     with _while_read():
         print(json.dumps(description, indent=2) if options.json else format_description(description))
     return SUCCESS
+
+
+def _diff(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
+
+    diff = compare_datasets(options.before, options.after)
+    with _while_read():
+        print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
+    return SUCCESS if diff.is_empty else FAILED
 
 
 def _extract(options: argparse.Namespace, _: list[str]) -> int:

@@ -48,7 +48,7 @@ def describe_dataset(output: str) -> dict[str, Any]:
     output = storage.absolute(output)
     info = read_info(output)
     totals = _Totals(tuple(info.config.get("channels") or ("",)))
-    for _, _, table in _read_indexes(output, info):
+    for _, _, table in read_indexes(output, info):
         totals.add(table.select(_SUMMARIZED))
     return {
         "path": output,
@@ -111,7 +111,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
     info = read_info(output)
     ids: list[pa.ChunkedArray] = []
     found: dict[str, dict[str, Any]] = {}
-    for split, shard, table in _read_indexes(output, info):
+    for split, shard, table in read_indexes(output, info):
         for example_id in set(example_ids) - found.keys():
             ordinal = pc.index(table["example_id"], example_id).as_py()
             if ordinal >= 0:
@@ -148,7 +148,12 @@ def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | No
     return None
 
 
-def _read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
+def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
+    """The index of each shard, with its split.
+
+    Raises:
+        DatasetError: one cannot be read.
+    """
     for split, found in info.splits.items():
         for shard in found.shards:
             path = storage.join(output, shard.index)

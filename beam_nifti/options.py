@@ -29,7 +29,7 @@ _Number = TypeVar("_Number", int, float)
 EXIT_CODES = """\
 exit codes:
   0  success
-  1  volumes failed beyond the limit, or the dataset is not right
+  1  volumes failed beyond the limit, the dataset is not right, or two are not the same
   2  a wrong option, manifest or OUTPUT; nothing was written
 """
 
@@ -38,6 +38,8 @@ _PATHS = {
     "output": "OUTPUT",
     "folder": "DIR",
     "out": "--out",
+    "before": "BEFORE",
+    "after": "AFTER",
     "anonymous_ids": "--anonymous-ids",
 }
 """Arguments that no command takes empty, and how its help calls them."""
@@ -91,6 +93,15 @@ examples:
 
 """
 
+_DIFF_EXAMPLES = """\
+examples:
+  beam-nifti diff monday/dataset tuesday/dataset
+  beam-nifti diff monday/dataset tuesday/dataset --json | jq '.came[]'
+
+Reads dataset_info.json and index/ of each: of a dataset that is built on every night in one place, keep
+copies of these. Exits with 1 where anything is different.
+
+"""
 _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
@@ -123,6 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_diff(commands)
     _add_extract(commands)
     return parser
 
@@ -478,6 +490,15 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    diff = _command(
+        commands, "diff", "say what came, went and changed between two datasets", _DIFF_EXAMPLES + EXIT_CODES
+    )
+    diff.add_argument("before", metavar="BEFORE", help="folder or URL of a dataset")
+    diff.add_argument("after", metavar="AFTER", help="of another")
+    diff.add_argument("--json", action="store_true", help="as JSON, with all ids")
 
 
 def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
