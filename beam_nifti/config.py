@@ -16,6 +16,9 @@ from beam_nifti.errors import UsageError
 FORMAT_VERSION: Final = 1
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
+VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
+"""Libraries whose versions may decide bytes of a dataset, and stand in dataset_info.json."""
+
 RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
 SELECTIONS: Final = ("nonzero", "above:T", "mask")
 """Which voxels: those that are not 0, those above T in the image's units, or those that the mask labels."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import TypeVar
 
 from beam_nifti import __version__
@@ -15,6 +17,7 @@ from beam_nifti.config import (
     COMPRESSIONS,
     FRAMES,
     MASK_DTYPES,
+    VERSIONED,
     VOXEL_DTYPES,
     BuildConfig,
     Columns,
@@ -118,6 +121,20 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Versions(argparse.Action):
+    """`--version`; the libraries are looked up only when it is given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"beam-nifti {__version__}")
+        for name in VERSIONED:
+            print(f"{name} {metadata.version(name)}")
+        print(f"Python {platform.python_version()}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
@@ -127,7 +144,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"beam-nifti {__version__}")
+    parser.add_argument(
+        "--version", action=_Versions, help="show the version, and those of the libraries that decide bytes"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_manifest(commands)
     _add_check(commands)

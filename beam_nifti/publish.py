@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Final
 
 from beam_nifti import storage
+from beam_nifti.config import VERSIONED
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError
 from beam_nifti.example import feature_kinds
@@ -18,7 +19,6 @@ from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
-_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "scipy", "isal")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def publish_dataset(
         num_failures=len(failures),
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         revision=plan.revision,
-        versions={name: metadata.version(name) for name in _VERSIONED},
+        versions={name: metadata.version(name) for name in ("beam-nifti", *VERSIONED)},
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
         storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())
