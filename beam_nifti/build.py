@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from beam_nifti import lock, storage
-from beam_nifti.config import BuildConfig, LabelColumn, RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import (
     DatasetError,
@@ -255,7 +255,8 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
         "fingerprint": config.record.fingerprint,
     }
     # A dataset that was built before there was a choice says nothing of it.
-    known_config = {**asdict(RecordConfig()), **published.config}
+    known_columns = {**asdict(Columns()), **published.config["columns"]}
+    known_config = {**asdict(RecordConfig()), **published.config, "columns": known_columns}
     differences = [
         f"{key.replace('_', '-')} was {known_config.get(key)!r}, now {value!r}"
         for key, value in wanted.items()

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "build": _build,
         "verify": _verify,
         "inspect": _inspect,
+        "diff": _diff,
         "extract": _extract,
     }
     try:
@@ -325,20 +326,30 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
     return SUCCESS
 
 
+def _diff(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
+
+    diff = compare_datasets(options.before, options.after)
+    with _while_read():
+        print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
+    return SUCCESS if diff.is_empty else FAILED
+
+
 def _extract(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti import storage
     from beam_nifti.extract import choose_paths, read_volumes
 
     ids = list(dict.fromkeys(options.id))
-    paths = choose_paths(ids, options.out)
+    paths = choose_paths(ids, options.out, "_mask" if options.mask else "")
     if not options.overwrite:
         for path in paths:
             _refuse_existing(path)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
-        volume.save(storage.absolute(path))
+        written = volume.of_mask() if options.mask else volume
+        written.save(storage.absolute(path))
         with _while_read():
-            shape = "x".join(map(str, volume.voxels.shape))
-            print(f"image    {shape} {volume.voxels.dtype}: {path}")
+            shape = "x".join(map(str, written.voxels.shape))
+            print(f"image    {shape} {written.voxels.dtype}: {path}")
     return SUCCESS
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from beam_nifti.errors import UsageError
@@ -16,14 +16,18 @@ from beam_nifti.errors import UsageError
 FORMAT_VERSION: Final = 1
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
+VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
+"""Libraries whose versions may decide bytes of a dataset, and stand in dataset_info.json."""
+
 RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
-SELECTIONS: Final = ("nonzero", "above:T")
-"""Which voxels: those that are not 0, or those above T in the image's units."""
+SELECTIONS: Final = ("nonzero", "above:T", "mask")
+"""Which voxels: those that are not 0, those above T in the image's units, or those that the mask labels."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 FRAMES: Final = ("all", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
 
+MASK_DTYPES: Final = ("uint8", "uint16")
 COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
@@ -126,16 +130,19 @@ class RecordConfig:
             from 0, make one volume of it; None refuses 4-D images.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
         rescale_within: which voxels tell what `rescale` asks of a volume: "nonzero"; "above:T", those
-            above T in the image's units; None means all of them.
+            above T in the image's units; "mask", those that the mask labels; None means all of them.
         complex: what becomes of complex voxels: "magnitude"; "phase", in radians; "real-imag", two channels;
             None refuses them.
         preprocess: the user's function, `package.module:function`, from Volume to Volume.
         preprocess_sha256: of the file that defines it; set by the build.
         orientation: code, such as "RAS", that the axes are turned to.
         spacing: voxel size along each axis, in mm, that volumes are resampled to.
-        crop_foreground: which voxels' bounding box to crop to: "nonzero", or "above:T", with T in the
-            image's units.
+        crop_foreground: which voxels' bounding box to crop to: "nonzero"; "above:T", with T in the image's
+            units; "mask", those that the mask labels.
         shape: (X, Y, Z) that volumes are cropped and padded to.
+        channels: the columns of the images that are the channels of a record, in their order; None where a
+            record has a single image. Set by the build.
+        mask_dtype: of the label map that every record has: "uint8" or "uint16"; None where there is none.
         labels: columns whose values have features of their own, with their kinds and classes; set by the
             build; None where there is only the feature `label`.
 
@@ -156,6 +163,8 @@ class RecordConfig:
     spacing: tuple[float, float, float] | None = None
     crop_foreground: str | None = None
     shape: tuple[int, int, int] | None = None
+    channels: tuple[str, ...] | None = None
+    mask_dtype: str | None = None
     labels: tuple[LabelColumn, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -165,6 +174,10 @@ class RecordConfig:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
+        if self.channels is not None:
+            object.__setattr__(self, "channels", tuple(self.channels))
+        if self.mask_dtype is not None:
+            _choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
         self._check_rescaling()
         _choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         _choose("--compression", self.compression, COMPRESSIONS)
@@ -242,6 +255,11 @@ class RecordConfig:
         return self.clip or (self.method == "minmax" and not self.has_ends)
 
     @property
+    def num_channels(self) -> int:
+        """Images a record, each of which is rescaled by itself."""
+        return len(self.channels or (None,))
+
+    @property
     def prepares(self) -> bool:
         """Whether anything is done to a volume between loading and rescaling."""
         return any(getattr(self, name) is not None for name in PREPARATIONS)
@@ -298,10 +316,12 @@ class Columns:
     """Which manifest columns mean what.
 
     Attributes:
-        path: the image, relative to the manifest's folder, absolute, or a URL.
+        path: the image, relative to the manifest's folder, absolute, or a URL; several columns, with commas
+            between them, are the channels of an example.
         label: NAME, a finite number; or NAME:KIND, or several of both with commas, as in "age:float,sex";
             None where no label was asked for and `label` may be absent.
         id: what names an example; None means `participant_id` (with `session_id`), else the path.
+        mask: the image's label map, a path like that of the image; None where there is none.
         missing_label: what becomes of a row without a value of a label: "nan" gives it NaN, the class -1, or
             an empty string; "skip" leaves the row out; None refuses it.
     """
@@ -309,16 +329,34 @@ class Columns:
     path: str = "path"
     label: str | None = None
     id: str | None = None
+    mask: str | None = None
     missing_label: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse kinds that there are not, and a column that is a label twice."""
-        names = [column.name for column in self.labels]
-        for name in names:
-            if names.count(name) > 1:
+        """Refuse empty names, kinds that there are not, and a column that would mean two things."""
+        files = self.files
+        if "" in files:
+            raise UsageError(
+                f"--path-column is {self.path!r}; give the names of columns, with commas, such as T1w,FLAIR"
+            )
+        for name in {name for name in files if files.count(name) > 1}:
+            raise UsageError(f"column {name!r} is named twice by --path-column and --mask-column; drop one")
+        labels = [column.name for column in self.labels]
+        for name in labels:
+            if labels.count(name) > 1:
                 raise UsageError(f"--label-column names {name!r} twice; leave one out")
         if self.missing_label is not None:
             _choose("--missing-label", self.missing_label, MISSING_LABELS)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The columns of the images."""
+        return tuple(self.path.split(","))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The columns of all files of an example: its images and its mask."""
+        return self.paths if self.mask is None else (*self.paths, self.mask)
 
     @property
     def labels(self) -> tuple[LabelColumn, ...]:
@@ -329,10 +367,6 @@ class Columns:
     def has_label_features(self) -> bool:
         """Whether each label has a feature of its own, besides `label`."""
         return len(self.labels) > 1 or any(column.kind for column in self.labels)
-
-    def as_json(self) -> dict[str, Any]:
-        """As dataset_info.json records it: as before there was `missing_label`, where that is None."""
-        return {name: value for name, value in asdict(self).items() if name != "missing_label" or value}
 
 
 @dataclass(frozen=True)
@@ -389,6 +423,23 @@ class Splitting:
             raise UsageError(f"--split has shares that sum to {total:g}; they must sum to 1")
 
 
+def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
+    """The configuration of records whose images and mask are in these columns."""
+    if columns.mask is None:
+        for flag, value in (
+            ("--mask-dtype", record.mask_dtype),
+            ("--rescale-within mask", record.rescale_within == "mask"),
+            ("--crop-foreground mask", record.crop_foreground == "mask"),
+        ):
+            if value:
+                raise UsageError(f"{flag} needs --mask-column, which says where the masks are")
+        mask_dtype = None
+    else:
+        mask_dtype = record.mask_dtype or MASK_DTYPES[0]
+    channels = columns.paths if len(columns.paths) > 1 else None
+    return replace(record, channels=channels, mask_dtype=mask_dtype)
+
+
 @dataclass(frozen=True)
 class BuildConfig:
     """Everything `beam-nifti build` was asked to do.
@@ -427,19 +478,20 @@ class BuildConfig:
     anonymous_ids: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse fractions outside [0, 1] and worker counts below 1."""
+        """Refuse fractions outside [0, 1] and worker counts below 1; tell the record of its columns."""
         if not (math.isfinite(self.max_bad_fraction) and 0 <= self.max_bad_fraction <= 1):
             raise UsageError(
                 f"--max-bad-fraction is {self.max_bad_fraction}; it is a fraction between 0 and 1"
             )
         if self.workers < 1:
             raise UsageError(f"--workers is {self.workers}; it must be at least 1")
+        object.__setattr__(self, "record", _with_columns(self.record, self.columns))
 
     def as_dataset_config(self) -> dict[str, Any]:
         """The part of it that decides a dataset's content, as dataset_info.json records it."""
         content = {
             **asdict(self.record),
-            "columns": self.columns.as_json(),
+            "columns": asdict(self.columns),
             "sharding": asdict(self.sharding) if self.sharding else None,
             "splitting": asdict(self.splitting) if self.splitting else None,
             "shuffle_seed": self.shuffle_seed,

@@ -65,6 +65,7 @@ class DatasetInfo:
         labels: columns whose values have features of their own; none where there is only `label`.
         features: name to kind of every feature of a record.
         splits: by name.
+        mask_labels: those that the masks have, ascending; None where there are no masks.
         num_failures: volumes left out, listed in failures.jsonl.
         revision: 1 for a first build, counting up with every rebuild in the same place.
         versions: of the software that wrote it.
@@ -79,6 +80,7 @@ class DatasetInfo:
     features: Mapping[str, str]
     splits: Mapping[str, SplitInfo]
     labels: tuple[LabelColumn, ...] = ()
+    mask_labels: tuple[int, ...] | None = None
     num_failures: int = 0
     revision: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -114,6 +116,16 @@ class DatasetInfo:
             raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
         return self.splits[name]
 
+    def label_facts(self) -> dict[str, dict[str, Any]]:
+        """The kind of each of `labels`, and its classes if it has some, by name."""
+        return {
+            column.name: {
+                "kind": column.kind,
+                **({} if column.classes is None else {"classes": column.classes}),
+            }
+            for column in self.labels
+        }
+
     def to_json(self) -> str:
         """The content of dataset_info.json."""
         facts = asdict(self)
@@ -127,13 +139,9 @@ class DatasetInfo:
         }
         del facts["labels"]
         if self.labels:
-            facts["labels"] = {
-                column.name: {
-                    "kind": column.kind,
-                    **({} if column.classes is None else {"classes": column.classes}),
-                }
-                for column in self.labels
-            }
+            facts["labels"] = self.label_facts()
+        if self.mask_labels is None:
+            del facts["mask_labels"]
         return json.dumps({"format_version": facts.pop("format_version"), **facts}, indent=2) + "\n"
 
     @classmethod
@@ -159,6 +167,8 @@ class DatasetInfo:
                 name: SplitInfo(tuple(ShardInfo(**s) for s in split["shards"]))
                 for name, split in facts["splits"].items()
             }
+            mask_labels = facts.get("mask_labels")
+            facts["mask_labels"] = None if mask_labels is None else tuple(mask_labels)
             facts["shape"] = None if facts["shape"] is None else tuple(facts["shape"])
             facts["labels"] = tuple(
                 LabelColumn(name, said["kind"], tuple(said["classes"]) if "classes" in said else None)

@@ -6,17 +6,17 @@ Byte-equal to TensorFlow's deterministic serialization. Source: docs/format.md, 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.quantize import numpy_dtype
 
 if TYPE_CHECKING:
-    from beam_nifti.config import LabelColumn
     from beam_nifti.volume import Volume
 
 FEATURES: Final[Mapping[str, str]] = {
@@ -37,6 +37,9 @@ FEATURES: Final[Mapping[str, str]] = {
 
 ENDS_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low": "bytes"}
 """Further features where a record's range does not say what became 0 and 1: float64, like `scl_*`."""
+
+MASK_FEATURE: Final = "mask_raw"
+"""Where there are masks: a tensor, like `image_raw`."""
 
 _LABEL_FEATURES: Final = {"float": "float", "class": "int64", "string": "bytes"}
 """Kind of the feature of a label, by the label's kind."""
@@ -151,15 +154,15 @@ def _pack_integers(numbers: npt.NDArray[np.generic]) -> bytes:
     return b"".join(map(_varint, numbers.astype(np.uint64).tolist()))  # two's complement
 
 
-def feature_kinds(has_ends: bool, labels: Sequence[LabelColumn] = ()) -> dict[str, str]:
-    """Every feature that a record of a dataset can have and its kind, by name.
-
-    Args:
-        has_ends: `RecordConfig.has_ends`.
-        labels: `RecordConfig.labels`.
-    """
-    of_labels = {label_feature(column.name): _LABEL_FEATURES[column.kind or ""] for column in labels}
-    return dict(sorted({**FEATURES, **(ENDS_FEATURES if has_ends else {}), **of_labels}.items()))
+def feature_kinds(record: RecordConfig) -> dict[str, str]:
+    """Every feature that a record of a configuration can have and its kind, by name."""
+    kinds = {**FEATURES, **(ENDS_FEATURES if record.has_ends else {})}
+    if record.channels is not None:
+        kinds |= dict.fromkeys(("intensity_min", "intensity_max"), f"float[{record.num_channels}]")
+    if record.mask_dtype is not None:
+        kinds[MASK_FEATURE] = "bytes"
+    kinds |= {label_feature(c.name): _LABEL_FEATURES[c.kind or ""] for c in record.labels or ()}
+    return dict(sorted(kinds.items()))
 
 
 def label_feature(name: str) -> str:
@@ -171,13 +174,12 @@ def encode_volume(volume: Volume) -> bytes:
     """The record of one rescaled volume.
 
     Args:
-        volume: its voxels as they are to be stored; measured.
+        volume: its voxels as they are to be stored, and measured.
 
     Raises:
         VolumeError: as `encode_example`.
     """
-    row, intensity = volume.row, volume.intensity
-    assert intensity is not None
+    row, intensities = volume.row, volume.intensities
 
     def floats(*values: float) -> npt.NDArray[np.float32]:
         with np.errstate(over="ignore"):  # the index keeps the range in full
@@ -189,8 +191,8 @@ def encode_volume(volume: Volume) -> bytes:
         "id": row.example_id.encode(),
         "affine": floats(*volume.affine.ravel()),
         "zooms": floats(*volume.zooms),
-        "intensity_min": floats(intensity.min),
-        "intensity_max": floats(intensity.max),
+        "intensity_min": floats(*(i.min for i in intensities)),
+        "intensity_max": floats(*(i.max for i in intensities)),
     }
     if not volume.scaling.is_identity:
         features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
@@ -201,9 +203,12 @@ def encode_volume(volume: Volume) -> bytes:
         else:
             number = np.array([label], np.int64) if isinstance(label, int) else floats(label)
             features[label_feature(name)] = number
-    if volume.ends is not None:
-        features["rescale_low"] = struct.pack("<d", volume.ends.low)
-        features["rescale_high"] = struct.pack("<d", volume.ends.high)
+    if volume.ends:
+        doubles = struct.Struct(f"<{len(volume.ends)}d")
+        features["rescale_low"] = doubles.pack(*(e.low for e in volume.ends))
+        features["rescale_high"] = doubles.pack(*(e.high for e in volume.ends))
+    if volume.mask is not None:
+        features[MASK_FEATURE] = encode_tensor(volume.mask)
     try:
         return encode_example(features)
     except VolumeError as e:

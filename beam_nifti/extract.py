@@ -6,10 +6,11 @@ A record is read by the place that the index gives, without the others of its sh
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.example import decode_example, decode_tensor
+from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor
 from beam_nifti.inspection import describe_records
 from beam_nifti.nifti_writer import require_nifti_name, write_nifti
 from beam_nifti.publish import read_info
@@ -36,13 +37,15 @@ class StoredVolume:
 
     Attributes:
         example_id: of the record.
-        voxels: (X, Y, Z) or (X, Y, Z, T), C order, read-only. Of a dataset of native voxels they are those
+        voxels: (X, Y, Z) or (X, Y, Z, C), C order, read-only. Of a dataset of native voxels they are those
             of the image's file; else they are in the image's units, as float32, or as float64 where float32
             cannot hold them.
         scaling: from `voxels` to the image's units; that of the image's header for native voxels, else
             none.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel size along each axis, in millimetres.
+        mask: the labels of the voxels, uint8 or uint16 of shape (X, Y, Z), read-only; None where the
+            dataset has no masks.
     """
 
     example_id: str
@@ -50,6 +53,7 @@ class StoredVolume:
     scaling: Scaling
     affine: npt.NDArray[np.float64]
     zooms: tuple[float, float, float]
+    mask: Voxels | None = None
 
     def save(self, path: str) -> None:
         """Write it as a NIfTI image.
@@ -62,6 +66,16 @@ class StoredVolume:
             OSError: it cannot be written.
         """
         write_nifti(path, self.voxels, self.scaling, self.affine, self.zooms)
+
+    def of_mask(self) -> StoredVolume:
+        """Its mask, as a volume.
+
+        Raises:
+            UsageError: it has none.
+        """
+        if self.mask is None:
+            raise UsageError(f"record {self.example_id!r} has no mask; leave --mask out")
+        return replace(self, voxels=self.mask, scaling=Scaling())
 
 
 def read_volume(output: str, example_id: str) -> StoredVolume:
@@ -113,27 +127,34 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     features = decode_example(payload)
     voxels, scaling = decode_tensor(features["image_raw"]), Scaling()  # type: ignore[arg-type]
     if spec.config.voxel_dtype != "native":
-        voxels = restore_units(voxels, _ends(cells, spec.config))
+        voxels = _restore(voxels, cells, spec.config)
     elif "scl_slope" in features:
         scaling = Scaling(*(struct.unpack("<d", features[n])[0] for n in ("scl_slope", "scl_inter")))
     x, y, z = cells["zooms"]
     affine = np.array(cells["affine"], np.float64).reshape(4, 4)
-    return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z))
+    mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]
+    return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z), mask)
 
 
-def _ends(cells: Mapping[str, Any], config: RecordConfig) -> Ends | None:
-    """What became 0 and 1; None where nothing was rescaled."""
-    if config.has_ends:
-        return Ends(cells["rescale_low"], cells["rescale_high"])
-    return None if config.method == "none" else Ends(cells["min"], cells["max"])
+def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> Voxels:
+    """The values in the units of the image, or of each of several."""
+    if config.method == "none":
+        return restore_units(voxels, None)
+    names = ("rescale_low", "rescale_high") if config.has_ends else ("min", "max")
+    if config.channels is None:
+        return restore_units(voxels, Ends(*(cells[name] for name in names)))
+    ends = itertools.starmap(Ends, zip(*(cells[name] for name in names), strict=True))
+    images = (np.ascontiguousarray(voxels[..., number]) for number in range(voxels.shape[3]))
+    return np.stack(list(map(restore_units, images, ends)), -1)
 
 
-def choose_paths(example_ids: Sequence[str], out: str | None) -> list[str]:
+def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") -> list[str]:
     """Where to write the images of some records.
 
     Args:
         example_ids: each once.
         out: of the only one; None names each file after its id.
+        suffix: that follows the id there.
 
     Raises:
         UsageError: two images would have one name, or `out` is no name of a NIfTI image.
@@ -148,7 +169,7 @@ def choose_paths(example_ids: Sequence[str], out: str | None) -> list[str]:
         return [out]
     named: dict[str, str] = {}
     for example_id in example_ids:
-        path = file_name(example_id)
+        path = file_name(example_id, suffix)
         if path in named:
             raise UsageError(
                 f"--id {named[path]!r} and --id {example_id!r} would both be written to {path}; extract one "
@@ -158,11 +179,11 @@ def choose_paths(example_ids: Sequence[str], out: str | None) -> list[str]:
     return list(named)
 
 
-def file_name(example_id: str) -> str:
-    r"""The name of the image of a record: its id, with `_` for what a file name cannot hold.
+def file_name(example_id: str, suffix: str = "") -> str:
+    r"""The name of the image of a record: its id, with `_` for what a file name cannot hold, and a suffix.
 
     >>> file_name("sub-01_ses-2"), file_name("scans/sub-01/T1w.nii.gz")
     ('sub-01_ses-2.nii.gz', 'scans_sub-01_T1w.nii.gz')
     """
     stem = example_id.removesuffix(".gz").removesuffix(".nii")
-    return f"{_UNFIT.sub('_', stem)}.nii.gz"
+    return f"{_UNFIT.sub('_', stem)}{suffix}.nii.gz"

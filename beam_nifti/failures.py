@@ -61,7 +61,7 @@ def write_failures(
                 "error": failure.error,
                 "message": _message(failure),
                 **({columns.id: row.example_id} if columns.id is not None else {}),
-                columns.path: row.pseudonym or storage.join(folder, row.path),
+                **dict(zip(columns.files, _places(row, folder), strict=True)),
                 "participant_id": row.participant_id,
                 "session_id": row.session_id,
                 "split": row.split,
@@ -76,12 +76,17 @@ def write_failures(
             handle.write(json.dumps(cells, ensure_ascii=False).encode() + b"\n")
 
 
+def _places(row: VolumeRow, folder: str) -> Sequence[str]:
+    return row.pseudonyms or [storage.join(folder, path) for path in row.files]
+
+
 def _message(failure: Failure) -> str:
-    """What the exception said; where ids are anonymous, without the image's path."""
-    path, message = failure.row.path, failure.message
-    if failure.row.pseudonym:
+    """What the exception said; where ids are anonymous, without the paths of images."""
+    row, message = failure.row, failure.message
+    named = zip(row.files, row.pseudonyms, strict=False)
+    for path, pseudonym in sorted(named, key=lambda pair: -len(pair[0])):  # one may begin like another
         for spelling in (path, quote(path), quote(path, safe="")):  # servers repeat what they were asked for
-            message = message.replace(spelling, failure.row.pseudonym)
+            message = message.replace(spelling, pseudonym)
     return message
 
 

@@ -6,6 +6,7 @@ no volume gets another one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +22,10 @@ Shape3 = tuple[int, int, int]
 
 _SAME_SPACING: Final = 1e-4
 """Relative difference of voxel sizes up to which an axis is not resampled: headers hold float32."""
+
+_SAME_PLACE: Final = 0.1
+"""Distance of voxel centres, in voxels, up to which two images lie in one place: headers round affines,
+each program its own way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +58,35 @@ class Grid:
         affine[:3, :3] *= steps
         affine[:3, 3] += self.affine[:3, :3] @ np.asarray(starts, np.float64)
         return Grid(shape, affine)
+
+    def distance(self, other: Grid) -> float:
+        """How far apart the voxel centres of two grids of one shape are at most, in millimetres."""
+        corners = list(itertools.product(*((0, size - 1) for size in self.shape)))
+        apart = nib.affines.apply_affine(self.affine - other.affine, corners)
+        return float(np.linalg.norm(apart, axis=1).max())
+
+
+def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid) -> None:
+    """Refuse an image whose voxels are not those of another one.
+
+    Args:
+        name: the image's path, for errors.
+        grid: of the image.
+        first_name: the other one's path, for errors.
+        first: grid of the other one.
+
+    Raises:
+        VolumeError: they have other shapes, or voxel centres that are further apart than a tenth of the
+            first one's smallest voxel size.
+    """
+    remedy = f"resample it to the voxels of {first_name}, with nilearn.image.resample_to_img, say"
+    if grid.shape != first.shape:
+        raise VolumeError(f"{name}: shape {grid.shape} where {first_name} has {first.shape}; {remedy}")
+    distance = grid.distance(first)
+    if not distance <= _SAME_PLACE * min(first.zooms):
+        raise VolumeError(
+            f"{name}: its voxels lie up to {distance:.3g} mm beside those of {first_name}; {remedy}"
+        )
 
 
 def orientation_of(affine: npt.NDArray[np.float64]) -> str:

@@ -158,6 +158,7 @@ def _numbers_of_voxel(header: VolumeHeader, record: RecordConfig, frame: int | s
     yield header.num_components
     yield header.num_colours
     yield 2 if header.is_complex and record.complex == "real-imag" else 1
+    yield record.num_channels
 
 
 def _require_part(name: str, header: VolumeHeader, record: RecordConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -64,10 +64,11 @@ def stat_image(path: str) -> storage.Stat:
     Raises:
         OSError: the path cannot be reached.
     """
-    return _joined([storage.stat(file) for file in image_files(path)])
+    return join_stats([storage.stat(file) for file in image_files(path)])
 
 
-def _joined(stats: list[storage.Stat]) -> storage.Stat:
+def join_stats(stats: Sequence[storage.Stat]) -> storage.Stat:
+    """Of several files, the sum of the sizes, and the mean of the times."""
     return storage.Stat(sum(s.size for s in stats), sum(s.mtime for s in stats) / len(stats))
 
 
@@ -132,7 +133,7 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
                 handle, stat = storage.open_with_stat(file)
                 opened.append((stack.enter_context(handle), stat))
         header = _read_half(name, *opened[0], parse) if len(opened) > 1 else None
-        image = Image(name, handle, stat.size, _joined([s for _, s in opened]), parse, header)
+        image = Image(name, handle, stat.size, join_stats([s for _, s in opened]), parse, header)
         _check_pair(name, files, image.header)
         yield image
 

@@ -7,16 +7,19 @@ Source: docs/format.md, "Index".
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beam_nifti import storage
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.mask import labels_of
 from beam_nifti.rescale import Ends, Intensity
 
 if TYPE_CHECKING:
@@ -47,10 +50,16 @@ SCHEMA: Final = pa.schema(
 )
 """Columns of every index; the manifest's further columns follow as strings."""
 
-ENDS_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
+_ENDS_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
 """Columns that stand between them where records have the features of these names."""
 
-_OWN_NAMES: Final = frozenset([*SCHEMA.names, *ENDS_SCHEMA.names])
+_MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
+"""Likewise where records have a mask."""
+
+_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_ENDS_SCHEMA.names])
+"""Columns that are lists, a number an image, where a record has several images."""
+
+_OWN_NAMES: Final = frozenset([*SCHEMA.names, *_ENDS_SCHEMA.names, *_MASK_SCHEMA.names])
 
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
@@ -64,11 +73,12 @@ class IndexEntry:
         row: its row of the manifest.
         source: size and time of the image when it was read.
         shape: (X, Y, Z) or (X, Y, Z, T).
-        dtype: of the voxels on disk.
+        dtype: of the voxels on disk, as `Volume.dtype`.
         zooms: voxel size along each axis.
         affine: 16 numbers, row by row.
-        intensity: in the image's units.
-        ends: what became 0 and 1, in the image's units; None where the range says it.
+        intensities: of each image, in its units.
+        ends: what became 0 and 1 of each image, in its units; none where the ranges say it.
+        mask_labels: the labels that its mask has, ascending; None where there are no masks.
     """
 
     row: VolumeRow
@@ -77,13 +87,13 @@ class IndexEntry:
     dtype: str
     zooms: tuple[float, ...]
     affine: tuple[float, ...]
-    intensity: Intensity
-    ends: Ends | None = None
+    intensities: tuple[Intensity, ...]
+    ends: tuple[Ends, ...] = ()
+    mask_labels: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, volume: Volume) -> IndexEntry:
         """The entry of a rescaled volume."""
-        assert volume.intensity is not None
         return cls(
             row=volume.row,
             source=volume.source,
@@ -91,8 +101,9 @@ class IndexEntry:
             dtype=volume.dtype,
             zooms=volume.zooms,
             affine=tuple(volume.affine.ravel().tolist()),
-            intensity=volume.intensity,
+            intensities=volume.intensities,
             ends=volume.ends,
+            mask_labels=None if volume.mask is None else tuple(labels_of(volume.mask)),
         )
 
 
@@ -116,11 +127,14 @@ def row_cells(row: VolumeRow, extra_columns: Sequence[str]) -> dict[str, object]
     }
 
 
-def make_table(entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Sequence[str]) -> pa.Table:
+def make_table(
+    entries: Sequence[tuple[IndexEntry, int, int]], record: RecordConfig, extra_columns: Sequence[str]
+) -> pa.Table:
     """The index of some records.
 
     Args:
         entries: entry, offset and length in bytes, in the order of the file.
+        record: their configuration.
         extra_columns: names of the manifest's further columns.
     """
     rows = [
@@ -134,28 +148,39 @@ def make_table(entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Se
             "dtype": e.dtype,
             "zooms": e.zooms,
             "affine": e.affine,
-            "min": e.intensity.min,
-            "max": e.intensity.max,
-            "mean": e.intensity.mean,
-            "std": e.intensity.std,
-            "rescale_low": e.ends and e.ends.low,
-            "rescale_high": e.ends and e.ends.high,
+            **_of_images([asdict(i) for i in e.intensities], record),
+            **_of_images([{"rescale_low": ends.low, "rescale_high": ends.high} for ends in e.ends], record),
+            "mask_labels": e.mask_labels,
         }
         for e, offset, length in entries
     ]
-    has_ends = any(e.ends for e, _, _ in entries)
-    return pa.Table.from_pylist(rows, schema=schema_of(extra_columns, has_ends))
+    return pa.Table.from_pylist(rows, schema=schema_of(record, extra_columns))
 
 
-def schema_of(extra_columns: Sequence[str], has_ends: bool = False) -> pa.Schema:
+def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> Mapping[str, object]:
+    """The cells of what is known of each image."""
+    if record.channels is None:
+        return next(iter(numbers), {})
+    return {name: [of_image[name] for of_image in numbers] for name in next(iter(numbers), {})}
+
+
+def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Schema:
     """The schema of an index.
 
     Args:
+        record: configuration of its records.
         extra_columns: names of the manifest's further columns.
-        has_ends: whether any of its records has the features of ENDS_SCHEMA.
     """
-    ends = ENDS_SCHEMA if has_ends else ()
-    return pa.schema([*SCHEMA, *ends, *((extra_column(c), pa.string()) for c in extra_columns)])
+    fields = [*SCHEMA, *(_ENDS_SCHEMA if record.has_ends else ())]
+    if record.channels is not None:
+        fields = [f.with_type(pa.list_(f.type)) if f.name in _OF_IMAGES else f for f in fields]
+    fields += _MASK_SCHEMA if record.mask_dtype else ()
+    return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
+
+
+def mask_labels(table: pa.Table) -> set[int]:
+    """The labels that the masks of an index's records have."""
+    return set(pc.unique(pc.list_flatten(table["mask_labels"])).to_pylist())
 
 
 def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:

@@ -23,7 +23,8 @@ from beam_nifti.labels import comparable
 from beam_nifti.manifest import read_manifest
 from beam_nifti.publish import read_info
 
-_SUMMARIZED: Final = ("label", "dtype", "shape", "min", "max", "mean")
+_STATISTICS: Final = ("min", "max", "mean")
+_SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
 _COMPARED_IDS: Final = 50_000
 """Ids that are searched for one that resembles an unknown one: about a second."""
 
@@ -49,8 +50,9 @@ def describe_dataset(output: str) -> dict[str, Any]:
     """
     output = storage.absolute(output)
     info = read_info(output)
-    totals, of_labels = _Totals(), [_LabelTotals(column) for column in info.labels]
-    for _, _, table in _read_indexes(output, info):
+    totals = _Totals(tuple(info.config.get("channels") or ("",)))
+    of_labels = [_LabelTotals(column) for column in info.labels]
+    for _, _, table in read_indexes(output, info):
         totals.add(table.select(_SUMMARIZED))
         for of_label in of_labels:
             of_label.add(table)
@@ -75,6 +77,7 @@ def describe_dataset(output: str) -> dict[str, Any]:
         "labels": totals.labels.summary() if info.labelled else None,
         "label_columns": {of.column.name: of.summary() for of in of_labels},
         "intensities": totals.intensities(),
+        "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
         "failures": {
             "count": info.num_failures,
             "path": storage.join(output, FAILURES_FILE) if info.num_failures else None,
@@ -115,7 +118,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
     info = read_info(output)
     ids: list[pa.ChunkedArray] = []
     found: dict[str, dict[str, Any]] = {}
-    for split, shard, table in _read_indexes(output, info):
+    for split, shard, table in read_indexes(output, info):
         for example_id in set(example_ids) - found.keys():
             ordinal = pc.index(table["example_id"], example_id).as_py()
             if ordinal >= 0:
@@ -152,7 +155,12 @@ def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | No
     return None
 
 
-def _read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
+def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
+    """The index of each shard, with its split.
+
+    Raises:
+        DatasetError: one cannot be read.
+    """
     for split, found in info.splits.items():
         for shard in found.shards:
             path = storage.join(output, shard.index)
@@ -218,30 +226,37 @@ class _LabelTotals:
 
 @dataclass
 class _Totals:
-    """What all indexes say together."""
+    """What all indexes say together.
 
+    Attributes:
+        channels: names of the images of a record; "" of a single one.
+        labels: of the records.
+        statistics: of each image, by its name and that of the statistic.
+        dtypes: on disk.
+        shapes: of the records.
+    """
+
+    channels: tuple[str, ...]
     labels: _Numbers = field(default_factory=_Numbers)
-    lows: _Numbers = field(default_factory=_Numbers)
-    highs: _Numbers = field(default_factory=_Numbers)
-    means: _Numbers = field(default_factory=_Numbers)
+    statistics: dict[str, _Numbers] = field(default_factory=dict)
     dtypes: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
 
     def add(self, table: pa.Table) -> None:
         self.labels.add(table["label"])
-        self.lows.add(table["min"])
-        self.highs.add(table["max"])
-        self.means.add(table["mean"])
+        for (number, channel), statistic in itertools.product(enumerate(self.channels), _STATISTICS):
+            column = table[statistic]
+            if channel:
+                column = (
+                    pc.list_element(column, number) if len(column) else pa.chunked_array([], pa.float64())
+                )
+            self.statistics.setdefault(f"{channel} {statistic}".strip(), _Numbers()).add(column)
         self.dtypes.update(table["dtype"].to_pylist())
         self.shapes.update(map(_shape_text, table["shape"].to_pylist()))
 
     def intensities(self) -> dict[str, dict[str, float | None]]:
-        """Over the volumes: of each one's least, largest and mean intensity."""
-        return {
-            "min": self.lows.summary(),
-            "max": self.highs.summary(),
-            "mean": self.means.summary(),
-        }
+        """Over the volumes: of each one's least, largest and mean intensity, of each of its images."""
+        return {name: numbers.summary() for name, numbers in self.statistics.items()}
 
 
 def _counted(counter: Counter[str]) -> dict[str, int]:
@@ -280,6 +295,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
+    if config.get("channels"):
+        yield "channels", ", ".join(config["channels"])
     prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]
     if prepared:
         yield "prepared with", ", ".join(prepared)
@@ -289,7 +306,10 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     else:
         yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
     for number, (name, numbers) in enumerate(d["intensities"].items()):
-        yield "" if number else "intensities", f"{name:<5}{_numbers_text(numbers)}"
+        width = max(map(len, d["intensities"])) + 1
+        yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
+    if d["mask_labels"] is not None:
+        yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
     yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     skipped = f", {manifest['num_skipped']:,} skipped without a label" if "num_skipped" in manifest else ""

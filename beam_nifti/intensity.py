@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import RecordConfig, threshold_of
 from beam_nifti.errors import VolumeError
 from beam_nifti.rescale import (
     Ends,
@@ -26,14 +26,32 @@ _CHUNK: Final = 1 << 17
 """Voxels that are selected or counted at a time."""
 
 
-def select_voxels(voxels: Voxels, scaling: Scaling, threshold: float | None) -> npt.NDArray[np.bool_]:
-    """Which voxels are above a threshold, or, without one, not zero.
+def describe_rule(rule: str | None) -> str:
+    """What a voxel is that a rule selects, for errors."""
+    return "labelled by the mask" if rule == "mask" else (rule or "").replace(":", " ")
+
+
+def select_voxels(
+    voxels: Voxels, scaling: Scaling, rule: str, mask: Voxels | None = None
+) -> npt.NDArray[np.bool_]:
+    """Which voxels a rule selects.
 
     Args:
-        voxels: as stored, C order.
+        voxels: as stored, C order; some axes of space, and perhaps one of channels.
         scaling: from stored voxels to the image's units.
-        threshold: in the image's units.
+        rule: `nonzero`; `above:T`, with T in the image's units; `mask`, those that have a label.
+        mask: their labels, without the axis of channels, where the rule asks for them.
+
+    Returns:
+        Of the shape of the voxels.
     """
+    if rule == "mask":
+        assert mask is not None
+        labelled: npt.NDArray[np.bool_] = mask != 0
+        if labelled.ndim < voxels.ndim:
+            labelled = np.repeat(labelled[..., None], voxels.shape[-1], -1)
+        return labelled
+    threshold = threshold_of(rule)
     selection = np.empty(voxels.shape, np.bool_)
     source, target = voxels.reshape(-1), selection.reshape(-1)
     for start in range(0, source.size, _CHUNK):
@@ -72,7 +90,7 @@ def find_ends(
         voxels = voxels[selection]
         if voxels.size == 0:
             raise VolumeError(
-                f"no voxel is {(config.rescale_within or '').replace(':', ' ')}, so there is nothing that "
+                f"no voxel is {describe_rule(config.rescale_within)}, so there is nothing that "
                 "--rescale-within could select; leave the image out, or select other voxels"
             )
     if config.method == "window":

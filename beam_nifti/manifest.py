@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -36,7 +36,7 @@ class VolumeRow:
     Attributes:
         row: 1-based number of the row in the manifest, its header not counted.
         example_id: what names the example, unique in the manifest.
-        path: the image, as the manifest says it.
+        path: the image, as the manifest says it; of several the first.
         label: the number of its first label; None where it has none.
         participant_id: "" where the manifest has none.
         session_id: "" where the manifest has none.
@@ -45,7 +45,8 @@ class VolumeRow:
         extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
         shard: file name of the shard that it belongs to.
         unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
-        pseudonym: what is written in the place of the path; "" where that is the path itself.
+        further: the other files of the example, as the manifest says them: its further images, then its mask.
+        pseudonyms: what is written in the place of each of its paths; none where those are written.
         labels: name and value of each label that has a feature of its own.
     """
 
@@ -60,13 +61,19 @@ class VolumeRow:
     extras: tuple[str, ...] = ()
     shard: str = ""
     unit: int = 0
-    pseudonym: str = ""
+    further: tuple[str, ...] = ()
+    pseudonyms: tuple[str, ...] = ()
     labels: tuple[tuple[str, LabelValue], ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of the images, and of the mask if there is one."""
+        return (self.path, *self.further)
 
     @property
     def source(self) -> str:
         """What is written of where the image is."""
-        return self.pseudonym or self.path
+        return self.pseudonyms[0] if self.pseudonyms else self.path
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Manifest:
         path: where it was read from.
         table: every column as strings, in the manifest's order; where ids are anonymous, with pseudonyms in
             the place of ids and paths.
-        paths: the images, as the manifest says it.
+        paths: the images and masks, as the manifest says it, by column.
         columns: which of them mean what; its `label` is None in an unlabelled manifest, and has the kinds of
             labels that have features of their own.
         numbers: of the feature `label`, float64 of shape (rows,), NaN where a row has none; None in an
@@ -91,7 +98,7 @@ class Manifest:
 
     path: str
     table: pa.Table
-    paths: pa.ChunkedArray
+    paths: Mapping[str, pa.ChunkedArray]
     columns: Columns
     numbers: npt.NDArray[np.float64] | None
     labels: tuple[Labels, ...]
@@ -139,10 +146,12 @@ class Manifest:
         """The rows at `indices`, at consecutive positions of their split."""
         take = pa.array(indices, pa.int64())
         part = self.table.take(take)
-        paths = self.paths.take(take).to_pylist()
+        paths, *further = (column.take(take).to_pylist() for column in self.paths.values())
         ids, splits = self.ids.take(take).to_pylist(), self.splits.take(take).to_pylist()
         blank = [""] * len(indices)
-        pseudonyms = part[self.columns.path].to_pylist() if self.key_check else blank
+        others = list(zip(*further, strict=True))
+        hashed = [part[name].to_pylist() for name in self.paths] if self.key_check else []
+        pseudonyms = list(zip(*hashed, strict=True))
         participants, sessions = (
             part[name].to_pylist() if name in part.column_names else blank
             for name in ("participant_id", "session_id")
@@ -163,16 +172,17 @@ class Manifest:
                 extras=extras[i] if extras else (),
                 shard=shard,
                 unit=unit,
-                pseudonym=pseudonyms[i],
+                further=others[i] if others else (),
+                pseudonyms=pseudonyms[i] if pseudonyms else (),
                 labels=labels[i] if labels else (),
             )
             for i, index in enumerate(indices)
         ]
 
-    def path_of(self, source: str) -> str | None:
-        """The path of an image by what is written of it; None where it is none of this manifest's."""
-        at = pc.index(self.table[self.columns.path], source).as_py()
-        return None if at < 0 else str(self.paths[at])
+    def row_of(self, source: str) -> VolumeRow | None:
+        """The row of an image by what is written of it; None where it is none of this manifest's."""
+        at = pc.index(self.table[self.columns.paths[0]], source).as_py()
+        return None if at < 0 else self.rows([at])[0]
 
     def digest(self, num_rows: int | None = None) -> str:
         """sha256 of the column names and the first `num_rows` rows, whatever the file's format."""
@@ -207,7 +217,8 @@ def read_manifest(
     problems = Problems(path)
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
-        (columns.path, "--path-column"),
+        *((name, "--path-column") for name in columns.paths),
+        (columns.mask, "--mask-column"),
         *((column.name, "--label-column") for column in columns.labels),
         (columns.id, "--id-column"),
         (splitting and splitting.stratify, "--stratify"),
@@ -224,10 +235,12 @@ def read_manifest(
 
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
-    for i, text in enumerate(_cells(table, columns.path)):
-        if not text.strip():
-            problems.add(f"row {i + 1}: empty {columns.path}; give the image's path or drop the row")
-    paths = table[columns.path]
+    for name in columns.files:
+        what = "mask" if name == columns.mask else "image"
+        for i, text in enumerate(_cells(table, name)):
+            if not text.strip():
+                problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
+    paths = {name: table[name] for name in columns.files}
     if pseudonyms:
         table = _without_names(table, columns, pseudonyms)
     labels = _labels(table, columns, problems)
@@ -241,7 +254,7 @@ def read_manifest(
     _check_ids(ids, problems)
     problems.stop()
     numbers = labels[0].numbers if labels else None
-    used = {columns.path, columns.id, *_OWN}
+    used = {columns.paths[0], columns.id, *_OWN}
     if columns.has_label_features:
         # Their cells are kept in the index, and in failures.jsonl, as those of further columns are.
         columns = dataclasses.replace(columns, label=",".join(str(of.column) for of in labels))
@@ -283,9 +296,9 @@ def _without(is_skipped: npt.NDArray[np.bool_] | None, splits: pa.Array) -> pa.A
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
     """Columns that are ours but for case and spaces, which would be taken for further ones."""
     labels = [column.name for column in columns.labels] or ["label"]
-    wanted = {*_OWN, columns.path, *labels} - set(names)
+    wanted = {*_OWN, *columns.files, *labels} - set(names)
     for name in names:
-        if name not in (columns.path, *labels, columns.id) and name.strip().lower() in wanted:
+        if name not in (*columns.files, *labels, columns.id) and name.strip().lower() in wanted:
             yield name, name.strip().lower()
 
 
@@ -348,7 +361,7 @@ def _drawn_splits(
 
 def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:
     kinds = {columns.id: "id", "participant_id": "participant_id", "session_id": "session_id"}
-    for name, kind in (kinds | {columns.path: "path"}).items():
+    for name, kind in (kinds | dict.fromkeys(columns.files, "path")).items():
         if name in table.column_names:
             hashed = pseudonyms.of_column(table[name], kind)
             table = table.set_column(table.column_names.index(name), name, hashed)
@@ -359,7 +372,7 @@ def _ids(table: pa.Table, columns: Columns) -> pa.Array:
     if columns.id is not None:
         ids = table[columns.id]
     elif "participant_id" not in table.column_names:
-        ids = table[columns.path]
+        ids = table[columns.paths[0]]
     elif "session_id" not in table.column_names:
         ids = table["participant_id"]
     else:

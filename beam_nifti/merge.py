@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
+from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
 from beam_nifti.index import read_index, schema_of, write_index
@@ -30,7 +31,7 @@ def merge_parts(
     name: ShardName,
     expected: Collection[int],
     parts: Iterable[Part],
-    fingerprint: str,
+    record: RecordConfig,
     extra_columns: Sequence[str],
     folder: str,
 ) -> ShardInfo:
@@ -44,14 +45,14 @@ def merge_parts(
         name: the shard's file name.
         expected: the positions that the shard must hold.
         parts: what was written or found; several may hold the same position, with the same bytes.
-        fingerprint: of the configuration that made the records.
+        record: configuration that made the records.
         extra_columns: names of the manifest's further columns.
         folder: `parts_folder` of the shard.
 
     Raises:
         ShardError: the parts do not hold exactly the expected positions.
     """
-    merge = _Merge(output, name, expected, _joined(parts), fingerprint, extra_columns, folder)
+    merge = _Merge(output, name, expected, _joined(parts), record, extra_columns, folder)
     try:
         return merge.run()
     except FileNotFoundError:
@@ -67,7 +68,7 @@ class _Merge:
     name: ShardName
     expected: Collection[int]
     parts: list[Part]
-    fingerprint: str
+    record: RecordConfig
     extra_columns: Sequence[str]
     folder: str
 
@@ -109,7 +110,8 @@ class _Merge:
         return Part(storage.join(self.output, str(name)), storage.join(self.output, name.index_file))
 
     def _select(self, parts: Sequence[Part]) -> _Records:
-        return _select(parts, self.expected, self.name, self.extra_columns)
+        schema = schema_of(self.record, self.extra_columns)
+        return _select(parts, self.expected, self.name, schema)
 
     def _finished(self, records: _Records) -> dict[str, str] | None:
         """What is known of the shard if another attempt at this merge has written it."""
@@ -119,7 +121,7 @@ class _Merge:
             size = storage.stat(target.data).size
         except (FileNotFoundError, ShardError):
             return None
-        is_same = facts.get("fingerprint") == self.fingerprint and facts.get("num_bytes") == str(size)
+        is_same = facts.get("fingerprint") == self.record.fingerprint and facts.get("num_bytes") == str(size)
         same_rows = is_same and table.replace_schema_metadata().equals(_placed(records))
         return facts if same_rows else None
 
@@ -127,7 +129,7 @@ class _Merge:
         target = self._at(self.name)
         # Between these two no index stands beside a shard file that it does not describe.
         storage.delete(target.index)
-        facts = {"fingerprint": self.fingerprint}
+        facts = {"fingerprint": self.record.fingerprint}
         try:
             facts |= _write_shard(target.data, records, source, known, self.name.compressed)
         except FileNotFoundError:
@@ -176,19 +178,14 @@ class _Records:
     facts: dict[str, dict[str, str]]
 
 
-def _select(
-    parts: Sequence[Part], expected: Collection[int], name: ShardName, extra_columns: Sequence[str]
-) -> _Records:
+def _select(parts: Sequence[Part], expected: Collection[int], name: ShardName, schema: pa.Schema) -> _Records:
     tables, facts = [], {}
     for part in parts:
         table, facts[part.data] = read_index(part.index)
         if part.positions is not None:
             table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
         tables.append(table.replace_schema_metadata())
-    # One without rows may lack columns that the others have.
-    filled = [table for table in tables if table.num_rows]
-    has_ends = any("rescale_low" in table.column_names for table in filled)
-    merged = pa.concat_tables([schema_of(extra_columns, has_ends).empty_table(), *filled])
+    merged = pa.concat_tables([schema.empty_table(), *tables])
     part_numbers = np.repeat(np.arange(len(parts)), [table.num_rows for table in tables])
     positions = merged["position"].to_numpy()
     order = np.argsort(positions, kind="stable")  # of a position that several parts hold, the first part's

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import TypeVar
 
 from beam_nifti import __version__
@@ -14,7 +16,9 @@ from beam_nifti.config import (
     COMPRESSION_LEVELS,
     COMPRESSIONS,
     FRAMES,
+    MASK_DTYPES,
     MISSING_LABELS,
+    VERSIONED,
     VOXEL_DTYPES,
     BuildConfig,
     Columns,
@@ -29,7 +33,7 @@ _Number = TypeVar("_Number", int, float)
 EXIT_CODES = """\
 exit codes:
   0  success
-  1  volumes failed beyond the limit, or the dataset is not right
+  1  volumes failed beyond the limit, the dataset is not right, or two are not the same
   2  a wrong option, manifest or OUTPUT; nothing was written
 """
 
@@ -38,6 +42,8 @@ _PATHS = {
     "output": "OUTPUT",
     "folder": "DIR",
     "out": "--out",
+    "before": "BEFORE",
+    "after": "AFTER",
     "anonymous_ids": "--anonymous-ids",
 }
 """Arguments that no command takes empty, and how its help calls them."""
@@ -91,6 +97,15 @@ examples:
 
 """
 
+_DIFF_EXAMPLES = """\
+examples:
+  beam-nifti diff monday/dataset tuesday/dataset
+  beam-nifti diff monday/dataset tuesday/dataset --json | jq '.came[]'
+
+Reads dataset_info.json and index/ of each: of a dataset that is built on every night in one place, keep
+copies of these. Exits with 1 where anything is different.
+
+"""
 _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
@@ -107,6 +122,20 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Versions(argparse.Action):
+    """`--version`; the libraries are looked up only when it is given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"beam-nifti {__version__}")
+        for name in VERSIONED:
+            print(f"{name} {metadata.version(name)}")
+        print(f"Python {platform.python_version()}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
@@ -116,13 +145,16 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"beam-nifti {__version__}")
+    parser.add_argument(
+        "--version", action=_Versions, help="show the version, and those of the libraries that decide bytes"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_manifest(commands)
     _add_check(commands)
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_diff(commands)
     _add_extract(commands)
     return parser
 
@@ -319,7 +351,19 @@ def _add_splits(group: argparse._ActionsContainer) -> None:
 
 def _add_columns(command: argparse.ArgumentParser) -> None:
     columns = command.add_argument_group("manifest columns")
-    columns.add_argument("--path-column", default="path", metavar="NAME", help="default: path")
+    columns.add_argument(
+        "--path-column",
+        default="path",
+        metavar="NAME",
+        help="of the images; several, with commas, such as T1w,T2w,FLAIR, are the channels of one record, "
+        "each rescaled by itself, and must have the same voxels in space; default: path",
+    )
+    columns.add_argument(
+        "--mask-column",
+        metavar="NAME",
+        help="of label maps, images of whole numbers with the same voxels in space as the images: prepared "
+        "with them, by nearest neighbour, and stored as they are; default: none",
+    )
     columns.add_argument(
         "--label-column",
         metavar="NAME[:KIND],…",
@@ -355,8 +399,8 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
     voxels.add_argument(
         "--rescale-within",
         metavar="VOXELS",
-        help="take range, percentiles, mean and deviation over these voxels only: nonzero, or above:T, "
-        "those above T in the image's units; default: all",
+        help="take range, percentiles, mean and deviation over these voxels only: nonzero; above:T, those "
+        "above T in the image's units; or mask, those with a label in the mask; default: all",
     )
     voxels.add_argument(
         "--clip",
@@ -371,6 +415,11 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
         help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
         "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
         "float32",
+    )
+    voxels.add_argument(
+        "--mask-dtype",
+        choices=MASK_DTYPES,
+        help="of the labels of masks: uint8 (default), up to 255, or uint16, up to 65535",
     )
     voxels.add_argument(
         "--frames",
@@ -416,7 +465,8 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--crop-foreground",
         metavar="RULE",
-        help="crop to the bounding box of the voxels that are nonzero, or above:T, in the image's units",
+        help="crop to the bounding box of the voxels that are nonzero; above:T, in the image's units; or "
+        "mask, those with a label in the mask",
     )
     group.add_argument(
         "--shape",
@@ -477,6 +527,15 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("--json", action="store_true", help="as JSON")
 
 
+def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    diff = _command(
+        commands, "diff", "say what came, went and changed between two datasets", _DIFF_EXAMPLES + EXIT_CODES
+    )
+    diff.add_argument("before", metavar="BEFORE", help="folder or URL of a dataset")
+    diff.add_argument("after", metavar="AFTER", help="of another")
+    diff.add_argument("--json", action="store_true", help="as JSON, with all ids")
+
+
 def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     extract = _command(
         commands, "extract", "write the images of records as NIfTI files", _EXTRACT_EXAMPLES + EXIT_CODES
@@ -492,7 +551,11 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     extract.add_argument(
         "--out",
         metavar="FILE",
-        help=".nii.gz or .nii; default: ID.nii.gz in this folder, with _ for what a file name cannot hold",
+        help=".nii.gz or .nii; default: ID.nii.gz, or ID_mask.nii.gz with --mask, in this folder, with _ for "
+        "what a file name cannot hold",
+    )
+    extract.add_argument(
+        "--mask", action="store_true", help="write the records' masks instead of their images"
     )
     extract.add_argument("--overwrite", action="store_true", help="replace FILE")
 
@@ -635,7 +698,13 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
 
 
 def _columns(options: argparse.Namespace) -> Columns:
-    return Columns(options.path_column, options.label_column, options.id_column, options.missing_label)
+    return Columns(
+        options.path_column,
+        options.label_column,
+        options.id_column,
+        options.mask_column,
+        options.missing_label,
+    )
 
 
 def _record_config(
@@ -657,6 +726,7 @@ def _record_config(
         spacing=_triple("--spacing", options.spacing, float),
         crop_foreground=options.crop_foreground,
         shape=_triple("--shape", options.shape, int),
+        mask_dtype=options.mask_dtype,
     )
 
 

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError
-from beam_nifti.image import stat_image
+from beam_nifti.image import join_stats, stat_image
 from beam_nifti.index import IndexEntry, make_table, read_index, row_cells, schema_of, write_index
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.sharding import ShardName
@@ -66,15 +67,23 @@ class PartWriter:
     Args:
         folder: `parts_folder` of the shard.
         first: position of the first record.
+        record: configuration of the records.
         extra_columns: names of the manifest's further columns.
         is_shard: whether the part will be a whole shard, which is then published as it is, without being
             read again for its sha256.
     """
 
-    def __init__(self, folder: str, first: int, extra_columns: Sequence[str], is_shard: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        first: int,
+        record: RecordConfig,
+        extra_columns: Sequence[str],
+        is_shard: bool = False,
+    ) -> None:
         # Attempts may overlap when a runner retries, so each writes under a name of its own.
         self._stem = storage.join(folder, f"{first:010d}-{uuid.uuid4().hex}")
-        self._extra_columns = extra_columns
+        self._record, self._extra_columns = record, extra_columns
         self._entries: list[tuple[IndexEntry, int, int]] = []
         self._offset = 0
         self._hasher = hashlib.sha256() if is_shard else None
@@ -96,7 +105,7 @@ class PartWriter:
         self._opened.__exit__(None, None, None)
         part = part_at(self._stem)
         facts = file_facts(self._hasher.hexdigest(), self._offset) if self._hasher else {}
-        write_index(part.index, make_table(self._entries, self._extra_columns), facts)
+        write_index(part.index, make_table(self._entries, self._record, self._extra_columns), facts)
         return part
 
 
@@ -134,6 +143,7 @@ def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:
 def finished_rows(
     part: Part,
     rows: Sequence[VolumeRow],
+    record: RecordConfig,
     extra_columns: Sequence[str],
     folder: str,
     shape: tuple[int, ...] | None = None,
@@ -144,6 +154,7 @@ def finished_rows(
     Args:
         part: of the same fingerprint as this build's.
         rows: of one shard, in the order of their positions; at least one.
+        record: this build's.
         extra_columns: names of the manifest's further columns.
         folder: what relative image paths are relative to.
         shape: that every record must have; None where shapes may differ.
@@ -157,8 +168,7 @@ def finished_rows(
         held = storage.stat(part.data).size
     except (FileNotFoundError, ShardError):
         return None
-    columns = schema_of(extra_columns, has_ends="rescale_low" in table.column_names)
-    if table.column_names != columns.names or table.num_rows == 0:
+    if table.column_names != schema_of(record, extra_columns).names or table.num_rows == 0:
         return None
     if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
         return None
@@ -170,14 +180,14 @@ def finished_rows(
         row = by_position[found["position"]]
         same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
         fits = shape in (None, tuple(found["shape"])) and dtype in (None, found["dtype"])
-        if same and fits and _unchanged(storage.join(folder, row.path), found):
+        if same and fits and _unchanged([storage.join(folder, path) for path in row.files], found):
             positions.append(row.position)
     return Part(part.data, part.index, tuple(positions)) if positions else None
 
 
-def _unchanged(path: str, found: dict[str, object]) -> bool:
+def _unchanged(paths: Sequence[str], found: dict[str, object]) -> bool:
     try:
-        now = stat_image(path)
+        now = join_stats([stat_image(path) for path in paths])
     except OSError:
         return False  # loading it again says what is wrong
     return (now.size, now.mtime) == (found["source_size"], found["source_mtime"])

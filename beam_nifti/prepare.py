@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import nibabel as nib
 import numpy as np
 
-from beam_nifti.config import RecordConfig, threshold_of
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import Grid, Shape3, axes_to, respace, turn
 from beam_nifti.header import MAX_VOLUME_BYTES, require_shape, require_size
-from beam_nifti.intensity import select_voxels
-from beam_nifti.rescale import Scaling
+from beam_nifti.intensity import describe_rule, select_voxels
+from beam_nifti.mask import pick_nearest
+from beam_nifti.rescale import Scaling, Voxels
 from beam_nifti.user_function import Function, load_function
 from beam_nifti.volume import Volume
 
@@ -59,7 +60,8 @@ def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
     steps: list[Callable[[Volume], Volume]] = []
     if record.preprocess is not None:
         function = load_function(record.preprocess, record.preprocess_sha256)
-        steps.append(partial(apply_function, function=function, name=record.preprocess))
+        count = record.num_channels if record.channels else None
+        steps.append(partial(apply_function, function=function, name=record.preprocess, num_channels=count))
     if record.orientation is not None:
         steps.append(partial(orient, code=record.orientation))
     if record.spacing is not None:
@@ -67,19 +69,21 @@ def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
     if record.crop_foreground is not None:
         steps.append(partial(crop_foreground, rule=record.crop_foreground))
     if record.shape is not None:
-        steps.append(partial(crop_or_pad, shape=record.shape))
+        steps.append(partial(crop_or_pad, shape=record.shape, each=record.channels is not None))
     return steps
 
 
-def apply_function(volume: Volume, function: Function, name: str) -> Volume:
+def apply_function(volume: Volume, function: Function, name: str, num_channels: int | None = None) -> Volume:
     """Call the user's function, and check what it returns.
 
-    Voxels, scaling and affine of the result are taken from it, voxel sizes from its affine.
+    Voxels, scaling, affine and mask of the result are taken from it, voxel sizes from its affine.
 
     Args:
         volume: that the function gets.
         function: from Volume to Volume.
         name: of the function, for errors.
+        num_channels: images that the volume has as channels, and that the result must have; None allows any
+            number of them.
 
     Raises:
         VolumeError: it raised an exception, or returned what cannot be a volume.
@@ -90,11 +94,18 @@ def apply_function(volume: Volume, function: Function, name: str) -> Volume:
         raise VolumeError(
             f"--preprocess {name} failed: {type(e).__name__}: {e}; repair it, or leave the image out"
         ) from e
-    problem = _wrong_with(made)
+    problem = _wrong_with(made) or _wrong_beside(made, volume.mask, num_channels)
     if problem:
         raise VolumeError(f"--preprocess {name} {problem}")
     grid = Grid.of(made.voxels.shape, np.asarray(made.affine, np.float64))
-    return replace(volume, voxels=made.voxels, scaling=made.scaling, affine=grid.affine, zooms=grid.zooms)
+    return replace(
+        volume,
+        voxels=made.voxels,
+        scaling=made.scaling,
+        affine=grid.affine,
+        zooms=grid.zooms,
+        mask=None if volume.mask is None else made.mask,
+    )
 
 
 def _wrong_with(made: object) -> str | None:
@@ -117,6 +128,24 @@ def _wrong_with(made: object) -> str | None:
     return None
 
 
+def _wrong_beside(made: Volume, mask: Voxels | None, num_channels: int | None) -> str | None:
+    shape = made.voxels.shape
+    if num_channels not in (None, *shape[3:]):
+        return f"returned voxels of shape {shape}; return all {num_channels} channels that it got"
+    found: object = made.mask
+    if mask is None:
+        return None
+    if not isinstance(found, np.ndarray) or found.dtype != mask.dtype:
+        what = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
+        return f"returned a mask of {what}; return an array of {mask.dtype}"
+    if found.shape != shape[:3] or not found.flags.c_contiguous:
+        return (
+            f"returned a mask of shape {found.shape} for voxels of {shape}; transform both, and return "
+            "numpy.ascontiguousarray of each"
+        )
+    return None
+
+
 def orient(volume: Volume, code: str) -> Volume:
     """Reorder and flip the axes to an orientation, exactly; an oblique image stays oblique.
 
@@ -132,18 +161,24 @@ def orient(volume: Volume, code: str) -> Volume:
     if np.array_equal(turns, _UNTURNED):
         return volume
     x, y, z = (volume.zooms[axis] for axis in np.argsort(turns[:, 0]))
+
+    def turned(voxels: Voxels) -> Voxels:
+        return np.ascontiguousarray(nib.orientations.apply_orientation(voxels, turns))
+
     return replace(
         volume,
-        voxels=np.ascontiguousarray(nib.orientations.apply_orientation(volume.voxels, turns)),
+        voxels=turned(volume.voxels),
         affine=turn(grid, turns).affine,
         zooms=(x, y, z),
+        mask=None if volume.mask is None else turned(volume.mask),
     )
 
 
 def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
     """Interpolate linearly to another voxel size around the same centre, without smoothing first.
 
-    Outside of the outermost voxel centres the nearest voxel counts. Frames are resampled one by one.
+    Outside of the outermost voxel centres the nearest voxel counts. Frames are resampled one by one. A mask
+    has the label of the nearest voxel.
 
     Args:
         volume: of any dtype.
@@ -181,6 +216,7 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
         scaling=Scaling(),
         affine=new.affine,
         zooms=new.zooms,
+        mask=None if volume.mask is None else pick_nearest(volume.mask, new.shape, starts, steps),
     )
 
 
@@ -208,39 +244,46 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
 
     Args:
         volume: voxels of any dtype, which they keep, with their scaling.
-        rule: `nonzero` or `above:T`: which voxels are foreground, by their value in the image's units,
-            as float64.
+        rule: which voxels are foreground: `nonzero` or `above:T`, by their value in the image's units, as
+            float64; `mask`, by their label.
 
     Raises:
         VolumeError: there is no foreground.
     """
-    threshold = threshold_of(rule)
-    shape = volume.voxels.shape[:3]
+    shape, mask = volume.voxels.shape[:3], volume.mask
     along = [np.zeros(size, bool) for size in shape]
     for x, slice_ in enumerate(volume.voxels):
-        selected = select_voxels(slice_, volume.scaling, threshold)
-        mask = np.any(selected.reshape(*shape[1:], -1), axis=2)
-        along[0][x] = mask.any()
-        along[1] |= mask.any(axis=1)
-        along[2] |= mask.any(axis=0)
+        selected = select_voxels(slice_, volume.scaling, rule, None if mask is None else mask[x])
+        found = np.any(selected.reshape(*shape[1:], -1), axis=2)
+        along[0][x] = found.any()
+        along[1] |= found.any(axis=1)
+        along[2] |= found.any(axis=0)
     if not along[0].any():
-        what, lower = ("nonzero", "") if threshold is None else (f"above {threshold:g}", "lower it, or ")
-        raise VolumeError(f"no voxel is {what}, as --crop-foreground asks; {lower}leave the image out")
+        lower = "lower it, or " if rule.startswith("above") else ""
+        raise VolumeError(
+            f"no voxel is {describe_rule(rule)}, as --crop-foreground asks; {lower}leave the image out"
+        )
     starts, stops = zip(*((int(i[0]), int(i[-1]) + 1) for i in map(np.flatnonzero, along)), strict=True)
     box = tuple(map(slice, starts, stops))
     voxels = np.ascontiguousarray(volume.voxels[box])
     grid = Grid.of(shape, volume.affine)
-    return replace(volume, voxels=voxels, affine=grid.part(starts, voxels.shape[:3]).affine)
+    return replace(
+        volume,
+        voxels=voxels,
+        affine=grid.part(starts, voxels.shape[:3]).affine,
+        mask=None if mask is None else np.ascontiguousarray(mask[box]),
+    )
 
 
-def crop_or_pad(volume: Volume, shape: Shape3) -> Volume:
+def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
     """Crop and pad each axis around its centre; where that is uneven, one voxel more at the end.
 
-    Padding has the volume's own least value, so its range stays.
+    Padding has the volume's own least value, so its range stays; that of a mask is 0.
 
     Args:
         volume: voxels of any dtype, which they keep, with their scaling.
         shape: (X, Y, Z) of the result.
+        each: whether each channel is an image of its own, with a least value of its own.
     """
     old = Grid.of(volume.voxels.shape, volume.affine)
     if old.shape == shape:
@@ -248,13 +291,30 @@ def crop_or_pad(volume: Volume, shape: Shape3) -> Volume:
     voxels = volume.voxels
     cut = [max(0, size - wanted) // 2 for size, wanted in zip(old.shape, shape, strict=True)]
     missing = [max(0, wanted - size) for size, wanted in zip(old.shape, shape, strict=True)]
-    cropped = voxels[tuple(slice(start, start + size) for start, size in zip(cut, shape, strict=True))]
+    widths = [(n // 2, n - n // 2) for n in missing]
+    least = None
     if any(missing):
         # NaN voxels that are cropped away shall not come back as padding.
         ufunc = np.fmin if volume.scaling.slope > 0 else np.fmax
-        least = ufunc.reduce(voxels, axis=None)
-        widths = [(n // 2, n - n // 2) for n in missing] + [(0, 0)] * (voxels.ndim - 3)
-        cropped = np.pad(cropped, widths, constant_values=least)
+        least = ufunc.reduce(voxels, axis=(0, 1, 2) if each else None)
     starts = [start - n // 2 for start, n in zip(cut, missing, strict=True)]
-    grid = old.part(starts, shape)
-    return replace(volume, voxels=np.ascontiguousarray(cropped), affine=grid.affine)
+    return replace(
+        volume,
+        voxels=_fit(voxels, shape, cut, widths, least),
+        affine=old.part(starts, shape).affine,
+        mask=None if volume.mask is None else _fit(volume.mask, shape, cut, widths, 0),
+    )
+
+
+def _fit(
+    voxels: Voxels, shape: Shape3, cut: Sequence[int], widths: Sequence[tuple[int, int]], padding: Any
+) -> Voxels:
+    """Voxels from `cut` on, with `padding` of these widths around them: a number, or one a channel."""
+    cropped = voxels[tuple(slice(start, start + size) for start, size in zip(cut, shape, strict=True))]
+    if not any(map(any, widths)):
+        return np.ascontiguousarray(cropped)
+    out = np.empty((*shape, *voxels.shape[3:]), voxels.dtype)
+    out[...] = padding
+    inside = (slice(before, before + size) for (before, _), size in zip(widths, cropped.shape, strict=False))
+    out[tuple(inside)] = cropped
+    return out

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Final
 
 from beam_nifti import storage
+from beam_nifti.config import VERSIONED
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError
 from beam_nifti.example import feature_kinds
@@ -18,7 +19,6 @@ from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
-_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "scipy", "isal")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,10 @@ def find_info(output: str) -> DatasetInfo | None:
 
 
 def publish_dataset(
-    plan: BuildPlan, shards: Sequence[ShardInfo], failures: Sequence[Failure]
+    plan: BuildPlan,
+    shards: Sequence[ShardInfo],
+    failures: Sequence[Failure],
+    mask_labels: Collection[int] = (),
 ) -> BuildSummary:
     """Write failures.jsonl and, if the failures are within the limit, dataset_info.json.
 
@@ -99,6 +102,7 @@ def publish_dataset(
         plan: of the build.
         shards: every shard, in any order.
         failures: every volume left out, in any order.
+        mask_labels: those of all masks.
 
     Raises:
         ShardError: a shard or a row is unaccounted for.
@@ -139,14 +143,15 @@ def publish_dataset(
         shape=plan.shape,
         dtype=plan.stored_dtype,
         labelled=config.columns.label is not None,
-        features=feature_kinds(config.record.has_ends, config.record.labels or ()),
+        features=feature_kinds(config.record),
         splits={
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },
         labels=config.record.labels or (),
         num_failures=len(failures),
+        mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         revision=plan.revision,
-        versions={name: metadata.version(name) for name in _VERSIONED},
+        versions={name: metadata.version(name) for name in ("beam-nifti", *VERSIONED)},
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
         storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())

@@ -29,6 +29,7 @@ _SHUFFLE_BYTES: Final = 4 << 30
 """Voxels in that buffer, at most: 64 float32 volumes of 256×256×256, 8 of 512×512×512."""
 
 _IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
+_MASK: Final = {"mask_raw": tf.io.FixedLenFeature([], tf.string)}
 _LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
 _LABEL_TYPES: Final = {
     "float": tf.io.FixedLenFeature([], tf.float32),
@@ -59,6 +60,7 @@ def load_dataset(
     split: str = "train",
     batch_size: int | None = None,
     *,
+    target: str = "label",
     shuffle: bool = False,
     seed: int | None = None,
     drop_remainder: bool = False,
@@ -70,6 +72,7 @@ def load_dataset(
         path: the dataset's folder, or a URL of a scheme that TensorFlow serves.
         split: such as "train".
         batch_size: examples a batch; None gives single examples, without the axis B.
+        target: what y is: "label", or "mask".
         shuffle: put shards, and the examples of a window of 64 (of fewer if those had more than
             4 GiB of voxels), into another order in every epoch. Without, the order is the same in
             every epoch and on every machine: one example of each of eight shards in turn.
@@ -80,17 +83,17 @@ def load_dataset(
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
-        (B, x, y, z, c) where records have c frames or components, and y, of shape (B,): float32; int64
-        for a label that is a class; tf.string for one that is a string; NaN, -1 or "" where it is missing.
-        X alone where the dataset has no labels. All axes but B are static, unless the volumes have
-        different shapes.
+        (B, x, y, z, c) where records have c frames, components or images, and y. That is of shape (B,):
+        float32; int64 for a label that is a class; tf.string for one that is a string; NaN, -1 or "" where
+        it is missing. Or it is the labels of the mask, int32 of shape (B, x, y, z, 1). X alone where the
+        dataset has no labels. All axes but B are static, unless the volumes have different shapes.
         X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
         `--rescale none`.
 
     Raises:
         DatasetError: there is no complete dataset, no such split, or a shard is missing.
-        UsageError: the arguments do not fit together, or volumes of different shapes are to be batched; or
-            there is no such label.
+        UsageError: the arguments do not fit together or to the dataset, or volumes of different shapes are to
+            be batched.
     """
     _check_batching(batch_size, drop_remainder)
     if seed is not None and not shuffle:
@@ -102,6 +105,12 @@ def load_dataset(
             f"batch_size is {batch_size}, but the volumes of {folder} have different shapes; "
             "use batch_size=1 or None"
         )
+    if target == "mask" and info.mask_labels is None:
+        raise UsageError(f"target is 'mask', but {folder} has no masks; build it with --mask-column")
+    if target not in ("label", "mask"):
+        raise UsageError(f"target is {target!r}; choose 'label' or 'mask'")
+    if target == "mask" and label is not None:
+        raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
     files = _shard_files(folder, info, split)
     compression = "GZIP" if info.config["compression"] == "gzip" else ""
     names = tf.data.Dataset.from_tensor_slices(files)
@@ -116,7 +125,7 @@ def load_dataset(
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
         records = records.shuffle(_window(info), seed)
-    examples = records.map(_parser(info, label), num_parallel_calls=tf.data.AUTOTUNE)
+    examples = records.map(_parser(info, target, label), num_parallel_calls=tf.data.AUTOTUNE)
     if batch_size is not None:
         examples = examples.batch(batch_size, drop_remainder=drop_remainder)
     return examples.prefetch(tf.data.AUTOTUNE)
@@ -221,22 +230,26 @@ def _label_features(info: DatasetInfo, names: Sequence[str]) -> dict[str, str]:
     return {name: known[name] for name in names}
 
 
-def _parser(info: DatasetInfo, label: str | Sequence[str] | None) -> Callable[[tf.Tensor], Any]:
+def _parser(info: DatasetInfo, target: str, label: str | Sequence[str] | None) -> Callable[[tf.Tensor], Any]:
     """From a serialized Example to (X, y), or to X where there are no labels."""
-    if label is None and info.labels and info.labels[0].kind == "string":
-        names = ", ".join(column.name for column in info.labels)
-        raise UsageError(f"the first label is a string and no number; choose y with label=, one of: {names}")
     of_labels = {}
     if label is not None:
         of_labels = _label_features(info, [label] if isinstance(label, str) else label)
-    elif info.labelled:
+    elif target == "label" and info.labels and info.labels[0].kind == "string":
+        names = ", ".join(column.name for column in info.labels)
+        raise UsageError(f"the first label is a string and no number; choose y with label=, one of: {names}")
+    elif target == "label" and info.labelled:
         of_labels = {"label": "label"}
     native = info.config["voxel_dtype"] == "native"
     has_ends = native and "rescale_low" in info.features
     wanted = _IMAGE | {feature: _LABEL_TYPES[info.features[feature]] for feature in of_labels.values()}
+    wanted |= _MASK if target == "mask" else {}
     wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
+    rescale = _native_rescaler(info)
     # A dataset that was built before there were frames to choose says nothing of them.
-    is_mixed = info.shape is None and info.config.get("frames") == "all"
+    is_mixed = info.shape is None and (
+        info.config.get("frames") == "all" or bool(info.config.get("channels"))
+    )
     shape = [None] * 3 if info.shape is None else info.shape
 
     def parse(record: tf.Tensor) -> Any:
@@ -244,11 +257,8 @@ def _parser(info: DatasetInfo, label: str | Sequence[str] | None) -> Callable[[t
         voxels = tf.io.parse_tensor(features["image_raw"], tf.as_dtype(info.dtype))
         if not is_mixed:
             voxels = tf.ensure_shape(voxels, shape)
-        doubles = {name: _decode_double(features[name]) for name in wanted if name in _DOUBLES}
-        if has_ends:
-            voxels = _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
-        elif native:
-            voxels = _rescale(voxels, **doubles, method=info.config["rescale"])
+        if native:
+            voxels = rescale(voxels, {name: features[name] for name in wanted if name in _DOUBLES})
         elif info.dtype == "uint8":
             voxels = tf.cast(voxels, tf.float32) / 255.0
         else:
@@ -258,6 +268,10 @@ def _parser(info: DatasetInfo, label: str | Sequence[str] | None) -> Callable[[t
             image = tf.ensure_shape(image, [None] * 4)
         else:
             image = voxels if len(shape) == 4 else tf.expand_dims(voxels, 3)
+        if target == "mask":
+            mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
+            mask = tf.ensure_shape(mask, [None] * 3 if info.shape is None else info.shape[:3])
+            return image, tf.expand_dims(tf.cast(mask, tf.int32), 3)
         labels = {name: features[feature] for name, feature in of_labels.items()}
         if label is None or isinstance(label, str):
             return (image, *labels.values()) if labels else image
@@ -266,8 +280,29 @@ def _parser(info: DatasetInfo, label: str | Sequence[str] | None) -> Callable[[t
     return parse
 
 
-def _decode_double(data: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(tf.io.decode_raw(data, tf.float64), [])
+def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Tensor]], tf.Tensor]:
+    """From voxels as they are in the file, and the float64 features beside them, to X."""
+    channels = info.config.get("channels")
+
+    def rescale_image(voxels: tf.Tensor, doubles: dict[str, tf.Tensor]) -> tf.Tensor:
+        if "rescale_low" in doubles:
+            return _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
+        return _rescale(voxels, **doubles, method=info.config["rescale"])
+
+    def rescale(voxels: tf.Tensor, features: dict[str, tf.Tensor]) -> tf.Tensor:
+        decoded = {name: tf.io.decode_raw(data, tf.float64) for name, data in features.items()}
+        if channels is None:
+            return rescale_image(voxels, {name: numbers[0] for name, numbers in decoded.items()})
+        images = [
+            rescale_image(
+                voxels[..., i],
+                {name: numbers[i if name in _ENDS else 0] for name, numbers in decoded.items()},
+            )
+            for i in range(len(channels))
+        ]
+        return tf.stack(images, -1)
+
+    return rescale
 
 
 def _rescale(voxels: tf.Tensor, scl_slope: tf.Tensor, scl_inter: tf.Tensor, method: str) -> tf.Tensor:

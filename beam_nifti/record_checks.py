@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,12 +13,20 @@ import numpy.typing as npt
 from beam_nifti.config import Columns, LabelColumn, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor, encode_volume, label_feature
+from beam_nifti.example import (
+    ENDS_FEATURES,
+    MASK_FEATURE,
+    decode_example,
+    decode_tensor,
+    encode_volume,
+    label_feature,
+)
 from beam_nifti.header import COLOURS
 from beam_nifti.index import extra_column
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.labels import LabelValue, label_of, number_of
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.mask import labels_of
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.rescale import Ends, Intensity, Scaling
 from beam_nifti.volume import load_volume, rescale_volume
@@ -28,10 +35,7 @@ _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
 _SCALING: Final = frozenset({"scl_slope", "scl_inter"})
 """Features that stand only beside native voxels whose header scales them."""
 
-_DOUBLES: Final = _SCALING | ENDS_FEATURES.keys()
-"""Features of 8 bytes, a float64."""
-
-_DOUBLE: Final = struct.Struct("<d")
+_DOUBLE_BYTES: Final = 8
 _STATISTICS_TOLERANCE: Final = 1e-6
 """Relative; sums of the same voxels differ in their last bits between processors."""
 
@@ -109,7 +113,26 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     if voxels.size == 0:
         yield "there are no voxels"
         return
-    yield from _check_intensities(voxels, features, cells, spec.config)
+    if spec.config.channels is None:
+        yield from _check_intensities(voxels, features, cells, spec.config)
+    elif voxels.ndim != 4 or voxels.shape[3] != len(spec.config.channels):
+        yield f"shape is {voxels.shape}, and there are {len(spec.config.channels)} channels"
+    else:
+        for number, name in enumerate(spec.config.channels):
+            for problem in _check_intensities(voxels[..., number], features, cells, spec.config, number):
+                yield f"channel {name}: {problem}"
+    if spec.config.mask_dtype is not None:
+        yield from _check_mask(features, cells, voxels.shape[:3], spec.config.mask_dtype)
+
+
+def _check_mask(
+    features: Mapping[str, _Feature], cells: Mapping[str, Any], shape: tuple[int, ...], dtype: str
+) -> Iterator[str]:
+    mask = decode_tensor(features[MASK_FEATURE])  # type: ignore[arg-type]
+    if mask.shape != shape or mask.dtype.name != dtype:
+        yield f"the mask has shape {mask.shape} of {mask.dtype.name}, expected {shape} of {dtype}"
+    elif (found := labels_of(mask)) != cells["mask_labels"]:
+        yield f"the mask has the labels {found}, the index says {cells['mask_labels']}"
 
 
 def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterator[str]:
@@ -122,14 +145,16 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
         yield f"feature {name} is missing"
     for name in sorted(features.keys() - required):
         yield f"feature {name} is not one that dataset_info.json names"
+    sizes = dict.fromkeys(_SCALING, _DOUBLE_BYTES)
+    sizes |= dict.fromkeys(ENDS_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
     for name in sorted(required & features.keys()):
         kind, value = spec.features.get(name, "none"), features[name]
         found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
         found = found.replace("float32", "float")
         if found != (f"{kind}[1]" if kind in ("float", "int64") else kind):
             yield f"feature {name} is {found}, dataset_info.json says {kind}"
-        elif name in _DOUBLES and len(value) != _DOUBLE.size:
-            yield f"feature {name} has {len(value)} bytes, a float64 has {_DOUBLE.size}"
+        elif len(value) != (wanted := sizes.get(name, len(value))):
+            yield f"feature {name} has {len(value)} bytes, expected {wanted}: {_DOUBLE_BYTES} a float64"
 
 
 def _check_metadata(
@@ -145,26 +170,24 @@ def _check_metadata(
         "label": [np.nan if label is None else label],
         "affine": cells["affine"],
         "zooms": cells["zooms"],
-        "intensity_min": [cells["min"]],
-        "intensity_max": [cells["max"]],
+        "intensity_min": _of_images(cells["min"]),
+        "intensity_max": _of_images(cells["max"]),
     }
     for name, numbers in expected.items():
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):
             yield f"{name} is {_show(stored)}, the index says {_show(said)}"
-    labels = labels_of(cells, spec.config.labels or ())
+    labels = _labels_in(cells, spec.config.labels or ())
     if labels and label != number_of(labels[0][1]):
         yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
     for name, value in labels:
         yield from _check_label(features[label_feature(name)], name, value)
 
 
-def labels_of(cells: Mapping[str, Any], columns: Sequence[LabelColumn]) -> tuple[tuple[str, LabelValue], ...]:
-    """The labels of a record, by its row of the index; as `VolumeRow.labels`.
-
-    Raises:
-        ShardError: a cell is no label of its column.
-    """
+def _labels_in(
+    cells: Mapping[str, Any], columns: Sequence[LabelColumn]
+) -> tuple[tuple[str, LabelValue], ...]:
+    """The labels that a row of the index says; as `VolumeRow.labels`."""
     return tuple((c.name, label_of(cells[extra_column(c.name)], c)) for c in columns)
 
 
@@ -178,6 +201,11 @@ def _check_label(feature: _Feature, name: str, said: LabelValue) -> Iterator[str
     expected = np.array([said]) if isinstance(said, int) else _as_float32([said])
     if not np.array_equal(stored, expected, equal_nan=True):
         yield f"{label_feature(name)} is {_show(stored)}, the index says {_show(expected)}"
+
+
+def _of_images(cell: Any) -> list[float]:
+    """What the index says of the images of a record, which may be a single one."""
+    return cell if isinstance(cell, list) else [cell]
 
 
 def _as_float32(numbers: Sequence[float]) -> npt.NDArray[np.float32]:
@@ -194,22 +222,26 @@ def _check_intensities(
     features: Mapping[str, _Feature],
     cells: Mapping[str, Any],
     config: RecordConfig,
+    number: int = 0,
 ) -> Iterator[str]:
+    """Find where the voxels of one image, of that number in its record, are not what they must be."""
     # One NaN makes both ends NaN: two passes find every bad voxel.
     ends = np.array([voxels.min(), voxels.max()])
     if not np.isfinite(ends).all():
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         yield f"{bad} of {voxels.size} voxels are NaN or infinite"
         return
-    intensity = Intensity(*(float(cells[name]) for name in ("min", "max", "mean", "std")))
+    statistics = (_of_images(cells[name])[number] for name in ("min", "max", "mean", "std"))
+    intensity = Intensity(*map(float, statistics))
     said = np.array([intensity.min, intensity.max])
     if config.method == "minmax" and not intensity.min < intensity.max:
         yield f"the index says an intensity range from {said[0]:g} to {said[1]:g}, which cannot be rescaled"
         return
     becomes = None
     if config.has_ends:
-        becomes = Ends(*(_double(features[name]) for name in ("rescale_low", "rescale_high")))
-        wrong = list(_check_ends(becomes, cells, intensity, config))
+        becomes = Ends(*(_doubles(features[name])[number] for name in ("rescale_low", "rescale_high")))
+        said_ends = [_of_images(cells.get(name))[number] for name in ("rescale_low", "rescale_high")]
+        wrong = list(_check_ends(becomes, said_ends, intensity, config))
         yield from wrong
         if wrong:
             return
@@ -225,14 +257,11 @@ def _check_intensities(
         yield f"{name} range from {ends_text}"
 
 
-def _check_ends(
-    ends: Ends, cells: Mapping[str, Any], intensity: Intensity, config: RecordConfig
-) -> Iterator[str]:
+def _check_ends(ends: Ends, said: Sequence[Any], intensity: Intensity, config: RecordConfig) -> Iterator[str]:
     """Find where what became 0 and 1 is not what the index and the configuration say."""
-    for name, stored in (("rescale_low", ends.low), ("rescale_high", ends.high)):
-        said = cells.get(name)
-        if stored != said:
-            yield f"{name} is {stored!r}, the index says {said!r}"
+    for name, stored, cell in zip(("rescale_low", "rescale_high"), (ends.low, ends.high), said, strict=True):
+        if stored != cell:
+            yield f"{name} is {stored!r}, the index says {cell!r}"
     if not ends.low < ends.high:
         yield f"rescale_low is {ends.low:g} and rescale_high {ends.high:g}, which is no range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
@@ -242,38 +271,37 @@ def _check_ends(
         yield f"{ends.low:g} and {ends.high:g} became 0 and 1, expected {expected[0]:g} and {expected[1]:g}"
 
 
-def _double(feature: _Feature) -> float:
-    value: float = _DOUBLE.unpack(feature)[0]
-    return value
+def _doubles(feature: _Feature) -> list[float]:
+    numbers: list[float] = np.frombuffer(feature, "<f8").tolist()
+    return numbers
 
 
 def _native_range(ends: npt.NDArray[Any], features: Mapping[str, _Feature]) -> npt.NDArray[np.float64]:
     """The range in the image's units."""
     scaling = Scaling()
     if "scl_slope" in features:
-        scaling = Scaling(*(_double(features[name]) for name in ("scl_slope", "scl_inter")))
+        scaling = Scaling(*(_doubles(features[name])[0] for name in ("scl_slope", "scl_inter")))
     return np.sort(scaling.apply(ends))
 
 
 def check_source(
-    payload: bytes, cells: Mapping[str, Any], folder: str, config: RecordConfig
+    payload: bytes, cells: Mapping[str, Any], row: VolumeRow, folder: str, config: RecordConfig
 ) -> Iterator[str]:
     """Make a record again from its image and find where it differs.
 
     Args:
         payload: the serialized Example.
         cells: the record's row of the index.
+        row: the record's row of the manifest.
         folder: what relative image paths are relative to.
         config: that the record was made with.
     """
-    labels = labels_of(cells, config.labels or ())
-    row = VolumeRow(cells["row"], cells["example_id"], cells["source"], cells["label"], labels=labels)
+    row = replace(row, labels=_labels_in(cells, config.labels or ()))
     try:
         volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
     except VolumeError as e:
         yield f"cannot be made again: {e}"
         return
-    assert volume.intensity is not None
     again = encode_volume(volume)
     if again != payload:
         stored, made = decode_example(payload), decode_example(again)
@@ -287,12 +315,13 @@ def check_source(
         )
         yield f"{row.path} gives another {', '.join(names)} than is stored; {reason}; build it again"
         return
-    now = volume.intensity
-    tolerance = _STATISTICS_TOLERANCE * max(abs(now.min), abs(now.max))
-    for name, far in (("min", 0.0), ("max", 0.0), ("mean", tolerance), ("std", tolerance)):
-        said, found = cells[name], getattr(now, name)
-        if not abs(said - found) <= far:
-            yield f"the index says {name} {said:g}, its image has {found:g}"
+    for number, now in enumerate(volume.intensities):
+        image = f"channel {config.channels[number]}" if config.channels else "its image"
+        tolerance = _STATISTICS_TOLERANCE * max(abs(now.min), abs(now.max))
+        for name, far in (("min", 0.0), ("max", 0.0), ("mean", tolerance), ("std", tolerance)):
+            said, found = _of_images(cells[name])[number], getattr(now, name)
+            if not abs(said - found) <= far:
+                yield f"the index says {name} {said:g}, {image} has {found:g}"
     if cells["dtype"] != volume.dtype:
         yield f"the index says dtype {cells['dtype']}, its image has {volume.dtype}"
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 
 from beam_nifti import storage
-from beam_nifti.config import LabelColumn
+from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FILE_NAME, ShardInfo
 from beam_nifti.errors import ShardError
-from beam_nifti.index import read_index
+from beam_nifti.index import mask_labels, read_index
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.table_checks import check_index, check_places, index_rows, no_rows
 
@@ -50,11 +50,12 @@ class ShardPass:
         shard: as dataset_info.json describes it.
         split: that it belongs to.
         number: of the shard in the dataset.
+        record: configuration of its records.
         problems: where to tell what is wrong.
-        labels: that the records have features of.
 
     Attributes:
         rows: id, labels and split of its records, once it was read.
+        mask_labels: those of their masks.
     """
 
     def __init__(
@@ -63,14 +64,15 @@ class ShardPass:
         shard: ShardInfo,
         split: str,
         number: int,
+        record: RecordConfig,
         problems: Problems,
-        labels: Sequence[LabelColumn],
     ) -> None:
-        self._output, self._shard, self._split = output, shard, split
-        self._number, self._problems, self._labels = number, problems, labels
+        self._output, self._shard, self._split, self._record = output, shard, split, record
+        self._number, self._problems = number, problems
         self._lock = threading.Lock()
         self._records = self._read()
-        self.rows = no_rows(labels)
+        self.rows = no_rows(record)
+        self.mask_labels = set[int]()
 
     def take(self) -> StoredRecord | None:
         """The next record; None when there is no more."""
@@ -101,7 +103,7 @@ class ShardPass:
                 self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
             table, facts = read_index(path)
             table.validate(full=True)  # Parquet's text is not checked when it is read
-            problems = list(check_index(table, facts, shard, self._labels))
+            problems = list(check_index(table, facts, shard, self._record))
         except FileNotFoundError:
             problems = ["is missing"]
         except (ShardError, pa.ArrowException, OSError, ValueError) as e:
@@ -110,11 +112,13 @@ class ShardPass:
             remedy = f"{shard.name} is not checked by it; delete both and run the build again"
             self._tell(shard.index, f"{problem}; {remedy}")
         if problems:
-            return no_rows(self._labels)
+            return no_rows(self._record)
         if table.num_rows != shard.num_examples:
             said = f"{FILE_NAME} says {shard.num_examples} examples"
             self._tell(shard.index, f"has {table.num_rows} rows, {said}")
-        self.rows = index_rows(table, self._split, self._labels)
+        self.rows = index_rows(table, self._split, self._record)
+        if self._record.mask_dtype is not None:
+            self.mask_labels = mask_labels(table)
         return table
 
     def _read_file(self, handle: BinaryIO, size: int, table: pa.Table) -> Iterator[StoredRecord]:

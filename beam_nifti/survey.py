@@ -15,7 +15,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import orientation_of
 from beam_nifti.header import require_storable
-from beam_nifti.image import image_files, stat_image
+from beam_nifti.image import image_files, join_stats, stat_image
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
 from beam_nifti.volume import load_header
@@ -94,23 +94,25 @@ class Survey:
 
 
 def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, str | None]:
-    """Look at one image: the first 64 KB of its file.
+    """Look at one example: the first 64 KB of each of its files.
 
     Args:
-        row: names the image.
+        row: names them.
         folder: what a relative path is relative to.
         record: configuration of the records that a build would make.
 
     Returns:
-        The survey of this image; and what it shares with copies of it, None if it cannot be read.
+        Its survey, of the first image where there are several; and what it shares with copies of it, None if
+        it cannot be read.
     """
     found = Survey(num_images=1)
     try:
         # Frames that are not asked for are counted before they are refused.
         header = load_header(row, folder, replace(record, frames=record.frames or "all"))
-        path = storage.join(folder, row.path)
-        # The file of the voxels: headers of pairs are often alike.
-        size, head = stat_image(path).size, storage.read_head(image_files(path)[-1], _HEAD_BYTES)
+        paths = [storage.join(folder, path) for path in row.files]
+        size = join_stats([stat_image(path) for path in paths]).size
+        # The files of the voxels: headers of pairs are often alike.
+        heads = [storage.read_head(image_files(path)[-1], _HEAD_BYTES) for path in paths]
     except (OSError, VolumeError) as e:
         return _refused(found, row, str(e)), None
     found.shapes[_joined(header.shape)] = 1
@@ -118,7 +120,7 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     found.orientations[orientation_of(header.affine)] = 1
     found.dtypes[header.dtype_name] = 1
     found.source_bytes = size
-    twin = f"{size}-{hashlib.sha256(head).hexdigest()}"
+    twin = f"{size}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
     try:
         layout = require_storable(row.path, header, record)
     except VolumeError as e:
@@ -128,7 +130,8 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     voxels = math.prod(shape or layout.shape)
     itemsize = layout.dtype.itemsize
     found.record_bytes = record_bytes(voxels, itemsize, record)
-    found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), header.num_bytes)
+    on_disk = header.num_bytes * record.num_channels
+    found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), on_disk)
     return found, twin
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import LabelColumn
+from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.example import label_feature
-from beam_nifti.index import SCHEMA, extra_column
+from beam_nifti.index import extra_column, schema_of
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import Manifest
 from beam_nifti.sharding import ShardName
@@ -55,8 +55,14 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
         )
 
 
+def check_labels(found: Collection[int], info: DatasetInfo) -> Iterator[str]:
+    """Find where dataset_info.json does not name the labels that the indexes have."""
+    if info.mask_labels is not None and set(info.mask_labels) != set(found):
+        yield f"{FILE_NAME}: mask_labels are {list(info.mask_labels)}, of the indexes {sorted(found)}"
+
+
 def check_index(
-    table: pa.Table, facts: Mapping[str, str], shard: ShardInfo, labels: Sequence[LabelColumn]
+    table: pa.Table, facts: Mapping[str, str], shard: ShardInfo, record: RecordConfig
 ) -> Iterator[str]:
     """Find what is wrong with an index as such; nothing can be checked by it then.
 
@@ -64,9 +70,9 @@ def check_index(
         table: as `read_index` gives it.
         facts: about the shard file, kept with the index.
         shard: the shard that it should describe.
-        labels: that the records have features of.
+        record: configuration of the shard's records.
     """
-    for column in (*SCHEMA, *(pa.field(extra_column(c.name), pa.string()) for c in labels)):
+    for column in schema_of(record, [label.name for label in record.labels or ()]):
         if column.name not in table.column_names:
             yield f"column {column.name} is missing"
         elif table.schema.field(column.name).type != column.type:
@@ -105,35 +111,43 @@ def _record_name(ordinal: int, table: pa.Table) -> str:
     return f"record {ordinal} ({table['example_id'][ordinal].as_py()})"
 
 
-def no_rows(labels: Sequence[LabelColumn]) -> pa.Table:
-    """The rows of nothing."""
-    kinds = {label_feature(c.name): pa.float64() if c.kind == "float" else pa.string() for c in labels}
-    kinds = kinds or {"label": pa.float64()}
-    return pa.schema({"id": pa.string(), **kinds, "split": pa.string()}).empty_table()
+def no_rows(record: RecordConfig) -> pa.Table:
+    """The rows of nothing, with a column of each label."""
+    labels = {
+        label_feature(c.name): pa.float64() if c.kind == "float" else pa.string() for c in record.labels or ()
+    }
+    labels = labels or {"label": pa.float64()}
+    return pa.schema({"id": pa.string(), **labels, "split": pa.string()}).empty_table()
 
 
-def index_rows(table: pa.Table, split: str, labels: Sequence[LabelColumn]) -> pa.Table:
+def index_rows(table: pa.Table, split: str, record: RecordConfig) -> pa.Table:
     """Id, labels and split of the records of a shard; the rest of the index may be forgotten.
 
     Args:
         table: the index, sound by `check_index`.
         split: that the shard belongs to.
-        labels: that the records have features of.
+        record: configuration of the shard's records.
     """
-    columns = [comparable(table[extra_column(c.name)], c) for c in labels] or [table["label"]]
+    columns = [comparable(table[extra_column(c.name)], c) for c in record.labels or ()]
+    columns = columns or [table["label"]]
     splits = pa.array([split] * table.num_rows, pa.string())
-    return pa.table([table["example_id"], *columns, splits], schema=no_rows(labels).schema)
+    return pa.table([table["example_id"], *columns, splits], schema=no_rows(record).schema)
 
 
-def manifest_rows(manifest: Manifest) -> pa.Table:
-    """Id, labels and split of the rows of a manifest, but for those that lack a label and are left out."""
-    labels, numbers = manifest.label_columns, manifest.numbers
-    columns = [comparable(manifest.table[c.name], c) for c in labels]
+def manifest_rows(manifest: Manifest, record: RecordConfig) -> pa.Table:
+    """Id, labels and split of the rows of a manifest, but for those that lack a label and are left out.
+
+    Args:
+        manifest: of the same columns as the records'.
+        record: configuration of the records that it is compared with.
+    """
+    numbers = manifest.numbers
+    columns = [comparable(manifest.table[c.name], c) for c in record.labels or ()]
     if numbers is None:
         columns = [pa.nulls(len(manifest), pa.float64())]
     elif not columns:
         columns = [pa.array(numbers, from_pandas=True)]  # null where there is none, as in the index
-    rows = pa.table([manifest.ids, *columns, manifest.splits], schema=no_rows(labels).schema)
+    rows = pa.table([manifest.ids, *columns, manifest.splits], schema=no_rows(record).schema)
     return rows.filter(rows["split"].is_valid())
 
 

@@ -33,7 +33,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.example import encode_volume
 from beam_nifti.failures import Failure
-from beam_nifti.index import IndexEntry
+from beam_nifti.index import IndexEntry, mask_labels, read_index
 from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
 from beam_nifti.merge import merge_parts
@@ -66,6 +66,7 @@ class ShardOutcome:
 
     shard: ShardInfo
     failures: tuple[Failure, ...]
+    mask_labels: frozenset[int] = frozenset()
 
 
 @contextlib.contextmanager
@@ -122,7 +123,9 @@ class SkipFinished(beam.DoFn):
     def _finished(self, part: Part, rows: list[VolumeRow]) -> Part | None:
         folder = storage.dirname(self._plan.config.manifest)
         plan = self._plan
-        return finished_rows(part, rows, plan.extra_columns, folder, plan.shape, plan.required_dtype)
+        return finished_rows(
+            part, rows, plan.config.record, plan.extra_columns, folder, plan.shape, plan.required_dtype
+        )
 
 
 class LoadVolume(beam.DoFn):
@@ -291,7 +294,7 @@ class WriteParts(beam.DoFn):
         assert name is not None
         folder = parts_folder(self._root, self._config.fingerprint, name.split, name.index)
         is_shard = row.unit == WHOLE_SHARD
-        self._open = PartWriter(folder, row.position, self._extra_columns, is_shard)
+        self._open = PartWriter(folder, row.position, self._config, self._extra_columns, is_shard)
         self._unit = (row.shard, row.unit)
 
     def _close(self) -> Iterator[tuple[str, Part]]:
@@ -311,7 +314,7 @@ class CommitShards(beam.DoFn):
         extra_columns: tuple[str, ...],
         identity: str | None = None,
     ) -> None:
-        self._output, self._root, self._fingerprint = output, root, config.fingerprint
+        self._output, self._root, self._config = output, root, config
         self._extra_columns, self._identity = extra_columns, identity
         self._msec = Metrics.distribution(type(self), "commit-msec")
         self._committed = Metrics.counter(type(self), "shards-committed")
@@ -331,12 +334,15 @@ class CommitShards(beam.DoFn):
                 name,
                 expected,
                 parts,
-                self._fingerprint,
+                self._config,
                 self._extra_columns,
-                parts_folder(self._root, self._fingerprint, name.split, name.index),
+                parts_folder(self._root, self._config.fingerprint, name.split, name.index),
             )
         self._committed.inc()
-        yield ShardOutcome(info, tuple(failures.values()))
+        labels = frozenset[int]()
+        if self._config.mask_dtype is not None:
+            labels = frozenset(mask_labels(read_index(storage.join(self._output, info.index))[0]))
+        yield ShardOutcome(info, tuple(failures.values()), labels)
 
 
 class WriteToTFRecord(beam.PTransform[Any, Any]):
@@ -398,7 +404,8 @@ class WriteDatasetInfo(beam.DoFn):
         outcomes = list(group[1])
         failures = [f for o in outcomes for f in o.failures]
         require_current(self._plan.config.output, self._plan.identity)
-        summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures)
+        labels = {label for o in outcomes for label in o.mask_labels}
+        summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, labels)
         if self._is_judge and not summary.complete:
             raise TooManyFailures(summary)
         yield summary

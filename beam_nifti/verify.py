@@ -20,7 +20,8 @@ from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
-from beam_nifti.manifest import Manifest, read_manifest
+from beam_nifti.index import extra_column
+from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
 from beam_nifti.memory import keep_buffers
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.problems import Problems, Scope
@@ -30,6 +31,7 @@ from beam_nifti.record_checks import RecordSpec, check_record, check_source
 from beam_nifti.shard_pass import ShardPass, StoredRecord
 from beam_nifti.table_checks import (
     check_info,
+    check_labels,
     check_rows,
     compare_rows,
     find_strays,
@@ -129,7 +131,7 @@ def verify_dataset(
         wanted = read_manifest(built_from, columns, splitting, pseudonyms)
     keep_buffers()
     verification.check_files()
-    images = _Images(storage.dirname(built_from), wanted if pseudonyms else None)
+    images = _Images(storage.dirname(built_from), columns, wanted if pseudonyms else None)
     verification.check_shards(workers, min(deep or 0, info.num_examples), images)
     verification.check_tables(columns, wanted)
     return verification.report()
@@ -159,21 +161,27 @@ class _Images:
 
     Attributes:
         folder: what relative paths are relative to.
+        columns: of the manifest.
         manifest: has the paths where the index has pseudonyms of them; else None.
     """
 
     folder: str
+    columns: Columns
     manifest: Manifest | None
 
     def check(self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig) -> Iterator[str]:
         """Make a record again from its image; as `check_source`."""
         if self.manifest:
-            path = self.manifest.path_of(cells["source"])
-            if path is None:
+            row = self.manifest.row_of(cells["source"])
+            if row is None:
                 yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
                 return
-            cells = {**cells, "source": path}
-        yield from check_source(payload, cells, self.folder, config)
+        else:
+            further = tuple(cells[extra_column(name)] for name in self.columns.files[1:])
+            row = VolumeRow(
+                cells["row"], cells["example_id"], cells["source"], cells["label"], further=further
+            )
+        yield from check_source(payload, cells, row, self.folder, config)
 
 
 class _Verification:
@@ -186,7 +194,7 @@ class _Verification:
         self._compressed = spec.config.compression == "gzip"
         self._on_progress = on_progress
         self._problems = Problems()
-        self._rows = [no_rows(info.labels)]
+        self._passes = list[ShardPass]()
         self._lock = threading.Lock()
         self._num_examples = self._num_bytes = self._num_deep = 0
 
@@ -213,7 +221,7 @@ class _Verification:
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
         passes = [
-            ShardPass(self._output, shard, split, number, self._problems, info.labels)
+            ShardPass(self._output, shard, split, number, self._spec.config, self._problems)
             for number, (split, shard) in enumerate(shards)
         ]
         starts = list(itertools.accumulate((s.num_examples for _, s in shards), initial=0))
@@ -234,7 +242,7 @@ class _Verification:
                     done.result()
             finally:
                 stop.set()
-        self._rows += (p.rows for p in passes)
+        self._passes = passes
 
     def _check(self, record: StoredRecord, shard: int, images: _Images | None) -> None:
         def tell(problem: str) -> None:
@@ -261,9 +269,12 @@ class _Verification:
     def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
         """All indexes and failures.jsonl together; and the manifest, if there is one to compare."""
         info = self._info
-        records = pa.concat_tables(self._rows)
+        records = pa.concat_tables([no_rows(self._spec.config), *(found.rows for found in self._passes)])
         failures = self._read_failures(columns)
-        rows = None if wanted is None else manifest_rows(wanted)
+        labels = {label for found in self._passes for label in found.mask_labels}
+        for problem in check_labels(labels, info):
+            self._problems.add(Scope.DATASET, problem)
+        rows = None if wanted is None else manifest_rows(wanted, self._spec.config)
         if columns.id is None and "participant_id" not in info.manifest["columns"]:
             # Paths are the ids then, and failures.jsonl holds them with the manifest's folder.
             folder = storage.dirname(info.manifest["path"])
@@ -278,10 +289,10 @@ class _Verification:
     def _read_failures(self, columns: Columns) -> pa.Table:
         """Id, labels and split of the volumes left out; without rows where they cannot be read."""
         path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
-        found, problem = no_rows(self._info.labels), None
+        found, problem = no_rows(self._spec.config), None
         if storage.exists(path):
             try:
-                found = manifest_rows(read_manifest(path, columns))
+                found = manifest_rows(read_manifest(path, columns), self._spec.config)
                 lines = found.num_rows
                 if lines != count:
                     problem = f"has {lines} lines, {FILE_NAME} says {count} failures; copy it again"

@@ -1,52 +1,52 @@
-"""One image, from bytes to an array."""
+"""One example, from its image files to an array."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from beam_nifti import storage
-from beam_nifti.config import RecordConfig, threshold_of
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import parse_header
+from beam_nifti.grid import Grid, require_same_grid
 from beam_nifti.header import (
-    RecordLayout,
     VolumeHeader,
     record_layout,
     require_dtype,
     require_shape,
     require_storable,
 )
-from beam_nifti.image import Image, open_image, read_header
+from beam_nifti.image import ReadHeader, join_stats, open_image, read_header
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.mask import load_mask, parse_mask_header
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
-
-_TILE: Final = 32
-_TILE_ROWS: Final = 8
-_TILE_FRAMES: Final = 16
+from beam_nifti.voxels import take_voxels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Volume:
-    """One image in memory.
+    """One example in memory: its image, or its images, one a channel.
 
     Attributes:
         row: its row of the manifest.
-        voxels: (X, Y, Z), or (X, Y, Z, C) of C frames or components; C order, native byte order; as stored
-            until it is rescaled.
+        voxels: (X, Y, Z), or (X, Y, Z, C) of C frames, components or images; C order, native byte order; as
+            stored until it is rescaled.
         scaling: from `voxels` to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel size along each axis.
-        dtype: name of the dtype on disk, such as "int16" or "rgb24".
-        source: size and time of the file it was read from, or of the pair.
-        intensity: its range, mean and standard deviation in the image's units; None until measured.
-        ends: what of it becomes 0 and 1; None where its range says it.
+        dtype: name of the dtype on disk, such as "int16" or "rgb24"; of images that differ in it all of
+            them, with commas.
+        source: size and time of the file it was read from, or of all of them.
+        mask: the labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None where the manifest
+            has no masks.
+        intensities: range, mean and standard deviation in the image's units, of each image; none until
+            measured.
+        ends: what becomes 0 and 1 of each image; none where their ranges say it.
     """
 
     row: VolumeRow
@@ -56,8 +56,9 @@ class Volume:
     zooms: tuple[float, float, float]
     dtype: str
     source: storage.Stat
-    intensity: Intensity | None = None
-    ends: Ends | None = None
+    mask: Voxels | None = None
+    intensities: tuple[Intensity, ...] = ()
+    ends: tuple[Ends, ...] = ()
 
     def release(self) -> None:
         """Let go of the voxels: for a step that has made the next thing of them and hands on only that.
@@ -74,14 +75,14 @@ def load_volume(
     dtype: str | None = None,
     record: RecordConfig | None = None,
 ) -> Volume:
-    """Read one image.
+    """Read the images of one example, and its mask.
 
     Args:
-        row: names the image.
+        row: names them.
         folder: what a relative path is relative to: the manifest's folder.
         shape: that its record must have, None for axes of any length; None accepts any. What the header
             cannot tell, `prepare_volume` looks at.
-        dtype: that it must have on disk; None accepts any.
+        dtype: that the images must have on disk; None accepts any.
         record: configuration of the record that is to be made of it; None means the default one.
 
     Returns:
@@ -89,158 +90,186 @@ def load_volume(
         that `nibabel.load(path).dataobj` gives; what is computed of them is float64, in the image's units.
 
     Raises:
-        VolumeError: the file is missing, is no image of a known format, or does not hold what its header
-            promises, or is not of that shape or dtype, or has no place in a record.
+        VolumeError: a file is missing, or is no image of a known format, or does not hold what its header
+            promises, or is not of that shape or dtype, or has no place in a record; or the files are not of
+            one grid.
     """
     record = record or RecordConfig()
-
-    def parse(head: bytes) -> VolumeHeader:
-        header = parse_header(row.path, head)
-        layout = require_storable(row.path, header, record)
-        if layout.stored_shape is not None:
-            require_shape(row.path, layout.stored_shape, shape)
-        require_dtype(row.path, header, dtype)
-        return header
-
-    with open_image(row.path, storage.join(folder, row.path), parse) as image:
-        header = image.header
-        layout = record_layout(row.path, header, record)
-        voxels = _take(image, layout, _PARTS.get(record.complex))
-    is_computed = header.is_complex or layout.frame == "mean"
+    images = list[_LoadedImage]()
+    for number, path in enumerate(row.files[: record.num_channels]):
+        parse = _parser(row, number, record, images[0].header if images else None, shape, dtype)
+        with open_image(path, storage.join(folder, path), parse) as image:
+            header = image.header
+            layout = record_layout(path, header, replace(record, channels=None))
+            voxels = take_voxels(image, layout, record.complex)
+        is_computed = header.is_complex or layout.frame == "mean"
+        scaling = Scaling() if is_computed else header.scaling
+        images.append(_LoadedImage(header, voxels, scaling, image.source))
+    first = images[0]
+    stats = [image.source for image in images]
+    mask = None
+    if record.mask_dtype is not None:
+        path = row.files[-1]
+        parse = _parser(row, len(images), record, first.header)
+        mask, stat = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
+        stats.append(stat)
+    voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
+    dtypes = [image.header.dtype_name for image in images]
     return Volume(
         row=row,
         voxels=voxels,
-        scaling=Scaling() if is_computed else header.scaling,
-        affine=header.affine,
-        zooms=header.zooms,
-        dtype=header.dtype_name,
-        source=image.source,
+        scaling=scaling,
+        affine=first.header.affine,
+        zooms=first.header.zooms,
+        dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
+        source=join_stats(stats),
+        mask=mask,
     )
 
 
-def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = None) -> VolumeHeader:
-    """Read only the header of an image: the first kilobytes of its file.
+@dataclass(frozen=True, slots=True, eq=False)
+class _LoadedImage:
+    """One of the images of an example."""
+
+    header: VolumeHeader
+    voxels: Voxels
+    scaling: Scaling
+    source: storage.Stat
+
+
+def _parser(
+    row: VolumeRow,
+    number: int,
+    record: RecordConfig,
+    first: VolumeHeader | None,
+    shape: tuple[int | None, ...] | None = None,
+    dtype: str | None = None,
+) -> ReadHeader:
+    """Reads the header of one of an example's files, and refuses it where it has no place in the record.
 
     Args:
-        row: names the image.
+        row: names the files.
+        number: of the file.
+        record: as for `load_volume`.
+        first: header of the first image, which the others must fit; None for itself.
+        shape: as for `load_volume`.
+        dtype: as for `load_volume`.
+    """
+    path = row.files[number]
+
+    def parse(head: bytes) -> VolumeHeader:
+        if number >= record.num_channels:
+            header = parse_mask_header(path, head)
+        else:
+            header = parse_header(path, head)
+            layout = require_storable(path, header, record)
+            if layout.stored_shape is not None:
+                require_shape(path, layout.stored_shape, shape)
+            require_dtype(path, header, dtype)
+        if first is not None:
+            grid, wanted = (Grid.of(h.shape, h.affine) for h in (header, first))
+            require_same_grid(path, grid, row.path, wanted)
+        return header
+
+    return parse
+
+
+def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> tuple[Voxels, Scaling]:
+    """The images as channels: as they are stored, if in one way, else in their units."""
+    first = images[0]
+    alike = all((i.voxels.dtype, i.scaling) == (first.voxels.dtype, first.scaling) for i in images)
+    if not alike and record.voxel_dtype == "native":
+        raise VolumeError(
+            f"{row.path}: the images of this example have different dtypes or scalings, of which a record of "
+            "native voxels has one; use --voxel-dtype float32"
+        )
+    dtype = first.voxels.dtype if alike else np.float64
+    stacked = np.empty((*first.voxels.shape, len(images)), dtype)
+    for number, image in enumerate(images):
+        stacked[..., number] = image.voxels if alike else image.scaling.apply(image.voxels)
+    return stacked, first.scaling if alike else Scaling()
+
+
+def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = None) -> VolumeHeader:
+    """Read only the headers of an example's files: their first kilobytes.
+
+    Args:
+        row: names the files.
         folder: as for `load_volume`.
         record: as for `load_volume`.
 
+    Returns:
+        That of the first image.
+
     Raises:
-        VolumeError: as `load_volume`, as far as the header tells.
+        VolumeError: as `load_volume`, as far as headers tell.
     """
-
-    def parse(head: bytes) -> VolumeHeader:
-        header = parse_header(row.path, head)
-        require_storable(row.path, header, record or RecordConfig())
-        return header
-
-    return read_header(row.path, storage.join(folder, row.path), parse)
-
-
-_Part = Callable[[npt.NDArray[np.complex128]], npt.NDArray[np.float64]]
-_PARTS: Final[dict[str | None, _Part]] = {
-    "magnitude": np.abs,
-    "phase": np.angle,
-    "real-imag": lambda voxels: np.stack([voxels.real, voxels.imag], -1),
-}
-
-
-def _take(image: Image, layout: RecordLayout, part: _Part | None) -> Voxels:
-    """What a record wants of an image's voxels, in C order and native byte order."""
-    header, frame = image.header, layout.frame
-    if frame is None:
-        rest = tuple(n for n in header.shape[3:] if n > 1)
-        return _arrange(image.read_all(), header, rest, layout, part)
-    frames, components = header.num_frames, header.num_components
-    wanted = range(frames) if frame == "mean" else [int(frame)]
-    numbers = [v * frames + t for v in range(components) for t in wanted]
-    out = np.zeros(layout.shape, layout.dtype)
-    # Strict, so that the image is asked for more than there is, and reads a packed file to its end.
-    for number, content in zip(numbers, image.read_frames(numbers), strict=True):
-        voxels = _arrange(content, header, (), layout, part)
-        target = out[..., number // frames] if components > 1 else out
-        if frame == "mean":
-            target += voxels
-        else:
-            target[...] = voxels
-    if frame != "mean":
-        return out
-    out /= frames
-    return out if header.is_complex else header.scaling.apply(out)
-
-
-def _arrange(
-    content: memoryview, header: VolumeHeader, rest: tuple[int, ...], layout: RecordLayout, part: _Part | None
-) -> Voxels:
-    """Voxels as they lie in the file, in C order and native byte order.
-
-    Args:
-        content: their bytes.
-        header: of the image.
-        rest: lengths of the axes that follow the spatial three.
-        layout: of the record.
-        part: what is made of complex voxels.
-    """
-    if header.dtype.names:  # the colours of a voxel lie side by side
-        colours = np.frombuffer(content, np.uint8).reshape((header.num_colours, *header.grid), order="F")
-        return _in_c_order(np.moveaxis(colours, 0, -1), layout.dtype)
-    voxels = np.frombuffer(content, header.dtype).reshape((*header.grid, *rest), order="F")
-    if part is None or not header.is_complex:
-        return _in_c_order(voxels, layout.dtype)
-    slope = header.scaling.slope
-    slices = (voxels[:, :, z].astype(np.complex128) for z in range(header.grid[2]))
-    return np.stack([part(s if slope == 1 else s * slope) for s in slices], 2)
-
-
-def _in_c_order(voxels: Voxels, dtype: np.dtype[Any]) -> Voxels:
-    """Turn a volume's axes from the file's order (x fastest) to C order, in a dtype of native byte order.
-
-    In tiles whose cache lines stay in a core's cache until they are used up: at 256×256×256 voxels
-    five times faster than numpy's copy in one go, at 91×109×91 as fast, and in 4-D, where the axis that
-    was slowest becomes the fastest, at 64×64×40×1500 seven times and more.
-    """
-    out = np.empty(voxels.shape, dtype)
-    if voxels.ndim == 4:
-        _, rows, slices, frames = voxels.shape
-        starts = range(0, rows, _TILE_ROWS), range(slices), range(0, frames, _TILE_FRAMES)
-        for y, z, t in itertools.product(*starts):
-            tile = np.s_[:, y : y + _TILE_ROWS, z, t : t + _TILE_FRAMES]
-            out[tile] = voxels[tile]
-        return out
-    _, rows, slices = voxels.shape
-    for y in range(rows):
-        for z in range(0, slices, _TILE):
-            out[:, y, z : z + _TILE] = voxels[:, y, z : z + _TILE]
-    return out
+    record = record or RecordConfig()
+    first = None
+    for number, path in enumerate(row.files):
+        header = read_header(path, storage.join(folder, path), _parser(row, number, record, first))
+        first = first or header
+    assert first is not None
+    return first
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
-    """Measure a volume, and make its voxels what the record stores.
+    """Measure a volume, and make its voxels what the record stores; each image of several by itself.
 
     Raises:
         VolumeError: it has NaN or infinite voxels, or no range where one is needed, or its voxels would
             be beyond what their dtype holds.
     """
-    voxels, scaling = volume.voxels, volume.scaling
-    try:
-        intensity = measure(voxels, scaling)
-        if config.method == "minmax" and intensity.min == intensity.max:
-            raise VolumeError(
-                f"all voxels are {intensity.min:g}: a constant image has no range to rescale; "
-                "leave it out, or use --rescale none"
-            )
-        selection = None
-        if config.rescale_within is not None:
-            selection = select_voxels(voxels, scaling, threshold_of(config.rescale_within))
-        ends = find_ends(voxels, scaling, intensity, config, selection)
-        del selection  # it is not needed any more, and as large as the voxels of a mask
-        if not config.is_bounded:
-            require_range(intensity, ends, config.rescaled_dtype)
-        measured = replace(volume, intensity=intensity, ends=ends)
-        if config.voxel_dtype == "native":
-            return measured
-        rescaled = rescale_voxels(voxels, scaling, intensity, ends, config)
-    except VolumeError as e:
-        raise VolumeError(f"{volume.row.path}: {e}") from e
-    return replace(measured, voxels=rescaled, scaling=Scaling())
+    intensities, ends, stored = list[Intensity](), list[Ends](), volume.voxels
+    is_native = config.voxel_dtype == "native"
+    for number, voxels in enumerate(_images(volume, config)):
+        try:
+            intensity, found, rescaled = _rescale_image(voxels, volume, config)
+        except VolumeError as e:
+            raise VolumeError(f"{volume.row.files[number]}: {e}") from e
+        intensities.append(intensity)
+        ends += [found] if found else []
+        if config.channels is None:
+            stored = rescaled
+        elif not is_native:
+            if number == 0:
+                stored = np.empty(stored.shape, rescaled.dtype)
+            stored[..., number] = rescaled
+    return replace(
+        volume,
+        voxels=stored,
+        scaling=volume.scaling if is_native else Scaling(),
+        intensities=tuple(intensities),
+        ends=tuple(ends),
+    )
+
+
+def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
+    """The voxels of each image, C order."""
+    if config.channels is None:
+        yield volume.voxels
+        return
+    for number in range(len(config.channels)):
+        yield np.ascontiguousarray(volume.voxels[..., number])
+
+
+def _rescale_image(
+    voxels: Voxels, volume: Volume, config: RecordConfig
+) -> tuple[Intensity, Ends | None, Voxels]:
+    scaling = volume.scaling
+    intensity = measure(voxels, scaling)
+    if config.method == "minmax" and intensity.min == intensity.max:
+        raise VolumeError(
+            f"all voxels are {intensity.min:g}: a constant image has no range to rescale; "
+            "leave it out, or use --rescale none"
+        )
+    selection = None
+    if config.rescale_within is not None:
+        selection = select_voxels(voxels, scaling, config.rescale_within, volume.mask)
+    ends = find_ends(voxels, scaling, intensity, config, selection)
+    del selection  # it is not needed any more, and as large as the voxels of a mask
+    if not config.is_bounded:
+        require_range(intensity, ends, config.rescaled_dtype)
+    if config.voxel_dtype == "native":
+        return intensity, ends, voxels
+    return intensity, ends, rescale_voxels(voxels, scaling, intensity, ends, config)

@@ -411,7 +411,7 @@ def _merge_task(
         ShardName("train", 0, 1),
         range(count),
         [Part(data, index, positions and tuple(positions)) for data, index, positions in parts],
-        "fingerprint",
+        RecordConfig(),
         (),
         parts_folder,
     )

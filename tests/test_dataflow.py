@@ -244,6 +244,7 @@ VALUES = {
     "rescale": "percentile:0.5,99.5",
     "rescale_within": "nonzero",
     "voxel_dtype": "native",
+    "mask_dtype": "uint16",
     "frames": "all",
     "complex": "magnitude",
     "preprocess": "lab.brains:strip",
@@ -262,7 +263,11 @@ VALUES = {
     "number_of_worker_harness_threads": "2",
 }
 
-NEEDED = {"stratify": {"split": VALUES["split"]}, "split_seed": {"split": VALUES["split"]}}
+NEEDED = {
+    "stratify": {"split": VALUES["split"]},
+    "split_seed": {"split": VALUES["split"]},
+    "mask_dtype": {"mask_column": "lesion"},
+}
 """Parameters without which another one means nothing."""
 
 

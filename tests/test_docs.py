@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from beam_nifti import options
+from beam_nifti.config import RecordConfig
 from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
-from beam_nifti.index import ENDS_SCHEMA, SCHEMA, read_index
+from beam_nifti.index import read_index, schema_of
 from beam_nifti.prepare import apply_function
 from beam_nifti.publish import read_info
 from beam_nifti.quantize import numpy_dtype
@@ -174,8 +175,7 @@ def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
 def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
     info = read_info(str(folder / "cohort/dataset"))
     names = {
-        *SCHEMA.names,
-        *ENDS_SCHEMA.names,
+        *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8")).names,
         *info.features,
         *info.config,
         *info.manifest,

@@ -196,7 +196,6 @@ def test_a_volume_is_read_by_tensorflow(
     path = write_image(tmp_path / "a.nii.gz", slope=slope, inter=1.0)
     volume = load_volume(row_of(path, label=0.1))
     volume = rescale_volume(volume, RecordConfig(voxel_dtype=voxel_dtype))
-    assert volume.intensity is not None
     data = encode_volume(volume)
 
     def feature(kind: str) -> Any:
@@ -213,8 +212,8 @@ def test_a_volume_is_read_by_tensorflow(
     assert parsed["id"].numpy() == b"sub-01"
     assert np.array_equal(parsed["affine"].numpy(), AFFINE.ravel().astype(np.float32))
     assert parsed["zooms"].numpy().tolist() == [2.0, 2.0, 2.5]
-    assert parsed["intensity_min"].numpy() == np.float32(volume.intensity.min)
-    assert parsed["intensity_max"].numpy() == np.float32(volume.intensity.max)
+    assert parsed["intensity_min"].numpy() == np.float32(volume.intensities[0].min)
+    assert parsed["intensity_max"].numpy() == np.float32(volume.intensities[0].max)
     if scaled:
         scaling = [np.frombuffer(parsed[n].numpy(), "<f8") for n in ("scl_slope", "scl_inter")]
         assert scaling == [2.0, 1.0]

@@ -135,8 +135,7 @@ def test_what_goes_in_again_is_the_same_record(native: Path, tmp_path: Path) -> 
 def restored(path: Path, config: RecordConfig) -> tuple[Array, Ends | None]:
     """What comes back of an image, and what became 0 and 1 on the way."""
     volume = rescale_volume(load_volume(row_of(path)), config)
-    assert volume.intensity is not None
-    ends = volume.ends or Ends(volume.intensity.min, volume.intensity.max)
+    ends = volume.ends[0] if volume.ends else Ends(volume.intensities[0].min, volume.intensities[0].max)
     ends_or_none = None if config.method == "none" else ends
     return restore_units(volume.voxels, ends_or_none), ends_or_none
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -18,7 +19,8 @@ from beam_nifti import cli
 from beam_nifti import labels as label_module
 from beam_nifti.build import plan_build
 from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Splitting
-from beam_nifti.errors import DatasetError, ManifestError, OutputError, UsageError
+from beam_nifti.diff import compare_datasets
+from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, UsageError
 from beam_nifti.example import decode_example, encode_example
 from beam_nifti.failures import Failure, write_failures
 from beam_nifti.index import read_index
@@ -104,7 +106,7 @@ def test_one_column_without_a_kind_is_what_it_was(tmp_path: Path) -> None:
     assert [row.label for row in manifest.rows(range(6))] == [10, 9, 9, 2, 10, 2]
     assert {row.labels for row in manifest.rows(range(6))} == {()}
     config = BuildConfig("m", "o", columns=manifest.columns).as_dataset_config()
-    assert config["columns"] == {"path": "path", "label": "stage", "id": None}
+    assert config["columns"] == dataclasses.asdict(Columns(label="stage"))
     assert "labels" not in config
 
 
@@ -186,8 +188,6 @@ def test_labels_are_what_a_plain_loop_makes_of_the_cells(cells: list[str], kind:
 
 
 def test_a_cell_of_an_index_that_is_no_label() -> None:
-    from beam_nifti.errors import ShardError
-
     for cell, column in (("x", LabelColumn("sex", "class", ("F",))), ("x", LabelColumn("age", "float"))):
         with pytest.raises(ShardError, match=f"the index's {column.name} is 'x'"):
             label_of(cell, column)
@@ -410,6 +410,12 @@ def test_a_record_with_another_kind_of_label(dataset: Path) -> None:
     assert problem.endswith("feature label/sex is float[1], dataset_info.json says int64")
 
 
+def test_other_classes_are_a_difference_between_datasets(built: Path, dataset: Path) -> None:
+    assert compare_datasets(str(built), str(dataset)).is_empty
+    edit_info(dataset, lambda info: info["labels"]["sex"].update(classes=["F", "M", "X"]))
+    assert list(compare_datasets(str(built), str(dataset)).config) == ["labels"]
+
+
 def test_an_info_whose_labels_are_not_those_of_its_columns(dataset: Path) -> None:
     edit_info(dataset, lambda info: info["labels"].pop("sex"))
     with pytest.raises(DatasetError, match="labels are age:float, subtype:string"):
@@ -499,6 +505,8 @@ def test_the_reader_gives_the_label_that_is_asked_for(built: Path) -> None:
     several = y_of(("stage", "age"))
     assert set(several) == {"age", "stage"}
     assert several["stage"].numpy().tolist() == [2, 0, 1, 2, 1]
+    with pytest.raises(UsageError, match=r"target is 'mask', but .* has no masks"):
+        load_dataset(built, target="mask", label="age")
     for label in ("site", ("age", "site"), ()):
         with pytest.raises(UsageError, match=r"label is .*; the dataset has age, sex, subtype, stage"):
             load_dataset(built, label=label)

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_nifti import storage
+from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
 from beam_nifti.index import IndexEntry, read_index
@@ -36,7 +37,8 @@ from beam_nifti.storage import stat
 from tests.build_helpers import Ended, fork_server, sha256
 
 SHARD = ShardName("train", 0, 1)
-FINGERPRINT = "fingerprint"
+RECORD = RecordConfig()
+FINGERPRINT = RECORD.fingerprint
 COUNT = 8
 
 
@@ -59,7 +61,7 @@ def entry_of(folder: Path, position: int) -> IndexEntry:
         dtype="int16",
         zooms=(1.0, 1.0, 1.0),
         affine=(0.0,) * 16,
-        intensity=Intensity(0.0, 1.0, 0.5, 0.5),
+        intensities=(Intensity(0.0, 1.0, 0.5, 0.5),),
     )
 
 
@@ -73,13 +75,13 @@ class Place:
 
     def write(self, positions: Sequence[int]) -> Part:
         """A complete part of some records."""
-        writer = PartWriter(str(self.parts), positions[0], ())
+        writer = PartWriter(str(self.parts), positions[0], RECORD, ())
         for position in positions:
             writer.write(entry_of(self.images, position), record_of(position))
         return writer.close()
 
     def merge(self, parts: Sequence[Part], positions: Sequence[int] = range(COUNT)) -> ShardInfo:
-        return merge_parts(str(self.output), SHARD, positions, parts, FINGERPRINT, (), str(self.parts))
+        return merge_parts(str(self.output), SHARD, positions, parts, RECORD, (), str(self.parts))
 
     def found(self) -> list[Part]:
         """What the next run would merge."""
@@ -87,7 +89,7 @@ class Place:
         rows = [entry_of(self.images, position).row for position in range(COUNT)]
         selected = []
         for part in ([shard] if shard else []) + find_parts(str(self.parts), range(COUNT)):
-            held = finished_rows(part, rows, (), str(self.images)) if rows else None
+            held = finished_rows(part, rows, RECORD, (), str(self.images)) if rows else None
             if held is not None:
                 done = set(held.positions or ())
                 rows = [row for row in rows if row.position not in done]
@@ -118,7 +120,7 @@ def place(tmp_path: Path) -> Place:
 
 def test_a_part_is_found_only_when_its_index_is_there(place: Place) -> None:
     assert find_parts(str(place.parts), range(COUNT)) == []
-    writer = PartWriter(str(place.parts), 0, ())
+    writer = PartWriter(str(place.parts), 0, RECORD, ())
     writer.write(entry_of(place.images, 0), record_of(0))
     assert find_parts(str(place.parts), range(COUNT)) == []
     part = writer.close()
@@ -172,7 +174,7 @@ def test_one_part_that_is_the_shard_is_not_copied(place: Place) -> None:
 
 
 def test_a_part_that_will_be_the_shard_is_hashed_while_it_is_written(place: Place) -> None:
-    writer = PartWriter(str(place.parts), 0, (), is_shard=True)
+    writer = PartWriter(str(place.parts), 0, RECORD, (), is_shard=True)
     for position in range(COUNT):
         writer.write(entry_of(place.images, position), record_of(position))
     part = writer.close()
@@ -250,7 +252,7 @@ def test_missing_and_surplus_records_are_refused(place: Place, positions: list[i
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_shard_without_records_is_a_readable_file(place: Place, compressed: bool) -> None:
     name = replace(SHARD, compressed=compressed)
-    info = merge_parts(str(place.output), name, (), (), FINGERPRINT, (), str(place.parts))
+    info = merge_parts(str(place.output), name, (), (), RECORD, (), str(place.parts))
     written = (place.output / str(name)).read_bytes()
     assert (gzip.decompress(written) if compressed else written) == b""
     assert bool(written) == compressed  # an empty file is no gzip file
@@ -260,18 +262,18 @@ def test_a_shard_without_records_is_a_readable_file(place: Place, compressed: bo
 def test_a_part_that_lost_its_end_is_not_used(place: Place) -> None:
     part = place.write([0, 1, 2])
     rows = [entry_of(place.images, p).row for p in range(3)]
-    assert finished_rows(part, rows, (), str(place.images)) is not None
+    assert finished_rows(part, rows, RECORD, (), str(place.images)) is not None
     os.truncate(part.data, Path(part.data).stat().st_size - 1)
-    assert finished_rows(part, rows, (), str(place.images)) is None
+    assert finished_rows(part, rows, RECORD, (), str(place.images)) is None
     Path(part.data).unlink()
-    assert finished_rows(part, rows, (), str(place.images)) is None
+    assert finished_rows(part, rows, RECORD, (), str(place.images)) is None
 
 
 def test_a_damaged_index_is_as_none(place: Place) -> None:
     part = place.write([0, 1])
     rows = [entry_of(place.images, p).row for p in range(2)]
     Path(part.index).write_bytes(b"PAR1 and then nothing")
-    assert finished_rows(part, rows, (), str(place.images)) is None
+    assert finished_rows(part, rows, RECORD, (), str(place.images)) is None
     place.merge([place.write(range(COUNT))])
     (place.output / SHARD.index_file).write_bytes(b"")
     assert find_shard(str(place.output), SHARD, FINGERPRINT) is None
@@ -298,9 +300,9 @@ def test_a_shard_of_another_fingerprint_is_not_found(place: Place) -> None:
 def test_only_the_same_row_is_finished(place: Place, change: dict[str, object]) -> None:
     part = place.write([0, 1])
     rows = [entry_of(place.images, p).row for p in range(2)]
-    whole = finished_rows(part, rows, (), str(place.images))
+    whole = finished_rows(part, rows, RECORD, (), str(place.images))
     assert whole == replace(part, positions=(0, 1))
-    half = finished_rows(part, [rows[0], replace(rows[1], **change)], (), str(place.images))
+    half = finished_rows(part, [rows[0], replace(rows[1], **change)], RECORD, (), str(place.images))
     assert half == replace(part, positions=(0,))
 
 
@@ -310,14 +312,14 @@ def test_only_an_unchanged_image_is_finished(place: Place) -> None:
     (place.images / "1.nii").write_bytes(b"a longer image")
     os.utime(place.images / "2.nii", (1, 1))
     (place.images / "3.nii").unlink()
-    found = finished_rows(part, rows, (), str(place.images))
+    found = finished_rows(part, rows, RECORD, (), str(place.images))
     assert found == replace(part, positions=(0,))
 
 
 def test_other_further_columns_are_not_finished(place: Place) -> None:
     part = place.write([0])
     row = entry_of(place.images, 0).row
-    assert finished_rows(part, [replace(row, extras=("7",))], ("age",), str(place.images)) is None
+    assert finished_rows(part, [replace(row, extras=("7",))], RECORD, ("age",), str(place.images)) is None
 
 
 def test_a_part_that_is_published_twice_leaves_nothing(place: Place) -> None:

@@ -166,7 +166,7 @@ def test_what_became_0_and_1_is_checked(rescaled: Path, tmp_path: Path) -> None:
         some(problems(output), "record 1 (sub-0001)", f"{name} is", "the index says")
     output = Path(shutil.copytree(rescaled, tmp_path / "index"))
     edit_index(output, set_cell("rescale_low", 1, None))
-    some(problems(output), "record 1 (sub-0001)", "rescale_low is", "the index says None")
+    some(problems(output), INDEX0, "column rescale_low has 1 empty cells")
     output = Path(shutil.copytree(rescaled, tmp_path / "both"))
     low = read_index(str(output / INDEX0))[0]["rescale_low"][1].as_py()
     edit_record(output, 1, moved("rescale_low", 0.5))

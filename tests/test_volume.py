@@ -537,8 +537,7 @@ def test_what_a_record_stores(tmp_path: Path, rescale: str, dtype: str) -> None:
     loaded = load_volume(row_of(path))
     volume = rescale_volume(loaded, RecordConfig(rescale, dtype))
     values = load_with_nibabel(path)[0]
-    assert volume.intensity is not None
-    assert (volume.intensity.min, volume.intensity.max) == (values.min(), values.max())
+    assert (volume.intensities[0].min, volume.intensities[0].max) == (values.min(), values.max())
     if dtype == "native":
         assert volume.voxels is loaded.voxels
         assert volume.scaling == loaded.scaling
@@ -569,4 +568,4 @@ def test_values_that_the_reader_could_not_give_are_refused(tmp_path: Path, dtype
     huge = load_volume(row_of(write_image(tmp_path / "h.nii", brain().astype("f8") * 1e300)))
     with pytest.raises(VolumeError, match=r"h\.nii: intensities .* do not fit float32.*--rescale minmax"):
         rescale_volume(huge, RecordConfig("none", dtype))
-    assert rescale_volume(huge, RecordConfig("minmax", dtype)).intensity.max > 1e300
+    assert rescale_volume(huge, RecordConfig("minmax", dtype)).intensities[0].max > 1e300
