@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from beam_nifti import lock, storage
-from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import (
     DatasetError,
@@ -54,13 +54,16 @@ if TYPE_CHECKING:
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
+_SHOWN_CLASSES: Final = 20
+"""Named where the classes of a label are not those of the dataset."""
+
 
 @dataclass(frozen=True)
 class Estimate:
     """What a build would write.
 
     Attributes:
-        num_volumes: rows of the manifest.
+        num_volumes: rows of the manifest that are not left out.
         num_shards: of all splits.
         num_bytes: of the shards, roughly.
         examples_per_shard: rows of the largest shard.
@@ -125,6 +128,8 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
     manifest = read_build_manifest(config.manifest, config)
+    if manifest.label_columns:
+        config = replace(config, record=replace(config.record, labels=manifest.label_columns))
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
@@ -164,6 +169,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
         key_check=manifest.key_check,
+        num_skipped=manifest.num_skipped,
     )
     each = record_bytes(num_voxels, itemsize, config.record)
     ranges = [r for size in plan.split_sizes.values() for r in shard_ranges(size, sharding)]
@@ -182,9 +188,9 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         plan,
         note,
         Estimate(
-            num_volumes=plan.num_rows,
+            num_volumes=plan.num_volumes,
             num_shards=len(ranges),
-            num_bytes=round(plan.num_rows * each),
+            num_bytes=round(plan.num_volumes * each),
             examples_per_shard=max(map(len, ranges)),
             shape=inputs.shape,
             splits=plan.split_sizes,
@@ -206,7 +212,7 @@ def _first_volume(
 ) -> tuple[VolumeHeader, RecordLayout, tuple[int, ...]]:
     """The header of the first image that can be read, how it is loaded, and the shape of its record."""
     problems = []
-    for row in manifest.rows(range(min(_IMAGES_TRIED, len(manifest)))):
+    for row in manifest.rows(manifest.kept_rows()[:_IMAGES_TRIED].tolist()):
         try:
             header = load_header(row, manifest.folder, config.record)
             layout = record_layout(row.path, header, config.record)
@@ -256,6 +262,7 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
         for key, value in wanted.items()
         if known_config.get(key) != value and key != "fingerprint"
     ]
+    differences += _class_differences(published.labels, config.record.labels or ())
     if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
         differences = ["the format version"]
     if published.shape not in (None, inputs.shape):
@@ -271,6 +278,24 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
             + "\n  ".join(differences)
             + "\nchoose another OUTPUT, or --overwrite to replace it"
         )
+
+
+def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -> Iterator[str]:
+    """Classes of a label that are others than those that the records have the numbers of."""
+    known = {column.name: column.classes for column in was}
+    for column in now:
+        classes, others = known.get(column.name), column.classes
+        if classes is not None and others is not None and classes != others:
+            changes = [("new", set(others) - set(classes)), ("gone", set(classes) - set(others))]
+            named = "; ".join(f"{what}: {_listed(sorted(found))}" for what, found in changes if found)
+            yield (
+                f"the classes of {column.name} were {_listed(classes)}, now {_listed(others)} ({named}), and "
+                "records hold their numbers"
+            )
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:_SHOWN_CLASSES]) + (", …" if len(classes) > _SHOWN_CLASSES else "")
 
 
 def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manifest) -> str:

@@ -31,6 +31,8 @@ MASK_DTYPES: Final = ("uint8", "uint16")
 COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
+LABEL_KINDS: Final = ("float", "class", "string")
+MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
 """Fields of RecordConfig that say how a volume is prepared, in the order in which it is done."""
@@ -77,6 +79,42 @@ def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
 
 
 @dataclass(frozen=True)
+class LabelColumn:
+    """A column of the manifest whose values are labels.
+
+    Attributes:
+        name: of the column.
+        kind: "float", a number; "class", one of some values, stored as its number; "string"; None where the
+            values are to tell.
+        classes: of the kind "class": all its values, by number; None before the manifest was read.
+    """
+
+    name: str
+    kind: str | None = None
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> LabelColumn:
+        """From NAME or NAME:KIND.
+
+        Raises:
+            UsageError: there is no such kind, or no name.
+        """
+        name, colon, kind = text.partition(":")
+        if not name:
+            raise UsageError("--label-column names an empty column; was a variable not set?")
+        if colon and kind not in LABEL_KINDS:
+            raise UsageError(
+                f"--label-column gives {name} the kind {kind!r}; choose one of: {', '.join(LABEL_KINDS)}"
+            )
+        return cls(name, kind if colon else None)
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return f"{self.name}:{self.kind}" if self.kind else self.name
+
+
+@dataclass(frozen=True)
 class RecordConfig:
     """What decides the bytes of one record, apart from its row and its image.
 
@@ -105,6 +143,8 @@ class RecordConfig:
         channels: the columns of the images that are the channels of a record, in their order; None where a
             record has a single image. Set by the build.
         mask_dtype: of the label map that every record has: "uint8" or "uint16"; None where there is none.
+        labels: columns whose values have features of their own, with their kinds and classes; set by the
+            build; None where there is only the feature `label`.
 
     A preparation that is None is left out. docs/preparation.md has what they do, in their order.
     """
@@ -125,6 +165,7 @@ class RecordConfig:
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
+    labels: tuple[LabelColumn, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no record can have; spell equal ones alike."""
@@ -277,18 +318,22 @@ class Columns:
     Attributes:
         path: the image, relative to the manifest's folder, absolute, or a URL; several columns, with commas
             between them, are the channels of an example.
-        label: a finite number; None where no label was asked for and `label` may be absent.
+        label: NAME, a finite number; or NAME:KIND, or several of both with commas, as in "age:float,sex";
+            None where no label was asked for and `label` may be absent.
         id: what names an example; None means `participant_id` (with `session_id`), else the path.
         mask: the image's label map, a path like that of the image; None where there is none.
+        missing_label: what becomes of a row without a value of a label: "nan" gives it NaN, the class -1, or
+            an empty string; "skip" leaves the row out; None refuses it.
     """
 
     path: str = "path"
     label: str | None = None
     id: str | None = None
     mask: str | None = None
+    missing_label: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse empty names, and a column that would mean two things."""
+        """Refuse empty names, kinds that there are not, and a column that would mean two things."""
         files = self.files
         if "" in files:
             raise UsageError(
@@ -296,6 +341,12 @@ class Columns:
             )
         for name in {name for name in files if files.count(name) > 1}:
             raise UsageError(f"column {name!r} is named twice by --path-column and --mask-column; drop one")
+        labels = [column.name for column in self.labels]
+        for name in labels:
+            if labels.count(name) > 1:
+                raise UsageError(f"--label-column names {name!r} twice; leave one out")
+        if self.missing_label is not None:
+            _choose("--missing-label", self.missing_label, MISSING_LABELS)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -306,6 +357,16 @@ class Columns:
     def files(self) -> tuple[str, ...]:
         """The columns of all files of an example: its images and its mask."""
         return self.paths if self.mask is None else (*self.paths, self.mask)
+
+    @property
+    def labels(self) -> tuple[LabelColumn, ...]:
+        """The columns of labels; none where no label was asked for."""
+        return tuple(map(LabelColumn.parse, self.label.split(","))) if self.label is not None else ()
+
+    @property
+    def has_label_features(self) -> bool:
+        """Whether each label has a feature of its own, besides `label`."""
+        return len(self.labels) > 1 or any(column.kind for column in self.labels)
 
 
 @dataclass(frozen=True)
@@ -436,5 +497,6 @@ class BuildConfig:
             "shuffle_seed": self.shuffle_seed,
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }
+        del content["labels"]  # which have a field of their own
         as_json: dict[str, Any] = json.loads(json.dumps(content))  # which has no tuples
         return as_json

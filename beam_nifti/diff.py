@@ -122,7 +122,7 @@ def _kind_of(column: str) -> str:
 
 
 def _config_differences(before: DatasetInfo, after: DatasetInfo) -> dict[str, tuple[Any, Any]]:
-    one, other = before.config, after.config
+    one, other = ({**info.config, "labels": info.label_facts()} for info in (before, after))
     return {
         name: (one.get(name), other.get(name))
         for name in sorted((one.keys() | other.keys()) - {"fingerprint"})

@@ -50,6 +50,7 @@ def write_failures(
         columns: which manifest columns mean what.
         extra_columns: names of the manifest's further columns.
     """
+    labels = {column.name for column in columns.labels}
     with storage.create(path) as handle:
         for failure in sorted(failures, key=lambda f: f.row.row):
             row = failure.row
@@ -67,7 +68,10 @@ def write_failures(
             }
             if not row.participant_id:
                 del cells["participant_id"], cells["session_id"]
-            if columns.label is not None:
+            if columns.has_label_features:
+                # Under the manifest's names, also where one is a key above: it is what a retry reads.
+                cells |= {c: v for c, v in zip(extra_columns, row.extras, strict=True) if c in labels}
+            elif columns.label is not None:
                 cells[columns.label] = row.label
             handle.write(json.dumps(cells, ensure_ascii=False).encode() + b"\n")
 

@@ -17,6 +17,7 @@ from beam_nifti.config import (
     COMPRESSIONS,
     FRAMES,
     MASK_DTYPES,
+    MISSING_LABELS,
     VERSIONED,
     VOXEL_DTYPES,
     BuildConfig,
@@ -363,7 +364,20 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
         help="of label maps, images of whole numbers with the same voxels in space as the images: prepared "
         "with them, by nearest neighbour, and stored as they are; default: none",
     )
-    columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+    columns.add_argument(
+        "--label-column",
+        metavar="NAME[:KIND],…",
+        help="a number to learn; or several columns, such as age,sex:class,subtype, each with a feature "
+        "label/NAME of its own. KIND is float; class, stored as the number of the value among all of the "
+        "column's; or string; default: float where all values are numbers, else class. Default: label, where "
+        "there is one",
+    )
+    columns.add_argument(
+        "--missing-label",
+        choices=MISSING_LABELS,
+        help="what becomes of rows whose label is empty, n/a or NaN. nan: they get NaN, the class -1, or an "
+        "empty string; skip: they are left out, and counted; default: they are an error",
+    )
     columns.add_argument(
         "--id-column",
         metavar="NAME",
@@ -489,7 +503,9 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verify = _command(commands, "verify", "read a dataset back and check every byte of it")
     verify.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
-    verify.add_argument("--manifest", metavar="MANIFEST", help="compare ids and labels with this table")
+    verify.add_argument(
+        "--manifest", metavar="MANIFEST", help="compare ids, labels and splits with this table"
+    )
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
@@ -682,7 +698,13 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
 
 
 def _columns(options: argparse.Namespace) -> Columns:
-    return Columns(options.path_column, options.label_column, options.id_column, options.mask_column)
+    return Columns(
+        options.path_column,
+        options.label_column,
+        options.id_column,
+        options.mask_column,
+        options.missing_label,
+    )
 
 
 def _record_config(

@@ -115,6 +115,7 @@ class BuildPlan:
     Attributes:
         config: with absolute paths, and `sharding` and `columns.label` set.
         num_rows: rows of the manifest.
+        num_skipped: those of them that are left out, as they lack a label.
         digest: of the manifest's content.
         column_names: of the manifest.
         extra_columns: those of them that are only kept in the index.
@@ -145,6 +146,12 @@ class BuildPlan:
     earlier_totals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revision: int = 1
     key_check: str | None = None
+    num_skipped: int = 0
+
+    @property
+    def num_volumes(self) -> int:
+        """Rows that become a record, or fail."""
+        return self.num_rows - self.num_skipped
 
     @property
     def sharding(self) -> Sharding:
@@ -243,6 +250,7 @@ class BuildPlan:
         manifest = read_build_manifest(manifest_path, self.config)
         if manifest.digest() != self.digest:
             raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
+        # So the classes of labels, which are made of the rows alone, are the planned ones as well.
         published = self._published()
         for split in self.split_sizes:
             yield from self._split_units(manifest, split, published)

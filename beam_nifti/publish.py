@@ -112,12 +112,12 @@ def publish_dataset(
     splits = {split: [(split, i) for i in range(total)] for split, total in plan.shard_totals().items()}
     missing = {place for places in splits.values() for place in places} - by_place.keys()
     num_written = sum(s.num_examples for s in shards)
-    if missing or num_written + len(failures) != plan.num_rows:
+    if missing or num_written + len(failures) != plan.num_volumes:
         raise ShardError(
             f"{len(missing)} shards are missing, and {num_written} records and {len(failures)} failures "
-            f"do not make {plan.num_rows} rows; run the build again"
+            f"do not make {plan.num_volumes} rows; run the build again"
         )
-    complete = len(failures) <= config.max_bad_fraction * plan.num_rows
+    complete = len(failures) <= config.max_bad_fraction * plan.num_volumes
     published = find_info(config.output)
     summary = BuildSummary(
         num_written=num_written,
@@ -137,6 +137,7 @@ def publish_dataset(
             "num_rows": plan.num_rows,
             "digest": plan.digest,
             "columns": list(plan.column_names),
+            **({"num_skipped": plan.num_skipped} if plan.num_skipped else {}),
             **({"key_check": plan.key_check} if plan.key_check else {}),
         },
         shape=plan.shape,
@@ -146,6 +147,7 @@ def publish_dataset(
         splits={
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },
+        labels=config.record.labels or (),
         num_failures=len(failures),
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         revision=plan.revision,

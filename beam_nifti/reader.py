@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.example import ENDS_FEATURES
+from beam_nifti.example import ENDS_FEATURES, label_feature
 
 _OPEN_SHARDS: Final = 8
 """Shards that are read at a time. A constant, so that the order is the same on every machine."""
@@ -31,6 +31,11 @@ _SHUFFLE_BYTES: Final = 4 << 30
 _IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
 _MASK: Final = {"mask_raw": tf.io.FixedLenFeature([], tf.string)}
 _LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
+_LABEL_TYPES: Final = {
+    "float": tf.io.FixedLenFeature([], tf.float32),
+    "int64": tf.io.FixedLenFeature([], tf.int64),
+    "bytes": tf.io.FixedLenFeature([], tf.string),
+}
 # Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
 _SCALING: Final = {
     "scl_slope": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", 1.0)),
@@ -59,6 +64,7 @@ def load_dataset(
     shuffle: bool = False,
     seed: int | None = None,
     drop_remainder: bool = False,
+    label: str | Sequence[str] | None = None,
 ) -> tf.data.Dataset:
     """Open one split of a complete dataset.
 
@@ -72,12 +78,15 @@ def load_dataset(
             every epoch and on every machine: one example of each of eight shards in turn.
         seed: makes the sequence of orders that `shuffle` gives the same in every run.
         drop_remainder: leave out a last batch that is not full, so that B is static.
+        label: the column of the manifest that y is; several give a dictionary of them; None gives the
+            first label as a number.
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
-        (B, x, y, z, c) where records have c frames, components or images, and y: float32 of shape (B,), or
-        the labels of the mask, int32 of shape (B, x, y, z, 1); X alone where the dataset has no labels. All
-        axes but B are static, unless the volumes have different shapes.
+        (B, x, y, z, c) where records have c frames, components or images, and y. That is of shape (B,):
+        float32; int64 for a label that is a class; tf.string for one that is a string; NaN, -1 or "" where
+        it is missing. Or it is the labels of the mask, int32 of shape (B, x, y, z, 1). X alone where the
+        dataset has no labels. All axes but B are static, unless the volumes have different shapes.
         X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
         `--rescale none`.
 
@@ -100,6 +109,8 @@ def load_dataset(
         raise UsageError(f"target is 'mask', but {folder} has no masks; build it with --mask-column")
     if target not in ("label", "mask"):
         raise UsageError(f"target is {target!r}; choose 'label' or 'mask'")
+    if target == "mask" and label is not None:
+        raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
     files = _shard_files(folder, info, split)
     compression = "GZIP" if info.config["compression"] == "gzip" else ""
     names = tf.data.Dataset.from_tensor_slices(files)
@@ -114,7 +125,7 @@ def load_dataset(
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
         records = records.shuffle(_window(info), seed)
-    examples = records.map(_parser(info, target), num_parallel_calls=tf.data.AUTOTUNE)
+    examples = records.map(_parser(info, target, label), num_parallel_calls=tf.data.AUTOTUNE)
     if batch_size is not None:
         examples = examples.batch(batch_size, drop_remainder=drop_remainder)
     return examples.prefetch(tf.data.AUTOTUNE)
@@ -207,11 +218,32 @@ def _shard_files(folder: str, info: DatasetInfo, split: str) -> list[str]:
     return [f"{folder}/{s.name}" for s in shards]
 
 
-def _parser(info: DatasetInfo, target: str) -> Callable[[tf.Tensor], Any]:
+def _label_features(info: DatasetInfo, names: Sequence[str]) -> dict[str, str]:
+    """The feature of each of these labels, by name."""
+    known = {column.name: label_feature(column.name) for column in info.labels}
+    if info.labelled and not known:
+        known = {info.config["columns"]["label"]: "label"}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        wanted = ", ".join(map(repr, unknown)) or "none"
+        raise UsageError(f"label is {wanted}; the dataset has {', '.join(known) or 'no labels'}")
+    return {name: known[name] for name in names}
+
+
+def _parser(info: DatasetInfo, target: str, label: str | Sequence[str] | None) -> Callable[[tf.Tensor], Any]:
     """From a serialized Example to (X, y), or to X where there are no labels."""
+    of_labels = {}
+    if label is not None:
+        of_labels = _label_features(info, [label] if isinstance(label, str) else label)
+    elif target == "label" and info.labels and info.labels[0].kind == "string":
+        names = ", ".join(column.name for column in info.labels)
+        raise UsageError(f"the first label is a string and no number; choose y with label=, one of: {names}")
+    elif target == "label" and info.labelled:
+        of_labels = {"label": "label"}
     native = info.config["voxel_dtype"] == "native"
     has_ends = native and "rescale_low" in info.features
-    wanted = {**_IMAGE, **(_MASK if target == "mask" else _LABEL if info.labelled else {})}
+    wanted = _IMAGE | {feature: _LABEL_TYPES[info.features[feature]] for feature in of_labels.values()}
+    wanted |= _MASK if target == "mask" else {}
     wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
     rescale = _native_rescaler(info)
     # A dataset that was built before there were frames to choose says nothing of them.
@@ -240,7 +272,10 @@ def _parser(info: DatasetInfo, target: str) -> Callable[[tf.Tensor], Any]:
             mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
             mask = tf.ensure_shape(mask, [None] * 3 if info.shape is None else info.shape[:3])
             return image, tf.expand_dims(tf.cast(mask, tf.int32), 3)
-        return (image, features["label"]) if info.labelled else image
+        labels = {name: features[feature] for name, feature in of_labels.items()}
+        if label is None or isinstance(label, str):
+            return (image, *labels.values()) if labels else image
+        return image, labels
 
     return parse
 

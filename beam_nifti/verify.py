@@ -269,12 +269,12 @@ class _Verification:
     def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
         """All indexes and failures.jsonl together; and the manifest, if there is one to compare."""
         info = self._info
-        records = pa.concat_tables([no_rows(), *(found.rows for found in self._passes)])
+        records = pa.concat_tables([no_rows(self._spec.config), *(found.rows for found in self._passes)])
         failures = self._read_failures(columns)
         labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_labels(labels, info):
             self._problems.add(Scope.DATASET, problem)
-        rows = None if wanted is None else manifest_rows(wanted)
+        rows = None if wanted is None else manifest_rows(wanted, self._spec.config)
         if columns.id is None and "participant_id" not in info.manifest["columns"]:
             # Paths are the ids then, and failures.jsonl holds them with the manifest's folder.
             folder = storage.dirname(info.manifest["path"])
@@ -287,12 +287,12 @@ class _Verification:
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
     def _read_failures(self, columns: Columns) -> pa.Table:
-        """Id, label and split of the volumes left out; without rows where they cannot be read."""
+        """Id, labels and split of the volumes left out; without rows where they cannot be read."""
         path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
-        found, problem = no_rows(), None
+        found, problem = no_rows(self._spec.config), None
         if storage.exists(path):
             try:
-                found = manifest_rows(read_manifest(path, columns))
+                found = manifest_rows(read_manifest(path, columns), self._spec.config)
                 lines = found.num_rows
                 if lines != count:
                     problem = f"has {lines} lines, {FILE_NAME} says {count} failures; copy it again"

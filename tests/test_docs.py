@@ -20,7 +20,7 @@ import pytest
 
 from beam_nifti import options
 from beam_nifti.config import RecordConfig
-from beam_nifti.example import decode_example, decode_tensor, encode_tensor
+from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
 from beam_nifti.index import read_index, schema_of
 from beam_nifti.prepare import apply_function
 from beam_nifti.publish import read_info
@@ -152,6 +152,17 @@ def test_the_reader_of_the_format_reads_every_dtype(dtype: str) -> None:
     voxels = np.arange(24).reshape(2, 3, 4).astype(numpy_dtype(dtype))
     read = _defined("import gzip").__globals__["tensor"](b"".join(encode_tensor(voxels)))
     assert np.array_equal(read, np.arange(24).reshape(2, 3, 4))
+
+
+def test_the_reader_of_the_format_reads_every_kind_of_label() -> None:
+    features = {
+        "label": np.float32([-1]),
+        "label/sex": np.array([-1]),
+        "label/site": b"A",
+        "label/stage": np.array([300]),
+    }
+    read = _defined("import gzip").__globals__["example"](encode_example(features))
+    assert read == features
 
 
 def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
