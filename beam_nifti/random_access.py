@@ -86,7 +86,7 @@ class Dataset:
     reads no record.
 
     Of every record that is read its checksums are checked, that of the gzip member and the CRC-32C of the
-    TFRecord (2 % of the time of a compressed one), and that it has the id that the index says.
+    TFRecord (3 % of the time of a compressed one), and that it has the id that the index says.
 
     Args:
         path: the dataset's folder, local or a URL.
