@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -69,16 +69,13 @@ class RecordSpec:
         Raises:
             UsageError: its configuration is not one that this version knows.
         """
-        known = {f.name for f in fields(RecordConfig)}
-        given = {k: v for k, v in info.config.items() if k in known}
-        config = RecordConfig(**given, labels=info.labels or None)
         columns = Columns(**info.config["columns"])
         named = columns.label if columns.has_label_features else ""
         if ",".join(map(str, info.labels)) != named:
             raise UsageError(f"labels are {', '.join(map(str, info.labels)) or 'none'}, of columns {named!r}")
         is_string = bool(info.labels) and info.labels[0].kind == "string"
         may_lack = is_string or columns.missing_label == "nan"
-        return cls(config, info.features, info.shape, info.dtype, info.labelled, may_lack)
+        return cls(info.record_config, info.features, info.shape, info.dtype, info.labelled, may_lack)
 
 
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
