@@ -147,7 +147,7 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     from beam_nifti.build import run_build
     from beam_nifti.publish import TooManyFailures
 
-    progress = _progress(engine, plan.num_rows, "volume", quiet=quiet)
+    progress = _progress(engine, plan.num_examples, "volume", quiet=quiet)
     noise = io.StringIO()
     try:
         with progress, _set_aside(noise, engine):
@@ -258,6 +258,7 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
     with _while_read():
         print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
     is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
+    is_mixed |= len(report["frames"]) > 1  # images of another length than the first one's are left out
     return FAILED if report["num_bad"] or is_mixed else SUCCESS
 
 

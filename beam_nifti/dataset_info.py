@@ -58,7 +58,8 @@ class DatasetInfo:
 
     Attributes:
         config: what decided its content (`BuildConfig.as_dataset_config`).
-        manifest: path, digest, num_rows and columns of the manifest.
+        manifest: path, digest, num_rows and columns of the manifest; num_frames where each frame of its
+            images became a record.
         shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
         dtype: of the stored voxels, such as "float32".
         labelled: whether the manifest had labels; without, every `label` is NaN.

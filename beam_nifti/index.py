@@ -50,7 +50,10 @@ SCHEMA: Final = pa.schema(
 ENDS_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
 """Columns that stand between them where records have the features of these names."""
 
-_OWN_NAMES: Final = frozenset([*SCHEMA.names, *ENDS_SCHEMA.names])
+FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
+"""The column that follows them where each frame of an image became a record."""
+
+_OWN_NAMES: Final = frozenset([*SCHEMA.names, *ENDS_SCHEMA.names, *FRAME_SCHEMA.names])
 
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
@@ -112,6 +115,7 @@ def row_cells(row: VolumeRow, extra_columns: Sequence[str]) -> dict[str, object]
         "position": row.position,
         "row": row.row,
         "source": row.source,
+        **({} if row.frame is None else {"frame": row.frame}),
         **dict(zip(map(extra_column, extra_columns), row.extras, strict=True)),
     }
 
@@ -144,18 +148,20 @@ def make_table(entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Se
         for e, offset, length in entries
     ]
     has_ends = any(e.ends for e, _, _ in entries)
-    return pa.Table.from_pylist(rows, schema=schema_of(extra_columns, has_ends))
+    has_frames = any(e.row.frame is not None for e, _, _ in entries)
+    return pa.Table.from_pylist(rows, schema=schema_of(extra_columns, has_ends, has_frames))
 
 
-def schema_of(extra_columns: Sequence[str], has_ends: bool = False) -> pa.Schema:
+def schema_of(extra_columns: Sequence[str], has_ends: bool = False, has_frames: bool = False) -> pa.Schema:
     """The schema of an index.
 
     Args:
         extra_columns: names of the manifest's further columns.
         has_ends: whether any of its records has the features of ENDS_SCHEMA.
+        has_frames: whether its records are frames of images.
     """
-    ends = ENDS_SCHEMA if has_ends else ()
-    return pa.schema([*SCHEMA, *ends, *((extra_column(c), pa.string()) for c in extra_columns)])
+    ends, frame = ENDS_SCHEMA if has_ends else (), FRAME_SCHEMA if has_frames else ()
+    return pa.schema([*SCHEMA, *ends, *frame, *((extra_column(c), pa.string()) for c in extra_columns)])
 
 
 def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:

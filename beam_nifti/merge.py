@@ -187,8 +187,10 @@ def _select(
         tables.append(table.replace_schema_metadata())
     # One without rows may lack columns that the others have.
     filled = [table for table in tables if table.num_rows]
-    has_ends = any("rescale_low" in table.column_names for table in filled)
-    merged = pa.concat_tables([schema_of(extra_columns, has_ends).empty_table(), *filled])
+    has_ends, has_frames = (
+        any(name in table.column_names for table in filled) for name in ("rescale_low", "frame")
+    )
+    merged = pa.concat_tables([schema_of(extra_columns, has_ends, has_frames).empty_table(), *filled])
     part_numbers = np.repeat(np.arange(len(parts)), [table.num_rows for table in tables])
     positions = merged["position"].to_numpy()
     order = np.argsort(positions, kind="stable")  # of a position that several parts hold, the first part's

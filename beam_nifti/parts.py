@@ -6,6 +6,7 @@ is closed, so a part counts only where its index is there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import uuid
 from collections.abc import Sequence
@@ -143,7 +144,7 @@ def finished_rows(
 
     Args:
         part: of the same fingerprint as this build's.
-        rows: of one shard, in the order of their positions; at least one.
+        rows: of one shard, one for each record, in the order of their positions; at least one.
         extra_columns: names of the manifest's further columns.
         folder: what relative image paths are relative to.
         shape: that every record must have; None where shapes may differ.
@@ -157,11 +158,13 @@ def finished_rows(
         held = storage.stat(part.data).size
     except (FileNotFoundError, ShardError):
         return None
-    columns = schema_of(extra_columns, has_ends="rescale_low" in table.column_names)
+    has_ends, has_frames = "rescale_low" in table.column_names, rows[0].frame is not None
+    columns = schema_of(extra_columns, has_ends, has_frames)
     if table.column_names != columns.names or table.num_rows == 0:
         return None
     if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
         return None
+    now = functools.cache(_stat_of)  # frames of one image follow one another
     by_position = {row.position: row for row in rows}
     positions = []
     ours = table.filter(pc.is_in(table["position"], pa.array(list(by_position), pa.int64())))
@@ -170,14 +173,15 @@ def finished_rows(
         row = by_position[found["position"]]
         same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
         fits = shape in (None, tuple(found["shape"])) and dtype in (None, found["dtype"])
-        if same and fits and _unchanged(storage.join(folder, row.path), found):
+        then = (found["source_size"], found["source_mtime"])
+        if same and fits and now(storage.join(folder, row.path)) == then:
             positions.append(row.position)
     return Part(part.data, part.index, tuple(positions)) if positions else None
 
 
-def _unchanged(path: str, found: dict[str, object]) -> bool:
+def _stat_of(path: str) -> tuple[int, float] | None:
     try:
         now = stat_image(path)
     except OSError:
-        return False  # loading it again says what is wrong
-    return (now.size, now.mtime) == (found["source_size"], found["source_mtime"])
+        return None  # loading it again says what is wrong
+    return now.size, now.mtime

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -229,6 +229,8 @@ def check_source(
         config: that the record was made with.
     """
     row = VolumeRow(cells["row"], cells["example_id"], cells["source"], cells["label"])
+    if config.frames == "each":
+        config = replace(config, frames=str(cells["frame"]))
     try:
         volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
     except VolumeError as e:

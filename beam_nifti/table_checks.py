@@ -5,6 +5,7 @@ Every check takes what was read and yields a sentence a problem.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.index import SCHEMA
-from beam_nifti.manifest import Manifest
+from beam_nifti.manifest import Manifest, frame_id
 from beam_nifti.sharding import ShardName
 
 _ROWS: Final = pa.schema([("id", pa.string()), ("label", pa.float64()), ("split", pa.string())])
@@ -44,11 +45,12 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
                     f"{FILE_NAME}: shard {number} of split {split} is {shard.name} with "
                     f"{shard.index}, expected {expected} with {expected.index_file}"
                 )
-    num_rows = info.manifest.get("num_rows")
-    if info.num_examples + info.num_failures != num_rows:
+    num_rows, num_frames = info.manifest.get("num_rows"), info.manifest.get("num_frames", 1)
+    if info.num_examples + info.num_failures != num_rows * num_frames:
+        of_frames = f" of {num_frames} frames" if num_frames > 1 else ""
         yield (
             f"{FILE_NAME}: {info.num_examples} examples and {info.num_failures} failures do not make "
-            f"the manifest's {num_rows} rows"
+            f"the manifest's {num_rows} rows{of_frames}"
         )
 
 
@@ -115,6 +117,14 @@ def manifest_rows(manifest: Manifest) -> pa.Table:
     labels = manifest.labels
     column = pa.nulls(len(manifest), pa.float64()) if labels is None else pa.array(labels)
     return pa.table([manifest.ids, column, manifest.splits], schema=_ROWS)
+
+
+def frame_rows(rows: pa.Table, frames: Sequence[Sequence[int]]) -> pa.Table:
+    """A row for each of these frames of each image: id, label and split of its record."""
+    counts = [len(numbers) for numbers in frames]
+    repeated = rows.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
+    ids = map(frame_id, repeated["id"].to_pylist(), itertools.chain.from_iterable(frames))
+    return repeated.set_column(0, "id", pa.array(ids, pa.string()))
 
 
 def relative_ids(rows: pa.Table, folder: str) -> pa.Table:

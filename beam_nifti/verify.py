@@ -20,6 +20,7 @@ from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
+from beam_nifti.failures import failed_frames
 from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.memory import keep_buffers
 from beam_nifti.parts import BUILD_FOLDER
@@ -33,6 +34,7 @@ from beam_nifti.table_checks import (
     check_rows,
     compare_rows,
     find_strays,
+    frame_rows,
     manifest_rows,
     no_rows,
     relative_ids,
@@ -264,6 +266,8 @@ class _Verification:
         records = pa.concat_tables(self._rows)
         failures = self._read_failures(columns)
         rows = None if wanted is None else manifest_rows(wanted)
+        if rows is not None and (frames := info.manifest.get("num_frames")):
+            rows = frame_rows(rows, [range(frames)] * rows.num_rows)
         if columns.id is None and "participant_id" not in info.manifest["columns"]:
             # Paths are the ids then, and failures.jsonl holds them with the manifest's folder.
             folder = storage.dirname(info.manifest["path"])
@@ -278,13 +282,17 @@ class _Verification:
     def _read_failures(self, columns: Columns) -> pa.Table:
         """Id, label and split of the volumes left out; without rows where they cannot be read."""
         path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
+        frames = self._info.manifest.get("num_frames")
         found, problem = no_rows(), None
         if storage.exists(path):
             try:
-                found = manifest_rows(read_manifest(path, columns))
-                lines = found.num_rows
-                if lines != count:
-                    problem = f"has {lines} lines, {FILE_NAME} says {count} failures; copy it again"
+                listed = read_manifest(path, columns)
+                found = manifest_rows(listed)
+                if frames:
+                    found = frame_rows(found, failed_frames(listed, frames))
+                if found.num_rows != count:
+                    what = "frames" if frames else "lines"
+                    problem = f"has {found.num_rows} {what}, {FILE_NAME} says {count} failures; copy it again"
             except ManifestError as e:
                 problem = "; ".join(e.problems)
         elif count:

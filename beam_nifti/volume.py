@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from beam_nifti.header import (
     VolumeHeader,
     record_layout,
     require_dtype,
+    require_frames,
     require_shape,
     require_storable,
 )
@@ -93,19 +95,33 @@ def load_volume(
             promises, or is not of that shape or dtype, or has no place in a record.
     """
     record = record or RecordConfig()
-
-    def parse(head: bytes) -> VolumeHeader:
-        header = parse_header(row.path, head)
-        layout = require_storable(row.path, header, record)
-        if layout.stored_shape is not None:
-            require_shape(row.path, layout.stored_shape, shape)
-        require_dtype(row.path, header, dtype)
-        return header
-
+    parse = partial(_parse, row, shape, dtype, record)
     with open_image(row.path, storage.join(folder, row.path), parse) as image:
-        header = image.header
-        layout = record_layout(row.path, header, record)
+        layout = record_layout(row.path, image.header, record)
         voxels = _take(image, layout, _PARTS.get(record.complex))
+    return _volume(row, voxels, image, layout)
+
+
+def _parse(
+    row: VolumeRow,
+    shape: tuple[int | None, ...] | None,
+    dtype: str | None,
+    record: RecordConfig,
+    head: bytes,
+) -> VolumeHeader:
+    """The header of an image that is what every image of the dataset has to be."""
+    header = parse_header(row.path, head)
+    layout = require_storable(row.path, header, record)
+    if record.frames == "each":
+        require_frames(row.path, header, row.num_frames)
+    if layout.stored_shape is not None:
+        require_shape(row.path, layout.stored_shape, shape)
+    require_dtype(row.path, header, dtype)
+    return header
+
+
+def _volume(row: VolumeRow, voxels: Voxels, image: Image, layout: RecordLayout) -> Volume:
+    header = image.header
     is_computed = header.is_complex or layout.frame == "mean"
     return Volume(
         row=row,
@@ -115,6 +131,48 @@ def load_volume(
         zooms=header.zooms,
         dtype=header.dtype_name,
         source=image.source,
+    )
+
+
+def load_frames(
+    row: VolumeRow,
+    folder: str = "",
+    shape: tuple[int | None, ...] | None = None,
+    dtype: str | None = None,
+    record: RecordConfig | None = None,
+) -> Iterator[Volume]:
+    """Read one image, to hand out its frames one after the other as volumes of their own.
+
+    Args:
+        row: names the image, and says how many frames it must have and which are wanted.
+        folder: as for `load_volume`.
+        shape: as for `load_volume`, of a frame's record.
+        dtype: as for `load_volume`.
+        record: as for `load_volume`; its `frames` is "each".
+
+    Returns:
+        What `load_volume` gives of each frame where its number is the configuration's `frames`, made when it
+        is asked for: so memory is that of the image's voxels, as they are in the file, and of one frame.
+
+    Raises:
+        VolumeError: as `load_volume`, for damage anywhere in the file, before there is a frame; or the
+            image has another number of frames.
+    """
+    record = record or RecordConfig(frames="each")
+    part = _PARTS.get(record.complex)
+    parse = partial(_parse, row, shape, dtype, record)
+    with open_image(row.path, storage.join(folder, row.path), parse) as image:
+        layout = record_layout(row.path, image.header, record)
+        content = image.read_all()
+    size, frames = image.header.frame_bytes, image.header.num_frames
+
+    def contents(frame: int) -> Iterator[memoryview]:
+        for start in range(frame * size, len(content), frames * size):
+            yield content[start : start + size]
+
+    volumes = (_join_components(contents(t), image.header, layout, part) for t in row.frames)
+    return (
+        _volume(record, voxels, image, layout) for record, voxels in zip(row.records(), volumes, strict=True)
     )
 
 
@@ -155,19 +213,30 @@ def _take(image: Image, layout: RecordLayout, part: _Part | None) -> Voxels:
     frames, components = header.num_frames, header.num_components
     wanted = range(frames) if frame == "mean" else [int(frame)]
     numbers = [v * frames + t for v in range(components) for t in wanted]
-    out = np.zeros(layout.shape, layout.dtype)
     # Strict, so that the image is asked for more than there is, and reads a packed file to its end.
-    for number, content in zip(numbers, image.read_frames(numbers), strict=True):
-        voxels = _arrange(content, header, (), layout, part)
-        target = out[..., number // frames] if components > 1 else out
-        if frame == "mean":
-            target += voxels
-        else:
-            target[...] = voxels
+    contents = zip(numbers, image.read_frames(numbers), strict=True)
     if frame != "mean":
-        return out
+        return _join_components((content for _, content in contents), header, layout, part)
+    out = np.zeros(layout.shape, layout.dtype)
+    for number, content in contents:
+        target = out[..., number // frames] if components > 1 else out
+        target += _arrange(content, header, (), layout, part)
     out /= frames
     return out if header.is_complex else header.scaling.apply(out)
+
+
+def _join_components(
+    contents: Iterable[memoryview], header: VolumeHeader, layout: RecordLayout, part: _Part | None
+) -> Voxels:
+    """One frame, of the bytes of each of its components; arguments as of `_arrange`."""
+    volumes = (_arrange(content, header, (), layout, part) for content in contents)
+    if header.num_components == 1:
+        (voxels,) = volumes
+        return voxels
+    out = np.empty(layout.shape, layout.dtype)
+    for number, voxels in enumerate(volumes):
+        out[..., number] = voxels
+    return out
 
 
 def _arrange(

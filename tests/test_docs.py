@@ -20,7 +20,7 @@ import pytest
 
 from beam_nifti import options
 from beam_nifti.example import decode_example, decode_tensor, encode_tensor
-from beam_nifti.index import ENDS_SCHEMA, SCHEMA, read_index
+from beam_nifti.index import ENDS_SCHEMA, FRAME_SCHEMA, SCHEMA, read_index
 from beam_nifti.prepare import apply_function
 from beam_nifti.publish import read_info
 from beam_nifti.quantize import numpy_dtype
@@ -165,6 +165,7 @@ def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
     names = {
         *SCHEMA.names,
         *ENDS_SCHEMA.names,
+        *FRAME_SCHEMA.names,
         *info.features,
         *info.config,
         *info.manifest,
