@@ -267,9 +267,8 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
         differences = ["the format version"]
     if published.shape not in (None, inputs.shape):
         differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
-    frames = published.manifest.get("num_frames")
-    if frames and inputs.num_frames not in (None, frames):
-        differences.append(f"the first image had {frames} frames, now {inputs.num_frames}")
+    if published.num_frames and inputs.num_frames not in (None, published.num_frames):
+        differences.append(f"the first image had {published.num_frames} frames, now {inputs.num_frames}")
     if config.record.voxel_dtype == "native" and published.dtype != layout.dtype.name:
         differences.append(f"the first image had {published.dtype} voxels, now {layout.dtype.name}")
     known = published.manifest
@@ -300,7 +299,7 @@ def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manif
             table, _ = read_index(storage.join(config.output, shard.index))
         except (FileNotFoundError, ShardError):
             continue
-        frame = [name for name in FRAME_SCHEMA.names if "num_frames" in known]
+        frame = [name for name in FRAME_SCHEMA.names if published.num_frames]
         then = table.select(["row", "example_id", "source", "label", *frame]).to_pylist()
         now = manifest.rows([found["row"] - 1 for found in then])
         for found, image in zip(then, now, strict=True):

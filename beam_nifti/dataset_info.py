@@ -84,6 +84,11 @@ class DatasetInfo:
     format_version: int = FORMAT_VERSION
 
     @property
+    def num_frames(self) -> int | None:
+        """Frames of an image, where each became a record; else None."""
+        return self.manifest.get("num_frames")
+
+    @property
     def num_examples(self) -> int:
         """Records in all splits."""
         return sum(s.num_examples for s in self.splits.values())

@@ -140,7 +140,7 @@ def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | No
     # Where paths are the ids, failures.jsonl holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
     lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}
-    if frames := info.manifest.get("num_frames"):
+    if frames := info.num_frames:
         failed = failed_frames(failures, frames)
         lines = {frame_id(name, t): line for name, line in lines.items() for t in failed[line]}
     for wanted in (example_id, in_folder):

@@ -45,9 +45,9 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
                     f"{FILE_NAME}: shard {number} of split {split} is {shard.name} with "
                     f"{shard.index}, expected {expected} with {expected.index_file}"
                 )
-    num_rows, num_frames = info.manifest.get("num_rows"), info.manifest.get("num_frames", 1)
-    if info.num_examples + info.num_failures != num_rows * num_frames:
-        of_frames = f" of {num_frames} frames" if num_frames > 1 else ""
+    num_rows, num_frames = info.manifest.get("num_rows"), info.num_frames
+    if info.num_examples + info.num_failures != (num_rows or 0) * (num_frames or 1):
+        of_frames = f" of {num_frames} frames" if num_frames else ""
         yield (
             f"{FILE_NAME}: {info.num_examples} examples and {info.num_failures} failures do not make "
             f"the manifest's {num_rows} rows{of_frames}"

@@ -266,7 +266,7 @@ class _Verification:
         records = pa.concat_tables(self._rows)
         failures = self._read_failures(columns)
         rows = None if wanted is None else manifest_rows(wanted)
-        if rows is not None and (frames := info.manifest.get("num_frames")):
+        if rows is not None and (frames := info.num_frames):
             rows = frame_rows(rows, [range(frames)] * rows.num_rows)
         if columns.id is None and "participant_id" not in info.manifest["columns"]:
             # Paths are the ids then, and failures.jsonl holds them with the manifest's folder.
@@ -282,7 +282,7 @@ class _Verification:
     def _read_failures(self, columns: Columns) -> pa.Table:
         """Id, label and split of the volumes left out; without rows where they cannot be read."""
         path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
-        frames = self._info.manifest.get("num_frames")
+        frames = self._info.num_frames
         found, problem = no_rows(), None
         if storage.exists(path):
             try:

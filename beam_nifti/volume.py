@@ -166,14 +166,13 @@ def load_frames(
         content = image.read_all()
     size, frames = image.header.frame_bytes, image.header.num_frames
 
-    def contents(frame: int) -> Iterator[memoryview]:
-        for start in range(frame * size, len(content), frames * size):
-            yield content[start : start + size]
+    def of_frame(frame: int) -> Volume:
+        starts = range(frame * size, len(content), frames * size)
+        components = (content[start : start + size] for start in starts)
+        voxels = _join_components(components, image.header, layout, part)
+        return _volume(row.of_frame(frame), voxels, image, layout)
 
-    volumes = (_join_components(contents(t), image.header, layout, part) for t in row.frames)
-    return (
-        _volume(record, voxels, image, layout) for record, voxels in zip(row.records(), volumes, strict=True)
-    )
+    return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
 
 
 def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = None) -> VolumeHeader:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.config import RecordConfig, Sharding
-from beam_nifti.errors import OutputError, UsageError, VolumeError
+from beam_nifti.errors import DatasetError, OutputError, UsageError, VolumeError
 from beam_nifti.example import encode_volume
 from beam_nifti.extract import read_volume
 from beam_nifti.failures import failed_frames
@@ -181,7 +181,9 @@ def test_frames_of_other_formats(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"orientation": "RPS", "shape": (7, 4, 4)}], ids=["as is", "prepared"]
+    "options",
+    [{}, {"orientation": "RPS", "shape": (7, 4, 4)}, {"crop_foreground": "nonzero", "voxel_dtype": "native"}],
+    ids=["as is", "turned", "cropped"],
 )
 def test_a_dataset_of_frames_is_that_of_3d_images(
     manifest: Path, tmp_path: Path, options: dict[str, Any]
@@ -315,7 +317,7 @@ def test_a_frame_that_fails_leaves_the_others(damaged: Path, tmp_path: Path) -> 
     assert "7 frames where the first image has 5" in of_image["message"]
     assert "build images of other lengths apart" in of_image["message"]
     assert verify_dataset(str(output), manifest=str(damaged), deep=ALL).ok
-    with pytest.raises(Exception, match=r"'sub-1_frame-0003'; it was left out: Rescale: frames 1, 3"):
+    with pytest.raises(DatasetError, match=r"'sub-1_frame-0003'; it was left out: Rescale: frames 1, 3"):
         describe_record(str(output), "sub-1_frame-0003")
 
 
@@ -341,6 +343,22 @@ def test_the_failures_are_the_manifest_of_a_retry(damaged: Path, tmp_path: Path)
     build_each(failures, tmp_path / "retry")
     ids = [cells["example_id"] for cells in records_of(tmp_path / "retry")]
     assert ids == [f"sub-{i}_frame-{t:04d}" for i in (1, 2) for t in range(FRAMES)]
+
+
+@pytest.mark.parametrize("is_anonymous", [False, True])
+def test_frames_of_images_that_only_their_path_names(
+    damaged: Path, tmp_path: Path, is_anonymous: bool
+) -> None:
+    (damaged.parent / "paths.tsv").write_text("path\n" + "".join(f"{i}.nii.gz\n" for i in range(4)))
+    key = tmp_path / "key" if is_anonymous else None
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    manifest, output = damaged.parent / "paths.tsv", tmp_path / "out"
+    build_each(manifest, output, max_bad_fraction=0.5, anonymous_ids=key and str(key))
+    report = verify_dataset(str(output), manifest=str(manifest), anonymous_ids=key and str(key), deep=ALL)
+    assert (report.problems, report.num_deep) == ((), 3 * FRAMES - 2)
+    if not is_anonymous:
+        with pytest.raises(DatasetError, match="it was left out: Rescale"):
+            describe_record(str(output), "1.nii.gz_frame-0003")
 
 
 def test_damage_anywhere_in_the_file_is_found_before_the_first_frame(tmp_path: Path) -> None:
