@@ -43,7 +43,7 @@ from beam_nifti.publish import (
     remove_shards,
     take_summary,
 )
-from beam_nifti.sharding import ShardName, shard_ranges
+from beam_nifti.sharding import ShardName
 from beam_nifti.user_function import source_sha256
 from beam_nifti.volume import load_header, load_volume
 
@@ -63,12 +63,12 @@ class Estimate:
     """What a build would write.
 
     Attributes:
-        num_volumes: rows of the manifest that are not left out.
+        num_volumes: records, if no volume fails.
         num_shards: of all splits.
         num_bytes: of the shards, roughly.
-        examples_per_shard: rows of the largest shard.
+        examples_per_shard: volumes of the largest shard.
         shape: (X, Y, Z) or (X, Y, Z, C) of the first image's record.
-        splits: rows of each split.
+        splits: volumes of each split.
     """
 
     num_volumes: int
@@ -96,6 +96,11 @@ class _Inputs:
     header: VolumeHeader
     layout: RecordLayout
     shape: tuple[int, ...]
+
+    @property
+    def num_frames(self) -> int | None:
+        """`BuildPlan.num_frames`."""
+        return self.header.num_frames if self.layout.frame == "each" else None
 
 
 def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
@@ -140,12 +145,13 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     # Interpolated voxels, and a function's, pack like those of a float32 image.
     made_anew = config.record.spacing is not None or config.record.preprocess is not None
     itemsize, num_voxels = 4 if made_anew else layout.dtype.itemsize, math.prod(inputs.shape)
-    volume_bytes = num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
+    frames = inputs.num_frames or 1
+    image_bytes = frames * num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
         sharding = Sharding(**published.config["sharding"])
     if sharding is None:
-        sharding = default_sharding(num_voxels, itemsize, config.record)
+        sharding = default_sharding(num_voxels, itemsize, config.record, frames)
     config = replace(config, sharding=sharding, columns=manifest.columns)
     if published is None:
         _refuse_foreign(config)
@@ -163,16 +169,17 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         shape=None if config.allow_mixed_shapes else inputs.shape,
         source_dtype=inputs.header.dtype_name,
         loaded_dtype=layout.dtype.name,
-        unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
+        unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers),
         has_published=published is not None,
         reuse_published=not config.overwrite and _images_folder(published) == folder,
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
         key_check=manifest.key_check,
         num_skipped=manifest.num_skipped,
+        num_frames=inputs.num_frames,
     )
     each = record_bytes(num_voxels, itemsize, config.record)
-    ranges = [r for size in plan.split_sizes.values() for r in shard_ranges(size, sharding)]
+    ranges = [r for split in plan.split_sizes for r in plan.shard_ranges(split)]
     note = BuildNote(
         fingerprint=config.record.fingerprint,
         folder=folder,
@@ -188,12 +195,12 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         plan,
         note,
         Estimate(
-            num_volumes=plan.num_volumes,
+            num_volumes=plan.num_examples,
             num_shards=len(ranges),
-            num_bytes=round(plan.num_volumes * each),
+            num_bytes=round(plan.num_examples * each),
             examples_per_shard=max(map(len, ranges)),
             shape=inputs.shape,
-            splits=plan.split_sizes,
+            splits={split: frames * size for split, size in plan.split_sizes.items()},
         ),
     )
 
@@ -218,7 +225,8 @@ def _first_volume(
             layout = record_layout(row.path, header, config.record)
             shape = layout.stored_shape
             if shape is None:
-                volume = load_volume(row, manifest.folder, record=config.record)
+                of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
+                volume = load_volume(row, manifest.folder, record=of_one)
                 shape = prepare_volume(volume, config.record).voxels.shape
             return header, layout, shape
         except VolumeError as e:
@@ -267,6 +275,8 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
         differences = ["the format version"]
     if published.shape not in (None, inputs.shape):
         differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
+    if published.num_frames and inputs.num_frames not in (None, published.num_frames):
+        differences.append(f"the first image had {published.num_frames} frames, now {inputs.num_frames}")
     if config.record.voxel_dtype == "native" and published.dtype != layout.dtype.name:
         differences.append(f"the first image had {published.dtype} voxels, now {layout.dtype.name}")
     known = published.manifest
@@ -315,9 +325,11 @@ def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manif
             table, _ = read_index(storage.join(config.output, shard.index))
         except (FileNotFoundError, ShardError):
             continue
-        then = table.select(["row", "example_id", "source", "label"]).to_pylist()
+        frame = ["frame"] if published.num_frames else []
+        then = table.select(["row", "example_id", "source", "label", *frame]).to_pylist()
         now = manifest.rows([found["row"] - 1 for found in then])
-        for found, row in zip(then, now, strict=True):
+        for found, image in zip(then, now, strict=True):
+            row = image.of_frame(found["frame"]) if frame else image
             was = (found["example_id"], found["source"], found["label"])
             if was != (row.example_id, row.source, row.label):
                 return f"row {row.row} was {was}, now {(row.example_id, row.source, row.label)}"

@@ -151,7 +151,7 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     from beam_nifti.build import run_build
     from beam_nifti.publish import TooManyFailures
 
-    progress = _progress(engine, plan.num_volumes, "volume", quiet=quiet)
+    progress = _progress(engine, plan.num_examples, "volume", quiet=quiet)
     noise = io.StringIO()
     try:
         with progress, _set_aside(noise, engine):
@@ -280,6 +280,7 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
         if not options.json:
             _print_skipped(num_skipped)
     is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
+    is_mixed |= len(report["frames"]) > 1  # images of another length than the first one's are left out
     return FAILED if report["num_bad"] or is_mixed else SUCCESS
 
 

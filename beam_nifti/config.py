@@ -24,7 +24,7 @@ SELECTIONS: Final = ("nonzero", "above:T", "mask")
 """Which voxels: those that are not 0, those above T in the image's units, or those that the mask labels."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
-FRAMES: Final = ("all", "first", "mean", "INDEX")
+FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
 
 MASK_DTYPES: Final = ("uint8", "uint16")
@@ -126,8 +126,8 @@ class RecordConfig:
             "native" stores them as in the file, and the reader rescales.
         compression: "gzip" (one member a record) or "none".
         compression_level: igzip level, 0 (fastest) to 3.
-        frames: "all" makes the time axis of a 4-D image the record's last axis; "first", "mean" and a number,
-            from 0, make one volume of it; None refuses 4-D images.
+        frames: "all" makes the time axis of a 4-D image the record's last axis; "each" makes a record of
+            every frame; "first", "mean" and a number, from 0, make one volume of it; None refuses 4-D images.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
         rescale_within: which voxels tell what `rescale` asks of a volume: "nonzero"; "above:T", those
             above T in the image's units; "mask", those that the mask labels; None means all of them.
@@ -191,10 +191,17 @@ class RecordConfig:
         _check_preparation(self)
 
     def _check_frames(self) -> None:
-        if self.frames is not None and not re.fullmatch(r"all|first|mean|0|[1-9]\d{0,8}", self.frames, re.A):
+        if self.frames is not None and not re.fullmatch(
+            r"all|each|first|mean|0|[1-9]\d{0,8}", self.frames, re.A
+        ):
             raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
         if self.frames == "0":
             object.__setattr__(self, "frames", "first")
+        if self.frames == "each" and self.channels is not None:
+            raise UsageError(
+                "--frames each makes examples of the frames of one image, and --path-column names several; "
+                "choose frames with --frames first, mean or a number"
+            )
         if self.complex is not None:
             _choose("--complex", self.complex, COMPLEX_PARTS)
         computed = "--frames mean" if self.frames == "mean" else self.complex and f"--complex {self.complex}"

@@ -58,7 +58,8 @@ class DatasetInfo:
 
     Attributes:
         config: what decided its content (`BuildConfig.as_dataset_config`).
-        manifest: path, digest, num_rows and columns of the manifest.
+        manifest: path, digest, num_rows and columns of the manifest; num_frames where each frame of its
+            images became a record.
         shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
         dtype: of the stored voxels, such as "float32".
         labelled: whether the manifest had labels; without, every `label` is NaN.
@@ -85,6 +86,11 @@ class DatasetInfo:
     revision: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of an image, where each became a record; else None."""
+        return self.manifest.get("num_frames")
 
     @property
     def num_examples(self) -> int:

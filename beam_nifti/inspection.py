@@ -18,9 +18,10 @@ from beam_nifti import storage
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
 from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError
+from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column, read_index
 from beam_nifti.labels import comparable
-from beam_nifti.manifest import read_manifest
+from beam_nifti.manifest import frame_id, read_manifest
 from beam_nifti.publish import read_info
 
 _STATISTICS: Final = ("min", "max", "mean")
@@ -147,10 +148,13 @@ def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | No
     failures = read_manifest(storage.join(output, FAILURES_FILE), Columns(**info.config["columns"]))
     # Where paths are the ids, failures.jsonl holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
+    lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}
+    if frames := info.num_frames:
+        failed = failed_frames(failures, frames)
+        lines = {frame_id(name, t): line for name, line in lines.items() for t in failed[line]}
     for wanted in (example_id, in_folder):
-        at = pc.index(failures.ids, wanted).as_py()
-        if at >= 0:
-            cells = failures.table.slice(at, 1).to_pylist()[0]
+        if wanted in lines:
+            cells = failures.table.slice(lines[wanted], 1).to_pylist()[0]
             return f"{cells['stage']}: {cells['message']} (see {FAILURES_FILE})"
     return None
 
@@ -312,8 +316,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
     yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
+    of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
     skipped = f", {manifest['num_skipped']:,} skipped without a label" if "num_skipped" in manifest else ""
-    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{skipped}{anonymous})"
+    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{of_frames}{skipped}{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 

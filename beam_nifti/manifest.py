@@ -41,13 +41,16 @@ class VolumeRow:
         participant_id: "" where the manifest has none.
         session_id: "" where the manifest has none.
         split: such as "train".
-        position: 0-based place in its split.
+        position: 0-based place in its split; of the first of its records where there are several.
         extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
         shard: file name of the shard that it belongs to.
         unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
         further: the other files of the example, as the manifest says them: its further images, then its mask.
         pseudonyms: what is written in the place of each of its paths; none where those are written.
         labels: name and value of each label that has a feature of its own.
+        num_frames: frames of the image, where each becomes a record; None where the image is one.
+        wanted: those of them, from 0, whose records are still to be made; None for all.
+        frame: the one of them that this record is of; None where it is not of one.
     """
 
     row: int
@@ -64,6 +67,9 @@ class VolumeRow:
     further: tuple[str, ...] = ()
     pseudonyms: tuple[str, ...] = ()
     labels: tuple[tuple[str, LabelValue], ...] = ()
+    num_frames: int | None = None
+    wanted: tuple[int, ...] | None = None
+    frame: int | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -74,6 +80,47 @@ class VolumeRow:
     def source(self) -> str:
         """What is written of where the image is."""
         return self.pseudonyms[0] if self.pseudonyms else self.path
+
+    @property
+    def image_id(self) -> str:
+        """What names the image in the manifest, also where the example is one of its frames."""
+        return (
+            self.example_id if self.frame is None else self.example_id.removesuffix(frame_id("", self.frame))
+        )
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Whose records are still to be made; 0 where the image is one record."""
+        return range(self.num_frames or 1) if self.wanted is None else self.wanted
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the records that are still to be made, in their split."""
+        return [self.position + frame for frame in self.frames]
+
+    def of_frame(self, frame: int) -> VolumeRow:
+        """The row of one frame's record.
+
+        >>> VolumeRow(1, "sub-01", "bold.nii", position=20, num_frames=10).of_frame(3).example_id
+        'sub-01_frame-0003'
+        """
+        return dataclasses.replace(
+            self,
+            example_id=frame_id(self.example_id, frame),
+            position=self.position + frame,
+            num_frames=None,
+            wanted=None,
+            frame=frame,
+        )
+
+    def records(self) -> list[VolumeRow]:
+        """A row for each record that is still to be made, in the order of their positions."""
+        return [self] if self.num_frames is None else [self.of_frame(frame) for frame in self.frames]
+
+
+def frame_id(image_id: str, frame: int) -> str:
+    """The example id of a frame of an image."""
+    return f"{image_id}_frame-{frame:04d}"
 
 
 @dataclass(frozen=True)
@@ -141,9 +188,14 @@ class Manifest:
         return np.flatnonzero(mask)
 
     def rows(
-        self, indices: Sequence[int], first_position: int = 0, shard: str = "", unit: int = 0
+        self,
+        indices: Sequence[int],
+        first_position: int = 0,
+        shard: str = "",
+        unit: int = 0,
+        num_frames: int | None = None,
     ) -> list[VolumeRow]:
-        """The rows at `indices`, at consecutive positions of their split."""
+        """The rows at `indices`, whose records have consecutive positions of their split."""
         take = pa.array(indices, pa.int64())
         part = self.table.take(take)
         paths, *further = (column.take(take).to_pylist() for column in self.paths.values())
@@ -168,13 +220,14 @@ class Manifest:
                 participant_id=participants[i],
                 session_id=sessions[i],
                 split=splits[i],
-                position=first_position + i,
+                position=first_position + i * (num_frames or 1),
                 extras=extras[i] if extras else (),
                 shard=shard,
                 unit=unit,
                 further=others[i] if others else (),
                 pseudonyms=pseudonyms[i] if pseudonyms else (),
                 labels=labels[i] if labels else (),
+                num_frames=num_frames,
             )
             for i, index in enumerate(indices)
         ]

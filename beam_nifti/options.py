@@ -278,7 +278,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--examples-per-shard",
         type=int,
         metavar="N",
-        help="default: from the first image's header, for shards of 128 to 256 MB",
+        help="at most; with --frames each as many whole images as that allows, at least one; default: from "
+        "the first image's header, for shards of 128 to 256 MB",
     )
     size.add_argument("--num-shards", type=int, metavar="N", help="shards of each split")
     shards.add_argument(
@@ -305,7 +306,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         default=0.0,
         metavar="F",
-        help="complete the dataset if at most this fraction of the volumes failed; default: 0",
+        help="complete the dataset if at most this fraction of the volumes failed, with --frames each of all "
+        "frames; default: 0",
     )
     run.add_argument("--overwrite", action="store_true", help="replace a dataset of another making")
     run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
@@ -424,8 +426,9 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
     voxels.add_argument(
         "--frames",
         metavar="|".join(FRAMES),
-        help="of 4-D images; all: every frame, as the channels of one record; first, or a number from 0: one "
-        "of them; mean: their mean; default: 4-D images are refused",
+        help="of 4-D images; all: every frame, as the channels of one record; each: every frame, as an "
+        "example of its own, ID_frame-0000 and on; first, or a number from 0: one of them; mean: their mean; "
+        "default: 4-D images are refused",
     )
     voxels.add_argument(
         "--complex",

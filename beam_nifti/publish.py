@@ -101,7 +101,7 @@ def publish_dataset(
     Args:
         plan: of the build.
         shards: every shard, in any order.
-        failures: every volume left out, in any order.
+        failures: every volume, or image whose frames are the volumes, that was left out, in any order.
         mask_labels: those of all masks.
 
     Raises:
@@ -111,17 +111,17 @@ def publish_dataset(
     by_place = {(n.split, n.index): s for s in shards if (n := ShardName.parse(s.name))}
     splits = {split: [(split, i) for i in range(total)] for split, total in plan.shard_totals().items()}
     missing = {place for places in splits.values() for place in places} - by_place.keys()
-    num_written = sum(s.num_examples for s in shards)
-    if missing or num_written + len(failures) != plan.num_volumes:
+    num_written, num_failed = sum(s.num_examples for s in shards), sum(len(f.row.positions) for f in failures)
+    if missing or num_written + num_failed != plan.num_examples:
         raise ShardError(
-            f"{len(missing)} shards are missing, and {num_written} records and {len(failures)} failures "
-            f"do not make {plan.num_volumes} rows; run the build again"
+            f"{len(missing)} shards are missing, and {num_written} records and {num_failed} failures "
+            f"do not make {plan.num_examples} volumes; run the build again"
         )
-    complete = len(failures) <= config.max_bad_fraction * plan.num_volumes
+    complete = num_failed <= config.max_bad_fraction * plan.num_examples
     published = find_info(config.output)
     summary = BuildSummary(
         num_written=num_written,
-        num_failed=len(failures),
+        num_failed=num_failed,
         num_bytes=sum(s.num_bytes for s in shards),
         num_shards=len(shards),
         complete=complete,
@@ -138,6 +138,7 @@ def publish_dataset(
             "digest": plan.digest,
             "columns": list(plan.column_names),
             **({"num_skipped": plan.num_skipped} if plan.num_skipped else {}),
+            **({"num_frames": plan.num_frames} if plan.num_frames else {}),
             **({"key_check": plan.key_check} if plan.key_check else {}),
         },
         shape=plan.shape,
@@ -148,7 +149,7 @@ def publish_dataset(
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },
         labels=config.record.labels or (),
-        num_failures=len(failures),
+        num_failures=num_failed,
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         revision=plan.revision,
         versions={name: metadata.version(name) for name in ("beam-nifti", *VERSIONED)},

@@ -24,9 +24,9 @@ from beam_nifti.example import (
 from beam_nifti.header import COLOURS
 from beam_nifti.index import extra_column
 from beam_nifti.intensity import rescale_voxels
+from beam_nifti.label_map import labels_of
 from beam_nifti.labels import LabelValue, label_of, number_of
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.mask import labels_of
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.rescale import Ends, Intensity, Scaling
 from beam_nifti.volume import load_volume, rescale_volume
@@ -294,6 +294,8 @@ def check_source(
         config: that the record was made with.
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
+    if config.frames == "each":
+        config = replace(config, frames=str(cells["frame"]))
     try:
         volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
     except VolumeError as e:

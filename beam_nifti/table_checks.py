@@ -5,6 +5,7 @@ Every check takes what was read and yields a sentence a problem.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, Shard
 from beam_nifti.example import label_feature
 from beam_nifti.index import extra_column, schema_of
 from beam_nifti.labels import comparable
-from beam_nifti.manifest import Manifest
+from beam_nifti.manifest import Manifest, frame_id
 from beam_nifti.sharding import ShardName
 
 _SHOWN: Final = 3
@@ -46,12 +47,14 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
                     f"{FILE_NAME}: shard {number} of split {split} is {shard.name} with "
                     f"{shard.index}, expected {expected} with {expected.index_file}"
                 )
-    num_rows = info.manifest.get("num_rows")
-    if info.num_examples + info.num_failures + info.num_skipped != num_rows:
-        skipped = f" and {info.num_skipped} rows without a label" if info.num_skipped else ""
+    num_rows, num_frames = info.manifest.get("num_rows"), info.num_frames
+    wanted = ((num_rows or 0) - info.num_skipped) * (num_frames or 1)
+    if info.num_examples + info.num_failures != wanted:
+        of_frames = f" of {num_frames} frames" if num_frames else ""
+        skipped = f", {info.num_skipped} without a label" if info.num_skipped else ""
         yield (
-            f"{FILE_NAME}: {info.num_examples} examples and {info.num_failures} failures{skipped} do not "
-            f"make the manifest's {num_rows} rows"
+            f"{FILE_NAME}: {info.num_examples} examples and {info.num_failures} failures do not make "
+            f"the manifest's {num_rows} rows{of_frames}{skipped}"
         )
 
 
@@ -149,6 +152,14 @@ def manifest_rows(manifest: Manifest, record: RecordConfig) -> pa.Table:
         columns = [pa.array(numbers, from_pandas=True)]  # null where there is none, as in the index
     rows = pa.table([manifest.ids, *columns, manifest.splits], schema=no_rows(record).schema)
     return rows.filter(rows["split"].is_valid())
+
+
+def frame_rows(rows: pa.Table, frames: Sequence[Sequence[int]]) -> pa.Table:
+    """A row for each of these frames of each image: id, label and split of its record."""
+    counts = [len(numbers) for numbers in frames]
+    repeated = rows.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
+    ids = map(frame_id, repeated["id"].to_pylist(), itertools.chain.from_iterable(frames))
+    return repeated.set_column(0, "id", pa.array(ids, pa.string()))
 
 
 def relative_ids(rows: pa.Table, folder: str) -> pa.Table:

@@ -185,7 +185,7 @@ def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
 def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
     info = read_info(str(folder / "cohort/dataset"))
     names = {
-        *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8")).names,
+        *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8", frames="each")).names,
         *info.features,
         *info.config,
         *info.manifest,

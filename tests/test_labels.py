@@ -457,7 +457,7 @@ def test_skipped_rows_are_counted_and_no_failures(folder: Path, tmp_path: Path) 
     assert build(manifest, tmp_path / "out", columns=columns).read == set()
     edit_info(tmp_path / "out", lambda facts: facts["manifest"].update(num_skipped=2))
     (problem,) = verify_dataset(str(tmp_path / "out")).problems
-    assert "4 examples and 0 failures and 2 rows without a label do not make the manifest's 5 rows" in problem
+    assert "4 examples and 0 failures do not make the manifest's 5 rows, 2 without a label" in problem
 
 
 def test_the_command_says_what_labels_are_and_what_is_skipped(
