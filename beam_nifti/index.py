@@ -116,12 +116,15 @@ def row_cells(row: VolumeRow, extra_columns: Sequence[str]) -> dict[str, object]
     }
 
 
-def make_table(entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Sequence[str]) -> pa.Table:
+def make_table(
+    entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Sequence[str], has_ends: bool = False
+) -> pa.Table:
     """The index of some records.
 
     Args:
         entries: entry, offset and length in bytes, in the order of the file.
         extra_columns: names of the manifest's further columns.
+        has_ends: as for `schema_of`.
     """
     rows = [
         {
@@ -143,7 +146,6 @@ def make_table(entries: Sequence[tuple[IndexEntry, int, int]], extra_columns: Se
         }
         for e, offset, length in entries
     ]
-    has_ends = any(e.ends for e, _, _ in entries)
     return pa.Table.from_pylist(rows, schema=schema_of(extra_columns, has_ends))
 
 
@@ -152,7 +154,7 @@ def schema_of(extra_columns: Sequence[str], has_ends: bool = False) -> pa.Schema
 
     Args:
         extra_columns: names of the manifest's further columns.
-        has_ends: whether any of its records has the features of ENDS_SCHEMA.
+        has_ends: whether records have the features of ENDS_SCHEMA: `RecordConfig.has_ends`.
     """
     ends = ENDS_SCHEMA if has_ends else ()
     return pa.schema([*SCHEMA, *ends, *((extra_column(c), pa.string()) for c in extra_columns)])

@@ -33,6 +33,7 @@ def merge_parts(
     fingerprint: str,
     extra_columns: Sequence[str],
     folder: str,
+    has_ends: bool = False,
 ) -> ShardInfo:
     """Merge parts into a finished shard, in the order of positions, and write the shard's index.
 
@@ -47,11 +48,12 @@ def merge_parts(
         fingerprint: of the configuration that made the records.
         extra_columns: names of the manifest's further columns.
         folder: `parts_folder` of the shard.
+        has_ends: `RecordConfig.has_ends`.
 
     Raises:
         ShardError: the parts do not hold exactly the expected positions.
     """
-    merge = _Merge(output, name, expected, _joined(parts), fingerprint, extra_columns, folder)
+    merge = _Merge(output, name, expected, _joined(parts), fingerprint, extra_columns, folder, has_ends)
     try:
         return merge.run()
     except FileNotFoundError:
@@ -70,6 +72,7 @@ class _Merge:
     fingerprint: str
     extra_columns: Sequence[str]
     folder: str
+    has_ends: bool
 
     def run(self) -> ShardInfo:
         name, target = self.name, self._at(self.name)
@@ -109,7 +112,8 @@ class _Merge:
         return Part(storage.join(self.output, str(name)), storage.join(self.output, name.index_file))
 
     def _select(self, parts: Sequence[Part]) -> _Records:
-        return _select(parts, self.expected, self.name, self.extra_columns)
+        schema = schema_of(self.extra_columns, self.has_ends)
+        return _select(parts, self.expected, self.name, schema)
 
     def _finished(self, records: _Records) -> dict[str, str] | None:
         """What is known of the shard if another attempt at this merge has written it."""
@@ -176,19 +180,14 @@ class _Records:
     facts: dict[str, dict[str, str]]
 
 
-def _select(
-    parts: Sequence[Part], expected: Collection[int], name: ShardName, extra_columns: Sequence[str]
-) -> _Records:
+def _select(parts: Sequence[Part], expected: Collection[int], name: ShardName, schema: pa.Schema) -> _Records:
     tables, facts = [], {}
     for part in parts:
         table, facts[part.data] = read_index(part.index)
         if part.positions is not None:
             table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
         tables.append(table.replace_schema_metadata())
-    # One without rows may lack columns that the others have.
-    filled = [table for table in tables if table.num_rows]
-    has_ends = any("rescale_low" in table.column_names for table in filled)
-    merged = pa.concat_tables([schema_of(extra_columns, has_ends).empty_table(), *filled])
+    merged = pa.concat_tables([schema.empty_table(), *tables])
     part_numbers = np.repeat(np.arange(len(parts)), [table.num_rows for table in tables])
     positions = merged["position"].to_numpy()
     order = np.argsort(positions, kind="stable")  # of a position that several parts hold, the first part's

@@ -69,12 +69,20 @@ class PartWriter:
         extra_columns: names of the manifest's further columns.
         is_shard: whether the part will be a whole shard, which is then published as it is, without being
             read again for its sha256.
+        has_ends: `RecordConfig.has_ends`.
     """
 
-    def __init__(self, folder: str, first: int, extra_columns: Sequence[str], is_shard: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str,
+        first: int,
+        extra_columns: Sequence[str],
+        is_shard: bool = False,
+        has_ends: bool = False,
+    ) -> None:
         # Attempts may overlap when a runner retries, so each writes under a name of its own.
         self._stem = storage.join(folder, f"{first:010d}-{uuid.uuid4().hex}")
-        self._extra_columns = extra_columns
+        self._extra_columns, self._has_ends = extra_columns, has_ends
         self._entries: list[tuple[IndexEntry, int, int]] = []
         self._offset = 0
         self._hasher = hashlib.sha256() if is_shard else None
@@ -96,7 +104,7 @@ class PartWriter:
         self._opened.__exit__(None, None, None)
         part = part_at(self._stem)
         facts = file_facts(self._hasher.hexdigest(), self._offset) if self._hasher else {}
-        write_index(part.index, make_table(self._entries, self._extra_columns), facts)
+        write_index(part.index, make_table(self._entries, self._extra_columns, self._has_ends), facts)
         return part
 
 

@@ -291,7 +291,7 @@ class WriteParts(beam.DoFn):
         assert name is not None
         folder = parts_folder(self._root, self._config.fingerprint, name.split, name.index)
         is_shard = row.unit == WHOLE_SHARD
-        self._open = PartWriter(folder, row.position, self._extra_columns, is_shard)
+        self._open = PartWriter(folder, row.position, self._extra_columns, is_shard, self._config.has_ends)
         self._unit = (row.shard, row.unit)
 
     def _close(self) -> Iterator[tuple[str, Part]]:
@@ -312,7 +312,7 @@ class CommitShards(beam.DoFn):
         identity: str | None = None,
     ) -> None:
         self._output, self._root, self._fingerprint = output, root, config.fingerprint
-        self._extra_columns, self._identity = extra_columns, identity
+        self._extra_columns, self._has_ends, self._identity = extra_columns, config.has_ends, identity
         self._msec = Metrics.distribution(type(self), "commit-msec")
         self._committed = Metrics.counter(type(self), "shards-committed")
 
@@ -334,6 +334,7 @@ class CommitShards(beam.DoFn):
                 self._fingerprint,
                 self._extra_columns,
                 parts_folder(self._root, self._fingerprint, name.split, name.index),
+                self._has_ends,
             )
         self._committed.inc()
         yield ShardOutcome(info, tuple(failures.values()))

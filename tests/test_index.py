@@ -69,6 +69,11 @@ def test_an_index_without_records_has_all_columns(tmp_path: Path) -> None:
     assert facts == {}
     assert table.schema.equals(schema_of(["site"]))
     assert table.num_rows == 0
+    assert make_table([], ["site"], has_ends=True).column_names[-3:] == [
+        "rescale_low",
+        "rescale_high",
+        "site",
+    ]
 
 
 def test_pandas_reads_it(tmp_path: Path, entry: IndexEntry) -> None:

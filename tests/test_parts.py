@@ -250,7 +250,8 @@ def test_missing_and_surplus_records_are_refused(place: Place, positions: list[i
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_shard_without_records_is_a_readable_file(place: Place, compressed: bool) -> None:
     name = replace(SHARD, compressed=compressed)
-    info = merge_parts(str(place.output), name, (), (), FINGERPRINT, (), str(place.parts))
+    info = merge_parts(str(place.output), name, (), (), FINGERPRINT, (), str(place.parts), has_ends=True)
+    assert "rescale_low" in read_index(str(place.output / name.index_file))[0].column_names
     written = (place.output / str(name)).read_bytes()
     assert (gzip.decompress(written) if compressed else written) == b""
     assert bool(written) == compressed  # an empty file is no gzip file
