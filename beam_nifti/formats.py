@@ -14,6 +14,7 @@ from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from beam_nifti.errors import VolumeError
 from beam_nifti.header import PADDING_BYTES, VolumeHeader
+from beam_nifti.image_names import HALF
 from beam_nifti.rescale import Scaling
 
 HEAD_BYTES: Final = 544
@@ -122,7 +123,7 @@ def _header_class(name: str, head: bytes) -> Any:
     for magic, what in _OTHER_FORMATS.items():
         if head.startswith(magic):
             raise VolumeError(f"{name}: {what}")
-    if name.lower().endswith((".img", ".img.gz", ".img.bz2", ".img.zst")):
+    if (match := HALF.fullmatch(name)) and match["half"].lower() == "img":
         raise VolumeError(f"{name}: voxels without their header; copy the .hdr file beside them")
     if len(head) < 348:
         raise VolumeError(f"{name}: {len(head)} bytes are less than a NIfTI header; copy it again")

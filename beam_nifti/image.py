@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO, Final
 
@@ -14,6 +13,7 @@ from beam_nifti import storage
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import HEAD_BYTES
 from beam_nifti.header import VolumeHeader
+from beam_nifti.image_names import HALF, PACKED
 from beam_nifti.packing import Bytes, Unpacker, fill, packing_of, unpacked_head
 
 ReadHeader = Callable[[bytes], VolumeHeader]
@@ -30,8 +30,6 @@ _LARGEST_HALF: Final = 1 << 20
 _LARGEST_HEADER: Final = 64 << 20
 """Bytes of a header and its extensions."""
 
-_HALF = re.compile(r"(?P<stem>.+\.)(?P<half>hdr|img)(?P<packed>|\.gz|\.bz2|\.zst)", re.I | re.S)
-
 
 def image_files(path: str) -> tuple[str, ...]:
     """The files of an image: its one, or the header and the voxels of a pair, whichever of them is named.
@@ -42,14 +40,14 @@ def image_files(path: str) -> tuple[str, ...]:
     Raises:
         OSError: the path cannot be reached.
     """
-    match = _HALF.fullmatch(path)
+    match = HALF.fullmatch(path)
     if match is None:
         return (path,)
     half, packed = match["half"], match["packed"]
     is_header = half.lower() == "hdr"
     other = "img" if is_header else "hdr"
     stem = match["stem"] + (other.upper() if half.isupper() else other)
-    for ending in dict.fromkeys((packed, "", ".gz", ".bz2", ".zst")):
+    for ending in dict.fromkeys((packed, "", *PACKED)):
         with contextlib.suppress(FileNotFoundError):
             storage.stat(stem + ending)
             return (path, stem + ending) if is_header else (stem + ending, path)
@@ -102,7 +100,7 @@ def _check_pair(name: str, files: tuple[str, ...], header: VolumeHeader) -> None
         raise VolumeError(
             f"{name}: its .hdr file is a whole image and no header of an .img file; repair its name: .nii"
         )
-    if header.is_analyze and (match := _HALF.fullmatch(files[0])):
+    if header.is_analyze and (match := HALF.fullmatch(files[0])):
         with _reading(name):
             found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
         if found:
