@@ -130,7 +130,8 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
                 handle, stat = storage.open_with_stat(file)
                 opened.append((stack.enter_context(handle), stat))
         header = _read_half(name, *opened[0], parse) if len(opened) > 1 else None
-        image = Image(name, handle, stat.size, _joined([s for _, s in opened]), parse, header)
+        named_packed = files[-1].lower().endswith(PACKED)
+        image = Image(name, handle, stat.size, _joined([s for _, s in opened]), parse, header, named_packed)
         _check_pair(name, files, image.header)
         yield image
 
@@ -156,6 +157,8 @@ class Image:
         source: size and time of all its files.
         parse: as for `read_header`.
         header: of a pair; None where it stands before the voxels.
+        named_packed: whether the name of that file says that it is packed. Of a pair it decides, as nothing
+            but its size tells whether bytes are voxels.
 
     Attributes:
         source: size and time of all its files.
@@ -170,6 +173,7 @@ class Image:
         source: storage.Stat,
         parse: ReadHeader,
         header: VolumeHeader | None,
+        named_packed: bool = False,
     ) -> None:
         self.source = source
         self._name, self._handle, self._size = name, handle, size
@@ -179,7 +183,9 @@ class Image:
         self._unpacker: Unpacker | None = None
         if header is not None:
             self.header = header
-            if self._packing and self._size == self._promised:
+            if named_packed and self._packing is None:
+                raise VolumeError(f"{name}: its .img file is not packed as its name says; copy it again")
+            if not named_packed and self._size == self._promised:
                 self._packing = None  # voxels may happen to begin like a packed file
         elif self._packing and not self._is_large:
             self._unpacker = Unpacker(name, self._data, self._packing)

@@ -18,7 +18,7 @@ Bytes = bytes | memoryview
 _BLOCKS_HEAD_BYTES: Final = 1 << 20
 """`Packing.head_bytes` where blocks are unpacked as a whole; those of bzip2 have up to 900 kB."""
 
-_SCRATCH_BYTES: Final = 1 << 20
+_SCRATCH_BYTES: Final = 1 << 16
 _DEFLATE_RATIO: Final = 1032
 """No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
 

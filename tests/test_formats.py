@@ -226,6 +226,18 @@ def test_voxels_that_begin_like_a_packed_file_are_voxels(tmp_path: Path) -> None
         assert np.array_equal(load_volume(row_of(path)).voxels, voxels)
 
 
+def test_voxels_that_are_named_packed_and_are_not_are_refused(tmp_path: Path) -> None:
+    """Damage to its first bytes makes of a packed file something that may have the size of the voxels."""
+    for packed in (".gz", ".bz2", ".zst"):
+        data = PACK[packed](brain().tobytes(order="F"))
+        path = pair(tmp_path, brain().ravel()[: len(data) // 2].reshape(1, 1, -1), packed)
+        (tmp_path / f"a.img{packed}").write_bytes(b"xx" + data[2:])
+        with pytest.raises(
+            VolumeError, match=r"its \.img file is not packed as its name says; copy it again"
+        ):
+            load_volume(row_of(path))
+
+
 def test_a_single_file_may_be_called_img(tmp_path: Path) -> None:
     for name in ("a.img", "b.hdr", "c.anything"):
         (tmp_path / name).write_bytes(nifti_bytes(brain()))
