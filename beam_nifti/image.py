@@ -157,8 +157,8 @@ class Image:
         source: size and time of all its files.
         parse: as for `read_header`.
         header: of a pair; None where it stands before the voxels.
-        named_packed: whether the name of that file says that it is packed. Of a pair it decides, as nothing
-            but its size tells whether bytes are voxels.
+        named_packed: whether the name of that file says that it is packed: that of a pair has to be, as
+            nothing else would tell damage to its first bytes from voxels.
 
     Attributes:
         source: size and time of all its files.
@@ -173,7 +173,7 @@ class Image:
         source: storage.Stat,
         parse: ReadHeader,
         header: VolumeHeader | None,
-        named_packed: bool = False,
+        named_packed: bool,
     ) -> None:
         self.source = source
         self._name, self._handle, self._size = name, handle, size
