@@ -56,10 +56,22 @@ PACK: dict[str, Callable[[bytes, int], bytes]] = {
     ".bz2": lambda data, level: bz2.compress(data, max(1, level)),
     ".zst": lambda data, level: zstandard.ZstdCompressor(level, write_checksum=level > 0).compress(data),
 }
+
+
+def unpack_zstd(data: bytes) -> bytes:
+    """What all frames of a file hold."""
+    content = b""
+    while data.strip(b"\0"):
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        content += frame.decompress(data)
+        data = frame.unused_data
+    return content
+
+
 UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
     ".bz2": bz2.decompress,
-    ".zst": lambda data: zstandard.ZstdDecompressor().decompressobj().decompress(data),
+    ".zst": unpack_zstd,
 }
 _SHORTS = [0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 64, 128, 255, 256, 348, 512, 540, 768, 1024, 2304, 32767, -32768]
 _INTEGERS = [*_SHORTS, 2**31 - 1, -(2**31)]
