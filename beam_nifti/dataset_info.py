@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
-from beam_nifti.config import FORMAT_VERSION
+from beam_nifti.config import FORMAT_VERSION, RecordConfig
 from beam_nifti.errors import DatasetError
 
 FILE_NAME: Final = "dataset_info.json"
@@ -98,6 +98,16 @@ class DatasetInfo:
     def shards(self) -> tuple[ShardInfo, ...]:
         """The shards of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
+
+    @property
+    def record_config(self) -> RecordConfig:
+        """The part of `config` that decided the records' bytes.
+
+        Raises:
+            UsageError: it is not one that this version knows.
+        """
+        known = {f.name for f in fields(RecordConfig)}
+        return RecordConfig(**{k: v for k, v in self.config.items() if k in known})
 
     def split(self, name: str) -> SplitInfo:
         """A split by name.

@@ -81,6 +81,10 @@ class Gcs(Store):
     def open(self, path: str, head: int | None = None) -> Reader:
         return _Reader(self, path, head)
 
+    def get_range(self, path: str, start: int, length: int) -> bytes:
+        blob = self.blob(path)
+        return self.attempt(path, lambda: _download(blob, start, length))
+
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
         blob = self.blob(path)
         condition = None if version is None else int(version or 0)
@@ -133,6 +137,24 @@ def _mtime(blob: Any) -> float:
     return int(blob.generation) / 1e6
 
 
+def _download(blob: Any, start: int, length: int, generation: int | None = None) -> bytes:
+    """Bytes of an object; fewer where it ends before."""
+    from google.api_core.exceptions import RequestRangeNotSatisfiable
+
+    try:
+        data: bytes = blob.download_as_bytes(
+            start=start,
+            end=start + length - 1,
+            raw_download=True,  # or what is stored as gzip would be unpacked on the way
+            checksum=None,  # the server knows only that of the whole
+            if_generation_match=generation,
+            retry=None,
+        )
+    except RequestRangeNotSatisfiable:
+        return b""  # the object ends before the first of them
+    return data
+
+
 class _Reader(Reader):
     """A GET for each window of the object, most often the only one."""
 
@@ -151,19 +173,7 @@ class _Reader(Reader):
         self.generation, self.mtime = int(self._blob.generation), _mtime(self._blob)
 
     def _request(self, start: int, length: int) -> None:
-        from google.api_core.exceptions import RequestRangeNotSatisfiable
-
-        try:
-            self._window = self._blob.download_as_bytes(
-                start=start,
-                end=start + length - 1,
-                raw_download=True,  # or what is stored as gzip would be unpacked on the way
-                checksum=None,  # the server knows only that of the whole
-                if_generation_match=self.generation,
-                retry=None,
-            )
-        except RequestRangeNotSatisfiable:
-            self._window = b""  # an empty object has no first byte
+        self._window = _download(self._blob, start, length, self.generation)
         self._start = start
 
     def _from_position(self) -> bytes:

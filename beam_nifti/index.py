@@ -201,12 +201,15 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:
     storage.write(path, sink.getvalue())
 
 
-def read_index(path: str, positions: range | None = None) -> tuple[pa.Table, dict[str, str]]:
+def read_index(
+    path: str, positions: range | None = None, columns: Sequence[str] | None = None
+) -> tuple[pa.Table, dict[str, str]]:
     """An index and the facts about the file that it describes.
 
     Args:
         path: of the index.
         positions: in whose neighbourhood the records are wanted, with some others; None means all.
+        columns: to read, of those that it has; None means all.
 
     Raises:
         FileNotFoundError: there is none.
@@ -217,7 +220,7 @@ def read_index(path: str, positions: range | None = None) -> tuple[pa.Table, dic
         # By itself, as `read_table` starts threads, which can bring a short process down at its end.
         file = pq.ParquetFile(pa.BufferReader(data))
         groups = [i for i in range(file.num_row_groups) if _is_near(file.metadata.row_group(i), positions)]
-        table = file.read_row_groups(groups, use_threads=False)
+        table = file.read_row_groups(groups, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError) as e:
         raise ShardError(f"{path}: not an index: {e}") from e
     facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}

@@ -243,6 +243,10 @@ class Store(abc.ABC):
         """Open an object, or only its first `head` bytes; in one request together with reading it."""
 
     @abc.abstractmethod
+    def get_range(self, path: str, start: int, length: int) -> bytes:
+        """Bytes of an object, in one request; fewer where it ends before."""
+
+    @abc.abstractmethod
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
         """Write an object whole.
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from isal import isal_zlib
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.tfrecord import INFLATE_ERRORS
+from beam_nifti.tfrecord import DEFLATE_RATIO, INFLATE_ERRORS
 
 Bytes = bytes | memoryview
 
@@ -19,8 +19,6 @@ _BLOCKS_HEAD_BYTES: Final = 1 << 20
 """`Packing.head_bytes` where blocks are unpacked as a whole; those of bzip2 have up to 900 kB."""
 
 _SCRATCH_BYTES: Final = 1 << 20
-_DEFLATE_RATIO: Final = 1032
-"""No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ def _open_with_arrow(codec: str) -> Callable[[Bytes], Any]:
 
 PACKINGS: Final = (
     # isal offers reading into a buffer (a third of the CPU of growing one) only under this name.
-    Packing("gzip", b"\x1f\x8b", isal_zlib._GzipReader, 1 << 16, _DEFLATE_RATIO),  # type: ignore[arg-type]
+    Packing("gzip", b"\x1f\x8b", isal_zlib._GzipReader, 1 << 16, DEFLATE_RATIO),  # type: ignore[arg-type]
     Packing("bzip2", b"BZh", _open_with_arrow("bz2"), _BLOCKS_HEAD_BYTES),
     Packing("zstd", b"\x28\xb5\x2f\xfd", _open_with_arrow("zstd"), _BLOCKS_HEAD_BYTES),
 )
@@ -117,7 +115,7 @@ class Unpacker:
         """
         self.require(expected)
         size = 0
-        content = memoryview(np.empty(min(most, self._size * _DEFLATE_RATIO), np.uint8)).cast("B")
+        content = memoryview(np.empty(min(most, self._size * DEFLATE_RATIO), np.uint8)).cast("B")
         while True:
             size += self.readinto(content[size:])
             if size < len(content) or size == most:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -64,9 +64,7 @@ class RecordSpec:
         Raises:
             UsageError: its configuration is not one that this version knows.
         """
-        known = {f.name for f in fields(RecordConfig)}
-        config = RecordConfig(**{k: v for k, v in info.config.items() if k in known})
-        return cls(config, info.features, info.shape, info.dtype, info.labelled)
+        return cls(info.record_config, info.features, info.shape, info.dtype, info.labelled)
 
 
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:

@@ -66,6 +66,22 @@ class S3(Store):
     def open(self, path: str, head: int | None = None) -> Reader:
         return _Reader(self, path, head)
 
+    def get_range(self, path: str, start: int, length: int) -> bytes:
+        bucket, key = split_path(path)
+        wanted = f"bytes={start}-{start + length - 1}"
+
+        def request() -> bytes:
+            try:
+                found = self.client.get_object(Bucket=bucket, Key=key, Range=wanted)
+            except Exception as e:
+                if self._answer(e)[0] != 416:
+                    raise
+                return b""  # the object ends before the first of them
+            data: bytes = found["Body"].read()
+            return data
+
+        return self.attempt(path, request)
+
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
         bucket, key = split_path(path)
         condition = {} if version is None else {"IfMatch": version} if version else {"IfNoneMatch": "*"}

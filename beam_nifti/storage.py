@@ -224,6 +224,32 @@ def read_head(path: str, size: int) -> bytes:
         return handle.read(size)
 
 
+def read_into(path: str, offset: int, buffer: memoryview) -> int:
+    """Fill a buffer from a place of a file; in one request, and with a descriptor of this call's own.
+
+    Args:
+        path: of the file.
+        offset: of the first byte.
+        buffer: of as many bytes as are wanted.
+
+    Returns:
+        How many bytes there were: fewer where the file ends before.
+
+    Raises:
+        OSError: the file is not there or cannot be reached.
+    """
+    if is_remote(path) and (store := _store(path)):
+        data = store.get_range(path, offset, len(buffer))
+    else:
+        with open_read(path) as handle:
+            handle.seek(offset)
+            if not is_remote(path):
+                return handle.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+            data = handle.read(len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
 @contextlib.contextmanager
 def create(path: str) -> Iterator[BinaryIO]:
     """Write a file that appears under its name whole, when the block ends well, or not at all."""

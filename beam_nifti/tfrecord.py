@@ -8,11 +8,13 @@ Source: docs/format.md, "Shards".
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 import zlib
 from typing import Final
 
 import google_crc32c
+import numpy as np
 from isal import igzip_lib, isal_zlib
 
 from beam_nifti.errors import ShardError
@@ -33,9 +35,16 @@ FOOTER_BYTES: Final = 4
 EMPTY_MEMBER: Final = gzip.compress(b"", mtime=0)
 """A gzip member of nothing: the file of a compressed shard without records."""
 
+DEFLATE_RATIO: Final = 1032
+"""No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
 
-def _masked_crc(data: bytes) -> bytes:
-    crc = google_crc32c.value(data)
+_LENGTH_BYTES: Final = 8
+_GZIP_SIZE_BYTES: Final = 4
+
+
+def _masked_crc(data: bytes | memoryview) -> bytes:
+    # The library takes no memoryview, but arrays; neither way are the bytes copied.
+    crc = google_crc32c.value(np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data)
     return _CRC.pack((((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF)
 
 
@@ -78,17 +87,27 @@ def decode_record(data: bytes, compressed: bool) -> bytes:
     Raises:
         ShardError: the bytes are truncated, damaged, or hold more than one record.
     """
+    return bytes(decode_buffer(memoryview(data), compressed))
+
+
+def decode_buffer(data: memoryview, compressed: bool) -> memoryview:
+    """As `decode_record`, without a copy.
+
+    Args:
+        data: the record's bytes, exactly, as an index locates them.
+        compressed: whether they are a gzip member.
+
+    Returns:
+        A part of `data`; of a new buffer, which may be written to, where that is compressed.
+
+    Raises:
+        ShardError: as `decode_record`.
+    """
     if compressed:
-        unpacker = isal_zlib.decompressobj(wbits=_GZIP_WBITS)
-        try:
-            data = unpacker.decompress(data)
-        except INFLATE_ERRORS as e:
-            raise ShardError(f"gzip member is damaged ({e})") from e
-        if not unpacker.eof or unpacker.unused_data:
-            raise ShardError("gzip member is truncated, or its bounds are wrong")
+        data = _inflate(data)
     if len(data) < HEADER_BYTES + FOOTER_BYTES:
         raise ShardError(f"record is truncated: {len(data)} bytes")
-    if _masked_crc(data[:8]) != data[8:HEADER_BYTES]:
+    if _masked_crc(data[:_LENGTH_BYTES]) != data[_LENGTH_BYTES:HEADER_BYTES]:
         raise ShardError("the CRC of the record's length does not match")
     size, held = _LENGTH.unpack_from(data)[0], len(data) - HEADER_BYTES - FOOTER_BYTES
     if held != size:
@@ -97,3 +116,22 @@ def decode_record(data: bytes, compressed: bool) -> bytes:
     if _masked_crc(payload) != data[-FOOTER_BYTES:]:
         raise ShardError("the CRC of the record's payload does not match")
     return payload
+
+
+def _inflate(member: memoryview) -> memoryview:
+    """What a gzip member holds, in one buffer of the size that its last bytes give."""
+    size = int.from_bytes(member[-_GZIP_SIZE_BYTES:], "little")
+    bounds = ShardError("gzip member is truncated, or its bounds are wrong")
+    if size > DEFLATE_RATIO * len(member):
+        raise bounds
+    content = memoryview(np.empty(size, np.uint8)).cast("B")
+    try:
+        # As in packing.py: a buffer that does not grow. Its checksum is compared at the member's end.
+        reader = io.BufferedReader(isal_zlib._GzipReader(member))  # type: ignore[arg-type, type-var]
+        if reader.readinto(content) != size or reader.read(1):
+            raise bounds
+    except EOFError as e:
+        raise bounds from e
+    except INFLATE_ERRORS as e:
+        raise ShardError(f"gzip member is damaged ({e})") from e
+    return content

@@ -128,6 +128,7 @@ def loaded_by(module: str) -> set[str]:
         ("beam_nifti.build", {"apache_beam", "tensorflow"}),
         ("beam_nifti.transforms", {"tensorflow"}),
         ("beam_nifti.reader", {"apache_beam", "nibabel"}),
+        ("beam_nifti.random_access", {"apache_beam", "tensorflow", "nibabel", "scipy"}),
     ],
 )
 def test_what_stays_unloaded(module: str, absent: set[str]) -> None:

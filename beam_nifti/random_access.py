@@ -1,0 +1,495 @@
+"""Datasets by number: `dataset[i]` without TensorFlow and without Beam, for PyTorch, JAX or numpy.
+
+A record is found by its place in the index and read by itself. Voxels come with the bits that
+`beam_nifti.reader.load_dataset` gives. Source: docs/format.md, docs/reading.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import operator
+import os
+import struct
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, overload
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti import storage
+from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
+from beam_nifti.errors import DatasetError, ShardError, UsageError
+from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor
+from beam_nifti.index import read_index
+from beam_nifti.intensity import rescale_voxels
+from beam_nifti.quantize import UINT8_LEVELS
+from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels
+from beam_nifti.split_spec import SplitPart, parse_split
+from beam_nifti.tfrecord import decode_buffer
+from beam_nifti.where import Condition
+
+Element = dict[str, Any]
+_Features = Mapping[str, memoryview | npt.NDArray[np.generic]]
+_Rows = range | npt.NDArray[np.int64]
+
+_DEFAULT_COLUMNS: Final = ("image", "label", "id", "affine", "zooms")
+_TENSOR: Final = "_raw"
+"""How the names of features end that hold a tensor."""
+
+_REMOTE_READS: Final = 16
+"""Indexes that are read at a time where each is a request."""
+
+_SCRATCH_BYTES: Final = 32 << 20
+"""The largest compressed record for which a thread keeps a buffer, as fresh memory costs a page fault every
+4 KiB."""
+
+_of_thread = threading.local()
+
+_SCALING: Final = ("scl_slope", "scl_inter")
+_DOUBLE: Final = struct.Struct("<d")
+
+
+class Dataset:
+    """The records of a split, or of a part of it, by number.
+
+    It is a sequence as PyTorch's `DataLoader`, Grain and others take it, and may be used by several threads,
+    and in forked and spawned processes: it holds no open file, and pickles as the dataset's path and the
+    numbers of its records.
+
+    - `dataset[i]` reads one record: a dictionary of the columns. Its arrays are the caller's own.
+    - `dataset[10:20]`, `dataset[[3, 1, 4]]`, `dataset[mask]` are datasets of those records. Nothing is read.
+    - `for element in dataset` reads one record after the other, in the order of the index.
+
+    The columns are:
+
+    - "image": float32 of shape (X, Y, Z, 1), or (X, Y, Z, C) where records have C frames or components, in C
+      order: the x of `beam_nifti.reader.load_dataset`, bit for bit.
+    - "label": float32, as in the record; NaN in a dataset without labels.
+    - "id": str.
+    - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+; "zooms": float64 of shape
+      (3,), the voxel sizes.
+    - every other column of the index, such as "site", "shape" or "max": str, int, float, None, or an array
+      where a cell has several numbers.
+    - every other feature of the records: of one that holds a tensor, `NAME_raw`, the tensor as NAME; of
+      numbers a scalar, or an array where there are several; else bytes.
+
+    All but "image" and what only records hold comes from the index, so that a dataset of other columns
+    reads no record.
+
+    Of every record that is read its checksums are checked, that of the gzip member and the CRC-32C of the
+    TFRecord (2 % of the time of a compressed one), and that it has the id that the index says.
+
+    Args:
+        path: the dataset's folder, local or a URL.
+        split: such as "train"; `train[:80%]` and `train[10:20]` are slices of it, and `train+test` is both.
+        where: a condition on columns of the index, such as "age > 60 and site == 'A'"; `where.Condition` says
+            what it may be made of. It selects among the records of `split`.
+        columns: what an element has; None means image, label (where there are any), id, affine and zooms.
+
+    Raises:
+        DatasetError: there is no complete dataset or no such split; a shard or an index is missing, or is not
+            what dataset_info.json says.
+        UsageError: `split`, `where` or `columns` is not written as above, or names a column that is not
+            there.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str = "train",
+        *,
+        where: str | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> None:
+        output, parts = storage.absolute(os.fspath(path)), parse_split(split)
+        condition = None if where is None else Condition(where)
+        self._records = _open(output, parts, columns, condition.columns if condition else ())
+        self._rows = self._records.rows_of(parts)
+        if condition:
+            rows = np.asarray(self._rows)
+            self._rows = rows[condition.select(self._records.table.take(rows))]
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Element: ...
+    @overload
+    def __getitem__(self, index: slice | Iterable[int]) -> Dataset: ...
+    def __getitem__(self, index: Any) -> Element | Dataset:
+        """One record, by a number from 0, or from -1 backwards; or the dataset of several.
+
+        Raises:
+            IndexError: there are fewer records.
+            TypeError: it is neither a number, nor a slice, nor numbers, nor a boolean for each record.
+            DatasetError: the record is missing or damaged; says which it is.
+        """
+        if isinstance(index, slice):
+            return self._part(self._rows[index])
+        try:
+            number = operator.index(index)
+        except TypeError:
+            return self._part(np.asarray(self._rows)[self._numbers(index)])
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there is no record {number}: the dataset has {len(self)}")
+        return self._records.read(int(self._rows[number]))
+
+    def __getitems__(self, indices: Iterable[int]) -> list[Element]:
+        """Several records, read: what PyTorch's `DataLoader` asks for the records of a batch."""
+        return [self[index] for index in indices]
+
+    def __iter__(self) -> Iterator[Element]:
+        """Read one record after the other."""
+        return (self._records.read(int(row)) for row in self._rows)
+
+    def __repr__(self) -> str:
+        return f"<Dataset of {len(self)} records of {self._records.output}: {', '.join(self.columns)}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its place and the numbers of its records; where it is unpickled, the index is read again."""
+        r = self._records
+        return _reopen, (r.output, r.splits, r.columns, r.digest, self._rows)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What an element has."""
+        return self._records.columns
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the records, in their order."""
+        ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows)).to_pylist()
+        return ids
+
+    def by_id(self, example_id: str) -> Element:
+        """The record of an id.
+
+        Raises:
+            DatasetError: there is none among these records; or as `dataset[i]`.
+        """
+        row = pc.index(self._records.table["example_id"], example_id).as_py()
+        if row < 0 or row not in self._rows:
+            raise DatasetError(
+                f"{self._records.output}: no record {example_id!r} among these {len(self)}; look for it in "
+                "`ids`, or in another split"
+            )
+        return self._records.read(row)
+
+    def index(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """What the index says of the records, in their order: labels for a sampler, ages for a plot.
+
+        Args:
+            columns: of the index; None means all.
+
+        Raises:
+            DatasetError: the index cannot be read.
+            UsageError: it has no such column.
+        """
+        r = self._records
+        table = _read_indexes(r.output, r.shards, columns)
+        missing = set(columns or ()) - set(table.column_names)
+        if missing:
+            raise UsageError(f"{r.output}: the index has no column {min(missing)!r}")
+        return table.select(columns or table.column_names).take(np.asarray(self._rows))
+
+    def _part(self, rows: _Rows) -> Dataset:
+        part = Dataset.__new__(Dataset)
+        part._records, part._rows = self._records, rows
+        return part
+
+    def _numbers(self, index: Any) -> npt.NDArray[np.int64]:
+        numbers = np.asarray(index)
+        if numbers.ndim == 1 and numbers.dtype == np.bool_ and len(numbers) == len(self):
+            return np.flatnonzero(numbers)
+        if numbers.ndim != 1 or not (numbers.dtype.kind in "iu" or numbers.size == 0):
+            raise TypeError(
+                f"{index!r} is no number of a record, no slice, no list of numbers, and none of {len(self)} "
+                "booleans"
+            )
+        wrong = numbers[(numbers < -len(self)) | (numbers >= len(self))]
+        if wrong.size:
+            raise IndexError(f"there is no record {wrong[0]}: the dataset has {len(self)}")
+        return numbers.astype(np.int64)
+
+
+def _reopen(output: str, splits: Sequence[str], columns: Sequence[str], digest: str, rows: _Rows) -> Dataset:
+    """The dataset that was pickled."""
+    records = _open(output, [SplitPart(name) for name in splits], columns)
+    if records.digest != digest:
+        raise DatasetError(f"{output}: was built again after it was opened; open it again")
+    dataset = Dataset.__new__(Dataset)
+    dataset._records, dataset._rows = records, rows
+    return dataset
+
+
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """All records of some splits, and where they lie: what the parts of a dataset share.
+
+    Attributes:
+        output: the dataset's folder.
+        digest: of dataset_info.json.
+        info: what that says.
+        config: what decided the records' bytes.
+        splits: names of them.
+        table: of each record example_id, offset and length, and what was asked of the index besides.
+        columns: of an element.
+    """
+
+    output: str
+    digest: str
+    info: DatasetInfo
+    config: RecordConfig
+    splits: tuple[str, ...]
+    table: pa.Table
+    columns: tuple[str, ...]
+
+    @cached_property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """Those of all splits, in the order of the table."""
+        return tuple(shard for name in self.splits for shard in self.info.splits[name].shards)
+
+    @cached_property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """The row of the table at which each shard begins."""
+        return np.cumsum([0, *(shard.num_examples for shard in self.shards)])[:-1]
+
+    @cached_property
+    def places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Offset and length of each record."""
+        return self.table["offset"].to_numpy(), self.table["length"].to_numpy()
+
+    @cached_property
+    def from_record(self) -> frozenset[str]:
+        """The columns for which a record has to be read."""
+        asked = set(self.columns) - {"id"}
+        return frozenset(c for c in asked if _has_tensor(c, self.info) or c not in self.table.column_names)
+
+    def rows_of(self, parts: Sequence[SplitPart]) -> _Rows:
+        """The rows of the table that some parts of the splits take.
+
+        Raises:
+            UsageError: a part is beyond its split.
+        """
+        counts = [self.info.splits[name].num_examples for name in self.splits]
+        starts = dict(zip(self.splits, itertools.accumulate([0, *counts]), strict=False))
+        found = []
+        for part in parts:
+            positions = part.positions(self.info.splits[part.name].num_examples)
+            found.append(range(starts[part.name] + positions.start, starts[part.name] + positions.stop))
+        return found[0] if len(found) == 1 else np.concatenate([np.asarray(r, np.int64) for r in found])
+
+    def read(self, row: int) -> Element:
+        """The element of a row of the table.
+
+        Raises:
+            DatasetError: the record is missing or damaged.
+        """
+        if not self.from_record:
+            return {name: self._cell(name, row) for name in self.columns}
+        example_id = self._cell("id", row)
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        path = storage.join(self.output, self.shards[shard].name)
+        try:
+            features = decode_example(self._payload(path, row))
+            found = features.get("id")
+            if found != example_id.encode():
+                raise ShardError(f"it is the record of {bytes(found or b'').decode(errors='replace')!r}")
+            return {
+                name: self._value(name, features) if name in self.from_record else self._cell(name, row)
+                for name in self.columns
+            }
+        except (ShardError, OSError) as e:
+            number = row - self.starts[shard]
+            raise DatasetError(
+                f"{path}: record {example_id!r}, number {number} from 0, cannot be read ({e}); run "
+                "beam-nifti verify, or open the dataset again if it was built again"
+            ) from e
+
+    def _payload(self, path: str, row: int) -> memoryview:
+        offsets, lengths = self.places
+        compressed, size = self.config.compression == "gzip", int(lengths[row])
+        buffer = _scratch(size) if compressed else memoryview(np.empty(size, np.uint8))
+        count = storage.read_into(path, int(offsets[row]), buffer)
+        if count < size:
+            raise ShardError(f"of its {size} bytes the file has {count}")
+        return decode_buffer(buffer, compressed)
+
+    def _cell(self, name: str, row: int) -> Any:
+        """What the index says of a record."""
+        value = self.table["example_id" if name == "id" else name][row].as_py()
+        if name == "label":
+            with np.errstate(over="ignore"):  # as in the record
+                return np.float64(math.nan if value is None else value).astype(np.float32)
+        if isinstance(value, list):
+            return np.array(value).reshape((4, 4) if name == "affine" else -1)
+        return value
+
+    def _value(self, name: str, features: _Features) -> Any:
+        """What a record itself says."""
+        if name == "image":
+            return self._image(features)
+        if _has_tensor(name, self.info):
+            return _tensor(features, name + _TENSOR)
+        value = features.get(name)
+        if isinstance(value, np.ndarray):
+            return value[0] if value.size == 1 else value
+        return None if value is None else bytes(value)
+
+    def _image(self, features: _Features) -> npt.NDArray[np.float32]:
+        stored = _tensor(features, "image_raw")
+        if stored.dtype.name != self.info.dtype or self.info.shape not in (None, stored.shape):
+            raise ShardError(
+                f"it holds {stored.dtype.name} of {stored.shape}, and {FILE_NAME} says {self.info.dtype} of "
+                f"{self.info.shape}"
+            )
+        if self.config.voxel_dtype == "native":
+            image = _rescale(stored, features, self.config)
+        elif stored.dtype == np.uint8:
+            image = np.divide(stored, UINT8_LEVELS, dtype=np.float32)
+        else:
+            image = stored.astype(np.float32, copy=False)
+        return image if image.ndim == 4 else image[..., np.newaxis]
+
+
+def _has_tensor(name: str, info: DatasetInfo) -> bool:
+    return name + _TENSOR in info.features
+
+
+def _scratch(size: int) -> memoryview:
+    """A buffer of this thread's for what is needed only until it is unpacked."""
+    if size > _SCRATCH_BYTES:
+        return memoryview(np.empty(size, np.uint8))
+    buffer: npt.NDArray[np.uint8] | None = getattr(_of_thread, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        _of_thread.buffer = buffer = np.empty(size, np.uint8)
+    return memoryview(buffer)[:size]
+
+
+def _tensor(features: _Features, name: str) -> npt.NDArray[Any]:
+    """A tensor, moved to where its dtype may lie: by a few bytes, over those that announce it."""
+    value = features.get(name)
+    if not isinstance(value, memoryview):
+        raise ShardError(f"it has no {name}")
+    tensor = decode_tensor(value)
+    gap = tensor.ctypes.data % tensor.itemsize
+    if gap:
+        start = tensor.ctypes.data - np.frombuffer(value, np.uint8).ctypes.data
+        content = value[start - gap : start - gap + tensor.nbytes]
+        content[:] = value[start : start + tensor.nbytes]
+        tensor = np.frombuffer(content, tensor.dtype).reshape(tensor.shape)
+    return tensor
+
+
+def _rescale(voxels: Voxels, features: _Features, config: RecordConfig) -> Voxels:
+    """What a float32 dataset would hold of voxels that were stored as in the image's file."""
+    doubles = {
+        name: _DOUBLE.unpack(value)[0]
+        for name in (*_SCALING, *ENDS_FEATURES)
+        if isinstance(value := features.get(name), memoryview)
+    }
+    scaling = Scaling(doubles.get("scl_slope", 1.0), doubles.get("scl_inter", 0.0))
+    ends = Ends(doubles["rescale_low"], doubles["rescale_high"]) if config.has_ends else None
+    low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
+    # Nothing asks for mean and deviation, which would take another pass.
+    return rescale_voxels(voxels, scaling, Intensity(low, high, math.nan, math.nan), ends, config)
+
+
+def _open(
+    output: str,
+    parts: Sequence[SplitPart],
+    columns: Sequence[str] | None,
+    asked: Collection[str] = (),
+) -> _Records:
+    """Read what is needed to find the records of some splits.
+
+    Args:
+        output: the dataset's folder.
+        parts: name the splits.
+        columns: of an element; None means the default.
+        asked: columns of the index, besides.
+
+    Raises:
+        DatasetError, UsageError: as `Dataset`.
+    """
+    path = storage.join(output, FILE_NAME)
+    try:
+        text = storage.read(path)
+    except FileNotFoundError as e:
+        raise DatasetError(
+            f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
+            "`beam-nifti build`, which continues a build that was interrupted"
+        ) from e
+    info = DatasetInfo.from_json(text, path)
+    splits = tuple(dict.fromkeys(part.name for part in parts))
+    try:
+        shards = [shard for name in splits for shard in info.split(name).shards]
+    except DatasetError as e:
+        raise DatasetError(f"{output}: {e}") from None
+    _check_shards(output, shards)
+    if columns is None:
+        columns = [name for name in _DEFAULT_COLUMNS if info.labelled or name != "label"]
+    from_index = {name for name in columns if name != "id" and not _has_tensor(name, info)}
+    table = _read_indexes(output, shards, {"example_id", "offset", "length", "row", *from_index, *asked})
+    unknown = from_index - {*table.column_names, *info.features}
+    if unknown:
+        known = {*_read_indexes(output, shards[:1]).column_names, *info.features, "id"}
+        known |= {name.removesuffix(_TENSOR) for name in info.features}
+        raise UsageError(
+            f"{output}: records have no column {min(unknown)!r}; choose among {', '.join(sorted(known))}"
+        )
+    digest = hashlib.sha256(text).hexdigest()
+    return _Records(output, digest, info, info.record_config, splits, table, tuple(columns))
+
+
+def _check_shards(output: str, shards: Sequence[ShardInfo]) -> None:
+    """Find what is missing or cut off before training reaches it."""
+    # Of a store one list, which has no sizes, instead of a request for each.
+    present = set(storage.list_files(output)) if storage.is_remote(output) else None
+    for shard in shards:
+        path = storage.join(output, shard.name)
+        try:
+            size = storage.stat(path).size if present is None else shard.num_bytes
+        except FileNotFoundError:
+            size = None
+        if size is None or (present is not None and shard.name not in present):
+            raise DatasetError(f"{path}: the shard is missing; copy the dataset again, or build it again")
+        if size != shard.num_bytes:
+            raise DatasetError(
+                f"{path}: the shard has {size} bytes, and {FILE_NAME} says {shard.num_bytes}; copy the "
+                "dataset again, or delete the shard and its index and build again"
+            )
+
+
+def _read_indexes(
+    output: str, shards: Sequence[ShardInfo], columns: Collection[str] | None = None
+) -> pa.Table:
+    """The indexes of some shards, as one table; of the columns those that there are."""
+    names = None if columns is None else sorted(columns)
+
+    def read(shard: ShardInfo) -> pa.Table:
+        path = storage.join(output, shard.index)
+        try:
+            table, facts = read_index(path, columns=names)
+        except (ShardError, OSError) as e:
+            raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
+        if facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
+            raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
+        return table
+
+    if storage.is_remote(output):
+        with ThreadPoolExecutor(_REMOTE_READS) as pool:
+            tables = list(pool.map(read, shards))
+    else:
+        tables = [read(shard) for shard in shards]
+    return pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()

@@ -1,0 +1,83 @@
+"""Which records of which splits: `train`, `train[:80%]+test`, as TensorFlow Datasets writes it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from beam_nifti.config import SPLIT_PATTERN
+from beam_nifti.errors import UsageError
+
+_PART: Final = re.compile(rf"(?P<name>{SPLIT_PATTERN.pattern})(?:\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
+_BOUND: Final = re.compile(r"-?\d+|-?\d+(?:\.\d+)?%")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPart:
+    """A split, or a slice of it.
+
+    Attributes:
+        name: of the split.
+        start: of the slice: a number of records such as "10", or a share of them such as "80%"; below 0
+            it counts from the end; "" is the beginning.
+        stop: where it ends, in the same way.
+    """
+
+    name: str
+    start: str = ""
+    stop: str = ""
+
+    def __str__(self) -> str:
+        """As it is written."""
+        return f"{self.name}[{self.start}:{self.stop}]" if self.start or self.stop else self.name
+
+    def positions(self, count: int) -> range:
+        """Which of a split's records it takes.
+
+        A share is rounded to the nearest record, halves to even, so that `[:80%]` and `[80%:]` meet.
+
+        Args:
+            count: of the split's records.
+
+        Raises:
+            UsageError: a bound is beyond the split.
+
+        >>> SplitPart("train", "-20%").positions(10)
+        range(8, 10)
+        """
+        start = self._position(self.start, count) if self.start else 0
+        stop = self._position(self.stop, count) if self.stop else count
+        return range(start, max(start, stop))
+
+    def _position(self, bound: str, count: int) -> int:
+        found = round(float(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+        if abs(found) > count:
+            raise UsageError(f"split {str(self)!r} reaches beyond the {count} records of {self.name!r}")
+        return found + count if bound.startswith("-") else found
+
+
+def parse_split(spec: str) -> tuple[SplitPart, ...]:
+    """The parts that are joined by `+`.
+
+    Args:
+        spec: names of splits, each with or without a slice.
+
+    Raises:
+        UsageError: it is not written so.
+
+    >>> [str(part) for part in parse_split("train[:80%]+test")]
+    ['train[:80%]', 'test']
+    """
+    return tuple(_parse_part(text.strip(), spec) for text in spec.split("+"))
+
+
+def _parse_part(text: str, spec: str) -> SplitPart:
+    match = _PART.fullmatch(text)
+    bounds = [(match[side] or "").strip() for side in ("start", "stop")] if match else []
+    if match is None or not all(bound == "" or _BOUND.fullmatch(bound) for bound in bounds):
+        raise UsageError(
+            f"split is {spec!r}; write the name of a split, with or without a slice such as train[:80%] or "
+            "train[10:20], or several joined by +"
+        )
+    return SplitPart(match["name"], *bounds)
