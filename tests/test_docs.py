@@ -119,6 +119,16 @@ def test_the_python_of_the_readme_runs(here: Path, number: int) -> None:
         assert y.shape == (2,)
 
 
+def test_the_python_of_the_page_on_reading_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs/reading.md", "python", "run"):
+        exec(block, names)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "3 (6, 5, 4, 1) 63.5 sub-0001"
+    assert second == "['sub-0001', 'sub-0002', 'sub-0004']"
+    assert [row["example_id"] for row in eval(third)] == ["sub-0004", "sub-0001", "sub-0002"]
+
+
 def _defined(start: str) -> Callable[..., Any]:
     """The last function of the block of docs/format.md that begins so."""
     (block,) = (b for b in blocks(FORMAT, "python") if b.startswith(start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import pickle
 import signal
 import socket
 import subprocess
@@ -21,8 +22,10 @@ from beam_nifti import storage
 from beam_nifti.errors import OutputError, VolumeError
 from beam_nifti.lock import LOCK_FILE, hold
 from beam_nifti.object_store import ATTEMPTS
+from beam_nifti.random_access import Dataset
 from beam_nifti.volume import load_volume
-from tests.images import row_of
+from tests.build_helpers import build
+from tests.images import row_of, write_cohort
 from tests.services.conftest import LOCAL, Reference, content_of, run_cli
 from tests.services.fault_proxy import FAULTS, FaultProxy, Request
 
@@ -187,6 +190,22 @@ def test_what_a_build_asks_for(
     assert sum(r.received for r in images) == sizes + first
     # With one worker a shard is one unit. What is asked besides is for shards and for the build.
     assert len(requests) - len(images) <= 18 * 12 + 36
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_a_record_by_number_is_one_request(
+    folder: Callable[[str], str], servers: Servers, tmp_path: Path, scheme: str
+) -> None:
+    build(write_cohort(tmp_path / "in", 12), tmp_path / "out", num_shards=2)
+    for path in (tmp_path / "out").rglob("*.*"):
+        storage.write(f"{folder(scheme)}/{path.relative_to(tmp_path / 'out')}", path.read_bytes())
+    records, proxy = pickle.loads(pickle.dumps(Dataset(folder(scheme)))), servers.proxies[scheme]
+    (length,) = records[7:8].index(["length"])["length"].to_pylist()
+    proxy.rest()
+    image = records[7]["image"]
+    (request,) = proxy.rest()
+    assert (request.method, request.received) == ("GET", length)
+    assert image.tobytes() == Dataset(tmp_path / "out")[7]["image"].tobytes()
 
 
 @pytest.mark.parametrize("scheme", STORES)
