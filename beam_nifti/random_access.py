@@ -11,7 +11,6 @@ import itertools
 import math
 import operator
 import os
-import struct
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor
+from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.index import read_index
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.quantize import UINT8_LEVELS
@@ -55,7 +54,7 @@ _SCRATCH_BYTES: Final = 32 << 20
 _of_thread = threading.local()
 
 _SCALING: Final = ("scl_slope", "scl_inter")
-_DOUBLE: Final = struct.Struct("<d")
+_ENDS: Final = ("rescale_low", "rescale_high")
 
 
 class Dataset:
@@ -159,6 +158,16 @@ class Dataset:
         """Its place and the numbers of its records; where it is unpickled, the index is read again."""
         r = self._records
         return _reopen, (r.output, r.splits, r.columns, r.digest, self._rows)
+
+    @property
+    def path(self) -> str:
+        """The dataset's folder, absolute, or its URL."""
+        return self._records.output
+
+    @property
+    def info(self) -> DatasetInfo:
+        """What dataset_info.json says."""
+        return self._records.info
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -398,15 +407,44 @@ def _tensor(features: _Features, name: str) -> npt.NDArray[Any]:
 def _rescale(voxels: Voxels, features: _Features, config: RecordConfig) -> Voxels:
     """What a float32 dataset would hold of voxels that were stored as in the image's file."""
     doubles = {
-        name: _DOUBLE.unpack(value)[0]
-        for name in (*_SCALING, *ENDS_FEATURES)
+        name: np.frombuffer(value, "<f8").tolist()
+        for name in (*_SCALING, *_ENDS)
         if isinstance(value := features.get(name), memoryview)
     }
-    scaling = Scaling(doubles.get("scl_slope", 1.0), doubles.get("scl_inter", 0.0))
-    ends = Ends(doubles["rescale_low"], doubles["rescale_high"]) if config.has_ends else None
-    low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
-    # Nothing asks for mean and deviation, which would take another pass.
-    return rescale_voxels(voxels, scaling, Intensity(low, high, math.nan, math.nan), ends, config)
+    scaling = Scaling(doubles.get("scl_slope", [1.0])[0], doubles.get("scl_inter", [0.0])[0])
+    ends = [Ends(*each) for each in zip(*map(doubles.get, _ENDS), strict=True)] if config.has_ends else []
+
+    def rescale(image: Voxels, number: int) -> Voxels:
+        low, high = sorted(scaling.apply(np.array([image.min(), image.max()], image.dtype)).tolist())
+        # Nothing asks for mean and deviation, which would take another pass.
+        intensity = Intensity(low, high, math.nan, math.nan)
+        return rescale_voxels(image, scaling, intensity, ends[number] if ends else None, config)
+
+    if config.channels is None:
+        return rescale(voxels, 0)
+    out = np.empty(voxels.shape, np.float32)
+    for number in range(len(config.channels)):  # each image by itself
+        out[..., number] = rescale(np.ascontiguousarray(voxels[..., number]), number)
+    return out
+
+
+def read_info(output: str) -> DatasetInfo:
+    """What the dataset_info.json of a complete dataset says.
+
+    Args:
+        output: the dataset's folder, local or a URL.
+
+    Raises:
+        DatasetError: there is none, or it is damaged.
+    """
+    path = storage.join(output, FILE_NAME)
+    try:
+        return DatasetInfo.from_json(storage.read(path), path)
+    except FileNotFoundError as e:
+        raise DatasetError(
+            f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
+            "`beam-nifti build`, which continues a build that was interrupted"
+        ) from e
 
 
 def _open(
@@ -426,15 +464,7 @@ def _open(
     Raises:
         DatasetError, UsageError: as `Dataset`.
     """
-    path = storage.join(output, FILE_NAME)
-    try:
-        text = storage.read(path)
-    except FileNotFoundError as e:
-        raise DatasetError(
-            f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
-            "`beam-nifti build`, which continues a build that was interrupted"
-        ) from e
-    info = DatasetInfo.from_json(text, path)
+    info = read_info(output)
     splits = tuple(dict.fromkeys(part.name for part in parts))
     try:
         shards = [shard for name in splits for shard in info.split(name).shards]
@@ -453,7 +483,7 @@ def _open(
         raise UsageError(
             f"{output}: records have no column {min(unknown)!r}; choose among {', '.join(sorted(known))}"
         )
-    digest = hashlib.sha256(text).hexdigest()
+    digest = hashlib.sha256(info.to_json().encode()).hexdigest()
     return _Records(output, digest, info, info.record_config, splits, table, columns)
 
 
