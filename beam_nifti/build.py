@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from beam_nifti import lock, storage
-from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.errors import (
     DatasetError,
@@ -43,7 +43,7 @@ from beam_nifti.publish import (
     remove_shards,
     take_summary,
 )
-from beam_nifti.sharding import ShardName, shard_ranges
+from beam_nifti.sharding import ShardName
 from beam_nifti.user_function import source_sha256
 from beam_nifti.volume import load_header, load_volume
 
@@ -54,18 +54,21 @@ if TYPE_CHECKING:
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
+_SHOWN_CLASSES: Final = 20
+"""Named where the classes of a label are not those of the dataset."""
+
 
 @dataclass(frozen=True)
 class Estimate:
     """What a build would write.
 
     Attributes:
-        num_volumes: rows of the manifest.
+        num_volumes: records, if no volume fails.
         num_shards: of all splits.
         num_bytes: of the shards, roughly.
-        examples_per_shard: rows of the largest shard.
+        examples_per_shard: volumes of the largest shard.
         shape: (X, Y, Z) or (X, Y, Z, C) of the first image's record.
-        splits: rows of each split.
+        splits: volumes of each split.
     """
 
     num_volumes: int
@@ -93,6 +96,11 @@ class _Inputs:
     header: VolumeHeader
     layout: RecordLayout
     shape: tuple[int, ...]
+
+    @property
+    def num_frames(self) -> int | None:
+        """`BuildPlan.num_frames`."""
+        return self.header.num_frames if self.layout.frame == "each" else None
 
 
 def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
@@ -125,6 +133,8 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
     manifest = read_build_manifest(config.manifest, config)
+    if manifest.label_columns:
+        config = replace(config, record=replace(config.record, labels=manifest.label_columns))
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
@@ -135,12 +145,13 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     # Interpolated voxels, and a function's, pack like those of a float32 image.
     made_anew = config.record.spacing is not None or config.record.preprocess is not None
     itemsize, num_voxels = 4 if made_anew else layout.dtype.itemsize, math.prod(inputs.shape)
-    volume_bytes = num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
+    frames = inputs.num_frames or 1
+    image_bytes = frames * num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
         sharding = Sharding(**published.config["sharding"])
     if sharding is None:
-        sharding = default_sharding(num_voxels, itemsize, config.record)
+        sharding = default_sharding(num_voxels, itemsize, config.record, frames)
     config = replace(config, sharding=sharding, columns=manifest.columns)
     if published is None:
         _refuse_foreign(config)
@@ -158,15 +169,17 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         shape=None if config.allow_mixed_shapes else inputs.shape,
         source_dtype=inputs.header.dtype_name,
         loaded_dtype=layout.dtype.name,
-        unit_rows=choose_unit_rows(len(manifest), volume_bytes, config.workers),
+        unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers),
         has_published=published is not None,
         reuse_published=not config.overwrite and _images_folder(published) == folder,
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
         key_check=manifest.key_check,
+        num_skipped=manifest.num_skipped,
+        num_frames=inputs.num_frames,
     )
     each = record_bytes(num_voxels, itemsize, config.record)
-    ranges = [r for size in plan.split_sizes.values() for r in shard_ranges(size, sharding)]
+    ranges = [r for split in plan.split_sizes for r in plan.shard_ranges(split)]
     note = BuildNote(
         fingerprint=config.record.fingerprint,
         folder=folder,
@@ -182,12 +195,12 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         plan,
         note,
         Estimate(
-            num_volumes=plan.num_rows,
+            num_volumes=plan.num_examples,
             num_shards=len(ranges),
-            num_bytes=round(plan.num_rows * each),
+            num_bytes=round(plan.num_examples * each),
             examples_per_shard=max(map(len, ranges)),
             shape=inputs.shape,
-            splits=plan.split_sizes,
+            splits={split: frames * size for split, size in plan.split_sizes.items()},
         ),
     )
 
@@ -206,13 +219,14 @@ def _first_volume(
 ) -> tuple[VolumeHeader, RecordLayout, tuple[int, ...]]:
     """The header of the first image that can be read, how it is loaded, and the shape of its record."""
     problems = []
-    for row in manifest.rows(range(min(_IMAGES_TRIED, len(manifest)))):
+    for row in manifest.rows(manifest.kept_rows()[:_IMAGES_TRIED].tolist()):
         try:
             header = load_header(row, manifest.folder, config.record)
             layout = record_layout(row.path, header, config.record)
             shape = layout.stored_shape
             if shape is None:
-                volume = load_volume(row, manifest.folder, record=config.record)
+                of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
+                volume = load_volume(row, manifest.folder, record=of_one)
                 shape = prepare_volume(volume, config.record).voxels.shape
             return header, layout, shape
         except VolumeError as e:
@@ -256,10 +270,13 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
         for key, value in wanted.items()
         if known_config.get(key) != value and key != "fingerprint"
     ]
+    differences += _class_differences(published.labels, config.record.labels or ())
     if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
         differences = ["the format version"]
     if published.shape not in (None, inputs.shape):
         differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
+    if published.num_frames and inputs.num_frames not in (None, published.num_frames):
+        differences.append(f"the first image had {published.num_frames} frames, now {inputs.num_frames}")
     if config.record.voxel_dtype == "native" and published.dtype != layout.dtype.name:
         differences.append(f"the first image had {published.dtype} voxels, now {layout.dtype.name}")
     known = published.manifest
@@ -271,6 +288,24 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
             + "\n  ".join(differences)
             + "\nchoose another OUTPUT, or --overwrite to replace it"
         )
+
+
+def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -> Iterator[str]:
+    """Classes of a label that are others than those that the records have the numbers of."""
+    known = {column.name: column.classes for column in was}
+    for column in now:
+        classes, others = known.get(column.name), column.classes
+        if classes is not None and others is not None and classes != others:
+            changes = [("new", set(others) - set(classes)), ("gone", set(classes) - set(others))]
+            named = "; ".join(f"{what}: {_listed(sorted(found))}" for what, found in changes if found)
+            yield (
+                f"the classes of {column.name} were {_listed(classes)}, now {_listed(others)} ({named}), and "
+                "records hold their numbers"
+            )
+
+
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:_SHOWN_CLASSES]) + (", …" if len(classes) > _SHOWN_CLASSES else "")
 
 
 def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manifest) -> str:
@@ -290,9 +325,11 @@ def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manif
             table, _ = read_index(storage.join(config.output, shard.index))
         except (FileNotFoundError, ShardError):
             continue
-        then = table.select(["row", "example_id", "source", "label"]).to_pylist()
+        frame = ["frame"] if published.num_frames else []
+        then = table.select(["row", "example_id", "source", "label", *frame]).to_pylist()
         now = manifest.rows([found["row"] - 1 for found in then])
-        for found, row in zip(then, now, strict=True):
+        for found, image in zip(then, now, strict=True):
+            row = image.of_frame(found["frame"]) if frame else image
             was = (found["example_id"], found["source"], found["label"])
             if was != (row.example_id, row.source, row.label):
                 return f"row {row.row} was {was}, now {(row.example_id, row.source, row.label)}"

@@ -41,9 +41,9 @@ class CutRows(beam.DoFn):
     def process(self, path: str) -> Iterable[tuple[VolumeRow, ...]]:
         """Yield its rows, some at a time."""
         manifest = read_manifest(path, self._columns)
-        for start in range(0, len(manifest), _ROWS_AT_A_TIME):
-            stop = min(start + _ROWS_AT_A_TIME, len(manifest))
-            yield tuple(manifest.rows(range(start, stop)))
+        kept = manifest.kept_rows().tolist()
+        for start in range(0, len(kept), _ROWS_AT_A_TIME):
+            yield tuple(manifest.rows(kept[start : start + _ROWS_AT_A_TIME]))
 
 
 class LookAtImages(beam.DoFn):

@@ -32,6 +32,9 @@ FAILED: Final = 1
 USAGE: Final = 2
 INTERRUPTED: Final = 130
 
+_SHOWN_CLASSES: Final = 10
+"""Of a label, in the summary of a build."""
+
 _NO_LABELS: Final = "labels   none: the manifest has no column 'label' (see --label-column)"
 
 
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "build": _build,
         "verify": _verify,
         "inspect": _inspect,
+        "diff": _diff,
         "extract": _extract,
     }
     try:
@@ -147,7 +151,7 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     from beam_nifti.build import run_build
     from beam_nifti.publish import TooManyFailures
 
-    progress = _progress(engine, plan.num_rows, "volume", quiet=quiet)
+    progress = _progress(engine, plan.num_examples, "volume", quiet=quiet)
     noise = io.StringIO()
     try:
         with progress, _set_aside(noise, engine):
@@ -209,10 +213,25 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
     )
     if summary.num_failed:
         print(f"left out {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
-    if plan.config.columns.label is None:
-        print(_NO_LABELS)
+    _print_labels(plan)
     if summary.complete:
         print(f"read it  beam_nifti.reader.load_dataset({output!r}, batch_size=8)")
+
+
+def _print_labels(plan: BuildPlan) -> None:
+    if plan.config.columns.label is None:
+        print(_NO_LABELS)
+    for number, column in enumerate(plan.config.record.labels or ()):
+        classes = column.classes or ()
+        shown = ", ".join(classes[:_SHOWN_CLASSES]) + (", …" if len(classes) > _SHOWN_CLASSES else "")
+        which = f", {len(classes)}: {shown}" if column.kind == "class" else ""
+        print(f"{'' if number else 'labels':<9}{column.name}: {column.kind}{which}")
+    _print_skipped(plan.num_skipped)
+
+
+def _print_skipped(num_rows: int) -> None:
+    if num_rows:
+        print(f"skipped  {_count(num_rows, 'row')} without a label")
 
 
 def _count(number: int, noun: str) -> str:
@@ -228,8 +247,7 @@ def _dry_run(config: BuildConfig) -> int:
     print(f"would write to {plan.config.output}")
     print(f"  volumes {estimate.num_volumes} of {shape} voxels ({splits})")
     print(f"  shards  {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
-    if plan.config.columns.label is None:
-        print(_NO_LABELS)
+    _print_labels(plan)
     print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
     return SUCCESS
 
@@ -248,8 +266,10 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
 
     config, manifest = engine.config, storage.absolute(engine.config.manifest)
-    num_rows = len(read_manifest(manifest, config.columns))
-    progress = _progress(engine, num_rows, "image", quiet=options.quiet)
+    rows = read_manifest(manifest, config.columns)
+    num_rows, num_skipped = len(rows), rows.num_skipped
+    del rows
+    progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
             report = check_images(manifest, config.columns, config.record, engine.options, options.out)
@@ -257,7 +277,10 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
         return _stopped(e, "the check stopped", "the same command starts again")
     with _while_read():
         print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
+        if not options.json:
+            _print_skipped(num_skipped)
     is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
+    is_mixed |= len(report["frames"]) > 1  # images of another length than the first one's are left out
     return FAILED if report["num_bad"] or is_mixed else SUCCESS
 
 
@@ -302,6 +325,15 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
     with _while_read():
         print(json.dumps(description, indent=2) if options.json else format_description(description))
     return SUCCESS
+
+
+def _diff(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
+
+    diff = compare_datasets(options.before, options.after)
+    with _while_read():
+        print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
+    return SUCCESS if diff.is_empty else FAILED
 
 
 def _extract(options: argparse.Namespace, _: list[str]) -> int:

@@ -16,18 +16,23 @@ from beam_nifti.errors import UsageError
 FORMAT_VERSION: Final = 1
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
+VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
+"""Libraries whose versions may decide bytes of a dataset, and stand in dataset_info.json."""
+
 RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
 SELECTIONS: Final = ("nonzero", "above:T", "mask")
 """Which voxels: those that are not 0, those above T in the image's units, or those that the mask labels."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
-FRAMES: Final = ("all", "first", "mean", "INDEX")
+FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
 
 MASK_DTYPES: Final = ("uint8", "uint16")
 COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
+LABEL_KINDS: Final = ("float", "class", "string")
+MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
 """Fields of RecordConfig that say how a volume is prepared, in the order in which it is done."""
@@ -74,6 +79,42 @@ def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
 
 
 @dataclass(frozen=True)
+class LabelColumn:
+    """A column of the manifest whose values are labels.
+
+    Attributes:
+        name: of the column.
+        kind: "float", a number; "class", one of some values, stored as its number; "string"; None where the
+            values are to tell.
+        classes: of the kind "class": all its values, by number; None before the manifest was read.
+    """
+
+    name: str
+    kind: str | None = None
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> LabelColumn:
+        """From NAME or NAME:KIND.
+
+        Raises:
+            UsageError: there is no such kind, or no name.
+        """
+        name, colon, kind = text.partition(":")
+        if not name:
+            raise UsageError("--label-column names an empty column; was a variable not set?")
+        if colon and kind not in LABEL_KINDS:
+            raise UsageError(
+                f"--label-column gives {name} the kind {kind!r}; choose one of: {', '.join(LABEL_KINDS)}"
+            )
+        return cls(name, kind if colon else None)
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return f"{self.name}:{self.kind}" if self.kind else self.name
+
+
+@dataclass(frozen=True)
 class RecordConfig:
     """What decides the bytes of one record, apart from its row and its image.
 
@@ -85,8 +126,8 @@ class RecordConfig:
             "native" stores them as in the file, and the reader rescales.
         compression: "gzip" (one member a record) or "none".
         compression_level: igzip level, 0 (fastest) to 3.
-        frames: "all" makes the time axis of a 4-D image the record's last axis; "first", "mean" and a number,
-            from 0, make one volume of it; None refuses 4-D images.
+        frames: "all" makes the time axis of a 4-D image the record's last axis; "each" makes a record of
+            every frame; "first", "mean" and a number, from 0, make one volume of it; None refuses 4-D images.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
         rescale_within: which voxels tell what `rescale` asks of a volume: "nonzero"; "above:T", those
             above T in the image's units; "mask", those that the mask labels; None means all of them.
@@ -102,6 +143,8 @@ class RecordConfig:
         channels: the columns of the images that are the channels of a record, in their order; None where a
             record has a single image. Set by the build.
         mask_dtype: of the label map that every record has: "uint8" or "uint16"; None where there is none.
+        labels: columns whose values have features of their own, with their kinds and classes; set by the
+            build; None where there is only the feature `label`.
 
     A preparation that is None is left out. docs/preparation.md has what they do, in their order.
     """
@@ -122,6 +165,7 @@ class RecordConfig:
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
+    labels: tuple[LabelColumn, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no record can have; spell equal ones alike."""
@@ -147,10 +191,17 @@ class RecordConfig:
         _check_preparation(self)
 
     def _check_frames(self) -> None:
-        if self.frames is not None and not re.fullmatch(r"all|first|mean|0|[1-9]\d{0,8}", self.frames, re.A):
+        if self.frames is not None and not re.fullmatch(
+            r"all|each|first|mean|0|[1-9]\d{0,8}", self.frames, re.A
+        ):
             raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
         if self.frames == "0":
             object.__setattr__(self, "frames", "first")
+        if self.frames == "each" and self.channels is not None:
+            raise UsageError(
+                "--frames each makes examples of the frames of one image, and --path-column names several; "
+                "choose frames with --frames first, mean or a number"
+            )
         if self.complex is not None:
             _choose("--complex", self.complex, COMPLEX_PARTS)
         computed = "--frames mean" if self.frames == "mean" else self.complex and f"--complex {self.complex}"
@@ -274,18 +325,22 @@ class Columns:
     Attributes:
         path: the image, relative to the manifest's folder, absolute, or a URL; several columns, with commas
             between them, are the channels of an example.
-        label: a finite number; None where no label was asked for and `label` may be absent.
+        label: NAME, a finite number; or NAME:KIND, or several of both with commas, as in "age:float,sex";
+            None where no label was asked for and `label` may be absent.
         id: what names an example; None means `participant_id` (with `session_id`), else the path.
         mask: the image's label map, a path like that of the image; None where there is none.
+        missing_label: what becomes of a row without a value of a label: "nan" gives it NaN, the class -1, or
+            an empty string; "skip" leaves the row out; None refuses it.
     """
 
     path: str = "path"
     label: str | None = None
     id: str | None = None
     mask: str | None = None
+    missing_label: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse empty names, and a column that would mean two things."""
+        """Refuse empty names, kinds that there are not, and a column that would mean two things."""
         files = self.files
         if "" in files:
             raise UsageError(
@@ -293,6 +348,12 @@ class Columns:
             )
         for name in {name for name in files if files.count(name) > 1}:
             raise UsageError(f"column {name!r} is named twice by --path-column and --mask-column; drop one")
+        labels = [column.name for column in self.labels]
+        for name in labels:
+            if labels.count(name) > 1:
+                raise UsageError(f"--label-column names {name!r} twice; leave one out")
+        if self.missing_label is not None:
+            _choose("--missing-label", self.missing_label, MISSING_LABELS)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -303,6 +364,16 @@ class Columns:
     def files(self) -> tuple[str, ...]:
         """The columns of all files of an example: its images and its mask."""
         return self.paths if self.mask is None else (*self.paths, self.mask)
+
+    @property
+    def labels(self) -> tuple[LabelColumn, ...]:
+        """The columns of labels; none where no label was asked for."""
+        return tuple(map(LabelColumn.parse, self.label.split(","))) if self.label is not None else ()
+
+    @property
+    def has_label_features(self) -> bool:
+        """Whether each label has a feature of its own, besides `label`."""
+        return len(self.labels) > 1 or any(column.kind for column in self.labels)
 
 
 @dataclass(frozen=True)
@@ -433,5 +504,6 @@ class BuildConfig:
             "shuffle_seed": self.shuffle_seed,
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }
+        del content["labels"]  # which have a field of their own
         as_json: dict[str, Any] = json.loads(json.dumps(content))  # which has no tuples
         return as_json

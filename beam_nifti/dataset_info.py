@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
-from beam_nifti.config import FORMAT_VERSION, RecordConfig
+from beam_nifti.config import FORMAT_VERSION, LabelColumn, RecordConfig
 from beam_nifti.errors import DatasetError
 
 FILE_NAME: Final = "dataset_info.json"
@@ -58,10 +58,12 @@ class DatasetInfo:
 
     Attributes:
         config: what decided its content (`BuildConfig.as_dataset_config`).
-        manifest: path, digest, num_rows and columns of the manifest.
+        manifest: path, digest, num_rows and columns of the manifest; num_frames where each frame of its
+            images became a record.
         shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
         dtype: of the stored voxels, such as "float32".
         labelled: whether the manifest had labels; without, every `label` is NaN.
+        labels: columns whose values have features of their own; none where there is only `label`.
         features: name to kind of every feature of a record.
         splits: by name.
         mask_labels: those that the masks have, ascending; None where there are no masks.
@@ -78,6 +80,7 @@ class DatasetInfo:
     labelled: bool
     features: Mapping[str, str]
     splits: Mapping[str, SplitInfo]
+    labels: tuple[LabelColumn, ...] = ()
     mask_labels: tuple[int, ...] | None = None
     num_failures: int = 0
     revision: int = 1
@@ -85,9 +88,19 @@ class DatasetInfo:
     format_version: int = FORMAT_VERSION
 
     @property
+    def num_frames(self) -> int | None:
+        """Frames of an image, where each became a record; else None."""
+        return self.manifest.get("num_frames")
+
+    @property
     def num_examples(self) -> int:
         """Records in all splits."""
         return sum(s.num_examples for s in self.splits.values())
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows of the manifest that were left out, as they lack a label."""
+        return int(self.manifest.get("num_skipped", 0))
 
     @property
     def num_bytes(self) -> int:
@@ -107,7 +120,8 @@ class DatasetInfo:
             UsageError: it is not one that this version knows.
         """
         known = {f.name for f in fields(RecordConfig)}
-        return RecordConfig(**{k: v for k, v in self.config.items() if k in known})
+        given = {k: v for k, v in self.config.items() if k in known}
+        return RecordConfig(**given, labels=self.labels or None)
 
     def split(self, name: str) -> SplitInfo:
         """A split by name.
@@ -118,6 +132,16 @@ class DatasetInfo:
         if name not in self.splits:
             raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
         return self.splits[name]
+
+    def label_facts(self) -> dict[str, dict[str, Any]]:
+        """The kind of each of `labels`, and its classes if it has some, by name."""
+        return {
+            column.name: {
+                "kind": column.kind,
+                **({} if column.classes is None else {"classes": column.classes}),
+            }
+            for column in self.labels
+        }
 
     def to_json(self) -> str:
         """The content of dataset_info.json."""
@@ -130,6 +154,9 @@ class DatasetInfo:
             }
             for name, split in self.splits.items()
         }
+        del facts["labels"]
+        if self.labels:
+            facts["labels"] = self.label_facts()
         if self.mask_labels is None:
             del facts["mask_labels"]
         return json.dumps({"format_version": facts.pop("format_version"), **facts}, indent=2) + "\n"
@@ -157,9 +184,13 @@ class DatasetInfo:
                 name: SplitInfo(tuple(ShardInfo(**s) for s in split["shards"]))
                 for name, split in facts["splits"].items()
             }
-            labels = facts.get("mask_labels")
-            facts["mask_labels"] = None if labels is None else tuple(labels)
+            mask_labels = facts.get("mask_labels")
+            facts["mask_labels"] = None if mask_labels is None else tuple(mask_labels)
             facts["shape"] = None if facts["shape"] is None else tuple(facts["shape"])
+            facts["labels"] = tuple(
+                LabelColumn(name, said["kind"], tuple(said["classes"]) if "classes" in said else None)
+                for name, said in facts.get("labels", {}).items()
+            )
             return cls(**facts)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise DatasetError(f"{path}: not a dataset's info: {e!r}; rebuild the dataset") from e

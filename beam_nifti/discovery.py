@@ -15,7 +15,7 @@ import pyarrow as pa
 from beam_nifti import storage
 from beam_nifti.bids import MISSING, BidsImage, Records, Study
 from beam_nifti.errors import UsageError
-from beam_nifti.manifest import parse_label
+from beam_nifti.labels import parse_label
 from beam_nifti.tables import Problems
 
 _ENDINGS: Final = (".nii.gz", ".nii")

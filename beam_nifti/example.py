@@ -41,11 +41,14 @@ ENDS_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low
 MASK_FEATURE: Final = "mask_raw"
 """Where there are masks: a tensor, like `image_raw`."""
 
+_LABEL_FEATURES: Final = {"float": "float", "class": "int64", "string": "bytes"}
+"""Kind of the feature of a label, by the label's kind."""
+
 MAX_EXAMPLE_BYTES: Final = 2**31 - 1 - 16
 """Largest Example. Lengths are int32 in protobuf, whose C++ parser takes none of the last 16 of them;
 TensorFlow's parser crashes on messages of 2 GiB and more."""
 
-FeatureValue = bytes | npt.NDArray[np.float32] | tuple[bytes | memoryview, ...]
+FeatureValue = bytes | npt.NDArray[np.float32] | npt.NDArray[np.int64] | tuple[bytes | memoryview, ...]
 
 # Source: tensorflow/core/framework/types.proto
 _DTYPE_ENUM: Final = {
@@ -98,7 +101,7 @@ def encode_example(features: Mapping[str, FeatureValue]) -> bytes:
     """Serialize a tf.train.Example.
 
     Args:
-        features: by name: bytes, or a tuple of pieces of one bytes value; or float32 of shape (n,).
+        features: by name: bytes, or a tuple of pieces of one bytes value; or float32 or int64 of shape (n,).
 
     Returns:
         The bytes of `Example.SerializeToString(deterministic=True)`. The one copy of the voxels that
@@ -120,12 +123,13 @@ def encode_example(features: Mapping[str, FeatureValue]) -> bytes:
 def _pieces(features: Mapping[str, FeatureValue]) -> list[bytes | memoryview]:
     pieces: list[bytes | memoryview] = []
     total = 0
-    for name in sorted(features):
+    for name in sorted(features, key=_sort_key):
         value = features[name]
         if isinstance(value, np.ndarray):
-            packed = value.astype("<f4").tobytes()
+            is_integer = value.dtype.kind == "i"
+            packed = _pack_integers(value) if is_integer else value.astype("<f4").tobytes()
             body: tuple[bytes | memoryview, ...] = (_field(1, len(packed)), packed) if packed else ()
-            kind = 2
+            kind = 3 if is_integer else 2
         else:
             content = (value,) if isinstance(value, bytes) else value
             body = (_field(1, sum(map(len, content))), *content)
@@ -141,6 +145,15 @@ def _pieces(features: Mapping[str, FeatureValue]) -> list[bytes | memoryview]:
     return [_field(1, total), *pieces]
 
 
+def _sort_key(name: str) -> bytes:
+    """Sorts as protobuf's Python does: a name stands after those that begin with it."""
+    return name.encode() + b"\xff"
+
+
+def _pack_integers(numbers: npt.NDArray[np.generic]) -> bytes:
+    return b"".join(map(_varint, numbers.astype(np.uint64).tolist()))  # two's complement
+
+
 def feature_kinds(record: RecordConfig) -> dict[str, str]:
     """Every feature that a record of a configuration can have and its kind, by name."""
     kinds = {**FEATURES, **(ENDS_FEATURES if record.has_ends else {})}
@@ -148,7 +161,13 @@ def feature_kinds(record: RecordConfig) -> dict[str, str]:
         kinds |= dict.fromkeys(("intensity_min", "intensity_max"), f"float[{record.num_channels}]")
     if record.mask_dtype is not None:
         kinds[MASK_FEATURE] = "bytes"
+    kinds |= {label_feature(c.name): _LABEL_FEATURES[c.kind or ""] for c in record.labels or ()}
     return dict(sorted(kinds.items()))
+
+
+def label_feature(name: str) -> str:
+    """The feature of a column of labels."""
+    return f"label/{name}"
 
 
 def encode_volume(volume: Volume) -> bytes:
@@ -178,6 +197,12 @@ def encode_volume(volume: Volume) -> bytes:
     if not volume.scaling.is_identity:
         features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
         features["scl_inter"] = struct.pack("<d", volume.scaling.inter)
+    for name, label in row.labels:
+        if isinstance(label, str):
+            features[label_feature(name)] = label.encode()
+        else:
+            number = np.array([label], np.int64) if isinstance(label, int) else floats(label)
+            features[label_feature(name)] = number
     if volume.ends:
         doubles = struct.Struct(f"<{len(volume.ends)}d")
         features["rescale_low"] = doubles.pack(*(e.low for e in volume.ends))
@@ -239,11 +264,21 @@ def _decode_feature(data: memoryview) -> memoryview | npt.NDArray[np.generic]:
         if kind == 2:
             floats = b"".join(_message(v) for _, v in _fields(content))
             return np.frombuffer(floats, "<f4")
-    raise ShardError("a feature holds neither bytes nor floats")
+        if kind == 3:
+            return np.array(list(_integers(content)), np.uint64).astype(np.int64)
+    raise ShardError("a feature holds neither bytes, floats nor integers")
+
+
+def _integers(data: memoryview) -> Iterator[int]:
+    for _, value in _fields(data):
+        packed, at = _message(value), 0
+        while at < len(packed):
+            number, at = _read_varint(packed, at)
+            yield number
 
 
 def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArray[np.generic]]:
-    """Parse a tf.train.Example of one bytes value, or floats, a feature. Nothing is copied.
+    """Parse a tf.train.Example of one bytes value, or floats, or integers, a feature. No bytes are copied.
 
     Raises:
         ShardError: the bytes are no such Example.
@@ -254,7 +289,7 @@ def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArr
             for _, entry in _fields(_message(body)):
                 parts = dict(_fields(_message(entry)))
                 features[bytes(_message(parts[1])).decode()] = _decode_feature(_message(parts[2]))
-    except (IndexError, KeyError, UnicodeDecodeError, ValueError, struct.error) as e:
+    except (IndexError, KeyError, OverflowError, UnicodeDecodeError, ValueError, struct.error) as e:
         raise ShardError(f"not an Example: {e}") from e
     return features
 

@@ -103,7 +103,8 @@ class RecordLayout:
     Attributes:
         shape: of the voxels: (X, Y, Z), or (X, Y, Z, C) where a voxel has several numbers.
         dtype: of the voxels as they are loaded.
-        frame: number of the frame that is taken; "mean" of all frames; None takes the image whole.
+        frame: number of the frame that is taken; "mean" of all frames; "each" of them by itself; None takes
+            the image whole.
         stored_shape: of the voxels once they are prepared; None where the header cannot tell.
     """
 
@@ -136,10 +137,11 @@ def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> Reco
     frame = _choose_frame(name, header, record)
     numbers = [n for n in _numbers_of_voxel(header, record, frame) if n > 1]
     if len(numbers) > 1:
+        choices = _frame_choices(header, record)
+        remedy = f"choose frames with {choices}, or " if choices and frame is None else ""
         raise VolumeError(
             f"{name}: shape {header.shape} of {header.dtype_name} has {' × '.join(map(str, numbers))} "
-            "numbers a voxel, and a record has one axis for them; choose frames with --frames first, mean "
-            "or a number, or extract one of the components"
+            f"numbers a voxel, and a record has one axis for them; {remedy}extract one of the components"
         )
     dtype = header.dtype.newbyteorder("=")
     if header.dtype.names:
@@ -177,15 +179,15 @@ def _require_part(name: str, header: VolumeHeader, record: RecordConfig) -> None
 def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int | str | None:
     frames, count = record.frames, header.num_frames
     if frames is None:
-        if len(header.shape) > 3 and not (header.is_vector and count == 1):
+        choices = _frame_choices(header, record)
+        if len(header.shape) > 3 and not (header.is_vector and count == 1) and choices:
             raise VolumeError(
-                f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with --frames all, "
-                "first, mean or a number"
+                f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with {choices}"
             )
         return None
     if frames == "all" or (count == 1 and frames in ("first", "mean")):
         return None
-    if frames == "mean":
+    if frames in ("each", "mean"):
         return frames
     number = 0 if frames == "first" else int(frames)
     if number >= count:
@@ -194,6 +196,19 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
             "with --frames, or leave the image out"
         )
     return number
+
+
+def _frame_choices(header: VolumeHeader, record: RecordConfig) -> str:
+    """What of --frames a record has room for; "" where there is none, as one frame has too much."""
+    numbers = [n for n in _numbers_of_voxel(header, record, "first") if n > 1]
+    if len(numbers) > 1:
+        return ""
+    choices = ["first"] if record.channels else ["each", "first"]
+    if header.num_frames == 1 or not numbers:
+        choices.insert(0, "all")
+    if record.voxel_dtype != "native" and record.complex != "phase":
+        choices.append("mean")
+    return f"--frames {', '.join(choices)} or a number"
 
 
 def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
@@ -268,6 +283,24 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
         raise VolumeError(
             f"{name}: shape {shape} where the first image has {wanted}; "
             "crop and pad all images with --shape, or use --allow-mixed-shapes"
+        )
+
+
+def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:
+    """Refuse an image that has another number of frames than the dataset's first.
+
+    Args:
+        name: the image's path, for errors.
+        header: of the image.
+        num_frames: that all images share.
+
+    Raises:
+        VolumeError: the number differs.
+    """
+    if header.num_frames != num_frames:
+        raise VolumeError(
+            f"{name}: {header.num_frames} frames where the first image has {num_frames}, and --frames each "
+            "makes as many examples of every image; build images of other lengths apart"
         )
 
 

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError
+from beam_nifti.label_map import labels_of
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.mask import labels_of
 from beam_nifti.rescale import Ends, Intensity
 
 if TYPE_CHECKING:
@@ -56,10 +56,13 @@ _ENDS_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high",
 _MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
 """Likewise where records have a mask."""
 
+_FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
+"""Likewise where each frame of an image became a record."""
+
 _OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_ENDS_SCHEMA.names])
 """Columns that are lists, a number an image, where a record has several images."""
 
-_OWN_NAMES: Final = frozenset([*SCHEMA.names, *_ENDS_SCHEMA.names, *_MASK_SCHEMA.names])
+_OWN_NAMES: Final = frozenset([*SCHEMA.names, *_ENDS_SCHEMA.names, *_MASK_SCHEMA.names, *_FRAME_SCHEMA.names])
 
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
@@ -123,6 +126,7 @@ def row_cells(row: VolumeRow, extra_columns: Sequence[str]) -> dict[str, object]
         "position": row.position,
         "row": row.row,
         "source": row.source,
+        **({} if row.frame is None else {"frame": row.frame}),
         **dict(zip(map(extra_column, extra_columns), row.extras, strict=True)),
     }
 
@@ -175,6 +179,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
     if record.channels is not None:
         fields = [f.with_type(pa.list_(f.type)) if f.name in _OF_IMAGES else f for f in fields]
     fields += _MASK_SCHEMA if record.mask_dtype else ()
+    fields += _FRAME_SCHEMA if record.frames == "each" else ()
     return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
 
 

@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.config import PREPARATIONS, Columns
+from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
 from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError
-from beam_nifti.index import read_index
-from beam_nifti.manifest import read_manifest
+from beam_nifti.failures import failed_frames
+from beam_nifti.index import extra_column, read_index
+from beam_nifti.labels import comparable
+from beam_nifti.manifest import frame_id, read_manifest
 from beam_nifti.publish import read_info
 
 _STATISTICS: Final = ("min", "max", "mean")
@@ -29,6 +31,8 @@ _COMPARED_IDS: Final = 50_000
 
 _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
+_SHOWN_CLASSES: Final = 10
+"""Classes of a label."""
 
 
 def describe_dataset(output: str) -> dict[str, Any]:
@@ -39,8 +43,8 @@ def describe_dataset(output: str) -> dict[str, Any]:
 
     Returns:
         Among others `splits` (examples, shards and bytes of each), `shape` (None where shapes are
-        mixed; `shapes` counts them), `labels` (None where there are none) and `intensities`, in the
-        images' units.
+        mixed; `shapes` counts them), `labels` (None where there are none), `label_columns` (of each label
+        with a feature of its own) and `intensities`, in the images' units.
 
     Raises:
         DatasetError: there is no complete dataset, or an index of it cannot be read.
@@ -48,8 +52,11 @@ def describe_dataset(output: str) -> dict[str, Any]:
     output = storage.absolute(output)
     info = read_info(output)
     totals = _Totals(tuple(info.config.get("channels") or ("",)))
-    for _, _, table in _read_indexes(output, info):
+    of_labels = [_LabelTotals(column) for column in info.labels]
+    for _, _, table in read_indexes(output, info):
         totals.add(table.select(_SUMMARIZED))
+        for of_label in of_labels:
+            of_label.add(table)
     return {
         "path": output,
         "format_version": info.format_version,
@@ -69,6 +76,7 @@ def describe_dataset(output: str) -> dict[str, Any]:
         "dtype": info.dtype,
         "source_dtypes": _counted(totals.dtypes),
         "labels": totals.labels.summary() if info.labelled else None,
+        "label_columns": {of.column.name: of.summary() for of in of_labels},
         "intensities": totals.intensities(),
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
         "failures": {
@@ -111,7 +119,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
     info = read_info(output)
     ids: list[pa.ChunkedArray] = []
     found: dict[str, dict[str, Any]] = {}
-    for split, shard, table in _read_indexes(output, info):
+    for split, shard, table in read_indexes(output, info):
         for example_id in set(example_ids) - found.keys():
             ordinal = pc.index(table["example_id"], example_id).as_py()
             if ordinal >= 0:
@@ -140,15 +148,23 @@ def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | No
     failures = read_manifest(storage.join(output, FAILURES_FILE), Columns(**info.config["columns"]))
     # Where paths are the ids, failures.jsonl holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
+    lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}
+    if frames := info.num_frames:
+        failed = failed_frames(failures, frames)
+        lines = {frame_id(name, t): line for name, line in lines.items() for t in failed[line]}
     for wanted in (example_id, in_folder):
-        at = pc.index(failures.ids, wanted).as_py()
-        if at >= 0:
-            cells = failures.table.slice(at, 1).to_pylist()[0]
+        if wanted in lines:
+            cells = failures.table.slice(lines[wanted], 1).to_pylist()[0]
             return f"{cells['stage']}: {cells['message']} (see {FAILURES_FILE})"
     return None
 
 
-def _read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
+def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
+    """The index of each shard, with its split.
+
+    Raises:
+        DatasetError: one cannot be read.
+    """
     for split, found in info.splits.items():
         for shard in found.shards:
             path = storage.join(output, shard.index)
@@ -180,6 +196,36 @@ class _Numbers:
             return {"count": 0, "min": None, "max": None, "mean": None}
         mean = self.total / self.count
         return {"count": self.count, "min": self.low, "max": self.high, "mean": mean}
+
+
+@dataclass
+class _LabelTotals:
+    """What all indexes say of one label."""
+
+    column: LabelColumn
+    numbers: _Numbers = field(default_factory=_Numbers)
+    values: Counter[str] = field(default_factory=Counter)
+    missing: int = 0
+
+    def add(self, table: pa.Table) -> None:
+        values = comparable(table[extra_column(self.column.name)], self.column)
+        self.missing += values.null_count
+        if self.column.kind == "float":
+            self.numbers.add(values)
+        else:
+            counts = pc.value_counts(values.drop_null()).to_pylist()
+            self.values.update({c["values"]: c["counts"] for c in counts})
+
+    def summary(self) -> dict[str, Any]:
+        """Of a float as `_Numbers`; of a class how many each class has; of a string how many there are."""
+        kind = self.column.kind
+        if kind == "float":
+            found: dict[str, Any] = self.numbers.summary()
+        elif kind == "class":
+            found = {"classes": {name: self.values[name] for name in self.column.classes or ()}}
+        else:
+            found = {"count": self.values.total(), "different": len(self.values)}
+        return {"kind": kind, **found, "missing": self.missing}
 
 
 @dataclass
@@ -258,7 +304,11 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]
     if prepared:
         yield "prepared with", ", ".join(prepared)
-    yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
+    if d["label_columns"]:
+        for number, (name, label) in enumerate(d["label_columns"].items()):
+            yield "" if number else "labels", f"{name}: {_label_text(label)}"
+    else:
+        yield "labels", _numbers_text(d["labels"]) if d["labels"] else "none"
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         width = max(map(len, d["intensities"])) + 1
         yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
@@ -266,7 +316,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
     yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
-    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{anonymous})"
+    of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
+    skipped = f", {manifest['num_skipped']:,} skipped without a label" if "num_skipped" in manifest else ""
+    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{of_frames}{skipped}{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 
@@ -291,6 +343,21 @@ def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         else:
             text = "" if value is None else str(value)
         yield f"{name:<{max(width + 2, _NAME_WIDTH)}}", text
+
+
+def _label_text(label: Mapping[str, Any]) -> str:
+    if label["kind"] == "float":
+        text = _numbers_text(label)
+    elif label["kind"] == "class":
+        counts = list(label["classes"].items())
+        text = ", ".join(
+            f"{number} = {name} ({count:,})" for number, (name, count) in enumerate(counts[:_SHOWN_CLASSES])
+        )
+        text += f", and {len(counts) - _SHOWN_CLASSES} more" if len(counts) > _SHOWN_CLASSES else ""
+    else:
+        text = f"{label['count']:,}, {label['different']:,} different"
+    missing = f", {label['missing']:,} missing" if label["missing"] else ""
+    return f"{label['kind']}, {text}{missing}"
 
 
 def _numbers_text(numbers: Mapping[str, float | None]) -> str:

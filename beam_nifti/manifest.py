@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.config import SPLIT_PATTERN, Columns, Splitting
+from beam_nifti.config import SPLIT_PATTERN, Columns, LabelColumn, Splitting
+from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements
 from beam_nifti.tables import Problems, read_table
@@ -28,8 +28,6 @@ _OWN: Final = ("participant_id", "session_id", "split")
 _BATCH_ROWS: Final = 1 << 14
 """Rows that are turned into Python strings at a time."""
 
-_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
-
 
 @dataclass(frozen=True, slots=True)
 class VolumeRow:
@@ -39,16 +37,20 @@ class VolumeRow:
         row: 1-based number of the row in the manifest, its header not counted.
         example_id: what names the example, unique in the manifest.
         path: the image, as the manifest says it; of several the first.
-        label: None in an unlabelled manifest.
+        label: the number of its first label; None where it has none.
         participant_id: "" where the manifest has none.
         session_id: "" where the manifest has none.
         split: such as "train".
-        position: 0-based place in its split.
+        position: 0-based place in its split; of the first of its records where there are several.
         extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
         shard: file name of the shard that it belongs to.
         unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
         further: the other files of the example, as the manifest says them: its further images, then its mask.
         pseudonyms: what is written in the place of each of its paths; none where those are written.
+        labels: name and value of each label that has a feature of its own.
+        num_frames: frames of the image, where each becomes a record; None where the image is one.
+        wanted: those of them, from 0, whose records are still to be made; None for all.
+        frame: the one of them that this record is of; None where it is not of one.
     """
 
     row: int
@@ -64,6 +66,10 @@ class VolumeRow:
     unit: int = 0
     further: tuple[str, ...] = ()
     pseudonyms: tuple[str, ...] = ()
+    labels: tuple[tuple[str, LabelValue], ...] = ()
+    num_frames: int | None = None
+    wanted: tuple[int, ...] | None = None
+    frame: int | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -75,6 +81,47 @@ class VolumeRow:
         """What is written of where the image is."""
         return self.pseudonyms[0] if self.pseudonyms else self.path
 
+    @property
+    def image_id(self) -> str:
+        """What names the image in the manifest, also where the example is one of its frames."""
+        return (
+            self.example_id if self.frame is None else self.example_id.removesuffix(frame_id("", self.frame))
+        )
+
+    @property
+    def frames(self) -> Sequence[int]:
+        """Whose records are still to be made; 0 where the image is one record."""
+        return range(self.num_frames or 1) if self.wanted is None else self.wanted
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the records that are still to be made, in their split."""
+        return [self.position + frame for frame in self.frames]
+
+    def of_frame(self, frame: int) -> VolumeRow:
+        """The row of one frame's record.
+
+        >>> VolumeRow(1, "sub-01", "bold.nii", position=20, num_frames=10).of_frame(3).example_id
+        'sub-01_frame-0003'
+        """
+        return dataclasses.replace(
+            self,
+            example_id=frame_id(self.example_id, frame),
+            position=self.position + frame,
+            num_frames=None,
+            wanted=None,
+            frame=frame,
+        )
+
+    def records(self) -> list[VolumeRow]:
+        """A row for each record that is still to be made, in the order of their positions."""
+        return [self] if self.num_frames is None else [self.of_frame(frame) for frame in self.frames]
+
+
+def frame_id(image_id: str, frame: int) -> str:
+    """The example id of a frame of an image."""
+    return f"{image_id}_frame-{frame:04d}"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -85,10 +132,13 @@ class Manifest:
         table: every column as strings, in the manifest's order; where ids are anonymous, with pseudonyms in
             the place of ids and paths.
         paths: the images and masks, as the manifest says it, by column.
-        columns: which of them mean what; its `label` is None in an unlabelled manifest.
-        labels: float64 of shape (rows,); None in an unlabelled manifest.
+        columns: which of them mean what; its `label` is None in an unlabelled manifest, and has the kinds of
+            labels that have features of their own.
+        numbers: of the feature `label`, float64 of shape (rows,), NaN where a row has none; None in an
+            unlabelled manifest.
+        labels: the labels that have features of their own.
         ids: example id a row.
-        splits: split a row.
+        splits: split a row; null where the row is left out, as it lacks a label.
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` where ids are anonymous; else None.
     """
@@ -97,7 +147,8 @@ class Manifest:
     table: pa.Table
     paths: Mapping[str, pa.ChunkedArray]
     columns: Columns
-    labels: npt.NDArray[np.float64] | None
+    numbers: npt.NDArray[np.float64] | None
+    labels: tuple[Labels, ...]
     ids: pa.Array
     splits: pa.Array
     extra_columns: tuple[str, ...]
@@ -112,20 +163,39 @@ class Manifest:
         """What relative image paths are relative to."""
         return storage.dirname(self.path)
 
+    @property
+    def num_skipped(self) -> int:
+        """Rows that are left out, as they lack a label."""
+        return int(self.splits.null_count)
+
+    @property
+    def label_columns(self) -> tuple[LabelColumn, ...]:
+        """The columns of the labels that have features of their own."""
+        return tuple(labels.column for labels in self.labels)
+
+    def kept_rows(self) -> npt.NDArray[np.int64]:
+        """0-based indices of the rows that are in a split."""
+        return np.flatnonzero(self.splits.is_valid().to_numpy(zero_copy_only=False))
+
     def split_sizes(self) -> dict[str, int]:
         """Rows of each split, by the split's name in sorted order."""
-        counts = pc.value_counts(self.splits).to_pylist()
+        counts = pc.value_counts(self.splits.drop_null()).to_pylist()
         return {c["values"]: c["counts"] for c in sorted(counts, key=lambda c: str(c["values"]))}
 
     def row_numbers(self, split: str) -> npt.NDArray[np.int64]:
         """0-based row indices of a split, in the manifest's order."""
-        mask = pc.equal(self.splits, split).to_numpy(zero_copy_only=False)
+        mask = pc.fill_null(pc.equal(self.splits, split), False).to_numpy(zero_copy_only=False)
         return np.flatnonzero(mask)
 
     def rows(
-        self, indices: Sequence[int], first_position: int = 0, shard: str = "", unit: int = 0
+        self,
+        indices: Sequence[int],
+        first_position: int = 0,
+        shard: str = "",
+        unit: int = 0,
+        num_frames: int | None = None,
     ) -> list[VolumeRow]:
-        """The rows at `indices`, at consecutive positions of their split."""
+        """The rows at `indices`, whose records have consecutive positions of their split."""
         take = pa.array(indices, pa.int64())
         part = self.table.take(take)
         paths, *further = (column.take(take).to_pylist() for column in self.paths.values())
@@ -139,21 +209,25 @@ class Manifest:
             for name in ("participant_id", "session_id")
         )
         extras = list(zip(*(part[c].to_pylist() for c in self.extra_columns), strict=True))
+        named = [[(of.column.name, v) for v in of.values.take(take).to_pylist()] for of in self.labels]
+        labels = list(zip(*named, strict=True))
         return [
             VolumeRow(
                 row=int(index) + 1,
                 example_id=ids[i],
                 path=paths[i],
-                label=None if self.labels is None else float(self.labels[index]),
+                label=None if self.numbers is None else number_of(float(self.numbers[index])),
                 participant_id=participants[i],
                 session_id=sessions[i],
                 split=splits[i],
-                position=first_position + i,
+                position=first_position + i * (num_frames or 1),
                 extras=extras[i] if extras else (),
                 shard=shard,
                 unit=unit,
                 further=others[i] if others else (),
                 pseudonyms=pseudonyms[i] if pseudonyms else (),
+                labels=labels[i] if labels else (),
+                num_frames=num_frames,
             )
             for i, index in enumerate(indices)
         ]
@@ -198,7 +272,7 @@ def read_manifest(
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
         (columns.mask, "--mask-column"),
-        (columns.label, "--label-column"),
+        *((column.name, "--label-column") for column in columns.labels),
         (columns.id, "--id-column"),
         (splitting and splitting.stratify, "--stratify"),
     ):
@@ -212,47 +286,72 @@ def read_manifest(
         problems.add("no rows; a manifest needs a header and at least one image")
     problems.stop()
 
-    label_column = columns.label or ("label" if "label" in table.column_names else None)
+    if columns.label is None and "label" in table.column_names:
+        columns = dataclasses.replace(columns, label="label")
     for name in columns.files:
         what = "mask" if name == columns.mask else "image"
         for i, text in enumerate(_cells(table, name)):
             if not text.strip():
                 problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
-    labels = None
-    if label_column is not None:
-        labels = np.empty(table.num_rows, np.float64)
-        for i, text in enumerate(_cells(table, label_column)):
-            labels[i] = parse_label(text)
-            if not math.isfinite(labels[i]):
-                problems.add(f"row {i + 1}: {label_column} is {text!r}, not a finite number (of float32)")
     paths = {name: table[name] for name in columns.files}
     if pseudonyms:
         table = _without_names(table, columns, pseudonyms)
+    labels = _labels(table, columns, problems)
+    is_skipped = _skipped(labels, columns, problems)
     ids = _ids(table, columns)
-    splits = _drawn_splits(table, ids, splitting, problems) if splitting else _given_splits(table, problems)
+    splits = (
+        _drawn_splits(table, ids, splitting, is_skipped, problems)
+        if splitting
+        else _without(is_skipped, _given_splits(table, problems))
+    )
     _check_ids(ids, problems)
     problems.stop()
-    used = {columns.paths[0], label_column, columns.id, *_OWN}
+    numbers = labels[0].numbers if labels else None
+    used = {columns.paths[0], columns.id, *_OWN}
+    if columns.has_label_features:
+        # Their cells are kept in the index, and in failures.jsonl, as those of further columns are.
+        columns = dataclasses.replace(columns, label=",".join(str(of.column) for of in labels))
+        used -= {of.column.name for of in labels}
+    else:
+        used |= {of.column.name for of in labels}
+        labels = ()
     extras = tuple(c for c in table.column_names if c not in used)
-    columns = dataclasses.replace(columns, label=label_column)
     key_check = pseudonyms.check if pseudonyms else None
-    return Manifest(path, table, paths, columns, labels, ids, splits, extras, key_check)
+    return Manifest(path, table, paths, columns, numbers, labels, ids, splits, extras, key_check)
 
 
-def parse_label(text: str) -> float:
-    """The number that a cell is; NaN where it is none, or none of float32."""
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
+def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labels, ...]:
+    wanted = columns.labels
+    if not columns.has_label_features:
+        wanted = tuple(dataclasses.replace(column, kind="float") for column in wanted)
+    if columns.missing_label is not None and not wanted:
+        problems.add(
+            "--missing-label is for labels, and there is no column 'label'; name one with --label-column"
+        )
+    return tuple(read_labels(table[c.name], c, columns.missing_label, problems) for c in wanted)
+
+
+def _skipped(labels: Sequence[Labels], columns: Columns, problems: Problems) -> npt.NDArray[np.bool_] | None:
+    """Which rows are left out, as they lack a label; None where none may be."""
+    if columns.missing_label != "skip" or not labels:
+        return None
+    is_skipped: npt.NDArray[np.bool_] = np.any([of.is_missing for of in labels], axis=0)
+    if is_skipped.all():
+        names = ", ".join(of.column.name for of in labels)
+        problems.add(f"every row lacks a label ({names}), and --missing-label skip leaves out all of them")
+    return is_skipped
+
+
+def _without(is_skipped: npt.NDArray[np.bool_] | None, splits: pa.Array) -> pa.Array:
+    return splits if is_skipped is None else pc.if_else(pa.array(is_skipped), None, splits)
 
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
     """Columns that are ours but for case and spaces, which would be taken for further ones."""
-    wanted = {*_OWN, *columns.files, columns.label or "label"} - set(names)
+    labels = [column.name for column in columns.labels] or ["label"]
+    wanted = {*_OWN, *columns.files, *labels} - set(names)
     for name in names:
-        if name not in (*columns.files, columns.label, columns.id) and name.strip().lower() in wanted:
+        if name not in (*columns.files, *labels, columns.id) and name.strip().lower() in wanted:
             yield name, name.strip().lower()
 
 
@@ -283,7 +382,13 @@ def _given_splits(table: pa.Table, problems: Problems) -> pa.Array:
     return splits
 
 
-def _drawn_splits(table: pa.Table, ids: pa.Array, splitting: Splitting, problems: Problems) -> pa.Array:
+def _drawn_splits(
+    table: pa.Table,
+    ids: pa.Array,
+    splitting: Splitting,
+    is_skipped: npt.NDArray[np.bool_] | None,
+    problems: Problems,
+) -> pa.Array:
     participants, categories = ids, None
     if "participant_id" in table.column_names:
         participants = table["participant_id"].combine_chunks()
@@ -297,13 +402,14 @@ def _drawn_splits(table: pa.Table, ids: pa.Array, splitting: Splitting, problems
                 f"row {i + 1}: {splitting.stratify} of {participants[i]} is {categories[i].as_py()!r} and, "
                 f"in row {first + 1}, {categories[first].as_py()!r}; --stratify takes one value a participant"
             )
-    splits = draw_splits(participants, splitting, categories)
+    # With the rows that are left out, so that no one moves when their labels are filled in.
+    splits = _without(is_skipped, draw_splits(participants, splitting, categories).cast(pa.string()))
     for name in sorted(splitting.shares.keys() - set(pc.unique(splits).to_pylist())):
         problems.add(
             f"no participant falls into split {name} with a share of {splitting.shares[name]:g}; give it a "
             "larger share, or draw again with another --split-seed"
         )
-    return splits.cast(pa.string())
+    return splits
 
 
 def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import TypeVar
 
 from beam_nifti import __version__
@@ -15,6 +17,8 @@ from beam_nifti.config import (
     COMPRESSIONS,
     FRAMES,
     MASK_DTYPES,
+    MISSING_LABELS,
+    VERSIONED,
     VOXEL_DTYPES,
     BuildConfig,
     Columns,
@@ -29,7 +33,7 @@ _Number = TypeVar("_Number", int, float)
 EXIT_CODES = """\
 exit codes:
   0  success
-  1  volumes failed beyond the limit, or the dataset is not right
+  1  volumes failed beyond the limit, the dataset is not right, or two are not the same
   2  a wrong option, manifest or OUTPUT; nothing was written
 """
 
@@ -38,6 +42,8 @@ _PATHS = {
     "output": "OUTPUT",
     "folder": "DIR",
     "out": "--out",
+    "before": "BEFORE",
+    "after": "AFTER",
     "anonymous_ids": "--anonymous-ids",
 }
 """Arguments that no command takes empty, and how its help calls them."""
@@ -91,6 +97,15 @@ examples:
 
 """
 
+_DIFF_EXAMPLES = """\
+examples:
+  beam-nifti diff monday/dataset tuesday/dataset
+  beam-nifti diff monday/dataset tuesday/dataset --json | jq '.came[]'
+
+Reads dataset_info.json and index/ of each: of a dataset that is built on every night in one place, keep
+copies of these. Exits with 1 where anything is different.
+
+"""
 _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
@@ -107,6 +122,20 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Versions(argparse.Action):
+    """`--version`; the libraries are looked up only when it is given."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"beam-nifti {__version__}")
+        for name in VERSIONED:
+            print(f"{name} {metadata.version(name)}")
+        print(f"Python {platform.python_version()}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser = argparse.ArgumentParser(
@@ -116,13 +145,16 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"beam-nifti {__version__}")
+    parser.add_argument(
+        "--version", action=_Versions, help="show the version, and those of the libraries that decide bytes"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_manifest(commands)
     _add_check(commands)
     _add_build(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_diff(commands)
     _add_extract(commands)
     return parser
 
@@ -246,7 +278,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--examples-per-shard",
         type=int,
         metavar="N",
-        help="default: from the first image's header, for shards of 128 to 256 MB",
+        help="at most; with --frames each as many whole images as that allows, at least one; default: from "
+        "the first image's header, for shards of 128 to 256 MB",
     )
     size.add_argument("--num-shards", type=int, metavar="N", help="shards of each split")
     shards.add_argument(
@@ -273,7 +306,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=float,
         default=0.0,
         metavar="F",
-        help="complete the dataset if at most this fraction of the volumes failed; default: 0",
+        help="complete the dataset if at most this fraction of the volumes failed, with --frames each of all "
+        "frames; default: 0",
     )
     run.add_argument("--overwrite", action="store_true", help="replace a dataset of another making")
     run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
@@ -332,7 +366,20 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
         help="of label maps, images of whole numbers with the same voxels in space as the images: prepared "
         "with them, by nearest neighbour, and stored as they are; default: none",
     )
-    columns.add_argument("--label-column", metavar="NAME", help="default: label, where there is one")
+    columns.add_argument(
+        "--label-column",
+        metavar="NAME[:KIND],…",
+        help="a number to learn; or several columns, such as age,sex:class,subtype, each with a feature "
+        "label/NAME of its own. KIND is float; class, stored as the number of the value among all of the "
+        "column's; or string; default: float where all values are numbers, else class. Default: label, where "
+        "there is one",
+    )
+    columns.add_argument(
+        "--missing-label",
+        choices=MISSING_LABELS,
+        help="what becomes of rows whose label is empty, n/a or NaN. nan: they get NaN, the class -1, or an "
+        "empty string; skip: they are left out, and counted; default: they are an error",
+    )
     columns.add_argument(
         "--id-column",
         metavar="NAME",
@@ -379,8 +426,9 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
     voxels.add_argument(
         "--frames",
         metavar="|".join(FRAMES),
-        help="of 4-D images; all: every frame, as the channels of one record; first, or a number from 0: one "
-        "of them; mean: their mean; default: 4-D images are refused",
+        help="of 4-D images; all: every frame, as the channels of one record; each: every frame, as an "
+        "example of its own, ID_frame-0000 and on; first, or a number from 0: one of them; mean: their mean; "
+        "default: 4-D images are refused",
     )
     voxels.add_argument(
         "--complex",
@@ -458,7 +506,9 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     verify = _command(commands, "verify", "read a dataset back and check every byte of it")
     verify.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
-    verify.add_argument("--manifest", metavar="MANIFEST", help="compare ids and labels with this table")
+    verify.add_argument(
+        "--manifest", metavar="MANIFEST", help="compare ids, labels and splits with this table"
+    )
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
@@ -478,6 +528,15 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
     inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    diff = _command(
+        commands, "diff", "say what came, went and changed between two datasets", _DIFF_EXAMPLES + EXIT_CODES
+    )
+    diff.add_argument("before", metavar="BEFORE", help="folder or URL of a dataset")
+    diff.add_argument("after", metavar="AFTER", help="of another")
+    diff.add_argument("--json", action="store_true", help="as JSON, with all ids")
 
 
 def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -642,7 +701,13 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
 
 
 def _columns(options: argparse.Namespace) -> Columns:
-    return Columns(options.path_column, options.label_column, options.id_column, options.mask_column)
+    return Columns(
+        options.path_column,
+        options.label_column,
+        options.id_column,
+        options.mask_column,
+        options.missing_label,
+    )
 
 
 def _record_config(

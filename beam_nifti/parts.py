@@ -6,6 +6,7 @@ is closed, so a part counts only where its index is there.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import uuid
 from collections.abc import Sequence
@@ -153,7 +154,7 @@ def finished_rows(
 
     Args:
         part: of the same fingerprint as this build's.
-        rows: of one shard, in the order of their positions; at least one.
+        rows: of one shard, one for each record, in the order of their positions; at least one.
         record: this build's.
         extra_columns: names of the manifest's further columns.
         folder: what relative image paths are relative to.
@@ -172,6 +173,7 @@ def finished_rows(
         return None
     if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
         return None
+    now = functools.cache(_stat_of)  # frames of one image follow one another
     by_position = {row.position: row for row in rows}
     positions = []
     ours = table.filter(pc.is_in(table["position"], pa.array(list(by_position), pa.int64())))
@@ -180,14 +182,15 @@ def finished_rows(
         row = by_position[found["position"]]
         same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
         fits = shape in (None, tuple(found["shape"])) and dtype in (None, found["dtype"])
-        if same and fits and _unchanged([storage.join(folder, path) for path in row.files], found):
+        then = (found["source_size"], found["source_mtime"])
+        if same and fits and now(tuple(storage.join(folder, path) for path in row.files)) == then:
             positions.append(row.position)
     return Part(part.data, part.index, tuple(positions)) if positions else None
 
 
-def _unchanged(paths: Sequence[str], found: dict[str, object]) -> bool:
+def _stat_of(paths: Sequence[str]) -> tuple[int, float] | None:
     try:
         now = join_stats([stat_image(path) for path in paths])
     except OSError:
-        return False  # loading it again says what is wrong
-    return (now.size, now.mtime) == (found["source_size"], found["source_mtime"])
+        return None  # loading it again says what is wrong
+    return now.size, now.mtime

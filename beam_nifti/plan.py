@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from beam_nifti import storage
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
@@ -49,7 +49,7 @@ class ShardTask:
 
     Attributes:
         name: its file name.
-        positions: of its rows in the split.
+        positions: of its records in the split.
         candidates: names of shards that may already hold some of its records; its own is the first.
     """
 
@@ -115,6 +115,7 @@ class BuildPlan:
     Attributes:
         config: with absolute paths, and `sharding` and `columns.label` set.
         num_rows: rows of the manifest.
+        num_skipped: those of them that are left out, as they lack a label.
         digest: of the manifest's content.
         column_names: of the manifest.
         extra_columns: those of them that are only kept in the index.
@@ -128,6 +129,7 @@ class BuildPlan:
         earlier_totals: shards a split, of unfinished builds of these or other rows in the output.
         revision: of the dataset that this build makes.
         key_check: `Manifest.key_check`.
+        num_frames: frames of the first image, where each frame of an image becomes a record; else None.
     """
 
     config: BuildConfig
@@ -145,6 +147,13 @@ class BuildPlan:
     earlier_totals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revision: int = 1
     key_check: str | None = None
+    num_skipped: int = 0
+    num_frames: int | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Records, if no volume fails."""
+        return (self.num_rows - self.num_skipped) * (self.num_frames or 1)
 
     @property
     def sharding(self) -> Sharding:
@@ -186,13 +195,18 @@ class BuildPlan:
         Two builds of one making may overlap, as when a job outlives the command that started it and that
         is given again; they write the same bytes.
         """
-        facts = [self.config.as_dataset_config(), storage.dirname(self.config.manifest)]
-        text = json.dumps([*facts, self.digest, self.shape, self.source_dtype, self.revision], sort_keys=True)
+        facts: list[Any] = [self.config.as_dataset_config(), storage.dirname(self.config.manifest)]
+        facts += [self.digest, self.shape, self.num_frames, self.source_dtype, self.revision]
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def shard_totals(self) -> dict[str, int]:
         """Shards of each split."""
-        return {s: len(shard_ranges(n, self.sharding)) for s, n in self.split_sizes.items()}
+        return {split: len(self.shard_ranges(split)) for split in self.split_sizes}
+
+    def shard_ranges(self, split: str) -> list[range]:
+        """Positions of the records of each shard of a split."""
+        return shard_ranges(self.split_sizes[split], self.sharding, self.num_frames or 1)
 
     def tasks(self, split: str, published: Collection[str] = ()) -> list[ShardTask]:
         """The shards of a split.
@@ -201,7 +215,7 @@ class BuildPlan:
             split: its name.
             published: `BuildNote.published`.
         """
-        ranges = shard_ranges(self.split_sizes[split], self.sharding)
+        ranges = self.shard_ranges(split)
         compressed = self.config.record.compression == "gzip"
         held = {(n.split, n.index): n for n in map(ShardName.parse, published) if n}
         return [
@@ -243,6 +257,7 @@ class BuildPlan:
         manifest = read_build_manifest(manifest_path, self.config)
         if manifest.digest() != self.digest:
             raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
+        # So the classes of labels, which are made of the rows alone, are the planned ones as well.
         published = self._published()
         for split in self.split_sizes:
             yield from self._split_units(manifest, split, published)
@@ -260,15 +275,17 @@ class BuildPlan:
         if seed is not None:
             ids = manifest.ids.take(indices).to_pylist()
             indices = indices[order_rows(ids, seed)]
+        frames = self.num_frames or 1
         for task in self.tasks(split, published):
             yield task
-            of_shard = indices[task.positions.start : task.positions.stop].tolist()
+            of_shard = indices[task.positions.start // frames : task.positions.stop // frames].tolist()
             units = Sharding(num_shards=math.ceil(len(of_shard) / self.unit_rows))
             cuts = shard_ranges(len(of_shard), units)
             for unit, cut in enumerate(cuts):
-                first = task.positions.start + cut.start
+                first = task.positions.start + cut.start * frames
                 number = unit if len(cuts) > 1 else WHOLE_SHARD
-                rows = manifest.rows(of_shard[cut.start : cut.stop], first, str(task.name), number)
+                images = of_shard[cut.start : cut.stop]
+                rows = manifest.rows(images, first, str(task.name), number, self.num_frames)
                 yield WorkUnit(task, tuple(rows))
 
 
@@ -323,16 +340,19 @@ def stored_itemsize(voxel_dtype: str, source_itemsize: int) -> int:
     return {"float16": 2, "bfloat16": 2, "uint8": 1, "native": source_itemsize}.get(voxel_dtype, 4)
 
 
-def default_sharding(num_voxels: int, source_itemsize: int, record: RecordConfig) -> Sharding:
+def default_sharding(
+    num_voxels: int, source_itemsize: int, record: RecordConfig, num_frames: int = 1
+) -> Sharding:
     """Shards of about SHARD_BYTES, from what the first image's header says.
 
     Args:
         num_voxels: of a volume.
         source_itemsize: bytes of a voxel on disk.
         record: dtype and compression of what is stored.
+        num_frames: records of an image, which stay in one shard.
     """
-    each = record_bytes(num_voxels, source_itemsize, record)
-    return Sharding(examples_per_shard=max(1, round(SHARD_BYTES / each)))
+    each = num_frames * record_bytes(num_voxels, source_itemsize, record)
+    return Sharding(examples_per_shard=num_frames * max(1, round(SHARD_BYTES / each)))
 
 
 def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) -> float:
@@ -345,12 +365,17 @@ def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) ->
     return num_voxels * each + _RECORD_OVERHEAD
 
 
-def choose_unit_rows(num_rows: int, volume_bytes: int, workers: int) -> int:
+def choose_unit_rows(num_rows: int, image_bytes: int, workers: int) -> int:
     """Most rows of a work unit.
 
     Enough units for every worker to have several, and no more: a shard that is one unit is published
     without a copy.
+
+    Args:
+        num_rows: of the manifest.
+        image_bytes: of the voxels of all records of an image.
+        workers: threads, or the parallelism to cut for.
     """
-    by_bytes = max(1, UNIT_BYTES // volume_bytes)
+    by_bytes = max(1, UNIT_BYTES // image_bytes)
     by_workers = num_rows if workers == 1 else math.ceil(num_rows / (UNITS_PER_WORKER * workers))
     return max(1, min(by_bytes, by_workers, MAX_UNIT_ROWS))

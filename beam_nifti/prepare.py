@@ -16,7 +16,7 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.grid import Grid, Shape3, axes_to, respace, turn
 from beam_nifti.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.intensity import describe_rule, select_voxels
-from beam_nifti.mask import pick_nearest
+from beam_nifti.label_map import pick_nearest
 from beam_nifti.rescale import Scaling, Voxels
 from beam_nifti.user_function import Function, load_function
 from beam_nifti.volume import Volume

@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Final
 
 from beam_nifti import storage
+from beam_nifti.config import VERSIONED
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError
 from beam_nifti.example import feature_kinds
@@ -18,7 +19,6 @@ from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
-_VERSIONED: Final = ("beam-nifti", "apache-beam", "nibabel", "numpy", "scipy", "isal")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def publish_dataset(
     Args:
         plan: of the build.
         shards: every shard, in any order.
-        failures: every volume left out, in any order.
+        failures: every volume, or image whose frames are the volumes, that was left out, in any order.
         mask_labels: those of all masks.
 
     Raises:
@@ -111,17 +111,17 @@ def publish_dataset(
     by_place = {(n.split, n.index): s for s in shards if (n := ShardName.parse(s.name))}
     splits = {split: [(split, i) for i in range(total)] for split, total in plan.shard_totals().items()}
     missing = {place for places in splits.values() for place in places} - by_place.keys()
-    num_written = sum(s.num_examples for s in shards)
-    if missing or num_written + len(failures) != plan.num_rows:
+    num_written, num_failed = sum(s.num_examples for s in shards), sum(len(f.row.positions) for f in failures)
+    if missing or num_written + num_failed != plan.num_examples:
         raise ShardError(
-            f"{len(missing)} shards are missing, and {num_written} records and {len(failures)} failures "
-            f"do not make {plan.num_rows} rows; run the build again"
+            f"{len(missing)} shards are missing, and {num_written} records and {num_failed} failures "
+            f"do not make {plan.num_examples} volumes; run the build again"
         )
-    complete = len(failures) <= config.max_bad_fraction * plan.num_rows
+    complete = num_failed <= config.max_bad_fraction * plan.num_examples
     published = find_info(config.output)
     summary = BuildSummary(
         num_written=num_written,
-        num_failed=len(failures),
+        num_failed=num_failed,
         num_bytes=sum(s.num_bytes for s in shards),
         num_shards=len(shards),
         complete=complete,
@@ -137,6 +137,8 @@ def publish_dataset(
             "num_rows": plan.num_rows,
             "digest": plan.digest,
             "columns": list(plan.column_names),
+            **({"num_skipped": plan.num_skipped} if plan.num_skipped else {}),
+            **({"num_frames": plan.num_frames} if plan.num_frames else {}),
             **({"key_check": plan.key_check} if plan.key_check else {}),
         },
         shape=plan.shape,
@@ -146,10 +148,11 @@ def publish_dataset(
         splits={
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },
-        num_failures=len(failures),
+        labels=config.record.labels or (),
+        num_failures=num_failed,
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         revision=plan.revision,
-        versions={name: metadata.version(name) for name in _VERSIONED},
+        versions={name: metadata.version(name) for name in ("beam-nifti", *VERSIONED)},
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
         storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())

@@ -27,7 +27,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.example import decode_example, decode_tensor
+from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor
 from beam_nifti.index import read_index
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.quantize import UINT8_LEVELS
@@ -54,7 +54,6 @@ _SCRATCH_BYTES: Final = 32 << 20
 _of_thread = threading.local()
 
 _SCALING: Final = ("scl_slope", "scl_inter")
-_ENDS: Final = ("rescale_low", "rescale_high")
 
 
 class Dataset:
@@ -408,24 +407,28 @@ def _rescale(voxels: Voxels, features: _Features, config: RecordConfig) -> Voxel
     """What a float32 dataset would hold of voxels that were stored as in the image's file."""
     doubles = {
         name: np.frombuffer(value, "<f8").tolist()
-        for name in (*_SCALING, *_ENDS)
+        for name in (*_SCALING, *ENDS_FEATURES)
         if isinstance(value := features.get(name), memoryview)
     }
     scaling = Scaling(doubles.get("scl_slope", [1.0])[0], doubles.get("scl_inter", [0.0])[0])
-    ends = [Ends(*each) for each in zip(*map(doubles.get, _ENDS), strict=True)] if config.has_ends else []
-
-    def rescale(image: Voxels, number: int) -> Voxels:
-        low, high = sorted(scaling.apply(np.array([image.min(), image.max()], image.dtype)).tolist())
-        # Nothing asks for mean and deviation, which would take another pass.
-        intensity = Intensity(low, high, math.nan, math.nan)
-        return rescale_voxels(image, scaling, intensity, ends[number] if ends else None, config)
-
+    ends = []
+    if config.has_ends:
+        ends = list(map(Ends, doubles["rescale_low"], doubles["rescale_high"]))
     if config.channels is None:
-        return rescale(voxels, 0)
-    out = np.empty(voxels.shape, np.float32)
-    for number in range(len(config.channels)):  # each image by itself
-        out[..., number] = rescale(np.ascontiguousarray(voxels[..., number]), number)
-    return out
+        return _rescale_image(voxels, scaling, ends[0] if ends else None, config)
+    return np.stack(
+        [
+            _rescale_image(np.ascontiguousarray(voxels[..., i]), scaling, ends[i] if ends else None, config)
+            for i in range(config.num_channels)
+        ],
+        -1,
+    )
+
+
+def _rescale_image(voxels: Voxels, scaling: Scaling, ends: Ends | None, config: RecordConfig) -> Voxels:
+    low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
+    # Nothing asks for mean and deviation, which would take another pass.
+    return rescale_voxels(voxels, scaling, Intensity(low, high, math.nan, math.nan), ends, config)
 
 
 def read_info(output: str) -> DatasetInfo:

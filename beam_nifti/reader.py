@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,6 +17,7 @@ import tensorflow as tf
 from beam_nifti import reader_graph, storage
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.example import label_feature
 from beam_nifti.order import Order
 from beam_nifti.random_access import Dataset, read_info
 from beam_nifti.reader_indexed import describe_columns, read_indexed
@@ -35,6 +36,7 @@ def load_dataset(
     shuffle: bool = False,
     seed: int | None = None,
     drop_remainder: bool = False,
+    label: str | Sequence[str] | None = None,
     repeat: bool | int = False,
     start: int = 0,
     shard: tuple[int, int] | tf.distribute.InputContext | None = None,
@@ -60,6 +62,8 @@ def load_dataset(
         seed: makes the sequence of orders that `shuffle` gives the same in every run; with the indexed engine
             on every machine, as (seed, epoch) alone decides an order. Without, `tf.random.set_seed` does.
         drop_remainder: leave out a last batch that is not full, so that B is static.
+        label: the column of the manifest that y is; several give a dictionary of them; None gives the
+            first label as a number.
         repeat: how many epochs there are; True means without end. With the indexed engine and `shuffle`, a
             further pass over the dataset goes on with the epochs that follow those of the pass before;
             without end, every pass begins with epoch 0.
@@ -86,9 +90,10 @@ def load_dataset(
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
-        (B, x, y, z, c) where records have c frames, components or images, and y: float32 of shape (B,), or
-        the labels of the mask, int32 of shape (B, x, y, z, 1); X alone where the dataset has no labels. All
-        axes but B are static, unless the volumes have different shapes.
+        (B, x, y, z, c) where records have c frames, components or images, and y. That is of shape (B,):
+        float32; int64 for a label that is a class; tf.string for one that is a string; NaN, -1 or "" where
+        it is missing. Or it is the labels of the mask, int32 of shape (B, x, y, z, 1). X alone where the
+        dataset has no labels. All axes but B are static, unless the volumes have different shapes.
         X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
         `--rescale none`.
         With `as_dict` X is "image", the mask as above "mask", and others have their names; strings and
@@ -131,18 +136,21 @@ def load_dataset(
         if of_index:
             raise UsageError(f"{of_index[0]} needs the index, and engine is 'sequential'; leave engine out")
         info = reader_graph.read_info(folder)
-        _check_content(folder, info, target)
-        examples = reader_graph.read_examples(folder, info, split, target, shuffle=shuffle, seed=seed)
+        targets = _choose_targets(folder, info, target, label)
+        examples = reader_graph.read_examples(
+            folder, info, split, list(targets.values()), shuffle=shuffle, seed=seed
+        )
         if batch_size is not None:
             _check_shapes(folder, batch_size, pad, [] if info.shape else ["image"])
             batch = examples.padded_batch if pad else examples.batch
             examples = batch(batch_size, drop_remainder=drop_remainder)
-        return examples.repeat(epochs).prefetch(tf.data.AUTOTUNE)
+        examples = _pack(examples.repeat(epochs), targets, label)
+        return examples.prefetch(tf.data.AUTOTUNE)
     output = storage.absolute(folder)
     info = read_info(output)
-    _check_content(output, info, target)
     if not as_dict:
-        columns = ["image", *([target] if target != "label" or info.labelled else [])]
+        targets = _choose_targets(output, info, target, label)
+        columns = ["image", *targets.values()]
     records = Dataset(output, split, where=where, columns=columns)
     described = describe_columns(records)
     _check_shapes(output, batch_size, pad, [c.name for c in described if None in c.shape])
@@ -159,7 +167,7 @@ def load_dataset(
         raise UsageError(
             f"start is {start}, and there are {total} elements in all epochs; raise repeat, or start at 0"
         )
-    dataset = read_indexed(
+    examples = read_indexed(
         records,
         described,
         order,
@@ -169,8 +177,47 @@ def load_dataset(
         skips=on_error == "skip",
     )
     if as_dict:
-        return dataset.map(lambda *cells: dict(zip(records.columns, cells, strict=True)))
-    return dataset if len(described) > 1 else dataset.map(lambda image: image)
+        return examples.map(lambda *cells: dict(zip(records.columns, cells, strict=True)))
+    return _pack(examples, targets, label)
+
+
+def _pack(
+    examples: tf.data.Dataset, targets: Mapping[str, str], label: str | Sequence[str] | None
+) -> tf.data.Dataset:
+    """From tuples of X and all targets to elements."""
+    if not targets:
+        return examples.map(lambda image: image)
+    if label is None or isinstance(label, str):
+        return examples
+    return examples.map(lambda image, *cells: (image, dict(zip(targets, cells, strict=True))))
+
+
+def _choose_targets(
+    folder: str, info: DatasetInfo, target: str, label: str | Sequence[str] | None
+) -> dict[str, str]:
+    """What y is made of: by name the columns, or features, of the records."""
+    if target == "mask":
+        if info.mask_labels is None:
+            raise UsageError(f"target is 'mask', but {folder} has no masks; build it with --mask-column")
+        if label is not None:
+            raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
+        return {"mask": "mask"}
+    if label is None:
+        if info.labels and info.labels[0].kind == "string":
+            choices = ", ".join(column.name for column in info.labels)
+            raise UsageError(
+                f"the first label is a string and no number; choose y with label=, one of: {choices}"
+            )
+        return {"label": "label"} if info.labelled else {}
+    known = {column.name: label_feature(column.name) for column in info.labels}
+    if info.labelled and not known:
+        known = {info.config["columns"]["label"]: "label"}
+    names = [label] if isinstance(label, str) else label
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        wanted = ", ".join(map(repr, unknown)) or "none"
+        raise UsageError(f"label is {wanted}; the dataset has {', '.join(known) or 'no labels'}")
+    return {name: known[name] for name in names}
 
 
 def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.Dataset:
@@ -247,11 +294,6 @@ def _place_of_host(shard: tuple[int, int] | tf.distribute.InputContext | None) -
     if not 0 <= host < num_hosts:
         raise UsageError(f"shard is {shard}; give (i, n), of n hosts the i-th, from 0")
     return host, num_hosts
-
-
-def _check_content(folder: str, info: DatasetInfo, target: str) -> None:
-    if target == "mask" and info.mask_labels is None:
-        raise UsageError(f"target is 'mask', but {folder} has no masks; build it with --mask-column")
 
 
 def _check_shapes(folder: str, batch_size: int | None, pad: bool, varying: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import tensorflow as tf
@@ -30,6 +30,11 @@ _SHUFFLE_BYTES: Final = 4 << 30
 IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
 _MASK: Final = {"mask_raw": tf.io.FixedLenFeature([], tf.string)}
 LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
+_LABEL_TYPES: Final = {
+    "float": tf.io.FixedLenFeature([], tf.float32),
+    "int64": tf.io.FixedLenFeature([], tf.int64),
+    "bytes": tf.io.FixedLenFeature([], tf.string),
+}
 # Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
 _SCALING: Final = {
     "scl_slope": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", 1.0)),
@@ -73,15 +78,15 @@ def read_info(folder: str) -> DatasetInfo:
 
 
 def read_examples(
-    folder: str, info: DatasetInfo, split: str, target: str, *, shuffle: bool, seed: int | None
+    folder: str, info: DatasetInfo, split: str, targets: Sequence[str], *, shuffle: bool, seed: int | None
 ) -> tf.data.Dataset:
-    """The examples of a split; the arguments are those of `reader.load_dataset`.
+    """The examples of a split, as tuples of X and the targets.
 
     Args:
         folder: of the dataset.
         info: of it.
         split: name of one.
-        target: what y is.
+        targets: features of labels, or "mask".
         shuffle: whether to change their order.
         seed: of that.
 
@@ -102,7 +107,7 @@ def read_examples(
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
         records = records.shuffle(_window(info), seed)
-    return records.map(_parser(info, target), num_parallel_calls=tf.data.AUTOTUNE)
+    return records.map(_parser(info, targets), num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _window(info: DatasetInfo) -> int:
@@ -126,11 +131,13 @@ def _shard_files(folder: str, info: DatasetInfo, split: str) -> list[str]:
     return [f"{folder}/{s.name}" for s in shards]
 
 
-def _parser(info: DatasetInfo, target: str) -> Callable[[tf.Tensor], Any]:
-    """From a serialized Example to (X, y), or to X where there are no labels."""
+def _parser(info: DatasetInfo, targets: Sequence[str]) -> Callable[[tf.Tensor], Any]:
+    """From a serialized Example to X and the targets."""
     native = info.config["voxel_dtype"] == "native"
     has_ends = native and "rescale_low" in info.features
-    wanted = {**IMAGE, **(_MASK if target == "mask" else LABEL if info.labelled else {})}
+    labels = [name for name in targets if name != "mask"]
+    wanted = IMAGE | {name: _LABEL_TYPES[info.features[name]] for name in labels}
+    wanted |= _MASK if "mask" in targets else {}
     wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
     rescale = _native_rescaler(info)
     # A dataset that was built before there were frames to choose says nothing of them.
@@ -155,11 +162,11 @@ def _parser(info: DatasetInfo, target: str) -> Callable[[tf.Tensor], Any]:
             image = tf.ensure_shape(image, [None] * 4)
         else:
             image = voxels if len(shape) == 4 else tf.expand_dims(voxels, 3)
-        if target == "mask":
+        if "mask" in targets:
             mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
             mask = tf.ensure_shape(mask, [None] * 3 if info.shape is None else info.shape[:3])
             return image, tf.expand_dims(tf.cast(mask, tf.int32), 3)
-        return (image, features["label"]) if info.labelled else image
+        return image, *(features[name] for name in labels)
 
     return parse
 

@@ -37,6 +37,8 @@ _REMOTE_READS: Final = 16
 _ALIGNMENT: Final = 64
 """Of a tensor's memory. Source: EIGEN_MAX_ALIGN_BYTES, whose largest value this is."""
 
+_FEATURE_DTYPES: Final = {"float": tf.float32, "int64": tf.int64, "bytes": tf.string}
+
 _log = logging.getLogger(__name__)
 
 
@@ -72,9 +74,10 @@ class Column:
         """
         dtype = self.dtype.as_numpy_dtype
         if None not in self.shape:
-            return _empty((count, *self.shape), dtype)
-        shapes = [self.cell(element).shape for element in elements] or [[s or 0 for s in self.shape]]
-        return np.zeros((count, *map(max, zip(*shapes, strict=True))), dtype)
+            return _empty((count, *self.shape), dtype)  # type: ignore[arg-type]  # has no None
+        shapes = [self.cell(element).shape for element in elements]
+        largest = map(max, zip(*shapes, strict=True)) if shapes else (size or 0 for size in self.shape)
+        return np.zeros((count, *largest), dtype)
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> _Array:
@@ -85,7 +88,8 @@ def _empty(shape: Sequence[int], dtype: Any) -> _Array:
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+    array: _Array = memory[start : start + size].view(dtype).reshape(shape)
+    return array
 
 
 def describe_columns(records: Dataset) -> list[Column]:
@@ -107,10 +111,9 @@ def _describe(name: str, records: Dataset) -> Column:
     fields = schema_of(info.record_config)
     if name in fields.names:
         return _describe_field(fields.field(name), info)
-    kind = info.features.get(name, "bytes")
-    if not kind.startswith("float"):
-        return Column(name, tf.string)  # bytes, or a further column of the manifest
-    return Column(name, tf.float32, tuple(map(int, kind.removeprefix("float").strip("[]").split())))
+    kind, _, size = info.features.get(name, "bytes").rstrip("]").partition("[")
+    # What is in neither is a further column of the manifest.
+    return Column(name, _FEATURE_DTYPES[kind], (int(size),) if size else ())
 
 
 def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:
@@ -118,9 +121,10 @@ def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:
     is_list = pa.types.is_list(field.type)
     kind = field.type.value_type if is_list else field.type
     dtype = tf.string if pa.types.is_string(kind) else tf.as_dtype(kind.to_pandas_dtype())
-    sizes = {"zooms": 3, "shape": info.shape and len(info.shape), "mask_labels": None}
-    of_images = info.record_config.num_channels
-    return Column(field.name, dtype, (sizes.get(field.name, of_images),) if is_list else ())
+    num_axes = len(info.shape) if info.shape else None
+    sizes = {"zooms": 3, "shape": num_axes, "mask_labels": None}
+    size = sizes.get(field.name, info.record_config.num_channels)
+    return Column(field.name, dtype, (size,) if is_list else ())
 
 
 def _last_axis(records: Dataset) -> int | None:
@@ -138,24 +142,32 @@ class _Steps:
         records: to read.
         columns: of them.
         order: of them.
-        threads: that read the records of a batch; 0 where a step is a single record, without the axis B.
-        skips: whether to leave out damaged records.
+        threads: that read records.
+        is_batch: whether a step is a batch; a single record, without the axis B, otherwise.
+        skips: whether to leave out damaged records, of a batch.
     """
 
     def __init__(
-        self, records: Dataset, columns: Sequence[Column], order: Order, threads: int, skips: bool
+        self,
+        records: Dataset,
+        columns: Sequence[Column],
+        order: Order,
+        threads: int,
+        *,
+        is_batch: bool,
+        skips: bool,
     ) -> None:
         self._records, self._columns, self._order = records, columns, order
-        self._pool = ThreadPoolExecutor(threads, "beam_nifti") if threads else None
-        self._skips = skips
+        self._is_batch, self._skips = is_batch, skips
+        self._pool = _start_threads(threads)
         self._skipped: set[int] = set()
         self._lock = threading.Lock()
 
     def __call__(self, step: np.int64) -> list[_Array]:
         """The cells of a step's records, an array a column."""
         numbers = self._order.batch(int(step)).tolist()
-        if self._pool is None:
-            element = self._records[numbers[0]]
+        if not self._is_batch:
+            element = self._pool.submit(self._records.__getitem__, numbers[0]).result()
             return [column.cell(element) for column in self._columns]
         # One after the other, so that a record is released as soon as it is copied.
         elements: Iterable[Element] = filter(None, self._pool.map(self._read, numbers))
@@ -169,7 +181,8 @@ class _Steps:
         for number, element in enumerate(elements):
             for column, array in zip(self._columns, arrays, strict=True):
                 cell = column.cell(element)
-                array[(number, *map(slice, cell.shape))] = cell
+                place: Any = (number, *map(slice, cell.shape))
+                array[place] = cell[()]  # of no axes it is a string itself, and no array around it
         return arrays
 
     def _read(self, number: int) -> Element | None:
@@ -186,6 +199,14 @@ class _Steps:
             if is_new:
                 _log.warning("%s; left out, as %d of %d records so far", e, count, len(self._records))
             return None
+
+
+def _start_threads(count: int) -> ThreadPoolExecutor:
+    """Threads, started here: TensorFlow's take subnormal numbers for 0, and so do threads that they start."""
+    pool, barrier = ThreadPoolExecutor(count, "beam_nifti"), threading.Barrier(count)
+    for waiting in [pool.submit(barrier.wait) for _ in range(count)]:
+        waiting.result()
+    return pool
 
 
 def read_indexed(
@@ -212,10 +233,9 @@ def read_indexed(
     threads = _REMOTE_READS if storage.is_remote(records.path) else _count_cores()
     # Enough that every thread has a record to read while the batch before is taken.
     calls = -(-threads // order.batch_size) + 1
-    read = _Steps(records, columns, order, threads if is_batched or skips else 0, skips)
-    lead: tuple[int | None, ...] = ()
-    if is_batched or skips:
-        lead = (order.batch_size if order.drop_remainder else None,)
+    is_batch = is_batched or skips  # of one record, perhaps, which is skipped as a batch of none
+    read = _Steps(records, columns, order, threads, is_batch=is_batch, skips=skips)
+    lead = (order.batch_size if order.drop_remainder else None,) if is_batch else ()
 
     def cells(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
         tensors = tf.numpy_function(read, [step], [column.dtype for column in columns])

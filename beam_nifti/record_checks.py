@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import Columns, LabelColumn, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.errors import VolumeError
+from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.example import (
     ENDS_FEATURES,
     MASK_FEATURE,
     decode_example,
     decode_tensor,
     encode_volume,
+    label_feature,
 )
 from beam_nifti.header import COLOURS
+from beam_nifti.index import extra_column
 from beam_nifti.intensity import rescale_voxels
+from beam_nifti.label_map import labels_of
+from beam_nifti.labels import LabelValue, label_of, number_of
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.mask import labels_of
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.rescale import Ends, Intensity, Scaling
 from beam_nifti.volume import load_volume, rescale_volume
@@ -48,7 +51,8 @@ class RecordSpec:
         features: name to kind, such as "float[16]".
         shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
         dtype: of the stored voxels.
-        labelled: whether every record has a label; without, every label is NaN.
+        labelled: whether records have a label; without, every label is NaN.
+        may_lack: whether some of a labelled dataset may lack it.
     """
 
     config: RecordConfig
@@ -56,6 +60,7 @@ class RecordSpec:
     shape: tuple[int, ...] | None
     dtype: str
     labelled: bool
+    may_lack: bool = False
 
     @classmethod
     def of(cls, info: DatasetInfo) -> RecordSpec:
@@ -64,7 +69,13 @@ class RecordSpec:
         Raises:
             UsageError: its configuration is not one that this version knows.
         """
-        return cls(info.record_config, info.features, info.shape, info.dtype, info.labelled)
+        columns = Columns(**info.config["columns"])
+        named = columns.label if columns.has_label_features else ""
+        if ",".join(map(str, info.labels)) != named:
+            raise UsageError(f"labels are {', '.join(map(str, info.labels)) or 'none'}, of columns {named!r}")
+        is_string = bool(info.labels) and info.labels[0].kind == "string"
+        may_lack = is_string or columns.missing_label == "nan"
+        return cls(info.record_config, info.features, info.shape, info.dtype, info.labelled, may_lack)
 
 
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
@@ -135,8 +146,9 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
     sizes |= dict.fromkeys(ENDS_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
     for name in sorted(required & features.keys()):
         kind, value = spec.features.get(name, "none"), features[name]
-        found = "bytes" if isinstance(value, memoryview) else f"float[{value.size}]"
-        if found != ("float[1]" if kind == "float" else kind):
+        found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
+        found = found.replace("float32", "float")
+        if found != (f"{kind}[1]" if kind in ("float", "int64") else kind):
             yield f"feature {name} is {found}, dataset_info.json says {kind}"
         elif len(value) != (wanted := sizes.get(name, len(value))):
             yield f"feature {name} has {len(value)} bytes, expected {wanted}: {_DOUBLE_BYTES} a float64"
@@ -149,7 +161,7 @@ def _check_metadata(
     if stored_id != cells["example_id"]:
         yield f"id is {stored_id!r}, the index says {cells['example_id']!r}"
     label = cells["label"]
-    if (label is None) == spec.labelled:
+    if (label is None) == spec.labelled and not (label is None and spec.may_lack):
         yield f"the index's label is {label}, and dataset_info.json says labelled: {spec.labelled}"
     expected = {
         "label": [np.nan if label is None else label],
@@ -162,6 +174,30 @@ def _check_metadata(
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):
             yield f"{name} is {_show(stored)}, the index says {_show(said)}"
+    labels = _labels_in(cells, spec.config.labels or ())
+    if labels and label != number_of(labels[0][1]):
+        yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
+    for name, value in labels:
+        yield from _check_label(features[label_feature(name)], name, value)
+
+
+def _labels_in(
+    cells: Mapping[str, Any], columns: Sequence[LabelColumn]
+) -> tuple[tuple[str, LabelValue], ...]:
+    """The labels that a row of the index says; as `VolumeRow.labels`."""
+    return tuple((c.name, label_of(cells[extra_column(c.name)], c)) for c in columns)
+
+
+def _check_label(feature: _Feature, name: str, said: LabelValue) -> Iterator[str]:
+    if isinstance(said, str):
+        text = bytes(feature).decode(errors="replace")
+        if text != said:
+            yield f"{label_feature(name)} is {text!r}, the index says {said!r}"
+        return
+    stored = np.asarray(feature)
+    expected = np.array([said]) if isinstance(said, int) else _as_float32([said])
+    if not np.array_equal(stored, expected, equal_nan=True):
+        yield f"{label_feature(name)} is {_show(stored)}, the index says {_show(expected)}"
 
 
 def _of_images(cell: Any) -> list[float]:
@@ -257,6 +293,9 @@ def check_source(
         folder: what relative image paths are relative to.
         config: that the record was made with.
     """
+    row = replace(row, labels=_labels_in(cells, config.labels or ()))
+    if config.frames == "each":
+        config = replace(config, frames=str(cells["frame"]))
     try:
         volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
     except VolumeError as e:

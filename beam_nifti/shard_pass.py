@@ -54,7 +54,7 @@ class ShardPass:
         problems: where to tell what is wrong.
 
     Attributes:
-        rows: id, label and split of its records, once it was read.
+        rows: id, labels and split of its records, once it was read.
         mask_labels: those of their masks.
     """
 
@@ -71,7 +71,7 @@ class ShardPass:
         self._number, self._problems = number, problems
         self._lock = threading.Lock()
         self._records = self._read()
-        self.rows = no_rows()
+        self.rows = no_rows(record)
         self.mask_labels = set[int]()
 
     def take(self) -> StoredRecord | None:
@@ -112,11 +112,11 @@ class ShardPass:
             remedy = f"{shard.name} is not checked by it; delete both and run the build again"
             self._tell(shard.index, f"{problem}; {remedy}")
         if problems:
-            return no_rows()
+            return no_rows(self._record)
         if table.num_rows != shard.num_examples:
             said = f"{FILE_NAME} says {shard.num_examples} examples"
             self._tell(shard.index, f"has {table.num_rows} rows, {said}")
-        self.rows = index_rows(table, self._split)
+        self.rows = index_rows(table, self._split, self._record)
         if self._record.mask_dtype is not None:
             self.mask_labels = mask_labels(table)
         return table

@@ -73,20 +73,27 @@ class ShardName:
         )
 
 
-def shard_ranges(num_rows: int, sharding: Sharding) -> list[range]:
-    """Cut the positions 0 to `num_rows` of a split into consecutive shards, none empty.
+def shard_ranges(num_rows: int, sharding: Sharding, num_frames: int = 1) -> list[range]:
+    """Cut the positions of the examples of a split into consecutive shards, none empty.
+
+    The frames of an image stay together: a shard holds as many images as have no more examples than it
+    should have, and at least one.
 
     >>> shard_ranges(7, Sharding(examples_per_shard=3))
     [range(0, 3), range(3, 6), range(6, 7)]
     >>> shard_ranges(7, Sharding(num_shards=3))
     [range(0, 2), range(2, 4), range(4, 7)]
+    >>> shard_ranges(3, Sharding(examples_per_shard=9), num_frames=4)
+    [range(0, 8), range(8, 12)]
     """
     if sharding.examples_per_shard is not None:
-        step = sharding.examples_per_shard
-        return [range(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
-    assert sharding.num_shards is not None
-    total = min(sharding.num_shards, num_rows)
-    return [range(s * num_rows // total, (s + 1) * num_rows // total) for s in range(total)]
+        step = max(1, sharding.examples_per_shard // num_frames)
+        images = [range(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
+    else:
+        assert sharding.num_shards is not None
+        total = min(sharding.num_shards, num_rows)
+        images = [range(s * num_rows // total, (s + 1) * num_rows // total) for s in range(total)]
+    return [range(r.start * num_frames, r.stop * num_frames) for r in images]
 
 
 def order_rows(ids: Sequence[str], seed: int | None) -> list[int]:

@@ -64,6 +64,8 @@ class Survey:
         orientations: such as "RAS".
         dtypes: on disk.
         records: shapes of the records; "?" where headers cannot tell.
+        frames: numbers of them an image, where each becomes a record.
+        num_examples: records of the images that are not left out.
         source_bytes: of the files.
         record_bytes: that the records are expected to take in shards.
         largest_bytes: of the voxels of the largest volume, on disk or stored, uncompressed.
@@ -77,6 +79,8 @@ class Survey:
     orientations: Counter[str] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
     records: Counter[str] = field(default_factory=Counter)
+    frames: Counter[str] = field(default_factory=Counter)
+    num_examples: int = 0
     source_bytes: int = 0
     record_bytes: float = 0.0
     largest_bytes: int = 0
@@ -86,7 +90,8 @@ class Survey:
         self.num_images += other.num_images
         self.num_bad += other.num_bad
         self.problems = sorted([*self.problems, *other.problems], key=lambda p: p.row)[:MAX_PROBLEMS]
-        for name in ("shapes", "spacings", "orientations", "dtypes", "records"):
+        self.num_examples += other.num_examples
+        for name in ("shapes", "spacings", "orientations", "dtypes", "records", "frames"):
             getattr(self, name).update(getattr(other, name))
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
@@ -129,7 +134,11 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     found.records["?" if shape is None else _joined(shape)] = 1
     voxels = math.prod(shape or layout.shape)
     itemsize = layout.dtype.itemsize
-    found.record_bytes = record_bytes(voxels, itemsize, record)
+    found.num_examples = 1
+    if layout.frame == "each":
+        found.num_examples = header.num_frames
+        found.frames[str(header.num_frames)] = 1
+    found.record_bytes = found.num_examples * record_bytes(voxels, itemsize, record)
     on_disk = header.num_bytes * record.num_channels
     found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), on_disk)
     return found, twin
@@ -190,7 +199,6 @@ def make_report(
         **facts,
         "problems": [asdict(problem) for problem in survey.problems],
         "record_bytes": round(survey.record_bytes),
-        "num_examples": survey.num_images - survey.num_bad,
         "num_shards": num_shards,
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [list(group) for group in twins],
@@ -211,6 +219,7 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ("orientations", "orientations"),
         ("dtypes", "dtypes"),
         ("records", "records"),
+        ("frames", "frames"),
     ):
         yield from _listed(title, [f"{kind}: {count:,}" for kind, count in r[name].items()])
     bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]

@@ -5,6 +5,7 @@ Every check takes what was read and yields a sentence a problem.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -14,11 +15,12 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo
-from beam_nifti.index import schema_of
-from beam_nifti.manifest import Manifest
+from beam_nifti.example import label_feature
+from beam_nifti.index import extra_column, schema_of
+from beam_nifti.labels import comparable
+from beam_nifti.manifest import Manifest, frame_id
 from beam_nifti.sharding import ShardName
 
-_ROWS: Final = pa.schema([("id", pa.string()), ("label", pa.float64()), ("split", pa.string())])
 _SHOWN: Final = 3
 """Examples named in a problem that concerns many."""
 
@@ -45,11 +47,14 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
                     f"{FILE_NAME}: shard {number} of split {split} is {shard.name} with "
                     f"{shard.index}, expected {expected} with {expected.index_file}"
                 )
-    num_rows = info.manifest.get("num_rows")
-    if info.num_examples + info.num_failures != num_rows:
+    num_rows, num_frames = info.manifest.get("num_rows"), info.num_frames
+    wanted = ((num_rows or 0) - info.num_skipped) * (num_frames or 1)
+    if info.num_examples + info.num_failures != wanted:
+        of_frames = f" of {num_frames} frames" if num_frames else ""
+        skipped = f", {info.num_skipped} without a label" if info.num_skipped else ""
         yield (
             f"{FILE_NAME}: {info.num_examples} examples and {info.num_failures} failures do not make "
-            f"the manifest's {num_rows} rows"
+            f"the manifest's {num_rows} rows{of_frames}{skipped}"
         )
 
 
@@ -70,7 +75,7 @@ def check_index(
         shard: the shard that it should describe.
         record: configuration of the shard's records.
     """
-    for column in schema_of(record):
+    for column in schema_of(record, [label.name for label in record.labels or ()]):
         if column.name not in table.column_names:
             yield f"column {column.name} is missing"
         elif table.schema.field(column.name).type != column.type:
@@ -109,22 +114,52 @@ def _record_name(ordinal: int, table: pa.Table) -> str:
     return f"record {ordinal} ({table['example_id'][ordinal].as_py()})"
 
 
-def no_rows() -> pa.Table:
-    """The rows of nothing."""
-    return _ROWS.empty_table()
+def no_rows(record: RecordConfig) -> pa.Table:
+    """The rows of nothing, with a column of each label."""
+    labels = {
+        label_feature(c.name): pa.float64() if c.kind == "float" else pa.string() for c in record.labels or ()
+    }
+    labels = labels or {"label": pa.float64()}
+    return pa.schema({"id": pa.string(), **labels, "split": pa.string()}).empty_table()
 
 
-def index_rows(table: pa.Table, split: str) -> pa.Table:
-    """Id, label and split of the records of a shard; the rest of the index may be forgotten."""
+def index_rows(table: pa.Table, split: str, record: RecordConfig) -> pa.Table:
+    """Id, labels and split of the records of a shard; the rest of the index may be forgotten.
+
+    Args:
+        table: the index, sound by `check_index`.
+        split: that the shard belongs to.
+        record: configuration of the shard's records.
+    """
+    columns = [comparable(table[extra_column(c.name)], c) for c in record.labels or ()]
+    columns = columns or [table["label"]]
     splits = pa.array([split] * table.num_rows, pa.string())
-    return pa.table([table["example_id"], table["label"], splits], schema=_ROWS)
+    return pa.table([table["example_id"], *columns, splits], schema=no_rows(record).schema)
 
 
-def manifest_rows(manifest: Manifest) -> pa.Table:
-    """Id, label and split of the rows of a manifest."""
-    labels = manifest.labels
-    column = pa.nulls(len(manifest), pa.float64()) if labels is None else pa.array(labels)
-    return pa.table([manifest.ids, column, manifest.splits], schema=_ROWS)
+def manifest_rows(manifest: Manifest, record: RecordConfig) -> pa.Table:
+    """Id, labels and split of the rows of a manifest, but for those that lack a label and are left out.
+
+    Args:
+        manifest: of the same columns as the records'.
+        record: configuration of the records that it is compared with.
+    """
+    numbers = manifest.numbers
+    columns = [comparable(manifest.table[c.name], c) for c in record.labels or ()]
+    if numbers is None:
+        columns = [pa.nulls(len(manifest), pa.float64())]
+    elif not columns:
+        columns = [pa.array(numbers, from_pandas=True)]  # null where there is none, as in the index
+    rows = pa.table([manifest.ids, *columns, manifest.splits], schema=no_rows(record).schema)
+    return rows.filter(rows["split"].is_valid())
+
+
+def frame_rows(rows: pa.Table, frames: Sequence[Sequence[int]]) -> pa.Table:
+    """A row for each of these frames of each image: id, label and split of its record."""
+    counts = [len(numbers) for numbers in frames]
+    repeated = rows.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
+    ids = map(frame_id, repeated["id"].to_pylist(), itertools.chain.from_iterable(frames))
+    return repeated.set_column(0, "id", pa.array(ids, pa.string()))
 
 
 def relative_ids(rows: pa.Table, folder: str) -> pa.Table:
@@ -149,7 +184,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
     """Find where a dataset and a manifest disagree.
 
     Args:
-        known: id, label and split of the dataset's records and failures.
+        known: id, labels and split of the dataset's records and failures.
         wanted: those of the manifest's rows.
     """
     at = pc.index_in(known["id"], value_set=wanted["id"].combine_chunks())
@@ -163,7 +198,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
             f"{FAILURES_FILE}: {_named(missing)}"
         )
     both, theirs = known.filter(pc.is_valid(at)), wanted.take(pc.drop_null(at))
-    for column in ("label", "split"):
+    for column in known.column_names[1:]:
         was, now = both[column], theirs[column]
         equal = pc.fill_null(pc.equal(was, now), False)
         none = pc.and_(pc.is_null(was), pc.is_null(now))

@@ -5,7 +5,7 @@ ReadManifest         WorkUnit, and (shard, ShardTask)
 Reshuffle            WorkUnit          only rows cross a shuffle, never a voxel
 SkipFinished         WorkUnit, and (shard, Part)
 UnpackRows           VolumeRow
-LoadVolume           Volume            ┐
+LoadVolume           Volume            ┐ with --frames each several a row
 Prepare              Volume            │ only where a preparation is asked for
 Rescale              Volume            │ each with (shard, Failure)
 EncodeExample        (IndexEntry, Example bytes) ┘
@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 import apache_beam as beam
@@ -52,7 +52,7 @@ from beam_nifti.publish import BuildSummary, TooManyFailures, publish_dataset
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import encode_pieces
 from beam_nifti.user_function import load_function
-from beam_nifti.volume import Volume, load_volume, rescale_volume
+from beam_nifti.volume import Volume, load_frames, load_volume, rescale_volume
 
 FAILURES: Final = "failures"
 FINISHED: Final = "finished"
@@ -62,7 +62,7 @@ _Values = beam.PCollection[Any]
 
 @dataclass(frozen=True, slots=True)
 class ShardOutcome:
-    """What became of the rows of one shard."""
+    """What became of the volumes of one shard."""
 
     shard: ShardInfo
     failures: tuple[Failure, ...]
@@ -97,18 +97,18 @@ class SkipFinished(beam.DoFn):
 
     def process(self, unit: WorkUnit) -> Iterable[Any]:
         """Yield what is left of the unit; and (shard, Part) for what is not."""
-        rows = list(unit.rows)
+        missing = [record for row in unit.rows for record in row.records()]
         for part in self._candidates(unit):
-            found = self._finished(part, rows)
+            found = self._finished(part, missing)
             if found is not None:
                 done = set(found.positions or ())
-                rows = [row for row in rows if row.position not in done]
+                missing = [record for record in missing if record.position not in done]
                 self._skipped.inc(len(done))
                 METER.add(volumes=len(done))
                 yield TaggedOutput(FINISHED, (str(unit.task.name), found))
-            if not rows:
+            if not missing:
                 return
-        yield WorkUnit(unit.task, tuple(rows))
+        yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
 
     def _candidates(self, unit: WorkUnit) -> Iterator[Part]:
         task, config = unit.task, self._plan.config
@@ -118,7 +118,7 @@ class SkipFinished(beam.DoFn):
             if shard is not None:
                 yield shard
         folder = parts_folder(self._plan.parts_root, fingerprint, task.name.split, task.name.index)
-        yield from find_parts(folder, range(unit.rows[0].position, unit.rows[-1].position + 1))
+        yield from find_parts(folder, range(unit.rows[0].position, unit.rows[-1].positions[-1] + 1))
 
     def _finished(self, part: Part, rows: list[VolumeRow]) -> Part | None:
         folder = storage.dirname(self._plan.config.manifest)
@@ -126,6 +126,17 @@ class SkipFinished(beam.DoFn):
         return finished_rows(
             part, rows, plan.config.record, plan.extra_columns, folder, plan.shape, plan.required_dtype
         )
+
+
+def _still_missing(rows: Iterable[VolumeRow], missing: Iterable[VolumeRow]) -> Iterator[VolumeRow]:
+    """The rows some of whose records are missing, wanting only those."""
+    wanted: dict[int, list[int]] = {}
+    for record in missing:
+        wanted.setdefault(record.row, []).append(record.frame or 0)
+    for row in rows:
+        if row.row in wanted:
+            is_whole = len(wanted[row.row]) == len(row.frames)
+            yield row if is_whole else replace(row, wanted=tuple(wanted[row.row]))
 
 
 class LoadVolume(beam.DoFn):
@@ -156,12 +167,16 @@ class LoadVolume(beam.DoFn):
         keep_buffers()
 
     def process(self, row: VolumeRow) -> Iterable[Volume]:
-        """Yield the volume."""
+        """Yield the volume; or those of its frames, of which the next is made when it is asked for."""
+        arguments = row, self._folder, self._shape, self._dtype, self._config
         with _timed(self._msec):
-            volume = load_volume(row, self._folder, self._shape, self._dtype, self._config)
-        self._loaded.inc()
+            is_split = self._config.frames == "each"
+            volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
+            volume = next(volumes)
+        self._loaded.inc(len(row.positions))
         self._bytes.inc(volume.source.size)
         yield volume
+        yield from volumes
 
 
 class Prepare(beam.DoFn):
@@ -221,7 +236,8 @@ class _DeadLetters(beam.DoFn):
     """Run a step; what it raises becomes (shard, Failure) on the output FAILURES.
 
     Beam's `with_exception_handling` would put the element itself, voxels and all, on that output.
-    Only for volumes that no other step takes: they are released once this one is done with them.
+    Only for volumes that no other step takes: they are released once this one is done with them. A step may
+    make further results as they are asked for, of which none may fail.
     """
 
     def __init__(self, step: beam.DoFn) -> None:
@@ -232,17 +248,20 @@ class _DeadLetters(beam.DoFn):
         self._step.setup()
 
     def process(self, element: VolumeRow | Volume) -> Iterable[Any]:
+        results = iter(self._step.process(element))
         try:
-            results = list(self._step.process(element))
+            first = next(results)
         except Exception as e:
             row = element if isinstance(element, VolumeRow) else element.row
-            self._failed.inc()
-            METER.add(failed=1)
+            self._failed.inc(len(row.positions))
+            METER.add(failed=len(row.positions))
             failure = Failure(row, type(self._step).__name__, type(e).__name__, str(e))
             yield TaggedOutput(FAILURES, (row.shard, failure))
         else:
             if isinstance(element, Volume):
                 element.release()
+            yield first
+            del first  # frames are many, and this one is done with
             yield from results
 
 
@@ -325,7 +344,8 @@ class CommitShards(beam.DoFn):
         (task,) = {o for o in outcomes if isinstance(o, ShardTask)}
         parts = [o for o in outcomes if isinstance(o, Part)]
         failures = {o.row.position: o for o in outcomes if isinstance(o, Failure)}
-        name, expected = task.name, set(task.positions) - failures.keys()
+        failed = {position for failure in failures.values() for position in failure.row.positions}
+        name, expected = task.name, set(task.positions) - failed
         if self._identity is not None:
             require_current(self._output, self._identity)
         with _timed(self._msec):

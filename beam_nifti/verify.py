@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
@@ -20,6 +20,7 @@ from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
+from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column
 from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
 from beam_nifti.memory import keep_buffers
@@ -35,6 +36,7 @@ from beam_nifti.table_checks import (
     check_rows,
     compare_rows,
     find_strays,
+    frame_rows,
     manifest_rows,
     no_rows,
     relative_ids,
@@ -176,6 +178,7 @@ class _Images:
             if row is None:
                 yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
                 return
+            row = replace(row, example_id=cells["example_id"])  # which may be that of one of its frames
         else:
             further = tuple(cells[extra_column(name)] for name in self.columns.files[1:])
             row = VolumeRow(
@@ -269,12 +272,14 @@ class _Verification:
     def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
         """All indexes and failures.jsonl together; and the manifest, if there is one to compare."""
         info = self._info
-        records = pa.concat_tables([no_rows(), *(found.rows for found in self._passes)])
+        records = pa.concat_tables([no_rows(self._spec.config), *(found.rows for found in self._passes)])
         failures = self._read_failures(columns)
         labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_labels(labels, info):
             self._problems.add(Scope.DATASET, problem)
-        rows = None if wanted is None else manifest_rows(wanted)
+        rows = None if wanted is None else manifest_rows(wanted, self._spec.config)
+        if rows is not None and (frames := info.num_frames):
+            rows = frame_rows(rows, [range(frames)] * rows.num_rows)
         if columns.id is None and "participant_id" not in info.manifest["columns"]:
             # Paths are the ids then, and failures.jsonl holds them with the manifest's folder.
             folder = storage.dirname(info.manifest["path"])
@@ -287,15 +292,19 @@ class _Verification:
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
     def _read_failures(self, columns: Columns) -> pa.Table:
-        """Id, label and split of the volumes left out; without rows where they cannot be read."""
+        """Id, labels and split of the volumes left out; without rows where they cannot be read."""
         path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
-        found, problem = no_rows(), None
+        frames = self._info.num_frames
+        found, problem = no_rows(self._spec.config), None
         if storage.exists(path):
             try:
-                found = manifest_rows(read_manifest(path, columns))
-                lines = found.num_rows
-                if lines != count:
-                    problem = f"has {lines} lines, {FILE_NAME} says {count} failures; copy it again"
+                listed = read_manifest(path, columns)
+                found = manifest_rows(listed, self._spec.config)
+                if frames:
+                    found = frame_rows(found, failed_frames(listed, frames))
+                if found.num_rows != count:
+                    what = "frames" if frames else "lines"
+                    problem = f"has {found.num_rows} {what}, {FILE_NAME} says {count} failures; copy it again"
             except ManifestError as e:
                 problem = "; ".join(e.problems)
         elif count:

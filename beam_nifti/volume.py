@@ -17,6 +17,7 @@ from beam_nifti.header import (
     VolumeHeader,
     record_layout,
     require_dtype,
+    require_frames,
     require_shape,
     require_storable,
 )
@@ -25,7 +26,7 @@ from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.mask import load_mask, parse_mask_header
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
-from beam_nifti.voxels import take_voxels
+from beam_nifti.voxels import cut_frame, take_voxels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,12 +108,7 @@ def load_volume(
         images.append(_LoadedImage(header, voxels, scaling, image.source))
     first = images[0]
     stats = [image.source for image in images]
-    mask = None
-    if record.mask_dtype is not None:
-        path = row.files[-1]
-        parse = _parser(row, len(images), record, first.header)
-        mask, stat = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-        stats.append(stat)
+    mask = _load_mask(row, folder, record, first.header, stats)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
     dtypes = [image.header.dtype_name for image in images]
     return Volume(
@@ -125,6 +121,67 @@ def load_volume(
         source=join_stats(stats),
         mask=mask,
     )
+
+
+def load_frames(
+    row: VolumeRow,
+    folder: str = "",
+    shape: tuple[int | None, ...] | None = None,
+    dtype: str | None = None,
+    record: RecordConfig | None = None,
+) -> Iterator[Volume]:
+    """Read one image, to hand out its frames one after the other as volumes of their own.
+
+    Args:
+        row: names the image, and says how many frames it must have and which are wanted.
+        folder: as for `load_volume`.
+        shape: as for `load_volume`, of a frame's record.
+        dtype: as for `load_volume`.
+        record: as for `load_volume`; its `frames` is "each".
+
+    Returns:
+        What `load_volume` gives of each frame where its number is the configuration's `frames`, made when it
+        is asked for: so memory is that of the image's voxels, as they are in the file, and of one frame.
+
+    Raises:
+        VolumeError: as `load_volume`, for damage anywhere in the files, before there is a frame; or the
+            image has another number of frames.
+    """
+    record = record or RecordConfig(frames="each")
+    parse = _parser(row, 0, record, None, shape, dtype)
+    with open_image(row.path, storage.join(folder, row.path), parse) as image:
+        header, layout = image.header, record_layout(row.path, image.header, record)
+        require_frames(row.path, header, row.num_frames)
+        content = image.read_all()
+    stats = [image.source]
+    mask = _load_mask(row, folder, record, header, stats)
+
+    def of_frame(frame: int) -> Volume:
+        return Volume(
+            row=row.of_frame(frame),
+            voxels=cut_frame(content, frame, header, layout, record.complex),
+            scaling=Scaling() if header.is_complex else header.scaling,
+            affine=header.affine,
+            zooms=header.zooms,
+            dtype=header.dtype_name,
+            source=join_stats(stats),
+            mask=mask,
+        )
+
+    return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
+
+
+def _load_mask(
+    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader, stats: list[storage.Stat]
+) -> Voxels | None:
+    """The labels of an example whose image has this header, if any; adds what their file is to `stats`."""
+    if record.mask_dtype is None:
+        return None
+    path = row.files[-1]
+    parse = _parser(row, record.num_channels, record, image)
+    mask, stat = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
+    stats.append(stat)
+    return mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,14 +234,17 @@ def _parser(
 def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> tuple[Voxels, Scaling]:
     """The images as channels: as they are stored, if in one way, else in their units."""
     first = images[0]
-    if all((i.voxels.dtype, i.scaling) == (first.voxels.dtype, first.scaling) for i in images):
-        return np.stack([image.voxels for image in images], -1), first.scaling
-    if record.voxel_dtype == "native":
+    alike = all((i.voxels.dtype, i.scaling) == (first.voxels.dtype, first.scaling) for i in images)
+    if not alike and record.voxel_dtype == "native":
         raise VolumeError(
             f"{row.path}: the images of this example have different dtypes or scalings, of which a record of "
             "native voxels has one; use --voxel-dtype float32"
         )
-    return np.stack([image.scaling.apply(image.voxels) for image in images], -1), Scaling()
+    dtype = first.voxels.dtype if alike else np.float64
+    stacked = np.empty((*first.voxels.shape, len(images)), dtype)
+    for number, image in enumerate(images):
+        stacked[..., number] = image.voxels if alike else image.scaling.apply(image.voxels)
+    return stacked, first.scaling if alike else Scaling()
 
 
 def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = None) -> VolumeHeader:

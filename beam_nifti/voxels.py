@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -44,19 +44,48 @@ def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = N
     frames, components = header.num_frames, header.num_components
     wanted = range(frames) if frame == "mean" else [int(frame)]
     numbers = [v * frames + t for v in range(components) for t in wanted]
-    out = np.zeros(layout.shape, layout.dtype)
     # Strict, so that the image is asked for more than there is, and reads a packed file to its end.
-    for number, content in zip(numbers, image.read_frames(numbers), strict=True):
-        voxels = _arrange(content, header, (), layout, part)
-        target = out[..., number // frames] if components > 1 else out
-        if frame == "mean":
-            target += voxels
-        else:
-            target[...] = voxels
+    contents = zip(numbers, image.read_frames(numbers), strict=True)
     if frame != "mean":
-        return out
+        return _join_components((content for _, content in contents), header, layout, part)
+    out = np.zeros(layout.shape, layout.dtype)
+    for number, content in contents:
+        target = out[..., number // frames] if components > 1 else out
+        target += _arrange(content, header, (), layout, part)
     out /= frames
     return out if header.is_complex else header.scaling.apply(out)
+
+
+def cut_frame(
+    content: memoryview, frame: int, header: VolumeHeader, layout: RecordLayout, complex_part: str | None
+) -> Voxels:
+    """One frame of an image that was read whole, in C order and native byte order.
+
+    Args:
+        content: the bytes of all voxels, as they lie in the file.
+        frame: its number, from 0.
+        header: of the image.
+        layout: of the frame's record.
+        complex_part: `RecordConfig.complex`.
+    """
+    size = header.frame_bytes
+    starts = range(frame * size, len(content), header.num_frames * size)
+    components = (content[start : start + size] for start in starts)
+    return _join_components(components, header, layout, _PARTS.get(complex_part))
+
+
+def _join_components(
+    contents: Iterable[memoryview], header: VolumeHeader, layout: RecordLayout, part: _Part | None
+) -> Voxels:
+    """One frame, of the bytes of each of its components; arguments as of `_arrange`."""
+    volumes = (_arrange(content, header, (), layout, part) for content in contents)
+    if header.num_components == 1:
+        (voxels,) = volumes
+        return voxels
+    out = np.empty(layout.shape, layout.dtype)
+    for number, voxels in enumerate(volumes):
+        out[..., number] = voxels
+    return out
 
 
 def _arrange(

@@ -208,6 +208,11 @@ def test_frames_are_chosen_before_they_are_stacked(tmp_path: Path) -> None:
         load_volume(row, str(tmp_path), record=RecordConfig(frames="all", channels=("a", "b")))
 
 
+def test_frames_of_several_images_are_no_examples() -> None:
+    with pytest.raises(UsageError, match="--frames each makes examples of the frames of one image"):
+        BuildConfig("m.tsv", "out", RecordConfig(frames="each"), COLUMNS)
+
+
 def test_padding_keeps_the_range_of_each_channel(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii", np.full(SHAPE, 5, np.int16) + np.arange(4, dtype=np.int16))
     write_image(tmp_path / "b.nii", np.full(SHAPE, -90, np.int16) + np.arange(4, dtype=np.int16))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import cli, options
+from beam_nifti import __version__, cli, options
 from beam_nifti.errors import UsageError
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.index import read_index
@@ -87,6 +87,16 @@ def test_help_loads_nothing_heavy(argv: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "beam-nifti" in done.stdout
+
+
+def test_the_module_is_the_command_and_names_its_versions() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "beam_nifti", "--version"], capture_output=True, text=True, check=True
+    )
+    first, *libraries = done.stdout.splitlines()
+    assert first == f"beam-nifti {__version__}"
+    assert f"numpy {np.__version__}" in libraries
+    assert any(line.startswith("apache-beam 2.") for line in libraries)
 
 
 @pytest.mark.parametrize("flag", [f for f in options._build_flags() if f.startswith("--")])

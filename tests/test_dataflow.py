@@ -239,6 +239,8 @@ def test_the_template_offers_every_option_of_the_build() -> None:
 
 
 VALUES = {
+    "label_column": "age,sex:class",
+    "missing_label": "skip",
     "rescale": "percentile:0.5,99.5",
     "rescale_within": "nonzero",
     "voxel_dtype": "native",

@@ -20,7 +20,7 @@ import pytest
 
 from beam_nifti import options
 from beam_nifti.config import RecordConfig
-from beam_nifti.example import decode_example, decode_tensor, encode_tensor
+from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
 from beam_nifti.index import read_index, schema_of
 from beam_nifti.prepare import apply_function
 from beam_nifti.publish import read_info
@@ -164,6 +164,17 @@ def test_the_reader_of_the_format_reads_every_dtype(dtype: str) -> None:
     assert np.array_equal(read, np.arange(24).reshape(2, 3, 4))
 
 
+def test_the_reader_of_the_format_reads_every_kind_of_label() -> None:
+    features = {
+        "label": np.float32([-1]),
+        "label/sex": np.array([-1]),
+        "label/site": b"A",
+        "label/stage": np.array([300]),
+    }
+    read = _defined("import gzip").__globals__["example"](encode_example(features))
+    assert read == features
+
+
 def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
     for data in (b"", b"123456789", struct.pack("<Q", 3610774)):
         crc = google_crc32c.value(data)
@@ -174,7 +185,7 @@ def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
 def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
     info = read_info(str(folder / "cohort/dataset"))
     names = {
-        *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8")).names,
+        *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8", frames="each")).names,
         *info.features,
         *info.config,
         *info.manifest,

@@ -543,7 +543,7 @@ def test_frames_of_vectors_and_of_colours_need_a_choice(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
-            VolumeError, match=f"has {count} numbers a voxel, .*; choose frames with --frames first"
+            VolumeError, match=f"has {count} numbers a voxel, .*; choose frames with --frames each, first"
         ):
             load_volume(row_of(tmp_path / name), record=RecordConfig(frames="all"))
         with pytest.raises(VolumeError, match="expected a 3-D image"):

@@ -19,6 +19,7 @@ from beam_nifti.config import ORIENTATIONS, BuildConfig, Columns, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor, encode_volume
+from beam_nifti.extract import read_volume
 from beam_nifti.index import IndexEntry
 from beam_nifti.manifest import read_manifest
 from beam_nifti.prepare import prepare_volume
@@ -28,7 +29,7 @@ from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import build
 from tests.datasets import edit_index, edit_info, edit_record, info_of, set_cell
-from tests.images import AFFINE, Array, brain, row_of, write_image, write_manifest
+from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 SHAPE = (6, 5, 4)
@@ -312,3 +313,19 @@ def test_the_info_comes_back(tmp_path: Path) -> None:
     build(cohort(tmp_path / "c", 1), tmp_path / "out", columns=COLUMNS)
     info = info_of(tmp_path / "out")
     assert DatasetInfo.from_json(info.to_json(), "x") == info
+
+
+def test_a_mask_goes_with_every_frame(tmp_path: Path) -> None:
+    write_image(tmp_path / "c/a.nii.gz", random_voxels((*SHAPE, 3)))
+    write_image(tmp_path / "c/m.nii.gz", labels())
+    manifest = write_manifest(tmp_path / "c/m.tsv", [{"path": "a.nii.gz", "lesion": "m.nii.gz"}])
+    build(manifest, tmp_path / "out", columns=COLUMNS, frames="each", rescale_within="mask")
+    report = verify_dataset(str(tmp_path / "out"), manifest=str(manifest), deep=ALL)
+    assert (report.problems, report.num_deep) == ((), 3)
+    for number in range(3):
+        assert np.array_equal(
+            read_volume(str(tmp_path / "out"), f"a.nii.gz_frame-000{number}").mask, labels()
+        )
+    write_image(tmp_path / "c/m.nii.gz", labels() * 0.5)
+    summary = build(manifest, tmp_path / "out", columns=COLUMNS, frames="each", rescale_within="mask").summary
+    assert (summary.num_failed, summary.complete) == (3, False)

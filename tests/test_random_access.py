@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from beam_nifti import storage
+from beam_nifti.config import Columns
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.random_access import Dataset
 from tests.build_helpers import build
@@ -365,3 +366,31 @@ def test_a_record_takes_little_memory(dataset: Path) -> None:
     records = Dataset(dataset)._records
     assert isinstance(records.table, pa.Table)
     assert records.table.nbytes / len(records.table) < 300
+
+
+@pytest.mark.parametrize("rescale", ["minmax", "percentile:1,99"])
+def test_channels_masks_and_labels(tmp_path: Path, rescale: str) -> None:
+    rows = []
+    for i in range(3):
+        for name in ("T1w", "T2w"):
+            write_image(
+                tmp_path / f"{i}_{name}.nii", brain(seed=10 * i + int(name[1])), slope=0.5, inter=-3.0
+            )
+        write_image(tmp_path / f"{i}_mask.nii", np.full((6, 5, 4), i, np.uint8))
+        cells = {"T1w": f"{i}_T1w.nii", "T2w": f"{i}_T2w.nii", "lesion": f"{i}_mask.nii"}
+        rows.append(cells | {"age": i / 2, "sex": "FMF"[i]})
+    from beam_nifti.reader import load_dataset
+
+    columns = Columns("T1w,T2w", "age,sex", mask="lesion")
+    manifest, output = write_manifest(tmp_path / "m.csv", rows), tmp_path / "out"
+    build(manifest, output, columns=columns, rescale=rescale, voxel_dtype="native")
+    records = Dataset(output, columns=["image", "label", "mask", "label/sex", "sex", "max"])
+    read = load_dataset(output, label=("age", "sex")).as_numpy_iterator()
+    for i, (element, (x, labels)) in enumerate(zip(records, read, strict=True)):
+        assert np.array_equal(element["image"], x)
+        assert element["label"] == labels["age"] == i / 2
+        assert element["label/sex"] == labels["sex"] == (i == 1)
+        assert element["sex"] == "FMF"[i]
+        assert np.array_equal(element["mask"], np.full((6, 5, 4), i))
+        assert element["max"].shape == (2,)
+    assert Dataset(output, where="sex == 'F' and age > 0.5").ids == ["2_T1w.nii"]

@@ -1,0 +1,7 @@
+"""`python -m beam_nifti`: the command line."""
+
+import sys
+
+from beam_nifti.cli import main
+
+sys.exit(main())

@@ -1,0 +1,157 @@
+"""What came, went and changed from one dataset to another, from dataset_info.json and the indexes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti import storage
+from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.index import schema_of
+from beam_nifti.inspection import read_indexes
+from beam_nifti.publish import read_info
+
+_PLACES: Final = ("example_id", "position", "offset", "length", "row")
+"""Columns that say where a record stands, and not what it is."""
+
+_SOURCE: Final = ("source", "source_size", "source_mtime")
+_PERSON: Final = ("participant_id", "session_id")
+_SHOWN: Final = 5
+"""Ids of a kind that a text names."""
+
+
+@dataclass(frozen=True)
+class DatasetDiff:
+    """How two datasets differ. Ids stand in the order of the datasets' indexes.
+
+    Attributes:
+        before: path of the one.
+        after: path of the other.
+        num_before: records of the one.
+        num_after: records of the other.
+        came: ids of records that only the other has.
+        went: ids of records that only the one has.
+        changed: ids of records that both have, by what is different: "split", "label", "source" (path, size
+            or time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the
+            mask), or the name of a further column.
+        config: what decided the records and is different, by its name: before, after.
+    """
+
+    before: str
+    after: str
+    num_before: int
+    num_after: int
+    came: tuple[str, ...]
+    went: tuple[str, ...]
+    changed: Mapping[str, tuple[str, ...]]
+    config: Mapping[str, tuple[Any, Any]]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the datasets hold the same."""
+        return not (self.came or self.went or self.changed or self.config)
+
+
+def compare_datasets(before: str, after: str) -> DatasetDiff:
+    """Compare two datasets; of each, dataset_info.json and index/ are enough.
+
+    Voxels count as changed where what the index says of them did: no shard is read.
+
+    Args:
+        before: folder or URL of a dataset.
+        after: of another.
+
+    Raises:
+        DatasetError: one of them is not complete, or an index of it cannot be read.
+    """
+    before, after = storage.absolute(before), storage.absolute(after)
+    (old_info, old), (new_info, new) = _read(before), _read(after)
+    old_ids, new_ids = old["example_id"], new["example_id"]
+    at = pc.index_in(new_ids, value_set=old_ids)
+    both, theirs = new.filter(pc.is_valid(at)), old.take(pc.drop_null(at))
+    went = pc.invert(pc.is_in(old_ids, value_set=new_ids))
+    changed = dict[str, list[bool]]()
+    for column in dict.fromkeys([*both.column_names, *theirs.column_names]):
+        if column in _PLACES:
+            continue
+        now, then = (_cells(table, column) for table in (both, theirs))
+        differs = [a != b for a, b in zip(now, then, strict=True)]
+        kind = _kind_of(column)
+        known = changed.get(kind, [False] * len(differs))
+        changed[kind] = [a or b for a, b in zip(known, differs, strict=True)]
+    return DatasetDiff(
+        before,
+        after,
+        len(old),
+        len(new),
+        came=tuple(new_ids.filter(pc.is_null(at)).to_pylist()),
+        went=tuple(old_ids.filter(went).to_pylist()),
+        changed={
+            kind: tuple(both["example_id"].filter(pa.array(differs)).to_pylist())
+            for kind, differs in changed.items()
+            if any(differs)
+        },
+        config=_config_differences(old_info, new_info),
+    )
+
+
+def _read(output: str) -> tuple[DatasetInfo, pa.Table]:
+    info = read_info(output)
+    tables = [
+        table.append_column("split", pa.array([split] * table.num_rows, pa.string()))
+        for split, _, table in read_indexes(output, info)
+    ]
+    joined = pa.concat_tables(tables, promote_options="default").combine_chunks()
+    return info, joined.replace_schema_metadata()
+
+
+def _cells(table: pa.Table, column: str) -> list[Any]:
+    return table[column].to_pylist() if column in table.column_names else [None] * len(table)
+
+
+def _kind_of(column: str) -> str:
+    if column in _SOURCE:
+        return "source"
+    own = schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8")).names
+    return "voxels" if column in own and column not in (*_PERSON, "label") else column
+
+
+def _config_differences(before: DatasetInfo, after: DatasetInfo) -> dict[str, tuple[Any, Any]]:
+    one, other = ({**info.config, "labels": info.label_facts()} for info in (before, after))
+    return {
+        name: (one.get(name), other.get(name))
+        for name in sorted((one.keys() | other.keys()) - {"fingerprint"})
+        if one.get(name) != other.get(name)
+    }
+
+
+def diff_as_json(diff: DatasetDiff) -> dict[str, Any]:
+    """A comparison as values that JSON can hold."""
+    return {
+        **vars(diff),
+        "changed": dict(diff.changed),
+        "config": {name: {"before": was, "after": now} for name, (was, now) in diff.config.items()},
+    }
+
+
+def format_diff(diff: DatasetDiff) -> str:
+    """A comparison as text for the screen."""
+    return "\n".join(f"{name:<10}{text}" for name, text in _lines(diff))
+
+
+def _lines(diff: DatasetDiff) -> Iterator[tuple[str, str]]:
+    yield "before", f"{diff.num_before:,} examples: {diff.before}"
+    yield "after", f"{diff.num_after:,} examples: {diff.after}"
+    for name, ids in (("came", diff.came), ("went", diff.went), *diff.changed.items()):
+        more = f" and {len(ids) - _SHOWN:,} more" if len(ids) > _SHOWN else ""
+        if ids:
+            yield name, f"{len(ids):,}: {', '.join(ids[:_SHOWN])}{more}"
+    for number, (name, (was, now)) in enumerate(diff.config.items()):
+        yield "" if number else "config", f"{name.replace('_', '-')} was {was!r}, now {now!r}"
+    if diff.is_empty:
+        yield "the same", "no example came, went or changed"

@@ -1,0 +1,177 @@
+"""Labels: the kind of each column of them, and what its cells become.
+
+Source: docs/format.md, "Labels".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti.config import LabelColumn
+from beam_nifti.errors import ShardError
+from beam_nifti.tables import Problems
+
+NO_CLASS: Final = -1
+"""Number of the class of a row that has none."""
+
+MAX_CLASSES: Final = 1 << 14
+"""Of a column; all of them stand in dataset_info.json and in the job graph."""
+
+_MISSING: Final = ("", "n/a", "nan")
+_INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+_BATCH: Final = 1 << 14
+"""Cells that are Python strings at a time."""
+
+LabelValue = float | int | str
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one column, a row of the manifest each.
+
+    Attributes:
+        column: with its kind and its classes.
+        values: float64, NaN where a row has none; int64, NO_CLASS where it has none; or string, "".
+        is_missing: which rows have none.
+    """
+
+    column: LabelColumn
+    values: pa.Array
+    is_missing: npt.NDArray[np.bool_]
+
+    @property
+    def numbers(self) -> npt.NDArray[np.float64]:
+        """What the feature `label` says of each row: its number, that of its class, or NaN for a string."""
+        if self.column.kind == "string":
+            return np.full(len(self.values), np.nan)
+        return np.asarray(self.values, np.float64)
+
+
+def parse_label(text: str) -> float:
+    """The number that a cell is; NaN where it is none, or none of float32."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
+
+
+def read_labels(
+    cells: pa.ChunkedArray, column: LabelColumn, missing: str | None, problems: Problems
+) -> Labels:
+    """Make labels of a column's cells.
+
+    Args:
+        cells: strings.
+        column: where it has no kind, the cells tell it: "float" if all are finite numbers of float32, else
+            "class".
+        missing: `Columns.missing_label`.
+        problems: where to tell of cells that are no labels.
+
+    Raises:
+        ManifestError: there are too many problems.
+    """
+    encoded = cells.combine_chunks().dictionary_encode()
+    texts, codes = encoded.dictionary, encoded.indices.to_numpy()
+    is_missing = _is_missing(texts)
+    numbers = _numbers(texts)
+    is_number = np.isfinite(numbers)
+    if column.kind is None:
+        if is_missing.all():
+            problems.add(
+                f"no row has a value of {column.name}, which would tell its kind; leave it out of "
+                f"--label-column, or say which: {column.name}:float"
+            )
+        column = replace(column, kind="float" if (is_number | is_missing).all() else "class")
+    if missing is None:
+        for i in np.flatnonzero(is_missing[codes]):
+            problems.add(
+                f"row {i + 1}: {column.name} is {texts[codes[i]].as_py()!r}, which is no label; fill it in, "
+                "or keep such rows with --missing-label nan, or leave them out with --missing-label skip"
+            )
+    if column.kind == "float":
+        for i in np.flatnonzero(~(is_number | is_missing)[codes]):
+            text = texts[codes[i]].as_py()
+            problems.add(f"row {i + 1}: {column.name} is {text!r}, not a finite number (of float32)")
+        values = pa.array(numbers)
+    elif column.kind == "class":
+        column = replace(column, classes=_classes(texts.filter(pa.array(~is_missing)), column.name, problems))
+        found = pc.index_in(texts, value_set=pa.array(column.classes, pa.string()))
+        values = pc.fill_null(found, NO_CLASS).cast(pa.int64())
+    else:
+        values = pc.if_else(pa.array(is_missing), "", texts)
+    return Labels(column, values.take(encoded.indices), is_missing[codes])
+
+
+def label_of(cell: str, column: LabelColumn) -> LabelValue:
+    """The label that a cell of an index stands for.
+
+    Raises:
+        ShardError: it is none of the column's kind, or none of its classes.
+    """
+    is_missing = cell.strip(string.whitespace).lower() in _MISSING
+    if column.kind == "float":
+        number = parse_label(cell)
+        if is_missing or math.isfinite(number):
+            return number
+    elif column.kind == "class":
+        classes = column.classes or ()
+        if is_missing or cell in classes:
+            return NO_CLASS if is_missing else classes.index(cell)
+    else:
+        return "" if is_missing else cell
+    raise ShardError(f"the index's {column.name} is {cell!r}, which {column} of dataset_info.json cannot be")
+
+
+def number_of(label: LabelValue) -> float | None:
+    """What the feature `label` says of a record whose first label this is; None for NaN."""
+    return None if isinstance(label, str) or math.isnan(label) else float(label)
+
+
+def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
+    """Cells as values that are equal where the labels are: float64 or string, null where there is none."""
+    encoded = cells.combine_chunks().dictionary_encode()
+    texts = encoded.dictionary
+    values = pa.array(_numbers(texts)) if column.kind == "float" else texts
+    return pc.if_else(pa.array(_is_missing(texts)), None, values).take(encoded.indices)
+
+
+def _is_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
+    bare = pc.ascii_lower(pc.ascii_trim_whitespace(texts))
+    found: npt.NDArray[np.bool_] = pc.is_in(bare, value_set=pa.array(_MISSING)).to_numpy(zero_copy_only=False)
+    return found
+
+
+def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
+    return np.fromiter(map(parse_label, _strings(texts)), np.float64, len(texts))
+
+
+def _strings(texts: pa.Array) -> Iterator[str]:
+    for start in range(0, len(texts), _BATCH):
+        yield from texts.slice(start, _BATCH).to_pylist()
+
+
+def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
+    """The different values of a column, in the order of their numbers."""
+    if len(texts) > MAX_CLASSES:
+        problems.add(
+            f"{name} has {len(texts):,} different values, such as {texts[0].as_py()!r}, and classes are at "
+            f"most {MAX_CLASSES:,}; make it {name}:string, or, where all should be numbers, {name}:float to "
+            "find those that are not"
+        )
+        return ()
+    classes = sorted(texts.to_pylist())
+    if all(map(_INTEGER.fullmatch, classes)):
+        classes.sort(key=int)
+    return tuple(classes)

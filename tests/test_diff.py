@@ -1,0 +1,95 @@
+"""What came, went and changed between two datasets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beam_nifti import cli
+from beam_nifti.config import RecordConfig
+from beam_nifti.diff import compare_datasets
+from beam_nifti.errors import DatasetError
+from tests.datasets import build_dataset, edit_index, set_cell
+from tests.images import brain, write_cohort, write_image, write_manifest
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Of the second, one image is gone, one is new, and three are different, each in its way."""
+    folder = tmp_path_factory.mktemp("data")
+    manifest = write_cohort(folder / "cohort", 6)
+    before = build_dataset(manifest, folder / "before")
+    write_image(manifest.parent / "sub-0001.nii.gz", brain(seed=99))
+    write_image(manifest.parent / "sub-0009.nii.gz", brain(seed=9))
+    rows = [
+        {"participant_id": f"sub-000{i}", "path": f"sub-000{i}.nii.gz", "label": i + (i == 2), "age": 20 + i}
+        for i in (0, 1, 2, 3, 5, 9)
+    ]
+    rows[3]["age"] = 77
+    return before, build_dataset(
+        write_manifest(folder / "cohort/new.tsv", rows), folder / "after", RecordConfig(voxel_dtype="float16")
+    )
+
+
+def test_what_is_different(datasets: tuple[Path, Path]) -> None:
+    diff = compare_datasets(*map(str, datasets))
+    assert (diff.num_before, diff.num_after) == (6, 6)
+    assert (diff.came, diff.went) == (("sub-0009",), ("sub-0004",))
+    assert diff.changed == {
+        "source": ("sub-0001",),
+        "voxels": ("sub-0001",),
+        "label": ("sub-0002",),
+        "age": ("sub-0003",),
+    }
+    assert diff.config == {"voxel_dtype": ("float32", "float16")}
+
+
+def test_the_command(datasets: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = map(str, datasets)
+    assert cli.main(["diff", before, after]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"before    6 examples: {before}",
+        f"after     6 examples: {after}",
+        "came      1: sub-0009",
+        "went      1: sub-0004",
+        "label     1: sub-0002",
+        "source    1: sub-0001",
+        "voxels    1: sub-0001",
+        "age       1: sub-0003",
+        "config    voxel-dtype was 'float32', now 'float16'",
+    ]
+    assert cli.main(["diff", before, after, "--json"]) == 1
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["changed"]["age"] == ["sub-0003"]
+    assert found["config"]["voxel_dtype"] == {"before": "float32", "after": "float16"}
+    assert cli.main(["diff", before, before]) == 0
+    assert "the same  no example came, went or changed" in capsys.readouterr().out
+
+
+def test_index_and_info_are_enough(datasets: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(datasets[0], tmp_path / "copy", ignore=shutil.ignore_patterns("*.gz")))
+    assert compare_datasets(str(copy), str(datasets[0])).is_empty
+
+
+def test_splits_and_places(datasets: tuple[Path, Path], tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 4)
+    before = build_dataset(manifest, tmp_path / "a")
+    after = build_dataset(manifest, tmp_path / "b", shuffle_seed=1)
+    assert compare_datasets(str(before), str(after)).changed == {}
+    split = build_dataset(write_cohort(tmp_path / "cohort", 4, split=["train", "test"]), tmp_path / "c")
+    assert compare_datasets(str(before), str(split)).changed["split"] == ("sub-0001", "sub-0003")
+
+
+def test_an_image_of_other_statistics_is_other_voxels(datasets: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(datasets[0], tmp_path / "copy"))
+    edit_index(copy, set_cell("mean", 1, 0.5))
+    assert compare_datasets(str(datasets[0]), str(copy)).changed == {"voxels": ("sub-0001",)}
+
+
+def test_what_is_no_dataset(datasets: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no dataset here"):
+        compare_datasets(str(datasets[0]), str(tmp_path))
