@@ -14,6 +14,7 @@ from typing import Final
 
 from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
+from beam_nifti.image_names import drop_second_halves, stem_of
 from beam_nifti.tables import read_table
 
 MISSING: Final = "n/a"
@@ -22,9 +23,7 @@ MISSING: Final = "n/a"
 _DEPTH: Final = 3
 """Folders in which an image lies at most: sub-01/ses-01/anat."""
 
-_IMAGE = re.compile(
-    r"(?P<entities>(?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)(?P<suffix>[A-Za-z0-9]+)(?P<extension>\.nii(?:\.gz)?)"
-)
+_STEM = re.compile(r"(?P<entities>(?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)(?P<suffix>[A-Za-z0-9]+)")
 _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
 
 
@@ -64,12 +63,13 @@ class BidsImage:
         True
         """
         *folders, name = path.split("/")
-        match = _IMAGE.fullmatch(name)
-        if match is None:
+        stem = stem_of(name)
+        match = _STEM.fullmatch(stem or "")
+        if stem is None or match is None:
             return None
         pairs = [pair.partition("-") for pair in match["entities"].rstrip("_").split("_")]
         entities = {key: label for key, _, label in pairs}
-        image = cls(path, name.removesuffix(match["extension"]), entities, match["suffix"])
+        image = cls(path, stem, entities, match["suffix"])
         if len(entities) < len(pairs) or "sub" not in entities or folders[:1] != [image.participant_id]:
             return None
         if len(folders) > 1 and folders[1].startswith("ses-") and folders[1] != image.session_id:
@@ -84,7 +84,7 @@ class Study:
     Attributes:
         root: folder or URL of the study.
         images: every image with a name of BIDS, by suffix.
-        misnamed: paths of .nii and .nii.gz files whose names are none, or are those of another folder.
+        misnamed: paths of images whose names are none, or are those of another folder.
         session_tables: path of its sessions.tsv, by participant_id.
     """
 
@@ -101,19 +101,22 @@ class Study:
             UsageError: there are no folders sub-*.
             OSError: a folder cannot be listed.
         """
-        images, misnamed, session_tables = dict[str, list[BidsImage]](), list[str](), dict[str, str]()
+        found, session_tables = list[str](), dict[str, str]()
         path = ""
         for path in storage.list_tree(root, "sub-", _DEPTH):
-            if path.endswith((".nii.gz", ".nii")):
-                image = BidsImage.parse(path)
-                if image is None:
-                    misnamed.append(path)
-                else:
-                    images.setdefault(image.suffix, []).append(image)
+            if stem_of(path) is not None:
+                found.append(path)
             elif match := _SESSIONS.fullmatch(path):
                 session_tables[match[1]] = path
         if not path:
             raise UsageError(f"{root}: no files in folders sub-*; name the folder of a BIDS dataset")
+        images, misnamed = dict[str, list[BidsImage]](), list[str]()
+        for path in drop_second_halves(found):
+            image = BidsImage.parse(path)
+            if image is None:
+                misnamed.append(path)
+            else:
+                images.setdefault(image.suffix, []).append(image)
         return cls(root, images, tuple(sorted(misnamed)), session_tables)
 
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 from beam_nifti import storage
 from beam_nifti.bids import MISSING, BidsImage, Records, Study
 from beam_nifti.errors import UsageError
+from beam_nifti.image_names import drop_second_halves, stem_of
 from beam_nifti.labels import parse_label
 from beam_nifti.tables import Problems
 
-_ENDINGS: Final = (".nii.gz", ".nii")
 _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
 """Columns that are not copied from a study's tables."""
@@ -183,8 +183,7 @@ def _with_label(
 
 
 def _notes_on_names(study: Study, suffix: str) -> list[str]:
-    ends = tuple(f"{suffix}{ending}" for ending in _ENDINGS)
-    misnamed = [path for path in study.misnamed if path.endswith(ends)]
+    misnamed = [path for path in study.misnamed if (stem_of(path) or "").endswith(suffix)]
     note = f"left out {_named(misnamed, 'file')} not named as BIDS has it, or in the folder of another"
     return [note] if misnamed else []
 
@@ -227,7 +226,7 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
         UsageError: a pattern that nothing matches, or that matches other files, or only some whose paths
             name a participant, or several of one.
     """
-    paths = sorted({path for pattern in patterns for path in _matches(pattern)})
+    paths = drop_second_halves(sorted({path for pattern in patterns for path in _matches(pattern)}))
     participants, sessions = (_ids(pattern, paths) for pattern in (_PARTICIPANT, _SESSION))
     table = dict[str, list[str]]()
     if any(participants):
@@ -239,7 +238,7 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
             _refuse_repeated(paths, participants, sessions)
     found = [_relative(path, folder) for path in paths]
     if all_images:
-        table[_IMAGE_ID] = [path.removesuffix(".gz").removesuffix(".nii") for path in found]
+        table[_IMAGE_ID] = [stem_of(path) or path for path in found]
     table["path"] = found
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
@@ -252,11 +251,11 @@ def _matches(pattern: str) -> list[str]:
     paths = [storage.absolute(path) for path in storage.glob(pattern)]
     if not paths:
         raise UsageError(f"{pattern}: no file matches")
-    others = [path for path in paths if not path.endswith(_ENDINGS)]
+    others = [path for path in paths if stem_of(path) is None]
     if others:
         raise UsageError(
-            f"{pattern}: matches {len(others)} files that are not .nii or .nii.gz, such as {others[0]}; "
-            "end it in .nii.gz or .nii"
+            f"{pattern}: matches {len(others)} files that are no images by their names, such as {others[0]}; "
+            "end it as images do, in .nii.gz for example"
         )
     return paths
 

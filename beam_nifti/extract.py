@@ -20,6 +20,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor
+from beam_nifti.image_names import stem_of
 from beam_nifti.inspection import describe_records
 from beam_nifti.nifti_writer import require_nifti_name, write_nifti
 from beam_nifti.publish import read_info
@@ -185,5 +186,5 @@ def file_name(example_id: str, suffix: str = "") -> str:
     >>> file_name("sub-01_ses-2"), file_name("scans/sub-01/T1w.nii.gz")
     ('sub-01_ses-2.nii.gz', 'scans_sub-01_T1w.nii.gz')
     """
-    stem = example_id.removesuffix(".gz").removesuffix(".nii")
+    stem = stem_of(example_id) or example_id
     return f"{_UNFIT.sub('_', stem)}{suffix}.nii.gz"

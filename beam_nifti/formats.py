@@ -14,6 +14,7 @@ from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from beam_nifti.errors import VolumeError
 from beam_nifti.header import PADDING_BYTES, VolumeHeader
+from beam_nifti.image_names import HALF
 from beam_nifti.rescale import Scaling
 
 HEAD_BYTES: Final = 544
@@ -31,11 +32,15 @@ _VECTOR_INTENTS: Final = frozenset([1004, 1005, 1006, 1007])
 
 _CIFTI_INTENTS: Final = range(3000, 3100)
 
+_CONVERT_MINC: Final = (
+    "convert it: nib-convert --out-dtype float32 IMAGE.mnc IMAGE.nii.gz (mnc2nii IMAGE.mnc if it has frames)"
+)
+_MINC: Final = f"a MINC image; {_CONVERT_MINC}"
 _OTHER_FORMATS: Final = {
-    b"CDF\x01": "a MINC image; convert it with mnc2nii",
-    b"CDF\x02": "a MINC image; convert it with mnc2nii",
-    b"\x89HDF": "an HDF5 file; if it is a MINC image, convert it with mnc2nii, or with nibabel and h5py",
-    b"# ==": "the header of a PAR/REC pair; convert it with nibabel's parrec2nii",
+    b"CDF\x01": _MINC,
+    b"CDF\x02": _MINC,
+    b"\x89HDF": "an HDF5 file; if it is a MINC 2 image, install h5py, and " + _CONVERT_MINC,
+    b"# ==": "the header of a PAR/REC pair; convert it: parrec2nii --compressed IMAGE.PAR",
     b"NRRD": "an NRRD image; convert it to .nii.gz",
 }
 
@@ -122,7 +127,7 @@ def _header_class(name: str, head: bytes) -> Any:
     for magic, what in _OTHER_FORMATS.items():
         if head.startswith(magic):
             raise VolumeError(f"{name}: {what}")
-    if name.lower().endswith((".img", ".img.gz", ".img.bz2", ".img.zst")):
+    if (match := HALF.fullmatch(name)) and match["half"].lower() == "img":
         raise VolumeError(f"{name}: voxels without their header; copy the .hdr file beside them")
     if len(head) < 348:
         raise VolumeError(f"{name}: {len(head)} bytes are less than a NIfTI header; copy it again")

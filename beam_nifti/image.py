@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 
@@ -14,6 +13,7 @@ from beam_nifti import storage
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import HEAD_BYTES
 from beam_nifti.header import VolumeHeader
+from beam_nifti.image_names import HALF, PACKED
 from beam_nifti.packing import Bytes, Unpacker, fill, packing_of, unpacked_head
 
 ReadHeader = Callable[[bytes], VolumeHeader]
@@ -30,8 +30,6 @@ _LARGEST_HALF: Final = 1 << 20
 _LARGEST_HEADER: Final = 64 << 20
 """Bytes of a header and its extensions."""
 
-_HALF = re.compile(r"(?P<stem>.+\.)(?P<half>hdr|img)(?P<packed>|\.gz|\.bz2|\.zst)", re.I | re.S)
-
 
 def image_files(path: str) -> tuple[str, ...]:
     """The files of an image: its one, or the header and the voxels of a pair, whichever of them is named.
@@ -42,14 +40,14 @@ def image_files(path: str) -> tuple[str, ...]:
     Raises:
         OSError: the path cannot be reached.
     """
-    match = _HALF.fullmatch(path)
+    match = HALF.fullmatch(path)
     if match is None:
         return (path,)
     half, packed = match["half"], match["packed"]
     is_header = half.lower() == "hdr"
     other = "img" if is_header else "hdr"
     stem = match["stem"] + (other.upper() if half.isupper() else other)
-    for ending in dict.fromkeys((packed, "", ".gz", ".bz2", ".zst")):
+    for ending in dict.fromkeys((packed, "", *PACKED)):
         with contextlib.suppress(FileNotFoundError):
             storage.stat(stem + ending)
             return (path, stem + ending) if is_header else (stem + ending, path)
@@ -103,7 +101,7 @@ def _check_pair(name: str, files: tuple[str, ...], header: VolumeHeader) -> None
         raise VolumeError(
             f"{name}: its .hdr file is a whole image and no header of an .img file; repair its name: .nii"
         )
-    if header.is_analyze and (match := _HALF.fullmatch(files[0])):
+    if header.is_analyze and (match := HALF.fullmatch(files[0])):
         with _reading(name):
             found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
         if found:
@@ -133,7 +131,9 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
                 handle, stat = storage.open_with_stat(file)
                 opened.append((stack.enter_context(handle), stat))
         header = _read_half(name, *opened[0], parse) if len(opened) > 1 else None
-        image = Image(name, handle, stat.size, join_stats([s for _, s in opened]), parse, header)
+        named_packed = files[-1].lower().endswith(PACKED)
+        source = join_stats([s for _, s in opened])
+        image = Image(name, handle, stat.size, source, parse, header, named_packed)
         _check_pair(name, files, image.header)
         yield image
 
@@ -159,6 +159,8 @@ class Image:
         source: size and time of all its files.
         parse: as for `read_header`.
         header: of a pair; None where it stands before the voxels.
+        named_packed: whether the name of that file says that it is packed: that of a pair has to be, as
+            nothing else would tell damage to its first bytes from voxels.
 
     Attributes:
         source: size and time of all its files.
@@ -173,6 +175,7 @@ class Image:
         source: storage.Stat,
         parse: ReadHeader,
         header: VolumeHeader | None,
+        named_packed: bool,
     ) -> None:
         self.source = source
         self._name, self._handle, self._size = name, handle, size
@@ -182,7 +185,9 @@ class Image:
         self._unpacker: Unpacker | None = None
         if header is not None:
             self.header = header
-            if self._packing and self._size == self._promised:
+            if named_packed and self._packing is None:
+                raise VolumeError(f"{name}: its .img file is not packed as its name says; copy it again")
+            if not named_packed and self._size == self._promised:
                 self._packing = None  # voxels may happen to begin like a packed file
         elif self._packing and not self._is_large:
             self._unpacker = Unpacker(name, self._data, self._packing)

@@ -18,7 +18,7 @@ Bytes = bytes | memoryview
 _BLOCKS_HEAD_BYTES: Final = 1 << 20
 """`Packing.head_bytes` where blocks are unpacked as a whole; those of bzip2 have up to 900 kB."""
 
-_SCRATCH_BYTES: Final = 1 << 20
+_SCRATCH_BYTES: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,61 @@ class Packing:
     ratio: int | None = None
 
 
-def _open_with_arrow(codec: str) -> Callable[[Bytes], Any]:
-    # Unlike Python's own, it notices a stream that breaks off, or goes on with something else.
-    return lambda data: pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(data)), codec)
+_BZIP2_END: Final = f"{0x177245385090:048b}"
+"""What a bzip2 stream ends with, but for a checksum of 32 bits and bits to fill its last byte."""
+
+_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+
+
+def _open_with_arrow(codec: str, find_end: Callable[[Bytes, int], int]) -> Callable[[Bytes], Any]:
+    """Open with Arrow, which notices, unlike Python's own, a stream that breaks off or goes on otherwise.
+
+    Args:
+        codec: Arrow's name of it.
+        find_end: from a file, and its size without the zeros at its end, to the end of its streams. Arrow
+            takes zeros behind them, as of tapes and disk blocks, for damage; isal passes over them.
+    """
+
+    def opened(data: Bytes) -> Any:
+        size = len(data)
+        if size and not data[-1]:
+            size -= int(np.argmax(np.frombuffer(data, np.uint8)[::-1] != 0))
+            end = find_end(data, size)
+            size = end if size <= end <= len(data) else len(data)
+        return pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(data)[:size]), codec)
+
+    return opened
+
+
+def _bzip2_end(data: Bytes, size: int) -> int:
+    # Streams begin at any bit. What follows the mark may be zeros, up to five bytes of them.
+    start = max(0, size - 11)
+    tail = bytes(data[start : size + 5])
+    at = f"{int.from_bytes(tail):0{8 * len(tail)}b}".rfind(_BZIP2_END)
+    return start + (at + 48 + 32 + 7) // 8 if at >= 0 else len(data)
+
+
+def _zstd_end(data: Bytes, size: int) -> int:
+    """Pass from block to block. Source: RFC 8878, 3.1.1."""
+    at = 0
+    while at < size and bytes(data[at : at + 4]) == _ZSTD_MAGIC:
+        flags = data[at + 4]
+        is_single = flags >> 5 & 1
+        at += 6 - is_single + (0, 1, 2, 4)[flags & 3] + (is_single, 2, 4, 8)[flags >> 6]
+        while at < size:
+            block = int.from_bytes(data[at : at + 3], "little")
+            at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+            if block & 1 or not block:  # the last one; or a hole in the file
+                break
+        at += 4 * (flags >> 2 & 1)  # a checksum
+    return at
 
 
 PACKINGS: Final = (
     # isal offers reading into a buffer (a third of the CPU of growing one) only under this name.
     Packing("gzip", b"\x1f\x8b", isal_zlib._GzipReader, 1 << 16, DEFLATE_RATIO),  # type: ignore[arg-type]
-    Packing("bzip2", b"BZh", _open_with_arrow("bz2"), _BLOCKS_HEAD_BYTES),
-    Packing("zstd", b"\x28\xb5\x2f\xfd", _open_with_arrow("zstd"), _BLOCKS_HEAD_BYTES),
+    Packing("bzip2", b"BZh", _open_with_arrow("bz2", _bzip2_end), _BLOCKS_HEAD_BYTES),
+    Packing("zstd", _ZSTD_MAGIC, _open_with_arrow("zstd", _zstd_end), _BLOCKS_HEAD_BYTES),
 )
 
 

@@ -15,7 +15,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import orientation_of
 from beam_nifti.header import require_storable
-from beam_nifti.image import image_files, join_stats, stat_image
+from beam_nifti.image import image_files
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
 from beam_nifti.volume import load_header
@@ -114,10 +114,10 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     try:
         # Frames that are not asked for are counted before they are refused.
         header = load_header(row, folder, replace(record, frames=record.frames or "all"))
-        paths = [storage.join(folder, path) for path in row.files]
-        size = join_stats([stat_image(path) for path in paths]).size
+        examined = [image_files(storage.join(folder, path)) for path in row.files]
+        size = sum(storage.stat(file).size for files in examined for file in files)
         # The files of the voxels: headers of pairs are often alike.
-        heads = [storage.read_head(image_files(path)[-1], _HEAD_BYTES) for path in paths]
+        heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
     except (OSError, VolumeError) as e:
         return _refused(found, row, str(e)), None
     found.shapes[_joined(header.shape)] = 1

@@ -24,6 +24,21 @@ def cohort(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command of the command line: `run("verify", output)` -> what it prints."""
+    from beam_nifti import cli
+
+    def command(*arguments: object, code: int = 0) -> str:
+        quiet = [] if arguments[0] == "inspect" else ["--quiet"]
+        status = cli.main([*map(str, arguments), *quiet])
+        captured = capsys.readouterr()
+        assert status == code, captured
+        return captured.out + captured.err
+
+    return command
+
+
+@pytest.fixture
 def local_flags() -> Callable[..., list[str]]:
     """Beam's flags for the in-process runner: `local_flags(workers)`."""
 

@@ -83,7 +83,12 @@ LABELS = st.from_regex(r"[A-Za-z0-9]+", fullmatch=True)
 KEYS = st.sampled_from(["acq", "run", "space", "desc", "task", "echo"])
 
 
-@given(LABELS, LABELS | st.none(), st.dictionaries(KEYS, LABELS), st.sampled_from([".nii", ".nii.gz"]))
+@given(
+    LABELS,
+    LABELS | st.none(),
+    st.dictionaries(KEYS, LABELS),
+    st.sampled_from([".nii", ".nii.gz", ".nii.zst", ".hdr", ".img.bz2", ".mgz"]),
+)
 def test_a_name_is_parsed_into_what_it_was_made_of(
     sub: str, ses: str | None, others: dict[str, str], ending: str
 ) -> None:
@@ -344,9 +349,28 @@ def test_participants_and_sessions_are_those_of_the_path(tmp_path: Path, capsys:
     assert names(rows) == ["a.nii.gz", "b.nii"]
 
 
+PAIRS = ("sub-1/anat/sub-1_T1w.hdr", "sub-1/anat/sub-1_T1w.img", "sub-2/anat/sub-2_T1w.img.gz")
+OTHERS = ("sub-3/anat/sub-3_T1w.mgz", "sub-4/anat/sub-4_T1w.mgh.gz", "sub-5/anat/sub-5_T1w.nii.zst")
+
+
+def test_every_container_is_found_and_a_pair_once(tmp_path: Path, capsys: Capture) -> None:
+    touch(tmp_path, *PAIRS, *OTHERS, "sub-2/anat/sub-2_T1w.hdr.bz2", "sub-6_T1w.HDR", "sub-6_T1w.IMG")
+    wanted = ["sub-1_T1w.hdr", "sub-2_T1w.hdr.bz2", *(Path(name).name for name in OTHERS)]
+    for command in (["bids", str(tmp_path), "--suffix=T1w"], ["glob", f"{tmp_path}/*/**/*_T1w*"]):
+        rows, notes = rows_of(capsys, *command, "--all-images")
+        assert names(rows) == wanted
+        assert [Path(row["image_id"]).name for row in rows] == [f"sub-{i}_T1w" for i in range(1, 6)]
+        assert notes == []
+    for pattern, found in (("*.img*", ["sub-1_T1w.img", "sub-2_T1w.img.gz"]), ("*.hdr", ["sub-1_T1w.hdr"])):
+        assert names(rows_of(capsys, "glob", f"{tmp_path}/**/{pattern}")[0]) == found
+    assert names(rows_of(capsys, "glob", f"{tmp_path}/sub-6*")[0]) == ["sub-6_T1w.HDR"]
+    touch(tmp_path, "sub-1/anat/sub-1_T1w.nii")
+    assert "sub-1_T1w.nii have one name" in error_of(capsys, "bids", str(tmp_path), "--suffix=T1w")
+
+
 def test_errors_of_patterns(study: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "no file matches" in error_of(capsys, "glob", f"{tmp_path}/*.nii.gz")
-    assert "3 files that are not .nii" in error_of(capsys, "glob", f"{study}/sub-*/anat/sub*")
+    assert "3 files that are no images by their names" in error_of(capsys, "glob", f"{study}/sub-*/anat/sub*")
     assert "1 of 7 paths name no participant" in error_of(
         capsys, "glob", f"{study}/**/*.nii.gz", f"{study}/*.nii.gz"
     )

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from nibabel.casting import have_binary128
 
@@ -26,6 +26,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.header import record_layout
 from beam_nifti.image import image_files, stat_image
+from beam_nifti.packing import Unpacker, packing_of
 from beam_nifti.survey import look_at
 from beam_nifti.volume import Volume, load_header, load_volume
 from tests.images import (
@@ -225,6 +226,18 @@ def test_voxels_that_begin_like_a_packed_file_are_voxels(tmp_path: Path) -> None
         assert np.array_equal(load_volume(row_of(path)).voxels, voxels)
 
 
+def test_voxels_that_are_named_packed_and_are_not_are_refused(tmp_path: Path) -> None:
+    """Damage to its first bytes makes of a packed file something that may have the size of the voxels."""
+    for packed in (".gz", ".bz2", ".zst"):
+        data = PACK[packed](brain().tobytes(order="F"))
+        path = pair(tmp_path, brain().ravel()[: len(data) // 2].reshape(1, 1, -1), packed)
+        (tmp_path / f"a.img{packed}").write_bytes(b"xx" + data[2:])
+        with pytest.raises(
+            VolumeError, match=r"its \.img file is not packed as its name says; copy it again"
+        ):
+            load_volume(row_of(path))
+
+
 def test_a_single_file_may_be_called_img(tmp_path: Path) -> None:
     for name in ("a.img", "b.hdr", "c.anything"):
         (tmp_path / name).write_bytes(nifti_bytes(brain()))
@@ -349,6 +362,40 @@ def test_streams_of_several_pieces_are_read(tmp_path: Path, packed: str) -> None
     data = nifti_bytes(brain())
     (tmp_path / "a.nii").write_bytes(PACK[packed](data[:300]) + PACK[packed](data[300:]))
     assert np.array_equal(load_volume(row_of(tmp_path / "a.nii")).voxels, brain())
+
+
+@given(
+    st.sampled_from([".gz", ".bz2", ".zst", ".zst without checksum"]),
+    st.lists(st.tuples(st.binary(max_size=40), st.integers(1, 9)), min_size=1, max_size=3),
+    st.integers(0, 600),
+    st.sampled_from([b"", b"x", b"x\0"]),
+)
+@example(".zst", [(random_voxels((300_000,), "uint8").tobytes(), 1)], 512, b"")  # of several blocks
+def test_zeros_behind_a_stream_are_passed_over_and_nothing_else_is(
+    kind: str, pieces: list[tuple[bytes, int]], zeros: int, after: bytes
+) -> None:
+    pack = PACK.get(kind, zstandard.ZstdCompressor(write_content_size=False).compress)
+    contents = [piece * count for piece, count in pieces]
+    data = b"".join(map(pack, contents)) + bytes(zeros) + after
+    packing = packing_of(data)
+    assert packing is not None
+    buffer = bytearray(sum(map(len, contents)) + 1)
+    if after:
+        with pytest.raises(VolumeError, match=rf"^a: \w+ {packing.name} stream"):
+            Unpacker("a", data, packing).readinto(memoryview(buffer))
+    else:
+        size = Unpacker("a", data, packing).readinto(memoryview(buffer))
+        assert bytes(buffer[:size]) == b"".join(contents)
+
+
+def test_a_padded_file_is_read_in_every_way(tmp_path: Path) -> None:
+    for packed in (".gz", ".bz2", ".zst"):
+        path = tmp_path / f"a.nii{packed}"
+        path.write_bytes(PACK[packed](nifti_bytes(brain())).ljust(2048, b"\0"))
+        assert load_header(row_of(path)).shape == brain().shape
+        for frames in (None, "first"):
+            volume = load_volume(row_of(path), record=RecordConfig(frames=frames))
+            assert np.array_equal(volume.voxels, brain())
 
 
 @pytest.mark.parametrize("packed", [".bz2", ".zst"])

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from beam_nifti import cli
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.example import decode_example, decode_tensor, encode_volume
 from beam_nifti.volume import load_volume, rescale_volume
+from tests.datasets import info_of
 from tests.images import (
     REAL_DTYPES,
     Array,
@@ -48,23 +48,6 @@ def cohort_of(folder: Path, shapes: list[tuple[int, ...]], dtype: str = "int16",
     return write_manifest(
         folder / "m.tsv", [{"path": f"{i}.nii.gz", "label": i} for i, _ in enumerate(shapes)]
     )
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command of the command line: `run("verify", output)` -> what it prints."""
-
-    def command(*arguments: object, code: int = 0) -> str:
-        quiet = [] if arguments[0] == "inspect" else ["--quiet"]
-        assert cli.main([*map(str, arguments), *quiet]) == code
-        captured = capsys.readouterr()
-        return captured.out + captured.err
-
-    return command
-
-
-def info_of(output: Path) -> DatasetInfo:
-    return DatasetInfo.from_json((output / "dataset_info.json").read_text(), str(output))
 
 
 @pytest.mark.parametrize("options", [[], ["--voxel-dtype=native"], ["--compression=none", "--rescale=none"]])

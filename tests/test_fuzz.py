@@ -7,38 +7,71 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
+import io
 import signal
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nibabel.freesurfer.mghformat import header_dtype as mgh_dtype
+from nibabel.spm2analyze import Spm2AnalyzeHeader, Spm2AnalyzeImage
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.example import decode_example, decode_tensor, encode_volume
 from beam_nifti.volume import load_volume, rescale_volume
-from tests.images import REAL_DTYPES, Array, nifti_bytes, random_voxels, row_of
+from tests.images import AFFINE, REAL_DTYPES, Array, nifti_header, random_voxels, row_of
 
 CONFIG = RecordConfig(frames="all")
 SECONDS = 10
 """A case may not take longer."""
 
-FIXED_BYTES = 1 << 20
-"""What a case may take besides three times its file, inflated."""
+FIXED_BYTES = 2 << 20
+"""What a case may take besides three times its files, inflated; of MGH it is half room for a footer."""
 
-_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
-_FIELDS = {
-    version: {name: (kind.fields[name][1], kind.fields[name][0].itemsize) for name in kind.names}
-    for version, kind in ((1, nib.Nifti1Header().template_dtype), (2, nib.Nifti2Header().template_dtype))
+KINDS = {
+    "nifti1": nib.Nifti1Header().template_dtype,
+    "nifti2": nib.Nifti2Header().template_dtype,
+    "pair1": nib.Nifti1Header().template_dtype,
+    "pair2": nib.Nifti2Header().template_dtype,
+    "analyze": Spm2AnalyzeHeader().template_dtype,
+    "mgh": mgh_dtype,
+}
+"""The fields of their headers."""
+
+PACK: dict[str, Callable[[bytes, int], bytes]] = {
+    "": lambda data, _: data,
+    ".gz": lambda data, level: gzip.compress(data, level, mtime=0),
+    ".bz2": lambda data, level: bz2.compress(data, max(1, level)),
+    ".zst": lambda data, level: zstandard.ZstdCompressor(level, write_checksum=level > 0).compress(data),
+}
+
+
+def unpack_zstd(data: bytes) -> bytes:
+    """What all frames of a file hold."""
+    content = b""
+    while data.strip(b"\0"):
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        content += frame.decompress(data)
+        data = frame.unused_data
+    return content
+
+
+UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".zst": unpack_zstd,
 }
 _SHORTS = [0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 64, 128, 255, 256, 348, 512, 540, 768, 1024, 2304, 32767, -32768]
 _INTEGERS = [*_SHORTS, 2**31 - 1, -(2**31)]
@@ -58,9 +91,10 @@ def _values(size: int) -> st.SearchStrategy[bytes]:
 
 
 @st.composite
-def _header_edits(draw: st.DrawFn, version: int) -> tuple[int, bytes]:
+def _header_edits(draw: st.DrawFn, kind: str) -> tuple[int, bytes]:
     """Where in the header, and what."""
-    start, size = _FIELDS[version][draw(st.sampled_from(sorted(_FIELDS[version])))]
+    field, start = KINDS[kind].fields[draw(st.sampled_from(sorted(KINDS[kind].names)))][:2]
+    size = field.itemsize
     content = draw(_values(min(size, 8)))
     return start + draw(st.integers(0, max(0, size - len(content)))), content
 
@@ -84,27 +118,54 @@ def _damages(draw: st.DrawFn, data: bytes) -> bytes:
     return data + draw(st.sampled_from([bytes(length), bytes(5000), b"x" * length, gzip.compress(data)]))
 
 
+def _header(kind: str, voxels: Array, order: str, slope: float | None) -> bytes:
+    """A header of some voxels, up to where they start."""
+    if kind == "mgh":
+        return nib.MGHImage(voxels, AFFINE).to_bytes()[:284]
+    if kind == "analyze":
+        header = Spm2AnalyzeHeader(endianness=order)
+        header.set_data_dtype(voxels.dtype)
+        header.set_data_shape(voxels.shape)
+        header["scl_slope"] = slope or 0.0
+        return bytes(header.binaryblock)
+    version = int(kind[-1])
+    fields = {"magic": f"ni{version}".encode(), "vox_offset": 0} if kind.startswith("pair") else {}
+    return nifti_header(voxels, byte_order=order, version=version, slope=slope, fields=fields)
+
+
 @st.composite
-def images(draw: st.DrawFn) -> tuple[bytes, int]:
-    """A file, and how many bytes it holds when it is inflated."""
-    shape = draw(st.lists(st.integers(1, 6), min_size=3, max_size=4))
-    version = draw(st.sampled_from([1, 2]))
-    voxels = random_voxels(shape, draw(st.sampled_from(REAL_DTYPES)), draw(st.integers(0, 9)))
-    slope = draw(st.sampled_from([None, 1.0, 0.5, -2.0, float("nan")]))
-    data = bytearray(
-        nifti_bytes(voxels, byte_order=draw(st.sampled_from("<>")), version=version, slope=slope)
+def images(draw: st.DrawFn) -> tuple[dict[str, bytes], int]:
+    """The files of an image by their endings, and how many bytes they hold when they are inflated."""
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    dtypes = {
+        "mgh": ("uint8", "int16", "int32", "float32"),
+        "analyze": ("uint8", "int16", "int32", "float64"),
+    }
+    shape = draw(st.lists(st.integers(1, 6), min_size=3, max_size=3)) + draw(st.sampled_from([[], [2], [6]]))
+    voxels = random_voxels(
+        shape, draw(st.sampled_from(dtypes.get(kind, REAL_DTYPES))), draw(st.integers(0, 9))
     )
-    for at, content in draw(st.lists(_header_edits(version), max_size=3)):
-        data[at : at + len(content)] = content
-    content = bytes(data)
-    for _ in range(draw(st.integers(0, 1))):
-        content = draw(_damages(content))
-    if not draw(st.booleans()):
-        return content, len(content)
-    packed = gzip.compress(content, draw(st.sampled_from([0, 1, 9])), mtime=0)
-    if draw(st.booleans()):
-        packed = draw(_damages(packed))
-    return packed, len(content) + len(packed)
+    order = ">" if kind == "mgh" else draw(st.sampled_from("<>"))
+    slope = draw(st.sampled_from([None, 1.0, 0.5, -2.0, float("nan")]))
+    head = bytearray(_header(kind, voxels, order, slope))
+    for at, content in draw(st.lists(_header_edits(kind), max_size=3)):
+        head[at : at + len(content)] = content
+    data = voxels.astype(voxels.dtype.newbyteorder(order)).tobytes(order="F")
+    if kind in ("nifti1", "nifti2", "mgh"):
+        held = {".mgh" if kind == "mgh" else ".nii": bytes(head) + data}
+    else:
+        held = {".hdr": bytes(head), ".img": data}
+    damaged = draw(st.sampled_from([None, *held]))
+    if damaged:
+        held[damaged] = draw(_damages(held[damaged]))
+    files = dict[str, bytes]()
+    for ending, content in held.items():
+        packed = draw(st.sampled_from(sorted(PACK)))
+        files[ending + packed] = PACK[packed](content, draw(st.sampled_from([0, 1, 9])))
+    damaged = draw(st.sampled_from([None, *(ending for ending in files if ending not in held)]))
+    if damaged:
+        files[damaged] = draw(_damages(files[damaged]))
+    return files, sum(map(len, held.values())) + sum(map(len, files.values()))
 
 
 @contextlib.contextmanager
@@ -127,14 +188,24 @@ def bounds(num_bytes: int) -> Iterator[None]:
     assert peak < 3 * num_bytes + FIXED_BYTES
 
 
-def expected(data: bytes) -> Array:
+def expected(files: dict[str, bytes]) -> Array:
     """The voxels of the record of an image, by nibabel and one line of arithmetic."""
+    head, *rest = (UNPACK.get(f".{ending.split('.')[-1]}", bytes)(files[ending]) for ending in sorted(files))
+    data = rest[0] if rest else head
     # Its own choice of the class looks for NIfTI-1's magic before the size of the header.
-    kind = (
-        nib.Nifti2Image if 540 in (int.from_bytes(data[:4], order) for order in _ORDERS) else nib.Nifti1Image
-    )
+    is_second = 540 in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
+    kind: Any
+    if ".mgh" in next(iter(files)):
+        kind, size = nib.MGHImage, mgh_dtype.itemsize
+    elif len(files) == 1:
+        kind, size = (nib.Nifti2Image, 540) if is_second else (nib.Nifti1Image, 348)
+    elif is_second:
+        kind, size = nib.Nifti2Pair, 540
+    else:
+        kind, size = nib.Nifti1Pair if head[344:348] == b"ni1\0" else Spm2AnalyzeImage, 348
     with np.errstate(all="ignore"):
-        values = np.asarray(kind.from_bytes(data).dataobj)
+        header = kind.header_class(head[:size])
+        values = np.asarray(kind.ImageArrayProxy(io.BytesIO(data), header))
         while values.ndim > 3 and values.shape[-1] == 1:
             values = values[..., 0]
         # Python's integers do not overflow, nor do long doubles.
@@ -147,11 +218,14 @@ def test_any_file_is_a_right_record_or_a_clean_refusal(tmp_path: Path) -> None:
     outcomes = Counter[str]()
 
     @settings(max_examples=max(500, settings().max_examples))
-    @given(images())
-    def check(image: tuple[bytes, int]) -> None:
-        content, size = image
-        path = tmp_path / ("a.nii.gz" if content[:2] == b"\x1f\x8b" else "a.nii")
-        path.write_bytes(content)
+    @given(images(), st.integers(0, 1))
+    def check(image: tuple[dict[str, bytes], int], named: int) -> None:
+        files, size = image
+        for old in tmp_path.iterdir():
+            old.unlink()
+        for ending, content in files.items():
+            (tmp_path / f"a{ending}").write_bytes(content)
+        path = tmp_path / f"a{[*files][named % len(files)]}"
         try:
             with bounds(size):
                 volume = rescale_volume(load_volume(row_of(path), record=CONFIG), CONFIG)
@@ -163,9 +237,8 @@ def test_any_file_is_a_right_record_or_a_clean_refusal(tmp_path: Path) -> None:
             assert len(message) < len(str(path)) + 400
             outcomes["refused"] += 1
             return
-        inflated = gzip.decompress(content) if path.suffix == ".gz" else content
         voxels = decode_tensor(decode_example(record)["image_raw"])  # type: ignore[arg-type]
-        np.testing.assert_array_max_ulp(voxels.astype(np.float32), expected(inflated), 1)
+        np.testing.assert_array_max_ulp(voxels.astype(np.float32), expected(files), 1)
         outcomes["read"] += 1
 
     check()

@@ -20,32 +20,18 @@ import pytest
 from beam_nifti import cli, options
 from beam_nifti.build import plan_build
 from beam_nifti.config import BuildConfig, RecordConfig
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.index import read_index
 from beam_nifti.transforms import BuildDataset, Prepare
 from beam_nifti.user_function import _find, load_function, source_sha256
 from beam_nifti.volume import load_header, load_volume
 from tests.build_helpers import CUTTING_RUNNER, assert_complete, build, steps_of
+from tests.datasets import info_of
 from tests.images import AFFINE, brain, nifti_header, row_of, write_cohort, write_image, write_manifest
 
 Run = Callable[..., str]
 MakeModule = Callable[[str], str]
 _numbers = itertools.count()
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command of the command line: `run("verify", output)` -> what it prints."""
-
-    def command(*arguments: object, code: int = 0) -> str:
-        quiet = [] if arguments[0] == "inspect" else ["--quiet"]
-        status = cli.main([*map(str, arguments), *quiet])
-        captured = capsys.readouterr()
-        assert status == code, captured
-        return captured.out + captured.err
-
-    return command
 
 
 @pytest.fixture
@@ -60,10 +46,6 @@ def make_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeModule:
         return name
 
     return make
-
-
-def info_of(output: Path) -> DatasetInfo:
-    return DatasetInfo.from_json((output / "dataset_info.json").read_text(), str(output))
 
 
 def index_of(output: Path) -> list[dict[str, Any]]:

@@ -337,7 +337,7 @@ def test_native_voxels_give_the_bits_of_float32(build: Build, scans: Scans, dtyp
     output = build(manifest, Sharding(num_shards=1), voxel_dtype="native", rescale=rescale)
     stored = scans.minmax if rescale == "minmax" else scans.unscaled
     for engine, batch_size in (("sequential", None), ("indexed", None), ("indexed", 1)):
-        read = load_dataset(output, batch_size, engine=engine)
+        read = load_dataset(output, batch_size=batch_size, engine=engine)
         assert read.element_spec[0].shape[-4:] == (*SHAPE, 1)
         assert read.element_spec[0].dtype == tf.float32
         for x, y in read:

@@ -178,3 +178,14 @@ def test_volumes_that_fail_are_said_as_on_one_machine(cluster: Cluster, tmp_path
     failures = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
     assert [json.loads(line)["participant_id"] for line in failures] == ["sub-00005"]
     assert watched.events <= 12 + 1, "what the user must repair was tried again"
+
+
+def test_a_check_reports_what_it_does_on_one_machine(
+    cluster: Cluster, reference: Reference, tmp_path: Path
+) -> None:
+    command = ["check", str(reference.manifest), "--json", "--quiet"]
+    here = run_cli([*command, *LOCAL])
+    there = run_cli([*command, "--out", str(tmp_path / "report.json"), *cluster.flags])
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(here)
+    assert json.loads(here)["num_images"] == 60
+    assert there.endswith(here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import pickle
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from beam_nifti import storage
 from beam_nifti.errors import OutputError, VolumeError
@@ -25,7 +27,7 @@ from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.random_access import Dataset
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
-from tests.images import row_of, write_cohort
+from tests.images import brain, nifti_header, row_of, write_cohort
 from tests.services.conftest import LOCAL, Reference, content_of, run_cli
 from tests.services.fault_proxy import FAULTS, FaultProxy, Request
 
@@ -168,6 +170,29 @@ def test_every_mixture_makes_the_same_shards(
     said = run_cli(["verify", dataset, "--manifest", table, "--deep=3"])
     assert said.startswith("right    60 examples, 12 shards")
     assert "examples      60 in " in run_cli(["inspect", dataset])
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_pairs_that_a_pattern_finds_are_built(
+    folder: Callable[[str], str], tmp_path: Path, scheme: str
+) -> None:
+    root = folder(scheme)
+    for i, packed in enumerate(("", ".gz", ".zst")):
+        pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packed]
+        head = nifti_header(brain(), fields={"magic": b"ni1", "vox_offset": 0})
+        for name, content in ((".hdr", head), (f".img{packed}", pack(brain(seed=i).tobytes(order="F")))):
+            storage.write(f"{root}/in/sub-{i}/anat/T1w{name}", content)
+            storage.write(f"{tmp_path}/in/sub-{i}/anat/T1w{name}", content)
+    for where in (root, str(tmp_path)):
+        run_cli(["manifest", "glob", f"{where}/in/**/T1w.*", "--out", f"{where}/in/manifest.tsv"])
+        run_cli(["build", f"{where}/in/manifest.tsv", f"{where}/dataset"])
+    found = {where: storage.read(f"{where}/in/manifest.tsv") for where in (root, str(tmp_path))}
+    assert found[root] == found[str(tmp_path)]
+    assert [line.split(b"\t")[1] for line in found[root].splitlines()[1:]] == [
+        f"sub-{i}/anat/T1w.hdr".encode() for i in range(3)
+    ]
+    shard = "dataset/train-00000-of-00001.tfrecord.gz"
+    assert storage.read(f"{root}/{shard}") == storage.read(f"{tmp_path}/{shard}")
 
 
 @pytest.mark.parametrize("scheme", STORES)

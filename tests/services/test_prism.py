@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services.conftest import Reference, content_of, run_cli
+from tests.services.conftest import LOCAL, Reference, content_of, run_cli
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prism"
 
@@ -32,16 +33,48 @@ def test_same_bytes_by_a_worker_in_this_process(prism: Path, reference: Referenc
     assert content_of(tmp_path / "out") == reference.content
 
 
-def test_same_bytes_by_workers_of_their_own(prism: Path, reference: Reference, tmp_path: Path) -> None:
-    log = prism.parent / "workers.log"
-    before = log.stat().st_size if log.exists() else 0
-    flags = [
-        *reference.flags,
+def of_their_own(prism: Path, worker: Path) -> list[str]:
+    """Flags of `beam-nifti build`, for workers that a program starts."""
+    return [
         "--runner=PrismRunner",
         f"--prism_location={prism}",
         "--environment_type=PROCESS",
-        f"--environment_config={json.dumps({'command': str(prism.parent / 'worker')})}",
+        f"--environment_config={json.dumps({'command': str(worker)})}",
     ]
+
+
+def test_same_bytes_by_workers_of_their_own(prism: Path, reference: Reference, tmp_path: Path) -> None:
+    log = prism.parent / "workers.log"
+    before = log.stat().st_size if log.exists() else 0
+    flags = [*reference.flags, *of_their_own(prism, prism.parent / "worker")]
     run_cli(["build", str(reference.manifest), str(tmp_path / "out"), *flags], timeout=120)
     assert content_of(tmp_path / "out") == reference.content
     assert "Provision info" in log.read_text()[before:], "no worker was started"
+
+
+FUNCTION = """
+from dataclasses import replace
+from pathlib import Path
+
+def halved(volume):
+    Path(__file__).with_suffix(".used").touch()
+    return replace(volume, voxels=volume.voxels // 2)
+"""
+
+
+def test_a_function_is_taken_from_the_workers_own_folder(
+    prism: Path, reference: Reference, tmp_path: Path
+) -> None:
+    inherited = os.environ.get("PYTHONPATH", "")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "labcode.py").write_text(FUNCTION)
+    worker = tmp_path / "worker"
+    worker.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/there:{inherited} exec {prism.parent}/worker "$@"\n')
+    worker.chmod(0o755)
+    flags = ["--preprocess=labcode:halved", *reference.flags]
+    for output, runner in (("out", of_their_own(prism, worker)), ("local", LOCAL)):
+        command = ["build", str(reference.manifest), str(tmp_path / output), *flags, *runner]
+        run_cli(command, timeout=120, PYTHONPATH=f"{tmp_path}/here:{inherited}")
+    assert (tmp_path / "there" / "labcode.used").exists()
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "local")

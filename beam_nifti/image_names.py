@@ -1,0 +1,42 @@
+"""Names of image files: their endings, and the two of a pair."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+PACKED: Final = (".gz", ".bz2", ".zst")
+"""What follows the ending of a packed file."""
+
+_PACKED: Final = "|".join(map(re.escape, PACKED))
+_IMAGE: Final = re.compile(rf"(?P<stem>.+)\.(?:(?:nii|hdr|img|mgh)(?:{_PACKED})?|mgz)", re.I | re.S)
+HALF: Final = re.compile(rf"(?P<stem>.+\.)(?P<half>hdr|img)(?P<packed>|{_PACKED})", re.I | re.S)
+"""A file of a pair."""
+
+
+def stem_of(path: str) -> str | None:
+    """The path of an image without its ending; None where it ends otherwise.
+
+    >>> stem_of("sub-01_T1w.nii.gz"), stem_of("mri/aseg.mgz"), stem_of("sub-01_T1w.json")
+    ('sub-01_T1w', 'mri/aseg', None)
+    """
+    match = _IMAGE.fullmatch(path)
+    return match["stem"] if match else None
+
+
+def drop_second_halves(paths: Iterable[str]) -> list[str]:
+    """Leave out the .img files whose .hdr files are among the paths, so that a pair is there once.
+
+    >>> drop_second_halves(["a.hdr", "a.img.gz", "b.img", "c.nii"])
+    ['a.hdr', 'b.img', 'c.nii']
+    """
+    paths = list(paths)
+    headers = {_pair_of(path, "hdr") for path in paths} - {None}
+    return [path for path in paths if _pair_of(path, "img") not in headers]
+
+
+def _pair_of(path: str, half: str) -> tuple[str, bool] | None:
+    """What the two files of a pair have in common; None where the path is not this half of one."""
+    match = HALF.fullmatch(path)
+    return (match["stem"], match["half"].isupper()) if match and match["half"].lower() == half else None
