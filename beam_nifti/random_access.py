@@ -159,6 +159,16 @@ class Dataset:
         return _reopen, (r.output, r.splits, r.columns, r.digest, self._rows)
 
     @property
+    def path(self) -> str:
+        """The dataset's folder, absolute, or its URL."""
+        return self._records.output
+
+    @property
+    def info(self) -> DatasetInfo:
+        """What dataset_info.json says."""
+        return self._records.info
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """What an element has."""
         return self._records.columns
@@ -421,6 +431,25 @@ def _rescale_image(voxels: Voxels, scaling: Scaling, ends: Ends | None, config: 
     return rescale_voxels(voxels, scaling, Intensity(low, high, math.nan, math.nan), ends, config)
 
 
+def read_info(output: str) -> DatasetInfo:
+    """What the dataset_info.json of a complete dataset says.
+
+    Args:
+        output: the dataset's folder, local or a URL.
+
+    Raises:
+        DatasetError: there is none, or it is damaged.
+    """
+    path = storage.join(output, FILE_NAME)
+    try:
+        return DatasetInfo.from_json(storage.read(path), path)
+    except FileNotFoundError as e:
+        raise DatasetError(
+            f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
+            "`beam-nifti build`, which continues a build that was interrupted"
+        ) from e
+
+
 def _open(
     output: str,
     parts: Sequence[SplitPart],
@@ -438,15 +467,7 @@ def _open(
     Raises:
         DatasetError, UsageError: as `Dataset`.
     """
-    path = storage.join(output, FILE_NAME)
-    try:
-        text = storage.read(path)
-    except FileNotFoundError as e:
-        raise DatasetError(
-            f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
-            "`beam-nifti build`, which continues a build that was interrupted"
-        ) from e
-    info = DatasetInfo.from_json(text, path)
+    info = read_info(output)
     splits = tuple(dict.fromkeys(part.name for part in parts))
     try:
         shards = [shard for name in splits for shard in info.split(name).shards]
@@ -465,7 +486,7 @@ def _open(
         raise UsageError(
             f"{output}: records have no column {min(unknown)!r}; choose among {', '.join(sorted(known))}"
         )
-    digest = hashlib.sha256(text).hexdigest()
+    digest = hashlib.sha256(info.to_json().encode()).hexdigest()
     return _Records(output, digest, info, info.record_config, splits, table, columns)
 
 

@@ -1,58 +1,30 @@
-"""Datasets as tf.data pipelines. The only importer of TensorFlow; loads no Beam.
+"""Datasets as tf.data pipelines. Loads no Beam for paths on the local disk.
 
-Voxels that were stored as in the file ("native") are rescaled here, in the graph, to the same bits
-that a float32 dataset of the same images holds; those of float16, bfloat16 and uint8 become float32.
-Source: docs/format.md, "Intensity".
+Either of two engines gives the same elements, bit for bit: `reader_graph` reads shards from end to end,
+`reader_indexed` single records, by the index.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import struct
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, Literal
 
 import tensorflow as tf
 
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
+from beam_nifti import reader_graph, storage
+from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.example import ENDS_FEATURES, label_feature
+from beam_nifti.example import label_feature
+from beam_nifti.order import Order
+from beam_nifti.random_access import Dataset, read_info
+from beam_nifti.reader_indexed import describe_columns, read_indexed
+from beam_nifti.split_spec import parse_split
 
-_OPEN_SHARDS: Final = 8
-"""Shards that are read at a time. A constant, so that the order is the same on every machine."""
-
-_SHUFFLE_BUFFER: Final = 64
-"""Examples among which the next one is drawn: 230 MB for float32 volumes of 91×109×91."""
-
-_SHUFFLE_BYTES: Final = 4 << 30
-"""Voxels in that buffer, at most: 64 float32 volumes of 256×256×256, 8 of 512×512×512."""
-
-_IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
-_MASK: Final = {"mask_raw": tf.io.FixedLenFeature([], tf.string)}
-_LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
-_LABEL_TYPES: Final = {
-    "float": tf.io.FixedLenFeature([], tf.float32),
-    "int64": tf.io.FixedLenFeature([], tf.int64),
-    "bytes": tf.io.FixedLenFeature([], tf.string),
-}
-# Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
-_SCALING: Final = {
-    "scl_slope": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", 1.0)),
-    "scl_inter": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", -0.0)),
-}
-_ENDS: Final = {name: tf.io.FixedLenFeature([], tf.string) for name in ENDS_FEATURES}
-_DOUBLES: Final = {**_SCALING, **_ENDS}
-
-_NORMAL: Final = 2.0**-126
-_STEP: Final = 2.0**-149
-_SIGN: Final = -(2**31)
-_UNSIGNED: Final = {
-    tf.int8: tf.uint8,
-    tf.int16: tf.uint16,
-    tf.int32: tf.uint32,
-    tf.int64: tf.uint64,
-}
+_INDEX_FOLDER: Final = "index"
+_SEED_BITS: Final = 64
 
 
 def load_dataset(
@@ -65,21 +37,56 @@ def load_dataset(
     seed: int | None = None,
     drop_remainder: bool = False,
     label: str | Sequence[str] | None = None,
+    repeat: bool | int = False,
+    start: int = 0,
+    shard: tuple[int, int] | tf.distribute.InputContext | None = None,
+    where: str | None = None,
+    as_dict: bool = False,
+    columns: Sequence[str] | None = None,
+    pad: bool = False,
+    on_error: Literal["raise", "skip"] = "raise",
+    engine: Literal["indexed", "sequential"] | None = None,
 ) -> tf.data.Dataset:
     """Open one split of a complete dataset.
 
     Args:
-        path: the dataset's folder, or a URL of a scheme that TensorFlow serves.
-        split: such as "train".
-        batch_size: examples a batch; None gives single examples, without the axis B.
+        path: the dataset's folder, or a URL.
+        split: such as "train"; with the indexed engine also a part, such as `train[:80%]`, or several,
+            `train+test`, as `random_access.Dataset` takes them.
+        batch_size: examples a batch; None gives single examples, without the axis B. A batch ends with its
+            epoch.
         target: what y is: "label", or "mask".
-        shuffle: put shards, and the examples of a window of 64 (of fewer if those had more than
-            4 GiB of voxels), into another order in every epoch. Without, the order is the same in
-            every epoch and on every machine: one example of each of eight shards in turn.
-        seed: makes the sequence of orders that `shuffle` gives the same in every run.
+        shuffle: put the examples into another order in every epoch. The indexed engine shuffles all of them,
+            and holds their numbers for it, 8 bytes each; the sequential one shuffles shards, and the
+            examples of a window of 64 (of fewer if those had more than 4 GiB of voxels).
+        seed: makes the sequence of orders that `shuffle` gives the same in every run; with the indexed engine
+            on every machine, as (seed, epoch) alone decides an order. Without, `tf.random.set_seed` does.
         drop_remainder: leave out a last batch that is not full, so that B is static.
         label: the column of the manifest that y is; several give a dictionary of them; None gives the
             first label as a number.
+        repeat: how many epochs there are; True means without end. With the indexed engine and `shuffle`, a
+            further pass over the dataset goes on with the epochs that follow those of the pass before;
+            without end, every pass begins with epoch 0.
+        start: elements (batches, if there are such) that were consumed already, since the beginning and
+            across epochs: the elements are those of `.skip(start)`, but what is skipped is not read.
+        shard: (i, n): of n hosts this is the i-th, from 0, which reads the i-th of every n examples of an
+            epoch. All hosts have to have the same seed. A `tf.distribute.InputContext` says the same.
+        where: a condition on columns of the index, such as "age > 60 and site == 'A'", as
+            `random_access.Dataset` takes it.
+        as_dict: give dictionaries of `columns`.
+        columns: what those have, as `random_access.Dataset` takes it: "image", "mask", "label", "id",
+            "affine", "zooms", and any other column of the index or feature of the records; None means image,
+            label (where there are any), id, affine and zooms.
+        pad: fill volumes, or other columns, of different shapes with zeros, at their ends, up to the largest
+            of a batch, as `padded_batch` does; else they cannot be batched.
+        on_error: "skip" leaves out records that are damaged and warns of each, once, by `logging`.
+            Cardinality is unknown then, and `start` also counts the batches of which nothing was left.
+        engine: "indexed" reads records by their places in the index, with threads of Python; "sequential"
+            reads shards from end to end, all in TensorFlow, and takes none of `start`, `shard`, `where`,
+            `as_dict`, `on_error`, or parts of splits. None means indexed where the dataset is on the local
+            disk with its index, or where one of those is asked for; else sequential. The indexed engine
+            takes about half of the CPU time (docs/reading.md). As it calls Python, its datasets can neither
+            be saved in a graph nor go to another process, such as that of a tf.data service.
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
@@ -89,46 +96,128 @@ def load_dataset(
         dataset has no labels. All axes but B are static, unless the volumes have different shapes.
         X is what `--rescale` made of the images: in [0, 1] as a rule, in the images' own units with
         `--rescale none`.
+        With `as_dict` X is "image", the mask as above "mask", and others have their names; strings and
+        bytes are tf.string.
+        Without `shuffle` the order is the same in every epoch and on every machine: that of the index, or,
+        from the sequential engine, one example of each of eight shards in turn.
 
     Raises:
-        DatasetError: there is no complete dataset, no such split, or a shard is missing.
+        DatasetError: there is no complete dataset, no such split, or a shard is missing; while reading, as an
+            error of TensorFlow that quotes it, that a record is damaged.
         UsageError: the arguments do not fit together or to the dataset, or volumes of different shapes are to
             be batched.
     """
     _check_batching(batch_size, drop_remainder)
+    _check_choice("target", target, "label", "mask")
+    _check_choice("on_error", on_error, "raise", "skip")
+    _check_choice("engine", engine or "indexed", "indexed", "sequential")
     if seed is not None and not shuffle:
         raise UsageError(f"seed is {seed}, but nothing is shuffled; add shuffle=True")
-    folder = os.fspath(path).rstrip("/")
-    info = _read_info(folder)
-    if info.shape is None and batch_size not in (None, 1):
+    if columns is not None and not as_dict:
+        raise UsageError("columns are those of dictionaries; add as_dict=True")
+    epochs = _count_epochs(repeat)
+    host, num_hosts = _place_of_host(shard)
+    if shuffle and seed is None and (start or num_hosts > 1):
         raise UsageError(
-            f"batch_size is {batch_size}, but the volumes of {folder} have different shapes; "
-            "use batch_size=1 or None"
+            f"{'start' if start else 'shard'} needs an order that is known beforehand; give a seed, the same "
+            "in every run and on every host"
         )
-    if target == "mask" and info.mask_labels is None:
-        raise UsageError(f"target is 'mask', but {folder} has no masks; build it with --mask-column")
-    if target not in ("label", "mask"):
-        raise UsageError(f"target is {target!r}; choose 'label' or 'mask'")
-    if target == "mask" and label is not None:
-        raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
-    files = _shard_files(folder, info, split)
-    compression = "GZIP" if info.config["compression"] == "gzip" else ""
-    names = tf.data.Dataset.from_tensor_slices(files)
-    if shuffle:
-        names = names.shuffle(len(files), seed)
-    records = names.interleave(
-        lambda name: tf.data.TFRecordDataset(name, compression),
-        cycle_length=min(_OPEN_SHARDS, len(files)),
-        num_parallel_calls=tf.data.AUTOTUNE,
+    folder = os.fspath(path).rstrip("/")
+    asked = {
+        "start": start != 0,
+        "shard": shard is not None,
+        "where": where is not None,
+        "as_dict": as_dict,
+        "on_error": on_error != "raise",
+        f"split {split!r}": [str(part) for part in parse_split(split)] != [parse_split(split)[0].name],
+    }
+    of_index = [name for name, is_asked in asked.items() if is_asked]
+    if (engine or _choose_engine(folder, bool(of_index))) == "sequential":
+        if of_index:
+            raise UsageError(f"{of_index[0]} needs the index, and engine is 'sequential'; leave engine out")
+        info = reader_graph.read_info(folder)
+        targets = _choose_targets(folder, info, target, label)
+        examples = reader_graph.read_examples(
+            folder, info, split, list(targets.values()), shuffle=shuffle, seed=seed
+        )
+        if batch_size is not None:
+            _check_shapes(folder, batch_size, pad, [] if info.shape else ["image"])
+            batch = examples.padded_batch if pad else examples.batch
+            examples = batch(batch_size, drop_remainder=drop_remainder)
+        examples = _pack(examples.repeat(epochs), targets, label)
+        return examples.prefetch(tf.data.AUTOTUNE)
+    output = storage.absolute(folder)
+    info = read_info(output)
+    if not as_dict:
+        targets = _choose_targets(output, info, target, label)
+        columns = ["image", *targets.values()]
+    records = Dataset(output, split, where=where, columns=columns)
+    described = describe_columns(records)
+    _check_shapes(output, batch_size, pad, [c.name for c in described if None in c.shape])
+    order = Order(
+        len(records),
+        batch_size or 1,
+        drop_remainder,
+        _choose_seed(seed) if shuffle else None,
+        host,
+        num_hosts,
     )
-    # Ends an epoch with an error if a shard holds other than what dataset_info.json says.
-    records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
-    if shuffle:
-        records = records.shuffle(_window(info), seed)
-    examples = records.map(_parser(info, target, label), num_parallel_calls=tf.data.AUTOTUNE)
-    if batch_size is not None:
-        examples = examples.batch(batch_size, drop_remainder=drop_remainder)
-    return examples.prefetch(tf.data.AUTOTUNE)
+    total = None if epochs is None else order.num_steps * epochs
+    if start < 0 or (total is not None and start > total):
+        raise UsageError(
+            f"start is {start}, and there are {total} elements in all epochs; raise repeat, or start at 0"
+        )
+    examples = read_indexed(
+        records,
+        described,
+        order,
+        is_batched=batch_size is not None,
+        repeat=epochs,
+        start=start,
+        skips=on_error == "skip",
+    )
+    if as_dict:
+        return examples.map(lambda *cells: dict(zip(records.columns, cells, strict=True)))
+    return _pack(examples, targets, label)
+
+
+def _pack(
+    examples: tf.data.Dataset, targets: Mapping[str, str], label: str | Sequence[str] | None
+) -> tf.data.Dataset:
+    """From tuples of X and all targets to elements."""
+    if not targets:
+        return examples.map(lambda image: image)
+    if label is None or isinstance(label, str):
+        return examples
+    return examples.map(lambda image, *cells: (image, dict(zip(targets, cells, strict=True))))
+
+
+def _choose_targets(
+    folder: str, info: DatasetInfo, target: str, label: str | Sequence[str] | None
+) -> dict[str, str]:
+    """What y is made of: by name the columns, or features, of the records."""
+    if target == "mask":
+        if info.mask_labels is None:
+            raise UsageError(f"target is 'mask', but {folder} has no masks; build it with --mask-column")
+        if label is not None:
+            raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
+        return {"mask": "mask"}
+    if label is None:
+        if info.labels and info.labels[0].kind == "string":
+            choices = ", ".join(column.name for column in info.labels)
+            raise UsageError(
+                f"the first label is a string and no number; choose y with label=, one of: {choices}"
+            )
+        return {"label": "label"} if info.labelled else {}
+    known = {column.name: label_feature(column.name) for column in info.labels}
+    if info.labelled and not known:
+        known = {info.config["columns"]["label"]: "label"}
+    names = [label] if isinstance(label, str) else label
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        wanted = ", ".join(map(repr, unknown)) or "none"
+        raise UsageError(f"label is {wanted}; the dataset has {', '.join(known) or 'no labels'}")
+    return {name: known[name] for name in names}
 
 
 def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.Dataset:
@@ -163,7 +252,7 @@ def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.
             raise DatasetError("the list of files is empty; give at least one file")
 
     def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        features = tf.io.parse_single_example(record, {**_IMAGE, **_LABEL})
+        features = tf.io.parse_single_example(record, {**reader_graph.IMAGE, **reader_graph.LABEL})
         voxels = tf.io.parse_tensor(features["image_raw"], tf.float32)
         return tf.expand_dims(tf.ensure_shape(voxels, [None] * 3), 3), features["label"]
 
@@ -172,12 +261,54 @@ def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.
     return examples.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
-def _window(info: DatasetInfo) -> int:
-    """Examples that a shuffle draws from; the same on every machine."""
-    if info.shape is None:
-        return _SHUFFLE_BUFFER
-    each = math.prod(info.shape) * int(tf.as_dtype(info.dtype).size)
-    return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // each))
+def _choose_engine(folder: str, needs_index: bool) -> str:
+    """The faster engine, where it can be had without another way to reach the files."""
+    has_index = not storage.is_remote(folder) and Path(folder, _INDEX_FOLDER).is_dir()
+    return "indexed" if has_index or needs_index else "sequential"
+
+
+def _choose_seed(seed: int | None) -> int:
+    """A seed of at least 0; where none is given one that TensorFlow's global seed decides, if that is set."""
+    if seed is None:
+        found = tf.compat.v1.get_seed(None)
+        seed = secrets.randbits(_SEED_BITS) if found[0] is None else found[0] << 32 | found[1]
+    return seed % (1 << _SEED_BITS)
+
+
+def _count_epochs(repeat: bool | int) -> int | None:
+    """How many there are; None where they have no end."""
+    if repeat is True:
+        return None
+    if repeat < 0 or (repeat == 0 and repeat is not False):
+        raise UsageError(f"repeat is {repeat}; give a number of epochs from 1, or True for no end")
+    return int(repeat) or 1
+
+
+def _place_of_host(shard: tuple[int, int] | tf.distribute.InputContext | None) -> tuple[int, int]:
+    """Which host this is, and of how many."""
+    if shard is None:
+        return 0, 1
+    if isinstance(shard, tf.distribute.InputContext):
+        return shard.input_pipeline_id, shard.num_input_pipelines
+    host, num_hosts = shard
+    if not 0 <= host < num_hosts:
+        raise UsageError(f"shard is {shard}; give (i, n), of n hosts the i-th, from 0")
+    return host, num_hosts
+
+
+def _check_shapes(folder: str, batch_size: int | None, pad: bool, varying: Sequence[str]) -> None:
+    """Refuse to put into a batch what has different shapes."""
+    if varying and not pad and batch_size not in (None, 1):
+        what = "the volumes" if varying[0] in ("image", "mask") else varying[0]
+        raise UsageError(
+            f"batch_size is {batch_size}, but {what} of {folder} have different shapes; use batch_size=1 or "
+            "None, or pad=True"
+        )
+
+
+def _check_choice(name: str, value: str, *choices: str) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}; choose {' or '.join(map(repr, choices))}")
 
 
 def _check_batching(batch_size: int | None, drop_remainder: bool) -> None:
@@ -185,197 +316,3 @@ def _check_batching(batch_size: int | None, drop_remainder: bool) -> None:
         raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
     if drop_remainder and batch_size is None:
         raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")
-
-
-def _read_info(folder: str) -> DatasetInfo:
-    path = f"{folder}/{FILE_NAME}"
-    try:
-        with tf.io.gfile.GFile(path, "rb") as handle:
-            text = handle.read()
-    except tf.errors.NotFoundError as e:
-        raise DatasetError(
-            f"{folder}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
-            "`beam-nifti build`, which continues a build that was interrupted"
-        ) from e
-    except tf.errors.UnimplementedError as e:
-        raise DatasetError(
-            f"{folder}: TensorFlow has no such file system ({e.message}); install beam-nifti[io] and "
-            "import tensorflow_io first"
-        ) from e
-    return DatasetInfo.from_json(text, path)
-
-
-def _shard_files(folder: str, info: DatasetInfo, split: str) -> list[str]:
-    """Paths of a split's shards, all of which are there."""
-    shards = info.split(split).shards
-    present = set(tf.io.gfile.listdir(folder))  # one request, however many shards
-    missing = [s.name for s in shards if s.name not in present]
-    if missing:
-        raise DatasetError(
-            f"{folder}: {len(missing)} of {len(shards)} shards of split {split!r} are missing, "
-            f"{missing[0]} among them; copy the dataset again, or build it again with --overwrite"
-        )
-    return [f"{folder}/{s.name}" for s in shards]
-
-
-def _label_features(info: DatasetInfo, names: Sequence[str]) -> dict[str, str]:
-    """The feature of each of these labels, by name."""
-    known = {column.name: label_feature(column.name) for column in info.labels}
-    if info.labelled and not known:
-        known = {info.config["columns"]["label"]: "label"}
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        wanted = ", ".join(map(repr, unknown)) or "none"
-        raise UsageError(f"label is {wanted}; the dataset has {', '.join(known) or 'no labels'}")
-    return {name: known[name] for name in names}
-
-
-def _parser(info: DatasetInfo, target: str, label: str | Sequence[str] | None) -> Callable[[tf.Tensor], Any]:
-    """From a serialized Example to (X, y), or to X where there are no labels."""
-    of_labels = {}
-    if label is not None:
-        of_labels = _label_features(info, [label] if isinstance(label, str) else label)
-    elif target == "label" and info.labels and info.labels[0].kind == "string":
-        names = ", ".join(column.name for column in info.labels)
-        raise UsageError(f"the first label is a string and no number; choose y with label=, one of: {names}")
-    elif target == "label" and info.labelled:
-        of_labels = {"label": "label"}
-    native = info.config["voxel_dtype"] == "native"
-    has_ends = native and "rescale_low" in info.features
-    wanted = _IMAGE | {feature: _LABEL_TYPES[info.features[feature]] for feature in of_labels.values()}
-    wanted |= _MASK if target == "mask" else {}
-    wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
-    rescale = _native_rescaler(info)
-    # A dataset that was built before there were frames to choose says nothing of them.
-    is_mixed = info.shape is None and (
-        info.config.get("frames") == "all" or bool(info.config.get("channels"))
-    )
-    shape = [None] * 3 if info.shape is None else info.shape
-
-    def parse(record: tf.Tensor) -> Any:
-        features = tf.io.parse_single_example(record, wanted)
-        voxels = tf.io.parse_tensor(features["image_raw"], tf.as_dtype(info.dtype))
-        if not is_mixed:
-            voxels = tf.ensure_shape(voxels, shape)
-        if native:
-            voxels = rescale(voxels, {name: features[name] for name in wanted if name in _DOUBLES})
-        elif info.dtype == "uint8":
-            voxels = tf.cast(voxels, tf.float32) / 255.0
-        else:
-            voxels = tf.cast(voxels, tf.float32)
-        if is_mixed:  # 3-D and 4-D, perhaps, side by side
-            image = tf.reshape(voxels, tf.concat([tf.shape(voxels)[:3], [-1]], 0))
-            image = tf.ensure_shape(image, [None] * 4)
-        else:
-            image = voxels if len(shape) == 4 else tf.expand_dims(voxels, 3)
-        if target == "mask":
-            mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
-            mask = tf.ensure_shape(mask, [None] * 3 if info.shape is None else info.shape[:3])
-            return image, tf.expand_dims(tf.cast(mask, tf.int32), 3)
-        labels = {name: features[feature] for name, feature in of_labels.items()}
-        if label is None or isinstance(label, str):
-            return (image, *labels.values()) if labels else image
-        return image, labels
-
-    return parse
-
-
-def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Tensor]], tf.Tensor]:
-    """From voxels as they are in the file, and the float64 features beside them, to X."""
-    channels = info.config.get("channels")
-
-    def rescale_image(voxels: tf.Tensor, doubles: dict[str, tf.Tensor]) -> tf.Tensor:
-        if "rescale_low" in doubles:
-            return _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
-        return _rescale(voxels, **doubles, method=info.config["rescale"])
-
-    def rescale(voxels: tf.Tensor, features: dict[str, tf.Tensor]) -> tf.Tensor:
-        decoded = {name: tf.io.decode_raw(data, tf.float64) for name, data in features.items()}
-        if channels is None:
-            return rescale_image(voxels, {name: numbers[0] for name, numbers in decoded.items()})
-        images = [
-            rescale_image(
-                voxels[..., i],
-                {name: numbers[i if name in _ENDS else 0] for name, numbers in decoded.items()},
-            )
-            for i in range(len(channels))
-        ]
-        return tf.stack(images, -1)
-
-    return rescale
-
-
-def _rescale(voxels: tf.Tensor, scl_slope: tf.Tensor, scl_inter: tf.Tensor, method: str) -> tf.Tensor:
-    """What `beam_nifti.rescale` makes of the same voxels, bit for bit, where their range says it."""
-    if method == "none":
-        return _to_float32(_to_float64(voxels) * scl_slope + scl_inter)
-    if not voxels.dtype.is_integer:
-        return _rescale_values(voxels, scl_slope, scl_inter)
-    return tf.cond(
-        (scl_slope == 1.0) & (scl_inter == 0.0),
-        lambda: _rescale_integers(voxels),
-        lambda: _rescale_values(voxels, scl_slope, scl_inter),
-    )
-
-
-def _rescale_integers(voxels: tf.Tensor) -> tf.Tensor:
-    """Unscaled integers: their differences are exact, whatever their size."""
-    low = tf.reduce_min(voxels)
-    # Modular subtraction of unsigned integers is exact where the signed one would overflow.
-    unsigned = _UNSIGNED.get(voxels.dtype, voxels.dtype)
-    above = tf.bitcast(voxels, unsigned) - tf.bitcast(low, unsigned)
-    # In float32 the quotient of narrow integers is the same, and takes half the time.
-    exact = tf.float32 if unsigned.size <= 2 else tf.float64
-    quotient = tf.cast(above, exact) / tf.cast(tf.reduce_max(above), exact)
-    return tf.cast(quotient, tf.float32)
-
-
-def _rescale_values(voxels: tf.Tensor, slope: tf.Tensor, inter: tf.Tensor) -> tf.Tensor:
-    """Floats, and integers with a scaling: all in float64."""
-    values = _to_float64(voxels)
-    ends = tf.stack([tf.reduce_min(values), tf.reduce_max(values)]) * slope + inter
-    return _rescale_between(values, slope, inter, tf.reduce_min(ends), tf.reduce_max(ends))
-
-
-def _rescale_between(
-    values: tf.Tensor,
-    scl_slope: tf.Tensor,
-    scl_inter: tf.Tensor,
-    rescale_low: tf.Tensor,
-    rescale_high: tf.Tensor,
-    clip: bool = False,
-) -> tf.Tensor:
-    """What `beam_nifti.rescale.rescale_between` makes of the same voxels, in float64, bit for bit."""
-    low, high = rescale_low, rescale_high
-    # A range wider than float64's own overflows; halving everything is exact up there.
-    factor = tf.where(tf.math.is_inf(high - low), tf.constant(0.5, tf.float64), 1.0)
-    low, high = low * factor, high * factor
-    # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
-    low = tf.where(low == 0.0, tf.constant(-0.0, tf.float64), low)
-    values = values * (scl_slope * factor) + scl_inter * factor
-    if clip:
-        values = tf.clip_by_value(values, low, high)
-    return _to_float32((values - low) / (high - low))
-
-
-# TensorFlow's threads take subnormal numbers for 0 and round to 0 what would be one. Float32 images do
-# hold some (probability maps, smoothed masks), so those go through integers: the n-th subnormal float32
-# above 0 is n times _STEP, and has the bits of the integer n.
-
-
-def _to_float64(voxels: tf.Tensor) -> tf.Tensor:
-    """Exactly, subnormal float32 included."""
-    values = tf.cast(voxels, tf.float64)
-    if voxels.dtype != tf.float32:
-        return values
-    bits = tf.bitcast(voxels, tf.int32)
-    size = tf.cast(tf.bitwise.bitwise_and(bits, ~_SIGN), tf.float64) * _STEP
-    return tf.where(size < _NORMAL, tf.where(bits < 0, -size, size), values)
-
-
-def _to_float32(values: tf.Tensor) -> tf.Tensor:
-    """Rounded to nearest, subnormal float32 included."""
-    rounded = tf.bitcast(tf.cast(values, tf.float32), tf.int32)
-    size = tf.abs(values)
-    steps = tf.cast(tf.round(tf.where(size < _NORMAL, size / _STEP, 0.0)), tf.int32)
-    return tf.bitcast(tf.bitwise.bitwise_or(rounded, steps), tf.float32)

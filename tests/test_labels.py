@@ -495,7 +495,14 @@ def test_the_reader_gives_the_label_that_is_asked_for(built: Path) -> None:
     from beam_nifti.reader import load_dataset
 
     def y_of(label: str | tuple[str, ...] | None) -> Any:
-        return next(iter(load_dataset(built, batch_size=5, label=label)))[1]
+        sequential, indexed = (
+            next(iter(load_dataset(built, batch_size=5, label=label, engine=engine)))[1]
+            for engine in ("sequential", "indexed")
+        )
+        for one, other in zip(tf.nest.flatten(sequential), tf.nest.flatten(indexed), strict=True):
+            assert one.dtype == other.dtype
+            assert set(map(str, one.numpy())) == set(map(str, other.numpy()))
+        return sequential
 
     ages = np.array([63.5, 58, 71, 66, np.nan], np.float32)  # of two shards in turn
     for label in (None, "age"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.tf
 
 RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 SHAPE = (6, 5, 4)
+ENGINES = ["indexed", "sequential"]
 Build = Callable[..., str]
 
 
@@ -154,14 +156,16 @@ def test_drop_remainder_leaves_out_the_last_batch_and_fixes_its_size(dataset: st
     assert len(labels(batches)) == 10 == 5 * int(batches.cardinality())
 
 
-def test_the_order_is_the_same_in_every_epoch_and_takes_the_shards_in_turn(dataset: str) -> None:
-    batches = load_dataset(dataset, batch_size=5)
+def test_the_order_is_the_same_in_every_epoch(dataset: str) -> None:
     in_turn = [0, 5, 10, 1, 6, 11, 2, 7, 3, 8, 4, 9]
-    assert [labels(batches), labels(batches)] == [in_turn, in_turn]
+    for engine, order in (("indexed", list(range(12))), ("sequential", in_turn)):
+        batches = load_dataset(dataset, batch_size=5, engine=engine)
+        assert [labels(batches), labels(batches)] == [order, order]
 
 
-def test_shuffle_gives_every_epoch_another_order(dataset: str) -> None:
-    batches = load_dataset(dataset, batch_size=5, shuffle=True, seed=1)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_shuffle_gives_every_epoch_another_order(dataset: str, engine: str) -> None:
+    batches = load_dataset(dataset, batch_size=5, shuffle=True, seed=1, engine=engine)
     epochs = [labels(batches), labels(batches)]
     assert epochs[0] != epochs[1]
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
@@ -169,13 +173,15 @@ def test_shuffle_gives_every_epoch_another_order(dataset: str) -> None:
 
 def test_shuffle_reaches_beyond_the_window_of_examples(build: Build, tmp_path: Path) -> None:
     manifest = write_cohort(tmp_path / "cohort", 100, shape=(3, 2, 1))
-    batches = load_dataset(build(manifest, Sharding(num_shards=100)), shuffle=True, seed=1)
+    output = build(manifest, Sharding(num_shards=100))
+    batches = load_dataset(output, shuffle=True, seed=1, engine="sequential")
     assert max(labels(batches.take(8))) >= 64 + 8
 
 
-def test_seed_decides_the_orders(dataset: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_seed_decides_the_orders(dataset: str, engine: str) -> None:
     def epochs(seed: int) -> list[list[int]]:
-        batches = load_dataset(dataset, shuffle=True, seed=seed)
+        batches = load_dataset(dataset, shuffle=True, seed=seed, engine=engine)
         return [labels(batches), labels(batches)]
 
     assert epochs(1) == epochs(1)
@@ -189,7 +195,7 @@ def test_a_path_object_and_a_trailing_slash_name_the_same_dataset(dataset: str) 
 
 def test_more_shards_than_are_open_at_a_time(build: Build, cohort: Path) -> None:
     output = build(cohort, Sharding(examples_per_shard=1))
-    assert labels(load_dataset(output, batch_size=4)) == list(range(12))
+    assert labels(load_dataset(output, batch_size=4, engine="sequential")) == list(range(12))
 
 
 def test_splits(build: Build, tmp_path: Path) -> None:
@@ -216,24 +222,31 @@ def test_an_unlabelled_dataset_gives_images_alone(build: Build, tmp_path: Path) 
     assert bits(images) == bits(preprocessed(manifest))
 
 
-@pytest.mark.parametrize("batch_size", [None, 1])
 @pytest.mark.parametrize("voxel_dtype", ["float32", "native"])
-def test_volumes_of_different_shapes(
-    build: Build, tmp_path: Path, voxel_dtype: str, batch_size: int | None
-) -> None:
+def test_volumes_of_different_shapes(build: Build, tmp_path: Path, voxel_dtype: str) -> None:
     shapes = [SHAPE, (3, 4, 5), (7, 2, 2)]
     for i, shape in enumerate(shapes):
         write_image(tmp_path / f"{i}.nii.gz", brain(shape, seed=i))
     rows = [{"path": f"{i}.nii.gz", "label": i} for i in range(3)]
     manifest = write_manifest(tmp_path / "manifest.tsv", rows)
     output = build(manifest, allow_mixed_shapes=True, voxel_dtype=voxel_dtype)
-    batches = load_dataset(output, batch_size=batch_size)
-    lead = () if batch_size is None else (None,)
-    assert batches.element_spec[0].shape.as_list() == [*lead, None, None, None, 1]
-    images = [x.numpy().reshape(shape) for (x, _), shape in zip(batches, shapes, strict=True)]
-    assert bits(images) == bits(preprocessed(manifest))
-    with pytest.raises(UsageError, match=r"batch_size is 2, but .* different shapes; use batch_size=1"):
-        load_dataset(output, batch_size=2)
+    expected = preprocessed(manifest)
+    for engine, batch_size in itertools.product(ENGINES, (None, 1)):
+        batches = load_dataset(output, batch_size=batch_size, engine=engine)
+        lead = () if batch_size is None else (None,)
+        assert batches.element_spec[0].shape.as_list() == [*lead, None, None, None, 1]
+        images = [x.numpy().reshape(shape) for (x, _), shape in zip(batches, shapes, strict=True)]
+        assert bits(images) == bits(expected)
+        with pytest.raises(UsageError, match=r"batch_size is 2, but .* different shapes; use batch_size=1"):
+            load_dataset(output, batch_size=2, engine=engine)
+        (x, y), (rest, _) = load_dataset(output, batch_size=2, pad=True, engine=engine)
+        assert (x.shape, y.numpy().tolist()) == ((2, 6, 5, 5, 1), [0, 1])
+        assert rest.shape == (1, 7, 2, 2, 1)
+        for image, volume in zip(x.numpy()[..., 0], expected, strict=False):
+            within = tuple(map(slice, volume.shape))
+            assert bits([image[within]]) == bits([volume])
+            image[within] = 0
+            assert not image.any()
 
 
 def test_a_shard_without_records(build: Build, tmp_path: Path) -> None:
@@ -322,14 +335,16 @@ def test_native_voxels_give_the_bits_of_float32(build: Build, scans: Scans, dtyp
     names = scans.names[dtype]
     manifest = write_manifest(scans.folder / f"{dtype}-{rescale}.tsv", manifest_rows(names))
     output = build(manifest, Sharding(num_shards=1), voxel_dtype="native", rescale=rescale)
-    read = load_dataset(output)
-    assert read.element_spec[0] == tf.TensorSpec((*SHAPE, 1), tf.float32)
     stored = scans.minmax if rescale == "minmax" else scans.unscaled
-    for x, y in read:
-        name = names[int(y)]
-        expected = np.frombuffer(stored[name], np.float32).reshape(SHAPE)
-        np.testing.assert_array_equal(x.numpy()[..., 0], expected, err_msg=name)
-        assert x.numpy().tobytes() == stored[name], f"{name}: signs of zeros differ"
+    for engine, batch_size in (("sequential", None), ("indexed", None), ("indexed", 1)):
+        read = load_dataset(output, batch_size=batch_size, engine=engine)
+        assert read.element_spec[0].shape[-4:] == (*SHAPE, 1)
+        assert read.element_spec[0].dtype == tf.float32
+        for x, y in read:
+            name = names[int(y.numpy().item())]
+            expected = np.frombuffer(stored[name], np.float32)
+            np.testing.assert_array_equal(x.numpy().ravel(), expected, err_msg=name)
+            assert x.numpy().tobytes() == stored[name], f"{name}: signs of zeros differ"
 
 
 @pytest.mark.parametrize(
@@ -349,11 +364,11 @@ def test_native_voxels_give_the_bits_of_float32_with_every_method(
     for i, header in enumerate(images):
         write_image(tmp_path / f"{i}.nii", (brain(SHAPE, seed=i) - 100).astype(dtype), version=2, **header)
     manifest = write_manifest(tmp_path / "m.csv", manifest_rows([f"{i}.nii" for i in range(len(images))]))
-    native, stored = (load_dataset(build(manifest, voxel_dtype=d, **options)) for d in ("native", "float32"))
-    read = list(zip(native, stored, strict=True))
-    assert len(read) == len(images)
-    for (x, _), (expected, _) in read:
-        assert x.numpy().tobytes() == expected.numpy().tobytes()
+    native, stored = (build(manifest, voxel_dtype=d, **options) for d in ("native", "float32"))
+    expected = [x.numpy().tobytes() for x, _ in load_dataset(stored)]
+    assert len(expected) == len(images)
+    for engine in ENGINES:
+        assert [x.numpy().tobytes() for x, _ in load_dataset(native, engine=engine)] == expected
 
 
 def test_voxels_of_every_dtype_are_read_as_float32(build: Build, cohort: Path) -> None:
@@ -364,8 +379,8 @@ def test_voxels_of_every_dtype_are_read_as_float32(build: Build, cohort: Path) -
         "bfloat16": lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32),
         "uint8": lambda x: np.rint(x.astype(np.float64) * 255).astype(np.float32) / np.float32(255),
     }
-    for dtype, round_ in rounded.items():
-        read = load_dataset(build(cohort, voxel_dtype=dtype), batch_size=12)
+    for (dtype, round_), engine in itertools.product(rounded.items(), ENGINES):
+        read = load_dataset(build(cohort, voxel_dtype=dtype), batch_size=12, engine=engine)
         assert read.element_spec[0] == tf.TensorSpec((None, *SHAPE, 1), tf.float32)
         ((x, y),) = read
         order = np.argsort(y.numpy())
@@ -487,13 +502,15 @@ def test_a_missing_shard(dataset: str, tmp_path: Path) -> None:
     (copy / "train-00001-of-00003.tfrecord.gz").unlink()
     message = r"1 of 3 shards of split 'train' are missing, train-00001-of-00003\S+ among them; copy"
     with pytest.raises(DatasetError, match=message):
+        load_dataset(copy, engine="sequential")
+    with pytest.raises(DatasetError, match=r"train-00001-of-00003\S+: the shard is missing; copy"):
         load_dataset(copy)
 
 
 def test_a_shard_with_too_few_records_ends_the_epoch_with_an_error(dataset: str, tmp_path: Path) -> None:
     copy = shutil.copytree(dataset, tmp_path / "copy")
     shutil.copyfile(copy / "train-00002-of-00003.tfrecord.gz", copy / "train-00001-of-00003.tfrecord.gz")
-    batches = load_dataset(copy)
+    batches = load_dataset(copy, engine="sequential")
     with pytest.raises(tf.errors.OpError, match="contain 12 elements but contained only 9"):
         labels(batches)
 
@@ -503,7 +520,9 @@ def test_a_truncated_shard_ends_the_epoch_with_an_error(dataset: str, tmp_path: 
     shard = copy / "train-00001-of-00003.tfrecord.gz"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     with pytest.raises(tf.errors.OpError):
-        labels(load_dataset(copy))
+        labels(load_dataset(copy, engine="sequential"))
+    with pytest.raises(DatasetError, match=r"train-00001\S+: the shard has \d+ bytes, and .* says \d+; copy"):
+        load_dataset(copy)
 
 
 def test_reading_loads_neither_beam_nor_nibabel(dataset: str) -> None:

@@ -1,0 +1,72 @@
+"""Which records come when: the order of an epoch, its batches, and each host's share. Arithmetic alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order in which one host reads records, a batch a step, epoch after epoch.
+
+    Attributes:
+        count: of the records, those of all hosts.
+        batch_size: records a step. The last step of an epoch may have fewer.
+        drop_remainder: leave that one out.
+        seed: of the shuffling, at least 0; None keeps the records in their order.
+        host: which host this is, from 0.
+        num_hosts: how many there are. Host i reads the i-th of every `num_hosts` records of an epoch.
+    """
+
+    count: int
+    batch_size: int = 1
+    drop_remainder: bool = False
+    seed: int | None = None
+    host: int = 0
+    num_hosts: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps an epoch."""
+        share = len(range(self.host, self.count, self.num_hosts))
+        return share // self.batch_size if self.drop_remainder else -(-share // self.batch_size)
+
+    def batch(self, step: int) -> Numbers:
+        """The numbers of the records of a step.
+
+        Args:
+            step: from 0, counted through all epochs.
+
+        >>> [Order(5, batch_size=2).batch(step).tolist() for step in range(4)]
+        [[0, 1], [2, 3], [4], [0, 1]]
+        """
+        epoch, place = divmod(step, self.num_steps)
+        numbers = np.arange(self.count) if self.seed is None else shuffle(self.count, self.seed, epoch)
+        own = numbers[self.host :: self.num_hosts]
+        return own[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+@lru_cache(maxsize=2)
+def shuffle(count: int, seed: int, epoch: int) -> Numbers:
+    """The numbers below `count` in an order that seed and epoch decide, on every machine.
+
+    Args:
+        count: of the numbers.
+        seed: at least 0.
+        epoch: from 0.
+
+    Returns:
+        A permutation, not to be written to.
+    """
+    # numpy keeps a bit generator's numbers as they are from version to version, but not what
+    # Generator.permutation makes of them. Source: NEP 19.
+    generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+    order = np.argsort(generator.random_raw(count), kind="stable")
+    order.flags.writeable = False
+    return order
