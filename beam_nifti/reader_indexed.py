@@ -235,7 +235,8 @@ def read_indexed(
     calls = -(-threads // order.batch_size) + 1
     is_batch = is_batched or skips  # of one record, perhaps, which is skipped as a batch of none
     read = _Steps(records, columns, order, threads, is_batch=is_batch, skips=skips)
-    lead = (order.batch_size if order.drop_remainder else None,) if is_batch else ()
+    size = order.batch_size if order.drop_remainder and not skips else None
+    lead = (size,) if is_batch else ()
 
     def cells(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
         tensors = tf.numpy_function(read, [step], [column.dtype for column in columns])
@@ -246,14 +247,21 @@ def read_indexed(
     steps = _count_steps(order, repeat, start)
     elements = steps.map(cells, num_parallel_calls=calls, deterministic=True)
     if skips:
-        least = order.batch_size if order.drop_remainder else 1
-        elements = elements.filter(lambda first, *_: tf.shape(first)[0] >= least)
+        elements = _leave_out_short(elements, order.batch_size if order.drop_remainder else None)
         elements = elements if is_batched else elements.unbatch()
     if order.num_hosts > 1:  # or tf.distribute would split a host's share once more
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
         elements = elements.with_options(options)
     return elements
+
+
+def _leave_out_short(batches: tf.data.Dataset, size: int | None) -> tf.data.Dataset:
+    """Without the batches that have not this size; None leaves out the empty ones."""
+    if size is None:
+        return batches.filter(lambda first, *_: tf.shape(first)[0] > 0)
+    full = batches.filter(lambda first, *_: tf.shape(first)[0] == size)
+    return full.map(lambda *cells: tuple(tf.ensure_shape(c, (size, *c.shape[1:])) for c in cells))
 
 
 def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Dataset:
