@@ -72,6 +72,12 @@ def reader(folder: Path) -> Any:
     return load_dataset(folder, batch_size=BATCH, shuffle=True)
 
 
+def sequential(folder: Path) -> Any:
+    from beam_nifti.reader import load_dataset
+
+    return load_dataset(folder, batch_size=BATCH, shuffle=True, engine="sequential")
+
+
 def random_access(folder: Path) -> Any:
     from beam_nifti.random_access import Dataset
 
@@ -102,6 +108,9 @@ WAYS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "`reader.load_dataset`, gzip": ("gzip", reader),
     "`reader.load_dataset`, gzip, native": ("native", reader),
     "`reader.load_dataset`, uncompressed": ("none", reader),
+    "`reader.load_dataset`, sequential, gzip": ("gzip", sequential),
+    "`reader.load_dataset`, sequential, gzip, native": ("native", sequential),
+    "`reader.load_dataset`, sequential, uncompressed": ("none", sequential),
     "`random_access.Dataset`, gzip": ("gzip", random_access),
     "`random_access.Dataset`, gzip, native": ("native", random_access),
     "`random_access.Dataset`, uncompressed": ("none", random_access),

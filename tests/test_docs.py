@@ -119,6 +119,17 @@ def test_the_python_of_the_readme_runs(here: Path, number: int) -> None:
         assert y.shape == (2,)
 
 
+@pytest.mark.tf
+def test_the_tensorflow_of_the_page_on_reading_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorflow")
+    names: dict[str, Any] = {}
+    for block in blocks(ROOT / "docs/reading.md", "python", "tensorflow"):
+        exec(block, names)
+    assert capsys.readouterr().out.splitlines() == [f"({b}, 6, 5, 4, 1) ({b},)" for b in (2, 1, 2)]
+    x, y = next(iter(names["resumed"]))
+    assert (x.shape, y.shape) == ((1, 6, 5, 4, 1), (1,))
+
+
 def test_the_python_of_the_page_on_reading_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     for block in blocks(ROOT / "docs/reading.md", "python", "run"):
