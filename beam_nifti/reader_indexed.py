@@ -7,6 +7,7 @@ read to skip what was seen before.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import math
@@ -36,6 +37,9 @@ _REMOTE_READS: Final = 16
 
 _ALIGNMENT: Final = 64
 """Of a tensor's memory. Source: EIGEN_MAX_ALIGN_BYTES, whose largest value this is."""
+
+_QUIET_SECONDS: Final = 0.1
+"""Without a call until a pipeline counts as standing still. It takes microseconds from one to the next."""
 
 _FEATURE_DTYPES: Final = {"float": tf.float32, "int64": tf.int64, "bytes": tf.string}
 
@@ -135,6 +139,41 @@ def _last_axis(records: Dataset) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+class _Gate:
+    """Lets TensorFlow's threads into Python until the process ends.
+
+    A pipeline that is alive then goes on reading ahead. A thread of its that waits for Python's lock when
+    Python is gone never comes back, and the process waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._is_closed = 0, False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+            if self._is_closed:
+                raise RuntimeError("the process is ending")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Wait until nobody is inside, and nobody has come for a while: all buffers are full then."""
+        with self._changed:
+            self._is_closed = True
+            while self._changed.wait(_QUIET_SECONDS) or self._inside:
+                pass
+
+
+_gate = _Gate()
+atexit.register(_gate.close)
+
+
 class _Steps:
     """What TensorFlow calls for the records of a step, from several threads at a time.
 
@@ -165,7 +204,11 @@ class _Steps:
 
     def __call__(self, step: np.int64) -> list[_Array]:
         """The cells of a step's records, an array a column."""
-        numbers = self._order.batch(int(step)).tolist()
+        with _gate:
+            return self._read_step(int(step))
+
+    def _read_step(self, step: int) -> list[_Array]:
+        numbers = self._order.batch(step).tolist()
         if not self._is_batch:
             element = self._pool.submit(self._records.__getitem__, numbers[0]).result()
             return [column.cell(element) for column in self._columns]
@@ -273,8 +316,13 @@ def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Datase
     if order.seed is None:
         return steps
     passes = itertools.count()
+
+    def begin() -> np.int64:
+        with _gate:
+            return np.int64(next(passes))
+
     begun = tf.data.Dataset.from_tensors(0).map(
-        lambda _: tf.ensure_shape(tf.numpy_function(lambda: np.int64(next(passes)), [], tf.int64), [])
+        lambda _: tf.ensure_shape(tf.numpy_function(begin, [], tf.int64), [])
     )
     every = begun.flat_map(lambda number: steps.map(lambda step: step + number * total))
     return every.apply(tf.data.experimental.assert_cardinality(max(0, total - start)))

@@ -93,14 +93,14 @@ def test_every_place_is_as_likely_for_every_record() -> None:
         assert np.abs(counts - 500).max() < 120  # six standard deviations
 
 
-def test_a_shuffle_is_the_same_in_another_process(dataset: Path) -> None:
+def test_a_shuffle_is_the_same_in_another_process_which_ends_while_it_reads(dataset: Path) -> None:
     code = (
         "import sys; from beam_nifti.reader import load_dataset;"
-        "x = load_dataset(sys.argv[1], shuffle=True, seed=5, repeat=2); print([int(y) for _, y in x])"
+        "x = load_dataset(sys.argv[1], shuffle=True, seed=5, repeat=2); print([int(y) for _, y in x]);"
+        "slow = iter(load_dataset(sys.argv[1], '+'.join(['train'] * 300), 3300, repeat=True)); next(slow)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(dataset)], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code, str(dataset)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     epochs = flat(labels(load_dataset(dataset, batch_size=4, shuffle=True, seed=5, repeat=2)))
     assert ran.stdout.strip() == str(epochs)
     assert [sorted(epoch) for epoch in (epochs[:COUNT], epochs[COUNT:])] == [list(range(COUNT))] * 2
