@@ -240,14 +240,16 @@ def test_a_shuffle_draws_from_fewer_large_volumes(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorflow")
-    from beam_nifti import reader
+    from beam_nifti import reader_graph
+    from beam_nifti.reader import load_dataset
 
     manifest, output = cohort_of(tmp_path / "c", [(3, 2, 1)] * 12), tmp_path / "out"
     run("build", manifest, output, "--num-shards=1")
 
     def labels() -> list[int]:
-        return [int(y) for _, y in reader.load_dataset(output, shuffle=True, seed=1)]
+        examples = load_dataset(output, shuffle=True, seed=1, engine="sequential")
+        return [int(y) for _, y in examples]
 
     assert labels() != list(range(12))
-    monkeypatch.setattr(reader, "_SHUFFLE_BYTES", 24 * 2 - 1)  # of two volumes, but for a byte
+    monkeypatch.setattr(reader_graph, "_SHUFFLE_BYTES", 24 * 2 - 1)  # of two volumes, but for a byte
     assert labels() == list(range(12))
