@@ -147,6 +147,10 @@ class _Gate:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Open it, with nobody inside."""
         self._changed = threading.Condition()
         self._inside, self._is_closed = 0, False
 
@@ -172,6 +176,7 @@ class _Gate:
 
 _gate = _Gate()
 atexit.register(_gate.close)
+os.register_at_fork(after_in_child=_gate.reset)  # which has none of the threads
 
 
 class _Steps:

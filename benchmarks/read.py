@@ -109,8 +109,6 @@ WAYS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "`reader.load_dataset`, gzip, native": ("native", reader),
     "`reader.load_dataset`, uncompressed": ("none", reader),
     "`reader.load_dataset`, sequential, gzip": ("gzip", sequential),
-    "`reader.load_dataset`, sequential, gzip, native": ("native", sequential),
-    "`reader.load_dataset`, sequential, uncompressed": ("none", sequential),
     "`random_access.Dataset`, gzip": ("gzip", random_access),
     "`random_access.Dataset`, gzip, native": ("native", random_access),
     "`random_access.Dataset`, uncompressed": ("none", random_access),

@@ -153,8 +153,13 @@ def test_unlike_volumes_are_refused(tmp_path: Path, step: LoadVolume, word: str)
 
 
 class _Broken(beam.DoFn):
+    """Fails after some results."""
+
+    def __init__(self, num_results: int) -> None:
+        self._num_results = num_results
+
     def process(self, element: VolumeRow | Volume) -> Iterable[Any]:
-        yield element
+        yield from [element] * self._num_results
         raise ZeroDivisionError("half way")
 
 
@@ -162,10 +167,13 @@ def test_dead_letters_hold_no_voxels(tmp_path: Path) -> None:
     row = dataclasses.replace(row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE))), shard="shard")
     (volume,) = LoadVolume().process(row)
     for element in (row, volume):
-        outputs = by_tag(_DeadLetters(_Broken()).process(element))
+        outputs = by_tag(_DeadLetters(_Broken(0)).process(element))
         failure = Failure(row, "_Broken", "ZeroDivisionError", "half way")
-        assert outputs == {FAILURES: [("shard", failure)]}  # nothing of the half that went well
+        assert outputs == {FAILURES: [("shard", failure)]}
         assert b"numpy" not in pickle.dumps(outputs)
+        # With a result handed on already, a dead letter would count the volume twice: the build has to stop.
+        with pytest.raises(ZeroDivisionError, match="half way"):
+            list(_DeadLetters(_Broken(1)).process(element))
 
 
 def write_bundles(plan: BuildPlan, bundles: Iterable[Iterable[Any]]) -> list[tuple[str, Part]]:
