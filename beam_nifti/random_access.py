@@ -15,7 +15,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, overload
 
 import numpy as np
@@ -33,7 +33,7 @@ from beam_nifti.intensity import rescale_voxels
 from beam_nifti.quantize import UINT8_LEVELS
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels
 from beam_nifti.split_spec import SplitPart, parse_split
-from beam_nifti.tfrecord import decode_buffer
+from beam_nifti.tfrecord import decode_buffer, make_buffer
 from beam_nifti.where import Condition
 
 Element = dict[str, Any]
@@ -48,8 +48,7 @@ _REMOTE_READS: Final = 16
 """Indexes that are read at a time where each is a request."""
 
 _SCRATCH_BYTES: Final = 32 << 20
-"""The largest compressed record for which a thread keeps a buffer, as fresh memory costs a page fault every
-4 KiB."""
+"""The largest record for which a thread keeps a buffer, as fresh memory costs a page fault every 4 KiB."""
 
 _of_thread = threading.local()
 
@@ -145,6 +144,14 @@ class Dataset:
     def __getitems__(self, indices: Iterable[int]) -> list[Element]:
         """Several records, read: what PyTorch's `DataLoader` asks for the records of a batch."""
         return [self[index] for index in indices]
+
+    def lend(self, number: int) -> Element:
+        """As `dataset[number]`, to be copied: this thread's next read may overwrite its arrays.
+
+        Args:
+            number: of the record, from 0.
+        """
+        return self._records.read(int(self._rows[number]), lent=True)
 
     def __iter__(self) -> Iterator[Element]:
         """Read one record after the other."""
@@ -297,8 +304,12 @@ class _Records:
             found.append(range(starts[part.name] + positions.start, starts[part.name] + positions.stop))
         return found[0] if len(found) == 1 else np.concatenate([np.asarray(r, np.int64) for r in found])
 
-    def read(self, row: int) -> Element:
+    def read(self, row: int, lent: bool = False) -> Element:
         """The element of a row of the table.
+
+        Args:
+            row: of the table.
+            lent: as `Dataset.lend`.
 
         Raises:
             DatasetError: the record is missing or damaged.
@@ -309,7 +320,7 @@ class _Records:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         path = storage.join(self.output, self.shards[shard].name)
         try:
-            features = decode_example(self._payload(path, row))
+            features = decode_example(self._payload(path, row, lent))
             found = features.get("id")
             if found != example_id.encode():
                 raise ShardError(f"it is the record of {bytes(found or b'').decode(errors='replace')!r}")
@@ -324,14 +335,14 @@ class _Records:
                 "beam-nifti verify, or open the dataset again if it was built again"
             ) from e
 
-    def _payload(self, path: str, row: int) -> memoryview:
+    def _payload(self, path: str, row: int, lent: bool) -> memoryview:
         offsets, lengths = self.places
         compressed, size = self.config.compression == "gzip", int(lengths[row])
-        buffer = _scratch(size) if compressed else memoryview(np.empty(size, np.uint8))
+        buffer = _scratch(size, "read") if compressed or lent else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
             raise ShardError(f"of its {size} bytes the file has {count}")
-        return decode_buffer(buffer, compressed)
+        return decode_buffer(buffer, compressed, partial(_scratch, use="unpacked") if lent else make_buffer)
 
     def _cell(self, name: str, row: int) -> Any:
         """What the index says of a record."""
@@ -375,14 +386,15 @@ def _has_tensor(name: str, info: DatasetInfo) -> bool:
     return name + _TENSOR in info.features
 
 
-def _scratch(size: int) -> memoryview:
-    """A buffer of this thread's for what is needed only until it is unpacked."""
+def _scratch(size: int, use: str) -> memoryview:
+    """A buffer of this thread's for what is needed only until its next read."""
     if size > _SCRATCH_BYTES:
-        return memoryview(np.empty(size, np.uint8))
-    buffer: npt.NDArray[np.uint8] | None = getattr(_of_thread, "buffer", None)
+        return make_buffer(size)
+    buffer: memoryview | None = getattr(_of_thread, use, None)
     if buffer is None or len(buffer) < size:
-        _of_thread.buffer = buffer = np.empty(size, np.uint8)
-    return memoryview(buffer)[:size]
+        buffer = make_buffer(size)
+        setattr(_of_thread, use, buffer)
+    return buffer[:size]
 
 
 def _tensor(features: _Features, name: str) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -147,6 +147,10 @@ class _Gate:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Open it, with nobody inside."""
         self._changed = threading.Condition()
         self._inside, self._is_closed = 0, False
 
@@ -172,6 +176,7 @@ class _Gate:
 
 _gate = _Gate()
 atexit.register(_gate.close)
+os.register_at_fork(after_in_child=_gate.reset)  # which has none of the threads
 
 
 class _Steps:
@@ -209,24 +214,26 @@ class _Steps:
 
     def _read_step(self, step: int) -> list[_Array]:
         numbers = self._order.batch(step).tolist()
-        if not self._is_batch:
-            element = self._pool.submit(self._records.__getitem__, numbers[0]).result()
-            return [column.cell(element) for column in self._columns]
-        # One after the other, so that a record is released as soon as it is copied.
-        elements: Iterable[Element] = filter(None, self._pool.map(self._read, numbers))
         if self._skips or any(None in column.shape for column in self._columns):
-            elements = list(elements)
-            return self._stack(elements, elements, len(elements))
-        return self._stack(elements, (), len(numbers))
+            elements = list(filter(None, self._pool.map(self._read, numbers)))
+            arrays = [column.allocate(elements, len(elements)) for column in self._columns]
+            for place, element in enumerate(elements):
+                self._put(element, arrays, place)
+        else:
+            arrays = [column.allocate((), len(numbers)) for column in self._columns]
+            for done in [self._pool.submit(self._fill, arrays, *each) for each in enumerate(numbers)]:
+                done.result()
+        return arrays if self._is_batch else [array.reshape(array.shape[1:]) for array in arrays]
 
-    def _stack(self, elements: Iterable[Element], known: Sequence[Element], count: int) -> list[_Array]:
-        arrays = [column.allocate(known, count) for column in self._columns]
-        for number, element in enumerate(elements):
-            for column, array in zip(self._columns, arrays, strict=True):
-                cell = column.cell(element)
-                place: Any = (number, *map(slice, cell.shape))
-                array[place] = cell[()]  # of no axes it is a string itself, and no array around it
-        return arrays
+    def _fill(self, arrays: Sequence[_Array], place: int, number: int) -> None:
+        """Put a record where it belongs in a batch."""
+        self._put(self._records.lend(number), arrays, place)
+
+    def _put(self, element: Element, arrays: Sequence[_Array], place: int) -> None:
+        for column, array in zip(self._columns, arrays, strict=True):
+            cell = column.cell(element)
+            within: Any = (place, *map(slice, cell.shape))
+            array[within] = cell[()]  # of no axes it is a string itself, and no array around it
 
     def _read(self, number: int) -> Element | None:
         """A record; None in the place of a damaged one that is to be skipped."""

@@ -11,6 +11,7 @@ import gzip
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Final
 
 import google_crc32c
@@ -90,21 +91,29 @@ def decode_record(data: bytes, compressed: bool) -> bytes:
     return bytes(decode_buffer(memoryview(data), compressed))
 
 
-def decode_buffer(data: memoryview, compressed: bool) -> memoryview:
+def make_buffer(size: int) -> memoryview:
+    """Fresh memory of so many bytes."""
+    return memoryview(np.empty(size, np.uint8)).cast("B")
+
+
+def decode_buffer(
+    data: memoryview, compressed: bool, allocate: Callable[[int], memoryview] = make_buffer
+) -> memoryview:
     """As `decode_record`, without a copy.
 
     Args:
         data: the record's bytes, exactly, as an index locates them.
         compressed: whether they are a gzip member.
+        allocate: gives the buffer, of so many bytes, in which they are unpacked.
 
     Returns:
-        A part of `data`; of a new buffer, which may be written to, where that is compressed.
+        A part of `data`; of the buffer, which may be written to, where that is compressed.
 
     Raises:
         ShardError: as `decode_record`.
     """
     if compressed:
-        data = _inflate(data)
+        data = _inflate(data, allocate)
     if len(data) < HEADER_BYTES + FOOTER_BYTES:
         raise ShardError(f"record is truncated: {len(data)} bytes")
     if _masked_crc(data[:_LENGTH_BYTES]) != data[_LENGTH_BYTES:HEADER_BYTES]:
@@ -118,13 +127,13 @@ def decode_buffer(data: memoryview, compressed: bool) -> memoryview:
     return payload
 
 
-def _inflate(member: memoryview) -> memoryview:
+def _inflate(member: memoryview, allocate: Callable[[int], memoryview]) -> memoryview:
     """What a gzip member holds, in one buffer of the size that its last bytes give."""
     size = int.from_bytes(member[-_GZIP_SIZE_BYTES:], "little")
     bounds = ShardError("gzip member is truncated, or its bounds are wrong")
     if size > DEFLATE_RATIO * len(member):
         raise bounds
-    content = memoryview(np.empty(size, np.uint8)).cast("B")
+    content = allocate(size)
     try:
         # As in packing.py: a buffer that does not grow. Its checksum is compared at the member's end.
         reader = io.BufferedReader(isal_zlib._GzipReader(member))  # type: ignore[arg-type, type-var]

@@ -213,6 +213,17 @@ def test_an_element_is_the_callers_own(tmp_path: Path, compression: str) -> None
     assert np.array_equal(first["image"], copies[0])
 
 
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+def test_what_is_lent_is_the_same_until_the_next_read(tmp_path: Path, compression: str) -> None:
+    build(write_cohort(tmp_path, 2, shape=SHAPE), tmp_path / "out", compression=compression)
+    records = Dataset(tmp_path / "out")[::-1]
+    for i in (0, 1):
+        assert records.lend(i)["image"].tobytes() == records[i]["image"].tobytes()
+    first, second = records.lend(0), records.lend(1)
+    assert first["id"] != second["id"]
+    assert first["image"].tobytes() == second["image"].tobytes() == records[1]["image"].tobytes()
+
+
 def test_without_labels(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii")
     build(write_manifest(tmp_path / "manifest.tsv", [{"path": "a.nii"}]), tmp_path / "out")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,13 @@ def test_passes_go_on_with_further_epochs(dataset: Path) -> None:
     assert [flat(labels(elements.take(COUNT))) for _ in range(2)] == [epochs[0]] * 2
 
 
-def test_without_a_seed_tensorflow_s_own_decides(dataset: Path) -> None:
+@pytest.fixture
+def no_global_seed() -> Iterator[None]:
+    yield
+    tf.random.set_seed(None)
+
+
+def test_without_a_seed_tensorflow_s_own_decides(dataset: Path, no_global_seed: None) -> None:
     def order() -> list[int]:
         return flat(labels(load_dataset(dataset, shuffle=True)))
 
