@@ -21,6 +21,7 @@ from beam_nifti.errors import (
 )
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.index import read_index
+from beam_nifti.labels import name_classes
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import Manifest
 from beam_nifti.parts import BUILD_FOLDER
@@ -297,15 +298,13 @@ def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -
         classes, others = known.get(column.name), column.classes
         if classes is not None and others is not None and classes != others:
             changes = [("new", set(others) - set(classes)), ("gone", set(classes) - set(others))]
-            named = "; ".join(f"{what}: {_listed(sorted(found))}" for what, found in changes if found)
-            yield (
-                f"the classes of {column.name} were {_listed(classes)}, now {_listed(others)} ({named}), and "
-                "records hold their numbers"
+            named = "; ".join(
+                f"{what}: {name_classes(sorted(found), _SHOWN_CLASSES)}" for what, found in changes if found
             )
-
-
-def _listed(classes: Sequence[str]) -> str:
-    return ", ".join(classes[:_SHOWN_CLASSES]) + (", …" if len(classes) > _SHOWN_CLASSES else "")
+            yield (
+                f"the classes of {column.name} were {name_classes(classes, _SHOWN_CLASSES)}, now "
+                f"{name_classes(others, _SHOWN_CLASSES)} ({named}), and records hold their numbers"
+            )
 
 
 def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manifest) -> str:

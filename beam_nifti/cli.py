@@ -219,11 +219,13 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
 
 
 def _print_labels(plan: BuildPlan) -> None:
+    from beam_nifti.labels import name_classes
+
     if plan.config.columns.label is None:
         print(_NO_LABELS)
     for number, column in enumerate(plan.config.record.labels or ()):
         classes = column.classes or ()
-        shown = ", ".join(classes[:_SHOWN_CLASSES]) + (", …" if len(classes) > _SHOWN_CLASSES else "")
+        shown = name_classes(classes, _SHOWN_CLASSES)
         which = f", {len(classes)}: {shown}" if column.kind == "class" else ""
         print(f"{'' if number else 'labels':<9}{column.name}: {column.kind}{which}")
     _print_skipped(plan.num_skipped)

@@ -14,6 +14,14 @@ FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
 
 
+def no_dataset(output: str) -> DatasetError:
+    """What to tell a reader where dataset_info.json is missing."""
+    return DatasetError(
+        f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
+        "`beam-nifti build`, which continues a build that was interrupted"
+    )
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard file.

@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.index import schema_of
+from beam_nifti.index import OWN_NAMES
 from beam_nifti.inspection import read_indexes
 from beam_nifti.publish import read_info
 
@@ -117,8 +116,7 @@ def _cells(table: pa.Table, column: str) -> list[Any]:
 def _kind_of(column: str) -> str:
     if column in _SOURCE:
         return "source"
-    own = schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8")).names
-    return "voxels" if column in own and column not in (*_PERSON, "label") else column
+    return column if column in (*_PERSON, "label", "frame") or column not in OWN_NAMES else "voxels"
 
 
 def _config_differences(before: DatasetInfo, after: DatasetInfo) -> dict[str, tuple[Any, Any]]:

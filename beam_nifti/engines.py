@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Final
 
 from beam_nifti import local_runner, storage
 from beam_nifti.config import BuildConfig
+from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
-from beam_nifti.options import default_workers, refuse_misspelled
+from beam_nifti.options import refuse_misspelled
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -95,9 +96,9 @@ def choose_engine(config: BuildConfig, flags: Sequence[str], workers: int | None
             is_local=False,
             is_template=known.template_location is not None,
         )
-    threads = workers or default_workers()
+    threads = workers or count_cores()
     if "direct_num_workers" in given:
-        threads = known.direct_num_workers or default_workers()
+        threads = known.direct_num_workers or count_cores()
     mode = known.direct_running_mode if "direct_running_mode" in given else "multi_threading"
     flags += [
         f"--runner={local_runner.RUNNER}",
@@ -275,13 +276,13 @@ def _cluster_workers(name: str, known: argparse.Namespace) -> int:
         local = _THIS_MACHINE.fullmatch(known.spark_master_url)
         if local:
             threads = local["threads"] or "1"
-            return default_workers() if threads == "*" else int(threads)
+            return count_cores() if threads == "*" else int(threads)
     on_this_machine = (
         name == "PrismRunner"
         or known.job_endpoint == "embed"
         or (name == "FlinkRunner" and not known.job_endpoint and _THIS_MACHINE.fullmatch(known.flink_master))
     )
-    return default_workers() if on_this_machine else CLUSTER_WORKERS
+    return count_cores() if on_this_machine else CLUSTER_WORKERS
 
 
 def _cores(machine_type: str | None) -> int:

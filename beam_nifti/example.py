@@ -15,6 +15,7 @@ import numpy.typing as npt
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.quantize import numpy_dtype
+from beam_nifti.rescale import Scaling
 
 if TYPE_CHECKING:
     from beam_nifti.volume import Volume
@@ -37,6 +38,9 @@ FEATURES: Final[Mapping[str, str]] = {
 
 ENDS_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low": "bytes"}
 """Further features where a record's range does not say what became 0 and 1: float64, like `scl_*`."""
+
+SCALING_FEATURES: Final = ("scl_slope", "scl_inter")
+"""Those of a header's scaling."""
 
 MASK_FEATURE: Final = "mask_raw"
 """Where there are masks: a tensor, like `image_raw`."""
@@ -213,6 +217,18 @@ def encode_volume(volume: Volume) -> bytes:
         return encode_example(features)
     except VolumeError as e:
         raise VolumeError(f"{row.path}: {e}") from e
+
+
+def decode_doubles(feature: memoryview | npt.NDArray[np.generic]) -> list[float]:
+    """The float64 that a feature of bytes holds, such as `rescale_low`."""
+    numbers: list[float] = np.frombuffer(feature, "<f8").tolist()
+    return numbers
+
+
+def scaling_of(features: Mapping[str, memoryview | npt.NDArray[np.generic]]) -> Scaling:
+    """The scaling that a record says beside native voxels; none where it says none."""
+    said = {name.removeprefix("scl_"): features[name] for name in SCALING_FEATURES if name in features}
+    return Scaling(**{name: decode_doubles(feature)[0] for name, feature in said.items()})
 
 
 def _read_varint(data: memoryview, at: int) -> tuple[int, int]:

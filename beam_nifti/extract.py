@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor
+from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.image_names import stem_of
 from beam_nifti.inspection import describe_records
 from beam_nifti.nifti_writer import require_nifti_name, write_nifti
@@ -126,11 +125,9 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     for problem in check_record(payload, cells, spec):
         raise ShardError(problem)
     features = decode_example(payload)
-    voxels, scaling = decode_tensor(features["image_raw"]), Scaling()  # type: ignore[arg-type]
+    voxels, scaling = decode_tensor(features["image_raw"]), scaling_of(features)  # type: ignore[arg-type]
     if spec.config.voxel_dtype != "native":
         voxels = _restore(voxels, cells, spec.config)
-    elif "scl_slope" in features:
-        scaling = Scaling(*(struct.unpack("<d", features[n])[0] for n in ("scl_slope", "scl_inter")))
     x, y, z = cells["zooms"]
     affine = np.array(cells["affine"], np.float64).reshape(4, 4)
     mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 _OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_ENDS_SCHEMA.names])
 """Columns that are lists, a number an image, where a record has several images."""
 
-_OWN_NAMES: Final = frozenset([*SCHEMA.names, *_ENDS_SCHEMA.names, *_MASK_SCHEMA.names, *_FRAME_SCHEMA.names])
+OWN_NAMES: Final = frozenset([*SCHEMA.names, *_ENDS_SCHEMA.names, *_MASK_SCHEMA.names, *_FRAME_SCHEMA.names])
 
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
@@ -112,7 +112,7 @@ class IndexEntry:
 
 def extra_column(name: str) -> str:
     """Under which name the index keeps a further column of the manifest."""
-    taken = name in _OWN_NAMES or name.startswith("manifest_")
+    taken = name in OWN_NAMES or name.startswith("manifest_")
     return f"manifest_{name}" if taken else name
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -132,6 +132,11 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
     else:
         return "" if is_missing else cell
     raise ShardError(f"the index's {column.name} is {cell!r}, which {column} of dataset_info.json cannot be")
+
+
+def name_classes(classes: Sequence[str], most: int) -> str:
+    """Classes for people to read: the first ones, where there are more than `most`."""
+    return ", ".join(classes[:most]) + (", …" if len(classes) > most else "")
 
 
 def number_of(label: LabelValue) -> float | None:

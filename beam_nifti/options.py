@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -26,6 +25,7 @@ from beam_nifti.config import (
     Sharding,
     Splitting,
 )
+from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
 
 _Number = TypeVar("_Number", int, float)
@@ -115,11 +115,6 @@ Voxels are in the image's units; those of --voxel-dtype native are the file's ow
 close the others are to them.
 
 """
-
-
-def default_workers() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Versions(argparse.Action):
@@ -315,7 +310,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--workers",
         type=int,
         metavar="N",
-        help=f"threads; default: all cores ({default_workers()} here). On a cluster, the least parallelism "
+        help=f"threads; default: all cores ({count_cores()} here). On a cluster, the least parallelism "
         "to cut the work for; default: what the engine's flags give it, else 32",
     )
     run.add_argument(
@@ -497,7 +492,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="write the JSON here too; on a cluster needed, and within the workers' reach",
     )
     run.add_argument(
-        "--workers", type=int, metavar="N", help=f"threads; default: all cores ({default_workers()} here)"
+        "--workers", type=int, metavar="N", help=f"threads; default: all cores ({count_cores()} here)"
     )
     _add_quiet(run)
     check.add_argument_group("Apache Beam", "Every other flag goes to Beam, as for build.")
@@ -567,9 +562,9 @@ def _add_workers(group: argparse._ActionsContainer, what: str) -> None:
     group.add_argument(
         "--workers",
         type=int,
-        default=default_workers(),
+        default=count_cores(),
         metavar="N",
-        help=f"{what}; default: all cores ({default_workers()} here)",
+        help=f"{what}; default: all cores ({count_cores()} here)",
     )
 
 
@@ -679,7 +674,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         max_bad_fraction=options.max_bad_fraction,
         overwrite=options.overwrite,
         temp_location=options.temp_location,
-        workers=default_workers() if options.workers is None else options.workers,
+        workers=count_cores() if options.workers is None else options.workers,
         anonymous_ids=options.anonymous_ids,
     )
 
@@ -696,7 +691,7 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
         record=_record_config(options),
         columns=_columns(options),
         allow_mixed_shapes=options.allow_mixed_shapes,
-        workers=default_workers() if options.workers is None else options.workers,
+        workers=count_cores() if options.workers is None else options.workers,
     )
 
 

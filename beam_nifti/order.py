@@ -47,9 +47,9 @@ class Order:
         [[0, 1], [2, 3], [4], [0, 1]]
         """
         epoch, place = divmod(step, self.num_steps)
-        numbers = np.arange(self.count) if self.seed is None else shuffle(self.count, self.seed, epoch)
+        numbers = range(self.count) if self.seed is None else shuffle(self.count, self.seed, epoch)
         own = numbers[self.host :: self.num_hosts]
-        return own[place * self.batch_size : (place + 1) * self.batch_size]
+        return np.asarray(own[place * self.batch_size : (place + 1) * self.batch_size], np.int64)
 
 
 @lru_cache(maxsize=2)

@@ -25,9 +25,9 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, no_dataset
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.example import ENDS_FEATURES, decode_example, decode_tensor
+from beam_nifti.example import decode_doubles, decode_example, decode_tensor, scaling_of
 from beam_nifti.index import read_index
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.quantize import UINT8_LEVELS
@@ -51,8 +51,6 @@ _SCRATCH_BYTES: Final = 32 << 20
 """The largest record for which a thread keeps a buffer, as fresh memory costs a page fault every 4 KiB."""
 
 _of_thread = threading.local()
-
-_SCALING: Final = ("scl_slope", "scl_inter")
 
 
 class Dataset:
@@ -417,15 +415,10 @@ def _tensor(features: _Features, name: str) -> npt.NDArray[Any]:
 
 def _rescale(voxels: Voxels, features: _Features, config: RecordConfig) -> Voxels:
     """What a float32 dataset would hold of voxels that were stored as in the image's file."""
-    doubles = {
-        name: np.frombuffer(value, "<f8").tolist()
-        for name in (*_SCALING, *ENDS_FEATURES)
-        if isinstance(value := features.get(name), memoryview)
-    }
-    scaling = Scaling(doubles.get("scl_slope", [1.0])[0], doubles.get("scl_inter", [0.0])[0])
+    scaling = scaling_of(features)
     ends = []
     if config.has_ends:
-        ends = list(map(Ends, doubles["rescale_low"], doubles["rescale_high"]))
+        ends = list(map(Ends, *(decode_doubles(features[name]) for name in ("rescale_low", "rescale_high"))))
     if config.channels is None:
         return _rescale_image(voxels, scaling, ends[0] if ends else None, config)
     return np.stack(
@@ -456,10 +449,7 @@ def read_info(output: str) -> DatasetInfo:
     try:
         return DatasetInfo.from_json(storage.read(path), path)
     except FileNotFoundError as e:
-        raise DatasetError(
-            f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
-            "`beam-nifti build`, which continues a build that was interrupted"
-        ) from e
+        raise no_dataset(output) from e
 
 
 def _open(

@@ -21,7 +21,7 @@ from beam_nifti.example import label_feature
 from beam_nifti.order import Order
 from beam_nifti.random_access import Dataset, read_info
 from beam_nifti.reader_indexed import describe_columns, read_indexed
-from beam_nifti.split_spec import parse_split
+from beam_nifti.split_spec import SplitPart, parse_split
 
 _INDEX_FOLDER: Final = "index"
 _SEED_BITS: Final = 64
@@ -122,14 +122,14 @@ def load_dataset(
             f"{'start' if start else 'shard'} needs an order that is known beforehand; give a seed, the same "
             "in every run and on every host"
         )
-    folder = os.fspath(path).rstrip("/")
+    folder, parts = os.fspath(path).rstrip("/"), parse_split(split)
     asked = {
         "start": start != 0,
         "shard": shard is not None,
         "where": where is not None,
         "as_dict": as_dict,
         "on_error": on_error != "raise",
-        f"split {split!r}": [str(part) for part in parse_split(split)] != [parse_split(split)[0].name],
+        f"split {split!r}": parts != (SplitPart(parts[0].name),),
     }
     of_index = [name for name, is_asked in asked.items() if is_asked]
     if (engine or _choose_engine(folder, bool(of_index))) == "sequential":

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import tensorflow as tf
 
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, no_dataset
 from beam_nifti.errors import DatasetError
 from beam_nifti.example import ENDS_FEATURES
 
@@ -65,10 +65,7 @@ def read_info(folder: str) -> DatasetInfo:
         with tf.io.gfile.GFile(path, "rb") as handle:
             text = handle.read()
     except tf.errors.NotFoundError as e:
-        raise DatasetError(
-            f"{folder}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
-            "`beam-nifti build`, which continues a build that was interrupted"
-        ) from e
+        raise no_dataset(folder) from e
     except tf.errors.UnimplementedError as e:
         raise DatasetError(
             f"{folder}: TensorFlow has no such file system ({e.message}); install beam-nifti[io] and "

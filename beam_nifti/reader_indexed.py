@@ -24,6 +24,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from beam_nifti import storage
+from beam_nifti.cores import count_cores
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.index import schema_of
@@ -280,7 +281,7 @@ def read_indexed(
         start: the first step, counted through all epochs.
         skips: whether to leave out damaged records. The cardinality is unknown then.
     """
-    threads = _REMOTE_READS if storage.is_remote(records.path) else _count_cores()
+    threads = _REMOTE_READS if storage.is_remote(records.path) else count_cores()
     # Enough that every thread has a record to read while the batch before is taken.
     calls = -(-threads // order.batch_size) + 1
     is_batch = is_batched or skips  # of one record, perhaps, which is skipped as a batch of none
@@ -333,8 +334,3 @@ def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Datase
     )
     every = begun.flat_map(lambda number: steps.map(lambda step: step + number * total))
     return every.apply(tf.data.experimental.assert_cardinality(max(0, total - start)))
-
-
-def _count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,10 +16,13 @@ from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.example import (
     ENDS_FEATURES,
     MASK_FEATURE,
+    SCALING_FEATURES,
+    decode_doubles,
     decode_example,
     decode_tensor,
     encode_volume,
     label_feature,
+    scaling_of,
 )
 from beam_nifti.header import COLOURS
 from beam_nifti.index import extra_column
@@ -32,7 +35,7 @@ from beam_nifti.rescale import Ends, Intensity, Scaling
 from beam_nifti.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
-_SCALING: Final = frozenset({"scl_slope", "scl_inter"})
+_SCALING: Final = frozenset(SCALING_FEATURES)
 """Features that stand only beside native voxels whose header scales them."""
 
 _DOUBLE_BYTES: Final = 8
@@ -236,7 +239,7 @@ def _check_intensities(
         return
     becomes = None
     if config.has_ends:
-        becomes = Ends(*(_doubles(features[name])[number] for name in ("rescale_low", "rescale_high")))
+        becomes = Ends(*(decode_doubles(features[name])[number] for name in ("rescale_low", "rescale_high")))
         said_ends = [_of_images(cells.get(name))[number] for name in ("rescale_low", "rescale_high")]
         wrong = list(_check_ends(becomes, said_ends, intensity, config))
         yield from wrong
@@ -268,17 +271,9 @@ def _check_ends(ends: Ends, said: Sequence[Any], intensity: Intensity, config: R
         yield f"{ends.low:g} and {ends.high:g} became 0 and 1, expected {expected[0]:g} and {expected[1]:g}"
 
 
-def _doubles(feature: _Feature) -> list[float]:
-    numbers: list[float] = np.frombuffer(feature, "<f8").tolist()
-    return numbers
-
-
 def _native_range(ends: npt.NDArray[Any], features: Mapping[str, _Feature]) -> npt.NDArray[np.float64]:
     """The range in the image's units."""
-    scaling = Scaling()
-    if "scl_slope" in features:
-        scaling = Scaling(*(_doubles(features[name])[0] for name in ("scl_slope", "scl_inter")))
-    return np.sort(scaling.apply(ends))
+    return np.sort(scaling_of(features).apply(ends))
 
 
 def check_source(

@@ -58,7 +58,7 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
         )
 
 
-def check_labels(found: Collection[int], info: DatasetInfo) -> Iterator[str]:
+def check_mask_labels(found: Collection[int], info: DatasetInfo) -> Iterator[str]:
     """Find where dataset_info.json does not name the labels that the indexes have."""
     if info.mask_labels is not None and set(info.mask_labels) != set(found):
         yield f"{FILE_NAME}: mask_labels are {list(info.mask_labels)}, of the indexes {sorted(found)}"

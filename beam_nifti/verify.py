@@ -32,7 +32,7 @@ from beam_nifti.record_checks import RecordSpec, check_record, check_source
 from beam_nifti.shard_pass import ShardPass, StoredRecord
 from beam_nifti.table_checks import (
     check_info,
-    check_labels,
+    check_mask_labels,
     check_rows,
     compare_rows,
     find_strays,
@@ -274,8 +274,8 @@ class _Verification:
         info = self._info
         records = pa.concat_tables([no_rows(self._spec.config), *(found.rows for found in self._passes)])
         failures = self._read_failures(columns)
-        labels = {label for found in self._passes for label in found.mask_labels}
-        for problem in check_labels(labels, info):
+        mask_labels = {label for found in self._passes for label in found.mask_labels}
+        for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config)
         if rows is not None and (frames := info.num_frames):

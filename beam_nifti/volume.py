@@ -96,12 +96,13 @@ def load_volume(
             one grid.
     """
     record = record or RecordConfig()
+    of_one = record if record.channels is None else replace(record, channels=None)
     images = list[_LoadedImage]()
     for number, path in enumerate(row.files[: record.num_channels]):
         parse = _parser(row, number, record, images[0].header if images else None, shape, dtype)
         with open_image(path, storage.join(folder, path), parse) as image:
             header = image.header
-            layout = record_layout(path, header, replace(record, channels=None))
+            layout = record_layout(path, header, of_one)
             voxels = take_voxels(image, layout, record.complex)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling

@@ -19,12 +19,13 @@ from apache_beam.options.pipeline_options import (
 
 from beam_nifti import cli, engines, options
 from beam_nifti.build import plan_build
+from beam_nifti.cores import count_cores
 from beam_nifti.engines import CLUSTER_WORKERS, Engine
 from beam_nifti.errors import UsageError
 from beam_nifti.local_runner import RUNNER
 from tests.images import write_cohort
 
-CORES = options.default_workers()
+CORES = count_cores()
 FLINK = ("--runner=FlinkRunner", "--job-endpoint=localhost:8099")
 POOL = ("--environment-type=EXTERNAL", "--environment-config=localhost:50000")
 DATAFLOW = (
