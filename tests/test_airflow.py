@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from tests.dying import MARKER
 from tests.images import brain, write_cohort, write_image, write_manifest
 
 if importlib.util.find_spec("airflow") is None:
@@ -195,7 +196,7 @@ def test_dataflow_gets_its_image(module: ModuleType) -> None:
 
 
 def test_the_dag_of_dataflow_asks_its_template_for_what_it_has(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("airflow.providers.google", reason="needs apache-airflow-providers-google")
+    pytest.importorskip("airflow.providers.apache.beam", reason="needs the provider for Dataflow")
     for name in (DAG_FILE.name, DATAFLOW_FILE.name):
         (tmp_path / name).write_bytes((ROOT / "pipelines" / name).read_bytes())
     bag = load(tmp_path)
@@ -314,29 +315,16 @@ def test_bad_volumes_fail_at_once_and_are_listed_where_the_log_says(
     assert allowed["verify"] == ("success", 1)
 
 
-DYING = """
-import os, signal
-from pathlib import Path
-
-def once(volume):
-    marker = Path(__file__).parent / "died"
-    if volume.row.example_id == "sub-0009" and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return volume
-"""
-
-
 def test_a_killed_build_continues_when_it_is_tried_again(
     run_dag: Callable[..., Any],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "dying.py").write_text(DYING)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(MARKER, str(tmp_path / "died"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     manifest = write_cohort(tmp_path / "cohort", 12)
-    flags = ["--preprocess=dying:once", "--workers=1"]
+    flags = ["--preprocess=tests.dying:at_the_tenth", "--workers=1"]
     states = run_dag(manifest=manifest, output=tmp_path / "out", examples_per_shard=3, flags=flags)
     assert (tmp_path / "died").exists()
     assert states == {"check_manifest": ("success", 1), "build": ("success", 2), "verify": ("success", 1)}
