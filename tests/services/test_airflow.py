@@ -140,7 +140,9 @@ def standalone(tmp_path: Path) -> Iterator[Standalone]:
         yield Standalone(url, process, log)
     finally:
         started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
+        for each in started:  # all of them: told alone, `standalone` leaves its parts behind
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
         _, alive = psutil.wait_procs(started, timeout=60)
         for survivor in alive:
             survivor.kill()
