@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BeamNiftiError as e:
         return _complain(e, FAILED)
     except OSError as e:
-        code = TEMPORARY if isinstance(e, (ConnectionError, TimeoutError)) else USAGE
+        code = TEMPORARY if isinstance(e, TimeoutError) else USAGE
         return _complain(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e, code)
     except KeyboardInterrupt:
         print("\nbeam-nifti: stopped; the same command", end=" ", file=sys.stderr)

@@ -1,8 +1,8 @@
 """The DAG `beam_nifti_dataflow`: the build as a Dataflow Flex Template. For Airflow 3.
 
-Copy this file and airflow_dag.py into the DAGs folder of an Airflow with its provider for Google Cloud,
-apache-airflow-providers-google[apache.beam]. docs/dataflow.md says how the template is made, docs/airflow.md
-what else is to be known.
+Copy this file and airflow_dag.py into the DAGs folder of an Airflow with apache-airflow-providers-google and
+apache-airflow-providers-apache-beam. docs/dataflow.md says how the template is made, docs/airflow.md what
+else is to be known.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -290,6 +291,17 @@ def test_a_build_beside_another_exits_with_75(
         built(code=cli.TEMPORARY)
     assert "another build is writing here" in capsys.readouterr().err
     built()
+
+
+def test_a_manifest_in_a_store_that_keeps_failing_exits_with_75(
+    built: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: str) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "the store failed 6 times in a row (HTTP 503)", path)
+
+    monkeypatch.setattr("beam_nifti.storage.open_read", fail)
+    built(code=cli.TEMPORARY)
+    assert "the store failed 6 times in a row" in capsys.readouterr().err
 
 
 def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> None:
