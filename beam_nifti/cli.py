@@ -17,6 +17,7 @@ from beam_nifti import options as command_line
 from beam_nifti.errors import (
     BeamNiftiError,
     ManifestError,
+    OutputBusyError,
     OutputError,
     UsageError,
 )
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 SUCCESS: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
+TEMPORARY: Final = 75
+"""EX_TEMPFAIL of sysexits.h: what stood in the way may be gone when a scheduler tries again."""
 INTERRUPTED: Final = 130
 
 _SHOWN_CLASSES: Final = 10
@@ -45,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: without the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output.
+        The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output,
+        75 a failure that may pass, 130 Ctrl-C.
     """
     commands = {
         "manifest": _manifest,
@@ -64,12 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(e, USAGE)
     try:
         return commands[options.command](options, beam_flags)
+    except OutputBusyError as e:
+        return _complain(e, TEMPORARY)
     except (UsageError, ManifestError, OutputError) as e:
         return _complain(e, USAGE)
     except BeamNiftiError as e:
         return _complain(e, FAILED)
     except OSError as e:
-        return _complain(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e, USAGE)
+        code = TEMPORARY if isinstance(e, TimeoutError) else USAGE
+        return _complain(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e, code)
     except KeyboardInterrupt:
         print("\nbeam-nifti: stopped; the same command", end=" ", file=sys.stderr)
         print("continues where it was" if options.command == "build" else "starts again", file=sys.stderr)
@@ -200,7 +207,7 @@ def _set_aside(noise: io.StringIO, engine: Engine) -> Iterator[None]:
 def _stopped(error: RuntimeError, what: str, remedy: str) -> int:
     """Say why a pipeline failed: by a worker's exception, which the runner brings back as text."""
     traceback.print_exception(error)
-    return _complain(f"{what}: {str(error).strip().rpartition(chr(10))[2]}; {remedy}", FAILED)
+    return _complain(f"{what}: {str(error).strip().rpartition(chr(10))[2]}; {remedy}", TEMPORARY)
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:

@@ -34,6 +34,10 @@ class OutputError(BeamNiftiError):
     """An output folder that may not be written: it holds something else, or a build is running."""
 
 
+class OutputBusyError(OutputError):
+    """An output folder that another build is writing."""
+
+
 class VolumeError(BeamNiftiError):
     """One image that cannot become a record."""
 

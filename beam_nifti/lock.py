@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from beam_nifti import storage
-from beam_nifti.errors import OutputError
+from beam_nifti.errors import OutputBusyError
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0
@@ -32,7 +32,7 @@ def hold(output: str) -> Iterator[None]:
     On S3 and Cloud Storage it is taken and renewed by conditional writes, so by one build alone.
 
     Raises:
-        OutputError: another build holds it.
+        OutputBusyError: another build holds it.
     """
     path = storage.join(output, LOCK_FILE)
     with _lease(path) if storage.is_remote(output) else _flock(path):
@@ -48,7 +48,7 @@ def _flock(path: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise OutputError(
+            raise OutputBusyError(
                 f"{Path(path).parent}: another build is writing here; wait for it, or choose another OUTPUT"
             ) from None
         with contextlib.suppress(FileNotFoundError):
@@ -101,7 +101,7 @@ def _keep(path: str, token: str, stop: threading.Event) -> None:
 
 def _require_own(path: str, token: str) -> None:
     if _holder(path).get("token") != token:
-        raise OutputError(
+        raise OutputBusyError(
             f"{storage.dirname(path)}: another build took this output; start one at a time, and run "
             "this one again"
         )
@@ -135,7 +135,7 @@ def _refuse_held(path: str, holder: dict[str, object]) -> None:
         holder.get("host") == socket.gethostname() and not _is_alive(int(str(holder.get("pid", 0))))
     )
     if not dead:
-        raise OutputError(
+        raise OutputBusyError(
             f"{storage.dirname(path)}: a build on {holder.get('host')} was writing here {age:.0f} s ago; "
             f"wait for it, or, if it died, for its lease to end after {_STALE_SECONDS:.0f} s"
         )

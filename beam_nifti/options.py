@@ -35,6 +35,7 @@ exit codes:
   0  success
   1  volumes failed beyond the limit, the dataset is not right, or two are not the same
   2  a wrong option, manifest or OUTPUT; nothing was written
+  75 another build is in OUTPUT, an engine failed, or a store kept failing; the same command continues
 """
 
 _PATHS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import __version__, cli, options
+from beam_nifti import __version__, cli, lock, options
 from beam_nifti.errors import UsageError
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.index import read_index
@@ -283,6 +284,26 @@ def test_a_terminal_gets_a_bar(cohort: Path, tmp_path: Path) -> None:
     assert b"12/12" not in screen_of([*build, "--quiet"])
 
 
+def test_a_build_beside_another_exits_with_75(
+    built: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lock.hold(str(tmp_path / "out")):
+        built(code=cli.TEMPORARY)
+    assert "another build is writing here" in capsys.readouterr().err
+    built()
+
+
+def test_a_manifest_in_a_store_that_keeps_failing_exits_with_75(
+    built: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: str) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "the store failed 6 times in a row (HTTP 503)", path)
+
+    monkeypatch.setattr("beam_nifti.storage.open_read", fail)
+    built(code=cli.TEMPORARY)
+    assert "the store failed 6 times in a row" in capsys.readouterr().err
+
+
 def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> None:
     manifest = write_cohort(tmp_path / "cohort", 300, shape=(40, 40, 20))
     output = tmp_path / "out"
@@ -419,7 +440,7 @@ def test_temp_location_holds_what_is_needed_only_while_building(
 ) -> None:
     temporary = tmp_path / "scratch"
     temporary.write_text("a file, where a folder is to be made")
-    built(f"--temp-location={temporary}", "--quiet", code=cli.FAILED)
+    built(f"--temp-location={temporary}", "--quiet", code=cli.TEMPORARY)
     said = capsys.readouterr().err.splitlines()[-1]
     assert "scratch" in said
     assert "the same command continues where it was" in said

@@ -242,7 +242,8 @@ def test_every_flag_in_the_documents_exists() -> None:
         *("--repository-format", "--sdk-language", "--template-file-gcs-location"),
     }
     nibabel = {"--compressed", "--out-dtype"}  # of its converters
-    scripts |= tools | containers | boot | job_server | gcloud | nibabel
+    airflow = {"--conf"}
+    scripts |= tools | airflow | containers | boot | job_server | gcloud | nibabel
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}

@@ -371,9 +371,9 @@ def test_a_second_build_is_refused_and_the_first_unharmed(
     output = tmp_path / "out"
     with open_build(make_config(manifest, output)) as plan:
         second = run(manifest, output)
-        assert second.result["error"] == "OutputError"
+        assert second.result["error"] == "OutputBusyError"
         assert "another build is writing here" in second.result["message"]
-        assert run(manifest, output, overwrite=True).result["error"] == "OutputError"
+        assert run(manifest, output, overwrite=True).result["error"] == "OutputBusyError"
         plan = dataclasses.replace(plan, unit_rows=UNIT_ROWS)
         run_build(plan, make_options())
     assert_complete(output, built)

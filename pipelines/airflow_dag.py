@@ -1,0 +1,251 @@
+"""Datasets on a schedule: the DAG `beam_nifti`, and `make_dag` for more of them. For Airflow 3.
+
+Copy this file into the DAGs folder as it is. docs/airflow.md says how to go on.
+
+The tasks call the command `beam-nifti`, which lives in another environment, or in a container; Airflow's own
+needs nothing but Airflow. The Variable `beam_nifti_command` says where it is.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from airflow.providers.standard.hooks.subprocess import SubprocessHook
+from airflow.sdk import DAG, Asset, BaseOperator, Param
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+COMMAND: Final = "{{ var.value.get('beam_nifti_command', 'beam-nifti') }}"
+
+FINAL_EXIT_CODES: Final = {
+    1: "volumes that cannot be records, or a dataset that is not right: the lines above name failures.jsonl "
+    "or the problems",
+    2: "a wrong option, manifest or output",
+}
+"""Those of `beam-nifti` that stay as they are when the task is tried again, and what they say."""
+
+_PLACE: Final = r"^(/|[a-z][a-z0-9+.-]*://)"
+"""A task has no working folder that a relative path could mean."""
+
+PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "manifest": {
+        "type": "string",
+        "pattern": _PLACE,
+        "description": "Table of images, .csv, .tsv, .jsonl or .parquet: absolute path or URL.",
+    },
+    "output": {
+        "type": "string",
+        "pattern": _PLACE,
+        "description": "Folder of the dataset: absolute path or URL. The same one again extends it.",
+    },
+    "runner": {
+        "default": "DirectRunner",
+        "enum": [
+            "DirectRunner",
+            "FlinkRunner",
+            "SparkRunner",
+            "PortableRunner",
+            "PrismRunner",
+            "DataflowRunner",
+        ],
+        "description": "The engine: DirectRunner is the task's machine; where the others are, flags say.",
+    },
+    "container_image": {
+        "default": None,
+        "type": ["null", "string"],
+        "minLength": 1,
+        "description": "Image of the workers: beam-nifti:0.1.0. Not for DirectRunner.",
+    },
+    "examples_per_shard": {
+        "default": None,
+        "type": ["null", "integer"],
+        "minimum": 1,
+        "description": "Default: shards of 128 to 256 MB.",
+    },
+    "num_shards": {
+        "default": None,
+        "type": ["null", "integer"],
+        "minimum": 1,
+        "description": "Shards of each split, instead of the former.",
+    },
+    "max_bad_fraction": {
+        "default": 0,
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "description": "Complete the dataset if at most this fraction of the volumes failed.",
+    },
+    "anonymous_ids": {
+        "default": None,
+        "type": ["null", "string"],
+        "pattern": _PLACE,
+        "description": "File of the key by which hashes replace ids and paths.",
+    },
+    "flags": {
+        "default": [],
+        "type": "array",
+        "items": {"type": "string", "pattern": "^--[a-z]"},
+        "description": "Further flags of `beam-nifti build`, its engine's too, one a line: --rescale=zscore.",
+    },
+    "verify_deep": {
+        "default": 2,
+        "type": "integer",
+        "minimum": 0,
+        "description": "Records to make again from their images after the build, and to compare bit for bit.",
+    },
+}
+"""What a run is asked for: `airflow.sdk.Param`s, refused before the run starts where they do not fit."""
+
+
+def build_arguments(params: Mapping[str, Any]) -> list[str]:
+    """The arguments of `beam-nifti` for a build."""
+    options = [
+        f"--{name.replace('_', '-')}={params[name]}"
+        for name in ("examples_per_shard", "num_shards", "max_bad_fraction", "anonymous_ids")
+        if params[name] is not None
+    ]
+    engine = _engine_flags(params["runner"], params["container_image"])
+    return ["build", params["manifest"], params["output"], "--quiet", *options, *engine, *params["flags"]]
+
+
+def _engine_flags(runner: str, image: str | None) -> list[str]:
+    flags = [f"--runner={runner}"]
+    if runner == "FlinkRunner":
+        flags += ["--execution_mode_for_batch=BATCH_FORCED", "--environment_cache_millis=60000"]
+    if image is None:
+        return flags
+    if runner == "DirectRunner":
+        raise AirflowFailException(f"container_image is {image}, but DirectRunner starts no workers")
+    if runner == "DataflowRunner":
+        return [*flags, f"--sdk_container_image={image}"]
+    return [*flags, "--environment_type=DOCKER", f"--environment_config={image}"]
+
+
+def check_arguments(params: Mapping[str, Any]) -> list[str]:
+    """The arguments of `beam-nifti` to check manifest, options and output, and to write nothing."""
+    return [*build_arguments(params), "--dry-run"]
+
+
+def verify_arguments(params: Mapping[str, Any]) -> list[str]:
+    """The arguments of `beam-nifti` to check every byte of the dataset, and some against the images."""
+    key = params["anonymous_ids"]
+    return [
+        "verify",
+        params["output"],
+        f"--manifest={params['manifest']}",
+        f"--deep={params['verify_deep']}",
+        "--quiet",
+        *([] if key is None else [f"--anonymous-ids={key}"]),
+    ]
+
+
+class BeamNiftiOperator(BaseOperator):
+    """Runs `beam-nifti`, without a shell, and tells failures that a retry may cure from those it cannot.
+
+    A build that is tried again continues where it was. Each asset in `outlets` gets an event that names
+    the manifest and the output.
+
+    Args:
+        arguments: makes the command's arguments of the run's params.
+        command: the program, with its own leading arguments if it has any, quoted as for a shell.
+        kwargs: of every operator.
+    """
+
+    template_fields = ("command",)
+
+    def __init__(
+        self, *, arguments: Callable[[Mapping[str, Any]], list[str]], command: str = COMMAND, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.arguments = arguments
+        self.command = command
+
+    def execute(self, context: Context) -> None:
+        """Run the command to its end.
+
+        Raises:
+            AirflowFailException: it would fail in the same way again.
+            AirflowException: it may succeed when it is tried again.
+        """
+        params = context["params"]
+        program = shlex.split(self.command)
+        try:
+            ended = self._process.run_command([*program, *self.arguments(params)])
+        except (FileNotFoundError, PermissionError) as e:
+            raise AirflowFailException(
+                f"{program[0]}: {e.strerror}; let the Variable beam_nifti_command name the program beam-nifti"
+            ) from e
+        if ended.exit_code in FINAL_EXIT_CODES:
+            reason = FINAL_EXIT_CODES[ended.exit_code]
+            raise AirflowFailException(f"exit code {ended.exit_code}, {reason}. {ended.output}")
+        if ended.exit_code != 0:
+            raise AirflowException(f"exit code {ended.exit_code}. {ended.output}")
+        for outlet in self.outlets:
+            context["outlet_events"][outlet].extra = {key: params[key] for key in ("manifest", "output")}
+
+    def on_kill(self) -> None:
+        """End the command with the task; a later run continues."""
+        self._process.send_sigterm()
+
+    @cached_property
+    def _process(self) -> SubprocessHook:
+        return SubprocessHook()
+
+
+def make_params(schemas: Mapping[str, Mapping[str, Any]], defaults: Mapping[str, Any]) -> dict[str, Param]:
+    """Params, with some of their defaults replaced.
+
+    Raises:
+        TypeError: there is a default for something that is no param.
+    """
+    if unknown := defaults.keys() - schemas.keys():
+        raise TypeError(f"{', '.join(sorted(unknown))}: no params; choose from {', '.join(schemas)}")
+    own = {name: {"default": value} for name, value in defaults.items()}
+    return {name: Param(**{**schema, **own.get(name, {})}) for name, schema in schemas.items()}
+
+
+def new_dag(dag_id: str, schedule: Any, params: dict[str, Param]) -> DAG:
+    """A DAG without tasks, whose runs follow each other and are tried again."""
+    return DAG(
+        dag_id,
+        description="Check a manifest of NIfTI volumes, build a dataset of TFRecords from it, verify it.",
+        schedule=schedule,
+        start_date=datetime(2025, 1, 1, tzinfo=UTC),
+        catchup=False,
+        max_active_runs=1,  # two builds into one output exclude each other
+        params=params,
+        # Longer than the three minutes for which the lock of a build that died holds on an object store.
+        default_args={"retries": 3, "retry_delay": timedelta(minutes=5)},
+        tags=["beam-nifti"],
+    )
+
+
+def make_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
+    """A DAG of three tasks: check the manifest, build the dataset, verify it.
+
+    When it has succeeded, the asset of the DAG's name is there: a DAG with `schedule=[Asset(dag_id)]`
+    starts then.
+
+    Args:
+        dag_id: name of the DAG and of its asset.
+        schedule: when it runs, such as "0 2 * * *"; None: when it is triggered.
+        defaults: of the params. With a schedule `manifest` and `output` are needed.
+
+    Raises:
+        TypeError: there is a default for something that is no param.
+    """
+    dag = new_dag(dag_id, schedule, make_params(PARAMS, defaults))
+    check = BeamNiftiOperator(task_id="check_manifest", arguments=check_arguments, dag=dag)
+    build = BeamNiftiOperator(task_id="build", arguments=build_arguments, dag=dag)
+    verify = BeamNiftiOperator(task_id="verify", arguments=verify_arguments, outlets=[Asset(dag_id)], dag=dag)
+    check >> build >> verify
+    return dag
+
+
+beam_nifti = make_dag("beam_nifti")

@@ -1,0 +1,108 @@
+"""The DAG `beam_nifti_dataflow`: the build as a Dataflow Flex Template. For Airflow 3.
+
+Copy this file and airflow_dag.py into the DAGs folder of an Airflow with apache-airflow-providers-google and
+apache-airflow-providers-apache-beam. docs/dataflow.md says how the template is made, docs/airflow.md what
+else is to be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from airflow.providers.google.cloud.operators.dataflow import DataflowStartFlexTemplateOperator
+from airflow.sdk import DAG, Asset
+from airflow_dag import PARAMS, BeamNiftiOperator, check_arguments, make_params, new_dag, verify_arguments
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+_BUCKET: Final = {"type": "string", "pattern": "^gs://.+"}
+_NEEDED: Final = {"type": "string", "minLength": 1}
+
+DATAFLOW_PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
+    **{name: schema for name, schema in PARAMS.items() if name != "runner"},
+    "manifest": {**PARAMS["manifest"], **_BUCKET},
+    "output": {**PARAMS["output"], **_BUCKET},
+    "template": {**_BUCKET, "description": "The template's file, as gs://lab/templates/beam-nifti.json."},
+    "container_image": {**_NEEDED, "description": "The template's image, which the workers start too."},
+    "project": {**_NEEDED, "description": "Google Cloud project that pays."},
+    "region": {**_NEEDED, "description": "Of the workers and of the bucket: europe-west1."},
+    "temp_location": {**_BUCKET, "description": "Folder of what is needed only while building."},
+    "machine_type": {**_NEEDED, "default": "n2-standard-4", "description": "Of the workers."},
+    "max_workers": {"type": "integer", "minimum": 1, "default": 10, "description": "At most so many."},
+}
+
+
+def template_parameters(params: Mapping[str, Any]) -> dict[str, str]:
+    """What the template is given: options by name, all of them texts."""
+    names = ("manifest", "output", "examples_per_shard", "num_shards", "max_bad_fraction", "anonymous_ids")
+    given = {name: str(params[name]) for name in names if params[name] is not None}
+    for flag in params["flags"]:
+        name, equals, value = flag.removeprefix("--").partition("=")
+        given[name.replace("-", "_")] = value if equals else "true"
+    return given | {"sdk_container_image": params["container_image"]}
+
+
+def template_check_arguments(params: Mapping[str, Any]) -> list[str]:
+    """The arguments of `beam-nifti` to check manifest, options and output for Dataflow."""
+    flags = [f"--{name}={params[name]}" for name in ("project", "region", "temp_location")]
+    everything = {**params, "runner": "DataflowRunner", "flags": [*params["flags"], *flags]}
+    arguments: list[str] = check_arguments(everything)
+    return arguments
+
+
+class BuildOnDataflow(DataflowStartFlexTemplateOperator):
+    """Starts the template with the run's params, and waits in the triggerer.
+
+    Args:
+        kwargs: of every operator.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            body={},
+            project_id="{{ params.project }}",
+            location="{{ params.region }}",
+            deferrable=True,
+            **kwargs,
+        )
+
+    def execute(self, context: Context) -> Any:
+        """Start the job; the trigger comes back with its end."""
+        params = context["params"]
+        self.body = {
+            "launchParameter": {
+                "jobName": "beam-nifti",  # the operator makes it unique
+                "containerSpecGcsPath": params["template"],
+                "parameters": template_parameters(params),
+                "environment": {
+                    "tempLocation": params["temp_location"],
+                    "machineType": params["machine_type"],
+                    "maxWorkers": params["max_workers"],
+                },
+            }
+        }
+        return super().execute(context)
+
+
+def make_dataflow_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
+    """The three tasks of `airflow_dag.make_dag`, of which the build is a job on Dataflow.
+
+    Args:
+        dag_id: name of the DAG and of its asset.
+        schedule: when it runs, such as "0 2 * * *"; None: when it is triggered.
+        defaults: of the params. With a schedule all are needed that have none.
+
+    Raises:
+        TypeError: there is a default for something that is no param.
+    """
+    dag = new_dag(dag_id, schedule, make_params(DATAFLOW_PARAMS, defaults))
+    check = BeamNiftiOperator(task_id="check_manifest", arguments=template_check_arguments, dag=dag)
+    build = BuildOnDataflow(task_id="build", dag=dag)
+    verify = BeamNiftiOperator(task_id="verify", arguments=verify_arguments, outlets=[Asset(dag_id)], dag=dag)
+    check >> build >> verify
+    return dag
+
+
+beam_nifti_dataflow = make_dataflow_dag("beam_nifti_dataflow")
