@@ -155,9 +155,10 @@ def _accepted(flags: list[str]) -> PipelineOptions:
 
     try:
         options = PipelineOptions(flags)
-        beam.Pipeline(options=options)  # checks them, and sets up the file systems
+        pipeline = beam.Pipeline(options=options)  # checks them, and sets up the file systems
     except (ValueError, ImportError, AttributeError) as e:
         raise UsageError(f"Apache Beam does not accept these options: {e}") from e
+    shutil.rmtree(pipeline.local_tempdir)  # which only a run would remove
     return options
 
 

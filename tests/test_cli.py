@@ -435,6 +435,17 @@ def test_columns(tmp_path: Path) -> None:
     }
 
 
+def test_nothing_stays_in_the_temporary_folder(
+    built: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    output = built()
+    assert cli.main(["verify", str(output), "--quiet"]) == cli.SUCCESS
+    assert not [*temporary.iterdir()]
+
+
 def test_temp_location_holds_what_is_needed_only_while_building(
     built: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
