@@ -57,21 +57,16 @@ def _reference(name: str) -> str:
 
 def _command_line(parser: argparse.ArgumentParser) -> Iterator[str]:
     """The Markdown of a command, and of those below it."""
-    for command in _commands(parser):
-        if any(isinstance(action, argparse._SubParsersAction) for action in command._actions):
-            continue
+    for command in commands(parser):
         positional = [action for action in command._actions if not action.option_strings]
         names = " ".join(f"{a.metavar}{'…' if a.nargs == '+' else ''}" for a in positional)
         yield from (f"## {command.prog} {{ #{command.prog.replace(' ', '-')} }}", "")
         yield from (f"{command.description}", "", "```text", f"{command.prog} [OPTION…] {names}", "```", "")
-        for group in command._action_groups:
-            actions = [a for a in group._group_actions if not isinstance(a, argparse._HelpAction)]
-            if not actions and not group.description:
-                continue
-            title = group.title if group.title not in ("positional arguments", "options") else None
-            yield from ((f"**{title.capitalize()}.** {group.description or ''}", "") if title else ())
-            if actions:
-                yield from ("<table>", *map(_row, actions), "</table>", "")
+        arguments, flags, *groups = command._action_groups
+        yield from _table([*arguments._group_actions, *flags._group_actions])
+        for group in groups:
+            yield from (f"**{str(group.title).capitalize()}.** {group.description or ''}", "")
+            yield from _table(group._group_actions)
         examples = (command.epilog or "").removesuffix(options.EXIT_CODES).removeprefix("examples:\n")
         code, _, remarks = examples.partition("\n\n")
         if code:
@@ -79,21 +74,21 @@ def _command_line(parser: argparse.ArgumentParser) -> Iterator[str]:
     yield from ("## Exit codes", "", "```text", options.EXIT_CODES.partition("\n")[2].rstrip(), "```")
 
 
-def _commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    yield parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _commands(command)
+def commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers below this one that have none below them."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [c for action in below for p in action.choices.values() for c in commands(p)] or [parser]
+
+
+def _table(actions: list[argparse.Action]) -> Iterator[str]:
+    rows = [_row(action) for action in actions if not isinstance(action, argparse._HelpAction)]
+    yield from ("<table>", *rows, "</table>", "") if rows else ()
 
 
 def _row(action: argparse.Action) -> str:
-    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
-    flags = ", ".join(
-        f"{flag} {value if action.nargs != 0 else ''}".strip() for flag in action.option_strings
-    )
-    text = html.escape(
-        re.sub(r" \(\d+ here\)", "", action.help or "")
-    )  # cores of the machine that builds this
-    text = re.sub("`([^`]*)`", r"<code>\1</code>", text)
-    return f"<tr><td><code>{html.escape(flags or str(value))}</code></td><td>{text}</td></tr>"
+    value = action.metavar or "|".join(map(str, action.choices or ()))
+    shown = [f"{flag} {value}" if action.nargs != 0 else flag for flag in action.option_strings] or [value]
+    name = html.escape(", ".join(map(str, shown))).replace("|", "|<wbr>")
+    here = re.compile(r" \(\d+ here\)")  # cores of the machine that builds this
+    text = re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(here.sub("", action.help or "")))
+    return f"<tr><td><code>{name}</code></td><td>{text}</td></tr>"

@@ -174,7 +174,8 @@ def test_every_flag_in_the_documents_exists() -> None:
     }
     nibabel = {"--compressed", "--out-dtype"}  # of its converters
     airflow = {"--conf"}
-    scripts |= tools | airflow | containers | boot | job_server | gcloud | nibabel
+    mkdocs = {"--strict"}
+    scripts |= tools | airflow | mkdocs | containers | boot | job_server | gcloud | nibabel
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
@@ -189,6 +190,15 @@ def test_every_link_in_the_documents_leads_somewhere() -> None:
         if not (document.parent / target).exists()
     ]
     assert broken == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lists_are_written_as_github_and_the_site_read_them(document: Path) -> None:
+    prose = re.sub(r"^( *)```.*?^ *```$", r"\1", document.read_text(), flags=re.M | re.S)
+    assert re.findall(r"\n\n {1,3}\S.*", prose) == []  # four spaces below an item
+    assert (
+        re.findall(r"^(?!\d+\. )\w.*\n(?:- |\d+\. ).*", prose, re.M) == []
+    )  # an empty line before the first
 
 
 def test_every_decision_is_listed_by_its_number() -> None:
