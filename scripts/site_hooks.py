@@ -65,7 +65,8 @@ def _command_line(parser: argparse.ArgumentParser) -> Iterator[str]:
         arguments, flags, *groups = command._action_groups
         yield from _table([*arguments._group_actions, *flags._group_actions])
         for group in groups:
-            yield from (f"**{str(group.title).capitalize()}.** {group.description or ''}", "")
+            title = str(group.title)
+            yield from (f"**{title[0].upper()}{title[1:]}.** {group.description or ''}", "")
             yield from _table(group._group_actions)
         examples = (command.epilog or "").removesuffix(options.EXIT_CODES).removeprefix("examples:\n")
         code, _, remarks = examples.partition("\n\n")

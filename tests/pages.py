@@ -6,7 +6,7 @@ anything, alone on a line for any lines. A comment right above a block says what
     <!-- file: PATH -->        the block is the content of this file
     <!-- output -->            the block is what the block before it prints
     <!-- exit code: N -->      how the last command of the block ends, where that is not 0
-    <!-- torch -->             run where this library is installed
+    <!-- torch -->             run where this library, one of LIBRARIES, is installed
     <!-- not run: REASON -->   not run; Python is compiled, and arguments of beam-nifti are parsed
 
 and comments of the whole page:
@@ -81,7 +81,7 @@ class Block:
 def read_blocks(page: Path) -> list[Block]:
     """The blocks of a page, in their order; of a page of which none is run, each with that mark."""
     content = page.read_text()
-    name = page.relative_to(ROOT)
+    name = os.path.relpath(page, ROOT)
     reason = dict(_PAGE_MARK.findall(content)).get("no block is run")
     found = []
     for m in _FENCE.finditer(content):
@@ -202,6 +202,7 @@ def check_block(block: Block) -> None:
     """
     assert block.language in (*CODE, *_SHOWN), f"{block.place}: {block.language} is neither run nor shown"
     assert _MARK.fullmatch(block.mark), f"{block.place}: <!-- {block.mark} --> is no mark"
+    assert block.language in CODE or not block.text.startswith("$ "), f"{block.place}: is a console"
     if block.language == "python":
         ast.parse(block.text)
     elif block.language == "json":
