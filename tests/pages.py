@@ -141,9 +141,8 @@ def _run(block: Block, names: dict[str, Any]) -> str:
 
 def _shown_commands(text: str) -> Iterator[tuple[str, str]]:
     """The commands of a console, each with what it prints."""
-    for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
-        command, output = re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*\n)(.*)", part, re.S).groups()  # type: ignore[union-attr]
-        yield command, output
+    for shown in re.finditer(r"^\$ ((?:[^\n]*\\\n)*[^\n]*\n)((?:(?!\$ )[^\n]*\n)*)", text, re.M):
+        yield shown[1], shown[2]
 
 
 def _run_commands(text: str, code: int, place: str) -> str:
