@@ -36,6 +36,7 @@ exit codes:
   1  volumes failed beyond the limit, the dataset is not right, or two are not the same
   2  a wrong option, manifest or OUTPUT; nothing was written
   75 another build is in OUTPUT, an engine failed, or a store kept failing; the same command continues
+  130 stopped by Ctrl-C
 """
 
 _PATHS = {

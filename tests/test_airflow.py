@@ -35,19 +35,20 @@ DATAFLOW_FILE = ROOT / "pipelines/airflow_dataflow_dag.py"
 pytestmark = pytest.mark.filterwarnings("default")  # Airflow warns of itself
 
 
-def examples_of_the_page() -> str:
-    """The DAGs that docs/airflow.md shows."""
-    return "".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/airflow.md").read_text(), re.M | re.S))
+def examples_of(page: str) -> str:
+    """The DAGs that a page shows."""
+    return "".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DAGs folder with our file and the one of the page, of an Airflow with an empty database."""
+    """A DAGs folder with our file and those of the pages, of an Airflow with an empty database."""
     home = tmp_path_factory.mktemp("airflow")
     folder = home / "dags"
     folder.mkdir()
     (folder / DAG_FILE.name).write_bytes(DAG_FILE.read_bytes())
-    (folder / "nightly.py").write_text(examples_of_the_page())
+    (folder / "nightly.py").write_text(examples_of("docs/airflow.md"))
+    (folder / "brains.py").write_text(examples_of("docs/cookbook/airflow.md"))
     os.environ |= {  # Airflow reads them when it is imported
         "AIRFLOW_HOME": str(home),
         "AIRFLOW__CORE__DAGS_FOLDER": str(folder),
@@ -106,7 +107,7 @@ def test_each_file_gives_its_own_dags(folder: Path) -> None:
     assert bag.import_errors == {}
     files = {name: Path(dag.fileloc).name for name, dag in bag.dags.items()}
     examples = dict.fromkeys(("cohort", "on_flink", "train"), "nightly.py")
-    assert files == {"beam_nifti": "airflow_dag.py"} | examples
+    assert files == {"beam_nifti": "airflow_dag.py", "brains": "brains.py"} | examples
 
 
 def test_parsing_costs_little_beyond_airflow(folder: Path) -> None:

@@ -1,15 +1,11 @@
-"""What the documents show is run, and what they name is there."""
+"""What the documents say is so, and what they name is there. tests/test_pages.py runs what they show."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import os
 import re
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,21 +23,18 @@ from beam_nifti.publish import read_info
 from beam_nifti.quantize import numpy_dtype
 from beam_nifti.tfrecord import decode_record
 from beam_nifti.volume import load_volume
-from tests.images import brain, row_of, write_image
+from tests import pages
+from tests.images import row_of, write_image
+from tests.pages import README, ROOT
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 FORMAT = ROOT / "docs/format.md"
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
-_FENCE = re.compile(r"(?:^<!-- (?P<tag>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
-
-def blocks(document: Path, language: str, tag: str | None = None) -> list[str]:
-    """The fenced blocks of a language; with a tag, those below the comment `<!-- tag -->`."""
-    found = _FENCE.finditer(document.read_text())
-    return [m["text"] for m in found if m["language"] == language and tag in (None, m["tag"])]
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return [block.text for block in pages.read_blocks(document) if block.language == language]
 
 
 @functools.cache
@@ -65,79 +58,17 @@ def _beam_flags() -> frozenset[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the README's manifest and images for it, in which its commands were run."""
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset of the README's manifest."""
     folder = tmp_path_factory.mktemp("readme")
-    name, text = next(
-        (m["tag"].removeprefix("file: "), m["text"])
-        for m in _FENCE.finditer(README.read_text())
-        if (m["tag"] or "").startswith("file: ")
-    )
-    manifest = folder / name
-    manifest.parent.mkdir()
-    manifest.write_text(text)
-    for i, row in enumerate(csv.DictReader(text.splitlines(), delimiter="\t")):
-        write_image(manifest.parent / row["path"], brain(seed=i))
-    commands = blocks(README, "bash", "run")
-    assert commands
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for block in commands:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
-            cwd=folder,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-    return folder
+    pages.STARTS["dataset"](folder)
+    return folder / "cohort/dataset"
 
 
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, as the working folder."""
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def test_the_commands_of_the_readme_leave_the_files_that_it_shows(folder: Path) -> None:
+def test_a_build_leaves_the_files_that_the_readme_shows(dataset: Path) -> None:
     (listing,) = (b for b in blocks(README, "") if b.startswith("cohort/dataset/"))
     shown = {line.split()[0] for line in listing.splitlines()[1:]} - {"failures.jsonl"}
-    dataset = folder / "cohort/dataset"
     assert shown == {str(p.relative_to(dataset)) for p in dataset.rglob("*") if p.is_file()}
-
-
-@pytest.mark.tf
-@pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
-def test_the_python_of_the_readme_runs(here: Path, number: int) -> None:
-    pytest.importorskip("tensorflow")
-    names: dict[str, Any] = {}
-    exec(blocks(README, "python")[number], names)
-    if "dataset" in names:
-        x, y = next(iter(names["dataset"]))
-        assert x.shape == (2, 6, 5, 4, 1)
-        assert y.shape == (2,)
-
-
-@pytest.mark.tf
-def test_the_tensorflow_of_the_page_on_reading_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tensorflow")
-    names: dict[str, Any] = {}
-    for block in blocks(ROOT / "docs/reading.md", "python", "tensorflow"):
-        exec(block, names)
-    assert capsys.readouterr().out.splitlines() == [f"({b}, 6, 5, 4, 1) ({b},)" for b in (2, 1, 2)]
-    x, y = next(iter(names["resumed"]))
-    assert (x.shape, y.shape) == ((1, 6, 5, 4, 1), (1,))
-
-
-def test_the_python_of_the_page_on_reading_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, Any] = {}
-    for block in blocks(ROOT / "docs/reading.md", "python", "run"):
-        exec(block, names)
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert first == "3 (6, 5, 4, 1) 63.5 sub-0001"
-    assert second == "['sub-0001', 'sub-0002', 'sub-0004']"
-    assert [row["example_id"] for row in eval(third)] == ["sub-0004", "sub-0001", "sub-0002"]
 
 
 def _defined(start: str) -> Callable[..., Any]:
@@ -157,9 +88,9 @@ def _records(dataset: Path, split: str) -> Iterator[bytes]:
             yield data[row["offset"] : row["offset"] + row["length"]]
 
 
-def test_the_reader_of_the_format_reads_every_record(here: Path) -> None:
-    read = list(_defined("import gzip")("cohort/dataset"))
-    expected = [decode_example(decode_record(r, True)) for r in _records(Path("cohort/dataset"), "train")]
+def test_the_reader_of_the_format_reads_every_record(dataset: Path) -> None:
+    read = list(_defined("import gzip")(dataset))
+    expected = [decode_example(decode_record(r, True)) for r in _records(dataset, "train")]
     assert [i for _, _, i in read] == ["sub-0001", "sub-0002", "sub-0003"]
     assert [float(label) for _, label, _ in read] == [63.5, 71, 58]
     for (voxels, _, _), features in zip(read, expected, strict=True):
@@ -193,8 +124,8 @@ def test_the_checksum_of_the_format_is_that_of_the_records() -> None:
         assert _defined("def masked_crc32c")(data) == masked
 
 
-def test_the_format_names_every_column_feature_and_field(folder: Path) -> None:
-    info = read_info(str(folder / "cohort/dataset"))
+def test_the_format_names_every_column_feature_and_field(dataset: Path) -> None:
+    info = read_info(str(dataset))
     names = {
         *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8", frames="each")).names,
         *info.features,
@@ -243,7 +174,8 @@ def test_every_flag_in_the_documents_exists() -> None:
     }
     nibabel = {"--compressed", "--out-dtype"}  # of its converters
     airflow = {"--conf"}
-    scripts |= tools | airflow | containers | boot | job_server | gcloud | nibabel
+    mkdocs = {"--strict"}
+    scripts |= tools | airflow | mkdocs | containers | boot | job_server | gcloud | nibabel
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
@@ -260,9 +192,20 @@ def test_every_link_in_the_documents_leads_somewhere() -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lists_are_written_as_github_and_the_site_read_them(document: Path) -> None:
+    prose = re.sub(r"^( *)```.*?^ *```$", r"\1", document.read_text(), flags=re.M | re.S)
+    assert re.findall(r"\n\n {1,3}\S.*", prose) == []  # four spaces below an item
+    assert (
+        re.findall(r"^(?!\d+\. )\w.*\n(?:- |\d+\. ).*", prose, re.M) == []
+    )  # an empty line before the first
+
+
 def test_every_decision_is_listed_by_its_number() -> None:
-    numbers = [p.name[:4] for p in sorted((ROOT / "docs/adr").glob("*.md"))]
-    assert numbers == [f"{n:04d}" for n in range(1, len(numbers) + 1)]
+    decisions = sorted((ROOT / "docs/adr").glob("0*.md"))
+    assert [p.name[:4] for p in decisions] == [f"{n:04d}" for n in range(1, len(decisions) + 1)]
+    listed = re.findall(r"^- \[(.*)\]\((.*)\)$", (ROOT / "docs/adr/README.md").read_text(), re.M)
+    assert listed == [(p.read_text().partition("\n")[0].removeprefix("# "), p.name) for p in decisions]
 
 
 @pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
