@@ -22,6 +22,7 @@ from beam_nifti.order import Order
 from beam_nifti.random_access import Dataset, default_columns, read_info
 from beam_nifti.reader_columns import Batching
 from beam_nifti.reader_indexed import read_indexed
+from beam_nifti.reader_layouts import LAYOUTS, read_files
 from beam_nifti.reader_state import check_state, describe_state
 from beam_nifti.split_spec import SplitPart, parse_split
 
@@ -50,11 +51,12 @@ def load_dataset(
     on_error: Literal["raise", "skip"] = "raise",
     engine: Literal["indexed", "sequential"] | None = None,
     start_state: Mapping[str, Any] | None = None,
+    layout: Literal["plain", "nobrainer"] | None = None,
 ) -> tf.data.Dataset:
-    """Open one split of a complete dataset.
+    """Open one split of a complete dataset, or, with `layout`, files of others.
 
     Args:
-        path: the dataset's folder, or a URL.
+        path: the dataset's folder, or a URL; with `layout` a glob.
         split: such as "train"; with the indexed engine also a part, such as `train[:80%]`, or several,
             `train+test`, as `random_access.Dataset` takes them.
         batch_size: examples a batch; None gives single examples, without the axis B. A batch ends with its
@@ -95,6 +97,11 @@ def load_dataset(
             another process, such as that of a tf.data service.
         start_state: instead of `start`: what `state_after` says of the run that is to go on. It is refused
             where that run read another dataset, or in another order.
+        layout: of TFRecords that others wrote, whose glob `path` is: "nobrainer", of nobrainer 1.x, or
+            "plain", of records with the features `image_raw`, a serialized tensor, and `label`, a number. All
+            volumes have the shape of the first, unless `pad` or `ragged` lets them differ. X is float32 as it
+            is stored, y a number or, of label maps, a volume, in its stored dtype; the cardinality is
+            unknown. None is for datasets of beam-nifti.
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
@@ -131,10 +138,20 @@ def load_dataset(
         "on_error": on_error != "raise",
         f"split {split!r}": parts != (SplitPart(parts[0].name),),
     }
-    of_index = [name for name, is_asked in asked.items() if is_asked]
-    is_sequential = (engine or _choose_engine(folder, bool(of_index), as_dict)) == "sequential"
-    if is_sequential and of_index:
-        raise UsageError(f"{of_index[0]} needs the index, and engine is 'sequential'; leave engine out")
+    if layout is not None:
+        _check_choice("layout", layout, *LAYOUTS)
+        asked |= {
+            f"split {split!r}": split != "train",
+            "target": target != "label",
+            "label": label is not None,
+            "as_dict": as_dict,
+            "engine='indexed'": engine == "indexed",
+        }
+        _refuse(asked, f"needs a dataset_info.json, and files of layout={layout!r} have none; leave it out")
+        return read_files(folder, layout, batching, shuffle=shuffle, seed=seed, repeat=epochs)
+    is_sequential = (engine or _choose_engine(folder, any(asked.values()), as_dict)) == "sequential"
+    if is_sequential:
+        _refuse(asked, "needs the index, and engine is 'sequential'; leave engine out")
     folder = folder if is_sequential else storage.absolute(folder)
     info = reader_graph.read_info(folder) if is_sequential else read_info(folder)
     names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
@@ -345,6 +362,13 @@ def _make_order(
         )
     chosen = _choose_seed(seed) if shuffle else None
     return Order(count, batching.size or 1, batching.drop_remainder, chosen, host, num_hosts)
+
+
+def _refuse(asked: Mapping[str, bool], reason: str) -> None:
+    """Raise a UsageError for the first argument that was asked for."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise UsageError(f"{name} {reason}")
 
 
 def _check_seed(shuffle: bool, seed: int | None) -> None:

@@ -107,7 +107,7 @@ def read_examples(
     records = read_records(list(files), compression, shuffle=shuffle, seed=seed, counts=list(files.values()))
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
-        records = records.shuffle(_window(info), seed)
+        records = records.shuffle(shuffle_window(info.shape, tf.as_dtype(info.dtype).size), seed)
     examples = records.map(_parser(info, columns), num_parallel_calls=tf.data.AUTOTUNE)
     return batching.apply(examples).repeat(repeat).prefetch(tf.data.AUTOTUNE)
 
@@ -173,12 +173,16 @@ def _require_count(records: tf.data.Dataset, path: tf.Tensor, count: tf.Tensor) 
     return expected.map(check)
 
 
-def _window(info: DatasetInfo) -> int:
-    """Examples that a shuffle draws from; the same on every machine."""
-    if info.shape is None:
+def shuffle_window(shape: Sequence[int] | None, itemsize: int) -> int:
+    """Examples that a shuffle draws from; the same on every machine.
+
+    Args:
+        shape: of every volume, None where shapes are mixed.
+        itemsize: bytes of a voxel.
+    """
+    if shape is None:
         return _SHUFFLE_BUFFER
-    each = math.prod(info.shape) * int(tf.as_dtype(info.dtype).size)
-    return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // each))
+    return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // (math.prod(shape) * itemsize)))
 
 
 def _parser(info: DatasetInfo, columns: Sequence[Column]) -> Callable[[tf.Tensor], tuple[tf.Tensor, ...]]:

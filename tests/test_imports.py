@@ -19,7 +19,7 @@ PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 ONLY_IMPORTERS = {
     "nibabel": {"formats", "grid", "prepare", "nifti_writer"},
     "scipy": {"prepare"},
-    "tensorflow": {"reader", "reader_columns", "reader_graph", "reader_indexed"},
+    "tensorflow": {"reader", "reader_columns", "reader_graph", "reader_indexed", "reader_layouts"},
     "apache_beam": {
         "coders",
         "transforms",
