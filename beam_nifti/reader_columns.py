@@ -192,9 +192,14 @@ def _describe(name: str, info: DatasetInfo, num_channels: int | None) -> Column:
     fields = schema_of(info.record_config)
     if name in fields.names:
         return _describe_field(fields.field(name), info)
-    kind, _, size = info.features.get(name, "bytes").rstrip("]").partition("[")
     # What is in neither is a further column of the manifest.
-    return Column(name, _FEATURE_DTYPES[kind], (int(size),) if size else ())
+    return Column(name, *parse_kind(info.features.get(name, "bytes")))
+
+
+def parse_kind(kind: str) -> tuple[tf.DType, tuple[int, ...]]:
+    """Dtype and shape of a feature, of its kind such as "float[16]"."""
+    name, _, size = kind.rstrip("]").partition("[")
+    return _FEATURE_DTYPES[name], (int(size),) if size else ()
 
 
 def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:

@@ -19,7 +19,7 @@ from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, no_dataset
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.example import ENDS_FEATURES, SCALING_FEATURES
 from beam_nifti.random_access import check_shards, shards_of
-from beam_nifti.reader_columns import Batching, Column, channels_of, describe_columns
+from beam_nifti.reader_columns import Batching, Column, channels_of, describe_columns, parse_kind
 
 _OPEN_SHARDS: Final = 8
 """Shards that are read at a time. A constant, so that the order is the same on every machine."""
@@ -32,7 +32,6 @@ _SHUFFLE_BYTES: Final = 4 << 30
 
 IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
 LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
-_DTYPES: Final = {"float": tf.float32, "int64": tf.int64, "bytes": tf.string}
 
 # Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
 _NO_SCALING: Final = {"scl_slope": struct.pack("<d", 1.0), "scl_inter": struct.pack("<d", -0.0)}
@@ -98,7 +97,7 @@ def read_examples(
     """
     shards = shards_of(folder, info, split)
     # Of a store one list, which has no sizes, instead of a request for each.
-    check_shards(folder, shards, tf.io.gfile.listdir(folder) if storage.is_remote(folder) else None)
+    check_shards(folder, shards, set(tf.io.gfile.listdir(folder)) if storage.is_remote(folder) else None)
     _check_columns(folder, info, names)
     columns = describe_columns(names, info, channels_of(info))
     batching.check(folder, columns)
@@ -160,16 +159,19 @@ def read_records(
 def _require_count(records: tf.data.Dataset, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
     """The records of a shard; an error that names it, if they are more or fewer."""
     filled = records.concatenate(tf.data.Dataset.from_tensors(b"").repeat()).take(count + 1).enumerate()
-    expected = filled.filter(lambda number, record: (number < count) | (record != b""))
+
+    def is_record(record: tf.Tensor) -> tf.Tensor:
+        return tf.strings.length(record) > 0  # a comparison with b"" would copy it
 
     def check(number: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
         found = tf.where(number < count, "only ", "more than ") + tf.strings.as_string(number)
         says = ": has " + found + " records, and dataset_info.json says " + tf.strings.as_string(count)
         message = path + says + "; copy the dataset again, or run beam-nifti verify"
-        right = (number < count) & (record != b"")
+        right = (number < count) & is_record(record)
         with tf.control_dependencies([tf.debugging.Assert(right, [message])]):
             return tf.identity(record)
 
+    expected = filled.filter(lambda number, record: (number < count) | is_record(record))
     return expected.map(check)
 
 
@@ -197,7 +199,8 @@ def _parser(info: DatasetInfo, columns: Sequence[Column]) -> Callable[[tf.Tensor
             image = _parse_image(features["image_raw"], info, column)
             if info.config["voxel_dtype"] == "native":
                 return rescale(image, features)
-            return tf.cast(image, tf.float32) / (255.0 if info.dtype == "uint8" else 1.0)
+            values = tf.cast(image, tf.float32)
+            return values / 255.0 if info.dtype == "uint8" else values
         if column.name == "mask":
             mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
             mask = tf.ensure_shape(mask, column.shape[:3])
@@ -217,17 +220,13 @@ def _parser(info: DatasetInfo, columns: Sequence[Column]) -> Callable[[tf.Tensor
 
 def _features_of(name: str, info: DatasetInfo) -> dict[str, tf.io.FixedLenFeature]:
     """The features of which a column is made."""
-    if name in ("image", "mask"):
-        needed = [f"{name}_raw"]
-        if name == "image" and info.config["voxel_dtype"] == "native":
-            needed += [feature for feature in (*SCALING_FEATURES, *ENDS_FEATURES) if feature in info.features]
-    else:
-        needed = [name]
+    needed = [f"{name}_raw" if name in ("image", "mask") else name]
+    if name == "image" and info.config["voxel_dtype"] == "native":
+        needed += [feature for feature in (*SCALING_FEATURES, *ENDS_FEATURES) if feature in info.features]
     found = {}
     for feature in needed:
-        kind, _, size = info.features[feature].rstrip("]").partition("[")
-        default = b"" if feature in SCALING_FEATURES else None
-        found[feature] = tf.io.FixedLenFeature([int(size)] if size else [], _DTYPES[kind], default)
+        dtype, shape = parse_kind(info.features[feature])
+        found[feature] = tf.io.FixedLenFeature(shape, dtype, b"" if feature in SCALING_FEATURES else None)
     return found
 
 
@@ -242,6 +241,7 @@ def _parse_image(feature: tf.Tensor, info: DatasetInfo, column: Column) -> tf.Te
 
 
 def _decode_doubles(feature: tf.Tensor) -> tf.Tensor:
+    """The float64 that a feature of bytes holds."""
     return tf.io.decode_raw(feature, tf.float64)
 
 

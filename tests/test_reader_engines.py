@@ -45,13 +45,17 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             write_image(folder / f"{kind}t1-{i}.nii", voxels, **header)
             write_image(folder / f"{kind}t2-{i}.nii", brain(shape, seed=i), **header)
             write_image(folder / f"{kind}seg-{i}.nii", brain(shape, seed=i) % (i + 2), affine=rotated)
+            tiny = voxels.astype(np.float32) * np.float32(
+                1e-42
+            )  # TensorFlow's arithmetic makes zeros of these
+            write_image(folder / f"{kind}tiny-{i}.nii", tiny, affine=rotated)
         rows.append(
             {"participant_id": f"sub-é{i}", "age": 30.5 + i, "sex": "FM"[i % 2], "name": "abc"[: i % 4]}
         )
 
     def make(name: str, path: str, **options: Any) -> Path:
         columns = {"path": "t1", "mask": "seg"} | options.pop("columns", {})
-        cells = {column: f"{path}{column}-{{}}.nii" for column in ("t1", "t2", "seg")}
+        cells = {column: f"{path}{column}-{{}}.nii" for column in ("t1", "t2", "seg", "tiny")}
         if path == "colours-":
             columns, cells = {"path": "t1"}, {"t1": "colours-{}.nii"}
         listed = [r | {c: f.format(i) for c, f in cells.items()} for i, r in enumerate(rows)]
@@ -62,6 +66,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     labels = {"label": "age,sex:class,name:string", "missing_label": "nan"}
     return {
         "labels": make("labels", "", columns=labels),
+        "tiny": make("tiny", "", columns={"path": "tiny"}, rescale="none"),
         "channels": make("channels", "", columns={"path": "t1,t2"}, voxel_dtype="float16"),
         "native": make("native", "", voxel_dtype="native", columns={"label": "age"}),
         "percentiles": make(
@@ -106,6 +111,7 @@ ENDS = ["rescale_low", "rescale_high"]
         ("labels", {"label": ["sex", "name", "age"], "batch_size": 2}),
         ("labels", {"target": "mask", "batch_size": 3, "drop_remainder": True}),
         ("labels", {"as_dict": True, "columns": [*OF_ALL, "mask", "label/age", "label/sex", "label/name"]}),
+        ("tiny", {"batch_size": 2}),
         ("channels", {"batch_size": 2}),
         ("channels", {"as_dict": True, "batch_size": 2, "columns": [*OF_ALL, "mask"], "repeat": 2}),
         ("native", {"as_dict": True, "columns": [*OF_ALL, "scl_inter"]}),

@@ -71,6 +71,41 @@ def test_only_the_step_changes_while_a_run_lasts(dataset: Path) -> None:
     assert state_after(0, dataset, **ORDER) | {"step": 7} == state_after(7, dataset, **ORDER)
 
 
+def test_a_training_goes_on_with_what_it_has_not_seen(dataset: Path) -> None:
+    """It has consumed as many batches as the optimizer says, whatever was read ahead."""
+
+    class Interrupt(tf.keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if int(self.model.optimizer.iterations) == 8:
+                raise KeyboardInterrupt
+
+    def make() -> Any:
+        tf.keras.utils.set_random_seed(1)
+        layers = [tf.keras.Input((2, 2, 2, 1)), tf.keras.layers.Flatten(), tf.keras.layers.Dense(1)]
+        network = tf.keras.Sequential(layers)
+        network.compile(optimizer=tf.keras.optimizers.SGD(1e-3), loss="mse")
+        return network
+
+    def weights(network: Any) -> list[list[float]]:
+        return [w.tolist() for w in network.get_weights()]
+
+    whole, interrupted = make(), make()
+    quiet: dict[str, Any] = {"verbose": 0, "shuffle": False}
+    whole.fit(load_dataset(dataset, repeat=True, **ORDER), steps_per_epoch=14, **quiet)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.fit(
+            load_dataset(dataset, repeat=True, **ORDER),
+            steps_per_epoch=14,
+            callbacks=[Interrupt()],
+            **quiet,
+        )
+    assert weights(interrupted) != weights(whole)
+    state = state_after(int(interrupted.optimizer.iterations), dataset, **ORDER)
+    rest = load_dataset(dataset, repeat=True, start_state=state, **ORDER)
+    interrupted.fit(rest, steps_per_epoch=6, **quiet)
+    assert weights(interrupted) == weights(whole)
+
+
 def test_what_does_not_change_the_order_may_be_another(dataset: Path, tmp_path: Path) -> None:
     """Another place, more epochs, another part of the examples."""
     whole = [list(x) for x in rows(load_dataset(dataset, as_dict=True, columns=["row"], repeat=3, **ORDER))]
