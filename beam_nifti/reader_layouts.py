@@ -74,7 +74,8 @@ def read_files(
 
     def parse(record: tf.Tensor) -> tuple[tf.Tensor, ...]:
         features = tf.io.parse_single_example(record, wanted)
-        return tuple(_finish(cell, cell.parse(features), varies) for cell in cells)
+        image, *label = (_finish(cell, cell.parse(features), varies) for cell in cells)
+        return tf.cast(image, tf.float32), *label
 
     records = read_records(files, compression, shuffle=shuffle, seed=seed)
     if shuffle:
@@ -114,17 +115,18 @@ def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool) -> tf.Tensor:
 
 def _describe_plain(first: _Features) -> list[_Cell]:
     """A serialized tensor, and a number or none."""
-    stored = decode_tensor(first["image_raw"])
+    stored, label = decode_tensor(first["image_raw"]), first.get("label")
+    dtype = tf.as_dtype(stored.dtype.name)
     image = _Cell(
         {"image_raw": tf.io.FixedLenFeature([], tf.string)},
-        lambda features: tf.cast(
-            tf.io.parse_tensor(features["image_raw"], tf.as_dtype(stored.dtype.name)), tf.float32
-        ),
+        lambda features: tf.io.parse_tensor(features["image_raw"], dtype),
         stored.shape,
     )
-    if "label" not in first:
+    if label is None:
         return [image]
-    kind = tf.io.FixedLenFeature([], tf.as_dtype(first["label"].dtype.name))
+    if not isinstance(label, np.ndarray) or label.size != 1:
+        raise ValueError("label is not one number")
+    kind = tf.io.FixedLenFeature([], tf.as_dtype(label.dtype.name))
     return [image, _Cell({"label": kind}, lambda features: features["label"], ())]
 
 

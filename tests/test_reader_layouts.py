@@ -102,6 +102,7 @@ def test_volumes_of_different_shapes(tmp_path: Path) -> None:
 
 def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
     write_plain(tmp_path / "plain", [SHAPE], label=float)
+    write_plain(tmp_path / "named", [SHAPE], label=lambda i: b"patient")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("no TFRecord at all, but long enough")
     with tf.io.TFRecordWriter(str(tmp_path / "short")) as writer:
@@ -115,6 +116,7 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
             "nobrainer",
             r"plain: its first record has no feature/value, .* but image_raw, label; choose",
         ),
+        ("named", "plain", "named: its first record is not of layout='plain' .*label is not one number"),
         ("absent*", "plain", r"absent\*: no file matches; give the glob"),
         ("empty", "plain", "empty: holds no record; leave the file out"),
         ("text", "plain", "text: its first record cannot be read .*; is it a TFRecord"),

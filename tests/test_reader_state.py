@@ -40,7 +40,7 @@ def rows(elements: Any) -> list[list[int]]:
     return [e["row"].numpy().reshape(-1).tolist() for e in elements]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_the_rest_is_that_of_the_uninterrupted_run(dataset: Path, data: st.DataObject) -> None:
     num_hosts = data.draw(st.integers(1, 4), "hosts")
