@@ -12,7 +12,7 @@ import pytest
 
 from beam_nifti.errors import BeamNiftiError
 from tests.build_helpers import build
-from tests.datasets import edit_index, edit_info, edit_record, info_of, set_cell
+from tests.datasets import edit_index, edit_info, edit_record, set_cell
 from tests.images import write_cohort
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -177,4 +177,22 @@ def test_known_when_it_is_read(
     elements = load_dataset(copy, batch_size=2, engine=engine)
     with pytest.raises(tf.errors.OpError, match=message):
         list(elements)
-    assert len(info_of(copy).shards) == 2
+
+
+def test_a_url_of_tensorflow(dataset: Path) -> None:
+    """One list of the folder says which shards are there, and reading that they are whole."""
+    url = "ram://reader/errors"
+    for path in (dataset / "dataset_info.json", *dataset.glob("*.tfrecord")):
+        with tf.io.gfile.GFile(f"{url}/{path.name}", "wb") as handle:
+            handle.write(path.read_bytes())
+    elements = load_dataset(url, as_dict=True, columns=["id"], engine="sequential")
+    assert sorted(e["id"].numpy() for e in elements) == [f"sub-000{i}".encode() for i in range(6)]
+    with tf.io.gfile.GFile(f"{url}/{SHARD}", "wb") as handle:
+        handle.write((dataset / SHARD).read_bytes() * 2)
+    with pytest.raises(tf.errors.OpError, match=rf"{url}/{SHARD}: has more than 3 records"):
+        list(load_dataset(url))
+    tf.io.gfile.remove(f"{url}/{SHARD}")
+    with pytest.raises(
+        BeamNiftiError, match=rf"{url}/{SHARD}: the shard is missing; {REBUILD} build it again"
+    ):
+        load_dataset(url)
