@@ -45,9 +45,8 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             write_image(folder / f"{kind}t1-{i}.nii", voxels, **header)
             write_image(folder / f"{kind}t2-{i}.nii", brain(shape, seed=i), **header)
             write_image(folder / f"{kind}seg-{i}.nii", brain(shape, seed=i) % (i + 2), affine=rotated)
-            tiny = voxels.astype(np.float32) * np.float32(
-                1e-42
-            )  # TensorFlow's arithmetic makes zeros of these
+            # Subnormal: TensorFlow's arithmetic makes zeros of these.
+            tiny = voxels.astype(np.float32) * np.float32(1e-42)
             write_image(folder / f"{kind}tiny-{i}.nii", tiny, affine=rotated)
         rows.append(
             {"participant_id": f"sub-é{i}", "age": 30.5 + i, "sex": "FM"[i % 2], "name": "abc"[: i % 4]}
@@ -70,11 +69,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "channels": make("channels", "", columns={"path": "t1,t2"}, voxel_dtype="float16"),
         "native": make("native", "", voxel_dtype="native", columns={"label": "age"}),
         "percentiles": make(
-            "percentiles",
-            "",
-            voxel_dtype="native",
-            columns={"path": "t1,t2"},
-            rescale="percentile:5,95",
+            "percentiles", "", voxel_dtype="native", columns={"path": "t1,t2"}, rescale="percentile:5,95"
         ),
         "mixed": make("mixed", "mixed-", voxel_dtype="native", allow_mixed_shapes=True),
         "mixed channels": make(
@@ -116,10 +111,7 @@ ENDS = ["rescale_low", "rescale_high"]
         ("channels", {"as_dict": True, "batch_size": 2, "columns": [*OF_ALL, "mask"], "repeat": 2}),
         ("native", {"as_dict": True, "columns": [*OF_ALL, "scl_inter"]}),
         ("native", {"as_dict": True}),
-        (
-            "percentiles",
-            {"as_dict": True, "columns": ["image", *ENDS], "batch_size": 5},
-        ),
+        ("percentiles", {"as_dict": True, "columns": ["image", *ENDS], "batch_size": 5}),
         ("mixed", {"target": "mask"}),
         ("mixed", {"target": "mask", "batch_size": 3, "pad": True}),
         ("mixed", {"target": "mask", "batch_size": 3, "ragged": True}),
