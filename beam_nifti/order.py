@@ -18,7 +18,7 @@ class Order:
     Attributes:
         count: of the records, those of all hosts.
         batch_size: records a step. The last step of an epoch may have fewer.
-        drop_remainder: leave that one out.
+        drop_remainder: leave that one out, and what only some hosts have: all have as many steps.
         seed: of the shuffling, at least 0; None keeps the records in their order.
         host: which host this is, from 0.
         num_hosts: how many there are. Host i reads the i-th of every `num_hosts` records of an epoch.
@@ -34,8 +34,10 @@ class Order:
     @property
     def num_steps(self) -> int:
         """Steps an epoch."""
+        if self.drop_remainder:
+            return self.count // self.num_hosts // self.batch_size
         share = len(range(self.host, self.count, self.num_hosts))
-        return share // self.batch_size if self.drop_remainder else -(-share // self.batch_size)
+        return -(-share // self.batch_size)
 
     def batch(self, step: int) -> Numbers:
         """The numbers of the records of a step.

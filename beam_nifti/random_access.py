@@ -105,13 +105,8 @@ class Dataset:
         where: str | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
-        output, parts = storage.absolute(os.fspath(path)), parse_split(split)
-        condition = None if where is None else Condition(where)
-        self._records = _open(output, parts, columns, {*condition.columns, "row"} if condition else ())
-        self._rows = self._records.rows_of(parts)
-        if condition:
-            rows = np.asarray(self._rows)
-            self._rows = rows[condition.select(self._records.table.take(rows))]
+        output = storage.absolute(os.fspath(path))
+        self._records, self._rows = _select(output, read_info(output), split, where, columns)
 
     def __len__(self) -> int:
         """How many records there are."""
@@ -216,6 +211,27 @@ class Dataset:
         return table.select(columns or table.column_names).take(np.asarray(self._rows))
 
     @classmethod
+    def of_info(
+        cls,
+        output: str,
+        info: DatasetInfo,
+        split: str = "train",
+        *,
+        where: str | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> Dataset:
+        """As `Dataset(output, …)`, where its dataset_info.json was read already.
+
+        Args:
+            output: the dataset's folder, absolute, or its URL.
+            info: what dataset_info.json says.
+            split: as `Dataset`.
+            where: as `Dataset`.
+            columns: as `Dataset`.
+        """
+        return cls._of(*_select(output, info, split, where, columns))
+
+    @classmethod
     def _of(cls, records: _Records, rows: _Rows) -> Dataset:
         """A dataset of some rows of what is open already."""
         dataset = cls.__new__(cls)
@@ -239,7 +255,7 @@ class Dataset:
 
 def _reopen(output: str, splits: Sequence[str], columns: Sequence[str], digest: str, rows: _Rows) -> Dataset:
     """The dataset that was pickled."""
-    records = _open(output, [SplitPart(name) for name in splits], columns)
+    records = _open(output, read_info(output), [SplitPart(name) for name in splits], columns)
     if records.digest != digest:
         raise DatasetError(f"{output}: was built again after it was opened; open it again")
     return Dataset._of(records, rows)
@@ -452,8 +468,27 @@ def read_info(output: str) -> DatasetInfo:
         raise no_dataset(output) from e
 
 
+def default_columns(info: DatasetInfo) -> tuple[str, ...]:
+    """The columns of a dataset where none are asked for."""
+    return tuple(name for name in _DEFAULT_COLUMNS if info.labelled or name != "label")
+
+
+def _select(
+    output: str, info: DatasetInfo, split: str, where: str | None, columns: Sequence[str] | None
+) -> tuple[_Records, _Rows]:
+    """Records, and which of their rows `split` and `where` take; as `Dataset`."""
+    parts, condition = parse_split(split), None if where is None else Condition(where)
+    records = _open(output, info, parts, columns, {*condition.columns, "row"} if condition else ())
+    rows = records.rows_of(parts)
+    if condition:
+        rows = np.asarray(rows)
+        rows = rows[condition.select(records.table.take(rows))]
+    return records, rows
+
+
 def _open(
     output: str,
+    info: DatasetInfo,
     parts: Sequence[SplitPart],
     columns: Sequence[str] | None,
     asked: Collection[str] = (),
@@ -462,6 +497,7 @@ def _open(
 
     Args:
         output: the dataset's folder.
+        info: of it.
         parts: name the splits.
         columns: of an element; None means the default.
         asked: columns of the index, besides.
@@ -469,16 +505,11 @@ def _open(
     Raises:
         DatasetError, UsageError: as `Dataset`.
     """
-    info = read_info(output)
     splits = tuple(dict.fromkeys(part.name for part in parts))
-    try:
-        shards = [shard for name in splits for shard in info.split(name).shards]
-    except DatasetError as e:
-        raise DatasetError(f"{output}: {e}") from None
-    _check_shards(output, shards)
-    if columns is None:
-        columns = [name for name in _DEFAULT_COLUMNS if info.labelled or name != "label"]
-    columns = tuple(dict.fromkeys(columns))
+    shards = [shard for name in splits for shard in shards_of(output, info, name)]
+    # Of a store one list, which has no sizes, instead of a request for each.
+    check_shards(output, shards, set(storage.list_files(output)) if storage.is_remote(output) else None)
+    columns = tuple(dict.fromkeys(default_columns(info) if columns is None else columns))
     from_index = {name for name in columns if name != "id" and not _has_tensor(name, info)}
     table = _read_indexes(output, shards, {"example_id", "offset", "length", *from_index, *asked})
     in_records = {name.removesuffix(_TENSOR) for name in info.features}
@@ -492,10 +523,29 @@ def _open(
     return _Records(output, digest, info, info.record_config, splits, table, columns)
 
 
-def _check_shards(output: str, shards: Sequence[ShardInfo]) -> None:
-    """Find what is missing or cut off before training reaches it."""
-    # Of a store one list, which has no sizes, instead of a request for each.
-    present = set(storage.list_files(output)) if storage.is_remote(output) else None
+def shards_of(output: str, info: DatasetInfo, split: str) -> tuple[ShardInfo, ...]:
+    """The shards of a split.
+
+    Raises:
+        DatasetError: there is none of that name.
+    """
+    try:
+        return info.split(split).shards
+    except DatasetError as e:
+        raise DatasetError(f"{output}: {e}") from None
+
+
+def check_shards(output: str, shards: Sequence[ShardInfo], present: Collection[str] | None = None) -> None:
+    """Find what is missing or cut off before training reaches it.
+
+    Args:
+        output: the dataset's folder.
+        shards: that are to be read.
+        present: names of the files that are there; None looks for each, and at its size.
+
+    Raises:
+        DatasetError: a shard is missing, or has another size than dataset_info.json says.
+    """
     for shard in shards:
         path = storage.join(output, shard.name)
         try:

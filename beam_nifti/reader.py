@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import tensorflow as tf
 
@@ -19,8 +19,11 @@ from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.example import label_feature
 from beam_nifti.order import Order
-from beam_nifti.random_access import Dataset, read_info
-from beam_nifti.reader_indexed import describe_columns, read_indexed
+from beam_nifti.random_access import Dataset, default_columns, read_info
+from beam_nifti.reader_columns import Batching
+from beam_nifti.reader_indexed import read_indexed
+from beam_nifti.reader_layouts import LAYOUTS, read_files
+from beam_nifti.reader_state import check_state, describe_state
 from beam_nifti.split_spec import SplitPart, parse_split
 
 _INDEX_FOLDER: Final = "index"
@@ -44,13 +47,16 @@ def load_dataset(
     as_dict: bool = False,
     columns: Sequence[str] | None = None,
     pad: bool = False,
+    ragged: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     engine: Literal["indexed", "sequential"] | None = None,
+    start_state: Mapping[str, Any] | None = None,
+    layout: Literal["plain", "nobrainer"] | None = None,
 ) -> tf.data.Dataset:
-    """Open one split of a complete dataset.
+    """Open one split of a complete dataset, or, with `layout`, files of others.
 
     Args:
-        path: the dataset's folder, or a URL.
+        path: the dataset's folder, or a URL; with `layout` a glob.
         split: such as "train"; with the indexed engine also a part, such as `train[:80%]`, or several,
             `train+test`, as `random_access.Dataset` takes them.
         batch_size: examples a batch; None gives single examples, without the axis B. A batch ends with its
@@ -79,14 +85,23 @@ def load_dataset(
             label (where there are any), id, affine and zooms.
         pad: fill volumes, or other columns, of different shapes with zeros, at their ends, up to the largest
             of a batch, as `padded_batch` does; else they cannot be batched.
+        ragged: instead make batches of them that are `tf.RaggedTensor`, as `ragged_batch` does.
         on_error: "skip" leaves out records that are damaged and warns of each, once, by `logging`.
             Cardinality is unknown then, and `start` also counts the batches of which nothing was left.
         engine: "indexed" reads records by their places in the index, with threads of Python; "sequential"
-            reads shards from end to end, all in TensorFlow, and takes none of `start`, `shard`, `where`,
-            `as_dict`, `on_error`, or parts of splits. None means indexed where the dataset is on the local
-            disk with its index, or where one of those is asked for; else sequential. The indexed engine
-            takes about half of the CPU time (docs/reading.md). As it calls Python, its datasets can neither
-            be saved in a graph nor go to another process, such as that of a tf.data service.
+            reads shards from end to end, all in TensorFlow, and takes none of `start`, `start_state`,
+            `shard`, `where`, `on_error`, parts of splits, and columns that only the index has. None means
+            indexed where the dataset is on the local disk with its index, or where one of those is asked for,
+            or `as_dict` of a URL; else sequential. The indexed engine takes about half of the CPU time
+            (docs/reading.md). As it calls Python, its datasets can neither be saved in a graph nor go to
+            another process, such as that of a tf.data service.
+        start_state: instead of `start`: what `state_after` says of the run that is to go on. It is refused
+            where that run read another dataset, or in another order.
+        layout: of TFRecords that others wrote, whose glob `path` is: "nobrainer", of nobrainer 1.x, or
+            "plain", of records with the features `image_raw`, a serialized tensor, and `label`, a number. All
+            volumes have the shape of the first, unless `pad` or `ragged` lets them differ. X is float32 as it
+            is stored, y a number or, of label maps, a volume, in its stored dtype; the cardinality is
+            unknown. None is for datasets of beam-nifti.
 
     Returns:
         A dataset of known cardinality. Its elements are X, float32 of shape (B, x, y, z, 1), or
@@ -107,89 +122,122 @@ def load_dataset(
         UsageError: the arguments do not fit together or to the dataset, or volumes of different shapes are to
             be batched.
     """
-    _check_batching(batch_size, drop_remainder)
+    batching = Batching(batch_size, drop_remainder, pad, ragged)
     _check_choice("target", target, "label", "mask")
     _check_choice("on_error", on_error, "raise", "skip")
     _check_choice("engine", engine or "indexed", "indexed", "sequential")
-    if seed is not None and not shuffle:
-        raise UsageError(f"seed is {seed}, but nothing is shuffled; add shuffle=True")
+    _check_seed(shuffle, seed)
     if columns is not None and not as_dict:
         raise UsageError("columns are those of dictionaries; add as_dict=True")
-    epochs = _count_epochs(repeat)
-    host, num_hosts = _place_of_host(shard)
-    if shuffle and seed is None and (start or num_hosts > 1):
-        raise UsageError(
-            f"{'start' if start else 'shard'} needs an order that is known beforehand; give a seed, the same "
-            "in every run and on every host"
-        )
-    folder, parts = os.fspath(path).rstrip("/"), parse_split(split)
+    epochs, folder, parts = _count_epochs(repeat), os.fspath(path).rstrip("/"), parse_split(split)
     asked = {
         "start": start != 0,
+        "start_state": start_state is not None,
         "shard": shard is not None,
         "where": where is not None,
-        "as_dict": as_dict,
         "on_error": on_error != "raise",
         f"split {split!r}": parts != (SplitPart(parts[0].name),),
     }
-    of_index = [name for name, is_asked in asked.items() if is_asked]
-    if (engine or _choose_engine(folder, bool(of_index))) == "sequential":
-        if of_index:
-            raise UsageError(f"{of_index[0]} needs the index, and engine is 'sequential'; leave engine out")
-        info = reader_graph.read_info(folder)
-        targets = _choose_targets(folder, info, target, label)
+    if layout is not None:
+        _check_choice("layout", layout, *LAYOUTS)
+        asked |= {
+            f"split {split!r}": split != "train",
+            "target": target != "label",
+            "label": label is not None,
+            "as_dict": as_dict,
+            "engine='indexed'": engine == "indexed",
+        }
+        _refuse(asked, f"needs a dataset_info.json, and files of layout={layout!r} have none; leave it out")
+        return read_files(folder, layout, batching, shuffle=shuffle, seed=seed, repeat=epochs)
+    is_sequential = (engine or _choose_engine(folder, any(asked.values()), as_dict)) == "sequential"
+    if is_sequential:
+        _refuse(asked, "needs the index, and engine is 'sequential'; leave engine out")
+    folder = folder if is_sequential else storage.absolute(folder)
+    info = reader_graph.read_info(folder) if is_sequential else read_info(folder)
+    names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
+    if is_sequential:
         examples = reader_graph.read_examples(
-            folder, info, split, list(targets.values()), shuffle=shuffle, seed=seed
+            folder, info, split, names, batching, shuffle=shuffle, seed=seed, repeat=epochs
         )
-        if batch_size is not None:
-            _check_shapes(folder, batch_size, pad, [] if info.shape else ["image"])
-            batch = examples.padded_batch if pad else examples.batch
-            examples = batch(batch_size, drop_remainder=drop_remainder)
-        examples = _pack(examples.repeat(epochs), targets, label)
-        return examples.prefetch(tf.data.AUTOTUNE)
-    output = storage.absolute(folder)
-    info = read_info(output)
-    if not as_dict:
-        targets = _choose_targets(output, info, target, label)
-        columns = ["image", *targets.values()]
-    records = Dataset(output, split, where=where, columns=columns)
-    described = describe_columns(records)
-    _check_shapes(output, batch_size, pad, [c.name for c in described if None in c.shape])
-    order = Order(
-        len(records),
-        batch_size or 1,
-        drop_remainder,
-        _choose_seed(seed) if shuffle else None,
-        host,
-        num_hosts,
-    )
-    total = None if epochs is None else order.num_steps * epochs
-    if start < 0 or (total is not None and start > total):
-        raise UsageError(
-            f"start is {start}, and there are {total} elements in all epochs; raise repeat, or start at 0"
+    else:
+        records = Dataset.of_info(folder, info, split, where=where, columns=names)
+        resumes = "start" if start else "start_state" if start_state is not None else None
+        order = _make_order(len(records), batching, shuffle, seed, shard, resumes)
+        if start_state is not None:
+            if start or on_error == "skip":
+                other = "start" if start else "on_error='skip', which leaves batches uncounted,"
+                raise UsageError(f"start_state and {other} do not go together; leave one of them out")
+            start = check_state(folder, start_state, describe_state(info, split, where, order, 0))
+        examples = read_indexed(
+            records, order, batching, repeat=epochs, start=start, skips=on_error == "skip"
         )
-    examples = read_indexed(
-        records,
-        described,
-        order,
-        is_batched=batch_size is not None,
-        repeat=epochs,
-        start=start,
-        skips=on_error == "skip",
-    )
+    return examples.map(pack)
+
+
+def state_after(
+    step: int,
+    path: str | os.PathLike[str],
+    split: str = "train",
+    batch_size: int | None = None,
+    *,
+    shuffle: bool = False,
+    seed: int | None = None,
+    drop_remainder: bool = False,
+    shard: tuple[int, int] | tf.distribute.InputContext | None = None,
+    where: str | None = None,
+) -> dict[str, Any]:
+    """What `load_dataset(…, start_state=…)` takes to go on where a run stood.
+
+    A dataset reads ahead of the training that it feeds, so only the training knows how far it came: count its
+    steps, as Keras does in `optimizer.iterations`. Nothing but that count changes while a run lasts, so that
+    `state | {"step": step}` is the state of another step.
+
+    Args:
+        step: elements (batches, if there are such) that were consumed, since the beginning and across epochs.
+        path: as `load_dataset` takes it, like all that follow: what decides which examples come when.
+        split: see there.
+        batch_size: see there.
+        shuffle: see there.
+        seed: see there; `shuffle` needs one.
+        drop_remainder: see there.
+        shard: see there.
+        where: see there.
+
+    Returns:
+        Numbers, strings and lists, for JSON. `steps_per_epoch` is among them.
+
+    Raises:
+        DatasetError: as `load_dataset`.
+        UsageError: as `load_dataset`; `step` is below 0.
+    """
+    if step < 0:
+        raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
+    _check_seed(shuffle, seed)
+    records = Dataset(path, split, where=where, columns=["id"])
+    batching = Batching(batch_size, drop_remainder)
+    order = _make_order(len(records), batching, shuffle, seed, shard, "state_after")
+    return describe_state(records.info, split, where, order, step)
+
+
+def _choose_elements(
+    folder: str,
+    info: DatasetInfo,
+    target: str,
+    label: str | Sequence[str] | None,
+    as_dict: bool,
+    columns: Sequence[str] | None,
+) -> tuple[tuple[str, ...], Callable[..., Any]]:
+    """The columns that are read, and what makes an element of their cells."""
     if as_dict:
-        return examples.map(lambda *cells: dict(zip(records.columns, cells, strict=True)))
-    return _pack(examples, targets, label)
-
-
-def _pack(
-    examples: tf.data.Dataset, targets: Mapping[str, str], label: str | Sequence[str] | None
-) -> tf.data.Dataset:
-    """From tuples of X and all targets to elements."""
+        names = default_columns(info) if columns is None else tuple(dict.fromkeys(columns))
+        return names, lambda *cells: dict(zip(names, cells, strict=True))
+    targets = _choose_targets(folder, info, target, label)
+    names = ("image", *targets.values())
     if not targets:
-        return examples.map(lambda image: image)
+        return names, lambda image: image
     if label is None or isinstance(label, str):
-        return examples
-    return examples.map(lambda image, *cells: (image, dict(zip(targets, cells, strict=True))))
+        return names, lambda *cells: cells
+    return names, lambda image, *cells: (image, dict(zip(targets, cells, strict=True)))
 
 
 def _choose_targets(
@@ -204,9 +252,9 @@ def _choose_targets(
         return {"mask": "mask"}
     if label is None:
         if info.labels and info.labels[0].kind == "string":
-            choices = ", ".join(column.name for column in info.labels)
             raise UsageError(
-                f"the first label is a string and no number; choose y with label=, one of: {choices}"
+                f"{folder}: the first label is a string and no number; choose y with label=, one of: "
+                f"{', '.join(column.name for column in info.labels)}"
             )
         return {"label": "label"} if info.labelled else {}
     known = {column.name: label_feature(column.name) for column in info.labels}
@@ -216,7 +264,7 @@ def _choose_targets(
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         wanted = ", ".join(map(repr, unknown)) or "none"
-        raise UsageError(f"label is {wanted}; the dataset has {', '.join(known) or 'no labels'}")
+        raise UsageError(f"{folder}: label is {wanted}; the dataset has {', '.join(known) or 'no labels'}")
     return {name: known[name] for name in names}
 
 
@@ -238,7 +286,7 @@ def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.
         DatasetError: a file is missing, or the glob matches none.
         UsageError: batch_size is below 1.
     """
-    _check_batching(batch_size, drop_remainder=False)
+    batching = Batching(batch_size)
     if isinstance(files, str):
         found = sorted(tf.io.gfile.glob(files))
         if not found:
@@ -258,13 +306,14 @@ def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.
 
     records = tf.data.TFRecordDataset(found, "GZIP")
     examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
-    return examples.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    return batching.apply(examples).prefetch(tf.data.AUTOTUNE)
 
 
-def _choose_engine(folder: str, needs_index: bool) -> str:
+def _choose_engine(folder: str, needs_index: bool, as_dict: bool) -> str:
     """The faster engine, where it can be had without another way to reach the files."""
-    has_index = not storage.is_remote(folder) and Path(folder, _INDEX_FOLDER).is_dir()
-    return "indexed" if has_index or needs_index else "sequential"
+    if storage.is_remote(folder):
+        return "indexed" if needs_index or as_dict else "sequential"
+    return "indexed" if needs_index or Path(folder, _INDEX_FOLDER).is_dir() else "sequential"
 
 
 def _choose_seed(seed: int | None) -> int:
@@ -296,23 +345,37 @@ def _place_of_host(shard: tuple[int, int] | tf.distribute.InputContext | None) -
     return host, num_hosts
 
 
-def _check_shapes(folder: str, batch_size: int | None, pad: bool, varying: Sequence[str]) -> None:
-    """Refuse to put into a batch what has different shapes."""
-    if varying and not pad and batch_size not in (None, 1):
-        what = "the volumes" if varying[0] in ("image", "mask") else varying[0]
+def _make_order(
+    count: int,
+    batching: Batching,
+    shuffle: bool,
+    seed: int | None,
+    shard: tuple[int, int] | tf.distribute.InputContext | None,
+    resumes: str | None,
+) -> Order:
+    """The order of so many records; `resumes` names the argument that needs to know it beforehand."""
+    host, num_hosts = _place_of_host(shard)
+    if shuffle and seed is None and (resumes or num_hosts > 1):
         raise UsageError(
-            f"batch_size is {batch_size}, but {what} of {folder} have different shapes; use batch_size=1 or "
-            "None, or pad=True"
+            f"{resumes or 'shard'} needs an order that is known beforehand; give a seed, the same in every "
+            "run and on every host"
         )
+    chosen = _choose_seed(seed) if shuffle else None
+    return Order(count, batching.size or 1, batching.drop_remainder, chosen, host, num_hosts)
+
+
+def _refuse(asked: Mapping[str, bool], reason: str) -> None:
+    """Raise a UsageError for the first argument that was asked for."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise UsageError(f"{name} {reason}")
+
+
+def _check_seed(shuffle: bool, seed: int | None) -> None:
+    if seed is not None and not shuffle:
+        raise UsageError(f"seed is {seed}, but nothing is shuffled; add shuffle=True")
 
 
 def _check_choice(name: str, value: str, *choices: str) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r}; choose {' or '.join(map(repr, choices))}")
-
-
-def _check_batching(batch_size: int | None, drop_remainder: bool) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}; it must be at least 1")
-    if drop_remainder and batch_size is None:
-        raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")

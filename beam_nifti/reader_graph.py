@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import tensorflow as tf
 
+from beam_nifti import storage
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, no_dataset
-from beam_nifti.errors import DatasetError
-from beam_nifti.example import ENDS_FEATURES
+from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.example import ENDS_FEATURES, SCALING_FEATURES
+from beam_nifti.random_access import check_shards, shards_of
+from beam_nifti.reader_columns import Batching, Column, channels_of, describe_columns, parse_kind
 
 _OPEN_SHARDS: Final = 8
 """Shards that are read at a time. A constant, so that the order is the same on every machine."""
@@ -28,20 +31,11 @@ _SHUFFLE_BYTES: Final = 4 << 30
 """Voxels in that buffer, at most: 64 float32 volumes of 256×256×256, 8 of 512×512×512."""
 
 IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
-_MASK: Final = {"mask_raw": tf.io.FixedLenFeature([], tf.string)}
 LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
-_LABEL_TYPES: Final = {
-    "float": tf.io.FixedLenFeature([], tf.float32),
-    "int64": tf.io.FixedLenFeature([], tf.int64),
-    "bytes": tf.io.FixedLenFeature([], tf.string),
-}
+
 # Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
-_SCALING: Final = {
-    "scl_slope": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", 1.0)),
-    "scl_inter": tf.io.FixedLenFeature([], tf.string, struct.pack("<d", -0.0)),
-}
-_ENDS: Final = {name: tf.io.FixedLenFeature([], tf.string) for name in ENDS_FEATURES}
-_DOUBLES: Final = {**_SCALING, **_ENDS}
+_NO_SCALING: Final = {"scl_slope": struct.pack("<d", 1.0), "scl_inter": struct.pack("<d", -0.0)}
+"""What stands for these features where the header does not scale: records lack them then."""
 
 _NORMAL: Final = 2.0**-126
 _STEP: Final = 2.0**-149
@@ -75,117 +69,202 @@ def read_info(folder: str) -> DatasetInfo:
 
 
 def read_examples(
-    folder: str, info: DatasetInfo, split: str, targets: Sequence[str], *, shuffle: bool, seed: int | None
+    folder: str,
+    info: DatasetInfo,
+    split: str,
+    names: Sequence[str],
+    batching: Batching,
+    *,
+    shuffle: bool,
+    seed: int | None,
+    repeat: int | None,
 ) -> tf.data.Dataset:
-    """The examples of a split, as tuples of X and the targets.
+    """A dataset whose elements are tuples of tensors, one a column.
 
     Args:
         folder: of the dataset.
         info: of it.
         split: name of one.
-        targets: features of labels, or "mask".
+        names: of the columns.
+        batching: of the examples.
         shuffle: whether to change their order.
         seed: of that.
+        repeat: how many epochs; None means without end.
 
     Raises:
-        DatasetError: there is no such split, or a shard is missing.
+        DatasetError: there is no such split, or a shard is missing or cut off.
+        UsageError: records have no such column, or examples of different shapes are to be batched.
     """
-    files = _shard_files(folder, info, split)
+    shards = shards_of(folder, info, split)
+    # Of a store one list, which has no sizes, instead of a request for each.
+    check_shards(folder, shards, set(tf.io.gfile.listdir(folder)) if storage.is_remote(folder) else None)
+    _check_columns(folder, info, names)
+    columns = describe_columns(names, info, channels_of(info))
+    batching.check(folder, columns)
     compression = "GZIP" if info.config["compression"] == "gzip" else ""
-    names = tf.data.Dataset.from_tensor_slices(files)
-    if shuffle:
-        names = names.shuffle(len(files), seed)
-    records = names.interleave(
-        lambda name: tf.data.TFRecordDataset(name, compression),
-        cycle_length=min(_OPEN_SHARDS, len(files)),
-        num_parallel_calls=tf.data.AUTOTUNE,
-    )
-    # Ends an epoch with an error if a shard holds other than what dataset_info.json says.
+    files = {storage.join(folder, shard.name): shard.num_examples for shard in shards}
+    records = read_records(list(files), compression, shuffle=shuffle, seed=seed, counts=list(files.values()))
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
-        records = records.shuffle(_window(info), seed)
-    return records.map(_parser(info, targets), num_parallel_calls=tf.data.AUTOTUNE)
+        records = records.shuffle(shuffle_window(info.shape, tf.as_dtype(info.dtype).size), seed)
+    examples = records.map(_parser(info, columns), num_parallel_calls=tf.data.AUTOTUNE)
+    return batching.apply(examples).repeat(repeat).prefetch(tf.data.AUTOTUNE)
 
 
-def _window(info: DatasetInfo) -> int:
-    """Examples that a shuffle draws from; the same on every machine."""
-    if info.shape is None:
-        return _SHUFFLE_BUFFER
-    each = math.prod(info.shape) * int(tf.as_dtype(info.dtype).size)
-    return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // each))
+def _check_columns(folder: str, info: DatasetInfo, names: Sequence[str]) -> None:
+    """Refuse columns that records do not have.
 
-
-def _shard_files(folder: str, info: DatasetInfo, split: str) -> list[str]:
-    """Paths of a split's shards, all of which are there."""
-    shards = info.split(split).shards
-    present = set(tf.io.gfile.listdir(folder))  # one request, however many shards
-    missing = [s.name for s in shards if s.name not in present]
-    if missing:
-        raise DatasetError(
-            f"{folder}: {len(missing)} of {len(shards)} shards of split {split!r} are missing, "
-            f"{missing[0]} among them; copy the dataset again, or build it again with --overwrite"
+    Raises:
+        UsageError: there is such a one.
+    """
+    known = sorted(name.removesuffix("_raw") for name in info.features)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UsageError(
+            f"{folder}: records have no column {unknown[0]!r}; choose among {', '.join(known)}, or, for a "
+            "column of the index, engine='indexed'"
         )
-    return [f"{folder}/{s.name}" for s in shards]
 
 
-def _parser(info: DatasetInfo, targets: Sequence[str]) -> Callable[[tf.Tensor], Any]:
-    """From a serialized Example to X and the targets."""
-    native = info.config["voxel_dtype"] == "native"
-    has_ends = native and "rescale_low" in info.features
-    labels = [name for name in targets if name != "mask"]
-    wanted = IMAGE | {name: _LABEL_TYPES[info.features[name]] for name in labels}
-    wanted |= _MASK if "mask" in targets else {}
-    wanted |= {**(_SCALING if native else {}), **(_ENDS if has_ends else {})}
-    rescale = _native_rescaler(info)
-    # A dataset that was built before there were frames to choose says nothing of them.
-    is_mixed = info.shape is None and (
-        info.config.get("frames") == "all" or bool(info.config.get("channels"))
+def read_records(
+    files: Sequence[str],
+    compression: str,
+    *,
+    shuffle: bool,
+    seed: int | None,
+    counts: Sequence[int] | None = None,
+) -> tf.data.Dataset:
+    """The serialized Examples of some files: one of each of eight files in turn.
+
+    Args:
+        files: their paths.
+        compression: of all: "GZIP" or "".
+        shuffle: whether to change the order of the files.
+        seed: of that.
+        counts: of their records, to be checked.
+    """
+    places = tf.data.Dataset.from_tensor_slices((list(files), list(counts or [0] * len(files))))
+    if shuffle:
+        places = places.shuffle(len(files), seed)
+
+    def read(path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+        records = tf.data.TFRecordDataset(path, compression)
+        return _require_count(records, path, tf.cast(count, tf.int64)) if counts else records
+
+    return places.interleave(
+        read, cycle_length=min(_OPEN_SHARDS, len(files)), num_parallel_calls=tf.data.AUTOTUNE
     )
-    shape = [None] * 3 if info.shape is None else info.shape
 
-    def parse(record: tf.Tensor) -> Any:
-        features = tf.io.parse_single_example(record, wanted)
-        voxels = tf.io.parse_tensor(features["image_raw"], tf.as_dtype(info.dtype))
-        if not is_mixed:
-            voxels = tf.ensure_shape(voxels, shape)
-        if native:
-            voxels = rescale(voxels, {name: features[name] for name in wanted if name in _DOUBLES})
-        elif info.dtype == "uint8":
-            voxels = tf.cast(voxels, tf.float32) / 255.0
-        else:
-            voxels = tf.cast(voxels, tf.float32)
-        if is_mixed:  # 3-D and 4-D, perhaps, side by side
-            image = tf.reshape(voxels, tf.concat([tf.shape(voxels)[:3], [-1]], 0))
-            image = tf.ensure_shape(image, [None] * 4)
-        else:
-            image = voxels if len(shape) == 4 else tf.expand_dims(voxels, 3)
-        if "mask" in targets:
+
+def _require_count(records: tf.data.Dataset, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+    """The records of a shard; an error that names it, if they are more or fewer."""
+    filled = records.concatenate(tf.data.Dataset.from_tensors(b"").repeat()).take(count + 1).enumerate()
+
+    def is_record(record: tf.Tensor) -> tf.Tensor:
+        return tf.strings.length(record) > 0  # a comparison with b"" would copy it
+
+    def check(number: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
+        found = tf.where(number < count, "only ", "more than ") + tf.strings.as_string(number)
+        says = ": has " + found + " records, and dataset_info.json says " + tf.strings.as_string(count)
+        message = path + says + "; copy the dataset again, or run beam-nifti verify"
+        right = (number < count) & is_record(record)
+        with tf.control_dependencies([tf.debugging.Assert(right, [message])]):
+            return tf.identity(record)
+
+    expected = filled.filter(lambda number, record: (number < count) | is_record(record))
+    return expected.map(check)
+
+
+def shuffle_window(shape: Sequence[int] | None, itemsize: int) -> int:
+    """Examples that a shuffle draws from; the same on every machine.
+
+    Args:
+        shape: of every volume, None where shapes are mixed.
+        itemsize: bytes of a voxel.
+    """
+    if shape is None:
+        return _SHUFFLE_BUFFER
+    return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // (math.prod(shape) * itemsize)))
+
+
+def _parser(info: DatasetInfo, columns: Sequence[Column]) -> Callable[[tf.Tensor], tuple[tf.Tensor, ...]]:
+    """From a serialized Example to its cells."""
+    wanted: dict[str, tf.io.FixedLenFeature] = {}
+    for column in columns:
+        wanted |= _features_of(column.name, info)
+    rescale = _native_rescaler(info)
+
+    def cell(column: Column, features: dict[str, tf.Tensor]) -> tf.Tensor:
+        if column.name == "image":
+            image = _parse_image(features["image_raw"], info, column)
+            if info.config["voxel_dtype"] == "native":
+                return rescale(image, features)
+            values = tf.cast(image, tf.float32)
+            return values / 255.0 if info.dtype == "uint8" else values
+        if column.name == "mask":
             mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
-            mask = tf.ensure_shape(mask, [None] * 3 if info.shape is None else info.shape[:3])
-            return image, tf.expand_dims(tf.cast(mask, tf.int32), 3)
-        return image, *(features[name] for name in labels)
+            mask = tf.ensure_shape(mask, column.shape[:3])
+            return tf.expand_dims(tf.cast(mask, tf.int32), 3)
+        value = features[column.name]
+        if value.dtype == column.dtype == tf.string:
+            return value
+        numbers = _decode_doubles(value) if value.dtype == tf.string else tf.cast(value, column.dtype)
+        return tf.reshape(numbers, column.shape)
+
+    def parse(record: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        features = tf.io.parse_single_example(record, wanted)
+        return tuple(cell(column, features) for column in columns)
 
     return parse
 
 
+def _features_of(name: str, info: DatasetInfo) -> dict[str, tf.io.FixedLenFeature]:
+    """The features of which a column is made."""
+    needed = [f"{name}_raw" if name in ("image", "mask") else name]
+    if name == "image" and info.config["voxel_dtype"] == "native":
+        needed += [feature for feature in (*SCALING_FEATURES, *ENDS_FEATURES) if feature in info.features]
+    found = {}
+    for feature in needed:
+        dtype, shape = parse_kind(info.features[feature])
+        found[feature] = tf.io.FixedLenFeature(shape, dtype, b"" if feature in SCALING_FEATURES else None)
+    return found
+
+
+def _parse_image(feature: tf.Tensor, info: DatasetInfo, column: Column) -> tf.Tensor:
+    """Voxels as they are stored, with their axis of channels."""
+    voxels = tf.io.parse_tensor(feature, tf.as_dtype(info.dtype))
+    if info.shape is not None:
+        voxels = tf.ensure_shape(voxels, info.shape)
+    # They may be 3-D and 4-D side by side.
+    image = tf.reshape(voxels, tf.concat([tf.shape(voxels)[:3], [-1]], 0))
+    return tf.ensure_shape(image, column.shape)
+
+
+def _decode_doubles(feature: tf.Tensor) -> tf.Tensor:
+    """The float64 that a feature of bytes holds."""
+    return tf.io.decode_raw(feature, tf.float64)
+
+
 def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Tensor]], tf.Tensor]:
-    """From voxels as they are in the file, and the float64 features beside them, to X."""
+    """From voxels as they are in the file, and the features beside them, to X."""
     channels = info.config.get("channels")
+    has_ends = "rescale_low" in info.features
 
     def rescale_image(voxels: tf.Tensor, doubles: dict[str, tf.Tensor]) -> tf.Tensor:
-        if "rescale_low" in doubles:
+        if has_ends:
             return _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
         return _rescale(voxels, **doubles, method=info.config["rescale"])
 
     def rescale(voxels: tf.Tensor, features: dict[str, tf.Tensor]) -> tf.Tensor:
-        decoded = {name: tf.io.decode_raw(data, tf.float64) for name, data in features.items()}
+        scaling = {
+            name: _decode_doubles(tf.where(features[name] == b"", none, features[name]))[0]
+            for name, none in _NO_SCALING.items()
+        }
+        ends = {name: _decode_doubles(features[name]) for name in (ENDS_FEATURES if has_ends else ())}
         if channels is None:
-            return rescale_image(voxels, {name: numbers[0] for name, numbers in decoded.items()})
+            return rescale_image(voxels, scaling | {name: numbers[0] for name, numbers in ends.items()})
         images = [
-            rescale_image(
-                voxels[..., i],
-                {name: numbers[i if name in _ENDS else 0] for name, numbers in decoded.items()},
-            )
+            rescale_image(voxels[..., i], scaling | {name: numbers[i] for name, numbers in ends.items()})
             for i in range(len(channels))
         ]
         return tf.stack(images, -1)

@@ -10,132 +10,36 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
-import math
 import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import tensorflow as tf
 
 from beam_nifti import storage
 from beam_nifti.cores import count_cores
-from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.errors import DatasetError, ShardError
-from beam_nifti.index import schema_of
+from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.order import Order
 from beam_nifti.random_access import Dataset, Element
-
-_Array = npt.NDArray[Any]
+from beam_nifti.reader_columns import Array, Batching, Column, channels_of, describe_columns
 
 _REMOTE_READS: Final = 16
 """Records that are read at a time where each is a request."""
 
-_ALIGNMENT: Final = 64
-"""Of a tensor's memory. Source: EIGEN_MAX_ALIGN_BYTES, whose largest value this is."""
-
 _QUIET_SECONDS: Final = 0.1
 """Without a call until a pipeline counts as standing still. It takes microseconds from one to the next."""
-
-_FEATURE_DTYPES: Final = {"float": tf.float32, "int64": tf.int64, "bytes": tf.string}
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a dataset's elements, as TensorFlow sees it.
-
-    Attributes:
-        name: as `random_access.Dataset` calls it.
-        dtype: of its cells.
-        shape: of a cell; None for an axis whose length differs between records.
-    """
-
-    name: str
-    dtype: tf.DType
-    shape: tuple[int | None, ...] = ()
-
-    def cell(self, element: Element) -> _Array:
-        """An element's cell."""
-        value = element[self.name]
-        if self.name == "mask":
-            value = value[..., np.newaxis]
-        elif self.dtype == tf.string:
-            value = np.array(value or b"", object)
-        return np.asarray(value, self.dtype.as_numpy_dtype)
-
-    def allocate(self, elements: Sequence[Element], count: int) -> _Array:
-        """An array for cells, of zeros where some are smaller than others.
-
-        Args:
-            elements: whose cells they are, where `shape` does not say how large those are.
-            count: of them.
-        """
-        dtype = self.dtype.as_numpy_dtype
-        if None not in self.shape:
-            return _empty((count, *self.shape), dtype)  # type: ignore[arg-type]  # has no None
-        shapes = [self.cell(element).shape for element in elements]
-        largest = map(max, zip(*shapes, strict=True)) if shapes else (size or 0 for size in self.shape)
-        return np.zeros((count, *largest), dtype)
-
-
-def _empty(shape: Sequence[int], dtype: Any) -> _Array:
-    """An array that TensorFlow takes as it is; one that begins elsewhere it copies."""
-    dtype = np.dtype(dtype)
-    if dtype.hasobject:
-        return np.empty(shape, dtype)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    array: _Array = memory[start : start + size].view(dtype).reshape(shape)
-    return array
-
-
-def describe_columns(records: Dataset) -> list[Column]:
-    """The columns that a dataset's elements have."""
-    return [_describe(name, records) for name in records.columns]
-
-
-def _describe(name: str, records: Dataset) -> Column:
-    info = records.info
-    space = (info.shape or (None,) * 3)[:3]
-    known = {
-        "image": Column(name, tf.float32, (*space, _last_axis(records) if name == "image" else 1)),
-        "mask": Column(name, tf.int32, (*space, 1)),
-        "label": Column(name, tf.float32),
-        "affine": Column(name, tf.float64, (4, 4)),
-    }
-    if name in known:
-        return known[name]
-    fields = schema_of(info.record_config)
-    if name in fields.names:
-        return _describe_field(fields.field(name), info)
-    kind, _, size = info.features.get(name, "bytes").rstrip("]").partition("[")
-    # What is in neither is a further column of the manifest.
-    return Column(name, _FEATURE_DTYPES[kind], (int(size),) if size else ())
-
-
-def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:
-    """A column that every index has."""
-    is_list = pa.types.is_list(field.type)
-    kind = field.type.value_type if is_list else field.type
-    dtype = tf.string if pa.types.is_string(kind) else tf.as_dtype(kind.to_pandas_dtype())
-    num_axes = len(info.shape) if info.shape else None
-    sizes = {"zooms": 3, "shape": num_axes, "mask_labels": None}
-    size = sizes.get(field.name, info.record_config.num_channels)
-    return Column(field.name, dtype, (size,) if is_list else ())
-
-
-def _last_axis(records: Dataset) -> int | None:
-    """How many channels images have, where all have as many."""
-    if records.info.shape is not None:
-        return (*records.info.shape, 1)[3]
+def _count_channels(records: Dataset) -> int | None:
+    """How many channels images have; None where it differs between them."""
+    known = channels_of(records.info)
+    if known is not None or "image" not in records.columns:
+        return known
     sizes = {(*shape, 1)[3] for shape in records.index(["shape"])["shape"].to_pylist()}
     return sizes.pop() if len(sizes) == 1 else None
 
@@ -187,6 +91,7 @@ class _Steps:
         records: to read.
         columns: of them.
         order: of them.
+        batching: of them.
         threads: that read records.
         is_batch: whether a step is a batch; a single record, without the axis B, otherwise.
         skips: whether to leave out damaged records, of a batch.
@@ -197,44 +102,48 @@ class _Steps:
         records: Dataset,
         columns: Sequence[Column],
         order: Order,
+        batching: Batching,
         threads: int,
         *,
         is_batch: bool,
         skips: bool,
     ) -> None:
         self._records, self._columns, self._order = records, columns, order
-        self._is_batch, self._skips = is_batch, skips
+        self._batching, self._is_batch, self._skips = batching, is_batch, skips
         self._pool = _start_threads(threads)
         self._skipped: set[int] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, step: np.int64) -> list[_Array]:
-        """The cells of a step's records, an array a column."""
+    def __call__(self, step: np.int64) -> list[Array]:
+        """The cells of a step's records, an array a column; two of a ragged one."""
         with _gate:
             return self._read_step(int(step))
 
-    def _read_step(self, step: int) -> list[_Array]:
+    def _read_step(self, step: int) -> list[Array]:
         numbers = self._order.batch(step).tolist()
-        if self._skips or any(None in column.shape for column in self._columns):
+        if self._skips or any(column.varies for column in self._columns):
             elements = list(filter(None, self._pool.map(self._read, numbers)))
-            arrays = [column.allocate(elements, len(elements)) for column in self._columns]
-            for place, element in enumerate(elements):
-                self._put(element, arrays, place)
+            arrays = [array for column in self._columns for array in self._join(column, elements)]
         else:
             arrays = [column.allocate((), len(numbers)) for column in self._columns]
             for done in [self._pool.submit(self._fill, arrays, *each) for each in enumerate(numbers)]:
                 done.result()
         return arrays if self._is_batch else [array.reshape(array.shape[1:]) for array in arrays]
 
-    def _fill(self, arrays: Sequence[_Array], place: int, number: int) -> None:
+    def _fill(self, arrays: Sequence[Array], place: int, number: int) -> None:
         """Put a record where it belongs in a batch."""
-        self._put(self._records.lend(number), arrays, place)
-
-    def _put(self, element: Element, arrays: Sequence[_Array], place: int) -> None:
+        element = self._records.lend(number)
         for column, array in zip(self._columns, arrays, strict=True):
-            cell = column.cell(element)
-            within: Any = (place, *map(slice, cell.shape))
-            array[within] = cell[()]  # of no axes it is a string itself, and no array around it
+            column.put(element, array, place)
+
+    def _join(self, column: Column, elements: Sequence[Element]) -> Sequence[Array]:
+        """The arrays of a column whose cells may differ in shape, or in number."""
+        if self._batching.makes_ragged(column):
+            return column.join(elements)
+        array = column.allocate(elements, len(elements))
+        for place, element in enumerate(elements):
+            column.put(element, array, place)
+        return [array]
 
     def _read(self, number: int) -> Element | None:
         """A record; None in the place of a damaged one that is to be skipped."""
@@ -261,45 +170,60 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
 
 
 def read_indexed(
-    records: Dataset,
-    columns: Sequence[Column],
-    order: Order,
-    *,
-    is_batched: bool,
-    repeat: int | None,
-    start: int,
-    skips: bool,
+    records: Dataset, order: Order, batching: Batching, *, repeat: int | None, start: int, skips: bool
 ) -> tf.data.Dataset:
     """A dataset whose elements are tuples of tensors, one a column.
 
     Args:
         records: to read.
-        columns: of them.
         order: of them.
-        is_batched: whether an element is a batch; a single record otherwise.
+        batching: of them; its size is that of `order`, or None for single records.
         repeat: how many epochs; None means without end.
         start: the first step, counted through all epochs.
         skips: whether to leave out damaged records. The cardinality is unknown then.
+
+    Raises:
+        UsageError: there are fewer steps, or records of different shapes are to be batched.
     """
+    columns = describe_columns(records.columns, records.info, _count_channels(records))
+    batching.check(records.path, columns)
+    steps = _count_steps(order, repeat, start)
     threads = _REMOTE_READS if storage.is_remote(records.path) else count_cores()
     # Enough that every thread has a record to read while the batch before is taken.
     calls = -(-threads // order.batch_size) + 1
+    is_batched = batching.size is not None
     is_batch = is_batched or skips  # of one record, perhaps, which is skipped as a batch of none
-    read = _Steps(records, columns, order, threads, is_batch=is_batch, skips=skips)
-    size = order.batch_size if order.drop_remainder and not skips else None
-    lead = (size,) if is_batch else ()
+    read = _Steps(records, columns, order, batching, threads, is_batch=is_batch, skips=skips)
+    lead = (batching.size if batching.drop_remainder else None,) if is_batch else ()
+    dtypes = [
+        dtype
+        for column in columns
+        for dtype in ([tf.int64, column.dtype] if batching.makes_ragged(column) else [column.dtype])
+    ]
 
-    def cells(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        tensors = tf.numpy_function(read, [step], [column.dtype for column in columns])
-        for tensor, column in zip(tensors, columns, strict=True):
-            tensor.set_shape((*lead, *column.shape))
-        return tuple(tensors)
+    def call(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return tuple(tf.numpy_function(read, [step], dtypes))
 
-    steps = _count_steps(order, repeat, start)
-    elements = steps.map(cells, num_parallel_calls=calls, deterministic=True)
+    def join(*tensors: tf.Tensor) -> tuple[tf.Tensor | tf.RaggedTensor, ...]:
+        rest = iter(tensors)
+        cells = []
+        for column in columns:
+            tensor = next(rest)
+            if batching.makes_ragged(column):
+                tensor.set_shape((*lead, len(column.shape)))
+                tensor = column.make_ragged(tensor, next(rest))
+            else:
+                tensor.set_shape((*lead, *column.shape))
+            cells.append(tensor)
+        return tuple(cells)
+
+    elements = steps.map(call, num_parallel_calls=calls, deterministic=True)
     if skips:
-        elements = _leave_out_short(elements, order.batch_size if order.drop_remainder else None)
-        elements = elements if is_batched else elements.unbatch()
+        least = order.batch_size if batching.drop_remainder else 1
+        elements = elements.filter(lambda first, *_: tf.shape(first)[0] >= least)
+    elements = elements.map(join)
+    if skips and not is_batched:
+        elements = elements.unbatch()
     if order.num_hosts > 1:  # or tf.distribute would split a host's share once more
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
@@ -307,19 +231,16 @@ def read_indexed(
     return elements
 
 
-def _leave_out_short(batches: tf.data.Dataset, size: int | None) -> tf.data.Dataset:
-    """Without the batches that have not this size; None leaves out the empty ones."""
-    if size is None:
-        return batches.filter(lambda first, *_: tf.shape(first)[0] > 0)
-    full = batches.filter(lambda first, *_: tf.shape(first)[0] == size)
-    return full.map(lambda *cells: tuple(tf.ensure_shape(c, (size, *c.shape[1:])) for c in cells))
-
-
 def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Dataset:
     """The numbers of the steps; where records are shuffled, those of further epochs in each further pass."""
-    if repeat is None and order.num_steps:
+    total = None if repeat is None else order.num_steps * repeat
+    if start < 0 or (total is not None and start > total):
+        raise UsageError(
+            f"start is {start}, and there are {total} elements in all epochs; raise repeat, or start at 0"
+        )
+    if total is None and order.num_steps:
         return tf.data.Dataset.counter(start)
-    total = order.num_steps * (repeat or 0)
+    total = total or 0
     steps = tf.data.Dataset.range(start, total)
     if order.seed is None:
         return steps

@@ -19,7 +19,7 @@ PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 ONLY_IMPORTERS = {
     "nibabel": {"formats", "grid", "prepare", "nifti_writer"},
     "scipy": {"prepare"},
-    "tensorflow": {"reader", "reader_graph", "reader_indexed"},
+    "tensorflow": {"reader", "reader_columns", "reader_graph", "reader_indexed", "reader_layouts"},
     "apache_beam": {
         "coders",
         "transforms",
@@ -87,8 +87,9 @@ def test_imports_point_down(name: str) -> None:
     assert not upward
 
 
-def test_the_reader_of_the_graph_imports_the_format_only() -> None:
-    assert siblings(MODULES["reader_graph"]) <= {"tfrecord", "example", "dataset_info", "errors"}
+def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
+    format_only = {"tfrecord", "example", "dataset_info", "storage", "errors"}
+    assert siblings(MODULES["reader_graph"]) <= format_only | {"random_access", "reader_columns"}
 
 
 @pytest.mark.parametrize("package", sorted(ONLY_IMPORTERS))

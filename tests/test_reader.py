@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -474,55 +473,9 @@ def test_arguments_that_do_not_fit_together(dataset: str, arguments: dict[str, A
         load_dataset(dataset, **arguments)
 
 
-def test_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no complete dataset here .*`beam-nifti build`") as caught:
-        load_dataset(tmp_path / "empty")
-    assert str(tmp_path / "empty") in str(caught.value)
-
-
 def test_a_scheme_that_nothing_serves() -> None:
     with pytest.raises(DatasetError, match=r"nowhere://a/b: .*install beam-nifti\[io\]"):
         load_dataset("nowhere://a/b")
-
-
-def test_an_unknown_split(dataset: str) -> None:
-    with pytest.raises(DatasetError, match="no split 'test'; the dataset has train"):
-        load_dataset(dataset, "test")
-
-
-def test_a_damaged_info(dataset: str, tmp_path: Path) -> None:
-    text = Path(dataset, "dataset_info.json").read_text()
-    (tmp_path / "dataset_info.json").write_text(text[:-20])
-    with pytest.raises(DatasetError, match=r"dataset_info\.json: not a dataset's info"):
-        load_dataset(tmp_path)
-
-
-def test_a_missing_shard(dataset: str, tmp_path: Path) -> None:
-    copy = shutil.copytree(dataset, tmp_path / "copy")
-    (copy / "train-00001-of-00003.tfrecord.gz").unlink()
-    message = r"1 of 3 shards of split 'train' are missing, train-00001-of-00003\S+ among them; copy"
-    with pytest.raises(DatasetError, match=message):
-        load_dataset(copy, engine="sequential")
-    with pytest.raises(DatasetError, match=r"train-00001-of-00003\S+: the shard is missing; copy"):
-        load_dataset(copy)
-
-
-def test_a_shard_with_too_few_records_ends_the_epoch_with_an_error(dataset: str, tmp_path: Path) -> None:
-    copy = shutil.copytree(dataset, tmp_path / "copy")
-    shutil.copyfile(copy / "train-00002-of-00003.tfrecord.gz", copy / "train-00001-of-00003.tfrecord.gz")
-    batches = load_dataset(copy, engine="sequential")
-    with pytest.raises(tf.errors.OpError, match="contain 12 elements but contained only 9"):
-        labels(batches)
-
-
-def test_a_truncated_shard_ends_the_epoch_with_an_error(dataset: str, tmp_path: Path) -> None:
-    copy = shutil.copytree(dataset, tmp_path / "copy")
-    shard = copy / "train-00001-of-00003.tfrecord.gz"
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-    with pytest.raises(tf.errors.OpError):
-        labels(load_dataset(copy, engine="sequential"))
-    with pytest.raises(DatasetError, match=r"train-00001\S+: the shard has \d+ bytes, and .* says \d+; copy"):
-        load_dataset(copy)
 
 
 def test_reading_loads_neither_beam_nor_nibabel(dataset: str) -> None:

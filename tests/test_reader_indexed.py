@@ -77,8 +77,8 @@ def test_hosts_read_every_record_once_an_epoch(
     ]
     assert sorted(np.concatenate(shares)) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    whole = [Order(count, batch_size, True, seed, host, num_hosts).num_steps for host in range(num_hosts)]
-    assert whole == [len(share) // batch_size for share in shares]
+    whole = {Order(count, batch_size, True, seed, host, num_hosts).num_steps for host in range(num_hosts)}
+    assert whole == {min(map(len, shares)) // batch_size}
 
 
 def test_an_order_is_the_same_on_every_machine() -> None:

@@ -1,0 +1,213 @@
+"""What the elements of `reader.load_dataset` are made of: columns, and batches of their cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import tensorflow as tf
+
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.errors import UsageError
+from beam_nifti.index import schema_of
+from beam_nifti.random_access import Element
+
+Array = npt.NDArray[Any]
+
+_ALIGNMENT: Final = 64
+"""Of a tensor's memory. Source: EIGEN_MAX_ALIGN_BYTES, whose largest value this is."""
+
+_FEATURE_DTYPES: Final = {"float": tf.float32, "int64": tf.int64, "bytes": tf.string}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a dataset's elements, as TensorFlow sees it.
+
+    Attributes:
+        name: as `random_access.Dataset` calls it.
+        dtype: of its cells.
+        shape: of a cell; None for an axis whose length differs between records.
+    """
+
+    name: str
+    dtype: tf.DType
+    shape: tuple[int | None, ...] = ()
+
+    @property
+    def varies(self) -> bool:
+        """Whether cells differ in shape."""
+        return None in self.shape
+
+    def cell(self, element: Element) -> Array:
+        """An element's cell."""
+        value = element[self.name]
+        if self.name == "mask":
+            value = value[..., np.newaxis]
+        elif self.dtype == tf.string:
+            value = np.array(value or b"", object)
+        return np.asarray(value, self.dtype.as_numpy_dtype)
+
+    def allocate(self, elements: Sequence[Element], count: int) -> Array:
+        """An array for cells, of zeros where some are smaller than others.
+
+        Args:
+            elements: whose cells they are, where `shape` does not say how large those are.
+            count: of them.
+        """
+        dtype = self.dtype.as_numpy_dtype
+        if not self.varies:
+            return _empty((count, *self.shape), dtype)  # type: ignore[arg-type]  # has no None
+        shapes = [self.cell(element).shape for element in elements]
+        largest = map(max, zip(*shapes, strict=True)) if shapes else (size or 0 for size in self.shape)
+        return np.zeros((count, *largest), dtype)
+
+    def put(self, element: Element, array: Array, place: int) -> None:
+        """Copy an element's cell to its place in a batch."""
+        cell = self.cell(element)
+        within: Any = (place, *map(slice, cell.shape))
+        array[within] = cell[()]  # of no axes it is a string itself, and no array around it
+
+    def join(self, elements: Sequence[Element]) -> tuple[Array, Array]:
+        """What a ragged batch is made of: the cells' shapes, and the values of all, one after the other."""
+        cells = [self.cell(element) for element in elements]
+        shapes = np.array([cell.shape for cell in cells], np.int64).reshape(len(cells), len(self.shape))
+        values = [np.zeros(0, self.dtype.as_numpy_dtype), *(cell.ravel() for cell in cells)]
+        return shapes, np.concatenate(values)
+
+    def make_ragged(self, shapes: tf.Tensor, values: tf.Tensor) -> tf.RaggedTensor:
+        """A ragged batch of what `join` gives, as `tf.data.Dataset.ragged_batch` makes it."""
+        rank = max(axis + 1 for axis, size in enumerate(self.shape) if size is None)
+        lengths = [shapes[:, 0]]
+        rows = lengths[0]  # of each cell, along all axes so far
+        for axis in range(1, rank):
+            lengths.append(tf.repeat(shapes[:, axis], rows))
+            rows *= shapes[:, axis]
+        inner = tf.reshape(values, (-1, *self.shape[rank:]))
+        return tf.RaggedTensor.from_nested_row_lengths(inner, lengths, validate=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How examples become batches.
+
+    Attributes:
+        size: examples a batch; None leaves them single.
+        drop_remainder: leave out a last batch that is not full.
+        pad: fill cells of different shapes with zeros.
+        ragged: put cells of different shapes into ragged tensors.
+    """
+
+    size: int | None = None
+    drop_remainder: bool = False
+    pad: bool = False
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise UsageError(f"batch_size is {self.size}; it must be at least 1")
+        if self.drop_remainder and self.size is None:
+            raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")
+        if self.ragged and self.size is None:
+            raise UsageError("ragged is about batches, but there are none; give a batch_size")
+        if self.ragged and self.pad:
+            raise UsageError("pad and ragged are two ways to batch volumes of different shapes; choose one")
+
+    def makes_ragged(self, column: Column) -> bool:
+        """Whether batches of a column are ragged tensors."""
+        return self.ragged and column.varies
+
+    def check(self, folder: str, columns: Sequence[Column]) -> None:
+        """Refuse to put into a batch what has different shapes.
+
+        Raises:
+            UsageError: a column has them, and neither `pad` nor `ragged` says what to do.
+        """
+        varying = [column.name for column in columns if column.varies]
+        if varying and not (self.pad or self.ragged or self.size in (None, 1)):
+            what = "the volumes" if varying[0] in ("image", "mask") else varying[0]
+            raise UsageError(
+                f"batch_size is {self.size}, but {what} of {folder} have different shapes; use batch_size=1 "
+                "or None, or pad=True, or ragged=True"
+            )
+
+    def apply(self, examples: tf.data.Dataset) -> tf.data.Dataset:
+        """Batch a dataset of examples."""
+        if self.size is None:
+            return examples
+        if self.ragged:
+            return examples.ragged_batch(self.size, self.drop_remainder)
+        batch = examples.padded_batch if self.pad else examples.batch
+        return batch(self.size, drop_remainder=self.drop_remainder)
+
+
+def _empty(shape: Sequence[int], dtype: Any) -> Array:
+    """An array that TensorFlow takes as it is; one that begins elsewhere it copies."""
+    dtype = np.dtype(dtype)
+    if dtype.hasobject:
+        return np.empty(shape, dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    array: Array = memory[start : start + size].view(dtype).reshape(shape)
+    return array
+
+
+def channels_of(info: DatasetInfo) -> int | None:
+    """How many channels the images of a dataset have; None where dataset_info.json does not say it."""
+    if info.shape is not None:
+        return (*info.shape, 1)[3]
+    if info.config.get("channels"):
+        return len(info.config["channels"])
+    # Else a build takes 3-D images alone, if shapes differ. One from before there was a choice says nothing.
+    return None if info.config.get("frames") == "all" else 1
+
+
+def describe_columns(names: Sequence[str], info: DatasetInfo, num_channels: int | None) -> list[Column]:
+    """Columns as TensorFlow sees them.
+
+    Args:
+        names: of them.
+        info: of the dataset.
+        num_channels: of its images; None where it differs between them.
+    """
+    return [_describe(name, info, num_channels) for name in names]
+
+
+def _describe(name: str, info: DatasetInfo, num_channels: int | None) -> Column:
+    space = (info.shape or (None,) * 3)[:3]
+    known = {
+        "image": Column(name, tf.float32, (*space, num_channels)),
+        "mask": Column(name, tf.int32, (*space, 1)),
+        "label": Column(name, tf.float32),
+        "affine": Column(name, tf.float64, (4, 4)),
+    }
+    if name in known:
+        return known[name]
+    fields = schema_of(info.record_config)
+    if name in fields.names:
+        return _describe_field(fields.field(name), info)
+    # What is in neither is a further column of the manifest.
+    return Column(name, *parse_kind(info.features.get(name, "bytes")))
+
+
+def parse_kind(kind: str) -> tuple[tf.DType, tuple[int, ...]]:
+    """Dtype and shape of a feature, of its kind such as "float[16]"."""
+    name, _, size = kind.rstrip("]").partition("[")
+    return _FEATURE_DTYPES[name], (int(size),) if size else ()
+
+
+def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:
+    """A column that every index has."""
+    is_list = pa.types.is_list(field.type)
+    kind = field.type.value_type if is_list else field.type
+    dtype = tf.string if pa.types.is_string(kind) else tf.as_dtype(kind.to_pandas_dtype())
+    num_axes = len(info.shape) if info.shape else None
+    sizes = {"zooms": 3, "shape": num_axes, "mask_labels": None}
+    size = sizes.get(field.name, info.record_config.num_channels)
+    return Column(field.name, dtype, (size,) if is_list else ())

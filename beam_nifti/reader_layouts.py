@@ -1,0 +1,151 @@
+"""TFRecords that other writers made, for `reader.load_dataset(…, layout=…)`: read from the files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import tensorflow as tf
+
+from beam_nifti.errors import DatasetError, ShardError
+from beam_nifti.example import decode_example, decode_tensor
+from beam_nifti.reader_columns import Batching
+from beam_nifti.reader_graph import read_records, shuffle_window
+
+LAYOUTS: Final = ("plain", "nobrainer")
+
+_GZIP: Final = b"\x1f\x8b"
+_MARKS: Final = {"plain": "image_raw", "nobrainer": "feature/value"}
+"""The feature that each layout has in every record, and the other lacks."""
+
+_Features = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One tensor of a record.
+
+    Attributes:
+        features: of which it is made, as TensorFlow parses them.
+        parse: makes it of them.
+        shape: in the first record.
+    """
+
+    features: Mapping[str, tf.io.FixedLenFeature]
+    parse: Callable[[_Features], tf.Tensor]
+    shape: tuple[int, ...]
+
+
+def read_files(
+    pattern: str, layout: str, batching: Batching, *, shuffle: bool, seed: int | None, repeat: int | None
+) -> tf.data.Dataset:
+    """A dataset of X, or of X and y where records have labels, of unknown cardinality.
+
+    Args:
+        pattern: a glob, or the path of a file.
+        layout: one of `LAYOUTS`.
+        batching: of the examples. Volumes may differ in shape where it pads or is ragged.
+        shuffle: whether to change their order.
+        seed: of that.
+        repeat: how many epochs; None means without end.
+
+    Raises:
+        DatasetError: there is no such file, or the first record is not of the layout.
+    """
+    files = sorted(tf.io.gfile.glob(pattern))
+    if not files:
+        raise DatasetError(
+            f"{pattern}: no file matches; give the glob of the TFRecords, such as DIR/*.tfrec*"
+        )
+    compression, first = _read_first(files[0])
+    if _MARKS[layout] not in first:
+        raise DatasetError(
+            f"{files[0]}: its first record has no {_MARKS[layout]}, which layout={layout!r} needs, but "
+            f"{', '.join(sorted(first))}; choose the layout that the files have: {' or '.join(LAYOUTS)}"
+        )
+    try:
+        cells = _describe_plain(first) if layout == "plain" else _describe_nobrainer(first)
+    except (KeyError, TypeError, ValueError, ShardError) as e:
+        raise DatasetError(f"{files[0]}: its first record is not of layout={layout!r} ({e!r})") from e
+    varies = batching.pad or batching.ragged
+    wanted = {name: feature for cell in cells for name, feature in cell.features.items()}
+
+    def parse(record: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        features = tf.io.parse_single_example(record, wanted)
+        image, *label = (_finish(cell, cell.parse(features), varies) for cell in cells)
+        return tf.cast(image, tf.float32), *label
+
+    records = read_records(files, compression, shuffle=shuffle, seed=seed)
+    if shuffle:
+        records = records.shuffle(shuffle_window(None if varies else cells[0].shape, 4), seed)
+    examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+    elements = batching.apply(examples).repeat(repeat).prefetch(tf.data.AUTOTUNE)
+    return elements if len(cells) > 1 else elements.map(lambda image: image)
+
+
+def _read_first(path: str) -> tuple[str, _Features]:
+    """The compression of a file, and the features of its first record."""
+    try:
+        with tf.io.gfile.GFile(path, "rb") as handle:
+            compression = "GZIP" if handle.read(len(_GZIP)) == _GZIP else ""
+        records = list(tf.data.TFRecordDataset(path, compression).take(1).as_numpy_iterator())
+        return compression, decode_example(records[0])
+    except IndexError:
+        raise DatasetError(f"{path}: holds no record; leave the file out") from None
+    except (ShardError, tf.errors.OpError) as e:
+        raise DatasetError(f"{path}: its first record cannot be read ({e}); is it a TFRecord?") from e
+
+
+def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool) -> tf.Tensor:
+    """A tensor of the shape that a cell has, and of a volume with an axis of channels."""
+    if varies:
+        tensor = tf.ensure_shape(tensor, [None] * len(cell.shape))
+    else:
+        same = tf.debugging.assert_equal(
+            tf.shape(tensor),
+            tf.constant(cell.shape, tf.int32),
+            "a volume has another shape than the first one; use pad=True, or ragged=True",
+        )
+        with tf.control_dependencies([same]):
+            tensor = tf.ensure_shape(tf.identity(tensor), cell.shape)
+    return tf.expand_dims(tensor, 3) if len(cell.shape) == 3 else tensor
+
+
+def _describe_plain(first: _Features) -> list[_Cell]:
+    """A serialized tensor, and a number or none."""
+    stored, label = decode_tensor(first["image_raw"]), first.get("label")
+    dtype = tf.as_dtype(stored.dtype.name)
+    image = _Cell(
+        {"image_raw": tf.io.FixedLenFeature([], tf.string)},
+        lambda features: tf.io.parse_tensor(features["image_raw"], dtype),
+        stored.shape,
+    )
+    if label is None:
+        return [image]
+    if not isinstance(label, np.ndarray) or label.size != 1:
+        raise ValueError("label is not one number")
+    kind = tf.io.FixedLenFeature([], tf.as_dtype(label.dtype.name))
+    return [image, _Cell({"label": kind}, lambda features: features["label"], ())]
+
+
+def _describe_nobrainer(first: _Features) -> list[_Cell]:
+    """Two arrays as raw bytes, with dtypes and shapes beside them; that of y may have no axes."""
+    return [_describe_array(name, first) for name in ("feature", "label")]
+
+
+def _describe_array(name: str, first: _Features) -> _Cell:
+    """One of these. Its `shape` is not used: where labels are volumes, theirs overwrites the image's."""
+    dims = [f"{name}/shape/dim{axis}" for axis in range(int(first[f"{name}/rank"][0]))]
+    dtype = tf.as_dtype(bytes(first[f"{name}/dtype"]).decode())
+    shape = tuple(int(first[dim][0]) for dim in dims)
+    if len(first[f"{name}/value"]) != np.prod(shape, dtype=int) * dtype.size:
+        raise ValueError(f"{name}/value has {len(first[f'{name}/value'])} bytes for {shape} of {dtype.name}")
+
+    def parse(features: _Features) -> tf.Tensor:
+        values = tf.io.decode_raw(features[f"{name}/value"], dtype)
+        return tf.reshape(values, [features[dim] for dim in dims])
+
+    kinds = {f"{name}/value": tf.string, **dict.fromkeys(dims, tf.int64)}
+    return _Cell({key: tf.io.FixedLenFeature([], kind) for key, kind in kinds.items()}, parse, shape)

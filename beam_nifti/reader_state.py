@@ -1,0 +1,80 @@
+"""Where a run stood in a dataset: a state that JSON holds, and whether another run may go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.order import Order
+from beam_nifti.split_spec import parse_split
+
+_VERSION: Final = 1
+_OF_DATASET: Final = frozenset(["dataset", "steps_per_epoch", "step"])
+"""What is no argument of the run."""
+
+
+def describe_state(
+    info: DatasetInfo, split: str, where: str | None, order: Order, step: int
+) -> dict[str, Any]:
+    """The state of a run that has consumed some steps.
+
+    Args:
+        info: of the dataset.
+        split: whose records are read.
+        where: a condition on them.
+        order: in which they are read.
+        step: how many were consumed, through all epochs.
+    """
+    parts = parse_split(split)
+    return {
+        "version": _VERSION,
+        "split": "+".join(map(str, parts)),
+        "where": where,
+        "batch_size": order.batch_size,
+        "drop_remainder": order.drop_remainder,
+        "seed": order.seed,
+        "shard": [order.host, order.num_hosts],
+        "dataset": _digest(info, [part.name for part in parts], selects=where is not None),
+        "steps_per_epoch": order.num_steps,
+        "step": step,
+    }
+
+
+def _digest(info: DatasetInfo, splits: list[str], selects: bool) -> str:
+    """What differs wherever the records of some splits do, or their indexes, where those select."""
+    shards = [shard for name in splits for shard in info.splits[name].shards]
+    content = "".join(f"{s.sha256} {s.index_sha256 if selects else ''}\n" for s in shards)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def check_state(folder: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
+    """The step at which a state says to go on.
+
+    Args:
+        folder: of the dataset, for errors.
+        state: of the run that was interrupted.
+        expected: a state of the run that is to go on.
+
+    Raises:
+        UsageError: it is no state, or one of a run with other arguments.
+        DatasetError: the dataset's records are not those of the state.
+    """
+    is_state = isinstance(state, Mapping) and state.keys() == expected.keys()
+    if not is_state or state["version"] != _VERSION or not isinstance(state["step"], int):
+        raise UsageError(f"start_state is {state!r}; give one that state_after of this version made")
+    for name in expected:
+        if name not in _OF_DATASET and state[name] != expected[name]:
+            raise UsageError(
+                f"start_state is of a run with {name} {state[name]!r}, and this one has {expected[name]!r}; "
+                "give the arguments of that run, or begin anew without start_state"
+            )
+    if state["dataset"] != expected["dataset"]:
+        raise DatasetError(
+            f"{folder}: its records are not those of start_state: it was built again, or is another dataset; "
+            "read the one of that run, or begin anew without start_state"
+        )
+    step: int = state["step"]
+    return step
