@@ -134,10 +134,21 @@ def test_the_python_of_the_page_on_reading_runs(here: Path, capsys: pytest.Captu
     names: dict[str, Any] = {}
     for block in blocks(ROOT / "docs/reading.md", "python", "run"):
         exec(block, names)
-    first, second, third = capsys.readouterr().out.splitlines()
+    first, second, by_pandas, by_duckdb, by_arrow = capsys.readouterr().out.splitlines()
     assert first == "3 (6, 5, 4, 1) 63.5 sub-0001"
     assert second == "['sub-0001', 'sub-0002', 'sub-0004']"
-    assert [row["example_id"] for row in eval(third)] == ["sub-0004", "sub-0001", "sub-0002"]
+    assert [row["example_id"] for row in eval(by_pandas)] == ["sub-0001", "sub-0004", "sub-0002"]
+    assert eval(by_duckdb) == [("test", 1, 66.0), ("train", 3, pytest.approx(64.17, abs=0.01))]
+    assert [row["example_id"] for row in eval(by_arrow)] == ["sub-0004", "sub-0001", "sub-0002"]
+
+
+def test_the_grain_of_the_page_on_reading_runs(here: Path) -> None:
+    pytest.importorskip("grain")
+    (source,) = blocks(ROOT / "docs/reading.md", "python", "grain")
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert names["x"].shape == (1, 6, 5, 4, 1)
+    assert names["state"]
 
 
 def _defined(start: str) -> Callable[..., Any]:
