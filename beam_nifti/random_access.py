@@ -91,8 +91,8 @@ class Dataset:
         columns: what an element has; None means image, label (where there are any), id, affine and zooms.
 
     Raises:
-        DatasetError: there is no complete dataset or no such split; a shard or an index is missing, or is not
-            what dataset_info.json says.
+        DatasetError: there is no complete dataset or no such split; a shard or an index is missing, cannot be
+            reached, or is not what dataset_info.json says.
         UsageError: `split`, `where` or `columns` is not written as above, or names a column that is not
             there.
     """
@@ -443,13 +443,15 @@ def read_info(output: str) -> DatasetInfo:
         output: the dataset's folder, local or a URL.
 
     Raises:
-        DatasetError: there is none, or it is damaged.
+        DatasetError: there is none, it is damaged, or it cannot be reached.
     """
     path = storage.join(output, FILE_NAME)
     try:
         return DatasetInfo.from_json(storage.read(path), path)
     except FileNotFoundError as e:
-        raise no_dataset(output) from e
+        raise no_dataset(output, e) from e
+    except OSError as e:
+        raise DatasetError(f"{path}: cannot be reached ({e})") from e
 
 
 def _open(
@@ -495,7 +497,10 @@ def _open(
 def _check_shards(output: str, shards: Sequence[ShardInfo]) -> None:
     """Find what is missing or cut off before training reaches it."""
     # Of a store one list, which has no sizes, instead of a request for each.
-    present = set(storage.list_files(output)) if storage.is_remote(output) else None
+    try:
+        present = set(storage.list_files(output)) if storage.is_remote(output) else None
+    except OSError as e:
+        raise DatasetError(f"{output}: cannot be listed ({e})") from e
     for shard in shards:
         path = storage.join(output, shard.name)
         try:
