@@ -81,7 +81,7 @@ def test_it_reads_what_is_on_the_disk(servers: Servers, local: Path, tmp_path: P
 def test_what_cannot_be_reached_is_not_said_to_be_missing(
     servers: Servers, local: Path, tmp_path: Path, case: str
 ) -> None:
-    """Of all of these tensorflow-io says that the object does not exist; of the last one after a minute or two."""
+    """Of all of these tensorflow-io says that nothing is there; of the last after a minute or two."""
     reached = servers.proxies["s3"].url
     url, endpoint = {
         "missing": (f"s3://{BUCKET}/another", reached),
