@@ -497,10 +497,7 @@ def _open(
 def _check_shards(output: str, shards: Sequence[ShardInfo]) -> None:
     """Find what is missing or cut off before training reaches it."""
     # Of a store one list, which has no sizes, instead of a request for each.
-    try:
-        present = set(storage.list_files(output)) if storage.is_remote(output) else None
-    except OSError as e:
-        raise DatasetError(f"{output}: cannot be listed ({e})") from e
+    present = set(storage.list_files(output)) if storage.is_remote(output) else None
     for shard in shards:
         path = storage.join(output, shard.name)
         try:
