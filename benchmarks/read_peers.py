@@ -16,6 +16,7 @@ Usage: read_peers.py [--repeat N] [--cohort-dir DIR]
 from __future__ import annotations
 
 import csv
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ def read_array_record(folder: Path) -> Any:
     return Grain(grain.sources.ArrayRecordDataSource(sorted(map(str, folder.iterdir()))), unpack)
 
 
+def find_grain(manifest: Path, folder: Path) -> None:
+    """The dataset of gzip records once more, where there is something to read it with."""
+    importlib.import_module("grain")
+    folder.symlink_to(folder.with_name("gzip"))
+
+
 def read_by_grain(folder: Path) -> Any:
     return Grain(random_access(folder), lambda element: element)
 
@@ -166,9 +173,8 @@ def read_hugging_face(folder: Path) -> Any:
     return datasets.load_from_disk(folder).with_format("numpy")
 
 
-PEERS: dict[str, Maker] = {
-    "gzip": MAKERS["gzip"],
-    "none": MAKERS["none"],
+PEERS: dict[str, Maker] = MAKERS | {
+    "grain": find_grain,
     "array_record": make_array_record,
     "mosaic": make_mosaic,
     "hugging_face": make_hugging_face,
@@ -178,7 +184,8 @@ PEERS: dict[str, Maker] = {
 WAYS: dict[str, Way] = {
     "`.nii.gz` with nibabel": (IMAGES, Images),
     "`random_access.Dataset`, gzip": ("gzip", random_access),
-    "`random_access.Dataset`, gzip, by Grain": ("gzip", read_by_grain),
+    "`random_access.Dataset`, gzip, by Grain": ("grain", read_by_grain),
+    "`random_access.Dataset`, gzip, native": ("native", random_access),
     "`random_access.Dataset`, uncompressed": ("none", random_access),
     "ArrayRecord by Grain": ("array_record", read_array_record),
     "`.npy` behind zstd": ("zstd", read_zstd),
