@@ -21,10 +21,10 @@ def no_dataset(output: str, error: FileNotFoundError | None = None) -> DatasetEr
 
     Args:
         output: where it was looked for, local or a URL.
-        error: of reading it; None where TensorFlow has looked, whose S3 says of a store that it cannot reach
-            that the file does not exist.
+        error: of reading it; None where TensorFlow has looked, which says of an S3 that it cannot reach that
+            the file does not exist.
     """
-    if error is None and "://" in output:
+    if error is None and output.startswith("s3://"):
         return DatasetError(
             f"{output}: TensorFlow finds no {FILE_NAME}: the dataset is missing or incomplete, or the store "
             "cannot be reached: check the path, the credentials and S3_ENDPOINT (a URL), or use "

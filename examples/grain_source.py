@@ -66,9 +66,8 @@ def main() -> None:
         weights, error = fit(weights, batch)
         step += 1
         print(f"step {step}: {', '.join(batch['id'])}: mean squared error {error:.4g}")
-        if (
-            options.checkpoint
-        ):  # the place in the data and the weights, in one file that is whole or not there
+        if options.checkpoint:
+            # Weights and place in the data belong together: one file, which is replaced as a whole.
             saved = {"step": step, "weights": weights.tolist(), "batches": batches.get_state()}
             unfinished = options.checkpoint.with_suffix(".tmp")
             unfinished.write_text(json.dumps(saved))
