@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-# The reader is the one module that imports TensorFlow. Where that is not installed, its doctests
-# cannot be collected; all the others still are.
-collect_ignore = [] if importlib.util.find_spec("tensorflow") else ["beam_nifti/reader.py"]
+# The readers are what imports TensorFlow. Where that is not installed, their doctests cannot be collected;
+# all the others still are.
+collect_ignore_glob = [] if importlib.util.find_spec("tensorflow") else ["beam_nifti/reader*.py"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
@@ -14,10 +16,25 @@ FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
 
 
-def no_dataset(output: str) -> DatasetError:
-    """What to tell a reader where dataset_info.json is missing."""
+def no_dataset(output: str, error: FileNotFoundError | None = None) -> DatasetError:
+    """What to tell a reader where dataset_info.json is missing.
+
+    Args:
+        output: where it was looked for, local or a URL.
+        error: of reading it; None where TensorFlow has looked, which says of an S3 that it cannot reach that
+            the file does not exist.
+    """
+    if error is None and output.startswith("s3://"):
+        return DatasetError(
+            f"{output}: TensorFlow finds no {FILE_NAME}: the dataset is missing or incomplete, or the store "
+            "cannot be reached: check the path, the credentials and S3_ENDPOINT (a URL), or use "
+            "engine='indexed', which tells these apart"
+        )
+    reason = f"{FILE_NAME} is missing"
+    if error is not None and error.strerror not in (None, os.strerror(errno.ENOENT)):
+        reason = str(error.strerror)  # such as "No such bucket"
     return DatasetError(
-        f"{output}: no complete dataset here ({FILE_NAME} is missing); check the path, or run "
+        f"{output}: no complete dataset here ({reason}); check the path, or run "
         "`beam-nifti build`, which continues a build that was interrupted"
     )
 

@@ -91,8 +91,8 @@ class Dataset:
         columns: what an element has; None means image, label (where there are any), id, affine and zooms.
 
     Raises:
-        DatasetError: there is no complete dataset or no such split; a shard or an index is missing, or is not
-            what dataset_info.json says.
+        DatasetError: there is no complete dataset or no such split; a shard or an index is missing, cannot be
+            reached, or is not what dataset_info.json says.
         UsageError: `split`, `where` or `columns` is not written as above, or names a column that is not
             there.
     """
@@ -459,13 +459,15 @@ def read_info(output: str) -> DatasetInfo:
         output: the dataset's folder, local or a URL.
 
     Raises:
-        DatasetError: there is none, or it is damaged.
+        DatasetError: there is none, it is damaged, or it cannot be reached.
     """
     path = storage.join(output, FILE_NAME)
     try:
         return DatasetInfo.from_json(storage.read(path), path)
     except FileNotFoundError as e:
-        raise no_dataset(output) from e
+        raise no_dataset(output, e) from e
+    except OSError as e:
+        raise DatasetError(f"{path}: cannot be reached ({e})") from e
 
 
 def default_columns(info: DatasetInfo) -> tuple[str, ...]:

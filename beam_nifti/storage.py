@@ -129,7 +129,9 @@ def _translated(path: str, action: Callable[[], T]) -> T:
     except ValueError as e:
         scheme = path.partition("://")[0]
         raise OSError(
-            f"{path}: nothing here serves {scheme}:// ({e}); use a scheme that Apache Beam serves"
+            f"{path}: nothing here serves {scheme}:// ({e}); use the local disk, s3:// (install "
+            "beam-nifti[aws]), gs:// (beam-nifti[gcp]), or what Apache Beam serves: hdfs:// "
+            "(apache-beam[hadoop])"
         ) from e
     except OSError:
         raise

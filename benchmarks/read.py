@@ -32,10 +32,27 @@ ROOT = Path(__file__).resolve().parent.parent
 COUNT = 200
 BATCH = 4
 READS = 100
-BUILDS = {
-    "gzip": (),
-    "native": ("--voxel-dtype=native",),
-    "none": ("--compression=none",),
+IMAGES = "images"
+
+Way = tuple[str, Callable[[Path], Any]]
+"""The kind of data that it reads, and what opens a folder of that."""
+
+Maker = Callable[[Path, Path], None]
+"""What makes data of a kind from a manifest of images, in a folder."""
+
+
+def build(*flags: str) -> Maker:
+    def make(manifest: Path, folder: Path) -> None:
+        command = [sys.executable, "-m", "beam_nifti.cli", "build", manifest, folder, "--quiet", *flags]
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+    return make
+
+
+MAKERS: dict[str, Maker] = {
+    "gzip": build(),
+    "native": build("--voxel-dtype=native"),
+    "none": build("--compression=none"),
 }
 
 
@@ -102,7 +119,7 @@ class Images:
         return ((voxels - low) / (high - low)).astype(np.float32)
 
 
-WAYS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+WAYS: dict[str, Way] = {
     "the original procedure's reader, gzip": ("gzip", original),
     "`TFRecordDataset`, tuned, gzip": ("gzip", tuned),
     "`reader.load_dataset`, gzip": ("gzip", reader),
@@ -112,7 +129,7 @@ WAYS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "`random_access.Dataset`, gzip": ("gzip", random_access),
     "`random_access.Dataset`, gzip, native": ("native", random_access),
     "`random_access.Dataset`, uncompressed": ("none", random_access),
-    "`.nii.gz` with nibabel": ("images", Images),
+    "`.nii.gz` with nibabel": (IMAGES, Images),
 }
 
 
@@ -121,9 +138,9 @@ def exhaust(elements: Iterable[Any]) -> None:
         pass
 
 
-def measure(way: str, folder: Path) -> dict[str, float]:
+def measure(way: Way, folder: Path) -> dict[str, float]:
     """What one way takes, in this process."""
-    elements = WAYS[way][1](folder)
+    elements = way[1](folder)
     exhaust(elements)
     wall, cpu = time.perf_counter(), time.process_time()
     exhaust(elements)
@@ -142,7 +159,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
 
 def in_its_own_process(way: str, folder: Path) -> dict[str, float]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
+    command = [sys.executable, sys.argv[0], "--way", way, "--folder", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{way}:\n{done.stderr[-3000:]}")
@@ -150,40 +167,52 @@ def in_its_own_process(way: str, folder: Path) -> dict[str, float]:
     return figures
 
 
-def main() -> None:
+def compare(ways: dict[str, Way], makers: dict[str, Maker], reference: str) -> None:
+    """Make the data, measure every way, print the table.
+
+    Args:
+        ways: by name; the others' CPU times are also given as shares of that of the first.
+        makers: by kind of data.
+        reference: heads the column of these shares.
+    """
     parser = argparse.ArgumentParser(description="Measure what reading a volume costs.")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds; default: 3")
     parser.add_argument("--cohort-dir", type=Path, default=Path("/tmp/beam-nifti-cohort"), metavar="DIR")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=ways, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(measure(options.way, options.folder)))
+        print(json.dumps(measure(ways[options.way], options.folder)))
         return
     manifest = make_cohort(COUNT, options.cohort_dir)
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"images": options.cohort_dir}
-        sizes = {"images": sum(p.stat().st_size for p in sorted(options.cohort_dir.glob("*.nii.gz"))[:COUNT])}
-        for name, flags in BUILDS.items():
-            folders[name] = Path(scratch, name)
-            command = [sys.executable, "-m", "beam_nifti.cli", "build", manifest, folders[name], "--quiet"]
-            subprocess.run([*command, *flags], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-            sizes[name] = sum(p.stat().st_size for p in folders[name].glob("*.tfrecord*"))
+        folders = {IMAGES: options.cohort_dir}
+        sizes = {IMAGES: sum(p.stat().st_size for p in sorted(options.cohort_dir.glob("*.nii.gz"))[:COUNT])}
+        for kind, make in makers.items():
+            folder = Path(scratch, kind)
+            try:
+                make(manifest, folder)
+            except ModuleNotFoundError as e:
+                print(f"not measured, as {e.name} is not installed: {kind}")
+                continue
+            folders[kind] = folder
+            sizes[kind] = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        measured = {way: kind for way, (kind, _) in ways.items() if kind in folders}
         found = defaultdict(list)
         for _ in range(options.repeat):
-            for way, (name, _) in WAYS.items():
-                found[way].append(in_its_own_process(way, folders[name]))
+            for way, kind in measured.items():
+                found[way].append(in_its_own_process(way, folders[kind]))
     print(f"{platform.machine()}, {os.cpu_count()} cores, {options.repeat} rounds\n")
-    print("| | CPU ms | of the original | wall ms | one by number, ms | peak MB | MB on disk |")
+    print(f"| | CPU ms | {reference} | wall ms | one by number, ms | peak MB | MB on disk |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     first = None
     for way, rounds in found.items():
         cpu, wall, peak = (statistics.median(r[key] for r in rounds) for key in ("cpu", "wall", "peak"))
         first = first or cpu
         one = f"{statistics.median(r['one'] for r in rounds):.1f}" if "one" in rounds[0] else ""
-        size = sizes[WAYS[way][0]] / 1e6
+        size = sizes[measured[way]] / 1e6
         print(f"| {way} | {cpu:.1f} | {cpu / first:.2f} | {wall:.1f} | {one} | {peak:.0f} | {size:.0f} |")
 
 
 if __name__ == "__main__":
-    main()
+    compare(WAYS, MAKERS, "of the original")

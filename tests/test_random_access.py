@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 import pickle
 import shutil
@@ -405,3 +406,11 @@ def test_channels_masks_and_labels(tmp_path: Path, rescale: str) -> None:
         assert np.array_equal(element["mask"], np.full((6, 5, 4), i))
         assert element["max"].shape == (2,)
     assert Dataset(output, where="sex == 'F' and age > 0.5").ids == ["2_T1w.nii"]
+
+
+@pytest.mark.parametrize("url", ["az://lab/out", "hdfs://lab/out", "http://lab/out"])
+def test_a_scheme_that_nothing_serves_is_not_a_missing_dataset(url: str) -> None:
+    if url.startswith("hdfs") and importlib.util.find_spec("hdfs") is not None:
+        pytest.skip("apache-beam[hadoop] is installed")
+    with pytest.raises(DatasetError, match=rf"{url}/dataset_info.json: cannot be reached .*install"):
+        Dataset(url)

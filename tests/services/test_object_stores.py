@@ -8,20 +8,18 @@ import hashlib
 import json
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from beam_nifti import storage
-from beam_nifti.errors import OutputError, VolumeError
+from beam_nifti.errors import DatasetError, OutputError, VolumeError
 from beam_nifti.lock import LOCK_FILE, hold
 from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.random_access import Dataset
@@ -29,46 +27,17 @@ from beam_nifti.volume import load_volume
 from tests.build_helpers import build
 from tests.images import brain, nifti_header, row_of, write_cohort
 from tests.services.conftest import LOCAL, Reference, content_of, run_cli
-from tests.services.fault_proxy import FAULTS, FaultProxy, Request
+from tests.services.fault_proxy import FAULTS, Request
+from tests.services.stores import BUCKET, Servers, free_ports, serve
 
-ROOT = Path(__file__).parent.parent.parent
-SCRIPT = ROOT / "scripts" / "object_stores"
 STORES = ("s3", "gs")
 FIRST_IMAGE = "sub-0000.nii.gz"
 
 
-@dataclass(frozen=True)
-class Servers:
-    """The two servers, each behind a proxy.
-
-    Attributes:
-        proxies: by scheme.
-    """
-
-    proxies: dict[str, FaultProxy]
-
-    def rest(self) -> None:
-        for proxy in self.proxies.values():
-            proxy.rest()
-
-
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    run = f"--run={tmp_path_factory.mktemp('object-stores')}"
-    subprocess.run([SCRIPT, "install"], check=True)
-    s3_port, gcs_port = _free_ports(2)
-    s3, gcs = FaultProxy(s3_port), FaultProxy(gcs_port)
-    ports = [f"--s3-port={s3_port}", f"--gcs-port={gcs_port}", f"--gcs-url={gcs.url}"]
-    up = subprocess.run([SCRIPT, "up", "lab", run, *ports], check=True, stdout=subprocess.PIPE, text=True)
-    exports = (line.removeprefix("export ").partition("=") for line in up.stdout.splitlines())
-    with pytest.MonkeyPatch.context() as patch:
-        for name, _, value in exports:
-            patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", s3.url)
-        yield Servers({"s3": s3, "gs": gcs})
-    subprocess.run([SCRIPT, "down", run], check=True)
-    s3.close()
-    gcs.close()
+    with serve(tmp_path_factory.mktemp("object-stores")) as servers:
+        yield servers
 
 
 @pytest.fixture(autouse=True)
@@ -81,17 +50,7 @@ def _rested(servers: Servers) -> Iterator[None]:
 def folder(request: pytest.FixtureRequest, servers: Servers) -> Callable[[str], str]:
     """A folder of this test's own in a store: `folder("s3")`."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    return lambda scheme: f"{scheme}://lab/{name}"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    return lambda scheme: f"{scheme}://{BUCKET}/{name}"
 
 
 def upload(reference: Reference, folder: str) -> str:
@@ -217,20 +176,62 @@ def test_what_a_build_asks_for(
     assert len(requests) - len(images) <= 18 * 12 + 36
 
 
-@pytest.mark.parametrize("scheme", STORES)
-def test_a_record_by_number_is_one_request(
-    folder: Callable[[str], str], servers: Servers, tmp_path: Path, scheme: str
-) -> None:
+@pytest.fixture
+def remote(request: pytest.FixtureRequest, folder: Callable[[str], str], tmp_path: Path) -> tuple[str, Path]:
+    """A dataset of twelve records in a store, which the test's parameter "scheme" names, and on the disk."""
     build(write_cohort(tmp_path / "in", 12), tmp_path / "out", num_shards=2)
+    url = folder(request.getfixturevalue("scheme"))
     for path in (tmp_path / "out").rglob("*.*"):
-        storage.write(f"{folder(scheme)}/{path.relative_to(tmp_path / 'out')}", path.read_bytes())
-    records, proxy = pickle.loads(pickle.dumps(Dataset(folder(scheme)))), servers.proxies[scheme]
+        storage.write(f"{url}/{path.relative_to(tmp_path / 'out')}", path.read_bytes())
+    return url, tmp_path / "out"
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_a_record_by_number_is_one_request(remote: tuple[str, Path], servers: Servers, scheme: str) -> None:
+    url, local = remote
+    records, proxy = pickle.loads(pickle.dumps(Dataset(url))), servers.proxies[scheme]
     (length,) = records[7:8].index(["length"])["length"].to_pylist()
     proxy.rest()
     image = records[7]["image"]
     (request,) = proxy.rest()
     assert (request.method, request.received) == ("GET", length)
-    assert image.tobytes() == Dataset(tmp_path / "out")[7]["image"].tobytes()
+    assert image.tobytes() == Dataset(local)[7]["image"].tobytes()
+
+
+@pytest.mark.tf
+@pytest.mark.parametrize("scheme", STORES)
+def test_an_epoch_of_tensorflow_is_one_request_a_record(
+    remote: tuple[str, Path], servers: Servers, scheme: str
+) -> None:
+    load_dataset = pytest.importorskip("beam_nifti.reader", exc_type=ImportError).load_dataset
+    url, local = remote
+    options = {"batch_size": 5, "shuffle": True, "seed": 1}
+    dataset, proxy = load_dataset(url, engine="indexed", **options), servers.proxies[scheme]
+    proxy.rest()
+    images = [x.numpy() for x, _ in dataset]
+    requests = proxy.rest()
+    assert len(requests) == 12
+    assert {r.method for r in requests} == {"GET"}
+    assert sum(r.received for r in requests) == sum(Dataset(local).index(["length"])["length"].to_pylist())
+    expected = [x.numpy() for x, _ in load_dataset(local, **options)]
+    assert [x.tobytes() for x in images] == [x.tobytes() for x in expected]
+
+
+def test_what_is_missing_differs_from_what_is_not_reached(
+    folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DatasetError, match=r"no complete dataset here \(dataset_info.json is missing\)"):
+        Dataset(folder("s3"))
+    with pytest.raises(DatasetError, match=r"no complete dataset here \(No such bucket\)"):
+        Dataset("s3://another/dataset")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    monkeypatch.setattr(storage, "_stores", {})
+    with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*access is denied"):
+        Dataset(folder("s3"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.setattr(storage, "_stores", {})
+    with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*Could not connect"):
+        Dataset(folder("s3"))
 
 
 @pytest.mark.parametrize("scheme", STORES)
