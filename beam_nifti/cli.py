@@ -34,6 +34,8 @@ USAGE: Final = 2
 TEMPORARY: Final = 75
 """EX_TEMPFAIL of sysexits.h: what stood in the way may be gone when a scheduler tries again."""
 INTERRUPTED: Final = 130
+CUT_SHORT: Final = 141
+"""128 + SIGPIPE, as a shell says of `git log` whose reader has gone: what was asked for is not out."""
 
 _SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output,
-        75 a failure that may pass, 130 Ctrl-C.
+        75 a failure that may pass, 130 Ctrl-C, 141 a result that nobody read to its end.
     """
     commands = {
         "manifest": _manifest,
@@ -61,13 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "extract": _extract,
     }
     try:
-        options, beam_flags = command_line.parse(sys.argv[1:] if argv is None else argv)
+        with _all_read():  # --help and --version
+            options, beam_flags = command_line.parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as e:  # argparse has already said what it has to say
         return e.code if isinstance(e.code, int) else USAGE
     except UsageError as e:
         return _complain(e, USAGE)
+    except _CutShort:
+        return CUT_SHORT
     try:
         return commands[options.command](options, beam_flags)
+    except _CutShort:
+        return CUT_SHORT
     except OutputBusyError as e:
         return _complain(e, TEMPORARY)
     except (UsageError, ManifestError, OutputError) as e:
@@ -83,14 +90,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+class _CutShort(Exception):
+    """Whoever reads our standard output has gone."""
+
+
+@contextlib.contextmanager
+def _all_read() -> Iterator[None]:
+    """Print what a command is for, and end quietly when its reader has gone."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed by whoever started us
+                sys.stdout.flush()
+    except BrokenPipeError as e:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _CutShort from e
+
+
 @contextlib.contextmanager
 def _while_read() -> Iterator[None]:
-    """Let the exit code stand when whoever reads our output has gone."""
-    try:
+    """Say what a command has done; the exit code stands when whoever reads our output has gone."""
+    with contextlib.suppress(_CutShort), _all_read():
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: Exception | str, code: int) -> int:
@@ -129,11 +152,11 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
         print(note, file=sys.stderr)
     if out:
         write_table(out, found.table)
-    with _while_read():
-        if out:
+        with _while_read():
             print(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
-        else:
-            print(format_delimited(found.table, "\t"), end="")
+        return SUCCESS
+    with _all_read():
+        print(format_delimited(found.table, "\t"), end="")
     return SUCCESS
 
 
@@ -253,11 +276,12 @@ def _dry_run(config: BuildConfig) -> int:
     plan, estimate = plan_build(config)
     shape = "x".join(map(str, estimate.shape))
     splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
-    print(f"would write to {plan.config.output}")
-    print(f"  volumes {estimate.num_volumes} of {shape} voxels ({splits})")
-    print(f"  shards  {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
-    _print_labels(plan)
-    print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
+    with _while_read():
+        print(f"would write to {plan.config.output}")
+        print(f"  volumes {estimate.num_volumes} of {shape} voxels ({splits})")
+        print(f"  shards  {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
+        _print_labels(plan)
+        print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
     return SUCCESS
 
 
@@ -317,10 +341,12 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
     for problem in report.problems:
         print(problem, file=sys.stderr)
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
-    print(
-        f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
-        f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: {options.output}"
-    )
+    with _while_read():
+        print(
+            f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
+            f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
+            f"{options.output}"
+        )
     return SUCCESS if report.ok else FAILED
 
 
@@ -331,7 +357,7 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
         description = describe_record(options.output, options.record)
     else:
         description = describe_dataset(options.output)
-    with _while_read():
+    with _all_read():
         print(json.dumps(description, indent=2) if options.json else format_description(description))
     return SUCCESS
 
@@ -340,7 +366,7 @@ def _diff(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
 
     diff = compare_datasets(options.before, options.after)
-    with _while_read():
+    with _all_read():
         print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
     return SUCCESS if diff.is_empty else FAILED
 

@@ -479,13 +479,31 @@ def test_a_folder_of_our_name_that_is_not_ours_stays(cohort: Path, built: Callab
     assert precious.read_text() == "kept"
 
 
-def test_output_that_nobody_reads_to_its_end(cohort: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "beam_nifti.cli", "build", str(cohort), str(tmp_path / "out"), "--quiet"]
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["--version"], cli.CUT_SHORT),
+        (["manifest", "glob", "cohort/*.nii.gz"], cli.CUT_SHORT),
+        (["build", "cohort/manifest.tsv", "out"], cli.SUCCESS),
+    ],
+)
+@pytest.mark.parametrize("errors", ["apart", "with it"])
+def test_output_that_nobody_reads_to_its_end(
+    cohort: Path, command: list[str], code: int, errors: str
+) -> None:
+    """What a command is for is cut short (141); where it has done its work, its exit code stands."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "beam_nifti.cli", *command],
+        cwd=cohort.parent.parent,
+        stdout=writer,
+        stderr=subprocess.PIPE if errors == "apart" else writer,
+        text=True,
+        check=False,
+    )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr or "") == (code, "")
 
 
 def test_a_dataset_without_labels_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
