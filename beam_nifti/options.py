@@ -147,6 +147,16 @@ class _Versions(argparse.Action):
         parser.exit()
 
 
+class _Completion(argparse.Action):
+    """`--print-completion`; what makes it is loaded only when it is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
+        from beam_nifti.completion import make_completion
+
+        print(make_completion(parser, str(shell)), end="")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
     parser: argparse.ArgumentParser = _Parser(
@@ -158,6 +168,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--version", action=_Versions, help="show the version, and those of the libraries that decide bytes"
+    )
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print what makes a shell complete commands, flags, their values and paths; for bash: "
+        'eval "$(beam-nifti --print-completion bash)"',
     )
     _add_log_format(parser, "text")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
