@@ -50,6 +50,7 @@ from beam_nifti.user_function import source_sha256
 from beam_nifti.volume import load_header, load_volume
 
 if TYPE_CHECKING:
+    from apache_beam.metrics.metric import MetricResult
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineResult
 
@@ -402,19 +403,24 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
 
 
 def _metrics(result: PipelineResult) -> Metrics:
-    """Sums over the steps that share a name. Prism names some that have no value."""
+    """What our steps have counted; runners count more, under names of their own."""
     counters: dict[str, int] = {}
     distributions: dict[str, Distribution] = {}
     found = result.metrics().query()
-    for counter in found["counters"]:
+    for counter in filter(_is_ours, found["counters"]):
         name = counter.key.metric.name
         counters[name] = counters.get(name, 0) + (counter.result or 0)
-    for distribution in found["distributions"]:
+    for distribution in filter(_is_ours, found["distributions"]):
         name, of_step = distribution.key.metric.name, distribution.result
         if of_step is not None and of_step.count:
             values = Distribution(of_step.count, of_step.sum, of_step.min, of_step.max)
             distributions[name] = values.plus(distributions[name]) if name in distributions else values
     return Metrics(counters, distributions)
+
+
+def _is_ours(found: MetricResult) -> bool:
+    namespace = found.key.metric.namespace
+    return namespace is not None and namespace.startswith("beam_nifti.")
 
 
 def _clean_up(plan: BuildPlan) -> None:

@@ -263,7 +263,7 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
     from beam_nifti.build import run_build
     from beam_nifti.publish import TooManyFailures
 
-    progress = _progress(engine, plan.num_examples, "volume", quiet=quiet)
+    progress = _progress(engine, plan.num_examples, "volume", quiet=quiet, plan=plan)
     noise = io.StringIO()
     try:
         with progress, _set_aside(noise, engine):
@@ -289,13 +289,17 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
 
 
 def _progress(
-    engine: Engine, total: int, unit: str, *, quiet: bool
+    engine: Engine, total: int, unit: str, *, quiet: bool, plan: BuildPlan | None = None
 ) -> contextlib.AbstractContextManager[None]:
     from beam_nifti.progress import no_progress, show_progress
 
-    # Processes count for themselves, and a cluster's workers too.
-    is_counted = engine.is_local and not engine.in_processes
-    return show_progress(total, unit) if is_counted and not quiet else no_progress()
+    if not quiet and engine.is_local and not engine.in_processes:
+        return show_progress(total, unit)
+    if not quiet and not engine.is_local and plan is not None:
+        from beam_nifti.follow import follow_build
+
+        return follow_build(plan)
+    return no_progress()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ warnings and errors may, as they have to say what is wrong.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -91,6 +92,7 @@ def on_stderr(log_format: str) -> Iterator[None]:
     handler = _Handler(sys.stderr)
     if log_format == "json":
         handler.setFormatter(_Json())
+        logging.getLogger("apache_beam.typehints").setLevel(logging.WARNING)  # a line for each annotation
         with _handling(logging.getLogger(), handler), contextlib.redirect_stderr(_Lines()):
             logging.captureWarnings(True)
             try:
@@ -100,6 +102,8 @@ def on_stderr(log_format: str) -> Iterator[None]:
                 raise SystemExit(1) from e
             finally:
                 logging.captureWarnings(False)
+                # Beam ends its job servers when the process ends, and says so.
+                atexit.register(logging.getLogger().addHandler, handler)
     else:
         handler.setFormatter(_Text())
         with _handling(LOGGER, handler):

@@ -1,7 +1,7 @@
 """How far a build is: a bar on a terminal, a line now and then in a log.
 
 The steps of a pipeline add to `METER`; a build in this process reads it there. On a cluster nobody
-does: `follow.py` sets it from what appears in the storage.
+does: `follow.py` counts what appears in the storage.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ def no_progress() -> Iterator[None]:
 
 
 @contextmanager
-def show_progress(total: int, unit: str = "volume", line_seconds: float = _LINE_SECONDS) -> Iterator[None]:
-    """Show `METER` on standard error while the block runs.
+def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Iterator[None]:
+    """Show on standard error what a meter says while the block runs.
 
-    A terminal gets a bar with the rate and the time left; a log a line now and then.
+    A terminal gets a bar with the rate and the time left; a log a line every 30 seconds.
 
     Args:
         total: of what is counted.
         unit: what is counted.
-        line_seconds: between two lines.
+        meter: is set to nothing first.
     """
-    METER.reset()
+    meter.reset()
     started = time.monotonic()
     stream = sys.stderr
     is_terminal = stream.isatty()
@@ -92,13 +92,13 @@ def show_progress(total: int, unit: str = "volume", line_seconds: float = _LINE_
 
         def refresh() -> None:
             if is_terminal:
-                bar.set_postfix_str(", ".join(_facts(time.monotonic() - started)), refresh=False)
-                bar.update(METER.done - bar.n)
+                bar.set_postfix_str(", ".join(_facts(meter, time.monotonic() - started)), refresh=False)
+                bar.update(meter.done - bar.n)
             else:
-                _log_line(total, unit, time.monotonic() - started)
+                _log_line(meter, total, unit, time.monotonic() - started)
 
         def follow() -> None:
-            while not stop.wait(_BAR_SECONDS if is_terminal else line_seconds):
+            while not stop.wait(_BAR_SECONDS if is_terminal else _LINE_SECONDS):
                 refresh()
 
         stop = threading.Event()
@@ -113,21 +113,21 @@ def show_progress(total: int, unit: str = "volume", line_seconds: float = _LINE_
                 refresh()
 
 
-def _facts(elapsed: float) -> Iterator[str]:
+def _facts(meter: Meter, elapsed: float) -> Iterator[str]:
     """What there is to say besides the number of volumes."""
-    if METER.num_bytes:
-        yield f"{METER.num_bytes / 1e6 / elapsed:.1f} MB/s"
-    if METER.failed:
-        yield f"{METER.failed:,} failed"
-    if METER.shards:
-        yield f"{METER.shards:,} shards complete"
+    if meter.num_bytes:
+        yield f"{meter.num_bytes / 1e6 / elapsed:.1f} MB/s"
+    if meter.failed:
+        yield f"{meter.failed:,} failed"
+    if meter.shards:
+        yield f"{meter.shards:,} shards complete"
 
 
-def _log_line(total: int, unit: str, elapsed: float) -> None:
-    done = METER.done
-    rate = (done - METER.kept) / elapsed
+def _log_line(meter: Meter, total: int, unit: str, elapsed: float) -> None:
+    done = meter.done
+    rate = (done - meter.kept) / elapsed
     left = round((total - done) / rate) if rate else None
-    facts = [f"{done:,} of {total:,} {unit}s", f"{rate:.1f} a second", *_facts(elapsed)]
+    facts = [f"{done:,} of {total:,} {unit}s", f"{rate:.1f} a second", *_facts(meter, elapsed)]
     logs.LOGGER.info(
         "%s, %s left",
         ", ".join(facts),
@@ -136,8 +136,8 @@ def _log_line(total: int, unit: str, elapsed: float) -> None:
             unit=unit,
             total=total,
             done=done,
-            failed=METER.failed,
-            shards=METER.shards,
+            failed=meter.failed,
+            shards=meter.shards,
             per_second=round(rate, 3),
             seconds_left=left,
         ),

@@ -312,9 +312,12 @@ def test_records_of_other_libraries_are_json_too(
     assert "ZeroDivisionError" in records[-1]["exception"]
 
 
-def test_a_log_gets_lines_of_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_gets_lines_of_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beam_nifti.progress._LINE_SECONDS", 0.01)
     for log_format in logs.FORMATS:
-        with logs.on_stderr(log_format), show_progress(8000, line_seconds=0.01):
+        with logs.on_stderr(log_format), show_progress(8000):
             METER.add(volumes=900, kept=100, failed=20)
             said = ""
             while "1,020 of 8,000 volumes" not in said:
