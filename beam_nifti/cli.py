@@ -129,7 +129,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         if sys.stderr.isatty():
             print(file=sys.stderr)  # after ^C
         again = "continues where it was" if options.command == "build" else "starts again"
-        logs.LOGGER.warning("beam-nifti: stopped; the same command %s", again)
+        logs.LOGGER.warning("stopped; the same command %s", again)
         return INTERRUPTED
 
 
@@ -429,7 +429,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     run.output = storage.absolute(options.output)
     info = read_info(options.output)
     total = info.num_examples
-    run.know(fingerprint=info.config["fingerprint"], num_volumes=total)
+    run.know(fingerprint=info.config.get("fingerprint"), num_volumes=total)
     with no_progress() if options.quiet else show_progress(total, unit="record"):
         report = verify_dataset(
             options.output,

@@ -91,11 +91,12 @@ def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Ite
     with tqdm(total=total, unit=unit, dynamic_ncols=True, file=stream, disable=not is_terminal) as bar:
 
         def refresh() -> None:
+            elapsed = max(time.monotonic() - started, 1e-3)
             if is_terminal:
-                bar.set_postfix_str(", ".join(_facts(meter, time.monotonic() - started)), refresh=False)
+                bar.set_postfix_str(", ".join(_facts(meter, elapsed)), refresh=False)
                 bar.update(meter.done - bar.n)
             else:
-                _log_line(meter, total, unit, time.monotonic() - started)
+                _log_line(meter, total, unit, elapsed)
 
         def follow() -> None:
             while not stop.wait(_BAR_SECONDS if is_terminal else _LINE_SECONDS):

@@ -53,9 +53,9 @@ class TooManyFailures(BeamNiftiError):
         metrics: what its pipeline counted, where that is known.
     """
 
-    def __init__(self, summary: BuildSummary, metrics: Metrics = Metrics()) -> None:  # noqa: B008
+    def __init__(self, summary: BuildSummary, metrics: Metrics | None = None) -> None:
         super().__init__(summary, metrics)
-        self.summary, self.metrics = summary, metrics
+        self.summary, self.metrics = summary, metrics or Metrics()
 
     def __str__(self) -> str:
         """How many failed of how many."""

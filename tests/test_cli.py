@@ -308,6 +308,7 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     manifest = write_cohort(tmp_path / "cohort", 300, shape=(40, 40, 20))
     output = tmp_path / "out"
     command = [sys.executable, "-m", "beam_nifti.cli", "build", str(manifest), str(output), "--workers=1"]
+    command.append(f"--summary-json={tmp_path}/summary.json")
     # Who starts the tests in the background of a shell has them ignore this signal, and all their children.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -319,6 +320,8 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     assert process.returncode == cli.INTERRUPTED
     assert "continues where it was" in said
     assert "Traceback" not in said
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["exit_code"], summary["num_volumes"]) == ("interrupted", 130, 300)
     assert cli.main(["build", str(manifest), str(output), "--quiet"]) == cli.SUCCESS
     assert read_info(str(output)).num_examples == 300
 

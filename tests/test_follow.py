@@ -17,6 +17,7 @@ from beam_nifti.parts import part_at, parts_folder
 from beam_nifti.plan import BuildPlan
 from tests.build_helpers import PER_SHARD, UNIT_ROWS, make_config, make_options
 from tests.images import write_cohort
+from tests.object_store import MemoryFileSystem
 
 COUNT = 20
 
@@ -36,11 +37,11 @@ def leave_part(plan: BuildPlan, shard: int, first: int, name: str = "a") -> None
     storage.write(part.index, b"")
 
 
-@pytest.mark.parametrize("place", ["in the output", "elsewhere"])
-def test_parts_and_shards_count_as_they_appear(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("place", [None, "{}/tmp", "memory://lab/tmp"])
+def test_parts_and_shards_count_as_they_appear(tmp_path: Path, place: str | None) -> None:
+    MemoryFileSystem.objects.clear()
     manifest = write_cohort(tmp_path / "cohort", COUNT)
-    temp_location = str(tmp_path / "tmp") if place == "elsewhere" else None
-    config = make_config(manifest, tmp_path / "out", temp_location=temp_location)
+    config = make_config(manifest, tmp_path / "out", temp_location=place and place.format(tmp_path))
     with open_build(config) as plan:
         # Shards of 7, 7 and 6, of units of 2, 2, 3 and 2, 2, 3 and 3, 3.
         object.__setattr__(plan, "unit_rows", UNIT_ROWS)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -22,7 +21,7 @@ from beam_nifti import cli, lock, logs
 from beam_nifti.progress import METER, show_progress
 from beam_nifti.publish import read_info
 from beam_nifti.run_summary import RunSummary
-from tests.images import write_cohort, write_manifest
+from tests.images import write_manifest
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/monitoring.md").read_text()
@@ -128,20 +127,6 @@ def test_what_is_refused_or_busy_is_told_with_its_error(
     with lock.hold(str(output)):
         busy = summarize("build", cohort, output, code=cli.TEMPORARY)
     assert (busy["status"], busy["error"]["type"]) == ("temporary", "OutputBusyError")
-
-
-def test_a_build_that_ctrl_c_stops_says_so(tmp_path: Path) -> None:
-    manifest, summary = write_cohort(tmp_path / "cohort", 200, shape=(40, 40, 20)), tmp_path / "s.json"
-    arguments = ["build", manifest, tmp_path / "out", "--workers=1", f"--summary-json={summary}", "--quiet"]
-    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen([sys.executable, "-m", "beam_nifti", *arguments])
-    signal.signal(signal.SIGINT, ours)
-    while process.poll() is None and not list(tmp_path.glob("out/.build/*/*/*.part*")):
-        pass
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == cli.INTERRUPTED
-    found = json.loads(summary.read_text())
-    assert (found["status"], found["exit_code"], found["num_volumes"]) == ("interrupted", 130, 200)
 
 
 def test_an_error_that_nobody_foresaw_is_told_of(
