@@ -212,9 +212,9 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
-    run.dry_run = options.dry_run
+    manifest, output = storage.absolute(options.manifest), storage.absolute(options.output)
+    run.know(dry_run=options.dry_run, manifest=manifest, output=output)
     config = command_line.build_config(options)
-    run.know(manifest=storage.absolute(config.manifest), output=storage.absolute(config.output))
     if options.dry_run and not beam_flags:
         return _dry_run(run, config)  # sooner, as it needs no Beam
     from beam_nifti.build import open_build

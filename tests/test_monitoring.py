@@ -115,10 +115,12 @@ def test_a_dry_run_a_check_and_a_verification_tell_too(
     assert summarize("verify", output, code=cli.FAILED)["num_problems"] > 0
 
 
-def test_what_is_refused_or_busy_is_told_with_its_error(
+def test_what_is_refused_or_may_pass_is_told_with_its_error(
     cohort: Path, tmp_path: Path, summarize: Callable[..., Any]
 ) -> None:
     output = tmp_path / "out"
+    misspelled = summarize("build", cohort, output, "--rescale=quantile", code=cli.USAGE)
+    assert (misspelled["error"]["type"], misspelled["output"]) == ("UsageError", str(output))
     bad = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii", "label": "x"}])
     refused = summarize("build", bad, output, code=cli.USAGE)
     assert (refused["status"], refused["error"]["type"]) == ("refused", "ManifestError")
@@ -127,6 +129,11 @@ def test_what_is_refused_or_busy_is_told_with_its_error(
     with lock.hold(str(output)):
         busy = summarize("build", cohort, output, code=cli.TEMPORARY)
     assert (busy["status"], busy["error"]["type"]) == ("temporary", "OutputBusyError")
+    (tmp_path / "file").write_text("where a folder is to be made")
+    stopped = summarize("build", cohort, output, f"--temp-location={tmp_path}/file", code=cli.TEMPORARY)
+    assert (stopped["status"], stopped["num_volumes"]) == ("temporary", 12)
+    assert "NotADirectoryError" in stopped["error"]["message"]
+    assert stopped["num_examples"] is None
 
 
 def test_an_error_that_nobody_foresaw_is_told_of(
