@@ -121,7 +121,7 @@ def _facts(meter: Meter, elapsed: float) -> Iterator[str]:
     if meter.failed:
         yield f"{meter.failed:,} failed"
     if meter.shards:
-        yield f"{meter.shards:,} shards complete"
+        yield f"{meter.shards:,} shard{'' if meter.shards == 1 else 's'} complete"
 
 
 def _log_line(meter: Meter, total: int, unit: str, elapsed: float) -> None:

@@ -140,12 +140,14 @@ def test_an_error_that_nobody_foresaw_is_told_of(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
+        assert not path.exists(), "a process that is killed would leave the summary of an earlier run"
         raise ZeroDivisionError("one by none")
 
-    monkeypatch.setattr("beam_nifti.build.plan_build", fail)
+    monkeypatch.setattr("beam_nifti.build.run_build", fail)
     path = tmp_path / "s.json"
+    path.write_text("of an earlier run")
     with pytest.raises(ZeroDivisionError):
-        cli.main(["build", str(cohort), str(tmp_path / "out"), "--dry-run", f"--summary-json={path}"])
+        cli.main(["build", str(cohort), str(tmp_path / "out"), f"--summary-json={path}"])
     found = json.loads(path.read_text())
     assert (found["status"], found["exit_code"]) == ("crashed", 1)
     assert found["error"] == {"type": "ZeroDivisionError", "message": "one by none"}
