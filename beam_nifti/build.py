@@ -24,6 +24,7 @@ from beam_nifti.index import read_index
 from beam_nifti.labels import name_classes
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import Manifest
+from beam_nifti.metrics import Distribution, Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import (
     BuildNote,
@@ -49,6 +50,7 @@ from beam_nifti.user_function import source_sha256
 from beam_nifti.volume import load_header, load_volume
 
 if TYPE_CHECKING:
+    from apache_beam.metrics.metric import MetricResult
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineResult
 
@@ -374,11 +376,11 @@ def _prepare(plan: BuildPlan, note: BuildNote) -> None:
     note.write(output)
 
 
-def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, dict[str, int]]:
+def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, Metrics]:
     """Run the pipeline and remove what only the build needed.
 
     Returns:
-        How it ended, and Beam's counters by name, such as "volumes-loaded".
+        How it ended, and what its steps counted.
 
     Raises:
         TooManyFailures: the dataset is not published; the next run loads only what failed.
@@ -392,20 +394,33 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
     with whole_elements():
         result = pipeline.run()
         result.wait_until_finish()
-    summary = take_summary(plan.config.output)
+    summary, metrics = take_summary(plan.config.output), _metrics(result)
     assert summary is not None
     if not summary.complete:
-        raise TooManyFailures(summary)
+        raise TooManyFailures(summary, metrics)
     _clean_up(plan)
-    return summary, _counters(result)
+    return summary, metrics
 
 
-def _counters(result: PipelineResult) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for counter in result.metrics().query()["counters"]:
+def _metrics(result: PipelineResult) -> Metrics:
+    """What our steps have counted; runners count more, under names of their own."""
+    counters: dict[str, int] = {}
+    distributions: dict[str, Distribution] = {}
+    found = result.metrics().query()
+    for counter in filter(_is_ours, found["counters"]):
         name = counter.key.metric.name
-        totals[name] = totals.get(name, 0) + (counter.result or 0)  # Prism names some without a value
-    return totals
+        counters[name] = counters.get(name, 0) + (counter.result or 0)
+    for distribution in filter(_is_ours, found["distributions"]):
+        name, of_step = distribution.key.metric.name, distribution.result
+        if of_step is not None and of_step.count:
+            values = Distribution(of_step.count, of_step.sum, of_step.min, of_step.max)
+            distributions[name] = values.plus(distributions[name]) if name in distributions else values
+    return Metrics(counters, distributions)
+
+
+def _is_ours(found: MetricResult) -> bool:
+    namespace = found.key.metric.namespace
+    return namespace is not None and namespace.startswith("beam_nifti.")
 
 
 def _clean_up(plan: BuildPlan) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import logging
 import os
 import sys
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, cast
 
+from beam_nifti import logs, storage
 from beam_nifti import options as command_line
 from beam_nifti.errors import (
     BeamNiftiError,
@@ -21,10 +22,12 @@ from beam_nifti.errors import (
     OutputError,
     UsageError,
 )
+from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
 
 if TYPE_CHECKING:
     from beam_nifti.config import BuildConfig
     from beam_nifti.engines import Engine
+    from beam_nifti.metrics import Metrics
     from beam_nifti.plan import BuildPlan
     from beam_nifti.publish import BuildSummary
 
@@ -34,9 +37,14 @@ USAGE: Final = 2
 TEMPORARY: Final = 75
 """EX_TEMPFAIL of sysexits.h: what stood in the way may be gone when a scheduler tries again."""
 INTERRUPTED: Final = 130
+CUT_SHORT: Final = 141
+"""128 + SIGPIPE, as a shell says of `git log` whose reader has gone: what was asked for is not out."""
 
 _SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
+
+_NOT_LOGGED: Final = {"error", "counters", "distributions"}
+"""Of a run's summary: its error may name participants."""
 
 _NO_LABELS: Final = "labels   none: the manifest has no column 'label' (see --label-column)"
 
@@ -49,64 +57,130 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output,
-        75 a failure that may pass, 130 Ctrl-C.
+        75 a failure that may pass, 130 Ctrl-C, 141 a result that nobody read to its end.
     """
-    commands = {
+    arguments = sys.argv[1:] if argv is None else argv
+    with logs.on_stderr(command_line.find_log_format(arguments)):
+        try:
+            with _all_read():  # --help and --version
+                options, beam_flags = command_line.parse(arguments)
+        except SystemExit:
+            return SUCCESS
+        except UsageError as e:
+            return _complain(e, USAGE)
+        except _CutShort:
+            return CUT_SHORT
+        return _run_command(options, beam_flags)
+
+
+def _run_command(options: argparse.Namespace, beam_flags: list[str]) -> int:
+    """Run it, and write how it ended, whatever happens."""
+    run, code = RunSummary(options.command), None
+    try:
+        code = _attempt(options, beam_flags, run)
+    finally:
+        if code is None:
+            run.fail(cast(BaseException, sys.exception()))
+        run.end(code)
+        is_told = _tell_end(run, options)
+    return code if is_told else code or FAILED
+
+
+def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
+    """Write the files that were asked for; False where one could not be written."""
+    if options.log_format == "json":
+        facts = {k: v for k, v in run.as_document().items() if v is not None and k not in _NOT_LOGGED}
+        logs.LOGGER.info("%s ended: %s", run.command, run.status, extra=logs.fields(**facts))
+    try:
+        if getattr(options, "summary_json", None):
+            write_document(options.summary_json, run)
+        if getattr(options, "metrics_file", None) and not run.dry_run:
+            from beam_nifti.textfile import write_metrics
+
+            write_metrics(options.metrics_file, run)
+    except OSError as e:
+        logs.LOGGER.error("how the command ended could not be written: %s", _reason(e))
+        return False
+    return True
+
+
+def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary) -> int:
+    commands: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
         "manifest": _manifest,
-        "check": _check,
-        "build": _build,
-        "verify": _verify,
+        "check": functools.partial(_check, run),
+        "build": functools.partial(_build, run),
+        "verify": functools.partial(_verify, run),
         "inspect": _inspect,
         "diff": _diff,
         "extract": _extract,
     }
     try:
-        options, beam_flags = command_line.parse(sys.argv[1:] if argv is None else argv)
-    except SystemExit as e:  # argparse has already said what it has to say
-        return e.code if isinstance(e.code, int) else USAGE
-    except UsageError as e:
-        return _complain(e, USAGE)
-    try:
         return commands[options.command](options, beam_flags)
-    except OutputBusyError as e:
-        return _complain(e, TEMPORARY)
-    except (UsageError, ManifestError, OutputError) as e:
-        return _complain(e, USAGE)
+    except _CutShort:
+        return CUT_SHORT
     except BeamNiftiError as e:
-        return _complain(e, FAILED)
+        run.fail(e)
+        return _complain(e, _exit_code(e))
     except OSError as e:
-        code = TEMPORARY if isinstance(e, TimeoutError) else USAGE
-        return _complain(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else e, code)
-    except KeyboardInterrupt:
-        print("\nbeam-nifti: stopped; the same command", end=" ", file=sys.stderr)
-        print("continues where it was" if options.command == "build" else "starts again", file=sys.stderr)
+        run.fail(e, _reason(e))
+        return _complain(_reason(e), TEMPORARY if isinstance(e, TimeoutError) else USAGE)
+    except KeyboardInterrupt as e:
+        run.fail(e)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # after ^C
+        again = "continues where it was" if options.command == "build" else "starts again"
+        logs.LOGGER.warning("stopped; the same command %s", again)
         return INTERRUPTED
+
+
+def _exit_code(error: BeamNiftiError) -> int:
+    if isinstance(error, OutputBusyError):
+        return TEMPORARY
+    return USAGE if isinstance(error, UsageError | ManifestError | OutputError) else FAILED
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+class _CutShort(Exception):
+    """Whoever reads our standard output has gone."""
+
+
+@contextlib.contextmanager
+def _all_read() -> Iterator[None]:
+    """Print what a command is for, and end quietly when its reader has gone."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # closed by whoever started us
+                sys.stdout.flush()
+    except BrokenPipeError as e:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _CutShort from e
 
 
 @contextlib.contextmanager
 def _while_read() -> Iterator[None]:
-    """Let the exit code stand when whoever reads our output has gone."""
-    try:
+    """Say what a command has done; the exit code stands when whoever reads our output has gone."""
+    with contextlib.suppress(_CutShort), _all_read():
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: Exception | str, code: int) -> int:
-    print(f"beam-nifti: error: {error}", file=sys.stderr)
+    logs.LOGGER.error("%s", error)
     return code
 
 
 def _refuse_existing(path: str) -> None:
-    from beam_nifti import storage
-
     if storage.exists(storage.absolute(path)):
         raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
 
 
 def _manifest(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti import discovery, storage
+    from beam_nifti import discovery
     from beam_nifti.tables import format_delimited, write_table
 
     out = options.out and storage.absolute(options.out)
@@ -126,44 +200,77 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
     else:
         found = discovery.find_matching_images(options.pattern, folder, all_images=options.all_images)
     for note in found.notes:
-        print(note, file=sys.stderr)
+        logs.LOGGER.warning("%s", note)
     if out:
         write_table(out, found.table)
-    with _while_read():
-        if out:
+        with _while_read():
             print(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
-        else:
-            print(format_delimited(found.table, "\t"), end="")
+        return SUCCESS
+    with _all_read():
+        print(format_delimited(found.table, "\t"), end="")
     return SUCCESS
 
 
-def _build(options: argparse.Namespace, beam_flags: list[str]) -> int:
+def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
+    manifest, output = storage.absolute(options.manifest), storage.absolute(options.output)
+    run.know(dry_run=options.dry_run, manifest=manifest, output=output)
     config = command_line.build_config(options)
     if options.dry_run and not beam_flags:
-        return _dry_run(config)  # sooner, as it needs no Beam
+        return _dry_run(run, config)  # sooner, as it needs no Beam
     from beam_nifti.build import open_build
     from beam_nifti.engines import choose_engine, write_template
 
     engine = choose_engine(config, beam_flags, options.workers)
+    run.runner = engine.runner
     if options.dry_run:
-        return _dry_run(engine.config)
+        return _dry_run(run, engine.config)
+    _remove_earlier(options)
     with open_build(engine.config) as plan:
+        _note_plan(run, plan)
         if engine.is_template:
+            run.dry_run = True
             write_template(plan, engine.options)
             return SUCCESS
-        return _run(plan, engine, quiet=options.quiet)
+        return _run(run, plan, engine, quiet=options.quiet)
 
 
-def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
+def _remove_earlier(options: argparse.Namespace) -> None:
+    """Forget how an earlier run ended; once Beam knows its flags, as some are for the storage."""
+    if options.summary_json is not None:
+        remove_earlier(options.summary_json)
+
+
+def _note_plan(run: RunSummary, plan: BuildPlan) -> None:
+    splits = {split: size * (plan.num_frames or 1) for split, size in plan.split_sizes.items()}
+    run.know(fingerprint=plan.config.record.fingerprint, num_volumes=plan.num_examples, splits=splits)
+
+
+def _note_end(run: RunSummary, summary: BuildSummary, metrics: Metrics) -> None:
+    run.know(
+        num_examples=summary.num_written,
+        num_kept=metrics.counters.get("volumes-skipped", 0),
+        num_failed=summary.num_failed,
+        failures=summary.failures,
+        failures_path=summary.failures_path or None,
+        num_shards=summary.num_shards,
+        num_bytes=summary.num_bytes,
+        counters=metrics.counters,
+        distributions=metrics.distributions,
+    )
+
+
+def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
     from beam_nifti.build import run_build
     from beam_nifti.publish import TooManyFailures
 
-    progress = _progress(engine, plan.num_examples, "volume", quiet=quiet)
+    progress = _progress(engine, plan.num_examples, "volume", quiet=quiet, plan=plan)
     noise = io.StringIO()
     try:
         with progress, _set_aside(noise, engine):
-            summary, counters = run_build(plan, engine.options)
+            summary, metrics = run_build(plan, engine.options)
     except TooManyFailures as e:
+        _note_end(run, e.summary, e.metrics)
+        run.fail(e)
         with _while_read():
             _report(plan, e.summary, {})
         return _complain(
@@ -173,21 +280,26 @@ def _run(plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
             FAILED,
         )
     except RuntimeError as e:
-        return _stopped(e, "the build stopped", "the same command continues where it was")
+        return _stopped(run, e, "the build stopped", "the same command continues where it was")
+    _note_end(run, summary, metrics)
     sys.stderr.write(noise.getvalue())
     with _while_read():
-        _report(plan, summary, counters)
+        _report(plan, summary, metrics.counters)
     return SUCCESS
 
 
 def _progress(
-    engine: Engine, total: int, unit: str, *, quiet: bool
+    engine: Engine, total: int, unit: str, *, quiet: bool, plan: BuildPlan | None = None
 ) -> contextlib.AbstractContextManager[None]:
     from beam_nifti.progress import no_progress, show_progress
 
-    # Processes count for themselves, and a cluster's workers too.
-    is_counted = engine.is_local and not engine.in_processes
-    return show_progress(total, unit) if is_counted and not quiet else no_progress()
+    if not quiet and engine.is_local and not engine.in_processes:
+        return show_progress(total, unit)
+    if not quiet and not engine.is_local and plan is not None:
+        from beam_nifti.follow import follow_build
+
+        return follow_build(plan)
+    return no_progress()
 
 
 @contextlib.contextmanager
@@ -199,15 +311,19 @@ def _set_aside(noise: io.StringIO, engine: Engine) -> Iterator[None]:
         if engine.in_processes:
             stack.enter_context(quiet_processes())
         if engine.is_local:
-            logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+            beam = logging.getLogger("apache_beam")
+            stack.callback(beam.setLevel, beam.level)
+            beam.setLevel(logging.CRITICAL)
             stack.enter_context(contextlib.redirect_stderr(noise))
         yield
 
 
-def _stopped(error: RuntimeError, what: str, remedy: str) -> int:
+def _stopped(run: RunSummary, error: RuntimeError, what: str, remedy: str) -> int:
     """Say why a pipeline failed: by a worker's exception, which the runner brings back as text."""
-    traceback.print_exception(error)
-    return _complain(f"{what}: {str(error).strip().rpartition(chr(10))[2]}; {remedy}", TEMPORARY)
+    reason = str(error).strip().rpartition("\n")[2]
+    run.fail(error, reason)
+    logs.LOGGER.error("%s: %s; %s", what, reason, remedy, exc_info=error)
+    return TEMPORARY
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
@@ -247,22 +363,24 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _dry_run(config: BuildConfig) -> int:
+def _dry_run(run: RunSummary, config: BuildConfig) -> int:
     from beam_nifti.build import plan_build
 
     plan, estimate = plan_build(config)
+    _note_plan(run, plan)
+    run.know(num_shards=estimate.num_shards, num_bytes=estimate.num_bytes)
     shape = "x".join(map(str, estimate.shape))
     splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
-    print(f"would write to {plan.config.output}")
-    print(f"  volumes {estimate.num_volumes} of {shape} voxels ({splits})")
-    print(f"  shards  {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
-    _print_labels(plan)
-    print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
+    with _while_read():
+        print(f"would write to {plan.config.output}")
+        print(f"  volumes {estimate.num_volumes} of {shape} voxels ({splits})")
+        print(f"  shards  {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
+        _print_labels(plan)
+        print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
     return SUCCESS
 
 
-def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
-    from beam_nifti import storage
+def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti.engines import choose_engine
     from beam_nifti.manifest import read_manifest
     from beam_nifti.survey import format_report
@@ -274,7 +392,9 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
         )
     from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
 
+    _remove_earlier(options)
     config, manifest = engine.config, storage.absolute(engine.config.manifest)
+    run.know(runner=engine.runner, manifest=manifest, fingerprint=config.record.fingerprint)
     rows = read_manifest(manifest, config.columns)
     num_rows, num_skipped = len(rows), rows.num_skipped
     del rows
@@ -283,7 +403,8 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
         with progress, _set_aside(io.StringIO(), engine):
             report = check_images(manifest, config.columns, config.record, engine.options, options.out)
     except RuntimeError as e:
-        return _stopped(e, "the check stopped", "the same command starts again")
+        return _stopped(run, e, "the check stopped", "the same command starts again")
+    run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])
     with _while_read():
         print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
         if not options.json:
@@ -293,7 +414,7 @@ def _check(options: argparse.Namespace, beam_flags: list[str]) -> int:
     return FAILED if report["num_bad"] or is_mixed else SUCCESS
 
 
-def _verify(options: argparse.Namespace, _: list[str]) -> int:
+def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.progress import METER, no_progress, show_progress
     from beam_nifti.publish import read_info
     from beam_nifti.verify import ALL, verify_dataset
@@ -304,7 +425,11 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
             deep = ALL if options.deep == "all" else int(options.deep)
         except ValueError:
             raise UsageError(f"--deep is {options.deep!r}; give a number of records, or all") from None
-    total = read_info(options.output).num_examples
+    _remove_earlier(options)
+    run.output = storage.absolute(options.output)
+    info = read_info(options.output)
+    total = info.num_examples
+    run.know(fingerprint=info.config.get("fingerprint"), num_volumes=total)
     with no_progress() if options.quiet else show_progress(total, unit="record"):
         report = verify_dataset(
             options.output,
@@ -314,13 +439,22 @@ def _verify(options: argparse.Namespace, _: list[str]) -> int:
             workers=options.workers,
             on_progress=METER.add,
         )
-    for problem in report.problems:
-        print(problem, file=sys.stderr)
-    made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
-    print(
-        f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
-        f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: {options.output}"
+    run.know(
+        num_examples=report.num_examples,
+        num_shards=report.num_shards,
+        num_bytes=report.num_bytes,
+        num_deep=report.num_deep,
+        num_problems=len(report.problems),
     )
+    for problem in report.problems:
+        logs.LOGGER.warning("%s", problem)
+    made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
+    with _while_read():
+        print(
+            f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
+            f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
+            f"{options.output}"
+        )
     return SUCCESS if report.ok else FAILED
 
 
@@ -331,7 +465,7 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
         description = describe_record(options.output, options.record)
     else:
         description = describe_dataset(options.output)
-    with _while_read():
+    with _all_read():
         print(json.dumps(description, indent=2) if options.json else format_description(description))
     return SUCCESS
 
@@ -340,13 +474,12 @@ def _diff(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
 
     diff = compare_datasets(options.before, options.after)
-    with _while_read():
+    with _all_read():
         print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
     return SUCCESS if diff.is_empty else FAILED
 
 
 def _extract(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti import storage
     from beam_nifti.extract import choose_paths, read_volumes
 
     ids = list(dict.fromkeys(options.id))

@@ -55,6 +55,7 @@ class Engine:
         is_local: whether it is Beam's in-process runner.
         in_processes: whether that one starts a process for each worker.
         is_template: whether the job is only described, to be started by somebody else.
+        runner: Beam's name of it.
     """
 
     options: PipelineOptions
@@ -62,6 +63,7 @@ class Engine:
     is_local: bool
     in_processes: bool = False
     is_template: bool = False
+    runner: str = "DirectRunner"
 
 
 def choose_engine(config: BuildConfig, flags: Sequence[str], workers: int | None = None) -> Engine:
@@ -95,6 +97,7 @@ def choose_engine(config: BuildConfig, flags: Sequence[str], workers: int | None
             config=replace(config, workers=workers or _cluster_workers(name, known)),
             is_local=False,
             is_template=known.template_location is not None,
+            runner=name,
         )
     threads = workers or count_cores()
     if "direct_num_workers" in given:
@@ -318,13 +321,16 @@ def quiet_processes() -> Iterator[None]:
     with tempfile.TemporaryFile() as noise:
         screen = os.dup(2)
         os.dup2(noise.fileno(), 2)
+        died = False
         try:
             yield
         except RuntimeError:
-            noise.seek(0)
-            os.write(screen, noise.read())
+            died = True
             raise
         finally:
             sys.stderr.flush()
             os.dup2(screen, 2)
             os.close(screen)
+            if died:
+                noise.seek(0)
+                sys.stderr.write(noise.read().decode(errors="replace"))

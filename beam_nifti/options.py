@@ -7,9 +7,9 @@ import difflib
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from beam_nifti import __version__
+from beam_nifti import __version__, storage
 from beam_nifti.config import (
     COMPLEX_PARTS,
     COMPRESSION_LEVELS,
@@ -27,6 +27,7 @@ from beam_nifti.config import (
 )
 from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
+from beam_nifti.logs import FORMATS as LOG_FORMATS
 
 _Number = TypeVar("_Number", int, float)
 
@@ -47,6 +48,8 @@ _PATHS = {
     "before": "BEFORE",
     "after": "AFTER",
     "anonymous_ids": "--anonymous-ids",
+    "summary_json": "--summary-json",
+    "metrics_file": "--metrics-file",
 }
 """Arguments that no command takes empty, and how its help calls them."""
 
@@ -119,6 +122,18 @@ close the others are to them.
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises what argparse would print beside the usage of every flag."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
 class _Versions(argparse.Action):
     """`--version`; the libraries are looked up only when it is given."""
 
@@ -133,9 +148,19 @@ class _Versions(argparse.Action):
         parser.exit()
 
 
+class _Completion(argparse.Action):
+    """`--print-completion`; what makes it is loaded only when it is given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
+        from beam_nifti.completion import make_completion
+
+        print(make_completion(parser, str(shell)), end="")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="beam-nifti",
         description="Turn NIfTI volumes into sharded TFRecords for training, on one machine or a cluster.",
         epilog=EXIT_CODES,
@@ -145,6 +170,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action=_Versions, help="show the version, and those of the libraries that decide bytes"
     )
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print what makes a shell complete commands, flags, their values and paths; for bash: "
+        'eval "$(beam-nifti --print-completion bash)"',
+    )
+    _add_log_format(parser, "text")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_manifest(commands)
     _add_check(commands)
@@ -162,7 +195,7 @@ def _command(
     summary: str,
     epilog: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
-    return commands.add_parser(
+    command = commands.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -170,6 +203,28 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _add_log_format(command, argparse.SUPPRESS)  # which leaves standing what was given before the command
+    return command
+
+
+def _add_log_format(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default=default,
+        help="of what is said on standard error besides results: text (default), or json, an object a line "
+        "for what collects logs",
+    )
+
+
+def find_log_format(argv: Sequence[str]) -> str:
+    """The `--log-format` of a command line that may be wrong elsewhere."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_log_format(parser, "text")
+    try:
+        return str(parser.parse_known_args([_dashed(a) for a in argv])[0].log_format)
+    except argparse.ArgumentError:
+        return "text"
 
 
 def _add_manifest(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -321,6 +376,13 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="folder or URL for what is needed only while building; default: in OUTPUT",
     )
     _add_quiet(run)
+    _add_summary(run)
+    run.add_argument(
+        "--metrics-file",
+        metavar="FILE",
+        help="write the same as metrics of Prometheus, for the textfile collector of node_exporter: a local "
+        ".prom file; default: none",
+    )
     build.add_argument_group(
         "Apache Beam",
         "Every other flag goes to Beam: --runner=FlinkRunner --flink_master=… and so on.",
@@ -497,6 +559,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--workers", type=int, metavar="N", help=f"threads; default: all cores ({count_cores()} here)"
     )
     _add_quiet(run)
+    _add_summary(run)
     check.add_argument_group("Apache Beam", "Every other flag goes to Beam, as for build.")
 
 
@@ -518,6 +581,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     _add_workers(verify, "threads")
     _add_quiet(verify)
+    _add_summary(verify)
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -574,6 +638,15 @@ def _add_quiet(group: argparse._ActionsContainer) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress; results and errors only")
 
 
+def _add_summary(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--summary-json",
+        metavar="FILE",
+        help="write how the command ended, also if it failed: status, counts, times, error; a .json file, or "
+        "its URL, outside of OUTPUT; docs/monitoring.md has the fields; default: none",
+    )
+
+
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse a command line.
 
@@ -584,17 +657,33 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         Our options, and the flags that are for Beam (none but for `build`).
 
     Raises:
-        UsageError: a flag that no command of ours knows, where Beam gets none.
-        SystemExit: argparse's own, for --help and for malformed options.
+        UsageError: a malformed option, or a flag that no command of ours knows, where Beam gets none.
+        SystemExit: argparse's own, after --help and --version.
     """
     parser = make_parser()
     known, rest = parser.parse_known_args([_dashed(a) for a in argv])
     for name, shown in _PATHS.items():
         if getattr(known, name, None) == "":
             raise UsageError(f"{shown} is empty; was a variable not set?")
+    _check_monitoring(known)
     if rest and (known.command not in ("build", "check") or not all(a.startswith("--") for a in rest[:1])):
         raise UsageError(f"unknown argument {rest[0]}; see `beam-nifti {known.command} --help`")
     return known, [_underscored(a) for a in rest]
+
+
+def _check_monitoring(options: argparse.Namespace) -> None:
+    """Refuse what would overwrite something else, or what nobody would find."""
+    output = getattr(options, "output", None)
+    for name, ending in (("summary_json", ".json"), ("metrics_file", ".prom")):
+        path, flag = getattr(options, name, None), _PATHS[name]
+        if path is None:
+            continue
+        if not path.endswith(ending):
+            raise UsageError(f"{flag} is {path}; give a name that ends in {ending}")
+        if output and storage.absolute(path).startswith(f"{storage.absolute(output)}/"):
+            raise UsageError(f"{flag} is {path}; keep it out of OUTPUT, which holds the dataset alone")
+        if name == "metrics_file" and storage.is_remote(path):
+            raise UsageError(f"{flag} is {path}; node_exporter reads files of its own machine: give a path")
 
 
 def _dashed(argument: str) -> str:

@@ -262,6 +262,12 @@ class BuildPlan:
         for split in self.split_sizes:
             yield from self._split_units(manifest, split, published)
 
+    def read_tasks(self) -> Iterator[ShardTask]:
+        """The shards of all splits, where the build runs or where it was started."""
+        published = self._published()
+        for split in self.split_sizes:
+            yield from self.tasks(split, published)
+
     def _published(self) -> frozenset[str]:
         if not self.has_published:
             return frozenset()
@@ -278,15 +284,24 @@ class BuildPlan:
         frames = self.num_frames or 1
         for task in self.tasks(split, published):
             yield task
-            of_shard = indices[task.positions.start // frames : task.positions.stop // frames].tolist()
-            units = Sharding(num_shards=math.ceil(len(of_shard) / self.unit_rows))
-            cuts = shard_ranges(len(of_shard), units)
-            for unit, cut in enumerate(cuts):
-                first = task.positions.start + cut.start * frames
-                number = unit if len(cuts) > 1 else WHOLE_SHARD
-                images = of_shard[cut.start : cut.stop]
-                rows = manifest.rows(images, first, str(task.name), number, self.num_frames)
+            units = self.unit_ranges(task.positions)
+            for unit, positions in enumerate(units):
+                number = unit if len(units) > 1 else WHOLE_SHARD
+                images = indices[positions.start // frames : positions.stop // frames].tolist()
+                rows = manifest.rows(images, positions.start, str(task.name), number, self.num_frames)
                 yield WorkUnit(task, tuple(rows))
+
+    def unit_ranges(self, positions: range) -> list[range]:
+        """Positions of the records of each work unit of a shard.
+
+        Args:
+            positions: of the shard's records.
+        """
+        frames = self.num_frames or 1
+        num_images = len(positions) // frames
+        units = Sharding(num_shards=math.ceil(num_images / self.unit_rows))
+        cuts = shard_ranges(num_images, units, frames)
+        return [range(positions.start + cut.start, positions.start + cut.stop) for cut in cuts]
 
 
 def read_build_manifest(path: str, config: BuildConfig) -> Manifest:

@@ -1,7 +1,7 @@
-"""How far this process is, for a bar on the screen.
+"""How far a build is: a bar on a terminal, a line now and then in a log.
 
-The steps of a pipeline add to `METER`; a local build reads it from the same process. On a cluster
-nobody reads it, and Beam's own counters tell.
+The steps of a pipeline add to `METER`; a build in this process reads it there. On a cluster nobody
+does: `follow.py` counts what appears in the storage.
 """
 
 from __future__ import annotations
@@ -16,27 +16,49 @@ from typing import Final
 
 from tqdm import tqdm
 
+from beam_nifti import logs
+
 
 @dataclass
 class Meter:
-    """Volumes and bytes done so far; safe to add to from many threads."""
+    """What was done so far; safe to add to from many threads.
+
+    Attributes:
+        volumes: that became records.
+        failed: volumes that did not.
+        kept: records of an earlier run.
+        num_bytes: of the records.
+        shards: that are complete.
+    """
 
     volumes: int = 0
     failed: int = 0
+    kept: int = 0
     num_bytes: int = 0
+    shards: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, volumes: int = 0, failed: int = 0, num_bytes: int = 0) -> None:
+    def add(
+        self, volumes: int = 0, failed: int = 0, kept: int = 0, num_bytes: int = 0, shards: int = 0
+    ) -> None:
         """Count some more."""
         with self._lock:
             self.volumes += volumes
             self.failed += failed
+            self.kept += kept
             self.num_bytes += num_bytes
+            self.shards += shards
 
-    def reset(self) -> None:
-        """Start again from nothing."""
+    def reset(self, volumes: int = 0, kept: int = 0, shards: int = 0) -> None:
+        """Count afresh, from these."""
         with self._lock:
-            self.volumes = self.failed = self.num_bytes = 0
+            self.volumes, self.kept, self.shards = volumes, kept, shards
+            self.failed = self.num_bytes = 0
+
+    @property
+    def done(self) -> int:
+        """What needs no more work."""
+        return self.volumes + self.failed + self.kept
 
 
 METER = Meter()
@@ -52,32 +74,29 @@ def no_progress() -> Iterator[None]:
 
 
 @contextmanager
-def show_progress(total: int, unit: str = "volume") -> Iterator[None]:
-    """Show `METER` on standard error while the block runs.
+def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Iterator[None]:
+    """Show on standard error what a meter says while the block runs.
 
-    A terminal gets a bar with the rate and the time left; a log file a plain line every 30 seconds.
+    A terminal gets a bar with the rate and the time left; a log a line every 30 seconds.
 
     Args:
         total: of what is counted.
         unit: what is counted.
+        meter: is set to nothing first.
     """
-    METER.reset()
+    meter.reset()
+    started = time.monotonic()
     stream = sys.stderr
     is_terminal = stream.isatty()
     with tqdm(total=total, unit=unit, dynamic_ncols=True, file=stream, disable=not is_terminal) as bar:
-        started = time.monotonic()
 
         def refresh() -> None:
-            done = METER.volumes + METER.failed
-            elapsed = time.monotonic() - started
-            rate = f"{METER.num_bytes / 1e6 / max(elapsed, 1e-3):.1f} MB/s"
-            facts = f"{rate}, {METER.failed} failed" if METER.failed else rate
+            elapsed = max(time.monotonic() - started, 1e-3)
             if is_terminal:
-                bar.set_postfix_str(facts, refresh=False)
-                bar.update(done - bar.n)
+                bar.set_postfix_str(", ".join(_facts(meter, elapsed)), refresh=False)
+                bar.update(meter.done - bar.n)
             else:
-                left = tqdm.format_interval(elapsed * (total - done) / done) if done else "?"
-                print(f"{done} of {total} {unit}s, {facts}, {left} left", file=stream, flush=True)
+                _log_line(meter, total, unit, elapsed)
 
         def follow() -> None:
             while not stop.wait(_BAR_SECONDS if is_terminal else _LINE_SECONDS):
@@ -93,3 +112,34 @@ def show_progress(total: int, unit: str = "volume") -> Iterator[None]:
             thread.join()
             if is_terminal:
                 refresh()
+
+
+def _facts(meter: Meter, elapsed: float) -> Iterator[str]:
+    """What there is to say besides the number of volumes."""
+    if meter.num_bytes:
+        yield f"{meter.num_bytes / 1e6 / elapsed:.1f} MB/s"
+    if meter.failed:
+        yield f"{meter.failed:,} failed"
+    if meter.shards:
+        yield f"{meter.shards:,} shard{'' if meter.shards == 1 else 's'} complete"
+
+
+def _log_line(meter: Meter, total: int, unit: str, elapsed: float) -> None:
+    done = meter.done
+    rate = (done - meter.kept) / elapsed
+    left = round((total - done) / rate) if rate else None
+    facts = [f"{done:,} of {total:,} {unit}s", f"{rate:.1f} a second", *_facts(meter, elapsed)]
+    logs.LOGGER.info(
+        "%s, %s left",
+        ", ".join(facts),
+        "?" if left is None else tqdm.format_interval(left),
+        extra=logs.fields(
+            unit=unit,
+            total=total,
+            done=done,
+            failed=meter.failed,
+            shards=meter.shards,
+            per_second=round(rate, 3),
+            seconds_left=left,
+        ),
+    )

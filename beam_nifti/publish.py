@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from typing import Final
 
@@ -14,6 +14,7 @@ from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, Shard
 from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError
 from beam_nifti.example import feature_kinds
 from beam_nifti.failures import Failure, write_failures
+from beam_nifti.metrics import Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
@@ -32,6 +33,7 @@ class BuildSummary:
         num_shards: of all splits.
         complete: whether the dataset was published.
         failures_path: of the list of the volumes left out; "" where there are none.
+        failures: volumes left out, by step and then by the class of the error.
     """
 
     num_written: int
@@ -40,6 +42,7 @@ class BuildSummary:
     num_shards: int
     complete: bool
     failures_path: str = ""
+    failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class TooManyFailures(BeamNiftiError):
@@ -47,11 +50,12 @@ class TooManyFailures(BeamNiftiError):
 
     Attributes:
         summary: how the build ended.
+        metrics: what its pipeline counted, where that is known.
     """
 
-    def __init__(self, summary: BuildSummary) -> None:
-        super().__init__(summary)
-        self.summary = summary
+    def __init__(self, summary: BuildSummary, metrics: Metrics | None = None) -> None:
+        super().__init__(summary, metrics)
+        self.summary, self.metrics = summary, metrics or Metrics()
 
     def __str__(self) -> str:
         """How many failed of how many."""
@@ -126,6 +130,7 @@ def publish_dataset(
         num_shards=len(shards),
         complete=complete,
         failures_path=_write_failures(plan, failures, complete or published is None),
+        failures=_count_failures(failures),
     )
     _write_summary(config.output, summary)
     if not summary.complete:
@@ -169,6 +174,14 @@ def _write_failures(plan: BuildPlan, failures: Sequence[Failure], is_dataset: bo
     folder = storage.dirname(config.manifest)
     write_failures(path, failures, folder, config.columns, plan.extra_columns)
     return path
+
+
+def _count_failures(failures: Sequence[Failure]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for failure in sorted(failures, key=lambda f: (f.stage, f.error)):
+        of_stage = counts.setdefault(failure.stage, {})
+        of_stage[failure.error] = of_stage.get(failure.error, 0) + len(failure.row.positions)
+    return counts
 
 
 def _write_summary(output: str, summary: BuildSummary) -> None:

@@ -104,7 +104,7 @@ class SkipFinished(beam.DoFn):
                 done = set(found.positions or ())
                 missing = [record for record in missing if record.position not in done]
                 self._skipped.inc(len(done))
-                METER.add(volumes=len(done))
+                METER.add(kept=len(done))
                 yield TaggedOutput(FINISHED, (str(unit.task.name), found))
             if not missing:
                 return
@@ -359,6 +359,7 @@ class CommitShards(beam.DoFn):
                 parts_folder(self._root, self._config.fingerprint, name.split, name.index),
             )
         self._committed.inc()
+        METER.add(shards=1)
         labels = frozenset[int]()
         if self._config.mask_dtype is not None:
             labels = frozenset(mask_labels(read_index(storage.join(self._output, info.index))[0]))

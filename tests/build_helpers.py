@@ -103,8 +103,8 @@ def build(
     with open_build(make_config(manifest, output, **changes)) as plan:
         plan = dataclasses.replace(plan, unit_rows=unit_rows)
         with images_read() as read:
-            summary, counters = run_build(plan, make_options(workers, mode, runner, flags))
-    return Built(summary, counters, frozenset(read))
+            summary, metrics = run_build(plan, make_options(workers, mode, runner, flags))
+    return Built(summary, metrics.counters, frozenset(read))
 
 
 def run_steps(steps: Iterable[beam.DoFn], element: Any) -> list[Any]:

@@ -308,6 +308,7 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     manifest = write_cohort(tmp_path / "cohort", 300, shape=(40, 40, 20))
     output = tmp_path / "out"
     command = [sys.executable, "-m", "beam_nifti.cli", "build", str(manifest), str(output), "--workers=1"]
+    command.append(f"--summary-json={tmp_path}/summary.json")
     # Who starts the tests in the background of a shell has them ignore this signal, and all their children.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -319,6 +320,8 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     assert process.returncode == cli.INTERRUPTED
     assert "continues where it was" in said
     assert "Traceback" not in said
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["exit_code"], summary["num_volumes"]) == ("interrupted", 130, 300)
     assert cli.main(["build", str(manifest), str(output), "--quiet"]) == cli.SUCCESS
     assert read_info(str(output)).num_examples == 300
 
@@ -490,13 +493,31 @@ def test_a_folder_of_our_name_that_is_not_ours_stays(cohort: Path, built: Callab
     assert precious.read_text() == "kept"
 
 
-def test_output_that_nobody_reads_to_its_end(cohort: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "beam_nifti.cli", "build", str(cohort), str(tmp_path / "out"), "--quiet"]
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["--version"], cli.CUT_SHORT),
+        (["manifest", "glob", "cohort/*.nii.gz"], cli.CUT_SHORT),
+        (["build", "cohort/manifest.tsv", "out"], cli.SUCCESS),
+    ],
+)
+@pytest.mark.parametrize("errors", ["apart", "with it"])
+def test_output_that_nobody_reads_to_its_end(
+    cohort: Path, command: list[str], code: int, errors: str
+) -> None:
+    """What a command is for is cut short (141); where it has done its work, its exit code stands."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "beam_nifti.cli", *command],
+        cwd=cohort.parent.parent,
+        stdout=writer,
+        stderr=subprocess.PIPE if errors == "apart" else writer,
+        text=True,
+        check=False,
+    )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr or "") == (code, "")
 
 
 def test_a_dataset_without_labels_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

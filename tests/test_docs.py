@@ -155,14 +155,20 @@ COMMANDS = ("manifest bids", "manifest glob", "check", "build", "verify", "inspe
 def test_the_readme_explains_every_option(command: str) -> None:
     section = README.read_text().split(f"### beam-nifti {command}")[1].split("\n### ")[0]
     explained = {f"--{name}" for name in re.findall(r"^\| `--([\w-]+)", section, re.M)}
-    flags = _flags(command) - {"--help"}
+    flags = _flags(command) - {"--help", "--log-format"}
     if command == "check":  # what it shares with the build is explained there
-        flags -= _flags("build") - {"--workers", "--quiet"}
+        flags -= _flags("build") - {"--workers", "--quiet", "--summary-json"}
     assert explained == flags
 
 
+def test_the_readme_explains_the_options_of_all_commands() -> None:
+    section = README.read_text().split("### All commands")[1].split("\n### ")[0]
+    assert set(re.findall(r"^\| `(--[\w-]+)", section, re.M)) == _flags("") - {"--help"}
+    assert all("--log-format" in _flags(command) for command in COMMANDS)
+
+
 def test_every_flag_in_the_documents_exists() -> None:
-    ours = frozenset({"--version"}).union(*map(_flags, COMMANDS))
+    ours = frozenset[str]().union(*map(_flags, ("", *COMMANDS)))
     scripts = {"--fast", "--services", "--all"}
     tools = {"--fix", "--dist", "--peers", "--nobrainer", "--hypothesis-profile"}  # of ruff and pytest
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,30 @@ def test_same_bytes_by_a_worker_in_this_process(prism: Path, reference: Referenc
     flags = [*reference.flags, "--runner=PrismRunner", f"--prism_location={prism}"]
     run_cli(["build", str(reference.manifest), str(tmp_path / "out"), *flags])
     assert content_of(tmp_path / "out") == reference.content
+
+
+def test_a_terminal_shows_how_far_it_is_and_a_log_how_it_ended(
+    prism: Path, reference: Reference, tmp_path: Path
+) -> None:
+    arguments = ["build", str(reference.manifest), str(tmp_path / "out"), *reference.flags]
+    arguments += ["--runner=PrismRunner", f"--prism_location={prism}"]
+    screen = b""
+
+    def read(descriptor: int) -> bytes:
+        nonlocal screen
+        screen += (data := os.read(descriptor, 4096))
+        return data
+
+    command = shlex.join([sys.executable, "-m", "beam_nifti", *arguments])
+    assert pty.spawn(["sh", "-c", f"stty cols 120 rows 40 && exec {command}"], read) == 0
+    assert b"60/60" in screen
+    assert b"12 shards complete" in screen
+    command_again = [sys.executable, "-m", "beam_nifti", *arguments, "--log-format=json"]
+    done = subprocess.run(command_again, capture_output=True, text=True, timeout=300, check=True)
+    records = [json.loads(line) for line in done.stderr.splitlines()]
+    assert any(record["logger"].startswith("apache_beam") for record in records)
+    (ended,) = (record for record in records if record["message"] == "build ended: success")
+    assert (ended["num_kept"], ended["runner"]) == (60, "PrismRunner")
 
 
 def of_their_own(prism: Path, worker: Path) -> list[str]:

@@ -1,0 +1,139 @@
+"""How far a build on a cluster is, by what has appeared in its storage.
+
+Workers of a cluster do not tell the launching process what they do, and engines tell their counters in ways
+of their own, some only at the end. All of them leave parts and shards.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from beam_nifti import storage
+from beam_nifti.parts import parts_folder
+from beam_nifti.plan import BuildPlan
+from beam_nifti.progress import Meter, show_progress
+
+REQUESTS_A_MINUTE: Final = 20
+"""Most that looking costs, whatever the number of parts: of more parts there are fewer looks."""
+
+_PAUSE_AFTER_ERROR: Final = 60.0
+_NAMES_A_REQUEST: Final = 1000
+"""Of S3 and Cloud Storage."""
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What was there at one look.
+
+    Attributes:
+        num_volumes: of the units of work that have left a part, and of the complete shards.
+        num_shards: that are complete.
+        num_requests: that a store takes for such a look.
+    """
+
+    num_volumes: int
+    num_shards: int
+    num_requests: int
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next look."""
+        return self.num_requests * 60 / REQUESTS_A_MINUTE
+
+
+class BuildSight:
+    """Looks at a build from outside.
+
+    A unit counts as a whole once it has left a part with its index, as the names tell where a part begins,
+    and to open the indexes would cost a request for each. So volumes that failed count with their unit.
+
+    Args:
+        plan: of the build, which has the output.
+    """
+
+    def __init__(self, plan: BuildPlan) -> None:
+        root, fingerprint = plan.parts_root, plan.config.record.fingerprint
+        self._parts = storage.join(root, fingerprint)
+        self._output = plan.config.output
+        self._units = {
+            (parts_folder(root, fingerprint, task.name.split, task.name.index), task.name.index_file): (
+                plan.unit_ranges(task.positions)
+            )
+            for task in plan.read_tasks()
+        }
+
+    def look(self) -> Sighting:
+        """List the parts, then the shards: so a shard whose parts are removed meanwhile is not missed.
+
+        Raises:
+            OSError: the storage cannot be reached.
+        """
+        parts = self._list_parts()
+        shards = {f"index/{name}" for name in storage.list_files(storage.join(self._output, "index"))}
+        firsts: dict[str, set[int]] = {}
+        for path in parts:
+            folder, _, name = path.rpartition("/")
+            first = name.partition("-")[0]
+            if name.endswith(".parquet") and first.isdecimal():
+                firsts.setdefault(storage.join(self._parts, folder), set()).add(int(first))
+        num_volumes = num_shards = 0
+        for (folder, index_file), units in self._units.items():
+            if index_file in shards:
+                num_shards += 1
+                num_volumes += sum(map(len, units))
+            else:
+                num_volumes += sum(len(unit) for unit in _begun(units, firsts.get(folder, ())))
+        pages = (len(parts) + len(shards)) // _NAMES_A_REQUEST
+        return Sighting(num_volumes, num_shards, 2 + pages)
+
+    def _list_parts(self) -> list[str]:
+        found = []
+        # On the local disk there is no folder before the first part, and one in it may just be gone.
+        with contextlib.suppress(FileNotFoundError):
+            for path in storage.list_tree(self._parts, "", 1):
+                found.append(path)
+        return found
+
+
+def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
+    """The units in which a part begins; an earlier build with other shards may have left parts elsewhere."""
+    starts, whole = [unit.start for unit in units], range(units[0].start, units[-1].stop)
+    numbers = {bisect.bisect(starts, first) - 1 for first in firsts if first in whole}
+    return (units[number] for number in numbers)
+
+
+@contextlib.contextmanager
+def follow_build(plan: BuildPlan) -> Iterator[None]:
+    """Show on standard error how far a build is while the block runs it elsewhere."""
+    sight, meter = BuildSight(plan), Meter()  # METER counts too where a cluster's worker is this process
+    kept: int | None = None
+
+    def look() -> float:
+        nonlocal kept
+        try:
+            seen = sight.look()
+        except OSError:  # what is wrong with the storage, the build itself will say
+            return _PAUSE_AFTER_ERROR
+        kept = seen.num_volumes if kept is None else kept
+        meter.reset(max(meter.volumes, seen.num_volumes - kept), kept, seen.num_shards)
+        return seen.pause
+
+    def watch() -> None:
+        while not stop.wait(look()):
+            pass
+
+    stop = threading.Event()
+    thread = threading.Thread(target=watch, name="follow", daemon=True)
+    with show_progress(plan.num_examples, meter=meter):
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+        look()  # the end

@@ -1,0 +1,125 @@
+"""What commands say on standard error: as lines for people, or as JSON lines for what collects logs.
+
+Levels keep participants out of logs: what is said at INFO names none of them, no image and no path of one;
+warnings and errors may, as they have to say what is wrong.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any, Final, TextIO
+
+FORMATS: Final = ("text", "json")
+
+LOGGER: Final = logging.getLogger("beam_nifti")
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """For `extra=`: what a record says besides its message, as keys of its JSON."""
+    return {"fields": values}
+
+
+class _Text(logging.Formatter):
+    """Plain sentences; before an error the program's name, as other commands have it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            message = f"beam-nifti: error: {message}"
+        return f"{self.formatException(record.exc_info)}\n{message}" if record.exc_info else message
+
+
+class _Json(logging.Formatter):
+    """One object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            facts["exception"] = self.formatException(record.exc_info)
+        return json.dumps(facts)  # in ASCII, as a daemon's standard error may be
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes records; the work goes on where nobody reads them any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Leave it."""
+
+
+class _Lines(io.TextIOBase):
+    """A standard error each of whose lines becomes a record, whoever writes it."""
+
+    def __init__(self) -> None:
+        self._begun = ""
+        self._lock = threading.Lock()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            *lines, self._begun = (self._begun + text).split("\n")
+        for line in filter(str.strip, lines):
+            logging.getLogger("stderr").warning("%s", line)
+        return len(text)
+
+
+@contextlib.contextmanager
+def on_stderr(log_format: str) -> Iterator[None]:
+    """Send records to standard error while the block runs.
+
+    Args:
+        log_format: "text": those of this package; all others as Python does it, from warnings on. "json":
+            those of every library, and whatever is written on standard error besides.
+
+    Raises:
+        SystemExit: with "json", in the place of an exception that leaves the block.
+    """
+    handler = _Handler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(_Json())
+        logging.getLogger("apache_beam.typehints").setLevel(logging.WARNING)  # a line for each annotation
+        with _handling(logging.getLogger(), handler), contextlib.redirect_stderr(_Lines()):
+            logging.captureWarnings(True)
+            try:
+                yield
+            except Exception as e:
+                LOGGER.critical("%s", e, exc_info=e)
+                raise SystemExit(1) from e
+            finally:
+                logging.captureWarnings(False)
+                # Beam ends its job servers when the process ends, and says so.
+                atexit.register(logging.getLogger().addHandler, handler)
+    else:
+        handler.setFormatter(_Text())
+        with _handling(LOGGER, handler):
+            yield
+
+
+@contextlib.contextmanager
+def _handling(logger: logging.Logger, handler: logging.Handler) -> Iterator[None]:
+    """Let a handler alone have what reaches a logger, from INFO on."""
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        logger.setLevel(level)

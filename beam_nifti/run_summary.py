@@ -1,0 +1,125 @@
+"""How a command ended, for schedulers: `--summary-json`. docs/monitoring.md describes the document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from beam_nifti import __version__, storage
+from beam_nifti.metrics import Distribution
+
+FORMAT_VERSION: Final = 1
+
+STATUSES: Final = {
+    0: "success",
+    1: "failed",
+    2: "refused",
+    75: "temporary",
+    130: "interrupted",
+    141: "cut short",
+}
+"""By exit code."""
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass
+class RunSummary:
+    """What is known of a run so far; None for what is not known, or is nothing of the command's.
+
+    Attributes:
+        command: such as "build".
+        status: a value of STATUSES; "crashed" until the end.
+        exit_code: of the process.
+        error: what was complained of, as `type` and `message`.
+        dry_run: whether it was only planned.
+        runner: Beam's name of the engine.
+        manifest: absolute path or URL.
+        output: absolute path or URL.
+        fingerprint: of the configuration that makes the records.
+        num_volumes: records, if no volume fails; of `check`, images.
+        splits: those of each split.
+        num_examples: records in the shards.
+        num_kept: those of them that an earlier run had made.
+        num_failed: volumes that are no records.
+        failures: volumes that failed, by step and then by the class of the error.
+        failures_path: of their list.
+        num_shards: of all splits.
+        num_bytes: of the shards.
+        num_deep: records that `verify` made again from their images.
+        num_problems: that `verify` found.
+        counters: Beam's, by name.
+        distributions: Beam's, by name.
+        started: when the command began.
+        ended: when it ended.
+    """
+
+    command: str
+    version: str = __version__
+    status: str = "crashed"
+    exit_code: int = 1
+    error: Mapping[str, str] | None = None
+    dry_run: bool = False
+    runner: str | None = None
+    manifest: str | None = None
+    output: str | None = None
+    fingerprint: str | None = None
+    num_volumes: int | None = None
+    splits: Mapping[str, int] | None = None
+    num_examples: int | None = None
+    num_kept: int | None = None
+    num_failed: int | None = None
+    failures: Mapping[str, Mapping[str, int]] | None = None
+    failures_path: str | None = None
+    num_shards: int | None = None
+    num_bytes: int | None = None
+    num_deep: int | None = None
+    num_problems: int | None = None
+    counters: Mapping[str, int] = field(default_factory=dict)
+    distributions: Mapping[str, Distribution] = field(default_factory=dict)
+    started: datetime = field(default_factory=_now)
+    ended: datetime | None = None
+
+    def know(self, **facts: Any) -> None:
+        """Note facts: attributes of this class."""
+        for name, value in facts.items():
+            assert hasattr(self, name), name
+            setattr(self, name, value)
+
+    def fail(self, error: BaseException, message: str = "") -> None:
+        """Note an error, and what was said of it if that is another text."""
+        self.error = {"type": type(error).__name__, "message": message or str(error)}
+
+    def end(self, exit_code: int | None) -> None:
+        """Note the end; None if an exception that nobody foresaw ends the process."""
+        self.ended = _now()
+        if exit_code is not None:
+            self.exit_code, self.status = exit_code, STATUSES[exit_code]
+
+    @property
+    def seconds(self) -> float:
+        """From start to end."""
+        return ((self.ended or _now()) - self.started).total_seconds()
+
+    def as_document(self) -> dict[str, Any]:
+        """The JSON document."""
+        facts = {"format_version": FORMAT_VERSION, **asdict(self), "seconds": round(self.seconds, 3)}
+        times = (self.started, self.ended)
+        facts["started"], facts["ended"] = (t and t.isoformat(timespec="milliseconds") for t in times)
+        return facts
+
+
+def remove_earlier(path: str) -> None:
+    """Remove the document of an earlier run, so that a process that is killed leaves none."""
+    storage.delete(storage.absolute(path))
+
+
+def write_document(path: str, run: RunSummary) -> None:
+    """Write the document, whole or not at all."""
+    text = json.dumps(run.as_document(), indent=2, ensure_ascii=False)
+    storage.write(storage.absolute(path), f"{text}\n".encode())
