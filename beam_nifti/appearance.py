@@ -32,7 +32,7 @@ SCHEMA: Final = pa.schema(
         ("mean", pa.float64()),
         ("std", pa.float64()),
         ("foreground", pa.float64()),
-        ("quantiles", pa.list_(pa.float32())),
+        ("quantiles", pa.list_(pa.float64())),
         ("grid", pa.binary()),
         ("picture", pa.binary()),
     ]
@@ -74,7 +74,6 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
         first.
 
     Raises:
-        ShardError: the payload is no Example.
         VolumeError: a voxel is NaN or infinite.
     """
     features = decode_example(payload)
@@ -105,7 +104,7 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
         "mean": intensity.mean,
         "std": intensity.std,
         "foreground": float(np.mean(sample > otsu_threshold(sample))),
-        "quantiles": np.quantile(sample, _QUANTILES).astype(np.float32),
+        "quantiles": np.quantile(sample, _QUANTILES),
         "grid": _to_bytes(block_means(first) * math.copysign(1, scaling.slope)),
         "picture": draw_slices(volume[..., :3] if in_colour else first, zooms, scaling, mask=mask),
     }
@@ -146,7 +145,9 @@ def _to_bytes(grid: npt.NDArray[np.float64]) -> bytes:
 
 
 def _text(cell: object) -> str | None:
-    return None if cell is None else str(cell)
+    if cell is None:
+        return None
+    return str(cell).removesuffix(".0") if isinstance(cell, float) else str(cell)
 
 
 def _joined(numbers: Iterable[float]) -> str:

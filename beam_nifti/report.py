@@ -10,9 +10,9 @@ Then this process reads the sheets, one at a time.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import apache_beam as beam
 from beam_nifti import storage
 from beam_nifti.appearance import look_at_record
 from beam_nifti.dataset_info import ShardInfo
-from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError
+from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.memory import keep_buffers
 from beam_nifti.problems import Problems, Scope
@@ -40,11 +40,9 @@ if TYPE_CHECKING:
 
 def _cut_shards(output: str) -> Iterable[tuple[int, str, ShardInfo]]:
     """The shards of a dataset, each with its number and split."""
-    splits = read_info(output).splits.items()
-    for number, (split, shard) in enumerate(
-        (split, shard) for split, found in splits for shard in found.shards
-    ):
-        yield number, split, shard
+    numbers = itertools.count()
+    for split, found in read_info(output).splits.items():
+        yield from ((next(numbers), split, shard) for shard in found.shards)
 
 
 class LookAtShard(beam.DoFn):
@@ -73,18 +71,16 @@ class LookAtShard(beam.DoFn):
                 yield row
 
     def _look_at(self, record: StoredRecord, problems: Problems, number: int) -> dict[str, Any] | None:
-        def tell(problem: str) -> None:
-            problems.add(Scope.RECORD, f"{record.name}: {problem}", number, record.ordinal)
-
         try:
             payload = decode_record(record.data, self._spec.config.compression == "gzip")
             wrong = list(check_record(payload, record.cells, self._spec))
-            for problem in wrong:
-                tell(problem)
-            return None if wrong else look_at_record(payload, record.cells, self._spec)
-        except (ShardError, VolumeError) as e:
-            tell(str(e))
-        return None
+        except ShardError as e:
+            wrong = [str(e)]
+        except Exception as e:  # whatever a parser trips over, the other records are still read
+            wrong = [f"cannot be checked: {e!r}"]
+        for problem in wrong:
+            problems.add(Scope.RECORD, f"{record.name}: {problem}", number, record.ordinal)
+        return None if wrong else look_at_record(payload, record.cells, self._spec)
 
 
 @dataclass(frozen=True)
@@ -126,20 +122,15 @@ def write_report(output: str, out: str, options: PipelineOptions, *, num_picture
         spec = RecordSpec.of(info)
     except (UsageError, KeyError, TypeError) as e:
         raise DatasetError(f"{output}: not a configuration of a dataset: {e!r}") from e
-    with ExitStack() as stack:
-        stack.enter_context(whole_elements())
-        folder = f"{out}.{uuid.uuid4().hex}.tmp"
-        stack.callback(storage.delete_tree, folder)
-        pipeline = beam.Pipeline(options=options)
-        (
-            pipeline
-            | "Create" >> beam.Create([output], reshuffle=False)  # str
-            | "CutShards" >> beam.FlatMap(_cut_shards)  # (number, split, ShardInfo)
-            | "Reshuffle" >> beam.Reshuffle()  # (number, split, ShardInfo)
-            | "LookAtShard" >> beam.ParDo(LookAtShard(output, spec, folder))  # nothing
-        )
-        pipeline.run().wait_until_finish()
+    folder = f"{out}.{uuid.uuid4().hex}.tmp"
+    try:
+        # A place that cannot be written to is told before anything is read.
+        storage.write(f"{folder}/started", b"")
+        with whole_elements():
+            _look_at_shards(output, spec, folder, options)
         summary = summarize(folder, num_pictures)
+    finally:
+        storage.delete_tree(folder)
     page = make_page(output.rpartition("/")[2], info, spec, summary, read_failures(output)).encode()
     storage.write(out, page)
     return ReportSummary(
@@ -149,3 +140,15 @@ def write_report(output: str, out: str, options: PipelineOptions, *, num_picture
         problems=summary.problems,
         num_bytes=len(page),
     )
+
+
+def _look_at_shards(output: str, spec: RecordSpec, folder: str, options: PipelineOptions) -> None:
+    pipeline = beam.Pipeline(options=options)
+    (
+        pipeline
+        | "Create" >> beam.Create([output], reshuffle=False)  # str
+        | "CutShards" >> beam.FlatMap(_cut_shards)  # (number, split, ShardInfo)
+        | "Reshuffle" >> beam.Reshuffle()  # (number, split, ShardInfo)
+        | "LookAtShard" >> beam.ParDo(LookAtShard(output, spec, folder))  # nothing
+    )
+    pipeline.run().wait_until_finish()

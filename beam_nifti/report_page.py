@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from beam_nifti.appearance import label_columns, unit_of
 from beam_nifti.dataset_info import DatasetInfo
@@ -97,11 +98,13 @@ def _base64(data: bytes) -> str:
 def format_number(value: float) -> str:
     """Three significant digits, and no exponent for numbers that are read with ease.
 
-    >>> format_number(0.123456), format_number(1234.5), format_number(98765432.0), format_number(0.0)
-    ('0.123', '1,234', '9.88e+07', '0')
+    >>> format_number(0.12), format_number(1234.5), format_number(227.1), format_number(98765432.0)
+    ('0.120', '1,234', '227', '9.88e+07')
     """
     size = abs(value)
-    return f"{value:,.0f}" if 1000 <= size < 1e6 else f"{value:.3g}"
+    if 1000 <= size < 1e6 or not size:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".removesuffix(".")
 
 
 def _format_count(value: int) -> str:
@@ -132,12 +135,12 @@ def _figures(
     spec: RecordSpec, summary: Summary, splits: npt.NDArray[Any]
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
     """The title of each histogram, and its SVG for each theme."""
-    quantiles = np.array(summary.rows["quantiles"].to_pylist(), np.float64)
+    quantiles = pc.list_flatten(summary.rows["quantiles"]).to_numpy().reshape(len(splits), -1)
     drawn = {"voxels, logarithmic": quantiles}
     drawn |= {measure.name: values for measure, values in summary.measures.items()}
     for name, texts in _labels(spec, summary).items():
         if _is_drawn(name, texts, spec):
-            drawn[f"label {name}"] = np.array([np.nan if text is None else float(text) for text in texts])
+            drawn[_label_title(name)] = np.array([np.nan if text is None else float(text) for text in texts])
     for title, values in drawn.items():
         series = {name: values[splits == name].ravel() for name in dict.fromkeys(splits.tolist())}
         series = {name: numbers[np.isfinite(numbers)] for name, numbers in series.items()}
@@ -150,6 +153,10 @@ def _labels(spec: RecordSpec, summary: Summary) -> dict[str, list[str | None]]:
     """Each label of every record, as text."""
     of_rows = summary.rows["labels"].to_pylist()
     return {name: [labels[number] for labels in of_rows] for number, name in enumerate(label_columns(spec))}
+
+
+def _label_title(name: str) -> str:
+    return name if name == "label" else f"label {name}"
 
 
 def _is_drawn(name: str, texts: Iterable[str | None], spec: RecordSpec) -> bool:
@@ -175,15 +182,15 @@ def _kinds(
     columns = {
         title: summary.rows[name].to_pylist()
         for title, name in (
-            ("Shape", "shape"),
-            ("Voxel size", "spacing"),
-            ("Orientation", "orientation"),
-            ("Type on disk", "dtype"),
+            ("shape", "shape"),
+            ("voxel size, mm", "spacing"),
+            ("orientation", "orientation"),
+            ("dtype on disk", "dtype"),
         )
     }
     for name, texts in _labels(spec, summary).items():
         if not _is_drawn(name, texts, spec):
-            columns[f"Label {name}"] = texts
+            columns[_label_title(name)] = texts
     names = list(dict.fromkeys(splits.tolist()))
     for title, cells in columns.items():
         counts = Counter(zip(cells, splits.tolist(), strict=True))
@@ -193,7 +200,7 @@ def _kinds(
         ]
         if rest := lines[_MOST_KINDS:]:
             totals = np.sum([numbers for _, numbers in rest], axis=0).tolist()
-            lines = [*lines[:_MOST_KINDS], (f"{len(rest)} others", totals)]
+            lines = [*lines[:_MOST_KINDS], (f"{len(rest)} other{'s' * (len(rest) > 1)}", totals)]
         yield title, lines
 
 

@@ -1,7 +1,7 @@
 """What a report says: from the sheets of a dataset's records, one sheet at a time.
 
 Three passes: over the grids for the mean volume, over the grids for the correlation of each with it, and
-over the pictures for those that are shown. What stays of a record is a row of numbers, some 500 bytes.
+over the pictures for those that are shown. What stays of a record is a row of numbers, about 1 KB.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ MAX_OUTLIERS: Final = 1000
 MAX_FAILURES: Final = 500
 """Failures that are listed; all are counted."""
 
+MAX_PROBLEMS: Final = 200
+"""Problems that are told one by one, of all shards; the rest are counted."""
+
 _HEAVY: Final = ("grid", "picture")
-_UNITLESS_FLOOR: Final = 0.001
 _FLOOR: Final = 0.001
-"""Of mean and deviation, of the median standard deviation of the volumes."""
+"""What is no deviation: of foreground and correlation; of mean and std times the median std."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +81,13 @@ def summarize(folder: str, num_pictures: int) -> Summary:
         outliers=outliers,
         pictures=_pictures(folder, shown),
         mean_picture=_draw_mean(mean, rows) if total else None,
-        problems=tuple(read_problems(folder)),
+        problems=_first(read_problems(folder)),
     )
+
+
+def _first(problems: list[str]) -> tuple[str, ...]:
+    more = len(problems) - MAX_PROBLEMS
+    return (*problems[:MAX_PROBLEMS], f"and {more} more problems") if more > 0 else tuple(problems)
 
 
 def _mean_volume(folder: str) -> tuple[pa.Table, npt.NDArray[np.float64]]:
@@ -124,8 +131,8 @@ def _measures(rows: pa.Table, correlations: Numbers) -> dict[Measure, Numbers]:
     return {
         Measure("mean", floor): mean,
         Measure("std", floor): std,
-        Measure("foreground", _UNITLESS_FLOOR): foreground,
-        Measure("correlation", _UNITLESS_FLOOR, only_low=True): correlations,
+        Measure("foreground", _FLOOR): foreground,
+        Measure("correlation", _FLOOR, only_low=True): correlations,
     }
 
 
@@ -140,7 +147,7 @@ def _pictures(folder: str, shown: set[int]) -> dict[int, bytes]:
 
 
 def _draw_mean(mean: npt.NDArray[np.float64], rows: pa.Table) -> bytes:
-    extents = np.mean(rows["extents"].to_pylist(), axis=0)
+    extents = np.median(rows["extents"].to_pylist(), axis=0)
     return draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
 
 

@@ -374,7 +374,14 @@ def test_without_the_extra_the_command_names_it(
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0.0, "0"), (-0.00123456, "-0.00123"), (999.4, "999"), (12345.6, "12,346"), (2e9, "2e+09")],
+    [
+        (0.0, "0"),
+        (0.5, "0.500"),
+        (-0.00123456, "-0.00123"),
+        (999.4, "999"),
+        (12345.6, "12,346"),
+        (2e9, "2.00e+09"),
+    ],
 )
 def test_numbers_are_short(number: float, text: str) -> None:
     assert format_number(number) == text

@@ -19,7 +19,9 @@
   const number = (value) =>
     Math.abs(value) >= 1000 && Math.abs(value) < 1e6
       ? value.toLocaleString("en", { maximumFractionDigits: 0 })
-      : String(Number(value.toPrecision(3)));
+      : value
+        ? value.toPrecision(3)
+        : "0";
 
   const keys = {
     score: (volume) => -volume.score,
