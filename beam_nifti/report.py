@@ -113,7 +113,7 @@ def write_report(output: str, out: str, options: PipelineOptions, *, num_picture
         num_pictures: records to show besides the outliers, evenly spread.
 
     Raises:
-        DatasetError: there is no complete dataset.
+        DatasetError: there is no complete dataset, or its failures.jsonl is damaged.
         OSError: the page cannot be written.
     """
     output, out = storage.absolute(output), storage.absolute(out)
@@ -122,6 +122,7 @@ def write_report(output: str, out: str, options: PipelineOptions, *, num_picture
         spec = RecordSpec.of(info)
     except (UsageError, KeyError, TypeError) as e:
         raise DatasetError(f"{output}: not a configuration of a dataset: {e!r}") from e
+    failures = read_failures(output)
     folder = f"{out}.{uuid.uuid4().hex}.tmp"
     try:
         # A place that cannot be written to is told before anything is read.
@@ -131,7 +132,7 @@ def write_report(output: str, out: str, options: PipelineOptions, *, num_picture
         summary = summarize(folder, num_pictures)
     finally:
         storage.delete_tree(folder)
-    page = make_page(output.rpartition("/")[2], info, spec, summary, read_failures(output)).encode()
+    page = make_page(output.rpartition("/")[2], info, spec, summary, failures).encode()
     storage.write(out, page)
     return ReportSummary(
         num_examples=summary.rows.num_rows,

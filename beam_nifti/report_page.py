@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +17,7 @@ from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.figures import INKS, draw_histogram
 from beam_nifti.outliers import FEWEST, LIMIT
 from beam_nifti.record_checks import RecordSpec
-from beam_nifti.report_summary import MAX_FAILURES, Summary
+from beam_nifti.report_summary import Summary
 from beam_nifti.thumbnail import CELL
 
 _WORST: Final = 12
@@ -34,7 +33,7 @@ _PERCENTILES: Final = (0, 5, 50, 95, 100)
 
 
 def make_page(
-    name: str, info: DatasetInfo, spec: RecordSpec, summary: Summary, failures: Iterable[Mapping[str, Any]]
+    name: str, info: DatasetInfo, spec: RecordSpec, summary: Summary, failures: Sequence[Mapping[str, Any]]
 ) -> str:
     """The HTML of a report. The same dataset gives the same text.
 
@@ -43,7 +42,7 @@ def make_page(
         info: of the dataset.
         spec: of its records.
         summary: of its records.
-        failures: the lines of its failures.jsonl.
+        failures: as `read_failures` gives them.
     """
     import jinja2
 
@@ -81,7 +80,7 @@ def make_page(
         statistics=list(_statistics(summary, splits, info.splits)),
         splits=list(dict.fromkeys(splits.tolist())),
         kinds=list(_kinds(spec, summary, splits)),
-        failures=list(itertools.islice(failures, MAX_FAILURES)),
+        failures=failures,
         settings=dict(_settings(info)),
     )
 

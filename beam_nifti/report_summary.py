@@ -6,8 +6,8 @@ over the pictures for those that are shown. What stays of a record is a row of n
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 from beam_nifti import storage
 from beam_nifti.appearance import SCHEMA
 from beam_nifti.dataset_info import FAILURES_FILE
+from beam_nifti.errors import DatasetError
 from beam_nifti.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.sheets import read_problems, read_sheets
 from beam_nifti.thumbnail import GRID, draw_slices
@@ -31,6 +32,7 @@ MAX_FAILURES: Final = 500
 MAX_PROBLEMS: Final = 200
 """Problems that are told one by one, of all shards; the rest are counted."""
 
+_SHOWN_OF_FAILURE: Final = ("row", "participant_id", "stage", "message")
 _HEAVY: Final = ("grid", "picture")
 _FLOOR: Final = 0.001
 """What is no deviation: of foreground and correlation; of mean and std times the median std."""
@@ -151,9 +153,18 @@ def _draw_mean(mean: npt.NDArray[np.float64], rows: pa.Table) -> bytes:
     return draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
 
 
-def read_failures(output: str) -> Iterator[dict[str, Any]]:
-    """The lines of a dataset's failures.jsonl."""
+def read_failures(output: str) -> list[dict[str, Any]]:
+    """The first MAX_FAILURES lines of a dataset's failures.jsonl: row, participant_id, stage and message.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
     path = storage.join(output, FAILURES_FILE)
-    if storage.exists(path):
+    if not storage.exists(path):
+        return []
+    try:
         with storage.open_read(path) as handle:
-            yield from map(json.loads, handle)
+            failures = list(map(json.loads, itertools.islice(handle, MAX_FAILURES)))
+        return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
+    except (ValueError, AttributeError) as e:
+        raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e

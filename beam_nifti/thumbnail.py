@@ -114,7 +114,10 @@ def draw_slices(
 
     scaling = scaling or Scaling()
     slices = [scaling.apply(_middle(volume, *plane)) for plane in _PLANES]
-    low, high = np.percentile(np.concatenate([s.ravel() for s in slices]), _WINDOW)
+    shown = np.concatenate([s.ravel() for s in slices])
+    low, high = np.percentile(shown, _WINDOW)
+    if not low < high:  # hardly anything but background, as in a mask of a lesion
+        low, high = shown.min(), shown.max()
     extents = [n * zoom for n, zoom in zip(volume.shape[:3], zooms, strict=True)]
     strip = Image.new("RGB" if volume.ndim == 4 or mask is not None else "L", (3 * CELL, CELL))
     for number, (plane, values) in enumerate(zip(_PLANES, slices, strict=True)):

@@ -346,7 +346,10 @@ def test_the_command(
         (["--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--out", ""], "--out is empty"),
         (["--picture", "3"], "unknown flag --picture"),
-        (["--runner=FlinkRunner", "--flink_master=[local]"], "--out is missing"),
+        (
+            ["--runner=PortableRunner", "--job_endpoint=:8099", "--environment_type=LOOPBACK"],
+            "--out is missing",
+        ),
     ],
 )
 def test_what_it_refuses(
@@ -355,6 +358,29 @@ def test_what_it_refuses(
     assert cli.main(["report", str(tmp_path / "dataset"), *arguments]) == cli.USAGE
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_failures_are_told_before_anything_is_read(
+    cohort: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    output = build_dataset(cohort, tmp_path / "dataset")
+    (output / "failures.jsonl").write_text('{"row": 1')
+    out = tmp_path / "report.html"
+    assert "failures.jsonl: cannot be read" in run("report", output, "--out", out, code=1)
+    assert not out.exists()
+
+
+def test_a_page_on_an_object_store(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    output = build_dataset(cohort, tmp_path / "dataset")
+    files = [path for path in output.rglob("*") if path.is_file()]
+    objects = {f"memory://lab/dataset/{path.relative_to(output)}": (path.read_bytes(), 0.0) for path in files}
+    monkeypatch.setattr(MemoryFileSystem, "objects", dict(objects))
+    write_report("memory://lab/dataset", "memory://lab/report.html", make_options(), num_pictures=10)
+    assert MemoryFileSystem.objects.keys() - objects == {"memory://lab/report.html"}
+    report(output, tmp_path / "report.html", num_pictures=10)
+    assert MemoryFileSystem.objects["memory://lab/report.html"][0] == (tmp_path / "report.html").read_bytes()
 
 
 def test_no_dataset_is_no_report(tmp_path: Path, run: Callable[..., str]) -> None:

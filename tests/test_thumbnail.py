@@ -124,6 +124,14 @@ def test_colours_and_the_outline_of_a_mask() -> None:
     assert outlined[CELL // 2, CELL // 2].max() < 40
 
 
+def test_a_single_bright_voxel_is_seen() -> None:
+    voxels = np.zeros((32, 32, 32))
+    voxels[16, 16, 16] = 1e-4
+    assert np.asarray(Image.open(io.BytesIO(draw_slices(voxels, (1, 1, 1))))).max() > 200
+    flat = Image.open(io.BytesIO(draw_slices(np.full((4, 4, 4), 7.0), (1, 1, 1))))
+    assert np.asarray(flat).max() < 8
+
+
 def test_a_negative_slope_turns_dark_into_bright() -> None:
     voxels = np.arange(512, dtype=np.int16).reshape(8, 8, 8)
     assert draw_slices(voxels, (1, 1, 1), Scaling(-1.0, 600.0)) == draw_slices(-voxels, (1, 1, 1))
