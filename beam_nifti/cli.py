@@ -371,6 +371,8 @@ def _make_report(options: argparse.Namespace, beam_flags: list[str]) -> int:
 
     _require_extra("report", "jinja2", "matplotlib", "PIL")
     engine = choose_engine(command_line.report_config(options), beam_flags, options.workers)
+    if engine.is_template:
+        raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and options.out is None:
         raise UsageError("--out is missing: where the workers write too, such as gs://my-bucket/report.html")
     out = options.out or "report.html"

@@ -30,12 +30,14 @@ from beam_nifti.thumbnail import GRID
 from tests.build_helpers import make_options
 from tests.datasets import build_dataset, edit_record, info_of
 from tests.images import write_cohort, write_image, write_manifest
+from tests.peak import peak_mib
 
 for module in ("jinja2", "matplotlib", "PIL"):
     pytest.importorskip(module)
 
 NASTY = "\"><script>alert(1)</script><img src=x onerror=alert(2)></title>'--><!--\u2028"
 UPSIDE_DOWN = 7
+ON_A_CLUSTER = ["--runner=PortableRunner", "--job_endpoint=:8099", "--environment_type=LOOPBACK"]
 
 
 def head(seed: int) -> Any:
@@ -346,10 +348,8 @@ def test_the_command(
         (["--workers", "0"], "--workers is 0; it must be at least 1"),
         (["--out", ""], "--out is empty"),
         (["--picture", "3"], "unknown flag --picture"),
-        (
-            ["--runner=PortableRunner", "--job_endpoint=:8099", "--environment_type=LOOPBACK"],
-            "--out is missing",
-        ),
+        (ON_A_CLUSTER, "--out is missing"),
+        ([*ON_A_CLUSTER, "--template_location=gs://lab/t"], "--template-location is for build only"),
     ],
 )
 def test_what_it_refuses(
@@ -381,6 +381,29 @@ def test_a_page_on_an_object_store(cohort: Path, tmp_path: Path, monkeypatch: py
     assert MemoryFileSystem.objects.keys() - objects == {"memory://lab/report.html"}
     report(output, tmp_path / "report.html", num_pictures=10)
     assert MemoryFileSystem.objects["memory://lab/report.html"][0] == (tmp_path / "report.html").read_bytes()
+
+
+SUMMARIZE = """
+import sys
+from beam_nifti.report_summary import summarize
+from beam_nifti.sheets import write_sheets
+from beam_nifti.thumbnail import GRID
+
+folder, count = sys.argv[1], int(sys.argv[2])
+row = {"example_id": "sub-0001", "participant_id": "sub-0001", "labels": ["1"], "shape": "91×109×91"}
+row |= {"spacing": "2×2×2", "orientation": "RAS", "dtype": "int16", "extents": [182.0, 218.0, 182.0]}
+row |= {"mean": 0.5, "std": 0.1, "foreground": 0.2, "quantiles": [0.1] * 33, "picture": bytes(4000)}
+write_sheets(folder, 0, "train", (row | {"grid": bytes(range(256)) * (GRID**3 // 256)} for _ in range(count)))
+assert len(summarize(folder, 10).pictures) == 10
+"""
+
+
+@pytest.mark.slow
+def test_what_stays_of_a_record_is_a_row_of_numbers(tmp_path: Path) -> None:
+    few, many = 512, 8704
+    peaks = [peak_mib(SUMMARIZE, tmp_path / str(count), count) for count in (few, many)]
+    # Its grid and its picture take 18 KB.
+    assert (peaks[1] - peaks[0]) * 1024 / (many - few) < 4
 
 
 def test_no_dataset_is_no_report(tmp_path: Path, run: Callable[..., str]) -> None:

@@ -70,7 +70,8 @@
   };
 
   const extend = () => {
-    const next = found.slice(shown, shown + BATCH);
+    // Each time as many again, so that thousands are a few clicks away.
+    const next = found.slice(shown, shown + Math.max(BATCH, shown));
     wall.append(...next.map(draw));
     shown += next.length;
     more.hidden = shown >= found.length;
