@@ -21,7 +21,7 @@ INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}
 
 
 def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, log: bool = False) -> bytes:
-    """A histogram of the numbers of each split, each of area 1, on a transparent ground.
+    """A histogram of the numbers of each split, of their shares, on a transparent ground.
 
     Args:
         series: numbers, not all of them none, by split.
@@ -35,9 +35,9 @@ def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, l
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(
-        {"svg.hashsalt": "beam-nifti", "font.size": 9, "font.family": ["DejaVu Sans"]}
-    ):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever a matplotlibrc of this machine says
+        matplotlib.rcParams.update({"svg.hashsalt": "beam-nifti", "font.size": 9})
         figure = Figure(_INCHES, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
