@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -113,6 +114,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         "inspect": _inspect,
         "diff": _diff,
         "extract": _extract,
+        "report": functools.partial(_make_report, run),
     }
     try:
         return commands[options.command](options, beam_flags)
@@ -494,6 +496,44 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
             shape = "x".join(map(str, written.voxels.shape))
             print(f"image    {shape} {written.voxels.dtype}: {path}")
     return SUCCESS
+
+
+def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
+    from beam_nifti.engines import choose_engine
+    from beam_nifti.publish import read_info
+
+    _require_extra("report", "jinja2", "matplotlib", "PIL")
+    engine = choose_engine(command_line.report_config(options), beam_flags, options.workers)
+    if engine.is_template:
+        raise UsageError("--template-location is for build only: a report is made when its job has ended")
+    if not engine.is_local and options.out is None:
+        raise UsageError("--out is missing: where the workers write too, such as gs://my-bucket/report.html")
+    out = options.out or "report.html"
+    from beam_nifti.report import write_report  # after the engine, which imports Beam as it should be
+
+    progress = _progress(engine, read_info(options.output).num_examples, "record", quiet=options.quiet)
+    try:
+        with progress, _set_aside(io.StringIO(), engine):
+            summary = write_report(options.output, out, engine.options, num_pictures=options.pictures)
+    except RuntimeError as e:
+        return _stopped(run, e, "the report stopped", "the same command starts again")
+    for problem in summary.problems:
+        logs.LOGGER.warning("%s", problem)
+    with _while_read():
+        print(
+            f"report   {_count(summary.num_examples, 'example')}, {_count(summary.num_outliers, 'outlier')}, "
+            f"{_count(summary.num_failures, 'volume')} left out, {summary.num_bytes / 1e6:.1f} MB: {out}"
+        )
+    return FAILED if summary.problems else SUCCESS
+
+
+def _require_extra(extra: str, *modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)}: not installed, and `beam-nifti {extra}` needs it; "
+            f"pip install 'beam-nifti[{extra}]'"
+        )
 
 
 if __name__ == "__main__":

@@ -111,6 +111,15 @@ Reads dataset_info.json and index/ of each: of a dataset that is built on every 
 copies of these. Exits with 1 where anything is different.
 
 """
+_REPORT_EXAMPLES = """\
+examples:
+  beam-nifti report cohort/dataset
+  beam-nifti report gs://lab/dataset --out gs://lab/report.html --pictures 3000
+
+Reads every record once, and checks its bytes on the way. Needs beam-nifti[report]; on a cluster the workers
+do, too. Exits with 1, after the page is written, if a shard or a record is damaged.
+
+"""
 _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
@@ -186,6 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_diff(commands)
     _add_extract(commands)
+    _add_report(commands)
     return parser
 
 
@@ -624,6 +634,35 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     extract.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = _command(
+        commands,
+        "report",
+        "make a page of pictures and distributions by which a dataset is judged",
+        _REPORT_EXAMPLES + EXIT_CODES,
+    )
+    report.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+    report.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page, replaced if it is there; default: report.html in this folder; on a cluster needed, "
+        "and within the workers' reach",
+    )
+    report.add_argument(
+        "--pictures",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="volumes to show besides the outliers, evenly spread; default: 1000; 5 KB each",
+    )
+    run = report.add_argument_group("running")
+    run.add_argument(
+        "--workers", type=int, metavar="N", help=f"threads; default: all cores ({count_cores()} here)"
+    )
+    _add_quiet(run)
+    report.add_argument_group("Apache Beam", "Every other flag goes to Beam, as for build.")
+
+
 def _add_workers(group: argparse._ActionsContainer, what: str) -> None:
     group.add_argument(
         "--workers",
@@ -654,7 +693,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         argv: without the program's name. Flags may be written with - or _.
 
     Returns:
-        Our options, and the flags that are for Beam (none but for `build`).
+        Our options, and the flags that are for Beam (none but for `build`, `check` and `report`).
 
     Raises:
         UsageError: a malformed option, or a flag that no command of ours knows, where Beam gets none.
@@ -666,7 +705,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if getattr(known, name, None) == "":
             raise UsageError(f"{shown} is empty; was a variable not set?")
     _check_monitoring(known)
-    if rest and (known.command not in ("build", "check") or not all(a.startswith("--") for a in rest[:1])):
+    if rest and (
+        known.command not in ("build", "check", "report") or not all(a.startswith("--") for a in rest[:1])
+    ):
         raise UsageError(f"unknown argument {rest[0]}; see `beam-nifti {known.command} --help`")
     return known, [_underscored(a) for a in rest]
 
@@ -784,6 +825,18 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
         allow_mixed_shapes=options.allow_mixed_shapes,
         workers=count_cores() if options.workers is None else options.workers,
     )
+
+
+def report_config(options: argparse.Namespace) -> BuildConfig:
+    """The dataset that `report` reads, as the engines know it: no manifest, and OUTPUT in the workers' reach.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+    if options.pictures < 0:
+        raise UsageError(f"--pictures is {options.pictures}; it must be at least 0")
+    workers = count_cores() if options.workers is None else options.workers
+    return BuildConfig(manifest="", output=options.output, workers=workers)
 
 
 def _columns(options: argparse.Namespace) -> Columns:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from airflow.providers.standard.hooks.subprocess import SubprocessHook
 from airflow.sdk import DAG, Asset, BaseOperator, Param
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -99,6 +99,12 @@ PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
         "minimum": 0,
         "description": "Records to make again from their images after the build, and to compare bit for bit.",
     },
+    "report": {
+        "default": None,
+        "type": ["null", "string"],
+        "pattern": _PLACE,
+        "description": "Page of pictures and outliers to write, such as /data/report.html; needs [report].",
+    },
 }
 """What a run is asked for: `airflow.sdk.Param`s, refused before the run starts where they do not fit."""
 
@@ -145,6 +151,17 @@ def verify_arguments(params: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def report_arguments(params: Mapping[str, Any]) -> list[str]:
+    """The arguments of `beam-nifti` to write the page about the dataset.
+
+    Raises:
+        AirflowSkipException: none was asked for.
+    """
+    if params["report"] is None:
+        raise AirflowSkipException("the param report names no page")
+    return ["report", params["output"], f"--out={params['report']}", "--quiet"]
+
+
 class BeamNiftiOperator(BaseOperator):
     """Runs `beam-nifti`, without a shell, and tells failures that a retry may cure from those it cannot.
 
@@ -170,6 +187,7 @@ class BeamNiftiOperator(BaseOperator):
         """Run the command to its end.
 
         Raises:
+            AirflowSkipException: there is nothing to run.
             AirflowFailException: it would fail in the same way again.
             AirflowException: it may succeed when it is tried again.
         """
@@ -214,7 +232,7 @@ def new_dag(dag_id: str, schedule: Any, params: dict[str, Param]) -> DAG:
     """A DAG without tasks, whose runs follow each other and are tried again."""
     return DAG(
         dag_id,
-        description="Check a manifest of NIfTI volumes, build a dataset of TFRecords from it, verify it.",
+        description="Check a manifest of NIfTI volumes, build TFRecords from it, verify and report.",
         schedule=schedule,
         start_date=datetime(2025, 1, 1, tzinfo=UTC),
         catchup=False,
@@ -227,10 +245,10 @@ def new_dag(dag_id: str, schedule: Any, params: dict[str, Param]) -> DAG:
 
 
 def make_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
-    """A DAG of three tasks: check the manifest, build the dataset, verify it.
+    """A DAG of four tasks: check the manifest, build the dataset, verify it, make a page about it.
 
-    When it has succeeded, the asset of the DAG's name is there: a DAG with `schedule=[Asset(dag_id)]`
-    starts then.
+    Once the dataset is verified, the asset of the DAG's name is there: a DAG with `schedule=[Asset(dag_id)]`
+    starts then, whatever becomes of the page.
 
     Args:
         dag_id: name of the DAG and of its asset.
@@ -244,7 +262,8 @@ def make_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
     check = BeamNiftiOperator(task_id="check_manifest", arguments=check_arguments, dag=dag)
     build = BeamNiftiOperator(task_id="build", arguments=build_arguments, dag=dag)
     verify = BeamNiftiOperator(task_id="verify", arguments=verify_arguments, outlets=[Asset(dag_id)], dag=dag)
-    check >> build >> verify
+    report = BeamNiftiOperator(task_id="report", arguments=report_arguments, dag=dag)
+    check >> build >> verify >> report
     return dag
 
 

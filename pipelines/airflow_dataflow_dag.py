@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from airflow.providers.google.cloud.operators.dataflow import DataflowStartFlexTemplateOperator
 from airflow.sdk import DAG, Asset
-from airflow_dag import PARAMS, BeamNiftiOperator, check_arguments, make_params, new_dag, verify_arguments
+from airflow_dag import (
+    PARAMS,
+    BeamNiftiOperator,
+    check_arguments,
+    make_params,
+    new_dag,
+    report_arguments,
+    verify_arguments,
+)
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -87,7 +95,7 @@ class BuildOnDataflow(DataflowStartFlexTemplateOperator):
 
 
 def make_dataflow_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
-    """The three tasks of `airflow_dag.make_dag`, of which the build is a job on Dataflow.
+    """The tasks of `airflow_dag.make_dag`, of which the build is a job on Dataflow.
 
     Args:
         dag_id: name of the DAG and of its asset.
@@ -101,7 +109,8 @@ def make_dataflow_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> 
     check = BeamNiftiOperator(task_id="check_manifest", arguments=template_check_arguments, dag=dag)
     build = BuildOnDataflow(task_id="build", dag=dag)
     verify = BeamNiftiOperator(task_id="verify", arguments=verify_arguments, outlets=[Asset(dag_id)], dag=dag)
-    check >> build >> verify
+    report = BeamNiftiOperator(task_id="report", arguments=report_arguments, dag=dag)
+    check >> build >> verify >> report
     return dag
 
 

@@ -140,6 +140,7 @@ def test_a_param_that_does_not_fit_is_refused_before_the_run(
         {"max_bad_fraction": 2},
         {"container_image": ""},
         {"flags": ["rescale=none"]},
+        {"report": "report.html"},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             run_dag(**good | wrong)
@@ -203,7 +204,12 @@ def test_the_dag_of_dataflow_asks_its_template_for_what_it_has(folder: Path, tmp
     bag = load(tmp_path)
     assert bag.import_errors == {}
     dag = bag.dags["beam_nifti_dataflow"]
-    assert [task.task_id for task in dag.topological_sort()] == ["check_manifest", "build", "verify"]
+    assert [task.task_id for task in dag.topological_sort()] == [
+        "check_manifest",
+        "build",
+        "verify",
+        "report",
+    ]
     module = sys.modules[type(dag.get_task("build")).__module__]
     params = {name: schema.get("default", "gs://lab/x") for name, schema in module.DATAFLOW_PARAMS.items()}
     params |= {"num_shards": 2, "anonymous_ids": "gs://lab/key", "flags": ["--shuffle-seed=1", "--clip"]}
@@ -280,8 +286,10 @@ def test_a_run_builds_the_dataset_and_tells_of_it(run_dag: Callable[..., Any], t
 
     odd = 'o\'dd "cohort" $(touch HERE) {{ ds }} ;&*'
     manifest, output = write_cohort(tmp_path / odd, 12), tmp_path / f"{odd} out"
-    states = run_dag(manifest=manifest, output=output, num_shards=2, flags=["--rescale=window:-10,900"])
-    assert states == dict.fromkeys(("check_manifest", "build", "verify"), ("success", 1))
+    page, flags = tmp_path / f"{odd}.html", ["--rescale=window:-10,900"]
+    states = run_dag(manifest=manifest, output=output, num_shards=2, flags=flags, report=page)
+    assert states == dict.fromkeys(("check_manifest", "build", "verify", "report"), ("success", 1))
+    assert page.read_text().startswith("<!DOCTYPE html>")
     assert beam_nifti("verify", output, f"--manifest={manifest}", "--deep=all").returncode == 0
     assert len(list(output.glob("*-of-00002.tfrecord.gz"))) == 2
     with create_session() as session:
@@ -314,6 +322,7 @@ def test_bad_volumes_fail_at_once_and_are_listed_where_the_log_says(
     assert "sub-0007" in Path(place).read_text()
     allowed = run_dag(manifest=manifest, output=output, max_bad_fraction=0.1)
     assert allowed["verify"] == ("success", 1)
+    assert allowed["report"][0] == "skipped", "none was asked for"
 
 
 def test_a_killed_build_continues_when_it_is_tried_again(
@@ -328,6 +337,7 @@ def test_a_killed_build_continues_when_it_is_tried_again(
     flags = ["--preprocess=tests.dying:at_the_tenth", "--workers=1"]
     states = run_dag(manifest=manifest, output=tmp_path / "out", examples_per_shard=3, flags=flags)
     assert (tmp_path / "died").exists()
+    assert states.pop("report")[0] == "skipped"
     assert states == {"check_manifest": ("success", 1), "build": ("success", 2), "verify": ("success", 1)}
     log = "".join(capfd.readouterr())
     assert "exit code -9" in log

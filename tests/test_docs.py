@@ -148,7 +148,7 @@ def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
     assert 0 < np.mean(clipped == clipped.max()) < 0.05
 
 
-COMMANDS = ("manifest bids", "manifest glob", "check", "build", "verify", "inspect", "extract")
+COMMANDS = ("manifest bids", "manifest glob", "check", "build", "verify", "inspect", "extract", "report")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -17,8 +17,11 @@ MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if pat
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"formats", "grid", "prepare", "nifti_writer"},
+    "nibabel": {"formats", "grid", "prepare", "nifti_writer", "thumbnail"},
     "scipy": {"prepare"},
+    "matplotlib": {"figures"},
+    "jinja2": {"report_page"},
+    "PIL": {"thumbnail"},
     "tensorflow": {"reader", "reader_columns", "reader_graph", "reader_indexed", "reader_layouts"},
     "apache_beam": {
         "coders",
@@ -30,11 +33,15 @@ ONLY_IMPORTERS = {
         "local_runner",
         "build",
         "check",
+        "report",
         "engines",
     },
 }
 LAZY_IMPORTERS = {
     "scipy": {"prepare"},
+    "matplotlib": {"figures"},
+    "jinja2": {"report_page"},
+    "PIL": {"thumbnail"},
     "apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"},
 }
 """Modules that import the package only inside functions."""

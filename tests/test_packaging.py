@@ -27,4 +27,5 @@ def test_the_sdist_holds_the_package(tmp_path: Path) -> None:
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     modules = {f"beam_nifti/{path.name}" for path in (ROOT / "beam_nifti").glob("*.py")}
-    assert modules | {"beam_nifti/py.typed", "setup.py", "pyproject.toml", "LICENSE"} <= names
+    templates = {f"beam_nifti/templates/{path.name}" for path in (ROOT / "beam_nifti/templates").iterdir()}
+    assert modules | templates | {"beam_nifti/py.typed", "setup.py", "pyproject.toml", "LICENSE"} <= names

@@ -1,0 +1,154 @@
+"""What one record looks like: a few numbers, a small grid and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
+from beam_nifti.grid import orientation_of
+from beam_nifti.header import COLOURS
+from beam_nifti.index import extra_column
+from beam_nifti.quantize import UINT8_LEVELS
+from beam_nifti.record_checks import RecordSpec
+from beam_nifti.rescale import Scaling, Voxels, measure
+from beam_nifti.thumbnail import axes_to_ras, block_means, draw_slices, turned, turned_zooms
+
+SCHEMA: Final = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("participant_id", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("shape", pa.string()),
+        ("spacing", pa.string()),
+        ("orientation", pa.string()),
+        ("dtype", pa.string()),
+        ("extents", pa.list_(pa.float64())),
+        ("mean", pa.float64()),
+        ("std", pa.float64()),
+        ("foreground", pa.float64()),
+        ("quantiles", pa.list_(pa.float64())),
+        ("grid", pa.binary()),
+        ("picture", pa.binary()),
+    ]
+)
+"""Of the rows. Numbers are of the voxels as stored, in the unit that `unit_of` says. `extents` are the sides
+of the volume's box, right, anterior and superior; `grid` is the volume in the same order of axes, GRID³ bytes
+from its least block to its largest; `picture` is a WebP."""
+
+_QUANTILES: Final = np.linspace(0, 1, 33)
+_SAMPLE: Final = 1 << 16
+"""Voxels of a volume by which its quantiles and its foreground are told."""
+
+_BINS: Final = 256
+
+
+def unit_of(spec: RecordSpec) -> str:
+    """What the numbers of a row are in."""
+    kept = spec.config.voxel_dtype == "native" or spec.config.method == "none"
+    return "the images' units" if kept else f"rescaled by {spec.config.rescale}"
+
+
+def label_columns(spec: RecordSpec) -> dict[str, str]:
+    """What `labels` has: the name of each label, and its column of the index."""
+    if spec.config.labels:
+        return {column.name: extra_column(column.name) for column in spec.config.labels}
+    return {"label": "label"} if spec.labelled else {}
+
+
+def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
+    """The row of one sound record.
+
+    Args:
+        payload: the serialized Example.
+        cells: the record's row of the index.
+        spec: of the dataset.
+
+    Returns:
+        A row of SCHEMA. Of several channels or frames the numbers are over all; grid and picture have the
+        first.
+
+    Raises:
+        VolumeError: a voxel is NaN or infinite.
+    """
+    features = decode_example(payload)
+    voxels = decode_tensor(features["image_raw"])  # type: ignore[arg-type]
+    scaling = scaling_of(features)
+    if spec.config.voxel_dtype == "uint8":
+        scaling = Scaling(slope=1 / UINT8_LEVELS)
+    affine = np.array(cells["affine"], np.float64).reshape(4, 4)
+    turns = axes_to_ras(voxels.shape, affine)
+    volume = turned(voxels, turns)
+    first = volume if volume.ndim == 3 else volume[..., 0]
+    in_colour = cells["dtype"] in COLOURS.values() and spec.config.channels is None and volume.ndim == 4
+    mask = None
+    if MASK_FEATURE in features:
+        mask = turned(decode_tensor(features[MASK_FEATURE]), turns)  # type: ignore[arg-type]
+    zooms = turned_zooms(cells["zooms"], turns)
+    sample = scaling.apply(_spread(voxels))
+    intensity = measure(voxels, scaling)
+    return {
+        "example_id": cells["example_id"],
+        "participant_id": cells["participant_id"],
+        "labels": [_text(cells[column]) for column in label_columns(spec).values()],
+        "shape": _joined(voxels.shape),
+        "spacing": _joined(round(zoom, 3) for zoom in cells["zooms"]),
+        "orientation": "?" if turns is None else orientation_of(affine),
+        "dtype": cells["dtype"],
+        "extents": np.multiply(first.shape, zooms),
+        "mean": intensity.mean,
+        "std": intensity.std,
+        "foreground": float(np.mean(sample > otsu_threshold(sample))),
+        "quantiles": np.quantile(sample, _QUANTILES),
+        "grid": _to_bytes(block_means(first) * math.copysign(1, scaling.slope)),
+        "picture": draw_slices(volume[..., :3] if in_colour else first, zooms, scaling, mask=mask),
+    }
+
+
+def _spread(voxels: Voxels) -> Voxels:
+    """Voxels from all over a volume, the same ones every time."""
+    step = max(1, voxels.size // _SAMPLE)
+    while math.gcd(step, voxels.size) > 1:  # else it may pick the same few places of every row
+        step += 1
+    return voxels.reshape(-1)[::step]
+
+
+def otsu_threshold(values: npt.NDArray[np.float64]) -> float:
+    """The value that best parts a volume's foreground from its background.
+
+    Of the thresholds between the bins of a histogram the one with the largest variance between the two
+    classes. The brightest half percent counts as one brightness. Source: Otsu 1979, IEEE Transactions on
+    Systems, Man, and Cybernetics 9(1).
+    """
+    low, high = float(values.min()), float(np.quantile(values, 0.995))
+    if not low < high:
+        return low
+    counts, edges = np.histogram(np.minimum(values, high), _BINS, (low, high))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1]
+    above = counts.sum() - below
+    sums = np.cumsum(counts * centres)
+    means_below = sums[:-1] / below
+    means_above = (sums[-1] - sums[:-1]) / np.maximum(above, 1)
+    return float(edges[1:-1][np.argmax(below * above * (means_above - means_below) ** 2)])
+
+
+def _to_bytes(grid: npt.NDArray[np.float64]) -> bytes:
+    low, high = grid.min(), grid.max()
+    shades = (grid - low) / (high - low) if low < high else np.zeros_like(grid)
+    return np.round(255 * shades).astype(np.uint8).tobytes()
+
+
+def _text(cell: object) -> str | None:
+    if cell is None:
+        return None
+    return str(cell).removesuffix(".0") if isinstance(cell, float) else str(cell)
+
+
+def _joined(numbers: Iterable[float]) -> str:
+    return "×".join(f"{number:g}" for number in numbers)

@@ -1,0 +1,81 @@
+"""Histograms as SVG, the same bytes for the same numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+_BINS: Final = 40
+_RANGE: Final = (0.5, 99.5)
+"""Percentiles between which the bins lie; what is beyond is in the outermost ones."""
+
+_INCHES: Final = (3.6, 2.1)
+_COLOURS: Final = ("#0a7abf", "#d9822b", "#1a9e77", "#b5539c", "#8a7f00", "#d1495b")
+_STYLES: Final = ("-", "--", ":", "-.")
+INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}
+"""Of text and axes, for each theme."""
+
+
+def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, log: bool = False) -> bytes:
+    """A histogram of the numbers of each split, of their shares, on a transparent ground.
+
+    Args:
+        series: numbers, not all of them none, by split.
+        ink: colour of text and axes.
+        log: whether the shares are on a logarithmic scale.
+
+    Returns:
+        An SVG without a date, whose letters are outlines.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever a matplotlibrc of this machine says
+        matplotlib.rcParams.update({"svg.hashsalt": "beam-nifti", "font.size": 9})
+        figure = Figure(_INCHES, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        edges = _edges(np.concatenate(list(series.values())))
+        for number, (name, values) in enumerate(series.items()):
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+            colour = _COLOURS[number % len(_COLOURS)]
+            shares = counts / max(len(values), 1)
+            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.15)
+            axes.stairs(
+                shares,
+                edges,
+                color=colour,
+                linewidth=1.4,
+                linestyle=_STYLES[number % len(_STYLES)],
+                label=name,
+            )
+        if log:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.yaxis.set_visible(False)
+        axes.locator_params(axis="x", nbins=5)
+        axes.spines[["top", "left", "right"]].set_visible(False)
+        axes.spines["bottom"].set_color(ink)
+        axes.tick_params(colors=ink)
+        if len(series) > 1:
+            axes.legend(frameon=False, labelcolor=ink, fontsize=8)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def _edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    low, high = np.percentile(values, _RANGE)
+    if not low < high:
+        low, high = values.min(), values.max()
+    if not low < high:
+        half = abs(low) / 10 or 0.5
+        low, high = low - half, high + half
+    return np.linspace(low, high, _BINS + 1)

@@ -1,0 +1,155 @@
+"""`beam-nifti report`: every record of a dataset is looked at, on any runner, and a page made of it.
+
+Create([output])     str
+CutShards            (number, split, ShardInfo)
+Reshuffle            (number, split, ShardInfo)
+LookAtShard          nothing: what was seen goes into sheets, files of some rows each
+
+Then this process reads the sheets, one at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import apache_beam as beam
+
+from beam_nifti import storage
+from beam_nifti.appearance import look_at_record
+from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.errors import DatasetError, ShardError, UsageError
+from beam_nifti.local_runner import whole_elements
+from beam_nifti.memory import keep_buffers
+from beam_nifti.problems import Problems, Scope
+from beam_nifti.progress import METER
+from beam_nifti.publish import read_info
+from beam_nifti.record_checks import RecordSpec, check_record
+from beam_nifti.report_page import make_page
+from beam_nifti.report_summary import read_failures, summarize
+from beam_nifti.shard_pass import ShardPass, StoredRecord
+from beam_nifti.sheets import write_problems, write_sheets
+from beam_nifti.tfrecord import decode_record
+
+if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+
+def _cut_shards(output: str) -> Iterable[tuple[int, str, ShardInfo]]:
+    """The shards of a dataset, each with its number and split."""
+    numbers = itertools.count()
+    for split, found in read_info(output).splits.items():
+        yield from ((next(numbers), split, shard) for shard in found.shards)
+
+
+class LookAtShard(beam.DoFn):
+    """Read a shard once, check its bytes, and write down what its records look like."""
+
+    def __init__(self, output: str, spec: RecordSpec, folder: str) -> None:
+        self._output, self._spec, self._folder = output, spec, folder
+
+    def setup(self) -> None:
+        """Keep the buffers of one record for the next."""
+        keep_buffers()
+
+    def process(self, element: tuple[int, str, ShardInfo]) -> None:
+        """Hold one record at a time, and a sheet."""
+        number, split, shard = element
+        problems = Problems()
+        records = ShardPass(self._output, shard, split, number, self._spec.config, problems)
+        write_sheets(self._folder, number, split, self._rows(records, problems, number))
+        write_problems(self._folder, number, problems.texts())
+
+    def _rows(self, records: ShardPass, problems: Problems, number: int) -> Iterator[dict[str, Any]]:
+        while (record := records.take()) is not None:
+            row = self._look_at(record, problems, number)
+            METER.add(volumes=1, num_bytes=len(record.data))
+            if row is not None:
+                yield row
+
+    def _look_at(self, record: StoredRecord, problems: Problems, number: int) -> dict[str, Any] | None:
+        try:
+            payload = decode_record(record.data, self._spec.config.compression == "gzip")
+            wrong = list(check_record(payload, record.cells, self._spec))
+        except ShardError as e:
+            wrong = [str(e)]
+        except Exception as e:  # whatever a parser trips over, the other records are still read
+            wrong = [f"cannot be checked: {e!r}"]
+        for problem in wrong:
+            problems.add(Scope.RECORD, f"{record.name}: {problem}", number, record.ordinal)
+        return None if wrong else look_at_record(payload, record.cells, self._spec)
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """What a report says, in short.
+
+    Attributes:
+        num_examples: records that were looked at.
+        num_outliers: of these.
+        num_failures: volumes that the build left out.
+        problems: sentences about what is damaged; none for a sound dataset.
+        num_bytes: of the page.
+    """
+
+    num_examples: int
+    num_outliers: int
+    num_failures: int
+    problems: tuple[str, ...]
+    num_bytes: int
+
+
+def write_report(output: str, out: str, options: PipelineOptions, *, num_pictures: int) -> ReportSummary:
+    """Look at every record of a dataset and write a page about it.
+
+    Args:
+        output: folder or URL of the dataset.
+        out: path or URL of the page; replaced if it is there. On a cluster the workers must reach it, as
+            they write beside it.
+        options: Beam's.
+        num_pictures: records to show besides the outliers, evenly spread.
+
+    Raises:
+        DatasetError: there is no complete dataset, or its failures.jsonl is damaged.
+        OSError: the page cannot be written.
+    """
+    output, out = storage.absolute(output), storage.absolute(out)
+    info = read_info(output)
+    try:
+        spec = RecordSpec.of(info)
+    except (UsageError, KeyError, TypeError) as e:
+        raise DatasetError(f"{output}: not a configuration of a dataset: {e!r}") from e
+    failures = read_failures(output)
+    folder = f"{out}.{uuid.uuid4().hex}.tmp"
+    try:
+        # A place that cannot be written to is told before anything is read.
+        storage.write(f"{folder}/started", b"")
+        with whole_elements():
+            _look_at_shards(output, spec, folder, options)
+        summary = summarize(folder, num_pictures)
+    finally:
+        storage.delete_tree(folder)
+    page = make_page(output.rpartition("/")[2], info, spec, summary, failures).encode()
+    storage.write(out, page)
+    return ReportSummary(
+        num_examples=summary.rows.num_rows,
+        num_outliers=len(summary.outliers),
+        num_failures=info.num_failures,
+        problems=summary.problems,
+        num_bytes=len(page),
+    )
+
+
+def _look_at_shards(output: str, spec: RecordSpec, folder: str, options: PipelineOptions) -> None:
+    pipeline = beam.Pipeline(options=options)
+    (
+        pipeline
+        | "Create" >> beam.Create([output], reshuffle=False)  # str
+        | "CutShards" >> beam.FlatMap(_cut_shards)  # (number, split, ShardInfo)
+        | "Reshuffle" >> beam.Reshuffle()  # (number, split, ShardInfo)
+        | "LookAtShard" >> beam.ParDo(LookAtShard(output, spec, folder))  # nothing
+    )
+    pipeline.run().wait_until_finish()

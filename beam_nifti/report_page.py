@@ -1,0 +1,218 @@
+"""The page of a report: one HTML file with all in it, which loads nothing and runs its own script only."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from beam_nifti.appearance import label_columns, unit_of
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.figures import INKS, draw_histogram
+from beam_nifti.outliers import FEWEST, LIMIT
+from beam_nifti.record_checks import RecordSpec
+from beam_nifti.report_summary import Summary
+from beam_nifti.thumbnail import CELL
+
+_WORST: Final = 12
+"""Outliers that head the page."""
+
+_MOST_KINDS: Final = 8
+"""Lines of a table of counts; further kinds are added up."""
+
+_FEW_VALUES: Final = 12
+"""Different numbers of a label up to which they are counted instead of drawn."""
+
+_PERCENTILES: Final = (0, 5, 50, 95, 100)
+
+
+def make_page(
+    name: str, info: DatasetInfo, spec: RecordSpec, summary: Summary, failures: Sequence[Mapping[str, Any]]
+) -> str:
+    """The HTML of a report. The same dataset gives the same text.
+
+    Args:
+        name: of the dataset.
+        info: of the dataset.
+        spec: of its records.
+        summary: of its records.
+        failures: as `read_failures` gives them.
+    """
+    import jinja2
+
+    loader = jinja2.PackageLoader("beam_nifti")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    environment.filters |= {"number": format_number, "count": _format_count}
+    style, script = (loader.get_source(environment, f"report.{kind}")[0] for kind in ("css", "js"))
+    splits = summary.rows["split"].to_numpy(zero_copy_only=False)
+    cards = [_card(number, summary) for number in summary.pictures]
+    by_number = dict(zip(summary.pictures, cards, strict=True))
+    return environment.get_template("report.html").render(
+        name=name,
+        info=info,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        unit=unit_of(spec),
+        summary=summary,
+        labels=list(label_columns(spec)),
+        cards=cards,
+        worst=[by_number[number] for number in summary.outliers[:_WORST].tolist()],
+        mean_picture=_base64(summary.mean_picture) if summary.mean_picture else None,
+        cell=CELL,
+        limit=LIMIT,
+        fewest=FEWEST,
+        figures=list(_figures(spec, summary, splits)) if len(splits) else [],
+        statistics=list(_statistics(summary, splits, info.splits)),
+        splits=list(dict.fromkeys(splits.tolist())),
+        kinds=list(_kinds(spec, summary, splits)),
+        failures=failures,
+        settings=dict(_settings(info)),
+    )
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy wants it."""
+    return f"sha256-{_base64(hashlib.sha256(text.encode()).digest())}"
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, and no exponent for numbers that are read with ease.
+
+    >>> format_number(0.12), format_number(1234.5), format_number(227.1), format_number(98765432.0)
+    ('0.120', '1,234', '227', '9.88e+07')
+    """
+    size = abs(value)
+    if 1000 <= size < 1e6 or not size:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def _format_count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _card(number: int, summary: Summary) -> dict[str, Any]:
+    """What the page says of a record that it shows."""
+    row = summary.rows.slice(number, 1).to_pylist()[0]
+    return {
+        "id": row["example_id"],
+        "participant": row["participant_id"],
+        "split": row["split"],
+        "labels": row["labels"],
+        "shape": row["shape"],
+        "spacing": row["spacing"],
+        "orientation": row["orientation"],
+        "numbers": {
+            measure.name: float(format(values[number], ".4g")) for measure, values in summary.measures.items()
+        },
+        "score": round(float(summary.ranking.scores[number]), 2),
+        "reasons": summary.ranking.reasons(number),
+        "picture": _base64(summary.pictures[number]),
+    }
+
+
+def _figures(
+    spec: RecordSpec, summary: Summary, splits: npt.NDArray[Any]
+) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The title of each histogram, and its SVG for each theme."""
+    quantiles = pc.list_flatten(summary.rows["quantiles"]).to_numpy().reshape(len(splits), -1)
+    drawn = {"voxels, logarithmic": quantiles}
+    drawn |= {measure.name: values for measure, values in summary.measures.items()}
+    for name, texts in _labels(spec, summary).items():
+        if _is_drawn(name, texts, spec):
+            drawn[_label_title(name)] = np.array([np.nan if text is None else float(text) for text in texts])
+    for title, values in drawn.items():
+        series = {name: values[splits == name].ravel() for name in dict.fromkeys(splits.tolist())}
+        series = {name: numbers[np.isfinite(numbers)] for name, numbers in series.items()}
+        # Of most volumes the background is the largest part by far.
+        is_log = values is quantiles
+        yield title, {theme: _base64(draw_histogram(series, ink, log=is_log)) for theme, ink in INKS.items()}
+
+
+def _labels(spec: RecordSpec, summary: Summary) -> dict[str, list[str | None]]:
+    """Each label of every record, as text."""
+    of_rows = summary.rows["labels"].to_pylist()
+    return {name: [labels[number] for labels in of_rows] for number, name in enumerate(label_columns(spec))}
+
+
+def _label_title(name: str) -> str:
+    return name if name == "label" else f"label {name}"
+
+
+def _is_drawn(name: str, texts: Iterable[str | None], spec: RecordSpec) -> bool:
+    """Whether a label is a number, of too many values to count each."""
+    kinds = {column.name: column.kind for column in spec.config.labels or ()}
+    return kinds.get(name, "float") == "float" and len(set(texts) - {None}) > _FEW_VALUES
+
+
+def _statistics(
+    summary: Summary, splits: npt.NDArray[Any], names: Iterable[str]
+) -> Iterator[tuple[str, str, list[float]]]:
+    """Measure, split, and percentiles of the one over the other."""
+    for measure, values in summary.measures.items():
+        for name in names:
+            if (of_split := values[splits == name]).size:
+                yield measure.name, name, np.percentile(of_split, _PERCENTILES).tolist()
+
+
+def _kinds(
+    spec: RecordSpec, summary: Summary, splits: npt.NDArray[Any]
+) -> Iterator[tuple[str, list[tuple[str, list[int]]]]]:
+    """Of each property, its values, and how many records of each split have them."""
+    columns = {
+        title: summary.rows[name].to_pylist()
+        for title, name in (
+            ("shape", "shape"),
+            ("voxel size, mm", "spacing"),
+            ("orientation", "orientation"),
+            ("dtype on disk", "dtype"),
+        )
+    }
+    for name, texts in _labels(spec, summary).items():
+        if not _is_drawn(name, texts, spec):
+            columns[_label_title(name)] = texts
+    names = list(dict.fromkeys(splits.tolist()))
+    for title, cells in columns.items():
+        counts = Counter(zip(cells, splits.tolist(), strict=True))
+        most = [value for value, _ in Counter(cells).most_common()]
+        lines = [
+            ("none" if value is None else value, [counts[value, name] for name in names]) for value in most
+        ]
+        if rest := lines[_MOST_KINDS:]:
+            totals = np.sum([numbers for _, numbers in rest], axis=0).tolist()
+            lines = [*lines[:_MOST_KINDS], (f"{len(rest)} other{'s' * (len(rest) > 1)}", totals)]
+        yield title, lines
+
+
+def _settings(info: DatasetInfo) -> Iterator[tuple[str, dict[str, str]]]:
+    """What dataset_info.json says of how the dataset was made."""
+    config = {key: value for key, value in info.config.items() if value is not None and value is not False}
+    yield "Configuration", {key: _show(value) for key, value in config.items()}
+    yield "Manifest", {key: _show(value) for key, value in info.manifest.items()}
+    yield "Records", {key: str(value) for key, value in info.features.items()}
+    yield "Versions", {key: str(value) for key, value in info.versions.items()}
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_show(item)}" for key, item in value.items() if item is not None)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,170 @@
+"""What a report says: from the sheets of a dataset's records, one sheet at a time.
+
+Three passes: over the grids for the mean volume, over the grids for the correlation of each with it, and
+over the pictures for those that are shown. What stays of a record is a row of numbers, about 1 KB.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from beam_nifti import storage
+from beam_nifti.appearance import SCHEMA
+from beam_nifti.dataset_info import FAILURES_FILE
+from beam_nifti.errors import DatasetError
+from beam_nifti.outliers import Measure, Numbers, Ranking, rank
+from beam_nifti.sheets import read_problems, read_sheets
+from beam_nifti.thumbnail import GRID, draw_slices
+
+MAX_OUTLIERS: Final = 1000
+"""Outliers that are shown; all are counted."""
+
+MAX_FAILURES: Final = 500
+"""Failures that are listed; all are counted."""
+
+MAX_PROBLEMS: Final = 200
+"""Problems that are told one by one, of all shards; the rest are counted."""
+
+_SHOWN_OF_FAILURE: Final = ("row", "participant_id", "stage", "message")
+_HEAVY: Final = ("grid", "picture")
+_FLOOR: Final = 0.001
+"""What is no deviation: of foreground and correlation; of mean and std times the median std."""
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """All that is said of the records.
+
+    Attributes:
+        rows: of every record, as `appearance.SCHEMA` without grid and picture, and its split.
+        measures: numbers of each record, by what they are.
+        ranking: how unusual each record is.
+        outliers: numbers of the records that are outliers, the most unusual first.
+        pictures: WebPs of the records that are shown, by their numbers, in the dataset's order.
+        mean_picture: of the mean volume; None without records.
+        problems: what is damaged; records that are have no row.
+    """
+
+    rows: pa.Table
+    measures: dict[Measure, Numbers]
+    ranking: Ranking
+    outliers: npt.NDArray[np.int64]
+    pictures: dict[int, bytes]
+    mean_picture: bytes | None
+    problems: tuple[str, ...]
+
+
+def summarize(folder: str, num_pictures: int) -> Summary:
+    """Read the sheets of a dataset.
+
+    Args:
+        folder: of the sheets.
+        num_pictures: records to show besides the outliers, evenly spread.
+    """
+    rows, mean = _mean_volume(folder)
+    measures = _measures(rows, _correlations(folder, mean))
+    ranking = rank(measures)
+    outliers = ranking.outliers()
+    total = rows.num_rows
+    # Exactly num_pictures of the numbers below total, evenly spread.
+    shown = {n for n in range(total) if n * num_pictures % total < num_pictures}
+    shown.update(outliers[:MAX_OUTLIERS].tolist())
+    return Summary(
+        rows=rows,
+        measures=measures,
+        ranking=ranking,
+        outliers=outliers,
+        pictures=_pictures(folder, shown),
+        mean_picture=_draw_mean(mean, rows) if total else None,
+        problems=_first(read_problems(folder)),
+    )
+
+
+def _first(problems: list[str]) -> tuple[str, ...]:
+    more = len(problems) - MAX_PROBLEMS
+    return (*problems[:MAX_PROBLEMS], f"and {more} more problems") if more > 0 else tuple(problems)
+
+
+def _mean_volume(folder: str) -> tuple[pa.Table, npt.NDArray[np.float64]]:
+    """The rows of all records, and the mean of their grids, each of mean 0 and deviation 1."""
+    light = [name for name in SCHEMA.names if name not in _HEAVY]
+    schema = pa.schema([SCHEMA.field(name) for name in light]).append(pa.field("split", pa.string()))
+    tables, total = [schema.empty_table()], np.zeros(GRID**3)
+    for split, table in read_sheets(folder, [*light, "grid"]):
+        total += _standardized(table["grid"]).sum(0)
+        tables.append(
+            table.select(light).append_column("split", pa.array([split] * table.num_rows, pa.string()))
+        )
+    rows = pa.concat_tables(tables)
+    return rows, total / max(rows.num_rows, 1)
+
+
+def _correlations(folder: str, mean: npt.NDArray[np.float64]) -> Numbers:
+    """Pearson's, of each record's grid with the mean volume; 0 for a volume without contrast."""
+    direction = _unit_deviation(mean[np.newaxis])[0] / mean.size
+    found = [_standardized(table["grid"]) @ direction for _, table in read_sheets(folder, ["grid"])]
+    return np.concatenate([np.zeros(0), *found])
+
+
+def _standardized(grids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    values = np.frombuffer(b"".join(grids.to_pylist()), np.uint8).reshape(-1, GRID**3)
+    return _unit_deviation(values.astype(np.float64))
+
+
+def _unit_deviation(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Each row shifted to mean 0 and scaled to standard deviation 1; a constant one becomes 0."""
+    values = values - values.mean(1, keepdims=True)
+    deviation = values.std(1, keepdims=True)
+    deviation[deviation == 0] = 1
+    scaled: npt.NDArray[np.float64] = values / deviation
+    return scaled
+
+
+def _measures(rows: pa.Table, correlations: Numbers) -> dict[Measure, Numbers]:
+    mean, std, foreground = (rows[name].to_numpy() for name in ("mean", "std", "foreground"))
+    floor = max(_FLOOR * float(np.median(std)) if std.size else 0.0, np.finfo(float).tiny)
+    return {
+        Measure("mean", floor): mean,
+        Measure("std", floor): std,
+        Measure("foreground", _FLOOR): foreground,
+        Measure("correlation", _FLOOR, only_low=True): correlations,
+    }
+
+
+def _pictures(folder: str, shown: set[int]) -> dict[int, bytes]:
+    pictures = dict[int, bytes]()
+    start = 0
+    for _, table in read_sheets(folder, ["picture"]):
+        here = [number for number in range(start, start + table.num_rows) if number in shown]
+        pictures |= {number: table["picture"][number - start].as_py() for number in here}
+        start += table.num_rows
+    return pictures
+
+
+def _draw_mean(mean: npt.NDArray[np.float64], rows: pa.Table) -> bytes:
+    extents = np.median(rows["extents"].to_pylist(), axis=0)
+    return draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
+
+
+def read_failures(output: str) -> list[dict[str, Any]]:
+    """The first MAX_FAILURES lines of a dataset's failures.jsonl: row, participant_id, stage and message.
+
+    Raises:
+        DatasetError: it is damaged.
+    """
+    path = storage.join(output, FAILURES_FILE)
+    if not storage.exists(path):
+        return []
+    try:
+        with storage.open_read(path) as handle:
+            failures = list(map(json.loads, itertools.islice(handle, MAX_FAILURES)))
+        return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
+    except (ValueError, AttributeError) as e:
+        raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e

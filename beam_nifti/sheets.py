@@ -1,0 +1,55 @@
+"""What workers saw of the records, in files of some rows each, so that nobody holds all of it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from beam_nifti import storage
+from beam_nifti.appearance import SCHEMA
+
+_ROWS: Final = 256
+"""Of a sheet: 5 MB."""
+
+
+def write_sheets(folder: str, shard: int, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write the rows of a shard's records, some at a time.
+
+    Args:
+        folder: local or a URL.
+        shard: number of the shard in the dataset.
+        split: that it belongs to.
+        rows: of `appearance.SCHEMA`, in order.
+    """
+    schema, left = SCHEMA.with_metadata({"split": split}), iter(rows)
+    for number in itertools.count():
+        if not (some := list(itertools.islice(left, _ROWS))):
+            return
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(some, schema), sink, compression="zstd")
+        storage.write(f"{folder}/{shard:06}-{number:06}.parquet", sink.getvalue())
+
+
+def read_sheets(folder: str, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+    """The split and the rows of each sheet, in the order of the dataset."""
+    for name in storage.list_files(folder, "*.parquet"):
+        table = pq.read_table(io.BytesIO(storage.read(f"{folder}/{name}")), columns=list(columns))
+        yield table.schema.metadata[b"split"].decode(), table.replace_schema_metadata(None)
+
+
+def write_problems(folder: str, shard: int, problems: Sequence[str]) -> None:
+    """Write what is wrong with a shard, if anything is."""
+    if problems:
+        storage.write(f"{folder}/{shard:06}.json", json.dumps(problems).encode())
+
+
+def read_problems(folder: str) -> list[str]:
+    """What is wrong with all shards, in their order."""
+    names = storage.list_files(folder, "*.json")
+    return [problem for name in names for problem in json.loads(storage.read(f"{folder}/{name}"))]

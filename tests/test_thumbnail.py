@@ -1,0 +1,190 @@
+"""The picture and the small grid of a volume are the same however its axes are stored."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tracemalloc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from beam_nifti.appearance import otsu_threshold
+from beam_nifti.quantize import numpy_dtype
+from beam_nifti.rescale import Scaling
+from beam_nifti.thumbnail import CELL, axes_to_ras, block_means, draw_slices, turned, turned_zooms
+
+Image = pytest.importorskip("PIL.Image")
+
+ORIENTATIONS = [
+    "".join(letters)
+    for order in itertools.permutations(("LR", "PA", "IS"))
+    for letters in itertools.product(*order)
+]
+SPACING = (1.0, 2.0, 3.0)
+
+
+def stored_as(code: str, voxels: Any, zooms: Sequence[float]) -> tuple[Any, Any, tuple[float, ...]]:
+    """Voxels in RAS with a slightly oblique affine, stored in another orientation."""
+    tilt = nib.eulerangles.euler2mat(0.1, -0.05, 0.15)
+    affine = nib.affines.from_matvec(tilt @ np.diag(zooms), [-20, 5, 7])
+    image = nib.Nifti1Image(voxels, affine)
+    turns = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(code)
+    )
+    again = image.as_reoriented(turns)
+    assert nib.aff2axcodes(again.affine) == tuple(code)
+    return np.asarray(again.dataobj), again.affine, again.header.get_zooms()
+
+
+def test_there_are_48_orientations() -> None:
+    assert len(set(ORIENTATIONS)) == 48
+
+
+@pytest.mark.parametrize("code", ORIENTATIONS)
+def test_every_orientation_gives_the_same_picture(code: str) -> None:
+    voxels = np.random.default_rng(1).random((10, 8, 7), np.float32)
+    stored, affine, zooms = stored_as(code, voxels, SPACING)
+    turns = axes_to_ras(stored.shape, affine)
+    again = turned(stored, turns)
+    np.testing.assert_array_equal(again, voxels)
+    assert turned_zooms(zooms, turns) == pytest.approx(SPACING)
+    assert draw_slices(again, SPACING) == draw_slices(voxels, SPACING)
+    np.testing.assert_allclose(block_means(again, 4), block_means(voxels, 4), rtol=1e-12)
+
+
+def quarters(picture: bytes, cell: int) -> dict[str, float]:
+    """The mean brightness of the four quarters of a square of the strip."""
+    strip = Image.open(io.BytesIO(picture))
+    pixels = np.asarray(strip.convert("L"), np.float64)[:, cell * CELL : (cell + 1) * CELL]
+    half = CELL // 2
+    return {
+        "top left": pixels[:half, :half].mean(),
+        "top right": pixels[:half, half:].mean(),
+        "bottom left": pixels[half:, :half].mean(),
+        "bottom right": pixels[half:, half:].mean(),
+    }
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "PIR", "SAL"])
+@pytest.mark.parametrize(
+    ("corner", "axial", "coronal", "sagittal"),
+    [
+        ((1, 1, 1), "top right", "top right", "top right"),
+        ((0, 1, 1), "top left", "top left", "top right"),
+        ((1, 0, 1), "bottom right", "top right", "top left"),
+        ((1, 1, 0), "top right", "bottom right", "bottom right"),
+    ],
+)
+def test_a_bright_corner_is_where_it_is_in_space(
+    code: str, corner: tuple[int, int, int], axial: str, coronal: str, sagittal: str
+) -> None:
+    """Corners are right, anterior and superior where they are 1."""
+    voxels = np.zeros((16, 16, 16), np.float32)
+    # Beyond the middle, so that the middle slices cut it.
+    voxels[tuple(slice(6, None) if high else slice(0, 10) for high in corner)] = 1
+    stored, affine, _ = stored_as(code, voxels, (1, 1, 1))
+    picture = draw_slices(turned(stored, axes_to_ras(stored.shape, affine)), (1, 1, 1))
+    for cell, expected in enumerate((axial, coronal, sagittal)):
+        found = quarters(picture, cell)
+        assert max(found, key=lambda name: found[name]) == expected
+
+
+def test_pictures_have_the_aspect_of_the_volume() -> None:
+    voxels = np.random.default_rng(0).random((40, 20, 10)) + 1
+    picture = np.asarray(Image.open(io.BytesIO(draw_slices(voxels, (1.0, 1.0, 3.0)))).convert("L"))
+    assert picture.shape == (CELL, 3 * CELL)
+    sizes = []
+    for cell in range(3):
+        lit = picture[:, cell * CELL : (cell + 1) * CELL] > 8
+        sizes.append((np.ptp(np.flatnonzero(lit.any(0))) + 1, np.ptp(np.flatnonzero(lit.any(1))) + 1))
+    # The box is 40 × 20 × 30 mm; the compression may darken a row of pixels at the edge.
+    expected = [(CELL, CELL / 2), (CELL, CELL * 3 / 4), (CELL / 2, CELL * 3 / 4)]
+    np.testing.assert_allclose(sizes, expected, atol=3)
+
+
+def test_colours_and_the_outline_of_a_mask() -> None:
+    colours = np.zeros((8, 8, 8, 3), np.uint8)
+    colours[..., 0] = 255
+    red = np.asarray(Image.open(io.BytesIO(draw_slices(colours, (1, 1, 1)))))
+    assert red[CELL // 2, CELL // 2].tolist() == pytest.approx([255, 0, 0], abs=12)
+    mask = np.zeros((8, 8, 8), np.uint8)
+    mask[2:6, 2:6, 2:6] = 7
+    plain = draw_slices(np.zeros((8, 8, 8)), (1, 1, 1))
+    outlined = np.asarray(Image.open(io.BytesIO(draw_slices(np.zeros((8, 8, 8)), (1, 1, 1), mask=mask))))
+    assert np.asarray(Image.open(io.BytesIO(plain))).max() < 8
+    red, _, blue = outlined[CELL // 4 - 1 : CELL // 4 + 2, CELL // 2].max(0).tolist()
+    assert red > blue + 50
+    assert outlined[CELL // 2, CELL // 2].max() < 40
+
+
+def test_a_single_bright_voxel_is_seen() -> None:
+    voxels = np.zeros((32, 32, 32))
+    voxels[16, 16, 16] = 1e-4
+    assert np.asarray(Image.open(io.BytesIO(draw_slices(voxels, (1, 1, 1))))).max() > 200
+    flat = Image.open(io.BytesIO(draw_slices(np.full((4, 4, 4), 7.0), (1, 1, 1))))
+    assert np.asarray(flat).max() < 8
+
+
+def test_a_negative_slope_turns_dark_into_bright() -> None:
+    voxels = np.arange(512, dtype=np.int16).reshape(8, 8, 8)
+    assert draw_slices(voxels, (1, 1, 1), Scaling(-1.0, 600.0)) == draw_slices(-voxels, (1, 1, 1))
+
+
+def test_an_affine_that_tells_no_direction_leaves_the_axes() -> None:
+    affine = np.diag([1.0, 0.0, 1.0, 1.0])
+    assert axes_to_ras((3, 4, 5), affine) is None
+    assert axes_to_ras((3, 4, 5), np.full((4, 4), np.nan)) is None
+    voxels = np.zeros((3, 4, 5))
+    assert turned(voxels, None) is voxels
+    assert turned_zooms((0.0, np.nan, 2.0), None) == [1.0, 1.0, 2.0]
+
+
+@given(
+    arrays.arrays(np.int16, st.tuples(*3 * [st.integers(1, 9)]), elements=st.integers(-99, 99)),
+    st.integers(1, 6),
+)
+def test_block_means_are_means_of_blocks(volume: Any, size: int) -> None:
+    found = block_means(volume, size)
+    for place in itertools.product(range(size), repeat=3):
+        block = []
+        for n, i in zip(volume.shape, place, strict=True):
+            start, stop = n * i // size, n * (i + 1) // size
+            block.append(slice(start, max(stop, start + 1)))
+        assert found[place] == pytest.approx(volume[tuple(block)].mean())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float16", "bfloat16", "float32", "uint64", "float64"])
+def test_voxels_of_every_dtype_are_drawn(dtype: str) -> None:
+    voxels = np.arange(27 * 8).reshape(6, 6, 6).astype(numpy_dtype(dtype))
+    assert draw_slices(voxels, (1, 1, 1)) == draw_slices(voxels.astype(np.float64), (1, 1, 1))
+    np.testing.assert_allclose(block_means(voxels, 3), block_means(voxels.astype(np.float64), 3))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that numpy and Python hold while they work."""
+    tracemalloc.start()
+    work()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_view_of_a_volume_is_not_copied() -> None:
+    voxels = np.zeros((128, 128, 128), np.uint8)
+    view = voxels[::-1].transpose(2, 0, 1)
+    assert peak_bytes(lambda: block_means(view)) < 4 * voxels.nbytes
+    assert peak_bytes(lambda: draw_slices(view, (1, 1, 1))) < 2 * voxels.nbytes
+
+
+def test_the_threshold_parts_two_classes() -> None:
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(10, 2, 5000), rng.normal(100, 10, 2000), [1e6]])
+    assert np.count_nonzero(values > otsu_threshold(values)) == 2001
+    assert otsu_threshold(np.full(5, 3.0)) == 3.0
