@@ -6,4 +6,6 @@ import importlib.util
 
 # The readers are what imports TensorFlow. Where that is not installed, their doctests cannot be collected;
 # all the others still are.
-collect_ignore_glob = [] if importlib.util.find_spec("tensorflow") else ["beam_nifti/reader*.py"]
+_WITHOUT_TENSORFLOW = [] if importlib.util.find_spec("tensorflow") else ["beam_nifti/reader*.py"]
+# Scripts that make golden files want the libraries whose files they are.
+collect_ignore_glob = ["tests/golden/*.py", *_WITHOUT_TENSORFLOW]

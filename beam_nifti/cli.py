@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import sys
+import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from beam_nifti import logs, storage
@@ -115,6 +117,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         "diff": _diff,
         "extract": _extract,
         "report": functools.partial(_make_report, run),
+        "view": _view,
     }
     try:
         return commands[options.command](options, beam_flags)
@@ -502,7 +505,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     from beam_nifti.engines import choose_engine
     from beam_nifti.publish import read_info
 
-    _require_extra("report", "jinja2", "matplotlib", "PIL")
+    _require_report_extra("jinja2", "matplotlib", "PIL")
     engine = choose_engine(command_line.report_config(options), beam_flags, options.workers)
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
@@ -527,13 +530,31 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     return FAILED if summary.problems else SUCCESS
 
 
-def _require_extra(extra: str, *modules: str) -> None:
+def _view(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti.extract import file_name, read_volume
+    from beam_nifti.view import make_view
+
+    _require_report_extra("jinja2", "nilearn")
+    out = options.out or file_name(options.id, ".html")
+    path = storage.absolute(out)
+    if options.open and storage.is_remote(path):
+        raise UsageError(f"--open is for a file of this machine, and --out is {out}; leave one of them out")
+    if not options.overwrite:
+        _refuse_existing(out)
+    volume = read_volume(options.output, options.id)
+    page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()
+    storage.write(path, page)
+    with _while_read():
+        print(f"view     {len(page) / 1e6:.1f} MB: {out}")
+    if options.open:
+        webbrowser.open(Path(path).as_uri())
+    return SUCCESS
+
+
+def _require_report_extra(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"{', '.join(missing)}: not installed, and `beam-nifti {extra}` needs it; "
-            f"pip install 'beam-nifti[{extra}]'"
-        )
+        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'beam-nifti[report]'")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") 
         return [out]
     named: dict[str, str] = {}
     for example_id in example_ids:
-        path = file_name(example_id, suffix)
+        path = file_name(example_id, f"{suffix}.nii.gz")
         if path in named:
             raise UsageError(
                 f"--id {named[path]!r} and --id {example_id!r} would both be written to {path}; extract one "
@@ -177,11 +177,11 @@ def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") 
     return list(named)
 
 
-def file_name(example_id: str, suffix: str = "") -> str:
-    r"""The name of the image of a record: its id, with `_` for what a file name cannot hold, and a suffix.
+def file_name(example_id: str, ending: str) -> str:
+    r"""The name of a file about a record: its id, with `_` for what a file name cannot hold, and an ending.
 
-    >>> file_name("sub-01_ses-2"), file_name("scans/sub-01/T1w.nii.gz")
-    ('sub-01_ses-2.nii.gz', 'scans_sub-01_T1w.nii.gz')
+    >>> file_name("sub-01_ses-2", "_mask.nii.gz"), file_name("scans/sub-01/T1w.nii.gz", ".html")
+    ('sub-01_ses-2_mask.nii.gz', 'scans_sub-01_T1w.html')
     """
     stem = stem_of(example_id) or example_id
-    return f"{_UNFIT.sub('_', stem)}{suffix}.nii.gz"
+    return f"{_UNFIT.sub('_', stem)}{ending}"

@@ -120,6 +120,14 @@ Reads every record once, and checks its bytes on the way. Needs beam-nifti[repor
 do, too. Exits with 1, after the page is written, if a shard or a record is damaged.
 
 """
+_VIEW_EXAMPLES = """\
+examples:
+  beam-nifti view dataset --id sub-0003 --open
+  beam-nifti view gs://lab/dataset --id sub-0003 --mask --out /tmp/sub-0003.html
+
+The page is one file that loads nothing. Intensities are in the image's units. Needs beam-nifti[report].
+
+"""
 _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
@@ -195,6 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_diff(commands)
     _add_extract(commands)
+    _add_view(commands)
     _add_report(commands)
     return parser
 
@@ -632,6 +641,30 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--mask", action="store_true", help="write the records' masks instead of their images"
     )
     extract.add_argument("--overwrite", action="store_true", help="replace FILE")
+
+
+def _add_view(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    view = _command(
+        commands, "view", "make a page to walk through the volume of a record", _VIEW_EXAMPLES + EXIT_CODES
+    )
+    view.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset")
+    view.add_argument("--id", required=True, metavar="ID", help="the record, by its example id")
+    view.add_argument(
+        "--mask", action="store_true", help="lay the labels of the record's mask over the image"
+    )
+    view.add_argument(
+        "--channel",
+        type=int,
+        metavar="N",
+        help="the channel to show, from 0; needed where the record has several",
+    )
+    view.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page; default: ID.html in this folder, with _ for what a file name cannot hold",
+    )
+    view.add_argument("--open", action="store_true", help="open the page in the browser")
+    view.add_argument("--overwrite", action="store_true", help="replace FILE")
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,6 +18,7 @@ from beam_nifti.figures import INKS, draw_histogram
 from beam_nifti.outliers import FEWEST, LIMIT
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.report_summary import Summary
+from beam_nifti.templates import load_templates
 from beam_nifti.thumbnail import CELL
 
 _WORST: Final = 12
@@ -44,19 +45,10 @@ def make_page(
         summary: of its records.
         failures: as `read_failures` gives them.
     """
-    import jinja2
-
-    loader = jinja2.PackageLoader("beam_nifti")
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = load_templates()
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"number": format_number, "count": _format_count}
-    style, script = (loader.get_source(environment, f"report.{kind}")[0] for kind in ("css", "js"))
+    style, script = (environment.get_template(f"report.{kind}").render() for kind in ("css", "js"))
     splits = summary.rows["split"].to_numpy(zero_copy_only=False)
     cards = [_card(number, summary) for number in summary.pictures]
     by_number = dict(zip(summary.pictures, cards, strict=True))

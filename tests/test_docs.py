@@ -148,7 +148,10 @@ def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
     assert 0 < np.mean(clipped == clipped.max()) < 0.05
 
 
-COMMANDS = ("manifest bids", "manifest glob", "check", "build", "verify", "inspect", "extract", "report")
+COMMANDS = (
+    *("manifest bids", "manifest glob", "check", "build", "verify", "inspect", "diff", "extract", "view"),
+    "report",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -259,8 +259,8 @@ def test_what_is_refused_writes_nothing(
 
 
 def test_names_that_no_file_can_have() -> None:
-    assert file_name('a/b\\c:d*e?f"g<h>i|j\x00k\nl') == "a_b_c_d_e_f_g_h_i_j_k_l.nii.gz"
-    assert file_name("Müller 1.5") == "Müller 1.5.nii.gz"
+    assert file_name('a/b\\c:d*e?f"g<h>i|j\x00k\nl', ".nii.gz") == "a_b_c_d_e_f_g_h_i_j_k_l.nii.gz"
+    assert file_name("Müller 1.5", ".nii.gz") == "Müller 1.5.nii.gz"
 
 
 def test_a_damaged_record_is_not_extracted(tmp_path: Path) -> None:

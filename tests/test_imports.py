@@ -17,10 +17,11 @@ MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if pat
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"formats", "grid", "prepare", "nifti_writer", "thumbnail"},
+    "nibabel": {"formats", "grid", "prepare", "nifti_writer", "thumbnail", "view"},
     "scipy": {"prepare"},
     "matplotlib": {"figures"},
-    "jinja2": {"report_page"},
+    "jinja2": {"templates"},
+    "nilearn": {"view"},
     "PIL": {"thumbnail"},
     "tensorflow": {"reader", "reader_columns", "reader_graph", "reader_indexed", "reader_layouts"},
     "apache_beam": {
@@ -40,7 +41,8 @@ ONLY_IMPORTERS = {
 LAZY_IMPORTERS = {
     "scipy": {"prepare"},
     "matplotlib": {"figures"},
-    "jinja2": {"report_page"},
+    "jinja2": {"templates"},
+    "nilearn": {"view"},
     "PIL": {"thumbnail"},
     "apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"},
 }

@@ -1,4 +1,4 @@
-"""The page of `beam-nifti report` in Chromium: works, loads nothing, runs nothing foreign, is accessible."""
+"""The pages of `beam-nifti report` and `view` in Chromium: work, load nothing, run nothing foreign."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+@pytest.fixture(scope="module")
+def view(report: Path) -> Path:
+    """The view of the volume whose name wants to be markup."""
+    page = report.with_name("view.html")
+    run_cli(["view", str(report.with_name("dataset")), "--id", NASTY, "--out", str(page)])
+    return page
+
+
 @dataclass
 class Opened:
     """A page, and what happened while it was open.
@@ -60,7 +68,7 @@ class Opened:
         return self.page.locator("#wall h3").all_text_contents()
 
 
-def open_report(browser: Browser, report: Path, width: int = DESKTOP, theme: Any = "light") -> Opened:
+def open_page(browser: Browser, path: Path, width: int = DESKTOP, theme: Any = "light") -> Opened:
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=theme)
     opened = Opened(page)
 
@@ -73,14 +81,14 @@ def open_report(browser: Browser, report: Path, width: int = DESKTOP, theme: Any
     page.on("console", lambda message: opened.errors.append(message.text))
     page.on("pageerror", lambda error: opened.errors.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith("data:") else opened.requests.append(r.url))
-    page.goto(report.as_uri())
+    page.goto(path.as_uri())
     return opened
 
 
 @pytest.fixture
 def opened(browser: Browser, report: Path) -> Iterator[Opened]:
     """The report on a desktop. Whatever a test does, nothing is loaded, and nothing goes wrong."""
-    opened = open_report(browser, report)
+    opened = open_page(browser, report)
     yield opened
     opened.page.close()
     assert opened.errors == []
@@ -158,7 +166,7 @@ def test_a_name_that_wants_to_be_markup_is_text(opened: Opened) -> None:
 
 
 def test_the_policy_forbids_other_scripts_and_images(browser: Browser, report: Path) -> None:
-    opened = open_report(browser, report)
+    opened = open_page(browser, report)
     ran = opened.page.evaluate(
         """() => {
             const script = document.createElement("script");
@@ -179,7 +187,7 @@ def test_the_policy_forbids_other_scripts_and_images(browser: Browser, report: P
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_it_fits_and_axe_finds_nothing(browser: Browser, report: Path, width: int, theme: str) -> None:
-    opened = open_report(browser, report, width, theme)
+    opened = open_page(browser, report, width, theme)
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     opened.page.locator("details").evaluate_all("all => all.forEach(details => { details.open = true })")
     found = Axe().run(opened.page).response["violations"]
@@ -187,3 +195,23 @@ def test_it_fits_and_axe_finds_nothing(browser: Browser, report: Path, width: in
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     opened.page.close()
     assert opened.errors == []
+
+
+def test_the_view_of_a_record_is_walked_through_and_loads_nothing(browser: Browser, view: Path) -> None:
+    opened = open_page(browser, view)
+    assert opened.page.get_by_role("heading").text_content() == NASTY
+    canvas = opened.page.frame_locator("iframe").locator("canvas")
+    canvas.wait_for(state="visible")
+    before = canvas.screenshot()
+    canvas.click(position={"x": 100, "y": 120})
+    assert canvas.screenshot() != before
+    opened.page.close()
+    assert opened.requests == [view.as_uri()]
+    # What the viewer asks for besides is an icon, which the policy refuses.
+    assert [error for error in opened.errors if "favicon" not in error] == []
+
+
+def test_the_view_of_a_record_is_read_on_a_phone(browser: Browser, view: Path) -> None:
+    opened = open_page(browser, view, PHONE)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= PHONE
+    opened.page.close()

@@ -1,0 +1,21 @@
+"""The templates of pages, in the folder templates/."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jinja2
+
+
+def load_templates() -> jinja2.Environment:
+    """All of them; whatever they are given is escaped, and a name that they are not given is an error."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("beam_nifti"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
