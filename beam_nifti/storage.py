@@ -88,9 +88,19 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def scheme_of(path: str) -> str:
+    """What a URL begins with: "s3"."""
+    return path.partition("://")[0]
+
+
+def is_in_object_store(path: str) -> bool:
+    """Whether a path is an `s3://` or `gs://` URL, which this package reads and writes by itself."""
+    return is_remote(path) and scheme_of(path) in _STORES
+
+
 def _store(path: str) -> Store | None:
     """The object store of an `s3://` or `gs://` path; None for the other schemes."""
-    scheme = path.partition("://")[0]
+    scheme = scheme_of(path)
     if scheme not in _STORES:
         return None
     from apache_beam.io.filesystems import FileSystems
@@ -127,9 +137,8 @@ def _translated(path: str, action: Callable[[], T]) -> T:
     except BeamIOError as e:
         raise OSError(f"{path}: {e}") from e
     except ValueError as e:
-        scheme = path.partition("://")[0]
         raise OSError(
-            f"{path}: nothing here serves {scheme}:// ({e}); use the local disk, s3:// (install "
+            f"{path}: nothing here serves {scheme_of(path)}:// ({e}); use the local disk, s3:// (install "
             "beam-nifti[aws]), gs:// (beam-nifti[gcp]), or what Apache Beam serves: hdfs:// "
             "(apache-beam[hadoop])"
         ) from e
@@ -329,7 +338,7 @@ def write_if(path: str, data: bytes, version: str | None) -> None:
 def link(source: str, target: str) -> None:
     """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
     if is_remote(source) or is_remote(target):
-        if source.partition("://")[0] != target.partition("://")[0]:
+        if scheme_of(source) != scheme_of(target):
             with open_read(source) as origin, create(target) as copy:
                 shutil.copyfileobj(origin, copy, _BUFFER_BYTES)
         elif store := _store(target):
