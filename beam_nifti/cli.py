@@ -118,6 +118,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         "extract": _extract,
         "report": functools.partial(_make_report, run),
         "view": _view,
+        "card": _card,
     }
     try:
         return commands[options.command](options, beam_flags)
@@ -548,6 +549,23 @@ def _view(options: argparse.Namespace, _: list[str]) -> int:
         print(f"view     {len(page) / 1e6:.1f} MB: {out}")
     if options.open:
         webbrowser.open(Path(path).as_uri())
+    return SUCCESS
+
+
+def _card(options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti.card import write_card
+
+    words = {
+        "name": options.name,
+        "description": options.description,
+        "license": options.license,
+        "url": options.url,
+        "citeAs": options.citation,
+    }
+    about = {key: text for key, text in words.items() if text is not None}
+    for path in write_card(options.output, about, overwrite=options.overwrite):
+        with _while_read():
+            print(f"card     {path}")
     return SUCCESS
 
 

@@ -120,6 +120,14 @@ Reads every record once, and checks its bytes on the way. Needs beam-nifti[repor
 do, too. Exits with 1, after the page is written, if a shard or a record is damaged.
 
 """
+_CARD_EXAMPLES = """\
+examples:
+  beam-nifti card cohort/dataset
+  beam-nifti card gs://lab/dataset --name 'Brains of Lyon' --license CC-BY-4.0 --overwrite
+
+A build does not touch the files: give the command again after one that has changed the dataset.
+
+"""
 _VIEW_EXAMPLES = """\
 examples:
   beam-nifti view dataset --id sub-0003 --open
@@ -204,6 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_diff(commands)
     _add_extract(commands)
     _add_view(commands)
+    _add_card(commands)
     _add_report(commands)
     return parser
 
@@ -665,6 +674,22 @@ def _add_view(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     view.add_argument("--open", action="store_true", help="open the page in the browser")
     view.add_argument("--overwrite", action="store_true", help="replace FILE")
+
+
+def _add_card(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    card = _command(
+        commands,
+        "card",
+        "describe a dataset for others, in README.md and croissant.json",
+        _CARD_EXAMPLES + EXIT_CODES,
+    )
+    card.add_argument("output", metavar="OUTPUT", help="folder or URL of the dataset; the files go there")
+    card.add_argument("--name", metavar="TEXT", help="of the dataset; default: the name of its folder")
+    card.add_argument("--description", metavar="TEXT", help="what it is; default: none")
+    card.add_argument("--license", metavar="TEXT", help="its name or URL, such as CC-BY-4.0; default: none")
+    card.add_argument("--citation", metavar="TEXT", help="what to cite; default: none")
+    card.add_argument("--url", metavar="URL", help="a page about it; default: none")
+    card.add_argument("--overwrite", action="store_true", help="replace the files")
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
+from beam_nifti.croissant import CROISSANT_FILE, check_croissant
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
 from beam_nifti.failures import failed_frames
@@ -216,6 +217,9 @@ class _Verification:
         problems = list(check_info(self._info, said, self._compressed))
         if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
             problems += find_strays(storage.list_files(self._output, "*.tfrecord*"), self._info)
+        description = storage.join(self._output, CROISSANT_FILE)
+        if storage.exists(description):
+            problems += check_croissant(storage.read(description), self._info)
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)
 

@@ -1,0 +1,107 @@
+"""`beam-nifti card`: a dataset described for others: README.md for people, croissant.json for programs."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from typing import Final
+
+from beam_nifti import storage
+from beam_nifti.croissant import CROISSANT_FILE, make_croissant
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.errors import DatasetError, OutputError
+from beam_nifti.index import read_index
+from beam_nifti.inspection import describe_dataset, format_description
+from beam_nifti.publish import read_info
+
+CARD_FILE: Final = "README.md"
+
+_SIZES: Final = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}
+"""Hugging Face's names of numbers of examples below these."""
+
+_FURTHER: Final = {"license": "License", "citeAs": "Please cite", "url": "More"}
+
+
+def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False) -> list[str]:
+    """Describe a complete dataset in two files beside its dataset_info.json.
+
+    The same dataset and words give the same bytes.
+
+    Args:
+        output: folder or URL of the dataset.
+        about: what only people know: "name", "description", "license", "url", "citeAs"; all may be missing.
+        overwrite: replace the files where they are there.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        DatasetError: there is no complete dataset, or nothing in it.
+        OutputError: one of the files is there already; none is written then.
+    """
+    output = storage.absolute(output)
+    info = read_info(output)
+    if not info.shards:
+        raise DatasetError(f"{output}: has no records to describe")
+    about = {"name": output.rpartition("/")[2], **about}
+    paths = [storage.join(output, name) for name in (CARD_FILE, CROISSANT_FILE)]
+    for path in paths:
+        if not overwrite and storage.exists(path):
+            raise OutputError(f"{path}: is there already; --overwrite replaces it")
+    index, _ = read_index(storage.join(output, info.shards[0].index))
+    texts = make_card(output, info, about), make_croissant(info, index.schema, about)
+    for path, text in zip(paths, texts, strict=True):
+        storage.write(path, text.encode())
+    return paths
+
+
+def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
+    """The content of README.md, with the header that Hugging Face's hub reads.
+
+    Args:
+        output: absolute path or URL of the dataset.
+        info: of the dataset.
+        about: as of `write_card`, with a "name".
+    """
+    name, split = about["name"], next(iter(info.splits))
+    folder = output.rpartition("/")[2]
+    header = {"pretty_name": name, "tags": ["nifti", "tfrecord"]}
+    header |= {"license": about["license"]} if "license" in about else {}
+    header |= {"size_categories": [size]} if (size := _size(info.num_examples)) else {}
+    # JSON is YAML, whatever a name holds.
+    yaml = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in header.items())
+    paragraphs = [
+        f"---\n{yaml}---",
+        f"# {_as_text(name)}",
+        *([_as_text(about["description"])] if "description" in about else []),
+        "NIfTI volumes as TFRecords, written by beam-nifti. What there is:",
+        textwrap.indent(_describe(output, folder), "    "),
+        "`dataset_info.json` has it in full, and `index/` has a row for each record. With TensorFlow:",
+        f"```python\nfrom beam_nifti.reader import load_dataset\n\n"
+        f"dataset = load_dataset({folder!r}, {split!r}, shuffle=True)\n```",
+        "With PyTorch, or by number:",
+        f"```python\nfrom beam_nifti.random_access import Dataset\n\n"
+        f"records = Dataset({folder!r}, {split!r})\nelement = records[0]\n```",
+        *(f"{title}: {_as_text(about[key])}" for key, title in _FURTHER.items() if key in about),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _size(num_examples: int) -> str | None:
+    return next((size for limit, size in _SIZES.items() if num_examples < limit), None)
+
+
+def _describe(output: str, folder: str) -> str:
+    """What `beam-nifti inspect` says, without the places that files have on this machine."""
+    description = describe_dataset(output) | {"path": folder}
+    for name in ("manifest", "failures"):
+        path = description[name]["path"]
+        description[name] = {**description[name], "path": path and path.rpartition("/")[2]}
+    return format_description(description)
+
+
+def _as_text(words: str) -> str:
+    """Words in which Markdown and HTML find nothing to do."""
+    escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|~$" else c for c in " ".join(words.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,150 @@
+"""Croissant metadata of a dataset, which search engines and hubs read.
+
+Source: docs.mlcommons.org/croissant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+from urllib.parse import quote
+
+import pyarrow as pa
+
+from beam_nifti.dataset_info import DatasetInfo
+
+CROISSANT_FILE: Final = "croissant.json"
+
+_TERMS: Final = (
+    *("citeAs", "column", "extract", "field", "fileProperty", "fileObject", "fileSet", "format", "includes"),
+    *("isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex"),
+    *("repeated", "replace", "samplingRate", "separator", "source", "subField", "transform"),
+)
+_CONTEXT: Final = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "equivalentProperty": "cr:equivalentProperty",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "sc": "https://schema.org/",
+    **{term: f"cr:{term}" for term in _TERMS},
+}
+"""The one that the specification wants in every file."""
+
+_RECORDS, _INDEXES = "records", "indexes"
+_SPLIT_OF_INDEX: Final = r"index/(.+)-\d+-of-\d+(?:-r\d+)?\.parquet$"
+
+
+def check_croissant(text: bytes, info: DatasetInfo) -> Iterator[str]:
+    """Find out whether croissant.json is still of this dataset; after a build files have other checksums.
+
+    Args:
+        text: its content.
+        info: of the dataset.
+    """
+    try:
+        version = json.loads(text)["version"]
+    except (ValueError, KeyError, TypeError):
+        version = None
+    if version != _version(info):
+        yield (
+            f"{CROISSANT_FILE}: is not of revision {info.revision} of this dataset; run `beam-nifti card` "
+            "with --overwrite, or delete it"
+        )
+
+
+def _version(info: DatasetInfo) -> str:
+    """The dataset's revision, as the specification has versions."""
+    return f"{info.revision}.0.0"
+
+
+def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]) -> str:
+    """The content of croissant.json.
+
+    Every file is in it with its sha256. What its record set describes is the index: a row of text and
+    numbers for each record, which any reader of Parquet can load. The voxels are in the shards, whose
+    format Croissant has no words for.
+
+    Args:
+        info: of the dataset.
+        index: schema of its indexes.
+        about: what only people know: "name", and if given "description", "license", "url", "citeAs".
+    """
+    indexes = [shard.index for shard in info.shards]
+    facts = {
+        "@context": _CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        **about,
+        "version": _version(info),
+        "distribution": [
+            *(_file(s.name, s.sha256, "application/x-tfrecord", s.num_bytes) for s in info.shards),
+            *(_file(s.index, s.index_sha256, "application/x-parquet") for s in info.shards),
+            {
+                "@type": "cr:FileSet",
+                "@id": _INDEXES,
+                "name": _INDEXES,
+                "description": "A table beside each shard, with a row a record.",
+                "encodingFormat": "application/x-parquet",
+                "includes": indexes,
+            },
+        ],
+        "recordSet": [
+            {
+                "@type": "cr:RecordSet",
+                "@id": _RECORDS,
+                "name": _RECORDS,
+                "description": "What is known of each record besides its voxels.",
+                "field": [_split_field(), *map(_field, index)],
+            }
+        ],
+    }
+    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+
+def _file(path: str, sha256: str, encoding: str, num_bytes: int | None = None) -> dict[str, Any]:
+    size = {} if num_bytes is None else {"contentSize": f"{num_bytes} B"}
+    return {
+        "@type": "cr:FileObject",
+        "@id": path,
+        "name": path,
+        "contentUrl": path,
+        "encodingFormat": encoding,
+        **size,
+        "sha256": sha256,
+    }
+
+
+def _field(column: pa.Field) -> dict[str, Any]:
+    is_list = pa.types.is_list(column.type)
+    extract = {"column": column.name}
+    return {
+        **_described(column.name, column.type.value_type if is_list else column.type, extract),
+        **({"repeated": True} if is_list else {}),
+    }
+
+
+def _split_field() -> dict[str, Any]:
+    field = _described("split", pa.string(), {"fileProperty": "fullpath"})
+    field["source"]["transform"] = {"regex": _SPLIT_OF_INDEX}
+    return field
+
+
+def _described(name: str, kind: pa.DataType, extract: Mapping[str, str]) -> dict[str, Any]:
+    if pa.types.is_integer(kind):
+        data_type = "sc:Integer"
+    else:
+        data_type = "sc:Float" if pa.types.is_floating(kind) else "sc:Text"
+    return {
+        "@type": "cr:Field",
+        "@id": f"{_RECORDS}/{quote(name)}",
+        "name": name,
+        "dataType": data_type,
+        "source": {"fileSet": {"@id": _INDEXES}, "extract": dict(extract)},
+    }
