@@ -55,7 +55,7 @@ class Opened:
 
     Attributes:
         page: Playwright's.
-        errors: what went to the console, exceptions and dialogs.
+        errors: of the console, exceptions and dialogs.
         requests: URLs that are no data.
     """
 
@@ -78,7 +78,7 @@ def open_page(browser: Browser, path: Path, width: int = DESKTOP, theme: Any = "
 
     page.set_default_timeout(5000)
     page.on("dialog", dismiss)
-    page.on("console", lambda message: opened.errors.append(message.text))
+    page.on("console", lambda m: opened.errors.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: opened.errors.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith("data:") else opened.requests.append(r.url))
     page.goto(path.as_uri())
