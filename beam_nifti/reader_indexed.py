@@ -224,10 +224,13 @@ def read_indexed(
     elements = elements.map(join)
     if skips and not is_batched:
         elements = elements.unbatch()
+    options = tf.data.Options()
+    # There is nothing to tune here, and an iterator that ends may wait for the tuner's next round, which
+    # comes after as long a time as all rounds before it took.
+    options.autotune.enabled = False
     if order.num_hosts > 1:  # or tf.distribute would split a host's share once more
-        options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        elements = elements.with_options(options)
+    elements = elements.with_options(options)
     return elements
 
 

@@ -208,6 +208,14 @@ def test_input_contexts_of_strategies(dataset: Path) -> None:
 # Which records, and what of them
 
 
+def test_an_epoch_does_not_end_with_a_wait_for_the_tuner(dataset: Path) -> None:
+    elements = load_dataset(dataset, batch_size=2).map(lambda x, y: (x + 1, y))
+    assert elements.options().autotune.enabled is False
+    wanted = tf.data.Options()
+    wanted.autotune.enabled = True
+    assert elements.with_options(wanted).options().autotune.enabled is True
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
