@@ -6,6 +6,7 @@ ours, whose policy lets nothing be loaded. Source: docs/view.md.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Final
 
 import nibabel as nib
@@ -23,6 +24,11 @@ _WIDTH: Final = 900
 """Pixels of the three slices together."""
 
 _MASK_OPACITY: Final = 0.6
+_MASK_COLOURS: Final = "tab20"
+_NUM_COLOURS: Final = 20
+"""Of these. The first is left out, as it stands for no label."""
+
+_SHOWN_LABELS: Final = 12
 
 
 def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bool = False) -> str:
@@ -34,21 +40,21 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
         with_mask: lay the labels of its mask over it.
 
     Raises:
-        UsageError: there is no such channel or no mask, or the affine does not say where the voxels lie.
+        UsageError: there is no such channel or no mask, the affine does not say where the voxels lie, or
+            they are beyond float32.
     """
-    values = volume.scaling.apply(_channel(volume, channel)).astype(np.float32)
+    values = volume.scaling.apply(_channel(volume, channel))
     if np.linalg.matrix_rank(volume.affine[:3, :3]) < 3:
-        raise UsageError(
-            f"record {volume.example_id!r} has an affine that gives an axis no direction, so it cannot be "
-            "drawn in space; write its image with `beam-nifti extract`"
-        )
+        raise _not_drawn(volume, "has an affine that gives an axis no direction")
+    if np.abs(values).max() > np.finfo(np.float32).max:
+        raise _not_drawn(volume, "has intensities beyond float32")
     labels = volume.of_mask().voxels if with_mask else None
     facts = [
         "×".join(map(str, values.shape)) + " voxels",
         "×".join(f"{zoom:g}" for zoom in volume.zooms) + " mm",
         f"channel {channel} of {volume.voxels.shape[3]}" if channel is not None else "",
         f"{values.min():g} to {values.max():g}",
-        f"mask with {np.unique(labels[labels != 0]).size} labels" if labels is not None else "",
+        f"mask labels {_listed(np.unique(labels).tolist())}" if labels is not None else "",
     ]
     return (
         load_templates()
@@ -59,6 +65,18 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
             viewer=_draw(values, labels, volume.affine),
         )
     )
+
+
+def _not_drawn(volume: StoredVolume, why: str) -> UsageError:
+    return UsageError(
+        f"record {volume.example_id!r} {why}, so it cannot be drawn; write its image with "
+        "`beam-nifti extract`"
+    )
+
+
+def _listed(labels: list[int]) -> str:
+    more = len(labels) - _SHOWN_LABELS
+    return " ".join(map(str, labels[:_SHOWN_LABELS])) + (f" and {more} more" if more > 0 else "")
 
 
 def _channel(volume: StoredVolume, channel: int | None) -> npt.NDArray[Any]:
@@ -75,40 +93,54 @@ def _channel(volume: StoredVolume, channel: int | None) -> npt.NDArray[Any]:
 
 
 def _draw(
-    values: npt.NDArray[np.float32], labels: npt.NDArray[Any] | None, affine: npt.NDArray[np.float64]
+    values: npt.NDArray[np.float64], labels: npt.NDArray[Any] | None, affine: npt.NDArray[np.float64]
 ) -> str:
     """The viewer, as an element of a page."""
     from nilearn.plotting import view_img
 
-    image = nib.Nifti1Image(values, affine)
-    if labels is None:
-        low, high = (float(end) for end in np.percentile(values, _WINDOW))
+    low, high = (float(end) for end in np.percentile(values, _WINDOW))
+    high = high if high > low else low + 1
+    # Black is 0 here, as nilearn fills with 0 what lies around a volume that is tilted.
+    shades = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
+    if labels is not None and labels.any():
+        above: dict[str, Any] = {
+            "stat_map_img": nib.Nifti1Image(_colours(labels), affine),
+            "threshold": 0.5,
+            "cmap": _MASK_COLOURS,
+            "vmin": 0,
+            "vmax": _NUM_COLOURS,
+            "opacity": _MASK_OPACITY,
+            "colorbar": False,
+        }
+    else:
         centre = nib.affines.apply_affine(affine, (np.array(values.shape) - 1) / 2)
-        shown: dict[str, Any] = {
-            "stat_map_img": image,
+        above = {
+            "stat_map_img": nib.Nifti1Image(values.astype(np.float32), affine),
             "cut_coords": centre.tolist(),
             "threshold": None,
             "cmap": "gray",
             "vmin": low,
-            "vmax": high if high > low else low + 1,
+            "vmax": high,
         }
-    else:
-        shown = {
-            "stat_map_img": nib.Nifti1Image(labels.astype(np.float32), affine),
-            "threshold": 0.5,
-            "cmap": "tab10",
-            "vmin": 0,
-            "vmax": max(float(labels.max()), 1),
-            "opacity": _MASK_OPACITY,
-        }
-    view = view_img(
-        **shown,
-        bg_img=image,  # without one it draws memory that nothing was written to
-        black_bg=True,
-        dim=0,
-        symmetric_cmap=False,
-        resampling_interpolation="nearest",  # voxels as they are
-        width_view=_WIDTH,
-    )
+    with warnings.catch_warnings():
+        # That an image of two values be not interpolated, which nilearn itself does.
+        warnings.simplefilter("ignore", UserWarning)
+        view = view_img(
+            **above,
+            bg_img=nib.Nifti1Image(shades, affine),  # without one it draws memory that nobody wrote to
+            black_bg=True,
+            dim=0,
+            symmetric_cmap=False,
+            resampling_interpolation="nearest",  # voxels as they are
+            width_view=_WIDTH,
+        )
     element: str = view.get_iframe()
     return element
+
+
+def _colours(labels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The number of the colour of each label, whatever numbers the labels are; 0 where there is none."""
+    known = np.unique(labels[labels != 0])
+    numbers = np.searchsorted(known, labels) % (_NUM_COLOURS - 1) + 1
+    colours: npt.NDArray[np.float32] = np.where(labels == 0, 0, numbers).astype(np.float32)
+    return colours

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,10 @@ import pytest
 
 from beam_nifti import cli
 from beam_nifti.config import Columns, RecordConfig
+from beam_nifti.errors import UsageError
+from beam_nifti.extract import StoredVolume
+from beam_nifti.rescale import Scaling
+from beam_nifti.view import make_view
 from tests.datasets import build_dataset
 from tests.images import brain, write_image, write_manifest
 
@@ -71,7 +76,7 @@ def view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def drawn(page: str, which: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
-    """What the viewer draws, below ("spriteImg") and above ("overlayImg"): red of each voxel, and the affine.
+    """What the viewer draws, below ("spriteImg") and above ("overlayImg"): greys of voxels, and the affine.
 
     It has the sagittal slices as tiles of one picture, front to the right and top up.
     """
@@ -82,7 +87,7 @@ def drawn(page: str, which: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.
     (params,) = (json.loads(found) for found in re.findall(r"brainsprite\((\{.*\})\);", inner))
     (data,) = re.findall(rf'id="{which}-[^>]*base64,([^"]+)"', inner)
     tiles = np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))
-    tiles = np.where(tiles[..., 3] > 0, tiles[..., 0], 0)
+    tiles = np.where(tiles[..., 3] > 0, tiles[..., :3].mean(-1).round(), 0).astype(np.uint8)
     x, y, z = (params["nbSlice"][axis] for axis in "XYZ")
     voxels = tiles.reshape(-1, z, tiles.shape[1] // y, y).swapaxes(1, 2).reshape(-1, z, y)[:x]
     from_one = np.eye(4)
@@ -107,6 +112,65 @@ def test_left_is_left(dataset: Path, view: View, example_id: str) -> None:
     assert brightest(page, "spriteImg") == expected
     labels, _ = drawn(page, "overlayImg")
     assert np.argwhere(labels).tolist() == [list(SPOT)]
+
+
+def made(values: Any, affine: Any = AFFINE, mask: Any = None) -> StoredVolume:
+    """A volume as `extract` reads it."""
+    zooms = tuple(np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0)))
+    return StoredVolume("a", values, Scaling(), np.asarray(affine), zooms, mask)
+
+
+def test_contrast_is_the_same_below_a_mask() -> None:
+    values = np.random.default_rng(0).normal(500, 100, SHAPE).astype(np.float32)
+    values[SPOT] = 30000
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[:3] = 1
+    plain, below = (
+        drawn(make_view(made(values, mask=mask), with_mask=with_mask), which)[0]
+        for with_mask, which in ((False, "overlayImg"), (True, "spriteImg"))
+    )
+    assert np.abs(plain.astype(int) - below).max() <= 1
+    assert 100 < np.median(below) < 155
+
+
+def test_around_a_tilted_volume_it_is_black() -> None:
+    turn = np.array([[0.94, -0.34, 0, 0], [0.34, 0.94, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    values = np.full(SHAPE, -1024, np.float32)
+    values[3:7, 4:9, 4:9] = 40
+    mask = (values > 0).astype(np.uint8)
+    voxels, _ = drawn(make_view(made(values, turn @ AFFINE, mask), with_mask=True), "spriteImg")
+    assert voxels.size > values.size
+    assert voxels[0, 0, 0] == 0
+    assert voxels.max() > 200
+
+
+def test_labels_of_any_numbers_have_colours_of_their_own() -> None:
+    mask = np.zeros(SHAPE, np.uint16)
+    for number, label in enumerate((1, 2, 2035, 9000)):
+        mask[number + 1] = label
+    page = make_view(made(brain(SHAPE), mask=mask), with_mask=True)
+    voxels, _ = drawn(page, "overlayImg")
+    assert "mask labels 0 1 2 2035 9000" in page
+    assert len({int(voxels[number + 1, 5, 5]) for number in range(4)}) == 4
+
+
+def test_an_empty_mask_leaves_the_image_as_it_is() -> None:
+    far = AFFINE + np.array([[0, 0, 0, 500]] * 3 + [[0] * 4])
+    page = make_view(made(brain(SHAPE), far, np.zeros(SHAPE, np.uint8)), with_mask=True)
+    assert "mask labels 0<" in page
+    assert html.escape('"numSlice": {"X": 5, "Y": 6, "Z": 7}') in page
+
+
+@pytest.mark.parametrize(
+    ("values", "affine", "says"),
+    [
+        (np.full(SHAPE, 1e300), AFFINE, "has intensities beyond float32, so it cannot be drawn"),
+        (brain(SHAPE), np.diag([2.0, 2, 0, 1]), "has an affine that gives an axis no direction"),
+    ],
+)
+def test_what_cannot_be_drawn(values: Any, affine: Any, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        make_view(made(values, affine))
 
 
 def test_a_name_is_no_markup_and_nothing_may_be_loaded(dataset: Path, view: View, tmp_path: Path) -> None:
