@@ -10,7 +10,7 @@ from typing import Final
 from beam_nifti import storage
 from beam_nifti.croissant import CROISSANT_FILE, make_croissant
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.errors import DatasetError, OutputError
+from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.index import read_index
 from beam_nifti.inspection import describe_dataset, format_description
 from beam_nifti.publish import read_info
@@ -39,7 +39,11 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
     Raises:
         DatasetError: there is no complete dataset, or nothing in it.
         OutputError: one of the files is there already; none is written then.
+        UsageError: a word is empty, or holds what is no text.
     """
+    for key, words in about.items():
+        if not words.strip() or not words.isprintable():
+            raise UsageError(f"{key} is {words!r}; give printable text, or leave it out")
     output = storage.absolute(output)
     info = read_info(output)
     if not info.shards:

@@ -49,10 +49,13 @@ def check_croissant(text: bytes, info: DatasetInfo) -> Iterator[str]:
         info: of the dataset.
     """
     try:
-        version = json.loads(text)["version"]
+        facts = json.loads(text)
+        version, files = facts["version"], facts["distribution"]
+        found = {file["contentUrl"]: file["sha256"] for file in files if "sha256" in file}
     except (ValueError, KeyError, TypeError):
-        version = None
-    if version != _version(info):
+        version, found = None, {}
+    wanted = {s.name: s.sha256 for s in info.shards} | {s.index: s.index_sha256 for s in info.shards}
+    if version != _version(info) or found != wanted:
         yield (
             f"{CROISSANT_FILE}: is not of revision {info.revision} of this dataset; run `beam-nifti card` "
             "with --overwrite, or delete it"

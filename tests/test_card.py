@@ -179,5 +179,21 @@ def test_a_build_leaves_it_and_verify_tells_when_it_is_of_another_revision(
     run("verify", output)
 
 
+def test_a_description_of_other_files_is_told(
+    dataset: Path, card: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    card(dataset)
+    path = dataset / "croissant.json"
+    path.write_text(path.read_text().replace(info_of(dataset).shards[0].sha256, "0" * 64))
+    assert cli.main(["verify", str(dataset), "--quiet"]) == cli.FAILED
+    assert "croissant.json: is not of revision 1 of this dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\x7fb", "a\nb", "\udcff"])
+def test_words_that_are_no_text_are_refused(dataset: Path, card: Callable[..., str], name: str) -> None:
+    assert f"name is {name!r}; give printable text" in card(dataset, f"--name={name}", code=cli.USAGE)
+    assert not (dataset / "README.md").exists()
+
+
 def test_without_a_dataset(tmp_path: Path, card: Callable[..., str]) -> None:
     assert "no dataset here" in card(tmp_path, code=cli.FAILED)
