@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from isal import isal_zlib
+from isal import igzip_lib, isal_zlib
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.tfrecord import DEFLATE_RATIO, INFLATE_ERRORS
+from beam_nifti.tfrecord import DEFLATE_RATIO
 
 Bytes = bytes | memoryview
 
@@ -19,6 +19,14 @@ _BLOCKS_HEAD_BYTES: Final = 1 << 20
 """`Packing.head_bytes` where blocks are unpacked as a whole; those of bzip2 have up to 900 kB."""
 
 _SCRATCH_BYTES: Final = 1 << 16
+
+_DAMAGE: Final[tuple[type[Exception], ...]] = (
+    EOFError,
+    OSError,
+    pa.ArrowException,
+    igzip_lib.IsalError,  # type: ignore[assignment]  # isal's stub calls the class an instance
+)
+"""What a damaged stream raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +129,7 @@ class Unpacker:
     def _checked(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
-        except (EOFError, OSError, pa.ArrowException, *INFLATE_ERRORS) as e:
+        except _DAMAGE as e:
             what = "truncated" if isinstance(e, EOFError) or "Truncated" in str(e) else "damaged"
             raise VolumeError(
                 f"{self._name}: {what} {self._packing.name} stream ({e}); copy the file again"

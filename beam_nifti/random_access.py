@@ -15,7 +15,7 @@ import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Final, overload
 
 import numpy as np
@@ -352,11 +352,11 @@ class _Records:
     def _payload(self, path: str, row: int, lent: bool) -> memoryview:
         offsets, lengths = self.places
         compressed, size = self.config.compression == "gzip", int(lengths[row])
-        buffer = _scratch(size, "read") if compressed or lent else make_buffer(size)
+        buffer = _scratch(size) if compressed or lent else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
             raise ShardError(f"of its {size} bytes the file has {count}")
-        return decode_buffer(buffer, compressed, partial(_scratch, use="unpacked") if lent else make_buffer)
+        return decode_buffer(buffer, compressed)
 
     def _cell(self, name: str, row: int) -> Any:
         """What the index says of a record."""
@@ -400,14 +400,13 @@ def _has_tensor(name: str, info: DatasetInfo) -> bool:
     return name + _TENSOR in info.features
 
 
-def _scratch(size: int, use: str) -> memoryview:
+def _scratch(size: int) -> memoryview:
     """A buffer of this thread's for what is needed only until its next read."""
     if size > _SCRATCH_BYTES:
         return make_buffer(size)
-    buffer: memoryview | None = getattr(_of_thread, use, None)
+    buffer: memoryview | None = getattr(_of_thread, "buffer", None)
     if buffer is None or len(buffer) < size:
-        buffer = make_buffer(size)
-        setattr(_of_thread, use, buffer)
+        buffer = _of_thread.buffer = make_buffer(size)
     return buffer[:size]
 
 
