@@ -148,25 +148,33 @@ def read_records(
         places = places.shuffle(len(files), seed)
 
     def read(path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-        records = tf.data.TFRecordDataset(path, compression)
-        return _require_count(records, path, tf.cast(count, tf.int64)) if counts else records
+        if counts is None:
+            return tf.data.TFRecordDataset(path, compression)
+        return _read_shard(path, compression, tf.cast(count, tf.int64))
 
     return places.interleave(
         read, cycle_length=min(_OPEN_SHARDS, len(files)), num_parallel_calls=tf.data.AUTOTUNE
     )
 
 
-def _require_count(records: tf.data.Dataset, path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-    """The records of a shard; an error that names it, if they are more or fewer."""
+def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.Dataset:
+    """The records of a shard; an error that names it, if one is damaged, missing or too many."""
+    # TensorFlow's own error names no file. Here damage ends the shard, and is told by how far that came.
+    # A file that cannot be opened would be opened again without end, so it is opened before.
+    opened = tf.data.FixedLengthRecordDataset(path, 1, buffer_size=1).take(1)
+    records = opened.flat_map(
+        lambda _: tf.data.TFRecordDataset(path, compression).ignore_errors(log_warning=True)
+    )
     filled = records.concatenate(tf.data.Dataset.from_tensors(b"").repeat()).take(count + 1).enumerate()
 
     def is_record(record: tf.Tensor) -> tf.Tensor:
         return tf.strings.length(record) > 0  # a comparison with b"" would copy it
 
     def check(number: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
-        found = tf.where(number < count, "only ", "more than ") + tf.strings.as_string(number)
-        says = ": has " + found + " records, and dataset_info.json says " + tf.strings.as_string(count)
-        message = path + says + "; copy the dataset again, or run beam-nifti verify"
+        says = tf.strings.as_string(count) + " that dataset_info.json says"
+        unread = "record number " + tf.strings.as_string(number) + " from 0, of " + says + ", cannot be read"
+        problem = tf.where(number < count, unread, "it has more records than the " + says)
+        message = path + ": " + problem + "; copy the dataset again, or run beam-nifti verify"
         right = (number < count) & is_record(record)
         with tf.control_dependencies([tf.debugging.Assert(right, [message])]):
             return tf.identity(record)
