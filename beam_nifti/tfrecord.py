@@ -122,7 +122,7 @@ def _inflate(member: memoryview) -> memoryview:
     if len(member) < _GZIP_FOOTER.size:
         raise bounds
     checksum, size = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)
-    if size > DEFLATE_RATIO * len(member):
+    if not 0 < size <= DEFLATE_RATIO * len(member):
         raise bounds
     try:
         content = deflate.gzip_decompress(member, size)

@@ -142,7 +142,7 @@ def test_every_flipped_bit_of_a_member_is_found_or_harmless() -> None:
 def test_wrong_bounds_are_found(level: int | None) -> None:
     record, other = (encode_record(payload, level) for payload in (b"golden record", b"silver record"))
     cuts = [record[:size] for size in range(len(record))]
-    for wrong in [*cuts, record + b"\0", record + other, record[1:], b""]:
+    for wrong in [*cuts, record + b"\0", record + other, record[1:], b"", bytes(100), EMPTY_MEMBER]:
         with pytest.raises(ShardError):
             decode_record(wrong, compressed=level is not None)
 
