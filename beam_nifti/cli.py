@@ -328,7 +328,9 @@ def _stopped(run: RunSummary, error: RuntimeError, what: str, remedy: str) -> in
     """Say why a pipeline failed: by a worker's exception, which the runner brings back as text."""
     reason = str(error).strip().rpartition("\n")[2]
     run.fail(error, reason)
-    logs.LOGGER.error("%s: %s; %s", what, reason, remedy, exc_info=error)
+    # What the system refuses says all there is to know, which a hundred of the runner's calls would hide.
+    trace = None if "[Errno " in reason else error
+    logs.LOGGER.error("%s: %s; %s", what, reason, remedy, exc_info=trace)
     return TEMPORARY
 
 
@@ -411,12 +413,14 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     except RuntimeError as e:
         return _stopped(run, e, "the check stopped", "the same command starts again")
     run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])
-    with _while_read():
-        print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else format_report(report))
-        if not options.json:
-            _print_skipped(num_skipped)
     is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
-    is_mixed |= len(report["frames"]) > 1  # images of another length than the first one's are left out
+    is_mixed |= len(report["frames"]) > 1
+    with _while_read():
+        if options.json:
+            print(json.dumps(report, indent=2, ensure_ascii=False))
+        else:
+            print(format_report(report, is_mixed=is_mixed))
+            _print_skipped(num_skipped)
     return FAILED if report["num_bad"] or is_mixed else SUCCESS
 
 

@@ -95,7 +95,8 @@ class PartWriter:
         """Append one encoded record."""
         start = self._offset
         for piece in pieces:
-            self._handle.write(piece)
+            with storage.naming(f"{self._stem}{PART_ENDING}"):
+                self._handle.write(piece)
             if self._hasher:
                 self._hasher.update(piece)
             self._offset += len(piece)

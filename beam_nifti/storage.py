@@ -30,6 +30,8 @@ ABSENT: Final = ""
 """The version of a file that is not there."""
 
 _BUFFER_BYTES: Final = 1 << 20
+_FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+"""What the system says where a file cannot become as large as it has to be."""
 _TREE_ATTEMPTS: Final = 3
 """At removing a folder into which a worker that outlives its job may still write."""
 
@@ -286,12 +288,23 @@ def create(path: str) -> Iterator[BinaryIO]:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
-        with open(temporary, "wb") as handle:
+        with naming(path), open(temporary, "wb") as handle:
             yield handle
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Say which file was being written when there was no room left, as the system does not."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in _FULL:
+            e.filename = path
         raise
 
 

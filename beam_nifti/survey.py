@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -162,15 +161,21 @@ def suggest_flags(survey: Survey, record: RecordConfig) -> list[str]:
         record: the configuration that the survey was made with.
     """
     flags = []
-    if record.frames is None and any(shape.count("×") > 2 for shape in survey.shapes):
+    depths = {shape.split("×", 3)[3] if shape.count("×") > 2 else "1" for shape in survey.shapes}
+    if record.frames in (None, "all") and len(depths) > 1:
+        flags.append("--frames first")  # that is the same of each, however many it has
+    elif record.frames is None and depths - {"1"}:
         flags.append("--frames all")
     if record.orientation is None and len(survey.orientations) > 1:
         flags.append(f"--orientation {_most_frequent(survey.orientations)}")
     if record.spacing is None and len(survey.spacings) > 1:
         flags.append(f"--spacing {_most_frequent(survey.spacings)}")
-    if record.shape is None and len(survey.records) > 1:
-        shape = _most_frequent(survey.shapes if "?" in survey.records else survey.records)
-        flags.append(f"--shape {','.join(shape.split(',')[:3])}")
+    grids = Counter[str]()
+    for shape, count in (survey.shapes if "?" in survey.records else survey.records).items():
+        grids["×".join(shape.split("×")[:3])] += count
+    is_unlike = len(survey.records) > 1 and (len(grids) > 1 or "?" in survey.records)
+    if record.shape is None and is_unlike:
+        flags.append(f"--shape {_most_frequent(grids)}")
     return flags
 
 
@@ -206,12 +211,17 @@ def make_report(
     }
 
 
-def format_report(report: Mapping[str, Any]) -> str:
-    """A report as text for the screen."""
-    return "\n".join(f"{name:<14}{text}" for name, text in _report_rows(report))
+def format_report(report: Mapping[str, Any], *, is_mixed: bool) -> str:
+    """A report as text for the screen.
+
+    Args:
+        report: of `make_report`.
+        is_mixed: whether a build would leave out images for being unlike the first one.
+    """
+    return "\n".join(f"{name:<14}{text}" for name, text in _report_rows(report, is_mixed))
 
 
-def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _report_rows(r: Mapping[str, Any], is_mixed: bool) -> Iterator[tuple[str, str]]:
     yield "images", f"{r['num_images']:,} in {r['source_bytes'] / 1e6:,.1f} MB: {r['manifest']}"
     for title, name in (
         ("shapes", "shapes"),
@@ -222,6 +232,8 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ("frames", "frames"),
     ):
         yield from _listed(title, [f"{kind}: {count:,}" for kind, count in r[name].items()])
+    if is_mixed:
+        yield "", "a build leaves out those that are unlike the first image"
     bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]
     yield from _listed("left out", bad, r["num_bad"])
     yield from _listed("same twice?", [" = ".join(group) for group in r["twins"]])
@@ -229,8 +241,7 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
     yield "memory", f"about {r['worker_bytes'] / 1e9:.1f} GB for a worker of one thread"
     if r["suggested_flags"]:
-        command = f"beam-nifti build {shlex.quote(r['manifest'])} OUTPUT"
-        yield "to make alike", " ".join([command, *r["suggested_flags"]])
+        yield "to make alike", " ".join(["add", *r["suggested_flags"]])
 
 
 def _listed(title: str, lines: Sequence[str], total: int | None = None) -> Iterator[tuple[str, str]]:

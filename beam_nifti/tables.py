@@ -25,6 +25,9 @@ _JSON_ROWS: Final = 1 << 13
 
 _DECODED_BYTES: Final = 1 << 20
 
+_DELIMITERS: Final = (";", "\t", ",")
+"""What stands between cells; the first one where spreadsheets write numbers with a comma."""
+
 # Numbers stay as written: 7.0 and 1e3 keep their text.
 _DECODER = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
 
@@ -130,6 +133,10 @@ def _read_delimited(path: str, handle: BinaryIO, delimiter: str) -> pa.Table:
     names = next(csv.reader([head], delimiter=delimiter), [])
     if not names:
         raise ManifestError(path, ["not a table: the first line is empty; it must name the columns"])
+    for other in _DELIMITERS:
+        if len(names) == 1 and other in names[0]:
+            remedy = "save it as .csv with commas, or as .tsv with tabs"
+            raise ManifestError(path, [f"its first line has {other!r} and no {delimiter!r}; {remedy}"])
     ragged: list[str] = []
 
     def note(row: Any) -> str:  # must not raise: what it raises is dropped, and the row with it

@@ -90,13 +90,25 @@ def test_copies_are_suspected(mixed: Path, check: Check) -> None:
 def test_the_suggested_flags_make_the_cohort_alike(mixed: Path, tmp_path: Path, check: Check) -> None:
     _, report = check(mixed)
     flags = " ".join(report["suggested_flags"]).split()
-    assert flags == ["--frames", "all", "--orientation", "LAS", "--spacing", "2,2,2.5", "--shape", "6,5,4"]
+    assert flags == ["--frames", "first", "--orientation", "LAS", "--spacing", "2,2,2.5", "--shape", "6,5,4"]
     rows = mixed.read_text().splitlines()
     sound = mixed.with_name("sound.tsv")
-    sound.write_text("\n".join(r for r in rows if r.split("\t")[0] not in ("frames", "junk", "no")) + "\n")
-    code, report = check(sound, *flags[2:])
-    assert (code, report["suggested_flags"], report["records"]) == (0, [], {"6×5×4": 10})
-    assert cli.main(["build", str(sound), str(tmp_path / "out"), "--quiet", *flags[2:]]) == 0
+    sound.write_text("\n".join(r for r in rows if r.split("\t")[0] not in ("junk", "no")) + "\n")
+    code, report = check(sound, *flags)
+    assert (code, report["suggested_flags"], report["records"]) == (0, [], {"6×5×4": 11})
+    assert cli.main(["build", str(sound), str(tmp_path / "out"), "--quiet", *flags]) == 0
+
+
+def test_frames_are_channels_only_where_all_have_as_many(tmp_path: Path, check: Check) -> None:
+    for name, shape in (("a", (6, 5, 4, 3)), ("b", (6, 5, 4, 3)), ("c", (6, 5, 4))):
+        write_image(tmp_path / f"{name}.nii", brain(shape))
+    alike, mixed = [{"path": "a.nii"}, {"path": "b.nii"}], [{"path": "a.nii"}, {"path": "c.nii"}]
+    manifest = write_manifest(tmp_path / "alike.tsv", alike)
+    assert check(manifest)[1]["suggested_flags"] == ["--frames all"]
+    assert check(manifest, "--frames=all")[1]["suggested_flags"] == []
+    manifest = write_manifest(tmp_path / "mixed.tsv", mixed)
+    assert check(manifest, "--frames=all")[1]["suggested_flags"] == ["--frames first"]
+    assert check(manifest, "--frames=first")[1]["suggested_flags"] == []
 
 
 def test_the_estimate_is_that_of_a_build(tmp_path: Path, check: Check) -> None:
@@ -138,7 +150,8 @@ def test_the_table_and_the_file_say_the_same(
     assert all(f"{kind}: {count}" in table for kind, count in report["shapes"].items())
     assert "left out      row 10 (frames): frames.nii.gz: " in table
     assert "same twice?   copy = sub-0002" in table
-    assert table.rstrip().endswith("OUTPUT " + " ".join(report["suggested_flags"]))
+    assert "a build leaves out those that are unlike the first image" in table
+    assert table.rstrip().endswith("to make alike add " + " ".join(report["suggested_flags"]))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import pty
+import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -25,6 +27,7 @@ from beam_nifti.inspection import describe_dataset, format_description
 from beam_nifti.publish import read_info
 from beam_nifti.tfrecord import decode_record
 from pipelines import build_dataset
+from tests.build_helpers import assert_intact
 from tests.images import write_cohort, write_image, write_manifest
 
 Run = Callable[..., int]
@@ -302,6 +305,23 @@ def test_a_manifest_in_a_store_that_keeps_failing_exits_with_75(
     monkeypatch.setattr("beam_nifti.storage.open_read", fail)
     built(code=cli.TEMPORARY)
     assert "the store failed 6 times in a row" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_build_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_cohort(tmp_path, 4, shape=(20, 20, 20))
+    command = ["build", str(manifest), str(tmp_path / "out"), "--quiet"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert cli.main(command) == 75
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"File too large: '{tmp_path}/out/.*\.part' .*; the same command continues", line)
+    assert cli.main(command) == 0
+    assert_intact(tmp_path / "out")
 
 
 def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> None:

@@ -251,6 +251,16 @@ def test_no_more_than_twenty_are_told(tmp_path: Path) -> None:
         ("path,label,label\na,1,2\n", {}, "column 'label' stands twice; rename one"),
         ("", {}, "not a table: the first line is empty; it must name the columns"),
         ("\npath\na\n", {}, "not a table: the first line is empty; it must name the columns"),
+        (
+            "path;label\na;1\n",
+            {},
+            "its first line has ';' and no ','; save it as .csv with commas, or as .tsv with tabs",
+        ),
+        (
+            "path\tlabel\na\t1\n",
+            {},
+            "its first line has '\\t' and no ','; save it as .csv with commas, or as .tsv with tabs",
+        ),
         ("path,label\na,1\nb\n", {}, "row 2: 1 cells where the header names 2"),
         ("path,label\na,1\nb,2,3\n", {}, "row 2: 3 cells where the header names 2"),
     ],
