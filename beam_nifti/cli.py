@@ -381,10 +381,10 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
     splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
     with _while_read():
         print(f"would write to {plan.config.output}")
-        print(f"  volumes {estimate.num_volumes} of {shape} voxels ({splits})")
-        print(f"  shards  {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
+        print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
+        print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
+        print(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
         _print_labels(plan)
-        print(f"  bytes   about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
     return SUCCESS
 
 

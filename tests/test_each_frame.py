@@ -415,8 +415,8 @@ def test_a_dry_run_counts_frames(manifest: Path, tmp_path: Path, capsys: pytest.
     arguments = ["build", str(manifest), str(tmp_path / "out"), "--frames=each", "--dry-run"]
     assert cli.main([*arguments, "--examples-per-shard=12"]) == cli.SUCCESS
     told = capsys.readouterr().out
-    assert "volumes 20 of 6x5x4 voxels (train 20)" in told
-    assert "shards  2 of up to 10 examples" in told
+    assert "volumes  20 of 6x5x4 voxels (train 20)" in told
+    assert "shards   2 of up to 10 examples" in told
 
 
 def test_a_split_image_is_another_record() -> None:
