@@ -62,8 +62,8 @@ def read_info(folder: str) -> DatasetInfo:
         raise no_dataset(folder) from e
     except tf.errors.UnimplementedError as e:
         raise DatasetError(
-            f"{folder}: TensorFlow has no such file system ({e.message}); install beam-nifti[io] and "
-            "import tensorflow_io first"
+            f"{folder}: TensorFlow has no such file system ({e.message}); leave engine out, or install "
+            "beam-nifti[io] and import tensorflow_io first"
         ) from e
     return DatasetInfo.from_json(text, path)
 
