@@ -179,9 +179,6 @@ class Store(abc.ABC):
         options: Beam's, of the pipeline that runs here.
     """
 
-    can_list: bool = True
-    """Whether it says which files there are."""
-
     _lost: tuple[type[Exception], ...]
     """What its client raises when a connection breaks or a server keeps silent."""
 
@@ -223,7 +220,7 @@ class Store(abc.ABC):
         error = _cause(error)
         status, code = self._answer(error)
         said = f"HTTP {status} {code}" if status else f"{type(error).__name__}: {error}"
-        if status == 404 and code in _ABSENT_CODES:
+        if isinstance(error, FileNotFoundError) or (status == 404 and code in _ABSENT_CODES):
             reason = "No such bucket" if code == "NoSuchBucket" else os.strerror(errno.ENOENT)
             return FileNotFoundError(errno.ENOENT, reason, path)
         if status in (401, 403):

@@ -40,8 +40,6 @@ class Fsspec(RangeStore):
 
     @staticmethod
     def _answer(error: BaseException) -> tuple[int | None, str]:
-        if isinstance(error, FileNotFoundError):
-            return 404, "NotFound"
         status = getattr(error, "status_code", None)
         return (status, type(error).__name__) if isinstance(status, int) else (None, "")
 

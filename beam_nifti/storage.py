@@ -152,7 +152,7 @@ def _writable(path: str) -> ObjectStore | None:
 
 def can_list(folder: str) -> bool:
     """Whether files can be looked for in a folder; a web server does not say what it has."""
-    return not is_remote(folder) or (store := _store(folder)) is None or store.can_list
+    return _STORES.get(scheme_of(folder)) is not Http
 
 
 def _remote() -> Any:
@@ -201,7 +201,7 @@ def exists(path: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
             store.stat(path)
             return True
-        return store.can_list and any(store.find(f"{path}/", limit=1))
+        return can_list(path) and any(store.find(f"{path}/", limit=1))
     if _translated(path, lambda: _remote().exists(path)):
         return True
     # An object store has no folders, only objects whose names begin alike.

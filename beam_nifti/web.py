@@ -27,8 +27,6 @@ _DENIED: Final = frozenset(["AccessControlException", "AuthorizationException", 
 class Http(RangeStore):
     """`http://` and `https://`: a server of files that knows ranges."""
 
-    can_list = False
-
     def __init__(self, options: Any) -> None:
         import requests
         import urllib3
@@ -110,8 +108,6 @@ def _require_range(status: int, headers: Mapping[str, str], start: int, length: 
 class WebHdfs(Http):
     """`hdfs://NAMENODE:9870/path`: HDFS, by the WebHDFS of its NameNode or of an HttpFS."""
 
-    can_list = True
-
     @staticmethod
     def _answer(error: BaseException) -> tuple[int | None, str]:
         status, _ = Http._answer(error)
@@ -140,7 +136,7 @@ class WebHdfs(Http):
         with self._ask("GET", self._url(path, "GETFILESTATUS")) as response:
             found = response.json()["FileStatus"]
         if found["type"] != "FILE":
-            raise IsADirectoryError(path)
+            raise FileNotFoundError(path)
         return found["length"], found["modificationTime"] / 1000
 
     def request_range(self, path: str, start: int, length: int) -> bytes:

@@ -480,6 +480,12 @@ def test_a_scheme_that_nothing_serves() -> None:
         load_dataset("nowhere://a/b", engine="sequential")
 
 
+def test_what_tensorflow_cannot_read_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").mkdir()
+    with pytest.raises(DatasetError, match=r"dataset_info.json: TensorFlow cannot read it"):
+        load_dataset(tmp_path, engine="sequential")
+
+
 def test_reading_loads_neither_beam_nor_nibabel(dataset: str) -> None:
     code = (
         "import sys; from beam_nifti.reader import load_dataset; next(iter(load_dataset(sys.argv[1])));"
