@@ -191,7 +191,7 @@ def test_an_epoch_of_tensorflow(served: Served, scheme: str) -> None:
     assert len(served.proxies[scheme].rest()) == len(Dataset(served.local / "dataset"))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", LISTED)
 def test_images_are_built_from_there_into_a_local_folder(
     served: Served, reference: Reference, tmp_path: Path, scheme: str
 ) -> None:
@@ -210,6 +210,9 @@ def test_files_are_listed_as_on_the_disk(served: Served, scheme: str) -> None:
         assert storage.list_files(f"{there}/{folder}") == storage.list_files(f"{here}/{folder}")
         assert storage.exists(f"{there}/{folder}") == storage.exists(f"{here}/{folder}")
     assert storage.list_folders(f"{there}/dataset") == storage.list_folders(f"{here}/dataset") == ["index"]
+    trees = [sorted(storage.list_tree(folder, "coh", 2)) for folder in (there, here)]
+    assert trees[0] == trees[1]
+    assert len(trees[0]) == 61
     for pattern in ("cohort/sub-000*.nii.gz", "**/*-00000-of-*.parquet"):
         found = [path.removeprefix(f"{there}/") for path in storage.glob(f"{there}/{pattern}")]
         assert found == [path.removeprefix(f"{here}/") for path in storage.glob(f"{here}/{pattern}")]
