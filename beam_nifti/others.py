@@ -5,7 +5,6 @@ Its packages make their own attempts at requests that fail.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from beam_nifti.object_store import RangeStore
@@ -22,8 +21,7 @@ class Fsspec(RangeStore):
         scheme: "az".
 
     Raises:
-        ImportError: fsspec, or what it needs for the scheme, is not installed.
-        ValueError: fsspec does not know the scheme.
+        ImportError: fsspec, or what it needs for the scheme, is missing, or it does not know the scheme.
     """
 
     _lost = ()
@@ -31,7 +29,10 @@ class Fsspec(RangeStore):
     def __init__(self, options: Any, scheme: str) -> None:
         import fsspec
 
-        fsspec.get_filesystem_class(scheme)
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ValueError as e:
+            raise ImportError(str(e)) from e
         self._locate = fsspec.core.url_to_fs
 
     def is_transient(self, error: BaseException) -> bool:
@@ -61,7 +62,7 @@ class Fsspec(RangeStore):
     ) -> tuple[list[str], list[str]]:
         folder = prefix.rpartition("/")[0]
 
-        def request() -> Iterable[tuple[str, str]]:
+        def request() -> list[tuple[str, str]]:
             filesystem, root = self._locate(folder)
             filesystem.invalidate_cache()
             found = filesystem.find(root, detail=True).values() if deep else filesystem.ls(root, detail=True)

@@ -128,7 +128,7 @@ def _store(path: str) -> Store | None:
             try:
                 given = options or PipelineOptions([])
                 store = make(given) if make else Fsspec(given, scheme)
-            except (ImportError, ValueError) as e:
+            except ImportError as e:
                 remedy = f"install beam-nifti[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else _REMEDY
                 raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); {remedy}") from e
             _stores[scheme] = os.getpid(), options, store
