@@ -16,19 +16,26 @@ FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
 
 
+_NEEDS: Final = {
+    "s3": "the credentials and S3_ENDPOINT (a URL)",
+    "hdfs": "whether libhdfs.so is found, and CLASSPATH",
+}
+"""By scheme what tensorflow-io goes by."""
+
+
 def no_dataset(output: str, error: FileNotFoundError | None = None) -> DatasetError:
     """What to tell a reader where dataset_info.json is missing.
 
     Args:
         output: where it was looked for, local or a URL.
-        error: of reading it; None where TensorFlow has looked, which says of an S3 that it cannot reach that
-            the file does not exist.
+        error: of reading it; None where TensorFlow has looked, which says of an S3 or HDFS that it cannot
+            reach that the file does not exist.
     """
-    if error is None and output.startswith("s3://"):
+    needs = _NEEDS.get(output.partition("://")[0])
+    if error is None and needs:
         return DatasetError(
             f"{output}: TensorFlow finds no {FILE_NAME}: the dataset is missing or incomplete, or the store "
-            "cannot be reached: check the path, the credentials and S3_ENDPOINT (a URL), or use "
-            "engine='indexed', which tells these apart"
+            f"cannot be reached: check the path, {needs}, or use engine='indexed', which tells these apart"
         )
     reason = f"{FILE_NAME} is missing"
     if error is not None and error.strerror not in (None, os.strerror(errno.ENOENT)):

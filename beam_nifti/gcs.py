@@ -13,9 +13,9 @@ from beam_nifti.object_store import (
     FIRST_WAIT,
     LONGEST_WAIT,
     PIECE_BYTES,
+    ObjectStore,
     Pieces,
     Reader,
-    Store,
     split_path,
 )
 
@@ -25,7 +25,7 @@ _WINDOW_BYTES: Final = 64 << 20
 _CONTENT_TYPE: Final = "application/octet-stream"
 
 
-class Gcs(Store):
+class Gcs(ObjectStore):
     """Cloud Storage."""
 
     def __init__(self, options: Any) -> None:

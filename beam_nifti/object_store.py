@@ -1,10 +1,9 @@
-"""What an object store does, whichever it is: `s3.py` and `gcs.py` have the two that there are.
+"""What a store does, whichever it is.
 
-They go through the client libraries that Beam's extras install, with Beam's options.
-
-Beam's own file systems serve the other schemes. For these two they fall short: they make a client for
-every call, ask for an object's size before its bytes, keep the errors of a copy to themselves, and
-publish what a writer that failed had sent until then.
+`s3.py` and `gcs.py` have the two that are written to, too. They go through the client libraries that Beam's
+extras install, with Beam's options. Beam's own file systems fall short: they make a client for every call,
+ask for an object's size before its bytes, keep the errors of a copy to themselves, and publish what a writer
+that failed had sent until then. `web.py` and `others.py` have what is only read.
 """
 
 from __future__ import annotations
@@ -24,6 +23,9 @@ FIRST_WAIT: Final = 1.0
 LONGEST_WAIT: Final = 16.0
 ALL_WAITS: Final = 63.0
 """Seconds between the attempts at a request: 1, 2, 4, 8, 16, 16, 16, each cut by up to half at random."""
+
+SILENCE: Final = 60.0
+"""Seconds after which a server that says nothing counts as one that did not answer."""
 
 _TRANSIENT_STATUS: Final = frozenset([408, 429, 500, 502, 503, 504])
 _TRANSIENT_CODES: Final = frozenset(
@@ -125,7 +127,7 @@ class Writer(io.BufferedIOBase):
         path: of the object.
     """
 
-    def __init__(self, store: Store, path: str) -> None:
+    def __init__(self, store: ObjectStore, path: str) -> None:
         self._store, self._path = store, path
         self._buffer = bytearray()
         self._pieces: Pieces | None = None
@@ -171,7 +173,7 @@ class Writer(io.BufferedIOBase):
 
 
 class Store(abc.ABC):
-    """An object store. Everything it raises is an OSError.
+    """What can be read. Everything it raises is an OSError.
 
     Args:
         options: Beam's, of the pipeline that runs here.
@@ -218,7 +220,7 @@ class Store(abc.ABC):
         error = _cause(error)
         status, code = self._answer(error)
         said = f"HTTP {status} {code}" if status else f"{type(error).__name__}: {error}"
-        if status == 404 and code in _ABSENT_CODES:
+        if isinstance(error, FileNotFoundError) or (status == 404 and code in _ABSENT_CODES):
             reason = "No such bucket" if code == "NoSuchBucket" else os.strerror(errno.ENOENT)
             return FileNotFoundError(errno.ENOENT, reason, path)
         if status in (401, 403):
@@ -247,6 +249,74 @@ class Store(abc.ABC):
         """Bytes of an object, in one request; fewer where it ends before."""
 
     @abc.abstractmethod
+    def find(
+        self, prefix: str, *, deep: bool = False, limit: int | None = None
+    ) -> tuple[list[str], list[str]]:
+        """Paths that begin with a prefix.
+
+        Args:
+            prefix: of paths; without `deep` it ends in "/".
+            deep: whether to list what lies in folders below.
+            limit: give no more than about so many.
+
+        Returns:
+            Paths of objects, and, unless `deep`, of folders, which end in "/".
+        """
+
+
+class RangeStore(Store):
+    """A store that is only read, by requests for ranges."""
+
+    @abc.abstractmethod
+    def request_stat(self, path: str) -> tuple[int, float]:
+        """Size and time of a file; an attempt at it."""
+
+    @abc.abstractmethod
+    def request_range(self, path: str, start: int, length: int) -> bytes:
+        """Bytes of a file, fewer where it ends before; an attempt at them."""
+
+    def stat(self, path: str) -> tuple[int, float]:
+        """Size and time of a file."""
+        return self.attempt(path, lambda: self.request_stat(path))
+
+    def open(self, path: str, head: int | None = None) -> Reader:
+        """Open a file, or only its first `head` bytes."""
+        return _RangeReader(self, path, head)
+
+    def get_range(self, path: str, start: int, length: int) -> bytes:
+        """Bytes of a file, in one request; fewer where it ends before."""
+        return self.attempt(path, lambda: self.request_range(path, start, length))
+
+
+class _RangeReader(Reader):
+    """A request for what the file is, and one for each range of it that is wanted."""
+
+    def __init__(self, store: RangeStore, path: str, head: int | None) -> None:
+        super().__init__(store, path)
+        self._ranges = store
+        self.size, self.mtime = store.stat(path)
+        if head is not None:
+            self.size = min(self.size, head)
+
+    def _read_some(self, view: memoryview) -> int:
+        data = self._request(min(len(view), self.size - self._position))
+        view[: len(data)] = data
+        return len(data)
+
+    def _read_rest(self) -> bytes:
+        return self._request(self.size - self._position)
+
+    def _request(self, length: int) -> bytes:
+        data = self._ranges.request_range(self._path, self._position, length)
+        if len(data) != length:
+            raise EOFError(f"of {self.size} bytes the file has only {self._position + len(data)}")
+        return data
+
+
+class ObjectStore(Store):
+    """A store that is written to, too."""
+
+    @abc.abstractmethod
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
         """Write an object whole.
 
@@ -271,21 +341,6 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def delete(self, paths: Iterable[str]) -> None:
         """Remove objects; those that are not there are no error."""
-
-    @abc.abstractmethod
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
-        """Paths that begin with a prefix.
-
-        Args:
-            prefix: of paths; without `deep` it ends in "/".
-            deep: whether to list what lies in folders below.
-            limit: give no more than about so many.
-
-        Returns:
-            Paths of objects, and, unless `deep`, of folders, which end in "/".
-        """
 
 
 def _say_nothing(*_: object) -> None:

@@ -12,11 +12,11 @@ import math
 import operator
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, overload
+from typing import Any, Final, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ from beam_nifti.split_spec import SplitPart, parse_split
 from beam_nifti.tfrecord import decode_buffer, make_buffer
 from beam_nifti.where import Condition
 
+T = TypeVar("T")
 Element = dict[str, Any]
 _Features = Mapping[str, memoryview | npt.NDArray[np.generic]]
 _Rows = range | npt.NDArray[np.int64]
@@ -45,7 +46,7 @@ _TENSOR: Final = "_raw"
 """How the names of features end that hold a tensor."""
 
 _REMOTE_READS: Final = 16
-"""Indexes that are read at a time where each is a request."""
+"""Files that are looked at at a time where each is a request."""
 
 _SCRATCH_BYTES: Final = 32 << 20
 """The largest record for which a thread keeps a buffer, as fresh memory costs a page fault every 4 KiB."""
@@ -509,7 +510,8 @@ def _open(
     splits = tuple(dict.fromkeys(part.name for part in parts))
     shards = [shard for name in splits for shard in shards_of(output, info, name)]
     # Of a store one list, which has no sizes, instead of a request for each.
-    check_shards(output, shards, set(storage.list_files(output)) if storage.is_remote(output) else None)
+    is_listed = storage.is_remote(output) and storage.can_list(output)
+    check_shards(output, shards, set(storage.list_files(output)) if is_listed else None)
     columns = tuple(dict.fromkeys(default_columns(info) if columns is None else columns))
     from_index = {name for name in columns if name != "id" and not _has_tensor(name, info)}
     table = _read_indexes(output, shards, {"example_id", "offset", "length", *from_index, *asked})
@@ -545,14 +547,17 @@ def check_shards(output: str, shards: Sequence[ShardInfo], present: Collection[s
         present: names of the files that are there; None looks for each, and at its size.
 
     Raises:
-        DatasetError: a shard is missing, or has another size than dataset_info.json says.
+        DatasetError: a shard is missing, cannot be reached, or has another size than dataset_info.json says.
     """
-    for shard in shards:
+
+    def check(shard: ShardInfo) -> None:
         path = storage.join(output, shard.name)
         try:
             size = storage.stat(path).size if present is None else shard.num_bytes
         except FileNotFoundError:
             size = None
+        except OSError as e:
+            raise DatasetError(f"{path}: cannot be reached ({e})") from e
         if size is None or (present is not None and shard.name not in present):
             raise DatasetError(f"{path}: the shard is missing; copy the dataset again, or build it again")
         if size != shard.num_bytes:
@@ -560,6 +565,8 @@ def check_shards(output: str, shards: Sequence[ShardInfo], present: Collection[s
                 f"{path}: the shard has {size} bytes, and {FILE_NAME} says {shard.num_bytes}; copy the "
                 "dataset again, or delete the shard and its index and build again"
             )
+
+    _for_each(check, shards, together=present is None and storage.is_remote(output))
 
 
 def _read_indexes(
@@ -578,9 +585,13 @@ def _read_indexes(
             raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
         return table
 
-    if storage.is_remote(output):
-        with ThreadPoolExecutor(_REMOTE_READS) as pool:
-            tables = list(pool.map(read, shards))
-    else:
-        tables = [read(shard) for shard in shards]
+    tables = _for_each(read, shards, together=storage.is_remote(output))
     return pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()
+
+
+def _for_each(look: Callable[[ShardInfo], T], shards: Sequence[ShardInfo], together: bool) -> list[T]:
+    """What is found of each shard; several at a time if each look is a request."""
+    if not together:
+        return [look(shard) for shard in shards]
+    with ThreadPoolExecutor(_REMOTE_READS) as pool:
+        return list(pool.map(look, shards))

@@ -92,7 +92,7 @@ def load_dataset(
             reads shards from end to end, all in TensorFlow, and takes none of `start`, `start_state`,
             `shard`, `where`, `on_error`, parts of splits, and columns that only the index has. None means
             indexed where the dataset is on the local disk with its index, or where one of those is asked for,
-            or `as_dict` of a URL, and for `s3://` where TensorFlow does not know it; else sequential. The
+            or `as_dict` of a URL, and for URLs whose scheme TensorFlow does not know; else sequential. The
             indexed engine takes about half of the CPU time (docs/reading.md). As it calls Python, its
             datasets can neither be saved in a graph nor go to another process, such as that of a tf.data
             service.
@@ -314,8 +314,7 @@ def _choose_engine(folder: str, needs_index: bool, as_dict: bool) -> str:
     """The faster engine, where it can be had without another way to reach the files."""
     if storage.is_remote(folder):
         is_known = storage.scheme_of(folder) in tf.io.gfile.get_registered_schemes()
-        is_ours_alone = storage.is_in_object_store(folder) and not is_known
-        return "indexed" if needs_index or as_dict or is_ours_alone else "sequential"
+        return "indexed" if needs_index or as_dict or not is_known else "sequential"
     return "indexed" if needs_index or Path(folder, _INDEX_FOLDER).is_dir() else "sequential"
 
 

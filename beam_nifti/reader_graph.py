@@ -62,9 +62,11 @@ def read_info(folder: str) -> DatasetInfo:
         raise no_dataset(folder) from e
     except tf.errors.UnimplementedError as e:
         raise DatasetError(
-            f"{folder}: TensorFlow has no such file system ({e.message}); install beam-nifti[io] and "
-            "import tensorflow_io first"
+            f"{folder}: TensorFlow has no such file system ({e.message}); leave engine out, or install "
+            "beam-nifti[io] and import tensorflow_io first"
         ) from e
+    except (tf.errors.OpError, RuntimeError) as e:  # the latter from tensorflow-io, of az://
+        raise DatasetError(f"{path}: TensorFlow cannot read it ({e}); engine='indexed' may say why") from e
     return DatasetInfo.from_json(text, path)
 
 
@@ -97,7 +99,8 @@ def read_examples(
     """
     shards = shards_of(folder, info, split)
     # Of a store one list, which has no sizes, instead of a request for each.
-    check_shards(folder, shards, set(tf.io.gfile.listdir(folder)) if storage.is_remote(folder) else None)
+    is_listed = storage.is_remote(folder) and storage.can_list(folder)
+    check_shards(folder, shards, set(tf.io.gfile.listdir(folder)) if is_listed else None)
     _check_columns(folder, info, names)
     columns = describe_columns(names, info, channels_of(info))
     batching.check(folder, columns)

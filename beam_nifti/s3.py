@@ -8,17 +8,14 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from beam_nifti.object_store import Pieces, Reader, Store, split_path
-
-_SILENCE: Final = 60.0
-"""Seconds after which a server that says nothing counts as one that did not answer."""
+from beam_nifti.object_store import SILENCE, ObjectStore, Pieces, Reader, split_path
 
 _CONNECTIONS: Final = 64
 _TOO_LARGE_TO_COPY: Final = ((400, "InvalidRequest"), (400, "EntityTooLarge"))
 """How S3 answers when it is to copy more than 5 GiB at once."""
 
 
-class S3(Store):
+class S3(ObjectStore):
     """S3."""
 
     def __init__(self, options: Any) -> None:
@@ -46,8 +43,8 @@ class S3(Store):
             verify=s3.s3_verify,
             config=Config(
                 retries={"total_max_attempts": 1},  # `attempt` is the one that retries
-                connect_timeout=_SILENCE,
-                read_timeout=_SILENCE,
+                connect_timeout=SILENCE,
+                read_timeout=SILENCE,
                 max_pool_connections=_CONNECTIONS,
             ),
         )

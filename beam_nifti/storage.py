@@ -1,7 +1,8 @@
 """Files, local or remote. The only module that knows how to reach a path.
 
-Paths with the schemes `s3://` and `gs://` go through `s3` and `gcs`, with other schemes (`hdfs://`) through
-Beam's FileSystems; either is imported only then. Everything else is the local disk.
+URLs with the schemes `s3://` and `gs://` go through `s3` and `gcs`. `http://`, `https://` and `hdfs://`, by
+`web`, are only read, and so is what fsspec serves, such as `az://`, by `others`; but another scheme that Beam
+knows goes through its FileSystems. Client libraries are imported only then. All else is the local disk.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
 from beam_nifti.gcs import Gcs
-from beam_nifti.object_store import Store, Writer
+from beam_nifti.object_store import ObjectStore, Store, Writer
+from beam_nifti.others import Fsspec
 from beam_nifti.s3 import S3
+from beam_nifti.web import Http, WebHdfs
 
 T = TypeVar("T")
 ABSENT: Final = ""
@@ -35,8 +38,22 @@ _FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 _TREE_ATTEMPTS: Final = 3
 """At removing a folder into which a worker that outlives its job may still write."""
 
-_STORES: Final[dict[str, tuple[type[Store], str]]] = {"s3": (S3, "aws"), "gs": (Gcs, "gcp")}
-"""By scheme: what serves it, and the extra of this package that it needs."""
+_STORES: Final[dict[str, Callable[[Any], Store]]] = {
+    "s3": S3,
+    "gs": Gcs,
+    "http": Http,
+    "https": Http,
+    "hdfs": WebHdfs,
+}
+"""By scheme what serves it; Beam or fsspec the others."""
+
+_EXTRAS: Final = {"s3": "aws", "gs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}
+"""By scheme the extra of this package that it needs."""
+
+_REMEDY: Final = (
+    "use the local disk, s3:// (install beam-nifti[aws]), gs:// (beam-nifti[gcp]), "
+    "az:// (beam-nifti[azure]), hdfs:// or https://, or install fsspec and what it needs for this scheme"
+)
 
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
@@ -95,33 +112,49 @@ def scheme_of(path: str) -> str:
     return path.partition("://")[0]
 
 
-def is_in_object_store(path: str) -> bool:
-    """Whether a path is an `s3://` or `gs://` URL, which this package reads and writes by itself."""
-    return is_remote(path) and scheme_of(path) in _STORES
-
-
 def _store(path: str) -> Store | None:
-    """The object store of an `s3://` or `gs://` path; None for the other schemes."""
-    scheme = scheme_of(path)
-    if scheme not in _STORES:
-        return None
+    """What serves a URL; None where Beam does."""
+    from apache_beam.io.filesystem import FileSystem
     from apache_beam.io.filesystems import FileSystems
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    kind, extra = _STORES[scheme]
+    scheme = scheme_of(path)
+    make = _STORES.get(scheme)
+    if make is None and any(system.scheme() == scheme for system in FileSystem.get_all_subclasses()):
+        return None
     options = FileSystems._pipeline_options
     with _stores_lock:
         # Connections must not be shared by processes.
         pid, known, store = _stores.get(scheme, (0, None, None))
         if store is None or pid != os.getpid() or known is not options:
             try:
-                store = kind(options or PipelineOptions([]))
+                given = options or PipelineOptions([])
+                store = make(given) if make else Fsspec(given, scheme)
             except ImportError as e:
-                raise OSError(
-                    f"{path}: nothing here serves {scheme}:// ({e}); install beam-nifti[{extra}]"
-                ) from e
+                remedy = f"install beam-nifti[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else _REMEDY
+                raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); {remedy}") from e
             _stores[scheme] = os.getpid(), options, store
     return store
+
+
+def _writable(path: str) -> ObjectStore | None:
+    """What a URL is written by; None where Beam does it.
+
+    Raises:
+        OSError: it can only be read.
+    """
+    store = _store(path)
+    if store is None or isinstance(store, ObjectStore):
+        return store
+    raise OSError(
+        f"{path}: {scheme_of(path)}:// is only read; write to the local disk, s3:// or gs://, and "
+        "copy it there"
+    )
+
+
+def can_list(folder: str) -> bool:
+    """Whether files can be looked for in a folder; a web server does not say what it has."""
+    return _STORES.get(scheme_of(folder)) is not Http
 
 
 def _remote() -> Any:
@@ -138,12 +171,6 @@ def _translated(path: str, action: Callable[[], T]) -> T:
         return action()
     except BeamIOError as e:
         raise OSError(f"{path}: {e}") from e
-    except ValueError as e:
-        raise OSError(
-            f"{path}: nothing here serves {scheme_of(path)}:// ({e}); use the local disk, s3:// (install "
-            "beam-nifti[aws]), gs:// (beam-nifti[gcp]), or what Apache Beam serves: hdfs:// "
-            "(apache-beam[hadoop])"
-        ) from e
     except OSError:
         raise
     except Exception as e:  # a client library has errors of its own
@@ -176,7 +203,7 @@ def exists(path: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
             store.stat(path)
             return True
-        return any(store.find(f"{path}/", limit=1))
+        return can_list(path) and any(store.find(f"{path}/", limit=1))
     if _translated(path, lambda: _remote().exists(path)):
         return True
     # An object store has no folders, only objects whose names begin alike.
@@ -266,7 +293,7 @@ def read_into(path: str, offset: int, buffer: memoryview) -> int:
 @contextlib.contextmanager
 def create(path: str) -> Iterator[BinaryIO]:
     """Write a file that appears under its name whole, when the block ends well, or not at all."""
-    if is_remote(path) and (store := _store(path)):
+    if is_remote(path) and (store := _writable(path)):
         with Writer(store, path) as writer:
             yield cast(BinaryIO, writer)
             writer.finish()
@@ -310,7 +337,7 @@ def naming(path: str) -> Iterator[None]:
 
 def write(path: str, data: bytes) -> None:
     """Write a file whole or not at all."""
-    if is_remote(path) and (store := _store(path)):
+    if is_remote(path) and (store := _writable(path)):
         store.put(path, data)
         return
     with create(path) as handle:
@@ -324,7 +351,7 @@ def read_version(path: str) -> tuple[bytes, str | None]:
         FileNotFoundError: there is none.
         OSError: it cannot be reached.
     """
-    if store := _store(path):
+    if store := _writable(path):
         return store.get_version(path)
     return read(path), None
 
@@ -342,7 +369,7 @@ def write_if(path: str, data: bytes, version: str | None) -> None:
         FileNotFoundError: it is gone.
         OSError: it cannot be reached.
     """
-    if version is not None and (store := _store(path)):
+    if version is not None and (store := _writable(path)):
         store.put(path, data, version)
     else:
         write(path, data)
@@ -354,7 +381,7 @@ def link(source: str, target: str) -> None:
         if scheme_of(source) != scheme_of(target):
             with open_read(source) as origin, create(target) as copy:
                 shutil.copyfileobj(origin, copy, _BUFFER_BYTES)
-        elif store := _store(target):
+        elif store := _writable(target):
             store.copy(source, target)
         else:
             _translated(target, lambda: _remote().copy([source], [target]))
@@ -493,7 +520,7 @@ def delete(path: str) -> None:
     if not is_remote(path):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-    elif store := _store(path):
+    elif store := _writable(path):
         store.delete([path])
     elif exists(path):
         _translated(path, lambda: _remote().delete([path]))
@@ -511,7 +538,7 @@ def delete_tree(folder: str) -> None:
             if not os.path.exists(folder):
                 return
         return
-    if store := _store(folder):
+    if store := _writable(folder):
         store.delete(store.find(f"{folder}/", deep=True)[0])
         return
     found = _translated(folder, lambda: _remote().match([f"{folder}/**"]))[0].metadata_list

@@ -215,7 +215,8 @@ class _Verification:
         """dataset_info.json agrees with itself and with the folder."""
         said = json.loads(storage.read(storage.join(self._output, FILE_NAME)))["splits"]
         problems = list(check_info(self._info, said, self._compressed))
-        if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
+        is_built = not storage.exists(storage.join(self._output, BUILD_FOLDER))
+        if is_built and storage.can_list(self._output):
             problems += find_strays(storage.list_files(self._output, "*.tfrecord*"), self._info)
         description = storage.join(self._output, CROISSANT_FILE)
         if storage.exists(description):

@@ -413,9 +413,12 @@ def test_channels_masks_and_labels(tmp_path: Path, rescale: str) -> None:
     assert Dataset(output, where="sex == 'F' and age > 0.5").ids == ["2_T1w.nii"]
 
 
-@pytest.mark.parametrize("url", ["az://lab/out", "hdfs://lab/out", "http://lab/out"])
-def test_a_scheme_that_nothing_serves_is_not_a_missing_dataset(url: str) -> None:
-    if url.startswith("hdfs") and importlib.util.find_spec("hdfs") is not None:
-        pytest.skip("apache-beam[hadoop] is installed")
-    with pytest.raises(DatasetError, match=rf"{url}/dataset_info.json: cannot be reached .*install"):
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [("az://lab/out", r"install beam-nifti\[azure\]"), ("nowhere://lab/out", "install fsspec and what")],
+)
+def test_a_scheme_that_nothing_serves_is_not_a_missing_dataset(url: str, remedy: str) -> None:
+    if url.startswith("az") and importlib.util.find_spec("adlfs") is not None:
+        pytest.skip("beam-nifti[azure] is installed")
+    with pytest.raises(DatasetError, match=rf"{url}/dataset_info.json: cannot be reached .*{remedy}"):
         Dataset(url)

@@ -474,8 +474,16 @@ def test_arguments_that_do_not_fit_together(dataset: str, arguments: dict[str, A
 
 
 def test_a_scheme_that_nothing_serves() -> None:
-    with pytest.raises(DatasetError, match=r"nowhere://a/b: .*install beam-nifti\[io\]"):
+    with pytest.raises(DatasetError, match="nothing here serves nowhere://"):
         load_dataset("nowhere://a/b")
+    with pytest.raises(DatasetError, match=r"nowhere://a/b: .*leave engine out, or install beam-nifti\[io\]"):
+        load_dataset("nowhere://a/b", engine="sequential")
+
+
+def test_what_tensorflow_cannot_read_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").mkdir()
+    with pytest.raises(DatasetError, match=r"dataset_info.json: TensorFlow cannot read it"):
+        load_dataset(tmp_path, engine="sequential")
 
 
 def test_reading_loads_neither_beam_nor_nibabel(dataset: str) -> None:

@@ -195,6 +195,31 @@ def test_a_scheme_that_is_not_served_says_what_to_do() -> None:
         storage.write("nowhere://b/x", b"")
 
 
+def test_what_fsspec_serves_is_read_as_the_disk_is(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    for name in ("a.bin", "b.txt", "sub-1/c.bin", "sub-1/x/d.bin", "other/e.bin"):
+        storage.write(str(tmp_path / name), name.encode() * 3)
+    here, there = str(tmp_path), f"file://{tmp_path}"
+    for read in (storage.read, storage.stat, lambda path: storage.read_head(path, 4)):
+        assert read(f"{there}/a.bin") == read(f"{here}/a.bin")
+    for offset, length in ((2, 5), (12, 9), (15, 4)):
+        part, expected = bytearray(length), bytearray(length)
+        count = storage.read_into(f"{there}/a.bin", offset, memoryview(part))
+        assert count == storage.read_into(f"{here}/a.bin", offset, memoryview(expected))
+        assert part == expected
+    for folder in ("", "/sub-1", "/missing"):
+        assert storage.list_files(there + folder) == storage.list_files(here + folder)
+        assert storage.list_folders(there + folder) == storage.list_folders(here + folder)
+        assert storage.exists(there + folder) == storage.exists(here + folder)
+    assert sorted(storage.list_tree(there, "sub", 2)) == ["sub-1/c.bin", "sub-1/x/d.bin"]
+    found = [path.removeprefix("file://") for path in storage.glob(f"{there}/**/*.bin")]
+    assert found == storage.glob(f"{here}/**/*.bin")
+    with pytest.raises(FileNotFoundError, match="sub-1"):
+        storage.read(f"{there}/sub-1")
+    with pytest.raises(OSError, match="file:// is only read"):
+        storage.write(f"{there}/new", b"")
+
+
 @pytest.mark.parametrize(("path", "extra"), [("s3://b/x", "aws"), ("gs://b/x", "gcp")])
 def test_a_missing_extra_is_named(path: str, extra: str) -> None:
     client = {"aws": "boto3", "gcp": "apitools"}[extra]  # what each extra brings and nothing else does

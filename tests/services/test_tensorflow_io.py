@@ -1,4 +1,4 @@
-"""The sequential engine on S3 by tensorflow-io, of the extra [io].
+"""The sequential engine on S3, and on web servers, by tensorflow-io, of the extra [io].
 
 A process that has used S3 through tensorflow-io aborts at its end, when all its work is done: each of these
 reads in a process of its own.
@@ -20,6 +20,8 @@ from beam_nifti.random_access import Dataset
 from tests.build_helpers import build
 from tests.images import write_cohort
 from tests.services.stores import BUCKET, Servers, free_ports, serve
+from tests.web_server import Ranges
+from tests.web_server import serve as serve_web
 
 pytest.importorskip("tensorflow_io", reason="tensorflow-io is not installed; pip install beam-nifti[io]")
 
@@ -56,7 +58,7 @@ def local(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def read(url: str, output: Path, endpoint: str) -> str:
+def read(url: str, output: Path, endpoint: str = "") -> str:
     """What a process that loads a dataset prints; its batches are in the output."""
     done = subprocess.run(
         [sys.executable, "-c", READ, url, output],
@@ -69,12 +71,29 @@ def read(url: str, output: Path, endpoint: str) -> str:
     return done.stdout.strip()
 
 
+def assert_same(found: Path, dataset: Path) -> None:
+    read = np.load(found)
+    expected = {float(e["label"]): e["image"].tobytes() for e in Dataset(dataset)}
+    assert {float(y): x.tobytes() for x, y in zip(read["x"], read["y"], strict=True)} == expected
+
+
 def test_it_reads_what_is_on_the_disk(servers: Servers, local: Path, tmp_path: Path) -> None:
     endpoint = servers.proxies["s3"].url
     assert read(f"s3://{BUCKET}/dataset", tmp_path / "read.npz", endpoint) == "read 7"
-    found = np.load(tmp_path / "read.npz")
-    expected = {float(e["label"]): e["image"].tobytes() for e in Dataset(local)}
-    assert {float(y): x.tobytes() for x, y in zip(found["x"], found["y"], strict=True)} == expected
+    assert_same(tmp_path / "read.npz", local)
+
+
+def test_it_reads_from_a_web_server(tmp_path: Path) -> None:
+    build(write_cohort(tmp_path / "cohort", 7), tmp_path / "out", num_shards=2)
+    with serve_web(tmp_path, Ranges) as server:
+        assert read(f"{server.url}/out", tmp_path / "read.npz") == "read 7"
+    assert_same(tmp_path / "read.npz", tmp_path / "out")
+
+
+def test_without_libhdfs_nothing_is_said_to_be_missing(tmp_path: Path) -> None:
+    said = read("hdfs://127.0.0.1:9000/dataset", tmp_path / "read.npz")
+    assert said.startswith("error: hdfs://127.0.0.1:9000/dataset: TensorFlow finds no dataset_info.json")
+    assert "check the path, whether libhdfs.so is found, and CLASSPATH, or use engine='indexed'" in said
 
 
 @pytest.mark.parametrize("case", ["missing", "bucket", "refused"])

@@ -1,0 +1,77 @@
+"""What fsspec serves, such as `az://` by its package adlfs: to be read.
+
+Its packages make their own attempts at requests that fail.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from beam_nifti.object_store import RangeStore
+
+_TIMES = ("last_modified", "mtime", "LastModified", "modified")
+"""What the packages call the time at which a file was written, of which fsspec says nothing."""
+
+
+class Fsspec(RangeStore):
+    """A scheme that fsspec serves.
+
+    Args:
+        options: Beam's, of the pipeline that runs here.
+        scheme: "az".
+
+    Raises:
+        ImportError: fsspec, or what it needs for the scheme, is missing, or it does not know the scheme.
+    """
+
+    _lost = ()
+
+    def __init__(self, options: Any, scheme: str) -> None:
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ValueError as e:
+            raise ImportError(str(e)) from e
+        self._locate = fsspec.core.url_to_fs
+
+    def is_transient(self, error: BaseException) -> bool:
+        """No: what the packages give up, they have attempted several times."""
+        return False
+
+    @staticmethod
+    def _answer(error: BaseException) -> tuple[int | None, str]:
+        status = getattr(error, "status_code", None)
+        return (status, type(error).__name__) if isinstance(status, int) else (None, "")
+
+    def request_stat(self, path: str) -> tuple[int, float]:
+        filesystem, name = self._locate(path)
+        found = filesystem.info(name)
+        if found["type"] != "file":
+            raise FileNotFoundError(path)
+        time = next((found[key] for key in _TIMES if key in found), 0.0)
+        return found["size"], float(time.timestamp() if hasattr(time, "timestamp") else time)
+
+    def request_range(self, path: str, start: int, length: int) -> bytes:
+        filesystem, name = self._locate(path)
+        data: bytes = filesystem.cat_file(name, start=start, end=start + length)
+        return data
+
+    def find(
+        self, prefix: str, *, deep: bool = False, limit: int | None = None
+    ) -> tuple[list[str], list[str]]:
+        folder = prefix.rpartition("/")[0]
+
+        def request() -> list[tuple[str, str]]:
+            filesystem, root = self._locate(folder)
+            filesystem.invalidate_cache()
+            found = filesystem.find(root, detail=True).values() if deep else filesystem.ls(root, detail=True)
+            below = ((each["name"].strip("/")[len(root.strip("/")) :], each["type"]) for each in found)
+            return [(f"{folder}{path}", kind) for path, kind in below if path.startswith("/")]
+
+        try:
+            found = self.attempt(folder, request)
+        except FileNotFoundError:
+            return [], []
+        objects = [path for path, kind in found if kind == "file" and path.startswith(prefix)]
+        return objects, [f"{path}/" for path, kind in found if kind != "file" and path.startswith(prefix)]

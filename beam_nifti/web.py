@@ -1,0 +1,170 @@
+"""What is read over HTTP, through requests: files of web servers, and HDFS by WebHDFS.
+
+Sources: RFC 9110, section 14, "Range Requests"; Hadoop 3.4.2, "WebHDFS REST API".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from beam_nifti.object_store import SILENCE, RangeStore, split_path
+
+_CONNECTIONS: Final = 64
+_WEBHDFS_PORT: Final = 9870
+"""Of a NameNode, where the URL names none."""
+
+_DENIED: Final = frozenset(["AccessControlException", "AuthorizationException", "SecurityException"])
+"""What WebHDFS says of missing rights, with the status 403 that it gives to most errors."""
+
+
+class Http(RangeStore):
+    """`http://` and `https://`: a server of files that knows ranges."""
+
+    def __init__(self, options: Any) -> None:
+        import requests
+        import urllib3
+        from requests.adapters import HTTPAdapter
+
+        self._lost = (
+            requests.ConnectionError,
+            requests.Timeout,
+            requests.exceptions.ChunkedEncodingError,
+            urllib3.exceptions.HTTPError,
+        )
+        self._error = requests.HTTPError
+        self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+
+    @staticmethod
+    def _answer(error: BaseException) -> tuple[int | None, str]:
+        response = getattr(error, "response", None)
+        if response is None:
+            return None, ""
+        return response.status_code, "NotFound" if response.status_code == 404 else response.reason
+
+    @contextlib.contextmanager
+    def _ask(self, method: str, url: str, **headers: str) -> Iterator[Any]:
+        """The answer of a server, its body unread."""
+        plain = {"Accept-Encoding": "identity"}  # or a server may pack what it sends, and ranges count that
+        with self._session.request(
+            method, url, headers=plain | headers, timeout=SILENCE, allow_redirects=True, stream=True
+        ) as response:
+            if not response.ok:
+                raise self._error(self._reason(response), response=response)
+            yield response
+
+    def _reason(self, response: Any) -> str:
+        return str(response.reason)
+
+    def request_stat(self, path: str) -> tuple[int, float]:
+        with self._ask("HEAD", path) as response:
+            if "Content-Length" not in response.headers:
+                raise io.UnsupportedOperation("the server does not say how long the file is")
+            written = response.headers.get("Last-Modified")
+            mtime = email.utils.parsedate_to_datetime(written).timestamp() if written else 0.0
+            return int(response.headers["Content-Length"]), mtime
+
+    def request_range(self, path: str, start: int, length: int) -> bytes:
+        try:
+            with self._ask("GET", path, Range=f"bytes={start}-{start + length - 1}") as response:
+                _require_range(response.status_code, response.headers, start, length)
+                return _body(response)
+        except self._error as e:
+            if self._answer(e)[0] != 416:
+                raise
+            return b""  # the file ends before the first of them
+
+    def find(
+        self, prefix: str, *, deep: bool = False, limit: int | None = None
+    ) -> tuple[list[str], list[str]]:
+        raise io.UnsupportedOperation(f"{prefix}: a web server does not say which files it has")
+
+
+def _body(response: Any) -> bytes:
+    """The body of an answer, as it was sent: to some servers .gz is an encoding of what it unpacks to."""
+    data: bytes = response.raw.read(decode_content=False)
+    return data
+
+
+def _require_range(status: int, headers: Mapping[str, str], start: int, length: int) -> None:
+    """Refuse the answer of a server that sends all of a file where a part was asked for."""
+    sent = headers.get("Content-Range", "")
+    is_whole = start == 0 and status == 200 and int(headers.get("Content-Length", length + 1)) <= length
+    if not is_whole and (status != 206 or not sent.startswith(f"bytes {start}-")):
+        raise io.UnsupportedOperation(
+            "the server sends the whole file where a part of it was asked for; have the files served by one "
+            "that knows range requests, such as nginx, Apache or Caddy"
+        )
+
+
+class WebHdfs(Http):
+    """`hdfs://NAMENODE:9870/path`: HDFS, by the WebHDFS of its NameNode or of an HttpFS."""
+
+    @staticmethod
+    def _answer(error: BaseException) -> tuple[int | None, str]:
+        status, _ = Http._answer(error)
+        if status is None:
+            return None, ""
+        try:
+            name = json.loads(str(error))["RemoteException"]["exception"]
+        except (ValueError, KeyError, TypeError):
+            return status, "of no WebHDFS: the URL's port must be that of the NameNode's web page"
+        if name == "FileNotFoundException":
+            return 404, "NotFound"
+        return (None if status == 403 and name not in _DENIED else status), name
+
+    def _reason(self, response: Any) -> str:
+        said = response.text if "json" in response.headers.get("Content-Type", "") else response.reason
+        return str(said)
+
+    def _url(self, path: str, operation: str, **parameters: int) -> str:
+        host, name = split_path(path)
+        address = host if ":" in host else f"{host}:{_WEBHDFS_PORT}"
+        user = os.environ.get("HADOOP_USER_NAME")
+        query = {"op": operation, **parameters} | ({"user.name": user} if user else {})
+        return f"http://{address}/webhdfs/v1/{quote(name)}?{urlencode(query)}"
+
+    def request_stat(self, path: str) -> tuple[int, float]:
+        with self._ask("GET", self._url(path, "GETFILESTATUS")) as response:
+            found = response.json()["FileStatus"]
+        if found["type"] != "FILE":
+            raise FileNotFoundError(path)
+        return found["length"], found["modificationTime"] / 1000
+
+    def request_range(self, path: str, start: int, length: int) -> bytes:
+        try:
+            with self._ask("GET", self._url(path, "OPEN", offset=start, length=length)) as response:
+                return _body(response)
+        except self._error as e:
+            if "out of the range" not in str(e):
+                raise
+            return b""  # the file ends before the first of them
+
+    def find(
+        self, prefix: str, *, deep: bool = False, limit: int | None = None
+    ) -> tuple[list[str], list[str]]:
+        folder = prefix.rpartition("/")[0]
+
+        def request() -> list[dict[str, Any]]:
+            with self._ask("GET", self._url(folder, "LISTSTATUS")) as response:
+                found: list[dict[str, Any]] = response.json()["FileStatuses"]["FileStatus"]
+            return found
+
+        try:
+            found = self.attempt(folder, request)
+        except FileNotFoundError:
+            return [], []
+        named = [(f"{folder}/{each['pathSuffix']}", each["type"]) for each in found if each["pathSuffix"]]
+        objects = [path for path, kind in named if kind == "FILE" and path.startswith(prefix)]
+        folders = [f"{path}/" for path, kind in named if kind != "FILE" and path.startswith(prefix)]
+        if not deep:
+            return objects, folders
+        return objects + [path for each in folders for path in self.find(each, deep=True)[0]], []

@@ -1,0 +1,164 @@
+"""Datasets and images on a web server."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from beam_nifti import storage
+from beam_nifti.errors import DatasetError
+from beam_nifti.object_store import ATTEMPTS
+from beam_nifti.random_access import Dataset
+from beam_nifti.volume import load_volume
+from tests.build_helpers import build
+from tests.images import row_of, write_cohort
+from tests.services.fault_proxy import FAULTS, FaultProxy
+from tests.web_server import Plain, Ranges, serve
+
+SHARD = "train-00001-of-00002.tfrecord.gz"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve records in two shards, and their images in the folder "cohort" beside them."""
+    folder = tmp_path_factory.mktemp("web")
+    build(write_cohort(folder / "cohort", 12), folder / "dataset", num_shards=2)
+    return folder / "dataset"
+
+
+@pytest.fixture
+def copy(local: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return shutil.copytree(local, tmp_path / "dataset")
+
+
+@pytest.fixture
+def server(local: Path) -> Iterator[FaultProxy]:
+    with serve(local.parent, Ranges) as proxy:
+        yield proxy
+
+
+def test_a_record_by_number_is_one_request_of_its_bytes(server: FaultProxy, local: Path) -> None:
+    records, expected = pickle.loads(pickle.dumps(Dataset(f"{server.url}/dataset"))), Dataset(local)
+    lengths = expected.index(["length"])["length"].to_pylist()
+    server.rest()
+    for element, there in zip(records, expected, strict=True):
+        assert element["image"].tobytes() == there["image"].tobytes()
+    assert [(r.method, r.status, r.received) for r in server.rest()] == [
+        ("GET", 206, length) for length in lengths
+    ]
+
+
+def test_what_opening_asks_for(server: FaultProxy) -> None:
+    Dataset(f"{server.url}/dataset")
+    assert Counter((r.method, Path(r.path).suffix) for r in server.rest()) == {
+        ("HEAD", ".json"): 1,
+        ("GET", ".json"): 1,
+        ("HEAD", ".gz"): 2,
+        ("HEAD", ".parquet"): 2,
+        ("GET", ".parquet"): 2,
+    }
+
+
+@pytest.mark.tf
+def test_tensorflow_reads_it_by_the_index(server: FaultProxy, local: Path) -> None:
+    load_dataset = pytest.importorskip("beam_nifti.reader", exc_type=ImportError).load_dataset
+    options = {"batch_size": 5, "shuffle": True, "seed": 1}
+    images = [x.numpy().tobytes() for x, _ in load_dataset(f"{server.url}/dataset", **options)]
+    assert images == [x.numpy().tobytes() for x, _ in load_dataset(local, **options)]
+
+
+def test_a_server_without_ranges_is_refused(local: Path) -> None:
+    with serve(local.parent, Plain) as server:
+        records = Dataset(f"{server.url}/dataset")
+        assert len(records) == 12
+        server.rest()
+        with pytest.raises(DatasetError, match="sends the whole file where a part of it was asked for"):
+            records[1]
+        assert len(server.rest()) == 1
+
+
+def test_a_shard_that_is_missing_or_cut_is_found_at_opening(copy: Path) -> None:
+    with serve(copy, Ranges) as server:
+        content = (copy / SHARD).read_bytes()
+        (copy / SHARD).write_bytes(content[:-1])
+        with pytest.raises(DatasetError, match=rf"{SHARD}: the shard has {len(content) - 1} bytes"):
+            Dataset(server.url)
+        (copy / SHARD).unlink()
+        with pytest.raises(DatasetError, match=rf"{SHARD}: the shard is missing"):
+            Dataset(server.url)
+        server.choose = lambda _, path: "403" if path.endswith(SHARD) else ""
+        with pytest.raises(DatasetError, match=rf"{SHARD}: cannot be reached .*access is denied \(HTTP 403"):
+            Dataset(server.url)
+        (copy / "dataset_info.json").unlink()
+        with pytest.raises(DatasetError, match=r"no complete dataset here \(dataset_info.json is missing\)"):
+            Dataset(server.url)
+
+
+def test_a_shard_that_is_cut_later_is_found_at_reading(copy: Path) -> None:
+    with serve(copy, Ranges) as server:
+        records = Dataset(server.url)
+        for rest in (20, 0):
+            (copy / SHARD).write_bytes((copy / SHARD).read_bytes()[:rest])
+            with pytest.raises(DatasetError, match=rf"of its \d+ bytes the file has {rest}"):
+                records[len(records) // 2]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_passing_errors_change_nothing(
+    server: FaultProxy, local: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    seen: Counter[tuple[str, str]] = Counter()
+
+    def every_other(method: str, path: str) -> str:
+        seen[method, path] += 1
+        return fault if seen[method, path] % 2 else ""
+
+    server.choose = every_other
+    records, expected = Dataset(f"{server.url}/dataset"), Dataset(local)
+    for number in (0, 11):
+        assert records[number]["image"].tobytes() == expected[number]["image"].tobytes()
+    assert any(r.fault for r in server.requests)
+
+
+def test_a_server_that_stays_down_is_given_up(server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    server.choose = lambda *_: "503"
+    with pytest.raises(DatasetError, match=rf"failed {ATTEMPTS} times in a row \(HTTP 503"):
+        Dataset(f"{server.url}/dataset")
+    assert len(server.requests) == ATTEMPTS
+
+
+def test_images_are_read_from_there(server: FaultProxy, local: Path, tmp_path: Path) -> None:
+    image = "cohort/sub-0003.nii.gz"
+    there, here = load_volume(row_of(f"{server.url}/{image}")), load_volume(row_of(local.parent / image))
+    assert there.voxels.tobytes() == here.voxels.tobytes()
+    build(f"{server.url}/cohort/manifest.tsv", tmp_path / "out", num_shards=2)
+    assert (tmp_path / "out" / SHARD).read_bytes() == (local / SHARD).read_bytes()
+
+
+def test_a_dataset_there_is_verified_and_inspected(server: FaultProxy, run: Callable[..., str]) -> None:
+    assert run("verify", f"{server.url}/dataset").startswith("right    12 examples, 2 shards")
+    assert "12 in " in run("inspect", f"{server.url}/dataset")
+
+
+def test_nothing_is_written_and_nothing_listed_there(server: FaultProxy, local: Path) -> None:
+    url = f"{server.url}/out"
+    for access in (partial(storage.write, data=b""), storage.delete, storage.delete_tree):
+        with pytest.raises(OSError, match=rf"{url}: http:// is only read; write to the local disk"):
+            access(url)
+    with pytest.raises(OSError, match="is only read"):
+        storage.link(f"{server.url}/dataset/{SHARD}", url)
+    with pytest.raises(OSError, match="is only read"):
+        build(local.parent / "cohort/manifest.tsv", url)
+    with pytest.raises(OSError, match="does not say which files it has"):
+        storage.glob(f"{server.url}/cohort/*.nii.gz")
+    assert not storage.exists(url)
+    assert {r.method for r in server.requests} <= {"GET", "HEAD"}
