@@ -6,9 +6,10 @@ Mosaic Streaming and Hugging Face datasets without any, .npy as it is and behind
 into memory is copied, as training would. Grain reads with two threads, the others with one. What is not
 installed is named and left out; all of it is there after
 
-    pip install '.[grain,test]' datasets mosaicml-streaming
+    uv pip install '.[grain,test]' datasets mosaicml-streaming
 
-in an environment of its own. 5 GB in the temporary folder.
+in an environment of its own: pip finds no end of what these need, and 5 GB of it are the CUDA libraries of
+PyTorch, which Mosaic Streaming loads. As much goes into the temporary folder.
 
 Usage: read_peers.py [--repeat N] [--cohort-dir DIR]
 """
