@@ -22,6 +22,7 @@ from beam_nifti.errors import UsageError
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.index import read_index
 from beam_nifti.inspection import describe_dataset, format_description
+from beam_nifti.options_build import build_config
 from beam_nifti.publish import read_info
 from beam_nifti.tfrecord import decode_record
 from pipelines import build_dataset
@@ -110,7 +111,7 @@ def test_help_explains_every_flag(flag: str, capsys: pytest.CaptureFixture[str])
 def test_flags_take_dashes_and_underscores() -> None:
     dashed, _ = options.parse(["build", "m.csv", "out", "--examples-per-shard=3", "--shuffle-seed", "1"])
     under, _ = options.parse(["build", "m.csv", "out", "--examples_per_shard=3", "--shuffle_seed", "1"])
-    assert options.build_config(dashed) == options.build_config(under)
+    assert build_config(dashed) == build_config(under)
 
 
 def test_other_flags_go_to_beam_with_underscores() -> None:

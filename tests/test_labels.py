@@ -27,7 +27,8 @@ from beam_nifti.index import read_index
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
 from beam_nifti.labels import LabelValue, comparable, label_of, parse_label, read_labels
 from beam_nifti.manifest import Manifest, read_manifest
-from beam_nifti.options import build_config, parse
+from beam_nifti.options import parse
+from beam_nifti.options_build import build_config
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.tables import Problems
 from beam_nifti.tfrecord import decode_record
