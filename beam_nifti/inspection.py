@@ -23,6 +23,7 @@ from beam_nifti.index import extra_column, read_index
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import frame_id, read_manifest
 from beam_nifti.publish import read_info
+from beam_nifti.text_rows import format_rows
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
@@ -273,8 +274,10 @@ def _shape_text(shape: Iterable[int]) -> str:
 
 def format_description(description: Mapping[str, Any]) -> str:
     """A description, of a dataset or of a record, as text for the screen."""
-    rows = _record_rows(description) if "example_id" in description else _dataset_rows(description)
-    return "\n".join(f"{name:<{_NAME_WIDTH}}{text}".rstrip() for name, text in rows)
+    if "example_id" in description:
+        width = max(len(name) + 2 for name in description)
+        return format_rows(_record_rows(description), max(width, _NAME_WIDTH))
+    return format_rows(_dataset_rows(description), _NAME_WIDTH)
 
 
 def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -329,20 +332,23 @@ def _option_text(name: str, value: str | Sequence[float]) -> str:
 
 
 def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    width = max(map(len, d))
     for name, value in d.items():
-        if name == "shape":
-            text = _shape_text(value)
-        elif name == "affine":
-            rows = [" ".join(f"{n:>12.6g}" for n in value[i : i + 4]) for i in range(0, 16, 4)]
-            text = f"\n{'':<{width + 2}}".join(rows)
-        elif isinstance(value, list):
-            text = " ".join(f"{n:g}" for n in value)
-        elif name == "source_mtime":
-            text = datetime.fromtimestamp(value, UTC).isoformat(" ", "seconds")
-        else:
-            text = "" if value is None else str(value)
-        yield f"{name:<{max(width + 2, _NAME_WIDTH)}}", text
+        for number, text in enumerate(_value_lines(name, value)):
+            yield "" if number else name, text
+
+
+def _value_lines(name: str, value: Any) -> Iterator[str]:
+    if name == "shape":
+        yield _shape_text(value)
+    elif name == "affine":
+        for i in range(0, 16, 4):
+            yield " ".join(f"{n:>12.6g}" for n in value[i : i + 4])
+    elif isinstance(value, list):
+        yield " ".join(f"{n:g}" for n in value)
+    elif name == "source_mtime":
+        yield datetime.fromtimestamp(value, UTC).isoformat(" ", "seconds")
+    else:
+        yield "" if value is None else str(value)
 
 
 def _label_text(label: Mapping[str, Any]) -> str:

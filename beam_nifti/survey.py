@@ -18,6 +18,7 @@ from beam_nifti.header import require_storable
 from beam_nifti.image import image_files
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
+from beam_nifti.text_rows import format_rows
 from beam_nifti.volume import load_header
 
 MAX_PROBLEMS: Final = 1000
@@ -208,7 +209,7 @@ def make_report(
 
 def format_report(report: Mapping[str, Any]) -> str:
     """A report as text for the screen."""
-    return "\n".join(f"{name:<14}{text}" for name, text in _report_rows(report))
+    return format_rows(_report_rows(report), 14)
 
 
 def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
