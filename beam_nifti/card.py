@@ -12,7 +12,7 @@ from beam_nifti.croissant import CROISSANT_FILE, make_croissant
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.index import read_index
-from beam_nifti.inspection import describe_dataset, format_description
+from beam_nifti.inspection import describe, format_description
 from beam_nifti.publish import read_info
 
 CARD_FILE: Final = "README.md"
@@ -80,7 +80,7 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         f"# {_as_text(name)}",
         *([_as_text(about["description"])] if "description" in about else []),
         "NIfTI volumes as TFRecords, written by beam-nifti. What there is:",
-        textwrap.indent(_describe(output, folder), "    "),
+        textwrap.indent(_describe(output, info, folder), "    "),
         "`dataset_info.json` has it in full, and `index/` has a row for each record. With TensorFlow:",
         f"```python\nfrom beam_nifti.reader import load_dataset\n\n"
         f"dataset = load_dataset({folder!r}, {split!r}, shuffle=True)\n```",
@@ -96,9 +96,9 @@ def _size(num_examples: int) -> str | None:
     return next((size for limit, size in _SIZES.items() if num_examples < limit), None)
 
 
-def _describe(output: str, folder: str) -> str:
+def _describe(output: str, info: DatasetInfo, folder: str) -> str:
     """What `beam-nifti inspect` says, without the places that files have on this machine."""
-    description = describe_dataset(output) | {"path": folder}
+    description = describe(output, info) | {"path": folder}
     for name in ("manifest", "failures"):
         path = description[name]["path"]
         description[name] = {**description[name], "path": path and path.rpartition("/")[2]}

@@ -519,10 +519,11 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     out = options.out or "report.html"
     from beam_nifti.report import write_report  # after the engine, which imports Beam as it should be
 
-    progress = _progress(engine, read_info(options.output).num_examples, "record", quiet=options.quiet)
+    info = read_info(options.output)
+    progress = _progress(engine, info.num_examples, "record", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
-            summary = write_report(options.output, out, engine.options, num_pictures=options.pictures)
+            summary = write_report(options.output, info, out, engine.options, num_pictures=options.pictures)
     except RuntimeError as e:
         return _stopped(run, e, "the report stopped", "the same command starts again")
     for problem in summary.problems:

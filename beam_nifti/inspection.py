@@ -51,7 +51,19 @@ def describe_dataset(output: str) -> dict[str, Any]:
         DatasetError: there is no complete dataset, or an index of it cannot be read.
     """
     output = storage.absolute(output)
-    info = read_info(output)
+    return describe(output, read_info(output))
+
+
+def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
+    """What a dataset holds, as `describe_dataset`.
+
+    Args:
+        output: absolute path or URL of the dataset.
+        info: of the dataset.
+
+    Raises:
+        DatasetError: an index of it cannot be read.
+    """
     totals = _Totals(tuple(info.config.get("channels") or ("",)))
     of_labels = [_LabelTotals(column) for column in info.labels]
     for _, _, table in read_indexes(output, info):

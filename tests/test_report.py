@@ -21,6 +21,7 @@ from beam_nifti.appearance import look_at_record, unit_of
 from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.index import read_index
+from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.report import ReportSummary, write_report
 from beam_nifti.report_page import format_number
@@ -73,7 +74,9 @@ def write_heads(folder: Path, count: int = 24) -> Path:
 
 def report(output: Path, out: Path, *, num_pictures: int = 1000, workers: int = 1) -> ReportSummary:
     """Write a report in this process."""
-    return write_report(str(output), str(out), make_options(workers), num_pictures=num_pictures)
+    return write_report(
+        str(output), info_of(output), str(out), make_options(workers), num_pictures=num_pictures
+    )
 
 
 @pytest.fixture(scope="module")
@@ -377,10 +380,11 @@ def test_a_page_on_an_object_store(cohort: Path, tmp_path: Path, monkeypatch: py
     files = [path for path in output.rglob("*") if path.is_file()]
     objects = {f"memory://lab/dataset/{path.relative_to(output)}": (path.read_bytes(), 0.0) for path in files}
     monkeypatch.setattr(MemoryFileSystem, "objects", dict(objects))
-    write_report("memory://lab/dataset", "memory://lab/report.html", make_options(), num_pictures=10)
-    assert MemoryFileSystem.objects.keys() - objects == {"memory://lab/report.html"}
+    dataset, page = "memory://lab/dataset", "memory://lab/report.html"
+    write_report(dataset, read_info(dataset), page, make_options(), num_pictures=10)
+    assert MemoryFileSystem.objects.keys() - objects == {page}
     report(output, tmp_path / "report.html", num_pictures=10)
-    assert MemoryFileSystem.objects["memory://lab/report.html"][0] == (tmp_path / "report.html").read_bytes()
+    assert MemoryFileSystem.objects[page][0] == (tmp_path / "report.html").read_bytes()
 
 
 SUMMARIZE = """
