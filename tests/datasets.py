@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ def info_of(output: Path) -> DatasetInfo:
     """The dataset's info."""
     path = output / "dataset_info.json"
     return DatasetInfo.from_json(path.read_bytes(), str(path))
+
+
+def records_of(output: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The row of the index and the payload of each record, in the order of the dataset."""
+    for shard in info_of(output).shards:
+        table, _ = read_index(str(output / shard.index))
+        data = (output / shard.name).read_bytes()
+        for cells in table.to_pylist():
+            record = data[cells["offset"] : cells["offset"] + cells["length"]]
+            yield cells, decode_record(record, shard.name.endswith(".gz"))
 
 
 def edit_info(output: Path, edit: Callable[[dict[str, Any]], None]) -> None:

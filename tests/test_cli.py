@@ -20,12 +20,11 @@ import pytest
 from beam_nifti import __version__, cli, lock, options
 from beam_nifti.errors import UsageError
 from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.index import read_index
 from beam_nifti.inspection import describe_dataset, format_description
 from beam_nifti.options_build import build_config
 from beam_nifti.publish import read_info
-from beam_nifti.tfrecord import decode_record
 from pipelines import build_dataset
+from tests.datasets import records_of
 from tests.images import write_cohort, write_image, write_manifest
 
 Run = Callable[..., int]
@@ -48,14 +47,7 @@ def shards(output: Path) -> list[str]:
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
     """The features of every record, in the order of the dataset, by example id."""
-    found = {}
-    for shard in read_info(str(output)).shards:
-        data = (output / shard.name).read_bytes()
-        for row in read_index(str(output / shard.index))[0].to_pylist():
-            record = data[row["offset"] : row["offset"] + row["length"]]
-            payload = decode_record(record, shard.name.endswith(".gz"))
-            found[row["example_id"]] = decode_example(payload)
-    return found
+    return {cells["example_id"]: decode_example(payload) for cells, payload in records_of(output)}
 
 
 def voxels(output: Path, example_id: str = "sub-0003") -> Any:

@@ -19,11 +19,9 @@ from apache_beam.typehints import typehints
 from beam_nifti.build import open_build, plan_build
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.failures import Failure
-from beam_nifti.index import read_index
 from beam_nifti.parts import Part
 from beam_nifti.plan import ShardTask, WorkUnit
 from beam_nifti.publish import read_info
-from beam_nifti.tfrecord import decode_record
 from beam_nifti.transforms import BuildDataset, ShardOutcome
 from tests.build_helpers import (
     CUTTING_RUNNER,
@@ -38,6 +36,7 @@ from tests.build_helpers import (
     steps_of,
     watching,
 )
+from tests.datasets import records_of
 from tests.images import random_voxels, write_cohort, write_image, write_manifest
 
 COUNT = 24
@@ -286,16 +285,6 @@ def test_a_manifest_that_changes_meanwhile_publishes_nothing(tmp_path: Path) -> 
 # 7: the way back
 
 
-def records_of(output: Path) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each record's index row and features."""
-    for shard in read_info(str(output)).shards:
-        table, _ = read_index(str(output / shard.index))
-        data = (output / shard.name).read_bytes()
-        for row in table.to_pylist():
-            packed = data[row["offset"] : row["offset"] + row["length"]]
-            yield row, decode_example(decode_record(packed, shard.name.endswith(".gz")))
-
-
 def odd_images(folder: Path) -> Path:
     """Images of one shape and float32, int16, scaled and big-endian voxels."""
     affine = np.array([[-1.5, 0.1, 0, 80], [0.1, 2, 0, -120], [0, 0, 3.25, -7.5], [0, 0, 0, 1]])
@@ -324,7 +313,8 @@ def test_native_records_give_back_the_image_exactly(tmp_path: Path) -> None:
     build(manifest, tmp_path / "out", voxel_dtype="native")
     records = list(records_of(tmp_path / "out"))
     assert len(records) == 4
-    for row, features in records:
+    for row, payload in records:
+        features: dict[str, Any] = decode_example(payload)
         image = nib.load(tmp_path / row["source"])
         check_metadata(row, features, image)
         voxels = decode_tensor(features["image_raw"])
@@ -346,7 +336,8 @@ def test_float32_records_give_back_the_image_to_half_a_step(tmp_path: Path) -> N
     build(manifest, tmp_path / "out")
     records = list(records_of(tmp_path / "out"))
     assert len(records) == 5
-    for row, features in records:
+    for row, payload in records:
+        features: dict[str, Any] = decode_example(payload)
         image = nib.load(tmp_path / row["source"])
         check_metadata(row, features, image)
         values, width = image.get_fdata(), row["max"] - row["min"]

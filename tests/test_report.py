@@ -20,16 +20,14 @@ from beam_nifti import cli, options
 from beam_nifti.appearance import look_at_record, unit_of
 from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.index import read_index
 from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.report import ReportSummary, write_report
 from beam_nifti.report_page import format_number
 from beam_nifti.report_summary import MAX_OUTLIERS
-from beam_nifti.tfrecord import decode_record
 from beam_nifti.thumbnail import GRID
 from tests.build_helpers import make_options
-from tests.datasets import build_dataset, edit_record, info_of
+from tests.datasets import build_dataset, edit_record, info_of, records_of
 from tests.images import write_cohort, write_image, write_manifest
 from tests.peak import peak_mib
 
@@ -202,19 +200,6 @@ def test_ten_thousand_volumes_take_less_than_30_mb(heads: Path, page: Page, tmp_
     assert without.num_bytes + 3 * most * of_one < 30e6
 
 
-def records_of(output: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The payload and the row of the index of every record."""
-    info = info_of(output)
-    found = []
-    for shard in info.shards:
-        table, _ = read_index(str(output / shard.index))
-        content = (output / shard.name).read_bytes()
-        for cells in table.to_pylist():
-            data = content[cells["offset"] : cells["offset"] + cells["length"]]
-            found.append((decode_record(data, info.config["compression"] == "gzip"), cells))
-    return found
-
-
 @pytest.mark.parametrize(
     ("record", "unit"),
     [
@@ -233,7 +218,7 @@ def test_numbers_are_those_of_numpy(record: RecordConfig, unit: str, tmp_path: P
     output = build_dataset(write_manifest(tmp_path / "manifest.tsv", rows), tmp_path / "dataset", record)
     spec = RecordSpec.of(info_of(output))
     assert unit_of(spec) == unit
-    ((payload, cells),) = records_of(output)
+    ((cells, payload),) = records_of(output)
     row = look_at_record(payload, cells, spec)
     voxels = decode_tensor(decode_example(payload)["image_raw"]).astype(np.float64)  # type: ignore[arg-type]
     if record.voxel_dtype == "uint8":
@@ -254,7 +239,7 @@ def test_correlations_are_those_with_the_mean_of_all(heads: Path, page: Page) ->
     grids = np.array(
         [
             np.frombuffer(look_at_record(payload, cells, spec)["grid"], np.uint8)
-            for payload, cells in records_of(heads)
+            for cells, payload in records_of(heads)
         ],
         np.float64,
     )
