@@ -269,7 +269,7 @@ class _Totals:
                 )
             self.statistics.setdefault(f"{channel} {statistic}".strip(), _Numbers()).add(column)
         self.dtypes.update(table["dtype"].to_pylist())
-        self.shapes.update(map(_shape_text, table["shape"].to_pylist()))
+        self.shapes.update(map(shape_text, table["shape"].to_pylist()))
 
     def intensities(self) -> dict[str, dict[str, float | None]]:
         """Over the volumes: of each one's least, largest and mean intensity, of each of its images."""
@@ -280,7 +280,8 @@ def _counted(counter: Counter[str]) -> dict[str, int]:
     return dict(counter.most_common())
 
 
-def _shape_text(shape: Iterable[int]) -> str:
+def shape_text(shape: Iterable[int]) -> str:
+    """A shape for people to read: 91×109×91."""
     return "×".join(map(str, shape))
 
 
@@ -351,7 +352,7 @@ def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:
     if name == "shape":
-        yield _shape_text(value)
+        yield shape_text(value)
     elif name == "affine":
         for i in range(0, 16, 4):
             yield " ".join(f"{n:>12.6g}" for n in value[i : i + 4])
