@@ -398,6 +398,13 @@ def fork_server() -> ForkServer:
     return ForkServer()
 
 
+def build_apart(manifest: Path, output: Path, kill_at: int | None = None, **arguments: Any) -> Ended:
+    """A build in a process of its own, killed before one of its operations on files in the output."""
+    return fork_server().run(
+        "build", folder=output, kill_at=kill_at, manifest=manifest, output=output, **arguments
+    )
+
+
 def _build_task(**arguments: Any) -> dict[str, Any]:
     return dataclasses.asdict(build(**arguments).summary)
 

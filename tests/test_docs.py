@@ -28,7 +28,6 @@ from tests.images import row_of, write_image
 from tests.pages import README, ROOT
 
 FORMAT = ROOT / "docs/format.md"
-ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 

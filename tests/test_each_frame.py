@@ -30,7 +30,7 @@ from beam_nifti.sharding import shard_ranges
 from beam_nifti.survey import look_at
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_frames, load_header, load_volume, rescale_volume
-from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, contents, fork_server
+from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, build_apart, contents
 from tests.datasets import records_of
 from tests.images import (
     REAL_DTYPES,
@@ -262,14 +262,9 @@ def test_other_units_and_a_runner_that_cuts_everywhere(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_build_continues(manifest: Path, reference: Path, tmp_path: Path, seed: int) -> None:
-    def run(kill_at: int | None = None) -> Any:
-        return fork_server().run(
-            "build", folder=output, kill_at=kill_at, manifest=manifest, output=output, **_EACH
-        )
-
-    output = tmp_path / "out"
-    assert run(kill_at=random.Random(seed).randrange(15, 60)).was_killed
-    assert run().result["complete"]
+    output, kill_at = tmp_path / "out", random.Random(seed).randrange(15, 60)
+    assert build_apart(manifest, output, kill_at, **_EACH).was_killed
+    assert build_apart(manifest, output, **_EACH).result["complete"]
     assert_complete(output, reference)
 
 

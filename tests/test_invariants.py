@@ -29,9 +29,9 @@ from tests.build_helpers import (
     UNIT_ROWS,
     assert_complete,
     build,
+    build_apart,
     contents,
     cut_everywhere,
-    fork_server,
     make_config,
     steps_of,
     watching,
@@ -230,14 +230,8 @@ def test_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
     for count in (40, 160):
         rows = [{"path": names[i % 4], "participant_id": f"{i:04d}"} for i in range(count)]
         manifest = write_manifest(tmp_path / f"{count}.csv", rows)
-        ended = fork_server().run(
-            "build",
-            manifest=manifest,
-            output=tmp_path / f"out-{count}",
-            workers=2,
-            unit_rows=10,
-            examples_per_shard=40,
-        )
+        output = tmp_path / f"out-{count}"
+        ended = build_apart(manifest, output, workers=2, unit_rows=10, examples_per_shard=40)
         assert ended.result["num_written"] == count
         peaks.append(ended.peak_bytes)
     # The 120 further volumes are 120 MB of float32 voxels.
