@@ -60,6 +60,8 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
         load_templates()
         .get_template("view.html")
         .render(
+            style_source="unsafe-inline",
+            script_source="unsafe-inline",
             name=volume.example_id,
             facts=list(filter(None, facts)),
             viewer=_draw(values, labels, volume.affine),
