@@ -14,8 +14,9 @@ from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.example import MASK_FEATURE, SCALING_FEATURES, split_kind
 from beam_nifti.index import read_index
-from beam_nifti.inspection import describe, format_description, shape_text
+from beam_nifti.inspection import describe, format_description
 from beam_nifti.publish import read_info
+from beam_nifti.wording import size_text
 
 CARD_FILE: Final = "README.md"
 
@@ -128,7 +129,7 @@ def _feature_rows(info: DatasetInfo) -> Iterator[str]:
         kind, size = split_kind(of_feature)
         if name in tensors:
             dtype, axes = tensors[name]
-            row = name, f"tensor of {dtype}", "varies" if axes is None else shape_text(axes)
+            row = name, f"tensor of {dtype}", "varies" if axes is None else size_text(axes)
         elif kind == "bytes":
             row = name, kind, ""
         else:

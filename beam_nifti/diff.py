@@ -14,7 +14,7 @@ from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.index import OWN_NAMES
 from beam_nifti.inspection import read_indexes
 from beam_nifti.publish import read_info
-from beam_nifti.text_rows import format_rows
+from beam_nifti.wording import format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 """Columns that say where a record stands, and not what it is."""

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -23,7 +23,7 @@ from beam_nifti.index import extra_column, read_index
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import frame_id, read_manifest
 from beam_nifti.publish import read_info
-from beam_nifti.text_rows import format_rows
+from beam_nifti.wording import format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
@@ -269,7 +269,7 @@ class _Totals:
                 )
             self.statistics.setdefault(f"{channel} {statistic}".strip(), _Numbers()).add(column)
         self.dtypes.update(table["dtype"].to_pylist())
-        self.shapes.update(map(shape_text, table["shape"].to_pylist()))
+        self.shapes.update(map(size_text, table["shape"].to_pylist()))
 
     def intensities(self) -> dict[str, dict[str, float | None]]:
         """Over the volumes: of each one's least, largest and mean intensity, of each of its images."""
@@ -278,11 +278,6 @@ class _Totals:
 
 def _counted(counter: Counter[str]) -> dict[str, int]:
     return dict(counter.most_common())
-
-
-def shape_text(shape: Iterable[int]) -> str:
-    """A shape for people to read: 91×109×91."""
-    return "×".join(map(str, shape))
 
 
 def format_description(description: Mapping[str, Any]) -> str:
@@ -352,7 +347,7 @@ def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:
     if name == "shape":
-        yield shape_text(value)
+        yield size_text(value)
     elif name == "affine":
         for i in range(0, 16, 4):
             yield " ".join(f"{n:>12.6g}" for n in value[i : i + 4])

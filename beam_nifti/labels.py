@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
 from beam_nifti.tables import Problems
-from beam_nifti.text_rows import one_line
+from beam_nifti.wording import one_line
 
 NO_CLASS: Final = -1
 """Number of the class of a row that has none."""

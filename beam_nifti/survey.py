@@ -6,7 +6,7 @@ import hashlib
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -18,8 +18,8 @@ from beam_nifti.header import require_storable
 from beam_nifti.image import image_files
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
-from beam_nifti.text_rows import format_rows
 from beam_nifti.volume import load_header
+from beam_nifti.wording import format_rows, size_text
 
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
@@ -121,8 +121,8 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
         heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
     except (OSError, VolumeError) as e:
         return _refused(found, row, str(e)), None
-    found.shapes[_joined(header.shape)] = 1
-    found.spacings[_joined(round(zoom, 3) for zoom in header.zooms)] = 1
+    found.shapes[size_text(header.shape)] = 1
+    found.spacings[size_text(round(zoom, 3) for zoom in header.zooms)] = 1
     found.orientations[orientation_of(header.affine)] = 1
     found.dtypes[header.dtype_name] = 1
     found.source_bytes = size
@@ -132,7 +132,7 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     except VolumeError as e:
         return _refused(found, row, str(e)), twin
     shape = layout.stored_shape
-    found.records["?" if shape is None else _joined(shape)] = 1
+    found.records["?" if shape is None else size_text(shape)] = 1
     voxels = math.prod(shape or layout.shape)
     itemsize = layout.dtype.itemsize
     found.num_examples = 1
@@ -149,10 +149,6 @@ def _refused(found: Survey, row: VolumeRow, message: str) -> Survey:
     found.num_bad = 1
     found.problems = [ImageProblem(row.row, row.example_id, message)]
     return found
-
-
-def _joined(numbers: Iterable[float]) -> str:
-    return "×".join(f"{number:g}" for number in numbers)
 
 
 def suggest_flags(survey: Survey, record: RecordConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Rows of a name and a text, for the screen."""
+"""How what is known of data is written for people: rows, lines and sizes."""
 
 from __future__ import annotations
 
@@ -27,3 +27,12 @@ def one_line(text: str) -> str:
     left\nright
     """
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in _CONTROL else c for c in text)
+
+
+def size_text(sizes: Iterable[float]) -> str:
+    """A size along some axes, such as a shape or voxel sizes.
+
+    >>> size_text((91, 109, 91)), size_text((2.0, 2.0, 2.5))
+    ('91×109×91', '2×2×2.5')
+    """
+    return "×".join(str(size) if isinstance(size, int) else f"{size:g}" for size in sizes)
