@@ -10,12 +10,11 @@ from typing import Final
 
 from beam_nifti import storage
 from beam_nifti.croissant import CROISSANT_FILE, make_croissant
-from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.example import MASK_FEATURE, SCALING_FEATURES, split_kind
 from beam_nifti.index import read_index
 from beam_nifti.inspection import describe, format_description
-from beam_nifti.publish import read_info
 from beam_nifti.wording import size_text
 
 CARD_FILE: Final = "README.md"

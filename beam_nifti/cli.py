@@ -425,8 +425,8 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti.dataset_info import read_info
     from beam_nifti.progress import METER, no_progress, show_progress
-    from beam_nifti.publish import read_info
     from beam_nifti.verify import ALL, verify_dataset
 
     deep = None
@@ -507,8 +507,8 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
+    from beam_nifti.dataset_info import read_info
     from beam_nifti.engines import choose_engine
-    from beam_nifti.publish import read_info
 
     _require_report_extra("jinja2", "matplotlib", "PIL")
     engine = choose_engine(report_config(options), beam_flags, options.workers)

@@ -10,10 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.index import OWN_NAMES
 from beam_nifti.inspection import read_indexes
-from beam_nifti.publish import read_info
 from beam_nifti.wording import format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")

@@ -16,13 +16,12 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
-from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo
+from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column, read_index
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import frame_id, read_manifest
-from beam_nifti.publish import read_info
 from beam_nifti.wording import format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")

@@ -20,13 +20,12 @@ import apache_beam as beam
 
 from beam_nifti import storage
 from beam_nifti.appearance import look_at_record
-from beam_nifti.dataset_info import DatasetInfo, ShardInfo
+from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.memory import keep_buffers
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.progress import METER
-from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec, check_record
 from beam_nifti.report_page import make_page
 from beam_nifti.report_summary import read_failures, summarize

@@ -264,4 +264,4 @@ def test_words_that_are_no_text_are_refused(dataset: Path, card: Callable[..., s
 
 
 def test_without_a_dataset(tmp_path: Path, card: Callable[..., str]) -> None:
-    assert "no dataset here" in card(tmp_path, code=cli.FAILED)
+    assert "no complete dataset here" in card(tmp_path, code=cli.FAILED)

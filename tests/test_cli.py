@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from beam_nifti import __version__, cli, lock, options
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import UsageError
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.inspection import describe_dataset, format_description
 from beam_nifti.options_build import build_config
-from beam_nifti.publish import read_info
 from pipelines import build_dataset
 from tests.datasets import records_of
 from tests.images import write_cohort, write_image, write_manifest
@@ -240,7 +240,7 @@ def test_verify_of_a_damaged_dataset_exits_with_1(
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_no_dataset_exits_with_1(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, str(tmp_path)]) == cli.FAILED
-    assert "no dataset here" in capsys.readouterr().err
+    assert "no complete dataset here" in capsys.readouterr().err
 
 
 def test_the_entry_point_for_schedulers_is_the_same_command(cohort: Path, tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ import pytest
 
 from beam_nifti import options
 from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import read_info
 from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
 from beam_nifti.index import schema_of
 from beam_nifti.prepare import apply_function
-from beam_nifti.publish import read_info
 from beam_nifti.quantize import numpy_dtype
 from beam_nifti.volume import load_volume
 from tests import pages

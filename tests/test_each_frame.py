@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from beam_nifti import cli
 from beam_nifti.config import RecordConfig, Sharding
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError, VolumeError
 from beam_nifti.example import encode_volume
 from beam_nifti.extract import read_volume
@@ -25,7 +26,7 @@ from beam_nifti.failures import failed_frames
 from beam_nifti.inspection import describe_record
 from beam_nifti.manifest import read_manifest
 from beam_nifti.plan import SHARD_BYTES, default_sharding, record_bytes
-from beam_nifti.publish import TooManyFailures, read_info
+from beam_nifti.publish import TooManyFailures
 from beam_nifti.sharding import shard_ranges
 from beam_nifti.survey import look_at
 from beam_nifti.verify import ALL, verify_dataset

@@ -199,5 +199,5 @@ def test_index_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no dataset here"):
+    with pytest.raises(DatasetError, match="no complete dataset here"):
         describe_dataset(str(tmp_path))

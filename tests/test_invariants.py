@@ -17,11 +17,11 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.typehints import typehints
 
 from beam_nifti.build import open_build, plan_build
+from beam_nifti.dataset_info import read_info
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.failures import Failure
 from beam_nifti.parts import Part
 from beam_nifti.plan import ShardTask, WorkUnit
-from beam_nifti.publish import read_info
 from beam_nifti.transforms import BuildDataset, ShardOutcome
 from tests.build_helpers import (
     CUTTING_RUNNER,

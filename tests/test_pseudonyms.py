@@ -17,13 +17,13 @@ import pytest
 
 from beam_nifti import cli
 from beam_nifti.config import BuildConfig, Columns, Splitting
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.extract import read_volume
 from beam_nifti.failures import Failure, write_failures
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
 from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
-from beam_nifti.publish import read_info
 from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import build, build_apart
 from tests.images import brain, write_image, write_manifest

@@ -19,8 +19,8 @@ import pytest
 from beam_nifti import cli, options
 from beam_nifti.appearance import look_at_record, unit_of
 from beam_nifti.config import Columns, RecordConfig, Sharding
+from beam_nifti.dataset_info import read_info
 from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.report import ReportSummary, write_report
 from beam_nifti.report_page import format_number
@@ -396,7 +396,7 @@ def test_what_stays_of_a_record_is_a_row_of_numbers(tmp_path: Path) -> None:
 
 
 def test_no_dataset_is_no_report(tmp_path: Path, run: Callable[..., str]) -> None:
-    assert "no dataset here" in run("report", tmp_path / "nothing", code=1)
+    assert "no complete dataset here" in run("report", tmp_path / "nothing", code=1)
 
 
 def test_without_the_extra_the_command_names_it(

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from beam_nifti.dataset_info import read_info
 from beam_nifti.index import read_index
-from beam_nifti.publish import TooManyFailures, read_info
+from beam_nifti.publish import TooManyFailures
 from tests.build_helpers import (
     CUTTING_RUNNER,
     SHAPE,
