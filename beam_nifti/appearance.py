@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from beam_nifti.quantize import UINT8_LEVELS
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.rescale import Scaling, Voxels, measure
 from beam_nifti.thumbnail import axes_to_ras, block_means, draw_slices, turned, turned_zooms
+from beam_nifti.wording import size_text
 
 SCHEMA: Final = pa.schema(
     [
@@ -96,8 +97,8 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
         "example_id": cells["example_id"],
         "participant_id": cells["participant_id"],
         "labels": [_text(cells[column]) for column in label_columns(spec).values()],
-        "shape": _joined(voxels.shape),
-        "spacing": _joined(round(zoom, 3) for zoom in cells["zooms"]),
+        "shape": size_text(voxels.shape),
+        "spacing": size_text(round(zoom, 3) for zoom in cells["zooms"]),
         "orientation": "?" if turns is None else orientation_of(affine),
         "dtype": cells["dtype"],
         "extents": np.multiply(first.shape, zooms),
@@ -148,7 +149,3 @@ def _text(cell: object) -> str | None:
     if cell is None:
         return None
     return str(cell).removesuffix(".0") if isinstance(cell, float) else str(cell)
-
-
-def _joined(numbers: Iterable[float]) -> str:
-    return "×".join(f"{number:g}" for number in numbers)

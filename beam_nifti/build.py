@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from beam_nifti import lock, storage
 from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Sharding
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.errors import (
     DatasetError,
     ManifestError,
@@ -37,14 +37,7 @@ from beam_nifti.plan import (
     stored_itemsize,
 )
 from beam_nifti.prepare import prepare_volume
-from beam_nifti.publish import (
-    BuildSummary,
-    TooManyFailures,
-    find_info,
-    read_info,
-    remove_shards,
-    take_summary,
-)
+from beam_nifti.publish import BuildSummary, TooManyFailures, find_info, remove_shards, take_summary
 from beam_nifti.sharding import ShardName
 from beam_nifti.user_function import source_sha256
 from beam_nifti.volume import load_header, load_volume

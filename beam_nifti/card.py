@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from beam_nifti import storage
 from beam_nifti.croissant import CROISSANT_FILE, make_croissant
-from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError
+from beam_nifti.example import MASK_FEATURE, SCALING_FEATURES, split_kind
 from beam_nifti.index import read_index
-from beam_nifti.inspection import describe_dataset, format_description
-from beam_nifti.publish import read_info
+from beam_nifti.inspection import describe, format_description
+from beam_nifti.wording import size_text
 
 CARD_FILE: Final = "README.md"
 
 _SIZES: Final = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}
 """Hugging Face's names of numbers of examples below these."""
+
+_ID: Final = re.compile(r"[\w.+-]+")
+"""A license's id, as SPDX has them, rather than its URL or a name of several words."""
+
+_ITEM: Final = re.compile(r"^(\d*)([-.])")
+"""What Markdown may take for an item of a list, besides what it takes for something elsewhere, too."""
 
 _FURTHER: Final = {"license": "License", "citeAs": "Please cite", "url": "More"}
 
@@ -26,7 +34,9 @@ _FURTHER: Final = {"license": "License", "citeAs": "Please cite", "url": "More"}
 def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False) -> list[str]:
     """Describe a complete dataset in two files beside its dataset_info.json.
 
-    The same dataset and words give the same bytes.
+    The same dataset and words give the same bytes; so files that a run which was stopped has left are no
+    obstacle to the next. croissant.json is written last: where it is of the dataset's revision, as `verify`
+    finds out, README.md is, too.
 
     Args:
         output: folder or URL of the dataset.
@@ -38,7 +48,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
     Raises:
         DatasetError: there is no complete dataset, or nothing in it.
-        OutputError: one of the files is there already; none is written then.
+        OutputError: one of the files is there already, with other content; none is written then.
         UsageError: a word is empty, or holds what is no text.
     """
     for key, words in about.items():
@@ -49,15 +59,17 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
     if not info.shards:
         raise DatasetError(f"{output}: has no records to describe")
     about = {"name": output.rpartition("/")[2], **about}
-    paths = [storage.join(output, name) for name in (CARD_FILE, CROISSANT_FILE)]
-    for path in paths:
-        if not overwrite and storage.exists(path):
-            raise OutputError(f"{path}: is there already; --overwrite replaces it")
     index, _ = read_index(storage.join(output, info.shards[0].index))
-    texts = make_card(output, info, about), make_croissant(info, index.schema, about)
-    for path, text in zip(paths, texts, strict=True):
-        storage.write(path, text.encode())
-    return paths
+    files = {
+        storage.join(output, CARD_FILE): make_card(output, info, about).encode(),
+        storage.join(output, CROISSANT_FILE): make_croissant(info, index.schema, about).encode(),
+    }
+    for path, content in files.items():
+        if not overwrite and storage.exists(path) and storage.read(path) != content:
+            raise OutputError(f"{path}: is there already; --overwrite replaces it")
+    for path, content in files.items():
+        storage.write(path, content)
+    return list(files)
 
 
 def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
@@ -71,7 +83,7 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
     name, split = about["name"], next(iter(info.splits))
     folder = output.rpartition("/")[2]
     header = {"pretty_name": name, "tags": ["nifti", "tfrecord"]}
-    header |= {"license": about["license"]} if "license" in about else {}
+    header |= _license(about["license"]) if "license" in about else {}
     header |= {"size_categories": [size]} if (size := _size(info.num_examples)) else {}
     # JSON is YAML, whatever a name holds.
     yaml = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in header.items())
@@ -80,8 +92,11 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         f"# {_as_text(name)}",
         *([_as_text(about["description"])] if "description" in about else []),
         "NIfTI volumes as TFRecords, written by beam-nifti. What there is:",
-        textwrap.indent(_describe(output, folder), "    "),
-        "`dataset_info.json` has it in full, and `index/` has a row for each record. With TensorFlow:",
+        textwrap.indent(_describe(output, info, folder), "    "),
+        "`dataset_info.json` has it in full, and `index/` has a row for each record. Records are "
+        "`tf.train.Example`s of these features, of which the tensors are serialized:",
+        "\n".join(("| feature | dtype | shape |", "|---|---|---|", *_feature_rows(info))),
+        "With TensorFlow:",
         f"```python\nfrom beam_nifti.reader import load_dataset\n\n"
         f"dataset = load_dataset({folder!r}, {split!r}, shuffle=True)\n```",
         "With PyTorch, or by number:",
@@ -96,9 +111,35 @@ def _size(num_examples: int) -> str | None:
     return next((size for limit, size in _SIZES.items() if num_examples < limit), None)
 
 
-def _describe(output: str, folder: str) -> str:
+def _license(words: str) -> dict[str, str]:
+    """As the hub has licenses: one of its ids, which are in lower case, or another's name or page."""
+    if _ID.fullmatch(words):
+        return {"license": words.lower()}
+    return {"license": "other", "license_link" if "://" in words else "license_name": words}
+
+
+def _feature_rows(info: DatasetInfo) -> Iterator[str]:
+    tensors = {
+        "image_raw": (info.dtype, info.shape),
+        MASK_FEATURE: (info.config.get("mask_dtype"), info.shape and info.shape[:3]),
+    }
+    is_native = info.config["voxel_dtype"] == "native"
+    for name, of_feature in info.features.items():
+        kind, size = split_kind(of_feature)
+        if name in tensors:
+            dtype, axes = tensors[name]
+            row = name, f"tensor of {dtype}", "varies" if axes is None else size_text(axes)
+        elif kind == "bytes":
+            row = name, kind, ""
+        else:
+            row = name, "float32" if kind == "float" else kind, str(size or 1)
+        if is_native or name not in SCALING_FEATURES:
+            yield f"| {' | '.join(map(_as_text, row))} |"
+
+
+def _describe(output: str, info: DatasetInfo, folder: str) -> str:
     """What `beam-nifti inspect` says, without the places that files have on this machine."""
-    description = describe_dataset(output) | {"path": folder}
+    description = describe(output, info) | {"path": folder}
     for name in ("manifest", "failures"):
         path = description[name]["path"]
         description[name] = {**description[name], "path": path and path.rpartition("/")[2]}
@@ -108,4 +149,5 @@ def _describe(output: str, folder: str) -> str:
 def _as_text(words: str) -> str:
     """Words in which Markdown and HTML find nothing to do."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|~$" else c for c in " ".join(words.split()))
+    escaped = _ITEM.sub(r"\1\\\2", escaped)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

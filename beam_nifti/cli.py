@@ -25,6 +25,10 @@ from beam_nifti.errors import (
     OutputError,
     UsageError,
 )
+from beam_nifti.options_build import build_config, check_config
+from beam_nifti.options_common import choose_workers
+from beam_nifti.options_dataset import report_config
+from beam_nifti.options_manifest import chosen_entities
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
 
 if TYPE_CHECKING:
@@ -198,7 +202,7 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
             options.folder,
             options.suffix,
             folder,
-            entities=command_line.chosen_entities(options),
+            entities=chosen_entities(options),
             label=options.label,
             columns=options.column or (),
             all_images=options.all_images,
@@ -220,7 +224,7 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
 def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
     manifest, output = storage.absolute(options.manifest), storage.absolute(options.output)
     run.know(dry_run=options.dry_run, manifest=manifest, output=output)
-    config = command_line.build_config(options)
+    config = build_config(options)
     if options.dry_run and not beam_flags:
         return _dry_run(run, config)  # sooner, as it needs no Beam
     from beam_nifti.build import open_build
@@ -393,7 +397,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     from beam_nifti.manifest import read_manifest
     from beam_nifti.survey import format_report
 
-    engine = choose_engine(command_line.check_config(options), beam_flags, options.workers)
+    engine = choose_engine(check_config(options), beam_flags, options.workers)
     if not engine.is_local and options.out is None:
         raise UsageError(
             "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
@@ -425,8 +429,8 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    from beam_nifti.dataset_info import read_info
     from beam_nifti.progress import METER, no_progress, show_progress
-    from beam_nifti.publish import read_info
     from beam_nifti.verify import ALL, verify_dataset
 
     deep = None
@@ -446,7 +450,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             manifest=options.manifest,
             anonymous_ids=options.anonymous_ids,
             deep=deep,
-            workers=options.workers,
+            workers=choose_workers(options),
             on_progress=METER.add,
         )
     run.know(
@@ -507,11 +511,11 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
+    from beam_nifti.dataset_info import read_info
     from beam_nifti.engines import choose_engine
-    from beam_nifti.publish import read_info
 
     _require_report_extra("jinja2", "matplotlib", "PIL")
-    engine = choose_engine(command_line.report_config(options), beam_flags, options.workers)
+    engine = choose_engine(report_config(options), beam_flags, options.workers)
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and options.out is None:
@@ -519,10 +523,11 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     out = options.out or "report.html"
     from beam_nifti.report import write_report  # after the engine, which imports Beam as it should be
 
-    progress = _progress(engine, read_info(options.output).num_examples, "record", quiet=options.quiet)
+    info = read_info(options.output)
+    progress = _progress(engine, info.num_examples, "record", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
-            summary = write_report(options.output, out, engine.options, num_pictures=options.pictures)
+            summary = write_report(options.output, info, out, engine.options, num_pictures=options.pictures)
     except RuntimeError as e:
         return _stopped(run, e, "the report stopped", "the same command starts again")
     for problem in summary.problems:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
+from beam_nifti import storage
 from beam_nifti.config import FORMAT_VERSION, LabelColumn, RecordConfig
 from beam_nifti.errors import DatasetError
 
@@ -24,7 +25,7 @@ _NEEDS: Final = {
 
 
 def no_dataset(output: str, error: FileNotFoundError | None = None) -> DatasetError:
-    """What to tell a reader where dataset_info.json is missing.
+    """What to tell where dataset_info.json is missing.
 
     Args:
         output: where it was looked for, local or a URL.
@@ -226,3 +227,20 @@ class DatasetInfo:
             return cls(**facts)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise DatasetError(f"{path}: not a dataset's info: {e!r}; rebuild the dataset") from e
+
+
+def read_info(output: str) -> DatasetInfo:
+    """What the dataset_info.json of a complete dataset says.
+
+    Args:
+        output: the dataset's folder, local or a URL.
+
+    Raises:
+        DatasetError: there is none, or it is damaged.
+        OSError: it cannot be reached.
+    """
+    path = storage.join(output, FILE_NAME)
+    try:
+        return DatasetInfo.from_json(storage.read(path), path)
+    except FileNotFoundError as e:
+        raise no_dataset(output, e) from e

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti import storage
-from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.index import OWN_NAMES
 from beam_nifti.inspection import read_indexes
-from beam_nifti.publish import read_info
+from beam_nifti.wording import format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 """Columns that say where a record stands, and not what it is."""
@@ -139,7 +139,7 @@ def diff_as_json(diff: DatasetDiff) -> dict[str, Any]:
 
 def format_diff(diff: DatasetDiff) -> str:
     """A comparison as text for the screen."""
-    return "\n".join(f"{name:<10}{text}" for name, text in _lines(diff))
+    return format_rows(_lines(diff), 10)
 
 
 def _lines(diff: DatasetDiff) -> Iterator[tuple[str, str]]:

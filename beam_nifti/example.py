@@ -169,6 +169,16 @@ def feature_kinds(record: RecordConfig) -> dict[str, str]:
     return dict(sorted(kinds.items()))
 
 
+def split_kind(kind: str) -> tuple[str, int | None]:
+    """The type and the number of values of a feature, by its kind.
+
+    >>> split_kind("float[16]"), split_kind("int64")
+    (('float', 16), ('int64', None))
+    """
+    name, _, size = kind.rstrip("]").partition("[")
+    return name, int(size) if size else None
+
+
 def label_feature(name: str) -> str:
     """The feature of a column of labels."""
     return f"label/{name}"

@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.image_names import stem_of
 from beam_nifti.inspection import describe_records
 from beam_nifti.nifti_writer import require_nifti_name, write_nifti
-from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec, check_record
 from beam_nifti.rescale import Ends, Scaling, Voxels, restore_units
 from beam_nifti.tfrecord import decode_record

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from beam_nifti import storage
+from beam_nifti.background import in_background
 from beam_nifti.parts import parts_folder
 from beam_nifti.plan import BuildPlan
 from beam_nifti.progress import Meter, show_progress
@@ -123,17 +123,11 @@ def follow_build(plan: BuildPlan) -> Iterator[None]:
         meter.reset(max(meter.volumes, seen.num_volumes - kept), kept, seen.num_shards)
         return seen.pause
 
-    def watch() -> None:
-        while not stop.wait(look()):
-            pass
+    def watch() -> Iterator[float]:
+        while True:
+            yield look()
 
-    stop = threading.Event()
-    thread = threading.Thread(target=watch, name="follow", daemon=True)
     with show_progress(plan.num_examples, meter=meter):
-        thread.start()
-        try:
+        with in_background(watch(), "follow"):
             yield
-        finally:
-            stop.set()
-            thread.join()
         look()  # the end

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
-from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo
+from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column, read_index
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import frame_id, read_manifest
-from beam_nifti.publish import read_info
+from beam_nifti.wording import format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
@@ -50,7 +50,19 @@ def describe_dataset(output: str) -> dict[str, Any]:
         DatasetError: there is no complete dataset, or an index of it cannot be read.
     """
     output = storage.absolute(output)
-    info = read_info(output)
+    return describe(output, read_info(output))
+
+
+def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
+    """What a dataset holds, as `describe_dataset`.
+
+    Args:
+        output: absolute path or URL of the dataset.
+        info: of the dataset.
+
+    Raises:
+        DatasetError: an index of it cannot be read.
+    """
     totals = _Totals(tuple(info.config.get("channels") or ("",)))
     of_labels = [_LabelTotals(column) for column in info.labels]
     for _, _, table in read_indexes(output, info):
@@ -256,7 +268,7 @@ class _Totals:
                 )
             self.statistics.setdefault(f"{channel} {statistic}".strip(), _Numbers()).add(column)
         self.dtypes.update(table["dtype"].to_pylist())
-        self.shapes.update(map(_shape_text, table["shape"].to_pylist()))
+        self.shapes.update(map(size_text, table["shape"].to_pylist()))
 
     def intensities(self) -> dict[str, dict[str, float | None]]:
         """Over the volumes: of each one's least, largest and mean intensity, of each of its images."""
@@ -267,14 +279,12 @@ def _counted(counter: Counter[str]) -> dict[str, int]:
     return dict(counter.most_common())
 
 
-def _shape_text(shape: Iterable[int]) -> str:
-    return "×".join(map(str, shape))
-
-
 def format_description(description: Mapping[str, Any]) -> str:
     """A description, of a dataset or of a record, as text for the screen."""
-    rows = _record_rows(description) if "example_id" in description else _dataset_rows(description)
-    return "\n".join(f"{name:<{_NAME_WIDTH}}{text}".rstrip() for name, text in rows)
+    if "example_id" in description:
+        width = max(len(name) + 2 for name in description)
+        return format_rows(_record_rows(description), max(width, _NAME_WIDTH))
+    return format_rows(_dataset_rows(description), _NAME_WIDTH)
 
 
 def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -329,20 +339,23 @@ def _option_text(name: str, value: str | Sequence[float]) -> str:
 
 
 def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    width = max(map(len, d))
     for name, value in d.items():
-        if name == "shape":
-            text = _shape_text(value)
-        elif name == "affine":
-            rows = [" ".join(f"{n:>12.6g}" for n in value[i : i + 4]) for i in range(0, 16, 4)]
-            text = f"\n{'':<{width + 2}}".join(rows)
-        elif isinstance(value, list):
-            text = " ".join(f"{n:g}" for n in value)
-        elif name == "source_mtime":
-            text = datetime.fromtimestamp(value, UTC).isoformat(" ", "seconds")
-        else:
-            text = "" if value is None else str(value)
-        yield f"{name:<{max(width + 2, _NAME_WIDTH)}}", text
+        for number, text in enumerate(_value_lines(name, value)):
+            yield "" if number else name, text
+
+
+def _value_lines(name: str, value: Any) -> Iterator[str]:
+    if name == "shape":
+        yield size_text(value)
+    elif name == "affine":
+        for i in range(0, 16, 4):
+            yield " ".join(f"{n:>12.6g}" for n in value[i : i + 4])
+    elif isinstance(value, list):
+        yield " ".join(f"{n:g}" for n in value)
+    elif name == "source_mtime":
+        yield datetime.fromtimestamp(value, UTC).isoformat(" ", "seconds")
+    else:
+        yield "" if value is None else str(value)
 
 
 def _label_text(label: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
 from beam_nifti.tables import Problems
+from beam_nifti.wording import one_line
 
 NO_CLASS: Final = -1
 """Number of the class of a row that has none."""
@@ -136,7 +137,7 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
 
 def name_classes(classes: Sequence[str], most: int) -> str:
     """Classes for people to read: the first ones, where there are more than `most`."""
-    return ", ".join(classes[:most]) + (", …" if len(classes) > most else "")
+    return ", ".join(map(one_line, classes[:most])) + (", …" if len(classes) > most else "")
 
 
 def number_of(label: LabelValue) -> float | None:

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from beam_nifti import storage
+from beam_nifti.background import in_background
 from beam_nifti.errors import OutputBusyError
 
 LOCK_FILE: Final = ".lock"
@@ -76,22 +76,19 @@ def _lease(path: str) -> Iterator[None]:
         _refuse_held(path, _parse(found))
     _write(path, token, version)
     _require_own(path, token)
-    stop = threading.Event()
-    thread = threading.Thread(target=_keep, args=(path, token, stop), name="lease", daemon=True)
-    thread.start()
     try:
-        yield
-        _require_own(path, token)
+        with in_background(_keep(path, token), "lease"):
+            yield
+            _require_own(path, token)
     finally:
-        stop.set()
-        thread.join()
         if _holder(path).get("token") == token:
             storage.delete(path)
 
 
-def _keep(path: str, token: str, stop: threading.Event) -> None:
-    """Renew a lease until told to stop, or until it is another build's."""
-    while not stop.wait(_RENEW_SECONDS):
+def _keep(path: str, token: str) -> Iterator[float]:
+    """Renew a lease, now and then, until it is another build's."""
+    while True:
+        yield _RENEW_SECONDS
         with contextlib.suppress(OSError):  # tried again; the end of the build looks whether it held
             found, version = storage.read_version(path)
             if _parse(found).get("token") != token:

@@ -17,6 +17,7 @@ from typing import Final
 from tqdm import tqdm
 
 from beam_nifti import logs
+from beam_nifti.background import in_background
 
 
 @dataclass
@@ -98,18 +99,15 @@ def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Ite
             else:
                 _log_line(meter, total, unit, elapsed)
 
-        def follow() -> None:
-            while not stop.wait(_BAR_SECONDS if is_terminal else _LINE_SECONDS):
+        def follow() -> Iterator[float]:
+            while True:
+                yield _BAR_SECONDS if is_terminal else _LINE_SECONDS
                 refresh()
 
-        stop = threading.Event()
-        thread = threading.Thread(target=follow, name="progress", daemon=True)
-        thread.start()
         try:
-            yield
+            with in_background(follow(), "progress"):
+                yield
         finally:
-            stop.set()
-            thread.join()
             if is_terminal:
                 refresh()
 

@@ -10,8 +10,8 @@ from typing import Final
 
 from beam_nifti import storage
 from beam_nifti.config import VERSIONED
-from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
-from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError
+from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo, read_info
+from beam_nifti.errors import BeamNiftiError, ShardError
 from beam_nifti.example import feature_kinds
 from beam_nifti.failures import Failure, write_failures
 from beam_nifti.metrics import Metrics
@@ -61,24 +61,6 @@ class TooManyFailures(BeamNiftiError):
         """How many failed of how many."""
         failed, total = self.summary.num_failed, self.summary.num_failed + self.summary.num_written
         return f"{failed} of {total} volumes failed, more than --max-bad-fraction allows"
-
-
-def read_info(output: str) -> DatasetInfo:
-    """The info of a complete dataset.
-
-    Raises:
-        DatasetError: there is none, or it is damaged.
-    """
-    path = storage.join(output, FILE_NAME)
-    try:
-        return DatasetInfo.from_json(storage.read(path), path)
-    except FileNotFoundError as e:
-        if storage.exists(storage.join(output, BUILD_FOLDER)):
-            raise DatasetError(
-                f"{output}: the build of this dataset is not complete; run the same "
-                "`beam-nifti build` again, it continues where it stopped"
-            ) from e
-        raise DatasetError(f"{output}: no dataset here ({FILE_NAME} is missing)") from e
 
 
 def find_info(output: str) -> DatasetInfo | None:

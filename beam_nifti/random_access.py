@@ -23,9 +23,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
+from beam_nifti import dataset_info, storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, no_dataset
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.example import decode_doubles, decode_example, decode_tensor, scaling_of
 from beam_nifti.index import read_index
@@ -453,21 +453,11 @@ def _rescale_image(voxels: Voxels, scaling: Scaling, ends: Ends | None, config: 
 
 
 def read_info(output: str) -> DatasetInfo:
-    """What the dataset_info.json of a complete dataset says.
-
-    Args:
-        output: the dataset's folder, local or a URL.
-
-    Raises:
-        DatasetError: there is none, it is damaged, or it cannot be reached.
-    """
-    path = storage.join(output, FILE_NAME)
+    """What `dataset_info.read_info` gives; a store that cannot be reached is a DatasetError, too."""
     try:
-        return DatasetInfo.from_json(storage.read(path), path)
-    except FileNotFoundError as e:
-        raise no_dataset(output, e) from e
+        return dataset_info.read_info(output)
     except OSError as e:
-        raise DatasetError(f"{path}: cannot be reached ({e})") from e
+        raise DatasetError(f"{storage.join(output, FILE_NAME)}: cannot be reached ({e})") from e
 
 
 def default_columns(info: DatasetInfo) -> tuple[str, ...]:

@@ -150,28 +150,24 @@ def load_dataset(
         }
         _refuse(asked, f"needs a dataset_info.json, and files of layout={layout!r} have none; leave it out")
         return read_files(folder, layout, batching, shuffle=shuffle, seed=seed, repeat=epochs)
-    is_sequential = (engine or _choose_engine(folder, any(asked.values()), as_dict)) == "sequential"
-    if is_sequential:
+    if (engine or _choose_engine(folder, any(asked.values()), as_dict)) == "sequential":
         _refuse(asked, "needs the index, and engine is 'sequential'; leave engine out")
-    folder = folder if is_sequential else storage.absolute(folder)
-    info = reader_graph.read_info(folder) if is_sequential else read_info(folder)
-    names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
-    if is_sequential:
+        info = reader_graph.read_info(folder)
+        names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
         examples = reader_graph.read_examples(
             folder, info, split, names, batching, shuffle=shuffle, seed=seed, repeat=epochs
         )
     else:
+        folder, skips = storage.absolute(folder), on_error == "skip"
+        info = read_info(folder)
+        names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
         records = Dataset.of_info(folder, info, split, where=where, columns=names)
         resumes = "start" if start else "start_state" if start_state is not None else None
         order = _make_order(len(records), batching, shuffle, seed, shard, resumes)
         if start_state is not None:
-            if start or on_error == "skip":
-                other = "start" if start else "on_error='skip', which leaves batches uncounted,"
-                raise UsageError(f"start_state and {other} do not go together; leave one of them out")
+            _check_start_alone(start, skips)
             start = check_state(folder, start_state, describe_state(info, split, where, order, 0))
-        examples = read_indexed(
-            records, order, batching, repeat=epochs, start=start, skips=on_error == "skip"
-        )
+        examples = read_indexed(records, order, batching, repeat=epochs, start=start, skips=skips)
     return examples.map(pack)
 
 
@@ -364,6 +360,13 @@ def _make_order(
         )
     chosen = _choose_seed(seed) if shuffle else None
     return Order(count, batching.size or 1, batching.drop_remainder, chosen, host, num_hosts)
+
+
+def _check_start_alone(start: int, skips: bool) -> None:
+    """Refuse, beside `start_state`, what says otherwise where to start."""
+    if start or skips:
+        other = "start" if start else "on_error='skip', which leaves batches uncounted,"
+        raise UsageError(f"start_state and {other} do not go together; leave one of them out")
 
 
 def _refuse(asked: Mapping[str, bool], reason: str) -> None:

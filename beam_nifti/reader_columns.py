@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError
+from beam_nifti.example import split_kind
 from beam_nifti.index import schema_of
 from beam_nifti.random_access import Element
 
@@ -198,8 +199,8 @@ def _describe(name: str, info: DatasetInfo, num_channels: int | None) -> Column:
 
 def parse_kind(kind: str) -> tuple[tf.DType, tuple[int, ...]]:
     """Dtype and shape of a feature, of its kind such as "float[16]"."""
-    name, _, size = kind.rstrip("]").partition("[")
-    return _FEATURE_DTYPES[name], (int(size),) if size else ()
+    name, size = split_kind(kind)
+    return _FEATURE_DTYPES[name], () if size is None else (size,)
 
 
 def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:

@@ -20,13 +20,12 @@ import apache_beam as beam
 
 from beam_nifti import storage
 from beam_nifti.appearance import look_at_record
-from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.memory import keep_buffers
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.progress import METER
-from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec, check_record
 from beam_nifti.report_page import make_page
 from beam_nifti.report_summary import read_failures, summarize
@@ -102,22 +101,24 @@ class ReportSummary:
     num_bytes: int
 
 
-def write_report(output: str, out: str, options: PipelineOptions, *, num_pictures: int) -> ReportSummary:
+def write_report(
+    output: str, info: DatasetInfo, out: str, options: PipelineOptions, *, num_pictures: int
+) -> ReportSummary:
     """Look at every record of a dataset and write a page about it.
 
     Args:
         output: folder or URL of the dataset.
+        info: of the dataset.
         out: path or URL of the page; replaced if it is there. On a cluster the workers must reach it, as
             they write beside it.
         options: Beam's.
         num_pictures: records to show besides the outliers, evenly spread.
 
     Raises:
-        DatasetError: there is no complete dataset, or its failures.jsonl is damaged.
+        DatasetError: its configuration is not one that this version knows, or failures.jsonl is damaged.
         OSError: the page cannot be written.
     """
     output, out = storage.absolute(output), storage.absolute(out)
-    info = read_info(output)
     try:
         spec = RecordSpec.of(info)
     except (UsageError, KeyError, TypeError) as e:

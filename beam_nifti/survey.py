@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from beam_nifti.image import image_files
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
 from beam_nifti.volume import load_header
+from beam_nifti.wording import format_rows, size_text
 
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
@@ -119,8 +120,8 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
         heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
     except (OSError, VolumeError) as e:
         return _refused(found, row, str(e)), None
-    found.shapes[_joined(header.shape)] = 1
-    found.spacings[_joined(round(zoom, 3) for zoom in header.zooms)] = 1
+    found.shapes[size_text(header.shape)] = 1
+    found.spacings[size_text(round(zoom, 3) for zoom in header.zooms)] = 1
     found.orientations[orientation_of(header.affine)] = 1
     found.dtypes[header.dtype_name] = 1
     found.source_bytes = size
@@ -130,7 +131,7 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     except VolumeError as e:
         return _refused(found, row, str(e)), twin
     shape = layout.stored_shape
-    found.records["?" if shape is None else _joined(shape)] = 1
+    found.records["?" if shape is None else size_text(shape)] = 1
     voxels = math.prod(shape or layout.shape)
     itemsize = layout.dtype.itemsize
     found.num_examples = 1
@@ -147,10 +148,6 @@ def _refused(found: Survey, row: VolumeRow, message: str) -> Survey:
     found.num_bad = 1
     found.problems = [ImageProblem(row.row, row.example_id, message)]
     return found
-
-
-def _joined(numbers: Iterable[float]) -> str:
-    return "×".join(f"{number:g}" for number in numbers)
 
 
 def suggest_flags(survey: Survey, record: RecordConfig) -> list[str]:
@@ -218,7 +215,7 @@ def format_report(report: Mapping[str, Any], *, is_mixed: bool) -> str:
         report: of `make_report`.
         is_mixed: whether a build would leave out images for being unlike the first one.
     """
-    return "\n".join(f"{name:<14}{text}" for name, text in _report_rows(report, is_mixed))
+    return format_rows(_report_rows(report, is_mixed), 14)
 
 
 def _report_rows(r: Mapping[str, Any], is_mixed: bool) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.croissant import CROISSANT_FILE, check_croissant
-from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo
+from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, read_info
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
 from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column
@@ -28,7 +28,6 @@ from beam_nifti.memory import keep_buffers
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
-from beam_nifti.publish import read_info
 from beam_nifti.record_checks import RecordSpec, check_record, check_source
 from beam_nifti.shard_pass import ShardPass, StoredRecord
 from beam_nifti.table_checks import (

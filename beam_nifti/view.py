@@ -16,6 +16,7 @@ import numpy.typing as npt
 from beam_nifti.errors import UsageError
 from beam_nifti.extract import StoredVolume
 from beam_nifti.templates import load_templates
+from beam_nifti.wording import size_text
 
 _WINDOW: Final = (0.5, 99.5)
 """Percentiles of the voxels that are drawn black and white."""
@@ -50,8 +51,8 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
         raise _not_drawn(volume, "has intensities beyond float32")
     labels = volume.of_mask().voxels if with_mask else None
     facts = [
-        "×".join(map(str, values.shape)) + " voxels",
-        "×".join(f"{zoom:g}" for zoom in volume.zooms) + " mm",
+        size_text(values.shape) + " voxels",
+        size_text(volume.zooms) + " mm",
         f"channel {channel} of {volume.voxels.shape[3]}" if channel is not None else "",
         f"{values.min():g} to {values.max():g}",
         f"mask labels {_listed(np.unique(labels).tolist())}" if labels is not None else "",
@@ -60,6 +61,8 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
         load_templates()
         .get_template("view.html")
         .render(
+            style_source="unsafe-inline",
+            script_source="unsafe-inline",
             name=volume.example_id,
             facts=list(filter(None, facts)),
             viewer=_draw(values, labels, volume.affine),

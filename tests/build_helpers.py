@@ -30,10 +30,11 @@ from apache_beam.transforms.core import _MultiParDo
 
 from beam_nifti.build import open_build, run_build
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
+from beam_nifti.dataset_info import read_info
 from beam_nifti.index import read_index
 from beam_nifti.merge import merge_parts
 from beam_nifti.parts import Part
-from beam_nifti.publish import BuildSummary, read_info
+from beam_nifti.publish import BuildSummary
 from beam_nifti.sharding import ShardName
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -396,6 +397,13 @@ class ForkServer:
 def fork_server() -> ForkServer:
     """The one server of this test run."""
     return ForkServer()
+
+
+def build_apart(manifest: Path, output: Path, kill_at: int | None = None, **arguments: Any) -> Ended:
+    """A build in a process of its own, killed before one of its operations on files in the output."""
+    return fork_server().run(
+        "build", folder=output, kill_at=kill_at, manifest=manifest, output=output, **arguments
+    )
 
 
 def _build_task(**arguments: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_nifti.build import open_build, run_build
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.index import read_index, write_index
 from beam_nifti.tfrecord import decode_record, encode_record
 
@@ -34,8 +34,17 @@ def build_dataset(manifest: Path, output: Path, record: RecordConfig | None = No
 
 def info_of(output: Path) -> DatasetInfo:
     """The dataset's info."""
-    path = output / "dataset_info.json"
-    return DatasetInfo.from_json(path.read_bytes(), str(path))
+    return read_info(str(output))
+
+
+def records_of(output: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The row of the index and the payload of each record, in the order of the dataset."""
+    for shard in info_of(output).shards:
+        table, _ = read_index(str(output / shard.index))
+        data = (output / shard.name).read_bytes()
+        for cells in table.to_pylist():
+            record = data[cells["offset"] : cells["offset"] + cells["length"]]
+            yield cells, decode_record(record, shard.name.endswith(".gz"))
 
 
 def edit_info(output: Path, edit: Callable[[dict[str, Any]], None]) -> None:

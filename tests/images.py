@@ -124,6 +124,11 @@ def write_manifest(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     return path
 
 
+def name_of(number: int) -> str:
+    """The file of an image of a cohort."""
+    return f"sub-{number:04d}.nii.gz"
+
+
 def write_cohort(
     folder: Path,
     count: int,
@@ -146,9 +151,8 @@ def write_cohort(
     """
     rows = []
     for i in range(first + count):
-        name = f"sub-{i:04d}.nii.gz"
         if i >= first:
-            write_image(folder / name, brain(shape, seed=i))
-        cells = {"participant_id": f"sub-{i:04d}", "path": name, "label": i, "age": 20 + i}
+            write_image(folder / name_of(i), brain(shape, seed=i))
+        cells = {"participant_id": f"sub-{i:04d}", "path": name_of(i), "label": i, "age": 20 + i}
         rows.append(cells | ({"split": split[i % len(split)]} if split else {}))
     return write_manifest(folder / "manifest.tsv", rows)

@@ -37,6 +37,7 @@ import numpy as np
 
 from beam_nifti import cli, options
 from beam_nifti.errors import BeamNiftiError
+from beam_nifti.options_build import build_config, check_config
 from tests.images import brain, write_image, write_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +223,7 @@ def _check_command(words: list[str], place: str) -> None:
     try:
         given, _ = options.parse(words[1:])
         if given.command in ("build", "check"):
-            (options.build_config if given.command == "build" else options.check_config)(given)
+            (build_config if given.command == "build" else check_config)(given)
     except (SystemExit, BeamNiftiError) as e:
         raise AssertionError(f"{place}: {shlex.join(words)}: {e}") from e
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from beam_nifti import cli
-from beam_nifti.config import Columns
+from beam_nifti.config import Columns, RecordConfig
+from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.index import read_index
-from tests.datasets import build_dataset, info_of
+from tests.datasets import build_dataset, info_of, records_of
 from tests.images import brain, write_cohort, write_image, write_manifest
 
 NASTY = "a | <b>`x`: \"y\" # \\ 'z'"
@@ -129,7 +132,7 @@ def test_words_are_escaped_and_nobody_is_named(dataset: Path, card: Callable[...
     assert yaml.safe_load(header) == {
         "pretty_name": NASTY,
         "tags": ["nifti", "tfrecord"],
-        "license": "CC0-1.0",
+        "license": "cc0-1.0",
         "size_categories": ["n<1K"],
     }
     assert "# a \\| &lt;b&gt;\\`x\\`: \"y\" \\# \\\\ 'z'\n\nOf \\*us\\*\n" in body
@@ -140,6 +143,71 @@ def test_words_are_escaped_and_nobody_is_named(dataset: Path, card: Callable[...
     )
     assert "secret" not in text
     assert str(dataset.parent) not in text + (dataset / "croissant.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "header"),
+    [
+        ("CC-BY-4.0", {"license": "cc-by-4.0"}),
+        ("https://example.org/X", {"license": "other", "license_link": "https://example.org/X"}),
+        ("Of Lyon only", {"license": "other", "license_name": "Of Lyon only"}),
+    ],
+)
+def test_a_license_is_as_the_hub_has_it_and_else_as_it_was_given(
+    dataset: Path, card: Callable[..., str], given: str, header: dict[str, str]
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    card(dataset, f"--license={given}")
+    text = (dataset / "README.md").read_text()
+    said = yaml.safe_load(text.split("---\n")[1])
+    assert {key: value for key, value in said.items() if key.startswith("license")} == header
+    assert f"License: {given}\n" in text
+    assert json.loads((dataset / "croissant.json").read_text())["license"] == given
+
+
+def test_a_description_is_a_paragraph(dataset: Path, card: Callable[..., str]) -> None:
+    markdown = pytest.importorskip("markdown_it").MarkdownIt()
+    for words in ("- one", "1. one", "12) one", "+ one", "* one", "> one", "# one", "---", "1.5-2.5 T"):
+        card(dataset, f"--description={words}", "--overwrite")
+        page = markdown.render((dataset / "README.md").read_text().split("---\n", 2)[2])
+        assert f"<p>{html.escape(words)}</p>" in page
+
+
+def test_what_a_run_left_that_was_stopped_is_no_obstacle(dataset: Path, card: Callable[..., str]) -> None:
+    card(dataset, "--name=A")
+    whole = (dataset / "croissant.json").read_bytes()
+    (dataset / "croissant.json").unlink()
+    assert "README.md: is there already" in card(dataset, "--name=B", code=cli.USAGE)
+    assert not (dataset / "croissant.json").exists()
+    card(dataset, "--name=A")
+    assert (dataset / "croissant.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("voxel_dtype", ["float32", "native"])
+def test_the_features_are_those_of_the_records(
+    tmp_path: Path, card: Callable[..., str], voxel_dtype: str
+) -> None:
+    rows = [{"path": f"{i}.nii", "mask": "mask.nii", "side": "left", "a|b": i} for i in range(2)]
+    for row in rows:
+        write_image(tmp_path / row["path"], brain(), slope=0.5)
+    write_image(tmp_path / "mask.nii", (brain() > 0).astype(np.uint8))
+    manifest = write_manifest(tmp_path / "manifest.csv", rows)
+    columns, record = Columns(label="side,a|b", mask="mask"), RecordConfig(voxel_dtype=voxel_dtype)
+    dataset = build_dataset(manifest, tmp_path / "out", record, columns=columns)
+    card(dataset)
+    listed = re.findall(r"^\| (\S+) \| (.+?) \| (.*?) \|$", (dataset / "README.md").read_text(), re.M)[1:]
+    table = {name.replace("\\", ""): (dtype, shape) for name, dtype, shape in listed}
+    for _, payload in records_of(dataset):
+        features = decode_example(payload)
+        assert features.keys() == table.keys()
+        for name, value in features.items():
+            if isinstance(value, np.ndarray):
+                assert table[name] == (value.dtype.name, str(value.size))
+            elif name.endswith("_raw"):
+                voxels = decode_tensor(bytes(value))
+                assert table[name] == (f"tensor of {voxels.dtype.name}", "×".join(map(str, voxels.shape)))
+            else:
+                assert table[name] == ("bytes", "")
 
 
 def test_it_is_the_same_every_time_and_replaces_nothing_unasked(
@@ -196,4 +264,4 @@ def test_words_that_are_no_text_are_refused(dataset: Path, card: Callable[..., s
 
 
 def test_without_a_dataset(tmp_path: Path, card: Callable[..., str]) -> None:
-    assert "no dataset here" in card(tmp_path, code=cli.FAILED)
+    assert "no complete dataset here" in card(tmp_path, code=cli.FAILED)

@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 
 from beam_nifti import __version__, cli, lock, options
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import UsageError
 from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.index import read_index
 from beam_nifti.inspection import describe_dataset, format_description
-from beam_nifti.publish import read_info
-from beam_nifti.tfrecord import decode_record
+from beam_nifti.options_build import build_config
 from pipelines import build_dataset
 from tests.build_helpers import assert_intact
+from tests.datasets import records_of
 from tests.images import write_cohort, write_image, write_manifest
 
 Run = Callable[..., int]
@@ -50,14 +50,7 @@ def shards(output: Path) -> list[str]:
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
     """The features of every record, in the order of the dataset, by example id."""
-    found = {}
-    for shard in read_info(str(output)).shards:
-        data = (output / shard.name).read_bytes()
-        for row in read_index(str(output / shard.index))[0].to_pylist():
-            record = data[row["offset"] : row["offset"] + row["length"]]
-            payload = decode_record(record, shard.name.endswith(".gz"))
-            found[row["example_id"]] = decode_example(payload)
-    return found
+    return {cells["example_id"]: decode_example(payload) for cells, payload in records_of(output)}
 
 
 def voxels(output: Path, example_id: str = "sub-0003") -> Any:
@@ -113,7 +106,7 @@ def test_help_explains_every_flag(flag: str, capsys: pytest.CaptureFixture[str])
 def test_flags_take_dashes_and_underscores() -> None:
     dashed, _ = options.parse(["build", "m.csv", "out", "--examples-per-shard=3", "--shuffle-seed", "1"])
     under, _ = options.parse(["build", "m.csv", "out", "--examples_per_shard=3", "--shuffle_seed", "1"])
-    assert options.build_config(dashed) == options.build_config(under)
+    assert build_config(dashed) == build_config(under)
 
 
 def test_other_flags_go_to_beam_with_underscores() -> None:
@@ -250,7 +243,7 @@ def test_verify_of_a_damaged_dataset_exits_with_1(
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_no_dataset_exits_with_1(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, str(tmp_path)]) == cli.FAILED
-    assert "no dataset here" in capsys.readouterr().err
+    assert "no complete dataset here" in capsys.readouterr().err
 
 
 def test_the_entry_point_for_schedulers_is_the_same_command(cohort: Path, tmp_path: Path) -> None:

@@ -19,15 +19,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti import storage
 from beam_nifti.build import TooManyFailures
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.index import read_index
-from beam_nifti.publish import read_info
-from beam_nifti.tfrecord import decode_record
 from beam_nifti.volume import Volume, load_volume, rescale_volume
+from tests.datasets import records_of
 from tests.images import Array, row_of, write_manifest
 
 CORPUS = os.environ.get("BEAM_NIFTI_CORPUS", "")
@@ -163,16 +160,13 @@ def test_a_build_of_all_of_them(tmp_path: Path, build: Callable[..., Any]) -> No
         assert failure["error"] == "VolumeError", failure
         assert ACTIONABLE.search(failure["message"]), failure["message"]
     seen = {f["path"] for f in failures}
-    for shard in read_info(str(output)).shards:
-        data = storage.read(str(output / shard.name))
-        for entry in read_index(str(output / shard.index))[0].to_pylist():
-            record = data[entry["offset"] : entry["offset"] + entry["length"]]
-            raw = decode_example(decode_record(record, compressed=True))["image_raw"]
-            assert isinstance(raw, memoryview)
-            values = expected_voxels(Path(entry["source"]))
-            assert values is not None
-            assert np.array_equal(decode_tensor(raw), rescaled(values))
-            seen.add(entry["source"])
+    for cells, payload in records_of(output):
+        raw = decode_example(payload)["image_raw"]
+        assert isinstance(raw, memoryview)
+        values = expected_voxels(Path(cells["source"]))
+        assert values is not None
+        assert np.array_equal(decode_tensor(raw), rescaled(values))
+        seen.add(cells["source"])
     assert seen == {row["path"] for row in rows}
 
 

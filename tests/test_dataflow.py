@@ -21,6 +21,7 @@ from beam_nifti import cli, engines, options
 from beam_nifti.build import plan_build
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.options_build import build_config
 from beam_nifti.plan import BuildPlan
 from beam_nifti.publish import publish_dataset
 from beam_nifti.sharding import ShardName, shard_ranges
@@ -293,7 +294,7 @@ def test_a_parameter_is_what_the_parser_takes(
     needed = NEEDED.get(name, {})
     plain, _ = options.parse(launched(**needed))
     given, beam_flags = options.parse(launched(**needed, **{name: value}))
-    options.build_config(given)
+    build_config(given)
     assert given != plain or f"--{name}={value}" in beam_flags
     if name not in ("manifest", "output"):
         assert options.parse(launched(**needed, **{name: ""}))[0] == plain

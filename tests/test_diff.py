@@ -91,5 +91,5 @@ def test_an_image_of_other_statistics_is_other_voxels(datasets: tuple[Path, Path
 
 
 def test_what_is_no_dataset(datasets: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no dataset here"):
+    with pytest.raises(DatasetError, match="no complete dataset here"):
         compare_datasets(str(datasets[0]), str(tmp_path))

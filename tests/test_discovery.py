@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from beam_nifti import cli
 from beam_nifti.bids import BidsImage
+from beam_nifti.dataset_info import read_info
 from beam_nifti.index import read_index
-from beam_nifti.publish import read_info
 from beam_nifti.tables import read_table, write_table
 from beam_nifti.verify import verify_dataset
 from tests.images import brain, write_image

@@ -6,7 +6,7 @@ import argparse
 import functools
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,18 @@ import pytest
 
 from beam_nifti import options
 from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import read_info
 from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
-from beam_nifti.index import read_index, schema_of
+from beam_nifti.index import schema_of
 from beam_nifti.prepare import apply_function
-from beam_nifti.publish import read_info
 from beam_nifti.quantize import numpy_dtype
-from beam_nifti.tfrecord import decode_record
 from beam_nifti.volume import load_volume
 from tests import pages
+from tests.datasets import records_of
 from tests.images import row_of, write_image
 from tests.pages import README, ROOT
 
 FORMAT = ROOT / "docs/format.md"
-ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
@@ -80,23 +79,15 @@ def _defined(start: str) -> Callable[..., Any]:
     return function
 
 
-def _records(dataset: Path, split: str) -> Iterator[bytes]:
-    for shard in read_info(str(dataset)).splits[split].shards:
-        data = (dataset / shard.name).read_bytes()
-        table, _ = read_index(str(dataset / shard.index))
-        for row in table.to_pylist():
-            yield data[row["offset"] : row["offset"] + row["length"]]
-
-
 def test_the_reader_of_the_format_reads_every_record(dataset: Path) -> None:
     read = list(_defined("import gzip")(dataset))
-    expected = [decode_example(decode_record(r, True)) for r in _records(dataset, "train")]
+    stored = {cells["example_id"]: decode_example(payload) for cells, payload in records_of(dataset)}
     assert [i for _, _, i in read] == ["sub-0001", "sub-0002", "sub-0003"]
     assert [float(label) for _, label, _ in read] == [63.5, 71, 58]
-    for (voxels, _, _), features in zip(read, expected, strict=True):
+    for voxels, _, example_id in read:
         assert voxels.dtype == np.float32
         assert voxels.max() == 1
-        assert np.array_equal(voxels, decode_tensor(bytes(features["image_raw"])))
+        assert np.array_equal(voxels, decode_tensor(bytes(stored[example_id]["image_raw"])))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8", "float32", "int16", "uint64"])

@@ -18,20 +18,21 @@ from hypothesis import strategies as st
 
 from beam_nifti import cli
 from beam_nifti.config import RecordConfig, Sharding
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError, VolumeError
 from beam_nifti.example import encode_volume
 from beam_nifti.extract import read_volume
 from beam_nifti.failures import failed_frames
-from beam_nifti.index import read_index
 from beam_nifti.inspection import describe_record
 from beam_nifti.manifest import read_manifest
 from beam_nifti.plan import SHARD_BYTES, default_sharding, record_bytes
-from beam_nifti.publish import TooManyFailures, read_info
+from beam_nifti.publish import TooManyFailures
 from beam_nifti.sharding import shard_ranges
 from beam_nifti.survey import look_at
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_frames, load_header, load_volume, rescale_volume
-from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, contents, fork_server
+from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, build_apart, contents
+from tests.datasets import records_of
 from tests.images import (
     REAL_DTYPES,
     Array,
@@ -95,16 +96,6 @@ def reference(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_each(manifest: Path, output: Path, **changes: Any) -> Built:
     return build(manifest, output, **{**_EACH, **changes})
-
-
-def records_of(output: Path) -> list[dict[str, Any]]:
-    """The rows of all indexes, with their records' bytes, in the order of the files."""
-    found = []
-    for shard in read_info(str(output)).shards:
-        data = (output / shard.name).read_bytes()
-        for cells in read_index(str(output / shard.index))[0].to_pylist():
-            found.append(cells | {"data": data[cells["offset"] : cells["offset"] + cells["length"]]})
-    return found
 
 
 def encoded(volume: Volume, config: RecordConfig) -> bytes:
@@ -191,9 +182,9 @@ def test_a_dataset_of_frames_is_that_of_3d_images(
 ) -> None:
     build_each(manifest, tmp_path / "each", **options)
     build(write_frames(manifest, tmp_path / "cut"), tmp_path / "alone", **options)
-    each, alone = records_of(tmp_path / "each"), records_of(tmp_path / "alone")
-    assert [cells.pop("frame") for cells in each] == list(range(FRAMES)) * 4
-    for cells in (*each, *alone):
+    each, alone = (list(records_of(tmp_path / name)) for name in ("each", "alone"))
+    assert [cells.pop("frame") for cells, _ in each] == list(range(FRAMES)) * 4
+    for cells, _ in (*each, *alone):
         for of_file in ("row", "source", "source_size", "source_mtime", "offset", "participant_id"):
             del cells[of_file]
     assert each == alone
@@ -272,14 +263,9 @@ def test_other_units_and_a_runner_that_cuts_everywhere(
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_build_continues(manifest: Path, reference: Path, tmp_path: Path, seed: int) -> None:
-    def run(kill_at: int | None = None) -> Any:
-        return fork_server().run(
-            "build", folder=output, kill_at=kill_at, manifest=manifest, output=output, **_EACH
-        )
-
-    output = tmp_path / "out"
-    assert run(kill_at=random.Random(seed).randrange(15, 60)).was_killed
-    assert run().result["complete"]
+    output, kill_at = tmp_path / "out", random.Random(seed).randrange(15, 60)
+    assert build_apart(manifest, output, kill_at, **_EACH).was_killed
+    assert build_apart(manifest, output, **_EACH).result["complete"]
     assert_complete(output, reference)
 
 
@@ -342,7 +328,7 @@ def test_the_failures_are_the_manifest_of_a_retry(damaged: Path, tmp_path: Path)
     assert failed_frames(read_manifest(str(failures)), FRAMES) == [[1, 3], range(FRAMES)]
     repair(damaged)
     build_each(failures, tmp_path / "retry")
-    ids = [cells["example_id"] for cells in records_of(tmp_path / "retry")]
+    ids = [cells["example_id"] for cells, _ in records_of(tmp_path / "retry")]
     assert ids == [f"sub-{i}_frame-{t:04d}" for i in (1, 2) for t in range(FRAMES)]
 
 

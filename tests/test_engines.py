@@ -23,6 +23,7 @@ from beam_nifti.cores import count_cores
 from beam_nifti.engines import CLUSTER_WORKERS, Engine
 from beam_nifti.errors import UsageError
 from beam_nifti.local_runner import RUNNER
+from beam_nifti.options_build import build_config
 from tests.images import write_cohort
 
 CORES = count_cores()
@@ -40,7 +41,7 @@ DATAFLOW = (
 def choose(*flags: str, manifest: str = "m.csv", output: str = "out") -> Engine:
     """The engine of `beam-nifti build`."""
     parsed, beam_flags = options.parse(["build", manifest, output, *flags])
-    return engines.choose_engine(options.build_config(parsed), beam_flags, parsed.workers)
+    return engines.choose_engine(build_config(parsed), beam_flags, parsed.workers)
 
 
 def refusal(*flags: str, manifest: str = "m.csv", output: str = "out") -> str:

@@ -133,6 +133,8 @@ def loaded_by(module: str) -> set[str]:
     [
         ("beam_nifti", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.cli", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
+        ("beam_nifti.inspection", {"apache_beam", "tensorflow", "nibabel"}),
+        ("beam_nifti.diff", {"apache_beam", "tensorflow", "nibabel"}),
         ("beam_nifti.verify", {"apache_beam", "tensorflow"}),
         ("beam_nifti.extract", {"apache_beam", "tensorflow"}),
         ("beam_nifti.build", {"apache_beam", "tensorflow"}),

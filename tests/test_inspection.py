@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from beam_nifti import cli
 from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
+from beam_nifti.wording import one_line
 from tests.datasets import build_dataset, info_of
 from tests.images import AFFINE, brain, write_cohort, write_image, write_manifest
 
@@ -65,6 +70,27 @@ def test_intensities_are_those_of_the_images(dataset: Path) -> None:
         assert [found[name][k] for k in ("min", "max", "mean")] == pytest.approx(
             [np.min(values), np.max(values), np.mean(values)]
         )
+
+
+@given(st.text())
+def test_whatever_a_text_holds_it_is_one_line(text: str) -> None:
+    shown = one_line(text)
+    assert len(shown.splitlines()) == bool(text)
+    assert (shown == text) == (len(text.splitlines()) <= 1 and not re.search(r"[\x00-\x1f\x7f-\x9f]", text))
+
+
+def test_line_breaks_of_the_table_break_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"path": f"{i}.nii", "side": "left\nright\x1b[1m", "note": "a\u2028b"} for i in range(2)]
+    for row in rows:
+        write_image(tmp_path / row["path"], brain())
+    manifest, output = write_manifest(tmp_path / "manifest.csv", rows), str(tmp_path / "out")
+    assert cli.main(["build", str(manifest), output, "--label-column=side:class"]) == cli.SUCCESS
+    assert "labels   side: class, 1: left\\nright\\x1b[1m\n" in capsys.readouterr().out
+    text = format_description(describe_dataset(output))
+    assert value_of(text, "labels") == r"side: class, 0 = left\nright\x1b[1m (2)"
+    text = format_description(describe_record(output, "0.nii"))
+    assert value_of(text, "side") == r"left\nright\x1b[1m"
+    assert value_of(text, "note") == r"a\u2028b"
 
 
 def test_dataset_as_text(dataset: Path) -> None:
@@ -173,5 +199,5 @@ def test_index_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no dataset here"):
+    with pytest.raises(DatasetError, match="no complete dataset here"):
         describe_dataset(str(tmp_path))

@@ -17,13 +17,11 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.typehints import typehints
 
 from beam_nifti.build import open_build, plan_build
+from beam_nifti.dataset_info import read_info
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.failures import Failure
-from beam_nifti.index import read_index
 from beam_nifti.parts import Part
 from beam_nifti.plan import ShardTask, WorkUnit
-from beam_nifti.publish import read_info
-from beam_nifti.tfrecord import decode_record
 from beam_nifti.transforms import BuildDataset, ShardOutcome
 from tests.build_helpers import (
     CUTTING_RUNNER,
@@ -31,13 +29,14 @@ from tests.build_helpers import (
     UNIT_ROWS,
     assert_complete,
     build,
+    build_apart,
     contents,
     cut_everywhere,
-    fork_server,
     make_config,
     steps_of,
     watching,
 )
+from tests.datasets import records_of
 from tests.images import random_voxels, write_cohort, write_image, write_manifest
 
 COUNT = 24
@@ -231,14 +230,8 @@ def test_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
     for count in (40, 160):
         rows = [{"path": names[i % 4], "participant_id": f"{i:04d}"} for i in range(count)]
         manifest = write_manifest(tmp_path / f"{count}.csv", rows)
-        ended = fork_server().run(
-            "build",
-            manifest=manifest,
-            output=tmp_path / f"out-{count}",
-            workers=2,
-            unit_rows=10,
-            examples_per_shard=40,
-        )
+        output = tmp_path / f"out-{count}"
+        ended = build_apart(manifest, output, workers=2, unit_rows=10, examples_per_shard=40)
         assert ended.result["num_written"] == count
         peaks.append(ended.peak_bytes)
     # The 120 further volumes are 120 MB of float32 voxels.
@@ -286,16 +279,6 @@ def test_a_manifest_that_changes_meanwhile_publishes_nothing(tmp_path: Path) -> 
 # 7: the way back
 
 
-def records_of(output: Path) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each record's index row and features."""
-    for shard in read_info(str(output)).shards:
-        table, _ = read_index(str(output / shard.index))
-        data = (output / shard.name).read_bytes()
-        for row in table.to_pylist():
-            packed = data[row["offset"] : row["offset"] + row["length"]]
-            yield row, decode_example(decode_record(packed, shard.name.endswith(".gz")))
-
-
 def odd_images(folder: Path) -> Path:
     """Images of one shape and float32, int16, scaled and big-endian voxels."""
     affine = np.array([[-1.5, 0.1, 0, 80], [0.1, 2, 0, -120], [0, 0, 3.25, -7.5], [0, 0, 0, 1]])
@@ -324,7 +307,8 @@ def test_native_records_give_back_the_image_exactly(tmp_path: Path) -> None:
     build(manifest, tmp_path / "out", voxel_dtype="native")
     records = list(records_of(tmp_path / "out"))
     assert len(records) == 4
-    for row, features in records:
+    for row, payload in records:
+        features: dict[str, Any] = decode_example(payload)
         image = nib.load(tmp_path / row["source"])
         check_metadata(row, features, image)
         voxels = decode_tensor(features["image_raw"])
@@ -346,7 +330,8 @@ def test_float32_records_give_back_the_image_to_half_a_step(tmp_path: Path) -> N
     build(manifest, tmp_path / "out")
     records = list(records_of(tmp_path / "out"))
     assert len(records) == 5
-    for row, features in records:
+    for row, payload in records:
+        features: dict[str, Any] = decode_example(payload)
         image = nib.load(tmp_path / row["source"])
         check_metadata(row, features, image)
         values, width = image.get_fdata(), row["max"] - row["min"]

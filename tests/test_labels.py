@@ -23,17 +23,16 @@ from beam_nifti.diff import compare_datasets
 from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, UsageError
 from beam_nifti.example import decode_example, encode_example
 from beam_nifti.failures import Failure, write_failures
-from beam_nifti.index import read_index
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
 from beam_nifti.labels import LabelValue, comparable, label_of, parse_label, read_labels
 from beam_nifti.manifest import Manifest, read_manifest
-from beam_nifti.options import build_config, parse
+from beam_nifti.options import parse
+from beam_nifti.options_build import build_config
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.tables import Problems
-from beam_nifti.tfrecord import decode_record
 from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import build, contents
-from tests.datasets import build_dataset, edit_index, edit_info, edit_record, info_of, set_cell
+from tests.datasets import build_dataset, edit_index, edit_info, edit_record, info_of, records_of, set_cell
 from tests.images import brain, write_image, write_manifest
 
 AGES = ["63.5", "71", "n/a", "58", "66", "40"]
@@ -307,20 +306,14 @@ def dataset(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "dataset"))
 
 
-def records_of(output: Path) -> list[dict[str, Any]]:
+def labels_of(output: Path) -> list[dict[str, Any]]:
     """The labels of the records as TensorFlow would give them, in order."""
-    found = []
-    for shard in info_of(output).shards:
-        data, (table, _) = (output / shard.name).read_bytes(), read_index(str(output / shard.index))
-        for cells in table.to_pylist():
-            payload = decode_record(data[cells["offset"] : cells["offset"] + cells["length"]], True)
-            features = decode_example(payload).items()
-            found.append({n: v for n, v in features if n.startswith("label")})
-    return found
+    records = (decode_example(payload).items() for _, payload in records_of(output))
+    return [{n: v for n, v in features if n.startswith("label")} for features in records]
 
 
 def test_records_have_a_feature_of_each_label(built: Path) -> None:
-    records = records_of(built)
+    records = labels_of(built)
     assert [set(r) for r in records] == [
         {"label", "label/age", "label/sex", "label/subtype", "label/stage"}
     ] * 5
@@ -483,7 +476,7 @@ def test_plain_labels_may_be_missing(folder: Path, tmp_path: Path) -> None:
     manifest = write_manifest(folder / "nan.tsv", rows_of()[:5])
     columns = {"label": "age", "missing_label": "nan"}
     build(manifest, tmp_path / "out", columns=columns)
-    stored = [float(record["label"][0]) for record in records_of(tmp_path / "out")]
+    stored = [float(record["label"][0]) for record in labels_of(tmp_path / "out")]
     assert np.array_equal(stored, [63.5, 71, np.nan, 58, 66], equal_nan=True)
     assert verify_dataset(str(tmp_path / "out"), manifest=str(manifest), deep=ALL).problems == ()
     assert build(manifest, tmp_path / "out", columns=columns).read == set()

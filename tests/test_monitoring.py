@@ -18,8 +18,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from beam_nifti import cli, lock, logs
+from beam_nifti.dataset_info import read_info
 from beam_nifti.progress import METER, show_progress
-from beam_nifti.publish import read_info
 from beam_nifti.run_summary import RunSummary
 from tests.images import write_manifest
 

@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti import cli, options
+from beam_nifti import cli, options, options_build
 from beam_nifti.build import plan_build
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
@@ -62,7 +62,7 @@ def as_in_another_process() -> None:
 
 def build_config(*flags: str) -> BuildConfig:
     known, _ = options.parse(["build", "m.tsv", "out", *flags])
-    return options.build_config(known)
+    return options_build.build_config(known)
 
 
 # Options

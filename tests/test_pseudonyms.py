@@ -17,15 +17,15 @@ import pytest
 
 from beam_nifti import cli
 from beam_nifti.config import BuildConfig, Columns, Splitting
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.extract import read_volume
 from beam_nifti.failures import Failure, write_failures
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
 from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
-from beam_nifti.publish import read_info
 from beam_nifti.verify import ALL, verify_dataset
-from tests.build_helpers import build, fork_server
+from tests.build_helpers import build, build_apart
 from tests.images import brain, write_image, write_manifest
 
 SECRET = b"not so random, but long enough"
@@ -191,7 +191,7 @@ def test_it_resumes_and_appends(tmp_path: Path, key: str, seed: int | None) -> N
 def test_an_unfinished_build_with_names_leaves_none(manifest: Path, key: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     (manifest.parent / "scans of/Lise/second.nii.gz").write_bytes(b"no image")
-    ended = fork_server().run("build", manifest=str(manifest), output=str(output))
+    ended = build_apart(manifest, output)
     assert ended.result["error"] == "TooManyFailures"
     assert names_in(output) != set()
     build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)

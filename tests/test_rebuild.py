@@ -12,31 +12,27 @@ import pytest
 
 from beam_nifti.build import open_build, plan_build, run_build
 from beam_nifti.config import BuildConfig
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import OutputError
-from beam_nifti.publish import TooManyFailures, read_info
+from beam_nifti.publish import TooManyFailures
 from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import (
     SHAPE,
     UNIT_ROWS,
-    Ended,
     assert_complete,
     assert_intact,
     build,
+    build_apart,
     contents,
-    fork_server,
     make_config,
     make_options,
     stray_files,
 )
 from tests.datasets import edit_info
-from tests.images import brain, write_cohort, write_image, write_manifest
+from tests.images import brain, name_of, write_cohort, write_image, write_manifest
 
 COUNT = 24
 LONGER = 31
-
-
-def name_of(number: int) -> str:
-    return f"sub-{number:04d}.nii.gz"
 
 
 def names(*numbers: int) -> set[str]:
@@ -90,13 +86,6 @@ def own(images: Path, manifest: Path, tmp_path: Path) -> Path:
     """A manifest of images that the test may change."""
     shutil.copytree(images, tmp_path / "own")
     return tmp_path / "own" / manifest.name
-
-
-def run(manifest: Path, output: Path, kill_at: int | None = None, **arguments: Any) -> Ended:
-    """A build in a process of its own, killed before one of its operations on files in the output."""
-    return fork_server().run(
-        "build", folder=output, kill_at=kill_at, manifest=manifest, output=output, **arguments
-    )
 
 
 def identities(output: Path) -> dict[int, tuple[int, int]]:
@@ -171,7 +160,7 @@ def test_the_same_paths_in_another_folder_are_other_images(
     changed[4] ^= 1  # in the gzip header's time, so that the voxels stay right
     image.write_bytes(changed)
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert run(own, output, kill_at=None if is_complete else 60).was_killed != is_complete
+    assert build_apart(own, output, kill_at=None if is_complete else 60).was_killed != is_complete
     assert build(other / own.name, output).read == names(*range(COUNT))
     build(other / own.name, tmp_path / "fresh")
     assert_complete(output, tmp_path / "fresh")
@@ -209,9 +198,9 @@ def test_rows_appended_to_an_unfinished_build_are_added(
     images: Path, manifest: Path, longer: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    operations = run(manifest, tmp_path / "undisturbed").operations
+    operations = build_apart(manifest, tmp_path / "undisturbed").operations
     for share in (0.4, 0.9):
-        killed = run(manifest, output, round(share * operations))
+        killed = build_apart(manifest, output, round(share * operations))
         assert killed.was_killed
         again = build(images / "manifest.tsv", output)
         assert names(*range(COUNT, LONGER)) <= again.read
@@ -343,11 +332,11 @@ def test_the_old_dataset_is_intact_until_the_new_one_is_complete(
     changes, manifest = CHANGES[change], images / "manifest.tsv"
     old = contents(built)
     undisturbed = Path(shutil.copytree(output, tmp_path / "undisturbed"))
-    operations = run(manifest, undisturbed, **changes).operations
+    operations = build_apart(manifest, undisturbed, **changes).operations
     new = contents(undisturbed)
-    assert run(manifest, output, round(share * operations), **changes).was_killed
+    assert build_apart(manifest, output, round(share * operations), **changes).was_killed
     assert contents(output) in (old, new)
-    run(manifest, output, **changes)
+    build_apart(manifest, output, **changes)
     assert_complete(output, undisturbed)
 
 
@@ -355,7 +344,7 @@ def test_the_old_dataset_can_be_read_while_its_rebuild_is_planned_and_dropped(
     manifest: Path, images: Path, output: Path, built: Path
 ) -> None:
     """A rebuild that died is no reason not to go back to the old manifest."""
-    operations = run(images / "manifest.tsv", output, 100).was_killed
+    operations = build_apart(images / "manifest.tsv", output, 100).was_killed
     assert operations
     assert_intact(output)
     assert build(manifest, output).read == set()
@@ -370,10 +359,10 @@ def test_a_second_build_is_refused_and_the_first_unharmed(
 ) -> None:
     output = tmp_path / "out"
     with open_build(make_config(manifest, output)) as plan:
-        second = run(manifest, output)
+        second = build_apart(manifest, output)
         assert second.result["error"] == "OutputBusyError"
         assert "another build is writing here" in second.result["message"]
-        assert run(manifest, output, overwrite=True).result["error"] == "OutputBusyError"
+        assert build_apart(manifest, output, overwrite=True).result["error"] == "OutputBusyError"
         plan = dataclasses.replace(plan, unit_rows=UNIT_ROWS)
         run_build(plan, make_options())
     assert_complete(output, built)
@@ -414,7 +403,7 @@ def test_a_build_that_was_killed_holds_no_lock(
     manifest: Path, output: Path, built: Path, tmp_path: Path
 ) -> None:
     new = tmp_path / "new"
-    assert run(manifest, new, 20).was_killed
+    assert build_apart(manifest, new, 20).was_killed
     assert (new / ".lock").exists()
     build(manifest, new)
     assert_complete(new, built)
@@ -444,7 +433,7 @@ def test_files_of_other_names_stay(manifest: Path, tmp_path: Path) -> None:
     kept = {"README.md", "index/notes.parquet", "mnist.tfrecord", "work.tmp"}
     for name in kept:
         (output / name).write_bytes(b"mine")
-    run(manifest, output, 120)
+    build_apart(manifest, output, 120)
     build(manifest, output)
     build(manifest, output, overwrite=True, rescale="none")
     assert stray_files(output) == kept
@@ -453,8 +442,8 @@ def test_files_of_other_names_stay(manifest: Path, tmp_path: Path) -> None:
 
 def test_parts_may_lie_elsewhere(manifest: Path, built: Path, tmp_path: Path) -> None:
     output, scratch = tmp_path / "out", tmp_path / "scratch"
-    operations = run(manifest, tmp_path / "undisturbed").operations
-    killed = run(manifest, output, operations // 4, temp_location=str(scratch))
+    operations = build_apart(manifest, tmp_path / "undisturbed").operations
+    killed = build_apart(manifest, output, operations // 4, temp_location=str(scratch))
     assert killed.was_killed
     assert list(scratch.rglob("*.part"))
     again = build(manifest, output, temp_location=str(scratch))

@@ -19,16 +19,15 @@ import pytest
 from beam_nifti import cli, options
 from beam_nifti.appearance import look_at_record, unit_of
 from beam_nifti.config import Columns, RecordConfig, Sharding
+from beam_nifti.dataset_info import read_info
 from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.index import read_index
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.report import ReportSummary, write_report
 from beam_nifti.report_page import format_number
 from beam_nifti.report_summary import MAX_OUTLIERS
-from beam_nifti.tfrecord import decode_record
 from beam_nifti.thumbnail import GRID
 from tests.build_helpers import make_options
-from tests.datasets import build_dataset, edit_record, info_of
+from tests.datasets import build_dataset, edit_record, info_of, records_of
 from tests.images import write_cohort, write_image, write_manifest
 from tests.peak import peak_mib
 
@@ -73,7 +72,9 @@ def write_heads(folder: Path, count: int = 24) -> Path:
 
 def report(output: Path, out: Path, *, num_pictures: int = 1000, workers: int = 1) -> ReportSummary:
     """Write a report in this process."""
-    return write_report(str(output), str(out), make_options(workers), num_pictures=num_pictures)
+    return write_report(
+        str(output), info_of(output), str(out), make_options(workers), num_pictures=num_pictures
+    )
 
 
 @pytest.fixture(scope="module")
@@ -199,19 +200,6 @@ def test_ten_thousand_volumes_take_less_than_30_mb(heads: Path, page: Page, tmp_
     assert without.num_bytes + 3 * most * of_one < 30e6
 
 
-def records_of(output: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The payload and the row of the index of every record."""
-    info = info_of(output)
-    found = []
-    for shard in info.shards:
-        table, _ = read_index(str(output / shard.index))
-        content = (output / shard.name).read_bytes()
-        for cells in table.to_pylist():
-            data = content[cells["offset"] : cells["offset"] + cells["length"]]
-            found.append((decode_record(data, info.config["compression"] == "gzip"), cells))
-    return found
-
-
 @pytest.mark.parametrize(
     ("record", "unit"),
     [
@@ -230,7 +218,7 @@ def test_numbers_are_those_of_numpy(record: RecordConfig, unit: str, tmp_path: P
     output = build_dataset(write_manifest(tmp_path / "manifest.tsv", rows), tmp_path / "dataset", record)
     spec = RecordSpec.of(info_of(output))
     assert unit_of(spec) == unit
-    ((payload, cells),) = records_of(output)
+    ((cells, payload),) = records_of(output)
     row = look_at_record(payload, cells, spec)
     voxels = decode_tensor(decode_example(payload)["image_raw"]).astype(np.float64)  # type: ignore[arg-type]
     if record.voxel_dtype == "uint8":
@@ -251,7 +239,7 @@ def test_correlations_are_those_with_the_mean_of_all(heads: Path, page: Page) ->
     grids = np.array(
         [
             np.frombuffer(look_at_record(payload, cells, spec)["grid"], np.uint8)
-            for payload, cells in records_of(heads)
+            for cells, payload in records_of(heads)
         ],
         np.float64,
     )
@@ -377,10 +365,11 @@ def test_a_page_on_an_object_store(cohort: Path, tmp_path: Path, monkeypatch: py
     files = [path for path in output.rglob("*") if path.is_file()]
     objects = {f"memory://lab/dataset/{path.relative_to(output)}": (path.read_bytes(), 0.0) for path in files}
     monkeypatch.setattr(MemoryFileSystem, "objects", dict(objects))
-    write_report("memory://lab/dataset", "memory://lab/report.html", make_options(), num_pictures=10)
-    assert MemoryFileSystem.objects.keys() - objects == {"memory://lab/report.html"}
+    dataset, page = "memory://lab/dataset", "memory://lab/report.html"
+    write_report(dataset, read_info(dataset), page, make_options(), num_pictures=10)
+    assert MemoryFileSystem.objects.keys() - objects == {page}
     report(output, tmp_path / "report.html", num_pictures=10)
-    assert MemoryFileSystem.objects["memory://lab/report.html"][0] == (tmp_path / "report.html").read_bytes()
+    assert MemoryFileSystem.objects[page][0] == (tmp_path / "report.html").read_bytes()
 
 
 SUMMARIZE = """
@@ -407,7 +396,7 @@ def test_what_stays_of_a_record_is_a_row_of_numbers(tmp_path: Path) -> None:
 
 
 def test_no_dataset_is_no_report(tmp_path: Path, run: Callable[..., str]) -> None:
-    assert "no dataset here" in run("report", tmp_path / "nothing", code=1)
+    assert "no complete dataset here" in run("report", tmp_path / "nothing", code=1)
 
 
 def test_without_the_extra_the_command_names_it(

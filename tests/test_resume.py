@@ -11,29 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from beam_nifti.dataset_info import read_info
 from beam_nifti.index import read_index
-from beam_nifti.publish import TooManyFailures, read_info
+from beam_nifti.publish import TooManyFailures
 from tests.build_helpers import (
     CUTTING_RUNNER,
     SHAPE,
     UNIT_ROWS,
-    Ended,
     assert_complete,
     assert_intact,
     build,
+    build_apart,
     contents,
-    fork_server,
     images_read,
     stray_files,
 )
-from tests.images import brain, write_cohort, write_image, write_manifest
+from tests.images import brain, name_of, write_cohort, write_image, write_manifest
 
 COUNT = 24
 KILLS = 20
-
-
-def name_of(number: int) -> str:
-    return f"sub-{number:04d}.nii.gz"
 
 
 ALL = frozenset(map(name_of, range(COUNT)))
@@ -57,14 +53,7 @@ def reference(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def operations(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     """Operations on files of an undisturbed build of one thread: the moments it can be killed at."""
     output = tmp_path_factory.mktemp("undisturbed") / "dataset"
-    return run(manifest, output).operations
-
-
-def run(manifest: Path, output: Path, kill_at: int | None = None, **arguments: Any) -> Ended:
-    """A build in a process of its own, killed before one of its operations on files in the output."""
-    return fork_server().run(
-        "build", folder=output, kill_at=kill_at, manifest=manifest, output=output, **arguments
-    )
+    return build_apart(manifest, output).operations
 
 
 def finished(output: Path) -> set[str]:
@@ -84,12 +73,12 @@ def test_a_killed_build_continues(
     first, last = (1 + m * operations // KILLS for m in (moment, moment + 1))
     kill_at = random.Random(moment).randrange(first, last)
     output = tmp_path / "out"
-    killed = run(manifest, output, kill_at)
+    killed = build_apart(manifest, output, kill_at)
     assert killed.was_killed
     if (output / "dataset_info.json").exists():
         assert_intact(output)
     done = finished(output)
-    resumed = run(manifest, output)
+    resumed = build_apart(manifest, output)
     assert resumed.result["complete"]
     assert resumed.read == ALL - done
     # A unit's part is closed when the first image of the next unit has been loaded.
@@ -101,7 +90,7 @@ def test_a_build_killed_again_and_again_ends_well(manifest: Path, reference: Pat
     output, rng = tmp_path / "out", random.Random(0)
     kills = 0
     for _ in range(8):
-        ended = run(
+        ended = build_apart(
             manifest,
             output,
             kill_at=rng.randrange(20, 60),
@@ -112,7 +101,7 @@ def test_a_build_killed_again_and_again_ends_well(manifest: Path, reference: Pat
         if not ended.was_killed:
             break
     assert kills > 2
-    run(manifest, output)
+    build_apart(manifest, output)
     assert_complete(output, reference)
 
 
@@ -120,7 +109,7 @@ def test_a_killed_build_continues_on_a_runner_that_cuts(
     manifest: Path, reference: Path, operations: int, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    assert run(manifest, output, operations // 3, runner=CUTTING_RUNNER, workers=2).was_killed
+    assert build_apart(manifest, output, operations // 3, runner=CUTTING_RUNNER, workers=2).was_killed
     build(manifest, output, runner=CUTTING_RUNNER, workers=4)
     assert_complete(output, reference)
 
@@ -130,7 +119,7 @@ def test_finished_work_serves_other_shards_of_the_same_records(
     manifest: Path, operations: int, tmp_path: Path, changes: dict[str, int]
 ) -> None:
     output = tmp_path / "out"
-    assert run(manifest, output, operations // 2).was_killed
+    assert build_apart(manifest, output, operations // 2).was_killed
     built = build(manifest, output, **changes)
     assert built.read < ALL
     build(manifest, tmp_path / "fresh", **changes)
@@ -142,7 +131,7 @@ def test_records_of_another_configuration_are_never_mixed_in(
 ) -> None:
     output = tmp_path / "out"
     for share in (2, 3):  # in the midst of writing parts, and of publishing shards
-        assert run(manifest, output, operations * (share - 1) // share).was_killed
+        assert build_apart(manifest, output, operations * (share - 1) // share).was_killed
         built = build(manifest, output, rescale="none")
         assert built.read == ALL
         build(manifest, tmp_path / f"fresh-{share}", rescale="none")
@@ -153,7 +142,7 @@ def test_records_of_another_configuration_are_never_mixed_in(
 def test_records_of_other_labels_are_never_mixed_in(manifest: Path, operations: int, tmp_path: Path) -> None:
     output, copy = tmp_path / "out", tmp_path / "cohort" / "manifest.tsv"
     shutil.copytree(manifest.parent, copy.parent)
-    assert run(copy, output, operations * 3 // 4).was_killed
+    assert build_apart(copy, output, operations * 3 // 4).was_killed
     write_manifest(
         copy,
         [
@@ -321,11 +310,11 @@ def test_a_retry_that_is_killed_loses_nothing(
         build(broken, output)
     repair(manifest, broken)
     shutil.copytree(output, tmp_path / "undisturbed")
-    undisturbed = run(broken, tmp_path / "undisturbed")
+    undisturbed = build_apart(broken, tmp_path / "undisturbed")
     assert undisturbed.read == BROKEN
-    killed = run(broken, output, round(share * undisturbed.operations))
+    killed = build_apart(broken, output, round(share * undisturbed.operations))
     assert killed.was_killed
-    resumed = run(broken, output)
+    resumed = build_apart(broken, output)
     assert resumed.read <= BROKEN
     assert_same_but_for_times(output, reference)
 

@@ -16,13 +16,13 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_nifti.build import open_build, plan_build
 from beam_nifti.config import RecordConfig
+from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import ManifestError, VolumeError
 from beam_nifti.failures import Failure
 from beam_nifti.index import IndexEntry, read_index
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.parts import Part
 from beam_nifti.plan import BuildPlan, WorkUnit
-from beam_nifti.publish import read_info
 from beam_nifti.transforms import (
     FAILURES,
     FINISHED,

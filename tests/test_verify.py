@@ -239,7 +239,7 @@ def test_deep_checks_as_many_as_asked(built: dict[str, Path], deep: int) -> None
 
 
 def test_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="no dataset here"):
+    with pytest.raises(DatasetError, match="no complete dataset here"):
         verify_dataset(str(tmp_path))
 
 

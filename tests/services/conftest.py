@@ -5,12 +5,14 @@ Not part of a plain `pytest`: each module needs something that a script of `scri
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,23 @@ def run_script(script: Path, *arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+@contextlib.contextmanager
+def installed(script: Path) -> Iterator[None]:
+    """Have what a script runs installed while the block lasts, and nothing of it running before or after."""
+    run_script(script, "install")
+    run_script(script, "down")  # workers of an earlier run may still hold an earlier beam_nifti
+    try:
+        yield
+    finally:
+        run_script(script, "down")
+
+
+def build_flags(text: str) -> tuple[str, ...]:
+    """The flags of `beam-nifti build` that a script prints when its cluster is up."""
+    (flags,) = re.findall(r"^beam-nifti build MANIFEST OUTPUT (.+?)\n\n", text, re.M | re.S)
+    return tuple(shlex.split(flags.replace("\\\n", " ")))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,15 @@ import psutil
 import pytest
 from inotify_simple import flags
 
-from tests.services.conftest import LOCAL, Reference, content_of, run_cli, run_script
+from tests.services.conftest import (
+    LOCAL,
+    Reference,
+    build_flags,
+    content_of,
+    installed,
+    run_cli,
+    run_script,
+)
 from tests.services.watching import catch_writing, watch_build, write_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "flink_cluster"
@@ -48,9 +56,8 @@ class Cluster:
     @classmethod
     def up(cls) -> Cluster:
         text = run_script(SCRIPT, "up", str(TASK_MANAGERS))
-        (command,) = re.findall(r"^beam-nifti build MANIFEST OUTPUT (.+?)\n\n", text, re.M | re.S)
         (address,) = re.findall(r"http://[\d.:]+", text.partition("\n")[0])
-        return cls(tuple(shlex.split(command.replace("\\\n", " "))), text, address)
+        return cls(build_flags(text), text, address)
 
     def ask(self, path: str) -> Any:
         with urllib.request.urlopen(f"{self.address}/{path}", timeout=10) as response:
@@ -85,12 +92,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Cluster]:
-    run_script(SCRIPT, "install")
-    run_script(SCRIPT, "down")  # workers of an earlier run may still hold an earlier beam_nifti
-    try:
+    with installed(SCRIPT):
         yield Cluster.up()
-    finally:
-        run_script(SCRIPT, "down")
 
 
 @pytest.fixture

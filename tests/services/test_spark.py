@@ -15,7 +15,15 @@ import psutil
 import pytest
 from inotify_simple import flags
 
-from tests.services.conftest import LOCAL, Reference, content_of, run_cli, run_script
+from tests.services.conftest import (
+    LOCAL,
+    Reference,
+    build_flags,
+    content_of,
+    installed,
+    run_cli,
+    run_script,
+)
 from tests.services.watching import Watched, catch_writing, watch_build, write_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "spark_cluster"
@@ -55,21 +63,16 @@ class Cluster:
     @classmethod
     def up(cls) -> Cluster:
         text = run_script(SCRIPT, "up", str(WORKERS))
-        (command,) = re.findall(r"^beam-nifti build MANIFEST OUTPUT (.+?)\n\n", text, re.M | re.S)
         (instead,) = re.findall(r"^With (--runner=SparkRunner .+)$", text, re.M)
-        words = shlex.split(command.replace("\\\n", " "))
+        words = build_flags(text)
         rest = [w for w in words if not w.startswith(("--runner", "--job_endpoint", "--artifact_endpoint"))]
-        return cls(tuple(words), (*shlex.split(instead), *rest))
+        return cls(words, (*shlex.split(instead), *rest))
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    run_script(SCRIPT, "install")
-    run_script(SCRIPT, "down")  # workers of an earlier run may still hold an earlier beam_nifti
-    try:
+    with installed(SCRIPT):
         yield Cluster.up()
-    finally:
-        run_script(SCRIPT, "down")
 
 
 def test_same_bytes_by_a_running_job_server(cluster: Cluster, reference: Reference, tmp_path: Path) -> None:

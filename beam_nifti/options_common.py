@@ -1,0 +1,98 @@
+"""What the options of several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TypeAlias
+
+from beam_nifti.cores import count_cores
+from beam_nifti.logs import FORMATS as LOG_FORMATS
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What commands are added to."""
+
+EXIT_CODES = """\
+exit codes:
+  0  success
+  1  volumes failed beyond the limit, the dataset is not right, or two are not the same
+  2  a wrong option, manifest or OUTPUT; nothing was written
+  75 another build is in OUTPUT, an engine failed, or a store kept failing; the same command continues
+  130 stopped by Ctrl-C
+"""
+
+
+def add_command(commands: Commands, name: str, summary: str, examples: str = "") -> argparse.ArgumentParser:
+    """Add a command, with what all of them have.
+
+    Args:
+        commands: to add it to.
+        name: of the command.
+        summary: what it does, for the list of commands and for its own help.
+        examples: that its help ends with.
+    """
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_log_format(command, argparse.SUPPRESS)  # which leaves standing what was given before the command
+    return command
+
+
+def add_log_format(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add `--log-format`."""
+    parser.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default=default,
+        help="of what is said on standard error besides results: text (default), or json, an object a line "
+        "for what collects logs",
+    )
+
+
+def add_output(command: argparse.ArgumentParser, note: str = "") -> None:
+    """Add OUTPUT, with what its help says besides."""
+    command.add_argument("output", metavar="OUTPUT", help=f"folder or URL of the dataset{note}")
+
+
+def add_overwrite(group: argparse._ActionsContainer, what: str = "FILE") -> None:
+    """Add `--overwrite`, which replaces what there is."""
+    group.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
+def add_workers(group: argparse._ActionsContainer, note: str = "") -> None:
+    """Add `--workers`, with what its help says besides; None where it is not given."""
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"threads; default: all cores ({count_cores()} here){note}",
+    )
+
+
+def choose_workers(options: argparse.Namespace) -> int:
+    """The number of threads that `--workers` gives, or its default."""
+    return count_cores() if options.workers is None else int(options.workers)
+
+
+def add_beam(command: argparse.ArgumentParser, note: str = ", as for build.") -> None:
+    """Say that Beam's flags may be given."""
+    command.add_argument_group("Apache Beam", f"Every other flag goes to Beam{note}")
+
+
+def add_quiet(group: argparse._ActionsContainer) -> None:
+    """Add `--quiet`."""
+    group.add_argument("--quiet", action="store_true", help="no progress; results and errors only")
+
+
+def add_summary(group: argparse._ActionsContainer) -> None:
+    """Add `--summary-json`."""
+    group.add_argument(
+        "--summary-json",
+        metavar="FILE",
+        help="write how the command ended, also if it failed: status, counts, times, error; a .json file, or "
+        "its URL, outside of OUTPUT; docs/monitoring.md has the fields; default: none",
+    )

@@ -1,0 +1,127 @@
+"""The options of `beam-nifti manifest`, which writes a manifest of the images that there are."""
+
+from __future__ import annotations
+
+import argparse
+
+from beam_nifti.errors import UsageError
+from beam_nifti.options_common import Commands, add_command, add_overwrite
+
+_MANIFEST_EXAMPLES = """\
+examples:
+  beam-nifti manifest bids study --suffix T1w --label age --out manifest.tsv
+  beam-nifti manifest bids study/derivatives/fmriprep --suffix T1w \\
+      --entity space=MNI152NLin2009cAsym --entity desc=preproc --out mni.tsv
+  beam-nifti manifest glob 'scans/**/*.nii.gz' --out manifest.tsv
+
+"""
+
+_BIDS_EXAMPLES = """\
+examples:
+  beam-nifti manifest bids study --suffix T1w --label age --column sex --out manifest.tsv
+  beam-nifti manifest bids study --suffix T1w --session baseline --entity run=1 --out manifest.tsv
+  beam-nifti manifest bids study --suffix T1w --entity acq= --out manifest.tsv
+  beam-nifti manifest bids study --suffix bold --all-images --out manifest.tsv
+  beam-nifti build manifest.tsv dataset --id-column image_id
+
+The first takes the T1w image of everyone whose age participants.tsv has, and keeps sex in the index. The
+third takes those whose names have no acq-. What is left out is said on standard error.
+
+"""
+
+_GLOB_EXAMPLES = """\
+examples:
+  beam-nifti manifest glob 'scans/**/*_T1w.nii.gz' --out manifest.tsv
+  beam-nifti manifest glob 'gs://lab/scans/sub-*/T1w.nii' --out manifest.tsv
+
+"""
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `manifest` with its two sources."""
+    manifest = add_command(
+        commands, "manifest", "write the manifest of the images that there are", _MANIFEST_EXAMPLES
+    )
+    sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
+    _add_bids(sources)
+    _add_glob(sources)
+
+
+def _add_bids(sources: Commands) -> None:
+    bids = add_command(sources, "bids", "write the manifest of a BIDS study", _BIDS_EXAMPLES)
+    bids.add_argument(
+        "folder", metavar="DIR", help="folder or URL of the study, or of one of its derivatives"
+    )
+    bids.add_argument("--suffix", required=True, metavar="NAME", help="of the images, such as T1w")
+    bids.add_argument(
+        "--session",
+        action="append",
+        metavar="LABEL",
+        help="only images of this session; several times for several",
+    )
+    bids.add_argument(
+        "--entity",
+        action="append",
+        metavar="KEY=LABEL",
+        help="only images with this in their name, such as run=1; KEY= for those without KEY; several times "
+        "for several keys, or for several labels of one",
+    )
+    bids.add_argument(
+        "--label",
+        metavar="COLUMN",
+        help="of participants.tsv or of the participants' sessions.tsv: a number; images without one are "
+        "left out; default: no labels",
+    )
+    bids.add_argument(
+        "--column",
+        action="append",
+        metavar="COLUMN",
+        help="of the same tables, to be kept in the manifest and in the index of the dataset; several times "
+        "for several; default: none",
+    )
+    _add_manifest_output(bids)
+
+
+def _add_glob(sources: Commands) -> None:
+    glob = add_command(sources, "glob", "write the manifest of all images that match", _GLOB_EXAMPLES)
+    glob.add_argument(
+        "pattern",
+        nargs="+",
+        metavar="PATTERN",
+        help="*, ? and […] stand for parts of a name, ** for any folders. participant_id and session_id are "
+        "what the paths have as sub- and ses-",
+    )
+    _add_manifest_output(glob)
+
+
+def _add_manifest_output(source: argparse.ArgumentParser) -> None:
+    source.add_argument(
+        "--all-images",
+        action="store_true",
+        help="keep several images of a participant's session; they are named in a column image_id, for "
+        "build --id-column image_id; default: they are refused",
+    )
+    source.add_argument(
+        "--out",
+        metavar="FILE",
+        help=".tsv, .csv, .jsonl or .parquet; images in its folder are written relative to it; default: TSV "
+        "on standard output, with absolute paths",
+    )
+    add_overwrite(source)
+
+
+def chosen_entities(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The labels that `manifest bids` is to choose images by, for each key.
+
+    Raises:
+        UsageError: no KEY=LABEL.
+    """
+    chosen = dict[str, list[str]]()
+    for label in options.session or ():
+        chosen.setdefault("ses", []).append(label.removeprefix("ses-"))
+    for text in options.entity or ():
+        key, equals, label = text.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--entity is {text!r}; give a key and a label, such as run=1")
+        chosen.setdefault(key, []).append(label)
+    return chosen

@@ -1,0 +1,38 @@
+"""How what is known of data is written for people: rows, lines and sizes."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+from typing import Final
+
+_CONTROL: Final = frozenset({"Cc", "Zl", "Zp"})
+"""Unicode's categories of control characters and of line and paragraph separators."""
+
+
+def format_rows(rows: Iterable[tuple[str, str]], width: int) -> str:
+    """Rows as lines, a row a line, whatever its text holds.
+
+    Args:
+        rows: of a name and a text.
+        width: of the names.
+    """
+    return "\n".join(f"{one_line(name):<{width}}{one_line(text)}".rstrip() for name, text in rows)
+
+
+def one_line(text: str) -> str:
+    r"""A text, such as a cell of a table, with line breaks and control characters as Python writes them.
+
+    >>> print(one_line("left\nright"))
+    left\nright
+    """
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _CONTROL else c for c in text)
+
+
+def size_text(sizes: Iterable[float]) -> str:
+    """A size along some axes, such as a shape or voxel sizes.
+
+    >>> size_text((91, 109, 91)), size_text((2.0, 2.0, 2.5))
+    ('91×109×91', '2×2×2.5')
+    """
+    return "×".join(str(size) if isinstance(size, int) else f"{size:g}" for size in sizes)
