@@ -188,7 +188,7 @@ def test_flags_are_checked_in_a_dry_run_too(tmp_path: Path, capsys: pytest.Captu
     assert cli.main([*dry, "--runner=FlinkRunner"]) == cli.USAGE
     assert "--flink_master is missing" in capsys.readouterr().err
     assert cli.main([*dry, *FLINK, *POOL]) == cli.SUCCESS
-    assert "volumes 3" in capsys.readouterr().out
+    assert "volumes  3 of" in capsys.readouterr().out
 
 
 # How wide the work is cut
