@@ -437,4 +437,4 @@ def test_a_build_takes_the_manifest_as_it_is(tmp_path: Path, capsys: Capture) ->
     assert cli.main(["manifest", "bids", str(study), *flags, "--all-images", "--overwrite"]) == cli.SUCCESS
     capsys.readouterr()
     assert cli.main(["build", str(manifest), str(tmp_path / "all"), "--dry-run", "--id-column=image_id"]) == 0
-    assert "volumes 12 of" in capsys.readouterr().out
+    assert "volumes  12 of" in capsys.readouterr().out
