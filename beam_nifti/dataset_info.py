@@ -16,7 +16,6 @@ from beam_nifti.errors import DatasetError
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
 
-
 _NEEDS: Final = {
     "s3": "the credentials and S3_ENDPOINT (a URL)",
     "hdfs": "whether libhdfs.so is found, and CLASSPATH",

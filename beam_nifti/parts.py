@@ -94,12 +94,12 @@ class PartWriter:
     def write(self, entry: IndexEntry, *pieces: bytes) -> None:
         """Append one encoded record."""
         start = self._offset
-        for piece in pieces:
-            with storage.naming(f"{self._stem}{PART_ENDING}"):
+        with storage.naming(f"{self._stem}{PART_ENDING}"):
+            for piece in pieces:
                 self._handle.write(piece)
-            if self._hasher:
-                self._hasher.update(piece)
-            self._offset += len(piece)
+                if self._hasher:
+                    self._hasher.update(piece)
+                self._offset += len(piece)
         self._entries.append((entry, start, self._offset - start))
 
     def close(self) -> Part:
