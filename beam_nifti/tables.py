@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
+from beam_nifti.outcomes import may_pass
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
@@ -84,9 +85,9 @@ def read_table(path: str) -> pa.Table:
         raise ManifestError(path, [f"not UTF-8 text ({e.reason}); save it as UTF-8"]) from e
     except (pa.ArrowException, UnicodeError, csv.Error) as e:
         raise ManifestError(path, [f"not a table: {e}"]) from e
-    except TimeoutError:
-        raise  # a store that keeps failing is no fault of the manifest
     except OSError as e:
+        if may_pass(e):
+            raise  # a store that keeps failing is no fault of the manifest
         raise ManifestError(path, [f"cannot be read: {e.strerror or e}"]) from e
     repeated = {c for c in table.column_names if table.column_names.count(c) > 1}
     if repeated:
