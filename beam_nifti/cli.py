@@ -106,7 +106,7 @@ def _run_command(options: argparse.Namespace, beam_flags: list[str]) -> int:
 
 
 def _require_reports_writable(options: argparse.Namespace) -> None:
-    """Refuse local files that cannot be written; how to reach those of a store is among the engine's flags."""
+    """Refuse local files that cannot be written; those of a store need the engine's flags first."""
     for name, flag in (("summary_json", "--summary-json"), ("metrics_file", "--metrics-file")):
         path = getattr(options, name, None)
         if path is not None and not storage.is_remote(path):

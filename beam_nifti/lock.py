@@ -163,7 +163,7 @@ def _parse(lease: bytes) -> dict[str, object]:
 def _write(path: str, token: str, version: str | None) -> None:
     """Write a lease in place of the one that was read, unless another build was faster."""
     pid = os.getpid()
-    process = {"pid": pid, "started": _start_of(pid), "system": _system()}
+    process = {"pid": pid, "started": _start_of(pid), "system": this_system()}
     lease = {"token": token, "host": socket.gethostname(), **process}
     storage.write_if(path, json.dumps(lease).encode(), version)
 
@@ -198,13 +198,13 @@ def _age(path: str) -> float | None:
     finally:
         storage.delete(probe)
     written = storage.stat(path).mtime
-    return now - written if now and written else None
+    return max(0.0, now - written) if now and written else None
 
 
 def _is_gone(holder: dict[str, object]) -> bool:
     """Whether the process that wrote a lease is known to have ended; False where it cannot be known."""
     system, pid = holder.get("system"), holder.get("pid")
-    if system is None or system != _system() or not isinstance(pid, int):
+    if system is None or system != this_system() or not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)
@@ -216,7 +216,7 @@ def _is_gone(holder: dict[str, object]) -> bool:
     return started is not None and started != holder.get("started")
 
 
-def _system() -> str | None:
+def this_system() -> str | None:
     """What names the processes that can see each other by their numbers; None where it cannot be known.
 
     Containers may share a host name, and the boot of their host, and still number their processes apart.

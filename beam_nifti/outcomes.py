@@ -68,7 +68,7 @@ _REFUSING_GRPC: Final = frozenset(
 )
 
 _FRAME = re.compile(r'\s*File ".*", line \d+, in ')
-_ERROR = re.compile(r"(?:RuntimeError: )*(?P<name>\w+(?:\.\w+)*)(?=:|$| \[while running)")
+_ERROR = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?=:|$| \[while running)")
 _ERRNO = re.compile(r"\[Errno (\d+)")
 _DIRECT_CAUSE: Final = "The above exception was the direct cause of the following exception:"
 _END_OF_ERROR = re.compile(r"\s+at [\w.$]+\(|Traceback |Caused by: ")
@@ -152,12 +152,13 @@ def _code_of(kind: type[BaseException], number: int | None) -> int:
 
 
 def _last_error(text: str) -> str:
-    """The exception, by class and message, that the last traceback in a text ends with; "" for no traceback."""
+    """The exception, by class and message, that the last traceback of a text ends with; "" without one."""
     lines = text.splitlines()
     frame = max((i for i, line in enumerate(lines) if _FRAME.match(line)), default=len(lines))
     start = next((i for i in range(frame, len(lines)) if lines[i][:1].strip()), len(lines))
     stop = next((i for i in range(start, len(lines)) if _END_OF_ERROR.match(lines[i])), len(lines))
-    return "\n".join(lines[start:stop]).strip()
+    # In a RuntimeError Beam puts what it cannot make again with its own message.
+    return "\n".join(lines[start:stop]).strip().removeprefix("RuntimeError: ")
 
 
 def _named_error(text: str) -> tuple[type[BaseException], int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
 from importlib import metadata
 from typing import Final
 
@@ -125,8 +124,7 @@ def publish_dataset(
             f"{len(missing)} shards are missing, and {num_written} records and {num_failed} failures "
             f"do not make {plan.num_examples} volumes; run the build again"
         )
-    # By the decimal that was given: as a float, 0.29 of 100 is less than 29.
-    complete = num_failed <= Fraction(str(config.max_bad_fraction)) * plan.num_examples
+    complete = config.allows_failures(num_failed, plan.num_examples)
     published = find_info(config.output)
     summary = BuildSummary(
         num_written=num_written,

@@ -335,6 +335,7 @@ def naming(path: str) -> Iterator[None]:
     except OSError as e:
         if e.errno in _FULL:
             e.filename = path
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(os.path.dirname(path)).free
                 e.strerror = f"{os.strerror(e.errno)} ({free / 1e6:.1f} MB free there)"
