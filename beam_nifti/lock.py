@@ -14,8 +14,7 @@ from typing import Final
 
 from beam_nifti import storage
 from beam_nifti.background import in_background
-from beam_nifti.errors import OutputBusyError, OutputError
-from beam_nifti.outcomes import may_pass
+from beam_nifti.errors import OutputBusyError
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0
@@ -113,17 +112,11 @@ def _take(path: str, token: str, version: str | None) -> None:
         _write(path, token, version)
     except FileExistsError:
         return  # another build was faster, which the caller sees
-    except FileNotFoundError as e:
-        if version != storage.ABSENT:
-            return _take(path, token, storage.ABSENT)  # its holder has just removed it
-        raise OutputError(
-            f"{storage.dirname(path)}: {e.strerror}; create the bucket, or correct OUTPUT"
-        ) from e
     except OSError as e:
-        if may_pass(e):
-            raise
-        reason = f"nothing can be written here: {e.strerror or e}"
-        raise OutputError(f"{storage.dirname(path)}: {reason}; choose another OUTPUT") from e
+        if isinstance(e, FileNotFoundError) and version != storage.ABSENT:
+            _take(path, token, storage.ABSENT)  # its holder has just removed it
+        else:  # such as a bucket that does not exist
+            raise storage.unwritable(storage.dirname(path), "OUTPUT", e, is_folder=True) from e
 
 
 def _keep(path: str, token: str) -> Iterator[float]:

@@ -120,8 +120,8 @@ def reason_of(error: OSError) -> str:
 def engine_outcome(error: Exception) -> Outcome | None:
     """How a command ends whose engine failed; None for an error that no engine raises.
 
-    A runner brings a worker's exception back as the text of a RuntimeError. Its last traceback ends with
-    the exception that counts.
+    A runner brings a worker's exception back as the text of a RuntimeError. Its last traceback, if there
+    is one, ends with the exception that counts.
 
     Args:
         error: raised by running a pipeline.
@@ -133,9 +133,10 @@ def engine_outcome(error: Exception) -> Outcome | None:
         return None
     text = str(error).strip()
     *causes, raised = (_last_error(part) for part in text.split(_DIRECT_CAUSE))
-    if not raised:  # the engine's own words
-        return Outcome(TEMPORARY, text.rpartition("\n")[2], is_explained=False)
+    raised = raised or text  # a step's exception by itself, or the engine's own words
     kind, code = _named_error(raised)
+    if kind is Exception:
+        raised = raised.rpartition("\n")[2]
     if issubclass(kind, BeamNiftiError) and TEMPORARY in (
         _named_error(cause)[1] for cause in causes if cause
     ):

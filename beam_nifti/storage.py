@@ -357,13 +357,14 @@ def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
     try:
         _write_probe(path, is_folder)
     except OSError as e:
-        kind = "folder" if is_folder else "file"
-        reason = (
-            f"{what} is {path}, where nothing can be written: {e.strerror or e}; give a {kind} that can be"
-        )
-        if may_pass(e):
-            raise OSError(e.errno, reason) from e
-        raise OutputError(reason) from e
+        raise unwritable(path, what, e, is_folder=is_folder) from e
+
+
+def unwritable(path: str, what: str, error: OSError, *, is_folder: bool = False) -> OutputError | OSError:
+    """What `require_writable` raises for an error of writing."""
+    kind = "folder" if is_folder else "file"
+    reason = f"{what} is {path}, which cannot be written: {error.strerror or error}; choose another {kind}"
+    return OSError(error.errno, reason) if may_pass(error) else OutputError(reason)
 
 
 def _write_probe(path: str, is_folder: bool) -> None:

@@ -234,6 +234,6 @@ def test_a_store_without_the_bucket_is_no_busy_output(monkeypatch: pytest.Monkey
         raise FileNotFoundError(errno.ENOENT, "No such bucket", path)
 
     monkeypatch.setattr(storage, "write_if", fail)
-    with pytest.raises(OutputError, match=f"^{OUTPUT}: No such bucket; create") as caught, hold(OUTPUT):
+    with pytest.raises(OutputError, match=f"^OUTPUT is {OUTPUT}, .*: No such bucket") as caught, hold(OUTPUT):
         pass
     assert not isinstance(caught.value, OutputBusyError)

@@ -157,7 +157,7 @@ def test_a_summary_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     flag = f"--summary-json={cohort}/s.json"
     assert cli.main(["build", str(cohort), str(tmp_path / "out"), "--dry-run", flag]) == cli.USAGE
-    assert f"--summary-json is {cohort}/s.json, where nothing can be written" in capsys.readouterr().err
+    assert f"--summary-json is {cohort}/s.json, which cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def test_of_many_builds_one_takes_the_lease(folder: Callable[[str], str], scheme
 @pytest.mark.parametrize("scheme", STORES)
 def test_a_bucket_that_does_not_exist_is_named(scheme: str) -> None:
     output = f"{scheme}://no-such-bucket-of-ours/out"
-    with pytest.raises(OutputError, match=f"^{output}: No such bucket"), hold(output):
+    with pytest.raises(OutputError, match=f"^OUTPUT is {output}, .*: No such bucket"), hold(output):
         pass
     with pytest.raises(OutputError, match=f"--temp-location is {output}, .*: No such bucket"):
         storage.require_writable(output, "--temp-location", is_folder=True)
