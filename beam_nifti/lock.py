@@ -54,8 +54,8 @@ def require_held(output: str) -> None:
         OSError: the store cannot be reached.
     """
     path = storage.join(output, LOCK_FILE)
-    if path in _held:
-        _require_own(path, _held[path])
+    if path in _held and not _is_own(path, _held[path]):
+        raise _lost(path)
 
 
 @contextlib.contextmanager
@@ -70,6 +70,9 @@ def _flock(path: str) -> Iterator[None]:
             raise OutputBusyError(
                 f"{Path(path).parent}: another build is writing here; wait for it, or choose another OUTPUT"
             ) from None
+        except OSError as e:  # a file system without locks
+            os.close(descriptor)
+            raise storage.unwritable(storage.dirname(path), "OUTPUT", e, is_folder=True) from e
         with contextlib.suppress(FileNotFoundError):
             if os.path.sameopenfile(descriptor, again := os.open(path, os.O_RDWR)):
                 os.close(again)
@@ -94,16 +97,19 @@ def _lease(path: str) -> Iterator[None]:
     else:
         _refuse_held(path, _parse(found))
     _take(path, token, version)
-    _require_own(path, token)
+    if not _is_own(path, token):
+        raise _lost(path)
     _held[path] = token
+    is_own = False
     try:
         with in_background(_keep(path, token), "lease"):
             yield
-            _require_own(path, token)
     finally:
-        _held.pop(path, None)
-        if _holder(path).get("token") == token:
+        del _held[path]
+        if is_own := _is_own(path, token):
             storage.delete(path)
+    if not is_own:
+        raise _lost(path)
 
 
 def _take(path: str, token: str, version: str | None) -> None:
@@ -130,19 +136,18 @@ def _keep(path: str, token: str) -> Iterator[float]:
             _write(path, token, version)
 
 
-def _require_own(path: str, token: str) -> None:
-    if _holder(path).get("token") != token:
-        raise OutputBusyError(
-            f"{storage.dirname(path)}: another build took this output, or its {LOCK_FILE} was removed; start "
-            "one at a time, and run this one again"
-        )
-
-
-def _holder(path: str) -> dict[str, object]:
+def _is_own(path: str, token: str) -> bool:
     try:
-        return _parse(storage.read(path))
+        return _parse(storage.read(path)).get("token") == token
     except FileNotFoundError:
-        return {}
+        return False
+
+
+def _lost(path: str) -> OutputBusyError:
+    return OutputBusyError(
+        f"{storage.dirname(path)}: another build took this output, or its {LOCK_FILE} was removed; start one "
+        "at a time, and run this one again"
+    )
 
 
 def _parse(lease: bytes) -> dict[str, object]:

@@ -389,6 +389,52 @@ def test_a_store_that_takes_nothing(
     assert storage.list_files("memory://b") == storage.list_files("memory://b/out") == []
 
 
+READS = [
+    ("build MANIFEST memory://b/out", "index/"),
+    ("verify memory://b/out", "index/"),
+    ("verify memory://b/out", "train-"),
+    ("report memory://b/out --out PAGE", "index/"),
+    ("report memory://b/out --out PAGE", "train-"),
+    ("inspect memory://b/out", "index/"),
+    ("inspect memory://b/out", "dataset_info.json"),
+    ("extract memory://b/out --id sub-0000 --out IMAGE", "train-"),
+    ("view memory://b/out --id sub-0000 --out PAGE", "train-"),
+    ("diff memory://b/out memory://b/out", "index/"),
+    ("card memory://b/out", "index/"),
+]
+
+
+@pytest.mark.parametrize(("command", "name"), READS, ids=[f"{c.split()[0]} {name}" for c, name in READS])
+def test_a_store_that_keeps_failing_is_no_fault_of_the_dataset(
+    dataset: Path,
+    tmp_path: Path,
+    command: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    open_object = MemoryFileSystem.open
+
+    def fail(self: MemoryFileSystem, path: str, *arguments: str, **more: str) -> Any:
+        if path.startswith(f"memory://b/out/{name}"):
+            raise TimeoutError(errno.ETIMEDOUT, "the store failed 8 times in a row (HTTP 503)", path)
+        return open_object(self, path, *arguments, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "open", fail)
+    MemoryFileSystem.objects.clear()
+    for path in dataset.rglob("*.*"):
+        storage.write(f"memory://b/out/{path.relative_to(dataset)}", path.read_bytes())
+    places: dict[str, object] = {"PAGE": tmp_path / "a.html", "IMAGE": tmp_path / "a.nii"}
+    argv = arguments(command, {**places, "MANIFEST": dataset.parent / "cohort" / "manifest.tsv"})
+    assert cli.main(argv) == TEMPORARY
+    MemoryFileSystem.objects.clear()
+    said = capsys.readouterr().err
+    assert "the store failed 8 times in a row" in said
+    assert "Traceback" not in said
+
+
 def test_a_store_that_is_only_read(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (
         ["build", str(cohort), "https://lab/out"],
