@@ -189,13 +189,15 @@ def _age(path: str) -> float | None:
     What tells the time is a file that is written now: machines whose clocks differ by minutes all see the
     same age.
     """
+    written = storage.stat(path).mtime
     probe = f"{path}.{uuid.uuid4().hex}.tmp"
     storage.write(probe, b"")
     try:
         now = storage.stat(probe).mtime
+    except FileNotFoundError:
+        return None  # and no sign that the lease is gone
     finally:
         storage.delete(probe)
-    written = storage.stat(path).mtime
     return max(0.0, now - written) if now and written else None
 
 

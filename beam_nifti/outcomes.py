@@ -32,13 +32,13 @@ CUT_SHORT: Final = 141
 """128 + SIGPIPE, as a shell reports of `git log` whose reader has gone."""
 
 _PASSING_ERRNOS: Final = frozenset(
-    [
-        *(errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOLCK),
-        *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-        *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EBUSY, errno.ETXTBSY, errno.EDEADLK),
-        *(errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT),
-    ]
-)
+    getattr(errno, name, None)  # not every system has all of them
+    for name in (
+        *("ENOSPC", "EDQUOT", "ENOMEM", "EMFILE", "ENFILE", "ENOBUFS", "ENOLCK", "EAGAIN", "EINTR", "EBUSY"),
+        *("EIO", "EREMOTEIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+        *("ENETRESET", "ETXTBSY", "EDEADLK", "ETIMEDOUT"),
+    )
+) - {None}
 """Resources that run out, devices, servers and networks that fail. Of the rest, such as missing rights and
 folders that are not there, the system gives the same answer until somebody changes something."""
 
