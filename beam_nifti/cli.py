@@ -78,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _require_text(arguments: Sequence[str]) -> None:
-    """Refuse what no file of ours can hold: they are UTF-8, and name paths."""
+    """Refuse what our files, which are UTF-8, cannot hold."""
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError:
             raise UsageError(
-                f"{os.fsencode(argument)!r} is not UTF-8 text; rename the file or folder"
+                f"{os.fsencode(argument)!r} is not UTF-8 text; correct it, or rename the file"
             ) from None
 
 
