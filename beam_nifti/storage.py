@@ -365,7 +365,8 @@ def unwritable(path: str, what: str, error: OSError, *, is_folder: bool = False)
     """What `require_writable` raises for an error of writing."""
     kind = "folder" if is_folder else "file"
     reason = f"{what} is {path}, which cannot be written: {error.strerror or error}; choose another {kind}"
-    return OSError(error.errno, reason) if may_pass(error) else OutputError(reason)
+    # A broken connection may come without a number, by which alone this one says that it may pass.
+    return OSError(error.errno or errno.EIO, reason) if may_pass(error) else OutputError(reason)
 
 
 def _write_probe(path: str, is_folder: bool) -> None:
@@ -381,9 +382,9 @@ def _write_probe(path: str, is_folder: bool) -> None:
         raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
     with contextlib.suppress(FileNotFoundError):
         os.stat(f"{path}/{name}" if is_folder else f"{path}.{name}")  # or the name may be too long
-    folder = path if is_folder else os.path.dirname(path)
+    folder = path if is_folder else os.path.dirname(path) or "."
     while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
+        folder = os.path.dirname(folder) or "."
     if not os.path.isdir(folder):
         target = "a link to what is not there" if os.path.islink(folder) else "no folder"
         raise NotADirectoryError(errno.ENOTDIR, f"{folder} is {target}", folder)
