@@ -66,7 +66,7 @@ def warn_of_names(
         what: the names are.
         names: one per row.
         problems: where to warn.
-        folded: as for `find_twins`.
+        folded: as for `find_twins`; for names that are made of others, which are checked by themselves.
         is_anonymous: whether warnings must not hold the names.
     """
     twins = find_twins(names, folded)
@@ -79,7 +79,7 @@ def warn_of_names(
             f"{len(twins):,} rows are the first of a {what} that differs from an earlier one like that"
         )
     at = pc.index(pc.match_substring_regex(names, _REWRITTEN), True).as_py()
-    if at >= 0:
+    if at >= 0 and folded is None:
         shown = "" if is_anonymous else f" {names[at]}"
         problems.warn(
             f"row {at + 1}: its {what}{shown} looks like a number that a spreadsheet or pandas has "

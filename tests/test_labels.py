@@ -165,7 +165,8 @@ def read(cells: list[str], kind: str | None) -> tuple[LabelColumn, list[LabelVal
 def test_labels_are_what_a_plain_loop_makes_of_the_cells(cells: list[str], kind: str | None) -> None:
     present = [c for c in cells if c.strip().lower() not in ("", "n/a", "nan")]
     is_float = kind is None and any(c not in ("89+", "F") for c in present)
-    if kind is None and (not present or is_float and not all(math.isfinite(parse_label(c)) for c in present)):
+    is_wrong = not present or (is_float and not all(math.isfinite(parse_label(c)) for c in present))
+    if kind is None and is_wrong:
         problems = Problems("m")
         read_labels(pa.chunked_array([cells]), LabelColumn("x"), "nan", problems)
         with pytest.raises(ManifestError):
