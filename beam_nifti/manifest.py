@@ -362,14 +362,15 @@ def _warn_of_names(
     table: pa.Table, columns: Columns, people: pa.Array | None, problems: Problems, *, is_anonymous: bool
 ) -> None:
     """Warn of participants and ids that are probably one, and of ids that a spreadsheet has rewritten."""
-    ids, keys = _ids(table, columns), None
     if people is not None:
         warn_of_names("participant_id", people, problems, is_anonymous=is_anonymous)
-        if columns.id is None:
-            # Twins of one participant are ids of two sessions; those of two are known as participants.
-            sessions = table["session_id"].combine_chunks() if "session_id" in table.column_names else None
-            keys = people if sessions is None else pc.binary_join_element_wise(people, fold(sessions), "\0")
-    warn_of_names("id", ids, problems, keys, is_anonymous=is_anonymous)
+    if people is None or columns.id is not None:
+        warn_of_names("id", _ids(table, columns), problems, is_anonymous=is_anonymous)
+    elif "session_id" in table.column_names:
+        # Twins of one participant are ids of two sessions; those of two are known as participants.
+        sessions = fold(table["session_id"].combine_chunks())
+        keys = pc.binary_join_element_wise(people, sessions, "\0")
+        warn_of_names("id", _ids(table, columns), problems, keys, is_anonymous=is_anonymous)
 
 
 def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labels, ...]:

@@ -300,7 +300,7 @@ def _delimited_rows(path: str, data: bytes, delimiter: str) -> Iterator[list[str
     number = 0
     try:
         for cells in reader:
-            if number == 0 or any(cell.strip(BLANKS) for cell in cells):
+            if number == 0 or "".join(cells).strip(BLANKS):
                 yield cells
                 number += 1
     except csv.Error as e:

@@ -44,8 +44,10 @@ def find_twins(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[in
     """
     encoded = names.dictionary_encode()
     rows = np.unique(encoded.indices.to_numpy(), return_index=True)[1]  # where each name comes first
-    keys = fold(encoded.dictionary) if folded is None else folded.take(pa.array(rows))
-    groups = keys.dictionary_encode().indices.to_numpy()
+    keys = (fold(encoded.dictionary) if folded is None else folded.take(pa.array(rows))).dictionary_encode()
+    if len(keys.dictionary) == len(rows):
+        return []
+    groups = keys.indices.to_numpy()
     first = np.unique(groups, return_index=True)[1][groups]
     named = pc.not_equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)
     twins = np.flatnonzero((first != np.arange(len(rows))) & named & named[first])
