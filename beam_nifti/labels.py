@@ -31,8 +31,8 @@ MAX_CLASSES: Final = 1 << 14
 """Of a column; all of them stand in dataset_info.json and in the job graph."""
 
 _MISSING: Final = ("", "n/a", "nan")
-_LIKE_MISSING: Final = frozenset(["na", "#n/a", "<na>", "nat", "null", "none"])
-"""What other programs write where there is no value, and what may be the name of a class."""
+_LIKE_MISSING: Final = frozenset(["NA", "#N/A", "<NA>", "NaT", "null", "NULL", "None"])
+"""What other programs write where there is no value; it may also be the name of a class."""
 
 _INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
@@ -212,7 +212,7 @@ def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> N
             f"{name} has the classes {classes[other]!r} and {classes[twin]!r}, which differ {LIKENESS}; give "
             "them one spelling if they are one"
         )
-    for text in [text for text in classes if text.lower() in _LIKE_MISSING][:_SHOWN]:
+    for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:
         problems.warn(f"{name} has a class {text!r}; write n/a, or nothing, where there is no value")
 
 
@@ -232,7 +232,7 @@ def _warn_of_rounding(
     codes: npt.NDArray[np.int32],
     problems: Problems,
 ) -> None:
-    """Warn where float32 makes another integer of a label, or is a half or more beside it."""
+    """Warn of labels from which their float32 differs by a half or more, as by another integer."""
     is_other = np.zeros(len(texts), np.bool_)
     for i in np.flatnonzero(np.abs(numbers) > _FLOAT32_INTEGERS):
         is_other[i] = abs(Decimal(texts[int(i)].as_py()) - _stored(numbers[i])) >= Decimal("0.5")

@@ -354,8 +354,8 @@ def read_manifest(
 def _meaningful(columns: Columns, splitting: Splitting | None) -> set[str]:
     """The columns whose cells mean something to a build."""
     labels = {column.name for column in columns.labels} or {"label"}
-    by = {columns.id, splitting.stratify if splitting else None} - {None}
-    return {*columns.files, *labels, *_OWN, *(name for name in by if name)}
+    by = (columns.id, splitting.stratify if splitting else None)
+    return {*columns.files, *labels, *_OWN, *filter(None, by)}
 
 
 def _warn_of_names(
@@ -416,7 +416,7 @@ def _cells(table: pa.Table, column: str) -> Iterator[str]:
 
 
 def _given_splits(table: pa.Table, people: pa.Array | None, problems: Problems) -> pa.Array:
-    """The column `split`; `people` are the participants by their names, also where the table has none."""
+    """The column `split`. `people` has the names of participants, where the table may have pseudonyms."""
     if "split" not in table.column_names:
         return pa.array([DEFAULT_SPLIT]).take(pa.array(np.zeros(table.num_rows, np.int64)))
     splits = table["split"].combine_chunks()

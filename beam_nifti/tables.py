@@ -174,8 +174,11 @@ def write_table(path: str, table: pa.Table) -> None:
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise UsageError(f"{path}: is no .csv, .tsv, .jsonl or .parquet file; choose one of these")
-    _require_visible(table)
-    delimited = format_delimited(table, "," if suffix == "csv" else "\t") if suffix in ("csv", "tsv") else ""
+    delimited = ""
+    if suffix in ("csv", "tsv"):
+        delimited = format_delimited(table, "," if suffix == "csv" else "\t")
+    else:
+        _require_visible(table)
     with storage.create(path) as handle:
         if delimited:
             handle.write(delimited.encode())
@@ -225,12 +228,12 @@ def format_delimited(table: pa.Table, delimiter: str) -> str:
 def _require_visible(table: pa.Table) -> None:
     """Refuse what `read_table` would remove."""
     for name, column in zip(table.column_names, table.columns, strict=True):
+        remedy = "which has white space at its ends, and that is not read again; rename it"
+        if name != name.strip(BLANKS):
+            raise UsageError(f"the name of a column is {name!r}, {remedy}")
         at = pc.index(pc.not_equal(pc.utf8_trim(column, BLANKS), column), True).as_py()
-        if at >= 0 or name != name.strip(BLANKS):
-            text = column[at].as_py() if at >= 0 else name
-            raise UsageError(
-                f"{name!r} of row {at + 1} is {text!r}; white space at the ends is not read again: rename it"
-            )
+        if at >= 0:
+            raise UsageError(f"row {at + 1}: {name} is {column[at].as_py()!r}, {remedy}")
 
 
 def _header_problem(names: Sequence[str], delimiter: str) -> str | None:
@@ -305,8 +308,10 @@ def _delimited_rows(path: str, data: bytes, delimiter: str) -> Iterator[list[str
                 number += 1
     except csv.Error as e:
         where = f"row {number}" if number else "the header"
+        # The other error that there is, of a very long cell, is one of an open quote in a CSV.
         remedy = 'close it after the cell, and double quotes within it ("")'
-        raise ManifestError(path, [f"{where}: a quote that is not closed ({e}); {remedy}"]) from e
+        problem = f"a quote that is not closed ({e}); {remedy}" if delimiter == "," else str(e)
+        raise ManifestError(path, [f"{where}: {problem}"]) from e
 
 
 def _of_rows(rows: Sequence[Sequence[str]], names: Sequence[str]) -> pa.Table:

@@ -107,6 +107,15 @@ def test_the_digest_is_of_the_rows_and_not_of_the_file(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+def test_the_digest_of_an_ordinary_manifest_stays(tmp_path: Path) -> None:
+    text = "participant_id,path,label,split,site\nsub-1,a.nii,1.50,train,Zürich (a b)\nsub-2,b.nii,2,test,\n"
+    for name, cells in (("m.csv", text), ("m.tsv", text.replace(",", "\t"))):
+        (tmp_path / name).write_text(cells)
+        assert read_manifest(str(tmp_path / name)).digest() == (
+            "e251176756c432d1dac262a3e4e5d0bb64796f26541ee2305dda2d4744a988f0"
+        )
+
+
 def test_the_digest_of_the_first_rows_tells_whether_rows_were_only_appended(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     write_csv(path)

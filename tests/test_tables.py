@@ -205,7 +205,7 @@ def test_every_white_space_of_unicode_is_known() -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 def test_white_space_that_would_be_lost_is_not_written(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(UsageError, match=r"'path' of row 2 is ' b\.nii'; white space at the ends"):
+    with pytest.raises(UsageError, match=r"row 2: path is ' b\.nii', which has white space at its ends"):
         write_table(str(tmp_path / f"m.{suffix}"), pa.table({"path": ["a.nii", " b.nii"]}))
     assert not list(tmp_path.iterdir())
 
