@@ -16,15 +16,18 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
+from beam_nifti.errors import OutputError
 from beam_nifti.gcs import Gcs
 from beam_nifti.object_store import ObjectStore, Store, Writer
 from beam_nifti.others import Fsspec
+from beam_nifti.outcomes import may_pass
 from beam_nifti.s3 import S3
 from beam_nifti.web import Http, WebHdfs
 
@@ -327,13 +330,66 @@ def create(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Say which file was being written when there was no room left, as the system does not."""
+    """Add to an error the file that was being written when there was no room left, and how much there is."""
     try:
         yield
     except OSError as e:
         if e.errno in _FULL:
             e.filename = path
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(os.path.dirname(path)).free
+                e.strerror = f"{os.strerror(e.errno)} ({free / 1e6:.1f} MB free there)"
         raise
+
+
+def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
+    """Refuse, before any work, a path to which nothing can be written; leaves nothing behind.
+
+    Args:
+        path: absolute path or URL. Folders above it may be missing: writing makes them.
+        what: the option or argument that gives it, for the message.
+        is_folder: whether it is a folder for files rather than a file.
+
+    Raises:
+        OutputError: it cannot be written as it stands.
+        OSError: it cannot be written now, but that may pass.
+    """
+    try:
+        _write_probe(path, is_folder)
+    except OSError as e:
+        raise unwritable(path, what, e, is_folder=is_folder) from e
+
+
+def unwritable(path: str, what: str, error: OSError, *, is_folder: bool = False) -> OutputError | OSError:
+    """What `require_writable` raises for an error of writing."""
+    kind = "folder" if is_folder else "file"
+    reason = f"{what} is {path}, which cannot be written: {error.strerror or error}; choose another {kind}"
+    # A broken connection may come without a number, by which alone this one says that it may pass.
+    return OSError(error.errno or errno.EIO, reason) if may_pass(error) else OutputError(reason)
+
+
+def _write_probe(path: str, is_folder: bool) -> None:
+    name = f"{uuid.uuid4().hex}.tmp"
+    if is_remote(path):
+        probe = f"{path}/{name}" if is_folder else f"{path}.{name}"
+        write(probe, b"")
+        delete(probe)
+        return
+    if is_folder and os.path.exists(path) and not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file", path)
+    if not is_folder and os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(f"{path}/{name}" if is_folder else f"{path}.{name}")  # or the name may be too long
+    folder = path if is_folder else os.path.dirname(path) or "."
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder) or "."
+    if not os.path.isdir(folder):
+        target = "a link to what is not there" if os.path.islink(folder) else "no folder"
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is {target}", folder)
+    with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system knows such files
+        pass
 
 
 def write(path: str, data: bytes) -> None:

@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
+from beam_nifti.outcomes import may_pass
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
@@ -122,9 +123,9 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
         raise ManifestError(path, [f"not UTF-8 text ({e.reason}); save it as UTF-8"]) from e
     except (pa.ArrowException, UnicodeError) as e:
         raise ManifestError(path, [f"not a table: {e}"]) from e
-    except TimeoutError:
-        raise  # a store that keeps failing is no fault of the manifest
     except OSError as e:
+        if may_pass(e):
+            raise  # a store that keeps failing is no fault of the manifest
         raise ManifestError(path, [f"cannot be read: {e.strerror or e}"]) from e
 
 
