@@ -238,9 +238,10 @@ class Image:
             unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
             self._unpacker = None
             content = unpacker.read(self._promised, self._most)
+            self._check_size(len(content), unpacker.trailing_text)
         else:
             content = memoryview(data)
-        self._check_size(len(content))
+            self._check_size(len(content))
         return content[self.header.offset : self._promised]
 
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
@@ -275,10 +276,10 @@ class Image:
                 got = fill(reader, buffer)
             at += got
             if got < size:
-                self._check_size(at)
+                self._check_size(at, reader.trailing_text if isinstance(reader, Unpacker) else "")
             yield buffer
         if isinstance(reader, Unpacker):
-            self._check_size(at + reader.skip(self._most - at))
+            self._check_size(at + reader.skip(self._most - at), reader.trailing_text)
 
     def _refuse_oversized(self) -> None:
         """Spare the memory of a file that its header disowns, such as a wrong download."""
@@ -287,11 +288,11 @@ class Image:
         if self._size > self._promised + allowance + _LARGE_FILE // 2:
             raise self._disowned()
 
-    def _check_size(self, size: int) -> None:
+    def _check_size(self, size: int, trailing: str = "") -> None:
         if size < self._promised:
             raise VolumeError(
                 f"{self._name}: truncated: {size} bytes where shape {self.header.shape} of "
-                f"{self.header.dtype_name} needs {self._promised}; copy the file again"
+                f"{self.header.dtype_name} needs {self._promised}{trailing}; copy the file again"
             )
         if size >= self._most:
             raise self._disowned()
