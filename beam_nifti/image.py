@@ -88,19 +88,31 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
         if packing and packing.head_bytes > len(head) == _HEAD_OF_FILE:
             head = storage.read_head(files[0], packing.head_bytes)
     header = parse(unpacked_head(name, head, HEAD_BYTES))
-    _check_pair(name, files, header)
+    if len(files) == 2:
+        _refuse_whole_image(name, head, header)
+    _check_container(name, files, header)
     return header
 
 
-def _check_pair(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
-    if header.is_pair and len(files) == 1:
-        raise VolumeError(
-            f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
-        )
-    if not header.is_pair and len(files) == 2:
-        raise VolumeError(
-            f"{name}: its .hdr file is a whole image and no header of an .img file; repair its name: .nii"
-        )
+def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
+    """Refuse a header whose voxels cannot be in these files.
+
+    The files decide where voxels are, as in nibabel, and not the magic string of a NIfTI header.
+    """
+    if len(files) == 1:
+        if header.is_pair and HALF.fullmatch(files[0]):
+            raise VolumeError(
+                f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
+            )
+        if header.is_analyze:
+            raise VolumeError(
+                f"{name}: an ANALYZE header, or a NIfTI header without its magic string, in a single file; "
+                "repair or convert the image"
+            )
+        if header.offset < header.header_bytes:
+            raise VolumeError(
+                f"{name}: voxels start at byte {header.offset}, inside the header; repair vox_offset"
+            )
     if header.is_analyze and (match := HALF.fullmatch(files[0])):
         with _reading(name):
             found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
@@ -134,7 +146,7 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
         named_packed = files[-1].lower().endswith(PACKED)
         source = join_stats([s for _, s in opened])
         image = Image(name, handle, stat.size, source, parse, header, named_packed)
-        _check_pair(name, files, image.header)
+        _check_container(name, files, image.header)
         yield image
 
 
@@ -146,7 +158,25 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
         data = handle.read()
     if packing := packing_of(data):
         Unpacker(name, data, packing).skip(_LARGEST_HEADER)  # to its end, where the checksum is
-    return parse(unpacked_head(name, data, HEAD_BYTES))
+    header = parse(unpacked_head(name, data, HEAD_BYTES))
+    _refuse_whole_image(name, data, header)
+    return header
+
+
+def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
+    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image.
+
+    Args:
+        name: the image's path in errors.
+        data: the .hdr file, or its start.
+        header: what it says.
+    """
+    if header.is_pair or header.offset < header.header_bytes:
+        return
+    if len(unpacked_head(name, data, header.offset + 1)) > header.offset:
+        raise VolumeError(
+            f"{name}: its .hdr file is a whole image, not the header of an .img file; repair its name: .nii"
+        )
 
 
 class Image:

@@ -257,7 +257,7 @@ def test_halves_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         load_volume(row_of(path))
     path.write_bytes(nifti_bytes(brain()))
     for load in (load_volume, load_header):
-        with pytest.raises(VolumeError, match=r"its \.hdr file is a whole image .*; repair its name"):
+        with pytest.raises(VolumeError, match=r"its \.hdr file is a whole image, .*; repair its name"):
             load(row_of(path))
     path.write_bytes(whole + bytes(2 << 20))
     with pytest.raises(VolumeError, match="which no header has"):
