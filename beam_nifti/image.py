@@ -99,17 +99,18 @@ def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) ->
 
     The files decide where voxels are, as in nibabel, and not the magic string of a NIfTI header.
     """
+    is_inside = header.offset < header.header_bytes
     if len(files) == 1:
-        if header.is_pair and HALF.fullmatch(files[0]):
-            raise VolumeError(
-                f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
-            )
-        if header.is_analyze:
+        if header.is_analyze and not HALF.fullmatch(files[0]):
             raise VolumeError(
                 f"{name}: an ANALYZE header, or a NIfTI header without its magic string, in a single file; "
                 "repair or convert the image"
             )
-        if header.offset < header.header_bytes:
+        if header.is_pair and (is_inside or HALF.fullmatch(files[0])):
+            raise VolumeError(
+                f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
+            )
+        if is_inside:
             raise VolumeError(
                 f"{name}: voxels start at byte {header.offset}, inside the header; repair vox_offset"
             )

@@ -174,7 +174,7 @@ def no_magic() -> bytes:
         (
             "a.nii",
             lambda: nifti_bytes(brain(), fields={"magic": b"ni1", "vox_offset": 16}),
-            "start at byte 16, inside the header; repair vox_offset",
+            r"header of an \.hdr/\.img pair without its voxels; copy the \.img file",
         ),
         ("a.nii", no_magic, "an ANALYZE header, or a NIfTI header without its magic string, in a single"),
         ("a.img", no_magic, r"header of an \.hdr/\.img pair without its voxels"),

@@ -231,7 +231,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "zeros": (lambda: bytes(5000), "not a NIfTI, .* image; convert it"),
     "pair": (lambda: pair(1), r"the header of an \.hdr/\.img pair without its voxels; copy the \.img file"),
     "NIfTI-2 pair": (lambda: pair(2), "pair without its voxels; copy"),
-    "ANALYZE": (analyze, "pair without its voxels; copy"),
+    "ANALYZE": (analyze, "an ANALYZE header, or .* without its magic string, in a single file; repair"),
     "MINC 1": (lambda: b"CDF\x01" + bytes(600), "a MINC image; convert it: nib-convert --out-dtype float32 "),
     "MINC 2": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(600), "MINC 2 image, install h5py, and convert"),
     "PAR": (lambda: b"# === DATA DESCRIPTION FILE" * 20, "PAR/REC pair; convert it: parrec2nii --comp"),
