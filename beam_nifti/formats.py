@@ -16,6 +16,7 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.header import PADDING_BYTES, VolumeHeader
 from beam_nifti.image_names import HALF
 from beam_nifti.rescale import Scaling
+from beam_nifti.signatures import other_format, stand_in
 
 HEAD_BYTES: Final = 544
 """Enough for every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
@@ -34,18 +35,6 @@ _CIFTI_INTENTS: Final = range(3000, 3100)
 
 _NIFTI1: Final = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}
 """By magic string."""
-
-_CONVERT_MINC: Final = (
-    "convert it: nib-convert --out-dtype float32 IMAGE.mnc IMAGE.nii.gz (mnc2nii IMAGE.mnc if it has frames)"
-)
-_MINC: Final = f"a MINC image; {_CONVERT_MINC}"
-_OTHER_FORMATS: Final = {
-    b"CDF\x01": _MINC,
-    b"CDF\x02": _MINC,
-    b"\x89HDF": "an HDF5 file; if it is a MINC 2 image, install h5py, and " + _CONVERT_MINC,
-    b"# ==": "the header of a PAR/REC pair; convert it: parrec2nii --compressed IMAGE.PAR",
-    b"NRRD": "an NRRD image; convert it to .nii.gz",
-}
 
 _quiet = logging.getLogger(f"{__name__}.nibabel")
 _quiet.addHandler(logging.NullHandler())
@@ -128,11 +117,12 @@ def _header_class(name: str, head: bytes) -> Any:
         return MGHHeader
     if kind := _NIFTI1.get(head[344:348]):  # nibabel does not need the size of the header
         return kind
-    for magic, what in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            raise VolumeError(f"{name}: {what}")
+    if what := stand_in(head):
+        raise VolumeError(f"{name}: {what}")
     if (match := HALF.fullmatch(name)) and match["half"].lower() == "img":
         raise VolumeError(f"{name}: voxels without their header; copy the .hdr file beside them")
+    if what := other_format(head):
+        raise VolumeError(f"{name}: {what}")
     if len(head) < 348:
         raise VolumeError(f"{name}: {len(head)} bytes are less than a NIfTI header; copy it again")
     raise VolumeError(

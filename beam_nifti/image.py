@@ -15,6 +15,7 @@ from beam_nifti.formats import HEAD_BYTES
 from beam_nifti.header import VolumeHeader
 from beam_nifti.image_names import HALF, PACKED
 from beam_nifti.packing import Bytes, Unpacker, fill, packing_of, unpacked_head
+from beam_nifti.signatures import stand_in
 
 ReadHeader = Callable[[bytes], VolumeHeader]
 
@@ -49,9 +50,18 @@ def image_files(path: str) -> tuple[str, ...]:
     stem = match["stem"] + (other.upper() if half.isupper() else other)
     for ending in dict.fromkeys((packed, "", *PACKED)):
         with contextlib.suppress(FileNotFoundError):
-            storage.stat(stem + ending)
+            if not storage.broken_link(stem + ending):
+                storage.stat(stem + ending)
             return (path, stem + ending) if is_header else (stem + ending, path)
     return (path,)
+
+
+def _files_to_read(name: str, path: str) -> tuple[str, ...]:
+    files = image_files(path)
+    for file in files:
+        if what := storage.broken_link(file):
+            raise VolumeError(f"{name}: {what}")
+    return files
 
 
 def stat_image(path: str) -> storage.Stat:
@@ -82,7 +92,7 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
         VolumeError: it cannot be read, or `parse` refuses it.
     """
     with _reading(name):
-        files = image_files(path)
+        files = _files_to_read(name, path)
         head = storage.read_head(files[0], _HEAD_OF_FILE)
         packing = packing_of(head)
         if packing and packing.head_bytes > len(head) == _HEAD_OF_FILE:
@@ -139,7 +149,7 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
     with contextlib.ExitStack() as stack:
         with _reading(name):
             opened = []
-            files = image_files(path)
+            files = _files_to_read(name, path)
             for file in files:
                 handle, stat = storage.open_with_stat(file)
                 opened.append((stack.enter_context(handle), stat))
@@ -216,6 +226,8 @@ class Image:
         self._unpacker: Unpacker | None = None
         if header is not None:
             self.header = header
+            if self._size < self._promised and (what := stand_in(bytes(self._data[:HEAD_BYTES]))):
+                raise VolumeError(f"{name}: its .img file is {what}")
             if named_packed and self._packing is None:
                 raise VolumeError(f"{name}: its .img file is not packed as its name says; copy it again")
             if not named_packed and self._size == self._promised:

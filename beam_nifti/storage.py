@@ -195,6 +195,18 @@ def stat(path: str) -> Stat:
     return Stat(matches[0].size_in_bytes, matches[0].last_updated_in_seconds or 0.0)
 
 
+def broken_link(path: str) -> str | None:
+    """What a symbolic link to a file that is not there is, and the remedy; None for other paths.
+
+    In a clone of a git-annex or DataLad repository every file is such a link until its content is fetched.
+    """
+    if is_remote(path) or not os.path.islink(path) or os.path.exists(path):
+        return None
+    if "annex/objects/" in os.readlink(path):
+        return "a git-annex link without its content; run git annex get (or datalad get) on the file"
+    return "a symbolic link to a file that is not there; copy that file"
+
+
 def exists(path: str) -> bool:
     """Whether a file or folder is there."""
     if not is_remote(path):

@@ -16,12 +16,16 @@ import pyarrow.parquet
 
 from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
+from beam_nifti.signatures import stand_in
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
 
 _JSON_ROWS: Final = 1 << 13
 """Rows that are held as Python dictionaries, which take ten times the memory of Arrow columns."""
+
+_HEAD_BYTES: Final = 1 << 10
+"""Of a file, by which it is told from a pointer to another one."""
 
 _DECODED_BYTES: Final = 1 << 20
 
@@ -77,9 +81,12 @@ def read_table(path: str) -> pa.Table:
         raise ManifestError(path, ["is no .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
     try:
         with storage.open_read(path) as handle:
+            if what := stand_in(handle.read(_HEAD_BYTES)):
+                raise ManifestError(path, [f"not a table but {what}"])
+            handle.seek(0)
             table = _READERS[suffix](path, handle).combine_chunks()
     except FileNotFoundError as e:
-        raise ManifestError(path, ["no such file"]) from e
+        raise ManifestError(path, [storage.broken_link(path) or "no such file"]) from e
     except UnicodeDecodeError as e:
         raise ManifestError(path, [f"not UTF-8 text ({e.reason}); save it as UTF-8"]) from e
     except (pa.ArrowException, UnicodeError, csv.Error) as e:
