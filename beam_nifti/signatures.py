@@ -13,9 +13,9 @@ _CONVERT_MINC: Final = (
 _TO_NIFTI: Final = "convert it to .nii.gz"
 
 _STAND_INS: Final = {
-    rb"version https://(git-lfs|hawser)\.github\.com/spec/": "a Git LFS pointer; run git lfs pull",
+    rb"version https://(git-lfs|hawser)\.github\.com/spec/": "a Git LFS pointer; run `git lfs pull`",
     rb"(\.\./)*(\.git)?/annex/objects/": (
-        "a git-annex pointer; run git annex get (or datalad get) on the file"
+        "a git-annex pointer; run `git annex get` (or `datalad get`) on the file"
     ),
     rb"\s*(<!--.*?-->\s*)?<(!doctype html|html|head)\b": (
         f"an HTML page, as servers send for errors; {_DOWNLOAD}"
@@ -68,7 +68,7 @@ def stand_in(head: bytes) -> str | None:
         head: its first bytes, or all of it.
 
     >>> stand_in(b"version https://git-lfs.github.com/spec/v1")
-    'a Git LFS pointer; run git lfs pull'
+    'a Git LFS pointer; run `git lfs pull`'
     """
     return _described(_STAND_IN_PATTERNS, head)
 

@@ -122,9 +122,9 @@ def dirname(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def absolute(path: str) -> str:
-    """A path that means the same from every working folder; of a file:// URL the local path."""
-    path = local_path(path)
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that means the same from every working folder: `~` is the home folder, a file:// URL a path."""
+    path = local_path(os.fspath(path))
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
@@ -232,7 +232,7 @@ def broken_link(path: str) -> str | None:
     if is_remote(path) or not os.path.islink(path) or os.path.exists(path):
         return None
     if "annex/objects/" in os.readlink(path):
-        return "a git-annex link without its content; run git annex get (or datalad get) on the file"
+        return "a git-annex link without its content; run `git annex get` (or `datalad get`) on the file"
     return "a symbolic link to a file that is not there; copy that file"
 
 

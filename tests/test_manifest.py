@@ -245,9 +245,9 @@ def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
     for content, what in (
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-            "a Git LFS pointer; run git lfs",
+            "a Git LFS pointer; run `git lfs",
         ),
-        (b"/annex/objects/MD5E-s592--0.tsv\n", "a git-annex pointer; run git annex get"),
+        (b"/annex/objects/MD5E-s592--0.tsv\n", "a git-annex pointer; run `git annex get`"),
         (b"<!doctype html><title>Sign in</title>", "an HTML page, as servers send for errors; download"),
     ):
         path.write_bytes(content)
@@ -256,7 +256,7 @@ def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
     path.unlink()
     path.symlink_to(".git/annex/objects/MD5E-s592--0.tsv")
     with pytest.raises(
-        ManifestError, match=r"(?s)m\.tsv: .*a git-annex link without its content; run git annex get"
+        ManifestError, match=r"(?s)m\.tsv: .*a git-annex link without its content; run `git annex get`"
     ):
         read_manifest(str(path))
 

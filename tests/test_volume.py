@@ -257,9 +257,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "one byte": (lambda: b"\x01", "1 bytes are less than a NIfTI header"),
     "unknown": (lambda: b"\x01\xff" * 500, "not a NIfTI, ANALYZE or MGH image; convert it"),
     "zeros": (lambda: bytes(5000), "zeros where a header should be, .*; copy it again"),
-    "Git LFS": (lambda: LFS_POINTER, "a Git LFS pointer; run git lfs pull"),
-    "git-annex": (lambda: ANNEX_POINTER, r"a git-annex pointer; run git annex get \(or datalad get\) on the"),
-    "annex of FAT": (lambda: b"../.git" + ANNEX_POINTER, "a git-annex pointer; run git annex get"),
+    "Git LFS": (lambda: LFS_POINTER, "a Git LFS pointer; run `git lfs pull`"),
+    "git-annex": (lambda: ANNEX_POINTER, r"a git-annex pointer; run `git annex get` \(or"),
+    "annex of FAT": (lambda: b"../.git" + ANNEX_POINTER, "a git-annex pointer; run `git annex get`"),
     "HTML": (lambda: b"\n<!DOCTYPE HTML>" * 100, "an HTML page, .*; download the file again"),
     "HTML at once": (lambda: b"<html lang='en'><head>", "an HTML page, .*; download the file again"),
     "XML": (lambda: b"<?xml version='1.0'?><Error>" * 30, "an XML file, .*; download the file again"),
@@ -324,12 +324,12 @@ def test_either_file_of_a_pair_may_be_a_pointer(tmp_path: Path) -> None:
         header.write_bytes(pair(1))
         voxels.write_bytes(LFS_POINTER)
         with pytest.raises(
-            VolumeError, match=r"a\.hdr: its \.img file is a Git LFS pointer; run git lfs pull"
+            VolumeError, match=r"a\.hdr: its \.img file is a Git LFS pointer; run `git lfs pull`"
         ):
             load_volume(row_of(header))
         header.write_bytes(ANNEX_POINTER)
         for load in (load_header, load_volume):
-            with pytest.raises(VolumeError, match=r"a\.hdr: a git-annex pointer; run git annex get"):
+            with pytest.raises(VolumeError, match=r"a\.hdr: a git-annex pointer; run `git annex get`"):
                 load(row_of(header))
         voxels.unlink()
 
@@ -339,7 +339,7 @@ def test_either_file_of_a_pair_may_be_a_pointer(tmp_path: Path) -> None:
     [
         (
             "../.git/annex/objects/Gk/2m/SHA256E-s592--0.nii.gz/SHA256E-s592--0.nii.gz",
-            r"a git-annex link without its content; run git annex get \(or datalad get\) on the file$",
+            r"a git-annex link without its content; run `git annex get` \(or `datalad get`\) on the file$",
         ),
         ("elsewhere.nii.gz", "a symbolic link to a file that is not there; copy that file$"),
     ],
