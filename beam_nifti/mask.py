@@ -102,7 +102,8 @@ def _whole_numbers(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> t
         values = scaling.apply(source[start : start + _CHUNK])
         rounded = np.rint(values)
         with np.errstate(invalid="ignore", over="ignore"):
-            error = half_step + _RELATIVE_ERROR * (np.abs(values - scaling.inter) + abs(scaling.inter))
+            magnitude = np.abs(values - scaling.inter) + abs(scaling.inter)
+            error = half_step + _RELATIVE_ERROR * np.maximum(magnitude, 1)
             uneven = values[~(np.abs(values - rounded) <= np.minimum(error, _LARGEST_ERROR))]
             if uneven.size:
                 raise VolumeError(

@@ -17,7 +17,7 @@ _STAND_INS: Final = {
     rb"(\.\./)*(\.git)?/annex/objects/": (
         "a git-annex pointer; run `git annex get` (or `datalad get`) on the file"
     ),
-    rb"\s*(<!--.*?-->\s*)?<(!doctype html|html|head)\b": (
+    rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head)\b": (
         f"an HTML page, as servers send for errors; {_DOWNLOAD}"
     ),
 }
@@ -29,6 +29,9 @@ _OTHERS: Final = {
     rb"\x89HDF": f"an HDF5 file; if it is a MINC 2 image, install h5py, and {_CONVERT_MINC}",
     rb"# ==": "the header of a PAR/REC pair; convert it: parrec2nii --compressed IMAGE.PAR",
     rb"NRRD": f"an NRRD image; {_TO_NIFTI}",
+    rb"mrtrix image": "an MRtrix image; convert it: mrconvert IMAGE.mif IMAGE.nii.gz",
+    rb"MATRIX7": f"an ECAT image; {_TO_NIFTI}",
+    rb"\0\x05\x16\x07": "metadata of macOS (a ._ file); leave it out",
     rb"([^\n=]+ = [^\n]*\n)*ObjectType = ": f"a MetaImage; {_TO_NIFTI}",
     rb".{128}DICM|[\x02\x08]\0[\0-\x1a]\0([A-Z]{2}|[\0-\x40]\0\0\0)": (
         "a DICOM file; convert its series to NIfTI with dcm2niix"
@@ -48,8 +51,9 @@ _OTHERS: Final = {
     rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|GIF8": "a picture (PNG, JPEG, TIFF or GIF); leave it out",
     rb"%PDF": "a PDF document; leave it out",
     rb"\0+\Z": "zeros where a header should be, as after an interrupted copy; copy it again",
-    rb"\s*<\?xml": f"an XML file, as servers send for errors; {_DOWNLOAD}",
-    rb"[\t\n\r\x20-\x7e]+\Z": f"a text file; {_DOWNLOAD}",
+    rb"\s*<\?xml.*<(!DOCTYPE )?GIFTI": "a GIFTI file, whose values are not on a grid; leave it out",
+    rb"(\xef\xbb\xbf)?\s*<\?xml": f"an XML file, as servers send for errors; {_DOWNLOAD}",
+    rb"[\t\n\r\x20-\x7e\x80-\xff]+\Z": f"a text file; {_DOWNLOAD}",
 }
 
 

@@ -205,6 +205,17 @@ def test_coarse_scalings_are_not_taken_for_rounded_labels(tmp_path: Path, slope:
         load(tmp_path, np.resize(np.uint8([1, 0]), SHAPE), slope=slope)
 
 
+def test_scaled_labels_that_were_stored_again_as_floats_are_recovered(tmp_path: Path) -> None:
+    mask = np.resize(np.array([0.0, 1, 2, 3]), SHAPE)
+    image = nib.Nifti1Image(mask, AFFINE)
+    image.set_data_dtype("int32")
+    nib.save(image, tmp_path / "scaled.nii")
+    again = np.asanyarray(nib.load(tmp_path / "scaled.nii").dataobj)
+    assert not np.array_equal(again, mask)
+    for dtype in ("float32", "float64"):
+        assert np.array_equal(load(tmp_path, again.astype(dtype)).mask, mask)
+
+
 def test_the_refusal_of_a_mask_has_all_digits_of_the_value(tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match=r"a voxel of the mask is 2\.9999, not a whole number"):
         load(tmp_path, np.full(SHAPE, 2.9999))
