@@ -14,7 +14,7 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.formats import HEAD_BYTES
 from beam_nifti.header import VolumeHeader
 from beam_nifti.image_names import HALF, PACKED
-from beam_nifti.packing import Bytes, Unpacker, fill, packing_of, unpacked_head
+from beam_nifti.packing import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
 from beam_nifti.signatures import stand_in
 
 ReadHeader = Callable[[bytes], VolumeHeader]
@@ -167,8 +167,7 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
         raise VolumeError(f"{name}: its .hdr file has {stat.size} bytes, which no header has; copy it again")
     with _reading(name):
         data = handle.read()
-    if packing := packing_of(data):
-        Unpacker(name, data, packing).skip(_LARGEST_HEADER)  # to its end, where the checksum is
+    content_size(name, data, _LARGEST_HEADER)  # reads to its end, where the checksum is
     header = parse(unpacked_head(name, data, HEAD_BYTES))
     _refuse_whole_image(name, data, header)
     return header
@@ -184,7 +183,7 @@ def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
     """
     if header.is_pair or header.offset < header.header_bytes:
         return
-    if len(unpacked_head(name, data, header.offset + 1)) > header.offset:
+    if content_size(name, data, header.offset + 1) > header.offset:
         raise VolumeError(
             f"{name}: its .hdr file is a whole image, not the header of an .img file; repair its name: .nii"
         )

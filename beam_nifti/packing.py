@@ -77,7 +77,7 @@ def _end_by_decompressing(magic: re.Pattern[bytes], make: Callable[[], Any]) -> 
 
     Args:
         magic: of the format.
-        make: an object with `decompress`, `eof` and `unused_data` for one stream.
+        make: a decompressor of one stream, such as `bz2.BZ2Decompressor`.
     """
 
     def find(data: Bytes) -> int:
@@ -85,14 +85,14 @@ def _end_by_decompressing(magic: re.Pattern[bytes], make: Callable[[], Any]) -> 
         while magic.match(data, start):
             stream, at = make(), start
             try:
-                while not stream.eof and at < len(data):
-                    chunk = data[at : at + _SCRATCH_BYTES]
-                    stream.decompress(chunk)
+                while not stream.eof:
+                    chunk = data[at : at + _SCRATCH_BYTES] if stream.needs_input else b""
+                    if stream.needs_input and not chunk:
+                        return end
+                    stream.decompress(chunk, _SCRATCH_BYTES)
                     at += len(chunk)
             except _DAMAGE:
-                break
-            if not stream.eof:
-                break
+                return end
             end = at - len(stream.unused_data)
             start = _skip_zeros(data, end)
         return end
@@ -127,7 +127,7 @@ PACKINGS: Final = (
         _GZIP,
         # isal offers reading into a buffer (a third of the CPU of growing one) only under this name.
         isal_zlib._GzipReader,  # type: ignore[arg-type]
-        _end_by_decompressing(_GZIP, lambda: isal_zlib.decompressobj(wbits=31)),
+        _end_by_decompressing(_GZIP, lambda: igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)),
         1 << 16,
         DEFLATE_RATIO,
     ),
@@ -280,6 +280,16 @@ def fill(reader: Any, buffer: memoryview) -> int:
     while size < len(buffer) and (count := reader.readinto(buffer[size:])):
         size += count
     return size
+
+
+def content_size(name: str, data: Bytes, most: int) -> int:
+    """How many bytes a file holds, or `most` if it holds more.
+
+    Raises:
+        VolumeError: the file is damaged.
+    """
+    packing = packing_of(data)
+    return Unpacker(name, data, packing).skip(most) if packing else min(len(data), most)
 
 
 def unpacked_head(name: str, head: Bytes, size: int) -> bytes:

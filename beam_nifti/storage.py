@@ -135,16 +135,16 @@ def scheme_of(path: str) -> str:
 
 def _store(path: str) -> Store | None:
     """What serves a URL; None where Beam does."""
-    from apache_beam.io.filesystem import FileSystem
-    from apache_beam.io.filesystems import FileSystems
-    from apache_beam.options.pipeline_options import PipelineOptions
-
     scheme = scheme_of(path)
     if _WINDOWS.match(path):
         raise OSError(errno.EINVAL, "a Windows path; give the path at which this computer has the file", path)
     if scheme.lower() == "file":
         reason = "a file:// URL that names another computer; write file:///FOLDER/FILE for a file of this one"
         raise OSError(errno.EINVAL, reason, path)
+    from apache_beam.io.filesystem import FileSystem
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     make = _STORES.get(scheme)
     if make is None and any(system.scheme() == scheme for system in FileSystem.get_all_subclasses()):
         return None

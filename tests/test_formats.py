@@ -374,6 +374,7 @@ def test_streams_of_several_pieces_are_read(tmp_path: Path, packed: str) -> None
 )
 @example(".zst", [(random_voxels((300_000,), "uint8").tobytes(), 1)], bytes(512), 9)  # of several blocks
 @example(".bz2", [(random_voxels((1_000_000,), "uint8").tobytes(), 1)], b"\n", 999_999)
+@example(".gz", [(random_voxels((200_000,), "uint8").tobytes(), 1), (bytes(500_000), 2)], b"\n", 99)
 def test_what_follows_the_streams_is_passed_over(
     kind: str, pieces: list[tuple[bytes, int]], after: bytes, first: int
 ) -> None:
