@@ -53,7 +53,7 @@ _OTHERS: Final = {
     rb"\0+\Z": "zeros where a header should be, as after an interrupted copy; copy it again",
     rb"\s*<\?xml.*<(!DOCTYPE )?GIFTI": "a GIFTI file, whose values are not on a grid; leave it out",
     rb"(\xef\xbb\xbf)?\s*<\?xml": f"an XML file, as servers send for errors; {_DOWNLOAD}",
-    rb"[\t\n\r\x20-\x7e\x80-\xff]+\Z": f"a text file; {_DOWNLOAD}",
+    rb"[\t\n\r\x20-\x7e\x80-\xff]+\Z": "a text file; copy or download the image again",
 }
 
 
