@@ -166,7 +166,7 @@ class Unpacker:
         self.trailing = 0
         self._name, self._packing, self._data, self._size = name, packing, data, len(data)
         self._peeked = memoryview(b"")
-        self._position = 0  # in the content, before what is peeked
+        self._position = 0  # of the reader in the content
         self._reader = self._checked(lambda: packing.open(data))
 
     @property
@@ -194,7 +194,7 @@ class Unpacker:
         return size
 
     def _drop_trailing(self) -> bool:
-        """Go on in the streams alone where what follows them begins no other one."""
+        """Read on without what follows the streams; False where that begins a stream, so there is damage."""
         end = self._packing.find_end(self._data)
         starts_another = self._packing.magic.match(self._data, _skip_zeros(self._data, end))
         if self.trailing or not 0 < end < len(self._data) or starts_another:
@@ -203,9 +203,9 @@ class Unpacker:
         self._reader = self._packing.open(self._data[:end])
         scratch = memoryview(bytearray(_SCRATCH_BYTES))
         left = self._position
-        while left:
-            left -= fill(self._reader, scratch[:left])
-        return True
+        while left and (count := fill(self._reader, scratch[:left])):
+            left -= count
+        return not left
 
     def peek(self, size: int) -> bytes:
         """The next bytes, fewer at the end, which are read again.
