@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Final, cast
 from beam_nifti import logs, storage
 from beam_nifti import options as command_line
 from beam_nifti.errors import BeamNiftiError, OutputError, UsageError
+from beam_nifti.notes import warnings_of
 from beam_nifti.options_build import build_config, check_config
 from beam_nifti.options_common import choose_workers
 from beam_nifti.options_dataset import report_config
@@ -35,6 +35,7 @@ from beam_nifti.outcomes import (
     reason_of,
 )
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
+from beam_nifti.strict_json import dump_json
 
 if TYPE_CHECKING:
     from beam_nifti.config import BuildConfig
@@ -288,6 +289,8 @@ def _note_end(run: RunSummary, summary: BuildSummary, metrics: Metrics) -> None:
         counters=metrics.counters,
         distributions=metrics.distributions,
     )
+    for warning in warnings_of(metrics.counters):
+        logs.LOGGER.warning("%s", warning)
 
 
 def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
@@ -312,8 +315,8 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         )
     except Exception as e:
         return _stopped(run, e, "the build stopped", "continues where it was")
-    _note_end(run, summary, metrics)
     sys.stderr.write(noise.getvalue())
+    _note_end(run, summary, metrics)
     with _while_read():
         _report(plan, summary, metrics.counters)
     return SUCCESS
@@ -447,7 +450,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     is_mixed |= len(report["frames"]) > 1
     with _while_read():
         if options.json:
-            print(json.dumps(report, indent=2, ensure_ascii=False))
+            print(dump_json(report, indent=2, ensure_ascii=False))
         else:
             print(format_report(report, is_mixed=is_mixed))
             _print_skipped(num_skipped)
@@ -506,7 +509,7 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
     else:
         description = describe_dataset(options.output)
     with _all_read():
-        print(json.dumps(description, indent=2) if options.json else format_description(description))
+        print(dump_json(description, indent=2) if options.json else format_description(description))
     return SUCCESS
 
 
@@ -515,7 +518,7 @@ def _diff(options: argparse.Namespace, _: list[str]) -> int:
 
     diff = compare_datasets(options.before, options.after)
     with _all_read():
-        print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
+        print(dump_json(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
     return SUCCESS if diff.is_empty else FAILED
 
 

@@ -22,6 +22,7 @@ from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.outcomes import may_pass
 from beam_nifti.signatures import stand_in
+from beam_nifti.strict_json import dump_json
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
@@ -194,7 +195,7 @@ def write_table(path: str, table: pa.Table) -> None:
             pyarrow.parquet.write_table(table, handle)
         else:
             for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
-                lines = (json.dumps(row, ensure_ascii=False) for row in batch.to_pylist())
+                lines = (dump_json(row, ensure_ascii=False) for row in batch.to_pylist())
                 handle.write("".join(f"{line}\n" for line in lines).encode())
 
 
@@ -369,14 +370,14 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
 
 
 def _text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "" if value is None else value if isinstance(value, str) else dump_json(value)
 
 
 def _json_text(value: object) -> str:
     """A list or an object as JSON; bytes as base64."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    return json.dumps(
+    return dump_json(
         value, ensure_ascii=False, default=lambda v: _json_text(v) if isinstance(v, bytes) else str(v)
     )
 
