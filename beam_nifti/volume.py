@@ -21,7 +21,7 @@ from beam_nifti.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.image import ReadHeader, join_stats, open_image, read_header
+from beam_nifti.image import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.mask import load_mask, parse_mask_header
@@ -42,7 +42,7 @@ class Volume:
         zooms: voxel size along each axis.
         dtype: name of the dtype on disk, such as "int16" or "rgb24"; of images that differ in it all of
             them, with commas.
-        source: size and time of the file it was read from, or of all of them.
+        source: the files that it was read from, and what the first image was before any preparation.
         mask: the labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None where the manifest
             has no masks.
         intensities: range, mean and standard deviation in the image's units, of each image; none until
@@ -56,7 +56,7 @@ class Volume:
     affine: npt.NDArray[np.float64]
     zooms: tuple[float, float, float]
     dtype: str
-    source: storage.Stat
+    source: Source
     mask: Voxels | None = None
     intensities: tuple[Intensity, ...] = ()
     ends: tuple[Ends, ...] = ()
@@ -97,7 +97,7 @@ def load_volume(
     """
     record = record or RecordConfig()
     of_one = record if record.channels is None else replace(record, channels=None)
-    images = list[_LoadedImage]()
+    images, files = list[_LoadedImage](), list[FileStats]()
     for number, path in enumerate(row.files[: record.num_channels]):
         parse = _parser(row, number, record, images[0].header if images else None, shape, dtype)
         with open_image(path, storage.join(folder, path), parse) as image:
@@ -106,10 +106,10 @@ def load_volume(
             voxels = take_voxels(image, layout, record.complex)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
-        images.append(_LoadedImage(header, voxels, scaling, image.source))
+        images.append(_LoadedImage(header, voxels, scaling))
+        files.append(image.stats)
     first = images[0]
-    stats = [image.source for image in images]
-    mask = _load_mask(row, folder, record, first.header, stats)
+    mask = _load_mask(row, folder, record, first.header, files)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
     dtypes = [image.header.dtype_name for image in images]
     return Volume(
@@ -119,7 +119,7 @@ def load_volume(
         affine=first.header.affine,
         zooms=first.header.zooms,
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
-        source=join_stats(stats),
+        source=_source(files, first.header),
         mask=mask,
     )
 
@@ -154,8 +154,9 @@ def load_frames(
         header, layout = image.header, record_layout(row.path, image.header, record)
         require_frames(row.path, header, row.num_frames)
         content = image.read_all()
-    stats = [image.source]
-    mask = _load_mask(row, folder, record, header, stats)
+    files = [image.stats]
+    mask = _load_mask(row, folder, record, header, files)
+    source = _source(files, header)
 
     def of_frame(frame: int) -> Volume:
         return Volume(
@@ -165,7 +166,7 @@ def load_frames(
             affine=header.affine,
             zooms=header.zooms,
             dtype=header.dtype_name,
-            source=join_stats(stats),
+            source=source,
             mask=mask,
         )
 
@@ -173,16 +174,20 @@ def load_frames(
 
 
 def _load_mask(
-    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader, stats: list[storage.Stat]
+    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader, files: list[FileStats]
 ) -> Voxels | None:
-    """The labels of an example whose image has this header, if any; adds what their file is to `stats`."""
+    """The labels of an example whose image has this header, if any; adds what its files are to `files`."""
     if record.mask_dtype is None:
         return None
     path = row.files[-1]
     parse = _parser(row, record.num_channels, record, image)
-    mask, stat = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    stats.append(stat)
+    mask, stats = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
+    files.append(stats)
     return mask
+
+
+def _source(files: list[FileStats], header: VolumeHeader) -> Source:
+    return Source(tuple(files), header.shape, tuple(header.affine.ravel().tolist()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,7 +197,6 @@ class _LoadedImage:
     header: VolumeHeader
     voxels: Voxels
     scaling: Scaling
-    source: storage.Stat
 
 
 def _parser(
