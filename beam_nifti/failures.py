@@ -41,7 +41,7 @@ def write_failures(
     columns: Columns,
     extra_columns: Sequence[str],
 ) -> None:
-    """Write failures.jsonl: a line an image, which `build` accepts as the manifest of a retry.
+    """Write a list of failures: a line an image, which `build` accepts as the manifest of a retry.
 
     Where ids are anonymous the lines have no paths either, and are the manifest of nothing.
 
@@ -87,7 +87,7 @@ def _places(row: VolumeRow, folder: str) -> Sequence[str]:
 
 
 def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
-    """Which frames of its image each line of a failures.jsonl is about.
+    """Which frames of its image each line of a list of failures is about.
 
     Args:
         listed: the file, read as a manifest.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -18,6 +19,8 @@ from beam_nifti.packing import Bytes, Unpacker, content_size, fill, packing_of, 
 from beam_nifti.signatures import stand_in
 
 ReadHeader = Callable[[bytes], VolumeHeader]
+FileStats = tuple[storage.Stat, ...]
+"""Of an image: of its one file, or of the header and the voxels of a pair."""
 
 _LARGE_FILE: Final = 64 << 20
 """Bytes of a file from which on its header is looked at before the rest is read."""
@@ -30,6 +33,21 @@ _LARGEST_HALF: Final = 1 << 20
 
 _LARGEST_HEADER: Final = 64 << 20
 """Bytes of a header and its extensions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an example was made of.
+
+    Attributes:
+        files: of each image, then of the mask, what its files were when they were read.
+        shape: of the first image, as `VolumeHeader` has it.
+        affine: of the first image, 16 numbers, row by row.
+    """
+
+    files: tuple[FileStats, ...]
+    shape: tuple[int, ...]
+    affine: tuple[float, ...]
 
 
 def image_files(path: str) -> tuple[str, ...]:
@@ -64,20 +82,13 @@ def _files_to_read(name: str, path: str) -> tuple[str, ...]:
     return files
 
 
-def stat_image(path: str) -> storage.Stat:
-    """Size and time of an image; of a pair, both sizes together, and the mean of both times.
-
-    So a change of either file shows, also one to an older file.
+def stat_image(path: str) -> FileStats:
+    """What each file of an image is; of a pair, the header first.
 
     Raises:
         OSError: the path cannot be reached.
     """
-    return join_stats([storage.stat(file) for file in image_files(path)])
-
-
-def join_stats(stats: Sequence[storage.Stat]) -> storage.Stat:
-    """Of several files, the sum of the sizes, and the mean of the times."""
-    return storage.Stat(sum(s.size for s in stats), sum(s.mtime for s in stats) / len(stats))
+    return tuple(map(storage.stat, image_files(path)))
 
 
 def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
@@ -155,8 +166,8 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
                 opened.append((stack.enter_context(handle), stat))
         header = _read_half(name, *opened[0], parse) if len(opened) > 1 else None
         named_packed = files[-1].lower().endswith(PACKED)
-        source = join_stats([s for _, s in opened])
-        image = Image(name, handle, stat.size, source, parse, header, named_packed)
+        stats = tuple(stat for _, stat in opened)
+        image = Image(name, handle, stats, parse, header, named_packed)
         _check_container(name, files, image.header)
         yield image
 
@@ -195,15 +206,14 @@ class Image:
     Args:
         name: its path in errors.
         handle: of the file of its voxels.
-        size: of that file.
-        source: size and time of all its files.
+        stats: of its files; that of the voxels is the last.
         parse: as for `read_header`.
         header: of a pair; None where it stands before the voxels.
         named_packed: whether the name of that file says that it is packed: that of a pair has to be, as
             nothing else would tell damage to its first bytes from voxels.
 
     Attributes:
-        source: size and time of all its files.
+        stats: of its files.
         header: what it says.
     """
 
@@ -211,15 +221,14 @@ class Image:
         self,
         name: str,
         handle: BinaryIO,
-        size: int,
-        source: storage.Stat,
+        stats: FileStats,
         parse: ReadHeader,
         header: VolumeHeader | None,
         named_packed: bool,
     ) -> None:
-        self.source = source
-        self._name, self._handle, self._size = name, handle, size
-        self._is_large = size > _LARGE_FILE
+        self.stats = stats
+        self._name, self._handle, self._size = name, handle, stats[-1].size
+        self._is_large = self._size > _LARGE_FILE
         self._data: Bytes = self._read_start()
         self._packing = packing_of(self._data)
         self._unpacker: Unpacker | None = None

@@ -7,12 +7,11 @@ from typing import Final
 
 import numpy as np
 
-from beam_nifti import storage
 from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import parse_header
 from beam_nifti.header import VolumeHeader, record_layout
-from beam_nifti.image import ReadHeader, open_image
+from beam_nifti.image import FileStats, ReadHeader, open_image
 from beam_nifti.rescale import Scaling, Voxels
 from beam_nifti.voxels import take_voxels
 
@@ -51,9 +50,7 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
     return header
 
 
-def load_mask(
-    name: str, path: str, parse: ReadHeader, dtype: str
-) -> tuple[VolumeHeader, Voxels, storage.Stat]:
+def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[VolumeHeader, Voxels, FileStats]:
     """Read a mask.
 
     Args:
@@ -63,7 +60,7 @@ def load_mask(
         dtype: "uint8" or "uint16".
 
     Returns:
-        Its header; the labels, of that dtype and shape (X, Y, Z), C order; size and time of the file.
+        Its header; the labels, of that dtype and shape (X, Y, Z), C order; and what its files are.
 
     Raises:
         VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.
@@ -71,7 +68,7 @@ def load_mask(
     with open_image(name, path, parse) as image:
         voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
         labels = _as_labels(name, voxels, image.header.scaling, dtype)
-    return image.header, labels, image.source
+    return image.header, labels, image.stats
 
 
 def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxels:

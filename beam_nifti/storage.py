@@ -21,12 +21,12 @@ import threading
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
 from beam_nifti.errors import OutputError
 from beam_nifti.gcs import Gcs
 from beam_nifti.object_store import ObjectStore, Store, Writer
+from beam_nifti.object_store import Stat as Stat
 from beam_nifti.others import Fsspec
 from beam_nifti.outcomes import may_pass
 from beam_nifti.s3 import S3
@@ -68,14 +68,6 @@ _WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
 _TEMPORARY = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
-
-
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """A file's size in bytes and its time of modification in seconds since 1970."""
-
-    size: int
-    mtime: float
 
 
 def local_path(path: str) -> str:
@@ -210,7 +202,7 @@ def _translated(path: str, action: Callable[[], T]) -> T:
 
 
 def stat(path: str) -> Stat:
-    """Size and time of a file.
+    """Size, time and version of a file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -220,7 +212,7 @@ def stat(path: str) -> Stat:
         status = os.stat(path)
         return Stat(status.st_size, status.st_mtime)
     if store := _store(path):
-        return Stat(*store.stat(path))
+        return store.stat(path)
     matches = _translated(path, lambda: _remote().match([path]))[0].metadata_list
     if not matches:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
@@ -285,7 +277,7 @@ def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
     if is_remote(path):
         if store := _store(path):
             reader = store.open(path)
-            return io.BufferedReader(reader, _BUFFER_BYTES), Stat(reader.size, reader.mtime)
+            return io.BufferedReader(reader, _BUFFER_BYTES), reader.stat
         found = stat(path)
         return open_read(path), found
     handle = open_read(path)

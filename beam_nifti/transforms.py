@@ -36,7 +36,7 @@ from beam_nifti.failures import Failure
 from beam_nifti.index import IndexEntry, mask_labels, read_index
 from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
-from beam_nifti.merge import merge_parts
+from beam_nifti.merge import keep_if_same, merge_parts
 from beam_nifti.notes import counter_name
 from beam_nifti.parts import (
     Part,
@@ -175,7 +175,7 @@ class LoadVolume(beam.DoFn):
             volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
             volume = next(volumes)
         self._loaded.inc(len(row.positions))
-        self._bytes.inc(volume.source.size)
+        self._bytes.inc(sum(file.size for files in volume.source.files for file in files))
         yield volume
         yield from volumes
 
@@ -361,6 +361,8 @@ class CommitShards(beam.DoFn):
                 self._extra_columns,
                 parts_folder(self._root, self._config.fingerprint, name.split, name.index),
             )
+            if task.compared is not None:
+                info = keep_if_same(self._output, task.compared, info)
         self._committed.inc()
         METER.add(shards=1)
         labels = frozenset[int]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from beam_nifti.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.image import ReadHeader, join_stats, open_image, read_header
+from beam_nifti.image import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.mask import load_mask, parse_mask_header
@@ -43,7 +43,7 @@ class Volume:
         zooms: voxel size along each axis, in millimetres.
         dtype: name of the dtype on disk, such as "int16" or "rgb24"; of images that differ in it all of
             them, with commas.
-        source: size and time of the file it was read from, or of all of them.
+        source: the files that it was read from, and what the first image was before any preparation.
         mask: the labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None where the manifest
             has no masks.
         intensities: range, mean and standard deviation in the image's units, of each image; none until
@@ -59,7 +59,7 @@ class Volume:
     affine: npt.NDArray[np.float64]
     zooms: tuple[float, float, float]
     dtype: str
-    source: storage.Stat
+    source: Source
     mask: Voxels | None = None
     intensities: tuple[Intensity, ...] = ()
     ends: tuple[Ends, ...] = ()
@@ -112,7 +112,7 @@ def load_volume(
             voxels = _turn_onto(images[0].header, voxels, header)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
-        images.append(_LoadedImage(header, voxels, scaling, image.source))
+        images.append(_LoadedImage(header, voxels, scaling, image.stats))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
     files = [*images, *([mask] if mask else [])]
@@ -125,7 +125,7 @@ def load_volume(
         affine=first.header.affine,
         zooms=first.header.zooms,
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
-        source=join_stats([file.source for file in files]),
+        source=_source(first.header, [file.stats for file in files]),
         mask=mask.voxels if mask else None,
         notes=join_notes(file.header.notes for file in files),
     )
@@ -162,7 +162,7 @@ def load_frames(
         require_frames(row.path, header, row.num_frames)
         content = image.read_all()
     mask = _load_mask(row, folder, record, header)
-    source = join_stats([image.source, *([mask.source] if mask else [])])
+    source = _source(header, [image.stats, *([mask.stats] if mask else [])])
     notes = join_notes([header.notes, *([mask.header.notes] if mask else [])])
 
     def of_frame(frame: int) -> Volume:
@@ -188,7 +188,7 @@ class _LoadedImage:
     header: VolumeHeader
     voxels: Voxels
     scaling: Scaling
-    source: storage.Stat
+    stats: FileStats
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
@@ -197,8 +197,12 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
         return None
     path = row.files[-1]
     parse = _parser(row, record.num_channels, record, image)
-    header, labels, source = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), source)
+    header, labels, stats = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
+    return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), stats)
+
+
+def _source(first: VolumeHeader, files: Iterable[FileStats]) -> Source:
+    return Source(tuple(files), first.shape, tuple(first.affine.ravel().tolist()))
 
 
 def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:

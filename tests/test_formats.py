@@ -167,7 +167,7 @@ def test_every_container_is_read_as_nibabel_reads_it(
     assert record_layout("a", header, record).dtype == volume.voxels.dtype
     assert header.dtype_name == volume.dtype
     assert volume.dtype == {"RGB": "rgb24", "RGBA": "rgba32"}.get(dtype, dtype)
-    assert volume.source == stat_image(str(path))
+    assert volume.source.files == (stat_image(str(path)),)
 
 
 def test_a_pair_is_named_by_either_file_and_packed_in_any_way(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_pair_is_named_by_either_file_and_packed_in_any_way(tmp_path: Path) ->
             for name in (f"a.b.{half}{first}", f"a.b.{other}{second}"):
                 volume = load_volume(row_of(name), str(folder))
                 assert np.array_equal(volume.voxels, brain())
-                assert volume.source == stat_image(str(folder / name))
+                assert volume.source.files == (stat_image(str(folder / name)),)
 
 
 def test_the_named_half_is_the_one_that_is_taken(tmp_path: Path) -> None:
@@ -199,13 +199,29 @@ def test_a_change_of_either_half_shows(tmp_path: Path) -> None:
     for name, step in itertools.product(("a.hdr", "a.img"), (-100, 100)):
         status = (tmp_path / name).stat()
         os.utime(tmp_path / name, (status.st_atime, status.st_mtime + step))
-        assert stat_image(str(path)).mtime != before.mtime
+        assert stat_image(str(path)) != before
         os.utime(tmp_path / name, ns=(status.st_atime_ns, status.st_mtime_ns))
         assert stat_image(str(path)) == before
     for name in ("a.hdr", "a.img"):
         with (tmp_path / name).open("ab") as handle:
             handle.write(b"\0")
-        assert stat_image(str(path)).size > before.size
+        assert stat_image(str(path)) != before
+        before = stat_image(str(path))
+
+
+def test_an_exchange_of_both_halves_of_two_pairs_shows(tmp_path: Path) -> None:
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    one, other = pair(tmp_path, brain()), pair(other_folder, brain(seed=1))
+    before = stat_image(str(one))
+    for name in ("a.hdr", "a.img"):
+        os.utime(tmp_path / name, (1, 1))
+        os.utime(other_folder / name, (2, 2))
+    both = stat_image(str(one)), stat_image(str(other))
+    assert before not in both
+    (tmp_path / "a.img").rename(tmp_path / "kept")
+    (other_folder / "a.img").rename(tmp_path / "a.img")
+    assert stat_image(str(one)) == (both[0][0], both[1][1])
 
 
 def test_images_with_equal_headers_are_not_copies_of_each_other(tmp_path: Path) -> None:
@@ -243,7 +259,7 @@ def test_a_single_file_may_be_called_img(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(nifti_bytes(brain()))
         volume = load_volume(row_of(tmp_path / name))
         assert np.array_equal(volume.voxels, brain())
-        assert volume.source == stat_image(str(tmp_path / name))
+        assert volume.source.files == (stat_image(str(tmp_path / name)),)
 
 
 def test_halves_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

@@ -25,12 +25,11 @@ from beam_nifti.manifest import read_manifest
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.publish import TooManyFailures
 from beam_nifti.rescale import Scaling
-from beam_nifti.storage import Stat
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import build
 from tests.datasets import edit_index, edit_info, edit_record, info_of, set_cell
-from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
+from tests.images import AFFINE, SOURCE, Array, brain, random_voxels, row_of, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 SHAPE = (6, 5, 4)
@@ -122,9 +121,7 @@ def test_a_mask_goes_wherever_its_image_goes(options: dict[str, Any], seed: int)
     mask = labels(seed, most=5)
     mask[2, 2, 2] = 5
     # Voxels that say their label: what becomes of the image, becomes of the mask.
-    image = Volume(
-        row_of("a.nii"), mask * np.int16(10), Scaling(), AFFINE, (2, 2, 2.5), "i", Stat(1, 1), mask
-    )
+    image = Volume(row_of("a.nii"), mask * np.int16(10), Scaling(), AFFINE, (2, 2, 2.5), "i", SOURCE, mask)
     prepared = prepare_volume(image, RecordConfig(**options, mask_dtype="uint8"))
     assert prepared.mask is not None
     assert prepared.mask.flags.c_contiguous
@@ -137,7 +134,7 @@ def test_a_mask_goes_wherever_its_image_goes(options: dict[str, Any], seed: int)
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.1, 2.0, 5.0), (1.7, 4.5, 2.2)])
 def test_labels_are_those_of_the_nearest_voxel(spacing: tuple[float, float, float]) -> None:
     mask = labels(1, (9, 8, 7), 250)
-    image = Volume(row_of("a.nii"), mask.astype(float), Scaling(), AFFINE, (2, 2, 2.5), "i", Stat(1, 1), mask)
+    image = Volume(row_of("a.nii"), mask.astype(float), Scaling(), AFFINE, (2, 2, 2.5), "i", SOURCE, mask)
     affine = image.affine
     prepared = prepare_volume(image, RecordConfig(spacing=spacing, mask_dtype="uint8"))
     assert prepared.mask is not None

@@ -29,9 +29,8 @@ from beam_nifti.prepare import (
     resample,
 )
 from beam_nifti.rescale import Scaling
-from beam_nifti.storage import Stat
 from beam_nifti.volume import Volume
-from tests.images import REAL_DTYPES, Array, random_voxels, row_of
+from tests.images import REAL_DTYPES, SOURCE, Array, random_voxels, row_of
 
 CODES = sorted(ORIENTATIONS)
 SHAPE = (5, 7, 4)
@@ -57,9 +56,7 @@ def volume_of(voxels: Array, affine: Array | None = None, scaling: Scaling | Non
     affine = tilted() if affine is None else affine
     x, y, z = nib.affines.voxel_sizes(affine).tolist()
     voxels = np.ascontiguousarray(voxels)
-    return Volume(
-        row_of("a.nii"), voxels, scaling or Scaling(), affine, (x, y, z), voxels.dtype.name, Stat(1, 2.0)
-    )
+    return Volume(row_of("a.nii"), voxels, scaling or Scaling(), affine, (x, y, z), voxels.dtype.name, SOURCE)
 
 
 def places(volume: Volume) -> Array:

@@ -243,7 +243,7 @@ def assert_same_but_for_times(output: Path, reference: Path) -> None:
 
     def timeless(folder: Path) -> Any:
         return {
-            place: (digest, [{**row, "source_mtime": None} for row in rows])
+            place: (digest, [{**row, "source_mtimes": None} for row in rows])
             for place, (digest, rows) in contents(folder).items()
         }
 

@@ -26,6 +26,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.example import MAX_EXAMPLE_BYTES, encode_volume
 from beam_nifti.header import MAX_VOLUME_BYTES
+from beam_nifti.storage import Stat
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.images import (
     AFFINE,
@@ -83,8 +84,8 @@ def test_every_real_image_is_read_as_nibabel_reads_it(tmp_path: Path, dtype: str
         volume = load_volume(row_of(name), str(tmp_path))
         assert_as_nibabel(volume, path)
         assert volume.dtype == dtype
-        assert volume.source.size == path.stat().st_size
-        assert volume.source.mtime == path.stat().st_mtime
+        assert volume.source.files == ((Stat(path.stat().st_size, path.stat().st_mtime),),)
+        assert volume.source.shape == volume.voxels.shape
 
 
 def test_minus_zero_is_scaled_as_nibabel_does(tmp_path: Path) -> None:

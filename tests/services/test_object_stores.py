@@ -368,6 +368,7 @@ def _write_large(path: str) -> None:
 def _read_in_pieces(path: str) -> bytes:
     handle, stat = storage.open_with_stat(path)
     assert stat == storage.stat(path)
+    assert stat.version
     with handle:
         data = bytearray(stat.size)
         view, size = memoryview(data), 0
