@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from beam_nifti.metrics import Metrics
     from beam_nifti.plan import BuildPlan
     from beam_nifti.publish import BuildSummary
+    from beam_nifti.resume import Reuse
 
 SUCCESS: Final = 0
 FAILED: Final = 1
@@ -388,8 +389,21 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
         print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
         print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
         print(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
+        if estimate.reuse:
+            _print_reuse(estimate.reuse)
         _print_labels(plan)
     return SUCCESS
+
+
+def _print_reuse(reuse: Reuse) -> None:
+    for number, what in ((reuse.num_published, "the dataset"), (reuse.num_unfinished, "an unfinished build")):
+        if number:
+            print(f"kept     {_count(number, 'example')} of {what}")
+    print(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
+    if reuse.replaced:
+        size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
+        shards = _count(len(reuse.replaced), "shard")
+        print(f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete")
 
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
