@@ -162,7 +162,7 @@ class _Decision:
             layouts=(*(earlier for earlier in plan.earlier if earlier != layout), layout),
             roots=tuple(dict.fromkeys((own_root, *roots))),
             identity=plan.identity,
-            overwrite=plan.config.overwrite,
+            from_images=plan.config.overwrite,
             published=tuple(s.name for s in self.published.shards) if self.published else (),
         )
 
@@ -202,21 +202,18 @@ def _decide(inputs: _Inputs) -> _Decision:
     if published and not config.overwrite:
         _refuse_other(published, plan, manifest)
     continued = dead if dead and _is_continued(dead, plan, manifest, published) else None
+    has_ended = published is not None and continued is not None and continued.is_of(published)
+    # A build that was killed once it had published has only to be cleaned up after.
+    is_wanted = published is not None and (has_ended or not config.overwrite)
+    reuse_published = is_wanted and image_folder(published) == image_folder(plan.describe())
     plan = replace(
         plan,
-        reuse_published=_is_reused(published, plan, continued),
+        reuse_published=reuse_published,
+        has_ended=has_ended,
         earlier=continued.layouts if continued else (),
         earlier_roots=tuple(parts_roots(config.output, continued)) if continued else (),
     )
     return _Decision(plan, published, dead, continued is not None)
-
-
-def _is_reused(published: DatasetInfo | None, plan: BuildPlan, continued: BuildNote | None) -> bool:
-    """Whether records may be taken from the published dataset."""
-    if published is None or image_folder(published) != image_folder(plan.describe()):
-        return False
-    # A build that was killed once it had published has only to be cleaned up after.
-    return not plan.config.overwrite or (continued is not None and continued.is_of(published))
 
 
 def _estimate(inputs: _Inputs, decision: _Decision) -> Estimate:
@@ -316,7 +313,7 @@ def _is_continued(
         OutputError: finished records would be lost.
     """
     output, overwrite, now = plan.config.output, plan.config.overwrite, plan.describe()
-    is_same = _makes_same_records(dead.info, now) and (dead.overwrite or not overwrite)
+    is_same = _makes_same_records(dead.info, now) and (dead.from_images or not overwrite)
     if published and dead.is_of(published):
         return is_same  # it has ended, but for cleaning up
     held = frozenset(shard.name for shard in published.shards) if published else frozenset[str]()

@@ -29,7 +29,7 @@ class BuildNote:
         layouts: how this build, and the unfinished ones that it continues, cut the rows into shards.
         roots: folders of their part files: absolute, or BUILD_FOLDER for the one in the output.
         identity: of this build.
-        overwrite: whether it takes no record of a published dataset.
+        from_images: whether it makes every record from its image and takes none of a published dataset.
         published: names of the shards of the dataset that the output holds, which stay untouched.
     """
 
@@ -37,7 +37,7 @@ class BuildNote:
     layouts: tuple[Layout, ...]
     roots: tuple[str, ...]
     identity: str
-    overwrite: bool
+    from_images: bool
     published: tuple[str, ...] = ()
 
     @property

@@ -403,7 +403,9 @@ def _print_reuse(reuse: Reuse) -> None:
     if reuse.replaced:
         size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
         shards = _count(len(reuse.replaced), "shard")
-        print(f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete")
+        print(
+            f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete"
+        )
 
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
@@ -476,6 +478,8 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     )
     for problem in report.problems:
         logs.LOGGER.warning("%s", problem)
+    for note in report.notes:
+        logs.LOGGER.info("%s", note)
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
     with _while_read():
         print(

@@ -16,6 +16,10 @@ from beam_nifti.errors import UsageError
 FORMAT_VERSION: Final = 1
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
+CONTENT_REVISION: Final = 1
+"""Counts up when the same options give other records than before, beyond rounding: then nothing is added to
+datasets of the revisions before."""
+
 VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
 """Libraries whose versions may decide bytes of a dataset, and stand in dataset_info.json."""
 
@@ -277,6 +281,8 @@ class RecordConfig:
         # Without what is None, it is as it was before there was that choice.
         given = {name: value for name, value in asdict(self).items() if value is not None}
         facts = {"format": FORMAT_VERSION, **given}
+        if CONTENT_REVISION > 1:
+            facts["content"] = CONTENT_REVISION
         if self.compression == "none":
             del facts["compression_level"]
         if not self.clip:

@@ -92,6 +92,7 @@ class BuildPlan:
         unit_rows: rows of a work unit, at most.
         has_published: whether the output holds a dataset; `BuildNote.published` names its shards.
         reuse_published: whether records may be taken from them.
+        has_ended: whether the output holds what this build is to make, but for cleaning up.
         versions: of the software that makes its records, where it was planned.
         earlier: how the unfinished builds that it continues cut their rows into shards.
         earlier_roots: folders of their parts.
@@ -112,6 +113,7 @@ class BuildPlan:
     unit_rows: int
     has_published: bool = False
     reuse_published: bool = True
+    has_ended: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     earlier: tuple[Layout, ...] = ()
     earlier_roots: tuple[str, ...] = ()
@@ -241,6 +243,8 @@ class BuildPlan:
         name = base if twins.isdisjoint(published) else replace(base, revision=self.revision)
         kept = held.get((base.split, base.index)) if self.reuse_published else None
         candidates, part_indices = [name, *([kept] if kept else [])], {base.index}
+        if self.has_ended:
+            candidates.reverse()  # a shard of the name may be left of the revision before
         for ranges in earlier:
             for index in overlapping(ranges, positions):
                 part_indices.add(index)

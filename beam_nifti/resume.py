@@ -112,7 +112,8 @@ class Work:
     def __str__(self) -> str:
         """Such as 1,200 finished examples (293.1 MB)."""
         plural = "" if self.num_records == 1 else "s"
-        return f"{self.num_records:,} finished example{plural} ({self.num_bytes / 1e6:.1f} MB)"
+        size = f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else f"{self.num_bytes:,} bytes"
+        return f"{self.num_records:,} finished example{plural} ({size})"
 
 
 @dataclass(frozen=True)

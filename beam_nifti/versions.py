@@ -20,18 +20,19 @@ Versions = Mapping[str, str]
 
 
 @functools.cache
-def _installed(name: str) -> str:
+def installed_version(name: str) -> str:
+    """Of a distribution, in this process."""
     return metadata.version(name)
 
 
 def record_versions() -> dict[str, str]:
     """Versions, in this process, of the software that decides the bytes of records."""
-    return {name: _installed(name) for name in ("beam-nifti", *VERSIONED) if name not in _NO_RECORDS}
+    return {name: installed_version(name) for name in ("beam-nifti", *VERSIONED) if name not in _NO_RECORDS}
 
 
 def all_versions() -> dict[str, str]:
     """Versions, in this process, of the software that builds a dataset."""
-    return {name: _installed(name) for name in _NO_RECORDS} | record_versions()
+    return {name: installed_version(name) for name in _NO_RECORDS} | record_versions()
 
 
 def versions_fact(earlier: Iterable[Versions] = ()) -> dict[str, str]:
