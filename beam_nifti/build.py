@@ -204,8 +204,9 @@ def _decide(inputs: _Inputs) -> _Decision:
     continued = dead if dead and _is_continued(dead, plan, manifest, published) else None
     has_ended = published is not None and continued is not None and continued.is_of(published)
     # A build that was killed once it had published has only to be cleaned up after.
-    is_wanted = published is not None and (has_ended or not config.overwrite)
-    reuse_published = is_wanted and image_folder(published) == image_folder(plan.describe())
+    reuse_published = published is not None and (
+        (has_ended or not config.overwrite) and image_folder(published) == manifest.folder
+    )
     plan = replace(
         plan,
         reuse_published=reuse_published,
@@ -360,9 +361,9 @@ def _loss(
 ) -> str:
     """Why a build is refused that would lose finished records."""
     reasons = list(differences)
-    if image_folder(dead.info) != image_folder(plan.describe()):
-        folders = image_folder(dead.info), image_folder(plan.describe())
-        reasons.append("the manifest was in {}, now in {}, and paths are relative to it".format(*folders))
+    folder, was = image_folder(plan.describe()), image_folder(dead.info)
+    if folder != was:
+        reasons.append(f"the manifest was in {was}, now in {folder}, and paths are relative to it")
     if not reasons:
         reasons.append("rows were appended, and --shuffle-seed or --split moves others")
     remedy = "--overwrite to discard it"

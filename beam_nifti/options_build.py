@@ -306,8 +306,12 @@ def _add_running(command: argparse.ArgumentParser) -> None:
         help="complete the dataset if at most this fraction of the volumes failed, with --frames each of all "
         "frames; default: 0",
     )
-    add_overwrite(run, "a dataset of another making")
-    run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
+    add_overwrite(run, "a dataset, or discard an unfinished build, of different options or rows")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be written, kept, rebuilt and deleted; write nothing",
+    )
     add_workers(
         run,
         ". On a cluster, the least parallelism to cut the work for; default: what the engine's flags give "

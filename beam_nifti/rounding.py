@@ -35,31 +35,32 @@ def differ_in_rounding(one: Mapping[str, _Feature], other: Mapping[str, _Feature
 
 def _is_close(name: str, one: _Feature, other: _Feature) -> bool:
     if name == "image_raw":
-        voxels = [decode_tensor(feature) for feature in (one, other)]  # type: ignore[arg-type]
+        voxels = (decode_tensor(feature) for feature in (one, other))  # type: ignore[arg-type]
         return _are_voxels_close(*voxels)
     if name in ENDS_FEATURES:
-        return _are_close(np.array(decode_doubles(one)), np.array(decode_doubles(other)), _NOISE, 0.0)
-    numbers = [np.asarray(feature) for feature in (one, other)]
-    if any(n.dtype != np.float32 for n in numbers) or numbers[0].shape != numbers[1].shape:
-        return False
-    return _are_close(*numbers, _EPSILON["float32"], 0.0)
+        return _are_close(np.array(decode_doubles(one)), np.array(decode_doubles(other)), _NOISE)
+    a, b = np.asarray(one), np.asarray(other)
+    is_number = a.dtype == b.dtype == np.float32 and a.shape == b.shape
+    return is_number and _are_close(a, b, _EPSILON["float32"])
 
 
 def _are_voxels_close(one: npt.NDArray[np.generic], other: npt.NDArray[np.generic]) -> bool:
-    """Integers may be rounded to the next one: those of --voxel-dtype native do not differ at all."""
     dtype = one.dtype.name
+    # Of integers only those of uint8 are rounded; the others are stored as they are in the image.
     if (one.shape, dtype) != (other.shape, other.dtype.name) or dtype not in (*_EPSILON, "uint8"):
         return False
+    blocks = [slice(start, start + _BLOCK) for start in range(0, one.size, _BLOCK)]
+    a, b = one.reshape(-1), other.reshape(-1)
+    absolute = 1.0
+    if dtype != "uint8":
+        largest = (np.abs(v[block].astype(np.float64)).max() for v in (a, b) for block in blocks)
+        absolute = _NOISE * float(max(largest))
     relative = _EPSILON.get(dtype, 0.0)
-    blocks = range(0, one.size, _BLOCK)
-    flat = one.reshape(-1), other.reshape(-1)
-    largest = max(float(np.abs(a[i : i + _BLOCK].astype(np.float64)).max()) for a in flat for i in blocks)
-    absolute = 1.0 if dtype == "uint8" else _NOISE * largest
-    return all(_are_close(*(a[i : i + _BLOCK] for a in flat), relative, absolute) for i in blocks)
+    return all(_are_close(a[block], b[block], relative, absolute) for block in blocks)
 
 
 def _are_close(
-    one: npt.NDArray[np.generic], other: npt.NDArray[np.generic], relative: float, absolute: float
+    one: npt.NDArray[np.generic], other: npt.NDArray[np.generic], relative: float, absolute: float = 0.0
 ) -> bool:
     a, b = one.astype(np.float64), other.astype(np.float64)
     allowed = np.maximum(relative * np.maximum(np.abs(a), np.abs(b)), absolute)
