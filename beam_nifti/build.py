@@ -269,8 +269,8 @@ def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
     """An output without a note must not hold files that this build would replace."""
     if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
         raise OutputError(
-            f"{config.output}: holds a folder {BUILD_FOLDER} that no build left; move it, choose another "
-            "OUTPUT, or --overwrite to remove it"
+            f"{config.output}: holds a folder {BUILD_FOLDER} that no build left; move or remove it, choose "
+            "another OUTPUT, or --overwrite to discard it"
         )
     names = storage.list_files(config.output, "*.tfrecord*")
     foreign = next((name for name in names if ShardName.parse(name)), None)

@@ -398,7 +398,8 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
 def _print_reuse(reuse: Reuse) -> None:
     for number, what in ((reuse.num_published, "the dataset"), (reuse.num_unfinished, "an unfinished build")):
         if number:
-            print(f"kept     {_count(number, 'example')} of {what}")
+            unless = "" if reuse.is_checked else ", unless their images have changed"
+            print(f"kept     {_count(number, 'example')} of {what}{unless}")
     print(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
         size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6

@@ -41,8 +41,15 @@ class Found:
     is_published: bool
 
 
-def find_finished(plan: BuildPlan, unit: WorkUnit) -> tuple[list[Found], list[VolumeRow]]:
+def find_finished(
+    plan: BuildPlan, unit: WorkUnit, *, check_images: bool = True
+) -> tuple[list[Found], list[VolumeRow]]:
     """What earlier builds, or attempts of this one, finished of a unit.
+
+    Args:
+        plan: of the build.
+        unit: of it.
+        check_images: whether the images must be what they were when they were read.
 
     Returns:
         The records that are found; and a row for each one that is still to be made.
@@ -52,7 +59,7 @@ def find_finished(plan: BuildPlan, unit: WorkUnit) -> tuple[list[Found], list[Vo
     for part, is_published in _candidates(plan, unit):
         if not missing:
             break
-        usable = usable_rows(plan, part, missing, any_versions=is_published)
+        usable = usable_rows(plan, part, missing, any_versions=is_published, check_images=check_images)
         if usable is not None:
             done = set(usable.positions or ())
             missing = [record for record in missing if record.position not in done]
@@ -205,6 +212,7 @@ class Reuse:
         num_rebuilt: records made from their images.
         replaced: shards of the published dataset that are removed once the new one is complete.
         revision: of the published dataset; None where there is none.
+        is_checked: whether it was looked whether images have changed.
     """
 
     num_published: int
@@ -212,10 +220,13 @@ class Reuse:
     num_rebuilt: int
     replaced: tuple[ShardInfo, ...] = ()
     revision: int | None = None
+    is_checked: bool = True
 
 
 def preview_reuse(plan: BuildPlan, manifest: Manifest, published: DatasetInfo | None) -> Reuse:
-    """Look at every index and image that the build would look at, as it would."""
+    """Look at every index that the build would look at, as it would, and at images that are not remote."""
+    first_image = storage.join(manifest.folder, next(iter(manifest.paths.values()))[0].as_py())
+    is_checked = not storage.is_remote(first_image)
     kept: Counter[bool] = Counter()
     num_rebuilt = 0
     shards = {shard.name: shard for shard in published.shards} if published else {}
@@ -224,7 +235,7 @@ def preview_reuse(plan: BuildPlan, manifest: Manifest, published: DatasetInfo | 
         for item in plan.split_units(manifest, split, shards.keys()):
             if isinstance(item, ShardTask):
                 continue
-            found, missing = find_finished(plan, item)
+            found, missing = find_finished(plan, item, check_images=is_checked)
             num_rebuilt += len(missing)
             for part in found:
                 positions = part.part.positions or ()
@@ -233,7 +244,8 @@ def preview_reuse(plan: BuildPlan, manifest: Manifest, published: DatasetInfo | 
                     taken.setdefault(item.task, set()).update(positions)
     stay = {str(task.published) for task, positions in taken.items() if _stays(task, positions, shards)}
     replaced = tuple(shard for name, shard in shards.items() if name not in stay)
-    return Reuse(kept[True], kept[False], num_rebuilt, replaced, published.revision if published else None)
+    revision = published.revision if published else None
+    return Reuse(kept[True], kept[False], num_rebuilt, replaced, revision, is_checked)
 
 
 def _stays(task: ShardTask, taken: Collection[int], shards: Mapping[str, ShardInfo]) -> bool:
