@@ -74,12 +74,12 @@ def _flags(config: Mapping[str, Any]) -> dict[str, str]:
     given = {**asdict(RecordConfig()), **config}
     columns = {**asdict(Columns()), **given.pop("columns")}
     splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
-    shares = ",".join(f"{name}={share:g}" for name, share in splitting.get("shares", {}).items())
+    shares = sorted(splitting.get("shares", {}).items())  # their order makes no difference
     values = {
         **{name: value for name, value in given.items() if name not in _SAID_OTHERWISE},
         **{f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")},
         "missing_label": columns["missing_label"],
-        "split": shares or None,
+        "split": ",".join(f"{name}={_value(share)}" for name, share in shares) or None,
         "split_seed": splitting.get("seed"),
         "stratify": splitting.get("stratify"),
         **sharding,
@@ -102,7 +102,7 @@ def _value(value: Any) -> str:
         return "given"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ",".join(map(_value, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -> Iterator[str]:

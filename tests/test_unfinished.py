@@ -108,7 +108,7 @@ def snapshot(output: Path) -> dict[str, bytes]:
         ({"shape": (4, 4, 4)}, "--shape was not given, now 4,4,4"),
         ({"columns": {"label": "age"}}, "--label-column was label, now age"),
         ({"columns": {"id": "path"}}, "--id-column was not given, now path"),
-        ({"shuffle_seed": 3}, "--shuffle-seed was not given, now 3"),
+        ({"spacing": (1.0, 1.0, 1.00000001)}, "--spacing was not given, now 1,1,1.00000001"),
     ],
 )
 def test_other_options_are_refused(
