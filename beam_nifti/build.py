@@ -131,6 +131,7 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
     manifest = read_build_manifest(config.manifest, config)
+    manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
     return _Inputs(config, manifest, *_first_volume(config, manifest))

@@ -425,6 +425,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     config, manifest = engine.config, storage.absolute(engine.config.manifest)
     run.know(runner=engine.runner, manifest=manifest, fingerprint=config.record.fingerprint)
     rows = read_manifest(manifest, config.columns)
+    rows.log_warnings()
     num_rows, num_skipped = len(rows), rows.num_skipped
     del rows
     progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)

@@ -36,7 +36,12 @@ def find_differences(
         manifest: of which it is to be built.
         indexes: paths of the indexes of what the earlier build has finished.
     """
-    differences = _option_differences(was.config, now.config)
+    before = was.config
+    if not manifest.lacks_labels(was.manifest["num_rows"]):
+        # None of its rows was kept or skipped for want of a label, so the option is free to change.
+        missing_label = now.config["columns"]["missing_label"]
+        before = {**before, "columns": {**before["columns"], "missing_label": missing_label}}
+    differences = _option_differences(before, now.config)
     differences += _class_differences(was.labels, now.labels)
     if not differences and was.config["fingerprint"] != now.config["fingerprint"]:
         differences.append("this version of beam-nifti makes other records of the same options")

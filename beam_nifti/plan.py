@@ -54,7 +54,7 @@ class ShardTask:
     Attributes:
         name: its file name.
         positions: of its records in the split.
-        candidates: names of shards that may already hold some of its records; its own is the first.
+        candidates: names of shards that may already hold some of its records; its own is one of them.
         published: the one of them that belongs to a published dataset.
         part_indices: numbers of the shards in whose folders parts may be that hold some of its records.
     """
