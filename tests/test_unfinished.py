@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,25 @@ def test_the_command_line_refuses_with_code_2(manifest: Path, output: Path, run:
     assert "--rescale was minmax, now zscore" in said
     said = run("build", manifest, output, "--rescale", "zscore", "--dry-run", code=2)
     assert "would be lost" in said
+
+
+def test_a_dry_run_prints_what_is_kept_rebuilt_and_deleted(
+    folder: Path, manifest: Path, output: Path, bases: dict[str, Path], run: Callable[..., str]
+) -> None:
+    flags = ["--examples-per-shard", 4, "--dry-run"]
+    before = snapshot(output)
+    said = run("build", manifest, output, *flags)
+    kept, rebuilt = map(int, re.findall(r"^(?:kept|rebuild) +(\d+) example", said, re.M))
+    assert kept + rebuilt == COUNT
+    assert f"kept     {kept} examples of an unfinished build\n" in said
+    assert snapshot(output) == before
+    more = write_manifest(folder / "more.tsv", rows_of(COUNT + 2))
+    said = run("build", more, bases["finished"], *flags)
+    assert (
+        "kept     10 examples of the dataset\nrebuild  2 examples\ndelete   1 shard of revision 1 (" in said
+    )
+    said = run("build", manifest, bases["finished"], *flags, "--overwrite")
+    assert "rebuild  10 examples\ndelete   3 shards of revision 1 (" in said
 
 
 def test_rows_that_would_lose_finished_records_are_refused(manifest: Path, output: Path) -> None:
