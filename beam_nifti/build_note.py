@@ -10,7 +10,7 @@ from typing import Any, Final
 from beam_nifti import storage
 from beam_nifti.config import Sharding
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.errors import DatasetError, OutputError
+from beam_nifti.errors import DatasetError, OutputBusyError, OutputError
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.sharding import Layout
 
@@ -100,13 +100,13 @@ def require_current(output: str, identity: str) -> BuildNote:
         identity: of that build.
 
     Raises:
-        OutputError: the output is another build's by now. A cluster's job can outlive its launcher, whose
+        OutputBusyError: the output is another build's by now. A cluster's job can outlive its launcher, whose
             lock is gone with it.
     """
     note = BuildNote.read(output)
     if note is None or note.identity != identity:
         what = "is not being built any more" if note is None else "is being built otherwise by now"
-        raise OutputError(
+        raise OutputBusyError(
             f"{output}: {what}: a build of it ended or another one was started while this one ran; this one "
             "stops. Cancel jobs that a stopped command left behind before the next build"
         )

@@ -16,7 +16,7 @@ from beam_nifti import storage
 from beam_nifti.build_note import require_current
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.errors import ManifestError
+from beam_nifti.errors import ManifestChangedError
 from beam_nifti.example import feature_kinds
 from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
@@ -263,11 +263,13 @@ class BuildPlan:
             Each shard's task, followed by its units.
 
         Raises:
-            ManifestError: the manifest is no longer the one that was planned for.
+            ManifestChangedError: the manifest is no longer the one that was planned for.
         """
         manifest = read_build_manifest(manifest_path, self.config)
         if manifest.digest() != self.digest:
-            raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
+            raise ManifestChangedError(
+                manifest_path, ["changed since this build was started; start it again"]
+            )
         # So the classes of labels, which are made of the rows alone, are the planned ones as well.
         published = self._published()
         for split in self.split_sizes:
