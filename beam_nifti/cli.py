@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from beam_nifti.metrics import Metrics
     from beam_nifti.plan import BuildPlan
     from beam_nifti.publish import BuildSummary
+    from beam_nifti.resume import Reuse
 
 _SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
@@ -414,8 +415,24 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
         print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
         print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
         print(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
+        if estimate.reuse:
+            _print_reuse(estimate.reuse)
         _print_labels(plan)
     return SUCCESS
+
+
+def _print_reuse(reuse: Reuse) -> None:
+    for number, what in ((reuse.num_published, "the dataset"), (reuse.num_unfinished, "an unfinished build")):
+        if number:
+            unless = "" if reuse.is_checked else ", unless their images have changed"
+            print(f"kept     {_count(number, 'example')} of {what}{unless}")
+    print(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
+    if reuse.replaced:
+        size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
+        shards = _count(len(reuse.replaced), "shard")
+        print(
+            f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete"
+        )
 
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
@@ -491,6 +508,8 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     )
     for problem in report.problems:
         logs.LOGGER.warning("%s", problem)
+    for note in report.notes:
+        logs.LOGGER.info("%s", note)
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
     with _while_read():
         print(

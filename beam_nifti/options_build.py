@@ -306,14 +306,18 @@ def _add_running(command: argparse.ArgumentParser) -> None:
         help="complete the dataset if at most this fraction of the volumes failed, with --frames each of all "
         "frames; default: 0",
     )
-    add_overwrite(run, "a dataset of another making")
+    add_overwrite(run, "a dataset, or discard an unfinished build, of different options or rows")
     run.add_argument(
         "--recheck",
         action="store_true",
         help="make every record again, and replace the shards that differ: for files that were changed and "
         "kept their size and time; default: an image is not read again while these are the same",
     )
-    run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be written, kept, rebuilt and deleted; write nothing",
+    )
     add_workers(
         run,
         ". On a cluster, the least parallelism to cut the work for; default: what the engine's flags give "

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from typing import Final
 
 from beam_nifti import storage
-from beam_nifti.config import FORMAT_FEATURES, VERSIONED
 from beam_nifti.dataset_info import (
     FAILURES_FILE,
     FILE_NAME,
@@ -21,13 +19,13 @@ from beam_nifti.dataset_info import (
     read_info,
 )
 from beam_nifti.errors import BeamNiftiError, PartsChangedError
-from beam_nifti.example import feature_kinds
 from beam_nifti.failures import Failure, write_failures
 from beam_nifti.metrics import Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 from beam_nifti.strict_json import dump_json
+from beam_nifti.versions import all_versions
 
 _INDEX: Final = "index"
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
@@ -149,32 +147,15 @@ def publish_dataset(
     _write_summary(config.output, summary)
     if not summary.complete:
         return summary
-    info = DatasetInfo(
-        config=config.as_dataset_config() | {"fingerprint": config.record.fingerprint},
-        manifest={
-            "path": config.manifest,
-            "num_rows": plan.num_rows,
-            "digest": plan.digest,
-            "columns": list(plan.column_names),
-            **({"num_skipped": plan.num_skipped} if plan.num_skipped else {}),
-            **({"num_frames": plan.num_frames} if plan.num_frames else {}),
-            **({"key_check": plan.key_check} if plan.key_check else {}),
-        },
-        shape=plan.shape,
-        dtype=plan.stored_dtype,
-        labelled=config.columns.label is not None,
-        features=feature_kinds(config.record),
+    info = replace(
+        plan.describe(),
         splits={
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },
-        labels=config.record.labels or (),
         num_failures=num_failed,
         failures=failures_path.rpartition("/")[2] or None,
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
-        revision=plan.revision,
-        versions={name: metadata.version(name) for name in ("beam-nifti", *VERSIONED)},
-        format_version=config.record.format_version,
-        format_features=() if config.record.format_version == 1 else FORMAT_FEATURES,
+        versions=all_versions(),
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
         storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())

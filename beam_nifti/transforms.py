@@ -29,6 +29,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_nifti import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti import lock, storage
+from beam_nifti.build_note import require_current
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.example import encode_volume
@@ -38,18 +39,12 @@ from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
 from beam_nifti.merge import keep_if_same, merge_parts
 from beam_nifti.notes import counter_name
-from beam_nifti.parts import (
-    Part,
-    PartWriter,
-    find_parts,
-    find_shard,
-    finished_rows,
-    parts_folder,
-)
-from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit, require_current
+from beam_nifti.parts import Part, PartWriter, parts_folder
+from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.progress import METER
 from beam_nifti.publish import BuildSummary, TooManyFailures, publish_dataset
+from beam_nifti.resume import find_finished
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import encode_pieces
 from beam_nifti.user_function import load_function
@@ -98,35 +93,14 @@ class SkipFinished(beam.DoFn):
 
     def process(self, unit: WorkUnit) -> Iterable[Any]:
         """Yield what is left of the unit; and (shard, Part) for what is not."""
-        missing = [record for row in unit.rows for record in row.records()]
-        for part in self._candidates(unit):
-            found = self._finished(part, missing)
-            if found is not None:
-                done = set(found.positions or ())
-                missing = [record for record in missing if record.position not in done]
-                self._skipped.inc(len(done))
-                METER.add(kept=len(done))
-                yield TaggedOutput(FINISHED, (str(unit.task.name), found))
-            if not missing:
-                return
-        yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
-
-    def _candidates(self, unit: WorkUnit) -> Iterator[Part]:
-        task, config = unit.task, self._plan.config
-        fingerprint = config.record.fingerprint
-        for name in task.candidates:
-            shard = find_shard(config.output, name, fingerprint)
-            if shard is not None:
-                yield shard
-        folder = parts_folder(self._plan.parts_root, fingerprint, task.name.split, task.name.index)
-        yield from find_parts(folder, range(unit.rows[0].position, unit.rows[-1].positions[-1] + 1))
-
-    def _finished(self, part: Part, rows: list[VolumeRow]) -> Part | None:
-        folder = storage.dirname(self._plan.config.manifest)
-        plan = self._plan
-        return finished_rows(
-            part, rows, plan.config.record, plan.extra_columns, folder, plan.shape, plan.required_dtype
-        )
+        found, missing = find_finished(self._plan, unit)
+        for part in (f.part for f in found):
+            num_records = len(part.positions or ())
+            self._skipped.inc(num_records)
+            METER.add(kept=num_records)
+            yield TaggedOutput(FINISHED, (str(unit.task.name), part))
+        if missing:
+            yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
 
 
 def _still_missing(rows: Iterable[VolumeRow], missing: Iterable[VolumeRow]) -> Iterator[VolumeRow]:

@@ -201,7 +201,7 @@ def test_another_configuration_is_refused_with_2(
 ) -> None:
     built()
     built("--rescale=none", code=cli.USAGE)
-    assert "rescale was 'minmax', now 'none'" in capsys.readouterr().err
+    assert "--rescale was minmax, now none" in capsys.readouterr().err
 
 
 def test_a_second_run_says_what_it_kept(

@@ -194,7 +194,9 @@ def test_an_unfinished_build_with_names_leaves_none(manifest: Path, key: str, tm
     ended = build_apart(manifest, output)
     assert ended.result["error"] == "TooManyFailures"
     assert names_in(output) != set()
-    build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)
+    with pytest.raises(OutputError, match="its ids are not anonymous, and now there is --anonymous-ids"):
+        build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)
+    build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5, overwrite=True)
     assert names_in(output) == set()
 
 
