@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from beam_nifti import lock, storage
+from beam_nifti.concealment import concealing
 from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.errors import (
@@ -22,8 +23,7 @@ from beam_nifti.errors import (
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.index import read_index
 from beam_nifti.labels import name_classes
-from beam_nifti.local_runner import whole_elements
-from beam_nifti.manifest import Manifest
+from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.metrics import Distribution, Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import (
@@ -136,7 +136,7 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
 
 def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
-    folder = storage.dirname(config.manifest)
+    folder = storage.dirname(manifest.name)
     published = _published(config)
     # Interpolated voxels, and a function's, pack like those of a float32 image.
     made_anew = config.record.spacing is not None or config.record.preprocess is not None
@@ -171,6 +171,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
         key_check=manifest.key_check,
+        manifest_name=manifest.name,
         num_skipped=manifest.num_skipped,
         num_frames=inputs.num_frames,
     )
@@ -217,20 +218,25 @@ def _first_volume(
     problems = []
     for row in manifest.rows(manifest.kept_rows()[:_IMAGES_TRIED].tolist()):
         try:
-            header = load_header(row, manifest.folder, config.record)
-            layout = record_layout(row.path, header, config.record)
-            shape = layout.stored_shape
-            if shape is None:
-                of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
-                volume = load_volume(row, manifest.folder, record=of_one)
-                shape = prepare_volume(volume, config.record).voxels.shape
-            return header, layout, shape
+            with concealing(row, manifest.folder):
+                header = load_header(row, manifest.folder, config.record)
+                layout = record_layout(row.path, header, config.record)
+                return header, layout, layout.stored_shape or _prepared_shape(row, layout, manifest, config)
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
         manifest.path,
         [*problems, "none of these images can be used: is the manifest's folder right?"],
     )
+
+
+def _prepared_shape(
+    row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
+) -> tuple[int, ...]:
+    """The shape of a record that only its voxels tell."""
+    of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
+    volume = load_volume(row, manifest.folder, record=of_one)
+    return prepare_volume(volume, config.record, release=True).voxels.shape
 
 
 def _refuse_foreign(config: BuildConfig) -> None:
@@ -384,9 +390,8 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
 
     pipeline = beam.Pipeline(options=options)
     pipeline | "BuildDataset" >> BuildDataset(plan)
-    with whole_elements():
-        result = pipeline.run()
-        result.wait_until_finish()
+    result = pipeline.run()
+    result.wait_until_finish()
     summary, metrics = take_summary(plan.config.output), _metrics(result)
     assert summary is not None
     if not summary.complete:

@@ -141,6 +141,7 @@ class Manifest:
         splits: split a row; null where the row is left out, as it lacks a label.
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` where ids are anonymous; else None.
+        name: what is written of `path`: itself, or its pseudonym where ids are anonymous.
     """
 
     path: str
@@ -152,7 +153,8 @@ class Manifest:
     ids: pa.Array
     splits: pa.Array
     extra_columns: tuple[str, ...]
-    key_check: str | None = None
+    key_check: str | None
+    name: str
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -316,8 +318,8 @@ def read_manifest(
         used |= {of.column.name for of in labels}
         labels = ()
     extras = tuple(c for c in table.column_names if c not in used)
-    key_check = pseudonyms.check if pseudonyms else None
-    return Manifest(path, table, paths, columns, numbers, labels, ids, splits, extras, key_check)
+    key_check, name = (pseudonyms.check, pseudonyms.of_path(path)) if pseudonyms else (None, path)
+    return Manifest(path, table, paths, columns, numbers, labels, ids, splits, extras, key_check, name)
 
 
 def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labels, ...]:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import ShardError
+from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.image import join_stats, stat_image
 from beam_nifti.index import IndexEntry, make_table, read_index, row_cells, schema_of, write_index
 from beam_nifti.manifest import VolumeRow
@@ -192,6 +192,6 @@ def finished_rows(
 def _stat_of(paths: Sequence[str]) -> tuple[int, float] | None:
     try:
         now = join_stats([stat_image(path) for path in paths])
-    except OSError:
+    except (OSError, VolumeError):
         return None  # loading it again says what is wrong
     return now.size, now.mtime

@@ -74,7 +74,7 @@ class BuildNote:
 
     Attributes:
         fingerprint: of the configuration that makes the records.
-        folder: of the manifest, as the same relative path means another image elsewhere.
+        folder: of the manifest, or its pseudonym, as the same relative path means another image elsewhere.
         totals: shards a split, of this build and of the unfinished ones before it.
         identity: of this build.
         temp_location: of this build.
@@ -129,6 +129,7 @@ class BuildPlan:
         earlier_totals: shards a split, of unfinished builds of these or other rows in the output.
         revision: of the dataset that this build makes.
         key_check: `Manifest.key_check`.
+        manifest_name: `Manifest.name`.
         num_frames: frames of the first image, where each frame of an image becomes a record; else None.
     """
 
@@ -147,6 +148,7 @@ class BuildPlan:
     earlier_totals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     revision: int = 1
     key_check: str | None = None
+    manifest_name: str = ""
     num_skipped: int = 0
     num_frames: int | None = None
 

@@ -54,7 +54,7 @@ def _find(name: str) -> tuple[Function, str]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # a module may raise anything
+    except (Exception, SystemExit) as e:  # a module may raise anything
         raise UsageError(
             f"--preprocess {name}: cannot be imported: {type(e).__name__}: {e}; install its package here "
             "and on the workers, or put its folder on PYTHONPATH"
