@@ -7,6 +7,7 @@ other exception may hold whatever foreign code has read, so only its class and i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sysconfig
@@ -50,11 +51,12 @@ def conceal(text: str, row: VolumeRow, folder: str) -> str:
     words = dict[str, str]()
     for path, pseudonym in zip(row.files, row.pseudonyms, strict=True):
         for name, word in _names(path, folder):
-            words.setdefault(name.casefold(), pseudonym if word is None else word)
-    spelled = {spelling: word for name, word in words.items() for spelling in _spellings(name)}
-    for name in sorted(spelled, key=len, reverse=True):  # one may begin like another
-        text = re.sub(_pattern(name), spelled[name].replace("\\", r"\\"), text, flags=re.IGNORECASE)
-    return text
+            for spelling in _spellings(name):
+                words.setdefault(spelling, pseudonym if word is None else word)
+    longest_first = sorted(words, key=len, reverse=True)  # one may begin like another
+    names = re.compile("|".join(map(_pattern, longest_first)), re.IGNORECASE)
+    by_lower = {name.lower(): word for name, word in words.items()}
+    return names.sub(lambda match: by_lower.get(match[0].lower(), _FOLDER), text)
 
 
 def _names(path: str, folder: str) -> Iterator[tuple[str, str | None]]:
@@ -74,7 +76,7 @@ def _names(path: str, folder: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _spellings(name: str) -> set[str]:
-    """A name as it is, percent-encoded as servers repeat it, and escaped as `repr` does."""
+    """A name as it is, percent-encoded as servers repeat it, and escaped as `repr` and JSON do."""
     forms = {name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
     spell: tuple[Callable[[str], str], ...] = (
         str,
@@ -82,14 +84,15 @@ def _spellings(name: str) -> set[str]:
         lambda form: quote(form, safe=""),
         lambda form: repr(form)[1:-1],
         lambda form: ascii(form)[1:-1],
+        lambda form: json.dumps(form)[1:-1],
     )
-    return {spelling for form in forms for of in spell if (spelling := of(form).casefold())}
+    return {of(form) for form in forms for of in spell}
 
 
 def _pattern(name: str) -> str:
     """A path anywhere; a single name where it is a whole word, and a plain one only in a path."""
     escaped = re.escape(name)
-    if "/" in name or "%2f" in name:
+    if "/" in name or "%2F" in name:
         return escaped
     word = rf"(?<![^\W_]){escaped}(?![^\W_])"
     if len(name) >= _SHORTEST and not (name.isascii() and (name.isalpha() or name.isdigit())):
