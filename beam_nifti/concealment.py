@@ -35,6 +35,8 @@ _NOT_OURS: Final = (
     sysconfig.get_path("stdlib"),
 )
 
+_KINDS: Final = (MemoryError, TimeoutError, ConnectionError, OSError)
+
 _HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
 
 
@@ -51,7 +53,7 @@ def conceal(text: str, row: VolumeRow, folder: str) -> str:
     words = dict[str, str]()
     for path, pseudonym in zip(row.files, row.pseudonyms, strict=True):
         for name, word in _names(path, folder):
-            for spelling in _spellings(name):
+            for spelling in _spellings(name) - {""}:
                 words.setdefault(spelling, pseudonym if word is None else word)
     longest_first = sorted(words, key=len, reverse=True)  # one may begin like another
     names = re.compile("|".join(map(_pattern, longest_first)), re.IGNORECASE)
@@ -125,8 +127,8 @@ def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
         folder: what its paths are relative to.
 
     Raises:
-        Exception: of the same class where the package or the system raised it, else a RuntimeError; without
-            what it was caused by.
+        Exception: of the same kind where the package or the system raised it, else a RuntimeError; without
+            its cause.
     """
     try:
         yield
@@ -144,5 +146,5 @@ def _concealed(error: Exception, row: VolumeRow, folder: str) -> Exception:
         said = _HTTP.search(error.strerror or "")
         reason = os.strerror(error.errno) + (f" ({said[0]})" if said else "")
         return OSError(error.errno, f"{reason}, in {about}")
-    text = f"{describe(error, is_anonymous=True)}, in {about}"
-    return MemoryError(text) if isinstance(error, MemoryError) else RuntimeError(text)
+    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+    return kind(f"{describe(error, is_anonymous=True)}, in {about}")

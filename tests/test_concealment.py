@@ -54,6 +54,11 @@ def test_the_pseudonym_stands_for_the_path_and_the_rest_stays() -> None:
     said = "scans of/Ada/first.nii: the images and masks of (2, 3) voxels; first of masks/2.nii"
     assert conceal(said, row, "/study") == "aa11: the images and masks of (2, 3) voxels; first of bb22"
     assert conceal("/study/scans of/Ada/first.mat, /study/scans%20of/Ada", row, "/study") == "aa11.mat, …"
+    absolute = row_of("/scans/Ada/1.nii", pseudonyms=("aa11",))
+    assert (
+        conceal("/scans/Ada/1.nii: 1 of 2 files in /scans/Ada", absolute, "/study")
+        == "aa11: 1 of 2 files in …"
+    )
     named = row_of("scans of/Ada/first.nii")
     assert conceal(said, named, "/study") == said
 
@@ -84,6 +89,7 @@ def test_of_foreign_errors_only_class_and_line_are_kept() -> None:
             r"timed out \(HTTP 503 SlowDown\), in row 1",
         ),
         (MemoryError(MARK), MemoryError, "in row 1 of the manifest"),
+        (TimeoutError(MARK), TimeoutError, "TimeoutError at test_concealment.py:.*, in row 1"),
         (KeyError(MARK), RuntimeError, "KeyError at test_concealment.py:.*, in row 1 of the manifest"),
     ],
 )
