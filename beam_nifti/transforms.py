@@ -128,10 +128,9 @@ class SkipFinished(beam.DoFn):
     def _finished(self, part: Part, rows: list[VolumeRow]) -> Part | None:
         folder = storage.dirname(self._plan.config.manifest)
         plan = self._plan
-        with concealing(rows[0], folder):
-            return finished_rows(
-                part, rows, plan.config.record, plan.extra_columns, folder, plan.shape, plan.required_dtype
-            )
+        return finished_rows(
+            part, rows, plan.config.record, plan.extra_columns, folder, plan.shape, plan.required_dtype
+        )
 
 
 def _still_missing(rows: Iterable[VolumeRow], missing: Iterable[VolumeRow]) -> Iterator[VolumeRow]:
