@@ -416,6 +416,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     key = config.anonymous_ids and storage.absolute(config.anonymous_ids)
     run.know(runner=engine.runner, manifest=manifest, fingerprint=config.record.fingerprint)
     rows = read_build_manifest(manifest, config)
+    rows.log_warnings()
     num_rows, num_skipped = len(rows), rows.num_skipped
     del rows
     progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)
