@@ -52,7 +52,8 @@ _CREDENTIALS_CODES: Final = frozenset(
 _NOT_OF_PATHS: Final = frozenset([404, 407])
 """Of the 400s: an unknown user, as an unknown path has another code; and a proxy that asks for a password."""
 
-_KEY_REJECTED: Final = getattr(errno, "EKEYREJECTED", errno.EPROTO)
+_NOT_ACCEPTED: Final = errno.EPROTO
+"""The client or its credentials are at fault, and not the path; another attempt fails in the same way."""
 
 PIECE_BYTES: Final = 16 << 20
 """Bytes that are sent at once. What is shorter is sent in one request."""
@@ -209,8 +210,9 @@ class Store(abc.ABC):
             PermissionError: HTTP 403, access to this path is denied.
             FileExistsError: HTTP 412, a condition of the request does not hold.
             TimeoutError: it failed ATTEMPTS times.
-            OSError: any other error; these four are kinds of it. EINVAL: another HTTP status of the 400s, for
-                a path that the store refuses. EKEYREJECTED: the credentials are not accepted. EIO: the rest.
+            OSError: any other error, of which these four are kinds. Its errno says whether it may pass, as
+                `outcomes.may_pass` reads it. EINVAL: the store refuses the path, with another HTTP status of
+                the 400s. EPROTO: the client or its credentials are not accepted.
         """
         from apache_beam.utils.retry import with_exponential_backoff
 
@@ -238,18 +240,23 @@ class Store(abc.ABC):
         status, code = self._answer(error)
         said = f"HTTP {status} {code}" if status else f"{type(error).__name__}: {error}"
         if isinstance(error, FileNotFoundError) or (status == 404 and code in _ABSENT_CODES):
-            reason = "No such bucket" if code == "NoSuchBucket" else os.strerror(errno.ENOENT)
+            no_bucket = code == "NoSuchBucket" or "bucket does not exist" in str(error)
+            reason = "No such bucket" if no_bucket else os.strerror(errno.ENOENT)
             return FileNotFoundError(errno.ENOENT, reason, path)
         if status == 401 or code in _CREDENTIALS_CODES:
-            return OSError(_KEY_REJECTED, f"the store does not accept the credentials ({said})", path)
+            return OSError(_NOT_ACCEPTED, f"the store does not accept the credentials ({said})", path)
         if status == 412:
             return FileExistsError(errno.EEXIST, f"another process has written it meanwhile ({said})", path)
         if self.is_transient(error):
             return TimeoutError(errno.ETIMEDOUT, f"the store failed {ATTEMPTS} times in a row ({said})", path)
         if status == 403:
             return PermissionError(errno.EACCES, f"access is denied ({said})", path)
-        refused = status is not None and 400 <= status < 500 and status not in _NOT_OF_PATHS
-        number = errno.EINVAL if refused else errno.EIO
+        if isinstance(error, OSError) and error.errno:
+            number = error.errno
+        elif status is not None and 400 <= status < 500 and status not in _NOT_OF_PATHS:
+            number = errno.EINVAL
+        else:  # a client that names what may pass leaves the rest, such as a bucket's name that cannot be
+            number = _NOT_ACCEPTED if self._lost and (status or 0) < 500 else errno.EIO
         return OSError(number, f"{said}: {error}" if status else said, path)
 
     @staticmethod

@@ -33,8 +33,8 @@ def make_unreadable(folder: Path) -> dict[str, str]:
     (folder / "file").touch()
     return {
         "folder": "Is a directory",
-        "loop": "Too many levels of symbolic links",
-        "dangling": "No such file or directory",
+        "loop": "a symbolic link to a file that is not there",
+        "dangling": "a symbolic link to a file that is not there",
         "absent": "No such file or directory",
         "file/below": "Not a directory",
         "long" * 100: "File name too long",
