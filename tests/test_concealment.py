@@ -228,7 +228,7 @@ def test_no_failure_tells_a_name(study: Study, told: Told, tmp_path: Path, log_f
     lines = [json.loads(line) for line in (study.output / "failures.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(4, num_failed + 4))
     messages = {line["row"]: line["message"] for line in lines}
-    assert messages[4].startswith(f"{lines[0]['path']}: 8 bytes are less than a NIfTI header")
+    assert messages[4].startswith(f"{lines[0]['path']}: a text file; copy or download")
     assert "ValueError at user_functions.py:" in messages[13]
     assert f"{lines[8]['mask']}: cannot be read: No such file" in messages[12]
     verify = ["verify", str(study.output), "--manifest", command[1], f"--anonymous-ids={study.key}"]
