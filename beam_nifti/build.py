@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from beam_nifti import lock, logs, storage
 from beam_nifti.build_note import BuildNote
+from beam_nifti.concealment import concealing
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.differences import find_differences, image_folder
 from beam_nifti.errors import DatasetError, ManifestError, OutputError, UsageError, VolumeError
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
-from beam_nifti.local_runner import whole_elements
-from beam_nifti.manifest import Manifest
+from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.metrics import Distribution, Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import (
@@ -219,6 +219,7 @@ def _decide(inputs: _Inputs) -> _Decision:
         versions=record_versions(),
         revision=published.revision + 1 if published else 1,
         key_check=manifest.key_check,
+        manifest_name=manifest.name,
         num_skipped=manifest.num_skipped,
         num_frames=inputs.num_frames,
     )
@@ -230,7 +231,7 @@ def _decide(inputs: _Inputs) -> _Decision:
     has_ended = published is not None and continued is not None and continued.is_of(published)
     # A build that was killed once it had published has only to be cleaned up after.
     reuse_published = published is not None and (
-        (has_ended or not config.makes_all) and image_folder(published) == manifest.folder
+        (has_ended or not config.makes_all) and image_folder(published) == storage.dirname(manifest.name)
     )
     plan = replace(
         plan,
@@ -274,20 +275,25 @@ def _first_volume(
     problems = []
     for row in manifest.rows(manifest.kept_rows()[:_IMAGES_TRIED].tolist()):
         try:
-            header = load_header(row, manifest.folder, config.record)
-            layout = record_layout(row.path, header, config.record)
-            shape = layout.stored_shape
-            if shape is None:
-                of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
-                volume = load_volume(row, manifest.folder, record=of_one)
-                shape = prepare_volume(volume, config.record).voxels.shape
-            return header, layout, shape
+            with concealing(row, manifest.folder):
+                header = load_header(row, manifest.folder, config.record)
+                layout = record_layout(row.path, header, config.record)
+                return header, layout, layout.stored_shape or _prepared_shape(row, layout, manifest, config)
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
         manifest.path,
         [*problems, "none of these images can be used: is the manifest's folder right?"],
     )
+
+
+def _prepared_shape(
+    row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
+) -> tuple[int, ...]:
+    """The shape of a record that only its voxels tell."""
+    of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
+    volume = load_volume(row, manifest.folder, record=of_one)
+    return prepare_volume(volume, config.record, release=True).voxels.shape
 
 
 def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
@@ -458,9 +464,8 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
 
     pipeline = beam.Pipeline(options=options)
     pipeline | "BuildDataset" >> BuildDataset(plan)
-    with whole_elements():
-        result = pipeline.run()
-        result.wait_until_finish()
+    result = pipeline.run()
+    result.wait_until_finish()
     lock.require_held(plan.config.output)  # or what is removed now may be another build's
     summary, metrics = take_summary(plan.config.output), _metrics(result)
     assert summary is not None

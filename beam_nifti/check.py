@@ -20,14 +20,17 @@ from apache_beam.pvalue import AsList, TaggedOutput
 
 from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig
-from beam_nifti.local_runner import whole_elements
+from beam_nifti.local_runner import send_whole_elements
 from beam_nifti.manifest import VolumeRow, read_manifest
 from beam_nifti.progress import METER
+from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.strict_json import dump_json
 from beam_nifti.survey import Survey, look_at, make_report
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
+
+send_whole_elements()
 
 _ROWS_AT_A_TIME: Final = 256
 _TWINS: Final = "twins"
@@ -36,12 +39,13 @@ _TWINS: Final = "twins"
 class CutRows(beam.DoFn):
     """Cut a manifest into pieces of work."""
 
-    def __init__(self, columns: Columns) -> None:
-        self._columns = columns
+    def __init__(self, columns: Columns, anonymous_ids: str | None = None) -> None:
+        self._columns, self._key = columns, anonymous_ids
 
     def process(self, path: str) -> Iterable[tuple[VolumeRow, ...]]:
         """Yield its rows, some at a time."""
-        manifest = read_manifest(path, self._columns)
+        pseudonyms = read_pseudonyms(self._key) if self._key else None
+        manifest = read_manifest(path, self._columns, pseudonyms=pseudonyms)
         kept = manifest.kept_rows().tolist()
         for start in range(0, len(kept), _ROWS_AT_A_TIME):
             yield tuple(manifest.rows(kept[start : start + _ROWS_AT_A_TIME]))
@@ -91,6 +95,7 @@ def check_images(
     record: RecordConfig,
     options: PipelineOptions,
     out: str | None = None,
+    anonymous_ids: str | None = None,
 ) -> dict[str, Any]:
     """Read the headers of a manifest's images.
 
@@ -100,18 +105,18 @@ def check_images(
         record: configuration of the records that a build would make.
         options: Beam's.
         out: file of the report, within the workers' reach; None where they are this process.
+        anonymous_ids: file of the key by which the report has pseudonyms, as a dataset; None keeps names.
 
     Returns:
         `survey.make_report`.
     """
     with ExitStack() as stack:
-        stack.enter_context(whole_elements())
         path = out or f"{stack.enter_context(tempfile.TemporaryDirectory())}/report.json"
         pipeline = beam.Pipeline(options=options)
         looked_at = (
             pipeline
             | "Create" >> beam.Create([manifest], reshuffle=False)  # str
-            | "CutRows" >> beam.ParDo(CutRows(columns))  # tuple of VolumeRow
+            | "CutRows" >> beam.ParDo(CutRows(columns, anonymous_ids))  # tuple of VolumeRow
             | "Reshuffle" >> beam.Reshuffle()  # tuple of VolumeRow
             | "LookAtImages"
             >> beam.ParDo(LookAtImages(storage.dirname(manifest), record)).with_outputs(

@@ -12,6 +12,7 @@ import os
 import sys
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 _SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
 
-_NOT_LOGGED: Final = {"error", "counters", "distributions"}
-"""Of a run's summary: its error may name participants."""
+_NOT_LOGGED: Final = {"error", "failure_reasons", "counters", "distributions"}
+"""Of a run's summary: errors may name participants."""
 
 _NO_LABELS: Final = "labels   none: the manifest has no column 'label' (see --label-column)"
 
@@ -284,6 +285,7 @@ def _note_end(run: RunSummary, summary: BuildSummary, metrics: Metrics) -> None:
         num_kept=metrics.counters.get("volumes-skipped", 0),
         num_failed=summary.num_failed,
         failures=summary.failures,
+        failure_reasons=[asdict(group) for group in summary.reasons],
         failures_path=summary.failures_path or None,
         num_shards=summary.num_shards,
         num_bytes=summary.num_bytes,
@@ -309,9 +311,9 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         with _while_read():
             _report(plan, e.summary, {})
         return _complain(
-            f"{e}; {'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}. "
-            "Repair those images and give the same command again, which loads only them, or leave them "
-            "out with --max-bad-fraction",
+            f"{e}\n{'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}; "
+            "repair those images and give the same command again, which loads only them, or accept the "
+            "failures with that option",
             FAILED,
         )
     except Exception as e:
@@ -374,7 +376,12 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
         f"{_count(summary.num_shards, 'shard')}, {summary.num_bytes / 1e6:.1f} MB: {output}"
     )
     if summary.num_failed:
-        print(f"left out {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
+        print(f"failed   {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
+        if summary.complete:  # else the error has them
+            from beam_nifti.failures import format_groups
+
+            for line in format_groups(summary.reasons, summary.num_failed):
+                print(f"         {line}")
     _print_labels(plan)
     if summary.complete:
         print(f"read it  beam_nifti.reader.load_dataset({output!r}, batch_size=8)")
@@ -437,7 +444,7 @@ def _print_reuse(reuse: Reuse) -> None:
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti.engines import choose_engine
-    from beam_nifti.manifest import read_manifest
+    from beam_nifti.plan import read_build_manifest
     from beam_nifti.survey import format_report
 
     engine = choose_engine(check_config(options), beam_flags, options.workers)
@@ -451,15 +458,16 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     if options.out is not None:
         _require_out(options.out, overwrite=True)
     config, manifest = engine.config, storage.absolute(engine.config.manifest)
+    key = config.anonymous_ids and storage.absolute(config.anonymous_ids)
     run.know(runner=engine.runner, manifest=manifest, fingerprint=config.record.fingerprint)
-    rows = read_manifest(manifest, config.columns)
+    rows = read_build_manifest(manifest, config)
     rows.log_warnings()
     num_rows, num_skipped = len(rows), rows.num_skipped
     del rows
     progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
-            report = check_images(manifest, config.columns, config.record, engine.options, options.out)
+            report = check_images(manifest, config.columns, config.record, engine.options, options.out, key)
     except Exception as e:
         return _stopped(run, e, "the check stopped", "starts again")
     run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])

@@ -94,6 +94,7 @@ def _add_check(commands: Commands) -> None:
     )
     check.add_argument("manifest", metavar="MANIFEST", help="as for build")
     _add_columns(check)
+    _add_privacy(check)
     _add_voxels(check)
     _add_preparation(check)
     run = check.add_argument_group("running")
@@ -378,6 +379,7 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
         output=options.out or "",
         record=_record_config(options),
         columns=_columns(options),
+        anonymous_ids=options.anonymous_ids,
         allow_mixed_shapes=options.allow_mixed_shapes,
         workers=choose_workers(options),
     )

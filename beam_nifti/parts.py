@@ -215,5 +215,5 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool
 def _file_cells(paths: Sequence[str], record: RecordConfig) -> dict[str, object] | None:
     try:
         return file_cells(list(map(stat_image, paths)), record)
-    except OSError:
+    except (OSError, VolumeError):
         return None  # loading it again says what is wrong

@@ -101,6 +101,7 @@ class BuildPlan:
         earlier_roots: folders of their parts.
         revision: of the dataset that this build makes.
         key_check: `Manifest.key_check`.
+        manifest_name: `Manifest.name`.
         num_frames: frames of the first image, where each frame of an image becomes a record; else None.
     """
 
@@ -122,6 +123,7 @@ class BuildPlan:
     earlier_roots: tuple[str, ...] = ()
     revision: int = 1
     key_check: str | None = None
+    manifest_name: str = ""
     num_skipped: int = 0
     num_frames: int | None = None
 
@@ -192,7 +194,7 @@ class BuildPlan:
         return DatasetInfo(
             config=config.as_dataset_config() | {"fingerprint": config.record.fingerprint},
             manifest={
-                "path": config.manifest,
+                "path": self.manifest_name,
                 "num_rows": self.num_rows,
                 "digest": self.digest,
                 "columns": list(self.column_names),

@@ -19,7 +19,14 @@ from beam_nifti.dataset_info import (
     read_info,
 )
 from beam_nifti.errors import BeamNiftiError, PartsChangedError
-from beam_nifti.failures import Failure, write_failures
+from beam_nifti.failures import (
+    Failure,
+    FailureGroup,
+    accepting_fraction,
+    format_groups,
+    group_failures,
+    write_failures,
+)
 from beam_nifti.metrics import Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
@@ -43,6 +50,7 @@ class BuildSummary:
         complete: whether the dataset was published.
         failures_path: of the list of the volumes left out; "" where there are none.
         failures: volumes left out, by step and then by the class of the error.
+        reasons: of the most frequent failures.
     """
 
     num_written: int
@@ -52,6 +60,7 @@ class BuildSummary:
     complete: bool
     failures_path: str = ""
     failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    reasons: tuple[FailureGroup, ...] = ()
 
 
 class TooManyFailures(BeamNiftiError):
@@ -67,9 +76,11 @@ class TooManyFailures(BeamNiftiError):
         self.summary, self.metrics = summary, metrics or Metrics()
 
     def __str__(self) -> str:
-        """How many failed of how many."""
+        """How many failed of how many, why, and what would accept them."""
         failed, total = self.summary.num_failed, self.summary.num_failed + self.summary.num_written
-        return f"{failed} of {total} volumes failed, more than --max-bad-fraction allows"
+        head = f"{failed} of {total} volumes failed, more than --max-bad-fraction allows"
+        accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
+        return "\n  ".join([f"{head}:", *format_groups(self.summary.reasons, failed), accept])
 
 
 def find_info(output: str) -> DatasetInfo | None:
@@ -143,6 +154,7 @@ def publish_dataset(
         complete=complete,
         failures_path=failures_path,
         failures=_count_failures(failures),
+        reasons=tuple(group_failures(failures)),
     )
     _write_summary(config.output, summary)
     if not summary.complete:
@@ -201,9 +213,13 @@ def take_summary(output: str) -> BuildSummary | None:
     """How the last build in this output ended, if it got that far; forgets it."""
     path = storage.join(output, _SUMMARY_FILE)
     try:
-        summary = BuildSummary(**json.loads(storage.read(path)))
+        facts = json.loads(storage.read(path))
     except FileNotFoundError:
         return None
+    reasons = tuple(
+        FailureGroup(**{**group, "examples": tuple(group["examples"])}) for group in facts.get("reasons", ())
+    )
+    summary = BuildSummary(**{**facts, "reasons": reasons})
     storage.delete(path)
     return summary
 

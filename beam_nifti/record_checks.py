@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from beam_nifti.concealment import concealing
 from beam_nifti.config import Columns, LabelColumn, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError, VolumeError
@@ -305,12 +306,17 @@ def check_source(
         config: that the record was made with.
         versions: how those of the software that made it differ from the ones here, in words; then a
             difference in rounding is a RoundingNote.
+
+    Raises:
+        OSError: the disk, the network or a store failed, which says nothing about the record.
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
     if config.frames == "each":
         config = replace(config, frames=str(cells["frame"]))
     try:
-        volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
+        with concealing(row, folder):
+            volume = load_volume(row, folder, record=config)
+            volume = rescale_volume(prepare_volume(volume, config, release=True), config)
     except VolumeError as e:
         yield f"cannot be made again: {e}"
         return
@@ -329,7 +335,7 @@ def check_source(
             else f"its files have the sizes and times that they had; {_REMAKE}"
         )
         by = f"it was made with {versions}; " if versions else ""
-        yield f"{row.path} gives another {', '.join(names)} than is stored; {by}{reason}"
+        yield f"{row.source} gives another {', '.join(names)} than is stored; {by}{reason}"
         return
     for number, now in enumerate(volume.intensities):
         image = f"channel {config.channels[number]}" if config.channels else "its image"

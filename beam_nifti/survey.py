@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from beam_nifti import storage
+from beam_nifti.concealment import concealing
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.grid import orientation_of
 from beam_nifti.header import require_storable
-from beam_nifti.image import image_files
+from beam_nifti.image import image_files, reading
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.notes import TEXTS
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
@@ -132,16 +133,20 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     Returns:
         Its survey, of the first image where there are several; and what it shares with copies of it, None if
         it cannot be read.
+
+    Raises:
+        OSError: the disk, the network or a store failed, which says nothing about the image.
     """
     found = Survey(num_images=1)
     try:
-        # Frames that are not asked for are counted before they are refused.
-        header = load_header(row, folder, replace(record, frames=record.frames or "all"))
-        examined = [image_files(storage.join(folder, path)) for path in row.files]
-        size = sum(storage.stat(file).size for files in examined for file in files)
-        # The files of the voxels: headers of pairs are often alike.
-        heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
-    except (OSError, VolumeError) as e:
+        with concealing(row, folder), reading(row.path):
+            # Frames that are not asked for are counted before they are refused.
+            header = load_header(row, folder, replace(record, frames=record.frames or "all"))
+            examined = [image_files(storage.join(folder, path)) for path in row.files]
+            size = sum(storage.stat(file).size for files in examined for file in files)
+            # The files of the voxels: headers of pairs are often alike.
+            heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
+    except VolumeError as e:
         return _refused(found, row, str(e)), None
     found.notes = {note: Noted(1, [(row.row, row.example_id)]) for note in header.notes}
     found.shapes[size_text(header.shape)] = 1
@@ -151,7 +156,8 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
     found.source_bytes = size
     twin = f"{size}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
     try:
-        layout = require_storable(row.path, header, record)
+        with concealing(row, folder):
+            layout = require_storable(row.path, header, record)
     except VolumeError as e:
         return _refused(found, row, str(e)), twin
     shape = layout.stored_shape

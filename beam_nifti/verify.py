@@ -109,6 +109,7 @@ def verify_dataset(
     Raises:
         DatasetError: there is no complete dataset of a known format.
         ManifestError: the manifest cannot be read.
+        OSError: the disk, the network or a store failed while images were read.
         UsageError: `deep` or `workers` is out of range; or records are to be made again with a function
             that cannot be imported here, or is not the one that they were made with; or the key is not
             the dataset's.
@@ -292,6 +293,8 @@ class _Verification:
                         tell(problem)
         except ShardError as e:
             tell(str(e))
+        except OSError:  # the images cannot be reached, which says nothing about the record
+            raise
         except Exception as e:  # whatever a parser trips over, the other records are still read
             tell(f"cannot be checked: {e!r}")
         with self._lock:

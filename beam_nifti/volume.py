@@ -66,7 +66,7 @@ class Volume:
     notes: tuple[str, ...] = ()
 
     def release(self) -> None:
-        """Let go of the voxels: for a step that has made the next thing of them and hands on only that.
+        """Let go of the voxels: for the graph of a build, in which no other step gets this volume.
 
         Beam holds an element until every step that follows is done with what was made of it.
         """

@@ -189,7 +189,7 @@ def test_bad_volumes_exit_with_1_and_the_list_is_named(
     (cohort.parent / "sub-0002.nii.gz").unlink()
     output = built(code=cli.FAILED)
     streams = capsys.readouterr()
-    assert "left out 1 volume," in streams.out
+    assert "failed   1 volume," in streams.out
     assert str(output / "failures.jsonl") in streams.out
     assert "1 of 12 volumes failed" in streams.err
     assert "Traceback" not in streams.err

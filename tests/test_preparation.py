@@ -266,7 +266,7 @@ def write_odd_cohort(folder: Path) -> Path:
 def test_odd_images_become_volumes_of_one_shape(run: Run, tmp_path: Path, flags: list[str]) -> None:
     manifest, output = write_odd_cohort(tmp_path / "c"), tmp_path / "out"
     assert "4 of 8x9x10 voxels" in run("build", manifest, output, "--dry-run", *flags)
-    assert "left out 1 volume" in run("build", manifest, output, "--max-bad-fraction=0.25", *flags)
+    assert "failed   1 volume" in run("build", manifest, output, "--max-bad-fraction=0.25", *flags)
     assert info_of(output).shape == (8, 9, 10)
     (failure,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
     assert (failure["row"], failure["stage"], failure["error"]) == (3, "Prepare", "VolumeError")
