@@ -397,7 +397,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     from beam_nifti.manifest import read_manifest
     from beam_nifti.survey import format_report
 
-    engine = choose_engine(check_config(options), beam_flags, options.workers)
+    engine = choose_engine(check_config(options), beam_flags, options.workers, "check")
     if not engine.is_local and options.out is None:
         raise UsageError(
             "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
@@ -515,7 +515,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     from beam_nifti.engines import choose_engine
 
     _require_report_extra("jinja2", "matplotlib", "PIL")
-    engine = choose_engine(report_config(options), beam_flags, options.workers)
+    engine = choose_engine(report_config(options), beam_flags, options.workers, "report")
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and options.out is None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from beam_nifti.cores import count_cores
+from beam_nifti.errors import UsageError
 from beam_nifti.logs import FORMATS as LOG_FORMATS
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -19,6 +20,63 @@ exit codes:
   75 another build is in OUTPUT, an engine failed, or a store kept failing; the same command continues
   130 stopped by Ctrl-C
 """
+
+
+class StoreOnce(argparse._StoreAction):
+    """Store a value that is not empty, once: of two values, one would be ignored."""
+
+    _first: object = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        flag: str | None = None,
+    ) -> None:
+        """Store it.
+
+        Raises:
+            UsageError: it is empty, or there is one already.
+        """
+        _refuse_empty(self, values)
+        if flag is not None and self._first is not None:
+            raise UsageError(f"{flag} is given twice, as {self._first} and {values}; give it once")
+        self._first = values
+        super().__call__(parser, namespace, values, flag)
+
+
+class AppendFilled(argparse._AppendAction):
+    """Append a value that is not empty."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        flag: str | None = None,
+    ) -> None:
+        """Append it.
+
+        Raises:
+            UsageError: it is empty.
+        """
+        _refuse_empty(self, values)
+        super().__call__(parser, namespace, values, flag)
+
+
+def _refuse_empty(action: argparse.Action, values: Any) -> None:
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, str) and not value.strip():
+            name = action.option_strings[0] if action.option_strings else action.metavar
+            raise UsageError(f"{name} is empty; was a variable not set?")
+
+
+def refuse_swallowed(parser: argparse.ArgumentParser) -> None:
+    """Have a parser refuse empty values, and all but one value of an option that takes one."""
+    parser.register("action", None, StoreOnce)
+    parser.register("action", "store", StoreOnce)
+    parser.register("action", "append", AppendFilled)
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str = "") -> argparse.ArgumentParser:
