@@ -394,38 +394,37 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti.engines import choose_engine
-    from beam_nifti.manifest import read_manifest
-    from beam_nifti.survey import format_report
 
     engine = choose_engine(check_config(options), beam_flags, options.workers, "check")
     if not engine.is_local and options.out is None:
         raise UsageError(
             "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
         )
+    from beam_nifti.build import plan_check
     from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
+    from beam_nifti.survey import format_report
 
     _remove_earlier(options)
-    config, manifest = engine.config, storage.absolute(engine.config.manifest)
-    run.know(runner=engine.runner, manifest=manifest, fingerprint=config.record.fingerprint)
-    rows = read_manifest(manifest, config.columns)
-    num_rows, num_skipped = len(rows), rows.num_skipped
-    del rows
-    progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)
+    plan = plan_check(engine.config)
+    config = plan.config
+    run.know(runner=engine.runner, manifest=config.manifest, fingerprint=config.record.fingerprint)
+    progress = _progress(engine, plan.num_rows, "image", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
-            report = check_images(manifest, config.columns, config.record, engine.options, options.out)
+            report = check_images(plan, engine.options, options.out)
     except RuntimeError as e:
         return _stopped(run, e, "the check stopped", "the same command starts again")
-    run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])
-    is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
-    is_mixed |= len(report["frames"]) > 1
+    num_bad, num_images = report["num_bad"], report["num_images"]
+    run.know(num_volumes=num_images, num_failed=num_bad)
     with _while_read():
         if options.json:
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:
-            print(format_report(report, is_mixed=is_mixed))
-            _print_skipped(num_skipped)
-    return FAILED if report["num_bad"] or is_mixed else SUCCESS
+            print(format_report(report))
+            _print_skipped(plan.num_skipped)
+    if plan.refusal:
+        raise UsageError(f"a build with these flags would write nothing: {plan.refusal}")
+    return SUCCESS if config.allows_failures(num_bad, num_images) else FAILED
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:

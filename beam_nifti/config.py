@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Final
 
 from beam_nifti.errors import UsageError
@@ -493,6 +494,10 @@ class BuildConfig:
         if self.workers < 1:
             raise UsageError(f"--workers is {self.workers}; it must be at least 1")
         object.__setattr__(self, "record", _with_columns(self.record, self.columns))
+
+    def allows_failures(self, num_failed: int, num_volumes: int) -> bool:
+        """Whether a dataset of so many volumes is completed without those that failed."""
+        return num_failed <= Fraction(str(self.max_bad_fraction)) * num_volumes
 
     def as_dataset_config(self) -> dict[str, Any]:
         """The part of it that decides a dataset's content, as dataset_info.json records it."""

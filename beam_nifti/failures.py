@@ -64,7 +64,7 @@ def write_failures(
                 "row": row.row,
                 "stage": failure.stage,
                 "error": failure.error,
-                "message": _message(failure) if row.frame is None else _messages(of_image),
+                "message": message_of(failure) if row.frame is None else _messages(of_image),
                 **_frames_cell(of_image),
                 **({columns.id: row.image_id} if columns.id is not None else {}),
                 **dict(zip(columns.files, _places(row, folder), strict=True)),
@@ -116,11 +116,11 @@ def _messages(failures: Sequence[Failure]) -> str:
     """What went wrong with frames of one image, what is alike once."""
     frames: dict[str, list[str]] = {}
     for failure in failures:
-        frames.setdefault(_message(failure), []).append(str(failure.row.frame))
+        frames.setdefault(message_of(failure), []).append(str(failure.row.frame))
     return "; ".join(f"frames {', '.join(numbers)}: {message}" for message, numbers in frames.items())
 
 
-def _message(failure: Failure) -> str:
+def message_of(failure: Failure) -> str:
     """What the exception said; where ids are anonymous, without the paths of images."""
     row, message = failure.row, failure.message
     named = zip(row.files, row.pseudonyms, strict=False)

@@ -103,7 +103,7 @@ def publish_dataset(
             f"{len(missing)} shards are missing, and {num_written} records and {num_failed} failures "
             f"do not make {plan.num_examples} volumes; run the build again"
         )
-    complete = num_failed <= config.max_bad_fraction * plan.num_examples
+    complete = config.allows_failures(num_failed, plan.num_examples)
     published = find_info(config.output)
     summary = BuildSummary(
         num_written=num_written,
