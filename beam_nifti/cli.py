@@ -25,6 +25,7 @@ from beam_nifti.errors import (
     OutputError,
     UsageError,
 )
+from beam_nifti.notes import warnings_of
 from beam_nifti.options_build import build_config, check_config
 from beam_nifti.options_common import choose_workers
 from beam_nifti.options_dataset import report_config
@@ -267,6 +268,8 @@ def _note_end(run: RunSummary, summary: BuildSummary, metrics: Metrics) -> None:
         counters=metrics.counters,
         distributions=metrics.distributions,
     )
+    for warning in warnings_of(metrics.counters):
+        logs.LOGGER.warning("%s", warning)
 
 
 def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
@@ -291,8 +294,8 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         )
     except RuntimeError as e:
         return _stopped(run, e, "the build stopped", "the same command continues where it was")
-    _note_end(run, summary, metrics)
     sys.stderr.write(noise.getvalue())
+    _note_end(run, summary, metrics)
     with _while_read():
         _report(plan, summary, metrics.counters)
     return SUCCESS

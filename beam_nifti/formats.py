@@ -13,6 +13,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from beam_nifti.errors import VolumeError
+from beam_nifti.geometry import place_voxels, stated_sizes
 from beam_nifti.header import PADDING_BYTES, VolumeHeader
 from beam_nifti.image_names import HALF
 from beam_nifti.rescale import Scaling
@@ -65,13 +66,12 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
     try:
         # Its from_fileobj would read the header's extensions too, which may be long and damaged.
         header = kind(head[: header_dtype.itemsize if is_mgh else kind.sizeof_hdr], check=False)
+        sizes = stated_sizes(header)
         header.check_fix(logger=_quiet)
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
         offset = DATA_OFFSET if is_mgh else int(header.get_data_offset())
         slope, inter = (None, None) if is_mgh else header.get_slope_inter()
-        affine = np.asarray(header.get_best_affine(), np.float64)
-        zooms = tuple(float(z) for z in header.get_zooms()[:3])
         intent = int(header["intent_code"]) if "intent_code" in header else 0
     except KeyError as e:
         raise VolumeError(f"{name}: data type {e} is not known; repair or convert the image") from e
@@ -94,9 +94,7 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
     if not first <= offset <= _MAX_OFFSET:
         where = "inside the header" if offset < first else "beyond any header extension"
         raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
-    if not np.isfinite(affine).all():
-        what = "direction cosines" if is_mgh else "sform or qform"
-        raise VolumeError(f"{name}: the affine is not finite; repair its {what}")
+    geometry = place_voxels(name, header, sizes, shape)
     scaling = Scaling()
     if slope is not None and not dtype.names:  # NIfTI has no scaling of colours, whatever the fields hold
         scaling = Scaling(float(slope), float(inter or 0.0))
@@ -105,8 +103,9 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         dtype=dtype,
         offset=offset,
         scaling=scaling,
-        affine=affine,
-        zooms=(zooms[0], zooms[1], zooms[2]),
+        affine=geometry.affine,
+        zooms=geometry.zooms,
+        notes=geometry.notes,
         is_vector=intent in _VECTOR_INTENTS,
         is_pair=is_pair,
         is_analyze=kind is Spm2AnalyzeHeader,

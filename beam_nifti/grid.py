@@ -21,9 +21,12 @@ from beam_nifti.errors import VolumeError
 Shape3 = tuple[int, int, int]
 
 _SAME_SPACING: Final = 1e-4
-"""Relative difference of voxel sizes up to which an axis is not resampled: headers hold float32."""
+"""Relative difference of voxel sizes up to which they are one size: headers hold float32."""
 
-_SAME_PLACE: Final = 0.1
+_SINGULAR: Final = 1e-4
+"""Volume of a voxel as a fraction of what its edges would have at right angles, below which it has none."""
+
+SAME_PLACE: Final = 0.1
 """Distance of voxel centres, in voxels, up to which two images lie in one place: headers round affines,
 each program its own way."""
 
@@ -66,6 +69,30 @@ class Grid:
         return float(np.linalg.norm(apart, axis=1).max())
 
 
+def is_usable(affine: npt.NDArray[np.float64]) -> bool:
+    """Whether an affine places voxels: it is finite, and gives a voxel a volume, so it is not singular."""
+    edges = affine[:3, :3]
+    sizes = nib.affines.voxel_sizes(affine)
+    if not (np.isfinite(affine).all() and np.isfinite(sizes).all() and sizes.min() > 0):
+        return False
+    return bool(abs(np.linalg.det(edges / sizes)) > _SINGULAR)
+
+
+def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Voxel sizes that are those of an affine.
+
+    Args:
+        affine: (4, 4).
+        stated: the sizes that are stored beside it.
+
+    Returns:
+        float64 (3,). Along an axis it is the stated size where that is the affine's but for rounding.
+    """
+    sizes = nib.affines.voxel_sizes(affine)
+    zooms: npt.NDArray[np.float64] = np.where(np.isclose(stated, sizes, _SAME_SPACING, 0), stated, sizes)
+    return zooms
+
+
 def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid) -> None:
     """Refuse an image whose voxels are not those of another one.
 
@@ -83,7 +110,7 @@ def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid) -> No
     if grid.shape != first.shape:
         raise VolumeError(f"{name}: shape {grid.shape} where {first_name} has {first.shape}; {remedy}")
     distance = grid.distance(first)
-    if not distance <= _SAME_PLACE * min(first.zooms):
+    if not distance <= SAME_PLACE * min(first.zooms):
         raise VolumeError(
             f"{name}: its voxels lie up to {distance:.3g} mm beside those of {first_name}; {remedy}"
         )

@@ -42,7 +42,9 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
     return header
 
 
-def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxels, storage.Stat]:
+def load_mask(
+    name: str, path: str, parse: ReadHeader, dtype: str
+) -> tuple[VolumeHeader, Voxels, storage.Stat]:
     """Read a mask.
 
     Args:
@@ -52,7 +54,7 @@ def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxe
         dtype: "uint8" or "uint16".
 
     Returns:
-        The labels, of that dtype and shape (X, Y, Z), C order; size and time of the file.
+        Its header; the labels, of that dtype and shape (X, Y, Z), C order; size and time of the file.
 
     Raises:
         VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.
@@ -60,7 +62,7 @@ def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxe
     with open_image(name, path, parse) as image:
         voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
         labels = _as_labels(name, voxels, image.header.scaling, dtype)
-    return labels, image.source
+    return image.header, labels, image.source
 
 
 def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxels:

@@ -18,6 +18,7 @@ from beam_nifti.failures import Failure, message_of
 from beam_nifti.header import RecordLayout, VolumeHeader, require_frames, require_storable
 from beam_nifti.image import image_files
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.notes import TEXTS
 from beam_nifti.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.volume import load_first_header, load_header
 from beam_nifti.wording import format_rows, size_text
@@ -62,6 +63,24 @@ class ImageProblem:
 
 
 @dataclass
+class Noted:
+    """Images of a survey that have a note.
+
+    Attributes:
+        num_images: that have it.
+        images: row and id of the first MAX_PROBLEMS of those.
+    """
+
+    num_images: int = 0
+    images: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, other: Noted) -> None:
+        """Count what another survey has counted."""
+        self.num_images += other.num_images
+        self.images = sorted([*self.images, *other.images])[:MAX_PROBLEMS]
+
+
+@dataclass
 class Survey:
     """Counts over some images. Those of disjoint rows add up.
 
@@ -77,6 +96,7 @@ class Survey:
         source_bytes: of the files.
         record_bytes: that the records are expected to take in shards.
         largest_bytes: of the voxels of the largest volume, on disk or stored, uncompressed.
+        notes: what a user should know of some images, by the keys of `notes.TEXTS`.
     """
 
     num_images: int = 0
@@ -89,6 +109,7 @@ class Survey:
     source_bytes: int = 0
     record_bytes: float = 0.0
     largest_bytes: int = 0
+    notes: dict[str, Noted] = field(default_factory=dict)
 
     def add(self, other: Survey) -> None:
         """Count what another survey has counted."""
@@ -101,6 +122,8 @@ class Survey:
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
         self.largest_bytes = max(self.largest_bytes, other.largest_bytes)
+        for note, noted in other.notes.items():
+            self.notes.setdefault(note, Noted()).add(noted)
 
 
 def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
@@ -134,6 +157,7 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
             return found, None
         raise
     twin = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
+    found.notes = {note: Noted(1, [(row.row, row.example_id)]) for note in header.notes}
     found.kinds[ImageKind.of(header)] = 1
     with contextlib.suppress(VolumeError):
         layout = require_storable(row.path, header, record)
@@ -187,6 +211,15 @@ def make_report(survey: Survey, twins: Sequence[Sequence[str]], plan: CheckPlan)
         **facts,
         **{name: dict(_count(survey.kinds, name).most_common()) for name in _FACTS},
         "problems": [asdict(problem) for problem in survey.problems],
+        "notes": {
+            note: {
+                "message": text,
+                "num_images": survey.notes[note].num_images,
+                "images": [{"row": row, "example_id": name} for row, name in survey.notes[note].images],
+            }
+            for note, text in TEXTS.items()
+            if note in survey.notes
+        },
         "num_examples": survey.num_examples if is_built else 0,
         "record_bytes": round(survey.record_bytes) if is_built else 0,
         "num_shards": plan.expected.num_shards if plan.expected else 0,
@@ -228,6 +261,13 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", "?: headers do not tell the shape after --preprocess or --crop-foreground"
     bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]
     yield from _listed("would fail", bad, r["num_bad"])
+    for noted in r["notes"].values():
+        yield (
+            "warning",
+            f"{noted['num_images']:,} image{'s' * (noted['num_images'] != 1)}: {noted['message']}",
+        )
+        named = [f"row {image['row']} ({image['example_id']})" for image in noted["images"]]
+        yield from _listed("", named, noted["num_images"])
     yield from _listed("same twice?", [" = ".join(group) for group in r["twins"]])
     shards = f"{r['num_shards']:,} shard{'s' * (r['num_shards'] != 1)}"
     yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"

@@ -37,6 +37,7 @@ from beam_nifti.index import IndexEntry, mask_labels, read_index
 from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
 from beam_nifti.merge import merge_parts
+from beam_nifti.notes import counter_name
 from beam_nifti.parts import (
     Part,
     PartWriter,
@@ -218,7 +219,7 @@ class Rescale(beam.DoFn):
 
 
 class EncodeExample(beam.DoFn):
-    """Serialize a volume as a tf.train.Example."""
+    """Serialize a volume as a tf.train.Example, and count its notes."""
 
     def __init__(self) -> None:
         self._msec = Metrics.distribution(type(self), "encode-msec")
@@ -229,6 +230,8 @@ class EncodeExample(beam.DoFn):
         with _timed(self._msec):
             example = encode_volume(volume)
         self._bytes.inc(len(example))
+        for note in volume.notes:
+            Metrics.counter(type(self), counter_name(note)).inc()
         yield IndexEntry.of(volume), example
 
 

@@ -27,6 +27,7 @@ from beam_nifti.image import ReadHeader, join_stats, open_image, read_header
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.mask import load_mask, parse_mask_header
+from beam_nifti.notes import join_notes
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
 from beam_nifti.voxels import cut_frame, take_voxels
 
@@ -41,7 +42,7 @@ class Volume:
             stored until it is rescaled.
         scaling: from `voxels` to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
-        zooms: voxel size along each axis.
+        zooms: voxel size along each axis, in millimetres.
         dtype: name of the dtype on disk, such as "int16" or "rgb24"; of images that differ in it all of
             them, with commas.
         source: size and time of the file it was read from, or of all of them.
@@ -50,6 +51,8 @@ class Volume:
         intensities: range, mean and standard deviation in the image's units, of each image; none until
             measured.
         ends: what becomes 0 and 1 of each image; none where their ranges say it.
+        notes: what a user should know of its files and of what was done to them, as keys of `notes.TEXTS`;
+            a build counts them.
     """
 
     row: VolumeRow
@@ -62,6 +65,7 @@ class Volume:
     mask: Voxels | None = None
     intensities: tuple[Intensity, ...] = ()
     ends: tuple[Ends, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def release(self) -> None:
         """Let go of the voxels: for a step that has made the next thing of them and hands on only that.
@@ -110,8 +114,8 @@ def load_volume(
         scaling = Scaling() if is_computed else header.scaling
         images.append(_LoadedImage(header, voxels, scaling, image.source))
     first = images[0]
-    stats = [image.source for image in images]
-    mask = _load_mask(row, folder, record, first.header, stats)
+    mask = _load_mask(row, folder, record, first.header)
+    files = [*images, *([mask] if mask else [])]
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
     dtypes = [image.header.dtype_name for image in images]
     return Volume(
@@ -121,8 +125,9 @@ def load_volume(
         affine=first.header.affine,
         zooms=first.header.zooms,
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
-        source=join_stats(stats),
-        mask=mask,
+        source=join_stats([file.source for file in files]),
+        mask=mask.voxels if mask else None,
+        notes=join_notes(file.header.notes for file in files),
     )
 
 
@@ -156,8 +161,9 @@ def load_frames(
         header, layout = image.header, record_layout(row.path, image.header, record)
         require_frames(row.path, header, row.num_frames)
         content = image.read_all()
-    stats = [image.source]
-    mask = _load_mask(row, folder, record, header, stats)
+    mask = _load_mask(row, folder, record, header)
+    source = join_stats([image.source, *([mask.source] if mask else [])])
+    notes = join_notes([header.notes, *([mask.header.notes] if mask else [])])
 
     def of_frame(frame: int) -> Volume:
         return Volume(
@@ -167,34 +173,32 @@ def load_frames(
             affine=header.affine,
             zooms=header.zooms,
             dtype=header.dtype_name,
-            source=join_stats(stats),
-            mask=mask,
+            source=source,
+            mask=mask.voxels if mask else None,
+            notes=notes,
         )
 
     return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
 
 
-def _load_mask(
-    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader, stats: list[storage.Stat]
-) -> Voxels | None:
-    """The labels of an example whose image has this header, if any; adds what their file is to `stats`."""
-    if record.mask_dtype is None:
-        return None
-    path = row.files[-1]
-    parse = _parser(row, record.num_channels, record, image)
-    mask, stat = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    stats.append(stat)
-    return mask
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedImage:
-    """One of the images of an example."""
+    """One of the images of an example, or its mask."""
 
     header: VolumeHeader
     voxels: Voxels
     scaling: Scaling
     source: storage.Stat
+
+
+def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
+    """The mask of an example whose image has this header, if any; its voxels are labels."""
+    if record.mask_dtype is None:
+        return None
+    path = row.files[-1]
+    parse = _parser(row, record.num_channels, record, image)
+    header, labels, source = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
+    return _LoadedImage(header, labels, Scaling(), source)
 
 
 def _parser(
@@ -273,7 +277,7 @@ def load_header(
         dtype: as for `load_volume`.
 
     Returns:
-        That of the first image.
+        That of the first image, with the notes of all.
 
     Raises:
         VolumeError: as `load_volume`, as far as headers tell.
@@ -285,7 +289,7 @@ def load_header(
         headers.append(read_header(path, storage.join(folder, path), parse))
     images = headers[: record.num_channels]
     _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
-    return headers[0]
+    return replace(headers[0], notes=join_notes(header.notes for header in headers))
 
 
 def load_first_header(row: VolumeRow, folder: str = "") -> VolumeHeader:

@@ -112,7 +112,6 @@ ORIENTATIONS: dict[str, dict[str, Any]] = {
     "both": {"fields": {"qform_code": 2, "quatern_d": 1, "qoffset_z": 9}},
     "qfac 0": {"affine": None, "fields": {"qform_code": 1, "pixdim": [0, 2, 2, 2, 0, 0, 0, 0]}},
     "negative pixdim": {"fields": {"pixdim": [1, -2, 2, 2.5, 0, 0, 0, 0]}},
-    "no pixdim": {"affine": None, "fields": {"pixdim": [0] * 8}},
 }  # fmt: skip
 
 
