@@ -81,9 +81,7 @@ def parse_beam_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str
 def _make_parser(groups: Iterable[str] | None = None) -> argparse.ArgumentParser:
     from apache_beam.options import pipeline_options
 
-    parser: argparse.ArgumentParser = pipeline_options._BeamArgumentParser(
-        allow_abbrev=False, add_help=False, exit_on_error=False
-    )
+    parser = pipeline_options._BeamArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     refuse_swallowed(parser)
     for view in pipeline_options.PipelineOptions.__subclasses__():
         if groups is None or view.__name__ in groups:
