@@ -145,12 +145,13 @@ def plan_check(config: BuildConfig) -> CheckPlan:
     except ManifestError as e:
         return CheckPlan(config, num_rows, num_skipped, None, str(e))
     sharding, frames, record = inputs.choose_sharding(), inputs.num_frames or 1, config.record
-    sizes = manifest.split_sizes().values()
+    sizes = manifest.split_sizes()
     expected = Expected(
         shape=required_shape(record, None if config.allow_mixed_shapes else inputs.shape),
         dtype=required_dtype(record, inputs.header.dtype_name),
         num_frames=inputs.num_frames,
-        num_shards=sum(len(shard_ranges(size, sharding, frames)) for size in sizes),
+        num_shards=sum(len(shard_ranges(size, sharding, frames)) for size in sizes.values()),
+        splits={split: frames * size for split, size in sizes.items()},
     )
     return CheckPlan(config, num_rows, num_skipped, expected)
 

@@ -342,6 +342,8 @@ def _stopped(run: RunSummary, error: RuntimeError, what: str, remedy: str) -> in
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
+    from beam_nifti.dataset_info import read_info
+
     output = plan.config.output
     if skipped := counters.get("volumes-skipped", 0):
         print(f"kept     {_count(skipped, 'example')} of an earlier run")
@@ -353,7 +355,8 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
         print(f"left out {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
     _print_labels(plan)
     if summary.complete:
-        print(f"read it  beam_nifti.reader.load_dataset({output!r}, batch_size=8)")
+        call = read_info(output).loading_call(output, batch_size=8)
+        print(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
 
 
 def _print_labels(plan: BuildPlan) -> None:

@@ -35,6 +35,9 @@ from beam_nifti.options_common import (
 
 _Number = TypeVar("_Number", int, float)
 
+WITHOUT_EFFECT = "without effect on check"
+"""Title of the flags that `check` takes only because `build` does."""
+
 _BUILD_EXAMPLES = """\
 examples:
   beam-nifti build cohort/manifest.tsv cohort/dataset --dry-run
@@ -79,7 +82,9 @@ def _add_build(commands: Commands) -> None:
     order = _add_shards(build)
     _add_shuffle_seed(order)
     _add_compression_level(order)
-    _add_voxels(build)
+    voxels = build.add_argument_group("voxels")
+    _add_rescaling(voxels)
+    _add_voxels(voxels)
     _add_preparation(build)
     run = build.add_argument_group("running")
     _add_max_bad_fraction(run)
@@ -87,7 +92,7 @@ def _add_build(commands: Commands) -> None:
     _add_dry_run(run)
     _add_running(run)
     _add_metrics_file(run)
-    add_beam(build, ": --runner=FlinkRunner --flink_master=… and so on.")
+    add_beam(build, "with their values after =, as --runner=FlinkRunner --flink_master=HOST:8081")
 
 
 def _add_check(commands: Commands) -> None:
@@ -100,7 +105,7 @@ def _add_check(commands: Commands) -> None:
     check.add_argument("manifest", metavar="MANIFEST", help="as for build")
     _add_content(check)
     _add_shards(check)
-    _add_voxels(check)
+    _add_voxels(check.add_argument_group("voxels"))
     _add_preparation(check)
     run = check.add_argument_group("running")
     run.add_argument("--json", action="store_true", help="as JSON")
@@ -112,11 +117,15 @@ def _add_check(commands: Commands) -> None:
     _add_max_bad_fraction(run)
     _add_running(run)
     unused = check.add_argument_group(
-        "without effect on check",
+        WITHOUT_EFFECT,
         "Their values are checked as build checks them, so that both can be given the same flags.",
     )
-    for add in (_add_shuffle_seed, _add_compression_level, _add_overwrite, _add_dry_run, _add_metrics_file):
-        add(unused)
+    _add_rescaling(unused)
+    _add_shuffle_seed(unused)
+    _add_compression_level(unused)
+    _add_overwrite(unused)
+    _add_dry_run(unused)
+    _add_metrics_file(unused)
     add_beam(check)
 
 
@@ -228,9 +237,8 @@ def _add_compression_level(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_voxels(command: argparse.ArgumentParser) -> None:
-    voxels = command.add_argument_group("voxels")
-    voxels.add_argument(
+def _add_rescaling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--rescale",
         default="minmax",
         metavar="METHOD",
@@ -239,18 +247,26 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
         "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
         "and one standard deviation above it; none: keep the image's units",
     )
-    voxels.add_argument(
+    group.add_argument(
         "--rescale-within",
         metavar="VOXELS",
         help="take range, percentiles, mean and deviation over these voxels only: nonzero; above:T, those "
         "above T in the image's units; or mask, those with a label in the mask; default: all",
     )
-    voxels.add_argument(
+    group.add_argument(
         "--clip",
         action="store_true",
         help="set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
         "with --rescale-within; default: keep them as they are",
     )
+    group.add_argument(
+        "--mask-dtype",
+        choices=MASK_DTYPES,
+        help="of the labels of masks: uint8 (default), up to 255, or uint16, up to 65535",
+    )
+
+
+def _add_voxels(voxels: argparse._ArgumentGroup) -> None:
     voxels.add_argument(
         "--voxel-dtype",
         choices=VOXEL_DTYPES,
@@ -258,11 +274,6 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
         help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
         "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
         "float32",
-    )
-    voxels.add_argument(
-        "--mask-dtype",
-        choices=MASK_DTYPES,
-        help="of the labels of masks: uint8 (default), up to 255, or uint16, up to 65535",
     )
     voxels.add_argument(
         "--frames",

@@ -136,9 +136,13 @@ def choose_workers(options: argparse.Namespace) -> int:
     return count_cores() if options.workers is None else int(options.workers)
 
 
-def add_beam(command: argparse.ArgumentParser, note: str = ", as for build.") -> None:
-    """Say that Beam's flags may be given."""
-    command.add_argument_group("Apache Beam", f"Every other flag goes to Beam{note}")
+def add_beam(command: argparse.ArgumentParser, note: str = "as for build") -> None:
+    """Document that Beam's flags may be given."""
+    command.add_argument_group(
+        "Apache Beam",
+        f"Flags of Beam's are passed on, {note}. They are not abbreviated, and those that have no effect on "
+        "the runner are refused.",
+    )
 
 
 def add_quiet(group: argparse._ActionsContainer) -> None:

@@ -307,12 +307,14 @@ class Expected:
         dtype: as `required_dtype`.
         num_frames: as `BuildPlan.num_frames`.
         num_shards: of all splits.
+        splits: records of each split, if no image fails.
     """
 
     shape: tuple[int | None, ...] | None
     dtype: str | None
     num_frames: int | None
     num_shards: int
+    splits: Mapping[str, int]
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ def make_report(survey: Survey, twins: Sequence[Sequence[str]], plan: CheckPlan)
         "num_examples": survey.num_examples if is_built else 0,
         "record_bytes": round(survey.record_bytes) if is_built else 0,
         "num_shards": plan.expected.num_shards if plan.expected else 0,
+        "splits": plan.expected.splits if plan.expected else {},
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [list(group) for group in twins],
         "suggested_flags": suggest_flags(survey.kinds, plan.config.record),
@@ -271,6 +272,8 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _listed("same twice?", [" = ".join(group) for group in r["twins"]])
     shards = f"{r['num_shards']:,} shard{'s' * (r['num_shards'] != 1)}"
     yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
+    if len(r["splits"]) > 1:
+        yield "splits", ", ".join(f"{name} {count:,}" for name, count in r["splits"].items())
     yield "memory", f"about {r['worker_bytes'] / 1e9:.1f} GB for a worker of one thread"
     if r["suggested_flags"]:
         yield "to make alike", " ".join(["use", *r["suggested_flags"]])
