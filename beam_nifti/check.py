@@ -23,6 +23,7 @@ from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.plan import CheckPlan, read_build_manifest
 from beam_nifti.progress import METER
+from beam_nifti.strict_json import dump_json
 from beam_nifti.survey import Survey, look_at, make_report
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _several(group: tuple[str, Iterable[str]]) -> Iterable[list[str]]:
 
 def _write_report(survey: Survey, twins: Iterable[list[str]], path: str, plan: CheckPlan) -> None:
     report = make_report(survey, sorted(twins), plan)
-    storage.write(path, json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
+    storage.write(path, dump_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import logging
 import os
 import sys
@@ -31,6 +30,7 @@ from beam_nifti.options_common import choose_workers
 from beam_nifti.options_dataset import report_config
 from beam_nifti.options_manifest import chosen_entities
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
+from beam_nifti.strict_json import dump_json
 
 if TYPE_CHECKING:
     from beam_nifti.config import BuildConfig
@@ -424,7 +424,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     run.know(num_volumes=num_images, num_failed=num_bad)
     with _while_read():
         if options.json:
-            print(json.dumps(report, indent=2, ensure_ascii=False))
+            print(dump_json(report, indent=2, ensure_ascii=False))
         else:
             print(format_report(report))
             _print_skipped(plan.num_skipped)
@@ -485,7 +485,7 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
     else:
         description = describe_dataset(options.output)
     with _all_read():
-        print(json.dumps(description, indent=2) if options.json else format_description(description))
+        print(dump_json(description, indent=2) if options.json else format_description(description))
     return SUCCESS
 
 
@@ -494,7 +494,7 @@ def _diff(options: argparse.Namespace, _: list[str]) -> int:
 
     diff = compare_datasets(options.before, options.after)
     with _all_read():
-        print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
+        print(dump_json(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
     return SUCCESS if diff.is_empty else FAILED
 
 

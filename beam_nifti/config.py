@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from beam_nifti.errors import UsageError
+from beam_nifti.strict_json import dump_json
 
 FORMAT_VERSION: Final = 1
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
@@ -282,7 +283,7 @@ class RecordConfig:
             del facts["compression_level"]
         if not self.clip:
             del facts["clip"]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(dump_json(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_preparation(record: RecordConfig) -> None:
@@ -510,5 +511,5 @@ class BuildConfig:
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }
         del content["labels"]  # which have a field of their own
-        as_json: dict[str, Any] = json.loads(json.dumps(content))  # which has no tuples
+        as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

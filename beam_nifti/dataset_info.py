@@ -12,6 +12,7 @@ from typing import Any, Final
 from beam_nifti import storage
 from beam_nifti.config import FORMAT_VERSION, LabelColumn, RecordConfig
 from beam_nifti.errors import DatasetError
+from beam_nifti.strict_json import dump_json
 
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
@@ -210,7 +211,7 @@ class DatasetInfo:
             facts["labels"] = self.label_facts()
         if self.mask_labels is None:
             del facts["mask_labels"]
-        return json.dumps({"format_version": facts.pop("format_version"), **facts}, indent=2) + "\n"
+        return dump_json({"format_version": facts.pop("format_version"), **facts}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, path: str) -> DatasetInfo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +12,7 @@ from beam_nifti import storage
 from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import Manifest, VolumeRow
+from beam_nifti.strict_json import dump_json
 
 _OWN_KEYS: Final = ("row", "stage", "error", "message", "frames")
 
@@ -79,7 +79,7 @@ def write_failures(
                 cells |= {c: v for c, v in zip(extra_columns, row.extras, strict=True) if c in labels}
             elif columns.label is not None:
                 cells[columns.label] = row.label
-            handle.write(json.dumps(cells, ensure_ascii=False).encode() + b"\n")
+            handle.write(dump_json(cells, ensure_ascii=False).encode() + b"\n")
 
 
 def _places(row: VolumeRow, folder: str) -> Sequence[str]:

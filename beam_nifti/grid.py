@@ -1,4 +1,4 @@
-"""Where the voxels of a volume lie, and where preparation puts them. No voxels here.
+"""Where the voxels of a volume lie, and where preparation puts them.
 
 The shape that a header and a configuration promise is computed by the functions that make it, so that
 no volume gets another one.
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
+from beam_nifti.rescale import Voxels
 
 Shape3 = tuple[int, int, int]
 
@@ -33,6 +34,10 @@ _SINGULAR: Final = 1e-4
 SAME_PLACE: Final = 0.1
 """Distance of voxel centres, in voxels, up to which two images lie in one place: headers round affines,
 each program its own way."""
+
+
+UNTURNED: Final = ((0, 1), (1, 1), (2, 1))
+"""Turns, as of `axes_to`, that leave all axes as they are."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +102,7 @@ def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.
     return zooms
 
 
-def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid) -> None:
+def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool) -> None:
     """Refuse an image whose voxels are not those of another one.
 
     Args:
@@ -105,19 +110,43 @@ def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid) -> No
         grid: of the image.
         first_name: the other one's path, for errors.
         first: grid of the other one.
+        may_turn: whether its axes may be flipped or in another order.
 
     Raises:
         VolumeError: they have other shapes, or voxel centres that are further apart than a tenth of the
-            first one's smallest voxel size.
+            first one's smallest voxel size; or their axes have to be turned, and may not be.
     """
+    turns = turns_between(grid, first)
     remedy = f"resample it to the voxels of {first_name}, with nilearn.image.resample_to_img, say"
+    if turns is not None:
+        if may_turn or np.array_equal(turns, UNTURNED):
+            return
+        codes = f"{orientation_of(grid.affine)}, not {orientation_of(first.affine)}"
+        raise VolumeError(
+            f"{name}: its voxels are those of {first_name} with axes flipped or in another order ({codes}); "
+            "add --orientation RAS, which turns both without interpolation"
+        )
     if grid.shape != first.shape:
         raise VolumeError(f"{name}: shape {grid.shape} where {first_name} has {first.shape}; {remedy}")
-    distance = grid.distance(first)
-    if not distance <= SAME_PLACE * min(first.zooms):
-        raise VolumeError(
-            f"{name}: its voxels lie up to {distance:.3g} mm beside those of {first_name}; {remedy}"
-        )
+    raise VolumeError(
+        f"{name}: its voxels lie up to {grid.distance(first):.3g} mm beside those of {first_name}; {remedy}"
+    )
+
+
+def turns_between(grid: Grid, first: Grid) -> npt.NDArray[Any] | None:
+    """How the axes of a grid have to be turned so that its voxels are those of another one.
+
+    Returns:
+        As `axes_to`; UNTURNED where they are already; None where they are others, however turned.
+    """
+    if _is_same(grid, first):
+        return np.array(UNTURNED)
+    turns: npt.NDArray[Any] = nib.orientations.io_orientation(np.linalg.inv(first.affine) @ grid.affine)
+    return turns if not np.isnan(turns).any() and _is_same(turn(grid, turns), first) else None
+
+
+def _is_same(grid: Grid, first: Grid) -> bool:
+    return grid.shape == first.shape and grid.distance(first) <= SAME_PLACE * min(first.zooms)
 
 
 def orientation_of(affine: npt.NDArray[np.float64]) -> str:
@@ -140,6 +169,12 @@ def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
         raise VolumeError("the affine gives an axis no direction; repair its sform or qform")
     turns: npt.NDArray[Any] = nib.orientations.ornt_transform(found, nib.orientations.axcodes2ornt(code))
     return turns
+
+
+def turn_voxels(voxels: Voxels, turns: npt.NDArray[Any]) -> Voxels:
+    """A view of voxels of (X, Y, Z) or (X, Y, Z, C) with the first three axes turned as `axes_to` says."""
+    view: Voxels = nib.orientations.apply_orientation(voxels, turns)
+    return view
 
 
 def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:

@@ -16,6 +16,7 @@ from typing import Final
 from beam_nifti import storage
 from beam_nifti.background import in_background
 from beam_nifti.errors import OutputBusyError
+from beam_nifti.strict_json import dump_json
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0
@@ -123,7 +124,7 @@ def _write(path: str, token: str, version: str | None) -> None:
     """Write a lease in place of the one that was read, unless another build was faster."""
     lease = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
     with contextlib.suppress(FileExistsError, FileNotFoundError):  # whose it is now, the callers look
-        storage.write_if(path, json.dumps(lease).encode(), version)
+        storage.write_if(path, dump_json(lease).encode(), version)
 
 
 def _refuse_held(path: str, holder: dict[str, object]) -> None:

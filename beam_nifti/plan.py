@@ -16,6 +16,7 @@ from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.sharding import ShardName, order_rows, shard_ranges
+from beam_nifti.strict_json import dump_json
 
 SHARD_BYTES: Final = 192 << 20
 """Aimed at for one shard file: large enough to stream from an object store, small enough to shuffle."""
@@ -94,7 +95,7 @@ class BuildNote:
 
     def write(self, output: str) -> None:
         """Leave it in an output."""
-        storage.write(storage.join(output, _NOTE_FILE), json.dumps(asdict(self)).encode())
+        storage.write(storage.join(output, _NOTE_FILE), dump_json(asdict(self)).encode())
 
     @classmethod
     def read(cls, output: str) -> BuildNote | None:
@@ -191,7 +192,7 @@ class BuildPlan:
         """
         facts: list[Any] = [self.config.as_dataset_config(), storage.dirname(self.config.manifest)]
         facts += [self.digest, self.shape, self.num_frames, self.source_dtype, self.revision]
-        text = json.dumps(facts, sort_keys=True)
+        text = dump_json(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def shard_totals(self) -> dict[str, int]:

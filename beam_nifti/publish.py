@@ -18,6 +18,7 @@ from beam_nifti.metrics import Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
+from beam_nifti.strict_json import dump_json
 
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
 
@@ -167,7 +168,7 @@ def _count_failures(failures: Sequence[Failure]) -> dict[str, dict[str, int]]:
 
 
 def _write_summary(output: str, summary: BuildSummary) -> None:
-    text = json.dumps(asdict(summary))
+    text = dump_json(asdict(summary))
     storage.write(storage.join(output, _SUMMARY_FILE), text.encode())
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
+from beam_nifti.strict_json import dump_json
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
@@ -115,7 +116,7 @@ def write_table(path: str, table: pa.Table) -> None:
             handle.write(format_delimited(table, "," if suffix == "csv" else "\t").encode())
         else:
             for batch in table.to_batches(max_chunksize=_JSON_ROWS):
-                lines = (json.dumps(row, ensure_ascii=False) for row in batch.to_pylist())
+                lines = (dump_json(row, ensure_ascii=False) for row in batch.to_pylist())
                 handle.write("".join(f"{line}\n" for line in lines).encode())
 
 
@@ -200,7 +201,7 @@ def _read_json_lines(path: str, handle: BinaryIO) -> pa.Table:
 
 
 def _text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "" if value is None else value if isinstance(value, str) else dump_json(value)
 
 
 def _as_table(rows: list[dict[str, str]]) -> pa.Table:

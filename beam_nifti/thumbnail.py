@@ -9,12 +9,11 @@ import io
 from collections.abc import Sequence
 from typing import Any, Final
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.grid import Grid, axes_to
+from beam_nifti.grid import Grid, axes_to, turn_voxels
 from beam_nifti.rescale import Scaling, Voxels
 
 CELL: Final = 96
@@ -47,10 +46,7 @@ def axes_to_ras(shape: Sequence[int], affine: npt.NDArray[np.float64]) -> npt.ND
 
 def turned(voxels: Voxels, turns: npt.NDArray[Any] | None) -> Voxels:
     """A view of voxels of (X, Y, Z) or (X, Y, Z, C) with the first three axes turned."""
-    if turns is None:
-        return voxels
-    view: Voxels = nib.orientations.apply_orientation(voxels, turns)
-    return view
+    return voxels if turns is None else turn_voxels(voxels, turns)
 
 
 def turned_zooms(zooms: Sequence[float], turns: npt.NDArray[Any] | None) -> list[float]:

@@ -14,7 +14,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import parse_header
-from beam_nifti.grid import Grid, require_same_grid
+from beam_nifti.grid import Grid, require_same_grid, turn_voxels, turns_between
 from beam_nifti.header import (
     VolumeHeader,
     record_layout,
@@ -110,6 +110,8 @@ def load_volume(
             header = image.header
             layout = record_layout(path, header, of_one)
             voxels = take_voxels(image, layout, record.complex)
+        if images:
+            voxels = _turn_onto(images[0].header, voxels, header)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
         images.append(_LoadedImage(header, voxels, scaling, image.source))
@@ -198,7 +200,14 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
     path = row.files[-1]
     parse = _parser(row, record.num_channels, record, image)
     header, labels, source = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    return _LoadedImage(header, labels, Scaling(), source)
+    return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), source)
+
+
+def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
+    """The voxels of an image in the order of the first one's, C order."""
+    turns = turns_between(*(Grid.of(h.shape, h.affine) for h in (header, first)))
+    assert turns is not None  # or it has been refused
+    return np.ascontiguousarray(turn_voxels(voxels, turns))
 
 
 def _parser(
@@ -232,7 +241,8 @@ def _parser(
             require_dtype(path, header, dtype)
         if first is not None:
             grid, wanted = (Grid.of(h.shape, h.affine) for h in (header, first))
-            require_same_grid(path, grid, row.path, wanted)
+            may_turn = record.orientation is not None
+            require_same_grid(path, grid, row.path, wanted, may_turn=may_turn)
         return header
 
     return parse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti.errors import VolumeError
+from beam_nifti import geometry
+from beam_nifti.config import ORIENTATIONS, RecordConfig
+from beam_nifti.errors import DatasetError, VolumeError
 from beam_nifti.extract import read_volume
 from beam_nifti.formats import parse_header
 from beam_nifti.header import VolumeHeader
 from beam_nifti.notes import TEXTS
-from tests.images import AFFINE, brain, nifti_bytes, write_image, write_manifest
+from beam_nifti.prepare import apply_function, prepare_volume
+from beam_nifti.volume import load_volume
+from tests.images import AFFINE, brain, nifti_bytes, row_of, write_image, write_manifest
 
 SHAPE = (6, 5, 4)
 ZOOMS = (2.0, 2.0, 2.5)
@@ -245,3 +250,78 @@ def test_check_measures_as_build_does(tmp_path: Path, run: Callable[..., str]) -
     write_image(tmp_path / "a.nii", brain(SHAPE), fields={"pixdim": [1, 1, 1, 1, 0, 0, 0, 0]})
     manifest = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii"}])
     assert json.loads(run("check", manifest, "--json"))["spacings"] == {"2×2×2.5": 1}
+
+
+def test_a_stored_affine_that_places_nothing_is_not_extracted(
+    tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of earlier versions may have one."""
+    write_image(tmp_path / "a.nii", affine=None, fields=sform(FLAT))
+    manifest = write_manifest(tmp_path / "m.tsv", [{"participant_id": "a", "path": "a.nii"}])
+    monkeypatch.setattr(geometry, "is_usable", lambda affine: True)
+    run("build", manifest, tmp_path / "out")
+    with pytest.raises(DatasetError, match="its affine is singular or not finite; repair the image"):
+        read_volume(str(tmp_path / "out"), "a")
+
+
+# Images of one example
+
+
+def turned_file(path: Path, voxels: Any, code: str, affine: Any = AFFINE) -> Path:
+    """An image with its axes in another order or direction, by nibabel."""
+    image = nib.Nifti1Image(voxels, affine)
+    ornt = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(code)
+    )
+    turned = image.as_reoriented(ornt)
+    return write_image(path, np.asarray(turned.dataobj), affine=turned.affine)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(sorted(ORIENTATIONS)), st.sampled_from(sorted(ORIENTATIONS)), st.sampled_from("gt"))
+def test_flipped_images_of_one_grid_are_one_example(
+    tmp_path_factory: pytest.TempPathFactory, code: str, wanted: str, kind: str
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("grids")
+    affine = AFFINES["good" if kind == "g" else "turned"]
+    image, other, mask = brain(SHAPE), brain(SHAPE, seed=1), (brain(SHAPE, seed=2) % 7).astype(np.int16)
+    write_image(tmp_path / "a.nii", image, affine=affine)
+    for name, voxels in (("b", other), ("m", mask)):
+        turned_file(tmp_path / f"{name}.nii", voxels, code, affine)
+        write_image(tmp_path / f"straight_{name}.nii", voxels, affine=affine)
+    record = RecordConfig(orientation=wanted, channels=("a", "b"), mask_dtype="uint8")
+    made, expected = (
+        prepare_volume(load_volume(row_of("a.nii", further=further), str(tmp_path), record=record), record)
+        for further in (("b.nii", "m.nii"), ("straight_b.nii", "straight_m.nii"))
+    )
+    assert np.array_equal(made.voxels, expected.voxels)
+    assert np.array_equal(made.mask, expected.mask)  # type: ignore[arg-type]
+    assert np.array_equal(made.affine, expected.affine)
+    assert made.voxels.flags.c_contiguous
+
+
+def test_flipped_images_of_one_grid_need_an_orientation(tmp_path: Path, run: Callable[..., str]) -> None:
+    write_image(tmp_path / "a.nii", brain(SHAPE))
+    turned_file(tmp_path / "b.nii", brain(SHAPE, seed=1), "PIR")
+    manifest = write_manifest(tmp_path / "m.tsv", [{"participant_id": "a", "path": "a.nii", "seg": "b.nii"}])
+    flags = ("build", manifest, tmp_path / "out", "--path-column=path,seg")
+    assert (
+        "b.nii: its voxels are those of a.nii with axes flipped or in another order (PIR, not LAS); add "
+        "--orientation RAS, which turns both without interpolation"
+    ) in run(*flags, code=2)
+    run(*flags, "--orientation=RAS")
+    assert "right" in run("verify", tmp_path / "out", "--deep=all")
+
+
+@pytest.mark.parametrize(
+    ("affine", "message"),
+    [
+        (np.zeros((4, 4)), "not singular"),
+        (np.diag([1.0, 1, 0, 1]), "not singular"),
+        (np.diag([1.0, 1, 1, 2]), "whose last row is 0, 0, 0, 1"),
+    ],
+)
+def test_a_function_returns_an_affine_that_places_voxels(tmp_path: Path, affine: Any, message: str) -> None:
+    volume = load_volume(row_of(write_image(tmp_path / "a.nii")))
+    with pytest.raises(VolumeError, match=f"returned the affine .*{message}"):
+        apply_function(volume, lambda v: dataclasses.replace(v, affine=affine), "lab:f")
