@@ -7,9 +7,9 @@ Source: the BIDS specification 1.10, https://bids-specification.readthedocs.io, 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from beam_nifti import storage
@@ -20,8 +20,17 @@ from beam_nifti.tables import read_table
 MISSING: Final = "n/a"
 """What a table says of a value that is not known."""
 
+_MISSING_TEXTS: Final = frozenset(["", "n/a", "nan"])
+"""The same as for labels: whatever their case and the white space around them."""
+
 _DEPTH: Final = 3
 """Folders in which an image lies at most: sub-01/ses-01/anat."""
+
+_LISTED_DEPTH: Final = 6
+"""Folders that are listed, to find images that lie deeper."""
+
+_PARTICIPANTS: Final = "participants.tsv"
+_PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
 
 _STEM = re.compile(r"(?P<entities>(?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)(?P<suffix>[A-Za-z0-9]+)")
 _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
@@ -85,31 +94,38 @@ class Study:
         root: folder or URL of the study.
         images: every image with a name of BIDS, by suffix.
         misnamed: paths of images whose names are none, or are those of another folder.
+        misplaced: paths of images beside the folders sub-*, or deeper in them than BIDS has images.
+        odd_folders: names of folders that are like sub-* but for case or the hyphen.
         session_tables: path of its sessions.tsv, by participant_id.
     """
 
     root: str
     images: Mapping[str, Sequence[BidsImage]]
     misnamed: tuple[str, ...]
+    misplaced: tuple[str, ...]
+    odd_folders: tuple[str, ...]
     session_tables: Mapping[str, str]
 
     @classmethod
     def scan(cls, root: str) -> Study:
-        """List the files of a study; reads none of them. What is hidden or lies deeper is left out.
+        """List the files of a study; reads none of them. Hidden files and folders are skipped.
 
         Raises:
             UsageError: there are no folders sub-*.
             OSError: a folder cannot be listed.
         """
-        found, session_tables = list[str](), dict[str, str]()
+        found, misplaced, session_tables = list[str](), list[str](), dict[str, str]()
         path = ""
-        for path in storage.list_tree(root, "sub-", _DEPTH):
+        for path in storage.list_tree(root, "sub-", _LISTED_DEPTH):
             if stem_of(path) is not None:
-                found.append(path)
+                (found if path.count("/") <= _DEPTH else misplaced).append(path)
             elif match := _SESSIONS.fullmatch(path):
                 session_tables[match[1]] = path
         if not path:
             raise UsageError(f"{root}: no files in folders sub-*; name the folder of a BIDS dataset")
+        misplaced += [name for name in storage.list_files(root) if stem_of(name) is not None]
+        folders = storage.list_folders(root)
+        odd = [name for name in folders if name.lower().startswith("sub") and not name.startswith("sub-")]
         images, misnamed = dict[str, list[BidsImage]](), list[str]()
         for path in drop_second_halves(found):
             image = BidsImage.parse(path)
@@ -117,64 +133,164 @@ class Study:
                 misnamed.append(path)
             else:
                 images.setdefault(image.suffix, []).append(image)
-        return cls(root, images, tuple(sorted(misnamed)), session_tables)
+        others = tuple(sorted(drop_second_halves(misplaced)))
+        return cls(root, images, tuple(sorted(misnamed)), others, tuple(odd), session_tables)
+
+
+_Cells = dict[str, str]
 
 
 class Records:
     """What the tables of a study say of participants and sessions.
 
+    Ids are taken with their prefixes, sub- and ses-, whether the tables write them or not.
+
     Args:
         study: whose participants.tsv, and sessions.tsv of participants, are read.
         columns: of them; each must be in one of the tables.
-        participants: whose sessions.tsv are of interest.
+        images: whose participants and sessions are of interest.
 
     Attributes:
         participants: ids in participants.tsv.
+        rowless: by participant, the sessions of the images that have no row in the table of sessions that
+            has one of the columns, and the sessions that it has.
+        imageless: by participant with images, the sessions that only a table has.
+        notes: sentences on which tables were read.
 
     Raises:
-        UsageError: no table has one of the columns; or a table is none, or has no ids, or has one twice.
+        UsageError: no table has one of the columns; or a table is none, has no ids, or has one twice with
+            different values.
     """
 
-    def __init__(self, study: Study, columns: Collection[str], participants: Collection[str]) -> None:
-        self._of_participant = dict[str, dict[str, str]]()
-        present = dict[str, None]()
-        if storage.exists(path := storage.join(study.root, "participants.tsv")):
-            self._of_participant, names = _read_records(path, "participant_id", columns)
+    def __init__(self, study: Study, columns: Collection[str], images: Sequence[BidsImage]) -> None:
+        sessions = dict[str, set[str]]()
+        for image in images:
+            sessions.setdefault(image.participant_id, set()).add(image.session_id)
+        present, has_tables = dict[str, None](), False
+        self._of_participant = dict[str, dict[str, _Cells]]()
+        root, session_tables, self.notes = _find_tables(study, sessions)
+        if has_content(path := storage.join(root, _PARTICIPANTS)):
+            has_tables = True
+            found, names = _read_records(path, ("participant_id", "session_id"), columns)
             present.update(dict.fromkeys(names))
+            for (participant, session), cells in found.items():
+                self._of_participant.setdefault(participant, {})[session] = cells
         self.participants = self._of_participant.keys()
-        self._of_session = dict[tuple[str, str], dict[str, str]]()
-        for participant in sorted(study.session_tables.keys() & participants):
-            path = storage.join(study.root, study.session_tables[participant])
-            found, names = _read_records(path, "session_id", columns)
+        self._of_session = dict[str, dict[str, _Cells]]()
+        for participant in sorted(session_tables.keys() & sessions):
+            path = storage.join(root, session_tables[participant])
+            if not has_content(path):
+                continue
+            has_tables = True
+            found, names = _read_records(path, ("session_id",), columns)
             present.update(dict.fromkeys(names))
-            self._of_session |= {(participant, session): cells for session, cells in found.items()}
+            self._of_session[participant] = {session: cells for (session,), cells in found.items()}
         for column in columns:
             if column not in present:
+                there = ", ".join(present) or "no others"
                 raise UsageError(
                     f"{study.root}: no column {column!r} in participants.tsv or in a sessions.tsv; "
-                    f"there are: {', '.join(present) or 'no such tables'}"
+                    f"there are: {there if has_tables else 'no such tables'}"
                 )
+        self.rowless = dict[str, tuple[list[str], list[str]]]()
+        self.imageless = dict[str, list[str]]()
+        for participant, of_images in sessions.items():
+            known = self._table_of(participant)
+            if known.keys() <= {""}:
+                continue
+            if without := sorted(of_images - known.keys() - {""}):
+                self.rowless[participant] = (without, sorted(known))
+            if rest := sorted(known.keys() - of_images):
+                self.imageless[participant] = rest
+
+    def _table_of(self, participant: str) -> Mapping[str, _Cells]:
+        """Rows by session, of the participant's own table or of participants.tsv."""
+        rows = self._of_session.get(participant, {})
+        return rows if any(rows.values()) else self._of_participant.get(participant, {})
 
     def cell(self, image: BidsImage, column: str) -> str:
-        """What is known of an image: of its session, else of its participant, else MISSING."""
-        of_session = self._of_session.get((image.participant_id, image.session_id), {})
-        of_participant = self._of_participant.get(image.participant_id, {})
-        return of_session.get(column, of_participant.get(column, MISSING)) or MISSING
+        """What is known of an image: of its session, else of its participant, else MISSING.
+
+        A participant's own table of sessions, where it has the column, has the last word: a session
+        without a row in it has no value.
+        """
+        of_session = self._of_session.get(image.participant_id, {})
+        if image.session_id and any(column in cells for cells in of_session.values()):
+            row = of_session.get(image.session_id)
+        else:
+            rows = self._of_participant.get(image.participant_id, {})
+            row = rows.get(image.session_id, rows.get(""))
+            if row is None and not image.session_id and len(rows) == 1:
+                (row,) = rows.values()
+        text = (row or {}).get(column, "").strip()
+        return MISSING if is_missing(text) else text
+
+
+def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mapping[str, str], list[str]]:
+    """The folder of a study's tables, its sessions.tsv by participant, and a note where it is another's.
+
+    A derivative seldom has tables: those of the dataset that it was made of are taken.
+    """
+    above, _, name = study.root.rpartition("/")
+    raw = storage.dirname(above)
+    is_derivative = bool(name) and above.rpartition("/")[2] == "derivatives"
+    if not is_derivative or study.session_tables or has_content(storage.join(study.root, _PARTICIPANTS)):
+        return study.root, study.session_tables, []
+    if not has_content(storage.join(raw, _PARTICIPANTS)):
+        return study.root, study.session_tables, []
+    paths = {participant: f"{participant}/{participant}_sessions.tsv" for participant in participants}
+    tables = {of: path for of, path in paths.items() if has_content(storage.join(raw, path))}
+    return raw, tables, [f"{study.root} has no {_PARTICIPANTS}; the tables of {raw} are used"]
+
+
+def is_missing(text: str) -> bool:
+    """Whether a cell says that a value is not known."""
+    return text.strip().lower() in _MISSING_TEXTS
+
+
+def has_content(path: str) -> bool:
+    """Whether a file is there; an error if it is a link to nothing, as git-annex has it.
+
+    Raises:
+        UsageError: it is such a link.
+    """
+    if not storage.is_remote(path) and Path(path).is_symlink() and not Path(path).exists():
+        raise UsageError(
+            f"{path}: a link without its content; get that first, with `git annex get` or `datalad get`"
+        )
+    return storage.exists(path)
 
 
 def _read_records(
-    path: str, key: str, columns: Collection[str]
-) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Some columns of a table by its key, and the names of all."""
+    path: str, keys: Sequence[str], columns: Collection[str]
+) -> tuple[dict[tuple[str, ...], _Cells], list[str]]:
+    """Some columns of a table by its keys, of which it must have the first, and the names of all others."""
     try:
         table = read_table(path)
     except ManifestError as e:
         raise UsageError(f"{path}: {'; '.join(e.problems)}") from e
-    if key not in table.column_names:
-        raise UsageError(f"{path}: no column {key!r}, only {', '.join(table.column_names)}")
-    cells = table.select([c for c in table.column_names if c in columns]).to_pylist()
-    records = dict(zip(table[key].to_pylist(), cells, strict=True))
-    if len(records) < len(cells):
-        (twice, _), *_ = Counter(table[key].to_pylist()).most_common(1)
-        raise UsageError(f"{path}: {key} {twice!r} stands twice; remove one of the rows")
-    return records, [name for name in table.column_names if name != key]
+    if keys[0] not in table.column_names:
+        raise UsageError(f"{path}: no column {keys[0]!r}, only {', '.join(table.column_names)}")
+    names = [name for name in table.column_names if name not in keys]
+    ids = [
+        [_with_prefix(text, _PREFIXES[key]) for text in table[key].to_pylist()]
+        if key in table.column_names
+        else [""] * table.num_rows
+        for key in keys
+    ]
+    records = dict[tuple[str, ...], _Cells]()
+    rows = table.select([name for name in names if name in columns]).to_pylist()
+    for found, cells in zip(zip(*ids, strict=True), rows, strict=True):
+        if records.setdefault(found, cells) != cells:
+            where = " and ".join(filter(None, found))
+            raise UsageError(
+                f"{path}: {where} is in two rows with different values; remove one of the rows, or add a "
+                "column session_id where they are sessions"
+            )
+    return records, names
+
+
+def _with_prefix(text: str, prefix: str) -> str:
+    """An id as names of files have it."""
+    text = "" if is_missing(text) else text.strip()
+    return text if not text or text.startswith(prefix) else f"{prefix}{text}"

@@ -36,7 +36,7 @@ class FoundImages:
 
     Attributes:
         table: columns of strings, rows in the order of participants, sessions and paths.
-        notes: a sentence on everything that was left out or is not as expected.
+        notes: a sentence on everything that was found and not used, or is not as expected.
     """
 
     table: pa.Table
@@ -60,31 +60,30 @@ def find_bids_images(
         suffix: such as "T1w".
         folder: that the manifest will be in; paths in it are made relative. "" for none.
         entities: by key, the labels of which an image must have one; "" is an image without the key.
-        label: column of participants.tsv, or of the sessions.tsv, that is the label. Images without a
-            value there are left out.
+        label: column of participants.tsv, or of the sessions.tsv, that is the label: numbers, or texts.
+            Images without a value there are skipped.
         columns: further ones that are copied.
         all_images: keep several images of a session, and name each in a column `image_id`.
 
     Raises:
         UsageError: there are no such images, or several of a session, or no such column.
-        ManifestError: labels that are no numbers.
+        ManifestError: labels of which only some are numbers.
     """
     root = storage.absolute(root)
     for name in columns:
         if name in _OWN:
             raise UsageError(f"--column {name} is a column of every manifest; a label is chosen with --label")
     study = Study.scan(root)
-    images = _choose(study, suffix, entities or {})
+    images, notes = _choose(study, suffix, entities or {})
     _refuse_same_names(images)
     if not all_images:
         _refuse_several(root, images)
-    notes = _notes_on_names(study, suffix)
     copied = dict.fromkeys(columns)
     labels, cells = list[str](), dict[str, list[str]]()
     if label is not None or columns:
         wanted = [*copied, *([label] if label is not None else [])]
-        records = Records(study, wanted, {image.participant_id for image in images})
-        notes += _notes_on_participants(records, images)
+        records = Records(study, wanted, images)
+        notes += _notes_on_records(records, images)
         if label is not None:
             images, more = _with_label(root, images, records, label)
             notes += more
@@ -106,20 +105,30 @@ def find_bids_images(
     return FoundImages(pa.table(table), tuple(notes))
 
 
-def _choose(study: Study, suffix: str, entities: Mapping[str, Sequence[str]]) -> list[BidsImage]:
+def _choose(
+    study: Study, suffix: str, entities: Mapping[str, Sequence[str]]
+) -> tuple[list[BidsImage], list[str]]:
+    """The images of a suffix and of some labels, and notes on all others."""
     of_suffix = study.images.get(suffix, ())
     if not of_suffix:
-        counts = (f"{name} ({len(found)})" for name, found in sorted(study.images.items()))
-        raise UsageError(f"{study.root}: no {suffix} images; there are: {', '.join(counts) or 'none'}")
-    images = [
-        image
-        for image in of_suffix
-        if all(image.entities.get(key, "") in labels for key, labels in entities.items())
-    ]
+        there = _counts(study.images) or "none"
+        like = [name for name in study.images if name.lower() == suffix.lower()]
+        hint = f"; did you mean {like[0]}?" if like else ""
+        raise UsageError(f"{study.root}: no {suffix} images; there are: {there}{hint}")
+    images = [image for image in of_suffix if _is_chosen(image, entities)]
     if not images:
         found = "; ".join(f"{key} is {_labels(key, of_suffix)}" for key in entities)
         raise UsageError(f"{study.root}: none of {len(of_suffix)} {suffix} images is chosen: {found}")
-    return sorted(images, key=lambda image: (image.participant_id, image.session_id, image.path))
+    chosen = sorted(images, key=lambda image: (image.participant_id, image.session_id, image.path))
+    return chosen, [*_notes_on_names(study, suffix), *_notes_on_choice(of_suffix, chosen)]
+
+
+def _is_chosen(image: BidsImage, entities: Mapping[str, Sequence[str]]) -> bool:
+    return all(image.entities.get(key, "") in labels for key, labels in entities.items())
+
+
+def _counts(images: Mapping[str, Sequence[BidsImage]]) -> str:
+    return ", ".join(f"{name} ({len(found)})" for name, found in sorted(images.items()))
 
 
 def _labels(key: str, images: Iterable[BidsImage]) -> str:
@@ -135,21 +144,46 @@ def _refuse_same_names(images: Iterable[BidsImage]) -> None:
             raise UsageError(f"{other.path} and {image.path} have one name; remove or rename one of them")
 
 
+def _session_of(image: BidsImage) -> tuple[str, str]:
+    return image.participant_id, image.session_id
+
+
 def _refuse_several(root: str, images: Sequence[BidsImage]) -> None:
-    grouped = itertools.groupby(images, key=lambda image: (image.participant_id, image.session_id))
-    several = [group for _, found in grouped if len(group := list(found)) > 1]
+    groups = [list(found) for _, found in itertools.groupby(images, key=_session_of)]
+    several = [group for group in groups if len(group) > 1]
     if not several:
         return
     differing = sorted({key for group in several for key in _varying(group)})
     among = list(itertools.chain(*several))
     texts = [f"{key} ({_labels(key, among)})" for key in differing]
-    example = next(label for image in among if (label := image.entities.get(differing[0])))
     raise UsageError(
         f"{root}: {len(several)} of the participants' sessions have several images, such as "
-        f"{several[0][0].path} and {several[0][1].path}; they differ in {', '.join(texts)}. Choose with "
-        f"--entity {differing[0]}={example} (or {differing[0]}= for those without), or keep all with "
-        "--all-images"
+        f"{several[0][0].path} and {several[0][1].path}; they differ in {', '.join(texts)}. "
+        f"{_advise(groups, differing)}keep all with --all-images"
     )
+
+
+def _advise(groups: Sequence[Sequence[BidsImage]], differing: Sequence[str]) -> str:
+    """Flags that leave one image of each session, with as few sessions as can be left without any."""
+    chosen = dict[str, list[str]]()
+
+    def score(entities: Mapping[str, Sequence[str]]) -> tuple[int, int]:
+        counts = [sum(_is_chosen(image, entities) for image in group) for group in groups]
+        return counts.count(0), sum(count > 1 for count in counts)
+
+    for key in differing:
+        labels = sorted({image.entities.get(key, "") for group in groups for image in group})
+        options = [[label] for label in labels if label]
+        options += [[*option, ""] for option in options if "" in labels]
+        chosen[key] = min(options, key=lambda labels: score({**chosen, key: labels}))
+        lost, left = score(chosen)
+        if not left:
+            break
+    if left:
+        return "Choose among them with --entity KEY=LABEL (KEY= for those without KEY), or "
+    flags = " ".join(f"--entity {key}={label}" for key, labels in chosen.items() for label in labels)
+    without = f", which leaves {lost} of {len(groups)} sessions without an image" if lost else ""
+    return f"Choose with {flags}{without}, or "
 
 
 def _varying(images: Sequence[BidsImage]) -> dict[str, list[str]]:
@@ -162,40 +196,100 @@ def _varying(images: Sequence[BidsImage]) -> dict[str, list[str]]:
 def _with_label(
     root: str, images: Sequence[BidsImage], records: Records, label: str
 ) -> tuple[list[BidsImage], list[str]]:
-    """The images that have one, and a note on the others."""
-    problems = Problems(root)
-    labelled, unlabelled = list[BidsImage](), list[str]()
-    for image in images:
-        text = records.cell(image, label)
-        if text == MISSING:
-            unlabelled.append(image.stem)
-            continue
-        if not math.isfinite(parse_label(text)):
-            problems.add(f"{label} of {image.stem} is {text!r}, not a finite number (of float32); recode it")
-        labelled.append(image)
-    problems.stop()
+    """The images that have one, and notes on the others."""
+    labelled = [image for image in images if records.cell(image, label) != MISSING]
     if not labelled:
-        raise UsageError(
-            f"{root}: none of the {len(images)} images has a value of {label}; does participants.tsv have "
-            f"their ids, such as {images[0].participant_id}?"
-        )
-    return labelled, [f"left out {_named(unlabelled, 'image')} without {label}"] if unlabelled else []
+        why = "; ".join(_notes_on_records(records, images)) or f"all values of {label} are missing"
+        raise UsageError(f"{root}: none of the {len(images)} images has a value of {label}: {why}")
+    texts = [image for image in labelled if not math.isfinite(parse_label(records.cell(image, label)))]
+    if 0 < len(texts) < len(labelled):
+        problems = Problems(root)
+        for image in texts:
+            problems.add(
+                f"{label} of {image.stem} is {records.cell(image, label)!r}, not a finite number (of "
+                "float32), and others are numbers; recode it"
+            )
+        problems.stop()
+    notes = _notes_on_choice(images, labelled, f" without {label}")
+    if texts:
+        values = sorted({records.cell(image, label) for image in labelled})
+        notes.append(f"{label} is text ({_listed(values)}); build with --label-column label:class")
+    return labelled, notes
 
 
 def _notes_on_names(study: Study, suffix: str) -> list[str]:
-    misnamed = [path for path in study.misnamed if (stem_of(path) or "").endswith(suffix)]
-    note = f"left out {_named(misnamed, 'file')} not named as BIDS has it, or in the folder of another"
-    return [note] if misnamed else []
-
-
-def _notes_on_participants(records: Records, images: Iterable[BidsImage]) -> list[str]:
-    with_images = {image.participant_id for image in images}
+    """Notes on all images that are found and cannot be chosen."""
     notes = []
-    if unknown := sorted(with_images - records.participants):
-        notes.append(f"{_named(unknown, 'participant')} with images, not in participants.tsv")
-    if without := sorted(records.participants - with_images):
-        notes.append(f"{_named(without, 'participant')} in participants.tsv, without such an image")
+    if others := {name: found for name, found in study.images.items() if name != suffix}:
+        notes.append(f"not used: images of other suffixes: {_counts(others)}")
+    if misnamed := study.misnamed:
+        notes.append(
+            f"not used: {_named(misnamed, 'image')} with names that are not of BIDS, or in the folder of "
+            "another participant or session"
+        )
+    if misplaced := study.misplaced:
+        notes.append(f"not used: {_named(misplaced, 'image')} outside of the folders of BIDS")
+    if odd := study.odd_folders:
+        notes.append(f"not used: {_named(odd, 'folder')}; folders of participants are named sub-LABEL")
     return notes
+
+
+def _notes_on_choice(
+    images: Sequence[BidsImage], chosen: Sequence[BidsImage], why: str = " of other entities"
+) -> list[str]:
+    """Notes on the images that were not chosen, and on whom that leaves without any."""
+    kept = {image.path for image in chosen}
+    dropped = [image for image in images if image.path not in kept]
+    if not dropped:
+        return []
+    notes = [f"not used: {_named(sorted(image.stem for image in dropped), 'image')}{why}"]
+    participants = {image.participant_id for image in chosen}
+    gone = sorted({image.participant_id for image in dropped} - participants)
+    if gone:
+        notes.append(f"{_named(gone, 'participant')} without any other image")
+    sessions = set(map(_session_of, chosen))
+    left = sorted({_session_of(image) for image in dropped} - sessions)
+    rest = [f"{participant}_{session}" for participant, session in left if participant in participants]
+    if rest:
+        notes.append(f"{_named(rest, 'session')} without any other image")
+    return notes
+
+
+def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str]:
+    """Notes on participants and sessions that only names or only tables have."""
+    with_images = {image.participant_id for image in images}
+    unknown = sorted(with_images - records.participants)
+    without = sorted(records.participants - with_images - {""})
+    notes = list(records.notes)
+    if unknown and records.participants:
+        notes.append(f"{_named(unknown, 'participant')} with images, not in participants.tsv")
+    if without:
+        notes.append(f"{_named(without, 'participant')} in participants.tsv, without such an image")
+    notes += _notes_on_twins(unknown, without)
+    for of_participant, (sessions, known) in itertools.islice(records.rowless.items(), _SHOWN):
+        notes.append(
+            f"{_named(sessions, 'session')} of {of_participant} with images, not in the table of sessions, "
+            f"which has {_listed(known)}"
+        )
+        notes += _notes_on_twins(sessions, known)
+    if len(records.rowless) > _SHOWN:
+        notes.append(f"the same of {len(records.rowless) - _SHOWN} other participants")
+    if records.imageless:
+        names = [f"{of}_{session}" for of, sessions in records.imageless.items() for session in sessions]
+        notes.append(f"{_named(names, 'session')} in tables, without such an image")
+    return notes
+
+
+def _notes_on_twins(of_images: Iterable[str], of_tables: Iterable[str]) -> list[str]:
+    """A note on ids that are probably meant to be the same."""
+    known = {_bare(name): name for name in of_tables}
+    twins = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
+    return [f"the table may mean the same by {_listed(twins)}; ids must be equal"] if twins else []
+
+
+def _bare(name: str) -> str:
+    """An id without its case, and without the zeros before its numbers."""
+    return re.sub(r"0*(\d+)", lambda match: str(int(match[1])), name.casefold())
 
 
 def _notes_on_links(paths: Sequence[str]) -> list[str]:
@@ -206,8 +300,11 @@ def _notes_on_links(paths: Sequence[str]) -> list[str]:
 
 def _named(names: Sequence[str], noun: str) -> str:
     """A count and the first few: `4 images (sub-01_T1w, …)`."""
-    shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({shown})"
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({_listed(names)})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
 def _relative(path: str, folder: str) -> str:

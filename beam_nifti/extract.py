@@ -20,7 +20,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.grid import agreed_zooms, is_usable
+from beam_nifti.grid import agreed_zooms
 from beam_nifti.image_names import stem_of
 from beam_nifti.inspection import describe_records
 from beam_nifti.nifti_writer import require_nifti_name, write_nifti
@@ -130,8 +130,6 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     if spec.config.voxel_dtype != "native":
         voxels = _restore(voxels, cells, spec.config)
     affine = np.array(cells["affine"], np.float64).reshape(4, 4)
-    if not is_usable(affine):
-        raise ShardError("its affine is singular or not finite; repair the image and build it again")
     x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
     mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]
     return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z), mask)

@@ -68,10 +68,10 @@ def place_voxels(name: str, header: Any, sizes: npt.NDArray[np.float64], shape: 
         affine, notes = _nifti_affine(name, header, sizes, shape)
     else:
         affine, notes = np.asarray(header.get_best_affine(), np.float64), []
-        if "pixdim" in header:  # all that ANALYZE has
+        if "pixdim" in header:  # of ANALYZE, which has no directions
             _require_sizes(name, sizes, shape)
-        if not is_usable(affine):
-            _refuse(name, affine, "origin" if "pixdim" in header else "direction cosines")
+        elif not is_usable(affine):
+            _refuse(name, affine, "direction cosines")
     unit, of_unit = _unit_of(header)
     affine[:3] *= unit
     zooms = agreed_zooms(affine, sizes * unit)
@@ -104,6 +104,7 @@ def _nifti_affine(
 
 
 def _differs_from_qform(affine: npt.NDArray[np.float64], header: Any, shape: Sequence[int]) -> bool:
+    # Rounding makes up to 0.002 of a voxel in real headers, whose quaternions are float32.
     grid = Grid.of(shape, affine)
     return not grid.distance(Grid.of(shape, _qform_of(header))) <= SAME_PLACE * min(grid.zooms)
 
@@ -124,8 +125,8 @@ def _are_usable(sizes: npt.NDArray[np.float64], shape: Sequence[int]) -> bool:
 def _require_sizes(name: str, sizes: npt.NDArray[np.float64], shape: Sequence[int]) -> None:
     if not _are_usable(sizes, shape):
         raise VolumeError(
-            f"{name}: the voxel sizes in the header are {size_text(sizes)}, and it has no sform; repair "
-            "pixdim, or set the sform"
+            f"{name}: the voxel sizes in the header (pixdim) are {size_text(sizes)}, and it has no sform; "
+            "repair them, or convert the image to NIfTI with an sform"
         )
 
 

@@ -177,6 +177,12 @@ def turn_voxels(voxels: Voxels, turns: npt.NDArray[Any]) -> Voxels:
     return view
 
 
+def turn_zooms(zooms: Sequence[float], turns: npt.NDArray[Any]) -> tuple[float, float, float]:
+    """Voxel sizes of axes turned as `axes_to` says."""
+    x, y, z = (zooms[axis] for axis in np.argsort(turns[:, 0]))
+    return x, y, z
+
+
 def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:
     """The grid with its axes turned as `axes_to` says."""
     shape = [0, 0, 0]

@@ -25,7 +25,8 @@ examples:
   beam-nifti build manifest.tsv dataset --id-column image_id
 
 The first takes the T1w image of everyone whose age participants.tsv has, and keeps sex in the index. The
-third takes those whose names have no acq-. What is left out is said on standard error.
+third takes those whose names have no acq-. Images, participants and sessions that are found and not used are
+named on standard error.
 
 """
 
@@ -69,8 +70,8 @@ def _add_bids(sources: Commands) -> None:
     bids.add_argument(
         "--label",
         metavar="COLUMN",
-        help="of participants.tsv or of the participants' sessions.tsv: a number; images without one are "
-        "left out; default: no labels",
+        help="of participants.tsv or of the participants' sessions.tsv; numbers, or texts for build "
+        "--label-column label:class; images without a value are skipped; default: no labels",
     )
     bids.add_argument(
         "--column",

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from beam_nifti.errors import UsageError
+
 Numbers = npt.NDArray[np.int64]
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The Python integer that an argument is: numpy's integers overflow where Python's do not.
+
+    Args:
+        name: of the argument, for the error.
+        value: an integer of Python, numpy or another library.
+
+    Raises:
+        UsageError: it is no integer. A boolean is not one here.
+    """
+    if isinstance(value, bool | np.bool_):
+        raise UsageError(f"{name} is {value}; give a whole number")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} is {value!r}; give a whole number") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.grid import UNTURNED, Grid, Shape3, axes_to, is_usable, respace, turn, turn_voxels
+from beam_nifti.grid import UNTURNED, Grid, Shape3, axes_to, is_usable, respace, turn, turn_voxels, turn_zooms
 from beam_nifti.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.intensity import describe_rule, select_voxels
 from beam_nifti.label_map import pick_nearest
@@ -162,7 +162,6 @@ def orient(volume: Volume, code: str) -> Volume:
     turns = axes_to(grid, code)
     if np.array_equal(turns, UNTURNED):
         return volume
-    x, y, z = (volume.zooms[axis] for axis in np.argsort(turns[:, 0]))
 
     def turned(voxels: Voxels) -> Voxels:
         return np.ascontiguousarray(turn_voxels(voxels, turns))
@@ -171,7 +170,7 @@ def orient(volume: Volume, code: str) -> Volume:
         volume,
         voxels=turned(volume.voxels),
         affine=turn(grid, turns).affine,
-        zooms=(x, y, z),
+        zooms=turn_zooms(volume.zooms, turns),
         mask=None if volume.mask is None else turned(volume.mask),
     )
 

@@ -170,6 +170,11 @@ class Dataset:
         return self._records.info
 
     @property
+    def digest(self) -> str:
+        """sha256 of dataset_info.json as it was when the dataset was opened."""
+        return self._records.digest
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """What an element has."""
         return self._records.columns

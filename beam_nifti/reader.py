@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import numpy as np
 import tensorflow as tf
 
 from beam_nifti import reader_graph, storage
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.example import label_feature
-from beam_nifti.order import Order
+from beam_nifti.order import Order, whole_number
 from beam_nifti.random_access import Dataset, default_columns, read_info
 from beam_nifti.reader_columns import Batching
 from beam_nifti.reader_indexed import read_indexed
@@ -130,7 +132,9 @@ def load_dataset(
     _check_seed(shuffle, seed)
     if columns is not None and not as_dict:
         raise UsageError("columns are those of dictionaries; add as_dict=True")
-    epochs, folder, parts = _count_epochs(repeat), os.fspath(path).rstrip("/"), parse_split(split)
+    seed = None if seed is None else whole_number("seed", seed)
+    epochs, start, folder = _count_epochs(repeat), whole_number("start", start), storage.absolute(path)
+    parts = parse_split(split)
     asked = {
         "start": start != 0,
         "start_state": start_state is not None,
@@ -158,7 +162,7 @@ def load_dataset(
             folder, info, split, names, batching, shuffle=shuffle, seed=seed, repeat=epochs
         )
     else:
-        folder, skips = storage.absolute(folder), on_error == "skip"
+        skips = on_error == "skip"
         info = read_info(folder)
         names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
         records = Dataset.of_info(folder, info, split, where=where, columns=names)
@@ -167,7 +171,10 @@ def load_dataset(
         if start_state is not None:
             _check_start_alone(start, skips)
             start = check_state(folder, start_state, describe_state(info, split, where, order, 0))
-        examples = read_indexed(records, order, batching, repeat=epochs, start=start, skips=skips)
+        reopen = partial(Dataset, folder, split, where=where, columns=names)
+        examples = read_indexed(
+            records, order, batching, reopen=reopen, repeat=epochs, start=start, skips=skips
+        )
     return examples.map(pack)
 
 
@@ -207,9 +214,11 @@ def state_after(
         DatasetError: as `load_dataset`.
         UsageError: as `load_dataset`; `step` is below 0.
     """
+    step = whole_number("step", step)
     if step < 0:
         raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
     _check_seed(shuffle, seed)
+    seed = None if seed is None else whole_number("seed", seed)
     records = Dataset(path, split, where=where, columns=["id"])
     batching = Batching(batch_size, drop_remainder)
     order = _make_order(len(records), batching, shuffle, seed, shard, "state_after")
@@ -265,7 +274,9 @@ def _choose_targets(
     return {name: known[name] for name in names}
 
 
-def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.Dataset:
+def get_batched_dataset(
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], batch_size: int
+) -> tf.data.Dataset:
     """Read GZIP TFRecords of float32 volumes from the files alone, in order.
 
     `load_dataset` is faster and knows shapes and cardinality; this needs no dataset_info.json and reads
@@ -284,12 +295,12 @@ def get_batched_dataset(files: str | Sequence[str], batch_size: int) -> tf.data.
         UsageError: batch_size is below 1.
     """
     batching = Batching(batch_size)
-    if isinstance(files, str):
-        found = sorted(tf.io.gfile.glob(files))
+    if isinstance(files, str | os.PathLike):
+        found = sorted(tf.io.gfile.glob(storage.absolute(files)))
         if not found:
             raise DatasetError(f"{files}: no file matches; check the folder and the ending")
     else:
-        found = list(files)
+        found = list(map(storage.absolute, files))
         for name in found:
             if not tf.io.gfile.exists(name):
                 raise DatasetError(f"{name}: no such file; check the list of files")
@@ -324,11 +335,12 @@ def _choose_seed(seed: int | None) -> int:
 
 def _count_epochs(repeat: bool | int) -> int | None:
     """How many there are; None where they have no end."""
-    if repeat is True:
-        return None
-    if repeat < 0 or (repeat == 0 and repeat is not False):
-        raise UsageError(f"repeat is {repeat}; give a number of epochs from 1, or True for no end")
-    return int(repeat) or 1
+    if isinstance(repeat, bool | np.bool_):
+        return None if repeat else 1
+    epochs = whole_number("repeat", repeat)
+    if epochs < 1:
+        raise UsageError(f"repeat is {epochs}; give a number of epochs from 1, or True for no end")
+    return epochs
 
 
 def _place_of_host(shard: tuple[int, int] | tf.distribute.InputContext | None) -> tuple[int, int]:
@@ -337,7 +349,7 @@ def _place_of_host(shard: tuple[int, int] | tf.distribute.InputContext | None) -
         return 0, 1
     if isinstance(shard, tf.distribute.InputContext):
         return shard.input_pipeline_id, shard.num_input_pipelines
-    host, num_hosts = shard
+    host, num_hosts = (whole_number("shard", number) for number in shard)
     if not 0 <= host < num_hosts:
         raise UsageError(f"shard is {shard}; give (i, n), of n hosts the i-th, from 0")
     return host, num_hosts

@@ -16,6 +16,7 @@ from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError
 from beam_nifti.example import split_kind
 from beam_nifti.index import schema_of
+from beam_nifti.order import whole_number
 from beam_nifti.random_access import Element
 
 Array = npt.NDArray[Any]
@@ -110,8 +111,10 @@ class Batching:
     ragged: bool = False
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise UsageError(f"batch_size is {self.size}; it must be at least 1")
+        if self.size is not None:
+            object.__setattr__(self, "size", whole_number("batch_size", self.size))
+            if self.size < 1:
+                raise UsageError(f"batch_size is {self.size}; it must be at least 1")
         if self.drop_remainder and self.size is None:
             raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")
         if self.ragged and self.size is None:

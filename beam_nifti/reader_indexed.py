@@ -12,8 +12,10 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Final
 
 import numpy as np
@@ -92,7 +94,6 @@ class _Steps:
         columns: of them.
         order: of them.
         batching: of them.
-        threads: that read records.
         is_batch: whether a step is a batch; a single record, without the axis B, otherwise.
         skips: whether to leave out damaged records, of a batch.
     """
@@ -103,30 +104,24 @@ class _Steps:
         columns: Sequence[Column],
         order: Order,
         batching: Batching,
-        threads: int,
         *,
         is_batch: bool,
         skips: bool,
     ) -> None:
         self._records, self._columns, self._order = records, columns, order
         self._batching, self._is_batch, self._skips = batching, is_batch, skips
-        self._pool = _start_threads(threads)
         self._skipped: set[int] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, step: np.int64) -> list[Array]:
-        """The cells of a step's records, an array a column; two of a ragged one."""
-        with _gate:
-            return self._read_step(int(step))
-
-    def _read_step(self, step: int) -> list[Array]:
-        numbers = self._order.batch(step).tolist()
+    def read(self, step: int) -> list[Array]:
+        """The cells of a step's records, one array per column; two of a ragged one."""
+        numbers, pool = self._order.batch(step).tolist(), _threads(_count_reads(self._records.path))
         if self._skips or any(column.varies for column in self._columns):
-            elements = list(filter(None, self._pool.map(self._read, numbers)))
+            elements = list(filter(None, pool.map(self._read, numbers)))
             arrays = [array for column in self._columns for array in self._join(column, elements)]
         else:
             arrays = [column.allocate((), len(numbers)) for column in self._columns]
-            for done in [self._pool.submit(self._fill, arrays, *each) for each in enumerate(numbers)]:
+            for done in [pool.submit(self._fill, arrays, *each) for each in enumerate(numbers)]:
                 done.result()
         return arrays if self._is_batch else [array.reshape(array.shape[1:]) for array in arrays]
 
@@ -161,22 +156,73 @@ class _Steps:
             return None
 
 
-def _start_threads(count: int) -> ThreadPoolExecutor:
-    """Threads, started here: TensorFlow's take subnormal numbers for 0, and so do threads that they start."""
+class _Call:
+    """Finds the `_Steps` of a dataset for TensorFlow, which keeps what it calls until the process ends.
+
+    So this holds no index: the dataset holds its `_Steps`. TensorFlow may read on where Python has dropped
+    the dataset, as in a graph that was made of it; then the records are opened again.
+
+    Args:
+        steps: of the dataset.
+        reopen: makes them again.
+    """
+
+    def __init__(self, steps: _Steps, reopen: Callable[[], _Steps]) -> None:
+        self._steps, self._reopen = weakref.ref(steps), reopen
+        self._reopened: _Steps | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, step: np.int64) -> list[Array]:
+        with _gate:
+            return self._find().read(int(step))
+
+    def _find(self) -> _Steps:
+        steps = self._steps()
+        if steps is not None:
+            return steps
+        with self._lock:
+            if self._reopened is None:
+                self._reopened = self._reopen()
+            return self._reopened
+
+
+def _count_reads(path: str) -> int:
+    """Records that are read at a time."""
+    return _REMOTE_READS if storage.is_remote(path) else count_cores()
+
+
+@lru_cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """The threads that read records, for all datasets of this process.
+
+    They are started by a thread of Python: TensorFlow's take subnormal numbers for 0, and so do threads that
+    they start.
+    """
     pool, barrier = ThreadPoolExecutor(count, "beam_nifti"), threading.Barrier(count)
     for waiting in [pool.submit(barrier.wait) for _ in range(count)]:
         waiting.result()
     return pool
 
 
+os.register_at_fork(after_in_child=_threads.cache_clear)  # which has none of the threads
+
+
 def read_indexed(
-    records: Dataset, order: Order, batching: Batching, *, repeat: int | None, start: int, skips: bool
+    records: Dataset,
+    order: Order,
+    batching: Batching,
+    *,
+    reopen: Callable[[], Dataset],
+    repeat: int | None,
+    start: int,
+    skips: bool,
 ) -> tf.data.Dataset:
-    """A dataset whose elements are tuples of tensors, one a column.
+    """A dataset whose elements are tuples of tensors, one per column.
 
     Args:
         records: to read.
         order: of them.
+        reopen: opens the same records again; is held until the process ends.
         batching: of them; its size is that of `order`, or None for single records.
         repeat: how many epochs; None means without end.
         start: the first step, counted through all epochs.
@@ -188,24 +234,39 @@ def read_indexed(
     columns = describe_columns(records.columns, records.info, _count_channels(records))
     batching.check(records.path, columns)
     steps = _count_steps(order, repeat, start)
-    threads = _REMOTE_READS if storage.is_remote(records.path) else count_cores()
+    threads = _count_reads(records.path)
+    _threads(threads)  # are started here
     # Enough that every thread has a record to read while the batch before is taken.
     calls = -(-threads // order.batch_size) + 1
     is_batched = batching.size is not None
     is_batch = is_batched or skips  # of one record, perhaps, which is skipped as a batch of none
-    read = _Steps(records, columns, order, batching, threads, is_batch=is_batch, skips=skips)
-    lead = (batching.size if batching.drop_remainder else None,) if is_batch else ()
+    digest = records.digest
+
+    def open_steps(records: Dataset) -> _Steps:
+        return _Steps(records, columns, order, batching, is_batch=is_batch, skips=skips)
+
+    def open_again() -> _Steps:
+        found = reopen()
+        if found.digest != digest:
+            raise DatasetError(f"{found.path}: was built again after it was opened; open it again")
+        return open_steps(found)
+
+    held = open_steps(records)
+    read = _Call(held, open_again)
+    least = order.batch_size if batching.drop_remainder else 1
+    # Where records are skipped, a batch may be short until the filter has seen it.
+    lead: tuple[int | None, ...] = (None,) if is_batch else ()
+    if is_batched and batching.drop_remainder and not skips:
+        lead = (batching.size,)
     dtypes = [
         dtype
         for column in columns
         for dtype in ([tf.int64, column.dtype] if batching.makes_ragged(column) else [column.dtype])
     ]
 
-    def call(step: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        return tuple(tf.numpy_function(read, [step], dtypes))
-
-    def join(*tensors: tf.Tensor) -> tuple[tf.Tensor | tf.RaggedTensor, ...]:
-        rest = iter(tensors)
+    # One function: TensorFlow drops a map that only sets shapes, and the shapes with it.
+    def call(step: tf.Tensor) -> tuple[tf.Tensor | tf.RaggedTensor, ...]:
+        rest = iter(tf.numpy_function(read, [step], dtypes))
         cells = []
         for column in columns:
             tensor = next(rest)
@@ -218,10 +279,11 @@ def read_indexed(
         return tuple(cells)
 
     elements = steps.map(call, num_parallel_calls=calls, deterministic=True)
+    elements.beam_nifti_steps = held  # every dataset that is made of this one holds this one
     if skips:
-        least = order.batch_size if batching.drop_remainder else 1
-        elements = elements.filter(lambda first, *_: tf.shape(first)[0] >= least)
-    elements = elements.map(join)
+        elements = elements.filter(lambda first, *_: _count_rows(first) >= least)
+        if batching.drop_remainder:
+            elements = elements.map(partial(_with_rows, order.batch_size))
     if skips and not is_batched:
         elements = elements.unbatch()
     options = tf.data.Options()
@@ -232,6 +294,18 @@ def read_indexed(
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     elements = elements.with_options(options)
     return elements
+
+
+def _count_rows(cells: tf.Tensor | tf.RaggedTensor) -> tf.Tensor:
+    return cells.nrows() if isinstance(cells, tf.RaggedTensor) else tf.shape(cells)[0]
+
+
+def _with_rows(size: int, *columns: tf.Tensor | tf.RaggedTensor) -> tuple[tf.Tensor | tf.RaggedTensor, ...]:
+    """The cells of a batch of `size` records, with that as their static shape."""
+    return tuple(
+        cells if isinstance(cells, tf.RaggedTensor) else tf.ensure_shape(cells, (size, *cells.shape[1:]))
+        for cells in columns
+    )
 
 
 def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.example import decode_example, decode_tensor
 from beam_nifti.reader_columns import Batching
 from beam_nifti.reader_graph import read_records, shuffle_window
+from beam_nifti.tfrecord import HEADER_BYTES, is_record_header
 
 LAYOUTS: Final = ("plain", "nobrainer")
 
@@ -52,23 +53,24 @@ def read_files(
         repeat: how many epochs; None means without end.
 
     Raises:
-        DatasetError: there is no such file, or the first record is not of the layout.
+        DatasetError: there is no such file, none of them holds a record, or the first record is not of the
+            layout.
     """
     files = sorted(tf.io.gfile.glob(pattern))
     if not files:
         raise DatasetError(
             f"{pattern}: no file matches; give the glob of the TFRecords, such as DIR/*.tfrec*"
         )
-    compression, first = _read_first(files[0])
+    path, compression, first = _read_first(pattern, files)
     if _MARKS[layout] not in first:
         raise DatasetError(
-            f"{files[0]}: its first record has no {_MARKS[layout]}, which layout={layout!r} needs, but "
+            f"{path}: its first record has no {_MARKS[layout]}, which layout={layout!r} needs, but "
             f"{', '.join(sorted(first))}; choose the layout that the files have: {' or '.join(LAYOUTS)}"
         )
     try:
         cells = _describe_plain(first) if layout == "plain" else _describe_nobrainer(first)
     except (KeyError, TypeError, ValueError, ShardError) as e:
-        raise DatasetError(f"{files[0]}: its first record is not of layout={layout!r} ({e!r})") from e
+        raise DatasetError(f"{path}: its first record is not of layout={layout!r} ({e!r})") from e
     varies = batching.pad or batching.ragged
     wanted = {name: feature for cell in cells for name, feature in cell.features.items()}
 
@@ -85,17 +87,20 @@ def read_files(
     return elements if len(cells) > 1 else elements.map(lambda image: image)
 
 
-def _read_first(path: str) -> tuple[str, _Features]:
-    """The compression of a file, and the features of its first record."""
-    try:
-        with tf.io.gfile.GFile(path, "rb") as handle:
-            compression = "GZIP" if handle.read(len(_GZIP)) == _GZIP else ""
-        records = list(tf.data.TFRecordDataset(path, compression).take(1).as_numpy_iterator())
-        return compression, decode_example(records[0])
-    except IndexError:
-        raise DatasetError(f"{path}: holds no record; leave the file out") from None
-    except (ShardError, tf.errors.OpError) as e:
-        raise DatasetError(f"{path}: its first record cannot be read ({e}); is it a TFRecord?") from e
+def _read_first(pattern: str, files: Sequence[str]) -> tuple[str, str, _Features]:
+    """The first file that holds a record, the compression of it, and the features of that record."""
+    for path in files:
+        try:
+            with tf.io.gfile.GFile(path, "rb") as handle:
+                head = handle.read(HEADER_BYTES)
+            # The length of a record may begin like a gzip file, but its checksum does not follow there.
+            compression = "GZIP" if head.startswith(_GZIP) and not is_record_header(head) else ""
+            records = list(tf.data.TFRecordDataset(path, compression).take(1).as_numpy_iterator())
+            if records:
+                return path, compression, decode_example(records[0])
+        except (ShardError, tf.errors.OpError) as e:
+            raise DatasetError(f"{path}: its first record cannot be read ({e}); is it a TFRecord?") from e
+    raise DatasetError(f"{pattern}: none of the {len(files)} files holds a record; was writing them stopped?")
 
 
 def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool) -> tf.Tensor:

@@ -24,6 +24,7 @@ from beam_nifti.example import (
     label_feature,
     scaling_of,
 )
+from beam_nifti.grid import is_usable
 from beam_nifti.header import COLOURS
 from beam_nifti.index import extra_column
 from beam_nifti.intensity import rescale_voxels
@@ -177,6 +178,8 @@ def _check_metadata(
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):
             yield f"{name} is {_show(stored)}, the index says {_show(said)}"
+        elif name == "affine" and not is_usable(stored.astype(np.float64).reshape(4, 4)):
+            yield "affine is singular or not finite; repair the image and build it again"
     labels = _labels_in(cells, spec.config.labels or ())
     if labels and label != number_of(labels[0][1]):
         yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"

@@ -102,8 +102,9 @@ def dirname(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def absolute(path: str) -> str:
-    """A path that means the same from every working folder."""
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that means the same from every working folder; `~` is the home folder."""
+    path = os.fspath(path)
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 

@@ -41,6 +41,11 @@ def _masked_crc(data: bytes | memoryview) -> bytes:
     return _CRC.pack((((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF)
 
 
+def is_record_header(head: bytes) -> bool:
+    """Whether HEADER_BYTES bytes are a length with its checksum, as an uncompressed record begins."""
+    return len(head) == HEADER_BYTES and _masked_crc(head[:_LENGTH_BYTES]) == head[_LENGTH_BYTES:]
+
+
 def frame(payload: bytes) -> tuple[bytes, bytes, bytes]:
     """The three pieces of a record: header, the payload itself (not copied), footer."""
     length = _LENGTH.pack(len(payload))

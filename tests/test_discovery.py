@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_nifti import cli
 from beam_nifti.bids import BidsImage
 from beam_nifti.dataset_info import read_info
+from beam_nifti.discovery import find_bids_images
+from beam_nifti.errors import UsageError
 from beam_nifti.index import read_index
 from beam_nifti.tables import read_table, write_table
 from beam_nifti.verify import verify_dataset
@@ -133,7 +136,10 @@ def test_the_images_of_a_study_and_nothing_else_of_it(study: Path, capsys: Captu
         }
         for i, age, sex in ((1, "31", "F"), (2, "42.5", "M"), (3, "53", "F"))
     ]
-    assert notes == []
+    assert notes == [
+        "not used: images of other suffixes: bold (1)",
+        "not used: 1 image (T1w.nii.gz) outside of the folders of BIDS",
+    ]
     rows, _ = rows_of(capsys, "bids", str(study), "--suffix=bold")
     assert [list(row) for row in rows] == [["participant_id", "path"]]
 
@@ -187,11 +193,14 @@ def test_labels_of_sessions_come_before_those_of_participants(study: Path, capsy
     rows, notes = rows_of(capsys, "bids", str(study), *flags)
     assert [(row["participant_id"], row["session_id"], row["label"], row["site"]) for row in rows] == [
         ("sub-01", "ses-x", "31.5", "n/a"),
-        ("sub-01", "ses-z", "31", "n/a"),
         ("sub-02", "ses-x", "42.5", "berlin"),
         ("sub-03", "ses-x", "53", "n/a"),
     ]
-    assert notes == ["left out 1 image (sub-01_ses-y_FLAIR) without age"]
+    assert notes[2:] == [
+        "1 session (ses-z) of sub-01 with images, not in the table of sessions, which has ses-x, ses-y",
+        "not used: 2 images (sub-01_ses-y_FLAIR, sub-01_ses-z_FLAIR) without age",
+        "2 sessions (sub-01_ses-y, sub-01_ses-z) without any other image",
+    ]
 
 
 # What is told
@@ -207,9 +216,12 @@ def test_what_is_left_out_is_told(study: Path, capsys: Capture) -> None:
         "1 image (sub-01_run-2_T1w.nii.gz) only linked to; get the content before building",
         "1 participant (sub-03) with images, not in participants.tsv",
         "1 participant (sub-09) in participants.tsv, without such an image",
-        "left out 2 files (sub-01/anat/sub-01_mprage_T1w.nii.gz, sub-01/anat/sub-02_T1w.nii.gz) not named as "
-        "BIDS has it, or in the folder of another",
-        "left out 2 images (sub-02_T1w, sub-03_T1w) without age",
+        "2 participants (sub-02, sub-03) without any other image",
+        "not used: 1 image (T1w.nii.gz) outside of the folders of BIDS",
+        "not used: 2 images (sub-01/anat/sub-01_mprage_T1w.nii.gz, sub-01/anat/sub-02_T1w.nii.gz) with names "
+        "that are not of BIDS, or in the folder of another participant or session",
+        "not used: 2 images (sub-02_T1w, sub-03_T1w) without age",
+        "not used: images of other suffixes: bold (1)",
     ]
 
 
@@ -223,7 +235,7 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
     said = error_of(capsys, "bids", str(tmp_path), "--suffix=T1w")
     assert "2 of the participants' sessions have several images, such as sub-1/anat/sub-1_" in said
     assert "they differ in acq (absent, x), run (absent, 2, 3)" in said
-    assert "--entity acq=x (or acq= for those without), or keep all with --all-images" in said
+    assert "Choose with --entity acq=x, or keep all with --all-images" in said
 
 
 @pytest.mark.parametrize(
@@ -241,15 +253,21 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
             ["--label=age"],
             "participants.tsv: no column 'participant_id', only id, age",
         ),
-        (["participant_id age", "sub-01 3", "sub-01 4"], ["--label=age"], "'sub-01' stands twice"),
+        (["participant_id age", "sub-01 3", "sub-01 4"], ["--label=age"], "sub-01 is in two rows with"),
         (["participant_id age", "sub-01 3 4"], ["--label=age"], "row 1: 3 cells where the header names 2"),
-        (["participant_id age", "01 3"], ["--label=age"], "none of the 3 images has a value of age; does"),
         (
-            ["participant_id age", "sub-01 89+", "sub-02 F"],
+            ["participant_id age", "sub-1 3", "sub-9 4"],
+            ["--label=age"],
+            "none of the 3 images has a value of age: 3 participants (sub-01, sub-02, sub-03) with images, "
+            "not in participants.tsv; 2 participants (sub-1, sub-9) in participants.tsv, without such an "
+            "image; the table may mean the same by sub-1 for sub-01; ids must be equal",
+        ),
+        (
+            ["participant_id age", "sub-01 89+", "sub-02 42"],
             ["--label=age"],
             "sub-01_T1w is '89+', not a finite",
         ),
-        (["participant_id age", "sub-01 nan"], ["--label=age"], "'nan', not a finite number"),
+        (["participant_id age", "sub-01 NaN"], ["--label=age"], "none of the 3 images has a value of age: "),
         ([], ["--column=path"], "--column path is a column of every manifest"),
         ([], ["--entity=run"], "--entity is 'run'; give a key and a label, such as run=1"),
         ([], ["--entity==1"], "--entity is '=1'"),
@@ -274,6 +292,159 @@ def test_errors_of_folders(study: Path, tmp_path: Path, capsys: Capture) -> None
     touch(study, "sub-01/anat/sub-01_T1w.nii")
     said = error_of(capsys, "bids", str(study), "--suffix=T1w", "--all-images")
     assert "sub-01_T1w.nii and sub-01/anat/sub-01_T1w.nii.gz have one name" in said
+
+
+def test_the_table_of_sessions_has_the_last_word(study: Path, capsys: Capture) -> None:
+    touch(study, *(f"sub-01/ses-{s}/anat/sub-01_ses-{s}_FLAIR.nii" for s in ("M000", "M048")))
+    write_tsv(study / "sub-01/sub-01_sessions.tsv", "session_id age", "M00 60", "ses-M048 64")
+    rows, notes = rows_of(capsys, "bids", str(study), "--suffix=FLAIR", "--label=age")
+    assert [(row["session_id"], row["label"]) for row in rows] == [("ses-M048", "64")]
+    assert notes[2:] == [
+        "2 participants (sub-02, sub-03) in participants.tsv, without such an image",
+        "1 session (ses-M000) of sub-01 with images, not in the table of sessions, which has ses-M00, "
+        "ses-M048",
+        "the table may mean the same by ses-M00 for ses-M000; ids must be equal",
+        "1 session (sub-01_ses-M00) in tables, without such an image",
+        "not used: 1 image (sub-01_ses-M000_FLAIR) without age",
+        "1 session (sub-01_ses-M000) without any other image",
+    ]
+    write_tsv(study / "sub-01/sub-01_sessions.tsv", "session_id age", "M00 60", "M48 64")
+    said = error_of(capsys, "bids", str(study), "--suffix=FLAIR", "--label=age")
+    assert "none of the 2 images has a value of age: " in said
+    assert "2 sessions (ses-M000, ses-M048) of sub-01 with images, not in the table of sessions" in said
+
+
+def test_participants_tsv_may_have_a_row_per_session(study: Path, capsys: Capture) -> None:
+    touch(study, *(f"sub-0{i}/ses-{s}/anat/sub-0{i}_ses-{s}_FLAIR.nii" for i in (1, 2) for s in "ab"))
+    write_tsv(
+        study / "participants.tsv",
+        "participant_id session_id age",
+        *("sub-01 ses-a 1", "01 b 2", "sub-02 a 3", "sub-03 n/a 5"),
+    )
+    rows, notes = rows_of(capsys, "bids", str(study), "--suffix=FLAIR", "--label=age")
+    assert [(row["participant_id"], row["session_id"], row["label"]) for row in rows] == [
+        ("sub-01", "ses-a", "1"),
+        ("sub-01", "ses-b", "2"),
+        ("sub-02", "ses-a", "3"),
+    ]
+    assert "1 session (ses-b) of sub-02 with images, not in the table of sessions, which has ses-a" in notes
+    rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
+    assert [(row["participant_id"], row["label"]) for row in rows] == [("sub-02", "3"), ("sub-03", "5")]
+
+
+def test_rows_of_a_participant_that_agree_are_one(study: Path, capsys: Capture) -> None:
+    write_tsv(study / "participants.tsv", "participant_id age visit", "sub-01 31 1", "sub-01 31 2")
+    rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
+    assert [row["label"] for row in rows] == ["31"]
+    assert "sub-01 is in two rows with different values" in error_of(
+        capsys, "bids", str(study), "--suffix=T1w", "--column=visit"
+    )
+
+
+@pytest.mark.parametrize("text", ["n/a", "N/A", "NaN", "nan", " n/a ", "", " "])
+def test_a_missing_value_has_many_spellings(text: str, study: Path, capsys: Capture) -> None:
+    (study / "participants.tsv").write_text(
+        f"participant_id\tage\tsex\nsub-01\t31\t{text}\nsub-02\t{text}\tF\n"
+    )
+    rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age", "--column=sex")
+    assert [(row["label"], row["sex"]) for row in rows] == [("31", "n/a")]
+
+
+def test_texts_are_labels_where_no_value_is_a_number(study: Path, capsys: Capture) -> None:
+    rows, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=sex")
+    assert [row["label"] for row in rows] == ["F", "M", "F"]
+    assert notes[-1] == "sex is text (F, M); build with --label-column label:class"
+
+
+def test_a_table_that_is_a_link_to_nothing_is_named(study: Path, capsys: Capture) -> None:
+    for name in ("participants.tsv", "sub-01/sub-01_sessions.tsv"):
+        (study / name).unlink(missing_ok=True)
+        (study / name).symlink_to(".git/annex/objects/x")
+        said = error_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
+        assert f"{study / name}: a link without its content; get that first, with `git annex get`" in said
+        (study / name).unlink()
+        write_tsv(study / name, "participant_id age", "sub-01 31")
+
+
+def test_a_derivative_takes_the_tables_of_its_dataset(study: Path, capsys: Capture) -> None:
+    root = study / "derivatives/fmriprep"
+    touch(root, *(f"sub-01/ses-{s}/anat/sub-01_ses-{s}_T1w.nii.gz" for s in "ab"))
+    touch(root, "sub-02/anat/sub-02_T1w.nii.gz")
+    write_tsv(study / "sub-01/sub-01_sessions.tsv", "session_id age", "ses-b 32")
+    rows, notes = rows_of(capsys, "bids", str(root), "--suffix=T1w", "--label=age")
+    assert [row["label"] for row in rows] == ["32", "42.5"]
+    assert f"{root} has no participants.tsv; the tables of {study} are used" in notes
+    write_tsv(root / "participants.tsv", "participant_id age", "sub-02 43")
+    rows, _ = rows_of(capsys, "bids", str(root), "--suffix=T1w", "--label=age")
+    assert [row["label"] for row in rows] == ["43"]
+
+
+def test_images_and_folders_out_of_place_are_named(study: Path, capsys: Capture) -> None:
+    touch(
+        study, "sub-01/ses-1/anat/extra/sub-01_ses-1_T1w.nii.gz", "SUB-04/anat/SUB-04_T1w.nii", "sub5/x.nii"
+    )
+    _, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w")
+    assert notes[1:] == [
+        "not used: 2 images (T1w.nii.gz, sub-01/ses-1/anat/extra/sub-01_ses-1_T1w.nii.gz) outside of the "
+        "folders of BIDS",
+        "not used: 2 folders (SUB-04, sub5); folders of participants are named sub-LABEL",
+    ]
+    assert "no t1W images; there are: T1w (3), bold (1); did you mean T1w?" in error_of(
+        capsys, "bids", str(study), "--suffix=t1W"
+    )
+
+
+SESSIONS = st.dictionaries(
+    st.tuples(st.sampled_from("123"), st.sampled_from(["", "a", "b"])),
+    st.sets(st.tuples(st.sampled_from(["", "x"]), st.sampled_from(["", "1", "2"])), min_size=1),
+    min_size=1,
+)
+
+
+@given(SESSIONS, st.data())
+@settings(max_examples=40)
+def test_every_image_is_in_the_manifest_or_named(
+    tmp_path_factory: pytest.TempPathFactory,
+    sessions: dict[tuple[str, str], set[tuple[str, str]]],
+    data: st.DataObject,
+) -> None:
+    root = tmp_path_factory.mktemp("study")
+    stems = []
+    for (participant, session), of_session in sessions.items():
+        for acq, run in of_session:
+            entities = {"sub": participant, "ses": session, "acq": acq, "run": run}
+            stem = "_".join([*(f"{key}-{label}" for key, label in entities.items() if label), "T1w"])
+            folder = f"sub-{participant}/ses-{session}/anat" if session else f"sub-{participant}/anat"
+            touch(root, f"{folder}/{stem}.nii")
+            stems.append(stem)
+    filters: dict[str, list[str]] = {}
+    if data.draw(st.booleans()):
+        filters["run"] = data.draw(st.lists(st.sampled_from(["", "1", "2"]), min_size=1, unique=True))
+    try:
+        found = find_bids_images(str(root), "T1w", "", entities=filters, all_images=True)
+    except UsageError:
+        runs = {match[1] if (match := re.search(r"_run-(\w)_", stem)) else "" for stem in stems}
+        assert runs.isdisjoint(filters["run"])
+        return
+    rows = found.table["image_id"].to_pylist()
+    notes = " ".join(found.notes)
+    dropped = set(stems) - set(rows)
+    assert f"not used: {len(dropped)} image" in notes or not dropped
+    whole = {stem.split("_")[0] for stem in stems} - {stem.split("_")[0] for stem in rows}
+    assert f"{len(whole)} participant" in notes or not whole
+
+    # What a refusal advises is accepted, and leaves nobody without an image but as many as it says.
+    try:
+        find_bids_images(str(root), "T1w", "")
+    except UsageError as e:
+        flags = re.findall(r"--entity (\w+)=(\S*?)(?=[ ,])", str(e).partition("Choose with ")[2])
+        advised: dict[str, list[str]] = {}
+        for key, label in flags:
+            advised.setdefault(key, []).append(label)
+        if advised:
+            followed = find_bids_images(str(root), "T1w", "", entities=advised)
+            lost = re.search(r"leaves (\d+) of", str(e))
+            assert followed.table.num_rows == len(sessions) - int(lost[1] if lost else 0)
 
 
 # Where it is written
@@ -360,7 +531,8 @@ def test_every_container_is_found_and_a_pair_once(tmp_path: Path, capsys: Captur
         rows, notes = rows_of(capsys, *command, "--all-images")
         assert names(rows) == wanted
         assert [Path(row["image_id"]).name for row in rows] == [f"sub-{i}_T1w" for i in range(1, 6)]
-        assert notes == []
+        outside = "not used: 1 image (sub-6_T1w.HDR) outside of the folders of BIDS"
+        assert notes == ([outside] if command[0] == "bids" else [])
     for pattern, found in (("*.img*", ["sub-1_T1w.img", "sub-2_T1w.img.gz"]), ("*.hdr", ["sub-1_T1w.hdr"])):
         assert names(rows_of(capsys, "glob", f"{tmp_path}/**/{pattern}")[0]) == found
     assert names(rows_of(capsys, "glob", f"{tmp_path}/sub-6*")[0]) == ["sub-6_T1w.HDR"]

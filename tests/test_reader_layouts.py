@@ -118,7 +118,7 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
         ),
         ("named", "plain", "named: its first record is not of layout='plain' .*label is not one number"),
         ("absent*", "plain", r"absent\*: no file matches; give the glob"),
-        ("empty", "plain", "empty: holds no record; leave the file out"),
+        ("empty", "plain", "empty: none of the 1 files holds a record"),
         ("text", "plain", "text: its first record cannot be read .*; is it a TFRecord"),
         ("short", "nobrainer", r"short: its first record is not of .* has 4 bytes for \(3,\) of float32"),
         ("half", "nobrainer", "half: its first record is not of .*label/rank"),
