@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.grid import Grid, axes_to, orientation_of, prepared_shape, respace, turn
+from beam_nifti.grid import Grid, axes_to, keeps_spacing, orientation_of, prepared_shape, turn
 from beam_nifti.header import VolumeHeader, require_storable
 from beam_nifti.rescale import Scaling
 
@@ -159,30 +160,23 @@ def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
     """The voxel size that most images have, in as few digits as keep those from being resampled."""
     if record.spacing is not None or record.preprocess is not None:
         return {}
-    sizes = Counter[Zooms]()
+    found = Counter[Zooms]()
     for kind, count in kinds.items():
-        sizes[_turned(kind, record).zooms] += count
-    tried = [zooms for zooms, _ in sizes.most_common(_SIZES_TRIED)]
-    numbers = {zooms: sum(sizes[z] for z in _having(sizes, zooms)) for zooms in tried}
-    best = max(tried, key=lambda zooms: numbers[zooms], default=None)
-    if best is None or numbers[best] == sum(sizes.values()):
+        found[_turned(kind, record).zooms] += count
+    sizes, counts = np.array(list(found)), np.array(list(found.values()))
+
+    def having(spacing: Zooms) -> npt.NDArray[np.bool_]:
+        return np.asarray(keeps_spacing(sizes, spacing).all(axis=1))
+
+    tried = [zooms for zooms, _ in found.most_common(_SIZES_TRIED)]
+    best = max(tried, key=lambda zooms: counts[having(zooms)].sum(), default=None)
+    if best is None or having(best).all():
         return {}
-    having = _having(sizes, best)
-    for digits in range(1, _DIGITS + 1):
+    for digits in range(1, _DIGITS):
         x, y, z = (float(f"{zoom:.{digits}g}") for zoom in best)
-        if _having(having, (x, y, z)) == having:
+        if np.array_equal(having((x, y, z)), having(best)):
             return {"spacing": (x, y, z)}
     return {"spacing": best}
-
-
-def _having(sizes: Iterable[Zooms], spacing: Zooms) -> list[Zooms]:
-    """The voxel sizes that a build takes for a spacing, and does not resample."""
-    return [zooms for zooms in sizes if _is_taken_for(zooms, spacing)]
-
-
-def _is_taken_for(zooms: Zooms, spacing: Zooms) -> bool:
-    _, _, steps = respace(Grid((1, 1, 1), np.diag([*zooms, 1.0])), spacing)
-    return steps == [1.0] * 3
 
 
 def _turned(kind: ImageKind, record: RecordConfig) -> Grid:

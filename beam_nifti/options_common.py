@@ -23,7 +23,7 @@ exit codes:
 
 
 class StoreOnce(argparse._StoreAction):
-    """Store a value that is not empty, once: of two values, one would be ignored."""
+    """Store a value that is not empty: of two different ones, one would be ignored."""
 
     _first: object = None
 
@@ -37,10 +37,10 @@ class StoreOnce(argparse._StoreAction):
         """Store it.
 
         Raises:
-            UsageError: it is empty, or there is one already.
+            UsageError: it is empty, or there is another one already.
         """
         _refuse_empty(self, values)
-        if flag is not None and self._first is not None:
+        if flag is not None and self._first not in (None, values):
             raise UsageError(f"{flag} is given twice, as {self._first} and {values}; give it once")
         self._first = values
         super().__call__(parser, namespace, values, flag)
