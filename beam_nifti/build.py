@@ -179,6 +179,7 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
     manifest = read_build_manifest(config.manifest, config)
+    manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
     return config, manifest
@@ -308,6 +309,9 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
     }
     # A dataset that was built before there was a choice says nothing of it.
     known_columns = {**asdict(Columns()), **published.config["columns"]}
+    if not manifest.lacks_labels(published.manifest["num_rows"]):
+        # None of its rows was kept or skipped for want of a label, so the option is free to change.
+        known_columns["missing_label"] = config.columns.missing_label
     known_config = {**asdict(RecordConfig()), **published.config, "columns": known_columns}
     differences = [
         f"{key.replace('_', '-')} was {known_config.get(key)!r}, now {value!r}"

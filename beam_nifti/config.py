@@ -327,8 +327,8 @@ class Columns:
     Attributes:
         path: the image, relative to the manifest's folder, absolute, or a URL; several columns, with commas
             between them, are the channels of an example.
-        label: NAME, a finite number; or NAME:KIND, or several of both with commas, as in "age:float,sex";
-            None where no label was asked for and `label` may be absent.
+        label: NAME, of finite numbers or of texts; or NAME:KIND, or several of both with commas, as in
+            "age:float,sex"; None where no label was asked for and `label` may be absent.
         id: what names an example; None means `participant_id` (with `session_id`), else the path.
         mask: the image's label map, a path like that of the image; None where there is none.
         missing_label: what becomes of a row without a value of a label: "nan" gives it NaN, the class -1, or

@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
 from beam_nifti.tables import Problems
+from beam_nifti.twins import LIKENESS, find_twins
 from beam_nifti.wording import one_line
 
 NO_CLASS: Final = -1
@@ -29,8 +31,17 @@ MAX_CLASSES: Final = 1 << 14
 """Of a column; all of them stand in dataset_info.json and in the job graph."""
 
 _MISSING: Final = ("", "n/a", "nan")
+_LIKE_MISSING: Final = frozenset(["NA", "#N/A", "<NA>", "NaT", "null", "NULL", "None"])
+"""What other programs write where there is no value; it may also be the name of a class."""
+
 _INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+_FLOAT32_INTEGERS: Final = 1 << 24
+"""Up to which float32 has every integer."""
+
+_SHOWN: Final = 3
+"""Rows and classes named in a warning."""
+
 _BATCH: Final = 1 << 14
 """Cells that are Python strings at a time."""
 
@@ -69,16 +80,21 @@ def parse_label(text: str) -> float:
 
 
 def read_labels(
-    cells: pa.ChunkedArray, column: LabelColumn, missing: str | None, problems: Problems
+    cells: pa.ChunkedArray,
+    column: LabelColumn,
+    missing: str | None,
+    problems: Problems,
+    default: str | None = None,
 ) -> Labels:
     """Make labels of a column's cells.
 
     Args:
         cells: strings.
-        column: where it has no kind, the cells tell it: "float" if all are finite numbers of float32, else
-            "class".
+        column: where it has no kind, the cells tell it: "float" if all are finite numbers of float32, "class"
+            if none is a number.
         missing: `Columns.missing_label`.
-        problems: where to tell of cells that are no labels.
+        problems: where to report cells that are no labels.
+        default: kind of a column without a kind and without any value; None makes it a problem.
 
     Raises:
         ManifestError: there are too many problems.
@@ -88,13 +104,18 @@ def read_labels(
     is_missing = _is_missing(texts)
     numbers = _numbers(texts)
     is_number = np.isfinite(numbers)
+    remedy = ""
     if column.kind is None:
-        if is_missing.all():
+        are_numeric = [_is_numeric(text) for text in _strings(texts.filter(pa.array(~is_missing)))]
+        kind = ("float" if any(are_numeric) else "class") if are_numeric else default
+        if kind is None:
             problems.add(
                 f"no row has a value of {column.name}, which would tell its kind; leave it out of "
                 f"--label-column, or say which: {column.name}:float"
             )
-        column = replace(column, kind="float" if (is_number | is_missing).all() else "class")
+        if kind == "float" and not all(are_numeric):
+            remedy = f"; correct it, or make classes of all labels with --label-column {column.name}:class"
+        column = replace(column, kind=kind or "float")
     if missing is None:
         for i in np.flatnonzero(is_missing[codes]):
             problems.add(
@@ -104,7 +125,8 @@ def read_labels(
     if column.kind == "float":
         for i in np.flatnonzero(~(is_number | is_missing)[codes]):
             text = texts[codes[i]].as_py()
-            problems.add(f"row {i + 1}: {column.name} is {text!r}, not a finite number (of float32)")
+            problems.add(f"row {i + 1}: {column.name} is {text!r}, not a finite number (of float32){remedy}")
+        _warn_of_rounding(column.name, texts, numbers, codes, problems)
         values = pa.array(numbers)
     elif column.kind == "class":
         column = replace(column, classes=_classes(texts.filter(pa.array(~is_missing)), column.name, problems))
@@ -180,4 +202,50 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
     classes = sorted(texts.to_pylist())
     if all(map(_INTEGER.fullmatch, classes)):
         classes.sort(key=int)
+    _warn_of_classes(name, classes, problems)
     return tuple(classes)
+
+
+def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> None:
+    for twin, other in find_twins(pa.array(classes, pa.string()))[:_SHOWN]:
+        problems.warn(
+            f"{name} has the classes {classes[other]!r} and {classes[twin]!r}, which differ {LIKENESS}; give "
+            "them one spelling if they are one"
+        )
+    for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:
+        problems.warn(f"{name} has a class {text!r}; write n/a, or nothing, where there is no value")
+
+
+def _is_numeric(text: str) -> bool:
+    """Whether a cell looks like a number, be it one that no label can be."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _warn_of_rounding(
+    name: str,
+    texts: pa.Array,
+    numbers: npt.NDArray[np.float64],
+    codes: npt.NDArray[np.int32],
+    problems: Problems,
+) -> None:
+    """Warn of labels from which their float32 differs by a half or more, as by another integer."""
+    is_other = np.zeros(len(texts), np.bool_)
+    for i in np.flatnonzero(np.abs(numbers) > _FLOAT32_INTEGERS):
+        is_other[i] = abs(Decimal(texts[int(i)].as_py()) - _stored(numbers[i])) >= Decimal("0.5")
+    rows = np.flatnonzero(is_other[codes])
+    if rows.size:
+        first = int(codes[rows[0]])
+        shown = ", ".join(str(row + 1) for row in rows[:_SHOWN]) + (", …" if rows.size > _SHOWN else "")
+        problems.warn(
+            f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, and {_stored(numbers[first]):f} as the "
+            f"float32 that records hold; {rows.size:,} labels change like that (rows {shown}). To keep them "
+            f"as they are written, use --label-column {name}:class or {name}:string"
+        )
+
+
+def _stored(number: float) -> Decimal:
+    return Decimal(float(np.float32(number)))

@@ -13,12 +13,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
+from beam_nifti import logs, storage
 from beam_nifti.config import SPLIT_PATTERN, Columns, LabelColumn, Splitting
 from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements
 from beam_nifti.tables import Problems, read_table
+from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_twins, warn_of_names
 
 DEFAULT_SPLIT: Final = "train"
 WHOLE_SHARD: Final = -1
@@ -141,6 +142,8 @@ class Manifest:
         splits: split a row; null where the row is left out, as it lacks a label.
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` where ids are anonymous; else None.
+        lacks_label: which rows lack one of the labels; None in an unlabelled manifest.
+        warnings: what is suspicious, or was changed, in it.
     """
 
     path: str
@@ -153,6 +156,8 @@ class Manifest:
     splits: pa.Array
     extra_columns: tuple[str, ...]
     key_check: str | None = None
+    lacks_label: npt.NDArray[np.bool_] | None = None
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -237,6 +242,15 @@ class Manifest:
         at = pc.index(self.table[self.columns.paths[0]], source).as_py()
         return None if at < 0 else self.rows([at])[0]
 
+    def lacks_labels(self, num_rows: int) -> bool:
+        """Whether one of the first rows lacks a label."""
+        return self.lacks_label is not None and bool(self.lacks_label[:num_rows].any())
+
+    def log_warnings(self) -> None:
+        """Report what is suspicious in it; once a command, as it is read several times."""
+        for warning in self.warnings:
+            logs.LOGGER.warning("%s: %s", self.path, warning)
+
     def digest(self, num_rows: int | None = None) -> str:
         """sha256 of the column names and the first `num_rows` rows, whatever the file's format."""
         hasher = hashlib.sha256("\x1f".join(self.table.column_names).encode())
@@ -266,8 +280,8 @@ def read_manifest(
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
-    table = read_table(path)
     problems = Problems(path)
+    table = read_table(path, _meaningful(columns, splitting), problems)
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
@@ -291,55 +305,96 @@ def read_manifest(
     for name in columns.files:
         what = "mask" if name == columns.mask else "image"
         for i, text in enumerate(_cells(table, name)):
-            if not text.strip():
+            if not text:
                 problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
     paths = {name: table[name] for name in columns.files}
+    people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
+    _warn_of_names(table, columns, people, problems, is_anonymous=pseudonyms is not None)
+    drawn_by = (_ids(table, columns) if people is None else people) if splitting else None
+    if drawn_by is not None:
+        refuse_twins(drawn_by, problems, is_anonymous=pseudonyms is not None)
     if pseudonyms:
         table = _without_names(table, columns, pseudonyms)
     labels = _labels(table, columns, problems)
-    is_skipped = _skipped(labels, columns, problems)
+    lacks_label = np.any([of.is_missing for of in labels], axis=0) if labels else None
+    is_skipped = _skipped(lacks_label, labels, columns, problems)
     ids = _ids(table, columns)
     splits = (
         _drawn_splits(table, ids, splitting, is_skipped, problems)
         if splitting
-        else _without(is_skipped, _given_splits(table, problems))
+        else _without(is_skipped, _given_splits(table, people, problems))
     )
     _check_ids(ids, problems)
     problems.stop()
     numbers = labels[0].numbers if labels else None
     used = {columns.paths[0], columns.id, *_OWN}
-    if columns.has_label_features:
+    if columns.has_label_features or any(of.column.kind == "class" for of in labels):
         # Their cells are kept in the index, and in failures.jsonl, as those of further columns are.
         columns = dataclasses.replace(columns, label=",".join(str(of.column) for of in labels))
         used -= {of.column.name for of in labels}
     else:
         used |= {of.column.name for of in labels}
         labels = ()
-    extras = tuple(c for c in table.column_names if c not in used)
-    key_check = pseudonyms.check if pseudonyms else None
-    return Manifest(path, table, paths, columns, numbers, labels, ids, splits, extras, key_check)
+    return Manifest(
+        path=path,
+        table=table,
+        paths=paths,
+        columns=columns,
+        numbers=numbers,
+        labels=labels,
+        ids=ids,
+        splits=splits,
+        extra_columns=tuple(c for c in table.column_names if c not in used),
+        key_check=pseudonyms.check if pseudonyms else None,
+        lacks_label=lacks_label,
+        warnings=tuple(problems.warnings),
+    )
+
+
+def _meaningful(columns: Columns, splitting: Splitting | None) -> set[str]:
+    """The columns whose cells mean something to a build."""
+    labels = {column.name for column in columns.labels} or {"label"}
+    by = (columns.id, splitting.stratify if splitting else None)
+    return {*columns.files, *labels, *_OWN, *filter(None, by)}
+
+
+def _warn_of_names(
+    table: pa.Table, columns: Columns, people: pa.Array | None, problems: Problems, *, is_anonymous: bool
+) -> None:
+    """Warn of participants and ids that are probably one, and of ids that a spreadsheet has rewritten."""
+    if people is not None:
+        warn_of_names("participant_id", people, problems, is_anonymous=is_anonymous)
+    if people is None or columns.id is not None:
+        warn_of_names("id", _ids(table, columns), problems, is_anonymous=is_anonymous)
+    elif "session_id" in table.column_names:
+        # Twins of one participant are ids of two sessions; those of two are known as participants.
+        sessions = fold(table["session_id"].combine_chunks())
+        keys = pc.binary_join_element_wise(people, sessions, "\0")
+        warn_of_names("id", _ids(table, columns), problems, keys, is_anonymous=is_anonymous)
 
 
 def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labels, ...]:
-    wanted = columns.labels
-    if not columns.has_label_features:
-        wanted = tuple(dataclasses.replace(column, kind="float") for column in wanted)
-    if columns.missing_label is not None and not wanted:
+    if columns.missing_label is not None and not columns.labels:
         problems.add(
             "--missing-label is for labels, and there is no column 'label'; name one with --label-column"
         )
-    return tuple(read_labels(table[c.name], c, columns.missing_label, problems) for c in wanted)
+    # A single column without a kind was numbers before there were kinds.
+    default = None if columns.has_label_features else "float"
+    return tuple(
+        read_labels(table[c.name], c, columns.missing_label, problems, default) for c in columns.labels
+    )
 
 
-def _skipped(labels: Sequence[Labels], columns: Columns, problems: Problems) -> npt.NDArray[np.bool_] | None:
+def _skipped(
+    lacks_label: npt.NDArray[np.bool_] | None, labels: Sequence[Labels], columns: Columns, problems: Problems
+) -> npt.NDArray[np.bool_] | None:
     """Which rows are left out, as they lack a label; None where none may be."""
-    if columns.missing_label != "skip" or not labels:
+    if columns.missing_label != "skip" or lacks_label is None:
         return None
-    is_skipped: npt.NDArray[np.bool_] = np.any([of.is_missing for of in labels], axis=0)
-    if is_skipped.all():
+    if lacks_label.all():
         names = ", ".join(of.column.name for of in labels)
         problems.add(f"every row lacks a label ({names}), and --missing-label skip leaves out all of them")
-    return is_skipped
+    return lacks_label
 
 
 def _without(is_skipped: npt.NDArray[np.bool_] | None, splits: pa.Array) -> pa.Array:
@@ -347,12 +402,12 @@ def _without(is_skipped: npt.NDArray[np.bool_] | None, splits: pa.Array) -> pa.A
 
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
-    """Columns that are ours but for case and spaces, which would be taken for further ones."""
+    """Columns that are ours but for case, which would be taken for further ones."""
     labels = [column.name for column in columns.labels] or ["label"]
     wanted = {*_OWN, *columns.files, *labels} - set(names)
     for name in names:
-        if name not in (*columns.files, *labels, columns.id) and name.strip().lower() in wanted:
-            yield name, name.strip().lower()
+        if name not in (*columns.files, *labels, columns.id) and name.lower() in wanted:
+            yield name, name.lower()
 
 
 def _cells(table: pa.Table, column: str) -> Iterator[str]:
@@ -360,7 +415,8 @@ def _cells(table: pa.Table, column: str) -> Iterator[str]:
         yield from batch.column(0).to_pylist()
 
 
-def _given_splits(table: pa.Table, problems: Problems) -> pa.Array:
+def _given_splits(table: pa.Table, people: pa.Array | None, problems: Problems) -> pa.Array:
+    """The column `split`. `people` has the names of participants, where the table may have pseudonyms."""
     if "split" not in table.column_names:
         return pa.array([DEFAULT_SPLIT]).take(pa.array(np.zeros(table.num_rows, np.int64)))
     splits = table["split"].combine_chunks()
@@ -371,12 +427,20 @@ def _given_splits(table: pa.Table, problems: Problems) -> pa.Array:
                 f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
                 "first, such as train"
             )
-    if "participant_id" in table.column_names:
-        participants = table["participant_id"].combine_chunks()
-        for i, first in zip(*find_disagreements(participants, splits), strict=True):
+    for i, other in find_twins(splits):
+        problems.add(
+            f"row {i + 1}: split is {splits[i].as_py()!r}, and {splits[other].as_py()!r} in row {other + 1}; "
+            "give them one spelling"
+        )
+    if people is not None:
+        shown = table["participant_id"].combine_chunks()
+        for i, first in zip(*find_disagreements(fold(people), splits), strict=True):
+            where = f"in row {first + 1}"
+            if people[i].as_py() != people[first].as_py():
+                where = f"as {shown[first]} (which differs {LIKENESS}) {where}"
             problems.add(
-                f"row {i + 1}: participant {participants[i]} is in split {splits[i]} and, in row "
-                f"{first + 1}, in {splits[first]}; give all rows of a participant one split, or, where "
+                f"row {i + 1}: participant {shown[i]} is in split {splits[i]} and, {where}, in "
+                f"{splits[first]}; give all rows of a participant one split, or, where "
                 "participant_id does not name persons, rename that column"
             )
     return splits

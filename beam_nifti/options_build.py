@@ -153,10 +153,10 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
     columns.add_argument(
         "--label-column",
         metavar="NAME[:KIND],…",
-        help="a number to learn; or several columns, such as age,sex:class,subtype, each with a feature "
-        "label/NAME of its own. KIND is float; class, stored as the number of the value among all of the "
-        "column's; or string; default: float where all values are numbers, else class. Default: label, where "
-        "there is one",
+        help="numbers, or texts of classes; or several columns, such as age,sex:class,subtype, each with a "
+        "feature label/NAME of its own. KIND is float; class, stored as the number of the value among all of "
+        "the column's; or string; default: float where all values are numbers, class where none is. Default: "
+        "label, where there is one",
     )
     columns.add_argument(
         "--missing-label",

@@ -1,17 +1,21 @@
-"""Tables of strings: CSV, TSV, JSON lines and Parquet."""
+"""Tables of strings: CSV, TSV, JSON lines and Parquet.
+
+Source: RFC 4180 for CSV; the IANA's text/tab-separated-values for TSV, which has no quoting.
+"""
 
 from __future__ import annotations
 
+import base64
 import codecs
 import csv
 import io
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 
 from beam_nifti import storage
@@ -21,27 +25,52 @@ from beam_nifti.strict_json import dump_json
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
 
-_JSON_ROWS: Final = 1 << 13
-"""Rows that are held as Python dictionaries, which take ten times the memory of Arrow columns."""
-
-_DECODED_BYTES: Final = 1 << 20
+_BATCH_ROWS: Final = 1 << 13
+"""Rows that are held as Python objects, which take ten times the memory of Arrow columns."""
 
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
 
+BLANKS: Final = (
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
+    "\u200a\u2028\u2029\u202f\u205f\u3000"  # white space
+    "\xad\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\u2066"
+    "\u2067\u2068\u2069\ufeff"  # of no width
+)
+"""Characters that nobody sees at the ends of a cell."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    cells = dict(pairs)
+    if len(cells) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return cells
+
+
 # Numbers stay as written: 7.0 and 1e3 keep their text.
-_DECODER = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str)
+_DECODER = json.JSONDecoder(
+    parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=_unique_keys
+)
 
 
 class Problems:
-    """Collects what is wrong with a table; gives up at the limit.
+    """Collects what is wrong with a table, gives up at the limit; and what is only suspicious.
 
     Args:
         path: of the table, for the error.
+
+    Attributes:
+        warnings: what was reported by `warn`.
     """
 
     def __init__(self, path: str) -> None:
         self._path, self._found = path, list[str]()
+        self.warnings = list[str]()
+
+    def warn(self, warning: str) -> None:
+        """Note what does not keep the table from being used."""
+        self.warnings.append(warning)
 
     def add(self, problem: str) -> None:
         """Note one problem.
@@ -64,11 +93,17 @@ class Problems:
             raise ManifestError(self._path, self._found)
 
 
-def read_table(path: str) -> pa.Table:
+def read_table(path: str, plain: Collection[str] = (), problems: Problems | None = None) -> pa.Table:
     """Read a table, every cell as a string, an absent one as an empty string.
+
+    White space and characters of no width are removed from the ends of cells and column names. Columns
+    without a name are dropped where all their cells are empty, and so are such rows of a CSV or TSV. A cell
+    that is a list or an object becomes its JSON text; bytes that are no text become base64.
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
+        plain: columns in which there may be no lists, objects or bytes.
+        problems: where to report what was changed.
 
     Raises:
         ManifestError: it is not there, or not a table; with row numbers where rows are to blame.
@@ -76,132 +111,267 @@ def read_table(path: str) -> pa.Table:
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise ManifestError(path, ["is no .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
+    problems = problems or Problems(path)
     try:
         with storage.open_read(path) as handle:
-            table = _READERS[suffix](path, handle).combine_chunks()
+            table = _READERS[suffix](path, handle, plain, problems).combine_chunks()
+        problems.stop()
+        return _cleaned(table, problems)
     except FileNotFoundError as e:
         raise ManifestError(path, ["no such file"]) from e
     except UnicodeDecodeError as e:
         raise ManifestError(path, [f"not UTF-8 text ({e.reason}); save it as UTF-8"]) from e
-    except (pa.ArrowException, UnicodeError, csv.Error) as e:
+    except (pa.ArrowException, UnicodeError) as e:
         raise ManifestError(path, [f"not a table: {e}"]) from e
     except TimeoutError:
         raise  # a store that keeps failing is no fault of the manifest
     except OSError as e:
         raise ManifestError(path, [f"cannot be read: {e.strerror or e}"]) from e
-    repeated = {c for c in table.column_names if table.column_names.count(c) > 1}
-    if repeated:
-        raise ManifestError(path, [f"column {c!r} stands twice; rename one" for c in sorted(repeated)])
-    return table
+
+
+def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
+    """The table without what nobody sees: blanks at the ends of cells and names, columns of nothing."""
+    names = [name.strip(BLANKS) for name in table.column_names]
+    for name, bare in zip(table.column_names, names, strict=True):
+        if bare and name != bare:
+            problems.warn(f"the name of column {name!r} was read without the white space at its ends")
+    columns, count, first = dict[int, pa.ChunkedArray](), 0, ""
+    for number, (name, column) in enumerate(zip(names, table.columns, strict=True)):
+        bare = pc.utf8_trim(column, BLANKS)
+        changed = pc.not_equal(bare, column)
+        if num_changed := pc.sum(changed).as_py():
+            count += num_changed
+            first = first or f"{name!r} of row {pc.index(changed, True).as_py() + 1}"
+        if name:
+            columns[number] = bare
+            continue
+        filled = pc.index(pc.not_equal(bare, ""), True).as_py()
+        if filled >= 0:
+            problems.add(
+                f"column {number + 1} has no name, but a cell in row {filled + 1}; name it, or remove it"
+                + ("" if number else " (pandas leaves out its index with to_csv(..., index=False))")
+            )
+    if count:
+        cells = "1 cell was" if count == 1 else f"{count:,} cells were"
+        problems.warn(f"{cells} read without the white space at the ends, such as {first}")
+    kept = [names[number] for number in columns]
+    for name in sorted({name for name in kept if kept.count(name) > 1}):
+        problems.add(f"column {name!r} stands twice; rename one")
+    problems.stop()
+    return pa.table(list(columns.values()), names=kept)
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write a table of strings, as `read_table` reads it.
+    """Write a table of strings, which `read_table` gives back.
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         table: of string columns.
 
     Raises:
-        UsageError: another ending.
+        UsageError: another ending; or a cell that the format cannot hold.
         OSError: it cannot be written.
     """
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise UsageError(f"{path}: is no .csv, .tsv, .jsonl or .parquet file; choose one of these")
+    delimited = ""
+    if suffix in ("csv", "tsv"):
+        delimited = format_delimited(table, "," if suffix == "csv" else "\t")
+    else:
+        _require_visible(table)
     with storage.create(path) as handle:
-        if suffix == "parquet":
+        if delimited:
+            handle.write(delimited.encode())
+        elif suffix == "parquet":
             pyarrow.parquet.write_table(table, handle)
-        elif suffix in ("csv", "tsv"):
-            handle.write(format_delimited(table, "," if suffix == "csv" else "\t").encode())
         else:
-            for batch in table.to_batches(max_chunksize=_JSON_ROWS):
+            for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
                 lines = (dump_json(row, ensure_ascii=False) for row in batch.to_pylist())
                 handle.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def format_delimited(table: pa.Table, delimiter: str) -> str:
-    """The text of a .csv or .tsv file."""
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(table.column_names)
-    writer.writerows(zip(*(column.to_pylist() for column in table.columns), strict=True))
-    return text.getvalue()
+    """The text of a .csv or .tsv file.
+
+    Args:
+        table: of string columns.
+        delimiter: a comma, which makes a CSV, or a tab, which makes a TSV.
+
+    Raises:
+        UsageError: a cell that the format cannot hold.
+    """
+    _require_visible(table)
+    if problem := _header_problem(table.column_names, delimiter):
+        raise UsageError(f"the table cannot be written: {problem}")
+    forbidden = re.compile("\0" if delimiter == "," else "[\0\t\r\n]")
+    quoted = re.compile('[",\r\n]' if delimiter == "," else r"(?!)")
+    rows = [table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)]
+    for number, cells in enumerate(rows):
+        where = f"row {number}" if number else "the header"
+        for name, cell in zip(table.column_names, cells, strict=True):
+            if forbidden.search(cell):
+                raise UsageError(
+                    f"{where}: {name} is {cell!r}, which no {'CSV' if delimiter == ',' else 'TSV'} can hold; "
+                    "write .jsonl or .parquet"
+                )
+        if not any(cells):
+            raise UsageError(
+                f"{where}: all cells are empty, which is read as no row; write .jsonl or .parquet"
+            )
+    lines = (
+        delimiter.join('"' + c.replace('"', '""') + '"' if quoted.search(c) else c for c in cells)
+        for cells in rows
+    )
+    return "".join(f"{line}\n" for line in lines)
 
 
-def _read_delimited(path: str, handle: BinaryIO, delimiter: str) -> pa.Table:
-    head = handle.readline().decode("utf-8-sig")
-    names = next(csv.reader([head], delimiter=delimiter), [])
-    if not names:
-        raise ManifestError(path, ["not a table: the first line is empty; it must name the columns"])
-    for other in _DELIMITERS:
-        if len(names) == 1 and other in names[0]:
-            remedy = "save it as .csv with commas, or as .tsv with tabs"
-            raise ManifestError(path, [f"its first line has {other!r} and no {delimiter!r}; {remedy}"])
-    ragged: list[str] = []
+def _require_visible(table: pa.Table) -> None:
+    """Refuse what `read_table` would remove."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        remedy = "which has white space at its ends, and that is not read again; rename it"
+        if name != name.strip(BLANKS):
+            raise UsageError(f"the name of a column is {name!r}, {remedy}")
+        at = pc.index(pc.not_equal(pc.utf8_trim(column, BLANKS), column), True).as_py()
+        if at >= 0:
+            raise UsageError(f"row {at + 1}: {name} is {column[at].as_py()!r}, {remedy}")
 
-    def note(row: Any) -> str:  # must not raise: what it raises is dropped, and the row with it
-        number = "a row" if row.number is None else f"row {row.number - 1}"
-        ragged.append(f"{number}: {row.actual_columns} cells where the header names {len(names)}")
-        return "skip" if len(ragged) <= MAX_PROBLEMS else "error"
 
-    data = head.encode() + handle.read()
-    _require_utf8(data)
-    try:
-        table = pyarrow.csv.read_csv(
-            io.BytesIO(data),
-            read_options=pyarrow.csv.ReadOptions(use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note
-            ),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={name: pa.string() for name in names}, strings_can_be_null=False
-            ),
+def _header_problem(names: Sequence[str], delimiter: str) -> str | None:
+    """Why names are those of no table, or of one in another format; None where they are not."""
+    if not any(name.strip(BLANKS) for name in names):
+        return "not a table: the first line is empty; it must name the columns"
+    other = next((d for d in _DELIMITERS if d != delimiter and len(names) == 1 and d in names[0]), None)
+    if other is not None:
+        remedy = "save it as .csv with commas, or as .tsv with tabs"
+        return f"its first line has {other!r} and no {delimiter!r}; {remedy}"
+    quoted = next((name for name in names if delimiter == "\t" and _is_quoted(name)), None)
+    if quoted is not None:
+        return (
+            f"its first line has quotes around {quoted}, and in a TSV they are part of the name; save it "
+            "without quotes, or as .csv"
         )
-    except pa.ArrowInvalid:
-        if not ragged:
-            raise
-    problems = Problems(path)
-    for problem in ragged:
-        problems.add(problem)
+    return None
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] == '"'
+
+
+def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Problems) -> pa.Table:
+    data = handle.read()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise ManifestError(path, ["not UTF-8 text (UTF-16, or no text at all); save it as UTF-8"])
+    rows = _delimited_rows(path, data, delimiter)
+    names = next(rows, [])
+    if problem := _header_problem(names, delimiter):
+        raise ManifestError(path, [problem])
+    tables, batch = list[pa.Table](), list[list[str]]()
+    for number, cells in enumerate(rows, start=1):
+        if len(cells) != len(names):
+            problems.add(f"row {number}: {len(cells)} cells where the header names {len(names)}")
+            continue
+        batch.append(cells)
+        if len(batch) == _BATCH_ROWS:
+            tables.append(_of_rows(batch, names))
+            batch.clear()
     problems.stop()
-    if any(pc.any(pc.match_substring(column, "\n")).as_py() for column in table.columns):
-        # Arrow takes a quote that is never closed for one long cell, and all rows in it are lost.
-        text = io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")
-        for _ in csv.reader(text, delimiter=delimiter, strict=True):
-            pass
+    table = pa.concat_tables([*tables, _of_rows(batch, names)])
+    if delimiter == ",":
+        _warn_of_cells(
+            table, r"[\r\n]", "has a line break in a quoted cell; see that no rows are in it", problems
+        )
+    else:
+        _warn_of_cells(
+            table, r'^".*"$', "has quotes around a cell, which a TSV takes for a part of it", problems
+        )
     return table
 
 
-def _require_utf8(data: bytes) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(0, len(data), _DECODED_BYTES):
-        decoder.decode(data[start : start + _DECODED_BYTES])
-    decoder.decode(b"", final=True)
+def _delimited_rows(path: str, data: bytes, delimiter: str) -> Iterator[list[str]]:
+    """The header and the rows of a text; without lines that are blank but for delimiters.
+
+    Raises:
+        ManifestError: with the row in which a quote is opened, where that is not closed as it should be.
+    """
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    reader = csv.reader(
+        text,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE,
+        strict=True,
+    )
+    number = 0
+    try:
+        for cells in reader:
+            if number == 0 or "".join(cells).strip(BLANKS):
+                yield cells
+                number += 1
+    except csv.Error as e:
+        where = f"row {number}" if number else "the header"
+        # The other error that there is, of a very long cell, is one of an open quote in a CSV.
+        remedy = 'close it after the cell, and double quotes within it ("")'
+        problem = f"a quote that is not closed ({e}); {remedy}" if delimiter == "," else str(e)
+        raise ManifestError(path, [f"{where}: {problem}"]) from e
 
 
-def _read_json_lines(path: str, handle: BinaryIO) -> pa.Table:
-    problems, rows, tables = Problems(path), list[dict[str, str]](), list[pa.Table]()
-    for number, line in enumerate((text for text in handle if text.strip()), start=1):
+def _of_rows(rows: Sequence[Sequence[str]], names: Sequence[str]) -> pa.Table:
+    columns = zip(*rows, strict=True) if rows else [()] * len(names)
+    return pa.table([pa.array(cells, pa.string()) for cells in columns], names=list(names))
+
+
+def _warn_of_cells(table: pa.Table, pattern: str, what: str, problems: Problems) -> None:
+    """Warn of the cells that a pattern finds, and of where the first one is."""
+    found = {
+        name: pc.match_substring_regex(column, pattern)
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+    counts = {name: pc.sum(matches).as_py() or 0 for name, matches in found.items()}
+    name = next((name for name, count in counts.items() if count), None)
+    if name is not None:
+        row, total = pc.index(found[name], True).as_py() + 1, sum(counts.values())
+        problems.warn(f"row {row}: {name} {what}" + (f" ({total:,} such cells)" if total > 1 else ""))
+
+
+def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], problems: Problems) -> pa.Table:
+    rows, tables = list[dict[str, str]](), list[pa.Table]()
+    lines = (text for line in handle for text in line.splitlines() if text.strip())
+    for number, line in enumerate(lines, start=1):
+        text = line.decode().removeprefix("\ufeff")
         try:
-            cells = _DECODER.decode(line.decode().removeprefix("\ufeff"))
+            cells = _DECODER.decode(text)
         except (ValueError, RecursionError) as e:
             problems.add(f"row {number}: not JSON: {e}")
             continue
-        if not isinstance(cells, dict) or any(isinstance(v, dict | list) for v in cells.values()):
-            problems.add(f"row {number}: not an object of plain values")
+        if not isinstance(cells, dict):
+            problems.add(f'row {number}: not an object, such as {{"path": "a.nii"}}')
             continue
-        rows.append({k: _text(v) for k, v in cells.items()})
-        if len(rows) == _JSON_ROWS:
+        nested = [name for name, value in cells.items() if isinstance(value, dict | list)]
+        for name in nested:
+            if name.strip(BLANKS) in plain:
+                problems.add(f"row {number}: {name} is a list or an object; give it a text or a number")
+        if nested:  # with its numbers, which the decoder gives as text
+            cells |= {name: _json_text(json.loads(text)[name]) for name in nested}
+        rows.append({name: _text(value) for name, value in cells.items()})
+        if len(rows) == _BATCH_ROWS:
             tables.append(_as_table(rows))
             rows.clear()
     problems.stop()
     table = pa.concat_tables([*tables, _as_table(rows)], promote_options="default")
-    return _as_strings(table)
+    return _filled(table.columns, table.column_names)
 
 
 def _text(value: object) -> str:
     return "" if value is None else value if isinstance(value, str) else dump_json(value)
+
+
+def _json_text(value: object) -> str:
+    """A list or an object as JSON; bytes as base64."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return json.dumps(
+        value, ensure_ascii=False, default=lambda v: _json_text(v) if isinstance(v, bytes) else str(v)
+    )
 
 
 def _as_table(rows: list[dict[str, str]]) -> pa.Table:
@@ -209,18 +379,28 @@ def _as_table(rows: list[dict[str, str]]) -> pa.Table:
     return pa.table({n: pa.array([r.get(n, "") for r in rows], pa.string()) for n in names})
 
 
-def _read_parquet(path: str, handle: BinaryIO) -> pa.Table:
-    return _as_strings(pyarrow.parquet.read_table(handle, use_threads=False))
+def _read_parquet(path: str, handle: BinaryIO, plain: Collection[str], problems: Problems) -> pa.Table:
+    table = pyarrow.parquet.read_table(handle, use_threads=False)
+    columns = list[pa.ChunkedArray]()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            columns.append(pc.cast(column, pa.string()))
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
+            if name.strip(BLANKS) in plain:
+                problems.add(f"column {name!r} is of the type {column.type}; give it texts or numbers")
+            texts = [None if v is None else _json_text(v) for v in column.to_pylist()]
+            columns.append(pa.chunked_array([pa.array(texts, pa.string())]))
+    return _filled(columns, table.column_names)
 
 
-def _as_strings(table: pa.Table) -> pa.Table:
-    columns = [pc.fill_null(pc.cast(column, pa.string()), "") for column in table.columns]
-    return pa.table(columns, names=table.column_names)
+def _filled(columns: Sequence[pa.ChunkedArray], names: Sequence[str]) -> pa.Table:
+    return pa.table([pc.fill_null(column, "") for column in columns], names=list(names))
 
 
-_READERS: Final[dict[str, Callable[[str, BinaryIO], pa.Table]]] = {
-    "csv": lambda path, handle: _read_delimited(path, handle, ","),
-    "tsv": lambda path, handle: _read_delimited(path, handle, "\t"),
+_Reader = Callable[[str, BinaryIO, Collection[str], Problems], pa.Table]
+_READERS: Final[dict[str, _Reader]] = {
+    "csv": lambda path, handle, _, problems: _read_delimited(path, handle, ",", problems),
+    "tsv": lambda path, handle, _, problems: _read_delimited(path, handle, "\t", problems),
     "jsonl": _read_json_lines,
     "ndjson": _read_json_lines,
     "parquet": _read_parquet,

@@ -131,6 +131,9 @@ def verify_dataset(
     if manifest is not None:
         built_from = storage.absolute(manifest)
         wanted = read_manifest(built_from, columns, splitting, pseudonyms)
+        if wanted.labels and not spec.config.labels:
+            problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
+            raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
     keep_buffers()
     verification.check_files()
     images = _Images(storage.dirname(built_from), columns, wanted if pseudonyms else None)

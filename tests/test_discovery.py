@@ -18,7 +18,7 @@ from beam_nifti.dataset_info import read_info
 from beam_nifti.discovery import find_bids_images
 from beam_nifti.errors import UsageError
 from beam_nifti.index import read_index
-from beam_nifti.tables import read_table, write_table
+from beam_nifti.tables import read_table
 from beam_nifti.verify import verify_dataset
 from tests.images import brain, write_image
 
@@ -478,22 +478,6 @@ def test_another_ending_is_refused(study: Path, capsys: Capture) -> None:
     out = study / "m.xlsx"
     assert "choose one of these" in error_of(capsys, "bids", str(study), "--suffix=T1w", "--out", str(out))
     assert not out.exists()
-
-
-CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\0"), max_size=8)
-
-
-@given(
-    st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5),
-    st.sampled_from(["tsv", "csv", "jsonl", "parquet"]),
-)
-def test_what_is_written_is_what_is_read(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], ending: str
-) -> None:
-    path = str(tmp_path_factory.getbasetemp() / f"table.{ending}")
-    table = pa.table({"a": [f"x{a}" for a, _ in rows], "b": [b for _, b in rows]})
-    write_table(path, table)
-    assert read_table(path).to_pylist() == table.to_pylist()
 
 
 # Patterns

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.options import parse
 from beam_nifti.options_build import build_config
 from beam_nifti.pseudonyms import Pseudonyms
+from beam_nifti.random_access import Dataset
 from beam_nifti.tables import Problems
 from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import build, contents
@@ -164,8 +166,13 @@ def read(cells: list[str], kind: str | None) -> tuple[LabelColumn, list[LabelVal
 @given(cells=st.lists(CELL, min_size=1, max_size=12), kind=st.sampled_from([None, "class", "string"]))
 def test_labels_are_what_a_plain_loop_makes_of_the_cells(cells: list[str], kind: str | None) -> None:
     present = [c for c in cells if c.strip().lower() not in ("", "n/a", "nan")]
-    is_float = kind is None and all(math.isfinite(parse_label(c)) for c in present)
-    if kind is None and not present:
+    is_float = kind is None and any(c not in ("89+", "F") for c in present)
+    is_wrong = not present or (is_float and not all(math.isfinite(parse_label(c)) for c in present))
+    if kind is None and is_wrong:
+        problems = Problems("m")
+        read_labels(pa.chunked_array([cells]), LabelColumn("x"), "nan", problems)
+        with pytest.raises(ManifestError):
+            problems.stop()
         return
     column, values = read(cells, kind)
     assert column.kind == ("float" if is_float else kind or "class")
@@ -190,6 +197,57 @@ def test_a_cell_of_an_index_that_is_no_label() -> None:
     for cell, column in (("x", LabelColumn("sex", "class", ("F",))), ("x", LabelColumn("age", "float"))):
         with pytest.raises(ShardError, match=f"the index's {column.name} is 'x'"):
             label_of(cell, column)
+
+
+@pytest.mark.parametrize("flag", [None, "label"])
+def test_a_single_column_of_texts_has_classes(tmp_path: Path, flag: str | None) -> None:
+    rows = [{"path": f"{i}.nii", "label": text} for i, text in enumerate(["CN", "AD", "CN"])]
+    manifest = read_manifest(str(write_manifest(tmp_path / "m.csv", rows)), Columns(label=flag))
+    assert manifest.columns.label == "label:class"
+    assert manifest.label_columns == (LabelColumn("label", "class", ("AD", "CN")),)
+    assert [row.labels for row in manifest.rows(range(3))] == [(("label", n),) for n in (1, 0, 1)]
+    assert [row.label for row in manifest.rows(range(3))] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("label", ["age", "age,sex"])
+def test_one_text_among_numbers_makes_no_classes(tmp_path: Path, label: str) -> None:
+    (problem,) = problems_of(tmp_path, Columns(label=label, missing_label="nan"), age=["89+", *AGES[1:]])
+    assert problem.startswith("row 1: age is '89+', not a finite number (of float32); correct it, or make")
+    assert problem.endswith("--label-column age:class")
+    assert manifest_of(tmp_path, Columns(label="age:class", missing_label="nan"), age=["89+", *AGES[1:]])
+
+
+@given(
+    texts=st.lists(
+        st.integers(-(2**70), 2**70).map(str)
+        | st.integers(2**24 - 3, 2**24 + 9).map(str)
+        | st.decimals(-(10**12), 10**12, places=2).map(str),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_labels_that_float32_changes_are_reported(texts: list[str]) -> None:
+    problems = Problems("m")
+    found = read_labels(pa.chunked_array([texts]), LabelColumn("x"), None, problems)
+    assert found.values.to_pylist() == [float(text) for text in texts]
+    with np.errstate(all="raise"):
+        changed = [i for i, t in enumerate(texts) if abs(Fraction(t) - Fraction(float(np.float32(t)))) >= 0.5]
+    if not changed:
+        assert problems.warnings == []
+        return
+    (warning,) = problems.warnings
+    first = changed[0]
+    assert warning.startswith(
+        f"x is {texts[first]} in row {first + 1}, and {int(np.float32(texts[first]))} as"
+    )
+    assert f"; {len(changed)} labels change like that (rows {first + 1}" in warning
+    assert "--label-column x:class or x:string" in warning
+
+
+def test_decimals_are_rounded_without_a_word() -> None:
+    problems = Problems("m")
+    read_labels(pa.chunked_array([["0.1", "16777215.5", "1e-30", "3.5"]]), LabelColumn("x"), None, problems)
+    assert problems.warnings == []
 
 
 def test_more_classes_than_there_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +490,68 @@ def test_other_classes_are_refused_by_name(dataset: Path, folder: Path) -> None:
         raised.value
     )
     assert "--overwrite" in str(raised.value)
+
+
+@pytest.mark.parametrize(("label", "now"), [("age:float,sex", "nan"), ("stage", "skip")])
+def test_the_first_row_without_a_label_is_appended(
+    folder: Path, tmp_path: Path, label: str, now: str
+) -> None:
+    def changed(missing: str | None, *ages: str) -> Columns:
+        rows = [row | {"age": age, "stage": age} for row, age in zip(rows_of(), ages, strict=False)]
+        rows = [row | {"sex": "FM"[i % 2]} for i, row in enumerate(rows)]
+        write_manifest(folder / "grown.tsv", rows)
+        return Columns(label=label, missing_label=missing)
+
+    manifest, output = folder / "grown.tsv", tmp_path / "out"
+    columns = changed(None, "1", "2", "3")
+    build(manifest, output, columns=columns)
+    columns = changed(now, "1", "2", "3", "n/a", "5")
+    again = build(manifest, output, columns=columns)
+    assert again.read == {"sub-3.nii", "sub-4.nii"} - ({"sub-3.nii"} if now == "skip" else set())
+    assert verify_dataset(str(output), manifest=str(manifest), deep=ALL).problems == ()
+    assert info_of(output).config["columns"]["missing_label"] == now
+    for other in {"nan", "skip"} - {now}:  # what it was decided by
+        with pytest.raises(OutputError, match="missing_label"):
+            plan_build(
+                BuildConfig(
+                    str(manifest), str(output), columns=dataclasses.replace(columns, missing_label=other)
+                )
+            )
+
+
+def test_texts_are_no_labels_of_a_dataset_of_numbers(folder: Path, tmp_path: Path) -> None:
+    manifest = write_manifest(folder / "numbers.tsv", rows_of()[:2])
+    dataset = build_dataset(manifest, tmp_path / "out", columns=Columns(label="stage"))
+    write_manifest(manifest, rows_of(stage=SEXES)[:2])
+    with pytest.raises(ManifestError, match=r"stage holds texts, and the labels of .* are numbers"):
+        verify_dataset(str(dataset), manifest=str(manifest))
+
+
+def test_texts_of_a_single_column_are_built_read_and_verified(folder: Path, tmp_path: Path) -> None:
+    rows = [{"path": f"sub-{i}.nii", "label": ("CN", "AD")[i % 2]} for i in range(4)]
+    rows.append({"path": "sub-5.nii", "label": "CN"})  # which is damaged
+    manifest = write_manifest(folder / "texts.tsv", rows)
+    dataset = build_dataset(manifest, tmp_path / "out", max_bad_fraction=0.5)
+    assert verify_dataset(str(dataset), manifest=str(manifest), deep=ALL).problems == ()
+    assert info_of(dataset).labels == (LabelColumn("label", "class", ("AD", "CN")),)
+    assert [int(record["label/label"][0]) for record in labels_of(dataset)] == [1, 0, 1, 0]
+    failed = json.loads((dataset / "failures.jsonl").read_text())
+    assert failed["label"] == "CN"
+    before = (dataset / "dataset_info.json").read_bytes()
+    build_dataset(manifest, dataset, max_bad_fraction=0.5)
+    build_dataset(manifest, dataset, max_bad_fraction=0.5, columns=Columns(label="label:class"))
+    assert (dataset / "dataset_info.json").read_bytes() == before
+
+
+def test_the_index_has_the_label_as_it_was_written(folder: Path, tmp_path: Path) -> None:
+    rows = [{"path": f"sub-{i}.nii", "label": 2**24 + i} for i in range(3)]
+    manifest = write_manifest(folder / "large.tsv", rows)
+    output = build_dataset(manifest, tmp_path / "out")
+    dataset = Dataset(output)
+    assert dataset.index(["label"])["label"].to_pylist() == [2**24, 2**24 + 1, 2**24 + 2]
+    assert [float(element["label"]) for element in dataset] == [2**24, 2**24, 2**24 + 2]
+    assert len(Dataset(output, where="label == 16777217")) == 1
+    assert verify_dataset(str(output), manifest=str(manifest), deep=ALL).problems == ()
 
 
 def test_skipped_rows_are_counted_and_no_failures(folder: Path, tmp_path: Path) -> None:

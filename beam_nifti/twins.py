@@ -1,0 +1,101 @@
+"""Twins: names that are probably one, written in two ways."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti.tables import Problems
+
+LIKENESS: Final = "only in letter case, quotes, spaces, leading zeros or the Unicode form"
+"""In what the names that `fold` makes equal can differ."""
+
+_REWRITTEN: Final = r"^[0-9]+\.0+$|^[0-9](\.[0-9]+)?[eE]\+[0-9]+$"
+"""Numbers as spreadsheets and pandas rewrite ids: 7.0 in the place of 7, 1.23E+11 in that of 123456789012."""
+
+_SHOWN: Final = 3
+"""Twins that are named in warnings."""
+
+
+def fold(names: pa.Array) -> pa.Array:
+    """What is equal for names that are probably one.
+
+    >>> fold(pa.array(["Sub-007", "sub-7", '"SUB-7"', "sub 7", "7.0"])).to_pylist()
+    ['sub-7', 'sub-7', 'sub-7', 'sub7', '7']
+    """
+    folded = pc.utf8_lower(pc.utf8_normalize(names, form="NFKC"))
+    folded = pc.replace_substring_regex(folded, r"""[\s\p{Z}\p{Cf}"']+""", "")
+    folded = pc.replace_substring_regex(folded, r"^([0-9]+)\.0+$", r"\1")
+    return pc.replace_substring_regex(folded, r"^([^0-9]*)0+([0-9]+)$", r"\1\2")
+
+
+def find_twins(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[int, int]]:
+    """Find names that are probably those of earlier rows, written in another way.
+
+    Args:
+        names: one per row; "" is nobody's.
+        folded: what is equal for twins, one per row; `fold` of the names by default.
+
+    Returns:
+        The first row of each such name, ascending, and the first row of the name that it resembles.
+    """
+    encoded = names.dictionary_encode()
+    rows = np.unique(encoded.indices.to_numpy(), return_index=True)[1]  # where each name comes first
+    keys = (fold(encoded.dictionary) if folded is None else folded.take(pa.array(rows))).dictionary_encode()
+    if len(keys.dictionary) == len(rows):
+        return []
+    groups = keys.indices.to_numpy()
+    first = np.unique(groups, return_index=True)[1][groups]
+    named = pc.not_equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)
+    twins = np.flatnonzero((first != np.arange(len(rows))) & named & named[first])
+    return [(int(rows[i]), int(rows[first[i]])) for i in twins]
+
+
+def warn_of_names(
+    what: str,
+    names: pa.Array,
+    problems: Problems,
+    folded: pa.Array | None = None,
+    *,
+    is_anonymous: bool = False,
+) -> None:
+    """Warn of names that are probably one, and of names that a spreadsheet has rewritten.
+
+    Args:
+        what: the names are.
+        names: one per row.
+        problems: where to warn.
+        folded: as for `find_twins`; for names that are made of others, which are checked by themselves.
+        is_anonymous: whether warnings must not hold the names.
+    """
+    twins = find_twins(names, folded)
+    for row, other in twins[:_SHOWN]:
+        problems.warn(
+            f"{_twin_text(what, names, row, other, is_anonymous)}; give both one spelling if they are one"
+        )
+    if len(twins) > _SHOWN:
+        problems.warn(
+            f"{len(twins):,} rows are the first of a {what} that differs from an earlier one like that"
+        )
+    at = pc.index(pc.match_substring_regex(names, _REWRITTEN), True).as_py()
+    if at >= 0 and folded is None:
+        shown = "" if is_anonymous else f" {names[at]}"
+        problems.warn(
+            f"row {at + 1}: its {what}{shown} looks like a number that a spreadsheet or pandas has "
+            "rewritten; store ids as text"
+        )
+
+
+def refuse_twins(names: pa.Array, problems: Problems, *, is_anonymous: bool = False) -> None:
+    """Make problems of names that are probably one, where each would be drawn a split of its own."""
+    for row, other in find_twins(names):
+        text = _twin_text("name", names, row, other, is_anonymous)
+        problems.add(f"{text}, and --split would take them for two; give both one spelling, or other names")
+
+
+def _twin_text(what: str, names: pa.Array, row: int, other: int, is_anonymous: bool) -> str:
+    name, resembled = ("", " that") if is_anonymous else (f" {names[i].as_py()!r}" for i in (row, other))
+    return f"row {row + 1}: its {what}{name} differs from{resembled} of row {other + 1} {LIKENESS}"
