@@ -8,7 +8,7 @@ from typing import Final
 
 from beam_nifti import local_runner
 from beam_nifti.errors import UsageError
-from beam_nifti.options import dashed, flags_of_commands, suggest_flag
+from beam_nifti.options import dashed, explain_unknown, flags_of_commands, suggest_flag
 from beam_nifti.options_common import refuse_swallowed
 
 UNUSABLE: Final = {
@@ -113,12 +113,10 @@ def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str
     may_know_more = runner in _JOB_SERVERS or _is_foreign(runner)
     for before, argument in zip(("", *unknown), unknown, strict=False):
         is_flag = argument.startswith("--")
-        flag = dashed(argument.partition("=")[0])
-        hint = suggest_flag(flag, [*ours, *known]) if is_flag else ""
         is_value = not is_flag and before.startswith("--") and "=" not in before
-        if hint or not (may_know_more and (is_flag or is_value)):
-            what = "unknown flag" if is_flag else "unknown argument"
-            raise UsageError(f"{what} {flag}; {hint or f'see `beam-nifti {command} --help`'}")
+        is_misspelled = is_flag and suggest_flag(dashed(argument.partition("=")[0]), [*ours, *known])
+        if is_misspelled or not (may_know_more and (is_flag or is_value)):
+            raise UsageError(explain_unknown(argument, command, known))
 
 
 def _unused_options(runner: str) -> frozenset[str]:

@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         _refuse_strays(arguments, rest)
     elif rest:
         source = getattr(known, "source", None)
-        raise UsageError(_unknown_argument(rest[0], f"{known.command} {source}" if source else known.command))
+        raise UsageError(explain_unknown(rest[0], f"{known.command} {source}" if source else known.command))
     return known, [_underscored(a) for a in rest]
 
 
@@ -138,15 +138,23 @@ def _refuse_strays(arguments: Sequence[str], rest: Sequence[str]) -> None:
         raise UsageError(f"unknown argument {argument}; write the value of a flag of Beam's as --flag=VALUE")
 
 
-def _unknown_argument(argument: str, command: str) -> str:
-    """Why a command does not take an argument."""
-    flag = argument.partition("=")[0]
-    commands = flags_of_commands()
-    others = [name for name, flags in commands.items() if flag in flags]
-    if flag.startswith("--") and others:
+def explain_unknown(argument: str, command: str, further: Iterable[str] = ()) -> str:
+    """Why a command does not take an argument.
+
+    Args:
+        argument: that was given.
+        command: such as "manifest bids".
+        further: flags that it takes besides its own.
+    """
+    if not argument.startswith("--"):
+        return f"unknown argument {argument}; see `beam-nifti {command} --help`"
+    flag = dashed(argument.partition("=")[0])
+    known = flags_of_commands()
+    others = [name for name, flags in known.items() if flag in flags]
+    if others:
         return f"{flag} is an option of {' and '.join(others)}, not of {command}; leave it out"
-    hint = suggest_flag(flag, commands[command]) or f"see `beam-nifti {command} --help`"
-    return f"unknown argument {argument}; {hint}"
+    hint = suggest_flag(flag, [*known[command], *further]) or f"see `beam-nifti {command} --help`"
+    return f"unknown flag {flag}; {hint}"
 
 
 def flags_of_commands() -> Mapping[str, list[str]]:

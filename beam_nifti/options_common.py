@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, TypeAlias
+import re
+from typing import Any, Final, TypeAlias
 
 from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
 from beam_nifti.logs import FORMATS as LOG_FORMATS
+
+_SECRET: Final = re.compile("secret|token|access.key|connection.string")
+"""What is in the names of flags whose values no message shows."""
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What commands are added to."""
@@ -41,7 +45,8 @@ class StoreOnce(argparse._StoreAction):
         """
         _refuse_empty(self, values)
         if flag is not None and self._first not in (None, values):
-            raise UsageError(f"{flag} is given twice, as {self._first} and {values}; give it once")
+            both = "" if _SECRET.search(flag) else f", as {self._first} and {values}"
+            raise UsageError(f"{flag} is given twice{both}; give it once")
         self._first = values
         super().__call__(parser, namespace, values, flag)
 

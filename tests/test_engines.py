@@ -157,6 +157,10 @@ def test_dataflow_needs_its_extra() -> None:
         (["--parallelism=3"], "--parallelism is Beam's, and has no effect without --runner"),
         (["--runner=DirectRunner", "--setup-file=setup.py"], "--setup_file is Beam's"),
         (["--surprise"], "unknown flag --surprise"),
+        (
+            ["--s3-secret-access-key=a", "--s3-secret-access-key=b"],
+            "--s3_secret_access_key is given twice; give",
+        ),
     ],
 )
 def test_what_is_missing_or_of_no_use_is_said(flags: list[str], says: str) -> None:

@@ -367,6 +367,7 @@ def test_no_argument_is_empty(value: str) -> None:
     ("argv", "says"),
     [
         (["verify", "out", "--shape=1,2,3"], "--shape is an option of check and build, not of verify"),
+        (["inspect", "out", "--jsn"], "unknown flag --jsn; did you mean --json?"),
         (["verify", "out", "--manifes=x"], "did you mean --manifest?"),
         (
             ["build", "--parallelism", "3", "m.tsv", "out"],
