@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from beam_nifti.errors import DatasetError, VolumeError
 from beam_nifti.extract import read_volume
 from beam_nifti.formats import parse_header
 from beam_nifti.header import VolumeHeader
-from beam_nifti.notes import TEXTS
+from beam_nifti.notes import OF_VOXELS, TEXTS
 from beam_nifti.prepare import apply_function, prepare_volume
 from beam_nifti.volume import load_volume
 from tests.images import AFFINE, brain, nifti_bytes, row_of, write_image, write_manifest
+from tests.pages import ROOT
 
 SHAPE = (6, 5, 4)
 ZOOMS = (2.0, 2.0, 2.5)
@@ -202,6 +204,11 @@ def test_any_header_places_its_voxels_or_is_refused(
         assert np.allclose(header.zooms, np.sqrt((in_file[:3, :3] ** 2).sum(0)) / per_mm, rtol=1e-4)
     assert ("sform-unusable" in header.notes) == (s in ("zeros", "flat", "not finite"))
     assert ("units-converted" in header.notes) == (unit in (1, 3))
+
+
+def test_the_page_names_every_note_of_headers() -> None:
+    page = (ROOT / "docs/images.md").read_text()
+    assert set(re.findall(r"^\| `([\w-]+)` \| ", page, re.M)) >= TEXTS.keys() - OF_VOXELS
 
 
 def test_a_build_warns_once_of_each_kind_and_check_names_the_images(
