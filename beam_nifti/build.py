@@ -42,7 +42,14 @@ from beam_nifti.plan import (
     stored_itemsize,
 )
 from beam_nifti.prepare import prepare_volume
-from beam_nifti.publish import BuildSummary, TooManyFailures, find_info, remove_shards, take_summary
+from beam_nifti.publish import (
+    BuildSummary,
+    TooManyFailures,
+    find_info,
+    remove_shards,
+    require_writable_output,
+    take_summary,
+)
 from beam_nifti.sharding import ShardName, shard_ranges
 from beam_nifti.user_function import source_sha256
 from beam_nifti.volume import load_header, load_volume
@@ -120,9 +127,11 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
 
     Raises:
         ManifestError: the manifest cannot be built from.
-        OutputError: the output holds something that this build must not touch.
+        OutputError: the output holds something that this build must not touch; or nothing can be written
+            to it, or to the temporary folder.
         UsageError: the user's function cannot be imported; or the key of anonymous ids is in the output,
             or too short.
+        OSError: a folder cannot be written now, but that may pass.
     """
     plan, _, estimate = _plan(_read_inputs(config))
     return plan, estimate
@@ -178,6 +187,11 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
         raise UsageError(
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
+    # To a store they would write, which is for `open_build`.
+    if not storage.is_remote(config.output):
+        require_writable_output(config.output)
+    if config.temp_location and not storage.is_remote(config.temp_location):
+        storage.require_writable(config.temp_location, "--temp-location", is_folder=True)
     manifest = read_build_manifest(config.manifest, config)
     manifest.log_warnings()
     if manifest.label_columns:
@@ -398,6 +412,9 @@ def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
     """
     inputs = _read_inputs(config)  # a manifest that cannot be built from leaves no trace of the build
     with lock.hold(inputs.config.output):
+        temp_location = inputs.config.temp_location
+        if temp_location and storage.is_remote(temp_location):
+            storage.require_writable(temp_location, "--temp-location", is_folder=True)
         plan, note, _ = _plan(inputs)
         del inputs  # hundreds of megabytes of rows, in a large cohort, for as long as the build runs
         _prepare(plan, note)
@@ -429,6 +446,7 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
 
     Raises:
         TooManyFailures: the dataset is not published; the next run loads only what failed.
+        OutputBusyError: another build has taken the output.
     """
     import apache_beam as beam
 
@@ -439,6 +457,7 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
     with whole_elements():
         result = pipeline.run()
         result.wait_until_finish()
+    lock.require_held(plan.config.output)  # or what is removed now may be another build's
     summary, metrics = take_summary(plan.config.output), _metrics(result)
     assert summary is not None
     if not summary.complete:

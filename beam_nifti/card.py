@@ -48,7 +48,8 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
     Raises:
         DatasetError: there is no complete dataset, or nothing in it.
-        OutputError: one of the files is there already, with other content; none is written then.
+        OutputError: one of the files is there already, with other content, or cannot be written; none is
+            written then.
         UsageError: a word is empty, or holds what is no text.
     """
     for key, words in about.items():
@@ -65,6 +66,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
         storage.join(output, CROISSANT_FILE): make_croissant(info, index.schema, about).encode(),
     }
     for path, content in files.items():
+        storage.require_writable(path, "the file of the card")
         if not overwrite and storage.exists(path) and storage.read(path) != content:
             raise OutputError(f"{path}: is there already; --overwrite replaces it")
     for path, content in files.items():

@@ -17,18 +17,23 @@ from typing import TYPE_CHECKING, Final, cast
 
 from beam_nifti import logs, storage
 from beam_nifti import options as command_line
-from beam_nifti.errors import (
-    BeamNiftiError,
-    ManifestError,
-    OutputBusyError,
-    OutputError,
-    UsageError,
-)
+from beam_nifti.errors import BeamNiftiError, OutputError, UsageError
 from beam_nifti.notes import warnings_of
 from beam_nifti.options_build import build_config, check_config
 from beam_nifti.options_common import choose_workers
 from beam_nifti.options_dataset import report_config
 from beam_nifti.options_manifest import chosen_entities
+from beam_nifti.outcomes import (
+    CUT_SHORT,
+    FAILED,
+    INTERRUPTED,
+    SUCCESS,
+    TEMPORARY,
+    USAGE,
+    engine_outcome,
+    exit_code,
+    reason_of,
+)
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
 from beam_nifti.strict_json import dump_json
 
@@ -38,15 +43,6 @@ if TYPE_CHECKING:
     from beam_nifti.metrics import Metrics
     from beam_nifti.plan import BuildPlan
     from beam_nifti.publish import BuildSummary
-
-SUCCESS: Final = 0
-FAILED: Final = 1
-USAGE: Final = 2
-TEMPORARY: Final = 75
-"""EX_TEMPFAIL of sysexits.h: what stood in the way may be gone when a scheduler tries again."""
-INTERRUPTED: Final = 130
-CUT_SHORT: Final = 141
-"""128 + SIGPIPE, as a shell says of `git log` whose reader has gone: what was asked for is not out."""
 
 _SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
@@ -70,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     with logs.on_stderr(command_line.find_log_format(arguments)):
         try:
+            _require_text(arguments)
             with _all_read():  # --help and --version
                 options, beam_flags = command_line.parse(arguments)
         except SystemExit:
@@ -81,8 +78,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run_command(options, beam_flags)
 
 
+def _require_text(arguments: Sequence[str]) -> None:
+    """Refuse what our files, which are UTF-8, cannot hold."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{os.fsencode(argument)!r} is not UTF-8 text; correct it, or rename the file"
+            ) from None
+
+
 def _run_command(options: argparse.Namespace, beam_flags: list[str]) -> int:
     """Run it, and write how it ended, whatever happens."""
+    try:
+        _require_reports_writable(options)
+    except (BeamNiftiError, OSError) as e:
+        return _complain(e if isinstance(e, BeamNiftiError) else reason_of(e), exit_code(e))
     run, code = RunSummary(options.command), None
     try:
         code = _attempt(options, beam_flags, run)
@@ -92,6 +104,18 @@ def _run_command(options: argparse.Namespace, beam_flags: list[str]) -> int:
         run.end(code)
         is_told = _tell_end(run, options)
     return code if is_told else code or FAILED
+
+
+def _require_reports_writable(options: argparse.Namespace) -> None:
+    """Refuse local files that cannot be written; those of a store need the engine's flags first."""
+    for name, flag in (("summary_json", "--summary-json"), ("metrics_file", "--metrics-file")):
+        path = getattr(options, name, None)
+        if path is not None and not storage.is_remote(path):
+            storage.require_writable(storage.absolute(path), flag)
+    if metrics := getattr(options, "metrics_file", None):
+        folder = storage.dirname(storage.absolute(metrics))
+        if not storage.exists(folder):
+            raise UsageError(f"--metrics-file is {metrics}: there is no folder {folder}; create it")
 
 
 def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
@@ -107,7 +131,7 @@ def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
 
             write_metrics(options.metrics_file, run)
     except OSError as e:
-        logs.LOGGER.error("how the command ended could not be written: %s", _reason(e))
+        logs.LOGGER.error("how the command ended could not be written: %s", reason_of(e))
         return False
     return True
 
@@ -131,10 +155,10 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         return CUT_SHORT
     except BeamNiftiError as e:
         run.fail(e)
-        return _complain(e, _exit_code(e))
+        return _complain(e, exit_code(e))
     except OSError as e:
-        run.fail(e, _reason(e))
-        return _complain(_reason(e), TEMPORARY if isinstance(e, TimeoutError) else USAGE)
+        run.fail(e, reason_of(e))
+        return _complain(reason_of(e), exit_code(e))
     except KeyboardInterrupt as e:
         run.fail(e)
         if sys.stderr.isatty():
@@ -142,16 +166,6 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         again = "continues where it was" if options.command == "build" else "starts again"
         logs.LOGGER.warning("stopped; the same command %s", again)
         return INTERRUPTED
-
-
-def _exit_code(error: BeamNiftiError) -> int:
-    if isinstance(error, OutputBusyError):
-        return TEMPORARY
-    return USAGE if isinstance(error, UsageError | ManifestError | OutputError) else FAILED
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
 class _CutShort(Exception):
@@ -185,8 +199,10 @@ def _complain(error: Exception | str, code: int) -> int:
     return code
 
 
-def _refuse_existing(path: str) -> None:
-    if storage.exists(storage.absolute(path)):
+def _require_out(path: str, *, overwrite: bool) -> None:
+    """Refuse, before any work, a file that is there already or cannot be written."""
+    storage.require_writable(storage.absolute(path), "--out")
+    if not overwrite and storage.exists(storage.absolute(path)):
         raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
 
 
@@ -195,8 +211,8 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.tables import format_delimited, write_table
 
     out = options.out and storage.absolute(options.out)
-    if out and not options.overwrite:
-        _refuse_existing(options.out)
+    if out:
+        _require_out(options.out, overwrite=options.overwrite)
     folder = storage.dirname(out) if out else ""
     if options.source == "bids":
         found = discovery.find_bids_images(
@@ -240,7 +256,10 @@ def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
         _note_plan(run, plan)
         if engine.is_template:
             run.dry_run = True
-            write_template(plan, engine.options)
+            try:
+                write_template(plan, engine.options)
+            except Exception as e:
+                return _stopped(run, e, "the template was not written", "starts again")
             return SUCCESS
         return _run(run, plan, engine, quiet=options.quiet)
 
@@ -248,6 +267,8 @@ def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
 def _remove_earlier(options: argparse.Namespace) -> None:
     """Forget how an earlier run ended; once Beam knows its flags, as some are for the storage."""
     if options.summary_json is not None:
+        if storage.is_remote(options.summary_json):
+            storage.require_writable(storage.absolute(options.summary_json), "--summary-json")
         remove_earlier(options.summary_json)
 
 
@@ -292,8 +313,8 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
             "out with --max-bad-fraction",
             FAILED,
         )
-    except RuntimeError as e:
-        return _stopped(run, e, "the build stopped", "the same command continues where it was")
+    except Exception as e:
+        return _stopped(run, e, "the build stopped", "continues where it was")
     sys.stderr.write(noise.getvalue())
     _note_end(run, summary, metrics)
     with _while_read():
@@ -331,14 +352,16 @@ def _set_aside(noise: io.StringIO, engine: Engine) -> Iterator[None]:
         yield
 
 
-def _stopped(run: RunSummary, error: RuntimeError, what: str, remedy: str) -> int:
-    """Say why a pipeline failed: by a worker's exception, which the runner brings back as text."""
-    reason = str(error).strip().rpartition("\n")[2]
-    run.fail(error, reason)
-    # What the system refuses says all there is to know, which a hundred of the runner's calls would hide.
-    trace = None if "[Errno " in reason else error
-    logs.LOGGER.error("%s: %s; %s", what, reason, remedy, exc_info=trace)
-    return TEMPORARY
+def _stopped(run: RunSummary, error: Exception, what: str, again: str) -> int:
+    """Report why a pipeline failed: by its engine, or by a worker's exception."""
+    outcome = engine_outcome(error)
+    if outcome is None:
+        raise error
+    run.fail(error, outcome.reason)
+    same = "the same command" if outcome.code == TEMPORARY else "correct that, and the same command"
+    trace = None if outcome.is_explained else error
+    logs.LOGGER.error("%s: %s; %s %s", what, outcome.reason, same, again, exc_info=trace)
+    return outcome.code
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
@@ -411,6 +434,8 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     from beam_nifti.survey import format_report
 
     _remove_earlier(options)
+    if options.out is not None:
+        _require_out(options.out, overwrite=True)
     plan = plan_check(engine.config)
     config = plan.config
     run.know(runner=engine.runner, manifest=config.manifest, fingerprint=config.record.fingerprint)
@@ -418,8 +443,8 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     try:
         with progress, _set_aside(io.StringIO(), engine):
             report = check_images(plan, engine.options, options.out)
-    except RuntimeError as e:
-        return _stopped(run, e, "the check stopped", "the same command starts again")
+    except Exception as e:
+        return _stopped(run, e, "the check stopped", "starts again")
     num_bad, num_images = report["num_bad"], report["num_images"]
     run.know(num_volumes=num_images, num_failed=num_bad)
     with _while_read():
@@ -503,9 +528,8 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
 
     ids = list(dict.fromkeys(options.id))
     paths = choose_paths(ids, options.out, "_mask" if options.mask else "")
-    if not options.overwrite:
-        for path in paths:
-            _refuse_existing(path)
+    for path in paths:
+        _require_out(path, overwrite=options.overwrite)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
@@ -533,8 +557,8 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     try:
         with progress, _set_aside(io.StringIO(), engine):
             summary = write_report(options.output, info, out, engine.options, num_pictures=options.pictures)
-    except RuntimeError as e:
-        return _stopped(run, e, "the report stopped", "the same command starts again")
+    except Exception as e:
+        return _stopped(run, e, "the report stopped", "starts again")
     for problem in summary.problems:
         logs.LOGGER.warning("%s", problem)
     with _while_read():
@@ -554,8 +578,7 @@ def _view(options: argparse.Namespace, _: list[str]) -> int:
     path = storage.absolute(out)
     if options.open and storage.is_remote(path):
         raise UsageError(f"--open is for a file of this machine, and --out is {out}; leave one of them out")
-    if not options.overwrite:
-        _refuse_existing(out)
+    _require_out(out, overwrite=options.overwrite)
     volume = read_volume(options.output, options.id)
     page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()
     storage.write(path, page)

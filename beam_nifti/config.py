@@ -497,7 +497,10 @@ class BuildConfig:
         object.__setattr__(self, "record", _with_columns(self.record, self.columns))
 
     def allows_failures(self, num_failed: int, num_volumes: int) -> bool:
-        """Whether a dataset of so many volumes is completed without those that failed."""
+        """Whether a dataset is complete without so many of its volumes.
+
+        The fraction is the decimal that was given: as floats, 0.29 * 100 is less than 29.
+        """
         return num_failed <= Fraction(str(self.max_bad_fraction)) * num_volumes
 
     def as_dataset_config(self) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class ManifestError(BeamNiftiError):
         return "\n".join([f"{self.path}: not usable as a manifest", *(f"  {p}" for p in self.problems)])
 
 
+class ManifestChangedError(ManifestError):
+    """A manifest that changed while a build of it ran."""
+
+
 class OutputError(BeamNiftiError):
     """An output folder that may not be written: it holds something else, or a build is running."""
 
@@ -44,6 +48,10 @@ class VolumeError(BeamNiftiError):
 
 class ShardError(BeamNiftiError):
     """A shard, part or index file that is not what it should be."""
+
+
+class PartsChangedError(ShardError):
+    """Parts of a shard that changed or disappeared while they were merged; the next build replaces them."""
 
 
 class DatasetError(BeamNiftiError):

@@ -14,7 +14,8 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.formats import HEAD_BYTES
 from beam_nifti.header import VolumeHeader
 from beam_nifti.image_names import HALF, PACKED
-from beam_nifti.packing import Bytes, Unpacker, fill, packing_of, unpacked_head
+from beam_nifti.packing import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
+from beam_nifti.signatures import stand_in
 
 ReadHeader = Callable[[bytes], VolumeHeader]
 
@@ -49,9 +50,18 @@ def image_files(path: str) -> tuple[str, ...]:
     stem = match["stem"] + (other.upper() if half.isupper() else other)
     for ending in dict.fromkeys((packed, "", *PACKED)):
         with contextlib.suppress(FileNotFoundError):
-            storage.stat(stem + ending)
+            if not storage.broken_link(stem + ending):
+                storage.stat(stem + ending)
             return (path, stem + ending) if is_header else (stem + ending, path)
     return (path,)
+
+
+def _files_to_read(name: str, path: str) -> tuple[str, ...]:
+    files = image_files(path)
+    for file in files:
+        if what := storage.broken_link(file):
+            raise VolumeError(f"{name}: {what}")
+    return files
 
 
 def stat_image(path: str) -> storage.Stat:
@@ -82,25 +92,38 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
         VolumeError: it cannot be read, or `parse` refuses it.
     """
     with _reading(name):
-        files = image_files(path)
+        files = _files_to_read(name, path)
         head = storage.read_head(files[0], _HEAD_OF_FILE)
         packing = packing_of(head)
         if packing and packing.head_bytes > len(head) == _HEAD_OF_FILE:
             head = storage.read_head(files[0], packing.head_bytes)
     header = parse(unpacked_head(name, head, HEAD_BYTES))
-    _check_pair(name, files, header)
+    if len(files) == 2:
+        _refuse_whole_image(name, head, header)
+    _check_container(name, files, header)
     return header
 
 
-def _check_pair(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
-    if header.is_pair and len(files) == 1:
-        raise VolumeError(
-            f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
-        )
-    if not header.is_pair and len(files) == 2:
-        raise VolumeError(
-            f"{name}: its .hdr file is a whole image and no header of an .img file; repair its name: .nii"
-        )
+def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
+    """Refuse a header whose voxels cannot be in these files.
+
+    The files decide where voxels are, as in nibabel, and not the magic string of a NIfTI header.
+    """
+    is_inside = header.offset < header.header_bytes
+    if len(files) == 1:
+        if header.is_analyze and not HALF.fullmatch(files[0]):
+            raise VolumeError(
+                f"{name}: an ANALYZE header, or a NIfTI header without its magic string, in a single file; "
+                "repair or convert the image"
+            )
+        if header.is_pair and (is_inside or HALF.fullmatch(files[0])):
+            raise VolumeError(
+                f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
+            )
+        if is_inside:
+            raise VolumeError(
+                f"{name}: voxels start at byte {header.offset}, inside the header; repair vox_offset"
+            )
     if header.is_analyze and (match := HALF.fullmatch(files[0])):
         with _reading(name):
             found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
@@ -126,7 +149,7 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
     with contextlib.ExitStack() as stack:
         with _reading(name):
             opened = []
-            files = image_files(path)
+            files = _files_to_read(name, path)
             for file in files:
                 handle, stat = storage.open_with_stat(file)
                 opened.append((stack.enter_context(handle), stat))
@@ -134,7 +157,7 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
         named_packed = files[-1].lower().endswith(PACKED)
         source = join_stats([s for _, s in opened])
         image = Image(name, handle, stat.size, source, parse, header, named_packed)
-        _check_pair(name, files, image.header)
+        _check_container(name, files, image.header)
         yield image
 
 
@@ -144,9 +167,26 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
         raise VolumeError(f"{name}: its .hdr file has {stat.size} bytes, which no header has; copy it again")
     with _reading(name):
         data = handle.read()
-    if packing := packing_of(data):
-        Unpacker(name, data, packing).skip(_LARGEST_HEADER)  # to its end, where the checksum is
-    return parse(unpacked_head(name, data, HEAD_BYTES))
+    content_size(name, data, _LARGEST_HEADER)  # reads to its end, where the checksum is
+    header = parse(unpacked_head(name, data, HEAD_BYTES))
+    _refuse_whole_image(name, data, header)
+    return header
+
+
+def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
+    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image.
+
+    Args:
+        name: the image's path in errors.
+        data: the .hdr file, or its start.
+        header: what it says.
+    """
+    if header.is_pair or header.offset < header.header_bytes:
+        return
+    if content_size(name, data, header.offset + 1) > header.offset:
+        raise VolumeError(
+            f"{name}: its .hdr file is a whole image, not the header of an .img file; repair its name: .nii"
+        )
 
 
 class Image:
@@ -185,6 +225,8 @@ class Image:
         self._unpacker: Unpacker | None = None
         if header is not None:
             self.header = header
+            if self._size < self._promised and (what := stand_in(bytes(self._data[:HEAD_BYTES]))):
+                raise VolumeError(f"{name}: its .img file is {what}")
             if named_packed and self._packing is None:
                 raise VolumeError(f"{name}: its .img file is not packed as its name says; copy it again")
             if not named_packed and self._size == self._promised:
@@ -238,9 +280,10 @@ class Image:
             unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
             self._unpacker = None
             content = unpacker.read(self._promised, self._most)
+            self._check_size(len(content), unpacker.trailing_text)
         else:
             content = memoryview(data)
-        self._check_size(len(content))
+            self._check_size(len(content))
         return content[self.header.offset : self._promised]
 
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
@@ -275,10 +318,10 @@ class Image:
                 got = fill(reader, buffer)
             at += got
             if got < size:
-                self._check_size(at)
+                self._check_size(at, reader.trailing_text if isinstance(reader, Unpacker) else "")
             yield buffer
         if isinstance(reader, Unpacker):
-            self._check_size(at + reader.skip(self._most - at))
+            self._check_size(at + reader.skip(self._most - at), reader.trailing_text)
 
     def _refuse_oversized(self) -> None:
         """Spare the memory of a file that its header disowns, such as a wrong download."""
@@ -287,11 +330,11 @@ class Image:
         if self._size > self._promised + allowance + _LARGE_FILE // 2:
             raise self._disowned()
 
-    def _check_size(self, size: int) -> None:
+    def _check_size(self, size: int, trailing: str = "") -> None:
         if size < self._promised:
             raise VolumeError(
                 f"{self._name}: truncated: {size} bytes where shape {self.header.shape} of "
-                f"{self.header.dtype_name} needs {self._promised}; copy the file again"
+                f"{self.header.dtype_name} needs {self._promised}{trailing}; copy the file again"
             )
         if size >= self._most:
             raise self._disowned()

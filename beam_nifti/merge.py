@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
-from beam_nifti.errors import ShardError
+from beam_nifti.errors import PartsChangedError, ShardError
 from beam_nifti.index import read_index, schema_of, write_index
 from beam_nifti.parts import PART_ENDING, Part, file_facts, part_at
 from beam_nifti.sharding import ShardName
@@ -50,7 +50,7 @@ def merge_parts(
         folder: `parts_folder` of the shard.
 
     Raises:
-        ShardError: the parts do not hold exactly the expected positions.
+        PartsChangedError: the parts do not hold exactly the expected positions.
     """
     merge = _Merge(output, name, expected, _joined(parts), record, extra_columns, folder)
     try:
@@ -194,7 +194,7 @@ def _select(parts: Sequence[Part], expected: Collection[int], name: ShardName, s
     if not np.array_equal(found, wanted):
         missing = np.setdiff1d(wanted, found)[:5].tolist()
         surplus = np.setdiff1d(found, wanted)[:5].tolist()
-        raise ShardError(
+        raise PartsChangedError(
             f"{name}: positions {missing} are missing and {surplus} are too many; run the build again"
         )
     if not np.array_equal(order, np.arange(len(positions))):  # as a rule, and then nothing is copied
@@ -258,7 +258,7 @@ def _facts_of_data(path: str, records: _Records) -> dict[str, str]:
             hasher.update(chunk)
             size += len(chunk)
     if size != sum(length for _, length in _extents(records)):
-        raise ShardError(f"{path}: its parts were removed while they were merged; run the build again")
+        raise PartsChangedError(f"{path}: its parts were removed while they were merged; run the build again")
     return file_facts(hasher.hexdigest(), size)
 
 
@@ -275,7 +275,7 @@ def _content(records: _Records, compressed: bool) -> Iterator[bytes]:
                 while start < stop:
                     chunk = handle.read(min(_COPY_BYTES, stop - start))
                     if not chunk:
-                        raise ShardError(f"{part.data}: ends before byte {stop}; run the build again")
+                        raise PartsChangedError(f"{part.data}: ends before byte {stop}; run the build again")
                     start += len(chunk)
                     yield chunk
 

@@ -193,7 +193,8 @@ class Store(abc.ABC):
             PermissionError: HTTP 401 or 403.
             FileExistsError: HTTP 412, a condition of the request does not hold.
             TimeoutError: it failed ATTEMPTS times.
-            OSError: any other error; these four are kinds of it.
+            OSError: any other error, of which these four are kinds. Its errno says whether it may pass, as
+                `outcomes.may_pass` reads it.
         """
         from apache_beam.utils.retry import with_exponential_backoff
 
@@ -221,7 +222,8 @@ class Store(abc.ABC):
         status, code = self._answer(error)
         said = f"HTTP {status} {code}" if status else f"{type(error).__name__}: {error}"
         if isinstance(error, FileNotFoundError) or (status == 404 and code in _ABSENT_CODES):
-            reason = "No such bucket" if code == "NoSuchBucket" else os.strerror(errno.ENOENT)
+            no_bucket = code == "NoSuchBucket" or "bucket does not exist" in str(error)
+            reason = "No such bucket" if no_bucket else os.strerror(errno.ENOENT)
             return FileNotFoundError(errno.ENOENT, reason, path)
         if status in (401, 403):
             return PermissionError(errno.EACCES, f"access is denied ({said})", path)
@@ -229,7 +231,11 @@ class Store(abc.ABC):
             return FileExistsError(errno.EEXIST, f"another process has written it meanwhile ({said})", path)
         if self.is_transient(error):
             return TimeoutError(errno.ETIMEDOUT, f"the store failed {ATTEMPTS} times in a row ({said})", path)
-        return OSError(errno.EIO, f"{said}: {error}" if status else said, path)
+        if isinstance(error, OSError) and error.errno:
+            number = error.errno
+        else:  # a client that names what may pass leaves the rest, such as a bucket's name that cannot be
+            number = errno.EINVAL if self._lost and (status or 0) < 500 else errno.EIO
+        return OSError(number, f"{said}: {error}" if status else said, path)
 
     @staticmethod
     @abc.abstractmethod

@@ -20,8 +20,9 @@ EXIT_CODES = """\
 exit codes:
   0  success
   1  volumes failed beyond the limit, the dataset is not right, or two are not the same
-  2  a wrong option, manifest or OUTPUT; nothing was written
-  75 another build is in OUTPUT, an engine failed, or a store kept failing; the same command continues
+  2  a wrong option, manifest or OUTPUT, or a path that cannot be read or written: correct it first
+  75 another build is in OUTPUT, an engine or a store failed, or a disk is full: the same command may succeed
+     later, and a build continues
   130 stopped by Ctrl-C
 """
 

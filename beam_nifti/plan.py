@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from beam_nifti import storage
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.errors import ManifestError, OutputError
+from beam_nifti.errors import ManifestChangedError, OutputBusyError
 from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.pseudonyms import read_pseudonyms
@@ -247,11 +247,13 @@ class BuildPlan:
             Each shard's task, followed by its units.
 
         Raises:
-            ManifestError: the manifest is no longer the one that was planned for.
+            ManifestChangedError: the manifest is no longer the one that was planned for.
         """
         manifest = read_build_manifest(manifest_path, self.config)
         if manifest.digest() != self.digest:
-            raise ManifestError(manifest_path, ["changed since this build was started; start it again"])
+            raise ManifestChangedError(
+                manifest_path, ["changed since this build was started; start it again"]
+            )
         # So the classes of labels, which are made of the rows alone, are the planned ones as well.
         published = self._published()
         for split in self.split_sizes:
@@ -377,13 +379,13 @@ def require_current(output: str, identity: str) -> BuildNote:
         identity: of that build.
 
     Raises:
-        OutputError: the output is another build's by now. A cluster's job can outlive its launcher, whose
+        OutputBusyError: the output is another build's by now. A cluster's job can outlive its launcher, whose
             lock is gone with it.
     """
     note = BuildNote.read(output)
     if note is None or note.identity != identity:
         what = "is not being built any more" if note is None else "is being built otherwise by now"
-        raise OutputError(
+        raise OutputBusyError(
             f"{output}: {what}: a build of it ended or another one was started while this one ran; this one "
             "stops. Cancel jobs that a stopped command left behind before the next build"
         )

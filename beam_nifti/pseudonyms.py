@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from beam_nifti import storage
 from beam_nifti.errors import UsageError
+from beam_nifti.outcomes import may_pass
 
 _LEAST_BYTES: Final = 16
 _DIGEST_BYTES: Final = 16
@@ -71,10 +72,16 @@ def read_pseudonyms(path: str) -> Pseudonyms:
         path: local or a URL; every byte of the file counts.
 
     Raises:
-        UsageError: the key is too short to keep anything secret.
-        OSError: the file cannot be read.
+        UsageError: the file cannot be read, or the key is too short to keep anything secret.
+        OSError: the file cannot be read now, but that may pass.
     """
-    secret = storage.read(path)
+    try:
+        secret = storage.read(path)
+    except OSError as e:
+        if may_pass(e):
+            raise
+        reason = f"cannot be read: {e.strerror or e}"
+        raise UsageError(f"--anonymous-ids is {path}, which {reason}; give the file of the key") from e
     if len(secret) < _LEAST_BYTES:
         raise UsageError(
             f"{path}: {len(secret)} bytes are too few for a key, which needs {_LEAST_BYTES}; make one with "

@@ -11,7 +11,7 @@ from typing import Final
 from beam_nifti import storage
 from beam_nifti.config import VERSIONED
 from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo, read_info
-from beam_nifti.errors import BeamNiftiError, ShardError
+from beam_nifti.errors import BeamNiftiError, PartsChangedError
 from beam_nifti.example import feature_kinds
 from beam_nifti.failures import Failure, write_failures
 from beam_nifti.metrics import Metrics
@@ -20,6 +20,7 @@ from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 from beam_nifti.strict_json import dump_json
 
+_INDEX: Final = "index"
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
 
 
@@ -75,6 +76,26 @@ def find_info(output: str) -> DatasetInfo | None:
     return read_info(output)
 
 
+def require_writable_output(output: str) -> None:
+    """Refuse, before any work, a local folder that cannot take the files of a dataset.
+
+    Raises:
+        OutputError: it cannot be written; or a folder is where a file must go, or a file where a folder must.
+        OSError: it cannot be written now, but that may pass.
+    """
+    for name in ("", _INDEX, BUILD_FOLDER):
+        storage.require_writable(
+            storage.join(output, name).rstrip("/"), f"OUTPUT/{name}".rstrip("/"), is_folder=True
+        )
+    files = [FILE_NAME, FAILURES_FILE]
+    files += filter(ShardName.parse, storage.list_folders(output))
+    files += (
+        f"{_INDEX}/{n}" for n in storage.list_folders(storage.join(output, _INDEX)) if n.endswith(".parquet")
+    )
+    for name in files:
+        storage.require_writable(storage.join(output, name), f"OUTPUT/{name}")
+
+
 def publish_dataset(
     plan: BuildPlan,
     shards: Sequence[ShardInfo],
@@ -92,7 +113,7 @@ def publish_dataset(
         mask_labels: those of all masks.
 
     Raises:
-        ShardError: a shard or a row is unaccounted for.
+        PartsChangedError: a shard or a row is unaccounted for.
     """
     config = plan.config
     by_place = {(n.split, n.index): s for s in shards if (n := ShardName.parse(s.name))}
@@ -100,7 +121,7 @@ def publish_dataset(
     missing = {place for places in splits.values() for place in places} - by_place.keys()
     num_written, num_failed = sum(s.num_examples for s in shards), sum(len(f.row.positions) for f in failures)
     if missing or num_written + num_failed != plan.num_examples:
-        raise ShardError(
+        raise PartsChangedError(
             f"{len(missing)} shards are missing, and {num_written} records and {num_failed} failures "
             f"do not make {plan.num_examples} volumes; run the build again"
         )
@@ -189,7 +210,7 @@ def remove_shards(output: str, keep: Collection[str]) -> None:
     What dead processes left of files that they had begun goes too.
     """
     kept = {name.stem for name in map(ShardName.parse, keep) if name}
-    index = storage.join(output, "index")
+    index = storage.join(output, _INDEX)
     for name in storage.list_files(index):
         whole = storage.temporary_of(name)
         stem, _, ending = (whole or name).rpartition(".")

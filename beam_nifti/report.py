@@ -116,18 +116,18 @@ def write_report(
 
     Raises:
         DatasetError: its configuration is not one that this version knows, or failures.jsonl is damaged.
-        OSError: the page cannot be written.
+        OutputError: the page cannot be written.
+        OSError: the page cannot be written now, or a file cannot be read, but that may pass.
     """
     output, out = storage.absolute(output), storage.absolute(out)
     try:
         spec = RecordSpec.of(info)
     except (UsageError, KeyError, TypeError) as e:
         raise DatasetError(f"{output}: not a configuration of a dataset: {e!r}") from e
+    storage.require_writable(out, "--out")
     failures = read_failures(output)
     folder = f"{out}.{uuid.uuid4().hex}.tmp"
     try:
-        # A place that cannot be written to is told before anything is read.
-        storage.write(f"{folder}/started", b"")
         with whole_elements():
             _look_at_shards(output, spec, folder, options)
         summary = summarize(folder, num_pictures)

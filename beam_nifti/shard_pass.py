@@ -91,6 +91,8 @@ class ShardPass:
                 yield from self._read_file(handle, size, table)
         except FileNotFoundError:
             self._tell(name, "is missing; copy it again, or delete its index and build again")
+        except (TimeoutError, ConnectionError):
+            raise  # a store that keeps failing is no fault of the dataset
         except OSError as e:
             self._tell(name, f"cannot be read: {e}; {_RESTORE}")
 
@@ -106,6 +108,8 @@ class ShardPass:
             problems = list(check_index(table, facts, shard, self._record))
         except FileNotFoundError:
             problems = ["is missing"]
+        except (TimeoutError, ConnectionError):
+            raise
         except (ShardError, pa.ArrowException, OSError, ValueError) as e:
             problems = [f"cannot be read: {e}"]
         for problem in problems:

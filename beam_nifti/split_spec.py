@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final
 
 from beam_nifti.config import SPLIT_PATTERN
@@ -51,7 +52,7 @@ class SplitPart:
         return range(start, max(start, stop))
 
     def _position(self, bound: str, count: int) -> int:
-        found = round(float(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+        found = round(Fraction(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
         if abs(found) > count:
             raise UsageError(f"split {str(self)!r} reaches beyond the {count} records of {self.name!r}")
         return found + count if bound.startswith("-") else found

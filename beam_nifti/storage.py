@@ -16,15 +16,19 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 import threading
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
+from beam_nifti.errors import OutputError
 from beam_nifti.gcs import Gcs
 from beam_nifti.object_store import ObjectStore, Store, Writer
 from beam_nifti.others import Fsspec
+from beam_nifti.outcomes import may_pass
 from beam_nifti.s3 import S3
 from beam_nifti.web import Http, WebHdfs
 
@@ -55,6 +59,12 @@ _REMEDY: Final = (
     "az:// (beam-nifti[azure]), hdfs:// or https://, or install fsspec and what it needs for this scheme"
 )
 
+_FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))(?P<path>/.*)", re.I | re.S)
+_ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
+"""The characters *, ? and [ in a URL."""
+
+_WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
 _TEMPORARY = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
@@ -68,24 +78,37 @@ class Stat:
     mtime: float
 
 
+def local_path(path: str) -> str:
+    """The local path that a file:// URL names; all other paths as they are.
+
+    >>> local_path("file:///data/sub%201.nii"), local_path("file://localhost/data"), local_path("s3://bucket")
+    ('/data/sub 1.nii', '/data', 's3://bucket')
+    """
+    match = _FILE_URL.fullmatch(path)
+    return urllib.parse.unquote(match["path"], errors="surrogateescape") if match else path
+
+
 def is_remote(path: str) -> bool:
     """Whether a path names an object store or cluster file system rather than the local disk.
 
-    >>> is_remote("s3://bucket/a.nii.gz"), is_remote("/data/a.nii.gz")
-    (True, False)
+    Paths of other computers, which nothing can reach, count as remote: they are refused when they are opened.
+
+    >>> is_remote("s3://bucket/a.nii.gz"), is_remote("/data/a.nii.gz"), is_remote("file:///data/a.nii.gz")
+    (True, False, False)
     """
-    return "://" in path
+    return ("://" in path and not _FILE_URL.fullmatch(path)) or _WINDOWS.match(path) is not None
 
 
 def join(base: str, *parts: str) -> str:
-    """Append to a folder; a part that is absolute or a URL starts afresh.
+    """Append to a folder; a part that is absolute or a URL starts afresh, and one of file:// becomes a path.
 
     >>> join("s3://bucket/study", "sub-01/T1w.nii.gz")
     's3://bucket/study/sub-01/T1w.nii.gz'
     >>> join("/data", "/scans/a.nii")
     '/scans/a.nii'
     """
-    for part in parts:
+    base = local_path(base)
+    for part in map(local_path, parts):
         if is_remote(part) or part.startswith("/"):
             base = part
         else:
@@ -103,8 +126,8 @@ def dirname(path: str) -> str:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path that means the same from every working folder; `~` is the home folder."""
-    path = os.fspath(path)
+    """A path that means the same from every working folder: `~` is the home folder, a file:// URL a path."""
+    path = local_path(os.fspath(path))
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
@@ -115,11 +138,16 @@ def scheme_of(path: str) -> str:
 
 def _store(path: str) -> Store | None:
     """What serves a URL; None where Beam does."""
+    scheme = scheme_of(path)
+    if _WINDOWS.match(path):
+        raise OSError(errno.EINVAL, "a Windows path; give the path at which this computer has the file", path)
+    if scheme.lower() == "file":
+        reason = "a file:// URL that names another computer; write file:///FOLDER/FILE for a file of this one"
+        raise OSError(errno.EINVAL, reason, path)
     from apache_beam.io.filesystem import FileSystem
     from apache_beam.io.filesystems import FileSystems
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    scheme = scheme_of(path)
     make = _STORES.get(scheme)
     if make is None and any(system.scheme() == scheme for system in FileSystem.get_all_subclasses()):
         return None
@@ -132,6 +160,9 @@ def _store(path: str) -> Store | None:
                 given = options or PipelineOptions([])
                 store = make(given) if make else Fsspec(given, scheme)
             except ImportError as e:
+                if isinstance(e.__cause__, ValueError):  # no package that is known could serve it
+                    reason = f"nothing here serves {scheme}://; {_REMEDY}"
+                    raise OSError(errno.EINVAL, reason, path) from e
                 remedy = f"install beam-nifti[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else _REMEDY
                 raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); {remedy}") from e
             _stores[scheme] = os.getpid(), options, store
@@ -194,6 +225,18 @@ def stat(path: str) -> Stat:
     if not matches:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
     return Stat(matches[0].size_in_bytes, matches[0].last_updated_in_seconds or 0.0)
+
+
+def broken_link(path: str) -> str | None:
+    """What a symbolic link to a file that is not there is, and the remedy; None for other paths.
+
+    In a clone of a git-annex or DataLad repository every file is such a link until its content is fetched.
+    """
+    if is_remote(path) or not os.path.islink(path) or os.path.exists(path):
+        return None
+    if "annex/objects/" in os.readlink(path):
+        return "a git-annex link without its content; run `git annex get` (or `datalad get`) on the file"
+    return "a symbolic link to a file that is not there; copy that file"
 
 
 def exists(path: str) -> bool:
@@ -327,13 +370,66 @@ def create(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Say which file was being written when there was no room left, as the system does not."""
+    """Add to an error the file that was being written when there was no room left, and how much there is."""
     try:
         yield
     except OSError as e:
         if e.errno in _FULL:
             e.filename = path
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(os.path.dirname(path)).free
+                e.strerror = f"{os.strerror(e.errno)} ({free / 1e6:.1f} MB free there)"
         raise
+
+
+def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
+    """Refuse, before any work, a path to which nothing can be written; leaves nothing behind.
+
+    Args:
+        path: absolute path or URL. Folders above it may be missing: writing makes them.
+        what: the option or argument that gives it, for the message.
+        is_folder: whether it is a folder for files rather than a file.
+
+    Raises:
+        OutputError: it cannot be written as it stands.
+        OSError: it cannot be written now, but that may pass.
+    """
+    try:
+        _write_probe(path, is_folder)
+    except OSError as e:
+        raise unwritable(path, what, e, is_folder=is_folder) from e
+
+
+def unwritable(path: str, what: str, error: OSError, *, is_folder: bool = False) -> OutputError | OSError:
+    """What `require_writable` raises for an error of writing."""
+    kind = "folder" if is_folder else "file"
+    reason = f"{what} is {path}, which cannot be written: {error.strerror or error}; choose another {kind}"
+    # A broken connection may come without a number, by which alone this one says that it may pass.
+    return OSError(error.errno or errno.EIO, reason) if may_pass(error) else OutputError(reason)
+
+
+def _write_probe(path: str, is_folder: bool) -> None:
+    name = f"{uuid.uuid4().hex}.tmp"
+    if is_remote(path):
+        probe = f"{path}/{name}" if is_folder else f"{path}.{name}"
+        write(probe, b"")
+        delete(probe)
+        return
+    if is_folder and os.path.exists(path) and not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file", path)
+    if not is_folder and os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(f"{path}/{name}" if is_folder else f"{path}.{name}")  # or the name may be too long
+    folder = path if is_folder else os.path.dirname(path) or "."
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder) or "."
+    if not os.path.isdir(folder):
+        target = "a link to what is not there" if os.path.islink(folder) else "no folder"
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is {target}", folder)
+    with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system knows such files
+        pass
 
 
 def write(path: str, data: bytes) -> None:
@@ -481,8 +577,11 @@ def _list_deep(prefix: str) -> list[str]:
 def glob(pattern: str) -> list[str]:
     """Files whose paths match, sorted: `*`, `?` and `[…]` stand for parts of one name, `**` for any folders.
 
-    Names that begin with a dot match only where the pattern has the dot.
+    Names that begin with a dot match only where the pattern has the dot. An encoded character of a file://
+    URL stands for itself.
     """
+    if _FILE_URL.fullmatch(pattern):
+        pattern = local_path(_ENCODED_MAGIC.sub(lambda match: f"[{match[0]}]", pattern))
     if not is_remote(pattern):
         found = local_glob.glob(os.path.expanduser(pattern), recursive=True)
         return sorted(path for path in found if not os.path.isdir(path))

@@ -20,6 +20,8 @@ import pyarrow.parquet
 
 from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
+from beam_nifti.outcomes import may_pass
+from beam_nifti.signatures import stand_in
 from beam_nifti.strict_json import dump_json
 
 MAX_PROBLEMS: Final = 20
@@ -27,6 +29,9 @@ MAX_PROBLEMS: Final = 20
 
 _BATCH_ROWS: Final = 1 << 13
 """Rows that are held as Python objects, which take ten times the memory of Arrow columns."""
+
+_HEAD_BYTES: Final = 1 << 10
+"""Of a file, by which it is told from a pointer to another one."""
 
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
@@ -114,18 +119,21 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
     problems = problems or Problems(path)
     try:
         with storage.open_read(path) as handle:
+            if what := stand_in(handle.read(_HEAD_BYTES)):
+                raise ManifestError(path, [f"not a table but {what}"])
+            handle.seek(0)
             table = _READERS[suffix](path, handle, plain, problems).combine_chunks()
         problems.stop()
         return _cleaned(table, problems)
     except FileNotFoundError as e:
-        raise ManifestError(path, ["no such file"]) from e
+        raise ManifestError(path, [storage.broken_link(path) or "no such file"]) from e
     except UnicodeDecodeError as e:
         raise ManifestError(path, [f"not UTF-8 text ({e.reason}); save it as UTF-8"]) from e
     except (pa.ArrowException, UnicodeError) as e:
         raise ManifestError(path, [f"not a table: {e}"]) from e
-    except TimeoutError:
-        raise  # a store that keeps failing is no fault of the manifest
     except OSError as e:
+        if may_pass(e):
+            raise  # a store that keeps failing is no fault of the manifest
         raise ManifestError(path, [f"cannot be read: {e.strerror or e}"]) from e
 
 

@@ -28,7 +28,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_nifti import coders as _coders  # noqa: F401  (registers how elements are encoded)
-from beam_nifti import storage
+from beam_nifti import lock, storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.example import encode_volume
@@ -428,6 +428,7 @@ class WriteDatasetInfo(beam.DoFn):
         outcomes = list(group[1])
         failures = [f for o in outcomes for f in o.failures]
         require_current(self._plan.config.output, self._plan.identity)
+        lock.require_held(self._plan.config.output)
         labels = {label for o in outcomes for label in o.mask_labels}
         summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, labels)
         if self._is_judge and not summary.complete:

@@ -26,7 +26,7 @@ COMMAND: Final = "{{ var.value.get('beam_nifti_command', 'beam-nifti') }}"
 FINAL_EXIT_CODES: Final = {
     1: "volumes that cannot be records, or a dataset that is not right: the lines above name failures.jsonl "
     "or the problems",
-    2: "a wrong option, manifest or output",
+    2: "a wrong option, manifest or output, or a path that cannot be read or written",
 }
 """Those of `beam-nifti` that stay as they are when the task is tried again, and what they say."""
 

@@ -21,7 +21,7 @@ class _Upload(io.BytesIO):
 
     def close(self) -> None:
         if not self.closed:
-            self._store.objects[self._path] = (self.getvalue(), time.time())
+            self._store.objects[self._path] = (self.getvalue(), self._store.now())
         super().close()
 
 
@@ -29,6 +29,12 @@ class MemoryFileSystem(FileSystem):
     """Objects by their whole path."""
 
     objects: ClassVar[dict[str, tuple[bytes, float]]] = {}
+    ahead: ClassVar[float] = 0.0
+    """Seconds by which its clock is ahead of this machine's."""
+
+    @classmethod
+    def now(cls) -> float:
+        return time.time() + cls.ahead
 
     @classmethod
     def scheme(cls) -> str:
@@ -62,7 +68,7 @@ class MemoryFileSystem(FileSystem):
 
     def copy(self, source_file_names: list[str], destination_file_names: list[str]) -> None:
         for source, target in zip(source_file_names, destination_file_names, strict=True):
-            self.objects[target] = (self._object(source)[0], time.time())
+            self.objects[target] = (self._object(source)[0], self.now())
 
     def rename(self, source_file_names: list[str], destination_file_names: list[str]) -> None:
         self.copy(source_file_names, destination_file_names)

@@ -7,6 +7,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding, Splitting
 from beam_nifti.errors import UsageError
@@ -181,3 +183,18 @@ def test_dataset_config_holds_what_decides_the_content_and_nothing_else() -> Non
     for name, value in how.items():
         changed = dataclasses.replace(config, **{name: value})
         assert changed.as_dataset_config() == config.as_dataset_config(), name
+
+
+@given(st.integers(0, 10_000), st.integers(1, 10_000), st.integers(0, 4))
+def test_the_fraction_that_is_given_is_the_limit_to_the_volume(part: int, total: int, digits: int) -> None:
+    """Any decimal of any number of volumes, compared in whole numbers."""
+    scale = 10**digits
+    part %= scale + 1
+    config = BuildConfig("m.csv", "out", max_bad_fraction=float(f"{part}e-{digits}"))
+    limit = part * total // scale
+    assert config.allows_failures(limit, total)
+    assert not config.allows_failures(limit + 1, total)
+
+
+def test_29_of_100_are_a_fraction_of_0_29() -> None:
+    assert BuildConfig("m.csv", "out", max_bad_fraction=0.29).allows_failures(29, 100)

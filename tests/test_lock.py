@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import signal
@@ -14,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import storage
-from beam_nifti.errors import OutputError
-from beam_nifti.lock import LOCK_FILE, hold
+from beam_nifti import cli, storage
+from beam_nifti.errors import OutputBusyError, OutputError
+from beam_nifti.lock import LOCK_FILE, hold, require_held, this_system
 
 _HOLD = """
 import sys
@@ -109,45 +111,129 @@ def store() -> Iterator[None]:
     MemoryFileSystem.objects.clear()
 
 
-def write_lease(host: str, pid: int, age: float) -> None:
-    lease = {"token": "x", "host": host, "pid": pid, "time": time.time() - age}
-    storage.write(LEASE, json.dumps(lease).encode())
+def write_lease(age: float, **facts: object) -> None:
+    """A lease that was written some seconds ago, by the store's clock."""
+    from tests.object_store import MemoryFileSystem
+
+    lease = json.dumps({"token": "x", **facts}).encode()
+    MemoryFileSystem.objects[LEASE] = (lease, MemoryFileSystem.now() - age)
+
+
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    return int(done.stdout)
 
 
 @pytest.mark.usefixtures("store")
 def test_a_lease_is_held_and_given_back() -> None:
     with hold(OUTPUT):
         assert storage.exists(LEASE)
-        with pytest.raises(OutputError, match=f"{OUTPUT}: a build on .* was writing here"), hold(OUTPUT):
+        with pytest.raises(OutputError, match=f"{OUTPUT}: a build on .* is writing here"), hold(OUTPUT):
             pass
-    assert not storage.exists(LEASE)
+        require_held(OUTPUT)
+    assert storage.list_files(OUTPUT) == []
+    require_held(OUTPUT)  # of nobody
 
 
 @pytest.mark.usefixtures("store")
-def test_a_living_lease_of_another_machine_is_respected() -> None:
-    write_lease("another-machine", 1, age=100)
-    message = "a build on another-machine was writing here 100 s ago"
-    with pytest.raises(OutputError, match=message), hold(OUTPUT):
+@pytest.mark.parametrize("hours", [-3, 0, 0.1, 3])
+def test_the_age_of_a_lease_is_that_of_the_stores_clock(
+    hours: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever this machine's clock says, and whatever that of the lease's machine said."""
+    from tests.object_store import MemoryFileSystem
+
+    monkeypatch.setattr(MemoryFileSystem, "ahead", 3600 * hours)
+    write_lease(100, host="another-machine", pid=1, time=time.time() - 1000)
+    with pytest.raises(OutputBusyError, match=r"a build on another-machine .* 100 s ago"), hold(OUTPUT):
+        pass
+    write_lease(200, host="another-machine", pid=1, time=time.time() + 1000)
+    with hold(OUTPUT):
         pass
 
 
 @pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("kind", ["old", "dead process", "damaged", "not an object"])
-def test_a_dead_lease_is_taken_over(kind: str) -> None:
-    if kind == "old":
-        write_lease("another-machine", 1, age=1000)
-    elif kind == "dead process":
-        done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                              capture_output=True, check=True)  # fmt: skip
-        write_lease(socket.gethostname(), int(done.stdout), age=1)
-    else:
-        storage.write(LEASE, b"{" if kind == "damaged" else b"[]")
+def test_a_store_that_keeps_no_times_leaves_it_to_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.object_store.MemoryFileSystem.now", lambda: 0.0)
+    write_lease(0, host="another-machine", pid=1)
+    with pytest.raises(OutputBusyError, match=f"or, if it died, remove {LEASE}"), hold(OUTPUT):
+        pass
+
+
+@pytest.mark.usefixtures("store")
+def test_only_a_process_of_this_system_can_be_known_to_be_gone(gone: int) -> None:
+    """Containers may share a host name, and number their processes apart."""
+    host = socket.gethostname()
+    for system in (None, f"{this_system()}0", "another"):
+        write_lease(1, host=host, pid=gone, system=system)
+        with pytest.raises(OutputBusyError), hold(OUTPUT):
+            pass
+    write_lease(1, host=host, pid=gone, system=this_system())
     with hold(OUTPUT):
         assert json.loads(storage.read(LEASE))["pid"] == os.getpid()
 
 
 @pytest.mark.usefixtures("store")
+def test_a_process_that_has_the_number_of_a_dead_one_is_not_it() -> None:
+    with hold(OUTPUT):
+        lease = json.loads(storage.read(LEASE))
+    write_lease(1, **lease)
+    with pytest.raises(OutputBusyError), hold(OUTPUT):
+        pass
+    write_lease(1, **lease | {"started": lease["started"] - 1})
+    with hold(OUTPUT):
+        pass
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize("content", [b"{", b"[]", b""])
+def test_a_lease_that_nobody_understands_ends_too(content: bytes) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    storage.write(LEASE, content)
+    with pytest.raises(OutputBusyError, match="a build on another machine"), hold(OUTPUT):
+        pass
+    MemoryFileSystem.objects[LEASE] = (content, MemoryFileSystem.now() - 200)
+    with hold(OUTPUT):
+        pass
+
+
+@pytest.mark.usefixtures("store")
 def test_a_build_whose_lease_was_taken_says_so_and_leaves_the_taker_alone() -> None:
-    with pytest.raises(OutputError, match="another build took this output"), hold(OUTPUT):
-        write_lease("another-machine", 1, age=0)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(OUTPUT))
+        write_lease(0, host="another-machine", pid=1)
+        for look in (lambda: require_held(OUTPUT), stack.close):
+            with pytest.raises(OutputBusyError, match="another build took this output"):
+                look()
     assert json.loads(storage.read(LEASE))["host"] == "another-machine"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_build_that_has_lost_its_output_publishes_nothing(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take(*_: object) -> None:
+        write_lease(0, host="another-machine", pid=1)
+
+    # Between the check for another plan and the publication, as after a night in which the machine slept.
+    monkeypatch.setattr("beam_nifti.transforms.require_current", take)
+    assert cli.main(["build", str(cohort), OUTPUT, "--quiet"]) == cli.TEMPORARY
+    assert "another build took this output" in capsys.readouterr().err
+    assert not storage.exists(f"{OUTPUT}/dataset_info.json")
+    assert json.loads(storage.read(LEASE))["host"] == "another-machine"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_store_without_the_bucket_is_no_busy_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str, *_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such bucket", path)
+
+    monkeypatch.setattr(storage, "write_if", fail)
+    with pytest.raises(OutputError, match=f"^OUTPUT is {OUTPUT}, .*: No such bucket") as caught, hold(OUTPUT):
+        pass
+    assert not isinstance(caught.value, OutputBusyError)

@@ -131,9 +131,8 @@ def test_what_is_refused_or_may_pass_is_told_with_its_error(
         busy = summarize("build", cohort, output, code=cli.TEMPORARY)
     assert (busy["status"], busy["error"]["type"]) == ("temporary", "OutputBusyError")
     (tmp_path / "file").write_text("where a folder is to be made")
-    stopped = summarize("build", cohort, output, f"--temp-location={tmp_path}/file", code=cli.TEMPORARY)
-    assert (stopped["status"], stopped["num_volumes"]) == ("temporary", 12)
-    assert "NotADirectoryError" in stopped["error"]["message"]
+    stopped = summarize("build", cohort, output, f"--temp-location={tmp_path}/file", code=cli.USAGE)
+    assert (stopped["status"], stopped["error"]["type"]) == ("refused", "OutputError")
     assert stopped["num_examples"] is None
 
 
@@ -154,12 +153,12 @@ def test_an_error_that_nobody_foresaw_is_told_of(
     assert found["error"] == {"type": "ZeroDivisionError", "message": "one by none"}
 
 
-def test_a_summary_that_cannot_be_written_fails_the_command(
+def test_a_summary_that_cannot_be_written_is_refused_before_the_work(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flag = f"--summary-json={cohort}/s.json"
-    assert cli.main(["build", str(cohort), str(tmp_path / "out"), "--dry-run", flag]) == cli.FAILED
-    assert "how the command ended could not be written" in capsys.readouterr().err
+    assert cli.main(["build", str(cohort), str(tmp_path / "out"), "--dry-run", flag]) == cli.USAGE
+    assert f"--summary-json is {cohort}/s.json, which cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,7 @@ def test_messages_lose_the_path_however_it_is_spelled(manifest: Path, key: str, 
     ("secret", "flags", "message"),
     [
         (b"fifteen bytes!!", [], "15 bytes are too few for a key, which needs 16; make one with"),
-        (None, [], "key: No such file"),
+        (None, [], "key, which cannot be read: No such file"),
         (SECRET, ["--anonymous-ids="], "--anonymous-ids is empty"),
         (SECRET, ["--anonymous-ids=out/key"], "would be given away with the dataset; keep it out of OUTPUT"),
     ],

@@ -165,7 +165,7 @@ FAILURES = {
     10: ("Rescale", "constant"),
     11: ("Rescale", "NaN"),
     12: ("LoadVolume", "(12, 10, 9) where the first image has (12, 10, 8)"),
-    24: ("LoadVolume", "not a NIfTI, ANALYZE or MGH image"),
+    24: ("LoadVolume", "a text file"),
 }
 """By row of the manifest: the step that fails, and a word of its message."""
 

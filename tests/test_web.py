@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import storage
+from beam_nifti import cli, storage
 from beam_nifti.errors import DatasetError
 from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.random_access import Dataset
@@ -134,6 +134,15 @@ def test_a_server_that_stays_down_is_given_up(server: FaultProxy, monkeypatch: p
     with pytest.raises(DatasetError, match=rf"failed {ATTEMPTS} times in a row \(HTTP 503"):
         Dataset(f"{server.url}/dataset")
     assert len(server.requests) == ATTEMPTS
+
+
+@pytest.mark.parametrize(("fault", "code"), [("400", 2), ("403", 2), ("404", 2), ("503", 75)])
+def test_only_what_may_pass_asks_for_another_attempt(
+    server: FaultProxy, tmp_path: Path, fault: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    server.choose = lambda *_: fault
+    assert cli.main(["build", f"{server.url}/cohort/manifest.tsv", str(tmp_path / "out"), "--quiet"]) == code
 
 
 def test_images_are_read_from_there(server: FaultProxy, local: Path, tmp_path: Path) -> None:
