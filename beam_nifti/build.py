@@ -21,11 +21,16 @@ from beam_nifti.metrics import Distribution, Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import (
     BuildPlan,
+    CheckPlan,
+    Expected,
     choose_unit_rows,
     default_sharding,
+    estimated_itemsize,
     parts_root,
     read_build_manifest,
     record_bytes,
+    required_dtype,
+    required_shape,
     stored_itemsize,
 )
 from beam_nifti.prepare import prepare_volume
@@ -38,7 +43,7 @@ from beam_nifti.publish import (
     take_summary,
 )
 from beam_nifti.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
-from beam_nifti.sharding import ShardName
+from beam_nifti.sharding import ShardName, shard_ranges
 from beam_nifti.user_function import source_sha256
 from beam_nifti.versions import record_versions, version_changes
 from beam_nifti.volume import load_header, load_volume
@@ -106,11 +111,14 @@ class _Inputs:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a voxel, as far as they tell how it compresses."""
-        # Interpolated voxels, and a function's, compress like those of a float32 image.
-        record = self.config.record
-        is_computed = record.spacing is not None or record.preprocess is not None
-        return 4 if is_computed else self.layout.dtype.itemsize
+        """Bytes of a voxel that the size of a record is estimated by."""
+        return estimated_itemsize(self.config.record, self.layout.dtype.itemsize)
+
+    def choose_sharding(self) -> Sharding:
+        """How the splits are cut, where no dataset is there yet."""
+        num_voxels, frames = math.prod(self.shape), self.num_frames or 1
+        default = default_sharding(num_voxels, self.itemsize, self.config.record, frames)
+        return self.config.sharding or default
 
 
 def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
@@ -129,11 +137,45 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
     return decision.plan, _estimate(inputs, decision)
 
 
+def plan_check(config: BuildConfig) -> CheckPlan:
+    """Read the manifest and the first header as a build does. Nothing is known of its output.
+
+    Args:
+        config: of the build; its output is the report, "" for none.
+
+    Raises:
+        ManifestError: the manifest cannot be built from, whatever its images are.
+        UsageError: as `plan_build`.
+    """
+    config, manifest = _read_manifest(config)
+    num_rows, num_skipped = len(manifest) - manifest.num_skipped, manifest.num_skipped
+    try:
+        inputs = _Inputs(config, manifest, *_first_volume(config, manifest))
+    except ManifestError as e:
+        return CheckPlan(config, num_rows, num_skipped, None, str(e))
+    sharding, frames, record = inputs.choose_sharding(), inputs.num_frames or 1, config.record
+    sizes = manifest.split_sizes()
+    expected = Expected(
+        shape=required_shape(record, None if config.allow_mixed_shapes else inputs.shape),
+        dtype=required_dtype(record, inputs.header.dtype_name),
+        num_frames=inputs.num_frames,
+        num_shards=sum(len(shard_ranges(size, sharding, frames)) for size in sizes.values()),
+        splits={split: frames * size for split, size in sizes.items()},
+    )
+    return CheckPlan(config, num_rows, num_skipped, expected)
+
+
 def _read_inputs(config: BuildConfig) -> _Inputs:
+    config, manifest = _read_manifest(config)
+    return _Inputs(config, manifest, *_first_volume(config, manifest))
+
+
+def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
+    """The configuration with absolute paths and what the manifest says of labels; and the manifest."""
     config = replace(
         config,
         manifest=storage.absolute(config.manifest),
-        output=storage.absolute(config.output),
+        output=config.output and storage.absolute(config.output),
         temp_location=config.temp_location and storage.absolute(config.temp_location),
         anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
     )
@@ -141,7 +183,7 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         digest = source_sha256(config.record.preprocess)
         config = replace(config, record=replace(config.record, preprocess_sha256=digest))
     key = config.anonymous_ids
-    if key and key.startswith(f"{config.output}/"):
+    if key and config.output and key.startswith(f"{config.output}/"):
         raise UsageError(
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
@@ -154,7 +196,7 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
     manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
-    return _Inputs(config, manifest, *_first_volume(config, manifest))
+    return config, manifest
 
 
 @dataclass(frozen=True)
@@ -197,7 +239,7 @@ def _decide(inputs: _Inputs) -> _Decision:
     if sharding is None and published and not config.overwrite:
         sharding = Sharding(**published.config["sharding"])
     if sharding is None:
-        sharding = default_sharding(num_voxels, itemsize, config.record, frames)
+        sharding = inputs.choose_sharding()
     config = replace(config, sharding=sharding, columns=manifest.columns)
     if published and not config.overwrite:
         config = replace(config, record=replace(config.record, format_version=published.format_version))

@@ -368,6 +368,8 @@ def _stopped(run: RunSummary, error: Exception, what: str, again: str) -> int:
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
+    from beam_nifti.dataset_info import read_info
+
     output = plan.config.output
     if skipped := counters.get("volumes-skipped", 0):
         print(f"kept     {_count(skipped, 'example')} of an earlier run")
@@ -384,7 +386,8 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
                 print(f"         {line}")
     _print_labels(plan)
     if summary.complete:
-        print(f"read it  beam_nifti.reader.load_dataset({output!r}, batch_size=8)")
+        call = read_info(output).loading_call(output, batch_size=8)
+        print(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
 
 
 def _print_labels(plan: BuildPlan) -> None:
@@ -444,42 +447,39 @@ def _print_reuse(reuse: Reuse) -> None:
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti.engines import choose_engine
-    from beam_nifti.plan import read_build_manifest
-    from beam_nifti.survey import format_report
 
-    engine = choose_engine(check_config(options), beam_flags, options.workers)
+    engine = choose_engine(check_config(options), beam_flags, options.workers, "check")
     if not engine.is_local and options.out is None:
         raise UsageError(
             "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
         )
+    from beam_nifti.build import plan_check
     from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
+    from beam_nifti.survey import format_report
 
     _remove_earlier(options)
     if options.out is not None:
         _require_out(options.out, overwrite=True)
-    config, manifest = engine.config, storage.absolute(engine.config.manifest)
-    key = config.anonymous_ids and storage.absolute(config.anonymous_ids)
-    run.know(runner=engine.runner, manifest=manifest, fingerprint=config.record.fingerprint)
-    rows = read_build_manifest(manifest, config)
-    rows.log_warnings()
-    num_rows, num_skipped = len(rows), rows.num_skipped
-    del rows
-    progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)
+    plan = plan_check(engine.config)
+    config = plan.config
+    run.know(runner=engine.runner, manifest=config.manifest, fingerprint=config.record.fingerprint)
+    progress = _progress(engine, plan.num_rows, "image", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
-            report = check_images(manifest, config.columns, config.record, engine.options, options.out, key)
+            report = check_images(plan, engine.options, options.out)
     except Exception as e:
         return _stopped(run, e, "the check stopped", "starts again")
-    run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])
-    is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
-    is_mixed |= len(report["frames"]) > 1
+    num_bad, num_images = report["num_bad"], report["num_images"]
+    run.know(num_volumes=num_images, num_failed=num_bad)
     with _while_read():
         if options.json:
             print(dump_json(report, indent=2, ensure_ascii=False))
         else:
-            print(format_report(report, is_mixed=is_mixed))
-            _print_skipped(num_skipped)
-    return FAILED if report["num_bad"] or is_mixed else SUCCESS
+            print(format_report(report))
+            _print_skipped(plan.num_skipped)
+    if plan.refusal:
+        raise UsageError(f"a build with these flags would write nothing: {plan.refusal}")
+    return SUCCESS if config.allows_failures(num_bad, num_images) else FAILED
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -570,7 +570,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     from beam_nifti.engines import choose_engine
 
     _require_report_extra("jinja2", "matplotlib", "PIL")
-    engine = choose_engine(report_config(options), beam_flags, options.workers)
+    engine = choose_engine(report_config(options), beam_flags, options.workers, "report")
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and options.out is None:

@@ -162,18 +162,12 @@ class BuildPlan:
     @property
     def required_shape(self) -> tuple[int | None, ...] | None:
         """Shape that every image must be loaded with; None for what may differ."""
-        record = self.config.record
-        if self.shape is None and record.channels is not None:
-            return (None, None, None, record.num_channels)
-        if self.shape is None and record.frames != "all":
-            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
-            return (None, None, None)
-        return self.shape
+        return required_shape(self.config.record, self.shape)
 
     @property
     def required_dtype(self) -> str | None:
         """Dtype that every image must have on disk; None where dtypes may differ."""
-        return self.source_dtype if self.config.record.voxel_dtype == "native" else None
+        return required_dtype(self.config.record, self.source_dtype)
 
     @property
     def identity(self) -> str:
@@ -339,6 +333,64 @@ class BuildPlan:
         return [range(positions.start + cut.start, positions.start + cut.stop) for cut in cuts]
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the first image of a build makes the others have in common with it.
+
+    Attributes:
+        shape: as `required_shape`.
+        dtype: as `required_dtype`.
+        num_frames: as `BuildPlan.num_frames`.
+        num_shards: of all splits.
+        splits: records of each split, if no image fails.
+    """
+
+    shape: tuple[int | None, ...] | None
+    dtype: str | None
+    num_frames: int | None
+    num_shards: int
+    splits: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class CheckPlan:
+    """What a check compares the images of a manifest with.
+
+    Attributes:
+        config: of the build, with absolute paths.
+        num_rows: of the manifest, without those that are skipped.
+        num_skipped: rows without a label that are skipped.
+        expected: of the images; None where no build would get as far as them.
+        refusal: why not; "" where one would.
+    """
+
+    config: BuildConfig
+    num_rows: int
+    num_skipped: int
+    expected: Expected | None
+    refusal: str = ""
+
+
+def required_shape(record: RecordConfig, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
+    """Shape that every image must be loaded with; None for what may differ.
+
+    Args:
+        record: the configuration.
+        shape: of the first image's record; None where shapes may differ.
+    """
+    if shape is None and record.channels is not None:
+        return (None, None, None, record.num_channels)
+    if shape is None and record.frames != "all":
+        # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
+        return (None, None, None)
+    return shape
+
+
+def required_dtype(record: RecordConfig, source_dtype: str) -> str | None:
+    """Dtype that every image must have on disk; None where dtypes may differ."""
+    return source_dtype if record.voxel_dtype == "native" else None
+
+
 def read_build_manifest(path: str, config: BuildConfig) -> Manifest:
     """The manifest of a build: with its splits, and with pseudonyms where ids are anonymous.
 
@@ -382,6 +434,11 @@ def default_sharding(
     """
     each = num_frames * record_bytes(num_voxels, source_itemsize, record)
     return Sharding(examples_per_shard=num_frames * max(1, round(SHARD_BYTES / each)))
+
+
+def estimated_itemsize(record: RecordConfig, source_itemsize: int) -> int:
+    """Bytes of a voxel that tell how well a record compresses: computed voxels do like a float32 image."""
+    return 4 if record.spacing is not None or record.preprocess is not None else source_itemsize
 
 
 def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) -> float:

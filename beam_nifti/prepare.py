@@ -17,6 +17,7 @@ from beam_nifti.grid import UNTURNED, Grid, Shape3, axes_to, is_usable, respace,
 from beam_nifti.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.intensity import describe_rule, select_voxels
 from beam_nifti.label_map import pick_nearest
+from beam_nifti.notes import join_notes
 from beam_nifti.rescale import Scaling, Voxels
 from beam_nifti.user_function import Function, load_function
 from beam_nifti.volume import Volume
@@ -303,12 +304,20 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
     box = tuple(map(slice, starts, stops))
     voxels = np.ascontiguousarray(volume.voxels[box])
     grid = Grid.of(shape, volume.affine)
-    return replace(
+    cropped = replace(
         volume,
         voxels=voxels,
         affine=grid.part(starts, voxels.shape[:3]).affine,
         mask=None if mask is None else np.ascontiguousarray(mask[box]),
     )
+    return _noting_lost_labels(cropped, mask, "labels-lost-to-crop")
+
+
+def _noting_lost_labels(volume: Volume, mask: Voxels | None, note: str) -> Volume:
+    """A volume with a note where its mask has fewer labelled voxels than `mask`, from which it was made."""
+    if mask is None or volume.mask is None or np.count_nonzero(volume.mask) == np.count_nonzero(mask):
+        return volume
+    return replace(volume, notes=join_notes([volume.notes, [note]]))
 
 
 def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
@@ -334,12 +343,13 @@ def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
         ufunc = np.fmin if volume.scaling.slope > 0 else np.fmax
         least = ufunc.reduce(voxels, axis=(0, 1, 2) if each else None)
     starts = [start - n // 2 for start, n in zip(cut, missing, strict=True)]
-    return replace(
+    fitted = replace(
         volume,
         voxels=_fit(voxels, shape, cut, widths, least),
         affine=old.part(starts, shape).affine,
         mask=None if volume.mask is None else _fit(volume.mask, shape, cut, widths, 0),
     )
+    return _noting_lost_labels(fitted, volume.mask, "labels-lost-to-shape")
 
 
 def _fit(
