@@ -22,7 +22,7 @@ _DIGITS: Final = 7
 """Significant digits that voxel sizes are counted by: headers hold float32."""
 
 _SIZES_TRIED: Final = 200
-"""Voxel sizes, the most frequent ones, of which the one that most images have is looked for."""
+"""Number of most frequent voxel sizes among which the suggested one is chosen."""
 
 _DIRECTIONS: Final = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 """Of the letters of an orientation: axis in space, and sign."""
@@ -72,7 +72,7 @@ Counts = Mapping[ImageKind, int]
 
 
 def suggest_flags(kinds: Counts, record: RecordConfig) -> list[str]:
-    """Flags of `build` with which it refuses none of the images that can be made alike.
+    """Flags with which `build` accepts every image that can be made to match the others.
 
     An image that has the most frequent orientation and voxel size keeps its voxels as they are, and no image
     is cropped. Images that nothing makes like the most frequent ones, such as RGB among scalars, are not

@@ -13,7 +13,7 @@ from beam_nifti.options_common import refuse_swallowed
 
 UNUSABLE: Final = {
     "save_main_session": "nothing that a worker runs is defined in the main program",
-    "streaming": "a manifest has an end",
+    "streaming": "a build reads a finite manifest, so it runs as a batch job",
     "no_wait_until_finish": "the command publishes and cleans up when the pipeline has ended",
 }
 """Beam's flags that no command can take, each with why."""
@@ -109,7 +109,7 @@ def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str
     for flag in (f for f in given if options.get(f) in unused):
         hint = suggest_flag(dashed(flag), ours, cutoff=0.6) or "leave it out"
         where = f"with {runner}" if runner and runner not in local_runner.NAMES else "without --runner"
-        raise UsageError(f"{flag} is Beam's, and has no effect {where}; {hint}")
+        raise UsageError(f"{flag} is an Apache Beam flag that has no effect {where}; {hint}")
     may_know_more = runner in _JOB_SERVERS or _is_foreign(runner)
     for before, argument in zip(("", *unknown), unknown, strict=False):
         is_flag = argument.startswith("--")

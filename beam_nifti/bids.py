@@ -210,7 +210,7 @@ class Records:
     def cell(self, image: BidsImage, column: str) -> str:
         """What is known of an image: of its session, else of its participant, else MISSING.
 
-        A participant's own table of sessions, where it has the column, has the last word: a session
+        If a participant's own table of sessions has the column, only that table counts: a session
         without a row in it has no value.
         """
         of_session = self._of_session.get(image.participant_id, {})

@@ -57,9 +57,9 @@ _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
 _VERSION_1: Final = (
-    "%s: has format version 1, which is kept: it has the sum of the sizes and the mean of the times of an "
-    "example's files, so an exchange of two files may not be noticed. Use --recheck after one; --overwrite, "
-    "once, makes a dataset of the present version"
+    "%s: the dataset has format version 1 and keeps it. Version 1 records only the total size and the mean "
+    "time of an example's files, so swapping two files may go unnoticed; if you swap files, build with "
+    "--recheck. To convert the dataset to the current version, build once with --overwrite"
 )
 
 
@@ -185,7 +185,7 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
     key = config.anonymous_ids
     if key and config.output and key.startswith(f"{config.output}/"):
         raise UsageError(
-            f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
+            f"--anonymous-ids is {key}, inside OUTPUT, where it would be shared with the dataset; move it"
         )
     # To a store they would write, which is for `open_build`.
     if not storage.is_remote(config.output):
@@ -325,7 +325,7 @@ def _first_volume(
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
         manifest.path,
-        [*problems, "none of these images can be used: is the manifest's folder right?"],
+        [*problems, "none of these images can be used; relative paths start at the manifest's folder"],
     )
 
 
@@ -342,8 +342,8 @@ def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
     """An output without a note must not hold files that this build would replace."""
     if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
         raise OutputError(
-            f"{config.output}: holds a folder {BUILD_FOLDER} that no build left; move or remove it, choose "
-            "another OUTPUT, or --overwrite to discard it"
+            f"{config.output}: holds a folder {BUILD_FOLDER} that is not from an unfinished build; move or "
+            "remove it, choose another OUTPUT, or use --overwrite to delete it"
         )
     names = storage.list_files(config.output, "*.tfrecord*")
     foreign = next((name for name in names if ShardName.parse(name)), None)
@@ -363,7 +363,7 @@ def _refuse_other(published: DatasetInfo, plan: BuildPlan, manifest: Manifest) -
         raise OutputError(
             f"{output}: holds a dataset that was built with different options or rows:\n  "
             + "\n  ".join(differences)
-            + "\nchoose another OUTPUT, or --overwrite to replace it"
+            + "\nchoose another OUTPUT, or use --overwrite to replace it"
         )
 
 
@@ -398,7 +398,7 @@ def _is_continued(
         if work.num_records:
             changes = version_changes(dead.info.versions, plan.versions)
             logs.LOGGER.warning(
-                "%s of an unfinished build were made with %s: they are made again", work, changes
+                "rebuilding %s of an unfinished build, made with other versions: %s", work, changes
             )
         return False
     differences = find_differences(dead.info, now, manifest, unfinished.indexes())
@@ -442,14 +442,15 @@ def _loss(
         reasons.append(f"the manifest was in {was}, now in {folder}, and paths are relative to it")
     if not reasons:
         reasons.append("rows were appended, and --shuffle-seed or --split moves others")
-    remedy = "--overwrite to discard it"
+    remedy = "use --overwrite to discard it"
     if is_beside:
         build_folder = storage.join(output, BUILD_FOLDER)
-        remedy = f"remove {build_folder} to discard it, or --overwrite to replace the dataset as well"
+        remedy = f"delete {build_folder} to discard it, or use --overwrite to replace the dataset as well"
     return (
         f"{output}: holds an unfinished build with different options or rows:\n  "
         + "\n  ".join(reasons)
-        + f"\n{lost} would be lost; give the same options to continue it, choose another OUTPUT, or {remedy}"
+        + f"\n{lost} would be lost; to continue that build, give its options; else choose another "
+        f"OUTPUT, or {remedy}"
     )
 
 

@@ -74,9 +74,9 @@ class BuildNote:
         except (ValueError, KeyError, TypeError, AttributeError, DatasetError) as e:
             # A loss of power can leave an empty one.
             raise OutputError(
-                f"{path}: the note of an unfinished build is damaged, or of another version of beam-nifti; "
-                "continue with the version that wrote it, choose another OUTPUT, or --overwrite to discard "
-                "what is unfinished"
+                f"{path}: the plan of an unfinished build is damaged, or was written by another version of "
+                "beam-nifti; continue with that version, choose another OUTPUT, or use --overwrite to "
+                "discard the unfinished build"
             ) from e
 
     @classmethod
@@ -106,9 +106,9 @@ def require_current(output: str, identity: str) -> BuildNote:
     """
     note = BuildNote.read(output)
     if note is None or note.identity != identity:
-        what = "is not being built any more" if note is None else "is being built otherwise by now"
+        what = "the build here has ended" if note is None else "another build has started here"
         raise OutputBusyError(
-            f"{output}: {what}: a build of it ended or another one was started while this one ran; this one "
-            "stops. Cancel jobs that a stopped command left behind before the next build"
+            f"{output}: {what}, so this one stops. Before the next build, cancel any jobs that a stopped "
+            "command left running"
         )
     return note

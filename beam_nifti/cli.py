@@ -133,7 +133,7 @@ def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
 
             write_metrics(options.metrics_file, run)
     except OSError as e:
-        logs.LOGGER.error("how the command ended could not be written: %s", reason_of(e))
+        logs.LOGGER.error("could not write the summary or metrics file: %s", reason_of(e))
         return False
     return True
 
@@ -165,7 +165,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         run.fail(e)
         if sys.stderr.isatty():
             print(file=sys.stderr)  # after ^C
-        again = "continues where it was" if options.command == "build" else "starts again"
+        again = "continues where it stopped" if options.command == "build" else "starts over"
         logs.LOGGER.warning("stopped; the same command %s", again)
         return INTERRUPTED
 
@@ -311,13 +311,13 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         with _while_read():
             _report(plan, e.summary, {})
         return _complain(
-            f"{e}\n{'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}; "
-            "repair those images and give the same command again, which loads only them, or accept the "
-            "failures with that option",
+            f"{e}\n{'the dataset is unchanged' if plan.has_published else 'the dataset is not complete'}; "
+            "repair the failed images and run the same command again, which loads only those, or accept the "
+            "failures by adding that --max-bad-fraction",
             FAILED,
         )
     except Exception as e:
-        return _stopped(run, e, "the build stopped", "continues where it was")
+        return _stopped(run, e, "the build stopped", "continues where it stopped")
     sys.stderr.write(noise.getvalue())
     _note_end(run, summary, metrics)
     with _while_read():
@@ -361,7 +361,8 @@ def _stopped(run: RunSummary, error: Exception, what: str, again: str) -> int:
     if outcome is None:
         raise error
     run.fail(error, outcome.reason)
-    same = "the same command" if outcome.code == TEMPORARY else "correct that, and the same command"
+    fix = "" if outcome.code == TEMPORARY else "fix this and "
+    same = f"{fix}run the same command again, which"
     trace = None if outcome.is_explained else error
     logs.LOGGER.error("%s: %s; %s %s", what, outcome.reason, same, again, exc_info=trace)
     return outcome.code
@@ -424,7 +425,7 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
         print(f"would write to {plan.config.output}")
         print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
         print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
-        print(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
+        print(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, estimated from the first image's header")
         if estimate.reuse:
             _print_reuse(estimate.reuse)
         _print_labels(plan)
@@ -435,7 +436,7 @@ def _print_reuse(reuse: Reuse) -> None:
     for number, what in ((reuse.num_published, "the dataset"), (reuse.num_unfinished, "an unfinished build")):
         if number:
             unless = "" if reuse.is_checked else ", unless their images have changed"
-            print(f"kept     {_count(number, 'example')} of {what}{unless}")
+            print(f"keep     {_count(number, 'example')} from {what}{unless}")
     print(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
         size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
@@ -451,7 +452,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     engine = choose_engine(check_config(options), beam_flags, options.workers, "check")
     if not engine.is_local and options.out is None:
         raise UsageError(
-            "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
+            "--out is missing; give a path that the workers can write to, such as gs://my-bucket/check.json"
         )
     from beam_nifti.build import plan_check
     from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
@@ -468,7 +469,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
         with progress, _set_aside(io.StringIO(), engine):
             report = check_images(plan, engine.options, options.out)
     except Exception as e:
-        return _stopped(run, e, "the check stopped", "starts again")
+        return _stopped(run, e, "the check stopped", "starts over")
     num_bad, num_images = report["num_bad"], report["num_images"]
     run.know(num_volumes=num_images, num_failed=num_bad)
     with _while_read():
@@ -574,7 +575,9 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and options.out is None:
-        raise UsageError("--out is missing: where the workers write too, such as gs://my-bucket/report.html")
+        raise UsageError(
+            "--out is missing; give a path that the workers can write to, such as gs://my-bucket/report.html"
+        )
     out = options.out or "report.html"
     from beam_nifti.report import write_report  # after the engine, which imports Beam as it should be
 
@@ -584,7 +587,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
         with progress, _set_aside(io.StringIO(), engine):
             summary = write_report(options.output, info, out, engine.options, num_pictures=options.pictures)
     except Exception as e:
-        return _stopped(run, e, "the report stopped", "starts again")
+        return _stopped(run, e, "the report stopped", "starts over")
     for problem in summary.problems:
         logs.LOGGER.warning("%s", problem)
     with _while_read():

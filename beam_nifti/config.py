@@ -243,8 +243,8 @@ class RecordConfig:
                 )
         if self.clip and (method in ("zscore", "none") or not self.has_ends):
             raise UsageError(
-                f"--clip has no place with --rescale {self.rescale}; it is for percentile and window, and "
-                "for minmax with --rescale-within: drop it"
+                f"--clip cannot be used with --rescale {self.rescale}, only with percentile, window, or "
+                "minmax with --rescale-within; drop it"
             )
 
     @property

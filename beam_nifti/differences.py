@@ -122,7 +122,7 @@ def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -
             )
             yield (
                 f"the classes of {column.name} were {name_classes(classes, _SHOWN_CLASSES)}, now "
-                f"{name_classes(others, _SHOWN_CLASSES)} ({named}), and records hold their numbers"
+                f"{name_classes(others, _SHOWN_CLASSES)} ({named}), so the stored class numbers would change"
             )
 
 
@@ -131,7 +131,7 @@ def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[str]
     key_check = known.get("key_check")
     if key_check != manifest.key_check:
         if key_check is None:
-            return "its ids are not anonymous, and now there is --anonymous-ids"
+            return "its ids are not anonymous, but --anonymous-ids was given"
         other = "another key" if manifest.key_check else "no key"
         return f"its ids are anonymous, and {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:

@@ -250,12 +250,12 @@ def _notes_on_choice(
     participants = {image.participant_id for image in chosen}
     gone = sorted({image.participant_id for image in dropped} - participants)
     if gone:
-        notes.append(f"{_named(gone, 'participant')} without any other image")
+        notes.append(f"{_named(gone, 'participant')} left with no image")
     sessions = set(map(_session_of, chosen))
     left = sorted({_session_of(image) for image in dropped} - sessions)
     rest = [f"{participant}_{session}" for participant, session in left if participant in participants]
     if rest:
-        notes.append(f"{_named(rest, 'session')} without any other image")
+        notes.append(f"{_named(rest, 'session')} left with no image")
     return notes
 
 
@@ -288,7 +288,8 @@ def _notes_on_twins(of_images: Iterable[str], of_tables: Iterable[str]) -> list[
     """A note on ids that are probably meant to be the same."""
     known = {_bare(name): name for name in of_tables}
     twins = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
-    return [f"the table may mean the same by {_listed(twins)}; ids must be equal"] if twins else []
+    note = f"possibly the same id in table and image name: {_listed(twins)}; ids must match exactly"
+    return [note] if twins else []
 
 
 def _bare(name: str) -> str:

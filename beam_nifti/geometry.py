@@ -1,4 +1,4 @@
-"""Where a header places its voxels: affine, voxel sizes and spatial unit. All measuring goes by this."""
+"""Where a header places its voxels: affine, voxel sizes and spatial unit. All other code uses these."""
 
 from __future__ import annotations
 

@@ -376,4 +376,6 @@ def reading(name: str) -> Iterator[None]:
     except OSError as e:
         if not is_of_path(e):
             raise
-        raise VolumeError(f"{name}: cannot be read: {e.strerror or e}; check the path and its rights") from e
+        raise VolumeError(
+            f"{name}: cannot be read: {e.strerror or e}; check the path and its permissions"
+        ) from e

@@ -148,7 +148,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
 def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.ChunkedArray]) -> str:
     reason = _failure_reason(output, info, info.failures, example_id) if info.failures else None
     if reason is not None:
-        return f"; it was left out: {reason}"
+        return f"; it failed: {reason}"
     known = itertools.chain.from_iterable(column.to_pylist() for column in ids)
     close = difflib.get_close_matches(example_id, itertools.islice(known, _COMPARED_IDS), n=1)
     if close:

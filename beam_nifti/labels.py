@@ -110,8 +110,8 @@ def read_labels(
         kind = ("float" if any(are_numeric) else "class") if are_numeric else default
         if kind is None:
             problems.add(
-                f"no row has a value of {column.name}, which would tell its kind; leave it out of "
-                f"--label-column, or say which: {column.name}:float"
+                f"every value of {column.name} is missing, so its kind is unknown; drop it from "
+                f"--label-column, or give its kind, such as {column.name}:float"
             )
         if kind == "float" and not all(are_numeric):
             remedy = f"; correct it, or make classes of all labels with --label-column {column.name}:class"
@@ -119,8 +119,8 @@ def read_labels(
     if missing is None:
         for i in np.flatnonzero(is_missing[codes]):
             problems.add(
-                f"row {i + 1}: {column.name} is {texts[codes[i]].as_py()!r}, which is no label; fill it in, "
-                "or keep such rows with --missing-label nan, or leave them out with --missing-label skip"
+                f"row {i + 1}: {column.name} is {texts[codes[i]].as_py()!r}, a missing label; fill it in, "
+                "keep such rows with --missing-label nan, or skip them with --missing-label skip"
             )
     if column.kind == "float":
         for i in np.flatnonzero(~(is_number | is_missing)[codes]):
@@ -209,8 +209,8 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
 def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> None:
     for twin, other in find_twins(pa.array(classes, pa.string()))[:_SHOWN]:
         problems.warn(
-            f"{name} has the classes {classes[other]!r} and {classes[twin]!r}, which differ {LIKENESS}; give "
-            "them one spelling if they are one"
+            f"{name} has the classes {classes[other]!r} and {classes[twin]!r}, which differ {LIKENESS}; if "
+            "they are the same class, spell them the same way"
         )
     for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:
         problems.warn(f"{name} has a class {text!r}; write n/a, or nothing, where there is no value")
@@ -241,9 +241,9 @@ def _warn_of_rounding(
         first = int(codes[rows[0]])
         shown = ", ".join(str(row + 1) for row in rows[:_SHOWN]) + (", …" if rows.size > _SHOWN else "")
         problems.warn(
-            f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, and {_stored(numbers[first]):f} as the "
-            f"float32 that records hold; {rows.size:,} labels change like that (rows {shown}). To keep them "
-            f"as they are written, use --label-column {name}:class or {name}:string"
+            f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, but records store float32, which rounds "
+            f"it to {_stored(numbers[first]):f}; {rows.size:,} labels are affected (rows {shown}). To store "
+            f"them exactly, use --label-column {name}:class or {name}:string"
         )
 
 

@@ -178,9 +178,9 @@ def _refuse_held(path: str, holder: dict[str, object]) -> None:
         return
     raise OutputBusyError(
         f"{storage.dirname(path)}: a build on {holder.get('host', 'another machine')} is writing here"
-        + (f", and did so {age:.0f} s ago" if age is not None else "")
-        + "; wait for it, or, if it died, "
-        + (f"remove {path}" if age is None else f"for its lease to end after {_STALE_SECONDS:.0f} s")
+        + (f" (last renewed {age:.0f} s ago)" if age is not None else "")
+        + "; wait for it to finish or, if it died, "
+        + (f"remove {path}" if age is None else f"until its lock expires, after {_STALE_SECONDS:.0f} s")
     )
 
 

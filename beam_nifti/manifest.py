@@ -293,7 +293,7 @@ def read_manifest(
         (splitting and splitting.stratify, "--stratify"),
     ):
         if name is not None and name not in table.column_names:
-            problems.add(f"no column {name!r}, only {present}; name another with {flag}")
+            problems.add(f"no column {name!r}; the columns are: {present}; choose one with {flag}")
     if splitting and "split" in table.column_names:
         problems.add("has a column 'split' already; leave --split out, or drop or rename the column")
     for name, meant in _misspelled(table.column_names, columns):
@@ -512,7 +512,7 @@ def _check_ids(ids: pa.Array, problems: Problems) -> None:
     for i, text in enumerate(ids.to_pylist()):
         if text in first and text:
             problems.add(
-                f"row {i + 1}: id {text!r} stands in row {first[text] + 1} too; "
-                "add a session_id column, or name a unique one with --id-column"
+                f"row {i + 1}: id {text!r} is also in row {first[text] + 1}; "
+                "add a session_id column, or choose a column of unique ids with --id-column"
             )
         first.setdefault(text, i)

@@ -13,8 +13,10 @@ TEXTS: Final = {
     ),
     "units-converted": "the header's spatial unit is not mm; affine and voxel sizes are converted to mm",
     "units-unknown": "the header's spatial unit is not known; mm is assumed",
-    "labels-lost-to-crop": "--crop-foreground cut off labelled voxels of the mask; crop to the mask itself",
-    "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; give a larger one",
+    "labels-lost-to-crop": (
+        "--crop-foreground cut off labelled voxels of the mask; to keep them, use --crop-foreground mask"
+    ),
+    "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; to keep them, use a larger --shape",
 }
 """A sentence for each note."""
 
@@ -43,5 +45,5 @@ def warnings_of(counters: Mapping[str, int]) -> Iterator[str]:
     for note, text in TEXTS.items():
         if count := counters.get(counter_name(note), 0):
             examples = f"{count:,} example{'' if count == 1 else 's'}"
-            remedy = "" if note in OF_VOXELS else ". beam-nifti check names them"
+            remedy = "" if note in OF_VOXELS else "; beam-nifti check lists these images"
             yield f"warning: {examples}: {text}{remedy}"

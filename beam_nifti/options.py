@@ -179,7 +179,7 @@ def _commands_of(parser: argparse.ArgumentParser, name: str) -> Iterable[tuple[s
 
 
 def suggest_flag(flag: str, known: Iterable[str], cutoff: float = 0.75) -> str:
-    """The words by which a flag is suggested that was probably meant, "" for none.
+    """A hint that names the flag that was probably meant; "" if none is similar.
 
     Args:
         flag: that was given.

@@ -109,11 +109,11 @@ def _add_check(commands: Commands) -> None:
     _add_voxels(check.add_argument_group("voxels"))
     _add_preparation(check)
     run = check.add_argument_group("running")
-    run.add_argument("--json", action="store_true", help="as JSON")
+    run.add_argument("--json", action="store_true", help="print the report as JSON")
     run.add_argument(
         "--out",
         metavar="FILE",
-        help="write the JSON here too; required on a cluster, within the workers' reach",
+        help="also write the report as JSON to FILE; required on a cluster, where workers must reach it",
     )
     _add_max_bad_fraction(run)
     _add_running(run)
@@ -143,28 +143,29 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
         "--path-column",
         default="path",
         metavar="NAME",
-        help="of the images; several, with commas, such as T1w,T2w,FLAIR, are the channels of one record, "
-        "each rescaled by itself, and must have the same voxels in space; default: path",
+        help="column of image paths; several, separated by commas, such as T1w,T2w,FLAIR, become the "
+        "channels of one record: each is rescaled separately, and all must have the same voxel grid; "
+        "default: path",
     )
     columns.add_argument(
         "--mask-column",
         metavar="NAME",
-        help="of label maps, images of whole numbers with the same voxels in space as the images: prepared "
-        "with them, by nearest neighbour, and stored as they are; default: none",
+        help="column of label maps: images of whole numbers on the same voxel grid as the images. They are "
+        "prepared like the images, by nearest neighbour, and stored without rescaling; default: none",
     )
     columns.add_argument(
         "--label-column",
         metavar="NAME[:KIND],…",
-        help="numbers, or texts of classes; or several columns, such as age,sex:class,subtype, each with a "
-        "feature label/NAME of its own. KIND is float; class, stored as the number of the value among all of "
-        "the column's; or string; default: float where all values are numbers, class where none is. Default: "
-        "label, where there is one",
+        help="column of labels: numbers, or the names of classes; or several columns, such as "
+        "age,sex:class,subtype, each stored in its own feature label/NAME. KIND is float, class (stored as "
+        "the number of the class) or string; without it, float if all values are numbers, and class if none "
+        "is. Default: the column label, if there is one",
     )
     columns.add_argument(
         "--missing-label",
         choices=MISSING_LABELS,
-        help="what becomes of rows whose label is empty, n/a or NaN. nan: they get NaN, the class -1, or an "
-        "empty string; skip: they are left out, and counted; default: they are an error",
+        help="what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, or an "
+        "empty string; skip: skip and count these rows; default: report an error",
     )
     columns.add_argument(
         "--id-column",
@@ -178,9 +179,9 @@ def _add_privacy(command: argparse.ArgumentParser) -> None:
     privacy.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
-        help="write keyed hashes in the place of participant_id, session_id, ids and paths. KEYFILE has at "
-        "least 16 random bytes, and workers read it too: `head -c 32 /dev/urandom` makes them; default: "
-        "names are kept",
+        help="replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must hold at "
+        "least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able to "
+        "read it; default: names are kept",
     )
 
 
@@ -189,20 +190,21 @@ def _add_splits(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--split",
         metavar="NAME=SHARE,…",
-        help="deal the participants to splits, such as train=0.8,validation=0.1,test=0.1; all images of a "
-        "participant_id go to one, which stays theirs when others are added; default: the manifest's column "
-        "split, else all is train",
+        help="assign participants to splits at random, in these shares, such as "
+        "train=0.8,validation=0.1,test=0.1; all images of a participant_id go to one split, which does not "
+        "change when other participants are added; default: the manifest's column split, or else all go to "
+        "train",
     )
     group.add_argument(
         "--stratify",
         metavar="COLUMN",
-        help="hold the shares within each value of this column, such as site or diagnosis",
+        help="keep these shares within each value of this column, such as site or diagnosis",
     )
     group.add_argument(
         "--split-seed",
         type=int,
         metavar="N",
-        help="another number is another draw, as for repeated cross-validation; default: 0",
+        help="seed of the draw; change it for another draw, as in repeated cross-validation; default: 0",
     )
 
 
@@ -213,11 +215,13 @@ def _add_shards(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--examples-per-shard",
         type=int,
         metavar="N",
-        help="at most; with --frames each as many whole images as that allows, at least one; default: from "
-        "the first image's header, for shards of 128 to 256 MB",
+        help="largest number of examples in a shard; with --frames each, a shard still holds at least one "
+        "whole image; default: chosen from the first image's header, for shards of 128 to 256 MB",
     )
-    size.add_argument("--num-shards", type=int, metavar="N", help="shards of each split")
-    shards.add_argument("--compression", choices=COMPRESSIONS, default="gzip", help="default: gzip")
+    size.add_argument("--num-shards", type=int, metavar="N", help="number of shards in each split")
+    shards.add_argument(
+        "--compression", choices=COMPRESSIONS, default="gzip", help="compression of the shards; default: gzip"
+    )
     return shards
 
 
@@ -226,7 +230,8 @@ def _add_shuffle_seed(group: argparse._ArgumentGroup) -> None:
         "--shuffle-seed",
         type=int,
         metavar="N",
-        help="shuffle the rows of each split, the same way everywhere; default: the manifest's order",
+        help="shuffle the rows of each split; the same N gives the same order on every machine; default: the "
+        "manifest's order",
     )
 
 
@@ -244,16 +249,16 @@ def _add_rescaling(group: argparse._ArgumentGroup) -> None:
         "--rescale",
         default="minmax",
         metavar="METHOD",
-        help="which intensities of a volume become 0 and 1. minmax (default): its least and largest; "
-        "percentile:LO,HI: two of its percentiles, as percentile:0.5,99.5, for MRI with bright outliers; "
-        "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
-        "and one standard deviation above it; none: keep the image's units",
+        help="which intensities of a volume become 0 and 1. minmax (default): the smallest and the largest; "
+        "percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
+        "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: "
+        "the mean, and one standard deviation above it; none: keep the image's units",
     )
     group.add_argument(
         "--rescale-within",
         metavar="VOXELS",
-        help="take range, percentiles, mean and deviation over these voxels only: nonzero; above:T, those "
-        "above T in the image's units; or mask, those with a label in the mask; default: all",
+        help="compute range, percentiles, mean and standard deviation from these voxels only: nonzero; "
+        "above:T, those above T in the image's units; or mask, those with a label in the mask; default: all",
     )
     group.add_argument(
         "--clip",
@@ -264,7 +269,7 @@ def _add_rescaling(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--mask-dtype",
         choices=MASK_DTYPES,
-        help="of the labels of masks: uint8 (default), up to 255, or uint16, up to 65535",
+        help="dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to 65535",
     )
 
 
@@ -274,21 +279,21 @@ def _add_voxels(voxels: argparse._ArgumentGroup) -> None:
         choices=VOXEL_DTYPES,
         default="float32",
         help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
-        "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
-        "float32",
+        "quarter, 256 levels of [0, 1]; native: as in the file; the reader rescales them to exactly the "
+        "values of float32",
     )
     voxels.add_argument(
         "--frames",
         metavar="|".join(FRAMES),
-        help="of 4-D images; all: every frame, as the channels of one record; each: every frame, as an "
-        "example of its own, ID_frame-0000 and on; first, or a number from 0: one of them; mean: their mean; "
-        "default: 4-D images are refused",
+        help="what to store of a 4-D image. all: every frame, as channels of one record; each: every frame, "
+        "as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that frame; "
+        "mean: the mean of the frames; default: 4-D images are refused",
     )
     voxels.add_argument(
         "--complex",
         choices=COMPLEX_PARTS,
-        help="of complex images; magnitude; phase, in radians; real-imag: both parts, as channels; default: "
-        "complex images are refused",
+        help="what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
+        "channels; default: complex images are refused",
     )
     voxels.add_argument(
         "--allow-mixed-shapes",
@@ -311,8 +316,8 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
         "--orientation",
         default="native",
         metavar="CODE",
-        help="turn the axes to where this says that each index grows, such as RAS or LPS; default: native, "
-        "as in the file",
+        help="reorder and flip the axes so that they point in these directions, such as RAS (right, "
+        "anterior, superior) or LPS; default: native, as in the file",
     )
     group.add_argument(
         "--spacing",
@@ -344,15 +349,17 @@ def _add_max_bad_fraction(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_overwrite(group: argparse._ArgumentGroup) -> None:
-    add_overwrite(group, "a dataset, or discard an unfinished build, of different options or rows")
+    add_overwrite(
+        group, "a dataset, or discard an unfinished build, that was made with different options or rows"
+    )
 
 
 def _add_recheck(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--recheck",
         action="store_true",
-        help="make every record again, and replace the shards that differ: for files that were changed and "
-        "kept their size and time; default: an image is not read again while these are the same",
+        help="rebuild every record, and replace the shards that differ. Use it when files have changed but "
+        "kept their size and time; by default, such files are taken as unchanged",
     )
 
 
@@ -367,13 +374,13 @@ def _add_dry_run(group: argparse._ArgumentGroup) -> None:
 def _add_running(group: argparse._ArgumentGroup) -> None:
     add_workers(
         group,
-        ". On a cluster, the least parallelism to cut the work for; default: what the engine's flags give "
-        "it, else 32",
+        ". On a cluster, the number of workers that the work is divided for; default: taken from the "
+        "engine's flags, or 32",
     )
     group.add_argument(
         "--temp-location",
         metavar="PATH",
-        help="folder or URL for what is needed only while building; default: in OUTPUT",
+        help="folder or URL for temporary files of the build; default: in OUTPUT",
     )
     add_quiet(group)
     add_summary(group)
@@ -383,8 +390,8 @@ def _add_metrics_file(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--metrics-file",
         metavar="FILE",
-        help="write the same as metrics of Prometheus, for the textfile collector of node_exporter: a local "
-        ".prom file; not with --dry-run; default: none",
+        help="write the contents of --summary-json as Prometheus metrics, for the textfile collector of "
+        "node_exporter: a local .prom file; not with --dry-run; default: none",
     )
 
 

@@ -19,10 +19,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 EXIT_CODES = """\
 exit codes:
   0  success
-  1  volumes failed beyond the limit, the dataset is not right, or two are not the same
-  2  a wrong option, manifest or OUTPUT, or a path that cannot be read or written: correct it first
-  75 another build is in OUTPUT, an engine or a store failed, or a disk is full: the same command may succeed
-     later, and a build continues
+  1  more volumes failed than allowed, the dataset is damaged or incomplete, or two datasets differ
+  2  an option, the manifest, OUTPUT or a path is wrong: fix it before running the command again
+  75 another build is writing to OUTPUT, an engine or a store failed, or a disk is full: run the same command
+     again later; a build continues where it stopped
   130 stopped by Ctrl-C
 """
 
@@ -112,8 +112,8 @@ def add_log_format(parser: argparse.ArgumentParser, default: str) -> None:
         "--log-format",
         choices=LOG_FORMATS,
         default=default,
-        help="of what is said on standard error besides results: text (default), or json, an object a line "
-        "for what collects logs",
+        help="format of messages on standard error: text (default), or json, one object per line, for log "
+        "collectors",
     )
 
 
@@ -146,8 +146,8 @@ def add_beam(command: argparse.ArgumentParser, note: str = "as for build") -> No
     """Document that Beam's flags may be given."""
     command.add_argument_group(
         "Apache Beam",
-        f"Flags of Beam's are passed on, {note}. They are not abbreviated, and those that have no effect on "
-        "the runner are refused.",
+        f"Flags of Apache Beam are passed on, {note}. Write them in full; flags that have no effect on the "
+        "runner are refused.",
     )
 
 

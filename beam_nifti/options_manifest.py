@@ -70,8 +70,8 @@ def _add_bids(sources: Commands) -> None:
     bids.add_argument(
         "--label",
         metavar="COLUMN",
-        help="of participants.tsv or of the participants' sessions.tsv; numbers, or texts for build "
-        "--label-column label:class; images without a value are skipped; default: no labels",
+        help="column of participants.tsv or of the participants' sessions.tsv to use as the label: numbers, "
+        "or texts, which build stores as classes; images without a value are skipped; default: no labels",
     )
     bids.add_argument(
         "--column",
@@ -89,8 +89,8 @@ def _add_glob(sources: Commands) -> None:
         "pattern",
         nargs="+",
         metavar="PATTERN",
-        help="*, ? and […] stand for parts of a name, ** for any folders. participant_id and session_id are "
-        "what the paths have as sub- and ses-",
+        help="*, ? and […] match parts of a name, ** matches any number of folders. participant_id and "
+        "session_id are taken from sub-… and ses-… in the paths",
     )
     _add_manifest_output(glob)
 

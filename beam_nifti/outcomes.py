@@ -1,4 +1,4 @@
-"""Exit codes, and which of them a cause has: what may pass is told from what needs somebody's hand.
+"""Exit codes, by cause: temporary failures are distinguished from those that need a correction.
 
 docs/monitoring.md lists the causes.
 """

@@ -131,7 +131,7 @@ def load_dataset(
     _check_choice("engine", engine or "indexed", "indexed", "sequential")
     _check_seed(shuffle, seed)
     if columns is not None and not as_dict:
-        raise UsageError("columns are those of dictionaries; add as_dict=True")
+        raise UsageError("columns requires as_dict=True")
     seed = None if seed is None else whole_number("seed", seed)
     epochs, start, folder = _count_epochs(repeat), whole_number("start", start), storage.absolute(path)
     parts = parse_split(split)

@@ -152,7 +152,7 @@ class _Steps:
                 self._skipped.add(number)
                 count = len(self._skipped)
             if is_new:
-                _log.warning("%s; left out, as %d of %d records so far", e, count, len(self._records))
+                _log.warning("%s; skipped (%d of %d records so far)", e, count, len(self._records))
             return None
 
 

@@ -45,7 +45,7 @@ _DOUBLE_BYTES: Final = 8
 _STATISTICS_TOLERANCE: Final = 1e-6
 """Relative; sums of the same voxels differ in their last bits between processors."""
 
-_REMAKE: Final = "give the build again with --recheck"
+_REMAKE: Final = "run the build again with --recheck"
 """The remedy where a build would find nothing that has changed."""
 
 _Feature = memoryview | npt.NDArray[np.generic]
@@ -335,7 +335,7 @@ def check_source(
             else f"its files have the sizes and times that they had; {_REMAKE}"
         )
         by = f"it was made with {versions}; " if versions else ""
-        yield f"{row.source} gives another {', '.join(names)} than is stored; {by}{reason}"
+        yield f"what is stored differs from {row.source} in {', '.join(names)}; {by}{reason}"
         return
     for number, now in enumerate(volume.intensities):
         image = f"channel {config.channels[number]}" if config.channels else "its image"

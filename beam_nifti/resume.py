@@ -1,4 +1,4 @@
-"""What a build may take from what its output holds. One answer, for finished and unfinished datasets.
+"""Which existing records a build may reuse; the same rules hold for finished and unfinished datasets.
 
 A record is taken only where a build of an empty output would make the same one.
 """

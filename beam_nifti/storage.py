@@ -171,8 +171,8 @@ def _writable(path: str) -> ObjectStore | None:
     if store is None or isinstance(store, ObjectStore):
         return store
     raise OSError(
-        f"{path}: {scheme_of(path)}:// is only read; write to the local disk, s3:// or gs://, and "
-        "copy it there"
+        f"{path}: {scheme_of(path)}:// is read-only; write to the local disk, s3:// or gs://, and "
+        "copy the files from there"
     )
 
 

@@ -273,14 +273,14 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
         named = [f"row {image['row']} ({image['example_id']})" for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
-    yield from _listed("same twice?", [" = ".join(group) for group in r["twins"]])
+    yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])
     shards = f"{r['num_shards']:,} shard{'s' * (r['num_shards'] != 1)}"
     yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
     if len(r["splits"]) > 1:
         yield "splits", ", ".join(f"{name} {count:,}" for name, count in r["splits"].items())
     yield "memory", f"about {r['worker_bytes'] / 1e9:.1f} GB for a worker of one thread"
     if r["suggested_flags"]:
-        yield "to make alike", " ".join(["use", *r["suggested_flags"]])
+        yield "suggestion", " ".join(["use", *r["suggested_flags"]])
 
 
 def _listed(title: str, lines: Sequence[str], total: int | None = None) -> Iterator[tuple[str, str]]:

@@ -237,7 +237,7 @@ def format_delimited(table: pa.Table, delimiter: str) -> str:
 def _require_visible(table: pa.Table) -> None:
     """Refuse what `read_table` would remove."""
     for name, column in zip(table.column_names, table.columns, strict=True):
-        remedy = "which has white space at its ends, and that is not read again; rename it"
+        remedy = "which has white space at its ends, which would be lost on reading; remove it"
         if name != name.strip(BLANKS):
             raise UsageError(f"the name of a column is {name!r}, {remedy}")
         at = pc.index(pc.not_equal(pc.utf8_trim(column, BLANKS), column), True).as_py()
@@ -287,11 +287,11 @@ def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Probl
     table = pa.concat_tables([*tables, _of_rows(batch, names)])
     if delimiter == ",":
         _warn_of_cells(
-            table, r"[\r\n]", "has a line break in a quoted cell; see that no rows are in it", problems
+            table, r"[\r\n]", "has a line break in a quoted cell; check that it holds no other rows", problems
         )
     else:
         _warn_of_cells(
-            table, r'^".*"$', "has quotes around a cell, which a TSV takes for a part of it", problems
+            table, r'^".*"$', "has quotes around a cell; in a TSV they are part of the value", problems
         )
     return table
 

@@ -222,8 +222,8 @@ class _DeadLetters(beam.DoFn):
 
     Every other error leaves it: the runner tries again, or the build stops. Beam's
     `with_exception_handling` would put the element itself, voxels and all, on that output.
-    Only for volumes that no other step takes: they are released once this one is done with them. A step may
-    make further results as they are asked for, of which none may fail.
+    Use it only for volumes that no other step receives: they are released once the step has returned its
+    first result. A step may return further results lazily; none of these may fail.
 
     Args:
         step: that is run.

@@ -74,11 +74,11 @@ def warn_of_names(
     twins = find_twins(names, folded)
     for row, other in twins[:_SHOWN]:
         problems.warn(
-            f"{_twin_text(what, names, row, other, is_anonymous)}; give both one spelling if they are one"
+            f"{_twin_text(what, names, row, other, is_anonymous)}; if they are the same, spell them alike"
         )
     if len(twins) > _SHOWN:
         problems.warn(
-            f"{len(twins):,} rows are the first of a {what} that differs from an earlier one like that"
+            f"in all, {len(twins):,} different values of {what} differ from an earlier one only in this way"
         )
     at = pc.index(pc.match_substring_regex(names, _REWRITTEN), True).as_py()
     if at >= 0 and folded is None:
@@ -93,7 +93,7 @@ def refuse_twins(names: pa.Array, problems: Problems, *, is_anonymous: bool = Fa
     """Make problems of names that are probably one, where each would be drawn a split of its own."""
     for row, other in find_twins(names):
         text = _twin_text("name", names, row, other, is_anonymous)
-        problems.add(f"{text}, and --split would take them for two; give both one spelling, or other names")
+        problems.add(f"{text}, and --split would treat them as two; spell them alike, or rename one")
 
 
 def _twin_text(what: str, names: pa.Array, row: int, other: int, is_anonymous: bool) -> str:

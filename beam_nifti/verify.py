@@ -222,8 +222,8 @@ class _Verification:
             num_deep=self._num_deep,
             problems=self._problems.texts(),
             notes=tuple(
-                f"{info.shards[shard].name}: {count} records differ in rounding from what is made here; "
-                f"they were made with {self._versions_of(shard)}"
+                f"{info.shards[shard].name}: {count} records differ only by rounding from those rebuilt "
+                f"here; the versions differ: {self._versions_of(shard)}"
                 for shard, count in sorted(self._num_rounded.items())
             ),
         )

@@ -165,7 +165,7 @@ def report_arguments(params: Mapping[str, Any]) -> list[str]:
 class BeamNiftiOperator(BaseOperator):
     """Runs `beam-nifti`, without a shell, and tells failures that a retry may cure from those it cannot.
 
-    A build that is tried again continues where it was. Each asset in `outlets` gets an event that names
+    A build that is tried again continues where it stopped. Each asset in `outlets` gets an event that names
     the manifest and the output.
 
     Args:

@@ -161,8 +161,8 @@ def test_the_table_and_the_file_say_the_same(
     assert f"images        13 in {report['source_bytes'] / 1e6:,.1f} MB" in table
     assert all(f"{kind}: {count}" in table for kind, count in report["shapes"].items())
     assert "would fail    row 7 (larger): larger.nii: " in table
-    assert "same twice?   copy = sub-0002" in table
-    assert table.rstrip().endswith("to make alike use " + " ".join(report["suggested_flags"]))
+    assert "duplicates?   copy = sub-0002" in table
+    assert table.rstrip().endswith("suggestion use " + " ".join(report["suggested_flags"]))
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,7 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == cli.INTERRUPTED
-    assert "continues where it was" in said
+    assert "continues where it stopped" in said
     assert "Traceback" not in said
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["status"], summary["exit_code"], summary["num_volumes"]) == ("interrupted", 130, 300)

@@ -51,7 +51,7 @@ def test_a_path_that_cannot_be_read_is_the_fault_of_its_row(tmp_path: Path) -> N
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read_is_the_fault_of_its_row(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii").chmod(0)
-    with pytest.raises(VolumeError, match="Permission denied; check the path and its rights"):
+    with pytest.raises(VolumeError, match="Permission denied; check the path and its permissions"):
         load_volume(row_of("a.nii"), str(tmp_path))
 
 

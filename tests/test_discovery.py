@@ -199,7 +199,7 @@ def test_labels_of_sessions_come_before_those_of_participants(study: Path, capsy
     assert notes[2:] == [
         "1 session (ses-z) of sub-01 with images, not in the table of sessions, which has ses-x, ses-y",
         "not used: 2 images (sub-01_ses-y_FLAIR, sub-01_ses-z_FLAIR) without age",
-        "2 sessions (sub-01_ses-y, sub-01_ses-z) without any other image",
+        "2 sessions (sub-01_ses-y, sub-01_ses-z) left with no image",
     ]
 
 
@@ -219,7 +219,7 @@ def test_what_is_left_out_is_told(study: Path, capsys: Capture) -> None:
         "1 image (sub-01_run-2_T1w.nii.gz): a symbolic link to a file that is not there; copy that file",
         "1 participant (sub-03) with images, not in participants.tsv",
         "1 participant (sub-09) in participants.tsv, without such an image",
-        "2 participants (sub-02, sub-03) without any other image",
+        "2 participants (sub-02, sub-03) left with no image",
         "not used: 1 image (T1w.nii.gz) outside of the folders of BIDS",
         "not used: 2 images (sub-01/anat/sub-01_mprage_T1w.nii.gz, sub-01/anat/sub-02_T1w.nii.gz) with names "
         "that are not of BIDS, or in the folder of another participant or session",
@@ -263,7 +263,7 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
             ["--label=age"],
             "none of the 3 images has a value of age: 3 participants (sub-01, sub-02, sub-03) with images, "
             "not in participants.tsv; 2 participants (sub-1, sub-9) in participants.tsv, without such an "
-            "image; the table may mean the same by sub-1 for sub-01; ids must be equal",
+            "image; possibly the same id in table and image name: sub-1 for sub-01; ids must match exactly",
         ),
         (
             ["participant_id age", "sub-01 89+", "sub-02 42"],
@@ -305,10 +305,10 @@ def test_the_table_of_sessions_has_the_last_word(study: Path, capsys: Capture) -
         "2 participants (sub-02, sub-03) in participants.tsv, without such an image",
         "1 session (ses-M000) of sub-01 with images, not in the table of sessions, which has ses-M00, "
         "ses-M048",
-        "the table may mean the same by ses-M00 for ses-M000; ids must be equal",
+        "possibly the same id in table and image name: ses-M00 for ses-M000; ids must match exactly",
         "1 session (sub-01_ses-M00) in tables, without such an image",
         "not used: 1 image (sub-01_ses-M000_FLAIR) without age",
-        "1 session (sub-01_ses-M000) without any other image",
+        "1 session (sub-01_ses-M000) left with no image",
     ]
     write_tsv(study / "sub-01/sub-01_sessions.tsv", "session_id age", "M00 60", "M48 64")
     said = error_of(capsys, "bids", str(study), "--suffix=FLAIR", "--label=age")

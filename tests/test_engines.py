@@ -131,7 +131,7 @@ def test_dataflow_needs_its_extra() -> None:
         (["--runner=PortableRunner"], "--job_endpoint is missing"),
         (["--runner=PortableRunner", "--job-endpoint=h:8099"], "--environment_config is missing"),
         ([*FLINK, *POOL, "--save-main-session"], "--save_main_session: nothing that a worker runs"),
-        (["--streaming"], "--streaming: a manifest has an end"),
+        (["--streaming"], "--streaming: a build reads a finite manifest, so it runs as a batch job"),
         (["--no-wait-until-finish"], "--no_wait_until_finish"),
         ([*FLINK, *POOL, "--parallelism=many"], "--parallelism: invalid int value: 'many'"),
         (["--direct-running-mode=fast"], "--direct_running_mode: invalid choice: 'fast'"),
@@ -139,11 +139,11 @@ def test_dataflow_needs_its_extra() -> None:
         ([*FLINK, *POOL, "--paralelism=3"], "did you mean --parallelism"),
         (
             [*FLINK, *POOL, "--label=sex"],
-            "--label is Beam's, and has no effect with FlinkRunner; did you mean",
+            "--label is an Apache Beam flag that has no effect with FlinkRunner; did you mean",
         ),
         (
             [*FLINK, *POOL, "--spark-version=3"],
-            "--spark_version is Beam's, and has no effect with FlinkRunner",
+            "--spark_version is an Apache Beam flag that has no effect with FlinkRunner",
         ),
         ([*FLINK, *POOL, "--parallelism=2", "--parallelism=3"], "given twice, as 2 and 3"),
         ([*FLINK, *POOL, "--worker-machine-type=a", "--machine-type=b"], "given twice, as a and b"),
@@ -151,10 +151,10 @@ def test_dataflow_needs_its_extra() -> None:
         ([*FLINK, *POOL, "--auto-unique-labels", "yes"], "unknown argument yes"),
         (
             ["--label", "sex"],
-            "--label is Beam's, and has no effect without --runner; did you mean --label-column?",
+            "--label is an Apache Beam flag that has no effect without --runner; did you mean --label-column?",
         ),
         (["--labels=sex"], "did you mean --label-column?"),
-        (["--parallelism=3"], "--parallelism is Beam's, and has no effect without --runner"),
+        (["--parallelism=3"], "--parallelism is an Apache Beam flag that has no effect without --runner"),
         (["--runner=DirectRunner", "--setup-file=setup.py"], "--setup_file is Beam's"),
         (["--surprise"], "unknown flag --surprise"),
         (

@@ -223,7 +223,9 @@ def test_a_build_warns_once_of_each_kind_and_check_names_the_images(
     manifest = write_manifest(tmp_path / "m.tsv", rows)
     printed = run("build", manifest, tmp_path / "out")
     assert printed.count("warning: ") == 2
-    assert f"warning: 4 examples: {TEXTS['pixdim-disagrees']}. beam-nifti check names them\n" in printed
+    assert (
+        f"warning: 4 examples: {TEXTS['pixdim-disagrees']}; beam-nifti check lists these images\n" in printed
+    )
     assert f"warning: 1 example: {TEXTS['units-converted']}." in printed
     assert "warning" not in run("build", manifest, tmp_path / "out")  # which loads nothing
     report = json.loads(run("check", manifest, "--json"))

@@ -193,7 +193,7 @@ def test_an_unfinished_build_with_names_leaves_none(manifest: Path, key: str, tm
     ended = build_apart(manifest, output)
     assert ended.result["error"] == "TooManyFailures"
     assert names_in(output) != set()
-    with pytest.raises(OutputError, match="its ids are not anonymous, and now there is --anonymous-ids"):
+    with pytest.raises(OutputError, match="its ids are not anonymous, but --anonymous-ids was given"):
         build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)
     build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5, overwrite=True)
     assert names_in(output) == set()
@@ -212,7 +212,7 @@ def test_another_key_is_another_making(manifest: Path, key: str, tmp_path: Path)
     assert index_of(output)[0]["source"] == Pseudonyms(SECRET[::-1]).of("scans of/Ada/first.nii.gz", "path")
     build(manifest, tmp_path / "named")
     assert "key_check" not in read_info(str(tmp_path / "named")).manifest
-    with pytest.raises(OutputError, match="its ids are not anonymous, and now there is --anonymous-ids"):
+    with pytest.raises(OutputError, match="its ids are not anonymous, but --anonymous-ids was given"):
         build(manifest, tmp_path / "named", anonymous_ids=key)
 
 
@@ -253,7 +253,7 @@ def test_verify_says_which_image_the_manifest_lacks(tmp_path: Path, key: str) ->
         (b"fifteen bytes!!", [], "15 bytes are too few for a key, which needs 16; make one with"),
         (None, [], "key, which cannot be read: No such file"),
         (SECRET, ["--anonymous-ids="], "--anonymous-ids is empty"),
-        (SECRET, ["--anonymous-ids=out/key"], "would be given away with the dataset; keep it out of OUTPUT"),
+        (SECRET, ["--anonymous-ids=out/key"], "where it would be shared with the dataset; move it"),
     ],
 )
 def test_keys_that_are_refused(

@@ -405,7 +405,7 @@ def test_what_is_gone_is_not_skipped(copy: Path) -> None:
         ({"shard": (2, 2)}, r"shard is \(2, 2\); give \(i, n\)"),
         ({"shuffle": True, "start": 1}, "start needs an order that is known beforehand; give a seed"),
         ({"shuffle": True, "shard": (0, 2)}, "shard needs an order that is known beforehand; give a seed"),
-        ({"columns": ["id"]}, "columns are those of dictionaries; add as_dict=True"),
+        ({"columns": ["id"]}, "columns requires as_dict=True"),
         ({"as_dict": True, "columns": ["sex"]}, "records have no column 'sex'"),
         ({"where": "sex == 1"}, "the index has no column 'sex'"),
         ({"split": "train[:99]"}, "reaches beyond the 11 records"),

@@ -339,7 +339,7 @@ def test_the_command(
         (ON_A_CLUSTER, "--out is missing"),
         (
             [*ON_A_CLUSTER, "--template_location=gs://lab/t"],
-            "--template_location is Beam's, and has no effect",
+            "--template_location is an Apache Beam flag that has no effect",
         ),
     ],
 )

@@ -125,7 +125,7 @@ def test_an_open_quote_in_the_header(tmp_path: Path) -> None:
 
 def test_a_cell_of_several_lines_is_reported(tmp_path: Path) -> None:
     (warning,) = warnings_of(tmp_path, 'path,note\na,x\nb,"left\nc,right"\n')
-    assert warning == "row 2: note has a line break in a quoted cell; see that no rows are in it"
+    assert warning == "row 2: note has a line break in a quoted cell; check that it holds no other rows"
     assert warnings_of(tmp_path, 'path,note\na,"x, y"\n') == []
 
 

@@ -192,7 +192,7 @@ def test_a_dataset_there_is_verified_and_inspected(server: FaultProxy, run: Call
 def test_nothing_is_written_and_nothing_listed_there(server: FaultProxy, local: Path) -> None:
     url = f"{server.url}/out"
     for access in (partial(storage.write, data=b""), storage.delete, storage.delete_tree):
-        with pytest.raises(OSError, match=rf"{url}: http:// is only read; write to the local disk"):
+        with pytest.raises(OSError, match=rf"{url}: http:// is read-only; write to the local disk"):
             access(url)
     with pytest.raises(OSError, match="is only read"):
         storage.link(f"{server.url}/dataset/{SHARD}", url)

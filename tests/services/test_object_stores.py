@@ -266,7 +266,7 @@ def test_a_refused_image_is_a_dead_letter_at_once(
     for failure, reason in zip(failures, ("HTTP 400", "HTTP 403", "No such file or directory"), strict=True):
         assert failure["message"].startswith(f"{failure['participant_id']}.nii.gz: cannot be read: ")
         assert reason in failure["message"]
-        assert failure["message"].endswith("; check the path and its rights")
+        assert failure["message"].endswith("; check the path and its permissions")
 
 
 def test_a_killed_build_goes_on(

@@ -222,7 +222,7 @@ def test_files_are_listed_as_on_the_disk(served: Served, scheme: str) -> None:
 def test_a_place_without_a_dataset(served: Served, scheme: str) -> None:
     with pytest.raises(DatasetError, match=r"no complete dataset here \(dataset_info.json is missing\)"):
         Dataset(f"{served.folders[scheme]}/cohort")
-    with pytest.raises(OSError, match=rf"{scheme}:// is only read; write to the local disk, s3:// or gs://"):
+    with pytest.raises(OSError, match=rf"{scheme}:// is read-only; write to the local disk, s3:// or gs://"):
         storage.write(f"{served.folders[scheme]}/new", b"")
 
 
