@@ -35,6 +35,7 @@ from beam_nifti.outcomes import (
     reason_of,
 )
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
+from beam_nifti.terminal import UnwritableError, guarded_streams, write_result
 
 if TYPE_CHECKING:
     from beam_nifti.config import BuildConfig
@@ -61,19 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output,
         75 a failure that may pass, 130 Ctrl-C, 141 a result that nobody read to its end.
+
+    Raises:
+        SystemExit: with 1, in the place of an exception that nobody foresaw, whose traceback is printed.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    with logs.on_stderr(command_line.find_log_format(arguments)):
+    with guarded_streams(), logs.on_stderr(command_line.find_log_format(arguments)):
         try:
             _require_text(arguments)
-            with _all_read():  # --help and --version
+            with _result_printed():  # --help and --version
                 options, beam_flags = command_line.parse(arguments)
         except SystemExit:
             return SUCCESS
         except UsageError as e:
             return _complain(e, USAGE)
-        except _CutShort:
-            return CUT_SHORT
+        except UnwritableError as e:
+            return _unprinted(e)
         return _run_command(options, beam_flags)
 
 
@@ -150,8 +154,8 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
     }
     try:
         return commands[options.command](options, beam_flags)
-    except _CutShort:
-        return CUT_SHORT
+    except UnwritableError as e:
+        return _unprinted(e)
     except BeamNiftiError as e:
         run.fail(e)
         return _complain(e, exit_code(e))
@@ -167,30 +171,29 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         return INTERRUPTED
 
 
-class _CutShort(Exception):
-    """Whoever reads our standard output has gone."""
+@contextlib.contextmanager
+def _result_printed() -> Iterator[None]:
+    """Print what a command is for."""
+    yield
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
-def _all_read() -> Iterator[None]:
-    """Print what a command is for, and end quietly when its reader has gone."""
+def _summary_printed() -> Iterator[None]:
+    """Print what a command has done; its exit code stands where that cannot be printed."""
     try:
-        try:
+        with _result_printed():
             yield
-        finally:
-            if sys.stdout is not None:  # closed by whoever started us
-                sys.stdout.flush()
-    except BrokenPipeError as e:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise _CutShort from e
+    except UnwritableError as e:
+        if not isinstance(e.__cause__, BrokenPipeError):
+            logs.LOGGER.warning("what was done could not be printed: %s", e)
 
 
-@contextlib.contextmanager
-def _while_read() -> Iterator[None]:
-    """Say what a command has done; the exit code stands when whoever reads our output has gone."""
-    with contextlib.suppress(_CutShort), _all_read():
-        yield
+def _unprinted(error: UnwritableError) -> int:
+    cause = cast(OSError, error.__cause__)
+    if isinstance(cause, BrokenPipeError):  # its reader has seen enough
+        return CUT_SHORT
+    return _complain(error, exit_code(cause))
 
 
 def _complain(error: Exception | str, code: int) -> int:
@@ -229,11 +232,11 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
         logs.LOGGER.warning("%s", note)
     if out:
         write_table(out, found.table)
-        with _while_read():
+        with _summary_printed():
             print(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
         return SUCCESS
-    with _all_read():
-        print(format_delimited(found.table, "\t"), end="")
+    with _result_printed():
+        write_result(format_delimited(found.table, "\t"))
     return SUCCESS
 
 
@@ -302,7 +305,7 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
     except TooManyFailures as e:
         _note_end(run, e.summary, e.metrics)
         run.fail(e)
-        with _while_read():
+        with _summary_printed():
             _report(plan, e.summary, {})
         return _complain(
             f"{e}; {'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}. "
@@ -314,7 +317,7 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         return _stopped(run, e, "the build stopped", "continues where it was")
     _note_end(run, summary, metrics)
     sys.stderr.write(noise.getvalue())
-    with _while_read():
+    with _summary_printed():
         _report(plan, summary, metrics.counters)
     return SUCCESS
 
@@ -406,7 +409,7 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
     run.know(num_shards=estimate.num_shards, num_bytes=estimate.num_bytes)
     shape = "x".join(map(str, estimate.shape))
     splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
-    with _while_read():
+    with _summary_printed():
         print(f"would write to {plan.config.output}")
         print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
         print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
@@ -445,9 +448,9 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])
     is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
     is_mixed |= len(report["frames"]) > 1
-    with _while_read():
+    with _summary_printed():
         if options.json:
-            print(json.dumps(report, indent=2, ensure_ascii=False))
+            print(json.dumps(report, indent=2))
         else:
             print(format_report(report, is_mixed=is_mixed))
             _print_skipped(num_skipped)
@@ -489,7 +492,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     for problem in report.problems:
         logs.LOGGER.warning("%s", problem)
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
-    with _while_read():
+    with _summary_printed():
         print(
             f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
             f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
@@ -505,7 +508,7 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
         description = describe_record(options.output, options.record)
     else:
         description = describe_dataset(options.output)
-    with _all_read():
+    with _result_printed():
         print(json.dumps(description, indent=2) if options.json else format_description(description))
     return SUCCESS
 
@@ -514,7 +517,7 @@ def _diff(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
 
     diff = compare_datasets(options.before, options.after)
-    with _all_read():
+    with _result_printed():
         print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
     return SUCCESS if diff.is_empty else FAILED
 
@@ -529,7 +532,7 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
-        with _while_read():
+        with _summary_printed():
             shape = "x".join(map(str, written.voxels.shape))
             print(f"image    {shape} {written.voxels.dtype}: {path}")
     return SUCCESS
@@ -557,7 +560,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
         return _stopped(run, e, "the report stopped", "starts again")
     for problem in summary.problems:
         logs.LOGGER.warning("%s", problem)
-    with _while_read():
+    with _summary_printed():
         print(
             f"report   {_count(summary.num_examples, 'example')}, {_count(summary.num_outliers, 'outlier')}, "
             f"{_count(summary.num_failures, 'volume')} left out, {summary.num_bytes / 1e6:.1f} MB: {out}"
@@ -578,7 +581,7 @@ def _view(options: argparse.Namespace, _: list[str]) -> int:
     volume = read_volume(options.output, options.id)
     page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()
     storage.write(path, page)
-    with _while_read():
+    with _summary_printed():
         print(f"view     {len(page) / 1e6:.1f} MB: {out}")
     if options.open:
         webbrowser.open(Path(path).as_uri())
@@ -597,7 +600,7 @@ def _card(options: argparse.Namespace, _: list[str]) -> int:
     }
     about = {key: text for key, text in words.items() if text is not None}
     for path in write_card(options.output, about, overwrite=options.overwrite):
-        with _while_read():
+        with _summary_printed():
             print(f"card     {path}")
     return SUCCESS
 

@@ -13,6 +13,7 @@ from beam_nifti import __version__, options_build, options_dataset, options_mani
 from beam_nifti.config import VERSIONED
 from beam_nifti.errors import UsageError
 from beam_nifti.options_common import EXIT_CODES, add_log_format
+from beam_nifti.terminal import write_result
 
 _PATHS = {
     "manifest": "MANIFEST",
@@ -60,7 +61,7 @@ class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
         from beam_nifti.completion import make_completion
 
-        print(make_completion(parser, str(shell)), end="")
+        write_result(make_completion(parser, str(shell)))
         parser.exit()
 
 
