@@ -11,13 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.grid import orientation_of
+from beam_nifti.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
 from beam_nifti.header import COLOURS
 from beam_nifti.index import extra_column
 from beam_nifti.quantize import UINT8_LEVELS
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.rescale import Scaling, Voxels, measure
-from beam_nifti.thumbnail import axes_to_ras, block_means, draw_slices, turned, turned_zooms
+from beam_nifti.thumbnail import block_means, draw_slices
 from beam_nifti.wording import size_text
 
 SCHEMA: Final = pa.schema(
@@ -83,14 +83,15 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
     if spec.config.voxel_dtype == "uint8":
         scaling = Scaling(slope=1 / UINT8_LEVELS)
     affine = np.array(cells["affine"], np.float64).reshape(4, 4)
-    turns = axes_to_ras(voxels.shape, affine)
-    volume = turned(voxels, turns)
+    turns = axes_to(Grid.of(voxels.shape, affine), "RAS")
+    volume = turn_voxels(voxels, turns)
     first = volume if volume.ndim == 3 else volume[..., 0]
     in_colour = cells["dtype"] in COLOURS.values() and spec.config.channels is None and volume.ndim == 4
     mask = None
     if MASK_FEATURE in features:
-        mask = turned(decode_tensor(features[MASK_FEATURE]), turns)  # type: ignore[arg-type]
-    zooms = turned_zooms(cells["zooms"], turns)
+        mask = turn_voxels(decode_tensor(features[MASK_FEATURE]), turns)  # type: ignore[arg-type]
+    sizes = agreed_zooms(affine, cells["zooms"]).tolist()
+    zooms = turn_zooms(sizes, turns)
     sample = scaling.apply(_spread(voxels))
     intensity = measure(voxels, scaling)
     return {
@@ -98,8 +99,8 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
         "participant_id": cells["participant_id"],
         "labels": [_text(cells[column]) for column in label_columns(spec).values()],
         "shape": size_text(voxels.shape),
-        "spacing": size_text(round(zoom, 3) for zoom in cells["zooms"]),
-        "orientation": "?" if turns is None else orientation_of(affine),
+        "spacing": size_text(round(zoom, 3) for zoom in sizes),
+        "orientation": orientation_of(affine),
         "dtype": cells["dtype"],
         "extents": np.multiply(first.shape, zooms),
         "mean": intensity.mean,

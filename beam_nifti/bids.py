@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from beam_nifti import storage
@@ -254,10 +253,8 @@ def has_content(path: str) -> bool:
     Raises:
         UsageError: it is such a link.
     """
-    if not storage.is_remote(path) and Path(path).is_symlink() and not Path(path).exists():
-        raise UsageError(
-            f"{path}: a link without its content; get that first, with `git annex get` or `datalad get`"
-        )
+    if what := storage.broken_link(path):
+        raise UsageError(f"{path}: {what}")
     return storage.exists(path)
 
 

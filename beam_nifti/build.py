@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from beam_nifti import lock, storage
+from beam_nifti import lock, logs, storage
 from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.errors import (
@@ -56,6 +56,12 @@ if TYPE_CHECKING:
 
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
+
+_VERSION_1: Final = (
+    "%s: has format version 1, which is kept: it has the sum of the sizes and the mean of the times of an "
+    "example's files, so an exchange of two files may not be noticed. Use --recheck after one; --overwrite, "
+    "once, makes a dataset of the present version"
+)
 
 _SHOWN_CLASSES: Final = 20
 """Named where the classes of a label are not those of the dataset."""
@@ -164,12 +170,16 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
     if sharding is None:
         sharding = default_sharding(num_voxels, itemsize, config.record, frames)
     config = replace(config, sharding=sharding, columns=manifest.columns)
+    if published and not config.overwrite:
+        config = replace(config, record=replace(config.record, format_version=published.format_version))
     if published is None:
         _refuse_foreign(config)
     elif not config.overwrite:
         _refuse_other(published, inputs, config)
+        if published.format_version == 1:
+            logs.LOGGER.warning(_VERSION_1, config.output)
     dead = BuildNote.read(config.output)
-    earlier = dead if dead and dead.is_of(config.record.fingerprint, folder) else None
+    earlier = dead if dead and dead.is_of(config.record.fingerprint, folder, config.recheck) else None
     plan = BuildPlan(
         config=config,
         num_rows=len(manifest),
@@ -182,7 +192,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         loaded_dtype=layout.dtype.name,
         unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers),
         has_published=published is not None,
-        reuse_published=not config.overwrite and _images_folder(published) == folder,
+        reuse_published=not (config.overwrite or config.recheck) and _images_folder(published) == folder,
         earlier_totals=earlier.totals if earlier else {},
         revision=published.revision + 1 if published else 1,
         key_check=manifest.key_check,
@@ -201,6 +211,7 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         identity=plan.identity,
         temp_location=config.temp_location,
         published=tuple(s.name for s in published.shards) if published else (),
+        recheck=config.recheck,
     )
     return (
         plan,
@@ -286,7 +297,7 @@ def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) 
     ]
     differences += _class_differences(published.labels, config.record.labels or ())
     if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
-        differences = ["the format version"]
+        differences = [f"fingerprint was {published.config['fingerprint']!r}, now {wanted['fingerprint']!r}"]
     if published.shape not in (None, inputs.shape):
         differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
     if published.num_frames and inputs.num_frames not in (None, published.num_frames):
@@ -377,7 +388,7 @@ def _prepare(plan: BuildPlan, note: BuildNote) -> None:
     """Remove what dead builds of another making left, and say what this one is."""
     output = plan.config.output
     dead = BuildNote.read(output)
-    usable = dead is not None and dead.is_of(note.fingerprint, note.folder)
+    usable = dead is not None and dead.is_of(note.fingerprint, note.folder, note.recheck)
     for root in {parts_root(output, None), parts_root(output, dead.temp_location if dead else None)}:
         for folder in storage.list_folders(root):
             if not usable or folder != note.fingerprint or root != plan.parts_root:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.example import MASK_FEATURE, SCALING_FEATURES, split_kind
 from beam_nifti.index import read_index
 from beam_nifti.inspection import describe, format_description
+from beam_nifti.strict_json import dump_json
 from beam_nifti.wording import size_text
 
 CARD_FILE: Final = "README.md"
@@ -88,7 +88,7 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
     header |= _license(about["license"]) if "license" in about else {}
     header |= {"size_categories": [size]} if (size := _size(info.num_examples)) else {}
     # JSON is YAML, whatever a name holds.
-    yaml = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in header.items())
+    yaml = "".join(f"{key}: {dump_json(value, ensure_ascii=False)}\n" for key, value in header.items())
     paragraphs = [
         f"---\n{yaml}---",
         f"# {_as_text(name)}",

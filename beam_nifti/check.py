@@ -23,6 +23,7 @@ from beam_nifti.config import Columns, RecordConfig
 from beam_nifti.local_runner import whole_elements
 from beam_nifti.manifest import VolumeRow, read_manifest
 from beam_nifti.progress import METER
+from beam_nifti.strict_json import dump_json
 from beam_nifti.survey import Survey, look_at, make_report
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _write_report(
     survey: Survey, twins: Iterable[list[str]], path: str, record: RecordConfig, manifest: str
 ) -> None:
     report = make_report(survey, sorted(twins), record, manifest)
-    storage.write(path, json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
+    storage.write(path, dump_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def check_images(

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import logging
 import os
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Final, cast
 from beam_nifti import logs, storage
 from beam_nifti import options as command_line
 from beam_nifti.errors import BeamNiftiError, OutputError, UsageError
+from beam_nifti.notes import warnings_of
 from beam_nifti.options_build import build_config, check_config
 from beam_nifti.options_common import choose_workers
 from beam_nifti.options_dataset import report_config
@@ -35,6 +35,7 @@ from beam_nifti.outcomes import (
     reason_of,
 )
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
+from beam_nifti.strict_json import dump_json
 from beam_nifti.terminal import UnwritableError, guarded_streams, write_result
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with guarded_streams(), logs.on_stderr(command_line.find_log_format(arguments)):
         try:
             _require_text(arguments)
-            with _result_printed():  # --help and --version
+            with _all_read():  # --help and --version
                 options, beam_flags = command_line.parse(arguments)
         except SystemExit:
             return SUCCESS
@@ -172,17 +173,17 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
 
 
 @contextlib.contextmanager
-def _result_printed() -> Iterator[None]:
+def _all_read() -> Iterator[None]:
     """Print what a command is for."""
     yield
     sys.stdout.flush()
 
 
 @contextlib.contextmanager
-def _summary_printed() -> Iterator[None]:
+def _while_read() -> Iterator[None]:
     """Print what a command has done; its exit code stands where that cannot be printed."""
     try:
-        with _result_printed():
+        with _all_read():
             yield
     except UnwritableError as e:
         if not isinstance(e.__cause__, BrokenPipeError):
@@ -232,10 +233,10 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
         logs.LOGGER.warning("%s", note)
     if out:
         write_table(out, found.table)
-        with _summary_printed():
+        with _while_read():
             print(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
         return SUCCESS
-    with _result_printed():
+    with _all_read():
         write_result(format_delimited(found.table, "\t"))
     return SUCCESS
 
@@ -291,6 +292,8 @@ def _note_end(run: RunSummary, summary: BuildSummary, metrics: Metrics) -> None:
         counters=metrics.counters,
         distributions=metrics.distributions,
     )
+    for warning in warnings_of(metrics.counters):
+        logs.LOGGER.warning("%s", warning)
 
 
 def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
@@ -305,7 +308,7 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
     except TooManyFailures as e:
         _note_end(run, e.summary, e.metrics)
         run.fail(e)
-        with _summary_printed():
+        with _while_read():
             _report(plan, e.summary, {})
         return _complain(
             f"{e}; {'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}. "
@@ -315,9 +318,9 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         )
     except Exception as e:
         return _stopped(run, e, "the build stopped", "continues where it was")
-    _note_end(run, summary, metrics)
     sys.stderr.write(noise.getvalue())
-    with _summary_printed():
+    _note_end(run, summary, metrics)
+    with _while_read():
         _report(plan, summary, metrics.counters)
     return SUCCESS
 
@@ -409,7 +412,7 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
     run.know(num_shards=estimate.num_shards, num_bytes=estimate.num_bytes)
     shape = "x".join(map(str, estimate.shape))
     splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
-    with _summary_printed():
+    with _while_read():
         print(f"would write to {plan.config.output}")
         print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
         print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
@@ -448,9 +451,9 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])
     is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
     is_mixed |= len(report["frames"]) > 1
-    with _summary_printed():
+    with _while_read():
         if options.json:
-            print(json.dumps(report, indent=2))
+            print(dump_json(report, indent=2))
         else:
             print(format_report(report, is_mixed=is_mixed))
             _print_skipped(num_skipped)
@@ -492,7 +495,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     for problem in report.problems:
         logs.LOGGER.warning("%s", problem)
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
-    with _summary_printed():
+    with _while_read():
         print(
             f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
             f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
@@ -508,8 +511,8 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
         description = describe_record(options.output, options.record)
     else:
         description = describe_dataset(options.output)
-    with _result_printed():
-        print(json.dumps(description, indent=2) if options.json else format_description(description))
+    with _all_read():
+        print(dump_json(description, indent=2) if options.json else format_description(description))
     return SUCCESS
 
 
@@ -517,8 +520,8 @@ def _diff(options: argparse.Namespace, _: list[str]) -> int:
     from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
 
     diff = compare_datasets(options.before, options.after)
-    with _result_printed():
-        print(json.dumps(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
+    with _all_read():
+        print(dump_json(diff_as_json(diff), indent=2) if options.json else format_diff(diff))
     return SUCCESS if diff.is_empty else FAILED
 
 
@@ -532,7 +535,7 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
-        with _summary_printed():
+        with _while_read():
             shape = "x".join(map(str, written.voxels.shape))
             print(f"image    {shape} {written.voxels.dtype}: {path}")
     return SUCCESS
@@ -560,7 +563,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
         return _stopped(run, e, "the report stopped", "starts again")
     for problem in summary.problems:
         logs.LOGGER.warning("%s", problem)
-    with _summary_printed():
+    with _while_read():
         print(
             f"report   {_count(summary.num_examples, 'example')}, {_count(summary.num_outliers, 'outlier')}, "
             f"{_count(summary.num_failures, 'volume')} left out, {summary.num_bytes / 1e6:.1f} MB: {out}"
@@ -581,7 +584,7 @@ def _view(options: argparse.Namespace, _: list[str]) -> int:
     volume = read_volume(options.output, options.id)
     page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()
     storage.write(path, page)
-    with _summary_printed():
+    with _while_read():
         print(f"view     {len(page) / 1e6:.1f} MB: {out}")
     if options.open:
         webbrowser.open(Path(path).as_uri())
@@ -600,7 +603,7 @@ def _card(options: argparse.Namespace, _: list[str]) -> int:
     }
     about = {key: text for key, text in words.items() if text is not None}
     for path in write_card(options.output, about, overwrite=options.overwrite):
-        with _summary_printed():
+        with _while_read():
             print(f"card     {path}")
     return SUCCESS
 

@@ -13,9 +13,13 @@ from fractions import Fraction
 from typing import Any, Final
 
 from beam_nifti.errors import UsageError
+from beam_nifti.strict_json import dump_json
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
+
+FORMAT_FEATURES: Final = ("sources",)
+"""What datasets of this version have and a reader must know, by name: dataset_info.json lists them."""
 
 VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
 """Libraries whose versions may decide bytes of a dataset, and stand in dataset_info.json."""
@@ -146,6 +150,7 @@ class RecordConfig:
         mask_dtype: of the label map that every record has: "uint8" or "uint16"; None where there is none.
         labels: columns whose values have features of their own, with their kinds and classes; set by the
             build; None where there is only the feature `label`.
+        format_version: of the dataset; set by the build, which adds rows to a dataset in the format it has.
 
     A preparation that is None is left out. docs/preparation.md has what they do, in their order.
     """
@@ -167,6 +172,7 @@ class RecordConfig:
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
     labels: tuple[LabelColumn, ...] | None = None
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         """Refuse values that no record can have; spell equal ones alike."""
@@ -276,13 +282,14 @@ class RecordConfig:
     def fingerprint(self) -> str:
         """16 hex digits that differ wherever the same image would give other bytes."""
         # Without what is None, it is as it was before there was that choice.
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        facts = {"format": FORMAT_VERSION, **given}
+        facts = {name: value for name, value in asdict(self).items() if value is not None}
+        if facts.pop("format_version") == 1:
+            facts["format"] = 1
         if self.compression == "none":
             del facts["compression_level"]
         if not self.clip:
             del facts["clip"]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(dump_json(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_preparation(record: RecordConfig) -> None:
@@ -464,6 +471,8 @@ class BuildConfig:
         allow_mixed_shapes: accept volumes of other shapes than the first image's.
         max_bad_fraction: the largest fraction of volumes, 0 to 1, that may be left out.
         overwrite: replace a dataset of other rows or another configuration.
+        recheck: make every record again, also where no file seems to have changed, and replace the shards
+            that differ.
         temp_location: folder of what is needed only until the dataset is complete; None keeps it in
             the output.
         workers: threads of the local runner; on a cluster, the least parallelism to cut units for.
@@ -481,6 +490,7 @@ class BuildConfig:
     allow_mixed_shapes: bool = False
     max_bad_fraction: float = 0.0
     overwrite: bool = False
+    recheck: bool = False
     temp_location: str | None = None
     workers: int = 1
     anonymous_ids: str | None = None
@@ -493,6 +503,8 @@ class BuildConfig:
             )
         if self.workers < 1:
             raise UsageError(f"--workers is {self.workers}; it must be at least 1")
+        if self.overwrite and self.recheck:
+            raise UsageError("--overwrite makes every record again; drop --recheck")
         object.__setattr__(self, "record", _with_columns(self.record, self.columns))
 
     def allows_failures(self, num_failed: int, num_volumes: int) -> bool:
@@ -512,6 +524,6 @@ class BuildConfig:
             "shuffle_seed": self.shuffle_seed,
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }
-        del content["labels"]  # which have a field of their own
-        as_json: dict[str, Any] = json.loads(json.dumps(content))  # which has no tuples
+        del content["labels"], content["format_version"]  # which have fields of their own
+        as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

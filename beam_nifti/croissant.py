@@ -13,6 +13,7 @@ from urllib.parse import quote
 import pyarrow as pa
 
 from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.strict_json import dump_json
 
 CROISSANT_FILE: Final = "croissant.json"
 
@@ -108,7 +109,7 @@ def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]
             }
         ],
     }
-    return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    return dump_json(facts, indent=2, ensure_ascii=False) + "\n"
 
 
 def _file(path: str, sha256: str, encoding: str, num_bytes: int | None = None) -> dict[str, Any]:

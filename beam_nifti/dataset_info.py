@@ -5,16 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from beam_nifti import storage
-from beam_nifti.config import FORMAT_VERSION, LabelColumn, RecordConfig
+from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, BuildConfig, LabelColumn, RecordConfig
 from beam_nifti.errors import DatasetError
+from beam_nifti.strict_json import dump_json
 
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
+"""Of a first build, and of every one of format version 1."""
+
+_FAILURES_NAME: Final = re.compile(r"failures(-r\d+)?\.jsonl")
+_NEW_KEYS: Final = frozenset(["format_features", "failures"])
+"""Keys of dataset_info.json that format version 1 does not have."""
 
 _NEEDS: Final = {
     "s3": "the credentials and S3_ENDPOINT (a URL)",
@@ -44,6 +51,17 @@ def no_dataset(output: str, error: FileNotFoundError | None = None) -> DatasetEr
         f"{output}: no complete dataset here ({reason}); check the path, or run "
         "`beam-nifti build`, which continues a build that was interrupted"
     )
+
+
+def failures_file(revision: int, format_version: int = FORMAT_VERSION) -> str:
+    """The name of the list of a revision's failures; each has its own, as no published file is replaced."""
+    is_first = revision == 1 or format_version == 1
+    return FAILURES_FILE if is_first else f"failures-r{revision}.jsonl"
+
+
+def is_failures_file(name: str) -> bool:
+    """Whether a file is, by its name, a list of failures."""
+    return _FAILURES_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -99,10 +117,12 @@ class DatasetInfo:
         features: name to kind of every feature of a record.
         splits: by name.
         mask_labels: those that the masks have, ascending; None where there are no masks.
-        num_failures: volumes left out, listed in failures.jsonl.
+        num_failures: volumes left out.
+        failures: name of the file that lists them; None where there are none.
         revision: 1 for a first build, counting up with every rebuild in the same place.
         versions: of the software that wrote it.
         format_version: of the format.
+        format_features: what the dataset has and a reader must know, by name; none in version 1.
     """
 
     config: Mapping[str, Any]
@@ -115,9 +135,11 @@ class DatasetInfo:
     labels: tuple[LabelColumn, ...] = ()
     mask_labels: tuple[int, ...] | None = None
     num_failures: int = 0
+    failures: str | None = None
     revision: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    format_features: tuple[str, ...] = FORMAT_FEATURES
 
     @property
     def num_frames(self) -> int | None:
@@ -153,7 +175,7 @@ class DatasetInfo:
         """
         known = {f.name for f in fields(RecordConfig)}
         given = {k: v for k, v in self.config.items() if k in known}
-        return RecordConfig(**given, labels=self.labels or None)
+        return RecordConfig(**given, labels=self.labels or None, format_version=self.format_version)
 
     def split(self, name: str) -> SplitInfo:
         """A split by name.
@@ -191,7 +213,10 @@ class DatasetInfo:
             facts["labels"] = self.label_facts()
         if self.mask_labels is None:
             del facts["mask_labels"]
-        return json.dumps({"format_version": facts.pop("format_version"), **facts}, indent=2) + "\n"
+        first = {name: facts.pop(name) for name in ("format_version", "format_features")}
+        if self.format_version == 1:
+            del first["format_features"], facts["failures"]
+        return dump_json({**first, **facts}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, path: str) -> DatasetInfo:
@@ -202,16 +227,11 @@ class DatasetInfo:
             path: where it was read from, for errors.
 
         Raises:
-            DatasetError: it is damaged, or of a later format.
+            DatasetError: it is damaged, or of a later format, or has a key that its version does not know.
         """
         try:
             facts = json.loads(text)
-            version = facts["format_version"]
-            if version > FORMAT_VERSION:
-                raise DatasetError(
-                    f"{path}: format version {version}; this beam_nifti reads up to {FORMAT_VERSION}: "
-                    "install a newer one"
-                )
+            _require_known(facts, path)
             facts["splits"] = {
                 name: SplitInfo(tuple(ShardInfo(**s) for s in split["shards"]))
                 for name, split in facts["splits"].items()
@@ -223,9 +243,42 @@ class DatasetInfo:
                 LabelColumn(name, said["kind"], tuple(said["classes"]) if "classes" in said else None)
                 for name, said in facts.get("labels", {}).items()
             )
+            facts["format_features"] = tuple(facts.get("format_features", ()))
+            if facts["format_version"] == 1 and facts.get("num_failures"):
+                facts["failures"] = FAILURES_FILE
             return cls(**facts)
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise DatasetError(f"{path}: not a dataset's info: {e!r}; rebuild the dataset") from e
+
+
+def _require_known(facts: Mapping[str, Any], path: str) -> None:
+    """Refuse what a later version has written, and keys that no version has."""
+    version, features = facts["format_version"], facts.get("format_features", [])
+    if version > FORMAT_VERSION:
+        raise DatasetError(
+            f"{path}: format version {version}; this beam_nifti reads up to {FORMAT_VERSION}: "
+            "install a newer one"
+        )
+    for feature in features:
+        if feature not in FORMAT_FEATURES:
+            raise DatasetError(
+                f"{path}: the dataset has the format feature {feature!r}, which this beam_nifti does not "
+                "know; install a newer one"
+            )
+    unknown = facts.keys() - {f.name for f in fields(DatasetInfo)}
+    if version == 1:
+        unknown |= facts.keys() & _NEW_KEYS
+    else:
+        # What is unknown here may decide what the records hold, and would be taken for its default.
+        unknown |= facts["config"].keys() - {*BuildConfig("", "").as_dataset_config(), "fingerprint"}
+    if unknown:
+        raise DatasetError(
+            f"{path}: has a key {min(unknown)!r}, which format version {version} does not have; correct or "
+            "remove it, or copy the file again"
+        )
+    name = facts.get("failures")
+    if name is not None and not is_failures_file(name):
+        raise DatasetError(f"{path}: failures is {name!r}, which names no list of failures; copy it again")
 
 
 def read_info(output: str) -> DatasetInfo:

@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.dataset_info import DatasetInfo, read_info
-from beam_nifti.index import OWN_NAMES
+from beam_nifti.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.inspection import read_indexes
 from beam_nifti.wording import format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 """Columns that say where a record stands, and not what it is."""
 
-_SOURCE: Final = ("source", "source_size", "source_mtime")
+_SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _SHOWN: Final = 5
 """Ids of a kind that a text names."""
@@ -59,7 +59,8 @@ class DatasetDiff:
 def compare_datasets(before: str, after: str) -> DatasetDiff:
     """Compare two datasets; of each, dataset_info.json and index/ are enough.
 
-    Voxels count as changed where what the index says of them did: no shard is read.
+    Voxels count as changed where what the index says of them did: no shard is read. Of datasets of different
+    format versions the sizes of files are compared, and not their times.
 
     Args:
         before: folder or URL of a dataset.
@@ -70,6 +71,9 @@ def compare_datasets(before: str, after: str) -> DatasetDiff:
     """
     before, after = storage.absolute(before), storage.absolute(after)
     (old_info, old), (new_info, new) = _read(before), _read(after)
+    if old_info.format_version != new_info.format_version:
+        # What only the later version has is no difference between the data.
+        old, new = comparable_sources(old), comparable_sources(new)
     old_ids, new_ids = old["example_id"], new["example_id"]
     at = pc.index_in(new_ids, value_set=old_ids)
     both, theirs = new.filter(pc.is_valid(at)), old.take(pc.drop_null(at))

@@ -17,11 +17,15 @@ from beam_nifti.bids import MISSING, BidsImage, Records, Study
 from beam_nifti.errors import UsageError
 from beam_nifti.image_names import drop_second_halves, stem_of
 from beam_nifti.labels import parse_label
+from beam_nifti.signatures import stand_in
 from beam_nifti.tables import Problems
 
 _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
 """Columns that are not copied from a study's tables."""
+
+_POINTER_BYTES: Final = 1 << 10
+"""Most bytes of a file that may be a pointer to another one."""
 
 _SHOWN: Final = 3
 """Names in a note that concerns many."""
@@ -90,7 +94,7 @@ def find_bids_images(
             labels = [records.cell(image, label) for image in images]
         cells = {name: [records.cell(image, name) for image in images] for name in copied}
     paths = [storage.join(root, image.path) for image in images]
-    notes += _notes_on_links(paths)
+    notes += _notes_on_content(paths)
     table = {"participant_id": [image.participant_id for image in images]}
     if any("ses" in image.entities for image in images):
         table["session_id"] = [image.session_id for image in images]
@@ -292,10 +296,20 @@ def _bare(name: str) -> str:
     return re.sub(r"0*(\d+)", lambda match: str(int(match[1])), name.casefold())
 
 
-def _notes_on_links(paths: Sequence[str]) -> list[str]:
-    absent = [path for path in paths if not storage.is_remote(path) and not storage.exists(path)]
-    names = [path.rpartition("/")[2] for path in absent]
-    return [f"{_named(names, 'image')} only linked to; get the content before building"] if absent else []
+def _notes_on_content(paths: Sequence[str]) -> list[str]:
+    """Name the images of which only a pointer is here, such as in a clone of a DataLad repository."""
+    found = defaultdict[str, list[str]](list)
+    for path in paths:
+        if not storage.is_remote(path) and (what := _described_stand_in(path)):
+            found[what].append(path.rpartition("/")[2])
+    return [f"{_named(names, 'image')}: {what}" for what, names in found.items()]
+
+
+def _described_stand_in(path: str) -> str | None:
+    if what := storage.broken_link(path):
+        return what
+    is_small = storage.stat(path).size <= _POINTER_BYTES
+    return stand_in(storage.read(path)) if is_small else None
 
 
 def _named(names: Sequence[str], noun: str) -> str:
@@ -340,7 +354,7 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
     return FoundImages(
-        pa.table(table).sort_by([*order, ("path", "ascending")]), tuple(_notes_on_links(paths))
+        pa.table(table).sort_by([*order, ("path", "ascending")]), tuple(_notes_on_content(paths))
     )
 
 

@@ -20,6 +20,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
+from beam_nifti.grid import agreed_zooms
 from beam_nifti.image_names import stem_of
 from beam_nifti.inspection import describe_records
 from beam_nifti.nifti_writer import require_nifti_name, write_nifti
@@ -43,7 +44,7 @@ class StoredVolume:
         scaling: from `voxels` to the image's units; that of the image's header for native voxels, else
             none.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
-        zooms: voxel size along each axis, in millimetres.
+        zooms: voxel size along each axis, in millimetres; those of the affine.
         mask: the labels of the voxels, uint8 or uint16 of shape (X, Y, Z), read-only; None where the
             dataset has no masks.
     """
@@ -128,8 +129,8 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     voxels, scaling = decode_tensor(features["image_raw"]), scaling_of(features)  # type: ignore[arg-type]
     if spec.config.voxel_dtype != "native":
         voxels = _restore(voxels, cells, spec.config)
-    x, y, z = cells["zooms"]
     affine = np.array(cells["affine"], np.float64).reshape(4, 4)
+    x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
     mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]
     return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z), mask)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +12,7 @@ from beam_nifti import storage
 from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import Manifest, VolumeRow
+from beam_nifti.strict_json import dump_json
 
 _OWN_KEYS: Final = ("row", "stage", "error", "message", "frames")
 
@@ -41,7 +41,7 @@ def write_failures(
     columns: Columns,
     extra_columns: Sequence[str],
 ) -> None:
-    """Write failures.jsonl: a line an image, which `build` accepts as the manifest of a retry.
+    """Write a list of failures: a line an image, which `build` accepts as the manifest of a retry.
 
     Where ids are anonymous the lines have no paths either, and are the manifest of nothing.
 
@@ -79,7 +79,7 @@ def write_failures(
                 cells |= {c: v for c, v in zip(extra_columns, row.extras, strict=True) if c in labels}
             elif columns.label is not None:
                 cells[columns.label] = row.label
-            handle.write(json.dumps(cells, ensure_ascii=False).encode() + b"\n")
+            handle.write(dump_json(cells, ensure_ascii=False).encode() + b"\n")
 
 
 def _places(row: VolumeRow, folder: str) -> Sequence[str]:
@@ -87,7 +87,7 @@ def _places(row: VolumeRow, folder: str) -> Sequence[str]:
 
 
 def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
-    """Which frames of its image each line of a failures.jsonl is about.
+    """Which frames of its image each line of a list of failures is about.
 
     Args:
         listed: the file, read as a manifest.

@@ -13,9 +13,11 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from beam_nifti.errors import VolumeError
+from beam_nifti.geometry import place_voxels, stated_sizes
 from beam_nifti.header import PADDING_BYTES, VolumeHeader
 from beam_nifti.image_names import HALF
 from beam_nifti.rescale import Scaling
+from beam_nifti.signatures import other_format, stand_in
 
 HEAD_BYTES: Final = 544
 """Enough for every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
@@ -32,17 +34,8 @@ _VECTOR_INTENTS: Final = frozenset([1004, 1005, 1006, 1007])
 
 _CIFTI_INTENTS: Final = range(3000, 3100)
 
-_CONVERT_MINC: Final = (
-    "convert it: nib-convert --out-dtype float32 IMAGE.mnc IMAGE.nii.gz (mnc2nii IMAGE.mnc if it has frames)"
-)
-_MINC: Final = f"a MINC image; {_CONVERT_MINC}"
-_OTHER_FORMATS: Final = {
-    b"CDF\x01": _MINC,
-    b"CDF\x02": _MINC,
-    b"\x89HDF": "an HDF5 file; if it is a MINC 2 image, install h5py, and " + _CONVERT_MINC,
-    b"# ==": "the header of a PAR/REC pair; convert it: parrec2nii --compressed IMAGE.PAR",
-    b"NRRD": "an NRRD image; convert it to .nii.gz",
-}
+_NIFTI1: Final = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}
+"""By magic string."""
 
 _quiet = logging.getLogger(f"{__name__}.nibabel")
 _quiet.addHandler(logging.NullHandler())
@@ -65,13 +58,12 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
     try:
         # Its from_fileobj would read the header's extensions too, which may be long and damaged.
         header = kind(head[: header_dtype.itemsize if is_mgh else kind.sizeof_hdr], check=False)
+        sizes = stated_sizes(header)
         header.check_fix(logger=_quiet)
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
         offset = DATA_OFFSET if is_mgh else int(header.get_data_offset())
         slope, inter = (None, None) if is_mgh else header.get_slope_inter()
-        affine = np.asarray(header.get_best_affine(), np.float64)
-        zooms = tuple(float(z) for z in header.get_zooms()[:3])
         intent = int(header["intent_code"]) if "intent_code" in header else 0
     except KeyError as e:
         raise VolumeError(f"{name}: data type {e} is not known; repair or convert the image") from e
@@ -90,13 +82,10 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
     if min(shape) < 1:
         raise VolumeError(f"{name}: shape {shape} has no voxels; leave it out")
     is_pair = not is_mgh and not getattr(header, "is_single", False)
-    first = 0 if is_pair else DATA_OFFSET if is_mgh else kind.sizeof_hdr
-    if not first <= offset <= _MAX_OFFSET:
-        where = "inside the header" if offset < first else "beyond any header extension"
+    if not 0 <= offset <= _MAX_OFFSET:
+        where = "before the file" if offset < 0 else "beyond any header extension"
         raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
-    if not np.isfinite(affine).all():
-        what = "direction cosines" if is_mgh else "sform or qform"
-        raise VolumeError(f"{name}: the affine is not finite; repair its {what}")
+    geometry = place_voxels(name, header, sizes, shape)
     scaling = Scaling()
     if slope is not None and not dtype.names:  # NIfTI has no scaling of colours, whatever the fields hold
         scaling = Scaling(float(slope), float(inter or 0.0))
@@ -105,10 +94,12 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         dtype=dtype,
         offset=offset,
         scaling=scaling,
-        affine=affine,
-        zooms=(zooms[0], zooms[1], zooms[2]),
+        affine=geometry.affine,
+        zooms=geometry.zooms,
+        notes=geometry.notes,
         is_vector=intent in _VECTOR_INTENTS,
         is_pair=is_pair,
+        header_bytes=DATA_OFFSET if is_mgh else kind.sizeof_hdr,
         is_analyze=kind is Spm2AnalyzeHeader,
         max_trailing=_MGH_FOOTER if is_mgh else PADDING_BYTES,
     )
@@ -118,17 +109,19 @@ def _header_class(name: str, head: bytes) -> Any:
     size = {head[:4], head[:4][::-1]}
     if (348).to_bytes(4, "little") in size and len(head) >= 348:
         # As nibabel.load does, take every ANALYZE header for SPM2's, which knows the fields of the others.
-        kinds = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}
-        return kinds.get(head[344:348], Spm2AnalyzeHeader)
+        return _NIFTI1.get(head[344:348], Spm2AnalyzeHeader)
     if (540).to_bytes(4, "little") in size and len(head) >= 540:
         return nib.Nifti2Header if head[4:8] == b"n+2\0" else Nifti2PairHeader
     if head.startswith(_MGH_MAGIC) and len(head) >= DATA_OFFSET:
         return MGHHeader
-    for magic, what in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            raise VolumeError(f"{name}: {what}")
+    if kind := _NIFTI1.get(head[344:348]):  # nibabel does not need the size of the header
+        return kind
+    if what := stand_in(head):
+        raise VolumeError(f"{name}: {what}")
     if (match := HALF.fullmatch(name)) and match["half"].lower() == "img":
         raise VolumeError(f"{name}: voxels without their header; copy the .hdr file beside them")
+    if what := other_format(head):
+        raise VolumeError(f"{name}: {what}")
     if len(head) < 348:
         raise VolumeError(f"{name}: {len(head)} bytes are less than a NIfTI header; copy it again")
     raise VolumeError(

@@ -16,6 +16,7 @@ from beam_nifti.object_store import (
     ObjectStore,
     Pieces,
     Reader,
+    Stat,
     split_path,
 )
 
@@ -73,10 +74,10 @@ class Gcs(ObjectStore):
         bucket, key = split_path(path)
         return self.client.bucket(bucket).blob(key)
 
-    def stat(self, path: str) -> tuple[int, float]:
+    def stat(self, path: str) -> Stat:
         blob = self.blob(path)
         self.attempt(path, lambda: blob.reload(retry=None))
-        return blob.size, _mtime(blob)
+        return _stat(blob, blob.size)
 
     def open(self, path: str, head: int | None = None) -> Reader:
         return _Reader(self, path, head)
@@ -132,9 +133,9 @@ class Gcs(ObjectStore):
         return self.attempt(prefix, request)
 
 
-def _mtime(blob: Any) -> float:
-    """When an object was written; its generation, as that is what comes with every answer."""
-    return int(blob.generation) / 1e6
+def _stat(blob: Any, size: int) -> Stat:
+    """What an object is; its time is its generation, as that is what comes with every answer."""
+    return Stat(size, int(blob.generation) / 1e6, str(blob.generation))
 
 
 def _download(blob: Any, start: int, length: int, generation: int | None = None) -> bytes:
@@ -170,7 +171,7 @@ class _Reader(Reader):
             self.size = self._blob.size
         else:
             self.size = len(self._window)
-        self.generation, self.mtime = int(self._blob.generation), _mtime(self._blob)
+        self.generation, self.stat = int(self._blob.generation), _stat(self._blob, self.size)
 
     def _request(self, start: int, length: int) -> None:
         self._window = _download(self._blob, start, length, self.generation)

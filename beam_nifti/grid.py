@@ -1,4 +1,4 @@
-"""Where the voxels of a volume lie, and where preparation puts them. No voxels here.
+"""Where the voxels of a volume lie, and where preparation puts them.
 
 The shape that a header and a configuration promise is computed by the functions that make it, so that
 no volume gets another one.
@@ -17,15 +17,23 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
+from beam_nifti.rescale import Voxels
 
 Shape3 = tuple[int, int, int]
 
 _SAME_SPACING: Final = 1e-4
-"""Relative difference of voxel sizes up to which an axis is not resampled: headers hold float32."""
+"""Relative difference of voxel sizes up to which they are one size: headers hold float32."""
 
-_SAME_PLACE: Final = 0.1
+_SINGULAR: Final = 1e-4
+"""Volume of a voxel as a fraction of what its edges would have at right angles, below which it has none."""
+
+SAME_PLACE: Final = 0.1
 """Distance of voxel centres, in voxels, up to which two images lie in one place: headers round affines,
 each program its own way."""
+
+
+UNTURNED: Final = ((0, 1), (1, 1), (2, 1))
+"""Turns, as of `axes_to`, that leave all axes as they are."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +74,31 @@ class Grid:
         return float(np.linalg.norm(apart, axis=1).max())
 
 
-def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid) -> None:
+def is_usable(affine: npt.NDArray[np.float64]) -> bool:
+    """Whether an affine places voxels: it is finite, and gives a voxel a volume, so it is not singular."""
+    edges = affine[:3, :3]
+    sizes = nib.affines.voxel_sizes(affine)
+    if not (np.isfinite(affine).all() and np.isfinite(sizes).all() and sizes.min() > 0):
+        return False
+    return bool(abs(np.linalg.det(edges / sizes)) > _SINGULAR)
+
+
+def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Voxel sizes that are those of an affine.
+
+    Args:
+        affine: (4, 4).
+        stated: the sizes that are stored beside it.
+
+    Returns:
+        float64 (3,). Along an axis it is the stated size where that is the affine's but for rounding.
+    """
+    sizes = nib.affines.voxel_sizes(affine)
+    zooms: npt.NDArray[np.float64] = np.where(np.isclose(stated, sizes, _SAME_SPACING, 0), stated, sizes)
+    return zooms
+
+
+def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool) -> None:
     """Refuse an image whose voxels are not those of another one.
 
     Args:
@@ -74,19 +106,43 @@ def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid) -> No
         grid: of the image.
         first_name: the other one's path, for errors.
         first: grid of the other one.
+        may_turn: whether its axes may be flipped or in another order.
 
     Raises:
         VolumeError: they have other shapes, or voxel centres that are further apart than a tenth of the
-            first one's smallest voxel size.
+            first one's smallest voxel size; or their axes have to be turned, and may not be.
     """
+    turns = turns_between(grid, first)
     remedy = f"resample it to the voxels of {first_name}, with nilearn.image.resample_to_img, say"
+    if turns is not None:
+        if may_turn or np.array_equal(turns, UNTURNED):
+            return
+        codes = f"{orientation_of(grid.affine)}, not {orientation_of(first.affine)}"
+        raise VolumeError(
+            f"{name}: its voxels are those of {first_name} with axes flipped or in another order ({codes}); "
+            "add --orientation RAS, which turns both without interpolation"
+        )
     if grid.shape != first.shape:
         raise VolumeError(f"{name}: shape {grid.shape} where {first_name} has {first.shape}; {remedy}")
-    distance = grid.distance(first)
-    if not distance <= _SAME_PLACE * min(first.zooms):
-        raise VolumeError(
-            f"{name}: its voxels lie up to {distance:.3g} mm beside those of {first_name}; {remedy}"
-        )
+    raise VolumeError(
+        f"{name}: its voxels lie up to {grid.distance(first):.3g} mm beside those of {first_name}; {remedy}"
+    )
+
+
+def turns_between(grid: Grid, first: Grid) -> npt.NDArray[Any] | None:
+    """How the axes of a grid have to be turned so that its voxels are those of another one.
+
+    Returns:
+        As `axes_to`; UNTURNED where they are already; None where they are others, however turned.
+    """
+    if _is_same(grid, first):
+        return np.array(UNTURNED)
+    turns: npt.NDArray[Any] = nib.orientations.io_orientation(np.linalg.inv(first.affine) @ grid.affine)
+    return turns if not np.isnan(turns).any() and _is_same(turn(grid, turns), first) else None
+
+
+def _is_same(grid: Grid, first: Grid) -> bool:
+    return grid.shape == first.shape and grid.distance(first) <= SAME_PLACE * min(first.zooms)
 
 
 def orientation_of(affine: npt.NDArray[np.float64]) -> str:
@@ -109,6 +165,18 @@ def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
         raise VolumeError("the affine gives an axis no direction; repair its sform or qform")
     turns: npt.NDArray[Any] = nib.orientations.ornt_transform(found, nib.orientations.axcodes2ornt(code))
     return turns
+
+
+def turn_voxels(voxels: Voxels, turns: npt.NDArray[Any]) -> Voxels:
+    """A view of voxels of (X, Y, Z) or (X, Y, Z, C) with the first three axes turned as `axes_to` says."""
+    view: Voxels = nib.orientations.apply_orientation(voxels, turns)
+    return view
+
+
+def turn_zooms(zooms: Sequence[float], turns: npt.NDArray[Any]) -> tuple[float, float, float]:
+    """Voxel sizes of axes turned as `axes_to` says."""
+    x, y, z = (zooms[axis] for axis in np.argsort(turns[:, 0]))
+    return x, y, z
 
 
 def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:

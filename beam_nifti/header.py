@@ -35,12 +35,14 @@ class VolumeHeader:
         dtype: of the voxels on disk, with its byte order.
         offset: byte at which the voxels start.
         scaling: from stored voxels to the image's units.
-        affine: float64 (4, 4), voxel indices to millimetres in RAS+.
-        zooms: voxel size along each axis, in the header's spatial unit (millimetres as a rule).
+        affine: float64 (4, 4), voxel indices to millimetres in RAS+; never singular.
+        zooms: voxel size along each axis, in millimetres; those of the affine.
         is_vector: whether the header declares that the fifth axis holds the components of a voxel.
-        is_pair: whether the voxels are in a file of their own.
+        is_pair: whether the header declares that the voxels are in a file of their own.
+        header_bytes: at the start of a single file, in which no voxels can be.
         is_analyze: whether it is an ANALYZE header, which cannot hold a rotation.
         max_trailing: bytes after the voxels that may be there, of padding or of a footer.
+        notes: what a user should know of it, as keys of `notes.TEXTS`.
     """
 
     shape: tuple[int, ...]
@@ -51,8 +53,10 @@ class VolumeHeader:
     zooms: tuple[float, float, float]
     is_vector: bool = False
     is_pair: bool = False
+    header_bytes: int = 0
     is_analyze: bool = False
     max_trailing: int = PADDING_BYTES
+    notes: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -14,9 +15,12 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.formats import HEAD_BYTES
 from beam_nifti.header import VolumeHeader
 from beam_nifti.image_names import HALF, PACKED
-from beam_nifti.packing import Bytes, Unpacker, fill, packing_of, unpacked_head
+from beam_nifti.packing import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
+from beam_nifti.signatures import stand_in
 
 ReadHeader = Callable[[bytes], VolumeHeader]
+FileStats = tuple[storage.Stat, ...]
+"""Of an image: of its one file, or of the header and the voxels of a pair."""
 
 _LARGE_FILE: Final = 64 << 20
 """Bytes of a file from which on its header is looked at before the rest is read."""
@@ -29,6 +33,21 @@ _LARGEST_HALF: Final = 1 << 20
 
 _LARGEST_HEADER: Final = 64 << 20
 """Bytes of a header and its extensions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an example was made of.
+
+    Attributes:
+        files: of each image, then of the mask, what its files were when they were read.
+        shape: of the first image, as `VolumeHeader` has it.
+        affine: of the first image, 16 numbers, row by row.
+    """
+
+    files: tuple[FileStats, ...]
+    shape: tuple[int, ...]
+    affine: tuple[float, ...]
 
 
 def image_files(path: str) -> tuple[str, ...]:
@@ -49,25 +68,27 @@ def image_files(path: str) -> tuple[str, ...]:
     stem = match["stem"] + (other.upper() if half.isupper() else other)
     for ending in dict.fromkeys((packed, "", *PACKED)):
         with contextlib.suppress(FileNotFoundError):
-            storage.stat(stem + ending)
+            if not storage.broken_link(stem + ending):
+                storage.stat(stem + ending)
             return (path, stem + ending) if is_header else (stem + ending, path)
     return (path,)
 
 
-def stat_image(path: str) -> storage.Stat:
-    """Size and time of an image; of a pair, both sizes together, and the mean of both times.
+def _files_to_read(name: str, path: str) -> tuple[str, ...]:
+    files = image_files(path)
+    for file in files:
+        if what := storage.broken_link(file):
+            raise VolumeError(f"{name}: {what}")
+    return files
 
-    So a change of either file shows, also one to an older file.
+
+def stat_image(path: str) -> FileStats:
+    """What each file of an image is; of a pair, the header first.
 
     Raises:
         OSError: the path cannot be reached.
     """
-    return join_stats([storage.stat(file) for file in image_files(path)])
-
-
-def join_stats(stats: Sequence[storage.Stat]) -> storage.Stat:
-    """Of several files, the sum of the sizes, and the mean of the times."""
-    return storage.Stat(sum(s.size for s in stats), sum(s.mtime for s in stats) / len(stats))
+    return tuple(map(storage.stat, image_files(path)))
 
 
 def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
@@ -82,25 +103,38 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
         VolumeError: it cannot be read, or `parse` refuses it.
     """
     with _reading(name):
-        files = image_files(path)
+        files = _files_to_read(name, path)
         head = storage.read_head(files[0], _HEAD_OF_FILE)
         packing = packing_of(head)
         if packing and packing.head_bytes > len(head) == _HEAD_OF_FILE:
             head = storage.read_head(files[0], packing.head_bytes)
     header = parse(unpacked_head(name, head, HEAD_BYTES))
-    _check_pair(name, files, header)
+    if len(files) == 2:
+        _refuse_whole_image(name, head, header)
+    _check_container(name, files, header)
     return header
 
 
-def _check_pair(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
-    if header.is_pair and len(files) == 1:
-        raise VolumeError(
-            f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
-        )
-    if not header.is_pair and len(files) == 2:
-        raise VolumeError(
-            f"{name}: its .hdr file is a whole image and no header of an .img file; repair its name: .nii"
-        )
+def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
+    """Refuse a header whose voxels cannot be in these files.
+
+    The files decide where voxels are, as in nibabel, and not the magic string of a NIfTI header.
+    """
+    is_inside = header.offset < header.header_bytes
+    if len(files) == 1:
+        if header.is_analyze and not HALF.fullmatch(files[0]):
+            raise VolumeError(
+                f"{name}: an ANALYZE header, or a NIfTI header without its magic string, in a single file; "
+                "repair or convert the image"
+            )
+        if header.is_pair and (is_inside or HALF.fullmatch(files[0])):
+            raise VolumeError(
+                f"{name}: the header of an .hdr/.img pair without its voxels; copy the .img file beside it"
+            )
+        if is_inside:
+            raise VolumeError(
+                f"{name}: voxels start at byte {header.offset}, inside the header; repair vox_offset"
+            )
     if header.is_analyze and (match := HALF.fullmatch(files[0])):
         with _reading(name):
             found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
@@ -126,15 +160,15 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
     with contextlib.ExitStack() as stack:
         with _reading(name):
             opened = []
-            files = image_files(path)
+            files = _files_to_read(name, path)
             for file in files:
                 handle, stat = storage.open_with_stat(file)
                 opened.append((stack.enter_context(handle), stat))
         header = _read_half(name, *opened[0], parse) if len(opened) > 1 else None
         named_packed = files[-1].lower().endswith(PACKED)
-        source = join_stats([s for _, s in opened])
-        image = Image(name, handle, stat.size, source, parse, header, named_packed)
-        _check_pair(name, files, image.header)
+        stats = tuple(stat for _, stat in opened)
+        image = Image(name, handle, stats, parse, header, named_packed)
+        _check_container(name, files, image.header)
         yield image
 
 
@@ -144,9 +178,26 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
         raise VolumeError(f"{name}: its .hdr file has {stat.size} bytes, which no header has; copy it again")
     with _reading(name):
         data = handle.read()
-    if packing := packing_of(data):
-        Unpacker(name, data, packing).skip(_LARGEST_HEADER)  # to its end, where the checksum is
-    return parse(unpacked_head(name, data, HEAD_BYTES))
+    content_size(name, data, _LARGEST_HEADER)  # reads to its end, where the checksum is
+    header = parse(unpacked_head(name, data, HEAD_BYTES))
+    _refuse_whole_image(name, data, header)
+    return header
+
+
+def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
+    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image.
+
+    Args:
+        name: the image's path in errors.
+        data: the .hdr file, or its start.
+        header: what it says.
+    """
+    if header.is_pair or header.offset < header.header_bytes:
+        return
+    if content_size(name, data, header.offset + 1) > header.offset:
+        raise VolumeError(
+            f"{name}: its .hdr file is a whole image, not the header of an .img file; repair its name: .nii"
+        )
 
 
 class Image:
@@ -155,15 +206,14 @@ class Image:
     Args:
         name: its path in errors.
         handle: of the file of its voxels.
-        size: of that file.
-        source: size and time of all its files.
+        stats: of its files; that of the voxels is the last.
         parse: as for `read_header`.
         header: of a pair; None where it stands before the voxels.
         named_packed: whether the name of that file says that it is packed: that of a pair has to be, as
             nothing else would tell damage to its first bytes from voxels.
 
     Attributes:
-        source: size and time of all its files.
+        stats: of its files.
         header: what it says.
     """
 
@@ -171,20 +221,21 @@ class Image:
         self,
         name: str,
         handle: BinaryIO,
-        size: int,
-        source: storage.Stat,
+        stats: FileStats,
         parse: ReadHeader,
         header: VolumeHeader | None,
         named_packed: bool,
     ) -> None:
-        self.source = source
-        self._name, self._handle, self._size = name, handle, size
-        self._is_large = size > _LARGE_FILE
+        self.stats = stats
+        self._name, self._handle, self._size = name, handle, stats[-1].size
+        self._is_large = self._size > _LARGE_FILE
         self._data: Bytes = self._read_start()
         self._packing = packing_of(self._data)
         self._unpacker: Unpacker | None = None
         if header is not None:
             self.header = header
+            if self._size < self._promised and (what := stand_in(bytes(self._data[:HEAD_BYTES]))):
+                raise VolumeError(f"{name}: its .img file is {what}")
             if named_packed and self._packing is None:
                 raise VolumeError(f"{name}: its .img file is not packed as its name says; copy it again")
             if not named_packed and self._size == self._promised:
@@ -238,9 +289,10 @@ class Image:
             unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
             self._unpacker = None
             content = unpacker.read(self._promised, self._most)
+            self._check_size(len(content), unpacker.trailing_text)
         else:
             content = memoryview(data)
-        self._check_size(len(content))
+            self._check_size(len(content))
         return content[self.header.offset : self._promised]
 
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
@@ -275,10 +327,10 @@ class Image:
                 got = fill(reader, buffer)
             at += got
             if got < size:
-                self._check_size(at)
+                self._check_size(at, reader.trailing_text if isinstance(reader, Unpacker) else "")
             yield buffer
         if isinstance(reader, Unpacker):
-            self._check_size(at + reader.skip(self._most - at))
+            self._check_size(at + reader.skip(self._most - at), reader.trailing_text)
 
     def _refuse_oversized(self) -> None:
         """Spare the memory of a file that its header disowns, such as a wrong download."""
@@ -287,11 +339,11 @@ class Image:
         if self._size > self._promised + allowance + _LARGE_FILE // 2:
             raise self._disowned()
 
-    def _check_size(self, size: int) -> None:
+    def _check_size(self, size: int, trailing: str = "") -> None:
         if size < self._promised:
             raise VolumeError(
                 f"{self._name}: truncated: {size} bytes where shape {self.header.shape} of "
-                f"{self.header.dtype_name} needs {self._promised}; copy the file again"
+                f"{self.header.dtype_name} needs {self._promised}{trailing}; copy the file again"
             )
         if size >= self._most:
             raise self._disowned()

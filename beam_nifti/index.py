@@ -7,10 +7,12 @@ Source: docs/format.md, "Index".
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from beam_nifti.manifest import VolumeRow
 from beam_nifti.rescale import Ends, Intensity
 
 if TYPE_CHECKING:
+    from beam_nifti.image import Source
     from beam_nifti.volume import Volume
 
 SCHEMA: Final = pa.schema(
@@ -36,8 +39,11 @@ SCHEMA: Final = pa.schema(
         ("length", pa.int64()),
         ("row", pa.int64()),
         ("source", pa.string()),
-        ("source_size", pa.int64()),
-        ("source_mtime", pa.float64()),
+        ("source_sizes", pa.list_(pa.int64())),
+        ("source_mtimes", pa.list_(pa.float64())),
+        ("source_versions", pa.list_(pa.string())),
+        ("source_shape", pa.list_(pa.int64())),
+        ("source_affine", pa.list_(pa.float64())),
         ("shape", pa.list_(pa.int64())),
         ("dtype", pa.string()),
         ("zooms", pa.list_(pa.float64())),
@@ -49,6 +55,14 @@ SCHEMA: Final = pa.schema(
     ]
 )
 """Columns of every index; the manifest's further columns follow as strings."""
+
+SOURCE_LISTS: Final = ("source_sizes", "source_mtimes", "source_versions")
+"""Columns that have a value for each file of an example."""
+
+_SOURCE_SCHEMA: Final = pa.schema([field for field in SCHEMA if field.name.startswith("source_")])
+_SOURCE_SCHEMA_1: Final = pa.schema([("source_size", pa.int64()), ("source_mtime", pa.float64())])
+"""What stands in their place in format version 1: the sum of all sizes, and the mean of the images' times,
+that of a pair being the mean of its two."""
 
 _ENDS_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
 """Columns that stand between them where records have the features of these names."""
@@ -62,7 +76,11 @@ _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 _OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_ENDS_SCHEMA.names])
 """Columns that are lists, a number an image, where a record has several images."""
 
-OWN_NAMES: Final = frozenset([*SCHEMA.names, *_ENDS_SCHEMA.names, *_MASK_SCHEMA.names, *_FRAME_SCHEMA.names])
+OWN_NAMES: Final = frozenset(
+    name
+    for schema in (SCHEMA, _SOURCE_SCHEMA_1, _ENDS_SCHEMA, _MASK_SCHEMA, _FRAME_SCHEMA)
+    for name in schema.names
+)
 
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
@@ -74,7 +92,7 @@ class IndexEntry:
 
     Attributes:
         row: its row of the manifest.
-        source: size and time of the image when it was read.
+        source: the files that it was made of.
         shape: (X, Y, Z) or (X, Y, Z, T).
         dtype: of the voxels on disk, as `Volume.dtype`.
         zooms: voxel size along each axis.
@@ -85,7 +103,7 @@ class IndexEntry:
     """
 
     row: VolumeRow
-    source: storage.Stat
+    source: Source
     shape: tuple[int, ...]
     dtype: str
     zooms: tuple[float, ...]
@@ -108,6 +126,22 @@ class IndexEntry:
             ends=volume.ends,
             mask_labels=None if volume.mask is None else tuple(labels_of(volume.mask)),
         )
+
+
+def file_cells(images: Sequence[Sequence[storage.Stat]], record: RecordConfig) -> dict[str, object]:
+    """The part of an index row by which a change of one of its files is noticed.
+
+    Args:
+        images: `Source.files`.
+        record: configuration of the record.
+    """
+    files = list(itertools.chain.from_iterable(images))
+    sizes = [file.size for file in files]
+    if record.format_version == 1:
+        mtimes = [sum(file.mtime for file in image) / len(image) for image in images]
+        return {"source_size": sum(sizes), "source_mtime": sum(mtimes) / len(mtimes)}
+    mtimes, versions = [file.mtime for file in files], [file.version for file in files]
+    return dict(zip(SOURCE_LISTS, (sizes, mtimes, versions), strict=True))
 
 
 def extra_column(name: str) -> str:
@@ -146,8 +180,9 @@ def make_table(
             **row_cells(e.row, extra_columns),
             "offset": offset,
             "length": length,
-            "source_size": e.source.size,
-            "source_mtime": e.source.mtime,
+            **file_cells(e.source.files, record),
+            "source_shape": e.source.shape,
+            "source_affine": e.source.affine,
             "shape": e.shape,
             "dtype": e.dtype,
             "zooms": e.zooms,
@@ -176,11 +211,23 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
         extra_columns: names of the manifest's further columns.
     """
     fields = [*SCHEMA, *(_ENDS_SCHEMA if record.has_ends else ())]
+    if record.format_version == 1:
+        at = SCHEMA.get_field_index("source_sizes")
+        fields[at : at + len(_SOURCE_SCHEMA)] = _SOURCE_SCHEMA_1
     if record.channels is not None:
         fields = [f.with_type(pa.list_(f.type)) if f.name in _OF_IMAGES else f for f in fields]
     fields += _MASK_SCHEMA if record.mask_dtype else ()
     fields += _FRAME_SCHEMA if record.frames == "each" else ()
     return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
+
+
+def comparable_sources(table: pa.Table) -> pa.Table:
+    """The index with what format versions 1 and 2 both say of an example's files: the sum of their sizes."""
+    sizes = "source_sizes" if "source_sizes" in table.column_names else "source_size"
+    sums = [np.sum(cell) for cell in table[sizes].to_pylist()]
+    of_files = {*_SOURCE_SCHEMA.names, *_SOURCE_SCHEMA_1.names}
+    kept = table.select([name for name in table.column_names if name not in of_files])
+    return kept.append_column("source_size", pa.array(sums, pa.int64()))
 
 
 def mask_labels(table: pa.Table) -> set[int]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
-from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo, ShardInfo, read_info
+from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column, read_index
@@ -93,7 +93,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
         "failures": {
             "count": info.num_failures,
-            "path": storage.join(output, FAILURES_FILE) if info.num_failures else None,
+            "path": storage.join(output, info.failures) if info.failures else None,
         },
         "config": dict(info.config),
         "manifest": dict(info.manifest),
@@ -146,7 +146,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
 
 
 def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.ChunkedArray]) -> str:
-    reason = _failure_reason(output, info, example_id) if info.num_failures else None
+    reason = _failure_reason(output, info, info.failures, example_id) if info.failures else None
     if reason is not None:
         return f"; it was left out: {reason}"
     known = itertools.chain.from_iterable(column.to_pylist() for column in ids)
@@ -156,9 +156,9 @@ def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.Chun
     return f" among its {info.num_examples}; the column example_id of index/*.parquet has them all"
 
 
-def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | None:
-    failures = read_manifest(storage.join(output, FAILURES_FILE), Columns(**info.config["columns"]))
-    # Where paths are the ids, failures.jsonl holds them with the manifest's folder.
+def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) -> str | None:
+    failures = read_manifest(storage.join(output, file), Columns(**info.config["columns"]))
+    # Where paths are the ids, the list of failures holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
     lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}
     if frames := info.num_frames:
@@ -167,7 +167,7 @@ def _failure_reason(output: str, info: DatasetInfo, example_id: str) -> str | No
     for wanted in (example_id, in_folder):
         if wanted in lines:
             cells = failures.table.slice(lines[wanted], 1).to_pylist()[0]
-            return f"{cells['stage']}: {cells['message']} (see {FAILURES_FILE})"
+            return f"{cells['stage']}: {cells['message']} (see {file})"
     return None
 
 
@@ -345,15 +345,18 @@ def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:
-    if name == "shape":
+    if name in ("shape", "source_shape"):
         yield size_text(value)
-    elif name == "affine":
+    elif name in ("affine", "source_affine"):
         for i in range(0, 16, 4):
             yield " ".join(f"{n:>12.6g}" for n in value[i : i + 4])
+    elif name in ("source_mtime", "source_mtimes"):
+        for time in value if isinstance(value, list) else [value]:
+            yield datetime.fromtimestamp(time, UTC).isoformat(" ", "seconds")
+    elif name == "source_versions":
+        yield ", ".join(version or "none" for version in value)
     elif isinstance(value, list):
-        yield " ".join(f"{n:g}" for n in value)
-    elif name == "source_mtime":
-        yield datetime.fromtimestamp(value, UTC).isoformat(" ", "seconds")
+        yield " ".join(str(n) if isinstance(n, int) else f"{n:g}" for n in value)
     else:
         yield "" if value is None else str(value)
 

@@ -15,6 +15,7 @@ from typing import Final
 from beam_nifti import storage
 from beam_nifti.background import in_background
 from beam_nifti.errors import OutputBusyError
+from beam_nifti.strict_json import dump_json
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0
@@ -163,7 +164,7 @@ def _write(path: str, token: str, version: str | None) -> None:
     pid = os.getpid()
     process = {"pid": pid, "started": _start_of(pid), "system": this_system()}
     lease = {"token": token, "host": socket.gethostname(), **process}
-    storage.write_if(path, json.dumps(lease).encode(), version)
+    storage.write_if(path, dump_json(lease).encode(), version)
 
 
 def _refuse_held(path: str, holder: dict[str, object]) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import logging
 import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Final
+
+from beam_nifti.strict_json import dump_json
 
 FORMATS: Final = ("text", "json")
 
@@ -53,7 +54,7 @@ class _Json(logging.Formatter):
         }
         if record.exc_info:
             facts["exception"] = self.formatException(record.exc_info)
-        return json.dumps(facts)  # in ASCII, as a daemon's standard error may be
+        return dump_json(facts)  # in ASCII, as a daemon's standard error may be
 
 
 class _Lines(io.TextIOBase):

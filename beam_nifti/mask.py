@@ -7,12 +7,11 @@ from typing import Final
 
 import numpy as np
 
-from beam_nifti import storage
 from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import parse_header
 from beam_nifti.header import VolumeHeader, record_layout
-from beam_nifti.image import ReadHeader, open_image
+from beam_nifti.image import FileStats, ReadHeader, open_image
 from beam_nifti.rescale import Scaling, Voxels
 from beam_nifti.voxels import take_voxels
 
@@ -21,6 +20,15 @@ _RECORD: Final = RecordConfig()
 
 _CHUNK: Final = 1 << 16
 """Voxels that are looked at at a time."""
+
+_LARGEST_STEP: Final = 1 / 8
+"""Between two stored integers, up to which the value nearest to a label may stand for it."""
+
+_LARGEST_ERROR: Final = _LARGEST_STEP / 2
+"""Distance from a whole number that is taken for rounding at most."""
+
+_RELATIVE_ERROR: Final = 2.0**-22
+"""Of slope, intercept, and arithmetic in float32: two units in the last place of its 24 bits."""
 
 
 def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
@@ -42,7 +50,7 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
     return header
 
 
-def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxels, storage.Stat]:
+def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[VolumeHeader, Voxels, FileStats]:
     """Read a mask.
 
     Args:
@@ -52,7 +60,7 @@ def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxe
         dtype: "uint8" or "uint16".
 
     Returns:
-        The labels, of that dtype and shape (X, Y, Z), C order; size and time of the file.
+        Its header; the labels, of that dtype and shape (X, Y, Z), C order; and what its files are.
 
     Raises:
         VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.
@@ -60,7 +68,7 @@ def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[Voxe
     with open_image(name, path, parse) as image:
         voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
         labels = _as_labels(name, voxels, image.header.scaling, dtype)
-    return labels, image.source
+    return image.header, labels, image.stats
 
 
 def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxels:
@@ -78,18 +86,29 @@ def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxel
 
 
 def _whole_numbers(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> tuple[float, float, Voxels]:
-    """The least and the largest value of a mask, and its labels, which may be wrong where they do not fit."""
+    """The least and the largest label of a mask, and its labels, which may be wrong where they do not fit.
+
+    A program that stores the labels 0, 1, 2 and 4 as scaled integers cannot store each of them exactly: of
+    256 integers with a slope of 4/255, number 64 is the nearest to 1, and its value is 1.0039. A value is
+    rounded to a label where half the slope and the precision of float32 explain their distance.
+    """
     labels = np.empty(voxels.shape, dtype)
     source, target = voxels.reshape(-1), labels.reshape(-1)
     low, high = math.inf, -math.inf
+    step = abs(scaling.slope) if voxels.dtype.kind in "iu" else 0.0
+    half_step = step / 2 if step <= _LARGEST_STEP else 0.0
     for start in range(0, source.size, _CHUNK):
         values = scaling.apply(source[start : start + _CHUNK])
-        low, high = min(low, values.min()), max(high, values.max())
-        uneven = values[~((np.rint(values) == values) & np.isfinite(values))]
-        if uneven.size:
-            raise VolumeError(
-                f"{name}: a voxel of the mask is {uneven[0]:g}, no whole number; threshold or round it"
-            )
-        with np.errstate(invalid="ignore"):
-            target[start : start + _CHUNK] = values
+        rounded = np.rint(values)
+        with np.errstate(invalid="ignore", over="ignore"):
+            magnitude = np.abs(values - scaling.inter) + abs(scaling.inter)
+            error = half_step + _RELATIVE_ERROR * np.maximum(magnitude, 1)
+            uneven = values[~(np.abs(values - rounded) <= np.minimum(error, _LARGEST_ERROR))]
+            if uneven.size:
+                raise VolumeError(
+                    f"{name}: a voxel of the mask is {float(uneven[0])}, not a whole number; threshold or "
+                    "round it"
+                )
+            low, high = min(low, rounded.min()), max(high, rounded.max())
+            target[start : start + _CHUNK] = rounded
     return low, high, labels

@@ -139,6 +139,29 @@ class _Merge:
         return facts
 
 
+def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInfo:
+    """The published shard, if its file and its index hold what was just made; else the one that was made.
+
+    Both files are read again, so a damaged one does not stay.
+
+    Args:
+        output: folder of the dataset.
+        published: name of the shard that may stay.
+        made: the shard that would take its place.
+    """
+    name = ShardName.parse(made.name)
+    if name is None or not name.is_same_place(published):
+        return made
+    try:
+        index = hashlib.sha256(storage.read(storage.join(output, published.index_file))).hexdigest()
+        data, _ = _hash_file(storage.join(output, str(published)))
+    except FileNotFoundError:
+        return made
+    if (data, index) != (made.sha256, made.index_sha256):
+        return made
+    return replace(made, name=str(published), index=published.index_file)
+
+
 def _joined(parts: Iterable[Part]) -> list[Part]:
     """One part a file, in a fixed order: the units of a shard each name what they found in it."""
     joined: dict[str, Part] = {}
@@ -251,15 +274,21 @@ def _write_shard(
     return file_facts(hasher.hexdigest(), size)
 
 
-def _facts_of_data(path: str, records: _Records) -> dict[str, str]:
+def _hash_file(path: str) -> tuple[str, int]:
+    """The sha256 of a file, in hex, and its size."""
     hasher, size = hashlib.sha256(), 0
     with storage.open_read(path) as handle:
         while chunk := handle.read(_COPY_BYTES):
             hasher.update(chunk)
             size += len(chunk)
+    return hasher.hexdigest(), size
+
+
+def _facts_of_data(path: str, records: _Records) -> dict[str, str]:
+    digest, size = _hash_file(path)
     if size != sum(length for _, length in _extents(records)):
         raise PartsChangedError(f"{path}: its parts were removed while they were merged; run the build again")
-    return file_facts(hasher.hexdigest(), size)
+    return file_facts(digest, size)
 
 
 def _content(records: _Records, compressed: bool) -> Iterator[bytes]:

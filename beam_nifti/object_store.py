@@ -14,6 +14,7 @@ import errno
 import io
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -42,6 +43,22 @@ PIECE_BYTES: Final = 16 << 20
 """Bytes that are sent at once. What is shorter is sent in one request."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What tells a file from another one of the same path.
+
+    Attributes:
+        size: in bytes.
+        mtime: time of modification, in seconds since 1970; 0 where the store does not say.
+        version: the store's name for this content: an ETag, or a generation of Cloud Storage; None where it
+            has none, as on the local disk.
+    """
+
+    size: int
+    mtime: float
+    version: str | None = None
+
+
 class Reader(io.RawIOBase):
     """An object, opened for reading.
 
@@ -50,14 +67,16 @@ class Reader(io.RawIOBase):
         path: of the object.
 
     Attributes:
-        size: of the object in bytes.
-        mtime: when it was written, in seconds since 1970.
+        size: of what is read of the object, in bytes.
+        stat: of the object; of its head alone, where only that was opened.
     """
+
+    stat: Stat
 
     def __init__(self, store: Store, path: str) -> None:
         self._store, self._path = store, path
         self._position = 0
-        self.size, self.mtime = 0, 0.0
+        self.size = 0
 
     def readable(self) -> bool:
         """Yes."""
@@ -243,8 +262,8 @@ class Store(abc.ABC):
         """The HTTP status, if the server answered, and the store's own code for the error."""
 
     @abc.abstractmethod
-    def stat(self, path: str) -> tuple[int, float]:
-        """Size and time of an object, as a Reader has them."""
+    def stat(self, path: str) -> Stat:
+        """What a Reader of the object has as its `stat`."""
 
     @abc.abstractmethod
     def open(self, path: str, head: int | None = None) -> Reader:
@@ -274,15 +293,15 @@ class RangeStore(Store):
     """A store that is only read, by requests for ranges."""
 
     @abc.abstractmethod
-    def request_stat(self, path: str) -> tuple[int, float]:
-        """Size and time of a file; an attempt at it."""
+    def request_stat(self, path: str) -> Stat:
+        """What a file is; an attempt at it."""
 
     @abc.abstractmethod
     def request_range(self, path: str, start: int, length: int) -> bytes:
         """Bytes of a file, fewer where it ends before; an attempt at them."""
 
-    def stat(self, path: str) -> tuple[int, float]:
-        """Size and time of a file."""
+    def stat(self, path: str) -> Stat:
+        """What a file is."""
         return self.attempt(path, lambda: self.request_stat(path))
 
     def open(self, path: str, head: int | None = None) -> Reader:
@@ -300,9 +319,8 @@ class _RangeReader(Reader):
     def __init__(self, store: RangeStore, path: str, head: int | None) -> None:
         super().__init__(store, path)
         self._ranges = store
-        self.size, self.mtime = store.stat(path)
-        if head is not None:
-            self.size = min(self.size, head)
+        self.stat = store.stat(path)
+        self.size = self.stat.size if head is None else min(self.stat.size, head)
 
     def _read_some(self, view: memoryview) -> int:
         data = self._request(min(len(view), self.size - self._position))

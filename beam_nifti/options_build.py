@@ -307,6 +307,12 @@ def _add_running(command: argparse.ArgumentParser) -> None:
         "frames; default: 0",
     )
     add_overwrite(run, "a dataset of another making")
+    run.add_argument(
+        "--recheck",
+        action="store_true",
+        help="make every record again, and replace the shards that differ: for files that were changed and "
+        "kept their size and time; default: an image is not read again while these are the same",
+    )
     run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
     add_workers(
         run,
@@ -350,6 +356,7 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
         allow_mixed_shapes=options.allow_mixed_shapes,
         max_bad_fraction=options.max_bad_fraction,
         overwrite=options.overwrite,
+        recheck=options.recheck,
         temp_location=options.temp_location,
         workers=choose_workers(options),
         anonymous_ids=options.anonymous_ids,

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from beam_nifti.object_store import RangeStore
+from beam_nifti.object_store import RangeStore, Stat
 
 _TIMES = ("last_modified", "mtime", "LastModified", "modified")
 """What the packages call the time at which a file was written, of which fsspec says nothing."""
+
+_VERSIONS = ("etag", "ETag", "generation")
+"""Likewise, what they call the version of an object."""
 
 
 class Fsspec(RangeStore):
@@ -44,13 +47,14 @@ class Fsspec(RangeStore):
         status = getattr(error, "status_code", None)
         return (status, type(error).__name__) if isinstance(status, int) else (None, "")
 
-    def request_stat(self, path: str) -> tuple[int, float]:
+    def request_stat(self, path: str) -> Stat:
         filesystem, name = self._locate(path)
         found = filesystem.info(name)
         if found["type"] != "file":
             raise FileNotFoundError(path)
         time = next((found[key] for key in _TIMES if key in found), 0.0)
-        return found["size"], float(time.timestamp() if hasattr(time, "timestamp") else time)
+        version = next((str(found[key]) for key in _VERSIONS if found.get(key)), None)
+        return Stat(found["size"], float(time.timestamp() if hasattr(time, "timestamp") else time), version)
 
     def request_range(self, path: str, start: int, length: int) -> bytes:
         filesystem, name = self._locate(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,100 +33,146 @@ _DAMAGE: Final[tuple[type[Exception], ...]] = (
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A way of packing.
+    """A compression format.
 
     Attributes:
         name: of the format.
-        magic: what every file of it begins with.
+        magic: matches what each of its streams begins with.
         open: from a file's bytes to an object with `readinto`.
+        find_end: from a file's bytes to the end of its last complete stream; 0 where none is complete.
         head_bytes: of a file, from which its first kilobyte can be unpacked.
         ratio: the most bytes that one packed byte can stand for; None where that is no bound worth having.
     """
 
     name: str
-    magic: bytes
+    magic: re.Pattern[bytes]
     open: Callable[[Bytes], Any]
+    find_end: Callable[[Bytes], int]
     head_bytes: int
     ratio: int | None = None
 
 
-_BZIP2_END: Final = f"{0x177245385090:048b}"
-"""What a bzip2 stream ends with, but for a checksum of 32 bits and bits to fill its last byte."""
+_GZIP: Final = re.compile(rb"\x1f\x8b")
+_BZIP2: Final = re.compile(rb"BZh")
+_ZSTD: Final = re.compile(rb"(?s:\x28\xb5\x2f\xfd|(?P<skipped>[\x50-\x5f]\x2a\x4d\x18(?P<size>.{4})))")
+"""A frame, or one to skip, as pzstd writes them. Source: RFC 8878, 3.1.1 and 3.1.2."""
 
-_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+
+def _open_with_arrow(codec: str) -> Callable[[Bytes], Any]:
+    """Open with Arrow, which, unlike Python's own reader, notices a stream that breaks off."""
+    return lambda data: pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(data)), codec)
 
 
-def _open_with_arrow(codec: str, find_end: Callable[[Bytes, int], int]) -> Callable[[Bytes], Any]:
-    """Open with Arrow, which notices, unlike Python's own, a stream that breaks off or goes on otherwise.
+def _skip_zeros(data: Bytes, at: int) -> int:
+    """The offset of the next byte that is not 0, or of the end."""
+    while chunk := bytes(data[at : at + _SCRATCH_BYTES]):
+        if rest := chunk.lstrip(b"\0"):
+            return at + len(chunk) - len(rest)
+        at += len(chunk)
+    return at
+
+
+def _end_by_decompressing(magic: re.Pattern[bytes], make: Callable[[], Any]) -> Callable[[Bytes], int]:
+    """The `Packing.find_end` of a format whose streams do not give their own length.
 
     Args:
-        codec: Arrow's name of it.
-        find_end: from a file, and its size without the zeros at its end, to the end of its streams. Arrow
-            takes zeros behind them, as of tapes and disk blocks, for damage; isal passes over them.
+        magic: of the format.
+        make: a decompressor of one stream, such as `bz2.BZ2Decompressor`.
     """
 
-    def opened(data: Bytes) -> Any:
-        size = len(data)
-        if size and not data[-1]:
-            size -= int(np.argmax(np.frombuffer(data, np.uint8)[::-1] != 0))
-            end = find_end(data, size)
-            size = end if size <= end <= len(data) else len(data)
-        return pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(data)[:size]), codec)
+    def find(data: Bytes) -> int:
+        end = start = 0
+        while magic.match(data, start):
+            stream, at = make(), start
+            try:
+                while not stream.eof:
+                    chunk = data[at : at + _SCRATCH_BYTES] if stream.needs_input else b""
+                    if stream.needs_input and not chunk:
+                        return end
+                    stream.decompress(chunk, _SCRATCH_BYTES)
+                    at += len(chunk)
+            except _DAMAGE:
+                return end
+            end = at - len(stream.unused_data)
+            start = _skip_zeros(data, end)
+        return end
 
-    return opened
+    return find
 
 
-def _bzip2_end(data: Bytes, size: int) -> int:
-    # Streams begin at any bit. What follows the mark may be zeros, up to five bytes of them.
-    start = max(0, size - 11)
-    tail = bytes(data[start : size + 5])
-    at = f"{int.from_bytes(tail):0{8 * len(tail)}b}".rfind(_BZIP2_END)
-    return start + (at + 48 + 32 + 7) // 8 if at >= 0 else len(data)
-
-
-def _zstd_end(data: Bytes, size: int) -> int:
+def _zstd_end(data: Bytes) -> int:
     """Pass from block to block. Source: RFC 8878, 3.1.1."""
     at = 0
-    while at < size and bytes(data[at : at + 4]) == _ZSTD_MAGIC:
-        flags = data[at + 4]
-        is_single = flags >> 5 & 1
-        at += 6 - is_single + (0, 1, 2, 4)[flags & 3] + (is_single, 2, 4, 8)[flags >> 6]
-        while at < size:
-            block = int.from_bytes(data[at : at + 3], "little")
-            at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
-            if block & 1 or not block:  # the last one; or a hole in the file
-                break
-        at += 4 * (flags >> 2 & 1)  # a checksum
+    while (frame := _ZSTD.match(data, at)) and at + 5 <= len(data):
+        start, is_last = at, False
+        if frame["skipped"]:
+            at, is_last = frame.end() + int.from_bytes(frame["size"], "little"), True
+        else:
+            flags = data[at + 4]
+            is_single = flags >> 5 & 1
+            at += 6 - is_single + (0, 1, 2, 4)[flags & 3] + (is_single, 2, 4, 8)[flags >> 6]
+            while not is_last and at + 3 <= len(data):
+                block = int.from_bytes(data[at : at + 3], "little")
+                at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+                is_last = bool(block & 1)
+            at += 4 * (flags >> 2 & 1)  # a checksum
+        if not is_last or at > len(data):
+            return start
     return at
 
 
 PACKINGS: Final = (
-    # isal offers reading into a buffer (a third of the CPU of growing one) only under this name.
-    Packing("gzip", b"\x1f\x8b", isal_zlib._GzipReader, 1 << 16, DEFLATE_RATIO),  # type: ignore[arg-type]
-    Packing("bzip2", b"BZh", _open_with_arrow("bz2", _bzip2_end), _BLOCKS_HEAD_BYTES),
-    Packing("zstd", _ZSTD_MAGIC, _open_with_arrow("zstd", _zstd_end), _BLOCKS_HEAD_BYTES),
+    Packing(
+        "gzip",
+        _GZIP,
+        # isal offers reading into a buffer (a third of the CPU of growing one) only under this name.
+        isal_zlib._GzipReader,  # type: ignore[arg-type]
+        _end_by_decompressing(_GZIP, lambda: igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)),
+        1 << 16,
+        DEFLATE_RATIO,
+    ),
+    Packing(
+        "bzip2",
+        _BZIP2,
+        _open_with_arrow("bz2"),
+        _end_by_decompressing(_BZIP2, bz2.BZ2Decompressor),
+        _BLOCKS_HEAD_BYTES,
+    ),
+    Packing("zstd", _ZSTD, _open_with_arrow("zstd"), _zstd_end, _BLOCKS_HEAD_BYTES),
 )
 
 
 def packing_of(head: Bytes) -> Packing | None:
     """The packing of a file that begins so; None where it is not packed."""
-    start = bytes(head[:4])
-    return next((p for p in PACKINGS if start.startswith(p.magic)), None)
+    return next((packing for packing in PACKINGS if packing.magic.match(head)), None)
 
 
 class Unpacker:
     """The content of a packed file, a buffer at a time.
 
+    Bytes after the last stream that do not begin another one, such as padding or text, are ignored, as by
+    gunzip and nibabel.
+
     Args:
         name: the image's path, for errors.
         data: the file, or as much of its start as is needed.
         packing: of the file.
+
+    Attributes:
+        trailing: how many bytes after the streams were ignored, so far as they have been met.
     """
 
     def __init__(self, name: str, data: Bytes, packing: Packing) -> None:
-        self._name, self._packing, self._size = name, packing, len(data)
+        self.trailing = 0
+        self._name, self._packing, self._data, self._size = name, packing, data, len(data)
         self._peeked = memoryview(b"")
+        self._position = 0  # of the reader in the content
         self._reader = self._checked(lambda: packing.open(data))
+
+    @property
+    def trailing_text(self) -> str:
+        """What there is after the streams, for errors; "" for nothing."""
+        return f", and {self.trailing} bytes after the {self._packing.name} data" if self.trailing else ""
 
     def _checked(self, action: Callable[[], Any]) -> Any:
         try:
@@ -134,6 +182,30 @@ class Unpacker:
             raise VolumeError(
                 f"{self._name}: {what} {self._packing.name} stream ({e}); copy the file again"
             ) from e
+
+    def _fill(self, buffer: memoryview) -> int:
+        try:
+            size = fill(self._reader, buffer)
+        except _DAMAGE:
+            if not self._drop_trailing():
+                raise
+            size = fill(self._reader, buffer)
+        self._position += size
+        return size
+
+    def _drop_trailing(self) -> bool:
+        """Read on without what follows the streams; False where that begins a stream, so there is damage."""
+        end = self._packing.find_end(self._data)
+        starts_another = self._packing.magic.match(self._data, _skip_zeros(self._data, end))
+        if self.trailing or not 0 < end < len(self._data) or starts_another:
+            return False
+        self.trailing = len(self._data) - end
+        self._reader = self._packing.open(self._data[:end])
+        scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        left = self._position
+        while left and (count := fill(self._reader, scratch[:left])):
+            left -= count
+        return not left
 
     def peek(self, size: int) -> bytes:
         """The next bytes, fewer at the end, which are read again.
@@ -154,7 +226,7 @@ class Unpacker:
         size = min(len(self._peeked), len(buffer))
         buffer[:size] = self._peeked[:size]
         self._peeked = self._peeked[size:]
-        return size + int(self._checked(lambda: fill(self._reader, buffer[size:])))
+        return size + int(self._checked(lambda: self._fill(buffer[size:])))
 
     def read(self, expected: int, most: int) -> memoryview:
         """All that is left, into one buffer, which is not grown beyond what the file can hold.
@@ -208,6 +280,16 @@ def fill(reader: Any, buffer: memoryview) -> int:
     while size < len(buffer) and (count := reader.readinto(buffer[size:])):
         size += count
     return size
+
+
+def content_size(name: str, data: Bytes, most: int) -> int:
+    """How many bytes a file holds, or `most` if it holds more.
+
+    Raises:
+        VolumeError: the file is damaged.
+    """
+    packing = packing_of(data)
+    return Unpacker(name, data, packing).skip(most) if packing else min(len(data), most)
 
 
 def unpacked_head(name: str, head: Bytes, size: int) -> bytes:

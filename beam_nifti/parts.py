@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError
-from beam_nifti.image import join_stats, stat_image
-from beam_nifti.index import IndexEntry, make_table, read_index, row_cells, schema_of, write_index
+from beam_nifti.image import stat_image
+from beam_nifti.index import IndexEntry, file_cells, make_table, read_index, row_cells, schema_of, write_index
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.sharding import ShardName
 
@@ -174,24 +174,26 @@ def finished_rows(
         return None
     if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
         return None
-    now = functools.cache(_stat_of)  # frames of one image follow one another
+    now = functools.cache(_file_cells)  # frames of one image follow one another
+    of_files = [name for name in table.column_names if name.startswith("source_")]
+    compared = dict.fromkeys([*row_cells(rows[0], extra_columns), "shape", "dtype", *of_files])
     by_position = {row.position: row for row in rows}
     positions = []
     ours = table.filter(pc.is_in(table["position"], pa.array(list(by_position), pa.int64())))
-    compared = [*row_cells(rows[0], extra_columns), "shape", "dtype", "source_size", "source_mtime"]
-    for found in ours.select(compared).to_pylist():
+    for found in ours.select(list(compared)).to_pylist():
         row = by_position[found["position"]]
         same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
         fits = shape in (None, tuple(found["shape"])) and dtype in (None, found["dtype"])
-        then = (found["source_size"], found["source_mtime"])
-        if same and fits and now(tuple(storage.join(folder, path) for path in row.files)) == then:
+        if not (same and fits):
+            continue
+        files = now(tuple(storage.join(folder, path) for path in row.files), record)
+        if files is not None and files.items() <= found.items():
             positions.append(row.position)
     return Part(part.data, part.index, tuple(positions)) if positions else None
 
 
-def _stat_of(paths: Sequence[str]) -> tuple[int, float] | None:
+def _file_cells(paths: Sequence[str], record: RecordConfig) -> dict[str, object] | None:
     try:
-        now = join_stats([stat_image(path) for path in paths])
+        return file_cells(list(map(stat_image, paths)), record)
     except OSError:
         return None  # loading it again says what is wrong
-    return now.size, now.mtime

@@ -16,6 +16,7 @@ from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.sharding import ShardName, order_rows, shard_ranges
+from beam_nifti.strict_json import dump_json
 
 SHARD_BYTES: Final = 192 << 20
 """Aimed at for one shard file: large enough to stream from an object store, small enough to shuffle."""
@@ -51,11 +52,14 @@ class ShardTask:
         name: its file name.
         positions: of its records in the split.
         candidates: names of shards that may already hold some of its records; its own is the first.
+        compared: name of the published shard that stays if the one that is made is the same; None where
+            published records are candidates.
     """
 
     name: ShardName
     positions: range
     candidates: tuple[ShardName, ...]
+    compared: ShardName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,7 @@ class BuildNote:
         identity: of this build.
         temp_location: of this build.
         published: names of the shards of the dataset that the output holds, which stay untouched.
+        recheck: whether it makes every record again.
     """
 
     fingerprint: str
@@ -87,14 +92,15 @@ class BuildNote:
     identity: str = ""
     temp_location: str | None = None
     published: tuple[str, ...] = ()
+    recheck: bool = False
 
-    def is_of(self, fingerprint: str, folder: str) -> bool:
+    def is_of(self, fingerprint: str, folder: str, recheck: bool) -> bool:
         """Whether a build of these can use what the one that left the note has done."""
-        return (self.fingerprint, self.folder) == (fingerprint, folder)
+        return (self.fingerprint, self.folder, self.recheck) == (fingerprint, folder, recheck)
 
     def write(self, output: str) -> None:
         """Leave it in an output."""
-        storage.write(storage.join(output, _NOTE_FILE), json.dumps(asdict(self)).encode())
+        storage.write(storage.join(output, _NOTE_FILE), dump_json(asdict(self)).encode())
 
     @classmethod
     def read(cls, output: str) -> BuildNote | None:
@@ -197,7 +203,8 @@ class BuildPlan:
         """
         facts: list[Any] = [self.config.as_dataset_config(), storage.dirname(self.config.manifest)]
         facts += [self.digest, self.shape, self.num_frames, self.source_dtype, self.revision]
-        text = json.dumps(facts, sort_keys=True)
+        facts += [self.config.record.format_version, self.config.recheck]
+        text = dump_json(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def shard_totals(self) -> dict[str, int]:
@@ -237,13 +244,15 @@ class BuildPlan:
         twins = {str(base), str(replace(base, compressed=not base.compressed))}
         name = base if twins.isdisjoint(published) else named(base.total, self.revision)
         candidates = [name]
-        if self.reuse_published and (base.split, base.index) in held:
-            candidates.append(held[base.split, base.index])
+        found = held.get((base.split, base.index))
+        if self.reuse_published and found:
+            candidates.append(found)
         for total in self.earlier_totals.get(base.split, ()):
             if base.index < total:
-                found = (named(total), named(total, self.revision))
-                candidates += [c for c in found if str(c) not in published]
-        return ShardTask(name, positions, tuple(dict.fromkeys(candidates)))
+                earlier = (named(total), named(total, self.revision))
+                candidates += [c for c in earlier if str(c) not in published]
+        compared = found if self.config.recheck else None
+        return ShardTask(name, positions, tuple(dict.fromkeys(candidates)), compared)
 
     def read_units(self, manifest_path: str) -> Iterator[ShardTask | WorkUnit]:
         """Read the manifest again, where the build runs, and cut it into units.

@@ -9,8 +9,17 @@ from importlib import metadata
 from typing import Final
 
 from beam_nifti import storage
-from beam_nifti.config import VERSIONED
-from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo, SplitInfo, read_info
+from beam_nifti.config import FORMAT_FEATURES, VERSIONED
+from beam_nifti.dataset_info import (
+    FAILURES_FILE,
+    FILE_NAME,
+    DatasetInfo,
+    ShardInfo,
+    SplitInfo,
+    failures_file,
+    is_failures_file,
+    read_info,
+)
 from beam_nifti.errors import BeamNiftiError, PartsChangedError
 from beam_nifti.example import feature_kinds
 from beam_nifti.failures import Failure, write_failures
@@ -18,6 +27,7 @@ from beam_nifti.metrics import Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
+from beam_nifti.strict_json import dump_json
 
 _INDEX: Final = "index"
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
@@ -101,7 +111,7 @@ def publish_dataset(
     failures: Sequence[Failure],
     mask_labels: Collection[int] = (),
 ) -> BuildSummary:
-    """Write failures.jsonl and, if the failures are within the limit, dataset_info.json.
+    """Write the list of failures and, if they are within the limit, dataset_info.json.
 
     If they are not, nothing is lost by it: the next run loads only what failed.
 
@@ -126,13 +136,14 @@ def publish_dataset(
         )
     complete = config.allows_failures(num_failed, plan.num_examples)
     published = find_info(config.output)
+    failures_path = _write_failures(plan, failures, published, complete)
     summary = BuildSummary(
         num_written=num_written,
         num_failed=num_failed,
         num_bytes=sum(s.num_bytes for s in shards),
         num_shards=len(shards),
         complete=complete,
-        failures_path=_write_failures(plan, failures, complete or published is None),
+        failures_path=failures_path,
         failures=_count_failures(failures),
     )
     _write_summary(config.output, summary)
@@ -158,24 +169,37 @@ def publish_dataset(
         },
         labels=config.record.labels or (),
         num_failures=num_failed,
+        failures=failures_path.rpartition("/")[2] or None,
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         revision=plan.revision,
         versions={name: metadata.version(name) for name in ("beam-nifti", *VERSIONED)},
+        format_version=config.record.format_version,
+        format_features=() if config.record.format_version == 1 else FORMAT_FEATURES,
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
         storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())
+    for name in storage.list_files(config.output, "failures*"):
+        if is_failures_file(name) and name != info.failures:
+            storage.delete(storage.join(config.output, name))
     return summary
 
 
-def _write_failures(plan: BuildPlan, failures: Sequence[Failure], is_dataset: bool) -> str:
-    """Write failures.jsonl, beside the dataset only if it speaks of that dataset."""
+def _write_failures(
+    plan: BuildPlan, failures: Sequence[Failure], published: DatasetInfo | None, complete: bool
+) -> str:
+    """Write the list of failures, beside the dataset only if it is about that dataset; its path, or ""."""
     output, config = plan.config.output, plan.config
-    path = storage.join(output if is_dataset else storage.join(output, BUILD_FOLDER), FAILURES_FILE)
     if not failures:
-        storage.delete(path)
         return ""
-    folder = storage.dirname(config.manifest)
-    write_failures(path, failures, folder, config.columns, plan.extra_columns)
+    if complete or published is None:
+        path = storage.join(output, failures_file(plan.revision, config.record.format_version))
+    else:
+        path = storage.join(output, BUILD_FOLDER, FAILURES_FILE)
+    write_failures(path, failures, storage.dirname(config.manifest), config.columns, plan.extra_columns)
+    if complete and published is not None and published.failures:
+        known = storage.join(output, published.failures)
+        if storage.exists(known) and storage.read(known) == storage.read(path):
+            return known  # nothing has changed, so the dataset keeps its revision
     return path
 
 
@@ -188,7 +212,7 @@ def _count_failures(failures: Sequence[Failure]) -> dict[str, dict[str, int]]:
 
 
 def _write_summary(output: str, summary: BuildSummary) -> None:
-    text = json.dumps(asdict(summary))
+    text = dump_json(asdict(summary))
     storage.write(storage.join(output, _SUMMARY_FILE), text.encode())
 
 
@@ -218,7 +242,8 @@ def remove_shards(output: str, keep: Collection[str]) -> None:
     for name in storage.list_files(output):
         whole = storage.temporary_of(name)
         is_shard = ShardName.parse(whole or name) is not None
-        if whole in (FILE_NAME, FAILURES_FILE) or (is_shard and name not in keep):
+        is_begun = whole is not None and (whole == FILE_NAME or is_failures_file(whole))
+        if is_begun or (is_shard and name not in keep):
             storage.delete(storage.join(output, name))
 
 

@@ -368,7 +368,9 @@ class _Records:
         """What the index says of a record."""
         cell = self.table["example_id" if name == "id" else name][row]
         if isinstance(cell, pa.ListScalar):
-            return cell.values.to_numpy().copy().reshape((4, 4) if name == "affine" else -1)
+            values = cell.values.fill_null("") if pa.types.is_string(cell.type.value_type) else cell.values
+            array = values.to_numpy(zero_copy_only=False).copy()
+            return array.reshape((4, 4) if name == "affine" else -1)
         value = cell.as_py()
         if name == "label":
             with np.errstate(over="ignore"):  # as in the record

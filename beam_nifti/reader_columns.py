@@ -15,7 +15,7 @@ import tensorflow as tf
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError
 from beam_nifti.example import split_kind
-from beam_nifti.index import schema_of
+from beam_nifti.index import SOURCE_LISTS, schema_of
 from beam_nifti.order import whole_number
 from beam_nifti.random_access import Element
 
@@ -212,6 +212,7 @@ def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:
     kind = field.type.value_type if is_list else field.type
     dtype = tf.string if pa.types.is_string(kind) else tf.as_dtype(kind.to_pandas_dtype())
     num_axes = len(info.shape) if info.shape else None
-    sizes = {"zooms": 3, "shape": num_axes, "mask_labels": None}
+    sizes = {"zooms": 3, "shape": num_axes, "mask_labels": None, "source_shape": None, "source_affine": 16}
+    sizes |= dict.fromkeys(SOURCE_LISTS)
     size = sizes.get(field.name, info.record_config.num_channels)
     return Column(field.name, dtype, (size,) if is_list else ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -24,8 +24,9 @@ from beam_nifti.example import (
     label_feature,
     scaling_of,
 )
+from beam_nifti.grid import is_usable
 from beam_nifti.header import COLOURS
-from beam_nifti.index import extra_column
+from beam_nifti.index import extra_column, file_cells
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.label_map import labels_of
 from beam_nifti.labels import LabelValue, label_of, number_of
@@ -41,6 +42,9 @@ _SCALING: Final = frozenset(SCALING_FEATURES)
 _DOUBLE_BYTES: Final = 8
 _STATISTICS_TOLERANCE: Final = 1e-6
 """Relative; sums of the same voxels differ in their last bits between processors."""
+
+_REMAKE: Final = "give the build again with --recheck"
+"""The remedy where a build would find nothing that has changed."""
 
 _Feature = memoryview | npt.NDArray[np.generic]
 
@@ -177,6 +181,8 @@ def _check_metadata(
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):
             yield f"{name} is {_show(stored)}, the index says {_show(said)}"
+        elif name == "affine" and not is_usable(stored.astype(np.float64).reshape(4, 4)):
+            yield "affine is singular or not finite; repair the image and build it again"
     labels = _labels_in(cells, spec.config.labels or ())
     if labels and label != number_of(labels[0][1]):
         yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
@@ -213,8 +219,8 @@ def _as_float32(numbers: Sequence[float]) -> npt.NDArray[np.float32]:
         return np.array(numbers, np.float64).astype(np.float32)
 
 
-def _show(numbers: npt.NDArray[Any]) -> str:
-    return " ".join(f"{n:g}" for n in numbers.tolist())
+def _show(numbers: Iterable[Any]) -> str:
+    return " ".join(f"{n:g}" for n in numbers)
 
 
 def _check_intensities(
@@ -300,14 +306,14 @@ def check_source(
     if again != payload:
         stored, made = decode_example(payload), decode_example(again)
         names = sorted(n for n in stored.keys() | made.keys() if not _same(stored, made, n))
-        was = (cells["source_size"], cells["source_mtime"])
-        changed = (volume.source.size, volume.source.mtime) != was
+        files = file_cells(volume.source.files, config)
+        changes = [f"{n} was {cells[n]}, now {now}" for n, now in files.items() if cells[n] != now]
         reason = (
-            f"the image changed since the build (then {was[0]} bytes, now {volume.source.size})"
-            if changed
-            else "the image did not change since the build"
+            f"a file changed since the build ({'; '.join(changes)}); build it again"
+            if changes
+            else f"its files have the sizes and times that they had; {_REMAKE}"
         )
-        yield f"{row.path} gives another {', '.join(names)} than is stored; {reason}; build it again"
+        yield f"{row.path} gives another {', '.join(names)} than is stored; {reason}"
         return
     for number, now in enumerate(volume.intensities):
         image = f"channel {config.channels[number]}" if config.channels else "its image"
@@ -315,9 +321,14 @@ def check_source(
         for name, far in (("min", 0.0), ("max", 0.0), ("mean", tolerance), ("std", tolerance)):
             said, found = _of_images(cells[name])[number], getattr(now, name)
             if not abs(said - found) <= far:
-                yield f"the index says {name} {said:g}, {image} has {found:g}"
+                yield f"the index says {name} {said:g}, {image} has {found:g}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
-        yield f"the index says dtype {cells['dtype']}, its image has {volume.dtype}"
+        yield f"the index says dtype {cells['dtype']}, its image has {volume.dtype}; {_REMAKE}"
+    if config.format_version == 1:
+        return
+    for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):
+        if not np.array_equal(cells[name], has, equal_nan=True):
+            yield f"the index says {name} {_show(cells[name])}, its image has {_show(has)}; {_REMAKE}"
 
 
 def _same(one: Mapping[str, _Feature], other: Mapping[str, _Feature], name: str) -> bool:

@@ -115,7 +115,8 @@ def write_report(
         num_pictures: records to show besides the outliers, evenly spread.
 
     Raises:
-        DatasetError: its configuration is not one that this version knows, or failures.jsonl is damaged.
+        DatasetError: its configuration is not one that this version knows, or its list of failures is missing
+            or damaged.
         OutputError: the page cannot be written.
         OSError: the page cannot be written now, or a file cannot be read, but that may pass.
     """
@@ -125,7 +126,7 @@ def write_report(
     except (UsageError, KeyError, TypeError) as e:
         raise DatasetError(f"{output}: not a configuration of a dataset: {e!r}") from e
     storage.require_writable(out, "--out")
-    failures = read_failures(output)
+    failures = read_failures(output, info)
     folder = f"{out}.{uuid.uuid4().hex}.tmp"
     try:
         with whole_elements():

@@ -18,6 +18,7 @@ from beam_nifti.figures import INKS, draw_histogram
 from beam_nifti.outliers import FEWEST, LIMIT
 from beam_nifti.record_checks import RecordSpec
 from beam_nifti.report_summary import Summary
+from beam_nifti.strict_json import dump_json
 from beam_nifti.templates import load_templates
 from beam_nifti.thumbnail import CELL
 
@@ -46,6 +47,7 @@ def make_page(
         failures: as `read_failures` gives them.
     """
     environment = load_templates()
+    environment.policies["json.dumps_function"] = dump_json
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"number": format_number, "count": _format_count}
     style, script = (environment.get_template(f"report.{kind}").render() for kind in ("css", "js"))

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from beam_nifti import storage
 from beam_nifti.appearance import SCHEMA
-from beam_nifti.dataset_info import FAILURES_FILE
+from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError
 from beam_nifti.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.sheets import read_problems, read_sheets
@@ -153,18 +153,18 @@ def _draw_mean(mean: npt.NDArray[np.float64], rows: pa.Table) -> bytes:
     return draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
 
 
-def read_failures(output: str) -> list[dict[str, Any]]:
-    """The first MAX_FAILURES lines of a dataset's failures.jsonl: row, participant_id, stage and message.
+def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
+    """The first MAX_FAILURES of a dataset's failures: row, participant_id, stage and message.
 
     Raises:
-        DatasetError: it is damaged.
+        DatasetError: the list of them is missing or damaged.
     """
-    path = storage.join(output, FAILURES_FILE)
-    if not storage.exists(path):
+    if info.failures is None:
         return []
+    path = storage.join(output, info.failures)
     try:
         with storage.open_read(path) as handle:
             failures = list(map(json.loads, itertools.islice(handle, MAX_FAILURES)))
         return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
-    except (ValueError, AttributeError) as e:
+    except (FileNotFoundError, ValueError, AttributeError) as e:
         raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e

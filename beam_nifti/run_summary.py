@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -10,6 +9,7 @@ from typing import Any, Final
 
 from beam_nifti import __version__, storage
 from beam_nifti.metrics import Distribution
+from beam_nifti.strict_json import dump_json
 
 FORMAT_VERSION: Final = 1
 
@@ -121,5 +121,5 @@ def remove_earlier(path: str) -> None:
 
 def write_document(path: str, run: RunSummary) -> None:
     """Write the document, whole or not at all."""
-    text = json.dumps(run.as_document(), indent=2, ensure_ascii=False)
+    text = dump_json(run.as_document(), indent=2, ensure_ascii=False)
     storage.write(storage.absolute(path), f"{text}\n".encode())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from beam_nifti.object_store import SILENCE, ObjectStore, Pieces, Reader, split_path
+from beam_nifti.object_store import SILENCE, ObjectStore, Pieces, Reader, Stat, split_path
 
 _CONNECTIONS: Final = 64
 _TOO_LARGE_TO_COPY: Final = ((400, "InvalidRequest"), (400, "EntityTooLarge"))
@@ -55,10 +55,9 @@ class S3(ObjectStore):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status, response.get("Error", {}).get("Code", "")
 
-    def stat(self, path: str) -> tuple[int, float]:
+    def stat(self, path: str) -> Stat:
         bucket, key = split_path(path)
-        found = self.attempt(path, lambda: self.client.head_object(Bucket=bucket, Key=key))
-        return found["ContentLength"], found["LastModified"].timestamp()
+        return _stat(self.attempt(path, lambda: self.client.head_object(Bucket=bucket, Key=key)))
 
     def open(self, path: str, head: int | None = None) -> Reader:
         return _Reader(self, path, head)
@@ -138,6 +137,10 @@ class S3(ObjectStore):
         return self.attempt(prefix, request)
 
 
+def _stat(found: Mapping[str, Any]) -> Stat:
+    return Stat(found["ContentLength"], found["LastModified"].timestamp(), found["ETag"].strip('"'))
+
+
 class _Reader(Reader):
     """One GET, from the position to the end of the object; another one after a seek or a broken one."""
 
@@ -163,8 +166,7 @@ class _Reader(Reader):
             found = self._client.get_object(Bucket=bucket, Key=key)  # an empty object has no first byte
         self._body, self._body_position = found["Body"], start
         if not self.etag:
-            self.etag, self.mtime = found["ETag"], found["LastModified"].timestamp()
-            self.size = found["ContentLength"]
+            self.etag, self.stat, self.size = found["ETag"], _stat(found), found["ContentLength"]
 
     def _at_position(self) -> Any:
         if self._body is None or self._body_position != self._position:

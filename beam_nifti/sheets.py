@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from beam_nifti import storage
 from beam_nifti.appearance import SCHEMA
+from beam_nifti.strict_json import dump_json
 
 _ROWS: Final = 256
 """Of a sheet: 5 MB."""
@@ -46,7 +47,7 @@ def read_sheets(folder: str, columns: Sequence[str]) -> Iterator[tuple[str, pa.T
 def write_problems(folder: str, shard: int, problems: Sequence[str]) -> None:
     """Write what is wrong with a shard, if anything is."""
     if problems:
-        storage.write(f"{folder}/{shard:06}.json", json.dumps(problems).encode())
+        storage.write(f"{folder}/{shard:06}.json", dump_json(problems).encode())
 
 
 def read_problems(folder: str) -> list[str]:

@@ -18,14 +18,15 @@ import re
 import shutil
 import tempfile
 import threading
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
 from beam_nifti.errors import OutputError
 from beam_nifti.gcs import Gcs
 from beam_nifti.object_store import ObjectStore, Store, Writer
+from beam_nifti.object_store import Stat as Stat
 from beam_nifti.others import Fsspec
 from beam_nifti.outcomes import may_pass
 from beam_nifti.s3 import S3
@@ -58,37 +59,48 @@ _REMEDY: Final = (
     "az:// (beam-nifti[azure]), hdfs:// or https://, or install fsspec and what it needs for this scheme"
 )
 
+_FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))(?P<path>/.*)", re.I | re.S)
+_ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
+"""The characters *, ? and [ in a URL."""
+
+_WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
 _TEMPORARY = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """A file's size in bytes and its time of modification in seconds since 1970."""
+def local_path(path: str) -> str:
+    """The local path that a file:// URL names; all other paths as they are.
 
-    size: int
-    mtime: float
+    >>> local_path("file:///data/sub%201.nii"), local_path("file://localhost/data"), local_path("s3://bucket")
+    ('/data/sub 1.nii', '/data', 's3://bucket')
+    """
+    match = _FILE_URL.fullmatch(path)
+    return urllib.parse.unquote(match["path"], errors="surrogateescape") if match else path
 
 
 def is_remote(path: str) -> bool:
     """Whether a path names an object store or cluster file system rather than the local disk.
 
-    >>> is_remote("s3://bucket/a.nii.gz"), is_remote("/data/a.nii.gz")
-    (True, False)
+    Paths of other computers, which nothing can reach, count as remote: they are refused when they are opened.
+
+    >>> is_remote("s3://bucket/a.nii.gz"), is_remote("/data/a.nii.gz"), is_remote("file:///data/a.nii.gz")
+    (True, False, False)
     """
-    return "://" in path
+    return ("://" in path and not _FILE_URL.fullmatch(path)) or _WINDOWS.match(path) is not None
 
 
 def join(base: str, *parts: str) -> str:
-    """Append to a folder; a part that is absolute or a URL starts afresh.
+    """Append to a folder; a part that is absolute or a URL starts afresh, and one of file:// becomes a path.
 
     >>> join("s3://bucket/study", "sub-01/T1w.nii.gz")
     's3://bucket/study/sub-01/T1w.nii.gz'
     >>> join("/data", "/scans/a.nii")
     '/scans/a.nii'
     """
-    for part in parts:
+    base = local_path(base)
+    for part in map(local_path, parts):
         if is_remote(part) or part.startswith("/"):
             base = part
         else:
@@ -106,8 +118,8 @@ def dirname(path: str) -> str:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path that means the same from every working folder; `~` is the home folder."""
-    path = os.fspath(path)
+    """A path that means the same from every working folder: `~` is the home folder, a file:// URL a path."""
+    path = local_path(os.fspath(path))
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
@@ -118,11 +130,16 @@ def scheme_of(path: str) -> str:
 
 def _store(path: str) -> Store | None:
     """What serves a URL; None where Beam does."""
+    scheme = scheme_of(path)
+    if _WINDOWS.match(path):
+        raise OSError(errno.EINVAL, "a Windows path; give the path at which this computer has the file", path)
+    if scheme.lower() == "file":
+        reason = "a file:// URL that names another computer; write file:///FOLDER/FILE for a file of this one"
+        raise OSError(errno.EINVAL, reason, path)
     from apache_beam.io.filesystem import FileSystem
     from apache_beam.io.filesystems import FileSystems
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    scheme = scheme_of(path)
     make = _STORES.get(scheme)
     if make is None and any(system.scheme() == scheme for system in FileSystem.get_all_subclasses()):
         return None
@@ -135,6 +152,9 @@ def _store(path: str) -> Store | None:
                 given = options or PipelineOptions([])
                 store = make(given) if make else Fsspec(given, scheme)
             except ImportError as e:
+                if isinstance(e.__cause__, ValueError):  # no package that is known could serve it
+                    reason = f"nothing here serves {scheme}://; {_REMEDY}"
+                    raise OSError(errno.EINVAL, reason, path) from e
                 remedy = f"install beam-nifti[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else _REMEDY
                 raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); {remedy}") from e
             _stores[scheme] = os.getpid(), options, store
@@ -182,7 +202,7 @@ def _translated(path: str, action: Callable[[], T]) -> T:
 
 
 def stat(path: str) -> Stat:
-    """Size and time of a file.
+    """Size, time and version of a file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -192,11 +212,23 @@ def stat(path: str) -> Stat:
         status = os.stat(path)
         return Stat(status.st_size, status.st_mtime)
     if store := _store(path):
-        return Stat(*store.stat(path))
+        return store.stat(path)
     matches = _translated(path, lambda: _remote().match([path]))[0].metadata_list
     if not matches:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
     return Stat(matches[0].size_in_bytes, matches[0].last_updated_in_seconds or 0.0)
+
+
+def broken_link(path: str) -> str | None:
+    """What a symbolic link to a file that is not there is, and the remedy; None for other paths.
+
+    In a clone of a git-annex or DataLad repository every file is such a link until its content is fetched.
+    """
+    if is_remote(path) or not os.path.islink(path) or os.path.exists(path):
+        return None
+    if "annex/objects/" in os.readlink(path):
+        return "a git-annex link without its content; run `git annex get` (or `datalad get`) on the file"
+    return "a symbolic link to a file that is not there; copy that file"
 
 
 def exists(path: str) -> bool:
@@ -245,7 +277,7 @@ def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
     if is_remote(path):
         if store := _store(path):
             reader = store.open(path)
-            return io.BufferedReader(reader, _BUFFER_BYTES), Stat(reader.size, reader.mtime)
+            return io.BufferedReader(reader, _BUFFER_BYTES), reader.stat
         found = stat(path)
         return open_read(path), found
     handle = open_read(path)
@@ -537,8 +569,11 @@ def _list_deep(prefix: str) -> list[str]:
 def glob(pattern: str) -> list[str]:
     """Files whose paths match, sorted: `*`, `?` and `[…]` stand for parts of one name, `**` for any folders.
 
-    Names that begin with a dot match only where the pattern has the dot.
+    Names that begin with a dot match only where the pattern has the dot. An encoded character of a file://
+    URL stands for itself.
     """
+    if _FILE_URL.fullmatch(pattern):
+        pattern = local_path(_ENCODED_MAGIC.sub(lambda match: f"[{match[0]}]", pattern))
     if not is_remote(pattern):
         found = local_glob.glob(os.path.expanduser(pattern), recursive=True)
         return sorted(path for path in found if not os.path.isdir(path))

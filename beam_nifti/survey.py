@@ -16,6 +16,7 @@ from beam_nifti.grid import orientation_of
 from beam_nifti.header import require_storable
 from beam_nifti.image import image_files
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.notes import TEXTS
 from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
 from beam_nifti.volume import load_header
 from beam_nifti.wording import format_rows, size_text
@@ -52,6 +53,24 @@ class ImageProblem:
 
 
 @dataclass
+class Noted:
+    """Images of a survey that have a note.
+
+    Attributes:
+        num_images: that have it.
+        images: row and id of the first MAX_PROBLEMS of those.
+    """
+
+    num_images: int = 0
+    images: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, other: Noted) -> None:
+        """Count what another survey has counted."""
+        self.num_images += other.num_images
+        self.images = sorted([*self.images, *other.images])[:MAX_PROBLEMS]
+
+
+@dataclass
 class Survey:
     """Counts over some images. Those of disjoint rows add up.
 
@@ -69,6 +88,7 @@ class Survey:
         source_bytes: of the files.
         record_bytes: that the records are expected to take in shards.
         largest_bytes: of the voxels of the largest volume, on disk or stored, uncompressed.
+        notes: what a user should know of some images, by the keys of `notes.TEXTS`.
     """
 
     num_images: int = 0
@@ -84,6 +104,7 @@ class Survey:
     source_bytes: int = 0
     record_bytes: float = 0.0
     largest_bytes: int = 0
+    notes: dict[str, Noted] = field(default_factory=dict)
 
     def add(self, other: Survey) -> None:
         """Count what another survey has counted."""
@@ -96,6 +117,8 @@ class Survey:
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
         self.largest_bytes = max(self.largest_bytes, other.largest_bytes)
+        for note, noted in other.notes.items():
+            self.notes.setdefault(note, Noted()).add(noted)
 
 
 def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, str | None]:
@@ -120,6 +143,7 @@ def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, 
         heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
     except (OSError, VolumeError) as e:
         return _refused(found, row, str(e)), None
+    found.notes = {note: Noted(1, [(row.row, row.example_id)]) for note in header.notes}
     found.shapes[size_text(header.shape)] = 1
     found.spacings[size_text(round(zoom, 3) for zoom in header.zooms)] = 1
     found.orientations[orientation_of(header.affine)] = 1
@@ -200,6 +224,15 @@ def make_report(
         "manifest": manifest,
         **facts,
         "problems": [asdict(problem) for problem in survey.problems],
+        "notes": {
+            note: {
+                "message": text,
+                "num_images": survey.notes[note].num_images,
+                "images": [{"row": row, "example_id": name} for row, name in survey.notes[note].images],
+            }
+            for note, text in TEXTS.items()
+            if note in survey.notes
+        },
         "record_bytes": round(survey.record_bytes),
         "num_shards": num_shards,
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
@@ -233,6 +266,13 @@ def _report_rows(r: Mapping[str, Any], is_mixed: bool) -> Iterator[tuple[str, st
         yield "", "a build leaves out those that are unlike the first image"
     bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]
     yield from _listed("left out", bad, r["num_bad"])
+    for noted in r["notes"].values():
+        yield (
+            "warning",
+            f"{noted['num_images']:,} image{'s' * (noted['num_images'] != 1)}: {noted['message']}",
+        )
+        named = [f"row {image['row']} ({image['example_id']})" for image in noted["images"]]
+        yield from _listed("", named, noted["num_images"])
     yield from _listed("same twice?", [" = ".join(group) for group in r["twins"]])
     shards = f"{r['num_shards']:,} shard{'s' * (r['num_shards'] != 1)}"
     yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""What the tables of a dataset must be: dataset_info.json, indexes, failures.jsonl, the manifest.
+"""What the tables of a dataset must be: dataset_info.json, indexes, the list of failures, the manifest.
 
 Every check takes what was read and yields a sentence a problem.
 """
@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, ShardInfo
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.example import label_feature
-from beam_nifti.index import extra_column, schema_of
+from beam_nifti.index import SOURCE_LISTS, extra_column, schema_of
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import Manifest, frame_id
 from beam_nifti.sharding import ShardName
@@ -47,6 +47,8 @@ def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> 
                     f"{FILE_NAME}: shard {number} of split {split} is {shard.name} with "
                     f"{shard.index}, expected {expected} with {expected.index_file}"
                 )
+    if (info.failures is None) != (info.num_failures == 0):
+        yield f"{FILE_NAME}: num_failures is {info.num_failures}, and failures is {info.failures}"
     num_rows, num_frames = info.manifest.get("num_rows"), info.num_frames
     wanted = ((num_rows or 0) - info.num_skipped) * (num_frames or 1)
     if info.num_examples + info.num_failures != wanted:
@@ -75,16 +77,45 @@ def check_index(
         shard: the shard that it should describe.
         record: configuration of the shard's records.
     """
-    for column in schema_of(record, [label.name for label in record.labels or ()]):
-        if column.name not in table.column_names:
-            yield f"column {column.name} is missing"
-        elif table.schema.field(column.name).type != column.type:
-            found = table.schema.field(column.name).type
-            yield f"column {column.name} is {found}, expected {column.type}"
-        elif column.name != "label" and table[column.name].null_count:
-            yield f"column {column.name} has {table[column.name].null_count} empty cells"
+    problems = [
+        problem
+        for column in schema_of(record, [label.name for label in record.labels or ()])
+        for problem in _check_column(table, column)
+    ]
+    yield from problems or _check_sources(table, record)
     if facts.get("sha256") != shard.sha256:
         yield (f"written for a file of sha256 {facts.get('sha256')}, {FILE_NAME} says {shard.sha256}")
+
+
+def _check_column(table: pa.Table, column: pa.Field) -> Iterator[str]:
+    name = column.name
+    if name not in table.column_names:
+        yield f"column {name} is missing"
+    elif (found := table.schema.field(name).type) != column.type:
+        yield f"column {name} is {found}, expected {column.type}"
+    elif name != "label" and table[name].null_count:
+        yield f"column {name} has {table[name].null_count} empty cells"
+
+
+def _check_sources(table: pa.Table, record: RecordConfig) -> Iterator[str]:
+    """Find where the columns about an example's files have not a value for each of them."""
+    if record.format_version == 1:
+        return
+    least = record.num_channels + (record.mask_dtype is not None)  # each may be a pair
+    num_files = pc.list_value_length(table["source_sizes"]).to_numpy()
+    of_files = num_files.clip(least, 2 * least)
+    num_axes = pc.list_value_length(table["source_shape"]).to_numpy().clip(3, 5)
+    expected = {**dict.fromkeys(SOURCE_LISTS, of_files), "source_shape": num_axes}
+    for name, counts in (expected | {"source_affine": np.full_like(num_files, 16)}).items():
+        found = pc.list_value_length(table[name]).to_numpy()
+        wrong = np.flatnonzero(found != counts)
+        if wrong.size:
+            at = int(wrong[0])
+            of = _record_name(at, table)
+            yield f"column {name} of {of} has {found[at]} values, expected {counts[at]}"
+        num_empty = pc.list_flatten(table[name]).null_count
+        if num_empty and name != "source_versions":
+            yield f"column {name} has {num_empty} empty values"
 
 
 def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
@@ -169,15 +200,15 @@ def relative_ids(rows: pa.Table, folder: str) -> pa.Table:
     return rows.set_column(0, "id", pc.if_else(pc.starts_with(ids, prefix), cut, ids))
 
 
-def check_rows(records: pa.Table, failures: pa.Table) -> Iterator[str]:
-    """Find ids that stand twice in the dataset, or both in it and among its failures."""
+def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None) -> Iterator[str]:
+    """Find ids that stand twice in the dataset, or both in it and among its failures, of a file."""
     counts = pa.Table.from_struct_array(pc.value_counts(records["id"].combine_chunks()))
     twice = counts.filter(pc.greater(counts["counts"], 1)).rename_columns(["id", "times"])
     if twice.num_rows:
         yield f"index: {twice.num_rows} ids stand more than once: {_named(twice, ['times'])}"
     both = failures.filter(_is_in(failures, records))
     if both.num_rows:
-        yield f"{FAILURES_FILE}: {both.num_rows} of its examples are in the shards: {_named(both)}"
+        yield f"{failures_file}: {both.num_rows} of its examples are in the shards: {_named(both)}"
 
 
 def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
@@ -195,7 +226,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
     if missing.num_rows:
         yield (
             f"{missing.num_rows} rows of the manifest are neither in the shards nor in "
-            f"{FAILURES_FILE}: {_named(missing)}"
+            f"the list of failures: {_named(missing)}"
         )
     both, theirs = known.filter(pc.is_valid(at)), wanted.take(pc.drop_null(at))
     for column in known.column_names[1:]:

@@ -21,12 +21,17 @@ import pyarrow.parquet
 from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.outcomes import may_pass
+from beam_nifti.signatures import stand_in
+from beam_nifti.strict_json import dump_json
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
 
 _BATCH_ROWS: Final = 1 << 13
 """Rows that are held as Python objects, which take ten times the memory of Arrow columns."""
+
+_HEAD_BYTES: Final = 1 << 10
+"""Of a file, by which it is told from a pointer to another one."""
 
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
@@ -114,11 +119,14 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
     problems = problems or Problems(path)
     try:
         with storage.open_read(path) as handle:
+            if what := stand_in(handle.read(_HEAD_BYTES)):
+                raise ManifestError(path, [f"not a table but {what}"])
+            handle.seek(0)
             table = _READERS[suffix](path, handle, plain, problems).combine_chunks()
         problems.stop()
         return _cleaned(table, problems)
     except FileNotFoundError as e:
-        raise ManifestError(path, ["no such file"]) from e
+        raise ManifestError(path, [storage.broken_link(path) or "no such file"]) from e
     except UnicodeDecodeError as e:
         raise ManifestError(path, [f"not UTF-8 text ({e.reason}); save it as UTF-8"]) from e
     except (pa.ArrowException, UnicodeError) as e:
@@ -187,7 +195,7 @@ def write_table(path: str, table: pa.Table) -> None:
             pyarrow.parquet.write_table(table, handle)
         else:
             for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
-                lines = (json.dumps(row, ensure_ascii=False) for row in batch.to_pylist())
+                lines = (dump_json(row, ensure_ascii=False) for row in batch.to_pylist())
                 handle.write("".join(f"{line}\n" for line in lines).encode())
 
 
@@ -362,14 +370,14 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
 
 
 def _text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "" if value is None else value if isinstance(value, str) else dump_json(value)
 
 
 def _json_text(value: object) -> str:
     """A list or an object as JSON; bytes as base64."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
-    return json.dumps(
+    return dump_json(
         value, ensure_ascii=False, default=lambda v: _json_text(v) if isinstance(v, bytes) else str(v)
     )
 

@@ -9,12 +9,9 @@ import io
 from collections.abc import Sequence
 from typing import Any, Final
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.errors import VolumeError
-from beam_nifti.grid import Grid, axes_to
 from beam_nifti.rescale import Scaling, Voxels
 
 CELL: Final = 96
@@ -31,35 +28,6 @@ _WINDOW: Final = (0.5, 99.5)
 
 _MASK_COLOUR: Final = (255, 140, 0)
 _WEBP: Final[dict[str, Any]] = {"quality": 80, "method": 4}
-
-
-def axes_to_ras(shape: Sequence[int], affine: npt.NDArray[np.float64]) -> npt.NDArray[Any] | None:
-    """How the axes of a volume have to be turned to point right, anterior and superior, or nearly so.
-
-    Returns:
-        As `grid.axes_to`; None where the affine does not tell.
-    """
-    try:
-        return axes_to(Grid.of(shape, affine), "RAS")
-    except (VolumeError, np.linalg.LinAlgError):
-        return None
-
-
-def turned(voxels: Voxels, turns: npt.NDArray[Any] | None) -> Voxels:
-    """A view of voxels of (X, Y, Z) or (X, Y, Z, C) with the first three axes turned."""
-    if turns is None:
-        return voxels
-    view: Voxels = nib.orientations.apply_orientation(voxels, turns)
-    return view
-
-
-def turned_zooms(zooms: Sequence[float], turns: npt.NDArray[Any] | None) -> list[float]:
-    """Voxel sizes in the order of the turned axes; 1 where there is no usable one."""
-    usable = [zoom if np.isfinite(zoom) and zoom > 0 else 1.0 for zoom in zooms]
-    if turns is None:
-        return usable
-    places = turns[:, 0].astype(int).tolist()
-    return [usable[places.index(axis)] for axis in range(3)]
 
 
 def block_means(volume: Voxels, size: int = GRID) -> npt.NDArray[np.float64]:

@@ -36,7 +36,8 @@ from beam_nifti.failures import Failure
 from beam_nifti.index import IndexEntry, mask_labels, read_index
 from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
-from beam_nifti.merge import merge_parts
+from beam_nifti.merge import keep_if_same, merge_parts
+from beam_nifti.notes import counter_name
 from beam_nifti.parts import (
     Part,
     PartWriter,
@@ -174,7 +175,7 @@ class LoadVolume(beam.DoFn):
             volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
             volume = next(volumes)
         self._loaded.inc(len(row.positions))
-        self._bytes.inc(volume.source.size)
+        self._bytes.inc(sum(file.size for files in volume.source.files for file in files))
         yield volume
         yield from volumes
 
@@ -218,7 +219,7 @@ class Rescale(beam.DoFn):
 
 
 class EncodeExample(beam.DoFn):
-    """Serialize a volume as a tf.train.Example."""
+    """Serialize a volume as a tf.train.Example, and count its notes."""
 
     def __init__(self) -> None:
         self._msec = Metrics.distribution(type(self), "encode-msec")
@@ -229,6 +230,8 @@ class EncodeExample(beam.DoFn):
         with _timed(self._msec):
             example = encode_volume(volume)
         self._bytes.inc(len(example))
+        for note in volume.notes:
+            Metrics.counter(type(self), counter_name(note)).inc()
         yield IndexEntry.of(volume), example
 
 
@@ -358,6 +361,8 @@ class CommitShards(beam.DoFn):
                 self._extra_columns,
                 parts_folder(self._root, self._config.fingerprint, name.split, name.index),
             )
+            if task.compared is not None:
+                info = keep_if_same(self._output, task.compared, info)
         self._committed.inc()
         METER.add(shards=1)
         labels = frozenset[int]()

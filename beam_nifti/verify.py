@@ -19,7 +19,7 @@ import pyarrow as pa
 from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.croissant import CROISSANT_FILE, check_croissant
-from beam_nifti.dataset_info import FAILURES_FILE, FILE_NAME, DatasetInfo, read_info
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
 from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column
@@ -277,7 +277,7 @@ class _Verification:
             self._on_progress(volumes=1, num_bytes=len(record.data))
 
     def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
-        """All indexes and failures.jsonl together; and the manifest, if there is one to compare."""
+        """All indexes and the list of failures together; and the manifest, if there is one to compare."""
         info = self._info
         records = pa.concat_tables([no_rows(self._spec.config), *(found.rows for found in self._passes)])
         failures = self._read_failures(columns)
@@ -288,11 +288,11 @@ class _Verification:
         if rows is not None and (frames := info.num_frames):
             rows = frame_rows(rows, [range(frames)] * rows.num_rows)
         if columns.id is None and "participant_id" not in info.manifest["columns"]:
-            # Paths are the ids then, and failures.jsonl holds them with the manifest's folder.
+            # Paths are the ids then, and the list of failures holds them with the manifest's folder.
             folder = storage.dirname(info.manifest["path"])
             records, failures = (relative_ids(t, folder) for t in (records, failures))
             rows = None if rows is None else relative_ids(rows, folder)
-        for problem in check_rows(records, failures):
+        for problem in check_rows(records, failures, info.failures):
             self._problems.add(Scope.ROWS, problem)
         if wanted is not None:
             for problem in compare_rows(pa.concat_tables([records, failures]), rows):
@@ -300,9 +300,11 @@ class _Verification:
 
     def _read_failures(self, columns: Columns) -> pa.Table:
         """Id, labels and split of the volumes left out; without rows where they cannot be read."""
-        path, count = storage.join(self._output, FAILURES_FILE), self._info.num_failures
-        frames = self._info.num_frames
+        name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
         found, problem = no_rows(self._spec.config), None
+        if name is None:
+            return found
+        path = storage.join(self._output, name)
         if storage.exists(path):
             try:
                 listed = read_manifest(path, columns)
@@ -314,8 +316,8 @@ class _Verification:
                     problem = f"has {found.num_rows} {what}, {FILE_NAME} says {count} failures; copy it again"
             except ManifestError as e:
                 problem = "; ".join(e.problems)
-        elif count:
+        else:
             problem = f"is missing, and {FILE_NAME} says {count} failures; copy it again"
         if problem:
-            self._problems.add(Scope.ROWS, f"{FAILURES_FILE}: {problem}")
+            self._problems.add(Scope.ROWS, f"{name}: {problem}")
         return found

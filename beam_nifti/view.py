@@ -41,14 +41,14 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
         with_mask: lay the labels of its mask over it.
 
     Raises:
-        UsageError: there is no such channel or no mask, the affine does not say where the voxels lie, or
-            they are beyond float32.
+        UsageError: there is no such channel or no mask, or the voxels are beyond float32.
     """
     values = volume.scaling.apply(_channel(volume, channel))
-    if np.linalg.matrix_rank(volume.affine[:3, :3]) < 3:
-        raise _not_drawn(volume, "has an affine that gives an axis no direction")
     if np.abs(values).max() > np.finfo(np.float32).max:
-        raise _not_drawn(volume, "has intensities beyond float32")
+        raise UsageError(
+            f"record {volume.example_id!r} has intensities beyond float32, so it cannot be drawn; write its "
+            "image with `beam-nifti extract`"
+        )
     labels = volume.of_mask().voxels if with_mask else None
     facts = [
         size_text(values.shape) + " voxels",
@@ -67,13 +67,6 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
             facts=list(filter(None, facts)),
             viewer=_draw(values, labels, volume.affine),
         )
-    )
-
-
-def _not_drawn(volume: StoredVolume, why: str) -> UsageError:
-    return UsageError(
-        f"record {volume.example_id!r} {why}, so it cannot be drawn; write its image with "
-        "`beam-nifti extract`"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.formats import parse_header
-from beam_nifti.grid import Grid, require_same_grid
+from beam_nifti.grid import Grid, require_same_grid, turn_voxels, turns_between
 from beam_nifti.header import (
     VolumeHeader,
     record_layout,
@@ -21,10 +21,11 @@ from beam_nifti.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.image import ReadHeader, join_stats, open_image, read_header
+from beam_nifti.image import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.mask import load_mask, parse_mask_header
+from beam_nifti.notes import join_notes
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
 from beam_nifti.voxels import cut_frame, take_voxels
 
@@ -39,15 +40,17 @@ class Volume:
             stored until it is rescaled.
         scaling: from `voxels` to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
-        zooms: voxel size along each axis.
+        zooms: voxel size along each axis, in millimetres.
         dtype: name of the dtype on disk, such as "int16" or "rgb24"; of images that differ in it all of
             them, with commas.
-        source: size and time of the file it was read from, or of all of them.
+        source: the files that it was read from, and what the first image was before any preparation.
         mask: the labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None where the manifest
             has no masks.
         intensities: range, mean and standard deviation in the image's units, of each image; none until
             measured.
         ends: what becomes 0 and 1 of each image; none where their ranges say it.
+        notes: what a user should know of its files and of what was done to them, as keys of `notes.TEXTS`;
+            a build counts them.
     """
 
     row: VolumeRow
@@ -56,10 +59,11 @@ class Volume:
     affine: npt.NDArray[np.float64]
     zooms: tuple[float, float, float]
     dtype: str
-    source: storage.Stat
+    source: Source
     mask: Voxels | None = None
     intensities: tuple[Intensity, ...] = ()
     ends: tuple[Ends, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def release(self) -> None:
         """Let go of the voxels: for a step that has made the next thing of them and hands on only that.
@@ -104,12 +108,14 @@ def load_volume(
             header = image.header
             layout = record_layout(path, header, of_one)
             voxels = take_voxels(image, layout, record.complex)
+        if images:
+            voxels = _turn_onto(images[0].header, voxels, header)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
-        images.append(_LoadedImage(header, voxels, scaling, image.source))
+        images.append(_LoadedImage(header, voxels, scaling, image.stats))
     first = images[0]
-    stats = [image.source for image in images]
-    mask = _load_mask(row, folder, record, first.header, stats)
+    mask = _load_mask(row, folder, record, first.header)
+    files = [*images, *([mask] if mask else [])]
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
     dtypes = [image.header.dtype_name for image in images]
     return Volume(
@@ -119,8 +125,9 @@ def load_volume(
         affine=first.header.affine,
         zooms=first.header.zooms,
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
-        source=join_stats(stats),
-        mask=mask,
+        source=_source(first.header, [file.stats for file in files]),
+        mask=mask.voxels if mask else None,
+        notes=join_notes(file.header.notes for file in files),
     )
 
 
@@ -154,8 +161,9 @@ def load_frames(
         header, layout = image.header, record_layout(row.path, image.header, record)
         require_frames(row.path, header, row.num_frames)
         content = image.read_all()
-    stats = [image.source]
-    mask = _load_mask(row, folder, record, header, stats)
+    mask = _load_mask(row, folder, record, header)
+    source = _source(header, [image.stats, *([mask.stats] if mask else [])])
+    notes = join_notes([header.notes, *([mask.header.notes] if mask else [])])
 
     def of_frame(frame: int) -> Volume:
         return Volume(
@@ -165,34 +173,43 @@ def load_frames(
             affine=header.affine,
             zooms=header.zooms,
             dtype=header.dtype_name,
-            source=join_stats(stats),
-            mask=mask,
+            source=source,
+            mask=mask.voxels if mask else None,
+            notes=notes,
         )
 
     return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
 
 
-def _load_mask(
-    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader, stats: list[storage.Stat]
-) -> Voxels | None:
-    """The labels of an example whose image has this header, if any; adds what their file is to `stats`."""
-    if record.mask_dtype is None:
-        return None
-    path = row.files[-1]
-    parse = _parser(row, record.num_channels, record, image)
-    mask, stat = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    stats.append(stat)
-    return mask
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedImage:
-    """One of the images of an example."""
+    """One of the images of an example, or its mask."""
 
     header: VolumeHeader
     voxels: Voxels
     scaling: Scaling
-    source: storage.Stat
+    stats: FileStats
+
+
+def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
+    """The mask of an example whose image has this header, if any; its voxels are labels."""
+    if record.mask_dtype is None:
+        return None
+    path = row.files[-1]
+    parse = _parser(row, record.num_channels, record, image)
+    header, labels, stats = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
+    return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), stats)
+
+
+def _source(first: VolumeHeader, files: Iterable[FileStats]) -> Source:
+    return Source(tuple(files), first.shape, tuple(first.affine.ravel().tolist()))
+
+
+def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
+    """The voxels of an image in the order of the first one's, C order."""
+    turns = turns_between(*(Grid.of(h.shape, h.affine) for h in (header, first)))
+    assert turns is not None  # or it has been refused
+    return np.ascontiguousarray(turn_voxels(voxels, turns))
 
 
 def _parser(
@@ -226,7 +243,8 @@ def _parser(
             require_dtype(path, header, dtype)
         if first is not None:
             grid, wanted = (Grid.of(h.shape, h.affine) for h in (header, first))
-            require_same_grid(path, grid, row.path, wanted)
+            may_turn = record.orientation is not None
+            require_same_grid(path, grid, row.path, wanted, may_turn=may_turn)
         return header
 
     return parse
@@ -257,18 +275,17 @@ def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = 
         record: as for `load_volume`.
 
     Returns:
-        That of the first image.
+        That of the first image, with the notes of all.
 
     Raises:
         VolumeError: as `load_volume`, as far as headers tell.
     """
     record = record or RecordConfig()
-    first = None
+    headers = list[VolumeHeader]()
     for number, path in enumerate(row.files):
-        header = read_header(path, storage.join(folder, path), _parser(row, number, record, first))
-        first = first or header
-    assert first is not None
-    return first
+        parse = _parser(row, number, record, headers[0] if headers else None)
+        headers.append(read_header(path, storage.join(folder, path), parse))
+    return replace(headers[0], notes=join_notes(header.notes for header in headers))
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:

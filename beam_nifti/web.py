@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
-from beam_nifti.object_store import SILENCE, RangeStore, split_path
+from beam_nifti.object_store import SILENCE, RangeStore, Stat, split_path
 
 _CONNECTIONS: Final = 64
 _WEBHDFS_PORT: Final = 9870
@@ -64,13 +64,14 @@ class Http(RangeStore):
     def _reason(self, response: Any) -> str:
         return str(response.reason)
 
-    def request_stat(self, path: str) -> tuple[int, float]:
+    def request_stat(self, path: str) -> Stat:
         with self._ask("HEAD", path) as response:
-            if "Content-Length" not in response.headers:
-                raise io.UnsupportedOperation("the server does not say how long the file is")
-            written = response.headers.get("Last-Modified")
-            mtime = email.utils.parsedate_to_datetime(written).timestamp() if written else 0.0
-            return int(response.headers["Content-Length"]), mtime
+            headers = response.headers
+        if "Content-Length" not in headers:
+            raise io.UnsupportedOperation("the server does not say how long the file is")
+        written = headers.get("Last-Modified")
+        mtime = email.utils.parsedate_to_datetime(written).timestamp() if written else 0.0
+        return Stat(int(headers["Content-Length"]), mtime, headers.get("ETag") or None)
 
     def request_range(self, path: str, start: int, length: int) -> bytes:
         try:
@@ -132,12 +133,12 @@ class WebHdfs(Http):
         query = {"op": operation, **parameters} | ({"user.name": user} if user else {})
         return f"http://{address}/webhdfs/v1/{quote(name)}?{urlencode(query)}"
 
-    def request_stat(self, path: str) -> tuple[int, float]:
+    def request_stat(self, path: str) -> Stat:
         with self._ask("GET", self._url(path, "GETFILESTATUS")) as response:
             found = response.json()["FileStatus"]
         if found["type"] != "FILE":
             raise FileNotFoundError(path)
-        return found["length"], found["modificationTime"] / 1000
+        return Stat(found["length"], found["modificationTime"] / 1000)
 
     def request_range(self, path: str, start: int, length: int) -> bytes:
         try:

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from beam_nifti.config import RecordConfig
+from beam_nifti.image import Source
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.prepare import crop_foreground, crop_or_pad, orient, resample
 from beam_nifti.rescale import Scaling
-from beam_nifti.storage import Stat
 from beam_nifti.volume import Volume, rescale_volume
 
 STEP = 0.75  # from 2 mm to 1.5 mm
@@ -40,7 +40,7 @@ def load() -> Volume:
     image = Nifti1Image.from_bytes(igzip.decompress(scan(load_anatomy(), 0)))
     voxels = np.ascontiguousarray(image.dataobj)
     row = VolumeRow(1, "sub-00000", "sub-00000_T1w.nii.gz", None)
-    return Volume(row, voxels, Scaling(), AFFINE, (2.0, 2.0, 2.0), voxels.dtype.name, Stat(0, 0.0))
+    return Volume(row, voxels, Scaling(), AFFINE, (2.0, 2.0, 2.0), voxels.dtype.name, Source((), (), ()))
 
 
 def by_affine_transform(volume: Volume) -> Volume:

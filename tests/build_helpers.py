@@ -146,7 +146,7 @@ def contents(output: Path) -> dict[tuple[str, int, int], tuple[str, list[dict[st
 def stray_files(output: Path) -> set[str]:
     """Files in an output that do not belong to the dataset that it holds."""
     info = read_info(str(output))
-    belong = {"dataset_info.json"} | ({"failures.jsonl"} if info.num_failures else set())
+    belong = {"dataset_info.json", info.failures}
     belong |= {name for shard in info.shards for name in (shard.name, shard.index)}
     return {str(p.relative_to(output)) for p in output.rglob("*") if not p.is_dir()} - belong
 

@@ -113,7 +113,7 @@ def test_what_a_dataset_of_channels_says_of_itself(
     assert [first[name] for name in ("source", "T2w", "FLAIR")] == [f"0_{name}.nii.gz" for name in NAMES]
     assert first["dtype"] == "int16,uint8,float32"
     sizes = [(tmp_path / "c" / f"0_{name}.nii.gz").stat().st_size for name in NAMES]
-    assert first["source_size"] == sum(sizes)
+    assert first["source_sizes"] == sizes
     capsys.readouterr()
     assert cli.main(["inspect", str(output)]) == 0
     shown = capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_what_would_be_left_out_is_named(mixed: Path, check: Check) -> None:
     ]
     messages = [p["message"] for p in report["problems"]]
     assert "choose frames with --frames all" in messages[0]
-    assert "not a NIfTI, ANALYZE or MGH image" in messages[1]
+    assert "a text file; copy or download" in messages[1]
     assert "No such file" in messages[2]
 
 

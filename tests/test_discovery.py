@@ -210,10 +210,13 @@ def test_what_is_left_out_is_told(study: Path, capsys: Capture) -> None:
     write_tsv(study / "participants.tsv", "participant_id age", "sub-01 31", "sub-02 n/a", "sub-09 40")
     touch(study, "sub-01/anat/sub-01_mprage_T1w.nii.gz", "sub-01/anat/sub-02_T1w.nii.gz")
     (study / "sub-01/anat/sub-01_run-2_T1w.nii.gz").symlink_to("nowhere")
+    (study / "sub-01/anat/sub-01_T1w.nii.gz").write_bytes(b"/annex/objects/MD5E-s592--0.nii.gz\n")
     rows, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age", "--all-images")
     assert [row["image_id"] for row in rows] == ["sub-01_T1w", "sub-01_run-2_T1w"]
     assert sorted(notes) == [
-        "1 image (sub-01_run-2_T1w.nii.gz) only linked to; get the content before building",
+        "1 image (sub-01_T1w.nii.gz): a git-annex pointer; run `git annex get` (or `datalad get`) on the "
+        "file",
+        "1 image (sub-01_run-2_T1w.nii.gz): a symbolic link to a file that is not there; copy that file",
         "1 participant (sub-03) with images, not in participants.tsv",
         "1 participant (sub-09) in participants.tsv, without such an image",
         "2 participants (sub-02, sub-03) without any other image",
@@ -361,7 +364,7 @@ def test_a_table_that_is_a_link_to_nothing_is_named(study: Path, capsys: Capture
         (study / name).unlink(missing_ok=True)
         (study / name).symlink_to(".git/annex/objects/x")
         said = error_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
-        assert f"{study / name}: a link without its content; get that first, with `git annex get`" in said
+        assert f"{study / name}: a git-annex link without its content; run `git annex get`" in said
         (study / name).unlink()
         write_tsv(study / name, "participant_id age", "sub-01 31")
 

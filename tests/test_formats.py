@@ -167,7 +167,7 @@ def test_every_container_is_read_as_nibabel_reads_it(
     assert record_layout("a", header, record).dtype == volume.voxels.dtype
     assert header.dtype_name == volume.dtype
     assert volume.dtype == {"RGB": "rgb24", "RGBA": "rgba32"}.get(dtype, dtype)
-    assert volume.source == stat_image(str(path))
+    assert volume.source.files == (stat_image(str(path)),)
 
 
 def test_a_pair_is_named_by_either_file_and_packed_in_any_way(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_pair_is_named_by_either_file_and_packed_in_any_way(tmp_path: Path) ->
             for name in (f"a.b.{half}{first}", f"a.b.{other}{second}"):
                 volume = load_volume(row_of(name), str(folder))
                 assert np.array_equal(volume.voxels, brain())
-                assert volume.source == stat_image(str(folder / name))
+                assert volume.source.files == (stat_image(str(folder / name)),)
 
 
 def test_the_named_half_is_the_one_that_is_taken(tmp_path: Path) -> None:
@@ -199,13 +199,29 @@ def test_a_change_of_either_half_shows(tmp_path: Path) -> None:
     for name, step in itertools.product(("a.hdr", "a.img"), (-100, 100)):
         status = (tmp_path / name).stat()
         os.utime(tmp_path / name, (status.st_atime, status.st_mtime + step))
-        assert stat_image(str(path)).mtime != before.mtime
+        assert stat_image(str(path)) != before
         os.utime(tmp_path / name, ns=(status.st_atime_ns, status.st_mtime_ns))
         assert stat_image(str(path)) == before
     for name in ("a.hdr", "a.img"):
         with (tmp_path / name).open("ab") as handle:
             handle.write(b"\0")
-        assert stat_image(str(path)).size > before.size
+        assert stat_image(str(path)) != before
+        before = stat_image(str(path))
+
+
+def test_an_exchange_of_both_halves_of_two_pairs_shows(tmp_path: Path) -> None:
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    one, other = pair(tmp_path, brain()), pair(other_folder, brain(seed=1))
+    before = stat_image(str(one))
+    for name in ("a.hdr", "a.img"):
+        os.utime(tmp_path / name, (1, 1))
+        os.utime(other_folder / name, (2, 2))
+    both = stat_image(str(one)), stat_image(str(other))
+    assert before not in both
+    (tmp_path / "a.img").rename(tmp_path / "kept")
+    (other_folder / "a.img").rename(tmp_path / "a.img")
+    assert stat_image(str(one)) == (both[0][0], both[1][1])
 
 
 def test_images_with_equal_headers_are_not_copies_of_each_other(tmp_path: Path) -> None:
@@ -243,7 +259,7 @@ def test_a_single_file_may_be_called_img(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(nifti_bytes(brain()))
         volume = load_volume(row_of(tmp_path / name))
         assert np.array_equal(volume.voxels, brain())
-        assert volume.source == stat_image(str(tmp_path / name))
+        assert volume.source.files == (stat_image(str(tmp_path / name)),)
 
 
 def test_halves_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -257,7 +273,7 @@ def test_halves_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         load_volume(row_of(path))
     path.write_bytes(nifti_bytes(brain()))
     for load in (load_volume, load_header):
-        with pytest.raises(VolumeError, match=r"its \.hdr file is a whole image .*; repair its name"):
+        with pytest.raises(VolumeError, match=r"its \.hdr file is a whole image, .*; repair its name"):
             load(row_of(path))
     path.write_bytes(whole + bytes(2 << 20))
     with pytest.raises(VolumeError, match="which no header has"):
@@ -348,7 +364,7 @@ def test_a_packed_file_that_is_cut_or_changed_is_refused(tmp_path: Path, packed:
     path = tmp_path / f"a.nii{packed}"
     data = PACK[packed](nifti_bytes(brain()))
     broken = [data[:size] for size in range(len(data))]
-    broken += [data + b"garbage", PACK[packed](nifti_bytes(brain()) + bytes(5000))]
+    broken += [data + data[:-1], PACK[packed](nifti_bytes(brain()) + bytes(5000))]
     for position in range(4, len(data), 7):
         broken.append(data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :])
     for record, content in itertools.product((RecordConfig(), RecordConfig(frames="first")), broken):
@@ -366,36 +382,68 @@ def test_streams_of_several_pieces_are_read(tmp_path: Path, packed: str) -> None
 
 @given(
     st.sampled_from([".gz", ".bz2", ".zst", ".zst without checksum"]),
-    st.lists(st.tuples(st.binary(max_size=40), st.integers(1, 9)), min_size=1, max_size=3),
-    st.integers(0, 600),
-    st.sampled_from([b"", b"x", b"x\0"]),
+    st.lists(st.tuples(st.binary(min_size=1, max_size=40), st.integers(1, 9)), min_size=1, max_size=3),
+    st.sampled_from(
+        [b"", bytes(1), bytes(600), b"\n", b"some text", bytes(3) + b"x", b"x\0", b"\x1f", b"BZ"]
+    ),
+    st.integers(1, 50),
 )
-@example(".zst", [(random_voxels((300_000,), "uint8").tobytes(), 1)], 512, b"")  # of several blocks
-def test_zeros_behind_a_stream_are_passed_over_and_nothing_else_is(
-    kind: str, pieces: list[tuple[bytes, int]], zeros: int, after: bytes
+@example(".zst", [(random_voxels((300_000,), "uint8").tobytes(), 1)], bytes(512), 9)  # of several blocks
+@example(".bz2", [(random_voxels((1_000_000,), "uint8").tobytes(), 1)], b"\n", 999_999)
+@example(".gz", [(random_voxels((200_000,), "uint8").tobytes(), 1), (bytes(500_000), 2)], b"\n", 99)
+def test_what_follows_the_streams_is_passed_over(
+    kind: str, pieces: list[tuple[bytes, int]], after: bytes, first: int
 ) -> None:
+    """As by gunzip, bunzip2 and nibabel; but a further stream that is damaged is found."""
     pack = PACK.get(kind, zstandard.ZstdCompressor(write_content_size=False).compress)
     contents = [piece * count for piece, count in pieces]
-    data = b"".join(map(pack, contents)) + bytes(zeros) + after
+    data = b"".join(map(pack, contents))
     packing = packing_of(data)
     assert packing is not None
-    buffer = bytearray(sum(map(len, contents)) + 1)
-    if after:
-        with pytest.raises(VolumeError, match=rf"^a: \w+ {packing.name} stream"):
-            Unpacker("a", data, packing).readinto(memoryview(buffer))
-    else:
-        size = Unpacker("a", data, packing).readinto(memoryview(buffer))
-        assert bytes(buffer[:size]) == b"".join(contents)
+    buffer = bytearray(sum(map(len, contents)) + 99)
+
+    def unpack(data: bytes) -> bytes:
+        unpacker = Unpacker("a", data, packing)
+        size = unpacker.readinto(memoryview(buffer)[:first])
+        return bytes(buffer[: size + unpacker.readinto(memoryview(buffer)[size:])])
+
+    assert unpack(data + after) == b"".join(contents)
+    with pytest.raises(VolumeError, match=rf"^a: (truncated|damaged) {packing.name} stream"):
+        unpack(data + pack(b"more")[:-1])
+
+
+def test_zstd_frames_to_skip_are_skipped(tmp_path: Path) -> None:
+    """Pzstd begins each of its frames with one."""
+    skipped = b"\x50\x2a\x4d\x18" + struct.pack("<I", 4) + b"size"
+    data = nifti_bytes(brain())
+    frames = skipped + PACK[".zst"](data[:300]) + skipped + PACK[".zst"](data[300:])
+    for after in (b"", skipped, b"text"):
+        (tmp_path / "a.nii.zst").write_bytes(frames + after)
+        assert np.array_equal(load_volume(row_of(tmp_path / "a.nii.zst")).voxels, brain())
+
+
+def test_bytes_after_a_stream_that_is_too_short_are_named(tmp_path: Path) -> None:
+    """As where a member of several has lost its first bytes."""
+    for packed, name in ((".gz", "gzip"), (".bz2", "bzip2"), (".zst", "zstd")):
+        path = tmp_path / f"a.nii{packed}"
+        path.write_bytes(PACK[packed](nifti_bytes(brain())[:400]) + b"lost")
+        for frames in (None, "first"):
+            with pytest.raises(
+                VolumeError,
+                match=f"truncated: 400 bytes where .* needs 592, and 4 bytes after the {name} data;",
+            ):
+                load_volume(row_of(path), record=RecordConfig(frames=frames))
 
 
 def test_a_padded_file_is_read_in_every_way(tmp_path: Path) -> None:
     for packed in (".gz", ".bz2", ".zst"):
         path = tmp_path / f"a.nii{packed}"
-        path.write_bytes(PACK[packed](nifti_bytes(brain())).ljust(2048, b"\0"))
-        assert load_header(row_of(path)).shape == brain().shape
-        for frames in (None, "first"):
-            volume = load_volume(row_of(path), record=RecordConfig(frames=frames))
-            assert np.array_equal(volume.voxels, brain())
+        for after in (bytes(2048), b"\n", b"some text"):
+            path.write_bytes(PACK[packed](nifti_bytes(brain())) + after)
+            assert load_header(row_of(path)).shape == brain().shape
+            for frames in (None, "first"):
+                volume = load_volume(row_of(path), record=RecordConfig(frames=frames))
+                assert np.array_equal(volume.voxels, brain())
 
 
 @pytest.mark.parametrize("packed", [".bz2", ".zst"])
@@ -558,7 +606,7 @@ def test_damage_behind_the_frame_does_not_go_unnoticed(tmp_path: Path, packed: s
             load_volume(row_of(path), record=RecordConfig(frames="first"))
     if packed:
         whole = PACK[packed](data)
-        for content in (whole[:-1], whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], whole + b"garbage"):
+        for content in (whole[:-1], whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], whole + whole[:-1]):
             path.write_bytes(content)
             with pytest.raises(VolumeError, match="stream"):
                 load_volume(row_of(path), record=RecordConfig(frames="first"))

@@ -13,6 +13,7 @@ import gzip
 import io
 import signal
 import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,20 +59,20 @@ PACK: dict[str, Callable[[bytes, int], bytes]] = {
 }
 
 
-def unpack_zstd(data: bytes) -> bytes:
-    """What all frames of a file hold."""
+def unpack(data: bytes, magic: bytes, make: Callable[[], Any]) -> bytes:
+    """What the streams of a file hold, without what follows them."""
     content = b""
-    while data.strip(b"\0"):
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        content += frame.decompress(data)
-        data = frame.unused_data
+    while data.lstrip(b"\0").startswith(magic):
+        stream = make()
+        content += stream.decompress(data.lstrip(b"\0"))
+        data = stream.unused_data
     return content
 
 
 UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".zst": unpack_zstd,
+    ".gz": lambda data: unpack(data, b"\x1f\x8b", lambda: zlib.decompressobj(wbits=31)),
+    ".bz2": lambda data: unpack(data, b"BZh", bz2.BZ2Decompressor),
+    ".zst": lambda data: unpack(data, b"\x28\xb5\x2f\xfd", zstandard.ZstdDecompressor().decompressobj),
 }
 _SHORTS = [0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 64, 128, 255, 256, 348, 512, 540, 768, 1024, 2304, 32767, -32768]
 _INTEGERS = [*_SHORTS, 2**31 - 1, -(2**31)]

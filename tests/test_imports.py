@@ -17,7 +17,7 @@ MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if pat
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"formats", "grid", "prepare", "nifti_writer", "thumbnail", "view"},
+    "nibabel": {"formats", "geometry", "grid", "nifti_writer", "view"},
     "scipy": {"prepare"},
     "matplotlib": {"figures"},
     "jinja2": {"templates"},

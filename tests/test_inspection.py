@@ -158,7 +158,11 @@ def test_record_as_text(dataset: Path) -> None:
     assert value_of(text, "zooms") == "2 2 2.5"
     assert value_of(text, "affine").split() == ["-2", "0", "0", "90"]
     assert "0            0          2.5          -72" in text
-    assert value_of(text, "source_mtime").startswith("20")
+    assert value_of(text, "source_mtimes").startswith("20")
+    assert value_of(text, "source_shape") == "6×5×4"
+    assert value_of(text, "source_affine").split() == ["-2", "0", "0", "90"]
+    (size,) = describe_record(str(dataset), "sub-0004")["source_sizes"]
+    assert value_of(text, "source_sizes") == str(size)
 
 
 def test_unknown_record_names_a_close_one(dataset: Path) -> None:

@@ -254,6 +254,27 @@ def test_no_more_than_twenty_are_told(tmp_path: Path) -> None:
     assert (len(problems), problems[-1]) == (21, "(and more)")
 
 
+def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.tsv"
+    for content, what in (
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a Git LFS pointer; run `git lfs",
+        ),
+        (b"/annex/objects/MD5E-s592--0.tsv\n", "a git-annex pointer; run `git annex get`"),
+        (b"<!doctype html><title>Sign in</title>", "an HTML page, as servers send for errors; download"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ManifestError, match=f"(?s)m.tsv: .*not a table but {what}"):
+            read_manifest(str(path))
+    path.unlink()
+    path.symlink_to(".git/annex/objects/MD5E-s592--0.tsv")
+    with pytest.raises(
+        ManifestError, match=r"(?s)m\.tsv: .*a git-annex link without its content; run `git annex get`"
+    ):
+        read_manifest(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "columns", "problem"),
     [

@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -25,12 +25,11 @@ from beam_nifti.manifest import read_manifest
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.publish import TooManyFailures
 from beam_nifti.rescale import Scaling
-from beam_nifti.storage import Stat
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import build
 from tests.datasets import edit_index, edit_info, edit_record, info_of, set_cell
-from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
+from tests.images import AFFINE, SOURCE, Array, brain, random_voxels, row_of, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 SHAPE = (6, 5, 4)
@@ -122,9 +121,7 @@ def test_a_mask_goes_wherever_its_image_goes(options: dict[str, Any], seed: int)
     mask = labels(seed, most=5)
     mask[2, 2, 2] = 5
     # Voxels that say their label: what becomes of the image, becomes of the mask.
-    image = Volume(
-        row_of("a.nii"), mask * np.int16(10), Scaling(), AFFINE, (2, 2, 2.5), "i", Stat(1, 1), mask
-    )
+    image = Volume(row_of("a.nii"), mask * np.int16(10), Scaling(), AFFINE, (2, 2, 2.5), "i", SOURCE, mask)
     prepared = prepare_volume(image, RecordConfig(**options, mask_dtype="uint8"))
     assert prepared.mask is not None
     assert prepared.mask.flags.c_contiguous
@@ -137,7 +134,7 @@ def test_a_mask_goes_wherever_its_image_goes(options: dict[str, Any], seed: int)
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.1, 2.0, 5.0), (1.7, 4.5, 2.2)])
 def test_labels_are_those_of_the_nearest_voxel(spacing: tuple[float, float, float]) -> None:
     mask = labels(1, (9, 8, 7), 250)
-    image = Volume(row_of("a.nii"), mask.astype(float), Scaling(), AFFINE, (2, 2, 2.5), "i", Stat(1, 1), mask)
+    image = Volume(row_of("a.nii"), mask.astype(float), Scaling(), AFFINE, (2, 2, 2.5), "i", SOURCE, mask)
     affine = image.affine
     prepared = prepare_volume(image, RecordConfig(spacing=spacing, mask_dtype="uint8"))
     assert prepared.mask is not None
@@ -157,10 +154,74 @@ def test_labels_are_scaled(tmp_path: Path) -> None:
     assert np.array_equal(load(tmp_path, labels(), slope=2.0, inter=1.0).mask, labels() * 2 + 1)
 
 
+STORED = {"uint8": 31, "int8": 31, "int16": 8191, "uint16": 8191, "int32": 65535, "float32": 65535}
+"""By dtype, the largest label whose neighbours are told apart by the scaled integers of that dtype."""
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(sorted(STORED)),
+    st.sampled_from([1, 2]),
+    st.lists(st.integers(0, 65535), min_size=1, max_size=6),
+    st.sampled_from([0.0, 1e-9, -1e-7]),
+)
+def test_labels_that_nibabel_has_scaled_are_recovered(
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, version: int, wanted: list[int], error: float
+) -> None:
+    """Also where arithmetic in float32 has made 2.9999998 of a label before."""
+    folder = tmp_path_factory.mktemp("mask")
+    mask = np.resize([*(label % (STORED[dtype] + 1) for label in wanted), 0], SHAPE).astype(np.uint16)
+    kind: Any = nib.Nifti1Image if version == 1 else nib.Nifti2Image
+    image = kind(mask * (1 + error), AFFINE)
+    image.set_data_dtype(dtype)
+    nib.save(image, folder / "m.nii")
+    write_image(folder / "a.nii")
+    row, record = row_of("a.nii", further=("m.nii",)), RecordConfig(mask_dtype="uint16")
+    assert np.array_equal(load_volume(row, str(folder), record=record).mask, mask)
+
+
+@settings(max_examples=40)
+@given(st.integers(2, 4000), st.integers(1, 20000), st.sampled_from(["int16", "uint32", "float32"]))
+def test_a_number_between_labels_is_never_rounded(
+    tmp_path_factory: pytest.TempPathFactory, parts: int, number: int, dtype: str
+) -> None:
+    """Where a slope of 1/parts stores labels exactly, a number beside them was meant."""
+    folder = tmp_path_factory.mktemp("mask")
+    mask = np.resize(np.array([0, parts, number], dtype), SHAPE)
+    if number % parts == 0:
+        assert load(folder, mask, RecordConfig(mask_dtype="uint16"), slope=1 / parts).mask is not None
+        return
+    with pytest.raises(VolumeError, match=r"m\.nii: a voxel of the mask is [\d.e-]+, not a whole number"):
+        load(folder, mask, slope=1 / parts)
+
+
+@pytest.mark.parametrize("slope", [0.97, 0.9, 0.5, 0.4, 0.26, 1.0001, 2.5])
+def test_coarse_scalings_are_not_taken_for_rounded_labels(tmp_path: Path, slope: float) -> None:
+    value = np.float64(np.float32(slope))
+    with pytest.raises(VolumeError, match=rf"m\.nii: a voxel of the mask is {value}, not a whole number"):
+        load(tmp_path, np.resize(np.uint8([1, 0]), SHAPE), slope=slope)
+
+
+def test_scaled_labels_that_were_stored_again_as_floats_are_recovered(tmp_path: Path) -> None:
+    mask = np.resize(np.array([0.0, 1, 2, 3]), SHAPE)
+    image = nib.Nifti1Image(mask, AFFINE)
+    image.set_data_dtype("int32")
+    nib.save(image, tmp_path / "scaled.nii")
+    again = np.asanyarray(nib.load(tmp_path / "scaled.nii").dataobj)
+    assert not np.array_equal(again, mask)
+    for dtype in ("float32", "float64"):
+        assert np.array_equal(load(tmp_path, again.astype(dtype)).mask, mask)
+
+
+def test_the_refusal_of_a_mask_has_all_digits_of_the_value(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match=r"a voxel of the mask is 2\.9999, not a whole number"):
+        load(tmp_path, np.full(SHAPE, 2.9999))
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (labels() * 0.5, r"m\.nii: a voxel of the mask is \d\.5, no whole number; threshold or round it"),
+        (labels() * 0.5, r"m\.nii: a voxel of the mask is \d\.5, not a whole number; threshold or round it"),
         (np.full(SHAPE, np.nan), r"m\.nii: a voxel of the mask is nan"),
         (np.full(SHAPE, np.inf), r"m\.nii: a voxel of the mask is inf"),
         (labels().astype(np.int8) - 1, r"m\.nii: labels from -1 to 2 do not fit uint8; renumber them"),

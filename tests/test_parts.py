@@ -20,6 +20,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
+from beam_nifti.image import Source
 from beam_nifti.index import IndexEntry, read_index
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.merge import merge_parts
@@ -56,7 +57,7 @@ def entry_of(folder: Path, position: int) -> IndexEntry:
     row = VolumeRow(row=position + 1, example_id=f"sub-{position}", path=image.name, position=position)
     return IndexEntry(
         row=row,
-        source=stat(str(image)),
+        source=Source(((stat(str(image)),),), (6, 5, 4), ()),
         shape=(1, 1, 1),
         dtype="int16",
         zooms=(1.0, 1.0, 1.0),

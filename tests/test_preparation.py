@@ -163,13 +163,6 @@ def test_shapes_are_compared_as_they_will_be(tmp_path: Path) -> None:
         load_volume(row_of(other), shape=(4, 6, 5), record=record)
 
 
-def test_an_affine_that_cannot_be_turned_is_refused_by_its_header(tmp_path: Path) -> None:
-    path = write_image(tmp_path / "a.nii", fields={"srow_x": [0, 0, 0, 1]})
-    load_header(row_of(path))
-    with pytest.raises(VolumeError, match=r"a\.nii: the affine gives an axis no direction"):
-        load_header(row_of(path), record=RecordConfig(orientation="RAS"))
-
-
 def test_the_limit_of_a_record_is_that_of_what_is_stored(tmp_path: Path) -> None:
     path = tmp_path / "large.nii"
     large = np.broadcast_to(np.int16(0), (1000, 1000, 1000))

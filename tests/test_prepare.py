@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from nibabel.processing import resample_from_to
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
@@ -23,14 +23,14 @@ from beam_nifti.prepare import (
     apply_function,
     crop_foreground,
     crop_or_pad,
+    interpolation_weights,
     orient,
     prepare_volume,
     resample,
 )
 from beam_nifti.rescale import Scaling
-from beam_nifti.storage import Stat
 from beam_nifti.volume import Volume
-from tests.images import REAL_DTYPES, Array, random_voxels, row_of
+from tests.images import REAL_DTYPES, SOURCE, Array, random_voxels, row_of
 
 CODES = sorted(ORIENTATIONS)
 SHAPE = (5, 7, 4)
@@ -56,9 +56,7 @@ def volume_of(voxels: Array, affine: Array | None = None, scaling: Scaling | Non
     affine = tilted() if affine is None else affine
     x, y, z = nib.affines.voxel_sizes(affine).tolist()
     voxels = np.ascontiguousarray(voxels)
-    return Volume(
-        row_of("a.nii"), voxels, scaling or Scaling(), affine, (x, y, z), voxels.dtype.name, Stat(1, 2.0)
-    )
+    return Volume(row_of("a.nii"), voxels, scaling or Scaling(), affine, (x, y, z), voxels.dtype.name, SOURCE)
 
 
 def places(volume: Volume) -> Array:
@@ -152,6 +150,24 @@ def test_interpolation_is_that_of_scipy(dtype: str, spacing: tuple[float, ...]) 
     assert made.voxels.dtype == np.float32
     assert made.scaling.is_identity
     assert np.allclose(made.voxels, expected, rtol=1e-7, atol=1e-14 * np.abs(values).max())
+
+
+@given(st.integers(1, 40), st.integers(1, 90), st.floats(-50, 50), st.floats(0.01, 20))
+def test_weights_are_those_of_numpys_interpolation(old: int, new: int, start: float, step: float) -> None:
+    lines = [np.interp(start + step * np.arange(new), np.arange(old), unit) for unit in np.eye(old)]
+    expected = sparse.csr_array(np.stack(lines, axis=1))
+    weights = interpolation_weights(old, new, start, step)
+    for name in ("indptr", "indices", "data"):
+        assert getattr(weights, name).tobytes() == getattr(expected, name).tobytes()
+
+
+def test_a_long_axis_takes_no_square_of_memory() -> None:
+    interpolation_weights(9, 9, 0.5, 0.5)
+    tracemalloc.start()
+    interpolation_weights(20_000, 40_000, -0.25, 0.5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 def test_no_more_is_made_than_a_record_can_hold() -> None:

@@ -116,7 +116,7 @@ def test_ids_and_by_id(dataset: Path) -> None:
 
 
 def test_columns_of_the_index_need_no_shard(copy: Path) -> None:
-    columns = ["id", "label", "age", "shape", "max", "source_size", "affine"]
+    columns = ["id", "label", "age", "shape", "max", "source_sizes", "source_versions", "affine"]
     records = Dataset(copy, "test", columns=columns)
     for shard in info_of(copy).shards:
         (copy / shard.name).unlink()
@@ -126,6 +126,7 @@ def test_columns_of_the_index_need_no_shard(copy: Path) -> None:
     assert element["shape"].tolist() == list(SHAPE)
     assert element["max"] == brain(SHAPE, seed=7).max()
     assert element["affine"].shape == (4, 4)
+    assert element["source_versions"].tolist() == [""]
 
 
 def test_features_that_only_records_have(dataset: Path) -> None:

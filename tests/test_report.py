@@ -351,7 +351,8 @@ def test_what_it_refuses(
 def test_damaged_failures_are_told_before_anything_is_read(
     cohort: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
-    output = build_dataset(cohort, tmp_path / "dataset")
+    (cohort.parent / "sub-0003.nii.gz").unlink()
+    output = build_dataset(cohort, tmp_path / "dataset", max_bad_fraction=0.5)
     (output / "failures.jsonl").write_text('{"row": 1')
     out = tmp_path / "report.html"
     assert "failures.jsonl: cannot be read" in run("report", output, "--out", out, code=1)

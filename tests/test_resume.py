@@ -165,7 +165,7 @@ FAILURES = {
     10: ("Rescale", "constant"),
     11: ("Rescale", "NaN"),
     12: ("LoadVolume", "(12, 10, 9) where the first image has (12, 10, 8)"),
-    24: ("LoadVolume", "not a NIfTI, ANALYZE or MGH image"),
+    24: ("LoadVolume", "a text file"),
 }
 """By row of the manifest: the step that fails, and a word of its message."""
 
@@ -243,7 +243,7 @@ def assert_same_but_for_times(output: Path, reference: Path) -> None:
 
     def timeless(folder: Path) -> Any:
         return {
-            place: (digest, [{**row, "source_mtime": None} for row in rows])
+            place: (digest, [{**row, "source_mtimes": None} for row in rows])
             for place, (digest, rows) in contents(folder).items()
         }
 

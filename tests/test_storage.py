@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,11 +14,15 @@ from typing import Any
 
 import pytest
 
-from beam_nifti import storage
+from beam_nifti import cli, storage
 from beam_nifti.build import TooManyFailures
 from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.errors import VolumeError
 from beam_nifti.lock import LOCK_FILE
+from beam_nifti.random_access import Dataset
 from beam_nifti.storage import join
+from beam_nifti.volume import load_volume
+from tests.images import brain, row_of, write_image, write_manifest
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -60,6 +66,75 @@ def test_gzip_is_not_unpacked_on_the_way(folder: str) -> None:
     for name in ("a.gz", "a.bz2"):
         storage.write(join(folder, name), b"\x1f\x8b not gzip at all")
         assert storage.read(join(folder, name)) == b"\x1f\x8b not gzip at all"
+
+
+def test_file_urls_name_local_files(tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "ä%20[1]*?#.nii"
+    path.parent.mkdir()
+    path.touch()
+    uri = path.as_uri()
+    for url in (uri, uri.replace("file://", "file://localhost"), uri.replace("file://", "FILE:"), str(path)):
+        assert (
+            storage.absolute(url) == storage.join("s3://bucket", url) == storage.local_path(url) == str(path)
+        )
+        assert not storage.is_remote(url)
+    assert storage.absolute(f"{tmp_path.as_uri()}/") == str(tmp_path)
+    assert storage.join(tmp_path.as_uri(), "x") == f"{tmp_path}/x"
+    assert storage.join(str(tmp_path), "x/file:y") == f"{tmp_path}/x/file:y"
+
+
+def test_encoded_characters_of_a_file_url_are_no_pattern(tmp_path: Path) -> None:
+    for name in ("a1.nii", "a*.nii", "a[1].nii", "b c.nii"):
+        (tmp_path / name).touch()
+    folder = tmp_path.as_uri()
+    assert storage.glob(f"{folder}/a*.nii") == [f"{tmp_path}/{name}.nii" for name in ("a*", "a1", "a[1]")]
+    assert storage.glob(f"{folder}/a%2a.nii") == [f"{tmp_path}/a*.nii"]
+    assert storage.glob(f"{folder}/a%5B1%5D.nii") == [f"{tmp_path}/a[1].nii"]
+    assert storage.glob(f"{folder}/b%20?.nii") == [f"{tmp_path}/b c.nii"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("file://server/data/a.nii", "a file:// URL that names another computer; write file:///FOLDER/FILE"),
+        ("C:\\data\\a.nii", "a Windows path; give the path at which this computer has the file"),
+        ("d:/data/a.nii", "a Windows path"),
+        ("\\\\server\\share\\a.nii", "a Windows path"),
+        ("smtp://server/a.nii", "nothing here serves smtp://; use the local disk, s3://"),
+    ],
+)
+def test_paths_that_nothing_here_can_reach_are_refused_by_name(path: str, message: str) -> None:
+    for access in (storage.open_read, storage.stat, storage.exists, storage.glob, storage.delete):
+        with pytest.raises(OSError, match=message) as caught:
+            access(storage.absolute(path))  # type: ignore[operator]
+        assert caught.value.errno == errno.EINVAL
+    with pytest.raises(VolumeError, match=message):
+        load_volume(row_of(path), "/folder")
+
+
+def test_every_path_of_a_command_may_be_a_file_url(tmp_path: Path, run: Callable[..., str]) -> None:
+    folder = tmp_path / "a b"
+    write_image(folder / "scans" / "1.nii.gz", brain())
+    write_image(folder / "scans" / "1 mask.nii.gz", brain() // 900)
+    base = folder.as_uri()
+    assert cli.main(["manifest", "glob", f"{base}/scans/1.nii*", "--out", f"{base}/found.tsv"]) == 0
+    assert (folder / "found.tsv").read_text() == "path\nscans/1.nii.gz\n"
+    cells = {
+        "participant_id": "s1",
+        "path": f"{base}/scans/1.nii.gz",
+        "mask": f"{base}/scans/1%20mask.nii.gz",
+        "label": 1,
+    }
+    write_manifest(folder / "m.tsv", [cells])
+    paths = [f"{base}/m.tsv", f"{base}/out", "--mask-column=mask"]
+    run("check", f"{base}/m.tsv", "--mask-column=mask")
+    run("build", *paths, f"--summary-json={base}/summary.json")
+    assert json.loads((folder / "summary.json").read_text())["output"] == str(folder / "out")
+    run("verify", f"{base}/out", "--deep", "all")
+    assert len(Dataset(f"{base}/out")) == 1
+    assert cli.main(["extract", f"{base}/out", "--id=s1", "--mask", f"--out={base}/x%20y.nii"]) == 0
+    assert (folder / "x y.nii").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a b"]
 
 
 def test_what_is_not_there(folder: str) -> None:
@@ -188,7 +263,7 @@ def test_a_scheme_that_is_not_served_says_what_to_do() -> None:
     pytest.importorskip("apache_beam")
     for access in (storage.read, storage.stat, storage.exists, storage.list_files, storage.delete):
         with pytest.raises(
-            OSError, match=r"nowhere://b/x: nothing here serves nowhere:// .*install beam-nifti"
+            OSError, match=r"nothing here serves nowhere://; .*install beam-nifti.*: 'nowhere://b/x'"
         ):
             access("nowhere://b/x")
     with pytest.raises(OSError, match="nothing here serves"):
@@ -199,7 +274,7 @@ def test_what_fsspec_serves_is_read_as_the_disk_is(tmp_path: Path) -> None:
     pytest.importorskip("fsspec")
     for name in ("a.bin", "b.txt", "sub-1/c.bin", "sub-1/x/d.bin", "other/e.bin"):
         storage.write(str(tmp_path / name), name.encode() * 3)
-    here, there = str(tmp_path), f"file://{tmp_path}"
+    here, there = str(tmp_path), f"local://{tmp_path}"
     for read in (storage.read, storage.stat, lambda path: storage.read_head(path, 4)):
         assert read(f"{there}/a.bin") == read(f"{here}/a.bin")
     for offset, length in ((2, 5), (12, 9), (15, 4)):
@@ -212,11 +287,11 @@ def test_what_fsspec_serves_is_read_as_the_disk_is(tmp_path: Path) -> None:
         assert storage.list_folders(there + folder) == storage.list_folders(here + folder)
         assert storage.exists(there + folder) == storage.exists(here + folder)
     assert sorted(storage.list_tree(there, "sub", 2)) == ["sub-1/c.bin", "sub-1/x/d.bin"]
-    found = [path.removeprefix("file://") for path in storage.glob(f"{there}/**/*.bin")]
+    found = [path.removeprefix("local://") for path in storage.glob(f"{there}/**/*.bin")]
     assert found == storage.glob(f"{here}/**/*.bin")
     with pytest.raises(FileNotFoundError, match="sub-1"):
         storage.read(f"{there}/sub-1")
-    with pytest.raises(OSError, match="file:// is only read"):
+    with pytest.raises(OSError, match="local:// is only read"):
         storage.write(f"{there}/new", b"")
 
 

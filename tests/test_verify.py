@@ -414,6 +414,11 @@ INDEX0 = "index/train-00000-of-00002.parquet"
         ("affine", [0.0] * 15, ["record 1 (sub-0001)", "affine is -2 0 0 90"]),
         ("min", -3.0, ["record 1 (sub-0001)", "intensity_min is 0, the index says -3"]),
         ("max", 0.0, ["record 1 (sub-0001)", "cannot be rescaled"]),
+        ("source_mtimes", [1.0, 2.0], ["source_mtimes of record 1 (sub-0001) has 2 values, expected 1"]),
+        ("source_sizes", [], ["source_sizes of record 1 (sub-0001) has 0 values, expected 1"]),
+        ("source_sizes", [1, 2, 3], ["source_sizes of record 1 (sub-0001) has 3 values, expected 2"]),
+        ("source_sizes", [None], ["column source_sizes has 1 empty values"]),
+        ("source_affine", [0.0] * 15, ["source_affine of record 1 (sub-0001) has 15 values, expected 16"]),
     ],
 )
 def test_changed_index(gzip: Path, column: str, value: object, texts: list[str]) -> None:
@@ -422,7 +427,11 @@ def test_changed_index(gzip: Path, column: str, value: object, texts: list[str])
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("min", 1e-9), ("mean", 1.0), ("std", 1.0), ("dtype", "uint8")]
+    ("column", "value"),
+    [
+        *(("min", 1e-9), ("mean", 1.0), ("std", 1.0), ("dtype", "uint8")),
+        *(("source_shape", [6, 5, 5]), ("source_affine", [1.0] * 16)),
+    ],
 )
 def test_deep_compares_the_statistics(gzip: Path, column: str, value: object) -> None:
     edit_index(gzip, set_cell(column, 1, value))
@@ -517,7 +526,11 @@ def test_index_of_another_shard(gzip: Path) -> None:
         (lambda i: i["splits"].update(test=i["splits"].pop("train")), ["split test", SHARD0]),
         (lambda i: i["splits"]["train"]["shards"].reverse(), ["shard 0 of split train", SHARD1]),
         (lambda i: i["manifest"].update(num_rows=7), ["do not make the manifest's 7 rows"]),
-        (lambda i: i.update(num_failures=1), ["failures.jsonl: is missing", "says 1 failures"]),
+        (
+            lambda i: i.update(num_failures=1, failures="failures.jsonl"),
+            ["failures.jsonl: is missing", "says 1 failures"],
+        ),
+        (lambda i: i.update(num_failures=1), ["num_failures is 1, and failures is None"]),
         (lambda i: i.update(shape=[6, 5, 5]), ["(6, 5, 4), dataset_info.json says (6, 5, 5)"]),
         (lambda i: i.update(dtype="int16"), ["float32, dataset_info.json says int16"]),
         (lambda i: i.update(labelled=False), ["label is 0", "labelled: False"]),
@@ -662,7 +675,7 @@ def change_manifest(manifest: Path, *lines: tuple[int, str | None]) -> None:
         ((2, None), ["1 examples of the dataset are not in the manifest: sub-0002"]),
         (
             (COUNT, "sub-9\tsub-9.nii.gz\t8\t21"),
-            ["1 rows of the manifest are neither in the shards nor in failures.jsonl: sub-9"],
+            ["1 rows of the manifest are neither in the shards nor in the list of failures: sub-9"],
         ),
     ],
 )
@@ -754,7 +767,8 @@ def test_changed_image(gzip: Path, manifest: Path) -> None:
     only(
         problems(gzip, manifest=str(manifest), deep=ALL),
         f"{SHARD0}.gz: record 1 (sub-0001): sub-0001.nii.gz gives another image_raw than is stored",
-        "the image changed since the build",
+        "a file changed since the build (source_",
+        "build it again",
     )
 
 
@@ -767,7 +781,7 @@ def test_changed_header(plain: Path, manifest: Path) -> None:
 def test_record_that_its_unchanged_image_does_not_give(gzip: Path) -> None:
     edit_record(gzip, 1, with_voxels(put(0.25)))
     assert problems(gzip) == ()
-    only(problems(gzip, deep=ALL), "another image_raw", "the image did not change since the build")
+    only(problems(gzip, deep=ALL), "another image_raw", "the sizes and times that they had", "--recheck")
 
 
 def test_image_that_was_only_copied(gzip: Path, manifest: Path) -> None:

@@ -161,16 +161,9 @@ def test_an_empty_mask_leaves_the_image_as_it_is() -> None:
     assert html.escape('"numSlice": {"X": 5, "Y": 6, "Z": 7}') in page
 
 
-@pytest.mark.parametrize(
-    ("values", "affine", "says"),
-    [
-        (np.full(SHAPE, 1e300), AFFINE, "has intensities beyond float32, so it cannot be drawn"),
-        (brain(SHAPE), np.diag([2.0, 2, 0, 1]), "has an affine that gives an axis no direction"),
-    ],
-)
-def test_what_cannot_be_drawn(values: Any, affine: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
-        make_view(made(values, affine))
+def test_what_cannot_be_drawn() -> None:
+    with pytest.raises(UsageError, match="has intensities beyond float32, so it cannot be drawn"):
+        make_view(made(np.full(SHAPE, 1e300)))
 
 
 def test_a_name_is_no_markup_and_nothing_may_be_loaded(dataset: Path, view: View, tmp_path: Path) -> None:

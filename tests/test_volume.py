@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import itertools
+import lzma
 import math
 import os
+import tarfile
 import tracemalloc
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +26,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.example import MAX_EXAMPLE_BYTES, encode_volume
 from beam_nifti.header import MAX_VOLUME_BYTES
+from beam_nifti.storage import Stat
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.images import (
     AFFINE,
@@ -79,8 +84,8 @@ def test_every_real_image_is_read_as_nibabel_reads_it(tmp_path: Path, dtype: str
         volume = load_volume(row_of(name), str(tmp_path))
         assert_as_nibabel(volume, path)
         assert volume.dtype == dtype
-        assert volume.source.size == path.stat().st_size
-        assert volume.source.mtime == path.stat().st_mtime
+        assert volume.source.files == ((Stat(path.stat().st_size, path.stat().st_mtime),),)
+        assert volume.source.shape == volume.voxels.shape
 
 
 def test_minus_zero_is_scaled_as_nibabel_does(tmp_path: Path) -> None:
@@ -112,7 +117,6 @@ ORIENTATIONS: dict[str, dict[str, Any]] = {
     "both": {"fields": {"qform_code": 2, "quatern_d": 1, "qoffset_z": 9}},
     "qfac 0": {"affine": None, "fields": {"qform_code": 1, "pixdim": [0, 2, 2, 2, 0, 0, 0, 0]}},
     "negative pixdim": {"fields": {"pixdim": [1, -2, 2, 2.5, 0, 0, 0, 0]}},
-    "no pixdim": {"affine": None, "fields": {"pixdim": [0] * 8}},
 }  # fmt: skip
 
 
@@ -224,14 +228,59 @@ def flawed(*positions: int) -> bytes:
     return fields(**{f"srow_{axis}": affine[i] for i, axis in enumerate("xyz")})
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 592\n" % (b"0" * 64)
+ANNEX_POINTER = b"/annex/objects/SHA256E-s592--%s.nii.gz\n" % (b"0" * 64)
+
+
+def zipped(name: str) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr(name, bytes(900))
+    return data.getvalue()
+
+
+def tarred(name: str) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return data.getvalue()
+
+
+def saved(voxels: Array) -> bytes:
+    data = io.BytesIO()
+    np.save(data, voxels)
+    return data.getvalue()
+
+
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
-    "empty": (lambda: b"", "0 bytes are less than a NIfTI header"),
-    "one byte": (lambda: b"\x5c", "1 bytes are less than a NIfTI header"),
-    "text": (lambda: b"<!DOCTYPE html>" * 100, "not a NIfTI, ANALYZE or MGH image"),
-    "zeros": (lambda: bytes(5000), "not a NIfTI, .* image; convert it"),
+    "empty": (lambda: b"", "an empty file; copy it again"),
+    "one byte": (lambda: b"\x01", "1 bytes are less than a NIfTI header"),
+    "unknown": (lambda: b"\x01\xff" * 500, "not a NIfTI, ANALYZE or MGH image; convert it"),
+    "zeros": (lambda: bytes(5000), "zeros where a header should be, .*; copy it again"),
+    "Git LFS": (lambda: LFS_POINTER, "a Git LFS pointer; run `git lfs pull`"),
+    "git-annex": (lambda: ANNEX_POINTER, r"a git-annex pointer; run `git annex get` \(or"),
+    "annex of FAT": (lambda: b"../.git" + ANNEX_POINTER, "a git-annex pointer; run `git annex get`"),
+    "HTML": (lambda: b"\n<!DOCTYPE HTML>" * 100, "an HTML page, .*; download the file again"),
+    "HTML at once": (lambda: b"<html lang='en'><head>", "an HTML page, .*; download the file again"),
+    "XML": (lambda: b"<?xml version='1.0'?><Error>" * 30, "an XML file, .*; download the file again"),
+    "GIFTI": (lambda: b'<?xml version="1.0"?>\n<!DOCTYPE GIFTI SYSTEM>', "a GIFTI file, .*; leave it out"),
+    "MRtrix": (lambda: b"mrtrix image\ndim: 2,2,2\n", "an MRtrix image; convert it: mrconvert"),
+    "macOS": (lambda: b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(900), "metadata of macOS .*; leave it out"),
+    "HTML with a BOM": (lambda: b"\xef\xbb\xbf<html>", "an HTML page"),
+    "text in UTF-8": (lambda: "Zugriff verweigert: für Gäste\n".encode(), "a text file; copy or download"),
+    "text": (lambda: b"Access denied\r\n", "a text file; copy or download"),
+    "DICOM": (lambda: bytes(128) + b"DICM\x02\0\0\0UL" + bytes(900), "a DICOM file; convert .* dcm2niix"),
+    "old DICOM": (lambda: b"\x08\0\x05\0CS\x0a\0ISO_IR 100" + bytes(900), "a DICOM file; convert"),
+    "zip": (lambda: zipped("a.dcm"), "a zip archive; extract the image from it, or convert the DICOM"),
+    "tar": (lambda: tarred("a.nii"), "a tar archive; extract the image from it"),
+    "gzip in gzip": (lambda: gzip.compress(gzip.compress(gzip.compress(nifti_bytes(brain())))), "twice; dec"),
+    "xz": (lambda: lzma.compress(nifti_bytes(brain())), "an xz file; decompress it"),
+    "NumPy": (lambda: saved(brain()), "a NumPy array; save it as NIfTI"),
+    "MetaImage": (lambda: b"ObjectType = Image\nNDims = 3\n", "a MetaImage; convert it"),
+    "PNG": (lambda: b"\x89PNG\r\n\x1a\n" + bytes(900), "a picture .*; leave it out"),
     "pair": (lambda: pair(1), r"the header of an \.hdr/\.img pair without its voxels; copy the \.img file"),
     "NIfTI-2 pair": (lambda: pair(2), "pair without its voxels; copy"),
-    "ANALYZE": (analyze, "pair without its voxels; copy"),
+    "ANALYZE": (analyze, "an ANALYZE header, or .* without its magic string, in a single file; repair"),
     "MINC 1": (lambda: b"CDF\x01" + bytes(600), "a MINC image; convert it: nib-convert --out-dtype float32 "),
     "MINC 2": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(600), "MINC 2 image, install h5py, and convert"),
     "PAR": (lambda: b"# === DATA DESCRIPTION FILE" * 20, "PAR/REC pair; convert it: parrec2nii --comp"),
@@ -274,6 +323,42 @@ def test_other_files_are_refused_by_name(tmp_path: Path, kind: str, suffix: str)
         load_volume(row_of(path))
 
 
+def test_either_file_of_a_pair_may_be_a_pointer(tmp_path: Path) -> None:
+    for suffix in ("", ".gz"):
+        header, voxels = tmp_path / "a.hdr", tmp_path / f"a.img{suffix}"
+        header.write_bytes(pair(1))
+        voxels.write_bytes(LFS_POINTER)
+        with pytest.raises(
+            VolumeError, match=r"a\.hdr: its \.img file is a Git LFS pointer; run `git lfs pull`"
+        ):
+            load_volume(row_of(header))
+        header.write_bytes(ANNEX_POINTER)
+        for load in (load_header, load_volume):
+            with pytest.raises(VolumeError, match=r"a\.hdr: a git-annex pointer; run `git annex get`"):
+                load(row_of(header))
+        voxels.unlink()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "../.git/annex/objects/Gk/2m/SHA256E-s592--0.nii.gz/SHA256E-s592--0.nii.gz",
+            r"a git-annex link without its content; run `git annex get` \(or `datalad get`\) on the file$",
+        ),
+        ("elsewhere.nii.gz", "a symbolic link to a file that is not there; copy that file$"),
+    ],
+)
+def test_links_without_their_file_are_named(tmp_path: Path, target: str, message: str) -> None:
+    for name in ("a.nii.gz", "b.hdr", "c.img"):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "c.hdr").write_bytes(pair(1))
+    for name in ("a.nii.gz", "b.hdr", "c.hdr", "c.img"):
+        for load in (load_header, load_volume):
+            with pytest.raises(VolumeError, match=rf"{name}: {message}"):
+                load(row_of(tmp_path / name))
+
+
 def test_half_of_a_pair_is_called_so(tmp_path: Path) -> None:
     for name in ("a.img", "a.img.gz"):
         (tmp_path / name).write_bytes(brain().tobytes() * 9)
@@ -287,13 +372,15 @@ def test_padding_after_the_voxels_is_allowed(tmp_path: Path) -> None:
         assert np.array_equal(load_volume(row_of(tmp_path / name)).voxels, brain())
 
 
-def test_garbage_after_the_gzip_stream_is_refused(tmp_path: Path) -> None:
-    path = write_image(tmp_path / "a.nii.gz")
+def test_text_after_the_gzip_stream_is_ignored_and_a_damaged_stream_is_not(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii.gz", brain((9, 9, 9)))  # nibabel looks at the first kilobyte
     data = path.read_bytes()
-    for garbage in (b"x", b"garbage", b"much more garbage than a header", data[:-1]):
-        path.write_bytes(data + garbage)
-        with pytest.raises(VolumeError, match=r"a\.nii\.gz: (damaged|truncated) gzip stream"):
-            load_volume(row_of(path))
+    for text in (b"\n", b"x", b"text", b"more text than there are bytes in a header" * 20, bytes(9) + b"x"):
+        path.write_bytes(data + text)
+        assert np.array_equal(load_volume(row_of(path)).voxels, np.asanyarray(nib.load(path).dataobj))
+    path.write_bytes(data + data[:-1])
+    with pytest.raises(VolumeError, match=r"a\.nii\.gz: truncated gzip stream"):
+        load_volume(row_of(path))
 
 
 def test_paths_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +19,8 @@ from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.random_access import Dataset
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
-from tests.images import row_of, write_cohort
+from tests.datasets import records_of
+from tests.images import name_of, row_of, write_cohort
 from tests.services.fault_proxy import FAULTS, FaultProxy
 from tests.web_server import Plain, Ranges, serve
 
@@ -151,6 +154,34 @@ def test_images_are_read_from_there(server: FaultProxy, local: Path, tmp_path: P
     assert there.voxels.tobytes() == here.voxels.tobytes()
     build(f"{server.url}/cohort/manifest.tsv", tmp_path / "out", num_shards=2)
     assert (tmp_path / "out" / SHARD).read_bytes() == (local / SHARD).read_bytes()
+
+
+class _Tagged(Ranges):
+    """Says of a file, besides its size and time, which content it has."""
+
+    def end_headers(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if path.is_file():
+            self.send_header("ETag", f'"{zlib.crc32(path.read_bytes())}"')
+        super().end_headers()
+
+
+def test_a_server_that_tags_its_files_tells_what_size_and_time_do_not(tmp_path: Path) -> None:
+    manifest, output = write_cohort(tmp_path / "cohort", 2), tmp_path / "out"
+    path = manifest.parent / name_of(1)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with serve(manifest.parent, _Tagged) as server:
+        built = build(f"{server.url}/manifest.tsv", output)
+        assert build(f"{server.url}/manifest.tsv", output).counters["volumes-skipped"] == 2
+        data = bytearray(path.read_bytes())
+        data[4] ^= 1  # in the gzip header's time, so that the voxels stay right
+        path.write_bytes(data)
+        os.utime(path, ns=times)
+        again = build(f"{server.url}/manifest.tsv", output)
+    assert built.counters["volumes-loaded"] == 2
+    assert (again.counters["volumes-skipped"], again.counters["volumes-loaded"]) == (1, 1)
+    versions = [cells["source_versions"] for cells, _ in records_of(output)]
+    assert versions[1] == [f'"{zlib.crc32(data)}"']
 
 
 def test_a_dataset_there_is_verified_and_inspected(server: FaultProxy, run: Callable[..., str]) -> None:

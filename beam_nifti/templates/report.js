@@ -50,7 +50,6 @@
     set("id", volume.id);
     set("facts", [volume.split, ...volume.labels.map((label, place) => `${labels[place]} ${label ?? "none"}`)].join(" · "));
     set("space", `${volume.shape} · ${volume.spacing} mm · ${volume.orientation}`);
-    if (volume.orientation === "?") card.querySelector(".letters").remove();
     const numbers = card.querySelector("[data-numbers]");
     for (const [name, value] of Object.entries(volume.numbers)) {
       const term = document.createElement("dt");

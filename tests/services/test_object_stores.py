@@ -368,6 +368,7 @@ def _write_large(path: str) -> None:
 def _read_in_pieces(path: str) -> bytes:
     handle, stat = storage.open_with_stat(path)
     assert stat == storage.stat(path)
+    assert stat.version
     with handle:
         data = bytearray(stat.size)
         view, size = memoryview(data), 0
@@ -451,7 +452,7 @@ def test_a_large_file_is_judged_by_its_head(
     with storage.create(path) as handle:
         for _ in range(9):
             handle.write(bytes(10 << 20))
-    with pytest.raises(VolumeError, match="not a NIfTI, ANALYZE or MGH image"):
+    with pytest.raises(VolumeError, match="zeros where a header should be"):
         load_volume(row_of(path))
 
 

@@ -1,0 +1,45 @@
+"""What a user should know of images that are used all the same: a build warns once of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+TEXTS: Final = {
+    "sform-unusable": "the sform is singular or not finite; the qform is used",
+    "sform-qform-disagree": "the sform and the qform differ by more than rounding; the sform is used",
+    "pixdim-disagrees": (
+        "the voxel sizes in the header (pixdim) are not those of its affine; those of the affine are used"
+    ),
+    "units-converted": "the header's spatial unit is not mm; affine and voxel sizes are converted to mm",
+    "units-unknown": "the header's spatial unit is not known; mm is assumed",
+}
+"""A sentence for each note."""
+
+OF_VOXELS: Final = frozenset[str]()
+"""Notes that no header tells, so that `check` does not name their images."""
+
+_COUNTER: Final = "note-"
+
+
+def counter_name(note: str) -> str:
+    """Beam's counter of the examples that have a note."""
+    return f"{_COUNTER}{note}"
+
+
+def join_notes(notes: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """The notes of several images, each once."""
+    return tuple(dict.fromkeys(note for some in notes for note in some))
+
+
+def warnings_of(counters: Mapping[str, int]) -> Iterator[str]:
+    """A warning for each note that a build has counted.
+
+    Args:
+        counters: by name, others too.
+    """
+    for note, text in TEXTS.items():
+        if count := counters.get(counter_name(note), 0):
+            examples = f"{count:,} example{'' if count == 1 else 's'}"
+            remedy = "" if note in OF_VOXELS else ". beam-nifti check names them"
+            yield f"warning: {examples}: {text}{remedy}"
