@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import shutil
+import stat as stat_module
 import tempfile
 import threading
 import urllib.parse
@@ -64,6 +65,14 @@ _ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
 """The characters *, ? and [ in a URL."""
 
 _WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+_KINDS: Final = {
+    stat_module.S_ISFIFO: "FIFO",
+    stat_module.S_ISSOCK: "socket",
+    stat_module.S_ISCHR: "device",
+    stat_module.S_ISBLK: "device",
+}
+"""What a path may be besides a file and a folder."""
 
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
@@ -253,7 +262,7 @@ def open_read(path: str) -> BinaryIO:
         OSError: the file is not there or cannot be reached.
     """
     if not is_remote(path):
-        return open(path, "rb")
+        return _open_regular(path)
     if store := _store(path):
         return io.BufferedReader(store.open(path), _BUFFER_BYTES)
     from apache_beam.io.filesystem import CompressionTypes
@@ -266,6 +275,41 @@ def open_read(path: str) -> BinaryIO:
             raise
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path) from e
     return cast(BinaryIO, handle)
+
+
+def _open_regular(path: str) -> BinaryIO:
+    """Open a local file, but nothing that waits for a writer, never ends, or acts when it is opened."""
+
+    def opener(name: str, flags: int) -> int:
+        _require_regular(path, os.stat(name).st_mode)
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        try:
+            _require_regular(path, os.fstat(descriptor).st_mode)  # another one may have come in between
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    return open(path, "rb", opener=opener)
+
+
+def _require_regular(path: str, mode: int) -> None:
+    if stat_module.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat_module.S_ISREG(mode):
+        kind = next(name for is_kind, name in _KINDS.items() if is_kind(mode))
+        raise OSError(errno.EINVAL, f"is a {kind}, not a file; copy its content into one", path)
+
+
+def has_changed(path: str, handle: BinaryIO, before: Stat) -> bool:
+    """Whether a local file was written to since `open_with_stat`, which gave the other two.
+
+    A store never changes an object that is being read.
+    """
+    if is_remote(path):
+        return False
+    status = os.fstat(handle.fileno())
+    return Stat(status.st_size, status.st_mtime) != before
 
 
 def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
