@@ -5,35 +5,32 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
 
 from beam_nifti import lock, logs, storage
-from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Sharding
+from beam_nifti.build_note import BuildNote
+from beam_nifti.concealment import concealing
+from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
-from beam_nifti.errors import (
-    DatasetError,
-    ManifestError,
-    OutputError,
-    ShardError,
-    UsageError,
-    VolumeError,
-)
+from beam_nifti.differences import find_differences, image_folder
+from beam_nifti.errors import DatasetError, ManifestError, OutputError, UsageError, VolumeError
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
-from beam_nifti.index import read_index
-from beam_nifti.labels import name_classes
-from beam_nifti.local_runner import whole_elements
-from beam_nifti.manifest import Manifest
+from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.metrics import Distribution, Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import (
-    BuildNote,
     BuildPlan,
+    CheckPlan,
+    Expected,
     choose_unit_rows,
     default_sharding,
+    estimated_itemsize,
     parts_root,
     read_build_manifest,
     record_bytes,
+    required_dtype,
+    required_shape,
     stored_itemsize,
 )
 from beam_nifti.prepare import prepare_volume
@@ -45,8 +42,10 @@ from beam_nifti.publish import (
     require_writable_output,
     take_summary,
 )
-from beam_nifti.sharding import ShardName
+from beam_nifti.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
+from beam_nifti.sharding import ShardName, shard_ranges
 from beam_nifti.user_function import source_sha256
+from beam_nifti.versions import record_versions, version_changes
 from beam_nifti.volume import load_header, load_volume
 
 if TYPE_CHECKING:
@@ -63,9 +62,6 @@ _VERSION_1: Final = (
     "once, makes a dataset of the present version"
 )
 
-_SHOWN_CLASSES: Final = 20
-"""Named where the classes of a label are not those of the dataset."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -78,6 +74,7 @@ class Estimate:
         examples_per_shard: volumes of the largest shard.
         shape: (X, Y, Z) or (X, Y, Z, C) of the first image's record.
         splits: volumes of each split.
+        reuse: what is taken from what the output holds; None where it holds nothing.
     """
 
     num_volumes: int
@@ -86,6 +83,7 @@ class Estimate:
     examples_per_shard: int
     shape: tuple[int, ...]
     splits: Mapping[str, int]
+    reuse: Reuse | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,17 @@ class _Inputs:
         """`BuildPlan.num_frames`."""
         return self.header.num_frames if self.layout.frame == "each" else None
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a voxel that the size of a record is estimated by."""
+        return estimated_itemsize(self.config.record, self.layout.dtype.itemsize)
+
+    def choose_sharding(self) -> Sharding:
+        """How the splits are cut, where no dataset is there yet."""
+        num_voxels, frames = math.prod(self.shape), self.num_frames or 1
+        default = default_sharding(num_voxels, self.itemsize, self.config.record, frames)
+        return self.config.sharding or default
+
 
 def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
     """Read the manifest and the first header, look at the output, and decide. Writes nothing.
@@ -123,15 +132,50 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
             or too short.
         OSError: a folder cannot be written now, but that may pass.
     """
-    plan, _, estimate = _plan(_read_inputs(config))
-    return plan, estimate
+    inputs = _read_inputs(config)
+    decision = _decide(inputs)
+    return decision.plan, _estimate(inputs, decision)
+
+
+def plan_check(config: BuildConfig) -> CheckPlan:
+    """Read the manifest and the first header as a build does. Nothing is known of its output.
+
+    Args:
+        config: of the build; its output is the report, "" for none.
+
+    Raises:
+        ManifestError: the manifest cannot be built from, whatever its images are.
+        UsageError: as `plan_build`.
+    """
+    config, manifest = _read_manifest(config)
+    num_rows, num_skipped = len(manifest) - manifest.num_skipped, manifest.num_skipped
+    try:
+        inputs = _Inputs(config, manifest, *_first_volume(config, manifest))
+    except ManifestError as e:
+        return CheckPlan(config, num_rows, num_skipped, None, str(e))
+    sharding, frames, record = inputs.choose_sharding(), inputs.num_frames or 1, config.record
+    sizes = manifest.split_sizes()
+    expected = Expected(
+        shape=required_shape(record, None if config.allow_mixed_shapes else inputs.shape),
+        dtype=required_dtype(record, inputs.header.dtype_name),
+        num_frames=inputs.num_frames,
+        num_shards=sum(len(shard_ranges(size, sharding, frames)) for size in sizes.values()),
+        splits={split: frames * size for split, size in sizes.items()},
+    )
+    return CheckPlan(config, num_rows, num_skipped, expected)
 
 
 def _read_inputs(config: BuildConfig) -> _Inputs:
+    config, manifest = _read_manifest(config)
+    return _Inputs(config, manifest, *_first_volume(config, manifest))
+
+
+def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
+    """The configuration with absolute paths and what the manifest says of labels; and the manifest."""
     config = replace(
         config,
         manifest=storage.absolute(config.manifest),
-        output=storage.absolute(config.output),
+        output=config.output and storage.absolute(config.output),
         temp_location=config.temp_location and storage.absolute(config.temp_location),
         anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
     )
@@ -139,7 +183,7 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
         digest = source_sha256(config.record.preprocess)
         config = replace(config, record=replace(config.record, preprocess_sha256=digest))
     key = config.anonymous_ids
-    if key and key.startswith(f"{config.output}/"):
+    if key and config.output and key.startswith(f"{config.output}/"):
         raise UsageError(
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )
@@ -152,34 +196,56 @@ def _read_inputs(config: BuildConfig) -> _Inputs:
     manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
-    return _Inputs(config, manifest, *_first_volume(config, manifest))
+    return config, manifest
 
 
-def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
+@dataclass(frozen=True)
+class _Decision:
+    """What a build does with its output.
+
+    Attributes:
+        plan: of the build.
+        published: the dataset that the output holds.
+        dead: the note of an unfinished build in the output.
+        is_continued: whether the build goes on with what that one has done.
+    """
+
+    plan: BuildPlan
+    published: DatasetInfo | None
+    dead: BuildNote | None
+    is_continued: bool
+
+    def note(self) -> BuildNote:
+        """What the build leaves in its output."""
+        plan, layout = self.plan, self.plan.layout
+        roots = self.dead.roots if self.dead and self.is_continued else ()
+        own_root = plan.parts_root if plan.config.temp_location else BUILD_FOLDER
+        return BuildNote(
+            info=plan.describe(),
+            layouts=(*(earlier for earlier in plan.earlier if earlier != layout), layout),
+            roots=tuple(dict.fromkeys((own_root, *roots))),
+            identity=plan.identity,
+            from_images=plan.config.makes_all,
+            published=tuple(s.name for s in self.published.shards) if self.published else (),
+        )
+
+
+def _decide(inputs: _Inputs) -> _Decision:
     config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
-    folder = storage.dirname(config.manifest)
     published = _published(config)
-    # Interpolated voxels, and a function's, pack like those of a float32 image.
-    made_anew = config.record.spacing is not None or config.record.preprocess is not None
-    itemsize, num_voxels = 4 if made_anew else layout.dtype.itemsize, math.prod(inputs.shape)
-    frames = inputs.num_frames or 1
+    itemsize, num_voxels, frames = inputs.itemsize, math.prod(inputs.shape), inputs.num_frames or 1
     image_bytes = frames * num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
     if sharding is None and published and not config.overwrite:
         sharding = Sharding(**published.config["sharding"])
     if sharding is None:
-        sharding = default_sharding(num_voxels, itemsize, config.record, frames)
+        sharding = inputs.choose_sharding()
     config = replace(config, sharding=sharding, columns=manifest.columns)
     if published and not config.overwrite:
         config = replace(config, record=replace(config.record, format_version=published.format_version))
-    if published is None:
-        _refuse_foreign(config)
-    elif not config.overwrite:
-        _refuse_other(published, inputs, config)
-        if published.format_version == 1:
-            logs.LOGGER.warning(_VERSION_1, config.output)
-    dead = BuildNote.read(config.output)
-    earlier = dead if dead and dead.is_of(config.record.fingerprint, folder, config.recheck) else None
+    dead = _read_note(config)
+    if dead is None and not config.overwrite:
+        _refuse_foreign(config, published is not None)
     plan = BuildPlan(
         config=config,
         num_rows=len(manifest),
@@ -192,38 +258,46 @@ def _plan(inputs: _Inputs) -> tuple[BuildPlan, BuildNote, Estimate]:
         loaded_dtype=layout.dtype.name,
         unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers),
         has_published=published is not None,
-        reuse_published=not (config.overwrite or config.recheck) and _images_folder(published) == folder,
-        earlier_totals=earlier.totals if earlier else {},
+        versions=record_versions(),
         revision=published.revision + 1 if published else 1,
         key_check=manifest.key_check,
+        manifest_name=manifest.name,
         num_skipped=manifest.num_skipped,
         num_frames=inputs.num_frames,
     )
-    each = record_bytes(num_voxels, itemsize, config.record)
-    ranges = [r for split in plan.split_sizes for r in plan.shard_ranges(split)]
-    note = BuildNote(
-        fingerprint=config.record.fingerprint,
-        folder=folder,
-        totals={
-            split: tuple(sorted({total, *plan.earlier_totals.get(split, ())}))
-            for split, total in plan.shard_totals().items()
-        },
-        identity=plan.identity,
-        temp_location=config.temp_location,
-        published=tuple(s.name for s in published.shards) if published else (),
-        recheck=config.recheck,
+    if published and not config.overwrite:
+        _refuse_other(published, plan, manifest)
+        if published.format_version == 1:
+            logs.LOGGER.warning(_VERSION_1, config.output)
+    continued = dead if dead and _is_continued(dead, plan, manifest, published) else None
+    has_ended = published is not None and continued is not None and continued.is_of(published)
+    # A build that was killed once it had published has only to be cleaned up after.
+    reuse_published = published is not None and (
+        (has_ended or not config.makes_all) and image_folder(published) == storage.dirname(manifest.name)
     )
-    return (
+    plan = replace(
         plan,
-        note,
-        Estimate(
-            num_volumes=plan.num_examples,
-            num_shards=len(ranges),
-            num_bytes=round(plan.num_examples * each),
-            examples_per_shard=max(map(len, ranges)),
-            shape=inputs.shape,
-            splits={split: frames * size for split, size in plan.split_sizes.items()},
-        ),
+        reuse_published=reuse_published,
+        has_ended=has_ended,
+        earlier=continued.layouts if continued else (),
+        earlier_roots=tuple(parts_roots(config.output, continued)) if continued else (),
+    )
+    return _Decision(plan, published, dead, continued is not None)
+
+
+def _estimate(inputs: _Inputs, decision: _Decision) -> Estimate:
+    plan, itemsize = decision.plan, inputs.itemsize
+    each = record_bytes(math.prod(inputs.shape), itemsize, plan.config.record)
+    ranges = [r for split in plan.split_sizes for r in plan.shard_ranges(split)]
+    holds_something = decision.published or decision.is_continued
+    return Estimate(
+        num_volumes=plan.num_examples,
+        num_shards=len(ranges),
+        num_bytes=round(plan.num_examples * each),
+        examples_per_shard=max(map(len, ranges)),
+        shape=inputs.shape,
+        splits={split: (plan.num_frames or 1) * size for split, size in plan.split_sizes.items()},
+        reuse=preview_reuse(plan, inputs.manifest, decision.published) if holds_something else None,
     )
 
 
@@ -243,14 +317,10 @@ def _first_volume(
     problems = []
     for row in manifest.rows(manifest.kept_rows()[:_IMAGES_TRIED].tolist()):
         try:
-            header = load_header(row, manifest.folder, config.record)
-            layout = record_layout(row.path, header, config.record)
-            shape = layout.stored_shape
-            if shape is None:
-                of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
-                volume = load_volume(row, manifest.folder, record=of_one)
-                shape = prepare_volume(volume, config.record).voxels.shape
-            return header, layout, shape
+            with concealing(row, manifest.folder):
+                header = load_header(row, manifest.folder, config.record)
+                layout = record_layout(row.path, header, config.record)
+                return header, layout, layout.stored_shape or _prepared_shape(row, layout, manifest, config)
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
     raise ManifestError(
@@ -259,109 +329,128 @@ def _first_volume(
     )
 
 
-def _refuse_foreign(config: BuildConfig) -> None:
-    """An output that no build of ours left must not hold files that this build would replace."""
-    if config.overwrite or BuildNote.read(config.output):
-        return
+def _prepared_shape(
+    row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
+) -> tuple[int, ...]:
+    """The shape of a record that only its voxels tell."""
+    of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
+    volume = load_volume(row, manifest.folder, record=of_one)
+    return prepare_volume(volume, config.record, release=True).voxels.shape
+
+
+def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
+    """An output without a note must not hold files that this build would replace."""
     if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
         raise OutputError(
-            f"{config.output}: holds a folder {BUILD_FOLDER} that no build left; move it, choose another "
-            "OUTPUT, or --overwrite to remove it"
+            f"{config.output}: holds a folder {BUILD_FOLDER} that no build left; move or remove it, choose "
+            "another OUTPUT, or --overwrite to discard it"
         )
     names = storage.list_files(config.output, "*.tfrecord*")
     foreign = next((name for name in names if ShardName.parse(name)), None)
-    if foreign is not None:
+    if foreign is not None and not has_published:
         raise OutputError(
             f"{config.output}: holds {foreign} but no dataset_info.json; choose another OUTPUT, or "
             "--overwrite to replace it"
         )
 
 
-def _refuse_other(published: DatasetInfo, inputs: _Inputs, config: BuildConfig) -> None:
-    """A dataset of another configuration or of other rows is refused, saying what differs."""
-    manifest, layout = inputs.manifest, inputs.layout
-    wanted: dict[str, Any] = {
-        **config.as_dataset_config(),
-        "fingerprint": config.record.fingerprint,
-    }
-    # A dataset that was built before there was a choice says nothing of it.
-    known_columns = {**asdict(Columns()), **published.config["columns"]}
-    if not manifest.lacks_labels(published.manifest["num_rows"]):
-        # None of its rows was kept or skipped for want of a label, so the option is free to change.
-        known_columns["missing_label"] = config.columns.missing_label
-    known_config = {**asdict(RecordConfig()), **published.config, "columns": known_columns}
-    differences = [
-        f"{key.replace('_', '-')} was {known_config.get(key)!r}, now {value!r}"
-        for key, value in wanted.items()
-        if known_config.get(key) != value and key != "fingerprint"
-    ]
-    differences += _class_differences(published.labels, config.record.labels or ())
-    if not differences and published.config["fingerprint"] != wanted["fingerprint"]:
-        differences = [f"fingerprint was {published.config['fingerprint']!r}, now {wanted['fingerprint']!r}"]
-    if published.shape not in (None, inputs.shape):
-        differences.append(f"the first image had shape {published.shape}, now {inputs.shape}")
-    if published.num_frames and inputs.num_frames not in (None, published.num_frames):
-        differences.append(f"the first image had {published.num_frames} frames, now {inputs.num_frames}")
-    if config.record.voxel_dtype == "native" and published.dtype != layout.dtype.name:
-        differences.append(f"the first image had {published.dtype} voxels, now {layout.dtype.name}")
-    known = published.manifest
-    if len(manifest) < known["num_rows"] or manifest.digest(known["num_rows"]) != known["digest"]:
-        differences.append(_row_difference(published, config, manifest))
+def _refuse_other(published: DatasetInfo, plan: BuildPlan, manifest: Manifest) -> None:
+    """A dataset that was built with other options or rows is refused, saying what differs."""
+    output = plan.config.output
+    indexes = (storage.join(output, shard.index) for shard in published.shards)
+    differences = find_differences(published, plan.describe(), manifest, indexes)
     if differences:
         raise OutputError(
-            f"{config.output}: holds a dataset of another making:\n  "
+            f"{output}: holds a dataset that was built with different options or rows:\n  "
             + "\n  ".join(differences)
             + "\nchoose another OUTPUT, or --overwrite to replace it"
         )
 
 
-def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -> Iterator[str]:
-    """Classes of a label that are others than those that the records have the numbers of."""
-    known = {column.name: column.classes for column in was}
-    for column in now:
-        classes, others = known.get(column.name), column.classes
-        if classes is not None and others is not None and classes != others:
-            changes = [("new", set(others) - set(classes)), ("gone", set(classes) - set(others))]
-            named = "; ".join(
-                f"{what}: {name_classes(sorted(found), _SHOWN_CLASSES)}" for what, found in changes if found
+def _read_note(config: BuildConfig) -> BuildNote | None:
+    """The note of an unfinished build; with --overwrite one that cannot be read is none."""
+    try:
+        return BuildNote.read(config.output)
+    except OutputError as e:
+        if not config.overwrite:
+            raise
+        logs.LOGGER.warning("%s", e)
+        return None
+
+
+def _is_continued(
+    dead: BuildNote, plan: BuildPlan, manifest: Manifest, published: DatasetInfo | None
+) -> bool:
+    """Whether a build goes on with what an unfinished one has done.
+
+    Raises:
+        OutputError: finished records would be lost.
+    """
+    output, overwrite, now = plan.config.output, plan.config.overwrite, plan.describe()
+    makes_same = _makes_same_records(dead.info, now)
+    is_same = makes_same and (dead.from_images or not plan.config.makes_all)
+    if published and dead.is_of(published):
+        return is_same  # it has ended, but for cleaning up
+    held = frozenset(shard.name for shard in published.shards) if published else frozenset[str]()
+    unfinished = UnfinishedBuild(output, dead, held)
+    if is_same and dead.info.versions != plan.versions:
+        work = unfinished.work()
+        if work.num_records:
+            changes = version_changes(dead.info.versions, plan.versions)
+            logs.LOGGER.warning(
+                "%s of an unfinished build were made with %s: they are made again", work, changes
             )
-            yield (
-                f"the classes of {column.name} were {name_classes(classes, _SHOWN_CLASSES)}, now "
-                f"{name_classes(others, _SHOWN_CLASSES)} ({named}), and records hold their numbers"
-            )
+        return False
+    differences = find_differences(dead.info, now, manifest, unfinished.indexes())
+    if is_same and not (differences or _moves_rows(dead, plan)):
+        return True
+    lost = unfinished.unusable(plan, manifest) if is_same else unfinished.work()
+    if lost.num_records and (overwrite or (plan.config.recheck and makes_same and not differences)):
+        logs.LOGGER.warning(
+            "%s of an unfinished build are %s", lost, "discarded" if overwrite else "made again"
+        )
+    elif lost.num_records:
+        raise OutputError(_loss(output, lost, differences, dead, plan, is_beside=published is not None))
+    return is_same
 
 
-def _row_difference(published: DatasetInfo, config: BuildConfig, manifest: Manifest) -> str:
-    known = published.manifest
-    key_check = known.get("key_check")
-    if key_check != manifest.key_check:
-        if key_check is None:
-            return "its ids are not anonymous, and now there is --anonymous-ids"
-        other = "another key" if manifest.key_check else "no key"
-        return f"its ids are anonymous, and {other} was given with --anonymous-ids"
-    if list(known["columns"]) != manifest.table.column_names:
-        return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
-    if len(manifest) < known["num_rows"]:
-        return f"the manifest had {known['num_rows']} rows, now {len(manifest)}"
-    for shard in published.shards:
-        try:
-            table, _ = read_index(storage.join(config.output, shard.index))
-        except (FileNotFoundError, ShardError):
-            continue
-        frame = ["frame"] if published.num_frames else []
-        then = table.select(["row", "example_id", "source", "label", *frame]).to_pylist()
-        now = manifest.rows([found["row"] - 1 for found in then])
-        for found, image in zip(then, now, strict=True):
-            row = image.of_frame(found["frame"]) if frame else image
-            was = (found["example_id"], found["source"], found["label"])
-            if was != (row.example_id, row.source, row.label):
-                return f"row {row.row} was {was}, now {(row.example_id, row.source, row.label)}"
-    return f"among the manifest's first {known['num_rows']} rows some were changed"
+def _makes_same_records(was: DatasetInfo, now: DatasetInfo) -> bool:
+    """Whether two builds make the same record of the same row."""
+    one, other = (
+        (
+            *(info.config["fingerprint"], image_folder(info), info.num_frames),
+            *(info.config["columns"][name] for name in ("path", "mask")),
+        )
+        for info in (was, now)
+    )
+    return one == other
 
 
-def _images_folder(published: DatasetInfo | None) -> str | None:
-    """What relative paths of the published dataset's manifest are relative to."""
-    return storage.dirname(published.manifest["path"]) if published else None
+def _moves_rows(dead: BuildNote, plan: BuildPlan) -> bool:
+    """Whether rows that were appended may move others."""
+    is_drawn = plan.config.shuffle_seed is not None or plan.config.splitting is not None
+    return is_drawn and plan.num_rows != dead.info.manifest["num_rows"]
+
+
+def _loss(
+    output: str, lost: Work, differences: Sequence[str], dead: BuildNote, plan: BuildPlan, *, is_beside: bool
+) -> str:
+    """Why a build is refused that would lose finished records."""
+    reasons = list(differences)
+    folder, was = image_folder(plan.describe()), image_folder(dead.info)
+    if folder != was:
+        reasons.append(f"the manifest was in {was}, now in {folder}, and paths are relative to it")
+    if not reasons:
+        reasons.append("rows were appended, and --shuffle-seed or --split moves others")
+    remedy = "--overwrite to discard it"
+    if is_beside:
+        build_folder = storage.join(output, BUILD_FOLDER)
+        remedy = f"remove {build_folder} to discard it, or --overwrite to replace the dataset as well"
+    return (
+        f"{output}: holds an unfinished build with different options or rows:\n  "
+        + "\n  ".join(reasons)
+        + f"\n{lost} would be lost; give the same options to continue it, choose another OUTPUT, or {remedy}"
+    )
 
 
 @contextlib.contextmanager
@@ -378,22 +467,22 @@ def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
         temp_location = inputs.config.temp_location
         if temp_location and storage.is_remote(temp_location):
             storage.require_writable(temp_location, "--temp-location", is_folder=True)
-        plan, note, _ = _plan(inputs)
+        decision = _decide(inputs)
         del inputs  # hundreds of megabytes of rows, in a large cohort, for as long as the build runs
-        _prepare(plan, note)
-        yield plan
+        _prepare(decision)
+        yield decision.plan
 
 
-def _prepare(plan: BuildPlan, note: BuildNote) -> None:
-    """Remove what dead builds of another making left, and say what this one is."""
+def _prepare(decision: _Decision) -> None:
+    """Remove what this build cannot use of unfinished ones, and leave its note."""
+    plan, dead, note = decision.plan, decision.dead, decision.note()
     output = plan.config.output
-    dead = BuildNote.read(output)
-    usable = dead is not None and dead.is_of(note.fingerprint, note.folder, note.recheck)
-    for root in {parts_root(output, None), parts_root(output, dead.temp_location if dead else None)}:
+    roots = {*plan.parts_roots, parts_root(output, None), *(parts_roots(output, dead) if dead else ())}
+    for root in roots:
         for folder in storage.list_folders(root):
-            if not usable or folder != note.fingerprint or root != plan.parts_root:
+            if not (decision.is_continued and folder == note.fingerprint):
                 storage.delete_tree(storage.join(root, folder))
-    if not usable:
+    if not decision.is_continued:
         remove_shards(output, keep=set(note.published))
     if not plan.has_published:  # a damaged one, which --overwrite was given for
         storage.delete(storage.join(output, FILE_NAME))
@@ -417,9 +506,8 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
 
     pipeline = beam.Pipeline(options=options)
     pipeline | "BuildDataset" >> BuildDataset(plan)
-    with whole_elements():
-        result = pipeline.run()
-        result.wait_until_finish()
+    result = pipeline.run()
+    result.wait_until_finish()
     lock.require_held(plan.config.output)  # or what is removed now may be another build's
     summary, metrics = take_summary(plan.config.output), _metrics(result)
     assert summary is not None
@@ -454,5 +542,11 @@ def _clean_up(plan: BuildPlan) -> None:
     """Remove the parts, and the shards of the dataset that this one replaces."""
     output = plan.config.output
     remove_shards(output, keep={s.name for s in read_info(output).shards})
-    storage.delete_tree(plan.parts_root)
-    storage.delete_tree(storage.join(output, BUILD_FOLDER))
+    build_folder = storage.join(output, BUILD_FOLDER)
+    for root in {*plan.parts_roots, build_folder}:
+        for folder in storage.list_folders(root):
+            storage.delete_tree(storage.join(root, folder))
+        if root != build_folder:
+            storage.delete_tree(root)
+    # The note is the last to go: without it nothing tells whose the parts are.
+    storage.delete_tree(build_folder)

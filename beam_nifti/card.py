@@ -100,7 +100,7 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         "\n".join(("| feature | dtype | shape |", "|---|---|---|", *_feature_rows(info))),
         "With TensorFlow:",
         f"```python\nfrom beam_nifti.reader import load_dataset\n\n"
-        f"dataset = load_dataset({folder!r}, {split!r}, shuffle=True)\n```",
+        f"dataset = {info.loading_call(folder, shuffle=True)}\n```",
         "With PyTorch, or by number:",
         f"```python\nfrom beam_nifti.random_access import Dataset\n\n"
         f"records = Dataset({folder!r}, {split!r})\nelement = records[0]\n```",

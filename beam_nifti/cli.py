@@ -12,6 +12,7 @@ import os
 import sys
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -44,12 +45,13 @@ if TYPE_CHECKING:
     from beam_nifti.metrics import Metrics
     from beam_nifti.plan import BuildPlan
     from beam_nifti.publish import BuildSummary
+    from beam_nifti.resume import Reuse
 
 _SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
 
-_NOT_LOGGED: Final = {"error", "counters", "distributions"}
-"""Of a run's summary: its error may name participants."""
+_NOT_LOGGED: Final = {"error", "failure_reasons", "counters", "distributions"}
+"""Of a run's summary: errors may name participants."""
 
 _NO_LABELS: Final = "labels   none: the manifest has no column 'label' (see --label-column)"
 
@@ -286,6 +288,7 @@ def _note_end(run: RunSummary, summary: BuildSummary, metrics: Metrics) -> None:
         num_kept=metrics.counters.get("volumes-skipped", 0),
         num_failed=summary.num_failed,
         failures=summary.failures,
+        failure_reasons=[asdict(group) for group in summary.reasons],
         failures_path=summary.failures_path or None,
         num_shards=summary.num_shards,
         num_bytes=summary.num_bytes,
@@ -311,9 +314,9 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         with _while_read():
             _report(plan, e.summary, {})
         return _complain(
-            f"{e}; {'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}. "
-            "Repair those images and give the same command again, which loads only them, or leave them "
-            "out with --max-bad-fraction",
+            f"{e}\n{'the dataset stays as it was' if plan.has_published else 'the dataset is not complete'}; "
+            "repair those images and give the same command again, which loads only them, or accept the "
+            "failures with that option",
             FAILED,
         )
     except Exception as e:
@@ -368,6 +371,8 @@ def _stopped(run: RunSummary, error: Exception, what: str, again: str) -> int:
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
+    from beam_nifti.dataset_info import read_info
+
     output = plan.config.output
     if skipped := counters.get("volumes-skipped", 0):
         print(f"kept     {_count(skipped, 'example')} of an earlier run")
@@ -376,10 +381,16 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
         f"{_count(summary.num_shards, 'shard')}, {summary.num_bytes / 1e6:.1f} MB: {output}"
     )
     if summary.num_failed:
-        print(f"left out {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
+        print(f"failed   {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
+        if summary.complete:  # else the error has them
+            from beam_nifti.failures import format_groups
+
+            for line in format_groups(summary.reasons, summary.num_failed):
+                print(f"         {line}")
     _print_labels(plan)
     if summary.complete:
-        print(f"read it  beam_nifti.reader.load_dataset({output!r}, batch_size=8)")
+        call = read_info(output).loading_call(output, batch_size=8)
+        print(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
 
 
 def _print_labels(plan: BuildPlan) -> None:
@@ -417,47 +428,61 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
         print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
         print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
         print(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, judged by the first image's header")
+        if estimate.reuse:
+            _print_reuse(estimate.reuse)
         _print_labels(plan)
     return SUCCESS
 
 
+def _print_reuse(reuse: Reuse) -> None:
+    for number, what in ((reuse.num_published, "the dataset"), (reuse.num_unfinished, "an unfinished build")):
+        if number:
+            unless = "" if reuse.is_checked else ", unless their images have changed"
+            print(f"kept     {_count(number, 'example')} of {what}{unless}")
+    print(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
+    if reuse.replaced:
+        size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
+        shards = _count(len(reuse.replaced), "shard")
+        print(
+            f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete"
+        )
+
+
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
     from beam_nifti.engines import choose_engine
-    from beam_nifti.manifest import read_manifest
-    from beam_nifti.survey import format_report
 
-    engine = choose_engine(check_config(options), beam_flags, options.workers)
+    engine = choose_engine(check_config(options), beam_flags, options.workers, "check")
     if not engine.is_local and options.out is None:
         raise UsageError(
             "--out is missing: where the workers write the report, such as gs://my-bucket/check.json"
         )
+    from beam_nifti.build import plan_check
     from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
+    from beam_nifti.survey import format_report
 
     _remove_earlier(options)
     if options.out is not None:
         _require_out(options.out, overwrite=True)
-    config, manifest = engine.config, storage.absolute(engine.config.manifest)
-    run.know(runner=engine.runner, manifest=manifest, fingerprint=config.record.fingerprint)
-    rows = read_manifest(manifest, config.columns)
-    rows.log_warnings()
-    num_rows, num_skipped = len(rows), rows.num_skipped
-    del rows
-    progress = _progress(engine, num_rows - num_skipped, "image", quiet=options.quiet)
+    plan = plan_check(engine.config)
+    config = plan.config
+    run.know(runner=engine.runner, manifest=config.manifest, fingerprint=config.record.fingerprint)
+    progress = _progress(engine, plan.num_rows, "image", quiet=options.quiet)
     try:
         with progress, _set_aside(io.StringIO(), engine):
-            report = check_images(manifest, config.columns, config.record, engine.options, options.out)
+            report = check_images(plan, engine.options, options.out)
     except Exception as e:
         return _stopped(run, e, "the check stopped", "starts again")
-    run.know(num_volumes=report["num_images"], num_failed=report["num_bad"])
-    is_mixed = len(report["records"]) > 1 and not config.allow_mixed_shapes
-    is_mixed |= len(report["frames"]) > 1
+    num_bad, num_images = report["num_bad"], report["num_images"]
+    run.know(num_volumes=num_images, num_failed=num_bad)
     with _while_read():
         if options.json:
             print(dump_json(report, indent=2))
         else:
-            print(format_report(report, is_mixed=is_mixed))
-            _print_skipped(num_skipped)
-    return FAILED if report["num_bad"] or is_mixed else SUCCESS
+            print(format_report(report))
+            _print_skipped(plan.num_skipped)
+    if plan.refusal:
+        raise UsageError(f"a build with these flags would write nothing: {plan.refusal}")
+    return SUCCESS if config.allows_failures(num_bad, num_images) else FAILED
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -494,6 +519,8 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     )
     for problem in report.problems:
         logs.LOGGER.warning("%s", problem)
+    for note in report.notes:
+        logs.LOGGER.info("%s", note)
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
     with _while_read():
         print(
@@ -546,7 +573,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     from beam_nifti.engines import choose_engine
 
     _require_report_extra("jinja2", "matplotlib", "PIL")
-    engine = choose_engine(report_config(options), beam_flags, options.workers)
+    engine = choose_engine(report_config(options), beam_flags, options.workers, "report")
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and options.out is None:

@@ -20,6 +20,9 @@ FORMAT_VERSION: Final = 2
 
 FORMAT_FEATURES: Final = ("sources",)
 """What datasets of this version have and a reader must know, by name: dataset_info.json lists them."""
+CONTENT_REVISION: Final = 1
+"""Counts up when the same options give other records than before, beyond rounding: then nothing is added to
+datasets of the revisions before."""
 
 VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
 """Libraries whose versions may decide bytes of a dataset, and stand in dataset_info.json."""
@@ -285,6 +288,8 @@ class RecordConfig:
         facts = {name: value for name, value in asdict(self).items() if value is not None}
         if facts.pop("format_version") == 1:
             facts["format"] = 1
+        if CONTENT_REVISION > 1:
+            facts["content"] = CONTENT_REVISION
         if self.compression == "none":
             del facts["compression_level"]
         if not self.clip:
@@ -506,6 +511,11 @@ class BuildConfig:
         if self.overwrite and self.recheck:
             raise UsageError("--overwrite makes every record again; drop --recheck")
         object.__setattr__(self, "record", _with_columns(self.record, self.columns))
+
+    @property
+    def makes_all(self) -> bool:
+        """Whether every record is made of its image, and none taken from a published dataset."""
+        return self.overwrite or self.recheck
 
     def allows_failures(self, num_failed: int, num_volumes: int) -> bool:
         """Whether a dataset is complete without so many of its volumes.

@@ -166,6 +166,25 @@ class DatasetInfo:
         """The shards of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
+    def loading_call(self, path: str, **further: object) -> str:
+        """A call of `reader.load_dataset` that this dataset can be read with.
+
+        Args:
+            path: of the dataset.
+            further: arguments besides those that the dataset needs.
+        """
+        filled = [name for name, split in self.splits.items() if split.num_examples]
+        split = "train" if "train" in filled else next(iter([*filled, *self.splits]))
+        needed: dict[str, object] = {}
+        if self.mask_labels is not None:
+            needed["target"] = "mask"
+        elif self.labels and self.labels[0].kind == "string":
+            needed["label"] = self.labels[0].name
+        if self.shape is None and "batch_size" in further:
+            needed["pad"] = True
+        words = [repr(path), repr(split), *(f"{k}={v!r}" for k, v in (further | needed).items())]
+        return f"load_dataset({', '.join(words)})"
+
     @property
     def record_config(self) -> RecordConfig:
         """The part of `config` that decided the records' bytes.

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from beam_nifti import local_runner, storage
+from beam_nifti.beam_flags import UNUSABLE, parse_beam_flags, refuse_ineffective
 from beam_nifti.config import BuildConfig
 from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
-from beam_nifti.options import refuse_misspelled
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -35,13 +35,6 @@ CLUSTER_WORKERS: Final = 32
 
 _THIS_MACHINE: Final = re.compile(r"\[(local|auto)\]|local(\[(?P<threads>\d+|\*)(,.*)?\])?")
 """What --flink_master and --spark_master_url may say and mean an engine inside the job server."""
-
-_UNUSABLE: Final = {
-    "save_main_session": "nothing that a worker runs is defined in the main program",
-    "streaming": "a manifest has an end",
-    "no_wait_until_finish": "the command publishes and cleans up when the pipeline has ended",
-}
-"""Beam's flags that no build can take, each with why."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +59,29 @@ class Engine:
     runner: str = "DirectRunner"
 
 
-def choose_engine(config: BuildConfig, flags: Sequence[str], workers: int | None = None) -> Engine:
+def choose_engine(
+    config: BuildConfig, flags: Sequence[str], workers: int | None = None, command: str = "build"
+) -> Engine:
     """The engine that Beam's flags ask for.
 
     Args:
         config: of the build.
         flags: Beam's, written with underscores.
-        workers: what --workers says; None where it was not given.
+        workers: value of --workers; None where it was not given.
+        command: that got the flags.
 
     Raises:
-        UsageError: a flag is unknown, malformed, missing or of no use, or a path is out of the
-            workers' reach. Nothing was read.
+        UsageError: a flag is unknown, malformed, missing, given twice or without effect, or a path is out
+            of the workers' reach. Nothing was read.
     """
     _import_beam()
-    known, unknown = _parse(flags)
+    known, unknown = parse_beam_flags(flags)
     name = _runner_name(known.runner)
     is_local = name in local_runner.NAMES
-    refuse_misspelled(unknown, strict=is_local)
+    refuse_ineffective(flags, unknown, name, command)
+    config = replace(config, temp_location=config.temp_location or known.temp_location)
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
-    problems = [f"--{flag}: {why}; leave it out" for flag, why in _UNUSABLE.items() if flag in given]
+    problems = [f"--{flag}: {why}; leave it out" for flag, why in UNUSABLE.items() if flag in given]
     problems += _CHECKS[name](known, given, config) if name in _CHECKS else ()
     if problems:
         raise UsageError("\n  ".join([f"{name or 'this build'} cannot run with these options:", *problems]))
@@ -128,19 +125,6 @@ def _import_beam() -> None:
     gc.freeze()
     gc.enable()
     logging.disable(logging.NOTSET)
-
-
-def _parse(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What Beam's Python SDK understands of the flags, and the rest."""
-    from apache_beam.options import pipeline_options
-
-    parser = pipeline_options._BeamArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    for view in pipeline_options.PipelineOptions.__subclasses__():
-        view._add_argparse_args(parser)
-    try:
-        return parser.parse_known_args(list(flags))
-    except argparse.ArgumentError as e:
-        raise UsageError(f"{e.argument_name}: {e.message}") from e
 
 
 def _runner_name(given: str | None) -> str:

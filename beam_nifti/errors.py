@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from typing import Final
+
+_OF_PATHS: Final = frozenset(
+    [
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EISDIR,
+        errno.ENOTDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EINVAL,
+        errno.ENXIO,
+    ]
+)
+"""What the system, and a store, reports of a path that is wrong, missing or not for this user."""
 
 
 class BeamNiftiError(Exception):
@@ -56,3 +73,23 @@ class PartsChangedError(ShardError):
 
 class DatasetError(BeamNiftiError):
     """A dataset that is absent, incomplete or damaged."""
+
+
+def is_of_path(error: OSError) -> bool:
+    """Whether a file could not be read because of its path or its permissions.
+
+    Everything else is no fault of the file: a store that does not answer or refuses the credentials, a full
+    disk, a failing device, too many open files. Another attempt may succeed.
+    """
+    kinds = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
+    return isinstance(error, kinds) or error.errno in _OF_PATHS
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether foreign code, such as a user's function, failed for a reason that is not in its input.
+
+    An OSError without a number is what libraries raise for files that they cannot parse.
+    """
+    if isinstance(error, MemoryError | TimeoutError | ConnectionError):
+        return True
+    return isinstance(error, OSError) and error.errno is not None and not is_of_path(error)

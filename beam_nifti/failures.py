@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import quote
 
 from beam_nifti import storage
 from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.strict_json import dump_json
+
+_SHOWN_GROUPS: Final = 5
+_SHOWN_NAMES: Final = 3
+_SHOWN_LETTERS: Final = 300
+_NUMBER: Final = re.compile(r"(?<![A-Za-z\d])(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?![A-Za-z\d])")
 
 _OWN_KEYS: Final = ("row", "stage", "error", "message", "frames")
 
@@ -25,13 +30,96 @@ class Failure:
         row: its row of the manifest, or that of the image.
         stage: the step that failed, such as "LoadVolume".
         error: the exception's class.
-        message: what it said.
+        message: what it said; where ids are anonymous, as `concealment` leaves it.
     """
 
     row: VolumeRow
     stage: str
     error: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailureGroup:
+    """Volumes that failed for one reason.
+
+    Attributes:
+        stage: the step that failed.
+        error: the exception's class.
+        message: what the messages have in common: names are left out, "…" stands for numbers that differ.
+        num_volumes: how many.
+        examples: the first images, by path; by row of the manifest where ids are anonymous.
+        num_images: how many.
+    """
+
+    stage: str
+    error: str
+    message: str
+    num_volumes: int
+    examples: tuple[str, ...]
+    num_images: int
+
+
+def group_failures(failures: Iterable[Failure]) -> list[FailureGroup]:
+    """The most frequent reasons of failures, at most five."""
+    groups = dict[tuple[str, str, str], list[Failure]]()
+    for failure in sorted(failures, key=lambda f: (f.row.row, f.row.position)):
+        alike = _NUMBER.sub("…", _without_names(failure))
+        groups.setdefault((failure.stage, failure.error, alike), []).append(failure)
+    found = [_group(of_reason) for of_reason in groups.values()]
+    return sorted(found, key=lambda group: -group.num_volumes)[:_SHOWN_GROUPS]
+
+
+def _group(failures: Sequence[Failure]) -> FailureGroup:
+    words = [_NUMBER.split(_without_names(failure)) for failure in failures]
+    message = "".join(each[0] if len(set(each)) == 1 else "…" for each in zip(*words, strict=True))
+    rows = {f.row.row: f.row for f in failures}.values()
+    names = (f"row {row.row}" if row.pseudonyms else row.path for row in rows)
+    return FailureGroup(
+        failures[0].stage,
+        failures[0].error,
+        message if len(message) <= _SHOWN_LETTERS else f"{message[:_SHOWN_LETTERS]}…",
+        sum(len(failure.row.positions) for failure in failures),
+        tuple(itertools.islice(names, _SHOWN_NAMES)),
+        len(rows),
+    )
+
+
+def _without_names(failure: Failure) -> str:
+    """A message without the names of the row's files, on one line."""
+    message, row = failure.message, failure.row
+    for name in sorted({*row.files, *row.pseudonyms}, key=len, reverse=True):
+        message = message.removeprefix(f"{name}: ").replace(name, "…")
+    return " ".join(message.split())
+
+
+def format_groups(groups: Sequence[FailureGroup], num_failed: int) -> list[str]:
+    """A line for each reason, and one for those that are not among them.
+
+    Args:
+        groups: of `group_failures`.
+        num_failed: all volumes that failed.
+    """
+    lines = []
+    for group in groups:
+        more = group.num_images - len(group.examples)
+        names = ", ".join(group.examples) + (f" and {more} more" if more else "")
+        lines.append(f"{group.num_volumes} × {group.stage} {group.error}: {group.message} ({names})")
+    others = num_failed - sum(group.num_volumes for group in groups)
+    return [*lines, f"{others} × other reasons"] if others else lines
+
+
+def accepting_fraction(num_failed: int, num_volumes: int) -> str:
+    """The least --max-bad-fraction, to two digits, with which a build completes.
+
+    >>> accepting_fraction(12, 400), accepting_fraction(1, 3), accepting_fraction(3, 3)
+    ('0.03', '0.34', '1')
+    """
+    digits = 2
+    while num_failed * 10 ** (digits - 1) < num_volumes:
+        digits += 1
+    rounded = -(-num_failed * 10**digits // num_volumes)
+    return f"{rounded / 10**digits:.{digits}f}".rstrip("0").rstrip(".")
 
 
 def write_failures(
@@ -64,7 +152,7 @@ def write_failures(
                 "row": row.row,
                 "stage": failure.stage,
                 "error": failure.error,
-                "message": _message(failure) if row.frame is None else _messages(of_image),
+                "message": failure.message if row.frame is None else _messages(of_image),
                 **_frames_cell(of_image),
                 **({columns.id: row.image_id} if columns.id is not None else {}),
                 **dict(zip(columns.files, _places(row, folder), strict=True)),
@@ -116,18 +204,8 @@ def _messages(failures: Sequence[Failure]) -> str:
     """What went wrong with frames of one image, what is alike once."""
     frames: dict[str, list[str]] = {}
     for failure in failures:
-        frames.setdefault(_message(failure), []).append(str(failure.row.frame))
+        frames.setdefault(failure.message, []).append(str(failure.row.frame))
     return "; ".join(f"frames {', '.join(numbers)}: {message}" for message, numbers in frames.items())
-
-
-def _message(failure: Failure) -> str:
-    """What the exception said; where ids are anonymous, without the paths of images."""
-    row, message = failure.row, failure.message
-    named = zip(row.files, row.pseudonyms, strict=False)
-    for path, pseudonym in sorted(named, key=lambda pair: -len(pair[0])):  # one may begin like another
-        for spelling in (path, quote(path), quote(path, safe="")):  # servers repeat what they were asked for
-            message = message.replace(spelling, pseudonym)
-    return message
 
 
 def _extra_key(column: str) -> str:

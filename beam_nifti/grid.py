@@ -24,6 +24,10 @@ Shape3 = tuple[int, int, int]
 _SAME_SPACING: Final = 1e-4
 """Relative difference of voxel sizes up to which they are one size: headers hold float32."""
 
+_KEPT_SPACING: Final = 1e-3
+"""Relative difference from a requested spacing up to which an axis is not resampled: people and programs
+round voxel sizes, 0.9375 mm to 0.938, and resampling to that would only blur."""
+
 _SINGULAR: Final = 1e-4
 """Volume of a voxel as a fraction of what its edges would have at right angles, below which it has none."""
 
@@ -187,11 +191,17 @@ def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:
     return Grid.of(shape, grid.affine @ nib.orientations.inv_ornt_aff(turns, grid.shape))
 
 
+def keeps_spacing(zooms: npt.ArrayLike, spacing: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Whether voxels of these sizes are not resampled to a spacing, for each axis."""
+    wanted = np.asarray(spacing)
+    return np.asarray(np.abs(zooms - wanted) <= _KEPT_SPACING * wanted)
+
+
 def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], list[float]]:
     """A grid of another voxel size around the same centre.
 
     Along an axis of n voxels of size z it has `max(1, round(n · z / spacing))` of them. An axis whose
-    voxel size is within 1e-4 of the spacing stays as it is.
+    voxel size is within a thousandth of the spacing stays as it is.
 
     Returns:
         The grid; and the starts and steps by which it is a part of the former one.
@@ -202,8 +212,9 @@ def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], li
     if not min(grid.zooms) > 0:
         raise VolumeError("the affine gives the voxels no size; repair its sform or qform")
     shape, starts, steps = list(grid.shape), [0.0] * 3, [1.0] * 3
+    kept = keeps_spacing(grid.zooms, spacing)
     for axis, (size, zoom, wanted) in enumerate(zip(grid.shape, grid.zooms, spacing, strict=True)):
-        if abs(zoom - wanted) > _SAME_SPACING * wanted:
+        if not kept[axis]:
             # First to a thousandth: headers hold float32, and 181 voxels of about 1 mm shall not become 90
             # of 2 mm in one image and 91 in the next.
             shape[axis] = max(1, round(round(size * zoom / wanted, 3)))

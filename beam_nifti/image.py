@@ -11,7 +11,7 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from beam_nifti import storage
-from beam_nifti.errors import VolumeError
+from beam_nifti.errors import VolumeError, is_of_path
 from beam_nifti.formats import HEAD_BYTES
 from beam_nifti.header import VolumeHeader
 from beam_nifti.image_names import HALF, PACKED
@@ -57,8 +57,11 @@ def image_files(path: str) -> tuple[str, ...]:
     file, which some programs call .img.
 
     Raises:
+        VolumeError: the path has a NUL character, which no file's has.
         OSError: the path cannot be reached.
     """
+    if "\0" in path:
+        raise VolumeError(f"{path!r}: not a path: it has a NUL character; repair the manifest")
     match = HALF.fullmatch(path)
     if match is None:
         return (path,)
@@ -100,9 +103,10 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
         parse: makes a header of the first HEAD_BYTES of what the file holds.
 
     Raises:
-        VolumeError: it cannot be read, or `parse` refuses it.
+        VolumeError: its path cannot be read, or `parse` refuses it.
+        OSError: as `reading`.
     """
-    with _reading(name):
+    with reading(name):
         files = _files_to_read(name, path)
         head = storage.read_head(files[0], _HEAD_OF_FILE)
         packing = packing_of(head)
@@ -136,7 +140,7 @@ def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) ->
                 f"{name}: voxels start at byte {header.offset}, inside the header; repair vox_offset"
             )
     if header.is_analyze and (match := HALF.fullmatch(files[0])):
-        with _reading(name):
+        with reading(name):
             found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
         if found:
             raise VolumeError(
@@ -155,11 +159,12 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
         parse: as for `read_header`. Nothing large is read or allocated before it.
 
     Raises:
-        VolumeError: it cannot be read, or `parse` refuses it, or it is larger than its header says; or, at
-            the end of the block, it was written to meanwhile.
+        VolumeError: its path cannot be read, or `parse` refuses it, or it is larger than its header says; or,
+            at the end of the block, it was written to meanwhile.
+        OSError: as `reading`.
     """
     with contextlib.ExitStack() as stack:
-        with _reading(name):
+        with reading(name):
             opened = []
             files = _files_to_read(name, path)
             for file in files:
@@ -189,7 +194,7 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
     """The header of a pair, from its own file."""
     if stat.size > _LARGEST_HALF:
         raise VolumeError(f"{name}: its .hdr file has {stat.size} bytes, which no header has; copy it again")
-    with _reading(name):
+    with reading(name):
         data = handle.read()
     content_size(name, data, _LARGEST_HEADER)  # reads to its end, where the checksum is
     header = parse(unpacked_head(name, data, HEAD_BYTES))
@@ -272,7 +277,7 @@ class Image:
 
     def _read_start(self) -> bytes:
         """All of a small file, the head of a large one."""
-        with _reading(self._name):
+        with reading(self._name):
             if self._is_large:
                 head = self._handle.read(_HEAD_OF_FILE)
                 packing = packing_of(head)
@@ -287,7 +292,7 @@ class Image:
             return self._data
         data = memoryview(np.empty(self._size, np.uint8)).cast("B")
         data[: len(self._data)] = self._data
-        with _reading(self._name):
+        with reading(self._name):
             return data[: len(self._data) + fill(self._handle, data[len(self._data) :])]
 
     def read_all(self) -> memoryview:
@@ -332,7 +337,7 @@ class Image:
         buffer = memoryview(np.empty(size, np.uint8)).cast("B")
         for number in numbers:
             start = self.header.offset + number * size
-            with _reading(self._name):
+            with reading(self._name):
                 if isinstance(reader, Unpacker):
                     at += reader.skip(start - at)
                 else:
@@ -369,12 +374,19 @@ class Image:
 
 
 @contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """What a file system raises becomes a VolumeError."""
+def reading(name: str) -> Iterator[None]:
+    """Turn the error of a path that cannot be read into a VolumeError.
+
+    Args:
+        name: the image's path in errors.
+
+    Raises:
+        VolumeError: there is no such file, it is a folder, or it may not be read.
+        OSError: the disk, the network or the store failed, which is no fault of the image.
+    """
     try:
         yield
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else None
-        # A store that keeps failing is no fault of the image.
-        remedy = "build again" if isinstance(e, TimeoutError) else "check the path and its rights"
-        raise VolumeError(f"{name}: cannot be read: {reason or e}; {remedy}") from e
+    except OSError as e:
+        if not is_of_path(e):
+            raise
+        raise VolumeError(f"{name}: cannot be read: {e.strerror or e}; check the path and its rights") from e

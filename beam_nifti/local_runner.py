@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Final
 
 RUNNER: Final = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -13,19 +11,14 @@ NAMES: Final = ("", "DirectRunner", "FnApiRunner", RUNNER)
 """What `--runner` may say and mean this runner."""
 
 
-@contextlib.contextmanager
-def whole_elements() -> Iterator[None]:
-    """Keep the in-process runner from cutting elements in two while the block runs.
+def send_whole_elements() -> None:
+    """Keep the in-process runner of this process from cutting elements in two, in every pipeline.
 
     Its threads send what they have written every second, whether or not an element is half written;
     the other half, read by itself, is garbage or takes all memory. Without the clock they send by
-    size, between elements. Clusters have no such clock (docs/adr/0010-local-runner.md).
+    size, between elements. Clusters have no such clock (docs/adr/0010-local-runner.md). Modules that define
+    steps call this when they are imported, so it also holds for pipelines that others make of the steps.
     """
     from apache_beam.runners.portability.fn_api_runner import worker_handlers
 
-    interval = worker_handlers.DATA_BUFFER_TIME_LIMIT_MS
     worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
-    try:
-        yield
-    finally:
-        worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = interval

@@ -142,6 +142,7 @@ class Manifest:
         splits: split a row; null where the row is left out, as it lacks a label.
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` where ids are anonymous; else None.
+        name: what is written of `path`: itself, or its pseudonym where ids are anonymous.
         lacks_label: which rows lack one of the labels; None in an unlabelled manifest.
         warnings: what is suspicious, or was changed, in it.
     """
@@ -155,7 +156,8 @@ class Manifest:
     ids: pa.Array
     splits: pa.Array
     extra_columns: tuple[str, ...]
-    key_check: str | None = None
+    key_check: str | None
+    name: str
     lacks_label: npt.NDArray[np.bool_] | None = None
     warnings: tuple[str, ...] = ()
 
@@ -346,6 +348,7 @@ def read_manifest(
         splits=splits,
         extra_columns=tuple(c for c in table.column_names if c not in used),
         key_check=pseudonyms.check if pseudonyms else None,
+        name=pseudonyms.of_path(path) if pseudonyms else path,
         lacks_label=lacks_label,
         warnings=tuple(problems.warnings),
     )

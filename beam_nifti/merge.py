@@ -21,6 +21,7 @@ from beam_nifti.index import read_index, schema_of, write_index
 from beam_nifti.parts import PART_ENDING, Part, file_facts, part_at
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import EMPTY_MEMBER
+from beam_nifti.versions import versions_fact, versions_in
 
 _COPY_BYTES: Final = 1 << 20
 """Small enough to stay in a core's cache between being read, hashed and written."""
@@ -93,7 +94,8 @@ class _Merge:
         else:
             facts = self._finished(records) or self._write(records, source, known)
         for part in (*self.parts, spare):
-            if part.data.endswith(PART_ENDING):
+            # Another shard may need a part that an earlier build wrote for other shards.
+            if part.data.endswith(PART_ENDING) and part.data not in records.shared:
                 storage.delete(part.index)
                 storage.delete(part.data)
         index = self._at(name).index
@@ -121,15 +123,19 @@ class _Merge:
             size = storage.stat(target.data).size
         except (FileNotFoundError, ShardError):
             return None
-        is_same = facts.get("fingerprint") == self.record.fingerprint and facts.get("num_bytes") == str(size)
+        expected = {**self._making(records), "num_bytes": str(size)}
+        is_same = expected.items() <= facts.items()
         same_rows = is_same and table.replace_schema_metadata().equals(_placed(records))
         return facts if same_rows else None
+
+    def _making(self, records: _Records) -> dict[str, str]:
+        return {"fingerprint": self.record.fingerprint, **_versions_of(records)}
 
     def _write(self, records: _Records, source: Part | None, known: dict[str, str]) -> dict[str, str]:
         target = self._at(self.name)
         # Between these two no index stands beside a shard file that it does not describe.
         storage.delete(target.index)
-        facts = {"fingerprint": self.record.fingerprint}
+        facts = self._making(records)
         try:
             facts |= _write_shard(target.data, records, source, known, self.name.compressed)
         except FileNotFoundError:
@@ -179,7 +185,12 @@ def _write_part(part: Part, records: _Records, compressed: bool) -> None:
     with storage.create(part.data) as handle:
         for chunk in _content(records, compressed):
             handle.write(chunk)
-    write_index(part.index, _placed(records), {})
+    write_index(part.index, _placed(records), _versions_of(records))
+
+
+def _versions_of(records: _Records) -> dict[str, str]:
+    files = {part.data for part in records.sources}
+    return versions_fact(v for data in files for v in versions_in(records.facts[data]))
 
 
 def _shard_of(part: Part) -> ShardName | None:
@@ -194,17 +205,22 @@ class _Records:
         table: their index.
         sources: the part that each lies in.
         facts: what the index of a part says of its file, by the path of that.
+        shared: paths of the parts that hold records of other shards too.
     """
 
     table: pa.Table
     sources: list[Part]
     facts: dict[str, dict[str, str]]
+    shared: frozenset[str]
 
 
 def _select(parts: Sequence[Part], expected: Collection[int], name: ShardName, schema: pa.Schema) -> _Records:
-    tables, facts = [], {}
+    tables, facts, shared = [], {}, set[str]()
+    numbers = pa.array(sorted(expected), pa.int64())
     for part in parts:
         table, facts[part.data] = read_index(part.index)
+        if not pc.all(pc.is_in(table["position"], numbers), min_count=0).as_py():
+            shared.add(part.data)
         if part.positions is not None:
             table = table.filter(pc.is_in(table["position"], pa.array(part.positions, pa.int64())))
         tables.append(table.replace_schema_metadata())
@@ -222,7 +238,8 @@ def _select(parts: Sequence[Part], expected: Collection[int], name: ShardName, s
         )
     if not np.array_equal(order, np.arange(len(positions))):  # as a rule, and then nothing is copied
         merged = merged.take(pa.array(order))
-    return _Records(merged, [parts[number] for number in part_numbers[order].tolist()], facts)
+    sources = [parts[number] for number in part_numbers[order].tolist()]
+    return _Records(merged, sources, facts, frozenset(shared))
 
 
 def _whole_file(records: _Records) -> Part | None:

@@ -13,10 +13,12 @@ TEXTS: Final = {
     ),
     "units-converted": "the header's spatial unit is not mm; affine and voxel sizes are converted to mm",
     "units-unknown": "the header's spatial unit is not known; mm is assumed",
+    "labels-lost-to-crop": "--crop-foreground cut off labelled voxels of the mask; crop to the mask itself",
+    "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; give a larger one",
 }
 """A sentence for each note."""
 
-OF_VOXELS: Final = frozenset[str]()
+OF_VOXELS: Final = frozenset({"labels-lost-to-crop", "labels-lost-to-shape"})
 """Notes that no header tells, so that `check` does not name their images."""
 
 _COUNTER: Final = "note-"

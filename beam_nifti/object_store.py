@@ -30,14 +30,31 @@ SILENCE: Final = 60.0
 
 _TRANSIENT_STATUS: Final = frozenset([408, 429, 500, 502, 503, 504])
 _TRANSIENT_CODES: Final = frozenset(
-    ["RequestTimeout", "SlowDown", "Throttling", "InternalError", "ConditionalRequestConflict"]
+    [
+        *("RequestTimeout", "SlowDown", "Throttling", "InternalError", "ConditionalRequestConflict"),
+        *("rateLimitExceeded", "userRateLimitExceeded"),
+    ]
 )
-"""What S3 says of a transient error, whatever the HTTP status that it comes with."""
+"""What the stores say of a transient error, whatever the HTTP status that it comes with."""
 
 _ABSENT_CODES: Final = frozenset(
     ["NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", "NotFound", "Not Found", "notFound"]
 )
 """What the stores say where there is no object. Some say 404 of unknown users, too."""
+
+_CREDENTIALS_CODES: Final = frozenset(
+    [
+        *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestExpired"),
+        *("TokenRefreshRequired", "RequestTimeTooSkewed", "AccountProblem", "accountDisabled"),
+    ]
+)
+"""What the stores say where it is not the object that is denied, but whoever asks."""
+
+_NOT_OF_PATHS: Final = frozenset([404, 407])
+"""Of the 400s: an unknown user, as an unknown path has another code; and a proxy that asks for a password."""
+
+_NOT_ACCEPTED: Final = errno.EPROTO
+"""The client or its credentials are at fault, and not the path; another attempt fails in the same way."""
 
 PIECE_BYTES: Final = 16 << 20
 """Bytes that are sent at once. What is shorter is sent in one request."""
@@ -209,11 +226,12 @@ class Store(abc.ABC):
 
         Raises:
             FileNotFoundError: HTTP 404.
-            PermissionError: HTTP 401 or 403.
+            PermissionError: HTTP 403, access to this path is denied.
             FileExistsError: HTTP 412, a condition of the request does not hold.
             TimeoutError: it failed ATTEMPTS times.
             OSError: any other error, of which these four are kinds. Its errno says whether it may pass, as
-                `outcomes.may_pass` reads it.
+                `outcomes.may_pass` reads it. EINVAL: the store refuses the path, with another HTTP status of
+                the 400s. EPROTO: the client or its credentials are not accepted.
         """
         from apache_beam.utils.retry import with_exponential_backoff
 
@@ -244,16 +262,20 @@ class Store(abc.ABC):
             no_bucket = code == "NoSuchBucket" or "bucket does not exist" in str(error)
             reason = "No such bucket" if no_bucket else os.strerror(errno.ENOENT)
             return FileNotFoundError(errno.ENOENT, reason, path)
-        if status in (401, 403):
-            return PermissionError(errno.EACCES, f"access is denied ({said})", path)
+        if status == 401 or code in _CREDENTIALS_CODES:
+            return OSError(_NOT_ACCEPTED, f"the store does not accept the credentials ({said})", path)
         if status == 412:
             return FileExistsError(errno.EEXIST, f"another process has written it meanwhile ({said})", path)
         if self.is_transient(error):
             return TimeoutError(errno.ETIMEDOUT, f"the store failed {ATTEMPTS} times in a row ({said})", path)
+        if status == 403:
+            return PermissionError(errno.EACCES, f"access is denied ({said})", path)
         if isinstance(error, OSError) and error.errno:
             number = error.errno
+        elif status is not None and 400 <= status < 500 and status not in _NOT_OF_PATHS:
+            number = errno.EINVAL
         else:  # a client that names what may pass leaves the rest, such as a bucket's name that cannot be
-            number = errno.EINVAL if self._lost and (status or 0) < 500 else errno.EIO
+            number = _NOT_ACCEPTED if self._lost and (status or 0) < 500 else errno.EIO
         return OSError(number, f"{said}: {error}" if status else said, path)
 
     @staticmethod

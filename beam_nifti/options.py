@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from beam_nifti import __version__, options_build, options_dataset, options_manifest, storage
 from beam_nifti.config import VERSIONED
 from beam_nifti.errors import UsageError
-from beam_nifti.options_common import EXIT_CODES, add_log_format
+from beam_nifti.options_common import EXIT_CODES, add_log_format, refuse_swallowed
 from beam_nifti.terminal import write_result
 
-_PATHS = {
-    "manifest": "MANIFEST",
-    "output": "OUTPUT",
-    "folder": "DIR",
-    "out": "--out",
-    "before": "BEFORE",
-    "after": "AFTER",
-    "anonymous_ids": "--anonymous-ids",
-    "summary_json": "--summary-json",
-    "metrics_file": "--metrics-file",
-}
-"""Arguments that no command takes empty, and how its help calls them."""
+BEAM_COMMANDS = ("build", "check", "report")
+"""Commands that run a pipeline, and so take Beam's flags."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what argparse would print beside the usage of every flag."""
+    """Raises what argparse would print beside the usage of every flag, and ignores no value."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_swallowed(self)
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line.
@@ -93,12 +88,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def find_log_format(argv: Sequence[str]) -> str:
     """The `--log-format` of a command line that may be wrong elsewhere."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_log_format(parser, "text")
     try:
-        return str(parser.parse_known_args([_dashed(a) for a in argv])[0].log_format)
-    except argparse.ArgumentError:
+        return _read_log_format(argv)
+    except UsageError:
         return "text"
+
+
+def _read_log_format(argv: Sequence[str]) -> str:
+    """Both `--log-format` before the command and the one after it, of which there may be one."""
+    parser = _Parser(prog="beam-nifti", add_help=False, allow_abbrev=False)
+    add_log_format(parser, "text")
+    return str(parser.parse_known_args([dashed(a) for a in argv])[0].log_format)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -111,27 +111,93 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         Our options, and the flags that are for Beam (none but for `build`, `check` and `report`).
 
     Raises:
-        UsageError: a malformed option, or a flag that no command of ours knows, where Beam gets none.
+        UsageError: an option that is malformed, empty or given twice; or an argument that is not the
+            command's, where Beam gets none.
         SystemExit: argparse's own, after --help and --version.
     """
-    parser = make_parser()
-    known, rest = parser.parse_known_args([_dashed(a) for a in argv])
-    for name, shown in _PATHS.items():
-        if getattr(known, name, None) == "":
-            raise UsageError(f"{shown} is empty; was a variable not set?")
+    arguments = [dashed(a) for a in argv]
+    known, rest = make_parser().parse_known_args(arguments)
+    _read_log_format(argv)
     _check_monitoring(known)
-    if rest and (
-        known.command not in ("build", "check", "report") or not all(a.startswith("--") for a in rest[:1])
-    ):
-        raise UsageError(f"unknown argument {rest[0]}; see `beam-nifti {known.command} --help`")
+    if known.command in BEAM_COMMANDS:
+        _refuse_strays(arguments, rest)
+    elif rest:
+        source = getattr(known, "source", None)
+        raise UsageError(explain_unknown(rest[0], f"{known.command} {source}" if source else known.command))
     return known, [_underscored(a) for a in rest]
+
+
+def _refuse_strays(arguments: Sequence[str], rest: Sequence[str]) -> None:
+    """Refuse values that are left over and are not those of a flag of Beam's.
+
+    `--flag value MANIFEST OUTPUT` leaves `--flag OUTPUT`: argparse does not know that it has a value.
+    """
+    for before, argument in zip(("", *rest), rest, strict=False):
+        follows = any(pair == (before, argument) for pair in itertools.pairwise(arguments))
+        if argument.startswith("--") or (before.startswith("--") and "=" not in before and follows):
+            continue
+        raise UsageError(f"unknown argument {argument}; write the value of a flag of Beam's as --flag=VALUE")
+
+
+def explain_unknown(argument: str, command: str, further: Iterable[str] = ()) -> str:
+    """Why a command does not take an argument.
+
+    Args:
+        argument: that was given.
+        command: such as "manifest bids".
+        further: flags that it takes besides its own.
+    """
+    if not argument.startswith("--"):
+        return f"unknown argument {argument}; see `beam-nifti {command} --help`"
+    flag = dashed(argument.partition("=")[0])
+    known = flags_of_commands()
+    others = [name for name, flags in known.items() if flag in flags]
+    if others:
+        return f"{flag} is an option of {' and '.join(others)}, not of {command}; leave it out"
+    hint = suggest_flag(flag, [*known[command], *further]) or f"see `beam-nifti {command} --help`"
+    return f"unknown flag {flag}; {hint}"
+
+
+def flags_of_commands() -> Mapping[str, list[str]]:
+    """The flags of every command, by its name, such as "manifest bids"."""
+    return {
+        name: [f for f in parser._option_string_actions if f.startswith("--")] for name, parser in commands()
+    }
+
+
+def commands() -> Iterable[tuple[str, argparse.ArgumentParser]]:
+    """Name and parser of every command; a command with subcommands is not one itself."""
+    yield from _commands_of(make_parser(), "")
+
+
+def _commands_of(parser: argparse.ArgumentParser, name: str) -> Iterable[tuple[str, argparse.ArgumentParser]]:
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not groups:
+        yield name, parser
+    for group in groups:
+        for word, command in group.choices.items():
+            yield from _commands_of(command, f"{name} {word}".strip())
+
+
+def suggest_flag(flag: str, known: Iterable[str], cutoff: float = 0.75) -> str:
+    """The words by which a flag is suggested that was probably meant, "" for none.
+
+    Args:
+        flag: that was given.
+        known: those that there are.
+        cutoff: similarity, 0 to 1, from which on one is suggested; one that begins so always is.
+    """
+    known = [each for each in known if each != "--help"]
+    longer = [each for each in known if each.startswith(f"{flag}-")]
+    close = longer or difflib.get_close_matches(flag, known, n=1, cutoff=cutoff)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _check_monitoring(options: argparse.Namespace) -> None:
     """Refuse what would overwrite something else, or what nobody would find."""
     output = getattr(options, "output", None)
     for name, ending in (("summary_json", ".json"), ("metrics_file", ".prom")):
-        path, flag = getattr(options, name, None), _PATHS[name]
+        path, flag = getattr(options, name, None), f"--{name.replace('_', '-')}"
         if path is None:
             continue
         if not path.endswith(ending):
@@ -142,7 +208,8 @@ def _check_monitoring(options: argparse.Namespace) -> None:
             raise UsageError(f"{flag} is {path}; node_exporter reads files of its own machine: give a path")
 
 
-def _dashed(argument: str) -> str:
+def dashed(argument: str) -> str:
+    """A flag as it is documented, with - in its name; its value stays."""
     return _renamed(argument, "_", "-")
 
 
@@ -155,31 +222,3 @@ def _renamed(argument: str, old: str, new: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return f"--{name.replace(old, new)}{equals}{value}"
-
-
-def refuse_misspelled(unknown: Sequence[str], *, strict: bool) -> None:
-    """Refuse flags that are nobody's.
-
-    Args:
-        unknown: flags that neither we nor Beam's Python SDK know.
-        strict: whether there is nobody else who could know them; a cluster's job service may.
-
-    Raises:
-        UsageError: naming the flag that was probably meant.
-    """
-    ours = [o for o in _build_flags() if o.startswith("--")]
-    for argument in unknown:
-        if not argument.startswith("--"):
-            continue
-        flag = _dashed(argument.partition("=")[0])
-        close = difflib.get_close_matches(flag, ours, n=1, cutoff=0.75)
-        if close or strict:
-            hint = f"; did you mean {close[0]}?" if close else "; see `beam-nifti build --help`"
-            raise UsageError(f"unknown flag {flag}{hint}")
-
-
-def _build_flags() -> list[str]:
-    parser = argparse.ArgumentParser()
-    options_build.add_commands(parser.add_subparsers())
-    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return list(action.choices["build"]._option_string_actions)

@@ -35,6 +35,9 @@ from beam_nifti.options_common import (
 
 _Number = TypeVar("_Number", int, float)
 
+WITHOUT_EFFECT = "without effect on check"
+"""Title of the flags that `check` takes only because `build` does."""
+
 _BUILD_EXAMPLES = """\
 examples:
   beam-nifti build cohort/manifest.tsv cohort/dataset --dry-run
@@ -53,8 +56,8 @@ examples:
   beam-nifti check cohort/manifest.tsv --orientation RAS --spacing 1,1,1 --shape 192,224,192
   beam-nifti check cohort/manifest.tsv --json | jq '.problems[].example_id'
 
-Takes the flags of build that say what a record is. Reads 64 KB of each image. Exits with 1 if a build with
-these flags would leave volumes out.
+Takes every flag of build, so that a script can give both the same. Reads 64 KB of each image. The exit code
+is that of a build with these flags, as far as headers tell.
 
 """
 
@@ -75,38 +78,63 @@ def _add_build(commands: Commands) -> None:
     )
     add_output(build)
 
-    _add_columns(build)
-    _add_privacy(build)
-    _add_splits(build)
-    _add_shards(build)
-    _add_voxels(build)
+    _add_content(build)
+    order = _add_shards(build)
+    _add_shuffle_seed(order)
+    _add_compression_level(order)
+    voxels = build.add_argument_group("voxels")
+    _add_rescaling(voxels)
+    _add_voxels(voxels)
     _add_preparation(build)
-    _add_running(build)
-    add_beam(build, ": --runner=FlinkRunner --flink_master=… and so on.")
+    run = build.add_argument_group("running")
+    _add_max_bad_fraction(run)
+    _add_overwrite(run)
+    _add_recheck(run)
+    _add_dry_run(run)
+    _add_running(run)
+    _add_metrics_file(run)
+    add_beam(build, "with their values after =, as --runner=FlinkRunner --flink_master=HOST:8081")
 
 
 def _add_check(commands: Commands) -> None:
     check = add_command(
         commands,
         "check",
-        "read the headers of a manifest's images, and say what a build would make of them",
+        "read the headers of a manifest's images, and report what a build would make of them",
         _CHECK_EXAMPLES,
     )
     check.add_argument("manifest", metavar="MANIFEST", help="as for build")
-    _add_columns(check)
-    _add_voxels(check)
+    _add_content(check)
+    _add_shards(check)
+    _add_voxels(check.add_argument_group("voxels"))
     _add_preparation(check)
     run = check.add_argument_group("running")
     run.add_argument("--json", action="store_true", help="as JSON")
     run.add_argument(
         "--out",
         metavar="FILE",
-        help="write the JSON here too; on a cluster needed, and within the workers' reach",
+        help="write the JSON here too; required on a cluster, within the workers' reach",
     )
-    add_workers(run)
-    add_quiet(run)
-    add_summary(run)
+    _add_max_bad_fraction(run)
+    _add_running(run)
+    unused = check.add_argument_group(
+        WITHOUT_EFFECT,
+        "Their values are checked as build checks them, so that both can be given the same flags.",
+    )
+    _add_rescaling(unused)
+    _add_shuffle_seed(unused)
+    _add_compression_level(unused)
+    _add_overwrite(unused)
+    _add_recheck(unused)
+    _add_dry_run(unused)
+    _add_metrics_file(unused)
     add_beam(check)
+
+
+def _add_content(command: argparse.ArgumentParser) -> None:
+    _add_columns(command)
+    _add_privacy(command)
+    _add_splits(command)
 
 
 def _add_columns(command: argparse.ArgumentParser) -> None:
@@ -178,7 +206,7 @@ def _add_splits(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_shards(command: argparse.ArgumentParser) -> None:
+def _add_shards(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     shards = command.add_argument_group("shards")
     size = shards.add_mutually_exclusive_group()
     size.add_argument(
@@ -189,25 +217,30 @@ def _add_shards(command: argparse.ArgumentParser) -> None:
         "the first image's header, for shards of 128 to 256 MB",
     )
     size.add_argument("--num-shards", type=int, metavar="N", help="shards of each split")
-    shards.add_argument(
+    shards.add_argument("--compression", choices=COMPRESSIONS, default="gzip", help="default: gzip")
+    return shards
+
+
+def _add_shuffle_seed(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--shuffle-seed",
         type=int,
         metavar="N",
         help="shuffle the rows of each split, the same way everywhere; default: the manifest's order",
     )
-    shards.add_argument("--compression", choices=COMPRESSIONS, default="gzip", help="default: gzip")
-    shards.add_argument(
+
+
+def _add_compression_level(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--compression-level",
         type=int,
         choices=COMPRESSION_LEVELS,
-        default=2,
         help="igzip level; default: 2, the smallest of the four on float32 voxels",
     )
 
 
-def _add_voxels(command: argparse.ArgumentParser) -> None:
-    voxels = command.add_argument_group("voxels")
-    voxels.add_argument(
+def _add_rescaling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--rescale",
         default="minmax",
         metavar="METHOD",
@@ -216,18 +249,26 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
         "window:LO,HI: these two in the image's units, as window:-160,240 (HU), for CT; zscore: its mean, "
         "and one standard deviation above it; none: keep the image's units",
     )
-    voxels.add_argument(
+    group.add_argument(
         "--rescale-within",
         metavar="VOXELS",
         help="take range, percentiles, mean and deviation over these voxels only: nonzero; above:T, those "
         "above T in the image's units; or mask, those with a label in the mask; default: all",
     )
-    voxels.add_argument(
+    group.add_argument(
         "--clip",
         action="store_true",
         help="set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
         "with --rescale-within; default: keep them as they are",
     )
+    group.add_argument(
+        "--mask-dtype",
+        choices=MASK_DTYPES,
+        help="of the labels of masks: uint8 (default), up to 255, or uint16, up to 65535",
+    )
+
+
+def _add_voxels(voxels: argparse._ArgumentGroup) -> None:
     voxels.add_argument(
         "--voxel-dtype",
         choices=VOXEL_DTYPES,
@@ -235,11 +276,6 @@ def _add_voxels(command: argparse.ArgumentParser) -> None:
         help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
         "quarter, 256 levels of [0, 1]; native: as in the file, and rescaled by the reader, to the bits of "
         "float32",
-    )
-    voxels.add_argument(
-        "--mask-dtype",
-        choices=MASK_DTYPES,
-        help="of the labels of masks: uint8 (default), up to 255, or uint16, up to 65535",
     )
     voxels.add_argument(
         "--frames",
@@ -296,9 +332,8 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_running(command: argparse.ArgumentParser) -> None:
-    run = command.add_argument_group("running")
-    run.add_argument(
+def _add_max_bad_fraction(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--max-bad-fraction",
         type=float,
         default=0.0,
@@ -306,31 +341,50 @@ def _add_running(command: argparse.ArgumentParser) -> None:
         help="complete the dataset if at most this fraction of the volumes failed, with --frames each of all "
         "frames; default: 0",
     )
-    add_overwrite(run, "a dataset of another making")
-    run.add_argument(
+
+
+def _add_overwrite(group: argparse._ArgumentGroup) -> None:
+    add_overwrite(group, "a dataset, or discard an unfinished build, of different options or rows")
+
+
+def _add_recheck(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--recheck",
         action="store_true",
         help="make every record again, and replace the shards that differ: for files that were changed and "
         "kept their size and time; default: an image is not read again while these are the same",
     )
-    run.add_argument("--dry-run", action="store_true", help="say what would be written; write nothing")
+
+
+def _add_dry_run(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be written, kept, rebuilt and deleted; write nothing",
+    )
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
     add_workers(
-        run,
+        group,
         ". On a cluster, the least parallelism to cut the work for; default: what the engine's flags give "
         "it, else 32",
     )
-    run.add_argument(
+    group.add_argument(
         "--temp-location",
         metavar="PATH",
         help="folder or URL for what is needed only while building; default: in OUTPUT",
     )
-    add_quiet(run)
-    add_summary(run)
-    run.add_argument(
+    add_quiet(group)
+    add_summary(group)
+
+
+def _add_metrics_file(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--metrics-file",
         metavar="FILE",
         help="write the same as metrics of Prometheus, for the textfile collector of node_exporter: a local "
-        ".prom file; default: none",
+        ".prom file; not with --dry-run; default: none",
     )
 
 
@@ -340,15 +394,26 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
     Raises:
         UsageError: a value that no build can have.
     """
+    return _config(options, options.output)
+
+
+def check_config(options: argparse.Namespace) -> BuildConfig:
+    """The build that `check` looks ahead to; its output is the report, "" for none.
+
+    Raises:
+        UsageError: a value that no build can have.
+    """
+    return _config(options, options.out or "")
+
+
+def _config(options: argparse.Namespace, output: str) -> BuildConfig:
     sharding = None
     if options.examples_per_shard is not None or options.num_shards is not None:
         sharding = Sharding(options.examples_per_shard, options.num_shards)
-    # A level means nothing without compression, so it makes no difference between two datasets.
-    level = options.compression_level if options.compression == "gzip" else RecordConfig.compression_level
     return BuildConfig(
         manifest=options.manifest,
-        output=options.output,
-        record=_record_config(options, options.compression, level),
+        output=output,
+        record=_record_config(options),
         columns=_columns(options),
         sharding=sharding,
         splitting=_splitting(options),
@@ -363,22 +428,6 @@ def build_config(options: argparse.Namespace) -> BuildConfig:
     )
 
 
-def check_config(options: argparse.Namespace) -> BuildConfig:
-    """The build that `check` looks ahead to; its output is the report, "" for none.
-
-    Raises:
-        UsageError: a value that no build can have.
-    """
-    return BuildConfig(
-        manifest=options.manifest,
-        output=options.out or "",
-        record=_record_config(options),
-        columns=_columns(options),
-        allow_mixed_shapes=options.allow_mixed_shapes,
-        workers=choose_workers(options),
-    )
-
-
 def _columns(options: argparse.Namespace) -> Columns:
     return Columns(
         options.path_column,
@@ -389,16 +438,15 @@ def _columns(options: argparse.Namespace) -> Columns:
     )
 
 
-def _record_config(
-    options: argparse.Namespace,
-    compression: str = RecordConfig.compression,
-    level: int = RecordConfig.compression_level,
-) -> RecordConfig:
+def _record_config(options: argparse.Namespace) -> RecordConfig:
+    level = options.compression_level
+    if level is not None and options.compression == "none":
+        raise UsageError("--compression-level has no effect with --compression none; leave one of them out")
     return RecordConfig(
         rescale=options.rescale,
         voxel_dtype=options.voxel_dtype,
-        compression=compression,
-        compression_level=level,
+        compression=options.compression,
+        compression_level=RecordConfig.compression_level if level is None else level,
         frames=options.frames,
         clip=options.clip,
         rescale_within=options.rescale_within,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+import re
+from typing import Any, Final, TypeAlias
 
 from beam_nifti.cores import count_cores
+from beam_nifti.errors import UsageError
 from beam_nifti.logs import FORMATS as LOG_FORMATS
+
+_SECRET: Final = re.compile("secret|token|access.key|connection.string")
+"""What is in the names of flags whose values no message shows."""
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What commands are added to."""
@@ -20,6 +25,64 @@ exit codes:
      later, and a build continues
   130 stopped by Ctrl-C
 """
+
+
+class StoreOnce(argparse._StoreAction):
+    """Store a value that is not empty: of two different ones, one would be ignored."""
+
+    _first: object = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        flag: str | None = None,
+    ) -> None:
+        """Store it.
+
+        Raises:
+            UsageError: it is empty, or there is another one already.
+        """
+        _refuse_empty(self, values)
+        if flag is not None and self._first not in (None, values):
+            both = "" if _SECRET.search(flag) else f", as {self._first} and {values}"
+            raise UsageError(f"{flag} is given twice{both}; give it once")
+        self._first = values
+        super().__call__(parser, namespace, values, flag)
+
+
+class AppendFilled(argparse._AppendAction):
+    """Append a value that is not empty."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        flag: str | None = None,
+    ) -> None:
+        """Append it.
+
+        Raises:
+            UsageError: it is empty.
+        """
+        _refuse_empty(self, values)
+        super().__call__(parser, namespace, values, flag)
+
+
+def _refuse_empty(action: argparse.Action, values: Any) -> None:
+    for value in values if isinstance(values, list) else [values]:
+        if isinstance(value, str) and not value.strip():
+            name = action.option_strings[0] if action.option_strings else action.metavar
+            raise UsageError(f"{name} is empty; was a variable not set?")
+
+
+def refuse_swallowed(parser: argparse.ArgumentParser) -> None:
+    """Have a parser refuse empty values, and all but one value of an option that takes one."""
+    parser.register("action", None, StoreOnce)
+    parser.register("action", "store", StoreOnce)
+    parser.register("action", "append", AppendFilled)
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str = "") -> argparse.ArgumentParser:
@@ -79,9 +142,13 @@ def choose_workers(options: argparse.Namespace) -> int:
     return count_cores() if options.workers is None else int(options.workers)
 
 
-def add_beam(command: argparse.ArgumentParser, note: str = ", as for build.") -> None:
-    """Say that Beam's flags may be given."""
-    command.add_argument_group("Apache Beam", f"Every other flag goes to Beam{note}")
+def add_beam(command: argparse.ArgumentParser, note: str = "as for build") -> None:
+    """Document that Beam's flags may be given."""
+    command.add_argument_group(
+        "Apache Beam",
+        f"Flags of Beam's are passed on, {note}. They are not abbreviated, and those that have no effect on "
+        "the runner are refused.",
+    )
 
 
 def add_quiet(group: argparse._ActionsContainer) -> None:

@@ -177,6 +177,8 @@ class Unpacker:
     def _checked(self, action: Callable[[], Any]) -> Any:
         try:
             return action()
+        except MemoryError:  # of Arrow, too
+            raise
         except _DAMAGE as e:
             what = "truncated" if isinstance(e, EOFError) or "Truncated" in str(e) else "damaged"
             raise VolumeError(

@@ -18,11 +18,13 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import ShardError
+from beam_nifti.errors import ShardError, VolumeError
+from beam_nifti.header import require_shape
 from beam_nifti.image import stat_image
 from beam_nifti.index import IndexEntry, file_cells, make_table, read_index, row_cells, schema_of, write_index
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.sharding import ShardName
+from beam_nifti.versions import is_written_here, versions_fact
 
 BUILD_FOLDER: Final = ".build"
 """Folder, in the output, of what a build needs only until it is complete."""
@@ -106,7 +108,9 @@ class PartWriter:
         """Publish the part, then its index."""
         self._opened.__exit__(None, None, None)
         part = part_at(self._stem)
-        facts = file_facts(self._hasher.hexdigest(), self._offset) if self._hasher else {}
+        facts = versions_fact()
+        if self._hasher:
+            facts |= file_facts(self._hasher.hexdigest(), self._offset)
         write_index(part.index, make_table(self._entries, self._record, self._extra_columns), facts)
         return part
 
@@ -148,10 +152,13 @@ def finished_rows(
     record: RecordConfig,
     extra_columns: Sequence[str],
     folder: str,
-    shape: tuple[int, ...] | None = None,
+    shape: tuple[int | None, ...] | None = None,
     dtype: str | None = None,
+    *,
+    any_versions: bool = False,
+    check_images: bool = True,
 ) -> Part | None:
-    """Which of `rows` a part holds, made of the same manifest rows and of unchanged images.
+    """Which of `rows` a part holds as this build would make them.
 
     Args:
         part: of the same fingerprint as this build's.
@@ -159,20 +166,24 @@ def finished_rows(
         record: this build's.
         extra_columns: names of the manifest's further columns.
         folder: what relative image paths are relative to.
-        shape: that every record must have; None where shapes may differ.
+        shape: that every record must have; None, or None for an axis, where shapes may differ.
         dtype: that every volume must have on disk; None where dtypes may differ.
+        any_versions: whether software of other versions may have made them, as in a published dataset.
+        check_images: whether the images must be what they were when they were read.
 
     Returns:
         The part with its `positions` set; None where it holds none of them.
     """
     try:
-        table, _ = read_index(part.index, range(rows[0].position, rows[-1].position + 1))
+        table, facts = read_index(part.index, range(rows[0].position, rows[-1].position + 1))
         held = storage.stat(part.data).size
     except (FileNotFoundError, ShardError):
         return None
     if table.column_names != schema_of(record, extra_columns).names or table.num_rows == 0:
         return None
     if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
+        return None
+    if not (any_versions or is_written_here(facts)):
         return None
     now = functools.cache(_file_cells)  # frames of one image follow one another
     of_files = [name for name in table.column_names if name.startswith("source_")]
@@ -183,17 +194,26 @@ def finished_rows(
     for found in ours.select(list(compared)).to_pylist():
         row = by_position[found["position"]]
         same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
-        fits = shape in (None, tuple(found["shape"])) and dtype in (None, found["dtype"])
-        if not (same and fits):
+        if not (same and _fits(tuple(found["shape"]), shape) and dtype in (None, found["dtype"])):
             continue
-        files = now(tuple(storage.join(folder, path) for path in row.files), record)
-        if files is not None and files.items() <= found.items():
-            positions.append(row.position)
+        if check_images:
+            files = now(tuple(storage.join(folder, path) for path in row.files), record)
+            if files is None or not files.items() <= found.items():
+                continue
+        positions.append(row.position)
     return Part(part.data, part.index, tuple(positions)) if positions else None
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
+    try:
+        require_shape("", shape, wanted)
+    except VolumeError:
+        return False
+    return True
 
 
 def _file_cells(paths: Sequence[str], record: RecordConfig) -> dict[str, object] | None:
     try:
         return file_cells(list(map(stat_image, paths)), record)
-    except OSError:
+    except (OSError, VolumeError):
         return None  # loading it again says what is wrong

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from beam_nifti import storage
-from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.errors import ManifestChangedError, OutputBusyError
+from beam_nifti.build_note import require_current
+from beam_nifti.config import FORMAT_FEATURES, BuildConfig, RecordConfig, Sharding
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.errors import ManifestChangedError
+from beam_nifti.example import feature_kinds
 from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.pseudonyms import read_pseudonyms
-from beam_nifti.sharding import ShardName, order_rows, shard_ranges
+from beam_nifti.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
 from beam_nifti.strict_json import dump_json
 
 SHARD_BYTES: Final = 192 << 20
@@ -41,8 +46,6 @@ _ASSUMED_SHARE: Final = {"float16": 0.75, "bfloat16": 0.7, "uint8": 0.5}
 _RECORD_OVERHEAD: Final = 400
 """Bytes of a record that are not voxels, compressed."""
 
-_NOTE_FILE: Final = f"{BUILD_FOLDER}/plan.json"
-
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
@@ -51,7 +54,9 @@ class ShardTask:
     Attributes:
         name: its file name.
         positions: of its records in the split.
-        candidates: names of shards that may already hold some of its records; its own is the first.
+        candidates: names of shards that may already hold some of its records; its own is one of them.
+        published: the one of them that belongs to a published dataset.
+        part_indices: numbers of the shards in whose folders parts may be that hold some of its records.
         compared: name of the published shard that stays if the one that is made is the same; None where
             published records are candidates.
     """
@@ -59,6 +64,8 @@ class ShardTask:
     name: ShardName
     positions: range
     candidates: tuple[ShardName, ...]
+    published: ShardName | None = None
+    part_indices: tuple[int, ...] = ()
     compared: ShardName | None = None
 
 
@@ -68,50 +75,6 @@ class WorkUnit:
 
     task: ShardTask
     rows: tuple[VolumeRow, ...]
-
-
-@dataclass(frozen=True)
-class BuildNote:
-    """What a build says of itself in its output: to its own workers, and to the build after it.
-
-    It holds what would make the job graph large.
-
-    Attributes:
-        fingerprint: of the configuration that makes the records.
-        folder: of the manifest, as the same relative path means another image elsewhere.
-        totals: shards a split, of this build and of the unfinished ones before it.
-        identity: of this build.
-        temp_location: of this build.
-        published: names of the shards of the dataset that the output holds, which stay untouched.
-        recheck: whether it makes every record again.
-    """
-
-    fingerprint: str
-    folder: str
-    totals: Mapping[str, tuple[int, ...]]
-    identity: str = ""
-    temp_location: str | None = None
-    published: tuple[str, ...] = ()
-    recheck: bool = False
-
-    def is_of(self, fingerprint: str, folder: str, recheck: bool) -> bool:
-        """Whether a build of these can use what the one that left the note has done."""
-        return (self.fingerprint, self.folder, self.recheck) == (fingerprint, folder, recheck)
-
-    def write(self, output: str) -> None:
-        """Leave it in an output."""
-        storage.write(storage.join(output, _NOTE_FILE), dump_json(asdict(self)).encode())
-
-    @classmethod
-    def read(cls, output: str) -> BuildNote | None:
-        """The note of an unfinished build, if there is one."""
-        try:
-            facts = json.loads(storage.read(storage.join(output, _NOTE_FILE)))
-            totals = {split: tuple(counts) for split, counts in facts.pop("totals").items()}
-            return cls(**facts | {"totals": totals, "published": tuple(facts["published"])})
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            # An empty one is what a loss of power can leave, another one what another version left.
-            return None
 
 
 @dataclass(frozen=True)
@@ -132,9 +95,13 @@ class BuildPlan:
         unit_rows: rows of a work unit, at most.
         has_published: whether the output holds a dataset; `BuildNote.published` names its shards.
         reuse_published: whether records may be taken from them.
-        earlier_totals: shards a split, of unfinished builds of these or other rows in the output.
+        has_ended: whether the output holds what this build is to make, but for cleaning up.
+        versions: of the software that makes its records, where it was planned.
+        earlier: how the unfinished builds that it continues cut their rows into shards.
+        earlier_roots: folders of their parts.
         revision: of the dataset that this build makes.
         key_check: `Manifest.key_check`.
+        manifest_name: `Manifest.name`.
         num_frames: frames of the first image, where each frame of an image becomes a record; else None.
     """
 
@@ -150,9 +117,13 @@ class BuildPlan:
     unit_rows: int
     has_published: bool = False
     reuse_published: bool = True
-    earlier_totals: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    has_ended: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+    earlier: tuple[Layout, ...] = ()
+    earlier_roots: tuple[str, ...] = ()
     revision: int = 1
     key_check: str | None = None
+    manifest_name: str = ""
     num_skipped: int = 0
     num_frames: int | None = None
 
@@ -179,33 +150,63 @@ class BuildPlan:
         return parts_root(self.config.output, self.config.temp_location)
 
     @property
+    def parts_roots(self) -> tuple[str, ...]:
+        """Folders in which part files may be; those of this build are in the first."""
+        return tuple(dict.fromkeys((self.parts_root, *self.earlier_roots)))
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows are cut into shards."""
+        return Layout(self.split_sizes, self.sharding, self.num_frames or 1)
+
+    @property
     def required_shape(self) -> tuple[int | None, ...] | None:
         """Shape that every image must be loaded with; None for what may differ."""
-        record = self.config.record
-        if self.shape is None and record.channels is not None:
-            return (None, None, None, record.num_channels)
-        if self.shape is None and record.frames != "all":
-            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
-            return (None, None, None)
-        return self.shape
+        return required_shape(self.config.record, self.shape)
 
     @property
     def required_dtype(self) -> str | None:
         """Dtype that every image must have on disk; None where dtypes may differ."""
-        return self.source_dtype if self.config.record.voxel_dtype == "native" else None
+        return required_dtype(self.config.record, self.source_dtype)
 
     @property
     def identity(self) -> str:
-        """16 hex digits that differ wherever a build of another making has this output.
+        """16 hex digits that differ wherever another build that has this output writes other bytes.
 
-        Two builds of one making may overlap, as when a job outlives the command that started it and that
-        is given again; they write the same bytes.
+        Two builds of one identity may overlap, as when a job outlives the command that started it and that
+        is given again.
         """
         facts: list[Any] = [self.config.as_dataset_config(), storage.dirname(self.config.manifest)]
-        facts += [self.digest, self.shape, self.num_frames, self.source_dtype, self.revision]
+        facts += [self.digest, self.shape, self.num_frames, self.source_dtype, self.revision, self.versions]
         facts += [self.config.record.format_version, self.config.recheck]
         text = dump_json(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def describe(self) -> DatasetInfo:
+        """The dataset that is made, as far as it is known before it is: without shards."""
+        config = self.config
+        return DatasetInfo(
+            config=config.as_dataset_config() | {"fingerprint": config.record.fingerprint},
+            manifest={
+                "path": self.manifest_name,
+                "num_rows": self.num_rows,
+                "digest": self.digest,
+                "columns": list(self.column_names),
+                **({"num_skipped": self.num_skipped} if self.num_skipped else {}),
+                **({"num_frames": self.num_frames} if self.num_frames else {}),
+                **({"key_check": self.key_check} if self.key_check else {}),
+            },
+            shape=self.shape,
+            dtype=self.stored_dtype,
+            labelled=config.columns.label is not None,
+            features=feature_kinds(config.record),
+            splits={},
+            labels=config.record.labels or (),
+            revision=self.revision,
+            versions=self.versions,
+            format_version=config.record.format_version,
+            format_features=() if config.record.format_version == 1 else FORMAT_FEATURES,
+        )
 
     def shard_totals(self) -> dict[str, int]:
         """Shards of each split."""
@@ -213,7 +214,7 @@ class BuildPlan:
 
     def shard_ranges(self, split: str) -> list[range]:
         """Positions of the records of each shard of a split."""
-        return shard_ranges(self.split_sizes[split], self.sharding, self.num_frames or 1)
+        return self.layout.ranges(split)
 
     def tasks(self, split: str, published: Collection[str] = ()) -> list[ShardTask]:
         """The shards of a split.
@@ -225,8 +226,9 @@ class BuildPlan:
         ranges = self.shard_ranges(split)
         compressed = self.config.record.compression == "gzip"
         held = {(n.split, n.index): n for n in map(ShardName.parse, published) if n}
+        earlier = [layout.ranges(split) for layout in self.earlier]
         return [
-            self._task(ShardName(split, i, len(ranges), compressed), positions, published, held)
+            self._task(ShardName(split, i, len(ranges), compressed), positions, published, held, earlier)
             for i, positions in enumerate(ranges)
         ]
 
@@ -236,23 +238,27 @@ class BuildPlan:
         positions: range,
         published: Collection[str],
         held: Mapping[tuple[str, int], ShardName],
+        earlier: Sequence[Sequence[range]],
     ) -> ShardTask:
-        def named(total: int, revision: int = 0) -> ShardName:
-            return ShardName(base.split, base.index, total, base.compressed, revision)
-
         # Both have one index: a shard of the other compression takes the name as well.
         twins = {str(base), str(replace(base, compressed=not base.compressed))}
-        name = base if twins.isdisjoint(published) else named(base.total, self.revision)
-        candidates = [name]
-        found = held.get((base.split, base.index))
-        if self.reuse_published and found:
-            candidates.append(found)
-        for total in self.earlier_totals.get(base.split, ()):
-            if base.index < total:
-                earlier = (named(total), named(total, self.revision))
-                candidates += [c for c in earlier if str(c) not in published]
-        compared = found if self.config.recheck else None
-        return ShardTask(name, positions, tuple(dict.fromkeys(candidates)), compared)
+        name = base if twins.isdisjoint(published) else replace(base, revision=self.revision)
+        same_place = held.get((base.split, base.index))
+        kept = same_place if self.reuse_published else None
+        candidates, part_indices = [name, *([kept] if kept else [])], {base.index}
+        if self.has_ended:
+            candidates.reverse()  # a shard of the name may be left of the revision before
+        for ranges in earlier:
+            for index in overlapping(ranges, positions):
+                part_indices.add(index)
+                # The file of another shard of this build may be replaced before it is read.
+                if index == base.index or len(ranges) != base.total:
+                    of_index = replace(base, index=index, total=len(ranges))
+                    found = (of_index, replace(of_index, revision=self.revision))
+                    candidates += [c for c in found if str(c) not in published]
+        unique = tuple(dict.fromkeys(candidates))
+        compared = same_place if self.config.recheck and kept is None else None
+        return ShardTask(name, positions, unique, kept, tuple(sorted(part_indices)), compared)
 
     def read_units(self, manifest_path: str) -> Iterator[ShardTask | WorkUnit]:
         """Read the manifest again, where the build runs, and cut it into units.
@@ -271,7 +277,7 @@ class BuildPlan:
         # So the classes of labels, which are made of the rows alone, are the planned ones as well.
         published = self._published()
         for split in self.split_sizes:
-            yield from self._split_units(manifest, split, published)
+            yield from self.split_units(manifest, split, published)
 
     def read_tasks(self) -> Iterator[ShardTask]:
         """The shards of all splits, where the build runs or where it was started."""
@@ -284,14 +290,26 @@ class BuildPlan:
             return frozenset()
         return frozenset(require_current(self.config.output, self.identity).published)
 
-    def _split_units(
-        self, manifest: Manifest, split: str, published: Collection[str]
-    ) -> Iterator[ShardTask | WorkUnit]:
+    def row_order(self, manifest: Manifest, split: str) -> npt.NDArray[np.int64]:
+        """0-based indices of the rows of a split, in the order of their positions."""
         indices = manifest.row_numbers(split)
         seed = self.config.shuffle_seed
         if seed is not None:
             ids = manifest.ids.take(indices).to_pylist()
             indices = indices[order_rows(ids, seed)]
+        return indices
+
+    def split_units(
+        self, manifest: Manifest, split: str, published: Collection[str]
+    ) -> Iterator[ShardTask | WorkUnit]:
+        """Each shard's task, followed by its units.
+
+        Args:
+            manifest: that was planned for.
+            split: a name of `split_sizes`.
+            published: `BuildNote.published`.
+        """
+        indices = self.row_order(manifest, split)
         frames = self.num_frames or 1
         for task in self.tasks(split, published):
             yield task
@@ -315,6 +333,64 @@ class BuildPlan:
         return [range(positions.start + cut.start, positions.start + cut.stop) for cut in cuts]
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the first image of a build makes the others have in common with it.
+
+    Attributes:
+        shape: as `required_shape`.
+        dtype: as `required_dtype`.
+        num_frames: as `BuildPlan.num_frames`.
+        num_shards: of all splits.
+        splits: records of each split, if no image fails.
+    """
+
+    shape: tuple[int | None, ...] | None
+    dtype: str | None
+    num_frames: int | None
+    num_shards: int
+    splits: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class CheckPlan:
+    """What a check compares the images of a manifest with.
+
+    Attributes:
+        config: of the build, with absolute paths.
+        num_rows: of the manifest, without those that are skipped.
+        num_skipped: rows without a label that are skipped.
+        expected: of the images; None where no build would get as far as them.
+        refusal: why not; "" where one would.
+    """
+
+    config: BuildConfig
+    num_rows: int
+    num_skipped: int
+    expected: Expected | None
+    refusal: str = ""
+
+
+def required_shape(record: RecordConfig, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
+    """Shape that every image must be loaded with; None for what may differ.
+
+    Args:
+        record: the configuration.
+        shape: of the first image's record; None where shapes may differ.
+    """
+    if shape is None and record.channels is not None:
+        return (None, None, None, record.num_channels)
+    if shape is None and record.frames != "all":
+        # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
+        return (None, None, None)
+    return shape
+
+
+def required_dtype(record: RecordConfig, source_dtype: str) -> str | None:
+    """Dtype that every image must have on disk; None where dtypes may differ."""
+    return source_dtype if record.voxel_dtype == "native" else None
+
+
 def read_build_manifest(path: str, config: BuildConfig) -> Manifest:
     """The manifest of a build: with its splits, and with pseudonyms where ids are anonymous.
 
@@ -325,27 +401,6 @@ def read_build_manifest(path: str, config: BuildConfig) -> Manifest:
     key = config.anonymous_ids
     pseudonyms = read_pseudonyms(key) if key else None
     return read_manifest(path, config.columns, config.splitting, pseudonyms)
-
-
-def require_current(output: str, identity: str) -> BuildNote:
-    """The note of the build that has an output.
-
-    Args:
-        output: of the build that asks.
-        identity: of that build.
-
-    Raises:
-        OutputBusyError: the output is another build's by now. A cluster's job can outlive its launcher, whose
-            lock is gone with it.
-    """
-    note = BuildNote.read(output)
-    if note is None or note.identity != identity:
-        what = "is not being built any more" if note is None else "is being built otherwise by now"
-        raise OutputBusyError(
-            f"{output}: {what}: a build of it ended or another one was started while this one ran; this one "
-            "stops. Cancel jobs that a stopped command left behind before the next build"
-        )
-    return note
 
 
 def parts_root(output: str, temp_location: str | None) -> str:
@@ -379,6 +434,11 @@ def default_sharding(
     """
     each = num_frames * record_bytes(num_voxels, source_itemsize, record)
     return Sharding(examples_per_shard=num_frames * max(1, round(SHARD_BYTES / each)))
+
+
+def estimated_itemsize(record: RecordConfig, source_itemsize: int) -> int:
+    """Bytes of a voxel that tell how well a record compresses: computed voxels do like a float32 image."""
+    return 4 if record.spacing is not None or record.preprocess is not None else source_itemsize
 
 
 def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) -> float:

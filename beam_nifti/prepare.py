@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from beam_nifti.concealment import describe
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import VolumeError
+from beam_nifti.errors import UsageError, VolumeError, is_of_machine
 from beam_nifti.grid import UNTURNED, Grid, Shape3, axes_to, is_usable, respace, turn, turn_voxels, turn_zooms
 from beam_nifti.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.intensity import describe_rule, select_voxels
 from beam_nifti.label_map import pick_nearest
+from beam_nifti.notes import join_notes
 from beam_nifti.rescale import Scaling, Voxels
 from beam_nifti.user_function import Function, load_function
 from beam_nifti.volume import Volume
@@ -25,23 +27,32 @@ if TYPE_CHECKING:
 
 
 def prepare_volume(
-    volume: Volume, record: RecordConfig, shape: tuple[int | None, ...] | None = None
+    volume: Volume,
+    record: RecordConfig,
+    shape: tuple[int | None, ...] | None = None,
+    *,
+    release: bool = False,
 ) -> Volume:
     """Prepare a volume as a configuration says.
 
     Args:
-        volume: as loaded. Its voxels are taken over and released, so that there are never more than two
-            copies of them.
+        volume: as loaded.
         record: says what is done.
         shape: that the result must have; None accepts any.
+        release: whether to take the volume's voxels over, so that there are never more than two copies of
+            them. The volume is empty then.
 
     Raises:
         VolumeError: the volume cannot be prepared so, or not to that shape, or has then no place in a
             record.
-        UsageError: the user's function cannot be imported, or is another than the dataset's.
+        UsageError: the user's function cannot be imported, or is another than the dataset's, or it ended
+            the process.
     """
     prepared = replace(volume)
-    volume.release()
+    if release:
+        volume.release()
+    elif record.preprocess is not None:
+        prepared = replace(volume, voxels=volume.voxels.copy())  # which the function may change
     path = volume.row.path
     try:
         for step in _steps(record):
@@ -76,7 +87,8 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
     Voxels, scaling, affine and mask of the result are taken from it, voxel sizes from its affine.
 
     Args:
-        volume: that the function gets.
+        volume: that the function gets. It may change the voxels, which are used for nothing else. Of mask and
+            affine it gets copies, as frames of an image share them.
         function: from Volume to Volume.
         name: of the function, for errors.
         num_channels: images that the volume has as channels, and that the result must have; None allows any
@@ -84,13 +96,22 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
 
     Raises:
         VolumeError: it raised an exception, or returned what cannot be a volume.
+        MemoryError: it ran out of memory.
+        OSError: the disk, the network or a store failed while it ran.
+        UsageError: it ended the process.
     """
+    own = replace(
+        volume, affine=volume.affine.copy(), mask=None if volume.mask is None else volume.mask.copy()
+    )
     try:
-        made = function(volume)
+        made = function(own)
+    except SystemExit as e:
+        raise UsageError(f"--preprocess {name} called sys.exit(); let it raise an exception") from e
     except Exception as e:
-        raise VolumeError(
-            f"--preprocess {name} failed: {type(e).__name__}: {e}; repair it, or leave the image out"
-        ) from e
+        if is_of_machine(e):
+            raise
+        said = describe(e, is_anonymous=bool(volume.row.pseudonyms))
+        raise VolumeError(f"--preprocess {name} failed: {said}; repair it, or leave the image out") from e
     problem = _wrong_with(made) or _wrong_beside(made, volume.mask, num_channels)
     if problem:
         raise VolumeError(f"--preprocess {name} {problem}")
@@ -283,12 +304,20 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
     box = tuple(map(slice, starts, stops))
     voxels = np.ascontiguousarray(volume.voxels[box])
     grid = Grid.of(shape, volume.affine)
-    return replace(
+    cropped = replace(
         volume,
         voxels=voxels,
         affine=grid.part(starts, voxels.shape[:3]).affine,
         mask=None if mask is None else np.ascontiguousarray(mask[box]),
     )
+    return _noting_lost_labels(cropped, mask, "labels-lost-to-crop")
+
+
+def _noting_lost_labels(volume: Volume, mask: Voxels | None, note: str) -> Volume:
+    """A volume with a note where its mask has fewer labelled voxels than `mask`, from which it was made."""
+    if mask is None or volume.mask is None or np.count_nonzero(volume.mask) == np.count_nonzero(mask):
+        return volume
+    return replace(volume, notes=join_notes([volume.notes, [note]]))
 
 
 def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
@@ -314,12 +343,13 @@ def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
         ufunc = np.fmin if volume.scaling.slope > 0 else np.fmax
         least = ufunc.reduce(voxels, axis=(0, 1, 2) if each else None)
     starts = [start - n // 2 for start, n in zip(cut, missing, strict=True)]
-    return replace(
+    fitted = replace(
         volume,
         voxels=_fit(voxels, shape, cut, widths, least),
         affine=old.part(starts, shape).affine,
         mask=None if volume.mask is None else _fit(volume.mask, shape, cut, widths, 0),
     )
+    return _noting_lost_labels(fitted, volume.mask, "labels-lost-to-shape")
 
 
 def _fit(

@@ -50,6 +50,11 @@ class Pseudonyms:
         """
         return self._hash(name, kind, _DIGEST_BYTES) if name else ""
 
+    def of_path(self, path: str) -> str:
+        """What stands for a path: its folder and its name each have a pseudonym."""
+        folder, _, name = path.rpartition("/")
+        return f"{self.of(folder, 'path')}/{self.of(name, 'path')}"
+
     def of_column(self, column: pa.ChunkedArray, kind: str) -> pa.Array:
         """What stands for the names of a column."""
         names = column.combine_chunks().dictionary_encode()

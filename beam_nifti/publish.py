@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from typing import Final
 
 from beam_nifti import storage
-from beam_nifti.config import FORMAT_FEATURES, VERSIONED
 from beam_nifti.dataset_info import (
     FAILURES_FILE,
     FILE_NAME,
@@ -21,13 +19,20 @@ from beam_nifti.dataset_info import (
     read_info,
 )
 from beam_nifti.errors import BeamNiftiError, PartsChangedError
-from beam_nifti.example import feature_kinds
-from beam_nifti.failures import Failure, write_failures
+from beam_nifti.failures import (
+    Failure,
+    FailureGroup,
+    accepting_fraction,
+    format_groups,
+    group_failures,
+    write_failures,
+)
 from beam_nifti.metrics import Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 from beam_nifti.strict_json import dump_json
+from beam_nifti.versions import all_versions
 
 _INDEX: Final = "index"
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
@@ -45,6 +50,7 @@ class BuildSummary:
         complete: whether the dataset was published.
         failures_path: of the list of the volumes left out; "" where there are none.
         failures: volumes left out, by step and then by the class of the error.
+        reasons: of the most frequent failures.
     """
 
     num_written: int
@@ -54,6 +60,7 @@ class BuildSummary:
     complete: bool
     failures_path: str = ""
     failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    reasons: tuple[FailureGroup, ...] = ()
 
 
 class TooManyFailures(BeamNiftiError):
@@ -69,9 +76,11 @@ class TooManyFailures(BeamNiftiError):
         self.summary, self.metrics = summary, metrics or Metrics()
 
     def __str__(self) -> str:
-        """How many failed of how many."""
+        """How many failed of how many, why, and what would accept them."""
         failed, total = self.summary.num_failed, self.summary.num_failed + self.summary.num_written
-        return f"{failed} of {total} volumes failed, more than --max-bad-fraction allows"
+        head = f"{failed} of {total} volumes failed, more than --max-bad-fraction allows"
+        accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
+        return "\n  ".join([f"{head}:", *format_groups(self.summary.reasons, failed), accept])
 
 
 def find_info(output: str) -> DatasetInfo | None:
@@ -145,36 +154,20 @@ def publish_dataset(
         complete=complete,
         failures_path=failures_path,
         failures=_count_failures(failures),
+        reasons=tuple(group_failures(failures)),
     )
     _write_summary(config.output, summary)
     if not summary.complete:
         return summary
-    info = DatasetInfo(
-        config=config.as_dataset_config() | {"fingerprint": config.record.fingerprint},
-        manifest={
-            "path": config.manifest,
-            "num_rows": plan.num_rows,
-            "digest": plan.digest,
-            "columns": list(plan.column_names),
-            **({"num_skipped": plan.num_skipped} if plan.num_skipped else {}),
-            **({"num_frames": plan.num_frames} if plan.num_frames else {}),
-            **({"key_check": plan.key_check} if plan.key_check else {}),
-        },
-        shape=plan.shape,
-        dtype=plan.stored_dtype,
-        labelled=config.columns.label is not None,
-        features=feature_kinds(config.record),
+    info = replace(
+        plan.describe(),
         splits={
             split: SplitInfo(tuple(by_place[place] for place in places)) for split, places in splits.items()
         },
-        labels=config.record.labels or (),
         num_failures=num_failed,
         failures=failures_path.rpartition("/")[2] or None,
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
-        revision=plan.revision,
-        versions={name: metadata.version(name) for name in ("beam-nifti", *VERSIONED)},
-        format_version=config.record.format_version,
-        format_features=() if config.record.format_version == 1 else FORMAT_FEATURES,
+        versions=all_versions(),
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
         storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())
@@ -220,9 +213,13 @@ def take_summary(output: str) -> BuildSummary | None:
     """How the last build in this output ended, if it got that far; forgets it."""
     path = storage.join(output, _SUMMARY_FILE)
     try:
-        summary = BuildSummary(**json.loads(storage.read(path)))
+        facts = json.loads(storage.read(path))
     except FileNotFoundError:
         return None
+    reasons = tuple(
+        FailureGroup(**{**group, "examples": tuple(group["examples"])}) for group in facts.get("reasons", ())
+    )
+    summary = BuildSummary(**{**facts, "reasons": reasons})
     storage.delete(path)
     return summary
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from beam_nifti.concealment import concealing
 from beam_nifti.config import Columns, LabelColumn, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError, VolumeError
@@ -33,6 +34,7 @@ from beam_nifti.labels import LabelValue, label_of, number_of
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.rescale import Ends, Intensity, Scaling
+from beam_nifti.rounding import differ_in_rounding
 from beam_nifti.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
@@ -282,8 +284,17 @@ def _native_range(ends: npt.NDArray[Any], features: Mapping[str, _Feature]) -> n
     return np.sort(scaling_of(features).apply(ends))
 
 
+class RoundingNote(str):
+    """A remark that a record differs in rounding from what this software makes. It is no problem."""
+
+
 def check_source(
-    payload: bytes, cells: Mapping[str, Any], row: VolumeRow, folder: str, config: RecordConfig
+    payload: bytes,
+    cells: Mapping[str, Any],
+    row: VolumeRow,
+    folder: str,
+    config: RecordConfig,
+    versions: str = "",
 ) -> Iterator[str]:
     """Make a record again from its image and find where it differs.
 
@@ -293,12 +304,19 @@ def check_source(
         row: the record's row of the manifest.
         folder: what relative image paths are relative to.
         config: that the record was made with.
+        versions: how those of the software that made it differ from the ones here, in words; then a
+            difference in rounding is a RoundingNote.
+
+    Raises:
+        OSError: the disk, the network or a store failed, which says nothing about the record.
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
     if config.frames == "each":
         config = replace(config, frames=str(cells["frame"]))
     try:
-        volume = rescale_volume(prepare_volume(load_volume(row, folder, record=config), config), config)
+        with concealing(row, folder):
+            volume = load_volume(row, folder, record=config)
+            volume = rescale_volume(prepare_volume(volume, config, release=True), config)
     except VolumeError as e:
         yield f"cannot be made again: {e}"
         return
@@ -306,6 +324,9 @@ def check_source(
     if again != payload:
         stored, made = decode_example(payload), decode_example(again)
         names = sorted(n for n in stored.keys() | made.keys() if not _same(stored, made, n))
+        if versions and differ_in_rounding(stored, made, names):
+            yield RoundingNote(f"{', '.join(names)} differs in rounding; it was made with {versions}")
+            return
         files = file_cells(volume.source.files, config)
         changes = [f"{n} was {cells[n]}, now {now}" for n, now in files.items() if cells[n] != now]
         reason = (
@@ -313,7 +334,8 @@ def check_source(
             if changes
             else f"its files have the sizes and times that they had; {_REMAKE}"
         )
-        yield f"{row.path} gives another {', '.join(names)} than is stored; {reason}"
+        by = f"it was made with {versions}; " if versions else ""
+        yield f"{row.source} gives another {', '.join(names)} than is stored; {by}{reason}"
         return
     for number, now in enumerate(volume.intensities):
         image = f"channel {config.channels[number]}" if config.channels else "its image"

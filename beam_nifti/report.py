@@ -22,7 +22,7 @@ from beam_nifti import storage
 from beam_nifti.appearance import look_at_record
 from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.local_runner import whole_elements
+from beam_nifti.local_runner import send_whole_elements
 from beam_nifti.memory import keep_buffers
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.progress import METER
@@ -35,6 +35,8 @@ from beam_nifti.tfrecord import decode_record
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
+
+send_whole_elements()
 
 
 def _cut_shards(output: str) -> Iterable[tuple[int, str, ShardInfo]]:
@@ -129,8 +131,7 @@ def write_report(
     failures = read_failures(output, info)
     folder = f"{out}.{uuid.uuid4().hex}.tmp"
     try:
-        with whole_elements():
-            _look_at_shards(output, spec, folder, options)
+        _look_at_shards(output, spec, folder, options)
         summary = summarize(folder, num_pictures)
     finally:
         storage.delete_tree(folder)

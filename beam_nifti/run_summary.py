@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -48,6 +48,7 @@ class RunSummary:
         num_kept: those of them that an earlier run had made.
         num_failed: volumes that are no records.
         failures: volumes that failed, by step and then by the class of the error.
+        failure_reasons: the most frequent ones, each with its step, class, message, count and first images.
         failures_path: of their list.
         num_shards: of all splits.
         num_bytes: of the shards.
@@ -75,6 +76,7 @@ class RunSummary:
     num_kept: int | None = None
     num_failed: int | None = None
     failures: Mapping[str, Mapping[str, int]] | None = None
+    failure_reasons: Sequence[Mapping[str, Any]] | None = None
     failures_path: str | None = None
     num_shards: int | None = None
     num_bytes: int | None = None

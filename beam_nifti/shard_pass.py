@@ -17,6 +17,7 @@ from beam_nifti.errors import ShardError
 from beam_nifti.index import mask_labels, read_index
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.table_checks import check_index, check_places, index_rows, no_rows
+from beam_nifti.versions import versions_in
 
 _READ_BYTES: Final = 1 << 22
 _BATCH_ROWS: Final = 256
@@ -56,6 +57,7 @@ class ShardPass:
     Attributes:
         rows: id, labels and split of its records, once it was read.
         mask_labels: those of their masks.
+        versions: of the software that wrote them, as its index names them.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ShardPass:
         self._records = self._read()
         self.rows = no_rows(record)
         self.mask_labels = set[int]()
+        self.versions: list[dict[str, str]] = []
 
     def take(self) -> StoredRecord | None:
         """The next record; None when there is no more."""
@@ -105,6 +108,7 @@ class ShardPass:
                 self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
             table, facts = read_index(path)
             table.validate(full=True)  # Parquet's text is not checked when it is read
+            self.versions = versions_in(facts)
             problems = list(check_index(table, facts, shard, self._record))
         except FileNotFoundError:
             problems = ["is missing"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from beam_nifti.config import SPLIT_PATTERN, Sharding
@@ -94,6 +95,36 @@ def shard_ranges(num_rows: int, sharding: Sharding, num_frames: int = 1) -> list
         total = min(sharding.num_shards, num_rows)
         images = [range(s * num_rows // total, (s + 1) * num_rows // total) for s in range(total)]
     return [range(r.start * num_frames, r.stop * num_frames) for r in images]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a dataset are cut into shards.
+
+    Attributes:
+        split_sizes: rows of each split.
+        sharding: how each is cut.
+        num_frames: records of a row.
+    """
+
+    split_sizes: Mapping[str, int]
+    sharding: Sharding
+    num_frames: int = 1
+
+    def ranges(self, split: str) -> list[range]:
+        """Positions of the records of each shard of a split; none where it has no such split."""
+        size = self.split_sizes.get(split, 0)
+        return shard_ranges(size, self.sharding, self.num_frames) if size else []
+
+
+def overlapping(ranges: Sequence[range], positions: range) -> range:
+    """Which of some consecutive ranges have a position in common with another one.
+
+    >>> overlapping([range(0, 4), range(4, 8), range(8, 9)], range(3, 8))
+    range(0, 2)
+    """
+    first = bisect.bisect_right(ranges, positions.start, key=lambda r: r.stop)
+    return range(first, max(first, bisect.bisect_left(ranges, positions.stop, key=lambda r: r.start)))
 
 
 def order_rows(ids: Sequence[str], seed: int | None) -> list[int]:

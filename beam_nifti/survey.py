@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from beam_nifti import storage
+from beam_nifti.advice import ImageKind, suggest_flags
+from beam_nifti.concealment import concealing
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.grid import orientation_of
-from beam_nifti.header import require_storable
-from beam_nifti.image import image_files
+from beam_nifti.header import RecordLayout, VolumeHeader, require_frames, require_storable
+from beam_nifti.image import image_files, reading
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.notes import TEXTS
-from beam_nifti.plan import SHARD_BYTES, record_bytes, stored_itemsize
-from beam_nifti.volume import load_header
+from beam_nifti.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
+from beam_nifti.volume import load_first_header, load_header
 from beam_nifti.wording import format_rows, size_text
 
 MAX_PROBLEMS: Final = 1000
@@ -36,10 +38,18 @@ _COPIES: Final = 2
 _SHOWN: Final = 5
 """Lines of a kind that a table shows."""
 
+_FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
+    "shapes": lambda kind: size_text(kind.shape),
+    "spacings": lambda kind: size_text(kind.zooms),
+    "orientations": lambda kind: kind.orientation,
+    "dtypes": lambda kind: kind.dtype_name,
+}
+"""What a report counts of the kinds of images, such as "91×109×91", "2×2×2", "RAS" and "int16"."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageProblem:
-    """An image that the build would leave out.
+    """An image that the build would skip.
 
     Attributes:
         row: of the manifest, from 1.
@@ -76,15 +86,13 @@ class Survey:
 
     Attributes:
         num_images: looked at.
-        num_bad: that the build would leave out, as far as headers tell.
+        num_bad: that the build would skip, as far as headers tell.
         problems: of the first MAX_PROBLEMS of those, by row.
-        shapes: on disk, such as "91×109×91".
-        spacings: voxel sizes, such as "2×2×2", to a thousandth.
-        orientations: such as "RAS".
-        dtypes: on disk.
-        records: shapes of the records; "?" where headers cannot tell.
-        frames: numbers of them an image, where each becomes a record.
-        num_examples: records of the images that are not left out.
+        kinds: of the first images of examples, on disk; also of those that the build would skip.
+        records: shapes of the records; "?" where headers cannot tell; also of images that the build would
+            skip for being unlike the first one.
+        frames: numbers of them an image, where each becomes a record; of the same images.
+        num_examples: records of the images that are not skipped.
         source_bytes: of the files.
         record_bytes: that the records are expected to take in shards.
         largest_bytes: of the voxels of the largest volume, on disk or stored, uncompressed.
@@ -94,10 +102,7 @@ class Survey:
     num_images: int = 0
     num_bad: int = 0
     problems: list[ImageProblem] = field(default_factory=list)
-    shapes: Counter[str] = field(default_factory=Counter)
-    spacings: Counter[str] = field(default_factory=Counter)
-    orientations: Counter[str] = field(default_factory=Counter)
-    dtypes: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[ImageKind] = field(default_factory=Counter)
     records: Counter[str] = field(default_factory=Counter)
     frames: Counter[str] = field(default_factory=Counter)
     num_examples: int = 0
@@ -112,7 +117,7 @@ class Survey:
         self.num_bad += other.num_bad
         self.problems = sorted([*self.problems, *other.problems], key=lambda p: p.row)[:MAX_PROBLEMS]
         self.num_examples += other.num_examples
-        for name in ("shapes", "spacings", "orientations", "dtypes", "records", "frames"):
+        for name in ("kinds", "records", "frames"):
             getattr(self, name).update(getattr(other, name))
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
@@ -121,108 +126,94 @@ class Survey:
             self.notes.setdefault(note, Noted()).add(noted)
 
 
-def look_at(row: VolumeRow, folder: str, record: RecordConfig) -> tuple[Survey, str | None]:
+def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
     """Look at one example: the first 64 KB of each of its files.
 
     Args:
         row: names them.
         folder: what a relative path is relative to.
-        record: configuration of the records that a build would make.
+        plan: of the build that its image would be part of.
 
     Returns:
         Its survey, of the first image where there are several; and what it shares with copies of it, None if
         it cannot be read.
+
+    Raises:
+        OSError: the disk, the network or a store failed, which says nothing about the image.
     """
-    found = Survey(num_images=1)
+    found, record = Survey(num_images=1), plan.config.record
+    header = None
     try:
-        # Frames that are not asked for are counted before they are refused.
-        header = load_header(row, folder, replace(record, frames=record.frames or "all"))
-        examined = [image_files(storage.join(folder, path)) for path in row.files]
-        size = sum(storage.stat(file).size for files in examined for file in files)
-        # The files of the voxels: headers of pairs are often alike.
-        heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
-    except (OSError, VolumeError) as e:
-        return _refused(found, row, str(e)), None
-    found.notes = {note: Noted(1, [(row.row, row.example_id)]) for note in header.notes}
-    found.shapes[size_text(header.shape)] = 1
-    found.spacings[size_text(round(zoom, 3) for zoom in header.zooms)] = 1
-    found.orientations[orientation_of(header.affine)] = 1
-    found.dtypes[header.dtype_name] = 1
-    found.source_bytes = size
-    twin = f"{size}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
-    try:
-        layout = require_storable(row.path, header, record)
+        with concealing(row, folder):
+            header = _require_usable(row, folder, plan)
     except VolumeError as e:
-        return _refused(found, row, str(e)), twin
-    shape = layout.stored_shape
-    found.records["?" if shape is None else size_text(shape)] = 1
-    voxels = math.prod(shape or layout.shape)
-    itemsize = layout.dtype.itemsize
-    found.num_examples = 1
-    if layout.frame == "each":
-        found.num_examples = header.num_frames
-        found.frames[str(header.num_frames)] = 1
-    found.record_bytes = found.num_examples * record_bytes(voxels, itemsize, record)
-    on_disk = header.num_bytes * record.num_channels
-    found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), on_disk)
+        found.num_bad, found.problems = 1, [ImageProblem(row.row, row.example_id, str(e))]
+    try:
+        with concealing(row, folder), reading(row.path):
+            # What is in the way of the others counts too.
+            header = header or load_first_header(row, folder)
+            examined = [image_files(storage.join(folder, path)) for path in row.files]
+            found.source_bytes = sum(storage.stat(file).size for files in examined for file in files)
+            # The files of the voxels: headers of pairs are often alike.
+            heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
+    except VolumeError:
+        if found.num_bad:
+            return found, None
+        raise
+    twin = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
+    found.notes = {note: Noted(1, [(row.row, row.example_id)]) for note in header.notes}
+    found.kinds[ImageKind.of(header)] = 1
+    with contextlib.suppress(VolumeError):
+        layout = require_storable(row.path, header, record)
+        _count_records(found, header, layout, record)
     return found, twin
 
 
-def _refused(found: Survey, row: VolumeRow, message: str) -> Survey:
-    found.num_bad = 1
-    found.problems = [ImageProblem(row.row, row.example_id, message)]
-    return found
+def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeader:
+    """Refuse an image that the build would refuse by its header."""
+    record, expected = plan.config.record, plan.expected
+    if expected is None:
+        return load_header(row, folder, record)
+    header = load_header(row, folder, record, expected.shape, expected.dtype)
+    if record.frames == "each":
+        require_frames(row.path, header, expected.num_frames)
+    return header
 
 
-def suggest_flags(survey: Survey, record: RecordConfig) -> list[str]:
-    """Flags of `build` that would make the records of a cohort alike: its most frequent kinds.
-
-    Args:
-        survey: of all its images.
-        record: the configuration that the survey was made with.
-    """
-    flags = []
-    depths = {shape.split("×", 3)[3] if shape.count("×") > 2 else "1" for shape in survey.shapes}
-    if record.frames in (None, "all") and len(depths) > 1:
-        flags.append("--frames first")  # that is the same of each, however many it has
-    elif record.frames is None and depths - {"1"}:
-        flags.append("--frames all")
-    if record.orientation is None and len(survey.orientations) > 1:
-        flags.append(f"--orientation {_most_frequent(survey.orientations)}")
-    if record.spacing is None and len(survey.spacings) > 1:
-        flags.append(f"--spacing {_most_frequent(survey.spacings)}")
-    grids = Counter[str]()
-    for shape, count in (survey.shapes if "?" in survey.records else survey.records).items():
-        grids["×".join(shape.split("×")[:3])] += count
-    is_unlike = len(survey.records) > 1 and (len(grids) > 1 or "?" in survey.records)
-    if record.shape is None and is_unlike:
-        flags.append(f"--shape {_most_frequent(grids)}")
-    return flags
+def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, record: RecordConfig) -> None:
+    """Count what an image becomes; that the others are unlike it does not matter here."""
+    shape, itemsize = layout.stored_shape, layout.dtype.itemsize
+    voxels = math.prod(shape or layout.shape)
+    found.records["?" if shape is None else size_text(shape)] = 1
+    if layout.frame == "each":
+        found.frames[str(header.num_frames)] = 1
+    if found.num_bad:
+        return
+    found.num_examples = header.num_frames if layout.frame == "each" else 1
+    each = record_bytes(voxels, estimated_itemsize(record, itemsize), record)
+    found.record_bytes = found.num_examples * each
+    on_disk = header.num_bytes * record.num_channels
+    found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), on_disk)
 
 
-def _most_frequent(counter: Counter[str]) -> str:
-    return counter.most_common(1)[0][0].replace("×", ",")
-
-
-def make_report(
-    survey: Survey, twins: Sequence[Sequence[str]], record: RecordConfig, manifest: str
-) -> dict[str, Any]:
-    """What `beam-nifti check` says, as JSON.
+def make_report(survey: Survey, twins: Sequence[Sequence[str]], plan: CheckPlan) -> dict[str, Any]:
+    """What `beam-nifti check` reports, as JSON.
 
     Args:
         survey: of all images.
         twins: ids of images that are probably one, in groups.
-        record: the configuration that the survey was made with.
-        manifest: its path.
+        plan: that the survey was made with.
     """
     facts = {
         name: dict(value.most_common()) if isinstance(value, Counter) else value
         for name, value in vars(survey).items()
+        if name != "kinds"
     }
-    num_shards = math.ceil(survey.record_bytes / SHARD_BYTES)
+    is_built = plan.expected is not None
     return {
-        "manifest": manifest,
+        "manifest": plan.config.manifest,
         **facts,
+        **{name: dict(_count(survey.kinds, name).most_common()) for name in _FACTS},
         "problems": [asdict(problem) for problem in survey.problems],
         "notes": {
             note: {
@@ -233,25 +224,34 @@ def make_report(
             for note, text in TEXTS.items()
             if note in survey.notes
         },
-        "record_bytes": round(survey.record_bytes),
-        "num_shards": num_shards,
+        "num_examples": survey.num_examples if is_built else 0,
+        "record_bytes": round(survey.record_bytes) if is_built else 0,
+        "num_shards": plan.expected.num_shards if plan.expected else 0,
+        "splits": plan.expected.splits if plan.expected else {},
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [list(group) for group in twins],
-        "suggested_flags": suggest_flags(survey, record),
+        "suggested_flags": suggest_flags(survey.kinds, plan.config.record),
     }
 
 
-def format_report(report: Mapping[str, Any], *, is_mixed: bool) -> str:
+def _count(kinds: Counter[ImageKind], name: str) -> Counter[str]:
+    """Images by one of the _FACTS of their kinds."""
+    counts = Counter[str]()
+    for kind, count in kinds.items():
+        counts[_FACTS[name](kind)] += count
+    return counts
+
+
+def format_report(report: Mapping[str, Any]) -> str:
     """A report as text for the screen.
 
     Args:
         report: of `make_report`.
-        is_mixed: whether a build would leave out images for being unlike the first one.
     """
-    return format_rows(_report_rows(report, is_mixed), 14)
+    return format_rows(_report_rows(report), 14)
 
 
-def _report_rows(r: Mapping[str, Any], is_mixed: bool) -> Iterator[tuple[str, str]]:
+def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "images", f"{r['num_images']:,} in {r['source_bytes'] / 1e6:,.1f} MB: {r['manifest']}"
     for title, name in (
         ("shapes", "shapes"),
@@ -262,10 +262,10 @@ def _report_rows(r: Mapping[str, Any], is_mixed: bool) -> Iterator[tuple[str, st
         ("frames", "frames"),
     ):
         yield from _listed(title, [f"{kind}: {count:,}" for kind, count in r[name].items()])
-    if is_mixed:
-        yield "", "a build leaves out those that are unlike the first image"
+    if "?" in r["records"]:
+        yield "", "?: headers do not tell the shape after --preprocess or --crop-foreground"
     bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]
-    yield from _listed("left out", bad, r["num_bad"])
+    yield from _listed("would fail", bad, r["num_bad"])
     for noted in r["notes"].values():
         yield (
             "warning",
@@ -276,9 +276,11 @@ def _report_rows(r: Mapping[str, Any], is_mixed: bool) -> Iterator[tuple[str, st
     yield from _listed("same twice?", [" = ".join(group) for group in r["twins"]])
     shards = f"{r['num_shards']:,} shard{'s' * (r['num_shards'] != 1)}"
     yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
+    if len(r["splits"]) > 1:
+        yield "splits", ", ".join(f"{name} {count:,}" for name, count in r["splits"].items())
     yield "memory", f"about {r['worker_bytes'] / 1e9:.1f} GB for a worker of one thread"
     if r["suggested_flags"]:
-        yield "to make alike", " ".join(["add", *r["suggested_flags"]])
+        yield "to make alike", " ".join(["use", *r["suggested_flags"]])
 
 
 def _listed(title: str, lines: Sequence[str], total: int | None = None) -> Iterator[tuple[str, str]]:

@@ -29,31 +29,31 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_nifti import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti import lock, storage
+from beam_nifti.build_note import require_current
+from beam_nifti.concealment import concealing
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
+from beam_nifti.errors import VolumeError
 from beam_nifti.example import encode_volume
 from beam_nifti.failures import Failure
 from beam_nifti.index import IndexEntry, mask_labels, read_index
+from beam_nifti.local_runner import send_whole_elements
 from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
 from beam_nifti.merge import keep_if_same, merge_parts
 from beam_nifti.notes import counter_name
-from beam_nifti.parts import (
-    Part,
-    PartWriter,
-    find_parts,
-    find_shard,
-    finished_rows,
-    parts_folder,
-)
-from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit, require_current
+from beam_nifti.parts import Part, PartWriter, parts_folder
+from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.prepare import prepare_volume
 from beam_nifti.progress import METER
 from beam_nifti.publish import BuildSummary, TooManyFailures, publish_dataset
+from beam_nifti.resume import find_finished
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import encode_pieces
 from beam_nifti.user_function import load_function
 from beam_nifti.volume import Volume, load_frames, load_volume, rescale_volume
+
+send_whole_elements()
 
 FAILURES: Final = "failures"
 FINISHED: Final = "finished"
@@ -98,35 +98,14 @@ class SkipFinished(beam.DoFn):
 
     def process(self, unit: WorkUnit) -> Iterable[Any]:
         """Yield what is left of the unit; and (shard, Part) for what is not."""
-        missing = [record for row in unit.rows for record in row.records()]
-        for part in self._candidates(unit):
-            found = self._finished(part, missing)
-            if found is not None:
-                done = set(found.positions or ())
-                missing = [record for record in missing if record.position not in done]
-                self._skipped.inc(len(done))
-                METER.add(kept=len(done))
-                yield TaggedOutput(FINISHED, (str(unit.task.name), found))
-            if not missing:
-                return
-        yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
-
-    def _candidates(self, unit: WorkUnit) -> Iterator[Part]:
-        task, config = unit.task, self._plan.config
-        fingerprint = config.record.fingerprint
-        for name in task.candidates:
-            shard = find_shard(config.output, name, fingerprint)
-            if shard is not None:
-                yield shard
-        folder = parts_folder(self._plan.parts_root, fingerprint, task.name.split, task.name.index)
-        yield from find_parts(folder, range(unit.rows[0].position, unit.rows[-1].positions[-1] + 1))
-
-    def _finished(self, part: Part, rows: list[VolumeRow]) -> Part | None:
-        folder = storage.dirname(self._plan.config.manifest)
-        plan = self._plan
-        return finished_rows(
-            part, rows, plan.config.record, plan.extra_columns, folder, plan.shape, plan.required_dtype
-        )
+        found, missing = find_finished(self._plan, unit)
+        for part in (f.part for f in found):
+            num_records = len(part.positions or ())
+            self._skipped.inc(num_records)
+            METER.add(kept=num_records)
+            yield TaggedOutput(FINISHED, (str(unit.task.name), part))
+        if missing:
+            yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
 
 
 def _still_missing(rows: Iterable[VolumeRow], missing: Iterable[VolumeRow]) -> Iterator[VolumeRow]:
@@ -186,10 +165,13 @@ class Prepare(beam.DoFn):
     Args:
         config: says what.
         shape: that every record must have; None, or None for an axis, where shapes may differ.
+        release: whether no other step gets its volumes, so that it may empty them to save memory.
     """
 
-    def __init__(self, config: RecordConfig, shape: tuple[int | None, ...] | None = None) -> None:
-        self._config, self._shape = config, shape
+    def __init__(
+        self, config: RecordConfig, shape: tuple[int | None, ...] | None = None, *, release: bool = False
+    ) -> None:
+        self._config, self._shape, self._release = config, shape, release
         self._msec = Metrics.distribution(type(self), "prepare-msec")
 
     def setup(self) -> None:
@@ -200,7 +182,7 @@ class Prepare(beam.DoFn):
     def process(self, volume: Volume) -> Iterable[Volume]:
         """Yield the prepared volume."""
         with _timed(self._msec):
-            prepared = prepare_volume(volume, self._config, self._shape)
+            prepared = prepare_volume(volume, self._config, self._shape, release=self._release)
         yield prepared
 
 
@@ -236,26 +218,32 @@ class EncodeExample(beam.DoFn):
 
 
 class _DeadLetters(beam.DoFn):
-    """Run a step; what it raises becomes (shard, Failure) on the output FAILURES.
+    """Run a step; a VolumeError that it raises becomes (shard, Failure) on the output FAILURES.
 
-    Beam's `with_exception_handling` would put the element itself, voxels and all, on that output.
+    Every other error leaves it: the runner tries again, or the build stops. Beam's
+    `with_exception_handling` would put the element itself, voxels and all, on that output.
     Only for volumes that no other step takes: they are released once this one is done with them. A step may
     make further results as they are asked for, of which none may fail.
+
+    Args:
+        step: that is run.
+        folder: what the rows' paths are relative to.
     """
 
-    def __init__(self, step: beam.DoFn) -> None:
-        self._step = step
+    def __init__(self, step: beam.DoFn, folder: str) -> None:
+        self._step, self._folder = step, folder
         self._failed = Metrics.counter(type(step), "volumes-failed")
 
     def setup(self) -> None:
         self._step.setup()
 
     def process(self, element: VolumeRow | Volume) -> Iterable[Any]:
+        row = element if isinstance(element, VolumeRow) else element.row
         results = iter(self._step.process(element))
         try:
-            first = next(results)
-        except Exception as e:
-            row = element if isinstance(element, VolumeRow) else element.row
+            with concealing(row, self._folder):
+                first = next(results)
+        except VolumeError as e:
             self._failed.inc(len(row.positions))
             METER.add(failed=len(row.positions))
             failure = Failure(row, type(self._step).__name__, type(e).__name__, str(e))
@@ -265,11 +253,21 @@ class _DeadLetters(beam.DoFn):
                 element.release()
             yield first
             del first  # frames are many, and this one is done with
-            yield from results
+            yield from self._further(results, row)
+
+    def _further(self, results: Iterator[Any], row: VolumeRow) -> Iterator[Any]:
+        done = object()
+        while True:
+            with concealing(row, self._folder):
+                result = next(results, done)
+            if result is done:
+                return
+            yield result
+            del result
 
 
-def _guarded(step: beam.DoFn, output: Any) -> Any:
-    pardo = beam.ParDo(_DeadLetters(step))
+def _guarded(step: beam.DoFn, output: Any, folder: str) -> Any:
+    pardo = beam.ParDo(_DeadLetters(step, folder))
     typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure]})
     return typed.with_outputs(FAILURES, main="main")
 
@@ -483,17 +481,17 @@ class BuildDataset(beam.PTransform[Any, Any]):
         loaded = (
             units.units
             | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
-            | "LoadVolume" >> _guarded(loading, Volume)  # Volume
+            | "LoadVolume" >> _guarded(loading, Volume, folder)  # Volume
         )
         steps, volumes = [loaded], loaded.main
         if config.record.prepares:
             prepared = volumes | "Prepare" >> _guarded(
-                Prepare(config.record, plan.required_shape), Volume
+                Prepare(config.record, plan.required_shape, release=True), Volume, folder
             )  # Volume
             steps, volumes = [loaded, prepared], prepared.main
-        rescaled = volumes | "Rescale" >> _guarded(Rescale(config.record), Volume)  # Volume
+        rescaled = volumes | "Rescale" >> _guarded(Rescale(config.record), Volume, folder)  # Volume
         encoded = rescaled.main | "EncodeExample" >> _guarded(
-            EncodeExample(), tuple[IndexEntry, bytes]
+            EncodeExample(), tuple[IndexEntry, bytes], folder
         )  # (IndexEntry, Example bytes)
         outcomes = (
             (manifest[SHARDS], units[FINISHED], *(s[FAILURES] for s in (*steps, rescaled, encoded)))

@@ -54,6 +54,11 @@ def _find(name: str) -> tuple[Function, str]:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
+    except SystemExit as e:
+        raise UsageError(
+            f"--preprocess {name}: {module} calls sys.exit() when it is imported; put that under "
+            'if __name__ == "__main__"'
+        ) from e
     except Exception as e:  # a module may raise anything
         raise UsageError(
             f"--preprocess {name}: cannot be imported: {type(e).__name__}: {e}; install its package here "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from beam_nifti.memory import keep_buffers
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
-from beam_nifti.record_checks import RecordSpec, check_record, check_source
+from beam_nifti.record_checks import RecordSpec, RoundingNote, check_record, check_source
 from beam_nifti.shard_pass import ShardPass, StoredRecord
 from beam_nifti.table_checks import (
     check_info,
@@ -43,6 +44,7 @@ from beam_nifti.table_checks import (
 )
 from beam_nifti.tfrecord import decode_record
 from beam_nifti.user_function import load_function
+from beam_nifti.versions import record_versions, version_changes
 
 ALL: Final = 2**63 - 1
 """For `deep`: every record."""
@@ -65,6 +67,8 @@ class VerifyReport:
         num_bytes: of the records checked.
         num_deep: records that were made again from their images.
         problems: a sentence each, those of whole files first; none for a sound dataset.
+        notes: a sentence for each shard whose records were made by software of other versions and differ
+            from what is made here in rounding only.
     """
 
     num_examples: int
@@ -72,6 +76,7 @@ class VerifyReport:
     num_bytes: int
     num_deep: int
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -104,6 +109,7 @@ def verify_dataset(
     Raises:
         DatasetError: there is no complete dataset of a known format.
         ManifestError: the manifest cannot be read.
+        OSError: the disk, the network or a store failed while images were read.
         UsageError: `deep` or `workers` is out of range; or records are to be made again with a function
             that cannot be imported here, or is not the one that they were made with; or the key is not
             the dataset's.
@@ -174,7 +180,9 @@ class _Images:
     columns: Columns
     manifest: Manifest | None
 
-    def check(self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig) -> Iterator[str]:
+    def check(
+        self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig, versions: str
+    ) -> Iterator[str]:
         """Make a record again from its image; as `check_source`."""
         if self.manifest:
             row = self.manifest.row_of(cells["source"])
@@ -187,7 +195,7 @@ class _Images:
             row = VolumeRow(
                 cells["row"], cells["example_id"], cells["source"], cells["label"], further=further
             )
-        yield from check_source(payload, cells, row, self.folder, config)
+        yield from check_source(payload, cells, row, self.folder, config, versions)
 
 
 class _Verification:
@@ -203,15 +211,29 @@ class _Verification:
         self._passes = list[ShardPass]()
         self._lock = threading.Lock()
         self._num_examples = self._num_bytes = self._num_deep = 0
+        self._num_rounded: Counter[int] = Counter()
 
     def report(self) -> VerifyReport:
+        info = self._info
         return VerifyReport(
             num_examples=self._num_examples,
-            num_shards=len(self._info.shards),
+            num_shards=len(info.shards),
             num_bytes=self._num_bytes,
             num_deep=self._num_deep,
             problems=self._problems.texts(),
+            notes=tuple(
+                f"{info.shards[shard].name}: {count} records differ in rounding from what is made here; "
+                f"they were made with {self._versions_of(shard)}"
+                for shard, count in sorted(self._num_rounded.items())
+            ),
         )
+
+    def _versions_of(self, shard: int) -> str:
+        """How the versions that made a shard's records differ from the ones here, in words."""
+        now = record_versions()
+        # A dataset from before shards had versions has those of its last build.
+        found = [v or {k: self._info.versions.get(k, "") for k in now} for v in self._passes[shard].versions]
+        return " and ".join(dict.fromkeys(version_changes(was, now) for was in found if was != now))
 
     def check_files(self) -> None:
         """dataset_info.json agrees with itself and with the folder."""
@@ -230,7 +252,7 @@ class _Verification:
         """Every shard, its index and its records."""
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
-        passes = [
+        self._passes = passes = [
             ShardPass(self._output, shard, split, number, self._spec.config, self._problems)
             for number, (split, shard) in enumerate(shards)
         ]
@@ -252,7 +274,6 @@ class _Verification:
                     done.result()
             finally:
                 stop.set()
-        self._passes = passes
 
     def _check(self, record: StoredRecord, shard: int, images: _Images | None) -> None:
         def tell(problem: str) -> None:
@@ -263,10 +284,17 @@ class _Verification:
             for problem in check_record(payload, record.cells, self._spec):
                 tell(problem)
             if images is not None:
-                for problem in images.check(payload, record.cells, self._spec.config):
-                    tell(problem)
+                versions = self._versions_of(shard)
+                for problem in images.check(payload, record.cells, self._spec.config, versions):
+                    if isinstance(problem, RoundingNote):
+                        with self._lock:
+                            self._num_rounded[shard] += 1
+                    else:
+                        tell(problem)
         except ShardError as e:
             tell(str(e))
+        except OSError:  # the images cannot be reached, which says nothing about the record
+            raise
         except Exception as e:  # whatever a parser trips over, the other records are still read
             tell(f"cannot be checked: {e!r}")
         with self._lock:

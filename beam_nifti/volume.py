@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +68,7 @@ class Volume:
     notes: tuple[str, ...] = ()
 
     def release(self) -> None:
-        """Let go of the voxels: for a step that has made the next thing of them and hands on only that.
+        """Let go of the voxels: for the graph of a build, in which no other step gets this volume.
 
         Beam holds an element until every step that follows is done with what was made of it.
         """
@@ -253,12 +255,9 @@ def _parser(
 def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> tuple[Voxels, Scaling]:
     """The images as channels: as they are stored, if in one way, else in their units."""
     first = images[0]
-    alike = all((i.voxels.dtype, i.scaling) == (first.voxels.dtype, first.scaling) for i in images)
-    if not alike and record.voxel_dtype == "native":
-        raise VolumeError(
-            f"{row.path}: the images of this example have different dtypes or scalings, of which a record of "
-            "native voxels has one; use --voxel-dtype float32"
-        )
+    kinds = {(i.voxels.dtype, i.scaling) for i in images}
+    _require_alike(row, kinds, record)
+    alike = len(kinds) == 1
     dtype = first.voxels.dtype if alike else np.float64
     stacked = np.empty((*first.voxels.shape, len(images)), dtype)
     for number, image in enumerate(images):
@@ -266,13 +265,30 @@ def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> 
     return stacked, first.scaling if alike else Scaling()
 
 
-def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = None) -> VolumeHeader:
+def _require_alike(row: VolumeRow, kinds: set[tuple[np.dtype[Any], Scaling]], record: RecordConfig) -> None:
+    """Refuse images of an example that have several dtypes and scalings, where a record has one."""
+    if len(kinds) > 1 and record.voxel_dtype == "native":
+        raise VolumeError(
+            f"{row.path}: the images of this example have different dtypes or scalings, of which a record of "
+            "native voxels has one; use --voxel-dtype float32"
+        )
+
+
+def load_header(
+    row: VolumeRow,
+    folder: str = "",
+    record: RecordConfig | None = None,
+    shape: tuple[int | None, ...] | None = None,
+    dtype: str | None = None,
+) -> VolumeHeader:
     """Read only the headers of an example's files: their first kilobytes.
 
     Args:
         row: names the files.
         folder: as for `load_volume`.
         record: as for `load_volume`.
+        shape: as for `load_volume`.
+        dtype: as for `load_volume`.
 
     Returns:
         That of the first image, with the notes of all.
@@ -283,9 +299,24 @@ def load_header(row: VolumeRow, folder: str = "", record: RecordConfig | None = 
     record = record or RecordConfig()
     headers = list[VolumeHeader]()
     for number, path in enumerate(row.files):
-        parse = _parser(row, number, record, headers[0] if headers else None)
+        parse = _parser(row, number, record, headers[0] if headers else None, shape, dtype)
         headers.append(read_header(path, storage.join(folder, path), parse))
+    images = headers[: record.num_channels]
+    _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
     return replace(headers[0], notes=join_notes(header.notes for header in headers))
+
+
+def load_first_header(row: VolumeRow, folder: str = "") -> VolumeHeader:
+    """Read the header of an example's first image, whatever a record could hold of it.
+
+    Args:
+        row: names the image.
+        folder: as for `load_volume`.
+
+    Raises:
+        VolumeError: it cannot be read, or is of no known format.
+    """
+    return read_header(row.path, storage.join(folder, row.path), partial(parse_header, row.path))
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:

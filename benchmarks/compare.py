@@ -56,7 +56,7 @@ config = RecordConfig(orientation=None if case == "load" else "RAS", **prepared)
 def work(path):
     volume = load_volume(VolumeRow(1, "a", path), record=config)
     if config.prepares:
-        volume = prepare_volume(volume, config)
+        volume = prepare_volume(volume, config, release=True)
     volume = rescale_volume(volume, config)
     return volume.voxels, volume.affine
 measure(work, paths, out)

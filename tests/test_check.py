@@ -71,16 +71,19 @@ def test_what_there_is_is_counted(mixed: Path, check: Check) -> None:
 
 def test_what_would_be_left_out_is_named(mixed: Path, check: Check) -> None:
     _, report = check(mixed)
-    assert report["num_bad"] == 3
+    assert report["num_bad"] == 4
+    assert report["num_examples"] == 9
     assert [(p["row"], p["example_id"]) for p in report["problems"]] == [
+        (7, "larger"),
         (10, "frames"),
         (12, "junk"),
         (13, "no"),
     ]
     messages = [p["message"] for p in report["problems"]]
-    assert "choose frames with --frames all" in messages[0]
-    assert "a text file; copy or download" in messages[1]
-    assert "No such file" in messages[2]
+    assert "shape (9, 5, 4) where the first image has (6, 5, 4)" in messages[0]
+    assert "choose frames with --frames all" in messages[1]
+    assert "a text file; copy or download" in messages[2]
+    assert "No such file" in messages[3]
 
 
 def test_copies_are_suspected(mixed: Path, check: Check) -> None:
@@ -90,12 +93,21 @@ def test_copies_are_suspected(mixed: Path, check: Check) -> None:
 def test_the_suggested_flags_make_the_cohort_alike(mixed: Path, tmp_path: Path, check: Check) -> None:
     _, report = check(mixed)
     flags = " ".join(report["suggested_flags"]).split()
-    assert flags == ["--frames", "first", "--orientation", "LAS", "--spacing", "2,2,2.5", "--shape", "6,5,4"]
+    assert flags == [
+        "--frames",
+        "first",
+        "--orientation",
+        "LAS",
+        "--spacing",
+        "2,2,2.5",
+        "--shape",
+        "18,15,12",
+    ]
     rows = mixed.read_text().splitlines()
     sound = mixed.with_name("sound.tsv")
     sound.write_text("\n".join(r for r in rows if r.split("\t")[0] not in ("junk", "no")) + "\n")
     code, report = check(sound, *flags)
-    assert (code, report["suggested_flags"], report["records"]) == (0, [], {"6×5×4": 11})
+    assert (code, report["suggested_flags"], report["records"]) == (0, [], {"18×15×12": 11})
     assert cli.main(["build", str(sound), str(tmp_path / "out"), "--quiet", *flags]) == 0
 
 
@@ -148,10 +160,9 @@ def test_the_table_and_the_file_say_the_same(
     report = json.loads((tmp_path / "report.json").read_text())
     assert f"images        13 in {report['source_bytes'] / 1e6:,.1f} MB" in table
     assert all(f"{kind}: {count}" in table for kind, count in report["shapes"].items())
-    assert "left out      row 10 (frames): frames.nii.gz: " in table
+    assert "would fail    row 7 (larger): larger.nii: " in table
     assert "same twice?   copy = sub-0002" in table
-    assert "a build leaves out those that are unlike the first image" in table
-    assert table.rstrip().endswith("to make alike add " + " ".join(report["suggested_flags"]))
+    assert table.rstrip().endswith("to make alike use " + " ".join(report["suggested_flags"]))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def metadata() -> list[dict[str, Any]]:
 
 
 def test_the_template_offers_every_option_of_the_build() -> None:
-    ours = {f[2:].replace("-", "_") for f in options._build_flags() if f.startswith("--")}
+    ours = {f[2:].replace("-", "_") for f in options.flags_of_commands()["build"]}
     # What a person at a screen asks for; what tells of the end, which the launcher does not see; and what
     # the environment of a launch sets.
     ours -= {"help", "dry_run", "quiet", "log_format", "summary_json", "metrics_file", "temp_location"}

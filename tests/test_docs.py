@@ -19,6 +19,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import read_info
 from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
 from beam_nifti.index import schema_of
+from beam_nifti.options_build import WITHOUT_EFFECT
 from beam_nifti.prepare import apply_function
 from beam_nifti.quantize import numpy_dtype
 from beam_nifti.volume import load_volume
@@ -36,14 +37,15 @@ def blocks(document: Path, language: str) -> list[str]:
     return [block.text for block in pages.read_blocks(document) if block.language == language]
 
 
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Of one of our commands, such as "build" or "manifest bids"; "" is for all of them."""
+    return {"": options.make_parser(), **dict(options.commands())}[command]
+
+
 @functools.cache
 def _flags(command: str) -> frozenset[str]:
-    """The long flags of one of our commands, such as "build" or "manifest bids"."""
-    parser = options.make_parser()
-    for name in command.split():
-        (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        parser = action.choices[name]
-    return frozenset(f for f in parser._option_string_actions if f.startswith("--"))
+    """The long flags of one of our commands."""
+    return frozenset(f for f in _parser(command)._option_string_actions if f.startswith("--"))
 
 
 @functools.cache
@@ -151,7 +153,10 @@ def test_the_readme_explains_every_option(command: str) -> None:
     explained = {f"--{name}" for name in re.findall(r"^\| `--([\w-]+)", section, re.M)}
     flags = _flags(command) - {"--help", "--log-format"}
     if command == "check":  # what it shares with the build is explained there
-        flags -= _flags("build") - {"--workers", "--quiet", "--summary-json"}
+        flags -= _flags("build")
+        (sentence,) = re.findall(r"[^.]*have no effect on `check`", section)
+        (group,) = (g for g in _parser(command)._action_groups if g.title == WITHOUT_EFFECT)
+        assert re.findall(r"`(--[\w-]+)`", sentence) == [a.option_strings[0] for a in group._group_actions]
     assert explained == flags
 
 

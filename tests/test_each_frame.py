@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_nifti import cli
-from beam_nifti.config import RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError, VolumeError
 from beam_nifti.example import encode_volume
@@ -25,7 +25,7 @@ from beam_nifti.extract import read_volume
 from beam_nifti.failures import failed_frames
 from beam_nifti.inspection import describe_record
 from beam_nifti.manifest import read_manifest
-from beam_nifti.plan import SHARD_BYTES, default_sharding, record_bytes
+from beam_nifti.plan import SHARD_BYTES, CheckPlan, default_sharding, record_bytes
 from beam_nifti.publish import TooManyFailures
 from beam_nifti.sharding import shard_ranges
 from beam_nifti.survey import look_at
@@ -382,7 +382,8 @@ def test_what_verify_finds(reference: Path, tmp_path: Path) -> None:
 
 def test_a_survey_counts_frames(manifest: Path) -> None:
     row = read_manifest(str(manifest)).rows([0])[0]
-    found, _ = look_at(row, str(manifest.parent), EACH)
+    plan = CheckPlan(BuildConfig(str(manifest), "", record=EACH), 1, 0, None)
+    found, _ = look_at(row, str(manifest.parent), plan)
     assert (found.num_examples, found.frames, found.records) == (FRAMES, {"5": 1}, {"6×5×4": 1})
     assert found.record_bytes == FRAMES * record_bytes(6 * 5 * 4, 2, EACH)
 

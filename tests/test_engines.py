@@ -103,7 +103,8 @@ def test_dataflow_with_all_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("with_dataflow")
 def test_dataflow_needs_paths_that_its_workers_reach() -> None:
-    flags = (*DATAFLOW, "--temp-location=/tmp/x", "--anonymous-ids=/data/key")
+    flags = [f for f in DATAFLOW if not f.startswith("--temp-location")]
+    flags += ["--temp-location=/tmp/x", "--anonymous-ids=/data/key"]
     said = refusal(*flags, manifest="/data/m.csv", output="gs://lab/out")
     assert "MANIFEST is /data/m.csv" in said
     assert "--anonymous-ids is /data/key" in said
@@ -135,6 +136,31 @@ def test_dataflow_needs_its_extra() -> None:
         ([*FLINK, *POOL, "--parallelism=many"], "--parallelism: invalid int value: 'many'"),
         (["--direct-running-mode=fast"], "--direct_running_mode: invalid choice: 'fast'"),
         ([*FLINK, *POOL, "--num-shard=3"], "did you mean --num-shards"),
+        ([*FLINK, *POOL, "--paralelism=3"], "did you mean --parallelism"),
+        (
+            [*FLINK, *POOL, "--label=sex"],
+            "--label is Beam's, and has no effect with FlinkRunner; did you mean",
+        ),
+        (
+            [*FLINK, *POOL, "--spark-version=3"],
+            "--spark_version is Beam's, and has no effect with FlinkRunner",
+        ),
+        ([*FLINK, *POOL, "--parallelism=2", "--parallelism=3"], "given twice, as 2 and 3"),
+        ([*FLINK, *POOL, "--worker-machine-type=a", "--machine-type=b"], "given twice, as a and b"),
+        ([*FLINK, *POOL, "--job-name="], "--job_name is empty"),
+        ([*FLINK, *POOL, "--auto-unique-labels", "yes"], "unknown argument yes"),
+        (
+            ["--label", "sex"],
+            "--label is Beam's, and has no effect without --runner; did you mean --label-column?",
+        ),
+        (["--labels=sex"], "did you mean --label-column?"),
+        (["--parallelism=3"], "--parallelism is Beam's, and has no effect without --runner"),
+        (["--runner=DirectRunner", "--setup-file=setup.py"], "--setup_file is Beam's"),
+        (["--surprise"], "unknown flag --surprise"),
+        (
+            ["--s3-secret-access-key=a", "--s3-secret-access-key=b"],
+            "--s3_secret_access_key is given twice; give",
+        ),
     ],
 )
 def test_what_is_missing_or_of_no_use_is_said(flags: list[str], says: str) -> None:
@@ -189,6 +215,26 @@ def test_flags_are_checked_in_a_dry_run_too(tmp_path: Path, capsys: pytest.Captu
     assert "--flink_master is missing" in capsys.readouterr().err
     assert cli.main([*dry, *FLINK, *POOL]) == cli.SUCCESS
     assert "volumes  3 of" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("with_dataflow")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*DATAFLOW, "--labels=airflow-version=v3-0-0", "--labels=lab=ours"],  # as Airflow's operators add
+        [*DATAFLOW, "--experiments=use_runner_v2", "--no_use_public_ips"],
+        [*FLINK, *POOL, "--execution_mode_for_batch=BATCH_FORCED", "--max_bundle_size", "7"],
+        ["--s3-endpoint-url=http://localhost:1", "--s3-disable-ssl", "--profile-cpu"],
+        ["--direct-num-workers=2", "--direct-running-mode=multi_processing"],
+        ["--runner=PrismRunner", "--prism-log-level=warn"],
+    ],
+)
+def test_flags_that_the_runner_uses_are_passed_on(flags: list[str]) -> None:
+    known = choose(*flags, **REMOTE).options.get_all_options()
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").replace("-", "_").partition("=")
+        if name in known and value:
+            assert flag.partition("=")[2] in str(known[name])
 
 
 # How wide the work is cut

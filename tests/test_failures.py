@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from beam_nifti.config import Columns
-from beam_nifti.failures import Failure, write_failures
+from beam_nifti.failures import Failure, accepting_fraction, format_groups, group_failures, write_failures
 from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
 
 MANIFEST = """scan,file,age,participant_id,session_id,split,site,message
@@ -70,3 +74,54 @@ def test_a_manifest_of_paths_alone(tmp_path: Path) -> None:
     manifest = read_manifest(str(tmp_path / "m.csv"))
     (line,) = write(tmp_path / "f.jsonl", manifest, failures_of(manifest))
     assert set(line) == {"row", "stage", "error", "message", "path", "split"}
+
+
+# On the screen
+
+
+def failure(number: int, message: str, error: str = "VolumeError", **fields: Any) -> Failure:
+    row = VolumeRow(number, f"sub-{number}", f"{number}.nii", **fields)
+    return Failure(row, "LoadVolume", error, message)
+
+
+def test_reasons_are_counted_without_the_names_and_numbers_in_them() -> None:
+    found = [
+        failure(n, f"{n}.nii: truncated: {n} bytes where shape (6, 5) needs 60; copy it") for n in range(9)
+    ]
+    found += [failure(20 + n, f"2{n}.nii: all voxels are {n}:\n a constant image") for n in range(3)]
+    found.append(failure(40, "40.nii: all voxels are 7:\n a constant image", error="OtherError"))
+    groups = group_failures(reversed(found))
+    assert format_groups(groups, 13) == [
+        "9 × LoadVolume VolumeError: truncated: … bytes where shape (6, 5) needs 60; copy it "
+        "(0.nii, 1.nii, 2.nii and 6 more)",
+        "3 × LoadVolume VolumeError: all voxels are …: a constant image (20.nii, 21.nii, 22.nii)",
+        "1 × LoadVolume OtherError: all voxels are 7: a constant image (40.nii)",
+    ]
+
+
+def test_anonymous_images_are_named_by_their_rows_and_frames_by_their_image() -> None:
+    hidden = failure(7, "ab12: truncated", pseudonyms=("ab12",))
+    frames = [failure(8, "8.nii: all voxels are 0", frame=t, position=t) for t in range(4)]
+    assert format_groups(group_failures([hidden, *frames]), 5) == [
+        "4 × LoadVolume VolumeError: all voxels are 0 (8.nii)",
+        "1 × LoadVolume VolumeError: truncated (row 7)",
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.text("ab1", max_size=2)), max_size=40))
+def test_every_failure_is_counted_once(made: list[tuple[int, str]]) -> None:
+    failures = [failure(number, f"{number}.nii: {text}") for number, text in made]
+    groups = group_failures(failures)
+    lines = format_groups(groups, len(failures))
+    assert sum(int(line.split(" × ")[0]) for line in lines) == len(failures)
+    assert len(lines) <= 6
+    counts = [group.num_volumes for group in groups]
+    assert counts == sorted(counts, reverse=True)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_the_fraction_accepts_the_failures_and_hardly_more(one: int, other: int) -> None:
+    num_failed, total = sorted((one, other))
+    fraction = Fraction(accepting_fraction(num_failed, total))
+    assert num_failed <= fraction * total
+    assert 1 >= fraction <= Fraction(num_failed, total) * Fraction(11, 10)

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from nibabel.casting import have_binary128
 
 from beam_nifti import image as image_module
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.header import record_layout
 from beam_nifti.image import image_files, stat_image
 from beam_nifti.packing import Unpacker, packing_of
+from beam_nifti.plan import CheckPlan
 from beam_nifti.survey import look_at
 from beam_nifti.volume import Volume, load_header, load_volume
 from tests.images import (
@@ -230,7 +231,7 @@ def test_images_with_equal_headers_are_not_copies_of_each_other(tmp_path: Path) 
         folder = tmp_path / str(len(twins))
         folder.mkdir()
         path = pair(folder, brain(seed=seed))
-        twins.append(look_at(row_of(path), "", RecordConfig())[1])
+        twins.append(look_at(row_of(path), "", CheckPlan(BuildConfig("", ""), 1, 0, None))[1])
     assert twins[0] == twins[2] != twins[1]
 
 

@@ -36,6 +36,7 @@ ONLY_IMPORTERS = {
         "check",
         "report",
         "engines",
+        "beam_flags",
     },
 }
 LAZY_IMPORTERS = {
@@ -44,7 +45,7 @@ LAZY_IMPORTERS = {
     "jinja2": {"templates"},
     "nilearn": {"view"},
     "PIL": {"thumbnail"},
-    "apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines"},
+    "apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines", "beam_flags"},
 }
 """Modules that import the package only inside functions."""
 

@@ -1,4 +1,4 @@
-"""Beam's in-process runner, as we set it up."""
+"""Beam's in-process runner, as a pipeline of anybody's finds it once the steps are imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.testing.util import assert_that, equal_to
 
-from beam_nifti.local_runner import whole_elements
+import beam_nifti.transforms  # noqa: F401  (as every pipeline of the steps has)
 
 
 class _SlowToPickle:
@@ -31,7 +31,7 @@ def _name(element: object) -> str:
 
 
 def test_an_element_is_never_sent_in_halves(local_flags: Callable[..., list[str]]) -> None:
-    with whole_elements(), beam.Pipeline(options=PipelineOptions(local_flags(2))) as pipeline:
+    with beam.Pipeline(options=PipelineOptions(local_flags(2))) as pipeline:
         names = (
             pipeline
             | beam.Create([None], reshuffle=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from beam_nifti.example import decode_example, decode_tensor, encode_example, en
 from beam_nifti.extract import read_volume
 from beam_nifti.index import IndexEntry
 from beam_nifti.manifest import read_manifest
-from beam_nifti.prepare import prepare_volume
+from beam_nifti.prepare import crop_or_pad, prepare_volume
 from beam_nifti.publish import TooManyFailures
 from beam_nifti.rescale import Scaling
 from beam_nifti.verify import ALL, verify_dataset
@@ -391,3 +392,47 @@ def test_a_mask_goes_with_every_frame(tmp_path: Path) -> None:
     write_image(tmp_path / "c/m.nii.gz", labels() * 0.5)
     with pytest.raises(TooManyFailures, match="3 of 3 volumes failed"):
         build(manifest, tmp_path / "out", columns=COLUMNS, frames="each", rescale_within="mask")
+
+
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        (["--shape=3,5,4"], "warning: 2 examples: --shape cut off labelled voxels of the mask"),
+        (["--shape=8,5,4"], None),
+        (["--crop-foreground=nonzero"], "warning: 1 example: --crop-foreground cut off labelled voxels"),
+        (["--crop-foreground=mask"], None),
+    ],
+)
+def test_labels_that_are_cut_off_are_counted(
+    tmp_path: Path, flags: list[str], warning: str | None, run: Callable[..., str]
+) -> None:
+    places = [(0, 0, 0), (5, 4, 3), (2, 2, 2)]  # of which the image is zero at the first
+    for number, place in enumerate(places):
+        mask = np.zeros((6, 5, 4), np.uint8)
+        mask[place] = 1
+        write_image(tmp_path / f"m{number}.nii", mask)
+        write_image(tmp_path / f"{number}.nii", brain((6, 5, 4), number))
+    rows = [{"path": f"{i}.nii", "mask": f"m{i}.nii"} for i in range(3)]
+    manifest = write_manifest(tmp_path / "m.tsv", rows)
+    common = ["--mask-column=mask", "--workers=1", "--allow-mixed-shapes", "--rescale=none"]
+    printed = run("build", manifest, tmp_path / "out", *common, *flags)
+    assert ("cut off" in printed) == (warning is not None)
+    assert (warning or "") in printed
+    assert "check names them" not in printed
+
+
+@given(
+    size=st.tuples(*[st.integers(1, 5)] * 3),
+    wanted=st.tuples(*[st.integers(1, 5)] * 3),
+    seed=st.integers(0, 99),
+)
+def test_a_volume_has_a_note_where_its_mask_has_lost_labels(
+    size: tuple[int, int, int], wanted: tuple[int, int, int], seed: int
+) -> None:
+    mask = (np.random.default_rng(seed).random(size) < 0.1).astype(np.uint8)
+    volume = Volume(
+        row_of("a.nii"), brain(size), Scaling(), np.eye(4), (1.0, 1.0, 1.0), "int16", SOURCE, mask
+    )
+    fitted = crop_or_pad(volume, wanted)
+    assert fitted.mask is not None
+    assert ("labels-lost-to-shape" in fitted.notes) == (fitted.mask.sum() < mask.sum())

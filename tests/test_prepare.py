@@ -433,6 +433,8 @@ def test_preparations_are_done_in_their_order() -> None:
     assert same(made, expected)
     assert np.array_equal(made.affine, expected.affine)
     assert made.zooms == expected.zooms
+    assert volume.voxels.shape == SHAPE
+    assert same(prepare_volume(volume, record, release=True), expected)
     assert volume.voxels.size == 0
 
 
@@ -470,7 +472,7 @@ def test_there_are_two_copies_of_a_volume_at_most(record: RecordConfig) -> None:
     try:
         volume = volume_of(np.ones((64, 64, 64), np.float32), np.diag([-1.0, 1, 1, 1]))
         tracemalloc.reset_peak()
-        prepare_volume(volume, record)
+        prepare_volume(volume, record, release=True)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

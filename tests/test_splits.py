@@ -264,7 +264,7 @@ def test_a_split_build_is_verified_continued_and_not_mixed(
     assert "  drawn       train 0.6, test 0.4, within each site, seed 5" in said.splitlines()
     assert build(manifest, output, splitting=splitting).read == frozenset()
     for other in (None, Splitting({"train": 0.6, "test": 0.4}, 6, "site"), Splitting(splitting.shares, 5)):
-        with pytest.raises(OutputError, match="splitting was"):
+        with pytest.raises(OutputError, match=r"--(split|split-seed|stratify) was"):
             build(manifest, output, splitting=other)
     kept = build(cohort(tmp_path, 10), output, splitting=splitting)
     assert kept.summary.num_written == 20

@@ -12,6 +12,7 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.pvalue import TaggedOutput
+from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_nifti.build import open_build, plan_build
@@ -31,6 +32,7 @@ from beam_nifti.transforms import (
     CommitShards,
     EncodeExample,
     LoadVolume,
+    Prepare,
     ReadManifest,
     Rescale,
     ShardOutcome,
@@ -155,25 +157,72 @@ def test_unlike_volumes_are_refused(tmp_path: Path, step: LoadVolume, word: str)
 class _Broken(beam.DoFn):
     """Fails after some results."""
 
-    def __init__(self, num_results: int) -> None:
-        self._num_results = num_results
+    def __init__(self, num_results: int, error: Exception) -> None:
+        self._num_results, self._error = num_results, error
 
     def process(self, element: VolumeRow | Volume) -> Iterable[Any]:
         yield from [element] * self._num_results
-        raise ZeroDivisionError("half way")
+        raise self._error
 
 
 def test_dead_letters_hold_no_voxels(tmp_path: Path) -> None:
     row = dataclasses.replace(row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE))), shard="shard")
     (volume,) = LoadVolume().process(row)
     for element in (row, volume):
-        outputs = by_tag(_DeadLetters(_Broken(0)).process(element))
-        failure = Failure(row, "_Broken", "ZeroDivisionError", "half way")
+        outputs = by_tag(_DeadLetters(_Broken(0, VolumeError("half way")), "").process(element))
+        failure = Failure(row, "_Broken", "VolumeError", "half way")
         assert outputs == {FAILURES: [("shard", failure)]}
         assert b"numpy" not in pickle.dumps(outputs)
         # With a result handed on already, a dead letter would count the volume twice: the build has to stop.
-        with pytest.raises(ZeroDivisionError, match="half way"):
-            list(_DeadLetters(_Broken(1)).process(element))
+        with pytest.raises(VolumeError, match="half way"):
+            list(_DeadLetters(_Broken(1, VolumeError("half way")), "").process(element))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), TimeoutError("late"), OSError(28, "full"), KeyError("ours")]
+)
+def test_what_is_no_fault_of_the_volume_is_no_dead_letter(tmp_path: Path, error: Exception) -> None:
+    row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
+    with pytest.raises(type(error)):
+        list(_DeadLetters(_Broken(0, error), "").process(row))
+
+
+PUBLIC_STEPS = [
+    Prepare(RecordConfig(orientation="SPL", shape=(6, 11, 9))),
+    Prepare(RecordConfig(spacing=(1.5, 2, 2), crop_foreground="nonzero")),
+    Prepare(RecordConfig(preprocess="tests.user_functions:change_all_in_place")),
+    Rescale(),
+    Rescale(RecordConfig("none", "native")),
+    Rescale(RecordConfig(rescale="percentile:1,99", clip=True, voxel_dtype="uint8")),
+]
+
+
+@pytest.mark.parametrize("step", PUBLIC_STEPS)
+def test_a_step_leaves_its_input_as_it_is(tmp_path: Path, step: beam.DoFn) -> None:
+    image = write_image(tmp_path / "a.nii.gz", brain(SHAPE))
+    mask = write_image(tmp_path / "m.nii.gz", (brain(SHAPE) > 500).astype(np.uint8))
+    row = row_of(image, further=(str(mask),))
+    (volume,) = LoadVolume(config=RecordConfig(mask_dtype="uint8")).process(row)
+    before = pickle.dumps(volume)
+    first, second = list(step.process(volume)), list(step.process(volume))
+    assert pickle.dumps(volume) == before
+    assert pickle.dumps(first) == pickle.dumps(second)
+    rescaled = next(iter(Rescale().process(volume)))
+    before = pickle.dumps(rescaled)
+    list(EncodeExample().process(rescaled))
+    assert pickle.dumps(rescaled) == before
+
+
+def test_two_steps_may_take_the_same_volumes(tmp_path: Path) -> None:
+    row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
+    with beam.Pipeline(options=make_options()) as pipeline:
+        volumes = pipeline | beam.Create([row]) | beam.ParDo(LoadVolume())
+        for number in (1, 2):
+            cropped = volumes | f"Prepare{number}" >> beam.ParDo(Prepare(RecordConfig(shape=(6, 5, 4))))
+            shapes = cropped | f"Shape{number}" >> beam.Map(lambda volume: volume.voxels.shape)
+            assert_that(shapes, equal_to([(6, 5, 4)]), f"Check{number}")
+        shapes = volumes | "Shape" >> beam.Map(lambda volume: volume.voxels.shape)
+        assert_that(shapes, equal_to([SHAPE]))
 
 
 def write_bundles(plan: BuildPlan, bundles: Iterable[Iterable[Any]]) -> list[tuple[str, Part]]:

@@ -1,0 +1,199 @@
+"""Flags that would make the records of a cohort alike, by the headers of its images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from beam_nifti.config import ORIENTATIONS, RecordConfig
+from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.grid import Grid, axes_to, keeps_spacing, orientation_of, prepared_shape, turn
+from beam_nifti.header import VolumeHeader, require_storable
+from beam_nifti.rescale import Scaling
+
+Zooms = tuple[float, float, float]
+
+_DIGITS: Final = 7
+"""Significant digits that voxel sizes are counted by: headers hold float32."""
+
+_SIZES_TRIED: Final = 200
+"""Voxel sizes, the most frequent ones, of which the one that most images have is looked for."""
+
+_DIRECTIONS: Final = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+"""Of the letters of an orientation: axis in space, and sign."""
+
+
+class ImageKind(NamedTuple):
+    """What decides which record an image becomes, as far as its header tells.
+
+    Attributes:
+        shape: on disk.
+        dtype: on disk, in native byte order.
+        zooms: voxel size along each axis, in mm, to 7 digits.
+        orientation: such as "RAS".
+        is_vector: as `VolumeHeader.is_vector`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    zooms: Zooms
+    orientation: str
+    is_vector: bool = False
+
+    @classmethod
+    def of(cls, header: VolumeHeader) -> ImageKind:
+        """The kind of an image with this header."""
+        x, y, z = (float(f"{zoom:.{_DIGITS}g}") for zoom in header.zooms)
+        dtype = header.dtype.newbyteorder("=")
+        return cls(header.shape, dtype, (x, y, z), orientation_of(header.affine), header.is_vector)
+
+    @property
+    def dtype_name(self) -> str:
+        """As `VolumeHeader.dtype_name`."""
+        return self.header().dtype_name
+
+    def header(self) -> VolumeHeader:
+        """A header of an image of this kind, along the axes of space."""
+        affine = np.zeros((4, 4))
+        affine[3, 3] = 1.0
+        for axis, (letter, zoom) in enumerate(zip(self.orientation, self.zooms, strict=True)):
+            if letter in _DIRECTIONS:
+                row, sign = _DIRECTIONS[letter]
+                affine[row, axis] = sign * zoom
+        return VolumeHeader(self.shape, self.dtype, 0, Scaling(), affine, self.zooms, self.is_vector)
+
+
+Counts = Mapping[ImageKind, int]
+
+
+def suggest_flags(kinds: Counts, record: RecordConfig) -> list[str]:
+    """Flags of `build` with which it refuses none of the images that can be made alike.
+
+    An image that has the most frequent orientation and voxel size keeps its voxels as they are, and no image
+    is cropped. Images that nothing makes like the most frequent ones, such as RGB among scalars, are not
+    considered.
+
+    Args:
+        kinds: of all images, with their numbers.
+        record: the configuration that they were checked with.
+    """
+    flags = []
+    for suggest in (
+        _suggest_numbers,
+        _suggest_frames,
+        _suggest_orientation,
+        _suggest_spacing,
+        _suggest_shape,
+    ):
+        changes = suggest(kinds, record)
+        try:
+            record = replace(record, **changes)
+        except UsageError:  # native voxels cannot be resampled
+            changes["voxel_dtype"] = "float32"
+            record = replace(record, **changes)
+        flags += [f"--{name.replace('_', '-')} {_text(value)}" for name, value in changes.items()]
+        if suggest is not _suggest_numbers:
+            kinds = _alike(kinds, record) or kinds
+    return flags
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ",".join(f"{n:.{_DIGITS}g}" for n in value)
+
+
+def _alike(kinds: Counts, record: RecordConfig) -> Counts:
+    """The kinds whose records have as many channels as most have."""
+    channels = dict[tuple[int, ...], dict[ImageKind, int]]()
+    for kind, count in kinds.items():
+        try:
+            layout = require_storable("", kind.header(), record)
+        except VolumeError:
+            continue
+        channels.setdefault(layout.shape[3:], {})[kind] = count
+    return max(channels.values(), key=lambda of: sum(of.values()), default={})
+
+
+def _suggest_numbers(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
+    """What becomes of voxels that are complex, or whose dtypes differ."""
+    changes = dict[str, Any]()
+    dtypes = {kind.dtype for kind in kinds}
+    if len(dtypes) > 1 or any(dtype.kind == "f" and dtype.itemsize > 8 for dtype in dtypes):
+        changes["voxel_dtype"] = "float32"
+    if record.complex is None and any(dtype.kind == "c" for dtype in dtypes):
+        changes |= {"complex": "magnitude", "voxel_dtype": "float32"}
+    if record.voxel_dtype != "native":
+        changes.pop("voxel_dtype", None)
+    return changes
+
+
+def _suggest_frames(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
+    """The frames with which most images are alike: all of them, or the first, which every image has."""
+    if record.frames not in (None, "all"):
+        return {}
+    choices = dict.fromkeys((record.frames, "all", "first"))
+    numbers = {each: sum(_alike(kinds, replace(record, frames=each)).values()) for each in choices}
+    best = max(numbers, key=lambda each: numbers[each])
+    return {} if best == record.frames else {"frames": best}
+
+
+def _suggest_orientation(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
+    found = Counter[str]()
+    for kind, count in kinds.items():
+        found[kind.orientation] += count
+    known = [code for code, _ in found.most_common() if code in ORIENTATIONS]
+    if (
+        record.orientation is not None
+        or record.preprocess is not None
+        or len(known) < len(found)
+        or len(known) < 2
+    ):
+        return {}
+    return {"orientation": known[0]}
+
+
+def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
+    """The voxel size that most images have, in as few digits as keep those from being resampled."""
+    if record.spacing is not None or record.preprocess is not None:
+        return {}
+    found = Counter[Zooms]()
+    for kind, count in kinds.items():
+        found[_turned(kind, record).zooms] += count
+    sizes, counts = np.array(list(found)), np.array(list(found.values()))
+
+    def having(spacing: Zooms) -> npt.NDArray[np.bool_]:
+        return np.asarray(keeps_spacing(sizes, spacing).all(axis=1))
+
+    tried = [zooms for zooms, _ in found.most_common(_SIZES_TRIED)]
+    best = max(tried, key=lambda zooms: counts[having(zooms)].sum(), default=None)
+    if best is None or having(best).all():
+        return {}
+    for digits in range(1, _DIGITS):
+        x, y, z = (float(f"{zoom:.{digits}g}") for zoom in best)
+        if np.array_equal(having((x, y, z)), having(best)):
+            return {"spacing": (x, y, z)}
+    return {"spacing": best}
+
+
+def _turned(kind: ImageKind, record: RecordConfig) -> Grid:
+    header = kind.header()
+    grid = Grid.of(header.shape, header.affine)
+    return grid if record.orientation is None else turn(grid, axes_to(grid, record.orientation))
+
+
+def _suggest_shape(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
+    """A shape that holds all images, and what is left of those that are cropped to their foreground."""
+    if record.shape is not None or record.preprocess is not None or not kinds:
+        return {}
+    uncropped = replace(record, crop_foreground=None)
+    headers = [kind.header() for kind in kinds]
+    shapes = {(prepared_shape(h.grid, h.affine, uncropped) or h.grid)[:3] for h in headers}
+    if len(shapes) < 2 and record.crop_foreground is None:
+        return {}
+    largest = tuple(map(max, zip(*shapes, strict=True)))
+    suggested = replace(record, shape=largest)
+    return {"shape": largest} if _alike(kinds, suggested) else {}

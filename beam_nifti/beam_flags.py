@@ -1,0 +1,135 @@
+"""Beam's flags: which there are, and which of them have an effect on a runner. The others are refused."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from beam_nifti import local_runner
+from beam_nifti.errors import UsageError
+from beam_nifti.options import dashed, explain_unknown, flags_of_commands, suggest_flag
+from beam_nifti.options_common import refuse_swallowed
+
+UNUSABLE: Final = {
+    "save_main_session": "nothing that a worker runs is defined in the main program",
+    "streaming": "a manifest has an end",
+    "no_wait_until_finish": "the command publishes and cleans up when the pipeline has ended",
+}
+"""Beam's flags that no command can take, each with why."""
+
+_STORES: Final = frozenset(
+    {
+        *("project", "job_name", "no_auth", "impersonate_service_account", "gcp_oauth_scopes"),
+        *("gcs_custom_audit_entries", "azure_connection_string", "blob_service_endpoint"),
+        *("azure_managed_identity_client_id", "s3_access_key_id", "s3_secret_access_key", "s3_session_token"),
+        *("s3_endpoint_url", "s3_region_name", "s3_api_version", "s3_verify", "s3_disable_ssl"),
+    }
+)
+"""What Cloud Storage, Azure's `azfs://` and S3 are reached by, whatever the runner is."""
+
+_HERE: Final = frozenset(
+    {
+        *("runner", "direct_num_workers", "direct_running_mode", "pickle_library"),
+        *("direct_runner_bundle_repeat", "direct_test_splits", "runtime_type_check"),
+        *("profile_cpu", "profile_memory", "profile_location", "profile_sample_rate"),
+    }
+)
+"""What else has an effect in this process, by the names of the options."""
+
+_EVERYWHERE: Final = frozenset(
+    {
+        *("sdk_container_image", "max_cache_memory_usage_mb", "element_processing_timeout_minutes"),
+        *("default_sdk_harness_log_level", "sdk_harness_log_level_overrides", "parallelism"),
+    }
+)
+"""Options of a runner's group that others use as well: of its Python workers, and what `engines` reads."""
+
+_JOB_SERVERS: Final = frozenset({"FlinkRunner", "SparkRunner", "PortableRunner"})
+"""Runners behind a job server, which has flags of its own that Beam's Python SDK does not know."""
+
+_RUNNERS: Final = {
+    "DirectOptions": frozenset[str](),
+    "TestOptions": frozenset[str](),
+    "TestDataflowOptions": frozenset[str](),
+    "CrossLanguageOptions": frozenset[str](),
+    "HadoopFileSystemOptions": frozenset[str](),
+    "KafkaStreamsRunnerOptions": frozenset[str](),
+    "FlinkRunnerOptions": frozenset({"FlinkRunner", "PortableRunner"}),
+    "SparkRunnerOptions": frozenset({"SparkRunner", "PortableRunner"}),
+    "JobServerOptions": frozenset({"FlinkRunner", "SparkRunner"}),
+    "PrismRunnerOptions": frozenset({"PrismRunner"}),
+    "PortableOptions": _JOB_SERVERS | {"PrismRunner"},
+    "GoogleCloudOptions": frozenset({"DataflowRunner"}),
+    "WorkerOptions": frozenset({"DataflowRunner"}),
+}
+"""Runners that use the options of a group; those of the other groups are for every cluster."""
+
+
+def parse_beam_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What Beam's Python SDK understands of the flags, and the rest. Flags are not abbreviated.
+
+    Raises:
+        UsageError: a value is malformed, empty, or one of two of an option that takes one.
+    """
+    try:
+        return _make_parser().parse_known_args(list(flags))
+    except argparse.ArgumentError as e:
+        raise UsageError(f"{e.argument_name}: {e.message}") from e
+
+
+def _make_parser(groups: Iterable[str] | None = None) -> argparse.ArgumentParser:
+    from apache_beam.options import pipeline_options
+
+    parser = pipeline_options._BeamArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    refuse_swallowed(parser)
+    for view in pipeline_options.PipelineOptions.__subclasses__():
+        if groups is None or view.__name__ in groups:
+            view._add_argparse_args(parser)
+    return parser
+
+
+def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str, command: str) -> None:
+    """Refuse flags that have no effect on a runner.
+
+    Args:
+        flags: Beam's, written with underscores.
+        unknown: those of them that Beam's Python SDK does not know.
+        runner: Beam's name of it, or "" for the default.
+        command: that got the flags.
+
+    Raises:
+        UsageError: naming the flag, and what was probably meant.
+    """
+    ours = flags_of_commands()[command]
+    options = {flag: action.dest for flag, action in _make_parser()._option_string_actions.items()}
+    unused = _unused_options(runner)
+    known = [dashed(flag) for flag, name in options.items() if name not in unused]
+    given = dict.fromkeys(a.partition("=")[0] for a in flags if a.startswith("--"))
+    for flag in (f for f in given if options.get(f) in unused):
+        hint = suggest_flag(dashed(flag), ours, cutoff=0.6) or "leave it out"
+        where = f"with {runner}" if runner and runner not in local_runner.NAMES else "without --runner"
+        raise UsageError(f"{flag} is Beam's, and has no effect {where}; {hint}")
+    may_know_more = runner in _JOB_SERVERS or _is_foreign(runner)
+    for before, argument in zip(("", *unknown), unknown, strict=False):
+        is_flag = argument.startswith("--")
+        is_value = not is_flag and before.startswith("--") and "=" not in before
+        is_misspelled = is_flag and suggest_flag(dashed(argument.partition("=")[0]), [*ours, *known])
+        if is_misspelled or not (may_know_more and (is_flag or is_value)):
+            raise UsageError(explain_unknown(argument, command, known))
+
+
+def _unused_options(runner: str) -> frozenset[str]:
+    """Names of options of Beam's that have no effect on a runner."""
+    if _is_foreign(runner):
+        return frozenset()
+    is_local = runner in local_runner.NAMES
+    groups = None if is_local else [name for name, users in _RUNNERS.items() if runner not in users]
+    names = {action.dest for action in _make_parser(groups)._actions}
+    used = _STORES | (_HERE if is_local else _EVERYWHERE | {"temp_location"})
+    return frozenset(names - used - UNUSABLE.keys())
+
+
+def _is_foreign(runner: str) -> bool:
+    """Whether a runner is one of those that nothing is known of."""
+    return runner not in local_runner.NAMES and runner not in frozenset[str]().union(*_RUNNERS.values())

@@ -1,0 +1,114 @@
+"""The note that a build leaves in its output: for its own workers, and for the build after it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from beam_nifti import storage
+from beam_nifti.config import Sharding
+from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.errors import DatasetError, OutputBusyError, OutputError
+from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.sharding import Layout
+from beam_nifti.strict_json import dump_json
+
+_NOTE_FILE: Final = f"{BUILD_FOLDER}/plan.json"
+_NOTE_VERSION: Final = 2
+
+
+@dataclass(frozen=True)
+class BuildNote:
+    """What a build says of itself in its output.
+
+    It holds what would make the job graph large.
+
+    Attributes:
+        info: of the dataset that it makes, without its shards; `versions` are those that make records.
+        layouts: how this build, and the unfinished ones that it continues, cut the rows into shards.
+        roots: folders of their part files: absolute, or BUILD_FOLDER for the one in the output.
+        identity: of this build.
+        from_images: whether it makes every record from its image and takes none of a published dataset.
+        published: names of the shards of the dataset that the output holds, which stay untouched.
+    """
+
+    info: DatasetInfo
+    layouts: tuple[Layout, ...]
+    roots: tuple[str, ...]
+    identity: str
+    from_images: bool
+    published: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the configuration that makes the records."""
+        return str(self.info.config["fingerprint"])
+
+    def is_of(self, published: DatasetInfo) -> bool:
+        """Whether a published dataset is the one that this build was to make."""
+        wanted, found = (
+            (i.revision, i.config, i.manifest, i.labels, i.shape, i.dtype) for i in (self.info, published)
+        )
+        return wanted == found
+
+    def write(self, output: str) -> None:
+        """Leave it in an output."""
+        facts = asdict(self) | {"info": json.loads(self.info.to_json())}
+        text = dump_json({"note_version": _NOTE_VERSION, **facts})
+        storage.write(storage.join(output, _NOTE_FILE), text.encode())
+
+    @classmethod
+    def read(cls, output: str) -> BuildNote | None:
+        """The note of an unfinished build, if there is one.
+
+        Raises:
+            OutputError: it is damaged, or of another version of this package.
+        """
+        path = storage.join(output, _NOTE_FILE)
+        try:
+            return cls._parse(json.loads(storage.read(path)), path)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError, DatasetError) as e:
+            # A loss of power can leave an empty one.
+            raise OutputError(
+                f"{path}: the note of an unfinished build is damaged, or of another version of beam-nifti; "
+                "continue with the version that wrote it, choose another OUTPUT, or --overwrite to discard "
+                "what is unfinished"
+            ) from e
+
+    @classmethod
+    def _parse(cls, facts: dict[str, Any], path: str) -> BuildNote:
+        if facts.pop("note_version") != _NOTE_VERSION:
+            raise ValueError("of another version")
+        layouts = [_layout_of(layout) for layout in facts["layouts"]]
+        info = DatasetInfo.from_json(dump_json(facts["info"]), path)
+        tuples = {name: tuple(facts[name]) for name in ("roots", "published")}
+        return cls(**facts | tuples | {"info": info, "layouts": tuple(layouts)})
+
+
+def _layout_of(facts: Mapping[str, Any]) -> Layout:
+    return Layout(facts["split_sizes"], Sharding(**facts["sharding"]), facts["num_frames"])
+
+
+def require_current(output: str, identity: str) -> BuildNote:
+    """The note of the build that has an output.
+
+    Args:
+        output: of the build that asks.
+        identity: of that build.
+
+    Raises:
+        OutputBusyError: the output is another build's by now. A cluster's job can outlive its launcher, whose
+            lock is gone with it.
+    """
+    note = BuildNote.read(output)
+    if note is None or note.identity != identity:
+        what = "is not being built any more" if note is None else "is being built otherwise by now"
+        raise OutputBusyError(
+            f"{output}: {what}: a build of it ended or another one was started while this one ran; this one "
+            "stops. Cancel jobs that a stopped command left behind before the next build"
+        )
+    return note

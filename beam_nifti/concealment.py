@@ -1,0 +1,150 @@
+"""What errors may tell where ids are anonymous: nothing of whose image it was.
+
+Messages of this package name an image by its path, which `conceal` replaces by its pseudonym. The text of any
+other exception may hold whatever foreign code has read, so only its class and its line of code are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sysconfig
+import traceback
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+from typing import Final
+from urllib.parse import quote
+
+from beam_nifti import storage
+from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.image_names import stem_of
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.strict_json import dump_json
+
+_FOLDER: Final = "…"
+"""Stands for a folder."""
+
+_SHORTEST: Final = 3
+"""Letters of a name that is replaced also where nothing says that it is part of a path."""
+
+_NOT_OURS: Final = (
+    sysconfig.get_path("purelib"),
+    sysconfig.get_path("platlib"),
+    sysconfig.get_path("stdlib"),
+)
+
+_KINDS: Final = (MemoryError, TimeoutError, ConnectionError, OSError)
+
+_HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
+
+
+def conceal(text: str, row: VolumeRow, folder: str) -> str:
+    """Replace the paths of a row's files, and the names in them, by their pseudonyms.
+
+    Args:
+        text: to be shown or written.
+        row: with pseudonyms where ids are anonymous; else the text stays.
+        folder: what its paths are relative to.
+    """
+    if not row.pseudonyms:
+        return text
+    words = dict[str, str]()
+    for path, pseudonym in zip(row.files, row.pseudonyms, strict=True):
+        for name, word in _names(path, folder):
+            for spelling in _spellings(name) - {""}:
+                words.setdefault(spelling, pseudonym if word is None else word)
+    longest_first = sorted(words, key=len, reverse=True)  # one may begin like another
+    names = re.compile("|".join(map(_pattern, longest_first)), re.IGNORECASE)
+    by_lower = {name.lower(): word for name, word in words.items()}
+    return names.sub(lambda match: by_lower.get(match[0].lower(), _FOLDER), text)
+
+
+def _names(path: str, folder: str) -> Iterator[tuple[str, str | None]]:
+    """What of a path must not be shown, and what to show in place of it; None for the pseudonym."""
+    for whole in {storage.join(folder, path), path}:
+        yield whole, None
+        yield stem_of(whole) or whole, None
+        above = storage.dirname(whole)
+        while above.strip("/") and not above.endswith(":/"):
+            yield above, _FOLDER
+            above = storage.dirname(above)
+    *folders, name = path.rpartition("://")[2].split("/")
+    yield name, None
+    yield stem_of(name) or name, None
+    for each in folders:
+        yield each, _FOLDER
+
+
+def _spellings(name: str) -> set[str]:
+    """A name as it is, percent-encoded as servers repeat it, and escaped as `repr` and JSON do."""
+    forms = {name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
+    spell: tuple[Callable[[str], str], ...] = (
+        str,
+        quote,
+        lambda form: quote(form, safe=""),
+        lambda form: repr(form)[1:-1],
+        lambda form: ascii(form)[1:-1],
+        lambda form: dump_json(form)[1:-1],
+    )
+    return {of(form) for form in forms for of in spell}
+
+
+def _pattern(name: str) -> str:
+    """A path anywhere; a single name where it is a whole word, and a plain one only in a path."""
+    escaped = re.escape(name)
+    if "/" in name or "%2F" in name:
+        return escaped
+    word = rf"(?<![^\W_]){escaped}(?![^\W_])"
+    if len(name) >= _SHORTEST and not (name.isascii() and (name.isalpha() or name.isdigit())):
+        return word
+    return rf"(?<=[/\\]){escaped}(?![^\W_])|{word}(?=[/\\]|\.[a-z])"
+
+
+def describe(error: BaseException, *, is_anonymous: bool) -> str:
+    """The class of an exception of foreign code, and its text; where ids are anonymous, its line of code."""
+    kind = type(error).__name__
+    if not is_anonymous:
+        return f"{kind}: {error}"
+    place = _place(error)
+    return f"{kind} at {place}" if place else kind
+
+
+def _place(error: BaseException) -> str | None:
+    """The last line of code before that of libraries."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_NOT_OURS)] or frames
+    return f"{PurePath(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else None
+
+
+@contextlib.contextmanager
+def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
+    """Where ids are anonymous, let no exception of the block name a file of a row.
+
+    Args:
+        row: that the block is about.
+        folder: what its paths are relative to.
+
+    Raises:
+        Exception: of the same kind where the package or the system raised it, else a RuntimeError; without
+            its cause.
+    """
+    try:
+        yield
+    except Exception as e:
+        if not row.pseudonyms:
+            raise
+        raise _concealed(e, row, folder) from None
+
+
+def _concealed(error: Exception, row: VolumeRow, folder: str) -> Exception:
+    if isinstance(error, VolumeError | UsageError):
+        return type(error)(conceal(str(error), row, folder))
+    about = f"row {row.row} of the manifest"
+    if isinstance(error, OSError) and error.errno is not None:
+        said = _HTTP.search(error.strerror or "")
+        reason = os.strerror(error.errno) + (f" ({said[0]})" if said else "")
+        return OSError(error.errno, f"{reason}, in {about}")
+    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+    return kind(f"{describe(error, is_anonymous=True)}, in {about}")

@@ -1,0 +1,75 @@
+"""Which software wrote records: its versions, as indexes keep them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from typing import Final
+
+from beam_nifti.config import VERSIONED
+from beam_nifti.strict_json import dump_json
+
+VERSIONS_FACT: Final = "versions"
+"""Key of the versions in the metadata of an index."""
+
+_NO_RECORDS: Final = ("apache-beam",)
+"""Software that moves records and has no part in their bytes."""
+
+Versions = Mapping[str, str]
+
+
+@functools.cache
+def installed_version(name: str) -> str:
+    """Of a distribution, in this process."""
+    return metadata.version(name)
+
+
+def record_versions() -> dict[str, str]:
+    """Versions, in this process, of the software that decides the bytes of records."""
+    return {name: installed_version(name) for name in ("beam-nifti", *VERSIONED) if name not in _NO_RECORDS}
+
+
+def all_versions() -> dict[str, str]:
+    """Versions, in this process, of the software that builds a dataset."""
+    return {name: installed_version(name) for name in _NO_RECORDS} | record_versions()
+
+
+def versions_fact(earlier: Iterable[Versions] = ()) -> dict[str, str]:
+    """What an index that this process writes says of versions.
+
+    Args:
+        earlier: of the software that made the records, where it was not this process; {} where that is not
+            known.
+
+    Returns:
+        VERSIONS_FACT with a JSON list of objects: each of `earlier` once, then this process's.
+    """
+    now = record_versions()
+    others = {dump_json(v, sort_keys=True): dict(v) for v in earlier if v != now}
+    return {VERSIONS_FACT: dump_json([*(others[text] for text in sorted(others)), now])}
+
+
+def versions_in(facts: Mapping[str, str]) -> list[dict[str, str]]:
+    """The versions that the metadata of an index names; [{}] where it was written before there were any."""
+    found: list[dict[str, str]] = json.loads(facts.get(VERSIONS_FACT, "[{}]"))
+    return found
+
+
+def is_written_here(facts: Mapping[str, str]) -> bool:
+    """Whether software of this process's versions wrote an index and its file."""
+    return versions_in(facts)[-1] == record_versions()
+
+
+def version_changes(was: Versions, now: Versions) -> str:
+    """How versions differ, in words.
+
+    >>> version_changes({"numpy": "1.26.4", "scipy": "1.14.0"}, {"numpy": "2.1.0", "scipy": "1.14.0"})
+    'numpy 1.26.4, now 2.1.0'
+    """
+    return "; ".join(
+        f"{name} {was.get(name, 'of an unknown version')}, now {version}"
+        for name, version in now.items()
+        if was.get(name) != version
+    )

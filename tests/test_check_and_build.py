@@ -1,0 +1,226 @@
+"""`check` and `build` are of one opinion, and the flags that `check` suggests lose nothing."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from beam_nifti import cli, options
+from beam_nifti.build import plan_build, plan_check
+from beam_nifti.config import BuildConfig, RecordConfig
+from beam_nifti.errors import BeamNiftiError, ManifestError
+from beam_nifti.grid import orientation_of
+from beam_nifti.manifest import VolumeRow
+from beam_nifti.options_build import build_config
+from beam_nifti.plan import read_build_manifest
+from beam_nifti.prepare import prepare_volume
+from beam_nifti.survey import Survey, look_at, make_report
+from beam_nifti.transforms import EncodeExample, LoadVolume, Prepare, Rescale
+from beam_nifti.volume import load_volume
+from tests.build_helpers import run_steps
+from tests.images import random_voxels, write_image, write_manifest
+
+SPACINGS = (
+    (2.0, 2.0, 2.5),
+    (0.9375, 0.9375, 1.2),
+    (0.93750008, 0.9375, 1.2),
+    (1.0, 1.0, 3.0),
+    (0.5, 0.51, 0.5),
+)
+TURNS = {
+    "RAS": np.eye(4),
+    "LAS": np.diag([-1.0, 1, 1, 1]),
+    "SRA": np.array([[0.0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]),
+}
+
+Image = Mapping[str, Any]
+
+images = st.fixed_dictionaries(
+    {
+        "grid": st.sampled_from([(6, 5, 4), (6, 5, 4), (4, 5, 6), (7, 5, 4)]),
+        "frames": st.sampled_from([(), (), (), (2,), (3,)]),
+        "dtype": st.sampled_from(["int16", "int16", "uint8", "float32"]),
+        "spacing": st.sampled_from(SPACINGS),
+        "turn": st.sampled_from(sorted(TURNS)),
+    }
+)
+broken = st.sampled_from(["junk", "missing", "header only"])
+records = st.fixed_dictionaries(
+    {},
+    optional={
+        "frames": st.sampled_from(["all", "each", "first", "mean", "1"]),
+        "voxel_dtype": st.sampled_from(["float32", "native"]),
+        "orientation": st.just("RAS"),
+        "spacing": st.sampled_from(SPACINGS),
+        "shape": st.just((5, 5, 5)),
+        "crop_foreground": st.just("nonzero"),
+    },
+)
+
+
+def affine_of(image: Image) -> Any:
+    return TURNS[image["turn"]] @ np.diag([*image["spacing"], 1.0])
+
+
+@contextmanager
+def cohort_of(contents: list[Image | str]) -> Iterator[Path]:
+    """The manifest of these images."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        for number, image in enumerate(contents):
+            path = folder / f"{number}.nii"
+            if isinstance(image, str):
+                if image != "missing":
+                    path.write_bytes(b"junk" * 300)
+                continue
+            voxels = random_voxels((*image["grid"], *image["frames"]), image["dtype"], seed=number)
+            write_image(path, voxels, affine=affine_of(image))
+        yield write_manifest(folder / "m.tsv", [{"path": f"{i}.nii"} for i in range(len(contents))])
+    finally:
+        shutil.rmtree(folder)
+
+
+def checked(config: BuildConfig) -> tuple[int, dict[str, Any]]:
+    """The exit code of `check`, and its report, without a pipeline."""
+    plan, survey = plan_check(config), Survey()
+    manifest = read_build_manifest(plan.config.manifest, plan.config)
+    for row in manifest.rows(manifest.kept_rows().tolist()):
+        survey.add(look_at(row, manifest.folder, plan)[0])
+    report = make_report(survey, [], plan)
+    code = cli.USAGE if plan.refusal else int(not config.allows_failures(survey.num_bad, survey.num_images))
+    return code, report
+
+
+def built(config: BuildConfig) -> tuple[int, int, set[int]]:
+    """Exit code, records and failed rows of a build, by its own steps and without a pipeline."""
+    try:
+        plan, _ = plan_build(config)
+    except ManifestError:
+        return cli.USAGE, 0, set()
+    record = plan.config.record
+    manifest = read_build_manifest(plan.config.manifest, plan.config)
+    num_records, failed = 0, set()
+    for row in manifest.rows(manifest.kept_rows().tolist(), num_frames=plan.num_frames):
+        steps = [
+            LoadVolume(manifest.folder, plan.required_shape, plan.required_dtype, record),
+            Prepare(record, plan.required_shape),
+            Rescale(record),
+            EncodeExample(),
+        ]
+        try:
+            num_records += len(run_steps(steps, row))
+        except BeamNiftiError:
+            failed.add(row.row)
+    num_failed = len(failed) * (plan.num_frames or 1)
+    return int(not config.allows_failures(num_failed, plan.num_examples)), num_records, failed
+
+
+@settings(max_examples=30)
+@given(
+    contents=st.lists(st.one_of(images, images, images, broken), min_size=1, max_size=6),
+    record=records,
+    mixed=st.booleans(),
+    limit=st.sampled_from([0.0, 0.0, 0.34, 1.0]),
+)
+def test_check_counts_what_a_build_makes(
+    contents: list[Image | str], record: dict[str, Any], mixed: bool, limit: float
+) -> None:
+    assume(not (record.get("voxel_dtype") == "native" and {"spacing"} & record.keys()))
+    assume(not (record.get("voxel_dtype") == "native" and record.get("frames") == "mean"))
+    # Only the voxels tell which shape a cropped image has.
+    assume("crop_foreground" not in record or "shape" in record or mixed)
+    with cohort_of(contents) as manifest:
+        config = BuildConfig(
+            str(manifest),
+            str(manifest.parent / "out"),
+            record=RecordConfig(rescale="none", **record),  # a single voxel has no range
+            allow_mixed_shapes=mixed,
+            max_bad_fraction=limit,
+        )
+        code, report = checked(config)
+        built_code, num_records, failed = built(config)
+    assert (code, report["num_examples"]) == (built_code, num_records)
+    if code != cli.USAGE:
+        assert {problem["row"] for problem in report["problems"]} == failed
+        assert report["num_bad"] == len(failed)
+        assert all(problem["message"] for problem in report["problems"])
+
+
+def applied(manifest: Path, flags: list[str]) -> BuildConfig:
+    """The build that suggested flags make, as a user gives them."""
+    words = [word for flag in flags for word in flag.split()]
+    parsed, rest = options.parse(
+        ["build", str(manifest), str(manifest.parent / "out"), "--rescale=none", *words]
+    )
+    assert rest == []
+    return build_config(parsed)
+
+
+@settings(max_examples=20)
+@given(contents=st.lists(images, min_size=1, max_size=6), record=records)
+def test_the_advice_of_check_loses_nothing(contents: list[Image], record: dict[str, Any]) -> None:
+    # `each` makes as many examples of every image, and a number is of no use where there are fewer frames.
+    given_frames = {"frames": "all"} if record.get("frames") == "all" else {}
+    with cohort_of(list(contents)) as manifest:
+        config = BuildConfig(str(manifest), "", record=RecordConfig(rescale="none", **given_frames))
+        flags = checked(config)[1]["suggested_flags"]
+        if given_frames and not any(flag.startswith("--frames") for flag in flags):
+            flags = [*flags, "--frames all"]
+        config = applied(manifest, flags)
+        code, num_records, failed = built(config)
+        assert (code, num_records, failed) == (cli.SUCCESS, len(contents), set()), flags
+        assert checked(replace(config, output=""))[1]["suggested_flags"] == []
+        for number, image in enumerate(contents):
+            assert_kept(VolumeRow(number + 1, "", f"{number}.nii", None), manifest, config.record, image)
+
+
+def assert_kept(row: VolumeRow, manifest: Path, record: RecordConfig, image: Image) -> None:
+    """An image that has the suggested spacing is turned and padded, and keeps all of its voxels."""
+    folder = str(manifest.parent)
+    loaded = load_volume(row, folder, record=record)
+    turned = prepare_volume(replace(loaded), replace(record, shape=None, spacing=None))
+    if record.spacing is None or np.allclose(turned.zooms, record.spacing, rtol=1e-5):
+        unpadded = prepare_volume(load_volume(row, folder, record=record), replace(record, shape=None))
+        assert np.array_equal(unpadded.voxels, turned.voxels)
+        assert unpadded.voxels.dtype == turned.voxels.dtype
+    if record.shape is not None:
+        sizes = prepare_volume(
+            load_volume(row, folder, record=record), replace(record, shape=None)
+        ).voxels.shape
+        assert all(size <= wanted for size, wanted in zip(sizes, record.shape, strict=False))
+    assert record.orientation in (None, orientation_of(turned.affine))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--max-bad-fraction=0.5"], 0),
+        (["--voxel-dtype=native", "--allow-mixed-shapes"], 1),
+        (["--frames=each"], 1),
+    ],
+)
+def test_check_and_build_of_the_command_line_agree(
+    tmp_path: Path, flags: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = "--frames=each" in flags
+    for number, shape in enumerate([(6, 5, 4), (6, 5, 4), (7, 5, 4)]):
+        voxels = random_voxels((*shape, 2) if each else shape, "uint8" if number == 2 else "int16", number)
+        write_image(tmp_path / f"{number}.nii", voxels)
+    manifest = str(write_manifest(tmp_path / "m.tsv", [{"path": f"{i}.nii"} for i in range(3)]))
+    assert cli.main(["check", manifest, "--quiet", *flags]) == code
+    report = capsys.readouterr().out
+    assert cli.main(["build", manifest, str(tmp_path / "out"), "--quiet", "--workers=1", *flags]) == code
+    written = capsys.readouterr().out
+    count = 4 if each else 2
+    assert f"would make    {count} examples" in report
+    assert f"{count} examples" in written

@@ -1,0 +1,290 @@
+"""Where ids are anonymous, nothing that a command writes or prints tells whose image it was."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from beam_nifti import cli
+from beam_nifti.concealment import conceal, concealing, describe
+from beam_nifti.errors import VolumeError
+from tests.images import brain, row_of, write_image, write_manifest
+
+MARK = "zqx"
+"""A part of every name, path and text of the cohort below, and of nothing else."""
+HIDDEN = f"{MARK}Home"
+"""The folder of the manifest, which commands may print, as it was given to them, and OUTPUT must not have."""
+
+# What texts lose
+
+_LETTERS = st.characters(
+    codec="utf-8", exclude_characters="/\\\0%\n\r", exclude_categories=("Cs", "Cc", "Zs")
+)
+_NAMES = st.text(_LETTERS, min_size=1, max_size=8).map(lambda text: f"{MARK}-{text}1")
+_SPELL: tuple[Callable[[str], str], ...] = (str, str.upper, str.lower, quote, repr, ascii, json.dumps)
+
+
+@settings(max_examples=40)
+@given(st.lists(_NAMES, min_size=1, max_size=4), st.sampled_from([".nii.gz", ".img", ""]), st.data())
+def test_no_spelling_of_a_path_is_left(names: list[str], ending: str, data: st.DataObject) -> None:
+    path = "/".join(names) + ending
+    row = row_of(path, pseudonyms=("0123abcd",))
+    folder = data.draw(st.sampled_from(["", f"/data/{MARK}-study", f"s3://bucket/{MARK}-study"]))
+    whole = f"{folder}/{path}" if folder else path
+    other = whole.removesuffix(ending) + ".hdr"
+    said = data.draw(st.sampled_from([path, whole, other, whole.rpartition("/")[0], *names]))
+    spelled = data.draw(st.sampled_from(_SPELL))(said)
+    assume(said.upper().lower() == said.lower())  # not so for ß and the like
+    assert MARK not in conceal(f"{spelled}: truncated: see ({spelled}) twice", row, folder).lower()
+
+
+def test_the_pseudonym_stands_for_the_path_and_the_rest_stays() -> None:
+    row = row_of("scans of/Ada/first.nii", further=("masks/2.nii",), pseudonyms=("aa11", "bb22"))
+    said = "scans of/Ada/first.nii: the images and masks of (2, 3) voxels; first of masks/2.nii"
+    assert conceal(said, row, "/study") == "aa11: the images and masks of (2, 3) voxels; first of bb22"
+    assert conceal("/study/scans of/Ada/first.mat, /study/scans%20of/Ada", row, "/study") == "aa11.mat, …"
+    absolute = row_of("/scans/Ada/1.nii", pseudonyms=("aa11",))
+    assert (
+        conceal("/scans/Ada/1.nii: 1 of 2 files in /scans/Ada", absolute, "/study")
+        == "aa11: 1 of 2 files in …"
+    )
+    named = row_of("scans of/Ada/first.nii")
+    assert conceal(said, named, "/study") == said
+
+
+def test_of_foreign_errors_only_class_and_line_are_kept() -> None:
+    try:
+        int(MARK)
+    except ValueError as e:
+        error = e
+    assert describe(error, is_anonymous=False).endswith(f"{MARK!r}")
+    told = describe(error, is_anonymous=True)
+    assert told.startswith("ValueError at test_concealment.py:")
+    assert told.endswith(" in test_of_foreign_errors_only_class_and_line_are_kept")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (VolumeError(f"{MARK}1.nii: truncated"), VolumeError, "0123abcd: truncated"),
+        (
+            OSError(errno.ENOSPC, f"full {MARK}", f"/d/{MARK}1.nii"),
+            OSError,
+            "No space left on device, in row 1",
+        ),
+        (
+            TimeoutError(errno.ETIMEDOUT, f"failed (HTTP 503 SlowDown), {MARK}"),
+            TimeoutError,
+            r"timed out \(HTTP 503 SlowDown\), in row 1",
+        ),
+        (MemoryError(MARK), MemoryError, "in row 1 of the manifest"),
+        (TimeoutError(MARK), TimeoutError, "TimeoutError at test_concealment.py:.*, in row 1"),
+        (KeyError(MARK), RuntimeError, "KeyError at test_concealment.py:.*, in row 1 of the manifest"),
+    ],
+)
+def test_errors_keep_their_kind_and_lose_their_names(error: Exception, kind: type, said: str) -> None:
+    with (
+        pytest.raises(kind, match=said) as raised,
+        concealing(row_of(f"{MARK}1.nii", pseudonyms=("0123abcd",)), "/d"),
+    ):
+        raise error from ValueError(MARK)
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
+    assert MARK not in str(raised.value)
+    with pytest.raises(type(error)) as same, concealing(row_of(f"{MARK}1.nii"), "/d"):
+        raise error
+    assert same.value is error
+
+
+# What commands tell
+
+
+def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """The name and the unpacked content of every file."""
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        elif path.suffix == ".parquet":
+            table = pq.read_table(path)
+            data = repr((table.to_pylist(), table.schema.metadata)).encode()
+        yield str(path.relative_to(folder)), data
+
+
+def told_in(folder: Path) -> set[str]:
+    """The files that hold the mark, or are named by it."""
+    return {name for name, data in contents(folder) if MARK.encode() in name.encode().lower() + data.lower()}
+
+
+class Study:
+    """A cohort all of whose names have the mark."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.key, self.output = folder / HIDDEN, folder / "key", folder / "out"
+        self.key.write_bytes(b"not so random, but long enough")
+        self.rows = list[dict[str, str]]()
+
+    def add(self, name: str, *, mask: bool = True, **header: object) -> Path:
+        """Add a row and its image."""
+        number = len(self.rows)
+        path = f"{MARK} group/{MARK.upper()}SUB-{number}/{name}-{MARK}é.nii.gz"
+        written = write_image(
+            self.home / path,
+            brain(seed=number),
+            fields={"descrip": f"{MARK} descrip", "aux_file": f"{MARK} aux", "db_name": MARK, **header},
+        )
+        mask_path = f"{MARK} group/{MARK}_mask{number}.nii"
+        write_image(self.home / mask_path, (brain(seed=number) > 600).astype(np.uint8))
+        if not mask:
+            (self.home / mask_path).unlink()
+        ids = {"participant_id": f"{MARK}SUB-{number}", "session_id": f"{MARK}ses"}
+        self.rows.append({**ids, "path": path, "mask": mask_path, "label": str(number)})
+        return written
+
+    def command(self, name: str, *flags: str) -> list[str]:
+        manifest = str(write_manifest(self.home / "manifest.tsv", self.rows))
+        where = [manifest, str(self.output)] if name == "build" else [manifest]
+        options = [f"--anonymous-ids={self.key}", "--mask-column=mask", "--quiet", *flags]
+        return [name, *where, *options]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(tmp_path)
+
+
+Told = Callable[[], str]
+
+
+@pytest.fixture
+def told(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Told:
+    """What was printed since the last call, without the path of the manifest, which the command was given."""
+
+    def read() -> str:
+        out, err = capfd.readouterr()
+        return (out + err).replace(f"{tmp_path}/{HIDDEN}/manifest.tsv", "MANIFEST")
+
+    return read
+
+
+def damage(study: Study) -> int:
+    """Add images that fail at every step; how many."""
+    study.add("junk").write_bytes(b"no image")
+    study.add("gone").unlink()
+    cut = study.add("cut")
+    cut.write_bytes(cut.read_bytes()[:-30])
+    folder = study.add("folder")
+    folder.unlink()
+    folder.mkdir()
+    loop = study.add("loop")
+    loop.unlink()
+    loop.symlink_to(loop.name)
+    write_image(study.add("wide"), brain((7, 5, 4)))
+    write_image(study.add("flat"), np.zeros((6, 5, 4), np.int16))
+    write_image(study.add("holed"), np.full((6, 5, 4), np.nan, np.float32))
+    study.add("mask", mask=False)
+    for name in ("raise", "unparsable", "absent"):
+        study.add(name)
+    study.rows.append(
+        {**study.rows[-1], "participant_id": f"{MARK}half", "path": f"{MARK} group/{MARK}half.img"}
+    )
+    (study.home / study.rows[-1]["path"]).write_bytes(bytes(400))
+    return 13
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_failure_tells_a_name(study: Study, told: Told, tmp_path: Path, log_format: str) -> None:
+    for name in ("a", "b", "c"):
+        study.add(name)
+    num_failed = damage(study)
+    files = [f"--summary-json={tmp_path}/told/summary.json", f"--metrics-file={tmp_path}/told/m.prom"]
+    (tmp_path / "told").mkdir()
+    function = "--preprocess=tests.user_functions:fail_as_named"
+    command = study.command("build", function, f"--log-format={log_format}", *files)
+    assert cli.main(command) == cli.FAILED
+    said = told()
+    assert f"{num_failed} of {num_failed + 3} volumes failed" in said
+    assert MARK not in said.lower()
+    assert told_in(study.output) == set()
+    summary = json.loads((tmp_path / "told/summary.json").read_text())
+    assert summary.pop("manifest") == f"{study.home}/manifest.tsv"
+    assert MARK not in json.dumps(summary).lower()
+    assert MARK not in (tmp_path / "told/m.prom").read_text().lower()
+    if log_format == "json":
+        return
+    assert cli.main([*command, "--max-bad-fraction=0.9"]) == cli.SUCCESS
+    assert told_in(study.output) == set()
+    lines = [json.loads(line) for line in (study.output / "failures.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(4, num_failed + 4))
+    messages = {line["row"]: line["message"] for line in lines}
+    assert messages[4].startswith(f"{lines[0]['path']}: a text file; copy or download")
+    assert "ValueError at user_functions.py:" in messages[13]
+    assert f"{lines[8]['mask']}: cannot be read: No such file" in messages[12]
+    verify = ["verify", str(study.output), "--manifest", command[1], f"--anonymous-ids={study.key}"]
+    assert cli.main([*verify, "--deep=all"]) == cli.SUCCESS
+    shutil.move(study.home / study.rows[0]["path"], study.home / study.rows[1]["path"])
+    (study.home / study.rows[2]["path"]).write_bytes(b"no image")
+    assert cli.main([*verify, "--deep=all"]) == cli.FAILED
+    assert cli.main(["inspect", str(study.output)]) == cli.SUCCESS
+    said = told()
+    assert said.count("cannot be made again: ") == 2
+    assert MARK not in said.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "log_format"), [("memory", "text"), ("full", "text"), ("exit", "text"), ("late", "json")]
+)
+def test_no_build_that_stops_tells_a_name(study: Study, told: Told, name: str, log_format: str) -> None:
+    study.add("first")
+    study.add(name)
+    flags = ["--preprocess=tests.user_functions:fail_as_named", f"--log-format={log_format}"]
+    assert cli.main(study.command("build", *flags)) not in (cli.SUCCESS, cli.FAILED)
+    said = told()
+    assert "the build stopped: " in said
+    assert "row 2 of the manifest" in said or "called sys.exit()" in said
+    assert MARK not in said.lower()
+    assert told_in(study.output) == set()
+
+
+def test_a_cohort_without_an_image_that_can_be_used_tells_no_name(study: Study, told: Told) -> None:
+    damage(study)
+    study.rows = [*study.rows[:2], *study.rows[3:5]]  # those without a header
+    assert cli.main(study.command("build")) == cli.USAGE
+    said = told()
+    assert "none of these images can be used" in said
+    assert MARK not in said.lower()
+    study.rows = study.rows[:1]
+    study.add("full")
+    study.rows = study.rows[1:]
+    flags = ["--preprocess=tests.user_functions:fail_as_named", "--crop-foreground=nonzero"]
+    assert cli.main(study.command("build", *flags)) not in (cli.SUCCESS, cli.FAILED)
+    said = told()
+    assert "No space left on device" in said
+    assert MARK not in said.lower()
+
+
+def test_a_check_tells_no_name(study: Study, told: Told, tmp_path: Path) -> None:
+    study.add("a")
+    shutil.copy(study.add("b"), study.add("copy"))
+    study.rows[2]["mask"] = study.rows[1]["mask"]
+    damage(study)
+    assert cli.main(study.command("check", f"--out={tmp_path}/check.json")) == cli.FAILED
+    said = told()
+    assert "MANIFEST" in said
+    assert MARK not in said.lower()
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report.pop("manifest") == f"{study.home}/manifest.tsv"
+    assert MARK not in json.dumps(report).lower()
+    assert report["num_bad"] > 5
+    assert len(report["twins"]) == 1

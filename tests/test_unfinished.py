@@ -1,0 +1,411 @@
+"""Unfinished builds are treated like datasets: continued, or refused, and never destroyed without a word."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from beam_nifti.build import open_build, plan_build
+from beam_nifti.dataset_info import read_info
+from beam_nifti.errors import OutputError
+from beam_nifti.publish import TooManyFailures
+from beam_nifti.resume import Reuse
+from tests.build_helpers import (
+    assert_complete,
+    build,
+    build_apart,
+    contents,
+    make_config,
+)
+from tests.images import brain, name_of, write_image, write_manifest
+
+COUNT = 10
+SHAPE = (6, 5, 4)
+SMALL_SHARDS: dict[str, Any] = {"examples_per_shard": 4}
+SMALL = SMALL_SHARDS | {"unit_rows": 2}
+
+
+def rows_of(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "participant_id": f"sub-{i:04d}",
+            "path": name_of(i),
+            "label": i,
+            "age": 20 + i,
+            "mask": f"mask-{i}.nii",
+            "other_mask": f"other-{i}.nii",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and masks of two more rows than the manifest has."""
+    folder = tmp_path_factory.mktemp("cohort")
+    for i in range(COUNT + 2):
+        write_image(folder / name_of(i), brain(SHAPE, seed=i))
+        for number, name in enumerate(("mask", "other")):
+            write_image(folder / f"{name}-{i}.nii", np.full(SHAPE, 1 + number, np.uint8))
+            os.utime(folder / f"{name}-{i}.nii", (1, 1))
+    write_manifest(folder / "manifest.tsv", rows_of(COUNT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Path:
+    return folder / "manifest.tsv"
+
+
+def killed_at(manifest: Path, tmp: Path, share: float, **options: Any) -> Path:
+    operations = build_apart(manifest, tmp / "undisturbed", **SMALL, **options).operations
+    killed = build_apart(manifest, tmp / "killed", round(share * operations), **SMALL, **options)
+    assert killed.was_killed
+    return tmp / "killed"
+
+
+@pytest.fixture(scope="module")
+def bases(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Outputs in several states, which no test changes."""
+    tmp = tmp_path_factory.mktemp("bases")
+    early, late = (killed_at(manifest, tmp / str(share), share) for share in (0.5, 0.9))
+    # A rebuild of the finished dataset, with more rows, that was killed.
+    more = write_manifest(manifest.parent / "more.tsv", rows_of(COUNT + 2))
+    rebuilt = Path(shutil.copytree(tmp / "0.5" / "undisturbed", tmp / "rebuilt"))
+    assert build_apart(more, rebuilt, 75, **SMALL).was_killed
+    return {"early": early, "late": late, "finished": tmp / "0.5" / "undisturbed", "rebuilt": rebuilt}
+
+
+@pytest.fixture
+def output(bases: dict[str, Path], tmp_path: Path) -> Path:
+    """A build that was killed halfway."""
+    return Path(shutil.copytree(bases["early"], tmp_path / "out"))
+
+
+def snapshot(output: Path) -> dict[str, bytes]:
+    """The content of every file but the lock."""
+    files = (p for p in output.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(output)): p.read_bytes() for p in files}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rescale": "none"}, "--rescale was minmax, now none"),
+        ({"clip": True, "rescale": "window:0,9"}, "--clip was not given, now given"),
+        ({"shape": (4, 4, 4)}, "--shape was not given, now 4,4,4"),
+        ({"columns": {"label": "age"}}, "--label-column was label, now age"),
+        ({"columns": {"id": "path"}}, "--id-column was not given, now path"),
+        ({"spacing": (1.0, 1.0, 1.00000001)}, "--spacing was not given, now 1,1,1.00000001"),
+    ],
+)
+def test_other_options_are_refused(
+    manifest: Path, output: Path, changes: dict[str, Any], message: str
+) -> None:
+    before = snapshot(output)
+    with pytest.raises(OutputError) as raised:
+        build(manifest, output, **SMALL, **changes)
+    assert message in str(raised.value)
+    assert "finished examples (" in str(raised.value)
+    assert "would be lost; give the same options to continue it" in str(raised.value)
+    assert "--overwrite to discard it" in str(raised.value)
+    assert snapshot(output) == before
+    build(manifest, output, **SMALL, overwrite=True, **changes)
+    build(manifest, output.parent / "fresh", **SMALL, **changes)
+    assert_complete(output, output.parent / "fresh")
+
+
+def test_the_command_line_refuses_with_code_2(manifest: Path, output: Path, run: Callable[..., str]) -> None:
+    said = run("build", manifest, output, "--examples-per-shard", 4, "--rescale", "zscore", code=2)
+    assert "--rescale was minmax, now zscore" in said
+    said = run("build", manifest, output, "--rescale", "zscore", "--dry-run", code=2)
+    assert "would be lost" in said
+
+
+def test_a_dry_run_prints_what_is_kept_rebuilt_and_deleted(
+    folder: Path, manifest: Path, output: Path, bases: dict[str, Path], run: Callable[..., str]
+) -> None:
+    flags = ["--examples-per-shard", 4, "--dry-run"]
+    before = snapshot(output)
+    said = run("build", manifest, output, *flags)
+    kept, rebuilt = map(int, re.findall(r"^(?:kept|rebuild) +(\d+) example", said, re.M))
+    assert kept + rebuilt == COUNT
+    assert f"kept     {kept} examples of an unfinished build\n" in said
+    assert snapshot(output) == before
+    more = write_manifest(folder / "more.tsv", rows_of(COUNT + 2))
+    said = run("build", more, bases["finished"], *flags)
+    assert (
+        "kept     10 examples of the dataset\nrebuild  2 examples\ndelete   1 shard of revision 1 (" in said
+    )
+    said = run("build", manifest, bases["finished"], *flags, "--overwrite")
+    assert "rebuild  10 examples\ndelete   3 shards of revision 1 (" in said
+
+
+def test_rows_that_would_lose_finished_records_are_refused(manifest: Path, output: Path) -> None:
+    before = snapshot(output)
+    rows = rows_of(COUNT)
+    for changed, message in (
+        (rows[1:], r"row \d+ was \('sub-\d+', .*now \('sub-\d+'"),
+        ([rows[0] | {"label": 7}, *rows[1:]], r"row 1 was .*0\.0\), now .*7\.0\)"),
+        ([row | {"site": "A"} for row in rows], "columns were .*now .*site"),
+        ([row | {"age": 1} for row in rows], "some were changed"),
+    ):
+        other = write_manifest(manifest.parent / "changed.tsv", changed)
+        with pytest.raises(OutputError, match=message):
+            build(other, output, **SMALL)
+        assert snapshot(output) == before
+
+
+def test_rows_without_finished_records_may_change(folder: Path, tmp_path: Path) -> None:
+    """As after a failure: a path is corrected, or the failed row is dropped at the end."""
+    output, rows = tmp_path / "out", rows_of(COUNT)
+    wrong = write_manifest(folder / "wrong.tsv", [*rows[:-1], rows[-1] | {"path": "no.nii"}])
+    with pytest.raises(TooManyFailures):
+        build(wrong, output, **SMALL)
+    for changed in (rows, rows[:-1]):
+        copy = Path(shutil.copytree(output, tmp_path / f"copy-{len(changed)}"))
+        corrected = write_manifest(folder / "corrected.tsv", changed)
+        assert build(corrected, copy, **SMALL).read <= {name_of(COUNT - 1)}
+
+
+def test_a_build_that_has_finished_nothing_stands_in_no_ones_way(manifest: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with open_build(make_config(manifest, output)):
+        pass
+    build(manifest, output, **SMALL, rescale="none")
+    build(manifest, tmp_path / "fresh", **SMALL, rescale="none")
+    assert_complete(output, tmp_path / "fresh")
+
+
+def test_another_mask_column_is_refused(manifest: Path, tmp_path: Path) -> None:
+    """Both masks have one size and time, so that only the option tells them apart."""
+    masked = {"columns": {"mask": "mask"}}
+    output = killed_at(manifest, tmp_path, 0.5, **masked)
+    with pytest.raises(OutputError, match="--mask-column was mask, now other_mask"):
+        build(manifest, output, **SMALL, columns={"mask": "other_mask"})
+    build(manifest, output, **SMALL, **masked)
+    assert_complete(output, tmp_path / "undisturbed")
+
+
+def test_records_that_mixed_shapes_exclude_are_not_taken(tmp_path: Path) -> None:
+    """Colour volumes have a fourth axis, which a dataset of mixed shapes cannot have."""
+    colour = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    rows = []
+    for i in range(3):
+        voxels = np.zeros(SHAPE, colour)
+        voxels["R"] = brain(SHAPE, seed=i) % 200
+        write_image(tmp_path / f"{i}.nii", voxels)
+        rows.append({"path": f"{i}.nii"})
+    manifest = write_manifest(tmp_path / "m.tsv", [*rows, {"path": "none.nii"}])
+    output = tmp_path / "out"
+    with pytest.raises(TooManyFailures, match="1 of 4"):
+        build(manifest, output)
+    with pytest.raises(OutputError, match="--allow-mixed-shapes was not given, now given"):
+        build(manifest, output, allow_mixed_shapes=True)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[]", b'{"note_version": 99}', b'{"note_version": 2, "info": 3}']
+)
+def test_a_note_that_cannot_be_read_is_refused(manifest: Path, output: Path, damage: bytes) -> None:
+    (output / ".build" / "plan.json").write_bytes(damage)
+    before = snapshot(output)
+    with pytest.raises(OutputError, match=r"plan\.json: the note .*another version of beam-nifti"):
+        build(manifest, output, **SMALL)
+    assert snapshot(output) == before
+
+
+def test_overwrite_discards_what_has_no_readable_note(
+    manifest: Path, output: Path, bases: dict[str, Path]
+) -> None:
+    (output / ".build" / "plan.json").write_bytes(b"")
+    build(manifest, output, **SMALL, overwrite=True)
+    assert_complete(output, bases["finished"])
+
+
+def test_parts_without_a_note_are_refused_beside_a_dataset_too(
+    manifest: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(bases["rebuilt"], tmp_path / "out"))
+    (output / ".build" / "plan.json").unlink()
+    before = snapshot(output)
+    with pytest.raises(OutputError, match=r"holds a folder \.build"):
+        build(manifest, output, **SMALL)
+    assert snapshot(output) == before
+
+
+# What is continued
+
+
+def test_other_shards_keep_every_finished_record(
+    manifest: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    changes = {"examples_per_shard": 3}
+    build(manifest, tmp_path / "fresh", unit_rows=2, **changes)
+    for base in ("early", "late"):
+        output = Path(shutil.copytree(bases[base], tmp_path / base))
+        done = reuse_of(make_config(manifest, output, **SMALL_SHARDS)).num_unfinished
+        assert done >= 4
+        assert reuse_of(make_config(manifest, output, **changes)).num_unfinished == done
+        built = build(manifest, output, unit_rows=2, **changes)
+        assert built.counters["volumes-skipped"] == done
+        assert_complete(output, tmp_path / "fresh")
+
+
+def reuse_of(config: Any) -> Reuse:
+    reuse = plan_build(config)[1].reuse
+    assert reuse is not None
+    return reuse
+
+
+def test_parts_are_found_where_an_earlier_temporary_location_was(
+    manifest: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    output = killed_at(manifest, tmp_path, 0.3, temp_location=one)
+    done = reuse_of(make_config(manifest, output, examples_per_shard=4, temp_location=one)).num_unfinished
+    assert done
+    with open_build(make_config(manifest, output, examples_per_shard=4, temp_location=other)):
+        pass  # killed again
+    built = build(manifest, output, **SMALL)
+    assert built.counters["volumes-skipped"] == done
+    assert_complete(output, bases["finished"])
+    assert [p for place in (one, other) for p in Path(place).rglob("*") if p.is_file()] == []
+
+
+# Killed after publishing
+
+
+@pytest.fixture
+def dies_before_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The next build ends when dataset_info.json is written."""
+
+    def die(_plan: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("beam_nifti.build._clean_up", die)
+    return
+
+
+@pytest.mark.usefixtures("dies_before_cleaning_up")
+@pytest.mark.parametrize(
+    ("base", "options"), [(None, {}), ("finished", {}), ("finished", {"overwrite": True, "rescale": "none"})]
+)
+def test_what_was_published_is_only_cleaned_up_after(
+    folder: Path, bases: dict[str, Path], tmp_path: Path, base: str | None, options: dict[str, Any]
+) -> None:
+    output, more = tmp_path / "out", write_manifest(folder / "more.tsv", rows_of(COUNT + 2))
+    if base:
+        shutil.copytree(bases[base], output)
+    with pytest.raises(KeyboardInterrupt):
+        build(more, output, **SMALL, **options)
+    info, published = read_info(str(output)), contents(output)
+    reuse = reuse_of(make_config(more, output, examples_per_shard=4, **options))
+    assert (reuse.num_published, reuse.num_rebuilt, reuse.replaced) == (COUNT + 2, 0, ())
+    assert build(more, output, **SMALL, **options).read == set()
+    assert read_info(str(output)) == info
+    assert contents(output) == published
+    build(more, tmp_path / "fresh", **SMALL, **{k: v for k, v in options.items() if k != "overwrite"})
+    assert_complete(output, tmp_path / "fresh")
+
+
+# Random changes
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"examples_per_shard": 3},
+    {"num_shards": 2},
+    {"allow_mixed_shapes": True},
+    {"max_bad_fraction": 0.5},
+    {"shuffle_seed": 1},
+    {"rescale": "none"},
+    {"compression_level": 1},
+    {"columns": {"mask": "mask"}},
+    {"columns": {"label": "age"}},
+    {"overwrite": True},
+)
+ROWS: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
+    "same": lambda rows: rows[:COUNT],
+    "appended": lambda rows: rows,
+    "shorter": lambda rows: rows[: COUNT - 2],
+    "dropped": lambda rows: [*rows[:6], *rows[7:COUNT]],
+    "labelled": lambda rows: [*rows[:8], rows[8] | {"label": 99}, rows[9]],
+    "exchanged": lambda rows: [*rows[:8], rows[9], rows[8]],
+}
+
+
+@settings(max_examples=14, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    base=st.sampled_from(["early", "late", "finished", "rebuilt"]),
+    options=st.sampled_from(OPTIONS),
+    rows=st.sampled_from(sorted(ROWS)),
+    replaced=st.sampled_from([None, 1, 7]),
+)
+def test_any_change_gives_the_bytes_of_a_fresh_build_or_is_refused(
+    folder: Path,
+    bases: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    base: str,
+    options: dict[str, Any],
+    rows: str,
+    replaced: int | None,
+) -> None:
+    """And the preview of the build counts what the build then does."""
+    tmp = tmp_path_factory.mktemp("change")
+    output = Path(shutil.copytree(bases[base], tmp / "out"))
+    manifest = write_manifest(folder / "random.tsv", ROWS[rows](rows_of(COUNT + 2)))
+    options = SMALL | options
+    if "num_shards" in options:
+        options.pop("examples_per_shard")
+    config = make_config(manifest, output, **{k: v for k, v in options.items() if k != "unit_rows"})
+    with replaced_image(folder, replaced):
+        before = snapshot(output)
+        published = read_info(str(output)) if (output / "dataset_info.json").exists() else None
+        try:
+            estimate = plan_build(config)[1]
+            built = build(manifest, output, **options)
+        except OutputError:
+            assert snapshot(output) == before
+            return
+        kept = built.counters.get("volumes-skipped", 0)
+        reuse = estimate.reuse or Reuse(0, 0, estimate.num_volumes)
+        assert (reuse.num_published + reuse.num_unfinished, reuse.num_rebuilt) == (
+            kept,
+            estimate.num_volumes - kept,
+        )
+        gone = {s for s in (published.shards if published else ()) if not (output / s.name).exists()}
+        assert set(reuse.replaced) == gone
+        options.pop("overwrite", None)
+        build(manifest, tmp / "fresh", **options)
+        assert_complete(output, tmp / "fresh")
+
+
+@contextlib.contextmanager
+def replaced_image(folder: Path, number: int | None) -> Iterator[None]:
+    """Replace an image while the block runs."""
+    if number is None:
+        yield
+        return
+    path = folder / name_of(number)
+    data, times = path.read_bytes(), path.stat()
+    write_image(path, brain(SHAPE, seed=1000))
+    try:
+        yield
+    finally:
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
