@@ -474,9 +474,19 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
         else:
             print(format_report(report))
             _print_skipped(plan.num_skipped)
+    if across := report["twins_across_splits"]:
+        logs.LOGGER.warning("%s", _leak_warning(across))
     if plan.refusal:
         raise UsageError(f"a build with these flags would write nothing: {plan.refusal}")
     return SUCCESS if config.allows_failures(num_bad, num_images) else FAILED
+
+
+def _leak_warning(across: Sequence[Mapping[str, str]]) -> str:
+    named = " and ".join(f"{name} ({split})" for name, split in across[0].items())
+    return (
+        f"{_count(len(across), 'image')} probably in several splits, such as {named}: their sizes and "
+        "first 64 KB are equal. Keep one of them, or give them one split"
+    )
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:

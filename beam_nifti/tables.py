@@ -66,11 +66,12 @@ class Problems:
         path: of the table, for the error.
 
     Attributes:
+        path: of the table.
         warnings: what was reported by `warn`.
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._found = path, list[str]()
+        self.path, self._found = path, list[str]()
         self.warnings = list[str]()
 
     def warn(self, warning: str) -> None:
@@ -95,7 +96,7 @@ class Problems:
             ManifestError: with all of them.
         """
         if self._found:
-            raise ManifestError(self._path, self._found)
+            raise ManifestError(self.path, self._found)
 
 
 def read_table(path: str, plain: Collection[str] = (), problems: Problems | None = None) -> pa.Table:
