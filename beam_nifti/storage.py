@@ -299,13 +299,13 @@ def _require_regular(path: str, mode: int) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat_module.S_ISREG(mode):
         kind = next(name for is_kind, name in _KINDS.items() if is_kind(mode))
-        raise OSError(errno.EINVAL, f"is a {kind}, not a file; copy its content into one", path)
+        raise OSError(errno.EINVAL, f"is a {kind}, not a file; give a regular file", path)
 
 
 def has_changed(path: str, handle: BinaryIO, before: Stat) -> bool:
     """Whether a local file was written to since `open_with_stat`, which gave the other two.
 
-    A store never changes an object that is being read.
+    `s3://` and `gs://` read one version of an object; of other URLs it is not known.
     """
     if is_remote(path):
         return False
