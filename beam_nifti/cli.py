@@ -166,8 +166,10 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
 @contextlib.contextmanager
 def _all_read() -> Iterator[None]:
     """Print what a command is for."""
-    yield
-    sys.stdout.flush()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager

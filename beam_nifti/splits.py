@@ -87,7 +87,7 @@ def find_shared_images(
         return []
     # Paths of one image end alike: few are left of which the whole counts.
     encoded = pa.chunked_array(
-        pc.replace_substring_regex(batch.column(0), r"^.*/|(?i:\.(hdr|img))", "").dictionary_encode()
+        pc.replace_substring_regex(batch.column(0), r"(?s:^.*/)|(?i:\.(hdr|img))", "").dictionary_encode()
         for column in columns
         for batch in pa.table([column], ["path"]).to_batches(max_chunksize=_BATCH)
     )

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TextIO
 
-from beam_nifti.wording import one_line
+from beam_nifti.wording import printable
 
 
 class UnwritableError(Exception):
@@ -24,7 +24,7 @@ class UnwritableError(Exception):
 
 
 class Screen(io.TextIOBase):
-    """A standard stream that shows control characters as Python writes them, but for line breaks.
+    """A standard stream that shows control characters as Python writes them, but for line breaks and tabs.
 
     Args:
         stream: that it writes to; None for a closed one.
@@ -54,8 +54,7 @@ class Screen(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write text without what controls a terminal."""
-        shown = "\n".join(map(one_line, text.split("\n")))
-        self._put(shown.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        self._put(printable(text).encode(self.encoding, "backslashreplace").decode(self.encoding))
         return len(text)
 
     def write_result(self, text: str) -> None:

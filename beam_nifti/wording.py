@@ -31,7 +31,12 @@ def one_line(text: str) -> str:
     >>> print(one_line("left\nright"))
     left\nright
     """
-    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+    return printable(text, keep="")
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """A text with control characters as Python writes them, but for those that are kept."""
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 def size_text(sizes: Iterable[float]) -> str:

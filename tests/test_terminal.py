@@ -28,7 +28,7 @@ HOSTILE = "\x1b]0;owned\x07\x9b2J\r\u202e\u2066\x7f\udcff\n"
 def is_harmless(text: str) -> bool:
     """Whether a text, but for its line breaks, moves no cursor and turns no line."""
     turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-    characters = set(text) - {"\n"}
+    characters = set(text) - {"\n", "\t"}
     return not characters & {"\u200e", "\u200f", "\u061c"} and not any(
         unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in turning
         for c in characters
@@ -56,7 +56,7 @@ def test_a_screen_shows_nothing_that_controls_a_terminal_and_keeps_lines(text: s
     assert Screen(stream, is_strict=True).write(text) == len(text)
     shown = stream.getvalue()
     assert is_harmless(shown)
-    assert shown.count("\n") == text.count("\n")
+    assert [shown.count(c) for c in "\n\t"] == [text.count(c) for c in "\n\t"]
 
 
 @given(TEXTS)
@@ -161,7 +161,11 @@ def test_the_traceback_of_an_unforeseen_error_is_escaped(
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     line = command.replace("beam-nifti", f"{sys.executable} -m beam_nifti.cli")
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, env={**os.environ, **environment}, capture_output=True, check=False
+        ["bash", "-c", line],
+        cwd=folder,
+        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},
+        capture_output=True,
+        check=False,
     )
 
 
@@ -175,10 +179,17 @@ def test_a_summary_that_cannot_be_printed_changes_no_exit_code(
     assert done.stderr == b""
 
 
-@pytest.mark.parametrize(("stream", "code"), [(">&-", cli.USAGE), (">/dev/full", cli.TEMPORARY)])
-def test_a_result_that_cannot_be_printed_is_an_error(tmp_path: Path, stream: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("manifest glob a.nii >&-", cli.USAGE),
+        ("manifest glob a.nii >/dev/full", cli.TEMPORARY),
+        ("--version >/dev/full", cli.TEMPORARY),
+    ],
+)
+def test_a_result_that_cannot_be_printed_is_an_error(tmp_path: Path, command: str, code: int) -> None:
     write_image(tmp_path / "a.nii")
-    done = shell(f"beam-nifti manifest glob a.nii {stream}", tmp_path)
+    done = shell(f"beam-nifti {command}", tmp_path)
     assert done.returncode == code
     assert done.stderr.startswith(b"beam-nifti: error: standard output: ")
     assert done.stderr.count(b"\n") == 1
