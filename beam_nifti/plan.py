@@ -223,7 +223,7 @@ class BuildPlan:
             split: its name.
             published: `BuildNote.published`.
         """
-        ranges = self.shard_ranges(split)
+        ranges, published = self.shard_ranges(split), frozenset(published)
         compressed = self.config.record.compression == "gzip"
         held = {(n.split, n.index): n for n in map(ShardName.parse, published) if n}
         earlier = [layout.ranges(split) for layout in self.earlier]
