@@ -3,7 +3,7 @@
 Create([manifest])   str
 CutRows              tuple of VolumeRow
 Reshuffle            tuple of VolumeRow
-LookAtImages         Survey, and (what twins share, example id)
+LookAtImages         Survey, and (what twins share, (example id, split))
 WriteReport          one file
 """
 
@@ -56,14 +56,14 @@ class LookAtImages(beam.DoFn):
         self._folder, self._plan = storage.dirname(plan.config.manifest), plan
 
     def process(self, rows: tuple[VolumeRow, ...]) -> Iterable[Any]:
-        """Yield one Survey; and (what twins share, example id)."""
+        """Yield one Survey; and (what twins share, (example id, split))."""
         survey = Survey()
         for row in rows:
             found, twin = look_at(row, self._folder, self._plan)
             survey.add(found)
             METER.add(volumes=1 - found.num_bad, failed=found.num_bad)
             if twin is not None:
-                yield TaggedOutput(_TWINS, (twin, row.example_id))
+                yield TaggedOutput(_TWINS, (twin, (row.example_id, row.split)))
         yield survey
 
 
@@ -74,13 +74,13 @@ def _add_up(surveys: Iterable[Survey]) -> Survey:
     return total
 
 
-def _several(group: tuple[str, Iterable[str]]) -> Iterable[list[str]]:
-    ids = sorted(group[1])
-    if len(ids) > 1:
-        yield ids
+def _several(group: tuple[str, Iterable[tuple[str, str]]]) -> Iterable[list[tuple[str, str]]]:
+    twins = sorted(group[1])
+    if len(twins) > 1:
+        yield twins
 
 
-def _write_report(survey: Survey, twins: Iterable[list[str]], path: str, plan: CheckPlan) -> None:
+def _write_report(survey: Survey, twins: Iterable[list[tuple[str, str]]], path: str, plan: CheckPlan) -> None:
     report = make_report(survey, sorted(twins), plan)
     storage.write(path, dump_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
@@ -108,8 +108,8 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
         )
         twins = (
             looked_at[_TWINS]
-            | "GroupByKey" >> beam.GroupByKey()  # (what twins share, ids)
-            | "Several" >> beam.FlatMap(_several)  # ids
+            | "GroupByKey" >> beam.GroupByKey()  # (what twins share, (id, split)s)
+            | "Several" >> beam.FlatMap(_several)  # (id, split)s
         )
         (
             looked_at.surveys

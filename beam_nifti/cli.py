@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import io
 import logging
-import os
 import sys
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +36,8 @@ from beam_nifti.outcomes import (
 )
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
 from beam_nifti.strict_json import dump_json
+from beam_nifti.terminal import UnwritableError, guarded_streams, write_result
+from beam_nifti.wording import one_line
 
 if TYPE_CHECKING:
     from beam_nifti.config import BuildConfig
@@ -64,31 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output,
         75 a failure that may pass, 130 Ctrl-C, 141 a result that nobody read to its end.
+
+    Raises:
+        SystemExit: with 1, in the place of an exception that nobody foresaw, whose traceback is printed.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    with logs.on_stderr(command_line.find_log_format(arguments)):
+    with guarded_streams(), logs.on_stderr(command_line.find_log_format(arguments)):
         try:
-            _require_text(arguments)
+            storage.require_text(arguments)
             with _all_read():  # --help and --version
                 options, beam_flags = command_line.parse(arguments)
         except SystemExit:
             return SUCCESS
         except UsageError as e:
             return _complain(e, USAGE)
-        except _CutShort:
-            return CUT_SHORT
+        except UnwritableError as e:
+            return _unprinted(e)
         return _run_command(options, beam_flags)
-
-
-def _require_text(arguments: Sequence[str]) -> None:
-    """Refuse what our files, which are UTF-8, cannot hold."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            raise UsageError(
-                f"{os.fsencode(argument)!r} is not UTF-8 text; correct it, or rename the file"
-            ) from None
 
 
 def _run_command(options: argparse.Namespace, beam_flags: list[str]) -> int:
@@ -153,8 +146,8 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
     }
     try:
         return commands[options.command](options, beam_flags)
-    except _CutShort:
-        return CUT_SHORT
+    except UnwritableError as e:
+        return _unprinted(e)
     except BeamNiftiError as e:
         run.fail(e)
         return _complain(e, exit_code(e))
@@ -170,30 +163,36 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         return INTERRUPTED
 
 
-class _CutShort(Exception):
-    """Whoever reads our standard output has gone."""
-
-
 @contextlib.contextmanager
 def _all_read() -> Iterator[None]:
-    """Print what a command is for, and end quietly when its reader has gone."""
+    """Print what a command is for."""
     try:
-        try:
-            yield
-        finally:
-            if sys.stdout is not None:  # closed by whoever started us
-                sys.stdout.flush()
-    except BrokenPipeError as e:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise _CutShort from e
+        yield
+    finally:
+        sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def _while_read() -> Iterator[None]:
-    """Say what a command has done; the exit code stands when whoever reads our output has gone."""
-    with contextlib.suppress(_CutShort), _all_read():
-        yield
+    """Print what a command has done; its exit code stands where that cannot be printed."""
+    try:
+        with _all_read():
+            yield
+    except UnwritableError as e:
+        if not isinstance(e.__cause__, BrokenPipeError):
+            logs.LOGGER.warning("what was done could not be printed: %s", e)
+
+
+def _print_line(text: str) -> None:
+    """Print a line, whatever line breaks its names have."""
+    print(one_line(text))
+
+
+def _unprinted(error: UnwritableError) -> int:
+    cause = cast(OSError, error.__cause__)
+    if isinstance(cause, BrokenPipeError):  # its reader has seen enough
+        return CUT_SHORT
+    return _complain(error, exit_code(cause))
 
 
 def _complain(error: Exception | str, code: int) -> int:
@@ -233,10 +232,10 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
     if out:
         write_table(out, found.table)
         with _while_read():
-            print(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
+            _print_line(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
         return SUCCESS
     with _all_read():
-        print(format_delimited(found.table, "\t"), end="")
+        write_result(format_delimited(found.table, "\t"))
     return SUCCESS
 
 
@@ -373,40 +372,40 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
 
     output = plan.config.output
     if skipped := counters.get("volumes-skipped", 0):
-        print(f"kept     {_count(skipped, 'example')} of an earlier run")
-    print(
+        _print_line(f"kept     {_count(skipped, 'example')} of an earlier run")
+    _print_line(
         f"{'dataset' if summary.complete else 'so far '}  {_count(summary.num_written, 'example')}, "
         f"{_count(summary.num_shards, 'shard')}, {summary.num_bytes / 1e6:.1f} MB: {output}"
     )
     if summary.num_failed:
-        print(f"failed   {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
+        _print_line(f"failed   {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
         if summary.complete:  # else the error has them
             from beam_nifti.failures import format_groups
 
             for line in format_groups(summary.reasons, summary.num_failed):
-                print(f"         {line}")
+                _print_line(f"         {line}")
     _print_labels(plan)
     if summary.complete:
         call = read_info(output).loading_call(output, batch_size=8)
-        print(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
+        _print_line(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
 
 
 def _print_labels(plan: BuildPlan) -> None:
     from beam_nifti.labels import name_classes
 
     if plan.config.columns.label is None:
-        print(_NO_LABELS)
+        _print_line(_NO_LABELS)
     for number, column in enumerate(plan.config.record.labels or ()):
         classes = column.classes or ()
         shown = name_classes(classes, _SHOWN_CLASSES)
         which = f", {len(classes)}: {shown}" if column.kind == "class" else ""
-        print(f"{'' if number else 'labels':<9}{column.name}: {column.kind}{which}")
+        _print_line(f"{'' if number else 'labels':<9}{column.name}: {column.kind}{which}")
     _print_skipped(plan.num_skipped)
 
 
 def _print_skipped(num_rows: int) -> None:
     if num_rows:
-        print(f"skipped  {_count(num_rows, 'row')} without a label")
+        _print_line(f"skipped  {_count(num_rows, 'row')} without a label")
 
 
 def _count(number: int, noun: str) -> str:
@@ -422,10 +421,12 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
     shape = "x".join(map(str, estimate.shape))
     splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
     with _while_read():
-        print(f"would write to {plan.config.output}")
-        print(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
-        print(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
-        print(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, estimated from the first image's header")
+        _print_line(f"would write to {plan.config.output}")
+        _print_line(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
+        _print_line(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
+        _print_line(
+            f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, estimated from the first image's header"
+        )
         if estimate.reuse:
             _print_reuse(estimate.reuse)
         _print_labels(plan)
@@ -436,12 +437,12 @@ def _print_reuse(reuse: Reuse) -> None:
     for number, what in ((reuse.num_published, "the dataset"), (reuse.num_unfinished, "an unfinished build")):
         if number:
             unless = "" if reuse.is_checked else ", unless their images have changed"
-            print(f"keep     {_count(number, 'example')} from {what}{unless}")
-    print(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
+            _print_line(f"keep     {_count(number, 'example')} from {what}{unless}")
+    _print_line(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
         size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
         shards = _count(len(reuse.replaced), "shard")
-        print(
+        _print_line(
             f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete"
         )
 
@@ -474,13 +475,23 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     run.know(num_volumes=num_images, num_failed=num_bad)
     with _while_read():
         if options.json:
-            print(dump_json(report, indent=2, ensure_ascii=False))
+            print(dump_json(report, indent=2))
         else:
             print(format_report(report))
             _print_skipped(plan.num_skipped)
+    if across := report["twins_across_splits"]:
+        logs.LOGGER.warning("%s", _leak_warning(across))
     if plan.refusal:
         raise UsageError(f"a build with these flags would write nothing: {plan.refusal}")
     return SUCCESS if config.allows_failures(num_bad, num_images) else FAILED
+
+
+def _leak_warning(across: Sequence[Mapping[str, str]]) -> str:
+    named = " and ".join(f"{name} ({split})" for name, split in across[0].items())
+    return (
+        f"{_count(len(across), 'image')} probably in several splits, such as {named}: their sizes and "
+        "first 64 KB are equal. Keep one of them, or give them one split"
+    )
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -521,7 +532,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
         logs.LOGGER.info("%s", note)
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
     with _while_read():
-        print(
+        _print_line(
             f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
             f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
             f"{options.output}"
@@ -562,7 +573,7 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
         written.save(storage.absolute(path))
         with _while_read():
             shape = "x".join(map(str, written.voxels.shape))
-            print(f"image    {shape} {written.voxels.dtype}: {path}")
+            _print_line(f"image    {shape} {written.voxels.dtype}: {path}")
     return SUCCESS
 
 
@@ -591,7 +602,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     for problem in summary.problems:
         logs.LOGGER.warning("%s", problem)
     with _while_read():
-        print(
+        _print_line(
             f"report   {_count(summary.num_examples, 'example')}, {_count(summary.num_outliers, 'outlier')}, "
             f"{_count(summary.num_failures, 'volume')} left out, {summary.num_bytes / 1e6:.1f} MB: {out}"
         )
@@ -612,7 +623,7 @@ def _view(options: argparse.Namespace, _: list[str]) -> int:
     page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()
     storage.write(path, page)
     with _while_read():
-        print(f"view     {len(page) / 1e6:.1f} MB: {out}")
+        _print_line(f"view     {len(page) / 1e6:.1f} MB: {out}")
     if options.open:
         webbrowser.open(Path(path).as_uri())
     return SUCCESS
@@ -631,7 +642,7 @@ def _card(options: argparse.Namespace, _: list[str]) -> int:
     about = {key: text for key, text in words.items() if text is not None}
     for path in write_card(options.output, about, overwrite=options.overwrite):
         with _while_read():
-            print(f"card     {path}")
+            _print_line(f"card     {path}")
     return SUCCESS
 
 

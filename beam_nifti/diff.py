@@ -79,10 +79,11 @@ def compare_datasets(before: str, after: str) -> DatasetDiff:
     both, theirs = new.filter(pc.is_valid(at)), old.take(pc.drop_null(at))
     went = pc.invert(pc.is_in(old_ids, value_set=new_ids))
     changed = dict[str, list[bool]]()
-    for column in dict.fromkeys([*both.column_names, *theirs.column_names]):
+    ours, others = (dict(zip(table.column_names, table.columns, strict=True)) for table in (both, theirs))
+    for column in ours | others:
         if column in _PLACES:
             continue
-        now, then = (_cells(table, column) for table in (both, theirs))
+        now, then = (_cells(cells.get(column), len(both)) for cells in (ours, others))
         differs = [a != b for a, b in zip(now, then, strict=True)]
         kind = _kind_of(column)
         known = changed.get(kind, [False] * len(differs))
@@ -113,8 +114,8 @@ def _read(output: str) -> tuple[DatasetInfo, pa.Table]:
     return info, joined.replace_schema_metadata()
 
 
-def _cells(table: pa.Table, column: str) -> list[Any]:
-    return table[column].to_pylist() if column in table.column_names else [None] * len(table)
+def _cells(column: pa.ChunkedArray | None, count: int) -> list[Any]:
+    return [None] * count if column is None else column.to_pylist()
 
 
 def _kind_of(column: str) -> str:

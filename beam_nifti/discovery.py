@@ -94,6 +94,7 @@ def find_bids_images(
             labels = [records.cell(image, label) for image in images]
         cells = {name: [records.cell(image, name) for image in images] for name in copied}
     paths = [storage.join(root, image.path) for image in images]
+    storage.require_text(paths)
     notes += _notes_on_content(paths)
     table = {"participant_id": [image.participant_id for image in images]}
     if any("ses" in image.entities for image in images):
@@ -364,6 +365,7 @@ def _matches(pattern: str) -> list[str]:
     if not paths:
         raise UsageError(f"{pattern}: no file matches")
     others = [path for path in paths if stem_of(path) is None]
+    storage.require_text(paths)
     if others:
         raise UsageError(
             f"{pattern}: matches {len(others)} files that are no images by their names, such as {others[0]}; "

@@ -159,7 +159,8 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
         parse: as for `read_header`. Nothing large is read or allocated before it.
 
     Raises:
-        VolumeError: its path cannot be read, or `parse` refuses it, or it is larger than its header says.
+        VolumeError: its path cannot be read, or `parse` refuses it, or it is larger than its header says; or,
+            at the end of the block, it was written to meanwhile.
         OSError: as `reading`.
     """
     with contextlib.ExitStack() as stack:
@@ -174,7 +175,19 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
         stats = tuple(stat for _, stat in opened)
         image = Image(name, handle, stats, parse, header, named_packed)
         _check_container(name, files, image.header)
-        yield image
+        try:
+            yield image
+        except VolumeError:
+            _refuse_changed(name, files, opened)
+            raise
+        _refuse_changed(name, files, opened)
+
+
+def _refuse_changed(name: str, files: Iterable[str], opened: Iterable[tuple[BinaryIO, storage.Stat]]) -> None:
+    if any(storage.has_changed(file, *each) for file, each in zip(files, opened, strict=True)):
+        raise VolumeError(
+            f"{name}: was written to while it was read; build again when nothing writes to it any more"
+        )
 
 
 def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeader) -> VolumeHeader:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Any, Final, TextIO
+from typing import Any, Final
 
 from beam_nifti.strict_json import dump_json
 
@@ -35,6 +35,9 @@ class _Text(logging.Formatter):
         message = record.getMessage()
         if record.levelno >= logging.ERROR:
             message = f"beam-nifti: error: {message}"
+        # A line break may come with a name: only what begins at the margin is a message of its own.
+        first, *more = message.split("\n")
+        message = "\n".join([first, *(line if line[:1] == " " else f"  {line}" for line in more)])
         return f"{self.formatException(record.exc_info)}\n{message}" if record.exc_info else message
 
 
@@ -52,13 +55,6 @@ class _Json(logging.Formatter):
         if record.exc_info:
             facts["exception"] = self.formatException(record.exc_info)
         return dump_json(facts)  # in ASCII, as a daemon's standard error may be
-
-
-class _Handler(logging.StreamHandler[TextIO]):
-    """Writes records; the work goes on where nobody reads them any more."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Leave it."""
 
 
 class _Lines(io.TextIOBase):
@@ -90,7 +86,7 @@ def on_stderr(log_format: str) -> Iterator[None]:
     Raises:
         SystemExit: with "json", in the place of an exception that leaves the block.
     """
-    handler = _Handler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     if log_format == "json":
         handler.setFormatter(_Json())
         logging.getLogger("apache_beam.typehints").setLevel(logging.WARNING)  # a line for each annotation

@@ -17,7 +17,7 @@ from beam_nifti import logs, storage
 from beam_nifti.config import SPLIT_PATTERN, Columns, LabelColumn, Splitting
 from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
-from beam_nifti.splits import draw_splits, find_disagreements
+from beam_nifti.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.tables import Problems, read_table
 from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_twins, warn_of_names
 
@@ -327,6 +327,7 @@ def read_manifest(
         else _without(is_skipped, _given_splits(table, people, problems))
     )
     _check_ids(ids, problems)
+    _refuse_shared_images(paths, table, columns, splits, problems)
     problems.stop()
     numbers = labels[0].numbers if labels else None
     used = {columns.paths[0], columns.id, *_OWN}
@@ -447,6 +448,23 @@ def _given_splits(table: pa.Table, people: pa.Array | None, problems: Problems) 
                 "participant_id does not name persons, rename that column"
             )
     return splits
+
+
+def _refuse_shared_images(
+    paths: Mapping[str, pa.ChunkedArray],
+    shown: pa.Table,
+    columns: Columns,
+    splits: pa.Array,
+    problems: Problems,
+) -> None:
+    """Refuse images that are in several splits; the table that is shown may have pseudonyms for paths."""
+    folder = storage.absolute(storage.dirname(problems.path) or ".")
+    files = [paths[name] for name in columns.paths]
+    for (column, row), (_, first) in find_shared_images(files, splits, folder):
+        problems.add(
+            f"row {row + 1}: image {shown[columns.paths[column]][row]} is in split {splits[row]} and, in row "
+            f"{first + 1}, in {splits[first]}; keep one of the rows, or give both one split"
+        )
 
 
 def _drawn_splits(

@@ -14,6 +14,7 @@ from beam_nifti import __version__, options_build, options_dataset, options_mani
 from beam_nifti.config import VERSIONED
 from beam_nifti.errors import UsageError
 from beam_nifti.options_common import EXIT_CODES, add_log_format, refuse_swallowed
+from beam_nifti.terminal import write_result
 
 BEAM_COMMANDS = ("build", "check", "report")
 """Commands that run a pipeline, and so take Beam's flags."""
@@ -55,7 +56,7 @@ class _Completion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
         from beam_nifti.completion import make_completion
 
-        print(make_completion(parser, str(shell)), end="")
+        write_result(make_completion(parser, str(shell)))
         parser.exit()
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from beam_nifti import logs
 from beam_nifti.background import in_background
+from beam_nifti.terminal import under_screen
 
 
 @dataclass
@@ -89,7 +90,8 @@ def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Ite
     started = time.monotonic()
     stream = sys.stderr
     is_terminal = stream.isatty()
-    with tqdm(total=total, unit=unit, dynamic_ncols=True, file=stream, disable=not is_terminal) as bar:
+    drawn_on = under_screen(stream)
+    with tqdm(total=total, unit=unit, dynamic_ncols=True, file=drawn_on, disable=not is_terminal) as bar:
 
         def refresh() -> None:
             elapsed = max(time.monotonic() - started, 1e-3)

@@ -307,8 +307,8 @@ class _Records:
     @cached_property
     def from_record(self) -> frozenset[str]:
         """The columns for which a record has to be read."""
-        asked = set(self.columns) - {"id"}
-        return frozenset(c for c in asked if _has_tensor(c, self.info) or c not in self.table.column_names)
+        asked, known = set(self.columns) - {"id"}, set(self.table.column_names)
+        return frozenset(c for c in asked if _has_tensor(c, self.info) or c not in known)
 
     def rows_of(self, parts: Sequence[SplitPart]) -> _Rows:
         """The rows of the table that some parts of the splits take.

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from beam_nifti import storage
 from beam_nifti.config import Splitting
+from beam_nifti.image_names import HALF
 
 _POINTS: Final = 1 << 64
 """Every participant has a point below it, and a split takes its share of them."""
@@ -63,6 +68,51 @@ def find_disagreements(
     nobody = people.dictionary.index("").as_py()
     rows = np.flatnonzero((held != held[first]) & (of_row != nobody))
     return rows, first[rows]
+
+
+def find_shared_images(
+    columns: Sequence[pa.ChunkedArray], splits: pa.Array, folder: str
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Find images that are in another split, too. Links are not followed.
+
+    Args:
+        columns: paths of images.
+        splits: of each row; null for no split.
+        folder: that relative paths start from.
+
+    Returns:
+        Column and row of each such image, and those at which it comes first.
+    """
+    if len(pc.unique(splits.drop_null())) < 2:
+        return []
+    # Paths of one image end alike: few are left of which the whole counts.
+    encoded = pa.chunked_array(
+        pc.replace_substring_regex(batch.column(0), r"(?s:^.*/)|(?i:\.(hdr|img))", "").dictionary_encode()
+        for column in columns
+        for batch in pa.table([column], ["path"]).to_batches(max_chunksize=_BATCH)
+    )
+    ends = encoded.unify_dictionaries().combine_chunks()
+    held = pa.concat_arrays([splits] * len(columns))
+    rows = np.flatnonzero(held.is_valid().to_numpy(zero_copy_only=False))
+    numbers = held.drop_null().dictionary_encode().indices.to_numpy()
+    codes = ends.indices.to_numpy()[rows]
+    lowest, highest = np.full(len(ends.dictionary), len(numbers)), np.full(len(ends.dictionary), -1)
+    np.minimum.at(lowest, codes, numbers)
+    np.maximum.at(highest, codes, numbers)
+    rows = rows[(lowest < highest)[codes]]
+    paths = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+    keys = [_image_key(folder, path) for path in paths.take(pa.array(rows)).to_pylist()]
+    again, first = find_disagreements(pa.array(keys, pa.string()), held.take(pa.array(rows)))
+    places = [(int(i) // len(splits), int(i) % len(splits)) for i in rows]
+    return [(places[i], places[j]) for i, j in zip(again, first, strict=True)]
+
+
+def _image_key(folder: str, path: str) -> str:
+    """What is equal for paths of one image; of a pair, for those of both files."""
+    path = storage.join(folder, path)
+    if match := HALF.fullmatch(path):
+        path = f"{match['stem']}img{match['packed']}"
+    return path if storage.is_remote(path) else os.path.normpath(path)
 
 
 def _first_rows(of_row: npt.NDArray[Any]) -> npt.NDArray[np.intp]:

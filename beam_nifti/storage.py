@@ -7,6 +7,7 @@ knows goes through its FileSystems. Client libraries are imported only then. All
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fnmatch
@@ -16,14 +17,15 @@ import itertools
 import os
 import re
 import shutil
+import stat as stat_module
 import tempfile
 import threading
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
-from beam_nifti.errors import OutputError
+from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.gcs import Gcs
 from beam_nifti.object_store import ObjectStore, Store, Writer
 from beam_nifti.object_store import Stat as Stat
@@ -64,6 +66,14 @@ _ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
 """The characters *, ? and [ in a URL."""
 
 _WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+_KINDS: Final = {
+    stat_module.S_ISFIFO: "FIFO",
+    stat_module.S_ISSOCK: "socket",
+    stat_module.S_ISCHR: "device",
+    stat_module.S_ISBLK: "device",
+}
+"""What a path may be besides a file and a folder."""
 
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
@@ -253,7 +263,7 @@ def open_read(path: str) -> BinaryIO:
         OSError: the file is not there or cannot be reached.
     """
     if not is_remote(path):
-        return open(path, "rb")
+        return _open_regular(path)
     if store := _store(path):
         return io.BufferedReader(store.open(path), _BUFFER_BYTES)
     from apache_beam.io.filesystem import CompressionTypes
@@ -266,6 +276,41 @@ def open_read(path: str) -> BinaryIO:
             raise
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", path) from e
     return cast(BinaryIO, handle)
+
+
+def _open_regular(path: str) -> BinaryIO:
+    """Open a local file, but nothing that waits for a writer, never ends, or acts when it is opened."""
+
+    def opener(name: str, flags: int) -> int:
+        _require_regular(path, os.stat(name).st_mode)
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        try:
+            _require_regular(path, os.fstat(descriptor).st_mode)  # another one may have come in between
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    return open(path, "rb", opener=opener)
+
+
+def _require_regular(path: str, mode: int) -> None:
+    if stat_module.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat_module.S_ISREG(mode):
+        kind = next(name for is_kind, name in _KINDS.items() if is_kind(mode))
+        raise OSError(errno.EINVAL, f"is a {kind}, not a file; give a regular file", path)
+
+
+def has_changed(path: str, handle: BinaryIO, before: Stat) -> bool:
+    """Whether a local file was written to since `open_with_stat`, which gave the other two.
+
+    `s3://` and `gs://` read one version of an object; of other URLs it is not known.
+    """
+    if is_remote(path):
+        return False
+    status = os.fstat(handle.fileno())
+    return Stat(status.st_size, status.st_mtime) != before
 
 
 def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
@@ -510,7 +555,7 @@ def list_folders(folder: str) -> list[str]:
     if not is_remote(folder):
         try:
             with os.scandir(folder) as entries:
-                return sorted(e.name for e in entries if e.is_dir())
+                return sorted(e.name for e in entries if _is_folder(e))
         except (FileNotFoundError, NotADirectoryError):
             return []
     if store := _store(folder):
@@ -538,7 +583,7 @@ def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
     """
     if not is_remote(folder):
         with os.scandir(folder) as entries:
-            tops = [e.name for e in entries if e.name.startswith(prefix) and e.is_dir()]
+            tops = [e.name for e in entries if e.name.startswith(prefix) and _is_folder(e)]
         for name in tops:
             yield from _list_below(folder, name, depth)
         return
@@ -550,7 +595,7 @@ def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
 
 def _list_below(folder: str, relative: str, depth: int) -> Iterator[str]:
     with os.scandir(f"{folder}/{relative}") as entries:
-        found = [(f"{relative}/{e.name}", e.is_dir()) for e in entries if not e.name.startswith(".")]
+        found = [(f"{relative}/{e.name}", _is_folder(e)) for e in entries if not e.name.startswith(".")]
     for path, is_folder in found:
         if not is_folder:
             yield path
@@ -566,23 +611,86 @@ def _list_deep(prefix: str) -> list[str]:
     return [m.path for m in found]
 
 
+def require_text(paths: Iterable[str]) -> None:
+    """Refuse names that our files, which are UTF-8, cannot hold."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{os.fsencode(path)!r} is not UTF-8 text; correct it, or rename the file or folder"
+            ) from None
+
+
 def glob(pattern: str) -> list[str]:
     """Files whose paths match, sorted: `*`, `?` and `[…]` stand for parts of one name, `**` for any folders.
 
     Names that begin with a dot match only where the pattern has the dot. An encoded character of a file://
-    URL stands for itself.
+    URL stands for itself. On the local disk `**` follows symbolic links, but enters every folder once.
+
+    Raises:
+        OSError: a folder below `**` cannot be listed.
     """
     if _FILE_URL.fullmatch(pattern):
         pattern = local_path(_ENCODED_MAGIC.sub(lambda match: f"[{match[0]}]", pattern))
     if not is_remote(pattern):
-        found = local_glob.glob(os.path.expanduser(pattern), recursive=True)
-        return sorted(path for path in found if not os.path.isdir(path))
+        return sorted(path for path in _glob_local(os.path.expanduser(pattern)) if not os.path.isdir(path))
     parts = pattern.split("/")
     # The scheme and the bucket, and the folders before the first that is not plain.
     plain = 3 + sum(1 for _ in itertools.takewhile(lambda p: not local_glob.has_magic(p), parts[3:-1]))
     folder = "/".join(parts[:plain])
     below = (path[len(folder) + 1 :] for path in _list_deep(f"{folder}/"))
     return sorted(f"{folder}/{path}" for path in below if _is_match(path.split("/"), parts[plain:]))
+
+
+def _glob_local(pattern: str) -> Iterator[str]:
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from local_glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    start, rest = "/".join(parts[:at]), parts[at:]
+    if at == 0:
+        folders = ["."]
+    elif parts[:at] == [""]:
+        folders = ["/"]
+    else:
+        folders = sorted(filter(os.path.isdir, local_glob.glob(start)))
+    for folder, below in _walk(folders, with_hidden=any(part.startswith(".") for part in rest)):
+        if _is_match(below.split("/"), rest):
+            yield below if at == 0 else f"{folder.rstrip('/')}/{below}"
+
+
+def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, str]]:
+    """Files below folders, as (folder, path below it): each of the same folder on the disk once."""
+    waiting = collections.deque((folder, "") for folder in folders)
+    linked = collections.deque[tuple[str, str]]()  # later, so that a folder is found by its own path
+    seen = set[tuple[int, int]]()
+    while waiting or linked:
+        folder, below = (waiting or linked).popleft()
+        status = os.stat(f"{folder}/{below}")
+        if (key := (status.st_dev, status.st_ino)) in seen:
+            continue
+        seen.add(key)
+        with os.scandir(f"{folder}/{below}") as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            if entry.name.startswith(".") and not with_hidden:
+                continue
+            if _is_folder(entry):
+                (linked if entry.is_symlink() else waiting).append((folder, f"{below}{entry.name}/"))
+            else:
+                yield folder, below + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _is_match(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -196,12 +196,14 @@ def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, re
     found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), on_disk)
 
 
-def make_report(survey: Survey, twins: Sequence[Sequence[str]], plan: CheckPlan) -> dict[str, Any]:
+def make_report(
+    survey: Survey, twins: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
+) -> dict[str, Any]:
     """What `beam-nifti check` reports, as JSON.
 
     Args:
         survey: of all images.
-        twins: ids of images that are probably one, in groups.
+        twins: ids and splits of images that are probably one, in groups.
         plan: that the survey was made with.
     """
     facts = {
@@ -229,7 +231,8 @@ def make_report(survey: Survey, twins: Sequence[Sequence[str]], plan: CheckPlan)
         "num_shards": plan.expected.num_shards if plan.expected else 0,
         "splits": plan.expected.splits if plan.expected else {},
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
-        "twins": [list(group) for group in twins],
+        "twins": [[name for name, _ in group] for group in twins],
+        "twins_across_splits": [dict(group) for group in twins if len({split for _, split in group}) > 1],
         "suggested_flags": suggest_flags(survey.kinds, plan.config.record),
     }
 
@@ -274,6 +277,8 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         named = [f"row {image['row']} ({image['example_id']})" for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])
+    across = (" = ".join(f"{name} ({split})" for name, split in g.items()) for g in r["twins_across_splits"])
+    yield from _listed("in two splits", list(across))
     shards = f"{r['num_shards']:,} shard{'s' * (r['num_shards'] != 1)}"
     yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
     if len(r["splits"]) > 1:

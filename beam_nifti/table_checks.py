@@ -89,7 +89,7 @@ def check_index(
 
 def _check_column(table: pa.Table, column: pa.Field) -> Iterator[str]:
     name = column.name
-    if name not in table.column_names:
+    if table.schema.get_field_index(name) < 0:
         yield f"column {name} is missing"
     elif (found := table.schema.field(name).type) != column.type:
         yield f"column {name} is {found}, expected {column.type}"
@@ -233,7 +233,8 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
         was, now = both[column], theirs[column]
         equal = pc.fill_null(pc.equal(was, now), False)
         none = pc.and_(pc.is_null(was), pc.is_null(now))
-        different = both.append_column("now", now).filter(pc.invert(pc.or_(equal, none)))
+        compared = pa.table([both["id"], was, now], ["id", column, "now"])
+        different = compared.filter(pc.invert(pc.or_(equal, none)))
         if different.num_rows:
             yield (
                 f"{different.num_rows} examples have another {column} in the manifest (dataset's, "

@@ -11,7 +11,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
@@ -48,9 +49,12 @@ BLANKS: Final = (
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     cells = dict(pairs)
     if len(cells) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        raise ValueError(f"key {_repeated(name for name, _ in pairs)[0]!r} is there twice")
     return cells
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 # Numbers stay as written: 7.0 and 1e3 keep their text.
@@ -66,11 +70,12 @@ class Problems:
         path: of the table, for the error.
 
     Attributes:
+        path: of the table.
         warnings: what was reported by `warn`.
     """
 
     def __init__(self, path: str) -> None:
-        self._path, self._found = path, list[str]()
+        self.path, self._found = path, list[str]()
         self.warnings = list[str]()
 
     def warn(self, warning: str) -> None:
@@ -95,7 +100,7 @@ class Problems:
             ManifestError: with all of them.
         """
         if self._found:
-            raise ManifestError(self._path, self._found)
+            raise ManifestError(self.path, self._found)
 
 
 def read_table(path: str, plain: Collection[str] = (), problems: Problems | None = None) -> pa.Table:
@@ -163,7 +168,7 @@ def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
         cells = "1 cell was" if count == 1 else f"{count:,} cells were"
         problems.warn(f"{cells} read without the white space at the ends, such as {first}")
     kept = [names[number] for number in columns]
-    for name in sorted({name for name in kept if kept.count(name) > 1}):
+    for name in sorted(_repeated(kept)):
         problems.add(f"column {name!r} stands twice; rename one")
     problems.stop()
     return pa.table(list(columns.values()), names=kept)

@@ -21,7 +21,7 @@ from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.croissant import CROISSANT_FILE, check_croissant
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
-from beam_nifti.errors import DatasetError, ManifestError, ShardError, UsageError
+from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
 from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column
 from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
@@ -110,6 +110,7 @@ def verify_dataset(
         DatasetError: there is no complete dataset of a known format.
         ManifestError: the manifest cannot be read.
         OSError: the disk, the network or a store failed while images were read.
+        OutputBusyError: a build has replaced the dataset meanwhile.
         UsageError: `deep` or `workers` is out of range; or records are to be made again with a function
             that cannot be imported here, or is not the one that they were made with; or the key is not
             the dataset's.
@@ -145,7 +146,18 @@ def verify_dataset(
     images = _Images(storage.dirname(built_from), columns, wanted if pseudonyms else None)
     verification.check_shards(workers, min(deep or 0, info.num_examples), images)
     verification.check_tables(columns, wanted)
+    _refuse_rebuilt(output, info)
     return verification.report()
+
+
+def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
+    """Report nothing of a dataset that was replaced meanwhile: the build moved what seems wrong."""
+    try:
+        is_same = read_info(output) == info
+    except DatasetError:
+        is_same = False
+    if not is_same:
+        raise OutputBusyError(f"{output}: was rebuilt while it was verified; give the same command again")
 
 
 def _read_pseudonyms(
@@ -239,9 +251,11 @@ class _Verification:
         """dataset_info.json agrees with itself and with the folder."""
         said = json.loads(storage.read(storage.join(self._output, FILE_NAME)))["splits"]
         problems = list(check_info(self._info, said, self._compressed))
-        is_built = not storage.exists(storage.join(self._output, BUILD_FOLDER))
-        if is_built and storage.can_list(self._output):
-            problems += find_strays(storage.list_files(self._output, "*.tfrecord*"), self._info)
+        if storage.can_list(self._output):
+            files = storage.list_files(self._output, "*.tfrecord*")
+            # Looked for afterwards: a build that begins in between has made none of the files.
+            if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
+                problems += find_strays(files, self._info)
         description = storage.join(self._output, CROISSANT_FILE)
         if storage.exists(description):
             problems += check_croissant(storage.read(description), self._info)

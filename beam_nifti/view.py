@@ -24,6 +24,12 @@ _WINDOW: Final = (0.5, 99.5)
 _WIDTH: Final = 900
 """Pixels of the three slices together."""
 
+_MOST_GROWTH: Final = 64
+_MOST_VOXELS: Final = 1 << 26
+_LONGEST_AXIS: Final = 32767
+"""Limits of the grid of cubes that the viewer draws: as a multiple of the volume's voxels, or for small
+volumes in all; and along an axis, by the header of NIfTI-1."""
+
 _MASK_OPACITY: Final = 0.6
 _MASK_COLOURS: Final = "tab20"
 _NUM_COLOURS: Final = 20
@@ -41,8 +47,10 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
         with_mask: lay the labels of its mask over it.
 
     Raises:
-        UsageError: there is no such channel or no mask, or the voxels are beyond float32.
+        UsageError: there is no such channel or no mask, or the voxels are beyond float32; or the viewer's
+            grid would be too large, as some voxel sizes are a small part of others.
     """
+    _require_drawable(volume)
     values = volume.scaling.apply(_channel(volume, channel))
     if np.abs(values).max() > np.finfo(np.float32).max:
         raise UsageError(
@@ -68,6 +76,18 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
             viewer=_draw(values, labels, volume.affine),
         )
     )
+
+
+def _require_drawable(volume: StoredVolume) -> None:
+    """Refuse volumes that take too much memory in cubes of their smallest voxel size, as they are drawn."""
+    shape = np.array(volume.voxels.shape[:3])
+    extent = np.abs(volume.affine[:3, :3]) @ (shape - 1)
+    grid = extent / nib.affines.voxel_sizes(volume.affine).min() + 1
+    if grid.max() > _LONGEST_AXIS or grid.prod() > max(_MOST_VOXELS, _MOST_GROWTH * float(shape.prod())):
+        raise UsageError(
+            f"record {volume.example_id!r} has voxels of {size_text(volume.zooms)} mm, which are too unlike "
+            "cubes to be drawn; write its image with `beam-nifti extract`"
+        )
 
 
 def _listed(labels: list[int]) -> str:

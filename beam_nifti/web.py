@@ -17,6 +17,9 @@ from urllib.parse import quote, urlencode
 from beam_nifti.object_store import SILENCE, RangeStore, Stat, split_path
 
 _CONNECTIONS: Final = 64
+_MOST_JSON: Final = 1 << 30
+"""Bytes of what WebHDFS answers to questions, such as which files a folder has."""
+
 _WEBHDFS_PORT: Final = 9870
 """Of a NameNode, where the URL names none."""
 
@@ -30,7 +33,8 @@ class Http(RangeStore):
     def __init__(self, options: Any) -> None:
         import requests
         import urllib3
-        from requests.adapters import HTTPAdapter
+
+        from beam_nifti.paced import PacedAdapter
 
         self._lost = (
             requests.ConnectionError,
@@ -41,7 +45,7 @@ class Http(RangeStore):
         self._error = requests.HTTPError
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+            self._session.mount(scheme, PacedAdapter(pool_maxsize=_CONNECTIONS))
 
     @staticmethod
     def _answer(error: BaseException) -> tuple[int | None, str]:
@@ -64,6 +68,24 @@ class Http(RangeStore):
     def _reason(self, response: Any) -> str:
         return str(response.reason)
 
+    @staticmethod
+    def _body(response: Any, most: int) -> bytes:
+        """The body of an answer, as it was sent: to some servers .gz is an encoding of what it unpacks to.
+
+        Raises:
+            UnsupportedOperation: it has more than `most` bytes.
+        """
+        pieces, left = list[bytes](), most
+        # The last reading, of nothing, is where urllib3 notices an answer that broke off.
+        while piece := response.raw.read(left or 1, decode_content=False):
+            pieces.append(piece)
+            left -= len(piece)
+            if left < 0:
+                raise io.UnsupportedOperation(
+                    f"the server sends more than the {most} bytes that it was asked for"
+                )
+        return b"".join(pieces)
+
     def request_stat(self, path: str) -> Stat:
         with self._ask("HEAD", path) as response:
             headers = response.headers
@@ -77,7 +99,7 @@ class Http(RangeStore):
         try:
             with self._ask("GET", path, Range=f"bytes={start}-{start + length - 1}") as response:
                 _require_range(response.status_code, response.headers, start, length)
-                return _body(response)
+                return self._body(response, length)
         except self._error as e:
             if self._answer(e)[0] != 416:
                 raise
@@ -87,12 +109,6 @@ class Http(RangeStore):
         self, prefix: str, *, deep: bool = False, limit: int | None = None
     ) -> tuple[list[str], list[str]]:
         raise io.UnsupportedOperation(f"{prefix}: a web server does not say which files it has")
-
-
-def _body(response: Any) -> bytes:
-    """The body of an answer, as it was sent: to some servers .gz is an encoding of what it unpacks to."""
-    data: bytes = response.raw.read(decode_content=False)
-    return data
 
 
 def _require_range(status: int, headers: Mapping[str, str], start: int, length: int) -> None:
@@ -123,8 +139,12 @@ class WebHdfs(Http):
         return (None if status == 403 and name not in _DENIED else status), name
 
     def _reason(self, response: Any) -> str:
-        said = response.text if "json" in response.headers.get("Content-Type", "") else response.reason
-        return str(said)
+        is_json = "json" in response.headers.get("Content-Type", "")
+        return self._body(response, _MOST_JSON).decode() if is_json else str(response.reason)
+
+    def _ask_json(self, url: str) -> Any:
+        with self._ask("GET", url) as response:
+            return json.loads(self._body(response, _MOST_JSON))
 
     def _url(self, path: str, operation: str, **parameters: int) -> str:
         host, name = split_path(path)
@@ -134,8 +154,7 @@ class WebHdfs(Http):
         return f"http://{address}/webhdfs/v1/{quote(name)}?{urlencode(query)}"
 
     def request_stat(self, path: str) -> Stat:
-        with self._ask("GET", self._url(path, "GETFILESTATUS")) as response:
-            found = response.json()["FileStatus"]
+        found = self._ask_json(self._url(path, "GETFILESTATUS"))["FileStatus"]
         if found["type"] != "FILE":
             raise FileNotFoundError(path)
         return Stat(found["length"], found["modificationTime"] / 1000)
@@ -143,7 +162,7 @@ class WebHdfs(Http):
     def request_range(self, path: str, start: int, length: int) -> bytes:
         try:
             with self._ask("GET", self._url(path, "OPEN", offset=start, length=length)) as response:
-                return _body(response)
+                return self._body(response, length)
         except self._error as e:
             if "out of the range" not in str(e):
                 raise
@@ -155,8 +174,9 @@ class WebHdfs(Http):
         folder = prefix.rpartition("/")[0]
 
         def request() -> list[dict[str, Any]]:
-            with self._ask("GET", self._url(folder, "LISTSTATUS")) as response:
-                found: list[dict[str, Any]] = response.json()["FileStatuses"]["FileStatus"]
+            found: list[dict[str, Any]] = self._ask_json(self._url(folder, "LISTSTATUS"))["FileStatuses"][
+                "FileStatus"
+            ]
             return found
 
         try:

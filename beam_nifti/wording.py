@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Iterable
 from typing import Final
 
-_CONTROL: Final = frozenset({"Cc", "Zl", "Zp"})
-"""Unicode's categories of control characters and of line and paragraph separators."""
+_CONTROL: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters, separators of lines, marks of the direction of text, and bytes that are no UTF-8.
+
+Source: Unicode's categories Cc, Zl, Zp and Cs, and its property Bidi_Control.
+"""
 
 
 def format_rows(rows: Iterable[tuple[str, str]], width: int) -> str:
@@ -26,7 +31,12 @@ def one_line(text: str) -> str:
     >>> print(one_line("left\nright"))
     left\nright
     """
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in _CONTROL else c for c in text)
+    return printable(text, keep="")
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """A text with control characters as Python writes them, but for those that are kept."""
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 def size_text(sizes: Iterable[float]) -> str:

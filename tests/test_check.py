@@ -90,6 +90,26 @@ def test_copies_are_suspected(mixed: Path, check: Check) -> None:
     assert check(mixed)[1]["twins"] == [["copy", "sub-0002"]]
 
 
+def test_copies_in_two_splits_are_warned_of(
+    tmp_path: Path, check: Check, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("a", 0), ("b", 1), ("copy-of-a", 0)):
+        write_image(tmp_path / f"{name}.nii", brain(seed=seed))
+    (tmp_path / "link-to-b.nii").symlink_to("b.nii")
+    rows = [
+        {"participant_id": name, "path": f"{name}.nii", "split": split}
+        for name, split in (("a", "train"), ("b", "train"), ("copy-of-a", "test"), ("link-to-b", "train"))
+    ]
+    manifest = write_manifest(tmp_path / "m.csv", rows)
+    code, report = check(manifest)
+    assert report["twins_across_splits"] == [{"a": "train", "copy-of-a": "test"}]
+    assert report["twins"] == [["a", "copy-of-a"], ["b", "link-to-b"]]
+    assert cli.main(["check", str(manifest), "--quiet"]) == code == cli.SUCCESS
+    said = capsys.readouterr()
+    assert "in several splits, such as a (train) and copy-of-a (test)" in said.err
+    assert "in two splits a (train) = copy-of-a (test)" in said.out
+
+
 def test_the_suggested_flags_make_the_cohort_alike(mixed: Path, tmp_path: Path, check: Check) -> None:
     _, report = check(mixed)
     flags = " ".join(report["suggested_flags"]).split()

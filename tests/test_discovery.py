@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli
+from beam_nifti import cli, storage
 from beam_nifti.bids import BidsImage
 from beam_nifti.dataset_info import read_info
 from beam_nifti.discovery import find_bids_images
@@ -599,3 +601,38 @@ def test_a_build_takes_the_manifest_as_it_is(tmp_path: Path, capsys: Capture) ->
     capsys.readouterr()
     assert cli.main(["build", str(manifest), str(tmp_path / "all"), "--dry-run", "--id-column=image_id"]) == 0
     assert "volumes  12 of" in capsys.readouterr().out
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in "abcdefgh":
+        write_image(tmp_path / f"study/{folder}/{folder}.nii")
+    for folder in "abcdefgh":
+        for other in "abcdefgh":
+            (tmp_path / f"study/{folder}/to_{other}").symlink_to(f"../{other}")
+    (tmp_path / "study/up").symlink_to("..")
+    (tmp_path / "study/itself").symlink_to("itself")
+    write_image(tmp_path / "elsewhere/i.nii")
+    (tmp_path / "study/other").symlink_to("../elsewhere")
+    found = [f"{tmp_path}/study/{folder}/{folder}.nii" for folder in "abcdefgh"]
+    rows, _ = rows_of(capsys, "glob", f"{tmp_path}/study/**/*.nii")
+    assert [row["path"] for row in rows] == [*found, f"{tmp_path}/study/other/i.nii"]
+
+
+def test_patterns_match_what_they_match_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.x", "s/a.x", "s/t/a.x", "s/.h/a.x", ".h/t/a.x", "s/t/u/b.x", "s/t/.a.x", "[s]/a.x"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    patterns = ["**/*.x", "**", "s/**", "*/**/a.x", "**/t/**/*.x", "**/.h/*", "**/.*", ".h/**", "./**/b.x"]
+    patterns += [f"{tmp_path}/**/t/*", "s/**/**/a.x", "none/**/*.x", "[[]s]/**", "**/u/**"]
+    for pattern in patterns:
+        found = glob.glob(pattern, recursive=True)  # noqa: PTH207
+        expected = sorted({path for path in found if Path(path).is_file()})
+        assert storage.glob(pattern) == expected, pattern
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = tmp_path / "sub-1/anat"
+    write_image(study / os.fsdecode(b"sub-1_acq-\xff_T1w.nii"))
+    assert r"sub-1_acq-\xff_T1w.nii' is not UTF-8 text" in error_of(capsys, "glob", f"{tmp_path}/**/*.nii")

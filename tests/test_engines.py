@@ -151,11 +151,11 @@ def test_dataflow_needs_its_extra() -> None:
         ([*FLINK, *POOL, "--auto-unique-labels", "yes"], "unknown argument yes"),
         (
             ["--label", "sex"],
-            "--label is an Apache Beam flag that has no effect without --runner; did you mean --label-column?",
+            "--label is an Apache Beam flag that has no effect without --runner; did you mean --label-col",
         ),
         (["--labels=sex"], "did you mean --label-column?"),
         (["--parallelism=3"], "--parallelism is an Apache Beam flag that has no effect without --runner"),
-        (["--runner=DirectRunner", "--setup-file=setup.py"], "--setup_file is Beam's"),
+        (["--runner=DirectRunner", "--setup-file=setup.py"], "--setup_file is an Apache Beam flag"),
         (["--surprise"], "unknown flag --surprise"),
         (
             ["--s3-secret-access-key=a", "--s3-secret-access-key=b"],

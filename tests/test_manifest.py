@@ -446,3 +446,42 @@ def test_a_column_that_is_ours_but_for_case_is_an_error(tmp_path: Path, name: st
     with pytest.raises(ManifestError, match=f"column {name!r} is probably meant as"):
         read_manifest(str(path))
     assert len(read_manifest(str(path), Columns(id=name))) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a.nii", "a.nii"),
+        ("a.nii", "./x/..//a.nii"),
+        ("a.nii", "{folder}/a.nii"),
+        ("s3://lab/a.nii", "s3://lab/a.nii"),
+        ("a.hdr", "a.img"),
+        ("A.HDR.gz", "A.IMG.gz"),
+    ],
+)
+def test_an_image_in_two_splits_is_refused(tmp_path: Path, one: str, other: str) -> None:
+    rows = [
+        {"participant_id": "1", "path": "b/a.nii", "more": "c.nii", "split": "train"},
+        {"participant_id": "2", "path": one, "more": "d.nii", "split": "train"},
+        {"participant_id": "3", "path": "e.nii", "more": other.format(folder=tmp_path), "split": "test"},
+    ]
+    path = write_manifest(tmp_path / "m.csv", rows)
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(str(path), Columns(path="path,more"))
+    (problem,) = caught.value.problems
+    assert problem.startswith("row 3: image ")
+    assert problem.endswith(
+        "is in split test and, in row 2, in train; keep one of the rows, or give both one split"
+    )
+    rows[2]["split"] = "train"
+    read_manifest(str(write_manifest(tmp_path / "n.csv", rows)), Columns(path="path,more"))
+
+
+def test_an_image_may_be_in_two_splits_by_its_name_alone_or_by_a_row_that_is_skipped(tmp_path: Path) -> None:
+    rows = [
+        {"path": "1/a.nii", "split": "train", "label": "1"},
+        {"path": "2/a.nii", "split": "test", "label": "2"},
+        {"path": "./1/a.nii", "split": "test", "label": ""},
+    ]
+    path = write_manifest(tmp_path / "m.csv", rows)
+    assert read_manifest(str(path), Columns(missing_label="skip")).num_skipped == 1

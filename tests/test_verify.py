@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.config import Columns, RecordConfig, Sharding
-from beam_nifti.errors import DatasetError, ManifestError, UsageError
+from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
 from beam_nifti.index import read_index
 from beam_nifti.progress import Meter
@@ -366,6 +366,23 @@ def test_shard_that_is_a_folder(gzip: Path) -> None:
 def test_shard_of_another_dataset_in_the_folder(gzip: Path) -> None:
     shutil.copy(gzip / f"{SHARD0}.gz", gzip / "train-00000-of-00009.tfrecord.gz")
     only(problems(gzip), "train-00000-of-00009.tfrecord.gz: not in dataset_info.json")
+
+
+def test_a_dataset_that_is_rebuilt_meanwhile_is_not_judged(gzip: Path, tmp_path: Path) -> None:
+    newer = shutil.copytree(gzip, tmp_path / "newer")
+    path = newer / "dataset_info.json"
+    path.write_text(path.read_text().replace('"revision": 1', '"revision": 2'))
+    (newer / f"{SHARD0}.gz").rename(newer / "train-00000-of-00002-r2.tfrecord.gz")
+
+    def rebuild(*_: object, **__: object) -> None:
+        if newer.exists():
+            shutil.rmtree(gzip)
+            newer.rename(gzip)
+
+    with pytest.raises(
+        OutputBusyError, match="was rebuilt while it was verified; give the same command again"
+    ):
+        problems(gzip, on_progress=rebuild, workers=1)
 
 
 def test_the_remedy_for_a_damaged_shard_works(gzip: Path, cohort_folder: Path) -> None:

@@ -166,6 +166,12 @@ def test_what_cannot_be_drawn() -> None:
         make_view(made(np.full(SHAPE, 1e300)))
 
 
+@pytest.mark.parametrize("sizes", [(1e9, 1, 1), (1, 1e6, 1e-6), (1, 1, 5000), (1e30, 1, 1e-30)], ids=str)
+def test_voxels_that_would_fill_the_memory_as_cubes_are_refused(sizes: tuple[float, float, float]) -> None:
+    with pytest.raises(UsageError, match="mm, which are too unlike cubes to be drawn"):
+        make_view(made(np.zeros(SHAPE, np.float32), np.diag([*sizes, 1.0])))
+
+
 def test_a_name_is_no_markup_and_nothing_may_be_loaded(dataset: Path, view: View, tmp_path: Path) -> None:
     page = view(dataset, "--id", NASTY)
     assert [path.name for path in tmp_path.iterdir()] == ["__title__script_alert(1)__script_.html"]

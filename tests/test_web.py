@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pickle
 import shutil
+import socket
+import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import cli, storage
+from beam_nifti import cli, object_store, paced, storage
 from beam_nifti.errors import DatasetError
 from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.random_access import Dataset
@@ -202,3 +207,55 @@ def test_nothing_is_written_and_nothing_listed_there(server: FaultProxy, local: 
         storage.glob(f"{server.url}/cohort/*.nii.gz")
     assert not storage.exists(url)
     assert {r.method for r in server.requests} <= {"GET", "HEAD"}
+
+
+def answer_with(sent: Callable[[socket.socket], None]) -> str:
+    """A server that answers one HEAD honestly, with 2000 bytes, and each further request by a function."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve_all() -> None:
+        with listener:
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    while question := connection.recv(1 << 16):
+                        if question.startswith(b"HEAD"):
+                            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2000\r\n\r\n")
+                            continue
+                        with contextlib.suppress(OSError):
+                            sent(connection)
+                        break
+
+    threading.Thread(target=serve_all, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/a.nii"
+
+
+HEAD_OF_RANGE = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-1999/2000\r\n"
+
+
+@pytest.mark.parametrize("announced", [b"Content-Length: 999999999999\r\n\r\n", b"Connection: close\r\n\r\n"])
+def test_a_body_without_an_end_is_refused(announced: bytes) -> None:
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(HEAD_OF_RANGE + announced)
+        while True:
+            connection.sendall(bytes(1 << 16))
+
+    with pytest.raises(OSError, match="sends more than the 2000 bytes that it was asked for"):
+        storage.read(answer_with(endless))
+
+
+@pytest.mark.parametrize("begun", [b"", HEAD_OF_RANGE + b"Content-Length: 2000\r\n\r\n"])
+def test_an_answer_in_drops_times_out(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drop comes well within the time-out of the socket."""
+    monkeypatch.setattr(paced, "SILENCE", 0.2)
+    monkeypatch.setattr(object_store, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
+
+    def dripping(connection: socket.socket) -> None:
+        connection.sendall(begun)
+        for drop in itertools.cycle(b"X-Header: drip\r\n"):
+            connection.sendall(bytes([drop]))
+            time.sleep(0.01)
+
+    with pytest.raises(TimeoutError, match="the store failed 2 times in a row"):
+        storage.read(answer_with(dripping))
