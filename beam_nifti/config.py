@@ -56,6 +56,9 @@ ORIENTATIONS: Final = frozenset(
 _SHARES_TOLERANCE: Final = 1e-5
 """Three times 0.333333 is a whole."""
 
+_LEAST_SPACING: Final = 1e-6
+"""A nanometre, in mm: below it quotients of sizes overflow."""
+
 _FUNCTION: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -307,8 +310,12 @@ def _check_preparation(record: RecordConfig) -> None:
             "R/L, A/P and S/I, such as RAS or LPS"
         )
     spacing, shape = record.spacing, record.shape
-    if spacing is not None and not (len(spacing) == 3 and all(0 < n < math.inf for n in spacing)):
-        raise UsageError(f"--spacing is {_joined(spacing)}; give three sizes in mm, such as 1,1,1")
+    if spacing is not None and not (
+        len(spacing) == 3 and all(_LEAST_SPACING <= n < math.inf for n in spacing)
+    ):
+        raise UsageError(
+            f"--spacing is {_joined(spacing)}; give three sizes in mm, from {_LEAST_SPACING:g}, such as 1,1,1"
+        )
     if shape is not None and not (len(shape) == 3 and all(n >= 1 for n in shape)):
         raise UsageError(f"--shape is {_joined(shape)}; give three numbers of voxels, such as 160,192,160")
     if record.crop_foreground is not None:

@@ -273,8 +273,8 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
     notes += _notes_on_twins(unknown, without)
     for of_participant, (sessions, known) in itertools.islice(records.rowless.items(), _SHOWN):
         notes.append(
-            f"{_named(sessions, 'session')} of {of_participant} with images, not in the table of sessions, "
-            f"which has {_listed(known)}"
+            f"{_named(sessions, 'session')} of {of_participant} with images, without a row in the tables, "
+            f"which have {_listed(known)}"
         )
         notes += _notes_on_twins(sessions, known)
     if len(records.rowless) > _SHOWN:

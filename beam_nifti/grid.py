@@ -102,7 +102,9 @@ def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.
     return zooms
 
 
-def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool) -> None:
+def require_same_grid(
+    name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool, is_mask: bool = False
+) -> None:
     """Refuse an image whose voxels are not those of another one.
 
     Args:
@@ -111,13 +113,17 @@ def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid, *, ma
         first_name: the other one's path, for errors.
         first: grid of the other one.
         may_turn: whether its axes may be flipped or in another order.
+        is_mask: whether it holds labels, which must not be interpolated.
 
     Raises:
         VolumeError: they have other shapes, or voxel centres that are further apart than a tenth of the
             first one's smallest voxel size; or their axes have to be turned, and may not be.
     """
     turns = turns_between(grid, first)
-    remedy = f"resample it to the voxels of {first_name}, with nilearn.image.resample_to_img, say"
+    with_labels = ' with interpolation="nearest"' if is_mask else ""
+    remedy = (
+        f"resample it to the voxels of {first_name}, such as by nilearn.image.resample_to_img{with_labels}"
+    )
     if turns is not None:
         if may_turn or np.array_equal(turns, UNTURNED):
             return
@@ -128,6 +134,10 @@ def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid, *, ma
         )
     if grid.shape != first.shape:
         raise VolumeError(f"{name}: shape {grid.shape} where {first_name} has {first.shape}; {remedy}")
+    if np.allclose(grid.zooms, first.zooms, rtol=1e-3):
+        remedy = (
+            f"if they are the same voxels, copy the affine of {first_name} into its header; else {remedy}"
+        )
     raise VolumeError(
         f"{name}: its voxels lie up to {grid.distance(first):.3g} mm beside those of {first_name}; {remedy}"
     )

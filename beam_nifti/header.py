@@ -303,8 +303,8 @@ def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> N
     """
     if header.num_frames != num_frames:
         raise VolumeError(
-            f"{name}: {header.num_frames} frames where the first image has {num_frames}, and --frames each "
-            "makes as many examples of every image; build images of other lengths apart"
+            f"{name}: number of frames is {header.num_frames} where the first image has {num_frames}, and "
+            "--frames each makes as many examples of every image; build images of other lengths apart"
         )
 
 

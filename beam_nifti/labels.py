@@ -35,7 +35,12 @@ _LIKE_MISSING: Final = frozenset(["NA", "#N/A", "<NA>", "NaT", "null", "NULL", "
 """What other programs write where there is no value; it may also be the name of a class."""
 
 _INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
-_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+_FLOAT32_END: Final = float(np.finfo(np.float32).max) * (1 + 2.0**-25)
+"""Up to which numbers round to a finite float32."""
+
+_NUMBER_LIKE: Final = re.compile(r"[+-]?\d+([.,]\d+)*\s*%?", re.ASCII)
+"""Numbers as spreadsheets write them, with a decimal comma, separators or a percent sign."""
+
 _FLOAT32_INTEGERS: Final = 1 << 24
 """Up to which float32 has every integer."""
 
@@ -76,7 +81,7 @@ def parse_label(text: str) -> float:
         value = float(text)
     except ValueError:
         return math.nan
-    return value if abs(value) <= _FLOAT32_MAX and "_" not in text else math.nan
+    return value if abs(value) < _FLOAT32_END and "_" not in text else math.nan
 
 
 def read_labels(
@@ -221,7 +226,7 @@ def _is_numeric(text: str) -> bool:
     try:
         float(text)
     except ValueError:
-        return False
+        return _NUMBER_LIKE.fullmatch(text.strip()) is not None
     return True
 
 
@@ -240,9 +245,12 @@ def _warn_of_rounding(
     if rows.size:
         first = int(codes[rows[0]])
         shown = ", ".join(str(row + 1) for row in rows[:_SHOWN]) + (", …" if rows.size > _SHOWN else "")
+        others = (
+            f"{rows.size:,} labels are affected (rows {shown})" if rows.size > 1 else "no other is affected"
+        )
         problems.warn(
             f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, but records store float32, which rounds "
-            f"it to {_stored(numbers[first]):f}; {rows.size:,} labels are affected (rows {shown}). To store "
+            f"it to {_stored(numbers[first]):f}; {others}. To store "
             f"them exactly, use --label-column {name}:class or {name}:string"
         )
 

@@ -160,10 +160,9 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
         return made
     try:
         index = hashlib.sha256(storage.read(storage.join(output, published.index_file))).hexdigest()
-        data, _ = _hash_file(storage.join(output, str(published)))
+        if index != made.index_sha256 or _hash_file(storage.join(output, str(published)))[0] != made.sha256:
+            return made
     except FileNotFoundError:
-        return made
-    if (data, index) != (made.sha256, made.index_sha256):
         return made
     return replace(made, name=str(published), index=published.index_file)
 

@@ -58,7 +58,7 @@ class ShardTask:
         published: the one of them that belongs to a published dataset.
         part_indices: numbers of the shards in whose folders parts may be that hold some of its records.
         compared: name of the published shard that stays if the one that is made is the same; None where
-            published records are candidates.
+            there is none, or all is replaced.
     """
 
     name: ShardName
@@ -257,7 +257,7 @@ class BuildPlan:
                     found = (of_index, replace(of_index, revision=self.revision))
                     candidates += [c for c in found if str(c) not in published]
         unique = tuple(dict.fromkeys(candidates))
-        compared = same_place if self.config.recheck and kept is None else None
+        compared = None if self.config.overwrite else same_place
         return ShardTask(name, positions, unique, kept, tuple(sorted(part_indices)), compared)
 
     def read_units(self, manifest_path: str) -> Iterator[ShardTask | WorkUnit]:

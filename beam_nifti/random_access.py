@@ -128,6 +128,8 @@ class Dataset:
         if isinstance(index, slice):
             return self._of(self._records, self._rows[index])
         try:
+            if isinstance(index, bool):
+                raise TypeError
             number = operator.index(index)
         except TypeError:
             return self._of(self._records, np.asarray(self._rows)[self._numbers(index)])

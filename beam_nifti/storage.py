@@ -65,6 +65,7 @@ _FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))(?P<pat
 _ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
 """The characters *, ? and [ in a URL."""
 
+_BARE_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
 _WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 _KINDS: Final = {
@@ -128,8 +129,14 @@ def dirname(path: str) -> str:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path that means the same from every working folder: `~` is the home folder, a file:// URL a path."""
+    """A path that means the same from every working folder: `~` is the home folder, a file:// URL a path.
+
+    Raises:
+        UsageError: it is a URL that ends after its scheme.
+    """
     path = local_path(os.fspath(path))
+    if _BARE_SCHEME.fullmatch(path):
+        raise UsageError(f"{path} is a URL without a bucket or host; was a variable not set?")
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 

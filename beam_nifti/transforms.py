@@ -359,7 +359,7 @@ class CommitShards(beam.DoFn):
                 self._extra_columns,
                 parts_folder(self._root, self._config.fingerprint, name.split, name.index),
             )
-            if task.compared is not None:
+            if task.compared is not None and info.name != str(task.compared):
                 info = keep_if_same(self._output, task.compared, info)
         self._committed.inc()
         METER.add(shards=1)

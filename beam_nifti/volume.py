@@ -246,7 +246,8 @@ def _parser(
         if first is not None:
             grid, wanted = (Grid.of(h.shape, h.affine) for h in (header, first))
             may_turn = record.orientation is not None
-            require_same_grid(path, grid, row.path, wanted, may_turn=may_turn)
+            is_mask = number >= record.num_channels
+            require_same_grid(path, grid, row.path, wanted, may_turn=may_turn, is_mask=is_mask)
         return header
 
     return parse

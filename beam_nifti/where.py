@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from beam_nifti.errors import UsageError
 
-_MISSING: Final = ("", "n/a")
+_MISSING: Final = ("", "n/a", "nan")
+"""Texts of cells without a value, whatever their case and the spaces around them; the same as for labels."""
 """Cells without a value; n/a is how BIDS writes it."""
 
 _COMPARISONS: Final[Mapping[type[ast.cmpop], Callable[..., Any]]] = {
@@ -48,8 +49,9 @@ class Condition:
     It is made of columns of the index, numbers, strings, `==`, `!=`, `<`, `<=`, `>`, `>=`, `in` and `not in`
     a list, `and`, `or`, `not` and parentheses. A column whose name is no Python name is written
     `column('scan age')`. Where a column of strings is compared with numbers, its cells are read as numbers.
-    A comparison with a cell that has no value (null; where numbers are wanted, also empty or `n/a`) is
-    neither true nor false, and selects no record, with `not` neither.
+    A comparison with a cell that has no value (null, empty, `n/a` or NaN) is neither true nor false, and
+    selects no record, with `not` neither. A comparison with such a text itself, as in `site == ''`, compares
+    cells as they are written.
 
     Args:
         text: of the condition.
@@ -117,6 +119,25 @@ def _is_number(cell: Any) -> bool:
     return True
 
 
+def _is_missing_text(node: ast.expr) -> bool:
+    """Whether a literal is what stands in a cell without a value: who asks for it wants such cells."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and _bare(node.value) in _MISSING
+
+
+def _bare(text: str) -> str:
+    return text.strip().lower()
+
+
+def _without_missing(values: Any) -> Any:
+    """The cells of a column, null where they have no value."""
+    if pa.types.is_floating(values.type):
+        return pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
+    if pa.types.is_string(values.type):
+        bare = pc.ascii_lower(pc.utf8_trim_whitespace(values))
+        return pc.if_else(pc.is_in(bare, value_set=pa.array(_MISSING)), pa.scalar(None, pa.string()), values)
+    return values
+
+
 class _Evaluation:
     def __init__(self, text: str, table: pa.Table) -> None:
         self._text, self._table = text, table
@@ -146,7 +167,8 @@ class _Evaluation:
             return self._membership(left, right, isinstance(op, ast.NotIn))
         if type(op) not in _COMPARISONS:
             raise UsageError(f"where is {self._text!r}; write == or != in the place of is; {_EXPLANATION}")
-        one, other = self._operand(left), self._operand(right)
+        as_written = _is_missing_text(left) or _is_missing_text(right)
+        one, other = self._operand(left, as_written), self._operand(right, as_written)
         if not (one.name or other.name):
             raise self._refusal(left)
         if one.is_number != other.is_number:
@@ -156,7 +178,8 @@ class _Evaluation:
     def _membership(self, left: ast.expr, right: ast.expr, is_negated: bool) -> Any:
         if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
             raise self._refusal(right)
-        members, column = [self._operand(item) for item in right.elts], self._operand(left)
+        as_written = any(map(_is_missing_text, right.elts))
+        members, column = [self._operand(item) for item in right.elts], self._operand(left, as_written)
         if not column.name or any(m.name or m.is_number != members[0].is_number for m in members):
             raise self._refusal(right)
         if column.is_number != members[0].is_number:
@@ -168,10 +191,12 @@ class _Evaluation:
         known = pc.if_else(pc.is_valid(column.values), found, pa.scalar(None, pa.bool_()))
         return pc.invert(known) if is_negated else known
 
-    def _operand(self, node: ast.expr) -> _Operand:
+    def _operand(self, node: ast.expr, as_written: bool = False) -> _Operand:
+        """One side; a column's cells without a value are null unless they are wanted as written."""
         name = _column_of(node)
         if name is not None:
-            return _Operand(self._column(name), name)
+            values = self._column(name)
+            return _Operand(values if as_written else _without_missing(values), name)
         match node:
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
                 return _Operand(pa.scalar(-float(number)))
@@ -200,7 +225,6 @@ class _Evaluation:
                 f"where is {self._text!r}, but {other.name} is a number; compare it with one, without quotes"
             )
         cells = pc.utf8_trim_whitespace(operand.values)
-        cells = pc.if_else(pc.is_in(cells, value_set=pa.array(_MISSING)), pa.scalar(None, pa.string()), cells)
         try:
             return _Operand(pc.cast(cells, pa.float64()), operand.name)
         except pa.ArrowInvalid as e:

@@ -167,7 +167,11 @@ def turned(degrees: float) -> Array:
 @pytest.mark.parametrize(
     ("affine", "shape", "message"),
     [
-        (shifted(0.21), SHAPE, r"b\.nii: its voxels lie up to 0\.21 mm beside those of a\.nii; resample it"),
+        (
+            shifted(0.21),
+            SHAPE,
+            r"b\.nii: its voxels lie up to 0\.21 mm beside those of a\.nii; if they are the",
+        ),
         (turned(3.0), SHAPE, r"b\.nii: its voxels lie up to 0\.\d+ mm beside those of a\.nii"),
         (AFFINE @ np.diag([-1, 1, 1, 1]), SHAPE, r"b\.nii: its voxels lie up to 20 mm beside"),
         (AFFINE, (6, 5, 3), r"b\.nii: shape \(6, 5, 3\) where a\.nii has \(6, 5, 4\); resample it"),
@@ -262,7 +266,9 @@ def test_manifests_are_refused(tmp_path: Path) -> None:
     manifest = str(write_manifest(tmp_path / "m.csv", rows))
     with pytest.raises(ManifestError, match=r"row 2: empty T1w(.|\n)*row 1: empty T2w"):
         read_manifest(manifest, Columns("T1w,T2w"))
-    with pytest.raises(ManifestError, match="no column 'FLAIR', only T1w, T2w; name another with --path"):
+    with pytest.raises(
+        ManifestError, match="no column 'FLAIR'; the columns are: T1w, T2w; choose one with --path"
+    ):
         read_manifest(manifest, Columns("T1w,FLAIR"))
     for path in ("T1w,", ",", ""):
         with pytest.raises(UsageError, match="--path-column is"):

@@ -199,7 +199,7 @@ def test_labels_of_sessions_come_before_those_of_participants(study: Path, capsy
         ("sub-03", "ses-x", "53", "n/a"),
     ]
     assert notes[2:] == [
-        "1 session (ses-z) of sub-01 with images, not in the table of sessions, which has ses-x, ses-y",
+        "1 session (ses-z) of sub-01 with images, without a row in the tables, which have ses-x, ses-y",
         "not used: 2 images (sub-01_ses-y_FLAIR, sub-01_ses-z_FLAIR) without age",
         "2 sessions (sub-01_ses-y, sub-01_ses-z) left with no image",
     ]
@@ -305,7 +305,7 @@ def test_the_table_of_sessions_has_the_last_word(study: Path, capsys: Capture) -
     assert [(row["session_id"], row["label"]) for row in rows] == [("ses-M048", "64")]
     assert notes[2:] == [
         "2 participants (sub-02, sub-03) in participants.tsv, without such an image",
-        "1 session (ses-M000) of sub-01 with images, not in the table of sessions, which has ses-M00, "
+        "1 session (ses-M000) of sub-01 with images, without a row in the tables, which have ses-M00, "
         "ses-M048",
         "possibly the same id in table and image name: ses-M00 for ses-M000; ids must match exactly",
         "1 session (sub-01_ses-M00) in tables, without such an image",
@@ -315,7 +315,7 @@ def test_the_table_of_sessions_has_the_last_word(study: Path, capsys: Capture) -
     write_tsv(study / "sub-01/sub-01_sessions.tsv", "session_id age", "M00 60", "M48 64")
     said = error_of(capsys, "bids", str(study), "--suffix=FLAIR", "--label=age")
     assert "none of the 2 images has a value of age: " in said
-    assert "2 sessions (ses-M000, ses-M048) of sub-01 with images, not in the table of sessions" in said
+    assert "2 sessions (ses-M000, ses-M048) of sub-01 with images, without a row in the tables" in said
 
 
 def test_participants_tsv_may_have_a_row_per_session(study: Path, capsys: Capture) -> None:
@@ -331,7 +331,7 @@ def test_participants_tsv_may_have_a_row_per_session(study: Path, capsys: Captur
         ("sub-01", "ses-b", "2"),
         ("sub-02", "ses-a", "3"),
     ]
-    assert "1 session (ses-b) of sub-02 with images, not in the table of sessions, which has ses-a" in notes
+    assert "1 session (ses-b) of sub-02 with images, without a row in the tables, which have ses-a" in notes
     rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
     assert [(row["participant_id"], row["label"]) for row in rows] == [("sub-02", "3"), ("sub-03", "5")]
 

@@ -302,10 +302,10 @@ def test_a_frame_that_fails_leaves_the_others(damaged: Path, tmp_path: Path) -> 
     assert (of_frames["row"], of_frames["stage"], of_frames["frames"]) == (2, "Rescale", "1,3")
     assert of_frames["message"].startswith("frames 1, 3: 1.nii.gz: all voxels are 7")
     assert (of_image["row"], of_image["stage"], "frames" in of_image) == (3, "LoadVolume", False)
-    assert "7 frames where the first image has 5" in of_image["message"]
+    assert "number of frames is 7 where the first image has 5" in of_image["message"]
     assert "build images of other lengths apart" in of_image["message"]
     assert verify_dataset(str(output), manifest=str(damaged), deep=ALL).ok
-    with pytest.raises(DatasetError, match=r"'sub-1_frame-0003'; it was left out: Rescale: frames 1, 3"):
+    with pytest.raises(DatasetError, match=r"'sub-1_frame-0003'; it failed: Rescale: frames 1, 3"):
         describe_record(str(output), "sub-1_frame-0003")
 
 
@@ -345,7 +345,7 @@ def test_frames_of_images_that_only_their_path_names(
     report = verify_dataset(str(output), manifest=str(manifest), anonymous_ids=key and str(key), deep=ALL)
     assert (report.problems, report.num_deep) == ((), 3 * FRAMES - 2)
     if not is_anonymous:
-        with pytest.raises(DatasetError, match="it was left out: Rescale"):
+        with pytest.raises(DatasetError, match="it failed: Rescale"):
             describe_record(str(output), "1.nii.gz_frame-0003")
 
 

@@ -176,7 +176,7 @@ def test_unknown_record_unlike_all(dataset: Path) -> None:
 
 
 def test_record_that_was_left_out(dataset: Path) -> None:
-    with pytest.raises(DatasetError, match=r"'sub-0001'; it was left out: LoadVolume: sub-0001\.nii"):
+    with pytest.raises(DatasetError, match=r"'sub-0001'; it failed: LoadVolume: sub-0001\.nii"):
         describe_record(str(dataset), "sub-0001")
 
 
@@ -187,7 +187,7 @@ def test_record_that_was_left_out_by_other_ids(tmp_path: Path, columns: Columns)
     rows = [{columns.path: f"sub-000{i}.nii.gz", "age": 20 + i} for i in range(2)]
     manifest = write_manifest(folder / "m.csv", rows)
     output = build_dataset(manifest, tmp_path / "out", columns=columns, max_bad_fraction=0.5)
-    with pytest.raises(DatasetError, match="it was left out: LoadVolume: "):
+    with pytest.raises(DatasetError, match="it failed: LoadVolume: "):
         describe_record(str(output), "21" if columns.id else "sub-0001.nii.gz")
 
 

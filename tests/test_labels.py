@@ -238,10 +238,26 @@ def test_labels_that_float32_changes_are_reported(texts: list[str]) -> None:
     (warning,) = problems.warnings
     first = changed[0]
     assert warning.startswith(
-        f"x is {texts[first]} in row {first + 1}, and {int(np.float32(texts[first]))} as"
+        f"x is {texts[first]} in row {first + 1}, but records store float32, which rounds it to "
+        f"{int(np.float32(texts[first]))}"
     )
-    assert f"; {len(changed)} labels change like that (rows {first + 1}" in warning
+    if len(changed) > 1:
+        assert f"; {len(changed)} labels are affected (rows {first + 1}" in warning
+    else:
+        assert "; no other is affected" in warning
     assert "--label-column x:class or x:string" in warning
+
+
+@pytest.mark.parametrize("text", ["63,5", "50%", "1.234,5", "1,000", "12 %"])
+def test_numbers_of_spreadsheets_are_no_classes(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ManifestError, match="not a finite number"):
+        manifest_of(tmp_path, Columns(label="age"), age=[text] * len(AGES))
+    assert manifest_of(tmp_path, Columns(label="age:class"), age=[text] * len(AGES))
+
+
+def test_the_largest_float32_may_be_rounded(tmp_path: Path) -> None:
+    assert parse_label("3.4028235e38") == 3.4028235e38
+    assert math.isnan(parse_label("3.4028236e38"))
 
 
 def test_decimals_are_rounded_without_a_word() -> None:
@@ -278,7 +294,7 @@ def test_what_is_no_number_is_not_missing(tmp_path: Path, missing: str) -> None:
 def test_columns_that_tell_nothing(tmp_path: Path) -> None:
     blank = ["n/a"] * 6
     (problem,) = problems_of(tmp_path, Columns(label="age,sex", missing_label="nan"), age=blank)
-    assert problem.startswith("no row has a value of age, which would tell its kind")
+    assert problem.startswith("every value of age is missing, so its kind is unknown")
     (problem,) = problems_of(tmp_path, Columns(label="age", missing_label="skip"), age=blank)
     assert problem.startswith("every row lacks a label (age)")
     (problem,) = problems_of(tmp_path, Columns(missing_label="skip"))
@@ -590,7 +606,7 @@ def test_the_command_says_what_labels_are_and_what_is_skipped(
     assert cli.main(["check", manifest, *flags, "--quiet"]) == 0
     assert capsys.readouterr().out.endswith("skipped  2 rows without a label\n")
     assert cli.main(["build", manifest, str(tmp_path / "out"), "--label-column", "age"]) == 2
-    assert "row 3: age is 'n/a', which is no label; fill it in" in capsys.readouterr().err
+    assert "row 3: age is 'n/a', a missing label; fill it in" in capsys.readouterr().err
 
 
 def test_plain_labels_may_be_missing(folder: Path, tmp_path: Path) -> None:

@@ -278,9 +278,17 @@ def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "columns", "problem"),
     [
-        ("file,label\na,1\n", {}, "no column 'path', only file, label; name another with --path-column"),
-        ("path\na\n", {"label": "age"}, "no column 'age', only path; name another with --label-column"),
-        ("path\na\n", {"id": "scan"}, "no column 'scan', only path; name another with --id-column"),
+        (
+            "file,label\na,1\n",
+            {},
+            "no column 'path'; the columns are: file, label; choose one with --path-column",
+        ),
+        (
+            "path\na\n",
+            {"label": "age"},
+            "no column 'age'; the columns are: path; choose one with --label-column",
+        ),
+        ("path\na\n", {"id": "scan"}, "no column 'scan'; the columns are: path; choose one with --id-column"),
         ("path,label\n", {}, "no rows; a manifest needs a header and at least one image"),
         ("path,label\n\n\n", {}, "no rows; a manifest needs a header and at least one image"),
         ("path,label,label\na,1,2\n", {}, "column 'label' stands twice; rename one"),

@@ -315,7 +315,7 @@ def test_manifests_are_refused(tmp_path: Path) -> None:
     manifest = str(write_manifest(tmp_path / "m.csv", [{"path": "a.nii", "lesion": ""}]))
     with pytest.raises(ManifestError, match="row 1: empty lesion; give the mask's path or drop the row"):
         read_manifest(manifest, COLUMNS)
-    with pytest.raises(ManifestError, match=r"no column 'tumour'.*name another with --mask-column"):
+    with pytest.raises(ManifestError, match=r"no column 'tumour'.*choose one with --mask-column"):
         read_manifest(manifest, Columns(mask="tumour"))
     with pytest.raises(UsageError, match="'path' is named twice"):
         Columns(mask="path")
@@ -369,7 +369,7 @@ def test_verify_looks_at_masks(tmp_path: Path) -> None:
     edit_info(output, lambda info: info.update(mask_labels=[0, 1, 2, 3, 8]))
     assert problems() == ""
     (deep,) = verify_dataset(str(output), deep=ALL).problems
-    assert "gives another mask_raw than is stored" in deep
+    assert "what is stored differs from 1.nii.gz in mask_raw" in deep
 
 
 def test_the_info_comes_back(tmp_path: Path) -> None:

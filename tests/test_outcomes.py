@@ -441,4 +441,4 @@ def test_a_store_that_is_only_read(cohort: Path, capsys: pytest.CaptureFixture[s
         ["check", str(cohort), "--out=https://lab/c.json"],
     ):
         assert cli.main([*argv, "--quiet"]) == USAGE
-        assert "https:// is only read" in capsys.readouterr().err
+        assert "https:// is read-only" in capsys.readouterr().err

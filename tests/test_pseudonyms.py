@@ -230,7 +230,7 @@ def test_verify_needs_the_key_for_manifest_and_images(manifest: Path, key: str, 
             verify_dataset(output, **given)
     write_image(manifest.parent / "scans of/Ada/first.nii.gz", slope=2.0)
     (problem,) = verify_dataset(output, manifest=str(manifest), anonymous_ids=key, deep=ALL).problems
-    assert f"{expected('scans of/Ada/first.nii.gz', 'path')} gives another" in problem
+    assert f"what is stored differs from {expected('scans of/Ada/first.nii.gz', 'path')} in" in problem
     build(manifest, tmp_path / "named", max_bad_fraction=0.5)
     with pytest.raises(UsageError, match="its ids are not anonymous"):
         verify_dataset(str(tmp_path / "named"), anonymous_ids=key)

@@ -217,7 +217,7 @@ def test_without_participants_every_example_is_drawn_by_its_id(tmp_path: Path) -
 def test_draws_that_cannot_be_made(tmp_path: Path) -> None:
     halves = Splitting({"a": 0.5, "b": 0.5}, stratify="site")
     (problem,) = problems(tmp_path, "participant_id", ["sub-1"], halves)
-    assert problem == "no column 'site', only path, participant_id; name another with --stratify"
+    assert problem == "no column 'site'; the columns are: path, participant_id; choose one with --stratify"
     columns = "participant_id session_id site"
     (problem,) = problems(tmp_path, columns, ["sub-1 1 x", "sub-2 1 y", "sub-3 1 x", "sub-1 2 y"], halves)
     assert problem.startswith("row 4: site of sub-1 is 'y' and, in row 1, 'x'; ")

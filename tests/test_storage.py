@@ -291,7 +291,7 @@ def test_what_fsspec_serves_is_read_as_the_disk_is(tmp_path: Path) -> None:
     assert found == storage.glob(f"{here}/**/*.bin")
     with pytest.raises(FileNotFoundError, match="sub-1"):
         storage.read(f"{there}/sub-1")
-    with pytest.raises(OSError, match="local:// is only read"):
+    with pytest.raises(OSError, match="local:// is read-only"):
         storage.write(f"{there}/new", b"")
 
 

@@ -199,9 +199,9 @@ def test_nothing_is_written_and_nothing_listed_there(server: FaultProxy, local: 
     for access in (partial(storage.write, data=b""), storage.delete, storage.delete_tree):
         with pytest.raises(OSError, match=rf"{url}: http:// is read-only; write to the local disk"):
             access(url)
-    with pytest.raises(OSError, match="is only read"):
+    with pytest.raises(OSError, match="is read-only"):
         storage.link(f"{server.url}/dataset/{SHARD}", url)
-    with pytest.raises(OSError, match="is only read"):
+    with pytest.raises(OSError, match="is read-only"):
         build(local.parent / "cohort/manifest.tsv", url)
     with pytest.raises(OSError, match="does not say which files it has"):
         storage.glob(f"{server.url}/cohort/*.nii.gz")

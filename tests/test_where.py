@@ -36,13 +36,19 @@ def rows(text: str) -> list[int]:
         ("age != 61", [2]),
         ("not age == 61", [2]),
         ("age > -1", [1, 2]),
-        ("age > 'n'", [3]),
+        ("age > 'n'", []),
+        ("age == 'n/a'", [3]),
+        ("age != 'n/a'", [1, 2, 4]),
+        ("site != 'A'", [2]),
+        ("not site == 'A'", [2]),
+        ("site in ['', 'B']", [2, 3]),
+        ("label != 1", [2]),
         ("site == 'A'", [1, 4]),
         ("site == ''", [3]),
         ("site == 'A' and age > 60 or site == 'B'", [1, 2]),
         ("not (site == 'A' or label == 0)", []),
         ("site in ['A', 'C']", [1, 4]),
-        ("site not in ('A',)", [2, 3]),
+        ("site not in ('A',)", [2]),
         ("age in [61, 62]", [1]),
         ("age not in [61]", [2]),
         ("label in [1]", [1, 4]),
@@ -64,6 +70,13 @@ def test_numbers_in_text_compare_as_numbers(ages: list[float | None], limit: flo
     text = f"age >= {limit!r}".replace("inf", "1e999")
     expected = [age is not None and age >= limit for age in ages]
     assert Condition(text).select(table).tolist() == expected
+
+
+@pytest.mark.parametrize("text", ["NaN", "N/A", " n/a ", "", "nan"])
+def test_a_cell_without_a_value_is_never_selected_unasked(text: str) -> None:
+    table = pa.table({"age": [text, "40"], "number": [float("nan"), 40.0]})
+    for condition in ("age != 41", "not age > 41", "age != 'x'", "number != 41", "not number > 41"):
+        assert Condition(condition).select(table).tolist() == [False, True]
 
 
 def test_the_columns_that_are_asked_are_known_before() -> None:
