@@ -193,7 +193,7 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
         digest = source_sha256(config.record.preprocess)
         config = replace(config, record=replace(config.record, preprocess_sha256=digest))
     key = config.anonymous_ids
-    if key and config.output and key.startswith(f"{config.output}/"):
+    if key and config.output and storage.is_within(key, config.output):
         raise UsageError(
             f"--anonymous-ids is {key}, which would be given away with the dataset; keep it out of OUTPUT"
         )

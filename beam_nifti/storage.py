@@ -120,6 +120,34 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def resolved(path: str) -> str:
+    """A path as `absolute` makes it, without symbolic links in its folders; the file itself may be one."""
+    path = absolute(path)
+    return (
+        path
+        if is_remote(path)
+        else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    )
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path leads into a folder, also by symbolic links."""
+    if is_remote(folder):
+        return absolute(path).startswith(f"{absolute(folder)}/")
+    return resolved(path).startswith(f"{os.path.realpath(absolute(folder))}/")
+
+
+def is_same(path: str, other: str) -> bool:
+    """Whether two paths lead to one file, also by links of both kinds."""
+    path, other = resolved(path), resolved(other)
+    if path == other or is_remote(path) or is_remote(other):
+        return path == other
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
 def scheme_of(path: str) -> str:
     """What a URL begins with: "s3"."""
     return path.partition("://")[0]
