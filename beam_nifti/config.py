@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti.errors import UsageError
@@ -281,7 +282,7 @@ class RecordConfig:
         """Whether anything is done to a volume between loading and rescaling."""
         return any(getattr(self, name) is not None for name in PREPARATIONS)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that differ wherever the same image would give other bytes."""
         # Without what is None, it is as it was before there was that choice.

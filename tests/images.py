@@ -120,13 +120,16 @@ def row_of(path: Path | str, label: float | None = 1.0, **fields: Any) -> Volume
 
 
 def write_manifest(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Write a .tsv or .csv of dictionaries that have the same keys."""
+    """Write a .tsv, which has no quotes, or a .csv of dictionaries that have the same keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as handle:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        writer = csv.DictWriter(handle, list(rows[0]), delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        if path.suffix == ".tsv":
+            for cells in [list(rows[0]), *(row.values() for row in rows)]:
+                handle.write("\t".join(map(str, cells)) + "\n")
+        else:
+            writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     return path
 
 

@@ -18,7 +18,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import DockerEnvironment, python_sdk_dependencies
 
 from beam_nifti import cli, engines, options
-from beam_nifti.build import plan_build
+from beam_nifti.build import open_build, plan_build
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.options_build import build_config
@@ -61,12 +61,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(manifest: Path) -> BuildPlan:
     """Of a first build, in a hundred thousand shards."""
-    return make_plan(manifest, manifest.parent / "out")
+    return plan_build(make_config(manifest, manifest.parent / "out"))[0]
 
 
-def make_plan(manifest: Path, output: Path) -> BuildPlan:
-    config = BuildConfig(str(manifest), str(output), sharding=Sharding(PER_SHARD), workers=400)
-    return plan_build(config)[0]
+def make_config(manifest: Path, output: Path) -> BuildConfig:
+    return BuildConfig(str(manifest), str(output), sharding=Sharding(PER_SHARD), workers=400)
 
 
 def describe_portable(plan: BuildPlan) -> Graph:
@@ -120,9 +119,9 @@ def test_the_job_is_small_where_a_dataset_of_many_shards_lies(
     names = [ShardName("train", i, len(ranges), True) for i in range(len(ranges))]
     shards = [ShardInfo(str(n), f"index/{n}", len(r), 1, "", "") for n, r in zip(names, ranges, strict=True)]
     publish_dataset(plan, shards, [])
-    again = make_plan(manifest, Path(plan.config.output))
-    assert again.has_published
-    assert len(describe(again).SerializeToString()) < MEGABYTE
+    with open_build(make_config(manifest, Path(plan.config.output))) as again:
+        assert again.has_published
+        assert len(describe(again).SerializeToString()) < MEGABYTE
 
 
 # Its shuffles

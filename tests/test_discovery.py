@@ -276,7 +276,6 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
         ([], ["--entity==1"], "--entity is '=1'"),
         ([], ["--entity=run=1"], "none of 3 T1w images is chosen: run is absent"),
         ([], ["--session=1"], "ses is absent"),
-        ([], ["--suffix=T2w"], "no T2w images; there are: T1w (3), bold (1)"),
     ],
 )
 def test_errors_of_a_study(
@@ -392,6 +391,9 @@ def test_images_and_folders_out_of_place_are_named(study: Path, capsys: Capture)
         "folders of BIDS",
         "not used: 2 folders (SUB-04, sub5); folders of participants are named sub-LABEL",
     ]
+    assert "no T2w images; there are: T1w (3), bold (1)" in error_of(
+        capsys, "bids", str(study), "--suffix=T2w"
+    )
     assert "no t1W images; there are: T1w (3), bold (1); did you mean T1w?" in error_of(
         capsys, "bids", str(study), "--suffix=t1W"
     )

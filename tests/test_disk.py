@@ -339,8 +339,8 @@ def test_files_of_a_dataset_are_known_by_their_names(copied: Path) -> None:
 
 # The rule
 
-_OF_OS = """open remove unlink rmdir removedirs rename renames replace mkdir makedirs link symlink mkfifo mknod
-    truncate chmod chown utime"""
+_OF_OS = """open remove unlink rmdir removedirs rename renames replace mkdir makedirs link symlink
+    mkfifo mknod truncate chmod chown utime"""
 _OF_SHUTIL = "rmtree move copy copy2 copyfile copytree copymode copystat"
 _OF_PATHS = """write_text write_bytes unlink mkdir rmdir rename touch symlink_to hardlink_to chmod
     write_to_textfile to_filename tofile"""

@@ -511,7 +511,7 @@ def test_the_first_row_without_a_label_is_appended(
     assert verify_dataset(str(output), manifest=str(manifest), deep=ALL).problems == ()
     assert info_of(output).config["columns"]["missing_label"] == now
     for other in {"nan", "skip"} - {now}:  # what it was decided by
-        with pytest.raises(OutputError, match="missing_label"):
+        with pytest.raises(OutputError, match="--missing-label was"):
             plan_build(
                 BuildConfig(
                     str(manifest), str(output), columns=dataclasses.replace(columns, missing_label=other)

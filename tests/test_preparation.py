@@ -333,7 +333,7 @@ def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModu
         file.write("# another version\n")
     as_in_another_process()
     told = run("build", manifest, output, flag, "--rescale=none", code=cli.USAGE)
-    assert "preprocess-sha256 was " in told
+    assert "sha256 of the file of --preprocess was " in told
     assert "the file that defines it differs" in run("verify", output, "--deep=1", code=cli.USAGE)
     run("verify", output)
 

@@ -268,7 +268,8 @@ def test_keys_that_are_refused(
     monkeypatch.chdir(tmp_path)
     if secret:
         (tmp_path / "key").write_bytes(secret)
-    arguments = ["build", str(manifest), str(tmp_path / "out"), f"--anonymous-ids={tmp_path}/key", *flags]
+    flags = flags or [f"--anonymous-ids={tmp_path}/key"]
+    arguments = ["build", str(manifest), str(tmp_path / "out"), *flags]
     assert cli.main(arguments) == cli.USAGE
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

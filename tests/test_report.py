@@ -34,7 +34,7 @@ from tests.peak import peak_mib
 for module in ("jinja2", "matplotlib", "PIL"):
     pytest.importorskip(module)
 
-NASTY = "\"><script>alert(1)</script><img src=x onerror=alert(2)></title>'--><!--\u2028"
+NASTY = "\"><script>alert(1)</script><img src=x onerror=alert(2)></title>'--><!--\u2028x"
 UPSIDE_DOWN = 7
 ON_A_CLUSTER = ["--runner=PortableRunner", "--job_endpoint=:8099", "--environment_type=LOOPBACK"]
 
@@ -337,7 +337,10 @@ def test_the_command(
         (["--out", ""], "--out is empty"),
         (["--picture", "3"], "unknown flag --picture"),
         (ON_A_CLUSTER, "--out is missing"),
-        ([*ON_A_CLUSTER, "--template_location=gs://lab/t"], "--template-location is for build only"),
+        (
+            [*ON_A_CLUSTER, "--template_location=gs://lab/t"],
+            "--template_location is Beam's, and has no effect",
+        ),
     ],
 )
 def test_what_it_refuses(

@@ -146,7 +146,7 @@ def test_another_seed_is_another_draw_and_the_order_of_shares_is_none() -> None:
         (["--split", "train=0.8,train=0.2"], "give each split once"),
         (["--split", "train=most,test=0.2"], "with its share, such as"),
         (["--split", "train,test"], "with its share, such as"),
-        (["--split", ""], "with its share, such as"),
+        (["--split", ""], "--split is empty"),
         (["--split", "my-train=0.8,test=0.2"], "--split names 'my-train'"),
         (["--split", "=1"], "--split names ''"),
         (["--stratify", "site"], "--stratify needs --split"),

@@ -65,6 +65,7 @@ def test_every_command_writes_it(
     options = ("--missing-label=nan", "--max-bad-fraction=0.5", f"--summary-json={tmp_path}/run.json")
     run("build", manifest, out, *options, "--log-format=json")
     run("build", manifest, tmp_path / "other", *options, "--rescale=percentile:1,99")
+    monkeypatch.undo()
     assert cli.main(["check", str(manifest), "--json", "--quiet", "--missing-label=nan"]) == 0
     assert strict(capsys.readouterr().out)
     assert strict(run("inspect", out, "--json"))
