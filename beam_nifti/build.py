@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from beam_nifti import lock, logs, storage
-from beam_nifti.build_note import BuildNote
+from beam_nifti.build_note import BuildNote, require_current
 from beam_nifti.concealment import concealing
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.differences import find_differences, image_folder
-from beam_nifti.errors import DatasetError, ManifestError, OutputError, UsageError, VolumeError
+from beam_nifti.errors import (
+    DatasetError,
+    ManifestError,
+    NewerFormatError,
+    OutputError,
+    UsageError,
+    VolumeError,
+)
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.metrics import Distribution, Metrics
-from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.parts import BUILD_FOLDER, parts_root
 from beam_nifti.plan import (
     BuildPlan,
     CheckPlan,
@@ -26,7 +34,6 @@ from beam_nifti.plan import (
     choose_unit_rows,
     default_sharding,
     estimated_itemsize,
-    parts_root,
     read_build_manifest,
     record_bytes,
     required_dtype,
@@ -37,8 +44,10 @@ from beam_nifti.prepare import prepare_volume
 from beam_nifti.publish import (
     BuildSummary,
     TooManyFailures,
+    files_of,
     find_info,
-    remove_shards,
+    last_revision,
+    remove_files,
     require_writable_output,
     take_summary,
 )
@@ -56,6 +65,7 @@ if TYPE_CHECKING:
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
+_FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 _VERSION_1: Final = (
     "%s: the dataset has format version 1 and keeps it. Version 1 records only the total size and the mean "
     "time of an example's files, so swapping two files may go unnoticed; if you swap files, build with "
@@ -183,7 +193,7 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
         digest = source_sha256(config.record.preprocess)
         config = replace(config, record=replace(config.record, preprocess_sha256=digest))
     key = config.anonymous_ids
-    if key and config.output and key.startswith(f"{config.output}/"):
+    if key and config.output and storage.is_within(key, config.output):
         raise UsageError(
             f"--anonymous-ids is {key}, inside OUTPUT, where it would be shared with the dataset; move it"
         )
@@ -226,7 +236,7 @@ class _Decision:
             roots=tuple(dict.fromkeys((own_root, *roots))),
             identity=plan.identity,
             from_images=plan.config.makes_all,
-            published=tuple(s.name for s in self.published.shards) if self.published else (),
+            published=files_of(self.published) if self.published else (),
         )
 
 
@@ -259,7 +269,7 @@ def _decide(inputs: _Inputs) -> _Decision:
         unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers),
         has_published=published is not None,
         versions=record_versions(),
-        revision=published.revision + 1 if published else 1,
+        revision=_next_revision(config.output, published, dead),
         key_check=manifest.key_check,
         manifest_name=manifest.name,
         num_skipped=manifest.num_skipped,
@@ -278,7 +288,6 @@ def _decide(inputs: _Inputs) -> _Decision:
     plan = replace(
         plan,
         reuse_published=reuse_published,
-        has_ended=has_ended,
         earlier=continued.layouts if continued else (),
         earlier_roots=tuple(parts_roots(config.output, continued)) if continued else (),
     )
@@ -304,10 +313,23 @@ def _estimate(inputs: _Inputs, decision: _Decision) -> Estimate:
 def _published(config: BuildConfig) -> DatasetInfo | None:
     try:
         return find_info(config.output)
+    except NewerFormatError as e:
+        raise OutputError(
+            f"{e}; --overwrite does not replace it either, as this version does not know which files it has"
+        ) from e
     except DatasetError:
         if config.overwrite:
             return None  # nothing can be read by it, so there is nothing to keep readable
         raise
+
+
+def _next_revision(output: str, published: DatasetInfo | None, dead: BuildNote | None) -> int:
+    """The revision to make: a later one than any whose files the output holds or has held."""
+    if published is not None:
+        return published.revision + 1
+    if dead is not None:
+        return dead.info.revision
+    return last_revision(output) + 1
 
 
 def _first_volume(
@@ -478,15 +500,15 @@ def _prepare(decision: _Decision) -> None:
     """Remove what this build cannot use of unfinished ones, and leave its note."""
     plan, dead, note = decision.plan, decision.dead, decision.note()
     output = plan.config.output
-    roots = {*plan.parts_roots, parts_root(output, None), *(parts_roots(output, dead) if dead else ())}
-    for root in roots:
-        for folder in storage.list_folders(root):
-            if not (decision.is_continued and folder == note.fingerprint):
-                storage.delete_tree(storage.join(root, folder))
-    if not decision.is_continued:
-        remove_shards(output, keep=set(note.published))
+    for root in {*plan.parts_roots, parts_root(output, None), *(parts_roots(output, dead) if dead else ())}:
+        _remove_parts(root, keep=note.fingerprint if decision.is_continued else None)
+    published = decision.published
+    has_ended = dead is not None and published is not None and dead.is_of(published)
+    if has_ended or not decision.is_continued:
+        written = {*dead.shard_names(), *dead.published} if dead else set[str]()
+        remove_files(output, written, keep=note.published)
     if not plan.has_published:  # a damaged one, which --overwrite was given for
-        storage.delete(storage.join(output, FILE_NAME))
+        storage.delete(storage.join(output, FILE_NAME), output)
     take_summary(output)
     note.write(output)
 
@@ -541,13 +563,19 @@ def _is_ours(found: MetricResult) -> bool:
 
 def _clean_up(plan: BuildPlan) -> None:
     """Remove the parts, and the shards of the dataset that this one replaces."""
-    output = plan.config.output
-    remove_shards(output, keep={s.name for s in read_info(output).shards})
-    build_folder = storage.join(output, BUILD_FOLDER)
+    output, build_folder = plan.config.output, parts_root(plan.config.output, None)
+    note = require_current(output, plan.identity)
+    remove_files(output, {*note.shard_names(), *note.published}, keep=files_of(read_info(output)))
     for root in {*plan.parts_roots, build_folder}:
-        for folder in storage.list_folders(root):
-            storage.delete_tree(storage.join(root, folder))
+        _remove_parts(root)
         if root != build_folder:
-            storage.delete_tree(root)
+            storage.delete_folder(root, storage.dirname(root))
     # The note is the last to go: without it nothing tells whose the parts are.
-    storage.delete_tree(build_folder)
+    note.remove(output)
+
+
+def _remove_parts(root: str, keep: str | None = None) -> None:
+    """Remove the parts of all fingerprints but one from a folder of parts."""
+    for folder in storage.list_folders(root):
+        if _FINGERPRINT.fullmatch(folder) and folder != keep:
+            storage.delete_tree(storage.join(root, folder), storage.dirname(root))

@@ -9,13 +9,20 @@ from typing import Any, Final
 
 from beam_nifti import storage
 from beam_nifti.config import Sharding
-from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError
-from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.parts import BUILD_FOLDER, parts_root
 from beam_nifti.sharding import Layout
 from beam_nifti.strict_json import dump_json
 
-_NOTE_FILE: Final = f"{BUILD_FOLDER}/plan.json"
+SUMMARY_NAME: Final = "summary.json"
+"""The file, in the folder of a build, in which it says how it ended."""
+
+_NOTE_NAME: Final = "plan.json"
+_NOTE_FILE: Final = f"{BUILD_FOLDER}/{_NOTE_NAME}"
+_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE)
+"""Names of the files that may be beside the note."""
+
 _NOTE_VERSION: Final = 2
 
 
@@ -31,7 +38,8 @@ class BuildNote:
         roots: folders of their part files: absolute, or BUILD_FOLDER for the one in the output.
         identity: of this build.
         from_images: whether it makes every record from its image and takes none of a published dataset.
-        published: names of the shards of the dataset that the output holds, which stay untouched.
+        published: names of the shards, and of the list of failures, of the dataset that the output holds,
+            which stay untouched.
     """
 
     info: DatasetInfo
@@ -53,22 +61,48 @@ class BuildNote:
         )
         return wanted == found
 
+    def shard_names(self) -> set[str]:
+        """Names of the shards that this build, and those that it continues, may have written."""
+        compressed = self.info.config["compression"] == "gzip"
+        return {
+            str(name)
+            for layout in self.layouts
+            for split in layout.split_sizes
+            for name in layout.names(split, compressed=compressed, revision=self.info.revision)
+        }
+
     def write(self, output: str) -> None:
         """Leave it in an output."""
         facts = asdict(self) | {"info": json.loads(self.info.to_json())}
         text = dump_json({"note_version": _NOTE_VERSION, **facts})
-        storage.write(storage.join(output, _NOTE_FILE), text.encode())
+        storage.write(storage.join(output, _NOTE_FILE), text.encode(), output)
+
+    @staticmethod
+    def remove(output: str) -> None:
+        """Remove it, with what else is in the folder of a build; files of other programs stay."""
+        folder = storage.join(output, BUILD_FOLDER)
+        for name in storage.list_files(folder):
+            if name in _BESIDE or storage.temporary_of(name) in {*_BESIDE, _NOTE_NAME}:
+                storage.delete(storage.join(folder, name), output)
+        storage.delete(storage.join(folder, _NOTE_NAME), output)
+        storage.delete_folder(folder, output)
 
     @classmethod
     def read(cls, output: str) -> BuildNote | None:
         """The note of an unfinished build, if there is one.
 
         Raises:
-            OutputError: it is damaged, or of another version of this package.
+            OutputError: it is damaged, or of another version of this package, or names a folder in which no
+                build of this output keeps its parts.
         """
         path = storage.join(output, _NOTE_FILE)
         try:
-            return cls._parse(json.loads(storage.read(path)), path)
+            note = cls._parse(json.loads(storage.read(path)), path)
+            foreign = [
+                root
+                for root in note.roots
+                if root not in (BUILD_FOLDER, parts_root(output, storage.dirname(root)))
+            ]
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError, DatasetError) as e:
@@ -78,6 +112,13 @@ class BuildNote:
                 "beam-nifti; continue with that version, choose another OUTPUT, or use --overwrite to "
                 "discard the unfinished build"
             ) from e
+        if foreign:  # what is in there is removed when the build ends
+            raise OutputError(
+                f"{path}: names the folder {foreign[0]!r} for temporary files, which belongs to no build of "
+                f"{output}; move OUTPUT back if it was moved, choose another OUTPUT, or --overwrite to "
+                "discard what is unfinished"
+            )
+        return note
 
     @classmethod
     def _parse(cls, facts: dict[str, Any], path: str) -> BuildNote:

@@ -70,7 +70,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
         if not overwrite and storage.exists(path) and storage.read(path) != content:
             raise OutputError(f"{path}: is there already; --overwrite replaces it")
     for path, content in files.items():
-        storage.write(path, content)
+        storage.write(path, content, output)
     return list(files)
 
 

@@ -34,6 +34,7 @@ from beam_nifti.outcomes import (
     exit_code,
     reason_of,
 )
+from beam_nifti.outputs import require_apart
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
 from beam_nifti.strict_json import dump_json
 from beam_nifti.terminal import UnwritableError, guarded_streams, write_result
@@ -106,11 +107,18 @@ def _require_reports_writable(options: argparse.Namespace) -> None:
     for name, flag in (("summary_json", "--summary-json"), ("metrics_file", "--metrics-file")):
         path = getattr(options, name, None)
         if path is not None and not storage.is_remote(path):
+            require_apart(path, flag, _inputs(options))
             storage.require_writable(storage.absolute(path), flag)
     if metrics := getattr(options, "metrics_file", None):
         folder = storage.dirname(storage.absolute(metrics))
         if not storage.exists(folder):
             raise UsageError(f"--metrics-file is {metrics}: there is no folder {folder}; create it")
+
+
+def _inputs(options: argparse.Namespace) -> dict[str, str | None]:
+    """Files that a command reads, by what they are."""
+    names = {"manifest": "the manifest", "anonymous_ids": "the key of --anonymous-ids"}
+    return {what: getattr(options, name, None) for name, what in names.items()}
 
 
 def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
@@ -200,8 +208,9 @@ def _complain(error: Exception | str, code: int) -> int:
     return code
 
 
-def _require_out(path: str, *, overwrite: bool) -> None:
-    """Refuse, before any work, a file that is there already or cannot be written."""
+def _require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse, before any work, a file that is there already, is in use otherwise, or cannot be written."""
+    require_apart(path, "--out", inputs)
     storage.require_writable(storage.absolute(path), "--out")
     if not overwrite and storage.exists(storage.absolute(path)):
         raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
@@ -213,7 +222,9 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
 
     out = options.out and storage.absolute(options.out)
     if out:
-        _require_out(options.out, overwrite=options.overwrite)
+        is_table = options.source == "bids" and _is_study_table(out, options.folder)
+        inputs = {"a table of the study": out if is_table else None}
+        _require_out(options.out, overwrite=options.overwrite, inputs=inputs)
     folder = storage.dirname(out) if out else ""
     if options.source == "bids":
         found = discovery.find_bids_images(
@@ -237,6 +248,11 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
     with _all_read():
         write_result(format_delimited(found.table, "\t"))
     return SUCCESS
+
+
+def _is_study_table(path: str, study: str) -> bool:
+    name = path.rpartition("/")[2]
+    return storage.is_within(path, study) and (name == "participants.tsv" or name.endswith("_sessions.tsv"))
 
 
 def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
@@ -269,6 +285,7 @@ def _remove_earlier(options: argparse.Namespace) -> None:
     """Forget how an earlier run ended; once Beam knows its flags, as some are for the storage."""
     if options.summary_json is not None:
         if storage.is_remote(options.summary_json):
+            require_apart(options.summary_json, "--summary-json", _inputs(options))
             storage.require_writable(storage.absolute(options.summary_json), "--summary-json")
         remove_earlier(options.summary_json)
 
@@ -461,7 +478,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
 
     _remove_earlier(options)
     if options.out is not None:
-        _require_out(options.out, overwrite=True)
+        _require_out(options.out, overwrite=True, inputs=_inputs(options))
     plan = plan_check(engine.config)
     config = plan.config
     run.know(runner=engine.runner, manifest=config.manifest, fingerprint=config.record.fingerprint)

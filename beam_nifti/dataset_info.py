@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from beam_nifti import storage
 from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, BuildConfig, LabelColumn, RecordConfig
-from beam_nifti.errors import DatasetError
+from beam_nifti.errors import DatasetError, NewerFormatError
 from beam_nifti.strict_json import dump_json
 
 FILE_NAME: Final = "dataset_info.json"
@@ -274,13 +274,13 @@ def _require_known(facts: Mapping[str, Any], path: str) -> None:
     """Refuse what a later version has written, and keys that no version has."""
     version, features = facts["format_version"], facts.get("format_features", [])
     if version > FORMAT_VERSION:
-        raise DatasetError(
+        raise NewerFormatError(
             f"{path}: format version {version}; this beam_nifti reads up to {FORMAT_VERSION}: "
             "install a newer one"
         )
     for feature in features:
         if feature not in FORMAT_FEATURES:
-            raise DatasetError(
+            raise NewerFormatError(
                 f"{path}: the dataset has the format feature {feature!r}, which this beam_nifti does not "
                 "know; install a newer one"
             )

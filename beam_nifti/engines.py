@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from beam_nifti import local_runner, storage
+from beam_nifti import disk, local_runner, storage
 from beam_nifti.beam_flags import UNUSABLE, parse_beam_flags, refuse_ineffective
 from beam_nifti.config import BuildConfig
 from beam_nifti.cores import count_cores
@@ -145,7 +145,7 @@ def _accepted(flags: list[str]) -> PipelineOptions:
         pipeline = beam.Pipeline(options=options)  # checks them, and sets up the file systems
     except (ValueError, ImportError, AttributeError) as e:
         raise UsageError(f"Apache Beam does not accept these options: {e}") from e
-    shutil.rmtree(pipeline.local_tempdir)  # which only a run would remove
+    disk.delete_tree(pipeline.local_tempdir)  # which only a run would remove
     return options
 
 

@@ -75,6 +75,10 @@ class DatasetError(BeamNiftiError):
     """A dataset that is absent, incomplete or damaged."""
 
 
+class NewerFormatError(DatasetError):
+    """A dataset of a format that a later version of this package has written."""
+
+
 def is_of_path(error: OSError) -> bool:
     """Whether a file could not be read because of its path or its permissions.
 

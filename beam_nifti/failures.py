@@ -128,6 +128,7 @@ def write_failures(
     folder: str,
     columns: Columns,
     extra_columns: Sequence[str],
+    below: str | None = None,
 ) -> None:
     """Write a list of failures: a line an image, which `build` accepts as the manifest of a retry.
 
@@ -139,9 +140,10 @@ def write_failures(
         folder: what relative image paths are relative to; the lines hold absolute ones.
         columns: which manifest columns mean what.
         extra_columns: names of the manifest's further columns.
+        below: as of `storage.create`.
     """
     labels = {column.name for column in columns.labels}
-    with storage.create(path) as handle:
+    with storage.create(path, below) as handle:
         in_order = sorted(failures, key=lambda f: (f.row.row, f.row.position))
         for _, group in itertools.groupby(in_order, key=lambda f: f.row.row):
             of_image = list(group)

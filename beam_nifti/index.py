@@ -235,13 +235,14 @@ def mask_labels(table: pa.Table) -> set[int]:
     return set(pc.unique(pc.list_flatten(table["mask_labels"])).to_pylist())
 
 
-def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:
+def write_index(path: str, table: pa.Table, facts: dict[str, str], below: str | None = None) -> None:
     """Write an index, whole or not at all.
 
     Args:
         path: where to.
         table: as `make_table` gives it.
         facts: about the file that it describes; kept in the Parquet file's metadata.
+        below: as of `storage.create`.
     """
     sink = io.BytesIO()
     schema = table.schema.with_metadata(facts)
@@ -250,7 +251,7 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str]) -> None:
             # In one chunk, as the pages of the file are cut where chunks end.
             group = table.slice(start, _GROUP_ROWS).combine_chunks()
             writer.write_table(group.replace_schema_metadata(facts))
-    storage.write(path, sink.getvalue())
+    storage.write(path, sink.getvalue(), below)
 
 
 def read_index(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from beam_nifti import storage
+from beam_nifti import disk, storage
 from beam_nifti.background import in_background
 from beam_nifti.errors import OutputBusyError
 from beam_nifti.strict_json import dump_json
@@ -61,9 +61,8 @@ def require_held(output: str) -> None:
 
 @contextlib.contextmanager
 def _flock(path: str) -> Iterator[None]:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = disk.open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -75,7 +74,7 @@ def _flock(path: str) -> Iterator[None]:
             os.close(descriptor)
             raise storage.unwritable(storage.dirname(path), "OUTPUT", e, is_folder=True) from e
         with contextlib.suppress(FileNotFoundError):
-            if os.path.sameopenfile(descriptor, again := os.open(path, os.O_RDWR)):
+            if os.path.sameopenfile(descriptor, again := disk.open_lock(path, make=False)):
                 os.close(again)
                 break
             os.close(again)
@@ -83,8 +82,7 @@ def _flock(path: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(path).unlink()
+        disk.delete(path)
         os.close(descriptor)
 
 

@@ -18,7 +18,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import PartsChangedError, ShardError
 from beam_nifti.index import read_index, schema_of, write_index
-from beam_nifti.parts import PART_ENDING, Part, file_facts, part_at
+from beam_nifti.parts import PART_ENDING, Part, base_of, file_facts, part_at
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import EMPTY_MEMBER
 from beam_nifti.versions import versions_fact, versions_in
@@ -96,8 +96,8 @@ class _Merge:
         for part in (*self.parts, spare):
             # Another shard may need a part that an earlier build wrote for other shards.
             if part.data.endswith(PART_ENDING) and part.data not in records.shared:
-                storage.delete(part.index)
-                storage.delete(part.data)
+                storage.delete(part.index, base_of(part.data))
+                storage.delete(part.data, base_of(part.data))
         index = self._at(name).index
         return ShardInfo(
             name=str(name),
@@ -134,14 +134,14 @@ class _Merge:
     def _write(self, records: _Records, source: Part | None, known: dict[str, str]) -> dict[str, str]:
         target = self._at(self.name)
         # Between these two no index stands beside a shard file that it does not describe.
-        storage.delete(target.index)
+        storage.delete(target.index, self.output)
         facts = self._making(records)
         try:
-            facts |= _write_shard(target.data, records, source, known, self.name.compressed)
+            facts |= _write_shard(target.data, self.output, records, source, known, self.name.compressed)
         except FileNotFoundError:
             # Another attempt has removed the parts, so its shard is whole, and we its index.
             facts |= _facts_of_data(target.data, records)
-        write_index(target.index, _placed(records), facts)
+        write_index(target.index, _placed(records), facts, self.output)
         return facts
 
 
@@ -181,10 +181,10 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
 
 
 def _write_part(part: Part, records: _Records, compressed: bool) -> None:
-    with storage.create(part.data) as handle:
+    with storage.create(part.data, base_of(part.data)) as handle:
         for chunk in _content(records, compressed):
             handle.write(chunk)
-    write_index(part.index, _placed(records), _versions_of(records))
+    write_index(part.index, _placed(records), _versions_of(records), base_of(part.data))
 
 
 def _versions_of(records: _Records) -> dict[str, str]:
@@ -269,24 +269,29 @@ def _placed(records: _Records) -> pa.Table:
 
 
 def _write_shard(
-    target: str, records: _Records, source: Part | None, known: dict[str, str], compressed: bool
+    target: str,
+    output: str,
+    records: _Records,
+    source: Part | None,
+    known: dict[str, str],
+    compressed: bool,
 ) -> dict[str, str]:
     """Write the shard's file; its sha256 and its size."""
     if source and "sha256" in known:
-        storage.link(source.data, target)
+        storage.link(source.data, target, output)
         return {k: known[k] for k in ("sha256", "num_bytes")}
     hasher, size = hashlib.sha256(), 0
     with contextlib.ExitStack() as stack:
         # One part that is the shard is published without a copy. It is read to be hashed, as it was not
         # written to be a whole shard: the rows that fill it may have failed in the others.
-        handle = None if source else stack.enter_context(storage.create(target))
+        handle = None if source else stack.enter_context(storage.create(target, output))
         for chunk in _content(records, compressed):
             hasher.update(chunk)
             size += len(chunk)
             if handle:
                 handle.write(chunk)
     if source:
-        storage.link(source.data, target)
+        storage.link(source.data, target, output)
     return file_facts(hasher.hexdigest(), size)
 
 

@@ -8,7 +8,7 @@ import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from beam_nifti import __version__, options_build, options_dataset, options_manifest, storage
 from beam_nifti.config import VERSIONED
@@ -58,6 +58,10 @@ class _Completion(argparse.Action):
 
         write_result(make_completion(parser, str(shell)))
         parser.exit()
+
+
+_ENDINGS_OF_OUT: Final = {"check": ".json", "report": ".html", "view": ".html"}
+"""By command the ending of what it writes, so that a slip of the keyboard replaces no image and no table."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -195,14 +199,16 @@ def suggest_flag(flag: str, known: Iterable[str], cutoff: float = 0.75) -> str:
 
 def _check_monitoring(options: argparse.Namespace) -> None:
     """Refuse what would overwrite something else, or what nobody would find."""
-    output = getattr(options, "output", None)
+    output, ending = getattr(options, "output", None), _ENDINGS_OF_OUT.get(options.command)
+    if ending and options.out is not None and not options.out.endswith(ending):
+        raise UsageError(f"--out is {options.out}; give a name that ends in {ending}")
     for name, ending in (("summary_json", ".json"), ("metrics_file", ".prom")):
         path, flag = getattr(options, name, None), f"--{name.replace('_', '-')}"
         if path is None:
             continue
         if not path.endswith(ending):
             raise UsageError(f"{flag} is {path}; give a name that ends in {ending}")
-        if output and storage.absolute(path).startswith(f"{storage.absolute(output)}/"):
+        if output and storage.is_within(path, output):
             raise UsageError(f"{flag} is {path}; keep it out of OUTPUT, which holds the dataset alone")
         if name == "metrics_file" and storage.is_remote(path):
             raise UsageError(f"{flag} is {path}; node_exporter reads files of its own machine: give a path")

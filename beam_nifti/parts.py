@@ -52,6 +52,25 @@ def part_at(stem: str) -> Part:
     return Part(f"{stem}{PART_ENDING}", f"{stem}.parquet")
 
 
+def parts_root(output: str, temp_location: str | None) -> str:
+    """Folder of the part files of a build."""
+    if temp_location is None:
+        return storage.join(output, BUILD_FOLDER)
+    # Builds of several outputs may share a temporary folder.
+    return storage.join(temp_location, f"beam_nifti-{hashlib.sha256(output.encode()).hexdigest()[:16]}")
+
+
+def base_of(part: str) -> str:
+    """OUTPUT or the temporary folder, by the path of a part: the user has named it, and no folder below it.
+
+    >>> base_of("/data/out/.build/0123456789abcdef/train-00000/0000000000-af.part")
+    '/data/out'
+    """
+    for _ in range(4):  # the part's name, and the folders of `parts_folder`
+        part = storage.dirname(part)
+    return part
+
+
 def parts_folder(root: str, fingerprint: str, split: str, shard_index: int) -> str:
     """Where the parts of a shard lie; the same however many shards the split has.
 
@@ -90,7 +109,8 @@ class PartWriter:
         self._entries: list[tuple[IndexEntry, int, int]] = []
         self._offset = 0
         self._hasher = hashlib.sha256() if is_shard else None
-        self._opened = storage.create(f"{self._stem}{PART_ENDING}")
+        self._base = base_of(self._stem)
+        self._opened = storage.create(f"{self._stem}{PART_ENDING}", self._base)
         self._handle: BinaryIO = self._opened.__enter__()
 
     def write(self, entry: IndexEntry, *pieces: bytes) -> None:
@@ -111,7 +131,8 @@ class PartWriter:
         facts = versions_fact()
         if self._hasher:
             facts |= file_facts(self._hasher.hexdigest(), self._offset)
-        write_index(part.index, make_table(self._entries, self._record, self._extra_columns), facts)
+        table = make_table(self._entries, self._record, self._extra_columns)
+        write_index(part.index, table, facts, self._base)
         return part
 
 

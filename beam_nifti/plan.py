@@ -18,7 +18,7 @@ from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import ManifestChangedError
 from beam_nifti.example import feature_kinds
 from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
-from beam_nifti.parts import BUILD_FOLDER
+from beam_nifti.parts import parts_root
 from beam_nifti.pseudonyms import read_pseudonyms
 from beam_nifti.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
 from beam_nifti.strict_json import dump_json
@@ -95,7 +95,6 @@ class BuildPlan:
         unit_rows: rows of a work unit, at most.
         has_published: whether the output holds a dataset; `BuildNote.published` names its shards.
         reuse_published: whether records may be taken from them.
-        has_ended: whether the output holds what this build is to make, but for cleaning up.
         versions: of the software that makes its records, where it was planned.
         earlier: how the unfinished builds that it continues cut their rows into shards.
         earlier_roots: folders of their parts.
@@ -117,7 +116,6 @@ class BuildPlan:
     unit_rows: int
     has_published: bool = False
     reuse_published: bool = True
-    has_ended: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
     earlier: tuple[Layout, ...] = ()
     earlier_roots: tuple[str, ...] = ()
@@ -223,39 +221,32 @@ class BuildPlan:
             split: its name.
             published: `BuildNote.published`.
         """
-        ranges, published = self.shard_ranges(split), frozenset(published)
-        compressed = self.config.record.compression == "gzip"
+        ranges = self.shard_ranges(split)
+        names = self.layout.names(
+            split, compressed=self.config.record.compression == "gzip", revision=self.revision
+        )
         held = {(n.split, n.index): n for n in map(ShardName.parse, published) if n}
         earlier = [layout.ranges(split) for layout in self.earlier]
         return [
-            self._task(ShardName(split, i, len(ranges), compressed), positions, published, held, earlier)
-            for i, positions in enumerate(ranges)
+            self._task(name, positions, held, earlier) for name, positions in zip(names, ranges, strict=True)
         ]
 
     def _task(
         self,
-        base: ShardName,
+        name: ShardName,
         positions: range,
-        published: Collection[str],
         held: Mapping[tuple[str, int], ShardName],
         earlier: Sequence[Sequence[range]],
     ) -> ShardTask:
-        # Both have one index: a shard of the other compression takes the name as well.
-        twins = {str(base), str(replace(base, compressed=not base.compressed))}
-        name = base if twins.isdisjoint(published) else replace(base, revision=self.revision)
-        same_place = held.get((base.split, base.index))
+        same_place = held.get((name.split, name.index))
         kept = same_place if self.reuse_published else None
-        candidates, part_indices = [name, *([kept] if kept else [])], {base.index}
-        if self.has_ended:
-            candidates.reverse()  # a shard of the name may be left of the revision before
+        candidates, part_indices = [name, *([kept] if kept else [])], {name.index}
         for ranges in earlier:
             for index in overlapping(ranges, positions):
                 part_indices.add(index)
                 # The file of another shard of this build may be replaced before it is read.
-                if index == base.index or len(ranges) != base.total:
-                    of_index = replace(base, index=index, total=len(ranges))
-                    found = (of_index, replace(of_index, revision=self.revision))
-                    candidates += [c for c in found if str(c) not in published]
+                if index == name.index or len(ranges) != name.total:
+                    candidates.append(replace(name, index=index, total=len(ranges)))
         unique = tuple(dict.fromkeys(candidates))
         compared = None if self.config.overwrite else same_place
         return ShardTask(name, positions, unique, kept, tuple(sorted(part_indices)), compared)
@@ -401,14 +392,6 @@ def read_build_manifest(path: str, config: BuildConfig) -> Manifest:
     key = config.anonymous_ids
     pseudonyms = read_pseudonyms(key) if key else None
     return read_manifest(path, config.columns, config.splitting, pseudonyms)
-
-
-def parts_root(output: str, temp_location: str | None) -> str:
-    """Folder of the part files of a build."""
-    if temp_location is None:
-        return storage.join(output, BUILD_FOLDER)
-    # Builds of several outputs may share a temporary folder.
-    return storage.join(temp_location, f"beam_nifti-{hashlib.sha256(output.encode()).hexdigest()[:16]}")
 
 
 def stored_itemsize(voxel_dtype: str, source_itemsize: int) -> int:

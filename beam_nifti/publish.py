@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
-from beam_nifti import storage
+from beam_nifti import disk, storage
+from beam_nifti.build_note import SUMMARY_NAME
 from beam_nifti.dataset_info import (
     FAILURES_FILE,
     FILE_NAME,
@@ -18,7 +21,7 @@ from beam_nifti.dataset_info import (
     is_failures_file,
     read_info,
 )
-from beam_nifti.errors import BeamNiftiError, PartsChangedError
+from beam_nifti.errors import BeamNiftiError, PartsChangedError, ShardError
 from beam_nifti.failures import (
     Failure,
     FailureGroup,
@@ -27,6 +30,8 @@ from beam_nifti.failures import (
     group_failures,
     write_failures,
 )
+from beam_nifti.index import read_index
+from beam_nifti.lock import LOCK_FILE
 from beam_nifti.metrics import Metrics
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.plan import BuildPlan
@@ -35,7 +40,9 @@ from beam_nifti.strict_json import dump_json
 from beam_nifti.versions import all_versions
 
 _INDEX: Final = "index"
-_SUMMARY_FILE: Final = f"{BUILD_FOLDER}/summary.json"
+_REVISION: Final = re.compile(r"-r(\d{1,9})\.")
+_REVISION_KEY: Final = re.compile(r'"revision": *(\d{1,9})\b')
+_SUMMARY_FILE: Final = f"{BUILD_FOLDER}/{SUMMARY_NAME}"
 
 
 @dataclass(frozen=True)
@@ -98,13 +105,16 @@ def require_writable_output(output: str) -> None:
     """Refuse, before any work, a local folder that cannot take the files of a dataset.
 
     Raises:
-        OutputError: it cannot be written; or a folder is where a file must go, or a file where a folder must.
+        OutputError: it cannot be written; or a folder is where a file must go, or a file where a folder must;
+            or a symbolic link is where a file or folder of a build must go.
         OSError: it cannot be written now, but that may pass.
     """
     for name in ("", _INDEX, BUILD_FOLDER):
         storage.require_writable(
             storage.join(output, name).rstrip("/"), f"OUTPUT/{name}".rstrip("/"), is_folder=True
         )
+    for path in _links(output):
+        raise disk.linked(path)
     files = [FILE_NAME, FAILURES_FILE]
     files += filter(ShardName.parse, storage.list_folders(output))
     files += (
@@ -112,6 +122,18 @@ def require_writable_output(output: str) -> None:
     )
     for name in files:
         storage.require_writable(storage.join(output, name), f"OUTPUT/{name}")
+
+
+def _links(output: str) -> Iterator[str]:
+    """Symbolic links in an output that have names of files or folders of a build."""
+    for name in storage.list_links(output):
+        is_ours = name in (_INDEX, BUILD_FOLDER, LOCK_FILE, FILE_NAME) or is_failures_file(name)
+        if is_ours or ShardName.parse(name):
+            yield storage.join(output, name)
+    index, parts = storage.join(output, _INDEX), storage.join(output, BUILD_FOLDER)
+    yield from (storage.join(index, name) for name in storage.list_links(index) if name.endswith(".parquet"))
+    for folder in (parts, *(storage.join(parts, name) for name in storage.list_folders(parts))):
+        yield from (storage.join(folder, name) for name in storage.list_links(folder))
 
 
 def publish_dataset(
@@ -170,10 +192,11 @@ def publish_dataset(
         versions=all_versions(),
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
-        storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode())
-    for name in storage.list_files(config.output, "failures*"):
-        if is_failures_file(name) and name != info.failures:
-            storage.delete(storage.join(config.output, name))
+        storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode(), config.output)
+    lists = {failures_file(plan.revision, config.record.format_version)}
+    lists |= {published.failures} if published and published.failures else set()
+    for name in lists - {info.failures}:
+        storage.delete(storage.join(config.output, name), config.output)
     return summary
 
 
@@ -188,7 +211,8 @@ def _write_failures(
         path = storage.join(output, failures_file(plan.revision, config.record.format_version))
     else:
         path = storage.join(output, BUILD_FOLDER, FAILURES_FILE)
-    write_failures(path, failures, storage.dirname(config.manifest), config.columns, plan.extra_columns)
+    folder = storage.dirname(config.manifest)
+    write_failures(path, failures, folder, config.columns, plan.extra_columns, output)
     if complete and published is not None and published.failures:
         known = storage.join(output, published.failures)
         if storage.exists(known) and storage.read(known) == storage.read(path):
@@ -206,7 +230,7 @@ def _count_failures(failures: Sequence[Failure]) -> dict[str, dict[str, int]]:
 
 def _write_summary(output: str, summary: BuildSummary) -> None:
     text = dump_json(asdict(summary))
-    storage.write(storage.join(output, _SUMMARY_FILE), text.encode())
+    storage.write(storage.join(output, _SUMMARY_FILE), text.encode(), output)
 
 
 def take_summary(output: str) -> BuildSummary | None:
@@ -220,29 +244,62 @@ def take_summary(output: str) -> BuildSummary | None:
         FailureGroup(**{**group, "examples": tuple(group["examples"])}) for group in facts.get("reasons", ())
     )
     summary = BuildSummary(**{**facts, "reasons": reasons})
-    storage.delete(path)
+    storage.delete(path, output)
     return summary
 
 
-def remove_shards(output: str, keep: Collection[str]) -> None:
-    """Remove from an output the shards and indexes that are not among `keep` (file names).
+def files_of(info: DatasetInfo) -> tuple[str, ...]:
+    """Names of the shards of a dataset, and of its list of failures."""
+    return (*(shard.name for shard in info.shards), *([info.failures] if info.failures else []))
 
-    What dead processes left of files that they had begun goes too.
+
+def last_revision(output: str) -> int:
+    """The last revision of which an output has files or a damaged dataset_info.json; 0 where it has none."""
+    names = [*storage.list_files(output), *storage.list_files(storage.join(output, _INDEX))]
+    found = [int(match[1]) for match in map(_REVISION.search, names) if match]
+    found += [1 for name in names if ShardName.parse(name)]
+    with contextlib.suppress(FileNotFoundError):
+        text = storage.read(storage.join(output, FILE_NAME)).decode(errors="replace")
+        found += [1, *(int(digits) for digits in _REVISION_KEY.findall(text))]
+    return max(found, default=0)
+
+
+def remove_files(output: str, written: Collection[str], keep: Collection[str]) -> None:
+    """Remove shards, their indexes, and lists of failures that are not among `keep`.
+
+    Files of other programs stay, whatever they are called. The temporary files of dead processes go too.
+
+    Args:
+        output: folder of the dataset.
+        written: names of files that builds of this output have written, or may have. A shard is also known
+            by its index.
+        keep: names of files that stay.
     """
-    kept = {name.stem for name in map(ShardName.parse, keep) if name}
     index = storage.join(output, _INDEX)
-    for name in storage.list_files(index):
+    at_top, indexes = storage.list_files(output), set(storage.list_files(index))
+    ours = {*written, *keep}
+    ours |= {name for name in at_top if name not in ours and _is_indexed(output, name, indexes)}
+    stems = {shard.stem: name in keep for name in ours if (shard := ShardName.parse(name))}
+    stems |= {shard.stem: True for name in keep if (shard := ShardName.parse(name))}
+    for name in sorted(indexes):
         whole = storage.temporary_of(name)
         stem, _, ending = (whole or name).rpartition(".")
-        if ending == "parquet" and _is_stem(stem) and (whole or stem not in kept):
-            storage.delete(storage.join(index, name))
-    for name in storage.list_files(output):
+        if ending == "parquet" and stem in stems and (whole or not stems[stem]):
+            storage.delete(storage.join(index, name), output)
+    for name in at_top:
         whole = storage.temporary_of(name)
-        is_shard = ShardName.parse(whole or name) is not None
-        is_begun = whole is not None and (whole == FILE_NAME or is_failures_file(whole))
-        if is_begun or (is_shard and name not in keep):
-            storage.delete(storage.join(output, name))
+        if whole in {FILE_NAME, *ours} or (name in ours and name not in keep):
+            storage.delete(storage.join(output, name), output)
 
 
-def _is_stem(stem: str) -> bool:
-    return ShardName.parse(f"{stem}.tfrecord") is not None
+def _is_indexed(output: str, name: str, indexes: Collection[str]) -> bool:
+    """Whether a file is a shard that an index of ours describes."""
+    shard = ShardName.parse(name)
+    if shard is None or f"{shard.stem}.parquet" not in indexes:
+        return False
+    try:
+        _, facts = read_index(storage.join(output, shard.index_file), columns=[])
+        size = storage.stat(storage.join(output, name)).size
+    except (FileNotFoundError, ShardError):
+        return False
+    return "fingerprint" in facts and facts.get("num_bytes") == str(size)

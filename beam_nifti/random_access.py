@@ -53,6 +53,9 @@ _SCRATCH_BYTES: Final = 32 << 20
 
 _of_thread = threading.local()
 
+REBUILT: Final = "was built again after it was opened; open it again"
+"""Why a dataset is not read on."""
+
 
 class Dataset:
     """The records of a split, or of a part of it, by number.
@@ -150,8 +153,21 @@ class Dataset:
         return self._records.read(int(self._rows[number]), lent=True)
 
     def __iter__(self) -> Iterator[Element]:
-        """Read one record after the other."""
+        """Read one record after the other.
+
+        Raises:
+            DatasetError: the dataset was built again after it was opened; or as `dataset[i]`.
+        """
+        self.require_current()
         return (self._records.read(int(row)) for row in self._rows)
+
+    def require_current(self) -> None:
+        """Check that the dataset is the one that was opened; a few milliseconds, or one request.
+
+        Raises:
+            DatasetError: it was built again, or is gone.
+        """
+        self._records.require_current()
 
     def __repr__(self) -> str:
         return f"<Dataset of {len(self)} records of {self._records.output}: {', '.join(self.columns)}>"
@@ -265,7 +281,7 @@ def _reopen(output: str, splits: Sequence[str], columns: Sequence[str], digest: 
     """The dataset that was pickled."""
     records = _open(output, read_info(output), [SplitPart(name) for name in splits], columns)
     if records.digest != digest:
-        raise DatasetError(f"{output}: was built again after it was opened; open it again")
+        raise rebuilt(output)
     return Dataset._of(records, rows)
 
 
@@ -290,6 +306,11 @@ class _Records:
     splits: tuple[str, ...]
     table: pa.Table
     columns: tuple[str, ...]
+
+    def require_current(self) -> None:
+        """As `Dataset.require_current`."""
+        if _digest(read_info(self.output)) != self.digest:
+            raise rebuilt(self.output)
 
     @cached_property
     def shards(self) -> tuple[ShardInfo, ...]:
@@ -351,10 +372,11 @@ class _Records:
                 for name in self.columns
             }
         except (ShardError, OSError) as e:
+            self.require_current()
             number = row - self.starts[shard]
             raise DatasetError(
                 f"{path}: record {example_id!r}, number {number} from 0, cannot be read ({e}); run "
-                "beam-nifti verify, or open the dataset again if it was built again"
+                "beam-nifti verify"
             ) from e
 
     def _payload(self, path: str, row: int, lent: bool) -> memoryview:
@@ -469,6 +491,15 @@ def read_info(output: str) -> DatasetInfo:
         raise DatasetError(f"{storage.join(output, FILE_NAME)}: cannot be reached ({e})") from e
 
 
+def rebuilt(output: str) -> DatasetError:
+    """The error where a dataset is no longer the one that was opened."""
+    return DatasetError(f"{output}: {REBUILT}")
+
+
+def _digest(info: DatasetInfo) -> str:
+    return hashlib.sha256(info.to_json().encode()).hexdigest()
+
+
 def default_columns(info: DatasetInfo) -> tuple[str, ...]:
     """The columns of a dataset where none are asked for."""
     return tuple(name for name in _DEFAULT_COLUMNS if info.labelled or name != "label")
@@ -521,8 +552,7 @@ def _open(
         raise UsageError(
             f"{output}: records have no column {min(unknown)!r}; choose among {', '.join(sorted(known))}"
         )
-    digest = hashlib.sha256(info.to_json().encode()).hexdigest()
-    return _Records(output, digest, info, info.record_config, splits, table, columns)
+    return _Records(output, _digest(info), info, info.record_config, splits, table, columns)
 
 
 def shards_of(output: str, info: DatasetInfo, split: str) -> tuple[ShardInfo, ...]:

@@ -156,10 +156,10 @@ def load_dataset(
         return read_files(folder, layout, batching, shuffle=shuffle, seed=seed, repeat=epochs)
     if (engine or _choose_engine(folder, any(asked.values()), as_dict)) == "sequential":
         _refuse(asked, "needs the index, and engine is 'sequential'; leave engine out")
-        info = reader_graph.read_info(folder)
+        info, content = reader_graph.read_info(folder)
         names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
         examples = reader_graph.read_examples(
-            folder, info, split, names, batching, shuffle=shuffle, seed=seed, repeat=epochs
+            folder, info, content, split, names, batching, shuffle=shuffle, seed=seed, repeat=epochs
         )
     else:
         skips = on_error == "skip"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import tensorflow as tf
@@ -18,7 +19,7 @@ from beam_nifti import storage
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, no_dataset
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.example import ENDS_FEATURES, SCALING_FEATURES
-from beam_nifti.random_access import check_shards, shards_of
+from beam_nifti.random_access import REBUILT, check_shards, shards_of
 from beam_nifti.reader_columns import Batching, Column, channels_of, describe_columns, parse_kind
 
 _OPEN_SHARDS: Final = 8
@@ -48,8 +49,8 @@ _UNSIGNED: Final = {
 }
 
 
-def read_info(folder: str) -> DatasetInfo:
-    """What the dataset_info.json of a complete dataset says, read by TensorFlow.
+def read_info(folder: str) -> tuple[DatasetInfo, bytes]:
+    """The dataset_info.json of a complete dataset, read by TensorFlow: what it says, and its bytes.
 
     Raises:
         DatasetError: there is none, it is damaged, or TensorFlow does not know the folder's scheme.
@@ -67,12 +68,13 @@ def read_info(folder: str) -> DatasetInfo:
         ) from e
     except (tf.errors.OpError, RuntimeError) as e:  # the latter from tensorflow-io, of az://
         raise DatasetError(f"{path}: TensorFlow cannot read it ({e}); engine='indexed' may say why") from e
-    return DatasetInfo.from_json(text, path)
+    return DatasetInfo.from_json(text, path), text
 
 
 def read_examples(
     folder: str,
     info: DatasetInfo,
+    content: bytes,
     split: str,
     names: Sequence[str],
     batching: Batching,
@@ -86,6 +88,7 @@ def read_examples(
     Args:
         folder: of the dataset.
         info: of it.
+        content: of its dataset_info.json, which is compared at the beginning of each epoch.
         split: name of one.
         names: of the columns.
         batching: of the examples.
@@ -106,7 +109,14 @@ def read_examples(
     batching.check(folder, columns)
     compression = "GZIP" if info.config["compression"] == "gzip" else ""
     files = {storage.join(folder, shard.name): shard.num_examples for shard in shards}
-    records = read_records(list(files), compression, shuffle=shuffle, seed=seed, counts=list(files.values()))
+    records = read_records(
+        list(files),
+        compression,
+        shuffle=shuffle,
+        seed=seed,
+        counts=list(files.values()),
+        check=_rebuild_check(folder, content),
+    )
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     if shuffle:
         records = records.shuffle(shuffle_window(info.shape, tf.as_dtype(info.dtype).size), seed)
@@ -136,6 +146,7 @@ def read_records(
     shuffle: bool,
     seed: int | None,
     counts: Sequence[int] | None = None,
+    check: Callable[[], tf.Operation] | None = None,
 ) -> tf.data.Dataset:
     """The serialized Examples of some files: one of each of eight files in turn.
 
@@ -145,8 +156,11 @@ def read_records(
         shuffle: whether to change the order of the files.
         seed: of that.
         counts: of their records, to be checked.
+        check: makes the operation that is run at the beginning of each epoch.
     """
-    places = tf.data.Dataset.from_tensor_slices((list(files), list(counts or [0] * len(files))))
+    is_first = [True, *[False] * (len(files) - 1)][: len(files)]
+    listed = (list(files), list(counts or [0] * len(files)), is_first)
+    places = tf.data.Dataset.from_tensor_slices(listed).map(partial(_place, check))
     if shuffle:
         places = places.shuffle(len(files), seed)
 
@@ -158,6 +172,31 @@ def read_records(
     return places.interleave(
         read, cycle_length=min(_OPEN_SHARDS, len(files)), num_parallel_calls=tf.data.AUTOTUNE
     )
+
+
+def _place(
+    check: Callable[[], tf.Operation] | None, path: tf.Tensor, count: tf.Tensor, is_first: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Path and count of a file; of the first one once the check is made."""
+    if check is None:
+        return path, count
+    checked = tf.cond(is_first, lambda: _after(check(), path), lambda: tf.identity(path))
+    return checked, count
+
+
+def _after(operation: tf.Operation, tensor: tf.Tensor) -> tf.Tensor:
+    with tf.control_dependencies([operation]):
+        return tf.identity(tensor)
+
+
+def _rebuild_check(folder: str, content: bytes) -> Callable[[], tf.Operation]:
+    """What makes an operation that fails where dataset_info.json is not what it was."""
+
+    def check() -> tf.Operation:
+        is_same = tf.io.read_file(f"{folder}/{FILE_NAME}") == content
+        return tf.debugging.Assert(is_same, [f"{folder}: {REBUILT}"])
+
+    return check
 
 
 def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.Dataset:

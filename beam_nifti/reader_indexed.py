@@ -25,7 +25,7 @@ from beam_nifti import storage
 from beam_nifti.cores import count_cores
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.order import Order
-from beam_nifti.random_access import Dataset, Element
+from beam_nifti.random_access import Dataset, Element, rebuilt
 from beam_nifti.reader_columns import Array, Batching, Column, channels_of, describe_columns
 
 _REMOTE_READS: Final = 16
@@ -111,10 +111,12 @@ class _Steps:
         self._records, self._columns, self._order = records, columns, order
         self._batching, self._is_batch, self._skips = batching, is_batch, skips
         self._skipped: set[int] = set()
+        self._epoch = -1
         self._lock = threading.Lock()
 
     def read(self, step: int) -> list[Array]:
         """The cells of a step's records, one array per column; two of a ragged one."""
+        self._begin(step)
         numbers, pool = self._order.batch(step).tolist(), _threads(_count_reads(self._records.path))
         if self._skips or any(column.varies for column in self._columns):
             elements = list(filter(None, pool.map(self._read, numbers)))
@@ -124,6 +126,14 @@ class _Steps:
             for done in [pool.submit(self._fill, arrays, *each) for each in enumerate(numbers)]:
                 done.result()
         return arrays if self._is_batch else [array.reshape(array.shape[1:]) for array in arrays]
+
+    def _begin(self, step: int) -> None:
+        """At the beginning of each epoch, check that the dataset is the one that was opened."""
+        epoch, number = divmod(step, self._order.num_steps)
+        with self._lock:
+            is_new, self._epoch = number == 0 or epoch > self._epoch, max(epoch, self._epoch)
+        if is_new:
+            self._records.require_current()
 
     def _fill(self, arrays: Sequence[Array], place: int, number: int) -> None:
         """Put a record where it belongs in a batch."""
@@ -248,7 +258,7 @@ def read_indexed(
     def open_again() -> _Steps:
         found = reopen()
         if found.digest != digest:
-            raise DatasetError(f"{found.path}: was built again after it was opened; open it again")
+            raise rebuilt(found.path)
         return open_steps(found)
 
     held = open_steps(records)

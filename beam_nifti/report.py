@@ -24,6 +24,7 @@ from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.local_runner import send_whole_elements
 from beam_nifti.memory import keep_buffers
+from beam_nifti.outputs import require_apart
 from beam_nifti.problems import Problems, Scope
 from beam_nifti.progress import METER
 from beam_nifti.record_checks import RecordSpec, check_record
@@ -127,6 +128,7 @@ def write_report(
         spec = RecordSpec.of(info)
     except (UsageError, KeyError, TypeError) as e:
         raise DatasetError(f"{output}: not a configuration of a dataset: {e!r}") from e
+    require_apart(out, "--out")
     storage.require_writable(out, "--out")
     failures = read_failures(output, info)
     folder = f"{out}.{uuid.uuid4().hex}.tmp"
@@ -134,7 +136,7 @@ def write_report(
         _look_at_shards(output, spec, folder, options)
         summary = summarize(folder, num_pictures)
     finally:
-        storage.delete_tree(folder)
+        storage.delete_tree(folder, storage.dirname(out))
     page = make_page(output.rpartition("/")[2], info, spec, summary, failures).encode()
     storage.write(out, page)
     return ReportSummary(

@@ -25,8 +25,7 @@ class ShardName:
         index: 0-based number of the shard in its split.
         total: shards in the split.
         compressed: whether the file ends in `.gz`.
-        revision: 0 for a first build; a rebuild that must not touch a published file of the same
-            name counts up.
+        revision: of the dataset for which the file was written; 0 for a first build.
 
     >>> str(ShardName("train", 3, 10))
     'train-00003-of-00010.tfrecord.gz'
@@ -115,6 +114,14 @@ class Layout:
         """Positions of the records of each shard of a split; none where it has no such split."""
         size = self.split_sizes.get(split, 0)
         return shard_ranges(size, self.sharding, self.num_frames) if size else []
+
+    def names(self, split: str, *, compressed: bool, revision: int) -> list[ShardName]:
+        """Names of the shards of a split that a build of a revision writes.
+
+        A name that was published once never has other bytes, as each revision has names of its own.
+        """
+        total, suffix = len(self.ranges(split)), revision if revision > 1 else 0
+        return [ShardName(split, index, total, compressed, suffix) for index in range(total)]
 
 
 def overlapping(ranges: Sequence[range], positions: range) -> range:

@@ -34,7 +34,7 @@ def write_sheets(folder: str, shard: int, split: str, rows: Iterable[Mapping[str
             return
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(some, schema), sink, compression="zstd")
-        storage.write(f"{folder}/{shard:06}-{number:06}.parquet", sink.getvalue())
+        storage.write(f"{folder}/{shard:06}-{number:06}.parquet", sink.getvalue(), storage.dirname(folder))
 
 
 def read_sheets(folder: str, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
@@ -47,7 +47,7 @@ def read_sheets(folder: str, columns: Sequence[str]) -> Iterator[tuple[str, pa.T
 def write_problems(folder: str, shard: int, problems: Sequence[str]) -> None:
     """Write what is wrong with a shard, if anything is."""
     if problems:
-        storage.write(f"{folder}/{shard:06}.json", dump_json(problems).encode())
+        storage.write(f"{folder}/{shard:06}.json", dump_json(problems).encode(), storage.dirname(folder))
 
 
 def read_problems(folder: str) -> list[str]:

@@ -18,13 +18,13 @@ import os
 import re
 import shutil
 import stat as stat_module
-import tempfile
 import threading
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
+from beam_nifti import disk
 from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.gcs import Gcs
 from beam_nifti.object_store import ObjectStore, Store, Writer
@@ -38,11 +38,8 @@ T = TypeVar("T")
 ABSENT: Final = ""
 """The version of a file that is not there."""
 
+naming = disk.naming
 _BUFFER_BYTES: Final = 1 << 20
-_FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-"""What the system says where a file cannot become as large as it has to be."""
-_TREE_ATTEMPTS: Final = 3
-"""At removing a folder into which a worker that outlives its job may still write."""
 
 _STORES: Final[dict[str, Callable[[Any], Store]]] = {
     "s3": S3,
@@ -138,6 +135,34 @@ def absolute(path: str | os.PathLike[str]) -> str:
     if _BARE_SCHEME.fullmatch(path):
         raise UsageError(f"{path} is a URL without a bucket or host; was a variable not set?")
     return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def resolved(path: str) -> str:
+    """A path as `absolute` makes it, without symbolic links in its folders; the file itself may be one."""
+    path = absolute(path)
+    return (
+        path
+        if is_remote(path)
+        else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    )
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path leads into a folder, also by symbolic links."""
+    if is_remote(folder):
+        return absolute(path).startswith(f"{absolute(folder)}/")
+    return resolved(path).startswith(f"{os.path.realpath(absolute(folder))}/")
+
+
+def is_same(path: str, other: str) -> bool:
+    """Whether two paths lead to one file, also by links of both kinds."""
+    path, other = resolved(path), resolved(other)
+    if path == other or is_remote(path) or is_remote(other):
+        return path == other
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
 
 
 def scheme_of(path: str) -> str:
@@ -379,8 +404,15 @@ def read_into(path: str, offset: int, buffer: memoryview) -> int:
 
 
 @contextlib.contextmanager
-def create(path: str) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name whole, when the block ends well, or not at all."""
+def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name whole, when the block ends well, or not at all.
+
+    Args:
+        path: of the file.
+        below: as in all functions that write or delete, the folder that the user has named and that holds
+            `path`; below it no name may be a symbolic link. None where the user has named `path`. Without
+            meaning for remote paths.
+    """
     if is_remote(path) and (store := _writable(path)):
         with Writer(store, path) as writer:
             yield cast(BinaryIO, writer)
@@ -400,31 +432,8 @@ def create(path: str) -> Iterator[BinaryIO]:
             raise
         handle.close()
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with naming(path), open(temporary, "wb") as handle:
-            yield handle
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Add to an error the file that was being written when there was no room left, and how much there is."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in _FULL:
-            e.filename = path
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            with contextlib.suppress(OSError):
-                free = shutil.disk_usage(os.path.dirname(path)).free
-                e.strerror = f"{os.strerror(e.errno)} ({free / 1e6:.1f} MB free there)"
-        raise
+    with disk.create(path, below) as local:
+        yield local
 
 
 def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
@@ -472,16 +481,15 @@ def _write_probe(path: str, is_folder: bool) -> None:
     if not os.path.isdir(folder):
         target = "a link to what is not there" if os.path.islink(folder) else "no folder"
         raise NotADirectoryError(errno.ENOTDIR, f"{folder} is {target}", folder)
-    with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system knows such files
-        pass
+    disk.probe_folder(folder)
 
 
-def write(path: str, data: bytes) -> None:
+def write(path: str, data: bytes, below: str | None = None) -> None:
     """Write a file whole or not at all."""
     if is_remote(path) and (store := _writable(path)):
         store.put(path, data)
         return
-    with create(path) as handle:
+    with create(path, below) as handle:
         handle.write(data)
 
 
@@ -516,28 +524,18 @@ def write_if(path: str, data: bytes, version: str | None) -> None:
         write(path, data)
 
 
-def link(source: str, target: str) -> None:
+def link(source: str, target: str, below: str | None = None) -> None:
     """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
     if is_remote(source) or is_remote(target):
         if scheme_of(source) != scheme_of(target):
-            with open_read(source) as origin, create(target) as copy:
+            with open_read(source) as origin, create(target, below) as copy:
                 shutil.copyfileobj(origin, copy, _BUFFER_BYTES)
         elif store := _writable(target):
             store.copy(source, target)
         else:
             _translated(target, lambda: _remote().copy([source], [target]))
         return
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:  # another device, or a file system without links
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # still there after an error, or if both are names of one file
+    disk.link(source, target, below)
 
 
 def list_files(folder: str, pattern: str = "*") -> list[str]:
@@ -722,28 +720,31 @@ def temporary_of(name: str) -> str | None:
     return match["name"] if match else None
 
 
-def delete(path: str) -> None:
+def delete(path: str, below: str | None = None) -> None:
     """Remove a file; one that is not there is no error."""
     if not is_remote(path):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        disk.delete(path, below)
     elif store := _writable(path):
         store.delete([path])
     elif exists(path):
         _translated(path, lambda: _remote().delete([path]))
 
 
-def delete_tree(folder: str) -> None:
+def delete_folder(folder: str, below: str | None = None) -> None:
+    """Remove a folder if it is empty; an object store has none that are."""
+    if not is_remote(folder):
+        disk.delete_folder(folder, below)
+
+
+def list_links(folder: str) -> list[str]:
+    """Names of the symbolic links in a folder, sorted; an object store has none."""
+    return [] if is_remote(folder) else disk.list_links(folder)
+
+
+def delete_tree(folder: str, below: str | None = None) -> None:
     """Remove a folder and all in it; one that is not there, or is written to meanwhile, is no error."""
     if not is_remote(folder):
-        for _ in range(_TREE_ATTEMPTS):
-            try:
-                shutil.rmtree(folder)
-            except OSError as e:
-                if e.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-                    raise
-            if not os.path.exists(folder):
-                return
+        disk.delete_tree(folder, below)
         return
     if store := _writable(folder):
         store.delete(store.find(f"{folder}/", deep=True)[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from prometheus_client import write_to_textfile
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
@@ -25,7 +25,7 @@ def write_metrics(path: str, run: RunSummary) -> None:
     Raises:
         OSError: its folder is not there, or cannot be written.
     """
-    write_to_textfile(storage.absolute(path), _Build(run))
+    storage.write(storage.absolute(path), generate_latest(_Build(run)))
 
 
 class _Build(Collector):

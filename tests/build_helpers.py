@@ -219,7 +219,8 @@ class _Operations:
         self._lock = threading.Lock()
 
     def __call__(self, path: str) -> None:
-        if path.startswith(self._folder):
+        # Names without a folder are relative to an open one.
+        if path.startswith(self._folder) or "/" not in path:
             with self._lock:
                 self.count += 1
                 if self.count == self._kill_at:

@@ -1,0 +1,239 @@
+"""Files of the local disk. The only module that creates, replaces or removes any.
+
+Folders are opened one name at a time, below a folder that the user has named, and files by names relative to
+an open folder. A symbolic link below that folder is refused, also one that appears between two steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator
+from typing import BinaryIO, Final
+
+from beam_nifti.errors import OutputError
+
+_FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+"""What the system reports where a file cannot become as large as it has to be."""
+
+_TREE_ATTEMPTS: Final = 3
+"""At removing a folder into which a worker that outlives its job may still write."""
+
+_FOLDER: Final = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+_NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def linked(path: str) -> OutputError:
+    """The error for a symbolic link where only a file or folder of the build may be."""
+    return OutputError(
+        f"{path}: is a symbolic link, and a build follows none, as it writes and deletes in OUTPUT alone; "
+        "remove the link, and give --temp-location for temporary files on another disk"
+    )
+
+
+@contextlib.contextmanager
+def _open_folder(path: str, below: str | None, *, make: bool = False) -> Iterator[int]:
+    """The descriptor of a folder.
+
+    Args:
+        path: of the folder.
+        below: the folder above it that the user has named; no name of `path` that follows may be a link. None
+            where the user has named `path` itself.
+        make: whether to create what is missing.
+
+    Raises:
+        OutputError: a name is a symbolic link.
+        OSError: the folder cannot be opened.
+    """
+    base = path if below is None else below
+    names = [] if below is None else path.removeprefix(below).strip("/").split("/")
+    if not f"{path}/".startswith(f"{base.rstrip('/')}/") or ".." in names:
+        raise OutputError(f"{path}: is not in {base}; a build writes and deletes there alone")
+    if make:
+        os.makedirs(base or ".", exist_ok=True)
+    descriptor = os.open(base or ".", _FOLDER)
+    try:
+        for name in filter(None, names):
+            base = f"{base}/{name}"
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=descriptor)
+            with _full_path(base, name), _refusing_link(name, base, descriptor):
+                inner = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_link(name: str, folder: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _refusing_link(name: str, path: str, folder: int) -> Iterator[None]:
+    """Turn the error of opening a link into one that names it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK) and _is_link(name, folder):
+            raise linked(path) from e
+        raise
+
+
+@contextlib.contextmanager
+def _full_path(path: str, *names: str) -> Iterator[None]:
+    """Put the whole path into errors of calls that are given one of these names and an open folder."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename in names:
+            e.filename, e.filename2 = path, None
+        raise
+
+
+@contextlib.contextmanager
+def _replacing(path: str, below: str | None) -> Iterator[tuple[str, int]]:
+    """A temporary name and its folder's descriptor; at the end of the block the file is renamed to `path`."""
+    parent, name = os.path.split(path)
+    temporary = f"{name}.{uuid.uuid4().hex}.tmp"
+    with _open_folder(parent, below, make=True) as folder, _full_path(path, name, temporary):
+        try:
+            yield temporary, folder
+            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                # Still there after an error, or if both are names of one file.
+                os.unlink(temporary, dir_fd=folder)
+
+
+@contextlib.contextmanager
+def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name whole, when the block ends without an error, or not at all.
+
+    Args:
+        path: of the file. Missing folders are created.
+        below: as in all functions here, the folder below which no name may be a symbolic link; None for a
+            path that the user has named.
+
+    Raises:
+        OutputError: a folder of the path is a symbolic link.
+        OSError: it cannot be written.
+    """
+    with _replacing(path, below) as (temporary, folder):
+        descriptor = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
+        with naming(path), os.fdopen(descriptor, "wb") as handle:
+            yield handle
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Add to an error the file that was being written when there was no room left, and how much there is."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in _FULL:
+            e.filename = path
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(os.path.dirname(path)).free
+                e.strerror = f"{os.strerror(e.errno)} ({free / 1e6:.1f} MB free there)"
+        raise
+
+
+def link(source: str, target: str, below: str | None = None) -> None:
+    """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
+    with _replacing(target, below) as (temporary, folder):
+        try:
+            os.link(source, temporary, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError:  # another device, or a file system without links
+            with open(source, "rb") as origin:
+                descriptor = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
+                with naming(target), os.fdopen(descriptor, "wb") as copy:
+                    shutil.copyfileobj(origin, copy)
+        if _is_link(temporary, folder):
+            raise linked(source)
+
+
+def delete(path: str, below: str | None = None) -> None:
+    """Remove a file; one that is not there is no error. Of a symbolic link the link itself is removed."""
+    parent, name = os.path.split(path)
+    with (
+        contextlib.suppress(FileNotFoundError),
+        _open_folder(parent, below) as folder,
+        _full_path(path, name),
+    ):
+        os.unlink(name, dir_fd=folder)
+
+
+def delete_folder(path: str, below: str | None = None) -> None:
+    """Remove an empty folder; one that is not there, or is not empty, is no error."""
+    parent, name = os.path.split(path)
+    try:
+        with _open_folder(parent, below) as folder, _full_path(path, name):
+            os.rmdir(name, dir_fd=folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def delete_tree(path: str, below: str | None = None) -> None:
+    """Remove a folder and all in it; one that is not there, or is written to meanwhile, is no error."""
+    parent, name = os.path.split(path)
+    with contextlib.suppress(FileNotFoundError), _open_folder(parent, below) as folder:
+        for _ in range(_TREE_ATTEMPTS):
+            if _is_link(name, folder):
+                raise linked(path)
+            try:
+                with _full_path(path, name):
+                    shutil.rmtree(name, dir_fd=folder)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    raise
+            if not os.path.lexists(path):
+                return
+
+
+def open_lock(path: str, *, make: bool = True) -> int:
+    """The descriptor of a lock file, whose folder the user has named.
+
+    Args:
+        path: of the file.
+        make: whether to create what is missing.
+
+    Raises:
+        OutputError: it is a symbolic link.
+        OSError: it cannot be opened.
+    """
+    parent, name = os.path.split(path)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if make else 0)
+    with (
+        _open_folder(parent, None, make=make) as folder,
+        _full_path(path, name),
+        _refusing_link(name, path, folder),
+    ):
+        return os.open(name, flags, 0o666, dir_fd=folder)
+
+
+def list_links(folder: str) -> list[str]:
+    """Names of the symbolic links in a folder, sorted; none where there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_symlink())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def probe_folder(folder: str) -> None:
+    """Try to write to a folder; leaves nothing behind."""
+    with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system knows such files
+        pass

@@ -1,0 +1,57 @@
+"""Files that a command writes apart from a dataset, such as a report: what they must not replace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from beam_nifti import storage
+from beam_nifti.dataset_info import FILE_NAME, is_failures_file
+from beam_nifti.errors import UsageError
+from beam_nifti.lock import LOCK_FILE
+
+_FOLDERS: Final = ("index", ".build")
+"""Folders of a dataset, all of whose files are its own."""
+
+_DEPTH: Final = 4
+"""Of the files of a dataset: a part is in .build/FINGERPRINT/SHARD."""
+
+_SHARD: Final = re.compile(r".+\.tfrecord(\.gz)?")
+
+
+def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse to write a file that would replace an input, or a file of a dataset.
+
+    Args:
+        path: of the file.
+        flag: that gives it, for the message.
+        inputs: paths that the command reads, by what they are, such as "the manifest"; None where not given.
+
+    Raises:
+        UsageError: it would.
+        OSError: a store cannot be reached.
+    """
+    for what, known in (inputs or {}).items():
+        if known is not None and storage.is_same(path, known):
+            raise UsageError(f"{flag} is {path}, which is {what}; choose another file")
+    dataset = dataset_of(path)
+    if dataset is not None:
+        raise UsageError(f"{flag} is {path}, a file of the dataset in {dataset}; choose another file")
+
+
+def dataset_of(path: str) -> str | None:
+    """The folder of the dataset, complete or not, to which a file belongs by name; None for other files."""
+    folder = storage.resolved(path)
+    below: list[str] = []
+    for _ in range(_DEPTH):
+        folder, _, name = folder.rpartition("/")
+        below.insert(0, name)
+        is_own = below[0] in _FOLDERS if below[1:] else _is_own(name)
+        if is_own and any(storage.exists(storage.join(folder, mark)) for mark in (FILE_NAME, ".build")):
+            return folder
+    return None
+
+
+def _is_own(name: str) -> bool:
+    return name in (FILE_NAME, LOCK_FILE) or is_failures_file(name) or _SHARD.fullmatch(name) is not None
