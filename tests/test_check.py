@@ -182,7 +182,7 @@ def test_the_table_and_the_file_say_the_same(
     assert all(f"{kind}: {count}" in table for kind, count in report["shapes"].items())
     assert "would fail    row 7 (larger): larger.nii: " in table
     assert "duplicates?   copy = sub-0002" in table
-    assert table.rstrip().endswith("suggestion use " + " ".join(report["suggested_flags"]))
+    assert table.rstrip().endswith("suggestion    use " + " ".join(report["suggested_flags"]))
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,8 @@ def test_a_file_that_may_not_become_so_large_is_named_in_one_line_and_the_build_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(
-        rf"File too large: '{tmp_path}/out/.*\.part' .*; correct that, and the same command continues", line
+        rf"File too large: '{tmp_path}/out/.*\.part' .*; fix this and run the same command again, which",
+        line,
     )
     assert cli.main(command) == 0
     assert_intact(tmp_path / "out")
@@ -540,7 +541,7 @@ def test_a_failed_build_over_a_dataset_says_that_it_stays(
     built()
     (cohort.parent / "sub-0002.nii.gz").unlink()
     built(code=cli.FAILED)
-    assert "the dataset stays as it was" in capsys.readouterr().err
+    assert "the dataset is unchanged" in capsys.readouterr().err
 
 
 def test_records_of_another_shape_are_not_kept_once_mixed_shapes_are_not_allowed(

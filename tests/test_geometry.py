@@ -226,7 +226,7 @@ def test_a_build_warns_once_of_each_kind_and_check_names_the_images(
     assert (
         f"warning: 4 examples: {TEXTS['pixdim-disagrees']}; beam-nifti check lists these images\n" in printed
     )
-    assert f"warning: 1 example: {TEXTS['units-converted']}." in printed
+    assert f"warning: 1 example: {TEXTS['units-converted']};" in printed
     assert "warning" not in run("build", manifest, tmp_path / "out")  # which loads nothing
     report = json.loads(run("check", manifest, "--json"))
     assert report["notes"]["pixdim-disagrees"] == {

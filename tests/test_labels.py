@@ -300,7 +300,7 @@ def test_columns_that_tell_nothing(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, Columns(missing_label="skip"))
     assert problem.startswith("--missing-label is for labels, and there is no column 'label'")
     (problem,) = problems_of(tmp_path, Columns(label="age,sax", missing_label="nan"))
-    assert problem.startswith("no column 'sax', only participant_id, path")
+    assert problem.startswith("no column 'sax'; the columns are: participant_id, path")
 
 
 def test_skipped_rows_are_in_no_split_and_the_others_keep_their_numbers(tmp_path: Path) -> None:

@@ -210,8 +210,8 @@ def test_an_absent_cell_in_json_lines_is_an_empty_one(tmp_path: Path) -> None:
     text = '{"path": "a", "label": 1}\n{"path": "b"}\n{"label": 2, "site": "x"}\n'
     assert problems_of(tmp_path, text, "m.jsonl") == (
         "row 3: empty path; give the image's path or drop the row",
-        "row 2: label is '', which is no label; fill it in, or keep such rows with --missing-label nan, or "
-        "leave them out with --missing-label skip",
+        "row 2: label is '', a missing label; fill it in, keep such rows with --missing-label nan, or skip "
+        "them with --missing-label skip",
         "row 3: empty id; every image needs one (see --id-column)",
     )
 
@@ -240,7 +240,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert [p.partition(":")[0] for p in problems] == [
         "row 2", "row 6", "row 3", "row 5", "row 5", "row 6", "row 4"
     ]  # fmt: skip
-    assert "row 4: id 's1' stands in row 1 too; add a session_id column" in problems[-1]
+    assert "row 4: id 's1' is also in row 1; add a session_id column" in problems[-1]
     assert "split is 'tr ain'" in problems[3]
     assert "split is 'tr ain', and 'train' in row 1; give them one spelling" in problems[4]
 

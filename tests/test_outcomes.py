@@ -183,7 +183,10 @@ def test_a_job_server_that_does_not_answer_may_do_so_later(
         argv = ["build", str(cohort), str(tmp_path / "out"), "--quiet", *flags, "--job-server-timeout=1"]
         assert cli.main(argv) == TEMPORARY
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the build stopped: the job server does not answer; the same command continues" in line
+    assert (
+        "the build stopped: the job server does not answer; run the same command again, which continues"
+        in line
+    )
 
 
 # Paths that cannot be written, before the work

@@ -385,7 +385,7 @@ def test_damaged_records_can_be_skipped(
         assert [labels(elements), labels(elements)] == [expected, expected]
     (warning,) = caplog.messages
     assert "record 'sub-0004', number 1 from 0, cannot be read" in warning
-    assert warning.endswith("left out, as 1 of 11 records so far")
+    assert warning.endswith("skipped (1 of 11 records so far)")
     assert elements.element_spec[0].shape[-4:] == (*SHAPE, 1)
 
 

@@ -100,10 +100,11 @@ def test_twins_of_one_split_are_reported(tmp_path: Path) -> None:
     assert len(warnings) == 4
     assert warnings[0] == (
         "row 2: its participant_id 'S1' differs from 's1' of row 1 only in letter case, quotes, spaces, "
-        "leading zeros or the Unicode form; give both one spelling if they are one"
+        "leading zeros or the Unicode form; if they are the same, spell them alike"
     )
     assert (
-        warnings[3] == "4 rows are the first of a participant_id that differs from an earlier one like that"
+        warnings[3]
+        == "in all, 4 different values of participant_id differ from an earlier one only in this way"
     )
     hidden = manifest_of(tmp_path, "participant_id", *rows, pseudonyms=KEY).warnings
     assert hidden[0].startswith("row 2: its participant_id differs from that of row 1 only in letter case")

@@ -120,7 +120,7 @@ def test_other_options_are_refused(
         build(manifest, output, **SMALL, **changes)
     assert message in str(raised.value)
     assert "finished examples (" in str(raised.value)
-    assert "would be lost; give the same options to continue it" in str(raised.value)
+    assert "would be lost; to continue that build, give its options" in str(raised.value)
     assert "--overwrite to discard it" in str(raised.value)
     assert snapshot(output) == before
     build(manifest, output, **SMALL, overwrite=True, **changes)
@@ -223,7 +223,7 @@ def test_records_that_mixed_shapes_exclude_are_not_taken(tmp_path: Path) -> None
 def test_a_note_that_cannot_be_read_is_refused(manifest: Path, output: Path, damage: bytes) -> None:
     (output / ".build" / "plan.json").write_bytes(damage)
     before = snapshot(output)
-    with pytest.raises(OutputError, match=r"plan\.json: the note .*another version of beam-nifti"):
+    with pytest.raises(OutputError, match=r"plan\.json: the plan .*another version of beam-nifti"):
         build(manifest, output, **SMALL)
     assert snapshot(output) == before
 

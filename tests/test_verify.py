@@ -751,7 +751,7 @@ def with_failure(tmp_path: Path) -> Path:
         (lambda text: text + text.replace("0002", "0003"), ["has 2 lines", "says 1 failures"]),
         (lambda text: text.replace("0002", "0001"), ["1 of its examples are in the shards", "sub-0001"]),
         (lambda text: text[:20], ["failures.jsonl: row 1: not JSON"]),
-        (lambda text: text + text, ["failures.jsonl: row 2: id 'sub-0002' stands in row 1"]),
+        (lambda text: text + text, ["failures.jsonl: row 2: id 'sub-0002' is also in row 1"]),
     ],
 )
 def test_changed_failures(with_failure: Path, edit: Callable[[str], str], texts: list[str]) -> None:
