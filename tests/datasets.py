@@ -15,8 +15,14 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from beam_nifti.build import open_build, run_build
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import DatasetInfo, read_info
+from beam_nifti.image import Source
 from beam_nifti.index import read_index, write_index
+from beam_nifti.storage import Stat
 from beam_nifti.tfrecord import decode_record, encode_record
+from tests.images import AFFINE
+
+SOURCE = Source(((Stat(1, 1.0),),), (6, 5, 4), tuple(AFFINE.ravel().tolist()))
+"""Of an example that was made of no file."""
 
 
 def build_dataset(manifest: Path, output: Path, record: RecordConfig | None = None, **config: Any) -> Path:

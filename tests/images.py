@@ -16,9 +16,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.image import Source
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.storage import Stat
 
 Array = npt.NDArray[Any]
 
@@ -37,10 +35,6 @@ REAL_DTYPES = (
 """Every real dtype of NIfTI but the 128-bit float."""
 
 AFFINE = np.array([[-2.0, 0, 0, 90], [0, 2, 0, -126], [0, 0, 2.5, -72], [0, 0, 0, 1]])
-
-
-SOURCE = Source(((Stat(1, 1.0),),), (6, 5, 4), tuple(AFFINE.ravel().tolist()))
-"""Of an example that was made of no file."""
 
 
 def random_voxels(shape: Sequence[int] = (5, 4, 3), dtype: str = "int16", seed: int = 0) -> Array:

@@ -29,8 +29,8 @@ from beam_nifti.rescale import Scaling
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import build
-from tests.datasets import edit_index, edit_info, edit_record, info_of, set_cell
-from tests.images import AFFINE, SOURCE, Array, brain, random_voxels, row_of, write_image, write_manifest
+from tests.datasets import SOURCE, edit_index, edit_info, edit_record, info_of, set_cell
+from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 SHAPE = (6, 5, 4)

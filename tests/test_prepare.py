@@ -30,7 +30,8 @@ from beam_nifti.prepare import (
 )
 from beam_nifti.rescale import Scaling
 from beam_nifti.volume import Volume
-from tests.images import REAL_DTYPES, SOURCE, Array, random_voxels, row_of
+from tests.datasets import SOURCE
+from tests.images import REAL_DTYPES, Array, random_voxels, row_of
 
 CODES = sorted(ORIENTATIONS)
 SHAPE = (5, 7, 4)
