@@ -172,8 +172,8 @@ def test_a_record_by_number_is_one_request(served: Served, scheme: str) -> None:
     expected = Dataset(served.local / "dataset")
     lengths = expected.index(["length"])["length"].to_pylist()
     served.proxies[scheme].rest()
-    for element, there in zip(records, expected, strict=True):
-        assert element["image"].tobytes() == there["image"].tobytes()
+    for number in range(len(expected)):
+        assert records[number]["image"].tobytes() == expected[number]["image"].tobytes()
     requests = served.proxies[scheme].rest()
     assert {r.method for r in requests} == {"GET"}
     assert [asked_bytes(r) for r in requests] == lengths
@@ -188,7 +188,9 @@ def test_an_epoch_of_tensorflow(served: Served, scheme: str) -> None:
     served.proxies[scheme].rest()
     images = [x.numpy().tobytes() for x, _ in dataset]
     assert images == [x.numpy().tobytes() for x, _ in load_dataset(served.local / "dataset", **options)]
-    assert len(served.proxies[scheme].rest()) == len(Dataset(served.local / "dataset"))
+    # At its beginning it looks whether the dataset is still the one that was opened.
+    of_shards = [r for r in served.proxies[scheme].rest() if "dataset_info.json" not in r.path]
+    assert len(of_shards) == len(Dataset(served.local / "dataset"))
 
 
 @pytest.mark.parametrize("scheme", LISTED)
