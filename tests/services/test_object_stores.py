@@ -210,7 +210,8 @@ def test_an_epoch_of_tensorflow_is_one_request_a_record(
     dataset, proxy = load_dataset(url, engine=engine, **options), servers.proxies[scheme]
     proxy.rest()
     images = [x.numpy() for x, _ in dataset]
-    requests = proxy.rest()
+    # At its beginning it looks whether the dataset is still the one that was opened.
+    requests = [r for r in proxy.rest() if "dataset_info.json" not in r.path]
     assert len(requests) == 12
     assert {r.method for r in requests} == {"GET"}
     assert sum(r.received for r in requests) == sum(Dataset(local).index(["length"])["length"].to_pylist())
@@ -227,7 +228,7 @@ def test_what_is_missing_differs_from_what_is_not_reached(
         Dataset("s3://another/dataset")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     monkeypatch.setattr(storage, "_stores", {})
-    with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*access is denied"):
+    with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*does not accept the credentials"):
         Dataset(folder("s3"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setattr(storage, "_stores", {})
