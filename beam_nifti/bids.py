@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from beam_nifti import storage
+from beam_nifti.config import MISSING_TEXTS
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.image_names import drop_second_halves, stem_of
 from beam_nifti.tables import read_table
 
 MISSING: Final = "n/a"
 """What a table says of a value that is not known."""
-
-_MISSING_TEXTS: Final = frozenset(["", "n/a", "nan"])
-"""The same as for labels: whatever their case and the white space around them."""
 
 _DEPTH: Final = 3
 """Folders in which an image lies at most: sub-01/ses-01/anat."""
@@ -244,7 +242,7 @@ def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mappin
 
 def is_missing(text: str) -> bool:
     """Whether a cell says that a value is not known."""
-    return text.strip().lower() in _MISSING_TEXTS
+    return text.strip().lower() in MISSING_TEXTS
 
 
 def has_content(path: str) -> bool:

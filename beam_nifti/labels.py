@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import LabelColumn
+from beam_nifti.config import MISSING_TEXTS, LabelColumn
 from beam_nifti.errors import ShardError
 from beam_nifti.tables import Problems
 from beam_nifti.twins import LIKENESS, find_twins
@@ -30,7 +30,6 @@ NO_CLASS: Final = -1
 MAX_CLASSES: Final = 1 << 14
 """Of a column; all of them stand in dataset_info.json and in the job graph."""
 
-_MISSING: Final = ("", "n/a", "nan")
 _LIKE_MISSING: Final = frozenset(["NA", "#N/A", "<NA>", "NaT", "null", "NULL", "None"])
 """What other programs write where there is no value; it may also be the name of a class."""
 
@@ -148,7 +147,7 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
     Raises:
         ShardError: it is none of the column's kind, or none of its classes.
     """
-    is_missing = cell.strip(string.whitespace).lower() in _MISSING
+    is_missing = cell.strip(string.whitespace).lower() in MISSING_TEXTS
     if column.kind == "float":
         number = parse_label(cell)
         if is_missing or math.isfinite(number):
@@ -182,7 +181,9 @@ def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
 
 def _is_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
     bare = pc.ascii_lower(pc.ascii_trim_whitespace(texts))
-    found: npt.NDArray[np.bool_] = pc.is_in(bare, value_set=pa.array(_MISSING)).to_numpy(zero_copy_only=False)
+    found: npt.NDArray[np.bool_] = pc.is_in(bare, value_set=pa.array(MISSING_TEXTS)).to_numpy(
+        zero_copy_only=False
+    )
     return found
 
 

@@ -15,10 +15,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_nifti.config import MISSING_TEXTS
 from beam_nifti.errors import UsageError
 
-_MISSING: Final = ("", "n/a", "nan")
-"""Texts of cells without a value, whatever their case and the spaces around them; the same as for labels."""
 """Cells without a value; n/a is how BIDS writes it."""
 
 _COMPARISONS: Final[Mapping[type[ast.cmpop], Callable[..., Any]]] = {
@@ -121,7 +120,9 @@ def _is_number(cell: Any) -> bool:
 
 def _is_missing_text(node: ast.expr) -> bool:
     """Whether a literal is what stands in a cell without a value: who asks for it wants such cells."""
-    return isinstance(node, ast.Constant) and isinstance(node.value, str) and _bare(node.value) in _MISSING
+    return (
+        isinstance(node, ast.Constant) and isinstance(node.value, str) and _bare(node.value) in MISSING_TEXTS
+    )
 
 
 def _bare(text: str) -> str:
@@ -134,7 +135,9 @@ def _without_missing(values: Any) -> Any:
         return pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
     if pa.types.is_string(values.type):
         bare = pc.ascii_lower(pc.utf8_trim_whitespace(values))
-        return pc.if_else(pc.is_in(bare, value_set=pa.array(_MISSING)), pa.scalar(None, pa.string()), values)
+        return pc.if_else(
+            pc.is_in(bare, value_set=pa.array(MISSING_TEXTS)), pa.scalar(None, pa.string()), values
+        )
     return values
 
 
