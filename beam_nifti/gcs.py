@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -89,12 +90,15 @@ class Gcs(ObjectStore):
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
         blob = self.blob(path)
         condition = None if version is None else int(version or 0)
-        self.attempt(
-            path,
-            lambda: blob.upload_from_string(
-                data, content_type=_CONTENT_TYPE, if_generation_match=condition, retry=None
-            ),
-        )
+        try:
+            self.attempt(
+                path,
+                lambda: blob.upload_from_string(
+                    data, content_type=_CONTENT_TYPE, if_generation_match=condition, retry=None
+                ),
+            )
+        except FileNotFoundError as e:  # a write needs nothing but the bucket; not every server names it
+            raise FileNotFoundError(errno.ENOENT, "No such bucket", path) from e
 
     def get_version(self, path: str) -> tuple[bytes, str]:
         with _Reader(self, path) as reader:

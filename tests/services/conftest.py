@@ -24,6 +24,14 @@ from tests.images import write_cohort
 LOCAL = (f"--runner={RUNNER}", "--direct_running_mode=in_memory")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave fixtures out of the time limit of a test: the first installation of a service takes minutes."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            own = item.get_closest_marker("timeout")
+            item.add_marker(pytest.mark.timeout(*(own.args if own else (300,)), func_only=True))
+
+
 @dataclass(frozen=True)
 class Reference:
     """A cohort, and what the local runner makes of it.
