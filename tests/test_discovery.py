@@ -345,7 +345,7 @@ def test_rows_of_a_participant_that_agree_are_one(study: Path, capsys: Capture) 
     )
 
 
-@pytest.mark.parametrize("text", ["n/a", "N/A", "NaN", "nan", " n/a ", "", " "])
+@pytest.mark.parametrize("text", ["n/a", "N/A", "NaN", "nan", "-nan", "+nan", " n/a ", "", " "])
 def test_a_missing_value_has_many_spellings(text: str, study: Path, capsys: Capture) -> None:
     (study / "participants.tsv").write_text(
         f"participant_id\tage\tsex\nsub-01\t31\t{text}\nsub-02\t{text}\tF\n"
