@@ -236,6 +236,19 @@ def test_verify_needs_the_key_for_manifest_and_images(manifest: Path, key: str, 
         verify_dataset(str(tmp_path / "named"), anonymous_ids=key)
 
 
+@pytest.mark.parametrize("is_anonymous", [True, False])
+def test_another_label_is_no_fault_of_an_image(tmp_path: Path, key: str, is_anonymous: bool) -> None:
+    study, output = write_study(tmp_path / "study"), str(tmp_path / "out")
+    given = {"anonymous_ids": key} if is_anonymous else {}
+    build(study, output, **given)
+    head, first, *rest = study.read_text().splitlines()
+    cells = dict(zip(head.split("\t"), first.split("\t"), strict=True)) | {"label": "77"}
+    study.write_text("\n".join([head, "\t".join(cells.values()), *rest]))
+    (problem,) = verify_dataset(output, manifest=str(study), deep=ALL, **given).problems
+    assert "1 examples have another label in the manifest" in problem
+    assert problem.endswith("or run the build again with --overwrite")
+
+
 def test_verify_says_which_image_the_manifest_lacks(tmp_path: Path, key: str) -> None:
     few = write_study(tmp_path / "study", NAMES[:1])
     output = str(tmp_path / "out")
