@@ -383,6 +383,23 @@ def test_a_derivative_takes_the_tables_of_its_dataset(study: Path, capsys: Captu
     assert [row["label"] for row in rows] == ["43"]
 
 
+def test_what_is_suspicious_in_a_table_is_reported(study: Path, capsys: Capture) -> None:
+    participants, sessions = study / "participants.tsv", study / "sub-01/sub-01_sessions.tsv"
+    touch(study, "sub-01/ses-a/anat/sub-01_ses-a_FLAIR.nii")
+    participants.write_text('participant_id\tage\nsub-01 \t31\nsub-02\t"42.5"\nsub-03\t77\n')
+    sessions.write_text("session_id\tdate\nses-a \t1\n")
+    _, notes = rows_of(capsys, "bids", str(study), "--suffix=FLAIR", "--column=age", "--column=date")
+    blanks = "1 cell was read without the white space at the ends, such as"
+    assert [note for note in notes if ".tsv: " in note] == [
+        f"{participants}: row 2: age has quotes around a cell; in a TSV they are part of the value",
+        f"{participants}: {blanks} 'participant_id' of row 1",
+        f"{sessions}: {blanks} 'session_id' of row 1",
+    ]
+    write_tsv(participants, "participant_id age", "sub-01 31", "sub-02 42 5", "sub-03")
+    said = error_of(capsys, "bids", str(study), "--suffix=T1w", "--column=age")
+    assert f"{participants}: row 2: 3 cells where the header names 2; row 3: 1 cells" in said
+
+
 def test_images_and_folders_out_of_place_are_named(study: Path, capsys: Capture) -> None:
     touch(
         study, "sub-01/ses-1/anat/extra/sub-01_ses-1_T1w.nii.gz", "SUB-04/anat/SUB-04_T1w.nii", "sub5/x.nii"
