@@ -293,4 +293,5 @@ def _read_records(
 def _with_prefix(text: str, prefix: str) -> str:
     """An id as names of files have it."""
     text = "" if is_missing(text) else text.strip()
-    return text if not text or text.startswith(prefix) else f"{prefix}{text}"
+    # In another case it is another id, which is named as the table writes it.
+    return text if not text or text.lower().startswith(prefix) else f"{prefix}{text}"

@@ -400,6 +400,17 @@ def test_what_is_suspicious_in_a_table_is_reported(study: Path, capsys: Capture)
     assert f"{participants}: row 2: 3 cells where the header names 2; row 3: 1 cells" in said
 
 
+def test_participants_whose_names_are_probably_one_are_named(study: Path, capsys: Capture) -> None:
+    touch(study, "sub-003/anat/sub-003_T1w.nii.gz", "Sub-02/anat/Sub-02_T1w.nii.gz")
+    write_tsv(study / "participants.tsv", "participant_id age", "sub-01 31", "Sub-02 42", "sub-03 7")
+    _, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
+    assert (
+        "possibly one participant with two names: sub-03 and sub-003, Sub-02 and sub-02; if so, rename one"
+    ) in notes
+    assert "1 participant (Sub-02) in participants.tsv, without such an image" in notes
+    assert "possibly the same id in table and image name: Sub-02 for sub-02; ids must match exactly" in notes
+
+
 def test_images_and_folders_out_of_place_are_named(study: Path, capsys: Capture) -> None:
     touch(
         study, "sub-01/ses-1/anat/extra/sub-01_ses-1_T1w.nii.gz", "SUB-04/anat/SUB-04_T1w.nii", "sub5/x.nii"
