@@ -281,7 +281,7 @@ def _decide(inputs: _Inputs) -> _Decision:
             logs.LOGGER.warning(_VERSION_1, config.output)
     now = plan.describe()
     if dead and inputs.config.sharding is None:  # nobody has asked for the shards that are planned
-        now = replace(now, config=now.config | {"sharding": dead.info.config["sharding"]})
+        now = replace(now, config={**now.config, "sharding": dead.info.config["sharding"]})
     continued = dead if dead and _is_continued(dead, plan, now, manifest, published) else None
     has_ended = published is not None and continued is not None and continued.is_of(published)
     # A build that was killed once it had published has only to be cleaned up after.
