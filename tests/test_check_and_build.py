@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -54,7 +55,7 @@ images = st.fixed_dictionaries(
         "turn": st.sampled_from(sorted(TURNS)),
     }
 )
-broken = st.sampled_from(["junk", "missing", "header only"])
+broken = st.sampled_from(["junk", "missing", "header only", "short", "long"])
 records = st.fixed_dictionaries(
     {},
     optional={
@@ -80,8 +81,13 @@ def cohort_of(contents: list[Image | str]) -> Iterator[Path]:
         for number, image in enumerate(contents):
             path = folder / f"{number}.nii"
             if isinstance(image, str):
-                if image != "missing":
+                if image == "junk":
                     path.write_bytes(b"junk" * 300)
+                elif image != "missing":
+                    write_image(path, random_voxels((6, 5, 4), "int16", seed=number))
+                    whole = path.read_bytes()
+                    end = {"header only": 352, "short": -1, "long": None}[image]
+                    path.write_bytes(whole[:end] + bytes(5000 if image == "long" else 0))
                 continue
             voxels = random_voxels((*image["grid"], *image["frames"]), image["dtype"], seed=number)
             write_image(path, voxels, affine=affine_of(image))
@@ -199,6 +205,33 @@ def assert_kept(row: VolumeRow, manifest: Path, record: RecordConfig, image: Ima
         ).voxels.shape
         assert all(size <= wanted for size, wanted in zip(sizes, record.shape, strict=False))
     assert record.orientation in (None, orientation_of(turned.affine))
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.img", "a.hdr"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (-1, "truncated: {size} bytes where shape (6, 5, 4) of int16 needs"),
+        (4096, None),  # padding
+        (4097, "holds more than the "),
+    ],
+)
+def test_check_fails_images_whose_size_shows_it(
+    tmp_path: Path, name: str, change: int, message: str | None
+) -> None:
+    image = nib.Nifti1Image if name == "a.nii" else nib.Nifti1Pair
+    nib.save(image(random_voxels((6, 5, 4), "int16", 0), np.eye(4)), tmp_path / name)
+    file = tmp_path / name.replace("hdr", "img")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:change] if change < 0 else whole + bytes(change))
+    write_image(tmp_path / "b.nii", random_voxels((6, 5, 4), "int16", 1))
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": "b.nii"}, {"path": name}])
+    config = BuildConfig(str(manifest), str(tmp_path / "out"))
+    code, report = checked(config)
+    found = [problem["message"] for problem in report["problems"]]
+    assert len(found) == (message is not None)
+    assert all((message or "").format(size=file.stat().st_size) in text for text in found)
+    assert (code, report["num_examples"]) == built(config)[:2]
 
 
 @pytest.mark.parametrize(
