@@ -162,12 +162,10 @@ def test_check_counts_what_a_build_makes(
         assert all(problem["message"] for problem in report["problems"])
 
 
-def applied(manifest: Path, flags: list[str]) -> BuildConfig:
+def applied(manifest: Path, flags: list[str], *more: str) -> BuildConfig:
     """The build that suggested flags make, as a user gives them."""
     words = [word for flag in flags for word in flag.split()]
-    parsed, rest = options.parse(
-        ["build", str(manifest), str(manifest.parent / "out"), "--rescale=none", *words]
-    )
+    parsed, rest = options.parse(["build", str(manifest), str(manifest.parent / "out"), *more, *words])
     assert rest == []
     return build_config(parsed)
 
@@ -182,12 +180,47 @@ def test_the_advice_of_check_loses_nothing(contents: list[Image], record: dict[s
         flags = checked(config)[1]["suggested_flags"]
         if given_frames and not any(flag.startswith("--frames") for flag in flags):
             flags = [*flags, "--frames all"]
-        config = applied(manifest, flags)
+        config = applied(manifest, flags, "--rescale=none")
         code, num_records, failed = built(config)
         assert (code, num_records, failed) == (cli.SUCCESS, len(contents), set()), flags
         assert checked(replace(config, output=""))[1]["suggested_flags"] == []
         for number, image in enumerate(contents):
             assert_kept(VolumeRow(number + 1, "", f"{number}.nii", None), manifest, config.record, image)
+
+
+odd_spacings = st.sampled_from([(0.002,) * 3, (2000.0,) * 3, (20.0, 20.0, 25.0), (1e-4, 2.0, 2.5)])
+still_images = images.map(lambda image: {**image, "frames": ()})
+odd_images = st.builds(lambda image, spacing: {**image, "spacing": spacing}, still_images, odd_spacings)
+
+
+@settings(max_examples=10)
+@given(
+    contents=st.lists(st.one_of(still_images, still_images, odd_images), min_size=2, max_size=6),
+    native=st.booleans(),
+    mixed=st.booleans(),
+)
+def test_the_advice_of_check_makes_no_image_fail(contents: list[Image], native: bool, mixed: bool) -> None:
+    """Not even images whose headers have their voxel size in another unit."""
+    flags = ["--allow-mixed-shapes"] if mixed else []
+    flags += ["--rescale none", "--voxel-dtype native"] if native else []
+    with cohort_of(list(contents)) as manifest:
+        config = applied(manifest, flags)
+        suggested = checked(replace(config, output=""))[1]["suggested_flags"]
+        code, _, failed = built(config)
+        if any("voxel-dtype" in flag for flag in suggested):
+            flags.pop()  # in the place of it
+        code_with, _, failed_with = built(applied(manifest, [*flags, *suggested]))
+    assert failed_with <= failed
+    assert code_with <= code
+
+
+def test_a_spacing_that_an_odd_image_cannot_have_is_not_suggested() -> None:
+    image = {"grid": (6, 5, 4), "frames": (), "dtype": "int16", "spacing": (2.0,) * 3, "turn": "RAS"}
+    for spacing in ((0.002,) * 3, (2000.0,) * 3):
+        with cohort_of([image, image, image, image | {"spacing": spacing}]) as manifest:
+            config = BuildConfig(str(manifest), "")
+            code, report = checked(config)
+        assert (code, report["num_bad"], report["suggested_flags"]) == (0, 0, [])
 
 
 def assert_kept(row: VolumeRow, manifest: Path, record: RecordConfig, image: Image) -> None:
