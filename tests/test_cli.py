@@ -503,6 +503,20 @@ def test_an_output_that_is_a_file(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite", "--rescale=zscore"]])
+def test_other_files_in_output_are_accepted_and_stay(
+    cohort: Path, built: Callable[..., Path], flags: list[str]
+) -> None:
+    output = cohort.parent.parent / "out"
+    foreign = {output / name: name for name in ("README.md", "index/notes.txt", "scans/a.nii", ".build.txt")}
+    for path, text in foreign.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    built()
+    built(*flags)
+    assert {path: path.read_text() for path in foreign} == foreign
+
+
 def test_a_folder_of_our_name_that_is_not_ours_stays(cohort: Path, built: Callable[..., Path]) -> None:
     precious = cohort.parent.parent / "out" / ".build" / "precious" / "file"
     precious.parent.mkdir(parents=True)
