@@ -26,6 +26,7 @@ from beam_nifti.errors import (
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.metrics import Distribution, Metrics
+from beam_nifti.outputs import refuse_own
 from beam_nifti.parts import BUILD_FOLDER, parts_root
 from beam_nifti.plan import (
     BuildPlan,
@@ -176,6 +177,7 @@ def plan_check(config: BuildConfig) -> CheckPlan:
 
 
 def _read_inputs(config: BuildConfig) -> _Inputs:
+    refuse_own(storage.absolute(config.manifest), storage.absolute(config.output))
     config, manifest = _read_manifest(config)
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
