@@ -19,7 +19,7 @@ from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.tables import Problems, read_table
-from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_twins, warn_of_names
+from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
 
 DEFAULT_SPLIT: Final = "train"
 WHOLE_SHARD: Final = -1
@@ -316,6 +316,7 @@ def read_manifest(
     if drawn_by is not None:
         refuse_twins(drawn_by, problems, is_anonymous=pseudonyms is not None)
     if pseudonyms:
+        _refuse_leaks(table, columns, problems)
         table = _without_names(table, columns, pseudonyms)
     labels = _labels(table, columns, problems)
     lacks_label = np.any([of.is_missing for of in labels], axis=0) if labels else None
@@ -495,6 +496,16 @@ def _drawn_splits(
             "larger share, or draw again with another --split-seed"
         )
     return splits
+
+
+def _refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
+    """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for."""
+    named = [n for n in (columns.id, "participant_id", *columns.files) if n in table.column_names]
+    for column in (c for c in table.column_names if c not in (*named, "session_id")):
+        for name in named:
+            cells, names = (table[c].combine_chunks() for c in (column, name))
+            refuse_names(column, cells, names, problems)
+    problems.stop()  # what is found later may show cells
 
 
 def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:
