@@ -355,7 +355,7 @@ class Columns:
         id: what names an example; None means `participant_id` (with `session_id`), else the path.
         mask: the image's label map, a path like that of the image; None where there is none.
         missing_label: what becomes of a row without a value of a label: "nan" gives it NaN, the class -1, or
-            an empty string; "skip" leaves the row out; None refuses it.
+            an empty string; "skip" skips the row; None refuses it.
     """
 
     path: str = "path"
@@ -486,7 +486,7 @@ class BuildConfig:
         shuffle_seed: orders the rows of a split by a keyed hash of their ids; None keeps the
             manifest's order.
         allow_mixed_shapes: accept volumes of other shapes than the first image's.
-        max_bad_fraction: the largest fraction of volumes, 0 to 1, that may be left out.
+        max_bad_fraction: the largest fraction of volumes, 0 to 1, that may fail.
         overwrite: replace a dataset of other rows or another configuration.
         recheck: make every record again, also where no file seems to have changed, and replace the shards
             that differ.

@@ -135,7 +135,7 @@ def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeade
     if size < _promised(header) and (what := stand_in(bytes(head[:HEAD_BYTES]))):
         raise VolumeError(f"{name}: its .img file is {what}")
     if file.lower().endswith(PACKED) and packing_of(head) is None:
-        raise VolumeError(f"{name}: its .img file is not packed as its name says; copy it again")
+        raise VolumeError(f"{name}: its .img file is not compressed as its name says; copy it again")
 
 
 def _promised(header: VolumeHeader) -> int:

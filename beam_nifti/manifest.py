@@ -138,8 +138,8 @@ class Manifest:
         numbers: of the feature `label`, float64 of shape (rows,), NaN where a row has none; None in an
             unlabelled manifest.
         labels: the labels that have features of their own.
-        ids: example id a row.
-        splits: split a row; null where the row is left out, as it lacks a label.
+        ids: example id of each row.
+        splits: split of each row; null where the row is skipped, as it lacks a label.
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` where ids are anonymous; else None.
         name: what is written of `path`: itself, or its pseudonym where ids are anonymous.
@@ -172,7 +172,7 @@ class Manifest:
 
     @property
     def num_skipped(self) -> int:
-        """Rows that are left out, as they lack a label."""
+        """Rows that are skipped, as they lack a label."""
         return int(self.splits.null_count)
 
     @property
@@ -393,12 +393,12 @@ def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labe
 def _skipped(
     lacks_label: npt.NDArray[np.bool_] | None, labels: Sequence[Labels], columns: Columns, problems: Problems
 ) -> npt.NDArray[np.bool_] | None:
-    """Which rows are left out, as they lack a label; None where none may be."""
+    """Which rows are skipped, as they lack a label; None where none may be."""
     if columns.missing_label != "skip" or lacks_label is None:
         return None
     if lacks_label.all():
         names = ", ".join(of.column.name for of in labels)
-        problems.add(f"every row lacks a label ({names}), and --missing-label skip leaves out all of them")
+        problems.add(f"every row lacks a label ({names}), and --missing-label skip skips all of them")
     return lacks_label
 
 
@@ -488,7 +488,7 @@ def _drawn_splits(
                 f"row {i + 1}: {splitting.stratify} of {participants[i]} is {categories[i].as_py()!r} and, "
                 f"in row {first + 1}, {categories[first].as_py()!r}; --stratify takes one value a participant"
             )
-    # With the rows that are left out, so that no one moves when their labels are filled in.
+    # With the rows that are skipped, so that no one moves when their labels are filled in.
     splits = _without(is_skipped, draw_splits(participants, splitting, categories).cast(pa.string()))
     for name in sorted(splitting.shares.keys() - set(pc.unique(splits).to_pylist())):
         problems.add(

@@ -3,7 +3,7 @@
 `s3.py` and `gcs.py` have the two that are written to, too. They go through the client libraries that Beam's
 extras install, with Beam's options. Beam's own file systems fall short: they make a client for every call,
 ask for an object's size before its bytes, keep the errors of a copy to themselves, and publish what a writer
-that failed had sent until then. `web.py` and `others.py` have what is only read.
+that failed had sent until then. `web.py` and `others.py` have the read-only stores.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ class Store(abc.ABC):
 
 
 class RangeStore(Store):
-    """A store that is only read, by requests for ranges."""
+    """A read-only store, by requests for ranges."""
 
     @abc.abstractmethod
     def request_stat(self, path: str) -> Stat:

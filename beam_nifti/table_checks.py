@@ -170,7 +170,7 @@ def index_rows(table: pa.Table, split: str, record: RecordConfig) -> pa.Table:
 
 
 def manifest_rows(manifest: Manifest, record: RecordConfig) -> pa.Table:
-    """Id, labels and split of the rows of a manifest, but for those that lack a label and are left out.
+    """Id, labels and split of the rows of a manifest, but for those that lack a label and are skipped.
 
     Args:
         manifest: of the same columns as the records'.
