@@ -118,12 +118,15 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
         _refuse_whole_image(name, head, header)
     _check_container(name, files, header)
     with reading(name):
-        size = storage.stat(files[-1]).size
         if len(files) == 2:
             head = storage.read_head(files[1], HEAD_BYTES)
+        is_packed = packing_of(head) is not None
+        if is_packed and storage.is_remote(path):
+            return header  # its size shows too little to ask a store for it
+        size = storage.stat(files[-1]).size
     if len(files) == 2:
         _check_img(name, files[1], head, size, header)
-    if packing_of(head) is None:
+    if not is_packed:
         _check_size(name, size, header)
     elif size > _LARGE_FILE:
         _refuse_oversized(name, size, header, is_packed=True)
