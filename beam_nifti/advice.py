@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.grid import Grid, axes_to, keeps_spacing, orientation_of, prepared_shape, turn
-from beam_nifti.header import VolumeHeader, require_storable
+from beam_nifti.header import VolumeHeader, record_layout, require_storable
 from beam_nifti.rescale import Scaling
 
 Zooms = tuple[float, float, float]
@@ -76,12 +76,24 @@ def suggest_flags(kinds: Counts, record: RecordConfig) -> list[str]:
 
     An image that has the most frequent orientation and voxel size keeps its voxels as they are, and no image
     is cropped. Images that nothing makes like the most frequent ones, such as RGB among scalars, are not
-    considered.
+    considered. What would make an image fail that is accepted without it is not suggested.
 
     Args:
         kinds: of all images, with their numbers.
         record: the configuration that they were checked with.
     """
+    rest = (_suggest_spacing, _suggest_shape, _suggest_numbers, _suggest_orientation, _suggest_frames)
+    for omitted in (None, *rest):
+        flags, suggested = _suggest(kinds, record, omitted)
+        if _keeps(kinds, record, suggested):
+            return flags
+    return []
+
+
+def _suggest(
+    kinds: Counts, record: RecordConfig, omitted: Callable[..., Any] | None
+) -> tuple[list[str], RecordConfig]:
+    """Flags, and the configuration that they make, without those of one of the steps."""
     flags = []
     for suggest in (
         _suggest_numbers,
@@ -90,6 +102,8 @@ def suggest_flags(kinds: Counts, record: RecordConfig) -> list[str]:
         _suggest_spacing,
         _suggest_shape,
     ):
+        if suggest is omitted:
+            continue
         changes = suggest(kinds, record)
         try:
             record = replace(record, **changes)
@@ -99,7 +113,36 @@ def suggest_flags(kinds: Counts, record: RecordConfig) -> list[str]:
         flags += [f"--{name.replace('_', '-')} {_text(value)}" for name, value in changes.items()]
         if suggest is not _suggest_numbers:
             kinds = _alike(kinds, record) or kinds
-    return flags
+    return flags, record
+
+
+def _keeps(kinds: Counts, before: RecordConfig, after: RecordConfig) -> bool:
+    """Whether all images that a build with one configuration accepts are accepted with another one, too."""
+    was, now = ({kind: _made_of(kind, record) for kind in kinds} for record in (before, after))
+    accepted = {kind: made for kind, made in was.items() if made}
+    counts = Counter[Hashable]()
+    for kind, made in accepted.items():
+        counts[made] += kinds[kind]
+    most = max(counts, key=lambda made: counts[made], default=None)
+    are_alike = len({now[kind] for kind, made in accepted.items() if made == most}) <= 1
+    return are_alike and all(now[kind] for kind in accepted)
+
+
+def _made_of(kind: ImageKind, record: RecordConfig) -> Hashable:
+    """What the records of a build share, of an image; None where it would fail, or lose all of an axis."""
+    try:
+        header = kind.header()
+        layout = require_storable("", header, record)
+        if record.spacing is not None:  # whatever a shape crops and pads it to
+            whole = replace(record, shape=None, crop_foreground=None, preprocess=None)
+            spaced = require_storable("", header, whole).stored_shape or ()
+            unspaced = record_layout("", header, replace(whole, spacing=None)).stored_shape or ()
+            if any(now == 1 < was for was, now in zip(unspaced, spaced, strict=True)):
+                return None
+    except VolumeError:
+        return None
+    frames = header.num_frames if record.frames == "each" else None
+    return layout.stored_shape, kind.dtype_name if record.voxel_dtype == "native" else None, frames
 
 
 def _text(value: Any) -> str:

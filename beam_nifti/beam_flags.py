@@ -107,9 +107,14 @@ def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str
     known = [dashed(flag) for flag, name in options.items() if name not in unused]
     given = dict.fromkeys(a.partition("=")[0] for a in flags if a.startswith("--"))
     for flag in (f for f in given if options.get(f) in unused):
-        hint = suggest_flag(dashed(flag), ours, cutoff=0.6) or "leave it out"
-        where = f"with {runner}" if runner and runner not in local_runner.NAMES else "without --runner"
-        raise UsageError(f"{flag} is an Apache Beam flag that has no effect {where}; {hint}")
+        is_local = runner in local_runner.NAMES
+        where = f"with {runner}" if runner and not is_local else "without --runner"
+        remedy = (
+            "name the runner that it is for with --runner, or leave it out" if is_local else "leave it out"
+        )
+        raise UsageError(
+            f"{flag} is an Apache Beam flag that has no effect {where}; {_hint(dashed(flag), ours) or remedy}"
+        )
     may_know_more = runner in _JOB_SERVERS or _is_foreign(runner)
     for before, argument in zip(("", *unknown), unknown, strict=False):
         is_flag = argument.startswith("--")
@@ -117,6 +122,13 @@ def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str
         is_misspelled = is_flag and suggest_flag(dashed(argument.partition("=")[0]), [*ours, *known])
         if is_misspelled or not (may_know_more and (is_flag or is_value)):
             raise UsageError(explain_unknown(argument, command, known))
+
+
+def _hint(flag: str, ours: Iterable[str]) -> str:
+    """Which of our flags was probably meant by one of Beam's: likeness alone says little."""
+    stem = flag.removesuffix("s")
+    meant = [f for f in ours if f.startswith(f"{stem}-") or flag.endswith(f"-{f.removeprefix('--')}")]
+    return f"did you mean {meant[0]}?" if meant else ""
 
 
 def _unused_options(runner: str) -> frozenset[str]:

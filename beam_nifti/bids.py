@@ -15,7 +15,7 @@ from beam_nifti import storage
 from beam_nifti.config import MISSING_TEXTS
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.image_names import drop_second_halves, stem_of
-from beam_nifti.tables import read_table
+from beam_nifti.tables import Problems, read_table
 
 MISSING: Final = "n/a"
 """What a table says of a value that is not known."""
@@ -152,7 +152,7 @@ class Records:
         rowless: by participant, the sessions of the images that have no row in the table of sessions that
             has one of the columns, and the sessions that it has.
         imageless: by participant with images, the sessions that only a table has.
-        notes: sentences on which tables were read.
+        notes: sentences on which tables were read, and on what is suspicious in them.
 
     Raises:
         UsageError: no table has one of the columns; or a table is none, has no ids, or has one twice with
@@ -168,7 +168,7 @@ class Records:
         root, session_tables, self.notes = _find_tables(study, sessions)
         if has_content(path := storage.join(root, _PARTICIPANTS)):
             has_tables = True
-            found, names = _read_records(path, ("participant_id", "session_id"), columns)
+            found, names = _read_records(path, ("participant_id", "session_id"), columns, self.notes)
             present.update(dict.fromkeys(names))
             for (participant, session), cells in found.items():
                 self._of_participant.setdefault(participant, {})[session] = cells
@@ -179,7 +179,7 @@ class Records:
             if not has_content(path):
                 continue
             has_tables = True
-            found, names = _read_records(path, ("session_id",), columns)
+            found, names = _read_records(path, ("session_id",), columns, self.notes)
             present.update(dict.fromkeys(names))
             self._of_session[participant] = {session: cells for (session,), cells in found.items()}
         for column in columns:
@@ -257,13 +257,18 @@ def has_content(path: str) -> bool:
 
 
 def _read_records(
-    path: str, keys: Sequence[str], columns: Collection[str]
+    path: str, keys: Sequence[str], columns: Collection[str], notes: list[str]
 ) -> tuple[dict[tuple[str, ...], _Cells], list[str]]:
-    """Some columns of a table by its keys, of which it must have the first, and the names of all others."""
+    """Some columns of a table by its keys, of which it must have the first, and the names of all others.
+
+    What is suspicious in the table is added to the notes.
+    """
+    problems = Problems(path)
     try:
-        table = read_table(path)
+        table = read_table(path, problems=problems)
     except ManifestError as e:
         raise UsageError(f"{path}: {'; '.join(e.problems)}") from e
+    notes += (f"{path}: {warning}" for warning in problems.warnings)
     if keys[0] not in table.column_names:
         raise UsageError(f"{path}: no column {keys[0]!r}, only {', '.join(table.column_names)}")
     names = [name for name in table.column_names if name not in keys]
@@ -288,4 +293,5 @@ def _read_records(
 def _with_prefix(text: str, prefix: str) -> str:
     """An id as names of files have it."""
     text = "" if is_missing(text) else text.strip()
-    return text if not text or text.startswith(prefix) else f"{prefix}{text}"
+    # In another case it is another id, which is named as the table writes it.
+    return text if not text or text.lower().startswith(prefix) else f"{prefix}{text}"

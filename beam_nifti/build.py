@@ -26,6 +26,7 @@ from beam_nifti.errors import (
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.metrics import Distribution, Metrics
+from beam_nifti.outputs import refuse_own
 from beam_nifti.parts import BUILD_FOLDER, parts_root
 from beam_nifti.plan import (
     BuildPlan,
@@ -176,6 +177,7 @@ def plan_check(config: BuildConfig) -> CheckPlan:
 
 
 def _read_inputs(config: BuildConfig) -> _Inputs:
+    refuse_own(storage.absolute(config.manifest), storage.absolute(config.output))
     config, manifest = _read_manifest(config)
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
@@ -279,7 +281,10 @@ def _decide(inputs: _Inputs) -> _Decision:
         _refuse_other(published, plan, manifest)
         if published.format_version == 1:
             logs.LOGGER.warning(_VERSION_1, config.output)
-    continued = dead if dead and _is_continued(dead, plan, manifest, published) else None
+    now = plan.describe()
+    if dead and inputs.config.sharding is None:  # nobody has asked for the shards that are planned
+        now = replace(now, config={**now.config, "sharding": dead.info.config["sharding"]})
+    continued = dead if dead and _is_continued(dead, plan, now, manifest, published) else None
     has_ended = published is not None and continued is not None and continued.is_of(published)
     # A build that was killed once it had published has only to be cleaned up after.
     reuse_published = published is not None and (
@@ -401,14 +406,21 @@ def _read_note(config: BuildConfig) -> BuildNote | None:
 
 
 def _is_continued(
-    dead: BuildNote, plan: BuildPlan, manifest: Manifest, published: DatasetInfo | None
+    dead: BuildNote, plan: BuildPlan, now: DatasetInfo, manifest: Manifest, published: DatasetInfo | None
 ) -> bool:
     """Whether a build goes on with what an unfinished one has done.
+
+    Args:
+        dead: the unfinished one.
+        plan: of the build.
+        now: the dataset that it makes, with the options that were given.
+        manifest: that it reads.
+        published: the dataset that the output holds.
 
     Raises:
         OutputError: finished records would be lost.
     """
-    output, overwrite, now = plan.config.output, plan.config.overwrite, plan.describe()
+    output, overwrite = plan.config.output, plan.config.overwrite
     makes_same = _makes_same_records(dead.info, now)
     is_same = makes_same and (dead.from_images or not plan.config.makes_all)
     if published and dead.is_of(published):

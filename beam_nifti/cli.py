@@ -621,7 +621,7 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     with _while_read():
         _print_line(
             f"report   {_count(summary.num_examples, 'example')}, {_count(summary.num_outliers, 'outlier')}, "
-            f"{_count(summary.num_failures, 'volume')} left out, {summary.num_bytes / 1e6:.1f} MB: {out}"
+            f"{_count(summary.num_failures, 'volume')} failed, {summary.num_bytes / 1e6:.1f} MB: {out}"
         )
     return FAILED if summary.problems else SUCCESS
 

@@ -41,8 +41,9 @@ COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
 LABEL_KINDS: Final = ("float", "class", "string")
-MISSING_TEXTS: Final = ("", "n/a", "nan")
-"""What stands in a table's cell without a value, whatever its case and the white space around it."""
+MISSING_TEXTS: Final = ("", "n/a", "nan", "-nan", "+nan")
+"""What stands in a table's cell without a value, whatever its case and the white space around it: also what
+Python's `float` takes for NaN."""
 
 MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
@@ -354,7 +355,7 @@ class Columns:
         id: what names an example; None means `participant_id` (with `session_id`), else the path.
         mask: the image's label map, a path like that of the image; None where there is none.
         missing_label: what becomes of a row without a value of a label: "nan" gives it NaN, the class -1, or
-            an empty string; "skip" leaves the row out; None refuses it.
+            an empty string; "skip" skips the row; None refuses it.
     """
 
     path: str = "path"
@@ -485,7 +486,7 @@ class BuildConfig:
         shuffle_seed: orders the rows of a split by a keyed hash of their ids; None keeps the
             manifest's order.
         allow_mixed_shapes: accept volumes of other shapes than the first image's.
-        max_bad_fraction: the largest fraction of volumes, 0 to 1, that may be left out.
+        max_bad_fraction: the largest fraction of volumes, 0 to 1, that may fail.
         overwrite: replace a dataset of other rows or another configuration.
         recheck: make every record again, also where no file seems to have changed, and replace the shards
             that differ.

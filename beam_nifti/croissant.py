@@ -36,7 +36,7 @@ _CONTEXT: Final = {
     "sc": "https://schema.org/",
     **{term: f"cr:{term}" for term in _TERMS},
 }
-"""The one that the specification wants in every file."""
+"""The one that the specification requires in every file."""
 
 _RECORDS, _INDEXES = "records", "indexes"
 _SPLIT_OF_INDEX: Final = r"index/(.+)-\d+-of-\d+(?:-r\d+)?\.parquet$"
@@ -94,7 +94,7 @@ def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]
                 "@type": "cr:FileSet",
                 "@id": _INDEXES,
                 "name": _INDEXES,
-                "description": "A table beside each shard, with a row a record.",
+                "description": "A table beside each shard, with one row per record.",
                 "encodingFormat": "application/x-parquet",
                 "includes": indexes,
             },

@@ -30,14 +30,18 @@ _NEEDS: Final = {
 """By scheme what tensorflow-io goes by."""
 
 
-def no_dataset(output: str, error: FileNotFoundError | None = None) -> DatasetError:
-    """What to tell where dataset_info.json is missing.
+def no_dataset(output: str, error: OSError | None = None) -> DatasetError:
+    """What to tell where dataset_info.json is missing, or a file was given in the place of its folder.
 
     Args:
         output: where it was looked for, local or a URL.
         error: of reading it; None where TensorFlow has looked, which says of an S3 or HDFS that it cannot
             reach that the file does not exist.
     """
+    if isinstance(error, NotADirectoryError) or output.rpartition("/")[2] == FILE_NAME:
+        return DatasetError(
+            f"{output} is not a folder; give the folder of the dataset, which holds {FILE_NAME}"
+        )
     needs = _NEEDS.get(output.partition("://")[0])
     if error is None and needs:
         return DatasetError(
@@ -307,11 +311,11 @@ def read_info(output: str) -> DatasetInfo:
         output: the dataset's folder, local or a URL.
 
     Raises:
-        DatasetError: there is none, or it is damaged.
+        DatasetError: there is none, or it is damaged, or `output` is a file.
         OSError: it cannot be reached.
     """
     path = storage.join(output, FILE_NAME)
     try:
         return DatasetInfo.from_json(storage.read(path), path)
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise no_dataset(output, e) from e

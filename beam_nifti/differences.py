@@ -21,6 +21,8 @@ _SAID_OTHERWISE: Final = frozenset({"fingerprint", "channels"})
 """Fields of a configuration that follow from others."""
 
 _NOT_GIVEN: Final = "not given"
+_COMES_ALONG: Final = {"--mask-dtype": "uint8", "--split-seed": "0"}
+"""Defaults of options that another option brings along, so that nobody has to have given them."""
 
 
 def find_differences(
@@ -63,7 +65,7 @@ def image_folder(info: DatasetInfo) -> str:
 
 
 def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    before, after = _flags(was), _flags(now)
+    before, after = (_COMES_ALONG | _flags(config) for config in (was, now))
     return [
         f"{flag} was {before.get(flag, _NOT_GIVEN)}, now {after.get(flag, _NOT_GIVEN)}"
         for flag in dict.fromkeys([*after, *before])

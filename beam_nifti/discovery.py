@@ -19,6 +19,7 @@ from beam_nifti.image_names import drop_second_halves, stem_of
 from beam_nifti.labels import parse_label
 from beam_nifti.signatures import stand_in
 from beam_nifti.tables import Problems
+from beam_nifti.twins import find_twins
 
 _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
@@ -236,6 +237,10 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
         notes.append(f"not used: {_named(misplaced, 'image')} outside of the folders of BIDS")
     if odd := study.odd_folders:
         notes.append(f"not used: {_named(odd, 'folder')}; folders of participants are named sub-LABEL")
+    names = sorted({image.participant_id for image in study.images[suffix]}) + list(study.odd_folders)
+    twins = [f"{names[i]} and {names[other]}" for i, other in find_twins(pa.array(names))]
+    if twins:
+        notes.append(f"possibly one participant with two names: {_listed(twins)}; if so, rename one")
     return notes
 
 

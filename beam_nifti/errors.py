@@ -43,7 +43,7 @@ class ManifestError(BeamNiftiError):
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        """The path, then a line a problem."""
+        """The path, then one line per problem."""
         return "\n".join([f"{self.path}: not usable as a manifest", *(f"  {p}" for p in self.problems)])
 
 

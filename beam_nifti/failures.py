@@ -1,4 +1,4 @@
-"""Volumes that were left out, and why."""
+"""Volumes that failed, and why."""
 
 from __future__ import annotations
 

@@ -60,6 +60,9 @@ class Gcs(ObjectStore):
             timeout=ALL_WAITS,
         )
 
+    def _host(self, path: str) -> str:
+        return super()._host(self.client._connection.API_BASE_URL)
+
     @staticmethod
     def _answer(error: BaseException) -> tuple[int | None, str]:
         response = getattr(error, "response", None)

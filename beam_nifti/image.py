@@ -95,7 +95,7 @@ def stat_image(path: str) -> FileStats:
 
 
 def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
-    """The header of an image, from the first kilobytes of its file.
+    """The header of an image, from the first kilobytes of its file; and what the sizes of its files show.
 
     Args:
         name: the image's path in errors.
@@ -103,7 +103,8 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
         parse: makes a header of the first HEAD_BYTES of what the file holds.
 
     Raises:
-        VolumeError: its path cannot be read, or `parse` refuses it.
+        VolumeError: its path cannot be read, or `parse` refuses it, or its voxels cannot be in a file of
+            that size.
         OSError: as `reading`.
     """
     with reading(name):
@@ -116,7 +117,64 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
     if len(files) == 2:
         _refuse_whole_image(name, head, header)
     _check_container(name, files, header)
+    with reading(name):
+        if len(files) == 2:
+            head = storage.read_head(files[1], HEAD_BYTES)
+        is_packed = packing_of(head) is not None
+        if is_packed and storage.is_remote(path):
+            return header  # its size shows too little to ask a store for it
+        size = storage.stat(files[-1]).size
+    if len(files) == 2:
+        _check_img(name, files[1], head, size, header)
+    if not is_packed:
+        _check_size(name, size, header)
+    elif size > _LARGE_FILE:
+        _refuse_oversized(name, size, header, is_packed=True)
     return header
+
+
+def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeader) -> None:
+    """Refuse an .img file of this size, beginning so, that cannot hold the voxels of its header."""
+    if size < _promised(header) and (what := stand_in(bytes(head[:HEAD_BYTES]))):
+        raise VolumeError(f"{name}: its .img file is {what}")
+    if file.lower().endswith(PACKED) and packing_of(head) is None:
+        raise VolumeError(f"{name}: its .img file is not compressed as its name says; copy it again")
+
+
+def _promised(header: VolumeHeader) -> int:
+    """Bytes of the file of the voxels, uncompressed, by the header."""
+    return header.offset + header.num_bytes
+
+
+def _most(header: VolumeHeader) -> int:
+    """Bytes at which more than the header promises is proven."""
+    return _promised(header) + header.max_trailing + 1
+
+
+def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") -> None:
+    """Refuse a file, uncompressed, that holds less than its header promises, or more."""
+    if size < _promised(header):
+        raise VolumeError(
+            f"{name}: truncated: {size} bytes where shape {header.shape} of {header.dtype_name} needs "
+            f"{_promised(header)}{trailing}; copy the file again"
+        )
+    if size >= _most(header):
+        raise _disowned(name, header)
+
+
+def _refuse_oversized(name: str, size: int, header: VolumeHeader, *, is_packed: bool) -> None:
+    """Spare the memory of a large file that its header disowns, such as a wrong download."""
+    # What cannot be compressed is stored, by deflate with 5 bytes a block of 16 KiB, by bzip2 with 1 %.
+    allowance = _promised(header) // (50 if is_packed else 1000)
+    if size > _promised(header) + allowance + _LARGE_FILE // 2:
+        raise _disowned(name, header)
+
+
+def _disowned(name: str, header: VolumeHeader) -> VolumeError:
+    return VolumeError(
+        f"{name}: holds more than the {_promised(header)} bytes that shape {header.shape} of "
+        f"{header.dtype_name} needs; repair its header or convert it again"
+    )
 
 
 def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
@@ -171,9 +229,8 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
                 handle, stat = storage.open_with_stat(file)
                 opened.append((stack.enter_context(handle), stat))
         header = _read_half(name, *opened[0], parse) if len(opened) > 1 else None
-        named_packed = files[-1].lower().endswith(PACKED)
         stats = tuple(stat for _, stat in opened)
-        image = Image(name, handle, stats, parse, header, named_packed)
+        image = Image(name, handle, stats, parse, header, files[-1])
         _check_container(name, files, image.header)
         try:
             yield image
@@ -227,8 +284,8 @@ class Image:
         stats: of its files; that of the voxels is the last.
         parse: as for `read_header`.
         header: of a pair; None where it stands before the voxels.
-        named_packed: whether the name of that file says that it is packed: that of a pair has to be, as
-            nothing else would tell damage to its first bytes from voxels.
+        file: path of that file: where it says that the file of a pair is packed it has to be, as nothing else
+            would tell damage to its first bytes from voxels.
 
     Attributes:
         stats: of its files.
@@ -242,7 +299,7 @@ class Image:
         stats: FileStats,
         parse: ReadHeader,
         header: VolumeHeader | None,
-        named_packed: bool,
+        file: str,
     ) -> None:
         self.stats = stats
         self._name, self._handle, self._size = name, handle, stats[-1].size
@@ -252,11 +309,8 @@ class Image:
         self._unpacker: Unpacker | None = None
         if header is not None:
             self.header = header
-            if self._size < self._promised and (what := stand_in(bytes(self._data[:HEAD_BYTES]))):
-                raise VolumeError(f"{name}: its .img file is {what}")
-            if named_packed and self._packing is None:
-                raise VolumeError(f"{name}: its .img file is not packed as its name says; copy it again")
-            if not named_packed and self._size == self._promised:
+            _check_img(name, file, self._data, self._size, header)
+            if not file.lower().endswith(PACKED) and self._size == self._promised:
                 self._packing = None  # voxels may happen to begin like a packed file
         elif self._packing and not self._is_large:
             self._unpacker = Unpacker(name, self._data, self._packing)
@@ -264,16 +318,15 @@ class Image:
         else:
             self.header = parse(unpacked_head(name, self._data, HEAD_BYTES))
         if self._is_large:
-            self._refuse_oversized()
+            _refuse_oversized(name, self._size, self.header, is_packed=self._packing is not None)
 
     @property
     def _promised(self) -> int:
-        return self.header.offset + self.header.num_bytes
+        return _promised(self.header)
 
     @property
     def _most(self) -> int:
-        """Bytes at which more than the header promises is proven."""
-        return self._promised + self.header.max_trailing + 1
+        return _most(self.header)
 
     def _read_start(self) -> bytes:
         """All of a small file, the head of a large one."""
@@ -307,10 +360,10 @@ class Image:
             unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
             self._unpacker = None
             content = unpacker.read(self._promised, self._most)
-            self._check_size(len(content), unpacker.trailing_text)
+            _check_size(self._name, len(content), self.header, unpacker.trailing_text)
         else:
             content = memoryview(data)
-            self._check_size(len(content))
+            _check_size(self._name, len(content), self.header)
         return content[self.header.offset : self._promised]
 
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
@@ -331,7 +384,7 @@ class Image:
             unpacker.require(self._promised)
             reader: Unpacker | BinaryIO = unpacker
         else:
-            self._check_size(self._size)
+            _check_size(self._name, self._size, self.header)
             reader = self._handle if self._is_large else io.BytesIO(self._data)
         at = 0
         buffer = memoryview(np.empty(size, np.uint8)).cast("B")
@@ -345,32 +398,11 @@ class Image:
                 got = fill(reader, buffer)
             at += got
             if got < size:
-                self._check_size(at, reader.trailing_text if isinstance(reader, Unpacker) else "")
+                trailing = reader.trailing_text if isinstance(reader, Unpacker) else ""
+                _check_size(self._name, at, self.header, trailing)
             yield buffer
         if isinstance(reader, Unpacker):
-            self._check_size(at + reader.skip(self._most - at), reader.trailing_text)
-
-    def _refuse_oversized(self) -> None:
-        """Spare the memory of a file that its header disowns, such as a wrong download."""
-        # What cannot be compressed is stored, by deflate with 5 bytes a block of 16 KiB, by bzip2 with 1 %.
-        allowance = self._promised // 1000 if self._packing is None else self._promised // 50
-        if self._size > self._promised + allowance + _LARGE_FILE // 2:
-            raise self._disowned()
-
-    def _check_size(self, size: int, trailing: str = "") -> None:
-        if size < self._promised:
-            raise VolumeError(
-                f"{self._name}: truncated: {size} bytes where shape {self.header.shape} of "
-                f"{self.header.dtype_name} needs {self._promised}{trailing}; copy the file again"
-            )
-        if size >= self._most:
-            raise self._disowned()
-
-    def _disowned(self) -> VolumeError:
-        return VolumeError(
-            f"{self._name}: holds more than the {self._promised} bytes that shape {self.header.shape} of "
-            f"{self.header.dtype_name} needs; repair its header or convert it again"
-        )
+            _check_size(self._name, at + reader.skip(self._most - at), self.header, reader.trailing_text)
 
 
 @contextlib.contextmanager

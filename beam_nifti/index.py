@@ -1,4 +1,4 @@
-"""The index: a row a record, saying where it lies and what it was made of.
+"""The index: one row per record, saying where it lies and what it was made of.
 
 The same table describes a part file while a build runs and a finished shard afterwards.
 Source: docs/format.md, "Index".

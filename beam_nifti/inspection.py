@@ -324,7 +324,7 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
     if d["mask_labels"] is not None:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
-    yield "left out", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
+    yield "failed", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
     skipped = f", {manifest['num_skipped']:,} skipped without a label" if "num_skipped" in manifest else ""

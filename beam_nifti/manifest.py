@@ -19,7 +19,7 @@ from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.tables import Problems, read_table
-from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_twins, warn_of_names
+from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
 
 DEFAULT_SPLIT: Final = "train"
 WHOLE_SHARD: Final = -1
@@ -138,8 +138,8 @@ class Manifest:
         numbers: of the feature `label`, float64 of shape (rows,), NaN where a row has none; None in an
             unlabelled manifest.
         labels: the labels that have features of their own.
-        ids: example id a row.
-        splits: split a row; null where the row is left out, as it lacks a label.
+        ids: example id of each row.
+        splits: split of each row; null where the row is skipped, as it lacks a label.
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` where ids are anonymous; else None.
         name: what is written of `path`: itself, or its pseudonym where ids are anonymous.
@@ -172,7 +172,7 @@ class Manifest:
 
     @property
     def num_skipped(self) -> int:
-        """Rows that are left out, as they lack a label."""
+        """Rows that are skipped, as they lack a label."""
         return int(self.splits.null_count)
 
     @property
@@ -316,6 +316,7 @@ def read_manifest(
     if drawn_by is not None:
         refuse_twins(drawn_by, problems, is_anonymous=pseudonyms is not None)
     if pseudonyms:
+        _refuse_leaks(table, columns, problems)
         table = _without_names(table, columns, pseudonyms)
     labels = _labels(table, columns, problems)
     lacks_label = np.any([of.is_missing for of in labels], axis=0) if labels else None
@@ -392,12 +393,12 @@ def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labe
 def _skipped(
     lacks_label: npt.NDArray[np.bool_] | None, labels: Sequence[Labels], columns: Columns, problems: Problems
 ) -> npt.NDArray[np.bool_] | None:
-    """Which rows are left out, as they lack a label; None where none may be."""
+    """Which rows are skipped, as they lack a label; None where none may be."""
     if columns.missing_label != "skip" or lacks_label is None:
         return None
     if lacks_label.all():
         names = ", ".join(of.column.name for of in labels)
-        problems.add(f"every row lacks a label ({names}), and --missing-label skip leaves out all of them")
+        problems.add(f"every row lacks a label ({names}), and --missing-label skip skips all of them")
     return lacks_label
 
 
@@ -487,7 +488,7 @@ def _drawn_splits(
                 f"row {i + 1}: {splitting.stratify} of {participants[i]} is {categories[i].as_py()!r} and, "
                 f"in row {first + 1}, {categories[first].as_py()!r}; --stratify takes one value a participant"
             )
-    # With the rows that are left out, so that no one moves when their labels are filled in.
+    # With the rows that are skipped, so that no one moves when their labels are filled in.
     splits = _without(is_skipped, draw_splits(participants, splitting, categories).cast(pa.string()))
     for name in sorted(splitting.shares.keys() - set(pc.unique(splits).to_pylist())):
         problems.add(
@@ -495,6 +496,16 @@ def _drawn_splits(
             "larger share, or draw again with another --split-seed"
         )
     return splits
+
+
+def _refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
+    """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for."""
+    named = [n for n in (columns.id, "participant_id", *columns.files) if n in table.column_names]
+    for column in (c for c in table.column_names if c not in (*named, "session_id")):
+        for name in named:
+            cells, names = (table[c].combine_chunks() for c in (column, name))
+            refuse_names(column, cells, names, problems)
+    problems.stop()  # what is found later may show cells
 
 
 def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:

@@ -3,7 +3,7 @@
 `s3.py` and `gcs.py` have the two that are written to, too. They go through the client libraries that Beam's
 extras install, with Beam's options. Beam's own file systems fall short: they make a client for every call,
 ask for an object's size before its bytes, keep the errors of a copy to themselves, and publish what a writer
-that failed had sent until then. `web.py` and `others.py` have what is only read.
+that failed had sent until then. `web.py` and `others.py` have the read-only stores.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ import contextlib
 import errno
 import io
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
+
+from beam_nifti import logs
 
 T = TypeVar("T")
 
@@ -235,11 +240,17 @@ class Store(abc.ABC):
         """
         from apache_beam.utils.retry import with_exponential_backoff
 
+        def may_pass(error: BaseException) -> bool:
+            passes = self.is_transient(error)
+            if passes:
+                _tell_once(self._host(path), *self._reason_of(_cause(error)))
+            return passes
+
         retrying = with_exponential_backoff(
             num_retries=ATTEMPTS - 1,
             initial_delay_secs=FIRST_WAIT,
             max_delay_secs=LONGEST_WAIT,
-            retry_filter=self.is_transient,
+            retry_filter=may_pass,
             logger=_say_nothing,
         )
         try:
@@ -247,6 +258,23 @@ class Store(abc.ABC):
         except Exception as e:
             raise self._as_os_error(path, e) from e
         return result
+
+    def _host(self, path: str) -> str:
+        """Which server a path is asked of, as people know it."""
+        return split_path(path)[0].rpartition("@")[2]  # a URL may have a password
+
+    def _reason_of(self, error: BaseException) -> tuple[str, float]:
+        """Why a request failed, without a word of the server's; and for how long it is tried again."""
+        status, _ = self._answer(error)
+        if status:
+            return f"fails (HTTP {status})", ALL_WAITS
+        found = _system_error(error)
+        if isinstance(found, TimeoutError) or "Timeout" in type(error).__name__:
+            return f"does not answer within {SILENCE:g} s", ALL_WAITS + (ATTEMPTS - 1) * SILENCE
+        if isinstance(found, socket.gaierror):
+            return "cannot be reached (its name cannot be resolved)", ALL_WAITS
+        reason = os.strerror(found.errno).lower() if found and found.errno else type(error).__name__
+        return f"cannot be reached ({reason})", ALL_WAITS
 
     def is_transient(self, error: BaseException) -> bool:
         """Whether a request that failed so may succeed later."""
@@ -270,7 +298,9 @@ class Store(abc.ABC):
             return TimeoutError(errno.ETIMEDOUT, f"the store failed {ATTEMPTS} times in a row ({said})", path)
         if status == 403:
             return PermissionError(errno.EACCES, f"access is denied ({said})", path)
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(_system_error(error), socket.gaierror):  # whose numbers are none of errno's
+            number = errno.EHOSTUNREACH
+        elif isinstance(error, OSError) and error.errno:
             number = error.errno
         elif status is not None and 400 <= status < 500 and status not in _NOT_OF_PATHS:
             number = errno.EINVAL
@@ -312,7 +342,7 @@ class Store(abc.ABC):
 
 
 class RangeStore(Store):
-    """A store that is only read, by requests for ranges."""
+    """A read-only store, by requests for ranges."""
 
     @abc.abstractmethod
     def request_stat(self, path: str) -> Stat:
@@ -389,8 +419,32 @@ class ObjectStore(Store):
         """Remove objects; those that are not there are no error."""
 
 
+_told: dict[str, float] = {}
+_telling = threading.Lock()
+
+
+def _tell_once(host: str, what: str, seconds: float) -> None:
+    """Report that a server fails, but not for each of the requests that fail with it."""
+    with _telling:
+        now = time.monotonic()
+        if now - _told.get(host, -seconds) < seconds:
+            return
+        _told[host] = now
+    logs.LOGGER.warning("%s %s; trying again for up to %.0f s", host, what, seconds)
+
+
 def _say_nothing(*_: object) -> None:
-    """Take the place of a logger: an error that passed is nobody's concern."""
+    """Take the place of a logger: `_tell_once` says enough."""
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The error of the system, or of looking a name up, that a client's error is about."""
+    found = None
+    while error is not None:
+        if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno):
+            found = error
+        error = getattr(error, "os_error", None) or error.__cause__ or error.__context__
+    return found
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -183,17 +183,16 @@ def _commands_of(parser: argparse.ArgumentParser, name: str) -> Iterable[tuple[s
             yield from _commands_of(command, f"{name} {word}".strip())
 
 
-def suggest_flag(flag: str, known: Iterable[str], cutoff: float = 0.75) -> str:
+def suggest_flag(flag: str, known: Iterable[str]) -> str:
     """A hint that names the flag that was probably meant; "" if none is similar.
 
     Args:
         flag: that was given.
         known: those that there are.
-        cutoff: similarity, 0 to 1, from which on one is suggested; one that begins so always is.
     """
     known = [each for each in known if each != "--help"]
     longer = [each for each in known if each.startswith(f"{flag}-")]
-    close = longer or difflib.get_close_matches(flag, known, n=1, cutoff=cutoff)
+    close = longer or difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
     return f"did you mean {close[0]}?" if close else ""
 
 

@@ -475,8 +475,12 @@ def _triple(
     try:
         x, y, z = map(number, text.split(","))
     except ValueError:
-        example = "160,192,160" if number is int else "1,1,1.5"
-        raise UsageError(f"{flag} is {text!r}; give three numbers with commas, such as {example}") from None
+        wanted = (
+            "three whole numbers of voxels, x,y,z without channels, such as 160,192,160"
+            if number is int
+            else "three sizes in mm with commas, such as 1,1,1.5"
+        )
+        raise UsageError(f"{flag} is {text!r}; give {wanted}") from None
     return x, y, z
 
 

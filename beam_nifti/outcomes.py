@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import errno
 import re
+import socket
 import sys
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -48,6 +49,7 @@ _PASSING: Final = (
     PartsChangedError,
     ConnectionError,
     TimeoutError,
+    socket.gaierror,  # a resolver that is down and a name that does not exist are told apart by nobody
     InterruptedError,
     BlockingIOError,
     MemoryError,

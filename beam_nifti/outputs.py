@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -40,17 +41,41 @@ def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None 
         raise UsageError(f"{flag} is {path}, a file of the dataset in {dataset}; choose another file")
 
 
-def dataset_of(path: str) -> str | None:
-    """The folder of the dataset, complete or not, to which a file belongs by name; None for other files."""
+def refuse_own(manifest: str, output: str) -> None:
+    """Refuse a manifest that a build into OUTPUT would replace or remove.
+
+    Raises:
+        UsageError: it is named as a file of a dataset in OUTPUT, such as its list of failures.
+    """
+    target = manifest if storage.is_remote(manifest) else os.path.realpath(manifest)
+    if dataset_of(target, output) is not None:
+        raise UsageError(
+            f"MANIFEST is {manifest}, which a build into {output} may replace or remove; copy it elsewhere, "
+            "or choose another OUTPUT"
+        )
+
+
+def dataset_of(path: str, output: str | None = None) -> str | None:
+    """The folder of the dataset to which a file belongs by name; None for other files.
+
+    Args:
+        path: of the file.
+        output: the one folder that may be it, whether there is a dataset or not; None for any that has one,
+            complete or not.
+    """
     folder = storage.resolved(path)
     below: list[str] = []
     for _ in range(_DEPTH):
         folder, _, name = folder.rpartition("/")
         below.insert(0, name)
         is_own = below[0] in _FOLDERS if below[1:] else _is_own(name)
-        if is_own and any(storage.exists(storage.join(folder, mark)) for mark in (FILE_NAME, ".build")):
+        if is_own and (storage.is_same(folder, output) if output else _holds_dataset(folder)):
             return folder
     return None
+
+
+def _holds_dataset(folder: str) -> bool:
+    return any(storage.exists(storage.join(folder, mark)) for mark in (FILE_NAME, ".build"))
 
 
 def _is_own(name: str) -> bool:

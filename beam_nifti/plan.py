@@ -84,7 +84,7 @@ class BuildPlan:
     Attributes:
         config: with absolute paths, and `sharding` and `columns.label` set.
         num_rows: rows of the manifest.
-        num_skipped: those of them that are left out, as they lack a label.
+        num_skipped: those of them that are skipped, as they lack a label.
         digest: of the manifest's content.
         column_names: of the manifest.
         extra_columns: those of them that are only kept in the index.

@@ -51,12 +51,12 @@ class BuildSummary:
 
     Attributes:
         num_written: records in the shards.
-        num_failed: volumes left out.
+        num_failed: volumes that failed.
         num_bytes: of the shards.
         num_shards: of all splits.
         complete: whether the dataset was published.
-        failures_path: of the list of the volumes left out; "" where there are none.
-        failures: volumes left out, by step and then by the class of the error.
+        failures_path: of the list of failed volumes; "" where there are none.
+        failures: volumes that failed, by step and then by the class of the error.
         reasons: of the most frequent failures.
     """
 
@@ -149,7 +149,7 @@ def publish_dataset(
     Args:
         plan: of the build.
         shards: every shard, in any order.
-        failures: every volume, or image whose frames are the volumes, that was left out, in any order.
+        failures: every volume, or image whose frames are the volumes, that failed, in any order.
         mask_labels: those of all masks.
 
     Raises:

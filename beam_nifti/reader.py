@@ -88,7 +88,7 @@ def load_dataset(
         pad: fill volumes, or other columns, of different shapes with zeros, at their ends, up to the largest
             of a batch, as `padded_batch` does; else they cannot be batched.
         ragged: instead make batches of them that are `tf.RaggedTensor`, as `ragged_batch` does.
-        on_error: "skip" leaves out records that are damaged and warns of each, once, by `logging`.
+        on_error: "skip" skips records that are damaged and warns of each, once, by `logging`.
             Cardinality is unknown then, and `start` also counts the batches of which nothing was left.
         engine: "indexed" reads records by their places in the index, with threads of Python; "sequential"
             reads shards from end to end, all in TensorFlow, and takes none of `start`, `start_state`,

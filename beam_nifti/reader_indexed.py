@@ -95,7 +95,7 @@ class _Steps:
         order: of them.
         batching: of them.
         is_batch: whether a step is a batch; a single record, without the axis B, otherwise.
-        skips: whether to leave out damaged records, of a batch.
+        skips: whether to skip damaged records, of a batch.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ def read_indexed(
         batching: of them; its size is that of `order`, or None for single records.
         repeat: how many epochs; None means without end.
         start: the first step, counted through all epochs.
-        skips: whether to leave out damaged records. The cardinality is unknown then.
+        skips: whether to skip damaged records. The cardinality is unknown then.
 
     Raises:
         UsageError: there are fewer steps, or records of different shapes are to be batched.

@@ -92,7 +92,7 @@ class ReportSummary:
     Attributes:
         num_examples: records that were looked at.
         num_outliers: of these.
-        num_failures: volumes that the build left out.
+        num_failures: volumes that failed in the build.
         problems: sentences about what is damaged; none for a sound dataset.
         num_bytes: of the page.
     """

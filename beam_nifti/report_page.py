@@ -80,7 +80,7 @@ def make_page(
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy wants it."""
+    """As a Content-Security-Policy requires it."""
     return f"sha256-{_base64(hashlib.sha256(text.encode()).digest())}"
 
 

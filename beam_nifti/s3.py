@@ -26,6 +26,7 @@ class S3(ObjectStore):
 
         self._lost = (
             exceptions.HTTPClientError,
+            exceptions.ConnectionError,  # refused, or the name of the server not found
             exceptions.ResponseStreamingError,
             exceptions.IncompleteReadError,
             exceptions.FlexibleChecksumError,
@@ -48,6 +49,9 @@ class S3(ObjectStore):
                 max_pool_connections=_CONNECTIONS,
             ),
         )
+
+    def _host(self, path: str) -> str:
+        return super()._host(self.client.meta.endpoint_url)
 
     @staticmethod
     def _answer(error: BaseException) -> tuple[int | None, str]:

@@ -1,7 +1,7 @@
 """Files, local or remote. The only module that knows how to reach a path.
 
 URLs with the schemes `s3://` and `gs://` go through `s3` and `gcs`. `http://`, `https://` and `hdfs://`, by
-`web`, are only read, and so is what fsspec serves, such as `az://`, by `others`; but another scheme that Beam
+`web`, are read-only, and so is what fsspec serves, such as `az://`, by `others`; but another scheme that Beam
 knows goes through its FileSystems. Client libraries are imported only then. All else is the local disk.
 """
 

@@ -1,4 +1,4 @@
-"""What a cohort's images are, and what a build would make of them, by their headers alone."""
+"""What images are, and what a build would make of them, by their headers and the sizes of their files."""
 
 from __future__ import annotations
 

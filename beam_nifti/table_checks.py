@@ -21,6 +21,7 @@ from beam_nifti.labels import comparable
 from beam_nifti.manifest import Manifest, frame_id
 from beam_nifti.sharding import ShardName
 
+_ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
 _SHOWN: Final = 3
 """Examples named in a problem that concerns many."""
 
@@ -169,7 +170,7 @@ def index_rows(table: pa.Table, split: str, record: RecordConfig) -> pa.Table:
 
 
 def manifest_rows(manifest: Manifest, record: RecordConfig) -> pa.Table:
-    """Id, labels and split of the rows of a manifest, but for those that lack a label and are left out.
+    """Id, labels and split of the rows of a manifest, but for those that lack a label and are skipped.
 
     Args:
         manifest: of the same columns as the records'.
@@ -221,12 +222,13 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
     at = pc.index_in(known["id"], value_set=wanted["id"].combine_chunks())
     surplus = known.filter(pc.is_null(at))
     if surplus.num_rows:
-        yield f"{surplus.num_rows} examples of the dataset are not in the manifest: {_named(surplus)}"
+        named = _named(surplus)
+        yield f"{surplus.num_rows} examples of the dataset are not in the manifest: {named}; {_ANEW}"
     missing = wanted.filter(pc.invert(_is_in(wanted, known)))
     if missing.num_rows:
         yield (
             f"{missing.num_rows} rows of the manifest are neither in the shards nor in "
-            f"the list of failures: {_named(missing)}"
+            f"the list of failures: {_named(missing)}; run the build again, which adds new rows"
         )
     both, theirs = known.filter(pc.is_valid(at)), wanted.take(pc.drop_null(at))
     for column in known.column_names[1:]:
@@ -238,7 +240,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
         if different.num_rows:
             yield (
                 f"{different.num_rows} examples have another {column} in the manifest (dataset's, "
-                f"manifest's): {_named(different, [column, 'now'])}"
+                f"manifest's): {_named(different, [column, 'now'])}; {_ANEW}"
             )
 
 

@@ -201,7 +201,8 @@ class _Images:
             if row is None:
                 yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
                 return
-            row = replace(row, example_id=cells["example_id"])  # which may be that of one of its frames
+            # The id may be that of one of its frames; another label is told of by `compare_rows`.
+            row = replace(row, example_id=cells["example_id"], label=cells["label"])
         else:
             further = tuple(cells[extra_column(name)] for name in self.columns.files[1:])
             row = VolumeRow(

@@ -26,7 +26,7 @@ _PARTS: Final[dict[str | None, _Part]] = {
 
 
 def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = None) -> Voxels:
-    """What a record wants of an image's voxels, in C order and native byte order.
+    """What a record requires of an image's voxels, in C order and native byte order.
 
     Args:
         image: open.

@@ -16,7 +16,7 @@ Source: Unicode's categories Cc, Zl, Zp and Cs, and its property Bidi_Control.
 
 
 def format_rows(rows: Iterable[tuple[str, str]], width: int) -> str:
-    """Rows as lines, a row a line, whatever its text holds.
+    """Rows as lines, one line per row, whatever its text holds.
 
     Args:
         rows: of a name and a text.

@@ -285,6 +285,18 @@ def as_nii(manifest: Path) -> Path:
     return manifest
 
 
+def test_a_file_of_the_same_size_that_is_half_a_microsecond_younger_is_noticed(
+    own: Path, tmp_path: Path
+) -> None:
+    manifest, output = as_nii(own), tmp_path / "out"
+    image = own.parent / "sub-0003.nii"
+    build(manifest, output)
+    times = image.stat()
+    change_unnoticed(image)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns + 500))
+    assert build(manifest, output).read == {image.name}
+
+
 def test_recheck_replaces_what_differs_and_keeps_the_rest(own: Path, tmp_path: Path) -> None:
     manifest, output = as_nii(own), tmp_path / "out"
     build(manifest, output, examples_per_shard=2)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -54,7 +55,7 @@ images = st.fixed_dictionaries(
         "turn": st.sampled_from(sorted(TURNS)),
     }
 )
-broken = st.sampled_from(["junk", "missing", "header only"])
+broken = st.sampled_from(["junk", "missing", "header only", "short", "long"])
 records = st.fixed_dictionaries(
     {},
     optional={
@@ -80,8 +81,13 @@ def cohort_of(contents: list[Image | str]) -> Iterator[Path]:
         for number, image in enumerate(contents):
             path = folder / f"{number}.nii"
             if isinstance(image, str):
-                if image != "missing":
+                if image == "junk":
                     path.write_bytes(b"junk" * 300)
+                elif image != "missing":
+                    write_image(path, random_voxels((6, 5, 4), "int16", seed=number))
+                    whole = path.read_bytes()
+                    end = {"header only": 352, "short": -1, "long": None}[image]
+                    path.write_bytes(whole[:end] + bytes(5000 if image == "long" else 0))
                 continue
             voxels = random_voxels((*image["grid"], *image["frames"]), image["dtype"], seed=number)
             write_image(path, voxels, affine=affine_of(image))
@@ -156,12 +162,10 @@ def test_check_counts_what_a_build_makes(
         assert all(problem["message"] for problem in report["problems"])
 
 
-def applied(manifest: Path, flags: list[str]) -> BuildConfig:
+def applied(manifest: Path, flags: list[str], *more: str) -> BuildConfig:
     """The build that suggested flags make, as a user gives them."""
     words = [word for flag in flags for word in flag.split()]
-    parsed, rest = options.parse(
-        ["build", str(manifest), str(manifest.parent / "out"), "--rescale=none", *words]
-    )
+    parsed, rest = options.parse(["build", str(manifest), str(manifest.parent / "out"), *more, *words])
     assert rest == []
     return build_config(parsed)
 
@@ -176,12 +180,47 @@ def test_the_advice_of_check_loses_nothing(contents: list[Image], record: dict[s
         flags = checked(config)[1]["suggested_flags"]
         if given_frames and not any(flag.startswith("--frames") for flag in flags):
             flags = [*flags, "--frames all"]
-        config = applied(manifest, flags)
+        config = applied(manifest, flags, "--rescale=none")
         code, num_records, failed = built(config)
         assert (code, num_records, failed) == (cli.SUCCESS, len(contents), set()), flags
         assert checked(replace(config, output=""))[1]["suggested_flags"] == []
         for number, image in enumerate(contents):
             assert_kept(VolumeRow(number + 1, "", f"{number}.nii", None), manifest, config.record, image)
+
+
+odd_spacings = st.sampled_from([(0.002,) * 3, (2000.0,) * 3, (20.0, 20.0, 25.0), (1e-4, 2.0, 2.5)])
+still_images = images.map(lambda image: {**image, "frames": ()})
+odd_images = st.builds(lambda image, spacing: {**image, "spacing": spacing}, still_images, odd_spacings)
+
+
+@settings(max_examples=10)
+@given(
+    contents=st.lists(st.one_of(still_images, still_images, odd_images), min_size=2, max_size=6),
+    native=st.booleans(),
+    mixed=st.booleans(),
+)
+def test_the_advice_of_check_makes_no_image_fail(contents: list[Image], native: bool, mixed: bool) -> None:
+    """Not even images whose headers have their voxel size in another unit."""
+    flags = ["--allow-mixed-shapes"] if mixed else []
+    flags += ["--rescale none", "--voxel-dtype native"] if native else []
+    with cohort_of(list(contents)) as manifest:
+        config = applied(manifest, flags)
+        suggested = checked(replace(config, output=""))[1]["suggested_flags"]
+        code, _, failed = built(config)
+        if any("voxel-dtype" in flag for flag in suggested):
+            flags.pop()  # in the place of it
+        code_with, _, failed_with = built(applied(manifest, [*flags, *suggested]))
+    assert failed_with <= failed
+    assert code_with <= code
+
+
+def test_a_spacing_that_an_odd_image_cannot_have_is_not_suggested() -> None:
+    image = {"grid": (6, 5, 4), "frames": (), "dtype": "int16", "spacing": (2.0,) * 3, "turn": "RAS"}
+    for spacing in ((0.002,) * 3, (2000.0,) * 3):
+        with cohort_of([image, image, image, image | {"spacing": spacing}]) as manifest:
+            config = BuildConfig(str(manifest), "")
+            code, report = checked(config)
+        assert (code, report["num_bad"], report["suggested_flags"]) == (0, 0, [])
 
 
 def assert_kept(row: VolumeRow, manifest: Path, record: RecordConfig, image: Image) -> None:
@@ -199,6 +238,33 @@ def assert_kept(row: VolumeRow, manifest: Path, record: RecordConfig, image: Ima
         ).voxels.shape
         assert all(size <= wanted for size, wanted in zip(sizes, record.shape, strict=False))
     assert record.orientation in (None, orientation_of(turned.affine))
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.img", "a.hdr"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (-1, "truncated: {size} bytes where shape (6, 5, 4) of int16 needs"),
+        (4096, None),  # padding
+        (4097, "holds more than the "),
+    ],
+)
+def test_check_fails_images_whose_size_shows_it(
+    tmp_path: Path, name: str, change: int, message: str | None
+) -> None:
+    image = nib.Nifti1Image if name == "a.nii" else nib.Nifti1Pair
+    nib.save(image(random_voxels((6, 5, 4), "int16", 0), np.eye(4)), tmp_path / name)
+    file = tmp_path / name.replace("hdr", "img")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:change] if change < 0 else whole + bytes(change))
+    write_image(tmp_path / "b.nii", random_voxels((6, 5, 4), "int16", 1))
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": "b.nii"}, {"path": name}])
+    config = BuildConfig(str(manifest), str(tmp_path / "out"))
+    code, report = checked(config)
+    found = [problem["message"] for problem in report["problems"]]
+    assert len(found) == (message is not None)
+    assert all((message or "").format(size=file.stat().st_size) in text for text in found)
+    assert (code, report["num_examples"]) == built(config)[:2]
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,17 @@ def test_no_dataset_exits_with_1(command: str, tmp_path: Path, capsys: pytest.Ca
     assert "no complete dataset here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["verify", "inspect", "report", "card"])
+@pytest.mark.parametrize("name", ["dataset_info.json", "manifest.tsv"])
+def test_a_file_in_the_place_of_the_folder_is_named(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / name
+    file.write_text("{}")
+    assert cli.main([command, str(file)]) == cli.FAILED
+    assert f"{file} is not a folder; give the folder of the dataset" in capsys.readouterr().err
+
+
 def test_the_entry_point_for_schedulers_is_the_same_command(cohort: Path, tmp_path: Path) -> None:
     assert build_dataset.main([str(cohort), str(tmp_path / "out"), "--quiet"]) == cli.SUCCESS
     assert read_info(str(tmp_path / "out")).num_examples == 12
@@ -490,6 +501,20 @@ def test_an_output_that_is_a_file(
     said = capsys.readouterr().err
     assert str(tmp_path / "file") in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite", "--rescale=zscore"]])
+def test_other_files_in_output_are_accepted_and_stay(
+    cohort: Path, built: Callable[..., Path], flags: list[str]
+) -> None:
+    output = cohort.parent.parent / "out"
+    foreign = {output / name: name for name in ("README.md", "index/notes.txt", "scans/a.nii", ".build.txt")}
+    for path, text in foreign.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    built()
+    built(*flags)
+    assert {path: path.read_text() for path in foreign} == foreign
 
 
 def test_a_folder_of_our_name_that_is_not_ours_stays(cohort: Path, built: Callable[..., Path]) -> None:

@@ -345,7 +345,7 @@ def test_rows_of_a_participant_that_agree_are_one(study: Path, capsys: Capture) 
     )
 
 
-@pytest.mark.parametrize("text", ["n/a", "N/A", "NaN", "nan", " n/a ", "", " "])
+@pytest.mark.parametrize("text", ["n/a", "N/A", "NaN", "nan", "-nan", "+nan", " n/a ", "", " "])
 def test_a_missing_value_has_many_spellings(text: str, study: Path, capsys: Capture) -> None:
     (study / "participants.tsv").write_text(
         f"participant_id\tage\tsex\nsub-01\t31\t{text}\nsub-02\t{text}\tF\n"
@@ -381,6 +381,34 @@ def test_a_derivative_takes_the_tables_of_its_dataset(study: Path, capsys: Captu
     write_tsv(root / "participants.tsv", "participant_id age", "sub-02 43")
     rows, _ = rows_of(capsys, "bids", str(root), "--suffix=T1w", "--label=age")
     assert [row["label"] for row in rows] == ["43"]
+
+
+def test_what_is_suspicious_in_a_table_is_reported(study: Path, capsys: Capture) -> None:
+    participants, sessions = study / "participants.tsv", study / "sub-01/sub-01_sessions.tsv"
+    touch(study, "sub-01/ses-a/anat/sub-01_ses-a_FLAIR.nii")
+    participants.write_text('participant_id\tage\nsub-01 \t31\nsub-02\t"42.5"\nsub-03\t77\n')
+    sessions.write_text("session_id\tdate\nses-a \t1\n")
+    _, notes = rows_of(capsys, "bids", str(study), "--suffix=FLAIR", "--column=age", "--column=date")
+    blanks = "1 cell was read without the white space at the ends, such as"
+    assert [note for note in notes if ".tsv: " in note] == [
+        f"{participants}: row 2: age has quotes around a cell; in a TSV they are part of the value",
+        f"{participants}: {blanks} 'participant_id' of row 1",
+        f"{sessions}: {blanks} 'session_id' of row 1",
+    ]
+    write_tsv(participants, "participant_id age", "sub-01 31", "sub-02 42 5", "sub-03")
+    said = error_of(capsys, "bids", str(study), "--suffix=T1w", "--column=age")
+    assert f"{participants}: row 2: 3 cells where the header names 2; row 3: 1 cells" in said
+
+
+def test_participants_whose_names_are_probably_one_are_named(study: Path, capsys: Capture) -> None:
+    touch(study, "sub-003/anat/sub-003_T1w.nii.gz", "Sub-02/anat/Sub-02_T1w.nii.gz")
+    write_tsv(study / "participants.tsv", "participant_id age", "sub-01 31", "Sub-02 42", "sub-03 7")
+    _, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
+    assert (
+        "possibly one participant with two names: sub-03 and sub-003, Sub-02 and sub-02; if so, rename one"
+    ) in notes
+    assert "1 participant (Sub-02) in participants.tsv, without such an image" in notes
+    assert "possibly the same id in table and image name: Sub-02 for sub-02; ids must match exactly" in notes
 
 
 def test_images_and_folders_out_of_place_are_named(study: Path, capsys: Capture) -> None:

@@ -23,7 +23,7 @@ from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.outputs import dataset_of, require_apart
 from beam_nifti.random_access import Dataset
 from tests.build_helpers import assert_complete, build, build_apart, sha256
-from tests.images import name_of, write_cohort, write_image
+from tests.images import name_of, write_cohort, write_image, write_manifest
 
 SHARD = "train-00000-of-00002.tfrecord.gz"
 TEMPORARY = f"{'0' * 32}.tmp"
@@ -326,6 +326,42 @@ def test_an_input_is_known_by_whatever_path(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="which is the manifest"):
             require_apart(f"{tmp_path}/{name}", "--out", {"the manifest": str(tmp_path / "m.tsv")})
     require_apart(f"{tmp_path}/other", "--out", {"the manifest": str(tmp_path / "m.tsv")})
+
+
+@pytest.mark.parametrize("name", ["failures.jsonl", ".build/failures.jsonl", "index/a.tsv", "link.jsonl"])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_manifest_that_the_build_would_remove_is_refused(
+    tmp_path: Path, name: str, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 4)
+    (manifest.parent / name_of(1)).write_bytes(b"no image")
+    output = tmp_path / "out"
+    build(manifest, output, max_bad_fraction=0.5)
+    path = tmp_path / name if name.startswith("link") else output / name
+    path.parent.mkdir(exist_ok=True)
+    if name.startswith("link"):
+        path.symlink_to(output / "failures.jsonl")
+    elif not path.exists():
+        path.write_bytes((output / "failures.jsonl").read_bytes())
+    before = snapshot(tmp_path)
+    assert cli.main(["build", str(path), str(output), *flags]) == cli.USAGE
+    assert f"MANIFEST is {path}, which a build into {output} may replace or rem" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "sub/failures.jsonl"])
+def test_a_manifest_in_output_that_no_build_touches_stays(tmp_path: Path, name: str) -> None:
+    folder, path = write_cohort(tmp_path / "cohort", 4).parent, tmp_path / "out" / name
+    rows = [{"participant_id": f"sub-{i}", "path": str(folder / name_of(i))} for i in range(4)]
+    path.parent.mkdir(parents=True)
+    if name.endswith(".tsv"):
+        write_manifest(path, rows)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    before = path.read_bytes()
+    for overwrite in (False, True):
+        assert build(path, tmp_path / "out", overwrite=overwrite).summary.num_written == 4
+    assert path.read_bytes() == before
 
 
 def test_files_of_a_dataset_are_known_by_their_names(copied: Path) -> None:

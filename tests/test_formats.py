@@ -250,7 +250,7 @@ def test_voxels_that_are_named_packed_and_are_not_are_refused(tmp_path: Path) ->
         path = pair(tmp_path, brain().ravel()[: len(data) // 2].reshape(1, 1, -1), packed)
         (tmp_path / f"a.img{packed}").write_bytes(b"xx" + data[2:])
         with pytest.raises(
-            VolumeError, match=r"its \.img file is not packed as its name says; copy it again"
+            VolumeError, match=r"its \.img file is not compressed as its name says; copy it again"
         ):
             load_volume(row_of(path))
 

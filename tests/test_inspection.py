@@ -23,7 +23,7 @@ COUNT = 5
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two splits and one volume left out."""
+    """Two splits and one volume that failed."""
     folder = tmp_path_factory.mktemp("data")
     manifest = write_cohort(folder / "cohort", COUNT + 1, split=["train", "test"])
     (manifest.parent / "sub-0001.nii.gz").write_bytes(b"no image")
@@ -102,7 +102,7 @@ def test_dataset_as_text(dataset: Path) -> None:
     assert value_of(text, "on disk") == "int16 (5)"
     assert value_of(text, "written with") == "rescale minmax, compression gzip level 2"
     assert value_of(text, "labels") == "0 to 5, mean 2.8"
-    assert value_of(text, "left out") == f"1: {dataset}/failures.jsonl"
+    assert value_of(text, "failed") == f"1: {dataset}/failures.jsonl"
     assert value_of(text, "manifest").endswith("manifest.tsv  (6 rows)")
     assert "apache-beam" in value_of(text, "versions")
 
@@ -124,7 +124,7 @@ def test_unlabelled_mixed_uncompressed_dataset(tmp_path: Path) -> None:
     assert "and 2 more shapes" in text
     assert value_of(text, "on disk") == "int16 (6), uint8 (1)"
     assert value_of(text, "labels") == "none"
-    assert value_of(text, "left out") == "none"
+    assert value_of(text, "failed") == "none"
     assert value_of(text, "written with") == "rescale none, compression none"
 
 

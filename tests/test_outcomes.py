@@ -50,6 +50,7 @@ CAUSES: list[tuple[Exception, int]] = [
     (os_error(errno.ETIMEDOUT), TEMPORARY),
     (os_error(errno.ECONNREFUSED), TEMPORARY),
     (os_error(errno.ENETUNREACH), TEMPORARY),
+    (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), TEMPORARY),
     (MemoryError(), TEMPORARY),
     (errors.OutputBusyError("busy"), TEMPORARY),
     (errors.ManifestChangedError("m.tsv", ["changed"]), TEMPORARY),

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import pytest
 from beam_nifti import cli
 from beam_nifti.config import BuildConfig, Columns, Splitting
 from beam_nifti.dataset_info import read_info
-from beam_nifti.errors import OutputError, UsageError
+from beam_nifti.errors import ManifestError, OutputError, UsageError
 from beam_nifti.extract import read_volume
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
-from beam_nifti.manifest import read_manifest
+from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import build, build_apart
@@ -216,6 +217,65 @@ def test_another_key_is_another_making(manifest: Path, key: str, tmp_path: Path)
         build(manifest, tmp_path / "named", anonymous_ids=key)
 
 
+NAMED = ("sub-01", "sub-02", "sub-03", "sub-04")
+
+
+def read_anonymous(
+    tmp_path: Path, key: str, names: Sequence[str], column: str, cells: Sequence[str]
+) -> Manifest:
+    """A manifest of these participants with a further column, read with the key."""
+    rows = [
+        {"participant_id": name, "path": f"images/{i}.nii", column: cell}
+        for i, (name, cell) in enumerate(zip(names, cells, strict=True))
+    ]
+    return read_manifest(str(write_manifest(tmp_path / "m.tsv", rows)), pseudonyms=read_pseudonyms(key))
+
+
+@pytest.mark.parametrize("column", ["label", "subject"])
+@pytest.mark.parametrize(
+    ("names", "cells", "row"),
+    [
+        (NAMED, NAMED, 1),
+        (NAMED, ("n/a", "n/a", "Sub-2", "n/a"), 3),  # another one's, and spelled in another way
+        (NAMED, ("n/a", "see /scans/SUB-02_old", "n/a", "n/a"), 2),
+        (NAMED, ("n/a", "n/a", "images/2.nii", "n/a"), 3),
+        (("100307", "100408"), ("scan 100307", "no"), 1),
+        (("AB", "CD", "EF"), ("ab", "cd", "n/a"), None),
+    ],
+)
+def test_a_column_that_would_give_names_away_is_refused(
+    tmp_path: Path, key: str, column: str, names: Sequence[str], cells: Sequence[str], row: int | None
+) -> None:
+    with pytest.raises(ManifestError) as raised:
+        read_anonymous(tmp_path, key, names, column, cells)
+    (problem,) = raised.value.problems
+    where = (
+        f"row {row}: {column} has the name of a participant" if row else f"{column} has the name or number"
+    )
+    assert problem.startswith(where)
+    assert "which --anonymous-ids does not replace there; drop the column, or replace its values" in problem
+    assert not any(name in problem for name in names)
+
+
+@pytest.mark.parametrize(
+    ("names", "cells", "warnings"),
+    [
+        (NAMED, ("1", "02", "3", "n/a"), 1),
+        (NAMED, ("1", "2", "3", "5"), 0),
+        (NAMED, ("1", "1", "1", "1"), 0),
+        (NAMED, ("sub-05", "sub-011", "n/a", ""), 0),
+        (("12", "7", "40", "41"), ("40", "12", "7", "40"), 0),  # ages
+        (("AD", "MB", "CN", "XY"), ("CN", "AD", "AD", "CN"), 0),  # initials, and diagnoses
+    ],
+)
+def test_what_may_be_there_by_chance_is_not_refused(
+    tmp_path: Path, key: str, names: Sequence[str], cells: Sequence[str], warnings: int
+) -> None:
+    manifest = read_anonymous(tmp_path, key, names, "score", cells)
+    found = [text for text in manifest.warnings if text.startswith("score has the name or number of")]
+    assert len(found) == warnings
+
+
 def test_verify_needs_the_key_for_manifest_and_images(manifest: Path, key: str, tmp_path: Path) -> None:
     output, other = str(tmp_path / "out"), tmp_path / "other"
     other.write_bytes(SECRET[::-1])
@@ -234,6 +294,19 @@ def test_verify_needs_the_key_for_manifest_and_images(manifest: Path, key: str, 
     build(manifest, tmp_path / "named", max_bad_fraction=0.5)
     with pytest.raises(UsageError, match="its ids are not anonymous"):
         verify_dataset(str(tmp_path / "named"), anonymous_ids=key)
+
+
+@pytest.mark.parametrize("is_anonymous", [True, False])
+def test_another_label_is_no_fault_of_an_image(tmp_path: Path, key: str, is_anonymous: bool) -> None:
+    study, output = write_study(tmp_path / "study"), str(tmp_path / "out")
+    given = {"anonymous_ids": key} if is_anonymous else {}
+    build(study, output, **given)
+    head, first, *rest = study.read_text().splitlines()
+    cells = dict(zip(head.split("\t"), first.split("\t"), strict=True)) | {"label": "77"}
+    study.write_text("\n".join([head, "\t".join(cells.values()), *rest]))
+    (problem,) = verify_dataset(output, manifest=str(study), deep=ALL, **given).problems
+    assert "1 examples have another label in the manifest" in problem
+    assert problem.endswith("or run the build again with --overwrite")
 
 
 def test_verify_says_which_image_the_manifest_lacks(tmp_path: Path, key: str) -> None:

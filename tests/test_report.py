@@ -79,7 +79,7 @@ def report(output: Path, out: Path, *, num_pictures: int = 1000, workers: int = 
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of 24 heads, and a volume that was left out."""
+    """A dataset of 24 heads, and a volume that failed."""
     folder = tmp_path_factory.mktemp("heads")
     manifest = write_heads(folder / "images")
     columns = Columns(label="age:float,sex:class")
@@ -321,7 +321,7 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     said = run("report", output, "--workers", 2)
     assert re.fullmatch(
-        r"report   12 examples, \d+ outliers?, 0 volumes left out, 0\.\d MB: report.html\n", said
+        r"report   12 examples, \d+ outliers?, 0 volumes failed, 0\.\d MB: report.html\n", said
     )
     assert (tmp_path / "report.html").read_bytes().startswith(b"<!DOCTYPE html>")
     edit_record(output, 0, lambda payload: payload[:-1])

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from beam_nifti.build import TooManyFailures
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.errors import VolumeError
 from beam_nifti.lock import LOCK_FILE
+from beam_nifti.outcomes import TEMPORARY, exit_code
 from beam_nifti.random_access import Dataset
 from beam_nifti.storage import join
 from beam_nifti.volume import load_volume
@@ -268,6 +270,23 @@ def test_a_scheme_that_is_not_served_says_what_to_do() -> None:
             access("nowhere://b/x")
     with pytest.raises(OSError, match="nothing here serves"):
         storage.write("nowhere://b/x", b"")
+
+
+def test_a_server_of_fsspec_whose_name_is_not_found_may_be_found_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fsspec = pytest.importorskip("fsspec")
+
+    class Lost(fsspec.AbstractFileSystem):  # type: ignore[misc]
+        protocol = "lost"
+
+        def info(self, path: str, **_: object) -> dict[str, object]:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    fsspec.register_implementation("lost", Lost, clobber=True)
+    with pytest.raises(OSError, match="Name or service not known") as raised:
+        storage.read("lost://account/a.tsv")
+    assert exit_code(raised.value) == TEMPORARY
 
 
 def test_what_fsspec_serves_is_read_as_the_disk_is(tmp_path: Path) -> None:

@@ -128,6 +128,25 @@ def test_other_options_are_refused(
     assert_complete(output, output.parent / "fresh")
 
 
+@pytest.mark.parametrize(
+    ("flags", "differences"),
+    [
+        (["--rescale=none"], ["--rescale was minmax, now none"]),
+        (["--mask-column=mask"], ["--mask-column was not given, now mask"]),
+        (["--split=a=0.5,b=0.5"], ["--split was not given, now a=0.5,b=0.5"]),
+        (
+            ["--shape=9,9,9", "--examples-per-shard=3"],
+            ["--shape was not given, now 9,9,9", "--examples-per-shard was 4, now 3"],
+        ),
+    ],
+)
+def test_only_options_that_were_given_are_named(
+    manifest: Path, output: Path, flags: list[str], differences: list[str], run: Callable[..., str]
+) -> None:
+    said = run("build", manifest, output, "--dry-run", *flags, code=2)
+    assert re.findall(r"^  (--.*)$", said, re.M) == differences
+
+
 def test_the_command_line_refuses_with_code_2(manifest: Path, output: Path, run: Callable[..., str]) -> None:
     said = run("build", manifest, output, "--examples-per-shard", 4, "--rescale", "zscore", code=2)
     assert "--rescale was minmax, now zscore" in said

@@ -692,7 +692,7 @@ def change_manifest(manifest: Path, *lines: tuple[int, str | None]) -> None:
         ((2, None), ["1 examples of the dataset are not in the manifest: sub-0002"]),
         (
             (COUNT, "sub-9\tsub-9.nii.gz\t8\t21"),
-            ["1 rows of the manifest are neither in the shards nor in the list of failures: sub-9"],
+            ["1 rows of the manifest are neither in the shards nor in the list of failures: sub-9; run"],
         ),
     ],
 )

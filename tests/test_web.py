@@ -145,6 +145,49 @@ def test_a_server_that_stays_down_is_given_up(server: FaultProxy, monkeypatch: p
     assert len(server.requests) == ATTEMPTS
 
 
+def no_address(*_: object, **__: object) -> None:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+@pytest.mark.parametrize("scheme", ["http", "hdfs"])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_server_that_cannot_be_reached_is_named_once(
+    scheme: str,
+    is_named: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(object_store, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(object_store, "_told", {})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+    if not is_named:
+        monkeypatch.setattr(socket, "getaddrinfo", no_address)
+        host = "store.example:81"
+    url = f"{scheme}://me:password@{host}/cohort/manifest.tsv"
+    said = []
+    for _ in range(2):
+        assert cli.main(["build", url, str(tmp_path / "out"), "--quiet"]) == cli.TEMPORARY
+        said.append(capsys.readouterr().err.splitlines())
+    reason = "connection refused" if is_named else "its name cannot be resolved"
+    assert said[0][0] == f"{host} cannot be reached ({reason}); trying again for up to 63 s"
+    assert said[0][1:] == said[1], "it was told a second time"
+
+
+def test_a_server_that_fails_is_named(
+    server: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(object_store, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(object_store, "_told", {})
+    answers = iter(["503", "503"])
+    server.choose = lambda *_: next(answers, "")
+    storage.read(f"{server.url}/cohort/manifest.tsv?signature=secret")
+    (record,) = caplog.records
+    host = server.url.removeprefix("http://")
+    assert record.getMessage() == f"{host} fails (HTTP 503); trying again for up to 63 s"
+
+
 @pytest.mark.parametrize(("fault", "code"), [("400", 2), ("403", 2), ("404", 2), ("503", 75)])
 def test_only_what_may_pass_asks_for_another_attempt(
     server: FaultProxy, tmp_path: Path, fault: str, code: int, monkeypatch: pytest.MonkeyPatch

@@ -231,6 +231,7 @@ def test_what_is_missing_differs_from_what_is_not_reached(
     with pytest.raises(DatasetError, match=r"cannot be reached .*not accept the credentials"):
         Dataset(folder("s3"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
+    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
     monkeypatch.setattr(storage, "_stores", {})
     with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*Could not connect"):
         Dataset(folder("s3"))
@@ -427,6 +428,25 @@ def test_a_store_that_stays_down_is_given_up(
     with pytest.raises(TimeoutError, match=rf"failed {ATTEMPTS} times in a row \(HTTP 503"):
         storage.read(path)
     assert len(proxy.requests) == ATTEMPTS
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_a_store_that_cannot_be_reached_is_tried_again(
+    folder: Callable[[str], str],
+    scheme: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And an error that may pass."""
+    path, (port,) = f"{folder(scheme)}/a", free_ports(1)
+    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.storage._stores", {})
+    for name in ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    with pytest.raises(TimeoutError, match=rf"failed {ATTEMPTS} times in a row"):
+        storage.read(path)
+    (record,) = (r for r in caplog.records if r.name == "beam_nifti")
+    assert record.getMessage().startswith(f"127.0.0.1:{port} cannot be reached (connection refused); trying")
 
 
 @pytest.mark.parametrize("scheme", STORES)
