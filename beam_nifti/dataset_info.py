@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti import storage
@@ -231,7 +232,7 @@ class DatasetInfo:
         words = [repr(path), repr(split), *(f"{k}={v!r}" for k, v in (further | needed).items())]
         return f"load_dataset({', '.join(words)})"
 
-    @property
+    @cached_property
     def record_config(self) -> RecordConfig:
         """The part of `config` that decided the records' bytes.
 

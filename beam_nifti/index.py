@@ -7,6 +7,7 @@ Source: docs/format.md, "Index".
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from beam_nifti.dataset_info import FILE_NAME, LEAST_RECORD_BYTES, DatasetInfo, 
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.label_map import labels_of
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.parquet_pages import require_said_sizes
 from beam_nifti.rescale import Ends, Intensity
 
 if TYPE_CHECKING:
@@ -121,8 +123,13 @@ class Limits:
         size = storage.stat(path).size
         return cls(size // LEAST_RECORD_BYTES, size)
 
-    def check(self, metadata: pq.FileMetaData, file_bytes: int) -> list[str]:
+    def check(self, metadata: pq.FileMetaData, data: bytes, columns: Collection[str] | None) -> list[str]:
         """Refuse what takes more memory than it may, before it is read.
+
+        Args:
+            metadata: of the index.
+            data: its bytes.
+            columns: that are read; None means all.
 
         Returns:
             Columns of texts that may still do so, where rows repeat a long one.
@@ -130,17 +137,23 @@ class Limits:
         Raises:
             ShardError: it takes more.
         """
-        if metadata.num_rows > min(self.num_rows, _FREE_ROWS + file_bytes):
-            raise ShardError(f"has {metadata.num_rows:,} rows, and can have {self.num_rows:,}")
+        groups = list(map(metadata.row_group, range(metadata.num_row_groups)))
+        num_rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
+        if num_rows > min(self.num_rows, _FREE_ROWS + len(data)):
+            raise ShardError(f"has {num_rows:,} rows, and can have {self.num_rows:,}")
         total, repeated, texts = 0, 0, set[str]()
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
+        for group in groups:
+            # An empty one, which has no pages, is not read.
+            for column in map(group.column, range(group.num_columns if group.num_rows else 0)):
+                if columns is not None and column.path_in_schema.partition(".")[0] not in columns:
+                    continue
+                require_said_sizes(data, column)
                 total += max(column.total_uncompressed_size, 8 * column.num_values)
                 if column.physical_type == "BYTE_ARRAY" and column.has_dictionary_page:
                     repeated += column.num_values * column.total_uncompressed_size
                     texts.add(column.path_in_schema)
-        self.require(total, file_bytes)
-        return sorted(texts) if repeated > self._most(file_bytes) else []
+        self.require(total, len(data))
+        return sorted(texts) if repeated > self._most(len(data)) else []
 
     def require(self, num_bytes: int, file_bytes: int) -> None:
         """Refuse values that take so many bytes, if those are too many."""
@@ -373,7 +386,7 @@ def parse_index(
         file = pq.ParquetFile(pa.BufferReader(data))
         if known is not None:
             _require_columns(file.schema_arrow, known)
-        texts = limits.check(file.metadata, len(data)) if limits else []
+        texts = limits.check(file.metadata, data, columns) if limits else []
         groups = [i for i in range(file.num_row_groups) if _is_near(file.metadata.row_group(i), positions)]
         if texts:
             file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
@@ -417,14 +430,15 @@ def _without_dictionary(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def known_columns(record: RecordConfig, columns: Collection[str]) -> dict[str, pa.DataType]:
+@functools.lru_cache(maxsize=8)
+def known_columns(record: RecordConfig, columns: tuple[str, ...]) -> Mapping[str, pa.DataType]:
     """Types of the columns that an index may have.
 
     Args:
         record: configuration of its records.
         columns: names of all of the manifest's.
     """
-    return {field.name: field.type for field in schema_of(record, list(columns))}
+    return {field.name: field.type for field in schema_of(record, columns)}
 
 
 def read_shard_index(
@@ -470,7 +484,7 @@ def read_sound_index(
         ShardError: the file is no such index.
     """
     record, names = info.record_config, None if columns is None else sorted(columns)
-    known = known_columns(record, info.manifest["columns"])
+    known = known_columns(record, tuple(info.manifest["columns"]))
     table, facts = parse_index(read_bytes(path, limits), path, None, names, limits, known)
     every = schema_of(record, [label.name for label in info.labels]).names
     for problem in check_table(table, [name for name in every if names is None or name in names], record):
@@ -575,5 +589,5 @@ def _is_near(group: pq.RowGroupMetaData, positions: range | None) -> bool:
     columns = (group.column(i) for i in range(group.num_columns))
     found = next((c.statistics for c in columns if c.path_in_schema == "position"), None)
     if positions is None or found is None or not found.has_min_max:
-        return True
+        return bool(group.num_rows)
     return bool(found.min < positions.stop and found.max >= positions.start)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from beam_nifti import cli
@@ -303,6 +304,34 @@ def test_a_bomb_in_an_index_is_not_read(
         read_shard_index(str(dataset), info, info.shards[0])
     assert any(re.search(message, problem) for problem in problems(dataset))
     assert pool.bytes_allocated() <= before + (1 << 20)
+
+
+def test_a_page_that_is_larger_than_the_file_says_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "index.parquet"
+    pq.write_table(pa.table({"text": ["x" * (64 << 20)]}), path, compression="zstd", use_dictionary=False)
+    content = path.read_bytes()
+
+    def said() -> int:
+        return int(pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size)
+
+    number, less = varint(said()), b"\xd8\x84"  # 300
+    less += b"\x80" * (len(number) - len(less) - 1) + b"\0"
+    for match in re.finditer(re.escape(number), content):
+        path.write_bytes(content[: match.start()] + less + content[match.end() :])
+        if said() == 300:
+            break
+    assert said() == 300
+    with pytest.raises(ShardError, match="not an index: pages of column text hold more than the file says"):
+        read_index(str(path), limits=Limits(1, 0))
+
+
+def varint(number: int) -> bytes:
+    """An integer as Thrift has it."""
+    number, out = number << 1, b""
+    while number > 127:
+        out += bytes([number & 127 | 128])
+        number >>= 7
+    return out + bytes([number])
 
 
 def test_texts_that_many_rows_share_are_read(dataset: Path) -> None:

@@ -376,8 +376,7 @@ def test_shard_of_another_dataset_in_the_folder(gzip: Path) -> None:
 
 def test_a_dataset_that_is_rebuilt_meanwhile_is_not_judged(gzip: Path, tmp_path: Path) -> None:
     newer = shutil.copytree(gzip, tmp_path / "newer")
-    path = newer / "dataset_info.json"
-    path.write_text(path.read_text().replace('"revision": 1', '"revision": 2'))
+    edit_info(newer, lambda info: info.update(revision=2))
     (newer / f"{SHARD0}.gz").rename(newer / "train-00000-of-00002-r2.tfrecord.gz")
 
     def rebuild(*_: object, **__: object) -> None:
