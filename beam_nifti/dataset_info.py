@@ -360,12 +360,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
                 f"was changed after it was written: digest is {said!r}, of its content {found!r}"
             )
     config_kinds = _config_kinds()
-    require_keys(
-        facts["config"],
-        config_kinds,
-        [*_SINCE_THE_FIRST, "fingerprint"] if is_first else config_kinds,
-        "config",
-    )
+    require_keys(facts["config"], config_kinds, _SINCE_THE_FIRST, "config")
+    require_keys(facts["config"]["columns"], hints_of(Columns), hints_of(Columns), "config.columns")
     require_keys(facts["manifest"], _MANIFEST_KINDS, _MANIFEST_REQUIRED, "manifest")
     mask_labels = facts.get("mask_labels")
     parsed = facts | {
@@ -481,8 +477,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, and failures_sha256 {info.failures_sha256!r}")
-    if is_complete and not info.shards:
-        raise ValueError("names no shards")
+    if is_complete and (not info.shards or config["sharding"] is None):
+        raise ValueError("names no shards, or not how they are cut")
 
 
 def path_of(output: str, name: str) -> str:

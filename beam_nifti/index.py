@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -458,10 +459,12 @@ def read_shard_index(
     path = storage.join(output, shard.index)
     try:
         limits = limits_of(output, shard)
-        table, facts = read_sound_index(path_of(output, shard.index), info, limits, columns)
+        data = read_bytes(path_of(output, shard.index), limits)
+        table, facts = _sound(data, path, info, limits, columns)
     except (ShardError, OSError) as e:
         raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
-    if facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
+    is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
+    if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
         raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
     for problem in (*_find_outside(table, shard), *_find_others(table, info)):
         raise DatasetError(f"{path}: {problem}; run beam-nifti verify")
@@ -483,9 +486,15 @@ def read_sound_index(
         FileNotFoundError: there is none.
         ShardError: the file is no such index.
     """
+    return _sound(read_bytes(path, limits), path, info, limits, columns)
+
+
+def _sound(
+    data: bytes, path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None
+) -> tuple[pa.Table, dict[str, str]]:
     record, names = info.record_config, None if columns is None else sorted(columns)
     known = known_columns(record, tuple(info.manifest["columns"]))
-    table, facts = parse_index(read_bytes(path, limits), path, None, names, limits, known)
+    table, facts = parse_index(data, path, None, names, limits, known)
     every = schema_of(record, [label.name for label in info.labels]).names
     for problem in check_table(table, [name for name in every if names is None or name in names], record):
         raise ShardError(f"{path}: not an index: {problem}")

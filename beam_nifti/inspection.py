@@ -348,7 +348,10 @@ def _value_lines(name: str, value: Any) -> Iterator[str]:
             yield " ".join(f"{n:>12.6g}" for n in value[i : i + 4])
     elif name in ("source_mtime", "source_mtimes"):
         for time in value if isinstance(value, list) else [value]:
-            yield datetime.fromtimestamp(time, UTC).isoformat(" ", "seconds")
+            try:
+                yield datetime.fromtimestamp(time, UTC).isoformat(" ", "seconds")
+            except (ValueError, OverflowError, OSError):  # of no year that a date can have
+                yield f"{time:g}"
     elif name == "source_versions":
         yield ", ".join(version or "none" for version in value)
     elif isinstance(value, list):

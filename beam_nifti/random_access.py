@@ -335,13 +335,15 @@ class _Records:
         """Offset and length of each record."""
         return self.table["offset"].to_numpy(), self.table["length"].to_numpy()
 
+    def shape_of(self, row: int) -> tuple[int, ...]:
+        """The shape of a record's voxels."""
+        return self.info.shape or tuple(self.table["shape"][row].as_py())
+
     @cached_property
-    def most_bytes(self) -> list[int] | int:
-        """Of the payload of each record, or of any: it bounds what is decompressed."""
-        info, of_mask = self.info, self.config.mask_dtype
-        if info.shape is not None:
-            return largest_payload(info.shape, info.dtype, of_mask)
-        return [largest_payload(shape, info.dtype, of_mask) for shape in self.table["shape"].to_pylist()]
+    def _most_bytes(self) -> int | None:
+        """Of the payload of any record: it bounds what is decompressed; None where shapes differ."""
+        info = self.info
+        return None if info.shape is None else largest_payload(info.shape, info.dtype, self.config.mask_dtype)
 
     @cached_property
     def from_record(self) -> frozenset[str]:
@@ -384,7 +386,7 @@ class _Records:
             if found != example_id.encode():
                 raise ShardError(f"it is the record of {bytes(found or b'').decode(errors='replace')!r}")
             return {
-                name: self._value(name, features) if name in self.from_record else self._cell(name, row)
+                name: self._value(name, features, row) if name in self.from_record else self._cell(name, row)
                 for name in self.columns
             }
         except (ShardError, VolumeError, OSError) as e:
@@ -402,8 +404,10 @@ class _Records:
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
             raise ShardError(f"of its {size} bytes the file has {count}")
-        most = self.most_bytes
-        return decode_buffer(buffer, compressed, most if isinstance(most, int) else most[row])
+        most = self._most_bytes
+        if most is None:
+            most = largest_payload(self.shape_of(row), self.info.dtype, self.config.mask_dtype)
+        return decode_buffer(buffer, compressed, most)
 
     def _cell(self, name: str, row: int) -> Any:
         """What the index says of a record."""
@@ -418,12 +422,12 @@ class _Records:
                 return np.float64(math.nan if value is None else value).astype(np.float32)
         return value
 
-    def _value(self, name: str, features: _Features) -> Any:
+    def _value(self, name: str, features: _Features, row: int) -> Any:
         """What a record itself says."""
         if name == "image":
-            return self._image(features)
+            return self._image(features, self.shape_of(row))
         if _has_tensor(name, self.info):
-            return self._mask(features, name + _TENSOR)
+            return self._mask(features, name + _TENSOR, self.shape_of(row))
         value = features.get(name)
         if value is None and name in SCALING_FEATURES:
             return None
@@ -434,24 +438,24 @@ class _Records:
             return bytes(value)
         raise ShardError(f"it has no {name} that is {self.info.features[name]}")
 
-    def _mask(self, features: _Features, name: str) -> npt.NDArray[Any]:
-        tensor, shape = _tensor(features, name), self.info.shape
-        if shape is None:
-            shape = decode_tensor(features["image_raw"]).shape  # type: ignore[arg-type]
+    def _mask(self, features: _Features, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        tensor = _tensor(features, name)
         if tensor.dtype.name != self.config.mask_dtype or tensor.shape != shape[:3]:
             raise ShardError(f"its {name} is {tensor.dtype.name} of {tensor.shape}")
         return tensor
 
-    def _image(self, features: _Features) -> npt.NDArray[np.float32]:
+    def _image(self, features: _Features, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         stored = _tensor(features, "image_raw")
-        if stored.dtype.name != self.info.dtype or self.info.shape not in (None, stored.shape):
+        if stored.dtype.name != self.info.dtype or stored.shape != shape:
+            by = FILE_NAME if self.info.shape else "the index"
             raise ShardError(
-                f"it holds {stored.dtype.name} of {stored.shape}, and {FILE_NAME} says {self.info.dtype} of "
-                f"{self.info.shape}"
+                f"it holds {stored.dtype.name} of {stored.shape}, and {by} says {self.info.dtype} of {shape}"
             )
         channels = self.config.channels
-        if stored.ndim not in (3, 4) or (channels is not None and stored.shape[3:] != (len(channels),)):
-            raise ShardError(f"it holds voxels of shape {stored.shape}")
+        if channels is not None and stored.shape[3:] != (len(channels),):
+            raise ShardError(
+                f"it holds voxels of shape {stored.shape}, and there are {len(channels)} channels"
+            )
         if self.config.voxel_dtype == "native":
             image = _rescale(stored, features, self.config)
         elif stored.dtype == np.uint8:

@@ -307,7 +307,7 @@ def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Ten
 
     def rescale_image(voxels: tf.Tensor, doubles: dict[str, tf.Tensor]) -> tf.Tensor:
         if has_ends:
-            return _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
+            return _rescale_between(_to_float64(voxels), **doubles, clip=info.config.get("clip", False))
         return _rescale(voxels, **doubles, method=info.config["rescale"])
 
     def rescale(voxels: tf.Tensor, features: dict[str, tf.Tensor]) -> tf.Tensor:

@@ -402,7 +402,7 @@ def require_inside(path: str, folder: str) -> None:
     if is_remote(path):
         return
     target = os.path.realpath(path)
-    if not target.startswith(f"{os.path.realpath(folder).rstrip('/')}/"):
+    if not target.startswith(f"{os.path.realpath(local_path(folder)).rstrip('/')}/"):
         reason = f"is a link that leads out of its dataset, to {target}; replace it with the file"
         raise OSError(errno.EINVAL, reason, path)
     with contextlib.suppress(FileNotFoundError):

@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_nifti import dataset_info
-from beam_nifti.config import BuildConfig
+from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.dataset_info import DatasetInfo, ShardInfo, SplitInfo, content_digest, read_info
 from beam_nifti.errors import DatasetError
 
 SHARD = ShardInfo(
     "train-00000-of-00001.tfrecord", "index/train-00000-of-00001.parquet", 2, 800, "a" * 64, "b" * 64
 )
+CONFIG = BuildConfig("m.tsv", "out", sharding=Sharding(1))
 INFO = DatasetInfo(
-    config=BuildConfig("m.tsv", "out").as_dataset_config() | {"fingerprint": "0" * 16, "compression": "none"},
+    config=BuildConfig("m.tsv", "out", sharding=Sharding(1)).as_dataset_config()
+    | {"fingerprint": "0" * 16, "compression": "none"},
     manifest={"path": "m.tsv", "num_rows": 3, "digest": "", "columns": ["path"]},
     shape=(1, 2, 3),
     dtype="float32",
@@ -120,6 +122,7 @@ def test_it_comes_back() -> None:
         (with_config(rescale="quantile"), "--rescale is 'quantile'"),
         (with_config(spacing=[1, 1]), "config.spacing has 2 values, expected 3"),
         (with_config(columns={"age": 1}), "config.columns has a key 'age'"),
+        (with_config(sharding=None), "names no shards, or not how they are cut"),
         (with_config(sharding={"num_shards": 0, "examples_per_shard": None}), "--num-shards is 0"),
         (with_config(fingerprint="../.."), "config.fingerprint is '../..', expected 16 hex digits"),
         (with_config(compression="gzip"), "is revision 1 with compression gzip"),
