@@ -288,6 +288,7 @@ def remove_files(output: str, written: Collection[str], keep: Collection[str]) -
             by its index.
         keep: names of files that stay.
     """
+    keep = frozenset(keep)
     index = storage.join(output, _INDEX)
     at_top, indexes = storage.list_files(output), set(storage.list_files(index))
     ours = {*written, *keep}
