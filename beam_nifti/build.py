@@ -24,8 +24,10 @@ from beam_nifti.errors import (
     VolumeError,
 )
 from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
+from beam_nifti.index import read_shard_index
 from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.metrics import Distribution, Metrics
+from beam_nifti.outcomes import may_pass
 from beam_nifti.outputs import refuse_own
 from beam_nifti.parts import BUILD_FOLDER, parts_root
 from beam_nifti.plan import (
@@ -47,6 +49,7 @@ from beam_nifti.publish import (
     TooManyFailures,
     files_of,
     find_info,
+    forget_summary,
     last_revision,
     remove_files,
     require_writable_output,
@@ -59,6 +62,7 @@ from beam_nifti.versions import record_versions, version_changes
 from beam_nifti.volume import load_header, load_volume
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from apache_beam.metrics.metric import MetricResult
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineResult
@@ -384,14 +388,23 @@ def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
 def _refuse_other(published: DatasetInfo, plan: BuildPlan, manifest: Manifest) -> None:
     """A dataset that was built with other options or rows is refused, saying what differs."""
     output = plan.config.output
-    indexes = (storage.join(output, shard.index) for shard in published.shards)
-    differences = find_differences(published, plan.describe(), manifest, indexes)
+    differences = find_differences(published, plan.describe(), manifest, _indexes(output, published))
     if differences:
         raise OutputError(
             f"{output}: holds a dataset that was built with different options or rows:\n  "
             + "\n  ".join(differences)
             + "\nchoose another OUTPUT, or use --overwrite to replace it"
         )
+
+
+def _indexes(output: str, published: DatasetInfo) -> Iterator[pa.Table]:
+    """The indexes of a published dataset, but for those that are damaged."""
+    for shard in published.shards:
+        try:
+            yield read_shard_index(output, published, shard)
+        except DatasetError as e:
+            if isinstance(e.__cause__, OSError) and may_pass(e.__cause__):
+                raise
 
 
 def _read_note(config: BuildConfig) -> BuildNote | None:
@@ -521,7 +534,7 @@ def _prepare(decision: _Decision) -> None:
         remove_files(output, written, keep=note.published)
     if not plan.has_published:  # a damaged one, which --overwrite was given for
         storage.delete(storage.join(output, FILE_NAME), output)
-    take_summary(output)
+    forget_summary(output)
     note.write(output)
 
 

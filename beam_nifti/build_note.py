@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from beam_nifti import storage
 from beam_nifti.config import Sharding
-from beam_nifti.dataset_info import FAILURES_FILE, DatasetInfo
+from beam_nifti.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError
+from beam_nifti.json_types import hints_of, require_keys
 from beam_nifti.parts import BUILD_FOLDER, parts_root
 from beam_nifti.sharding import Layout
-from beam_nifti.strict_json import dump_json
+from beam_nifti.strict_json import dump_json, load_json
 
 SUMMARY_NAME: Final = "summary.json"
 """The file, in the folder of a build, in which it says how it ended."""
@@ -24,6 +24,7 @@ _BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE)
 """Names of the files that may be beside the note."""
 
 _NOTE_VERSION: Final = 2
+_MOST_SHARDS: Final = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class BuildNote:
 
     def write(self, output: str) -> None:
         """Leave it in an output."""
-        facts = asdict(self) | {"info": json.loads(self.info.to_json())}
+        facts = asdict(self) | {"info": load_json(self.info.to_json())}
         text = dump_json({"note_version": _NOTE_VERSION, **facts})
         storage.write(storage.join(output, _NOTE_FILE), text.encode(), output)
 
@@ -97,7 +98,7 @@ class BuildNote:
         """
         path = storage.join(output, _NOTE_FILE)
         try:
-            note = cls._parse(json.loads(storage.read(path)), path)
+            note = cls._parse(load_json(storage.read_bounded(path, MAX_INFO_BYTES)), path)
             foreign = [
                 root
                 for root in note.roots
@@ -124,14 +125,21 @@ class BuildNote:
     def _parse(cls, facts: dict[str, Any], path: str) -> BuildNote:
         if facts.pop("note_version") != _NOTE_VERSION:
             raise ValueError("of another version")
+        kinds = {**hints_of(cls), "info": dict}
+        require_keys(facts, kinds, kinds, "")
         layouts = [_layout_of(layout) for layout in facts["layouts"]]
-        info = DatasetInfo.from_json(dump_json(facts["info"]), path)
+        info = DatasetInfo.from_json(dump_json(facts["info"]), path, is_complete=False)
         tuples = {name: tuple(facts[name]) for name in ("roots", "published")}
         return cls(**facts | tuples | {"info": info, "layouts": tuple(layouts)})
 
 
 def _layout_of(facts: Mapping[str, Any]) -> Layout:
-    return Layout(facts["split_sizes"], Sharding(**facts["sharding"]), facts["num_frames"])
+    layout = Layout(facts["split_sizes"], Sharding(**facts["sharding"]), facts["num_frames"])
+    per_shard, sizes = layout.sharding.examples_per_shard, layout.split_sizes.values()
+    num_shards = sum(size // (per_shard or 1) for size in sizes) if per_shard else layout.sharding.num_shards
+    if layout.num_frames < 1 or min(sizes, default=0) < 0 or (num_shards or 0) > _MOST_SHARDS:
+        raise ValueError(f"a layout is {layout}")
+    return layout
 
 
 def require_current(output: str, identity: str) -> BuildNote:

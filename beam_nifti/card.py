@@ -12,7 +12,7 @@ from beam_nifti.croissant import CROISSANT_FILE, make_croissant
 from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.example import MASK_FEATURE, SCALING_FEATURES, split_kind
-from beam_nifti.index import read_index
+from beam_nifti.index import read_shard_index
 from beam_nifti.inspection import describe, format_description
 from beam_nifti.strict_json import dump_json
 from beam_nifti.wording import size_text
@@ -60,7 +60,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
     if not info.shards:
         raise DatasetError(f"{output}: has no records to describe")
     about = {"name": output.rpartition("/")[2], **about}
-    index, _ = read_index(storage.join(output, info.shards[0].index))
+    index = read_shard_index(output, info, info.shards[0])
     files = {
         storage.join(output, CARD_FILE): make_card(output, info, about).encode(),
         storage.join(output, CROISSANT_FILE): make_croissant(info, index.schema, about).encode(),

@@ -522,6 +522,8 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             deep = ALL if options.deep == "all" else int(options.deep)
         except ValueError:
             raise UsageError(f"--deep is {options.deep!r}; give a number of records, or all") from None
+    if options.preprocess is not None and deep is None:
+        raise UsageError("--preprocess is for --deep, which makes records again; add --deep, or drop it")
     _remove_earlier(options)
     run.output = storage.absolute(options.output)
     info = read_info(options.output)
@@ -533,6 +535,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             manifest=options.manifest,
             anonymous_ids=options.anonymous_ids,
             deep=deep,
+            preprocess=options.preprocess,
             workers=choose_workers(options),
             on_progress=METER.add,
         )

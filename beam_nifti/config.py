@@ -19,7 +19,7 @@ from beam_nifti.strict_json import dump_json
 FORMAT_VERSION: Final = 2
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
-FORMAT_FEATURES: Final = ("sources",)
+FORMAT_FEATURES: Final = ("sources", "digests")
 """What datasets of this version have and a reader must know, by name: dataset_info.json lists them."""
 CONTENT_REVISION: Final = 1
 """Counts up when the same options give other records than before, beyond rounding: then nothing is added to
@@ -33,6 +33,22 @@ SELECTIONS: Final = ("nonzero", "above:T", "mask")
 """Which voxels: those that are not 0, those above T in the image's units, or those that the mask labels."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
+TENSOR_DTYPES: Final[Mapping[str, int]] = {
+    "float32": 1,
+    "float64": 2,
+    "int32": 3,
+    "uint8": 4,
+    "int16": 5,
+    "int8": 6,
+    "int64": 9,
+    "bfloat16": 14,
+    "uint16": 17,
+    "float16": 19,
+    "uint32": 22,
+    "uint64": 23,
+}
+"""Dtypes of tensors in records, with their numbers. Source: tensorflow/core/framework/types.proto"""
+
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
 

@@ -5,7 +5,6 @@ Source: docs.mlcommons.org/croissant.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote
@@ -13,7 +12,7 @@ from urllib.parse import quote
 import pyarrow as pa
 
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.strict_json import dump_json
+from beam_nifti.strict_json import dump_json, load_json
 
 CROISSANT_FILE: Final = "croissant.json"
 
@@ -50,10 +49,10 @@ def check_croissant(text: bytes, info: DatasetInfo) -> Iterator[str]:
         info: of the dataset.
     """
     try:
-        facts = json.loads(text)
+        facts = load_json(text)
         version, files = facts["version"], facts["distribution"]
         found = {file["contentUrl"]: file["sha256"] for file in files if "sha256" in file}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         version, found = None, {}
     wanted = {s.name: s.sha256 for s in info.shards} | {s.index: s.index_sha256 for s in info.shards}
     if version != _version(info) or found != wanted:

@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import errno
-import json
+import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti import storage
-from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, BuildConfig, LabelColumn, RecordConfig
-from beam_nifti.errors import DatasetError, NewerFormatError
-from beam_nifti.strict_json import dump_json
+from beam_nifti.config import (
+    FORMAT_FEATURES,
+    FORMAT_VERSION,
+    LABEL_KINDS,
+    SPLIT_PATTERN,
+    TENSOR_DTYPES,
+    BuildConfig,
+    Columns,
+    LabelColumn,
+    RecordConfig,
+    Sharding,
+    Splitting,
+)
+from beam_nifti.errors import DatasetError, NewerFormatError, UsageError
+from beam_nifti.json_types import hints_of, require_keys, require_type
+from beam_nifti.sharding import ShardName
+from beam_nifti.strict_json import dump_json, load_json
 
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
 """Of a first build, and of every one of format version 1."""
 
-_FAILURES_NAME: Final = re.compile(r"failures(-r\d+)?\.jsonl")
-_NEW_KEYS: Final = frozenset(["format_features", "failures"])
-"""Keys of dataset_info.json that format version 1 does not have."""
+MAX_INFO_BYTES: Final = 1 << 26
+"""Of a dataset_info.json that is read: 180,000 shards, or 35 TB of the default size."""
+
+LEAST_RECORD_BYTES: Final = 16
+"""Of a record in its shard: what frames it, without what it holds."""
+
+_FAILURES_NAME: Final = re.compile(r"failures(?:-r(?P<revision>[1-9][0-9]{0,8}))?\.jsonl")
+_SHA256: Final = re.compile("[0-9a-f]{64}")
+_FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
+_FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
+_LAST_REVISION: Final = 10**9 - 1
+_NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest")
+_SINCE_THE_FIRST: Final = (
+    "rescale",
+    "voxel_dtype",
+    "compression",
+    "compression_level",
+    "columns",
+    "sharding",
+)
+"""Keys of `config` in every dataset of format version 1; those that came later stand for no such choice."""
+
+_MANIFEST_KINDS: Final[Mapping[str, Any]] = {
+    "path": str,
+    "num_rows": int,
+    "digest": str,
+    "columns": tuple[str, ...],
+    "num_frames": int,
+    "num_skipped": int,
+    "key_check": str,
+}
+_MANIFEST_REQUIRED: Final = ("path", "num_rows", "digest", "columns")
 
 _NEEDS: Final = {
     "s3": "the credentials and S3_ENDPOINT (a URL)",
@@ -123,6 +168,7 @@ class DatasetInfo:
         mask_labels: those that the masks have, ascending; None where there are no masks.
         num_failures: volumes left out.
         failures: name of the file that lists them; None where there are none.
+        failures_sha256: of that file, in hex; None in version 1.
         revision: 1 for a first build, counting up with every rebuild in the same place.
         versions: of the software that wrote it.
         format_version: of the format.
@@ -140,6 +186,7 @@ class DatasetInfo:
     mask_labels: tuple[int, ...] | None = None
     num_failures: int = 0
     failures: str | None = None
+    failures_sha256: str | None = None
     revision: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -189,7 +236,7 @@ class DatasetInfo:
         words = [repr(path), repr(split), *(f"{k}={v!r}" for k, v in (further | needed).items())]
         return f"load_dataset({', '.join(words)})"
 
-    @property
+    @cached_property
     def record_config(self) -> RecordConfig:
         """The part of `config` that decided the records' bytes.
 
@@ -237,71 +284,236 @@ class DatasetInfo:
         if self.mask_labels is None:
             del facts["mask_labels"]
         first = {name: facts.pop(name) for name in ("format_version", "format_features")}
+        facts = {**first, **facts}
         if self.format_version == 1:
-            del first["format_features"], facts["failures"]
-        return dump_json({**first, **facts}, indent=2) + "\n"
+            facts = {name: fact for name, fact in facts.items() if name not in _NOT_IN_VERSION_1}
+        else:
+            facts["digest"] = content_digest(facts)
+        return dump_json(facts, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, path: str) -> DatasetInfo:
-        """Parse dataset_info.json.
+    def from_json(cls, text: str | bytes, path: str, *, is_complete: bool = True) -> DatasetInfo:
+        """Parse dataset_info.json, which may be from anybody: nothing of it is used before it is checked.
 
         Args:
             text: its content.
             path: where it was read from, for errors.
+            is_complete: whether it is of a complete dataset, and not of one that a build is to make.
 
         Raises:
-            DatasetError: it is damaged, or of a later format, or has a key that its version does not know.
+            DatasetError: it is damaged or was changed; or is of a later format; or has a key that its version
+                does not know, or names files that no build has written.
         """
         try:
-            facts = json.loads(text)
+            facts = load_json(text)
             _require_known(facts, path)
-            facts["splits"] = {
-                name: SplitInfo(tuple(ShardInfo(**s) for s in split["shards"]))
-                for name, split in facts["splits"].items()
-            }
-            mask_labels = facts.get("mask_labels")
-            facts["mask_labels"] = None if mask_labels is None else tuple(mask_labels)
-            facts["shape"] = None if facts["shape"] is None else tuple(facts["shape"])
-            facts["labels"] = tuple(
-                LabelColumn(name, said["kind"], tuple(said["classes"]) if "classes" in said else None)
-                for name, said in facts.get("labels", {}).items()
-            )
-            facts["format_features"] = tuple(facts.get("format_features", ()))
-            if facts["format_version"] == 1 and facts.get("num_failures"):
-                facts["failures"] = FAILURES_FILE
-            return cls(**facts)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise DatasetError(f"{path}: not a dataset's info: {e!r}; rebuild the dataset") from e
+            info = cls(**_parse(facts))
+            _check(info, is_complete)
+        except (ValueError, UsageError) as e:
+            raise DatasetError(
+                f"{path}: not a dataset's info: {e}; copy the dataset again, or rebuild the dataset"
+            ) from e
+        return info
 
 
-def _require_known(facts: Mapping[str, Any], path: str) -> None:
-    """Refuse what a later version has written, and keys that no version has."""
-    version, features = facts["format_version"], facts.get("format_features", [])
+def content_digest(facts: Mapping[str, Any]) -> str:
+    """The `digest` of dataset_info.json: a sha256, in hex, of all else that it says, in one spelling."""
+    said = {name: fact for name, fact in facts.items() if name != "digest"}
+    return hashlib.sha256(dump_json(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _require_known(facts: Any, path: str) -> None:
+    """Refuse what a later version has written."""
+    require_type(facts, dict, "it")
+    version, features = facts.get("format_version"), facts.get("format_features", [])
+    require_type(version, int, "format_version")
+    require_type(features, tuple[str, ...], "format_features")
     if version > FORMAT_VERSION:
         raise NewerFormatError(
             f"{path}: format version {version}; this beam_nifti reads up to {FORMAT_VERSION}: "
             "install a newer one"
         )
+    if version < 1:
+        raise ValueError(f"format_version is {version}, expected 1 to {FORMAT_VERSION}")
     for feature in features:
         if feature not in FORMAT_FEATURES:
             raise NewerFormatError(
                 f"{path}: the dataset has the format feature {feature!r}, which this beam_nifti does not "
                 "know; install a newer one"
             )
-    unknown = facts.keys() - {f.name for f in fields(DatasetInfo)}
-    if version == 1:
-        unknown |= facts.keys() & _NEW_KEYS
-    else:
-        # What is unknown here may decide what the records hold, and would be taken for its default.
-        unknown |= facts["config"].keys() - {*BuildConfig("", "").as_dataset_config(), "fingerprint"}
-    if unknown:
-        raise DatasetError(
-            f"{path}: has a key {min(unknown)!r}, which format version {version} does not have; correct or "
-            "remove it, or copy the file again"
+    if version > 1 and sorted(features) != sorted(FORMAT_FEATURES):
+        raise ValueError(f"format_features is {features}, expected {list(FORMAT_FEATURES)}")
+
+
+def _parse(facts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a DatasetInfo, their types checked."""
+    is_first = facts["format_version"] == 1
+    kinds = {**hints_of(DatasetInfo), "labels": dict, "splits": dict, "digest": str}
+    required = [f.name for f in fields(DatasetInfo) if f.name not in ("labels", "mask_labels")]
+    if is_first:
+        kinds = {name: kind for name, kind in kinds.items() if name not in _NOT_IN_VERSION_1}
+        required = list(
+            kinds.keys() - {"labels", "mask_labels", "num_failures", "revision", "versions", "digest"}
         )
-    name = facts.get("failures")
-    if name is not None and not is_failures_file(name):
-        raise DatasetError(f"{path}: failures is {name!r}, which names no list of failures; copy it again")
+    # The values of these two are of their own kinds, each.
+    require_keys(facts, {**kinds, "config": dict, "manifest": dict}, required, "")
+    if not is_first:
+        said, found = facts.pop("digest", None), content_digest(facts)
+        if said != found:
+            raise ValueError(
+                f"was changed after it was written: digest is {said!r}, of its content {found!r}"
+            )
+    config_kinds = _config_kinds()
+    require_keys(facts["config"], config_kinds, _SINCE_THE_FIRST, "config")
+    require_keys(facts["config"]["columns"], hints_of(Columns), hints_of(Columns), "config.columns")
+    require_keys(facts["manifest"], _MANIFEST_KINDS, _MANIFEST_REQUIRED, "manifest")
+    mask_labels = facts.get("mask_labels")
+    parsed = facts | {
+        "splits": {name: _split_of(name, said) for name, said in facts["splits"].items()},
+        "labels": tuple(_label_of(name, said) for name, said in facts.get("labels", {}).items()),
+        "shape": None if facts["shape"] is None else tuple(facts["shape"]),
+        "mask_labels": None if mask_labels is None else tuple(mask_labels),
+        "format_features": tuple(facts.get("format_features", ())),
+    }
+    if is_first and facts.get("num_failures"):
+        parsed["failures"] = FAILURES_FILE
+    return parsed
+
+
+def _config_kinds() -> dict[str, Any]:
+    """The type of each key of `config`."""
+    known = {**hints_of(RecordConfig), **hints_of(BuildConfig)}
+    return {name: known[name] for name in BuildConfig("", "").as_dataset_config()} | {"fingerprint": str}
+
+
+def _split_of(name: str, said: Any) -> SplitInfo:
+    at = f"splits.{name}"
+    if not SPLIT_PATTERN.fullmatch(name):
+        raise ValueError(f"splits has the name {name!r}, which no split can have")
+    keys = {"num_examples": int, "num_bytes": int, "shards": tuple[ShardInfo, ...]}
+    require_keys(said, keys, keys, at)
+    split = SplitInfo(tuple(ShardInfo(**shard) for shard in said["shards"]))
+    for number, shard in enumerate(split.shards):
+        parsed = ShardName.parse(shard.name)
+        revision, compressed = (parsed.revision, parsed.compressed) if parsed else (0, True)
+        expected = ShardName(name, number, len(split.shards), compressed, revision)
+        if (shard.name, shard.index) != (str(expected), expected.index_file):
+            raise ValueError(
+                f"shard {number} of split {name} is {shard.name} with {shard.index}, "
+                f"expected {expected} with {expected.index_file}"
+            )
+        for key in ("sha256", "index_sha256"):
+            if not _SHA256.fullmatch(getattr(shard, key)):
+                raise ValueError(f"{key} of {shard.name} is {getattr(shard, key)!r}, expected 64 hex digits")
+        if not 0 <= shard.num_examples * LEAST_RECORD_BYTES <= shard.num_bytes < 1 << 63:
+            raise ValueError(f"{shard.name} has {shard.num_examples} examples in {shard.num_bytes} bytes")
+    for count in ("num_examples", "num_bytes"):
+        if said[count] != getattr(split, count):
+            raise ValueError(
+                f"{count} of split {name} is {said[count]}, of its shards {getattr(split, count)}"
+            )
+    return split
+
+
+def _label_of(name: str, said: Any) -> LabelColumn:
+    at = f"labels.{name}"
+    require_keys(said, {"kind": str, "classes": tuple[str, ...]}, ["kind"], at)
+    if said["kind"] not in LABEL_KINDS or (said["kind"] == "class") != ("classes" in said):
+        raise ValueError(
+            f"{at} is {said}, expected a kind, one of {', '.join(LABEL_KINDS)}, and classes of a class"
+        )
+    return LabelColumn(name, said["kind"], tuple(said["classes"]) if "classes" in said else None)
+
+
+def _check(info: DatasetInfo, is_complete: bool) -> None:
+    """Find values that no build writes, and readers would trip over.
+
+    Raises:
+        ValueError, UsageError: there is one.
+    """
+    config = info.config
+    columns = Columns(**config["columns"])
+    record = info.record_config
+    if config["sharding"] is not None:
+        Sharding(**config["sharding"])
+    if drawn := config.get("splitting"):
+        Splitting(**drawn)
+    named = columns.label if columns.has_label_features else ""
+    if ",".join(map(str, info.labels)) != named:
+        raise ValueError(f"labels are {', '.join(map(str, info.labels)) or 'none'}, of columns {named!r}")
+    if not _FINGERPRINT.fullmatch(config["fingerprint"]):
+        raise ValueError(f"config.fingerprint is {config['fingerprint']!r}, expected 16 hex digits")
+    if info.dtype not in TENSOR_DTYPES:
+        raise ValueError(f"dtype is {info.dtype!r}, expected one of {', '.join(TENSOR_DTYPES)}")
+    if info.shape is not None and not (
+        len(info.shape) in (3, 4) and min(info.shape) > 0 and math.prod(info.shape) < 1 << 31
+    ):
+        raise ValueError(f"shape is {list(info.shape)}, expected the numbers of voxels of a volume")
+    if info.shape is not None and record.channels is not None and info.shape[3:] != (record.num_channels,):
+        raise ValueError(f"shape is {list(info.shape)}, and there are {record.num_channels} channels")
+    for feature, kind in info.features.items():
+        if not _FEATURE_KIND.fullmatch(kind):
+            raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
+    if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
+        raise ValueError("mask_labels are given, and the records have no masks")
+    if "image_raw" not in info.features:
+        raise ValueError("features has no image_raw")
+    num_frames = info.manifest.get("num_frames")
+    if (num_frames is not None) != (record.frames == "each") or not (num_frames is None or num_frames > 0):
+        raise ValueError(f"manifest.num_frames is {num_frames}, and config.frames {record.frames!r}")
+    if not 1 <= info.revision <= _LAST_REVISION:
+        raise ValueError(f"revision is {info.revision}, expected 1 to {_LAST_REVISION}")
+    if info.num_failures < 0 or not 0 <= info.manifest["num_rows"] < 1 << 62:
+        raise ValueError(
+            f"num_failures is {info.num_failures}, and manifest.num_rows {info.manifest['num_rows']}"
+        )
+    compressed = record.compression == "gzip"
+    for shard in info.shards:
+        name = ShardName.parse(shard.name)
+        if name and (name.compressed != compressed or name.revision > info.revision):
+            raise ValueError(
+                f"names {name}, and is revision {info.revision} with compression {record.compression}"
+            )
+    if info.failures is not None:
+        match = _FAILURES_NAME.fullmatch(info.failures)
+        if match is None or int(match["revision"] or 1) > info.revision:
+            raise ValueError(f"failures is {info.failures!r}, which names no list of failures")
+    has_digest = info.failures_sha256 is not None
+    if has_digest != (info.failures is not None and info.format_version > 1):
+        raise ValueError(f"failures is {info.failures!r}, and failures_sha256 {info.failures_sha256!r}")
+    if is_complete and (not info.shards or config["sharding"] is None):
+        raise ValueError("names no shards, or not how they are cut")
+
+
+def path_of(output: str, name: str) -> str:
+    """The path of a file that dataset_info.json names, which is to be opened.
+
+    Args:
+        output: the dataset's folder, local or a URL.
+        name: as `DatasetInfo` has it, which takes names only as a build writes them.
+
+    Raises:
+        OSError: it is there, and is no regular file, or leads out of the folder.
+    """
+    path = storage.join(output, name)
+    storage.require_inside(path, output)
+    return path
+
+
+def read_content(output: str) -> bytes:
+    """The bytes of the dataset_info.json of a complete dataset.
+
+    Raises:
+        DatasetError: there is none, or it is too large.
+        OSError: it cannot be reached.
+    """
+    path = path_of(output, FILE_NAME)
+    try:
+        return storage.read_bounded(path, MAX_INFO_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise no_dataset(output, e) from e
+    except storage.FileTooLargeError as e:
+        raise DatasetError(f"{path}: {e}; copy the dataset again") from e
 
 
 def read_info(output: str) -> DatasetInfo:
@@ -314,8 +526,4 @@ def read_info(output: str) -> DatasetInfo:
         DatasetError: there is none, or it is damaged, or `output` is a file.
         OSError: it cannot be reached.
     """
-    path = storage.join(output, FILE_NAME)
-    try:
-        return DatasetInfo.from_json(storage.read(path), path)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise no_dataset(output, e) from e
+    return DatasetInfo.from_json(read_content(output), storage.join(output, FILE_NAME))

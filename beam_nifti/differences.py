@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+import pyarrow as pa
+
 from beam_nifti import storage
 from beam_nifti.config import Columns, LabelColumn, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.errors import ShardError
-from beam_nifti.index import read_index
 from beam_nifti.labels import name_classes
 from beam_nifti.manifest import Manifest
 
@@ -26,7 +26,7 @@ _COMES_ALONG: Final = {"--mask-dtype": "uint8", "--split-seed": "0"}
 
 
 def find_differences(
-    was: DatasetInfo, now: DatasetInfo, manifest: Manifest, indexes: Iterable[str]
+    was: DatasetInfo, now: DatasetInfo, manifest: Manifest, indexes: Iterable[pa.Table]
 ) -> list[str]:
     """What differs between two builds of one output, a text each.
 
@@ -36,7 +36,7 @@ def find_differences(
         was: the earlier dataset, finished or not.
         now: the dataset that is to be built.
         manifest: of which it is to be built.
-        indexes: paths of the indexes of what the earlier build has finished.
+        indexes: of what the earlier build has finished.
     """
     before = was.config
     if not manifest.lacks_labels(was.manifest["num_rows"]):
@@ -128,7 +128,7 @@ def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -
             )
 
 
-def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[str]) -> str:
+def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[pa.Table]) -> str:
     known = was.manifest
     key_check = known.get("key_check")
     if key_check != manifest.key_check:
@@ -138,14 +138,10 @@ def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[str]
         return f"its ids are anonymous, and {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:
         return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
-    for index in indexes:
-        try:
-            table, _ = read_index(index)
-        except (FileNotFoundError, ShardError):
-            continue
+    for table in indexes:
         frame = ["frame"] if was.num_frames else []
         then = table.select(["row", "example_id", "source", "label", *frame]).to_pylist()
-        then = [found for found in then if found["row"] <= len(manifest)]
+        then = [found for found in then if 0 < found["row"] <= len(manifest)]
         now = manifest.rows([found["row"] - 1 for found in then])
         for found, image in zip(then, now, strict=True):
             row = image.of_frame(found["frame"]) if frame else image

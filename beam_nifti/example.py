@@ -5,14 +5,15 @@ Byte-equal to TensorFlow's deterministic serialization. Source: docs/format.md, 
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import TENSOR_DTYPES, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.quantize import numpy_dtype
 from beam_nifti.rescale import Scaling
@@ -52,24 +53,17 @@ MAX_EXAMPLE_BYTES: Final = 2**31 - 1 - 16
 """Largest Example. Lengths are int32 in protobuf, whose C++ parser takes none of the last 16 of them;
 TensorFlow's parser crashes on messages of 2 GiB and more."""
 
+_BESIDE_VOXELS: Final = 1 << 20
+"""Of an Example, at most: its id, labels, affine."""
+
+_MOST_FIELDS: Final = 1 << 16
+"""Of a message: each takes a hundred times its bytes while it is parsed."""
+
+_VARINT_BITS: Final = 64
+
 FeatureValue = bytes | npt.NDArray[np.float32] | npt.NDArray[np.int64] | tuple[bytes | memoryview, ...]
 
-# Source: tensorflow/core/framework/types.proto
-_DTYPE_ENUM: Final = {
-    "float32": 1,
-    "float64": 2,
-    "int32": 3,
-    "uint8": 4,
-    "int16": 5,
-    "int8": 6,
-    "int64": 9,
-    "bfloat16": 14,
-    "uint16": 17,
-    "float16": 19,
-    "uint32": 22,
-    "uint64": 23,
-}
-_DTYPE_OF_ENUM: Final = {number: name for name, number in _DTYPE_ENUM.items()}
+_DTYPE_OF_ENUM: Final = {number: name for name, number in TENSOR_DTYPES.items()}
 _LENGTH_DELIMITED: Final = 2
 
 
@@ -80,6 +74,18 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def largest_payload(shape: Sequence[int], dtype: str, mask_dtype: str | None) -> int:
+    """Bytes that the Example of a volume has at most.
+
+    Args:
+        shape: of its voxels.
+        dtype: of them.
+        mask_dtype: of its mask; None where it has none.
+    """
+    itemsize = numpy_dtype(dtype).itemsize + (numpy_dtype(mask_dtype).itemsize if mask_dtype else 0)
+    return min(MAX_EXAMPLE_BYTES, math.prod(shape) * itemsize + _BESIDE_VOXELS)
 
 
 def _field(number: int, size: int) -> bytes:
@@ -97,7 +103,7 @@ def encode_tensor(voxels: npt.NDArray[np.generic]) -> tuple[bytes, memoryview]:
         dim = b"\x08" + _varint(size)
         dims += _field(2, len(dim)) + dim
     content = memoryview(voxels.reshape(-1).view(np.uint8))
-    head = b"\x08" + _varint(_DTYPE_ENUM[voxels.dtype.name]) + _field(2, len(dims)) + dims
+    head = b"\x08" + _varint(TENSOR_DTYPES[voxels.dtype.name]) + _field(2, len(dims)) + dims
     return head + _field(4, len(content)), content
 
 
@@ -230,7 +236,13 @@ def encode_volume(volume: Volume) -> bytes:
 
 
 def decode_doubles(feature: memoryview | npt.NDArray[np.generic]) -> list[float]:
-    """The float64 that a feature of bytes holds, such as `rescale_low`."""
+    """The float64 that a feature of bytes holds, such as `rescale_low`; at least one.
+
+    Raises:
+        ShardError: it holds none.
+    """
+    if not isinstance(feature, memoryview) or not feature or len(feature) % 8:
+        raise ShardError("a feature that should hold float64 does not")
     numbers: list[float] = np.frombuffer(feature, "<f8").tolist()
     return numbers
 
@@ -250,11 +262,16 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
+        if shift >= _VARINT_BITS:
+            raise ShardError("not an Example: a number of more than 64 bits")
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        if count > _MOST_FIELDS:
+            raise ShardError(f"not an Example: a message of more than {_MOST_FIELDS} fields")
         tag, at = _read_varint(data, at)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
@@ -296,6 +313,8 @@ def _decode_feature(data: memoryview) -> memoryview | npt.NDArray[np.generic]:
 
 
 def _integers(data: memoryview) -> Iterator[int]:
+    if len(data) > 2 * _MOST_FIELDS:
+        raise ShardError(f"not an Example: a list of integers of {len(data)} bytes")
     for _, value in _fields(data):
         packed, at = _message(value), 0
         while at < len(packed):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import read_info
+from beam_nifti.dataset_info import path_of, read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.grid import agreed_zooms
@@ -110,7 +110,7 @@ def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolu
     spec = RecordSpec.of(read_info(output))
     for cells in describe_records(output, example_ids):
         try:
-            yield _read_record(storage.join(output, cells["shard"]), cells, spec)
+            yield _read_record(path_of(output, cells["shard"]), cells, spec)
         except (ShardError, OSError) as e:
             raise DatasetError(
                 f"{output}: record {cells['example_id']!r} of {cells['shard']} cannot be read ({e}); run "
@@ -122,7 +122,7 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     with storage.open_read(path) as handle:
         handle.seek(cells["offset"])
         data = handle.read(cells["length"])
-    payload = decode_record(data, spec.config.compression == "gzip")
+    payload = decode_record(data, spec.config.compression == "gzip", spec.most_bytes(cells["shape"]))
     for problem in check_record(payload, cells, spec):
         raise ShardError(problem)
     features = decode_example(payload)

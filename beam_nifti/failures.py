@@ -19,6 +19,9 @@ _SHOWN_NAMES: Final = 3
 _SHOWN_LETTERS: Final = 300
 _NUMBER: Final = re.compile(r"(?<![A-Za-z\d])(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?![A-Za-z\d])")
 
+MAX_FAILED_FRAMES: Final = 1 << 22
+"""Of the images in a list, whose lines may stand for any number of frames: 1 GB of their rows."""
+
 _OWN_KEYS: Final = ("row", "stage", "error", "message", "frames")
 
 
@@ -184,15 +187,19 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
         num_frames: of an image.
 
     Raises:
-        ManifestError: a cell is no list of frames.
+        ManifestError: a cell is no list of frames, or there are too many.
     """
-    if "frames" not in listed.table.column_names:
-        return [range(num_frames)] * len(listed)
-    cells = listed.table["frames"].to_pylist()
+    has_frames = "frames" in listed.table.column_names
+    cells = listed.table["frames"].to_pylist() if has_frames else [""] * len(listed)
     try:
-        return [list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells]
+        found: list[Sequence[int]] = [
+            list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells
+        ]
     except ValueError as e:
         raise ManifestError(listed.path, [f"column frames is no list of numbers: {e}"]) from e
+    if (total := sum(map(len, found))) > MAX_FAILED_FRAMES:
+        raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
+    return found
 
 
 def _frames_cell(failures: Sequence[Failure]) -> dict[str, str]:

@@ -6,22 +6,28 @@ Source: docs/format.md, "Index".
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import ShardError
+from beam_nifti.dataset_info import FILE_NAME, LEAST_RECORD_BYTES, DatasetInfo, ShardInfo, path_of
+from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.label_map import labels_of
 from beam_nifti.manifest import VolumeRow
+from beam_nifti.parquet_pages import require_said_sizes
 from beam_nifti.rescale import Ends, Intensity
 
 if TYPE_CHECKING:
@@ -84,6 +90,79 @@ OWN_NAMES: Final = frozenset(
 
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
+
+
+_FREE_BYTES: Final = 64 << 20
+_FREE_ROWS: Final = 1000
+_ROW_BYTES: Final = 64 << 10
+_FILE_GROWTH: Final = 256
+_DATA_GROWTH: Final = 16
+"""What an index may take: its file so much and so much a row; in memory so much, and so many times the bytes
+of its file and of its records; and beyond some rows a byte of its file for each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds an index that anybody may have written.
+
+    Attributes:
+        num_rows: that it has at most.
+        data_bytes: size of the file that it describes; 0 where that is not there.
+    """
+
+    num_rows: int
+    data_bytes: int
+
+    @classmethod
+    def of_data(cls, path: str) -> Limits:
+        """Those of the index of a file of records.
+
+        Raises:
+            FileNotFoundError: the file is not there.
+            OSError: it cannot be reached.
+        """
+        size = storage.stat(path).size
+        return cls(size // LEAST_RECORD_BYTES, size)
+
+    def check(self, metadata: pq.FileMetaData, data: bytes, columns: Collection[str] | None) -> list[str]:
+        """Refuse what takes more memory than it may, before it is read.
+
+        Args:
+            metadata: of the index.
+            data: its bytes.
+            columns: that are read; None means all.
+
+        Returns:
+            Columns of texts that may still do so, where rows repeat a long one.
+
+        Raises:
+            ShardError: it takes more.
+        """
+        groups = list(map(metadata.row_group, range(metadata.num_row_groups)))
+        num_rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
+        if num_rows > min(self.num_rows, _FREE_ROWS + len(data)):
+            raise ShardError(f"has {num_rows:,} rows, and can have {self.num_rows:,}")
+        total, repeated, texts = 0, 0, set[str]()
+        for group in groups:
+            # An empty one, which has no pages, is not read.
+            for column in map(group.column, range(group.num_columns if group.num_rows else 0)):
+                if columns is not None and column.path_in_schema.partition(".")[0] not in columns:
+                    continue
+                require_said_sizes(data, column)
+                total += max(column.total_uncompressed_size, 8 * column.num_values)
+                if column.physical_type == "BYTE_ARRAY" and column.has_dictionary_page:
+                    repeated += column.num_values * column.total_uncompressed_size
+                    texts.add(column.path_in_schema)
+        self.require(total, len(data))
+        return sorted(texts) if repeated > self._most(len(data)) else []
+
+    def require(self, num_bytes: int, file_bytes: int) -> None:
+        """Refuse values that take so many bytes, if those are too many."""
+        if num_bytes > self._most(file_bytes):
+            raise ShardError(f"has {num_bytes:,} bytes of values, more than it can have")
+
+    def _most(self, file_bytes: int) -> int:
+        return _FREE_BYTES + _FILE_GROWTH * file_bytes + _DATA_GROWTH * self.data_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +334,10 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str], below: str | 
 
 
 def read_index(
-    path: str, positions: range | None = None, columns: Sequence[str] | None = None
+    path: str,
+    positions: range | None = None,
+    columns: Sequence[str] | None = None,
+    limits: Limits | None = None,
 ) -> tuple[pa.Table, dict[str, str]]:
     """An index and the facts about the file that it describes.
 
@@ -263,21 +345,252 @@ def read_index(
         path: of the index.
         positions: in whose neighbourhood the records are wanted, with some others; None means all.
         columns: to read, of those that it has; None means all.
+        limits: of what is read; None where this process wrote it.
 
     Raises:
         FileNotFoundError: there is none.
-        ShardError: the file is no index.
+        ShardError: the file is no index, or beyond its limits.
     """
-    data = storage.read(path)
+    return parse_index(read_bytes(path, limits), path, positions, columns, limits)
+
+
+def read_bytes(path: str, limits: Limits | None) -> bytes:
+    """The bytes of an index; as `read_index`."""
+    if limits is None:
+        return storage.read(path)
+    try:
+        return storage.read_bounded(path, _FREE_BYTES + _ROW_BYTES * limits.num_rows)
+    except storage.FileTooLargeError as e:
+        raise ShardError(f"{path}: not an index: {e}") from e
+
+
+def parse_index(
+    data: bytes,
+    path: str,
+    positions: range | None = None,
+    columns: Sequence[str] | None = None,
+    limits: Limits | None = None,
+    known: Mapping[str, pa.DataType] | None = None,
+) -> tuple[pa.Table, dict[str, str]]:
+    """An index by its bytes; as `read_index`.
+
+    Args:
+        data: the bytes.
+        path: where they were read from.
+        positions: as `read_index`.
+        columns: as `read_index`.
+        limits: as `read_index`.
+        known: types of the columns that it may have; None takes any.
+    """
     try:
         # By itself, as `read_table` starts threads, which can bring a short process down at its end.
         file = pq.ParquetFile(pa.BufferReader(data))
+        if known is not None:
+            _require_columns(file.schema_arrow, known)
+        texts = limits.check(file.metadata, data, columns) if limits else []
         groups = [i for i in range(file.num_row_groups) if _is_near(file.metadata.row_group(i), positions)]
+        if texts:
+            file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
         table = file.read_row_groups(groups, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as e:
+        if texts and limits:
+            limits.require(_num_text_bytes(table), len(data))
+            plain = [field.with_type(_without_dictionary(field.type)) for field in table.schema]
+            table = table.cast(pa.schema(plain, table.schema.metadata))
+        facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    except (pa.ArrowException, ShardError, OSError, UnicodeDecodeError) as e:
         raise ShardError(f"{path}: not an index: {e}") from e
-    facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     return table, facts
+
+
+def _require_columns(schema: pa.Schema, known: Mapping[str, pa.DataType]) -> None:
+    """Refuse columns before they are read, as types may nest."""
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        if name not in known:
+            raise ShardError(f"has a column {name!r}, which {FILE_NAME} does not name")
+        if kind != known[name]:
+            raise ShardError(f"column {name} is {str(kind)[:60]}, expected {known[name]}")
+    if len(set(schema.names)) < len(schema.names):
+        raise ShardError("has a column twice")
+
+
+def _num_text_bytes(table: pa.Table) -> int:
+    """What the texts of a table take that were read as numbers of those that differ."""
+    total = 0
+    for column in table.columns:
+        for chunk in column.chunks:
+            values = chunk.values if pa.types.is_list(chunk.type) else chunk
+            if pa.types.is_dictionary(values.type):
+                lengths = pc.binary_length(values.dictionary).take(values.indices)
+                total += pc.sum(lengths).as_py() or 0
+    return total
+
+
+def _without_dictionary(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_without_dictionary(kind.value_type))
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+@functools.lru_cache(maxsize=8)
+def known_columns(record: RecordConfig, columns: tuple[str, ...]) -> Mapping[str, pa.DataType]:
+    """Types of the columns that an index may have.
+
+    Args:
+        record: configuration of its records.
+        columns: names of all of the manifest's.
+    """
+    return {field.name: field.type for field in schema_of(record, columns)}
+
+
+def read_shard_index(
+    output: str, info: DatasetInfo, shard: ShardInfo, columns: Collection[str] | None = None
+) -> pa.Table:
+    """The index of a shard of a published dataset: sound, whoever wrote it.
+
+    Args:
+        output: the dataset's folder, local or a URL.
+        info: of the dataset.
+        shard: of it.
+        columns: to read, of those that it has; None means all.
+
+    Raises:
+        DatasetError: there is none, it is not the index of the shard, or it cannot be reached.
+    """
+    path = storage.join(output, shard.index)
+    try:
+        limits = limits_of(output, shard)
+        data = read_bytes(path_of(output, shard.index), limits)
+        table, facts = _sound(data, path, info, limits, columns)
+    except (ShardError, OSError) as e:
+        raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
+    is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
+    if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
+        raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
+    for problem in (*_find_outside(table, shard), *_find_others(table, info)):
+        raise DatasetError(f"{path}: {problem}; run beam-nifti verify")
+    return table
+
+
+def read_sound_index(
+    path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None = None
+) -> tuple[pa.Table, dict[str, str]]:
+    """As `read_index`, of columns that records of a dataset have, in their types and numbers of values.
+
+    Args:
+        path: of the index.
+        info: of the dataset.
+        limits: of what is read.
+        columns: to read, of those that it has; None means all.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ShardError: the file is no such index.
+    """
+    return _sound(read_bytes(path, limits), path, info, limits, columns)
+
+
+def _sound(
+    data: bytes, path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None
+) -> tuple[pa.Table, dict[str, str]]:
+    record, names = info.record_config, None if columns is None else sorted(columns)
+    known = known_columns(record, tuple(info.manifest["columns"]))
+    table, facts = parse_index(data, path, None, names, limits, known)
+    every = schema_of(record, [label.name for label in info.labels]).names
+    for problem in check_table(table, [name for name in every if names is None or name in names], record):
+        raise ShardError(f"{path}: not an index: {problem}")
+    return table, facts
+
+
+def limits_of(output: str, shard: ShardInfo) -> Limits:
+    """Those of the index of a published shard, whose file need not be there."""
+    size = 0
+    if not storage.is_remote(output):  # in a store this would be a request
+        with contextlib.suppress(OSError):
+            size = storage.stat(path_of(output, shard.name)).size
+    return Limits(shard.num_examples, size)
+
+
+def _find_outside(table: pa.Table, shard: ShardInfo) -> Iterator[str]:
+    """Find records that are not in their shard."""
+    if {"offset", "length"} <= set(table.column_names):
+        offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
+        size = shard.num_bytes
+        wrong = np.flatnonzero((offsets < 0) | (lengths <= 0) | (lengths > size) | (offsets > size - lengths))
+        if wrong.size:
+            at = int(wrong[0])
+            where = f"{lengths[at]} bytes at offset {offsets[at]}"
+            yield f"{record_name(at, table)} is said to take {where}, which are not in {shard.name}"
+
+
+def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
+    """Find records of another shape than the one that all have."""
+    if info.shape is not None and "shape" in table.column_names:
+        counts = pc.list_value_length(table["shape"]).to_numpy()
+        shapes = pc.list_flatten(table["shape"]).to_numpy()
+        if (counts != len(info.shape)).any() or (shapes.reshape(-1, len(info.shape)) != info.shape).any():
+            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} says"
+
+
+def check_table(table: pa.Table, columns: Collection[str], record: RecordConfig) -> Iterator[str]:
+    """Find what makes an index unusable.
+
+    Args:
+        table: of columns of the types of `schema_of`.
+        columns: names of those that it must have.
+        record: configuration of the records.
+    """
+    try:
+        table.validate(full=True)  # Parquet's text is not checked when it is read
+    except pa.ArrowInvalid as e:
+        yield f"cannot be read: {e}"
+        return
+    for name in columns:
+        if name not in table.column_names:
+            yield f"column {name} is missing"
+    for name in table.column_names:
+        yield from _check_column(table, name, record)
+
+
+def _check_column(table: pa.Table, name: str, record: RecordConfig) -> Iterator[str]:
+    column = table[name]
+    if column.null_count and name != "label":
+        yield f"column {name} has {column.null_count} empty cells"
+    elif pa.types.is_list(column.type):
+        num_empty = pc.list_flatten(column).null_count
+        if num_empty and name != "source_versions":
+            yield f"column {name} has {num_empty} empty values"
+        counts = pc.list_value_length(column).to_numpy()
+        expected = _expected_counts(name, counts, record)
+        if name in SOURCE_LISTS and SOURCE_LISTS[0] in table.column_names:
+            of_files = pc.list_value_length(table[SOURCE_LISTS[0]]).to_numpy()
+            expected = _expected_counts(name, of_files, record)
+        wrong = np.flatnonzero(counts != expected)
+        if wrong.size:
+            at = int(wrong[0])
+            number = f"{counts[at]} values, expected {expected[at]}"
+            yield f"column {name} of {record_name(at, table)} has {number}"
+
+
+def _expected_counts(name: str, counts: npt.NDArray[np.int64], record: RecordConfig) -> npt.NDArray[np.int64]:
+    """How many values the cells of a column of lists must have: the nearest to what they do have."""
+    least = record.num_channels + (record.mask_dtype is not None)  # each may be a pair
+    bounds = {
+        **dict.fromkeys(SOURCE_LISTS, (least, 2 * least)),
+        **dict.fromkeys(_OF_IMAGES, (record.num_channels,) * 2),
+        "source_shape": (3, 5),
+        "shape": (3, 4),
+        "zooms": (3, 3),
+        "affine": (16, 16),
+        "source_affine": (16, 16),
+    }
+    low, high = bounds.get(name, (0, None))
+    return counts.clip(low, high)
+
+
+def record_name(ordinal: int, table: pa.Table) -> str:
+    """How problems call a row of an index."""
+    has_id = "example_id" in table.column_names
+    return f"record {ordinal}" + (f" ({table['example_id'][ordinal].as_py()})" if has_id else "")
 
 
 def _is_near(group: pq.RowGroupMetaData, positions: range | None) -> bool:
@@ -285,5 +598,5 @@ def _is_near(group: pq.RowGroupMetaData, positions: range | None) -> bool:
     columns = (group.column(i) for i in range(group.num_columns))
     found = next((c.statistics for c in columns if c.path_in_schema == "position"), None)
     if positions is None or found is None or not found.has_min_max:
-        return True
+        return bool(group.num_rows)
     return bool(found.min < positions.stop and found.max >= positions.start)

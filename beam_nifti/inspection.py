@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
-from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
-from beam_nifti.errors import DatasetError, ShardError
+from beam_nifti.dataset_info import DatasetInfo, ShardInfo, path_of, read_info
+from beam_nifti.errors import DatasetError
 from beam_nifti.failures import failed_frames
-from beam_nifti.index import extra_column, read_index
+from beam_nifti.index import extra_column, read_shard_index
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import frame_id, read_manifest
 from beam_nifti.wording import format_rows, size_text
@@ -157,7 +157,7 @@ def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.Chun
 
 
 def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) -> str | None:
-    failures = read_manifest(storage.join(output, file), Columns(**info.config["columns"]))
+    failures = read_manifest(path_of(output, file), Columns(**info.config["columns"]))
     # Where paths are the ids, the list of failures holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
     lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}
@@ -179,11 +179,7 @@ def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInf
     """
     for split, found in info.splits.items():
         for shard in found.shards:
-            path = storage.join(output, shard.index)
-            try:
-                yield split, shard, read_index(path)[0]
-            except (ShardError, OSError) as e:
-                raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
+            yield split, shard, read_shard_index(output, info, shard)
 
 
 @dataclass
@@ -352,7 +348,10 @@ def _value_lines(name: str, value: Any) -> Iterator[str]:
             yield " ".join(f"{n:>12.6g}" for n in value[i : i + 4])
     elif name in ("source_mtime", "source_mtimes"):
         for time in value if isinstance(value, list) else [value]:
-            yield datetime.fromtimestamp(time, UTC).isoformat(" ", "seconds")
+            try:
+                yield datetime.fromtimestamp(time, UTC).isoformat(" ", "seconds")
+            except (ValueError, OverflowError, OSError):  # of no year that a date can have
+                yield f"{time:g}"
     elif name == "source_versions":
         yield ", ".join(version or "none" for version in value)
     elif isinstance(value, list):

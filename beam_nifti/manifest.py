@@ -239,9 +239,13 @@ class Manifest:
             for i, index in enumerate(indices)
         ]
 
-    def row_of(self, source: str) -> VolumeRow | None:
-        """The row of an image by what is written of it; None where it is none of this manifest's."""
-        at = pc.index(self.table[self.columns.paths[0]], source).as_py()
+    def row_of(self, files: Sequence[str]) -> VolumeRow | None:
+        """The row of an example by what is written of its files; None where it is none of this manifest's."""
+        first, *further = self.columns.files
+        is_same = pc.equal(self.table[first], files[0])
+        for name, text in zip(further, files[1:], strict=True):
+            is_same = pc.and_(is_same, pc.equal(self.table[name], text))
+        at = pc.index(is_same, True).as_py()
         return None if at < 0 else self.rows([at])[0]
 
     def lacks_labels(self, num_rows: int) -> bool:

@@ -17,7 +17,7 @@ from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import PartsChangedError, ShardError
-from beam_nifti.index import read_index, schema_of, write_index
+from beam_nifti.index import Limits, read_index, schema_of, write_index
 from beam_nifti.parts import PART_ENDING, Part, base_of, file_facts, part_at
 from beam_nifti.sharding import ShardName
 from beam_nifti.tfrecord import EMPTY_MEMBER
@@ -119,7 +119,7 @@ class _Merge:
         """What is known of the shard if another attempt at this merge has written it."""
         target = self._at(self.name)
         try:
-            table, facts = read_index(target.index)
+            table, facts = read_index(target.index, limits=Limits.of_data(target.data))
             size = storage.stat(target.data).size
         except (FileNotFoundError, ShardError):
             return None

@@ -92,7 +92,14 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--deep",
         metavar="N",
-        help="make N records (or: all) again from their images, and compare bit for bit",
+        help="make N records (or: all) again from their images, and compare bit for bit; requires "
+        "--manifest, which names the images that are opened",
+    )
+    verify.add_argument(
+        "--preprocess",
+        metavar="MODULE:FUNCTION",
+        help="for --deep, of a dataset that was built with it: the function to import and run; one that only "
+        "the dataset names is not run",
     )
     add_workers(verify)
     add_quiet(verify)

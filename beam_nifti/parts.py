@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
@@ -21,7 +21,17 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.header import require_shape
 from beam_nifti.image import stat_image
-from beam_nifti.index import IndexEntry, file_cells, make_table, read_index, row_cells, schema_of, write_index
+from beam_nifti.index import (
+    IndexEntry,
+    Limits,
+    check_table,
+    file_cells,
+    make_table,
+    read_index,
+    row_cells,
+    schema_of,
+    write_index,
+)
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.sharding import ShardName
 from beam_nifti.versions import is_written_here, versions_fact
@@ -161,7 +171,7 @@ def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:
     """A finished shard of the same making, if there is one."""
     part = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
     try:
-        facts = read_index(part.index)[1]
+        facts = read_index(part.index, columns=[])[1]
     except (FileNotFoundError, ShardError):
         return None
     return part if facts.get("fingerprint") == fingerprint else None
@@ -196,15 +206,19 @@ def finished_rows(
         The part with its `positions` set; None where it holds none of them.
     """
     try:
-        table, facts = read_index(part.index, range(rows[0].position, rows[-1].position + 1))
-        held = storage.stat(part.data).size
+        limits, schema = Limits.of_data(part.data), schema_of(record, extra_columns)
+        near = range(rows[0].position, rows[-1].position + 1)
+        table, facts = read_index(part.index, near, limits=limits)
     except (FileNotFoundError, ShardError):
         return None
-    if table.column_names != schema_of(record, extra_columns).names or table.num_rows == 0:
+    if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:
         return None
-    if held < pc.max(pc.add(table["offset"], table["length"])).as_py():
+    if any(check_table(table, (), record)) or pc.min(table["length"]).as_py() <= 0:
         return None
-    if not (any_versions or is_written_here(facts)):
+    ends = pc.add(table["offset"], table["length"])
+    if pc.min(table["offset"]).as_py() < 0 or limits.data_bytes < pc.max(ends).as_py():
+        return None
+    if not (any_versions or _is_written_here(facts)):
         return None
     now = functools.cache(_file_cells)  # frames of one image follow one another
     of_files = [name for name in table.column_names if name.startswith("source_")]
@@ -223,6 +237,13 @@ def finished_rows(
                 continue
         positions.append(row.position)
     return Part(part.data, part.index, tuple(positions)) if positions else None
+
+
+def _is_written_here(facts: Mapping[str, str]) -> bool:
+    try:
+        return is_written_here(facts)
+    except ShardError:
+        return False
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from beam_nifti.build_note import SUMMARY_NAME
 from beam_nifti.dataset_info import (
     FAILURES_FILE,
     FILE_NAME,
+    MAX_INFO_BYTES,
     DatasetInfo,
     ShardInfo,
     SplitInfo,
@@ -188,6 +190,7 @@ def publish_dataset(
         },
         num_failures=num_failed,
         failures=failures_path.rpartition("/")[2] or None,
+        failures_sha256=_digest_of(failures_path) if config.record.format_version > 1 else None,
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         versions=all_versions(),
     )
@@ -198,6 +201,11 @@ def publish_dataset(
     for name in lists - {info.failures}:
         storage.delete(storage.join(config.output, name), config.output)
     return summary
+
+
+def _digest_of(path: str) -> str | None:
+    """sha256 of a file; None of ""."""
+    return hashlib.sha256(storage.read(path)).hexdigest() if path else None
 
 
 def _write_failures(
@@ -233,6 +241,11 @@ def _write_summary(output: str, summary: BuildSummary) -> None:
     storage.write(storage.join(output, _SUMMARY_FILE), text.encode(), output)
 
 
+def forget_summary(output: str) -> None:
+    """Remove what an earlier build said of how it ended."""
+    storage.delete(storage.join(output, _SUMMARY_FILE), output)
+
+
 def take_summary(output: str) -> BuildSummary | None:
     """How the last build in this output ended, if it got that far; forgets it."""
     path = storage.join(output, _SUMMARY_FILE)
@@ -259,7 +272,7 @@ def last_revision(output: str) -> int:
     found = [int(match[1]) for match in map(_REVISION.search, names) if match]
     found += [1 for name in names if ShardName.parse(name)]
     with contextlib.suppress(FileNotFoundError):
-        text = storage.read(storage.join(output, FILE_NAME)).decode(errors="replace")
+        text = storage.read_head(storage.join(output, FILE_NAME), MAX_INFO_BYTES).decode(errors="replace")
         found += [1, *(int(digits) for digits in _REVISION_KEY.findall(text))]
     return max(found, default=0)
 
@@ -275,6 +288,7 @@ def remove_files(output: str, written: Collection[str], keep: Collection[str]) -
             by its index.
         keep: names of files that stay.
     """
+    keep = frozenset(keep)
     index = storage.join(output, _INDEX)
     at_top, indexes = storage.list_files(output), set(storage.list_files(index))
     ours = {*written, *keep}

@@ -25,10 +25,18 @@ import pyarrow.compute as pc
 
 from beam_nifti import dataset_info, storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
-from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.example import decode_doubles, decode_example, decode_tensor, scaling_of
-from beam_nifti.index import read_index
+from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
+from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError
+from beam_nifti.example import (
+    SCALING_FEATURES,
+    decode_doubles,
+    decode_example,
+    decode_tensor,
+    largest_payload,
+    scaling_of,
+    split_kind,
+)
+from beam_nifti.index import read_shard_index
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.quantize import UINT8_LEVELS
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels
@@ -228,7 +236,7 @@ class Dataset:
             UsageError: it has no such column.
         """
         r = self._records
-        table = _read_indexes(r.output, r.shards, columns)
+        table = _read_indexes(r.output, r.info, r.shards, columns)
         missing = set(columns or ()) - set(table.column_names)
         if missing:
             raise UsageError(f"{r.output}: the index has no column {min(missing)!r}")
@@ -327,6 +335,16 @@ class _Records:
         """Offset and length of each record."""
         return self.table["offset"].to_numpy(), self.table["length"].to_numpy()
 
+    def shape_of(self, row: int) -> tuple[int, ...]:
+        """The shape of a record's voxels."""
+        return self.info.shape or tuple(self.table["shape"][row].as_py())
+
+    @cached_property
+    def _most_bytes(self) -> int | None:
+        """Of the payload of any record: it bounds what is decompressed; None where shapes differ."""
+        info = self.info
+        return None if info.shape is None else largest_payload(info.shape, info.dtype, self.config.mask_dtype)
+
     @cached_property
     def from_record(self) -> frozenset[str]:
         """The columns for which a record has to be read."""
@@ -368,10 +386,10 @@ class _Records:
             if found != example_id.encode():
                 raise ShardError(f"it is the record of {bytes(found or b'').decode(errors='replace')!r}")
             return {
-                name: self._value(name, features) if name in self.from_record else self._cell(name, row)
+                name: self._value(name, features, row) if name in self.from_record else self._cell(name, row)
                 for name in self.columns
             }
-        except (ShardError, OSError) as e:
+        except (ShardError, VolumeError, OSError) as e:
             self.require_current()
             number = row - self.starts[shard]
             raise DatasetError(
@@ -386,7 +404,10 @@ class _Records:
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
             raise ShardError(f"of its {size} bytes the file has {count}")
-        return decode_buffer(buffer, compressed)
+        most = self._most_bytes
+        if most is None:
+            most = largest_payload(self.shape_of(row), self.info.dtype, self.config.mask_dtype)
+        return decode_buffer(buffer, compressed, most)
 
     def _cell(self, name: str, row: int) -> Any:
         """What the index says of a record."""
@@ -401,23 +422,39 @@ class _Records:
                 return np.float64(math.nan if value is None else value).astype(np.float32)
         return value
 
-    def _value(self, name: str, features: _Features) -> Any:
+    def _value(self, name: str, features: _Features, row: int) -> Any:
         """What a record itself says."""
         if name == "image":
-            return self._image(features)
+            return self._image(features, self.shape_of(row))
         if _has_tensor(name, self.info):
-            return _tensor(features, name + _TENSOR)
+            return self._mask(features, name + _TENSOR, self.shape_of(row))
         value = features.get(name)
-        if isinstance(value, np.ndarray):
+        if value is None and name in SCALING_FEATURES:
+            return None
+        kind, size = split_kind(self.info.features[name])
+        if isinstance(value, np.ndarray) and kind != "bytes" and value.size == (size or 1):
             return value[0] if value.size == 1 else value
-        return None if value is None else bytes(value)
+        if isinstance(value, memoryview) and kind == "bytes":
+            return bytes(value)
+        raise ShardError(f"it has no {name} that is {self.info.features[name]}")
 
-    def _image(self, features: _Features) -> npt.NDArray[np.float32]:
+    def _mask(self, features: _Features, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        tensor = _tensor(features, name)
+        if tensor.dtype.name != self.config.mask_dtype or tensor.shape != shape[:3]:
+            raise ShardError(f"its {name} is {tensor.dtype.name} of {tensor.shape}")
+        return tensor
+
+    def _image(self, features: _Features, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         stored = _tensor(features, "image_raw")
-        if stored.dtype.name != self.info.dtype or self.info.shape not in (None, stored.shape):
+        if stored.dtype.name != self.info.dtype or stored.shape != shape:
+            by = FILE_NAME if self.info.shape else "the index"
             raise ShardError(
-                f"it holds {stored.dtype.name} of {stored.shape}, and {FILE_NAME} says {self.info.dtype} of "
-                f"{self.info.shape}"
+                f"it holds {stored.dtype.name} of {stored.shape}, and {by} says {self.info.dtype} of {shape}"
+            )
+        channels = self.config.channels
+        if channels is not None and stored.shape[3:] != (len(channels),):
+            raise ShardError(
+                f"it holds voxels of shape {stored.shape}, and there are {len(channels)} channels"
             )
         if self.config.voxel_dtype == "native":
             image = _rescale(stored, features, self.config)
@@ -451,6 +488,8 @@ def _tensor(features: _Features, name: str) -> npt.NDArray[Any]:
     if not isinstance(value, memoryview):
         raise ShardError(f"it has no {name}")
     tensor = decode_tensor(value)
+    if tensor.size == 0:
+        raise ShardError(f"its {name} is empty")
     gap = tensor.ctypes.data % tensor.itemsize
     if gap:
         start = tensor.ctypes.data - np.frombuffer(value, np.uint8).ctypes.data
@@ -465,7 +504,10 @@ def _rescale(voxels: Voxels, features: _Features, config: RecordConfig) -> Voxel
     scaling = scaling_of(features)
     ends = []
     if config.has_ends:
-        ends = list(map(Ends, *(decode_doubles(features[name]) for name in ("rescale_low", "rescale_high"))))
+        lows, highs = (
+            _doubles(features, name, config.num_channels) for name in ("rescale_low", "rescale_high")
+        )
+        ends = list(map(Ends, lows, highs))
     if config.channels is None:
         return _rescale_image(voxels, scaling, ends[0] if ends else None, config)
     return np.stack(
@@ -477,6 +519,13 @@ def _rescale(voxels: Voxels, features: _Features, config: RecordConfig) -> Voxel
     )
 
 
+def _doubles(features: _Features, name: str, count: int) -> list[float]:
+    numbers = decode_doubles(features[name]) if name in features else []
+    if len(numbers) != count:
+        raise ShardError(f"its {name} has {len(numbers)} numbers, expected {count}")
+    return numbers
+
+
 def _rescale_image(voxels: Voxels, scaling: Scaling, ends: Ends | None, config: RecordConfig) -> Voxels:
     low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
     # Nothing asks for mean and deviation, which would take another pass.
@@ -485,8 +534,13 @@ def _rescale_image(voxels: Voxels, scaling: Scaling, ends: Ends | None, config: 
 
 def read_info(output: str) -> DatasetInfo:
     """What `dataset_info.read_info` gives; a store that cannot be reached is a DatasetError, too."""
+    return DatasetInfo.from_json(read_content(output), storage.join(output, FILE_NAME))
+
+
+def read_content(output: str) -> bytes:
+    """What `dataset_info.read_content` gives; a store that cannot be reached is a DatasetError, too."""
     try:
-        return dataset_info.read_info(output)
+        return dataset_info.read_content(output)
     except OSError as e:
         raise DatasetError(f"{storage.join(output, FILE_NAME)}: cannot be reached ({e})") from e
 
@@ -544,11 +598,12 @@ def _open(
     check_shards(output, shards, set(storage.list_files(output)) if is_listed else None)
     columns = tuple(dict.fromkeys(default_columns(info) if columns is None else columns))
     from_index = {name for name in columns if name != "id" and not _has_tensor(name, info)}
-    table = _read_indexes(output, shards, {"example_id", "offset", "length", *from_index, *asked})
+    needed = {"example_id", "offset", "length", *(() if info.shape else ["shape"]), *from_index, *asked}
+    table = _read_indexes(output, info, shards, needed)
     in_records = {name.removesuffix(_TENSOR) for name in info.features}
     unknown = from_index - {*table.column_names, *in_records}
     if unknown:
-        known = {*_read_indexes(output, shards[:1]).column_names, *in_records}
+        known = {*_read_indexes(output, info, shards[:1]).column_names, *in_records}
         raise UsageError(
             f"{output}: records have no column {min(unknown)!r}; choose among {', '.join(sorted(known))}"
         )
@@ -582,6 +637,7 @@ def check_shards(output: str, shards: Sequence[ShardInfo], present: Collection[s
     def check(shard: ShardInfo) -> None:
         path = storage.join(output, shard.name)
         try:
+            path_of(output, shard.name)
             size = storage.stat(path).size if present is None else shard.num_bytes
         except FileNotFoundError:
             size = None
@@ -599,20 +655,12 @@ def check_shards(output: str, shards: Sequence[ShardInfo], present: Collection[s
 
 
 def _read_indexes(
-    output: str, shards: Sequence[ShardInfo], columns: Collection[str] | None = None
+    output: str, info: DatasetInfo, shards: Sequence[ShardInfo], columns: Collection[str] | None = None
 ) -> pa.Table:
     """The indexes of some shards, as one table; of the columns those that there are."""
-    names = None if columns is None else sorted(columns)
 
     def read(shard: ShardInfo) -> pa.Table:
-        path = storage.join(output, shard.index)
-        try:
-            table, facts = read_index(path, columns=names)
-        except (ShardError, OSError) as e:
-            raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
-        if facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
-            raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
-        return table
+        return read_shard_index(output, info, shard, columns)
 
     tables = _for_each(read, shards, together=storage.is_remote(output))
     return pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()

@@ -15,8 +15,8 @@ from typing import Final
 
 import tensorflow as tf
 
-from beam_nifti import storage
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, no_dataset
+from beam_nifti import random_access, storage
+from beam_nifti.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, no_dataset
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.example import ENDS_FEATURES, SCALING_FEATURES
 from beam_nifti.random_access import REBUILT, check_shards, shards_of
@@ -55,10 +55,13 @@ def read_info(folder: str) -> tuple[DatasetInfo, bytes]:
     Raises:
         DatasetError: there is none, it is damaged, or TensorFlow does not know the folder's scheme.
     """
+    if not storage.is_remote(folder):
+        content = random_access.read_content(folder)
+        return DatasetInfo.from_json(content, storage.join(folder, FILE_NAME)), content
     path = f"{folder}/{FILE_NAME}"
     try:
         with tf.io.gfile.GFile(path, "rb") as handle:
-            text = handle.read()
+            text = handle.read(MAX_INFO_BYTES + 1)
     except tf.errors.NotFoundError as e:
         raise no_dataset(folder) from e
     except tf.errors.UnimplementedError as e:
@@ -68,6 +71,8 @@ def read_info(folder: str) -> tuple[DatasetInfo, bytes]:
         ) from e
     except (tf.errors.OpError, RuntimeError) as e:  # the latter from tensorflow-io, of az://
         raise DatasetError(f"{path}: TensorFlow cannot read it ({e}); engine='indexed' may say why") from e
+    if len(text) > MAX_INFO_BYTES:
+        raise DatasetError(f"{path}: has more than the {MAX_INFO_BYTES:,} bytes that it may have")
     return DatasetInfo.from_json(text, path), text
 
 
@@ -302,7 +307,7 @@ def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Ten
 
     def rescale_image(voxels: tf.Tensor, doubles: dict[str, tf.Tensor]) -> tf.Tensor:
         if has_ends:
-            return _rescale_between(_to_float64(voxels), **doubles, clip=info.config["clip"])
+            return _rescale_between(_to_float64(voxels), **doubles, clip=info.config.get("clip", False))
         return _rescale(voxels, **doubles, method=info.config["rescale"])
 
     def rescale(voxels: tf.Tensor, features: dict[str, tf.Tensor]) -> tf.Tensor:

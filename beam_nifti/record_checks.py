@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.concealment import concealing
-from beam_nifti.config import Columns, LabelColumn, RecordConfig
+from beam_nifti.config import LabelColumn, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.errors import VolumeError
 from beam_nifti.example import (
     ENDS_FEATURES,
     MASK_FEATURE,
@@ -23,6 +23,7 @@ from beam_nifti.example import (
     decode_tensor,
     encode_volume,
     label_feature,
+    largest_payload,
     scaling_of,
 )
 from beam_nifti.grid import is_usable
@@ -62,6 +63,8 @@ class RecordSpec:
         dtype: of the stored voxels.
         labelled: whether records have a label; without, every label is NaN.
         may_lack: whether some of a labelled dataset may lack it.
+        columns: names of all columns of the manifest.
+        ids_of_people: whether ids are made of participants and sessions.
     """
 
     config: RecordConfig
@@ -70,21 +73,28 @@ class RecordSpec:
     dtype: str
     labelled: bool
     may_lack: bool = False
+    columns: tuple[str, ...] = ()
+    ids_of_people: bool = False
 
     @classmethod
     def of(cls, info: DatasetInfo) -> RecordSpec:
-        """The spec of a dataset.
-
-        Raises:
-            UsageError: its configuration is not one that this version knows.
-        """
-        columns = Columns(**info.config["columns"])
-        named = columns.label if columns.has_label_features else ""
-        if ",".join(map(str, info.labels)) != named:
-            raise UsageError(f"labels are {', '.join(map(str, info.labels)) or 'none'}, of columns {named!r}")
+        """The spec of a dataset."""
         is_string = bool(info.labels) and info.labels[0].kind == "string"
-        may_lack = is_string or columns.missing_label == "nan"
-        return cls(info.record_config, info.features, info.shape, info.dtype, info.labelled, may_lack)
+        return cls(
+            info.record_config,
+            info.features,
+            info.shape,
+            info.dtype,
+            info.labelled,
+            may_lack=is_string or info.config["columns"].get("missing_label") == "nan",
+            columns=tuple(info.manifest["columns"]),
+            ids_of_people=info.config["columns"].get("id") is None
+            and "participant_id" in info.manifest["columns"],
+        )
+
+    def most_bytes(self, shape: Sequence[int]) -> int:
+        """Of the payload of a record whose index says that shape: it bounds what is decompressed."""
+        return largest_payload(self.shape or shape, self.dtype, self.config.mask_dtype)
 
 
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:

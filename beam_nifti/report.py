@@ -21,7 +21,7 @@ import apache_beam as beam
 from beam_nifti import storage
 from beam_nifti.appearance import look_at_record
 from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
-from beam_nifti.errors import DatasetError, ShardError, UsageError
+from beam_nifti.errors import ShardError
 from beam_nifti.local_runner import send_whole_elements
 from beam_nifti.memory import keep_buffers
 from beam_nifti.outputs import require_apart
@@ -61,7 +61,7 @@ class LookAtShard(beam.DoFn):
         """Hold one record at a time, and a sheet."""
         number, split, shard = element
         problems = Problems()
-        records = ShardPass(self._output, shard, split, number, self._spec.config, problems)
+        records = ShardPass(self._output, shard, split, number, self._spec, problems)
         write_sheets(self._folder, number, split, self._rows(records, problems, number))
         write_problems(self._folder, number, problems.texts())
 
@@ -74,7 +74,8 @@ class LookAtShard(beam.DoFn):
 
     def _look_at(self, record: StoredRecord, problems: Problems, number: int) -> dict[str, Any] | None:
         try:
-            payload = decode_record(record.data, self._spec.config.compression == "gzip")
+            most = self._spec.most_bytes(record.cells["shape"])
+            payload = decode_record(record.data, self._spec.config.compression == "gzip", most)
             wrong = list(check_record(payload, record.cells, self._spec))
         except ShardError as e:
             wrong = [str(e)]
@@ -124,10 +125,7 @@ def write_report(
         OSError: the page cannot be written now, or a file cannot be read, but that may pass.
     """
     output, out = storage.absolute(output), storage.absolute(out)
-    try:
-        spec = RecordSpec.of(info)
-    except (UsageError, KeyError, TypeError) as e:
-        raise DatasetError(f"{output}: not a configuration of a dataset: {e!r}") from e
+    spec = RecordSpec.of(info)
     require_apart(out, "--out")
     storage.require_writable(out, "--out")
     failures = read_failures(output, info)

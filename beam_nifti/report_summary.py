@@ -7,7 +7,6 @@ over the pictures for those that are shown. What stays of a record is a row of n
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,10 +16,11 @@ import pyarrow as pa
 
 from beam_nifti import storage
 from beam_nifti.appearance import SCHEMA
-from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.dataset_info import DatasetInfo, path_of
 from beam_nifti.errors import DatasetError
 from beam_nifti.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.sheets import read_problems, read_sheets
+from beam_nifti.strict_json import load_json
 from beam_nifti.thumbnail import GRID, draw_slices
 
 MAX_OUTLIERS: Final = 1000
@@ -163,8 +163,8 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
         return []
     path = storage.join(output, info.failures)
     try:
-        with storage.open_read(path) as handle:
-            failures = list(map(json.loads, itertools.islice(handle, MAX_FAILURES)))
+        with storage.open_read(path_of(output, info.failures)) as handle:
+            failures = list(map(load_json, itertools.islice(handle, MAX_FAILURES)))
         return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
     except (FileNotFoundError, ValueError, AttributeError) as e:
         raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e

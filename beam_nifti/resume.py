@@ -5,15 +5,18 @@ A record is taken only where a build of an empty output would make the same one.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+
+import pyarrow as pa
 
 from beam_nifti import storage
 from beam_nifti.build_note import BuildNote
 from beam_nifti.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.errors import ShardError
-from beam_nifti.index import read_index
+from beam_nifti.index import Limits, read_sound_index
 from beam_nifti.manifest import Manifest, VolumeRow
 from beam_nifti.parts import (
     BUILD_FOLDER,
@@ -137,9 +140,11 @@ class UnfinishedBuild:
     note: BuildNote
     published: frozenset[str]
 
-    def indexes(self) -> Iterator[str]:
-        """Paths of the indexes of its parts and shards."""
-        return (part.index for _, part in self._parts())
+    def indexes(self) -> Iterator[pa.Table]:
+        """The indexes of its parts and shards, but for those that cannot be used."""
+        for _, part in self._parts():
+            with contextlib.suppress(FileNotFoundError, ShardError):
+                yield read_sound_index(part.index, self.note.info, Limits.of_data(part.data))[0]
 
     def work(self) -> Work:
         """All of its finished records."""
@@ -189,7 +194,8 @@ class UnfinishedBuild:
         sizes: dict[tuple[str, int], int] = {}
         for split, part in self._parts():
             try:
-                table, _ = read_index(part.index, columns=["position", "length"])
+                limits = Limits.of_data(part.data)
+                table, _ = read_sound_index(part.index, self.note.info, limits, ["position", "length"])
             except (FileNotFoundError, ShardError):
                 continue
             lengths = dict(zip(table["position"].to_pylist(), table["length"].to_pylist(), strict=True))

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti import storage
-from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FILE_NAME, ShardInfo
+from beam_nifti.dataset_info import FILE_NAME, ShardInfo, path_of
 from beam_nifti.errors import ShardError
-from beam_nifti.index import mask_labels, read_index
+from beam_nifti.index import known_columns, limits_of, mask_labels, parse_index, read_bytes
 from beam_nifti.problems import Problems, Scope
-from beam_nifti.table_checks import check_index, check_places, index_rows, no_rows
+from beam_nifti.record_checks import RecordSpec
+from beam_nifti.table_checks import check_index, check_people, check_places, index_rows, no_rows
 from beam_nifti.versions import versions_in
 
 _READ_BYTES: Final = 1 << 22
@@ -51,11 +53,12 @@ class ShardPass:
         shard: as dataset_info.json describes it.
         split: that it belongs to.
         number: of the shard in the dataset.
-        record: configuration of its records.
+        spec: of the dataset.
         problems: where to tell what is wrong.
 
     Attributes:
         rows: id, labels and split of its records, once it was read.
+        numbers: of their rows in the manifest.
         mask_labels: those of their masks.
         versions: of the software that wrote them, as its index names them.
     """
@@ -66,14 +69,16 @@ class ShardPass:
         shard: ShardInfo,
         split: str,
         number: int,
-        record: RecordConfig,
+        spec: RecordSpec,
         problems: Problems,
     ) -> None:
-        self._output, self._shard, self._split, self._record = output, shard, split, record
+        self._output, self._shard, self._split, self._spec = output, shard, split, spec
+        record = self._record = spec.config
         self._number, self._problems = number, problems
         self._lock = threading.Lock()
         self._records = self._read()
         self.rows = no_rows(record)
+        self.numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
 
@@ -87,8 +92,9 @@ class ShardPass:
 
     def _read(self) -> Iterator[StoredRecord]:
         table = self._read_index()
-        path, name = storage.join(self._output, self._shard.name), self._shard.name
+        name = self._shard.name
         try:
+            path = path_of(self._output, name)
             size = storage.stat(path).size
             with storage.open_read(path) as handle:
                 yield from self._read_file(handle, size, table)
@@ -102,12 +108,13 @@ class ShardPass:
     def _read_index(self) -> pa.Table:
         """The shard's index; without rows where they cannot be used."""
         shard = self._shard
-        path = storage.join(self._output, shard.index)
+        path, limits = storage.join(self._output, shard.index), limits_of(self._output, shard)
+        known = known_columns(self._record, self._spec.columns)
         try:
-            if hashlib.sha256(storage.read(path)).hexdigest() != shard.index_sha256:
+            data = read_bytes(path_of(self._output, shard.index), limits)
+            if hashlib.sha256(data).hexdigest() != shard.index_sha256:
                 self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
-            table, facts = read_index(path)
-            table.validate(full=True)  # Parquet's text is not checked when it is read
+            table, facts = parse_index(data, path, limits=limits, known=known)
             self.versions = versions_in(facts)
             problems = list(check_index(table, facts, shard, self._record))
         except FileNotFoundError:
@@ -124,7 +131,10 @@ class ShardPass:
         if table.num_rows != shard.num_examples:
             said = f"{FILE_NAME} says {shard.num_examples} examples"
             self._tell(shard.index, f"has {table.num_rows} rows, {said}")
+        for problem in check_people(table) if self._spec.ids_of_people else ():
+            self._tell(shard.index, f"{problem}; {_RESTORE}")
         self.rows = index_rows(table, self._split, self._record)
+        self.numbers = table["row"].to_numpy()
         if self._record.mask_dtype is not None:
             self.mask_labels = mask_labels(table)
         return table

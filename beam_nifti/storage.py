@@ -368,6 +368,49 @@ def read(path: str) -> bytes:
         return handle.read()
 
 
+class FileTooLargeError(OSError):
+    """A file that has more bytes than it can need."""
+
+
+def read_bounded(path: str, most: int) -> bytes:
+    """The whole of a file that has at most so many bytes; of a larger one nothing is kept.
+
+    Raises:
+        FileTooLargeError: it has more.
+        OSError: the file is not there or cannot be reached.
+    """
+    if is_remote(path):
+        data = read_head(path, most + 1)
+        size = len(data)
+    else:
+        with _open_regular(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            data = b"" if size > most else handle.read(size)
+    if size > most:
+        raise FileTooLargeError(f"has more than the {most:,} bytes that it may have")
+    return data
+
+
+def require_inside(path: str, folder: str) -> None:
+    """Refuse what a folder names and does not hold: links that lead out of it, and what is no regular file.
+
+    A file that is not there is none of these. In stores there are no links.
+
+    Raises:
+        OSError: it is one of these.
+    """
+    if is_remote(path):
+        return
+    target = os.path.realpath(path)
+    if not target.startswith(f"{os.path.realpath(local_path(folder)).rstrip('/')}/"):
+        reason = f"is a link that leads out of its dataset, to {target}; replace it with the file"
+        raise OSError(errno.EINVAL, reason, path)
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+        if not stat_module.S_ISDIR(mode):
+            _require_regular(path, mode)
+
+
 def read_head(path: str, size: int) -> bytes:
     """The first `size` bytes of a file, or all of a shorter one."""
     if is_remote(path) and (store := _store(path)):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections import Counter
+from typing import Any, NoReturn
 
 
 def dump_json(value: Any, **options: Any) -> str:
@@ -25,3 +26,36 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def load_json(text: str | bytes) -> Any:
+    """Parse JSON that this package has written, and whoever has received it may have changed.
+
+    Raises:
+        ValueError: it is no JSON, not UTF-8, nested too deeply, or has a key twice or a number that is not
+            finite.
+    """
+    decoded = text if isinstance(text, str) else text.decode()  # json.loads guesses other encodings
+    try:
+        return json.loads(
+            decoded, parse_constant=_refuse, parse_float=_finite_number, object_pairs_hook=_unique_keys
+        )
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def _refuse(token: str) -> NoReturn:
+    raise ValueError(f"holds {token}, which is no number of JSON")
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse(text)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"has the key {twice!r} twice")
+    return found

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.example import label_feature
-from beam_nifti.index import SOURCE_LISTS, extra_column, schema_of
+from beam_nifti.index import check_table, extra_column, record_name, schema_of
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import Manifest, frame_id
 from beam_nifti.sharding import ShardName
@@ -26,28 +27,8 @@ _SHOWN: Final = 3
 """Examples named in a problem that concerns many."""
 
 
-def check_info(info: DatasetInfo, said: Mapping[str, Any], compressed: bool) -> Iterator[str]:
-    """Find where dataset_info.json disagrees with itself.
-
-    Args:
-        info: as parsed.
-        said: the `splits` of the file, with their sums.
-        compressed: whether shards are gzip.
-    """
-    for split, found in info.splits.items():
-        for count in ("num_examples", "num_bytes"):
-            is_said, is_found = said[split].get(count), getattr(found, count)
-            if is_said != is_found:
-                yield f"{FILE_NAME}: {count} of split {split} is {is_said}, of its shards {is_found}"
-        for number, shard in enumerate(found.shards):
-            name = ShardName.parse(shard.name)
-            revision = name.revision if name else 0
-            expected = ShardName(split, number, len(found.shards), compressed, revision)
-            if (shard.name, shard.index) != (str(expected), expected.index_file):
-                yield (
-                    f"{FILE_NAME}: shard {number} of split {split} is {shard.name} with "
-                    f"{shard.index}, expected {expected} with {expected.index_file}"
-                )
+def check_info(info: DatasetInfo) -> Iterator[str]:
+    """Find where dataset_info.json disagrees with itself."""
     if (info.failures is None) != (info.num_failures == 0):
         yield f"{FILE_NAME}: num_failures is {info.num_failures}, and failures is {info.failures}"
     num_rows, num_frames = info.manifest.get("num_rows"), info.num_frames
@@ -73,50 +54,51 @@ def check_index(
     """Find what is wrong with an index as such; nothing can be checked by it then.
 
     Args:
-        table: as `read_index` gives it.
+        table: as `parse_index` gives it.
         facts: about the shard file, kept with the index.
         shard: the shard that it should describe.
         record: configuration of the shard's records.
     """
-    problems = [
-        problem
-        for column in schema_of(record, [label.name for label in record.labels or ()])
-        for problem in _check_column(table, column)
-    ]
-    yield from problems or _check_sources(table, record)
+    labels = [label.name for label in record.labels or ()]
+    yield from check_table(table, schema_of(record, labels).names, record)
     if facts.get("sha256") != shard.sha256:
         yield (f"written for a file of sha256 {facts.get('sha256')}, {FILE_NAME} says {shard.sha256}")
 
 
-def _check_column(table: pa.Table, column: pa.Field) -> Iterator[str]:
-    name = column.name
-    if table.schema.get_field_index(name) < 0:
-        yield f"column {name} is missing"
-    elif (found := table.schema.field(name).type) != column.type:
-        yield f"column {name} is {found}, expected {column.type}"
-    elif name != "label" and table[name].null_count:
-        yield f"column {name} has {table[name].null_count} empty cells"
+def check_people(table: pa.Table) -> Iterator[str]:
+    """Find records of an index whose ids are not those of their participant, session and frame.
+
+    Args:
+        table: the index, sound by `check_index`, of a dataset whose ids are made of these.
+    """
+    people, sessions = table["participant_id"], table["session_id"]
+    both = pc.binary_join_element_wise(people, sessions, "_")
+    ids = pc.if_else(pc.equal(sessions, ""), people, both)
+    if "frame" in table.column_names:
+        frames = pc.utf8_lpad(table["frame"].cast(pa.string()), 4, "0")
+        ids = pc.binary_join_element_wise(ids, frames, frame_id("", 0).removesuffix("0000"))
+    wrong = np.flatnonzero(pc.not_equal(ids, table["example_id"]).to_numpy(zero_copy_only=False))
+    if wrong.size:
+        at = int(wrong[0])
+        person = f"participant {people[at].as_py()!r}, session {sessions[at].as_py()!r}"
+        yield f"{record_name(at, table)} is of {person}, whose id is {ids[at].as_py()!r}"
 
 
-def _check_sources(table: pa.Table, record: RecordConfig) -> Iterator[str]:
-    """Find where the columns about an example's files have not a value for each of them."""
-    if record.format_version == 1:
-        return
-    least = record.num_channels + (record.mask_dtype is not None)  # each may be a pair
-    num_files = pc.list_value_length(table["source_sizes"]).to_numpy()
-    of_files = num_files.clip(least, 2 * least)
-    num_axes = pc.list_value_length(table["source_shape"]).to_numpy().clip(3, 5)
-    expected = {**dict.fromkeys(SOURCE_LISTS, of_files), "source_shape": num_axes}
-    for name, counts in (expected | {"source_affine": np.full_like(num_files, 16)}).items():
-        found = pc.list_value_length(table[name]).to_numpy()
-        wrong = np.flatnonzero(found != counts)
-        if wrong.size:
-            at = int(wrong[0])
-            of = _record_name(at, table)
-            yield f"column {name} of {of} has {found[at]} values, expected {counts[at]}"
-        num_empty = pc.list_flatten(table[name]).null_count
-        if num_empty and name != "source_versions":
-            yield f"column {name} has {num_empty} empty values"
+def check_numbers(numbers: npt.NDArray[np.int64], num_rows: int, *, are_unique: bool) -> Iterator[str]:
+    """Find rows of the manifest that it does not have, or of which there are two records.
+
+    Args:
+        numbers: the column `row` of all indexes.
+        num_rows: of the manifest.
+        are_unique: whether each row is of one record.
+    """
+    wrong = numbers[(numbers < 1) | (numbers > num_rows)]
+    if wrong.size:
+        yield f"index: row {wrong[0]} is not one of the manifest's {num_rows}"
+    found, counts = np.unique(numbers, return_counts=True)
+    twice = found[counts > 1]
+    if are_unique and twice.size:
+        yield f"index: row {twice[0]} stands more than once"
 
 
 def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
@@ -132,18 +114,14 @@ def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
     if wrong.size:
         at = int(wrong[0])
         yield (
-            f"its rows do not tile the shard: {_record_name(at, table)} is said to take "
+            f"its rows do not tile the shard: {record_name(at, table)} is said to take "
             f"{lengths[at]} bytes at offset {offsets[at]}, and the one before it ends at {ends[at]}"
         )
     elif ends[-1] != file_bytes:
         yield f"its rows end at byte {ends[-1]}, the shard's file at {file_bytes}"
     steps = np.flatnonzero(np.diff(table["position"].to_numpy()) <= 0)
     if steps.size:
-        yield f"its positions do not ascend at {_record_name(int(steps[0]) + 1, table)}"
-
-
-def _record_name(ordinal: int, table: pa.Table) -> str:
-    return f"record {ordinal} ({table['example_id'][ordinal].as_py()})"
+        yield f"its positions do not ascend at {record_name(int(steps[0]) + 1, table)}"
 
 
 def no_rows(record: RecordConfig) -> pa.Table:

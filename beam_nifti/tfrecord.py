@@ -29,6 +29,9 @@ FOOTER_BYTES: Final = 4
 EMPTY_MEMBER: Final = gzip.compress(b"", mtime=0)
 """A gzip member of nothing: the file of a compressed shard without records."""
 
+_MOST_PAYLOAD: Final = 1 << 31
+"""Where nothing better is known: more than any Example has."""
+
 DEFLATE_RATIO: Final = 1032
 """No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
 
@@ -75,17 +78,18 @@ def encode_record(payload: bytes, level: int | None) -> bytes:
     return b"".join(encode_pieces(payload, level))
 
 
-def decode_record(data: bytes, compressed: bool) -> bytes:
+def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> bytes:
     """The payload of one record, after checking its gzip checksum and both CRCs.
 
     Args:
         data: the record's bytes, exactly, as an index locates them.
         compressed: whether they are a gzip member.
+        most: bytes that the payload has at most.
 
     Raises:
         ShardError: the bytes are truncated, damaged, or hold more than one record.
     """
-    return bytes(decode_buffer(memoryview(data), compressed))
+    return bytes(decode_buffer(memoryview(data), compressed, most))
 
 
 def make_buffer(size: int) -> memoryview:
@@ -93,12 +97,13 @@ def make_buffer(size: int) -> memoryview:
     return memoryview(np.empty(size, np.uint8)).cast("B")
 
 
-def decode_buffer(data: memoryview, compressed: bool) -> memoryview:
+def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD) -> memoryview:
     """As `decode_record`, without a copy.
 
     Args:
         data: the record's bytes, exactly, as an index locates them.
         compressed: whether they are a gzip member.
+        most: as `decode_record`.
 
     Returns:
         A part of `data`; where that is compressed, of memory of its own, which may be written to.
@@ -107,7 +112,7 @@ def decode_buffer(data: memoryview, compressed: bool) -> memoryview:
         ShardError: as `decode_record`.
     """
     if compressed:
-        data = _inflate(data)
+        data = _inflate(data, most + HEADER_BYTES + FOOTER_BYTES)
     if len(data) < HEADER_BYTES + FOOTER_BYTES:
         raise ShardError(f"record is truncated: {len(data)} bytes")
     if _masked_crc(data[:_LENGTH_BYTES]) != data[_LENGTH_BYTES:HEADER_BYTES]:
@@ -121,7 +126,7 @@ def decode_buffer(data: memoryview, compressed: bool) -> memoryview:
     return payload
 
 
-def _inflate(member: memoryview) -> memoryview:
+def _inflate(member: memoryview, most: int) -> memoryview:
     """What a gzip member holds: libdeflate needs three quarters of igzip's time, and all of it in memory."""
     bounds = ShardError("gzip member is truncated, or its bounds are wrong")
     if len(member) < _GZIP_FOOTER.size:
@@ -129,6 +134,8 @@ def _inflate(member: memoryview) -> memoryview:
     checksum, size = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)
     if not 0 < size <= DEFLATE_RATIO * len(member):
         raise bounds
+    if size > most:
+        raise ShardError(f"gzip member holds {size:,} bytes, and the record has at most {most:,}")
     try:
         content = deflate.gzip_decompress(member, size)
     except deflate.DeflateError as e:

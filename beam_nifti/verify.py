@@ -6,8 +6,8 @@ thread holds one record; several may take records of the same shard in turn.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.croissant import CROISSANT_FILE, check_croissant
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
+from beam_nifti.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, path_of, read_info
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
-from beam_nifti.failures import failed_frames
+from beam_nifti.failures import MAX_FAILED_FRAMES, failed_frames
 from beam_nifti.index import extra_column
-from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
+from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.memory import keep_buffers
 from beam_nifti.parts import BUILD_FOLDER
 from beam_nifti.problems import Problems, Scope
@@ -34,6 +35,7 @@ from beam_nifti.shard_pass import ShardPass, StoredRecord
 from beam_nifti.table_checks import (
     check_info,
     check_mask_labels,
+    check_numbers,
     check_rows,
     compare_rows,
     find_strays,
@@ -90,10 +92,14 @@ def verify_dataset(
     manifest: str | None = None,
     anonymous_ids: str | None = None,
     deep: int | None = None,
+    preprocess: str | None = None,
     workers: int = 1,
     on_progress: OnProgress | None = None,
 ) -> VerifyReport:
     """Check every byte of a dataset.
+
+    Nothing of the dataset is run, and it does not decide which other files are opened: the images are those
+    of `manifest`, and the function that records were prepared with is `preprocess`.
 
     Args:
         output: folder or URL of the dataset.
@@ -102,7 +108,9 @@ def verify_dataset(
         anonymous_ids: file of the key by which ids and paths of the dataset became pseudonyms, if it has
             any; `manifest` and `deep` need both it and the manifest then.
         deep: how many records, spread evenly, to make again from their images and to compare bit for
-            bit; ALL for every one.
+            bit; ALL for every one. Needs `manifest`.
+        preprocess: the function that the records were prepared with, `package.module:function`; `deep` needs
+            it where there was one.
         workers: threads; each holds one record.
         on_progress: called for every record.
 
@@ -111,9 +119,9 @@ def verify_dataset(
         ManifestError: the manifest cannot be read.
         OSError: the disk, the network or a store failed while images were read.
         OutputBusyError: a build has replaced the dataset meanwhile.
-        UsageError: `deep` or `workers` is out of range; or records are to be made again with a function
-            that cannot be imported here, or is not the one that they were made with; or the key is not
-            the dataset's.
+        UsageError: `deep` or `workers` is out of range; or records are to be made again without the manifest,
+            or without the function that they were made with, or with another one; or the key is not the
+            dataset's.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -121,19 +129,17 @@ def verify_dataset(
         raise UsageError(f"--deep is {deep}; give a number of records, or all")
     output = storage.absolute(output)
     info = read_info(output)
-    try:
-        columns = Columns(**info.config["columns"])
-        drawn = info.config.get("splitting")
-        splitting = Splitting(**drawn) if drawn else None
-        built_from = info.manifest["path"]
-        spec = RecordSpec.of(info)
-        verification = _Verification(output, info, spec, on_progress)
-    except (UsageError, KeyError, TypeError) as e:
-        path = storage.join(output, FILE_NAME)
-        raise DatasetError(f"{path}: not a configuration of a dataset: {e!r}") from e
-    if deep and spec.config.preprocess is not None:
-        load_function(spec.config.preprocess, spec.config.preprocess_sha256)
+    columns, drawn = Columns(**info.config["columns"]), info.config.get("splitting")
+    splitting = Splitting(**drawn) if drawn else None
+    spec = RecordSpec.of(info)
+    if deep:
+        _require_function(output, spec.config, preprocess)
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
+    if deep and manifest is None:
+        raise UsageError(
+            f"--deep opens only images that you name; add --manifest with the manifest that {output} was "
+            f"built from (according to the dataset, {info.manifest['path']})"
+        )
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
@@ -141,13 +147,34 @@ def verify_dataset(
         if wanted.labels and not spec.config.labels:
             problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
+    verification = _Verification(output, info, spec, on_progress)
     keep_buffers()
     verification.check_files()
-    images = _Images(storage.dirname(built_from), columns, wanted if pseudonyms else None)
+    images = _Images(columns, wanted) if wanted is not None else None
     verification.check_shards(workers, min(deep or 0, info.num_examples), images)
     verification.check_tables(columns, wanted)
     _refuse_rebuilt(output, info)
     return verification.report()
+
+
+def _require_function(output: str, record: RecordConfig, named: str | None) -> None:
+    """Import the function of a dataset's records, which is run only where the user names it.
+
+    Raises:
+        UsageError: another one is named, or none; or its source is another one.
+    """
+    made_with = record.preprocess
+    if named == made_with:
+        if made_with is not None:
+            load_function(made_with, record.preprocess_sha256)
+        return
+    if made_with is None:
+        raise UsageError(f"--preprocess is {named}, and {output} was made without a function; leave it out")
+    asked = f"--preprocess is {named}" if named else "--deep runs only a function that you name"
+    raise UsageError(
+        f"{asked}; {output} was made with {made_with}, defined in a file of sha256 "
+        f"{record.preprocess_sha256}; to import and run that function here, give --preprocess {made_with}"
+    )
 
 
 def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
@@ -180,35 +207,28 @@ def _read_pseudonyms(
 
 @dataclass(frozen=True)
 class _Images:
-    """Where the images of a dataset are.
+    """The images of a dataset, as a manifest of the user's names them.
 
     Attributes:
-        folder: what relative paths are relative to.
         columns: of the manifest.
-        manifest: has the paths where the index has pseudonyms of them; else None.
+        manifest: names the files that may be opened.
     """
 
-    folder: str
     columns: Columns
-    manifest: Manifest | None
+    manifest: Manifest
 
     def check(
         self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig, versions: str
     ) -> Iterator[str]:
         """Make a record again from its image; as `check_source`."""
-        if self.manifest:
-            row = self.manifest.row_of(cells["source"])
-            if row is None:
-                yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
-                return
-            # The id may be that of one of its frames; another label is told of by `compare_rows`.
-            row = replace(row, example_id=cells["example_id"], label=cells["label"])
-        else:
-            further = tuple(cells[extra_column(name)] for name in self.columns.files[1:])
-            row = VolumeRow(
-                cells["row"], cells["example_id"], cells["source"], cells["label"], further=further
-            )
-        yield from check_source(payload, cells, row, self.folder, config, versions)
+        further = (cells[extra_column(name)] for name in self.columns.files[1:])
+        row = self.manifest.row_of((cells["source"], *further))
+        if row is None:
+            yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
+            return
+        # The id may be that of one of its frames; another label is reported by `compare_rows`.
+        row = replace(row, example_id=cells["example_id"], label=cells["label"])
+        yield from check_source(payload, cells, row, self.manifest.folder, config, versions)
 
 
 class _Verification:
@@ -250,8 +270,7 @@ class _Verification:
 
     def check_files(self) -> None:
         """dataset_info.json agrees with itself and with the folder."""
-        said = json.loads(storage.read(storage.join(self._output, FILE_NAME)))["splits"]
-        problems = list(check_info(self._info, said, self._compressed))
+        problems = list(check_info(self._info))
         if storage.can_list(self._output):
             files = storage.list_files(self._output, "*.tfrecord*")
             # Looked for afterwards: a build that begins in between has made none of the files.
@@ -259,16 +278,17 @@ class _Verification:
                 problems += find_strays(files, self._info)
         description = storage.join(self._output, CROISSANT_FILE)
         if storage.exists(description):
-            problems += check_croissant(storage.read(description), self._info)
+            content = storage.read_bounded(path_of(self._output, CROISSANT_FILE), MAX_INFO_BYTES)
+            problems += check_croissant(content, self._info)
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)
 
-    def check_shards(self, workers: int, num_deep: int, images: _Images) -> None:
+    def check_shards(self, workers: int, num_deep: int, images: _Images | None) -> None:
         """Every shard, its index and its records."""
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
         self._passes = passes = [
-            ShardPass(self._output, shard, split, number, self._spec.config, self._problems)
+            ShardPass(self._output, shard, split, number, self._spec, self._problems)
             for number, (split, shard) in enumerate(shards)
         ]
         starts = list(itertools.accumulate((s.num_examples for _, s in shards), initial=0))
@@ -295,7 +315,8 @@ class _Verification:
             self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
 
         try:
-            payload = decode_record(record.data, self._compressed)
+            most = self._spec.most_bytes(record.cells["shape"])
+            payload = decode_record(record.data, self._compressed, most)
             for problem in check_record(payload, record.cells, self._spec):
                 tell(problem)
             if images is not None:
@@ -327,8 +348,17 @@ class _Verification:
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
+        numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])
+        for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
+            self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config)
         if rows is not None and (frames := info.num_frames):
+            if rows.num_rows * frames > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
+                self._problems.add(
+                    Scope.ROWS,
+                    f"{FILE_NAME}: num_frames is {frames}, too many for the {records.num_rows} records",
+                )
+                return
             rows = frame_rows(rows, [range(frames)] * rows.num_rows)
         if columns.id is None and "participant_id" not in info.manifest["columns"]:
             # Paths are the ids then, and the list of failures holds them with the manifest's folder.
@@ -344,23 +374,31 @@ class _Verification:
     def _read_failures(self, columns: Columns) -> pa.Table:
         """Id, labels and split of the volumes left out; without rows where they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
-        found, problem = no_rows(self._spec.config), None
+        found, problems = no_rows(self._spec.config), []
         if name is None:
             return found
         path = storage.join(self._output, name)
-        if storage.exists(path):
-            try:
-                listed = read_manifest(path, columns)
-                found = manifest_rows(listed, self._spec.config)
-                if frames:
-                    found = frame_rows(found, failed_frames(listed, frames))
-                if found.num_rows != count:
-                    what = "frames" if frames else "lines"
-                    problem = f"has {found.num_rows} {what}, {FILE_NAME} says {count} failures; copy it again"
-            except ManifestError as e:
-                problem = "; ".join(e.problems)
-        else:
-            problem = f"is missing, and {FILE_NAME} says {count} failures; copy it again"
-        if problem:
+        try:
+            digest = hashlib.sha256(storage.read(path_of(self._output, name))).hexdigest()
+            if self._info.failures_sha256 not in (None, digest):
+                problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
+            listed = read_manifest(path, columns)
+            found = manifest_rows(listed, self._spec.config)
+            if frames:
+                found = frame_rows(found, failed_frames(listed, frames))
+            if found.num_rows != count:
+                what = "frames" if frames else "lines"
+                problems.append(
+                    f"has {found.num_rows} {what}, {FILE_NAME} says {count} failures; copy it again"
+                )
+        except FileNotFoundError:
+            problems.append(f"is missing, and {FILE_NAME} says {count} failures; copy it again")
+        except ManifestError as e:
+            problems.append("; ".join(e.problems))
+        except (TimeoutError, ConnectionError):
+            raise  # a store that keeps failing is no fault of the dataset
+        except OSError as e:
+            problems.append(f"cannot be read: {e}; copy it again")
+        for problem in problems:
             self._problems.add(Scope.ROWS, f"{name}: {problem}")
         return found

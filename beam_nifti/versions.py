@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Final
 
 from beam_nifti.config import VERSIONED
-from beam_nifti.strict_json import dump_json
+from beam_nifti.errors import ShardError
+from beam_nifti.json_types import require_type
+from beam_nifti.strict_json import dump_json, load_json
 
 VERSIONS_FACT: Final = "versions"
 """Key of the versions in the metadata of an index."""
@@ -52,8 +53,18 @@ def versions_fact(earlier: Iterable[Versions] = ()) -> dict[str, str]:
 
 
 def versions_in(facts: Mapping[str, str]) -> list[dict[str, str]]:
-    """The versions that the metadata of an index names; [{}] where it was written before there were any."""
-    found: list[dict[str, str]] = json.loads(facts.get(VERSIONS_FACT, "[{}]"))
+    """The versions that the metadata of an index names; [{}] where it was written before there were any.
+
+    Raises:
+        ShardError: it names them otherwise.
+    """
+    try:
+        found: list[dict[str, str]] = load_json(facts.get(VERSIONS_FACT, "[{}]"))
+        require_type(found, tuple[Mapping[str, str], ...], VERSIONS_FACT)
+    except ValueError as e:
+        raise ShardError(f"{VERSIONS_FACT} of an index: {e}") from e
+    if not found:
+        raise ShardError(f"{VERSIONS_FACT} of an index are none")
     return found
 
 

@@ -148,6 +148,7 @@ def verify_arguments(params: Mapping[str, Any]) -> list[str]:
         f"--deep={params['verify_deep']}",
         "--quiet",
         *([] if key is None else [f"--anonymous-ids={key}"]),
+        *(flag for flag in params["flags"] if flag.startswith("--preprocess=")),
     ]
 
 

@@ -14,7 +14,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_nifti.build import open_build, run_build
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.dataset_info import DatasetInfo, read_info
+from beam_nifti.dataset_info import DatasetInfo, content_digest, read_info
 from beam_nifti.image import Source
 from beam_nifti.index import read_index, write_index
 from beam_nifti.storage import Stat
@@ -59,7 +59,19 @@ def edit_info(output: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     path = output / "dataset_info.json"
     facts = json.loads(path.read_text())
     edit(facts)
+    write_info(path, facts)
+
+
+def write_info(path: Path, facts: dict[str, Any]) -> None:
+    """Write dataset_info.json, with the digest of what it holds, as whoever changes it on purpose does."""
+    if facts["format_version"] != 1:
+        facts["digest"] = content_digest(facts)
     path.write_text(json.dumps(facts))
+
+
+def manifest_of(output: Path) -> str:
+    """The manifest that a dataset was built from."""
+    return str(info_of(output).manifest["path"])
 
 
 def edit_index(output: Path, edit: Callable[[pa.Table], pa.Table], shard: int = 0) -> None:

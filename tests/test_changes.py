@@ -31,7 +31,7 @@ from beam_nifti.transforms import ReadManifest, SkipFinished
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import load_volume, rescale_volume
 from tests.build_helpers import SHAPE, assert_complete, build, build_apart, make_config
-from tests.datasets import info_of, set_times
+from tests.datasets import info_of, manifest_of, set_times
 from tests.images import brain, name_of, nifti_header, write_cohort, write_image, write_manifest
 
 COLUMNS = {"path": "T1w,T2w", "mask": "mask"}
@@ -303,14 +303,14 @@ def test_recheck_replaces_what_differs_and_keeps_the_rest(own: Path, tmp_path: P
     before = identities(output)
     change_unnoticed(own.parent / "sub-0003.nii")
     assert build(manifest, output, examples_per_shard=2).read == frozenset()
-    (problem,) = verify_dataset(str(output), deep=ALL).problems
+    (problem,) = verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems
     assert " in image_raw" in problem
     assert "--recheck" in problem
     again = build(manifest, output, examples_per_shard=2, recheck=True)
     assert len(again.read) == 6
     after = identities(output)
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
-    assert verify_dataset(str(output), deep=ALL).problems == ()
+    assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems == ()
     build(manifest, tmp_path / "fresh", examples_per_shard=2)
     assert_complete(output, tmp_path / "fresh")
     build(manifest, output, examples_per_shard=2, recheck=True)
@@ -327,7 +327,7 @@ def test_recheck_replaces_a_damaged_shard(own: Path, tmp_path: Path, run: Callab
     shard.write_bytes(data)
     assert build(own, output, examples_per_shard=2).read == frozenset()
     run("build", own, output, "--recheck", "--workers=1")
-    assert verify_dataset(str(output), deep=ALL).problems == ()
+    assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems == ()
 
 
 def test_a_recheck_that_is_killed_continues(own: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from beam_nifti.prepare import prepare_volume
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import CUTTING_RUNNER, assert_complete, build
-from tests.datasets import edit_index, info_of, set_cell
+from tests.datasets import edit_index, info_of, manifest_of, set_cell
 from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -136,7 +136,7 @@ def test_a_change_of_any_image_is_noticed(tmp_path: Path) -> None:
     write_image(tmp_path / "c/1_FLAIR.nii.gz", random_voxels((6, 5, 4), "float32", seed=99))
     again = build(manifest, output, columns=COLUMNS)
     assert again.read == {f"1_{name}.nii.gz" for name in NAMES}
-    assert verify_dataset(str(output), deep=ALL).ok
+    assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).ok
 
 
 def test_other_channels_are_other_records() -> None:

@@ -232,6 +232,7 @@ def test_no_failure_tells_a_name(study: Study, told: Told, tmp_path: Path, log_f
     assert "ValueError at user_functions.py:" in messages[13]
     assert f"{lines[8]['mask']}: cannot be read: No such file" in messages[12]
     verify = ["verify", str(study.output), "--manifest", command[1], f"--anonymous-ids={study.key}"]
+    verify.append(function)
     assert cli.main([*verify, "--deep=all"]) == cli.SUCCESS
     shutil.move(study.home / study.rows[0]["path"], study.home / study.rows[1]["path"])
     (study.home / study.rows[2]["path"]).write_bytes(b"no image")

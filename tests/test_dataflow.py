@@ -117,7 +117,8 @@ def test_the_job_is_small_where_a_dataset_of_many_shards_lies(
 ) -> None:
     ranges = shard_ranges(ROWS, plan.sharding)
     names = [ShardName("train", i, len(ranges), True) for i in range(len(ranges))]
-    shards = [ShardInfo(str(n), f"index/{n}", len(r), 1, "", "") for n, r in zip(names, ranges, strict=True)]
+    sizes = [(len(r), 1000 * len(r), "a" * 64, "b" * 64) for r in ranges]
+    shards = [ShardInfo(str(n), n.index_file, *size) for n, size in zip(names, sizes, strict=True)]
     publish_dataset(plan, shards, [])
     with open_build(make_config(manifest, Path(plan.config.output))) as again:
         assert again.has_published

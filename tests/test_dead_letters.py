@@ -146,7 +146,7 @@ def test_a_server_that_fails_stops_every_command_and_loses_nothing(
     server.rest()
     assert cli.main(build) == cli.SUCCESS
     answering(server, status)
-    code = cli.main(["verify", str(output), "--deep=all", "--quiet"])
+    code = cli.main(["verify", str(output), "--deep=all", "--manifest", manifest, "--quiet"])
     said = capsys.readouterr()
     assert code not in (cli.SUCCESS, cli.FAILED)
     assert reason in said.err

@@ -18,7 +18,7 @@ from beam_nifti import cli
 from beam_nifti.config import RecordConfig
 from beam_nifti.example import decode_example, decode_tensor, encode_volume
 from beam_nifti.volume import load_volume, rescale_volume
-from tests.datasets import info_of
+from tests.datasets import info_of, manifest_of
 from tests.images import (
     REAL_DTYPES,
     Array,
@@ -100,7 +100,7 @@ def test_a_run_of_another_length_is_another_shape(run: Run, tmp_path: Path) -> N
     message = json.loads((tmp_path / "one/failures.jsonl").read_text())["message"]
     assert "shape (6, 5, 4, 9) where the first image has (6, 5, 4, 7)" in message
     run("build", manifest, tmp_path / "two", "--frames=all", "--allow-mixed-shapes")
-    assert "right" in run("verify", tmp_path / "two", "--deep=all")
+    assert "right" in run("verify", tmp_path / "two", "--deep=all", "--manifest", manifest)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -191,7 +191,7 @@ def test_colours_are_the_channels_of_a_batch(run: Run, tmp_path: Path, voxel_dty
     rows = [{"path": f"{i}.nii.gz", "label": i} for i in range(2)]
     manifest, output = write_manifest(tmp_path / "c/m.tsv", rows), tmp_path / "out"
     run("build", manifest, output, f"--voxel-dtype={voxel_dtype}")
-    assert "2 made again" in run("verify", output, "--deep=all")
+    assert "2 made again" in run("verify", output, "--deep=all", "--manifest", manifest_of(output))
     assert "rgb24 (2)" in run("inspect", output)
     for image, label in load_dataset(output):
         x = random_voxels((6, 5, 4, 3), "uint8", int(label)).astype(np.float64)
@@ -222,7 +222,7 @@ def test_a_pair_is_loaded_again_when_either_file_changes(run: Run, tmp_path: Pat
     os.utime(tmp_path / "c/a.hdr", (0, 0))  # as a restored backup has it
     run("build", manifest, output, "--rescale=none")
     assert info_of(output).shards[0].name != name
-    assert "1 made again" in run("verify", output, "--deep=all")
+    assert "1 made again" in run("verify", output, "--deep=all", "--manifest", manifest_of(output))
 
 
 @pytest.mark.tf

@@ -24,6 +24,7 @@ from beam_nifti.header import VolumeHeader
 from beam_nifti.notes import OF_VOXELS, TEXTS
 from beam_nifti.prepare import apply_function, prepare_volume
 from beam_nifti.volume import load_volume
+from tests.datasets import manifest_of
 from tests.images import AFFINE, brain, nifti_bytes, row_of, write_image, write_manifest
 from tests.pages import ROOT
 
@@ -321,7 +322,9 @@ def test_flipped_images_of_one_grid_need_an_orientation(tmp_path: Path, run: Cal
         "--orientation RAS, which turns both without interpolation"
     ) in run(*flags, code=2)
     run(*flags, "--orientation=RAS")
-    assert "right" in run("verify", tmp_path / "out", "--deep=all")
+    assert "right" in run(
+        "verify", tmp_path / "out", "--deep=all", "--manifest", manifest_of(tmp_path / "out")
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from beam_nifti.rescale import Scaling
 from beam_nifti.verify import ALL, verify_dataset
 from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import build
-from tests.datasets import SOURCE, edit_index, edit_info, edit_record, info_of, set_cell
+from tests.datasets import SOURCE, edit_index, edit_info, edit_record, info_of, manifest_of, set_cell
 from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -104,7 +104,7 @@ def test_a_changed_mask_is_loaded_again(tmp_path: Path) -> None:
     write_image(tmp_path / "c/1_mask.nii.gz", np.full(SHAPE, 9, np.uint8))
     assert build(manifest, output, columns=COLUMNS).read == {"1.nii.gz", "1_mask.nii.gz"}
     assert info_of(output).mask_labels == (0, 1, 2, 3, 9)
-    assert verify_dataset(str(output), deep=ALL).ok
+    assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).ok
 
 
 CHAINS = st.fixed_dictionaries(
@@ -368,7 +368,7 @@ def test_verify_looks_at_masks(tmp_path: Path) -> None:
     assert "mask_labels are [0, 1, 2, 3], of the indexes [0, 1, 2, 3, 8]" in problems()
     edit_info(output, lambda info: info.update(mask_labels=[0, 1, 2, 3, 8]))
     assert problems() == ""
-    (deep,) = verify_dataset(str(output), deep=ALL).problems
+    (deep,) = verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems
     assert "what is stored differs from 1.nii.gz in mask_raw" in deep
 
 

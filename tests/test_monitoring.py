@@ -110,7 +110,7 @@ def test_a_dry_run_a_check_and_a_verification_tell_too(
     (cohort.parent / "sub-0002.nii.gz").unlink()
     checked = summarize("check", cohort, code=cli.FAILED)
     assert (checked["status"], checked["num_volumes"], checked["num_failed"]) == ("failed", 12, 1)
-    verified = summarize("verify", output, "--deep=1")
+    verified = summarize("verify", output, "--deep=1", "--manifest", cohort)
     assert (verified["num_examples"], verified["num_deep"], verified["num_problems"]) == (12, 1, 0)
     (output / read_info(str(output)).shards[0].name).write_bytes(b"")
     assert summarize("verify", output, code=cli.FAILED)["num_problems"] > 0

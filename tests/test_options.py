@@ -91,7 +91,8 @@ OTHERS: dict[str, dict[str, Row]] = {
     "verify": {
         "--manifest": ["other.tsv"],
         "--anonymous-ids": ["key"],
-        "--deep": ["1"],
+        "--deep": ["1", "--manifest=m.tsv"],
+        "--preprocess": ["a:b", "--deep=1", "--manifest=m.tsv"],
         "--workers": ["0"],
         "--quiet": "test_monitoring.py::test_a_log_gets_lines_of_progress",
         "--summary-json": ["ended.json"],

@@ -57,7 +57,7 @@ def entry_of(folder: Path, position: int) -> IndexEntry:
     row = VolumeRow(row=position + 1, example_id=f"sub-{position}", path=image.name, position=position)
     return IndexEntry(
         row=row,
-        source=Source(((stat(str(image)),),), (6, 5, 4), ()),
+        source=Source(((stat(str(image)),),), (6, 5, 4), (0.0,) * 16),
         shape=(1, 1, 1),
         dtype="int16",
         zooms=(1.0, 1.0, 1.0),

@@ -329,14 +329,15 @@ def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModu
     assert failure["message"].startswith(
         f"2.nii.gz: --preprocess {module}:halves failed: KeyError: 'no mask'; repair it"
     )
-    assert "2 made again" in run("verify", output, "--deep=all")
+    deep = ("verify", output, "--deep=all", "--manifest", manifest)
+    assert "2 made again" in run(*deep, flag)
     assert f"prepared with preprocess {module}:halves" in run("inspect", output)
     with (tmp_path / f"{module}.py").open("a") as file:
         file.write("# another version\n")
     as_in_another_process()
     told = run("build", manifest, output, flag, "--rescale=none", code=cli.USAGE)
     assert "sha256 of the file of --preprocess was " in told
-    assert "the file that defines it differs" in run("verify", output, "--deep=1", code=cli.USAGE)
+    assert "the file that defines it differs" in run(*deep, flag, code=cli.USAGE)
     run("verify", output)
 
 

@@ -20,7 +20,7 @@ from beam_nifti.config import Columns
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.random_access import Dataset
 from tests.build_helpers import build
-from tests.datasets import edit_index, edit_record, info_of, set_cell
+from tests.datasets import edit_index, edit_info, edit_record, info_of, set_cell
 from tests.images import AFFINE, brain, random_voxels, write_cohort, write_image, write_manifest
 
 SHAPE = (6, 5, 4)
@@ -258,8 +258,7 @@ def test_a_pickle_is_small_and_gives_the_same_records(dataset: Path) -> None:
 
 def test_a_pickle_of_a_dataset_that_was_built_again_is_refused(copy: Path) -> None:
     data = pickle.dumps(Dataset(copy))
-    info = copy / "dataset_info.json"
-    info.write_text(info.read_text().replace('"revision": 1', '"revision": 2'))
+    edit_info(copy, lambda info: info.update(revision=2))
     with pytest.raises(DatasetError, match="was built again after it was opened; open it again"):
         pickle.loads(data)
 
@@ -339,9 +338,10 @@ def test_damage_that_opening_finds(copy: Path, tmp_path: Path) -> None:
     refusal(rf"{shard}: the shard is missing; copy the dataset again")
     shard.write_bytes(content)
     first, second = (copy / s.index for s in info_of(copy).splits["train"].shards)
-    data = first.read_bytes()
-    shutil.copy(second, first)
-    refusal(rf"{first}: is not the index of {shard.name}; run beam-nifti verify")
+    data, other = first.read_bytes(), second.read_bytes()
+    second.write_bytes(data)
+    refusal(rf"{second}: is not the index of train-00001-of-00002.tfrecord.gz; run beam-nifti verify")
+    second.write_bytes(other)
     first.write_bytes(data[:-9])
     refusal(rf"{first}: cannot be read \(.*\); run beam-nifti verify")
     first.unlink()

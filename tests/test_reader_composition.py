@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.random_access import Dataset
 from tests.build_helpers import build
+from tests.datasets import edit_info
 from tests.images import write_cohort
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -167,8 +168,7 @@ def test_but_not_a_dataset_that_was_built_again_since(dataset: Path, tmp_path: P
     spec, variant = elements.element_spec, tf.data.experimental.to_variant(elements)
     del elements
     gc.collect()
-    info = copy / "dataset_info.json"
-    info.write_text(json.dumps(json.loads(info.read_text()) | {"revision": 2}))
+    edit_info(copy, lambda info: info.update(revision=2))
     with pytest.raises(tf.errors.OpError, match="was built again after it was opened; open it again"):
         list(tf.data.experimental.from_variant(variant, spec))
 

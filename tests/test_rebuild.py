@@ -28,7 +28,7 @@ from tests.build_helpers import (
     make_options,
     stray_files,
 )
-from tests.datasets import edit_info
+from tests.datasets import edit_info, manifest_of
 from tests.images import brain, name_of, write_cohort, write_image, write_manifest
 
 COUNT = 24
@@ -253,11 +253,11 @@ def test_what_became_0_and_1_is_kept_beside_a_shard_without_records(tmp_path: Pa
         write_image(tmp_path / f"images/sub-{i:04d}.nii.gz", brain() * 0)
     options: dict[str, Any] = {"rescale": "percentile:1,99", "examples_per_shard": 3, "max_bad_fraction": 0.5}
     build(manifest, output, unit_rows=2, **options)
-    assert verify_dataset(str(output), deep=ALL).problems == ()
+    assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems == ()
     for i in (3, 4, 5):
         write_image(tmp_path / f"images/sub-{i:04d}.nii.gz", brain(seed=i))
     assert build(manifest, output, unit_rows=2, **options).read == names(3, 4, 5)
-    assert verify_dataset(str(output), deep=ALL).problems == ()
+    assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems == ()
 
 
 # Something else was asked for

@@ -132,7 +132,7 @@ def test_every_path_of_a_command_may_be_a_file_url(tmp_path: Path, run: Callable
     run("check", f"{base}/m.tsv", "--mask-column=mask")
     run("build", *paths, f"--summary-json={base}/summary.json")
     assert json.loads((folder / "summary.json").read_text())["output"] == str(folder / "out")
-    run("verify", f"{base}/out", "--deep", "all")
+    run("verify", f"{base}/out", "--deep=all", f"--manifest={base}/m.tsv")
     assert len(Dataset(f"{base}/out")) == 1
     assert cli.main(["extract", f"{base}/out", "--id=s1", "--mask", f"--out={base}/x%20y.nii"]) == 0
     assert (folder / "x y.nii").exists()

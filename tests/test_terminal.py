@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from beam_nifti import cli, logs
 from beam_nifti.terminal import Screen, UnwritableError, guarded_streams
+from tests.datasets import manifest_of
 from tests.images import write_image
 
 TEXTS = st.text(st.characters(codec=None))
@@ -134,7 +135,7 @@ def test_no_command_prints_a_control_character(
     (tmp_path / row["path"]).write_bytes(b"no image")
     assert "\\x1b" in said("check", hostile, fails=True)
     assert "\\x1b" in said("build", hostile, f"{output}2", fails=True)
-    assert "\\x1b" in said("verify", output, "--deep=all", fails=True)
+    assert "\\x1b" in said("verify", output, "--deep=all", "--manifest", manifest_of(output), fails=True)
 
 
 def test_a_line_break_in_a_name_begins_no_message(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from beam_nifti.inspection import describe_record
 from beam_nifti.random_access import Dataset
 from beam_nifti.report_summary import read_failures
 from tests.build_helpers import build as build_plainly
-from tests.datasets import info_of, records_of, set_times
+from tests.datasets import info_of, manifest_of, records_of, set_times
 from tests.golden.make_version_1 import FOLDER
 from tests.images import brain, write_image
 
@@ -89,7 +89,7 @@ def test_it_is_read(dataset: Path) -> None:
 
 
 def test_every_command_takes_it(dataset: Path, run: Callable[..., str]) -> None:
-    assert run("verify", dataset, "--deep=all").startswith("right")
+    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("right")
     assert "format 1" in run("inspect", dataset)
     assert "2020-09-13" in run("inspect", dataset, "--record=sub-1")
     with pytest.raises(DatasetError, match="No such file"):
@@ -113,7 +113,7 @@ def test_it_is_added_to_as_version_1(
     assert (info.format_version, info.num_examples, info.failures) == (1, 5, "failures.jsonl")
     assert set(before.items()) >= {(s.name, s.sha256) for s in info.shards[:2]}
     assert columns_of(dataset) & (OLD_COLUMNS | NEW_COLUMNS) == OLD_COLUMNS
-    assert run("verify", dataset, "--deep=all").startswith("right")
+    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("right")
 
 
 def test_what_its_sums_hide_is_found_by_recheck(study: Path, dataset: Path, run: Callable[..., str]) -> None:
@@ -122,10 +122,10 @@ def test_what_its_sums_hide_is_found_by_recheck(study: Path, dataset: Path, run:
     other.rename(one)
     (study / "spare").rename(other)
     assert build(study) == FAILED
-    assert "--recheck" in run("verify", dataset, "--deep=all", code=1)
+    assert "--recheck" in run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset), code=1)
     build(study, recheck=True)
     assert info_of(dataset).format_version == 1
-    assert run("verify", dataset, "--deep=all").startswith("right")
+    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("right")
 
 
 def test_overwrite_makes_it_the_present_version(study: Path, dataset: Path, tmp_path: Path) -> None:

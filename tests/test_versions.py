@@ -21,6 +21,7 @@ from beam_nifti.quantize import numpy_dtype
 from beam_nifti.rounding import differ_in_rounding
 from beam_nifti.verify import ALL, verify_dataset
 from tests.build_helpers import assert_complete, build, build_apart, make_config, make_options
+from tests.datasets import manifest_of
 from tests.images import name_of, write_cohort
 
 COUNT = 10
@@ -122,7 +123,7 @@ def test_a_published_dataset_is_kept_and_appended_to_after_an_upgrade(
     assert build(cohort12, output, **SMALL).read == {name_of(COUNT), name_of(COUNT + 1)}
     assert made_by(output) == [[np.__version__]] * 2 + [[np.__version__, "9.9"]]
     assert read_info(str(output)).versions["numpy"] == "9.9"
-    report = verify_dataset(str(output), deep=ALL)
+    report = verify_dataset(str(output), manifest=manifest_of(output), deep=ALL)
     assert (report.problems, report.notes) == ((), ())
 
 
@@ -156,9 +157,11 @@ def test_verify_tells_rounding_of_other_versions_from_damage(
     manifest, output = write_cohort(tmp_path / "images", 3), tmp_path / "out"
     build(manifest, output, **SMALL, preprocess=f"{name}_lab:scale", rescale="window:0,5000")
     monkeypatch.setattr(f"{name}_lab.factor", factor)
-    assert len(verify_dataset(str(output), deep=ALL).problems) == 3  # the same versions, the same bytes
+    options = {"manifest": str(manifest), "preprocess": f"{name}_lab:scale"}
+    report = verify_dataset(str(output), **options, deep=ALL)
+    assert len(report.problems) == 3  # the same versions, the same bytes
     pretend(monkeypatch, "numpy", "9.9")
-    report = verify_dataset(str(output), deep=ALL)
+    report = verify_dataset(str(output), **options, deep=ALL)
     changes = f"numpy {np.__version__}, now 9.9"
     if name == "rounding":
         assert report.problems == ()

@@ -1,0 +1,114 @@
+"""Values that JSON held, compared with the types that annotations state."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from reprlib import Repr
+from typing import Any, Final, NoReturn
+
+_WORDS: Final[Mapping[Any, str]] = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "text",
+}
+_SHOWN: Final = Repr()
+_SHOWN.maxother = _SHOWN.maxstring = 60
+
+
+def require_type(value: Any, kind: Any, name: str) -> None:
+    """Compare a value with an annotation: a scalar, `X | None`, a tuple, a Mapping of text, or a dataclass.
+
+    Args:
+        value: as `json.loads` gives it, so that a list stands for a tuple and an object for a dataclass.
+        kind: the annotation.
+        name: of the value, for the error.
+
+    Raises:
+        ValueError: it is of another type, or has a key that the dataclass does not have, or lacks one.
+    """
+    if type(value) is kind and kind is not str and kind is not float:
+        return
+    if kind is str and type(value) is str:
+        _require_text(value, name)
+    elif kind is float:
+        # Of integers those that a float can be: a larger one raises where it becomes one.
+        if type(value) not in (int, float) or not abs(value) <= math.ldexp(1, 1000):
+            _refuse(value, kind, name)
+    elif is_dataclass(kind):
+        hints = hints_of(kind)
+        required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        require_keys(value, hints, required, name)
+    elif (origin := typing.get_origin(kind)) in (types.UnionType, typing.Union):
+        if value is not None:
+            (inner,) = (a for a in typing.get_args(kind) if a is not types.NoneType)
+            require_type(value, inner, name)
+    elif origin is tuple:
+        _require_list(value, typing.get_args(kind), name)
+    elif origin is Mapping:
+        require_type(value, dict, name)
+        of_values = typing.get_args(kind)[1]
+        for key, item in value.items():
+            _require_text(key, name)
+            require_type(item, of_values, f"{name}.{key}")
+    else:
+        _refuse(value, kind, name)
+
+
+def require_keys(value: Any, kinds: Mapping[str, Any], required: Collection[str], name: str) -> None:
+    """Compare an object's keys and values with annotations.
+
+    Args:
+        value: as of `require_type`.
+        kinds: annotations by key.
+        required: keys that must be there.
+        name: of the object, for the error; "" for the whole file.
+
+    Raises:
+        ValueError: it is no object, a key is missing or is not among `kinds`, or a value is of another type.
+    """
+    require_type(value, dict, name or "it")
+    within = f"{name} " if name else ""
+    if unknown := value.keys() - kinds.keys():
+        raise ValueError(f"{within}has a key {_SHOWN.repr(min(unknown))} that this format does not have")
+    if missing := set(required) - value.keys():
+        raise ValueError(f"{within}lacks the key {min(missing)!r}")
+    for key, item in value.items():
+        require_type(item, kinds[key], f"{name}.{key}" if name else key)
+
+
+def hints_of(kind: Any) -> Mapping[str, Any]:
+    """The annotations of a dataclass's fields, evaluated."""
+    return _hints(kind)
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _require_list(value: Any, kinds: tuple[Any, ...], name: str) -> None:
+    require_type(value, list, name)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(value) != len(kinds):
+        raise ValueError(f"{name} has {len(value)} values, expected {len(kinds)}")
+    for number, (item, kind) in enumerate(zip(value, kinds, strict=True)):
+        require_type(item, kind, f"{name}[{number}]")
+
+
+def _require_text(value: str, name: str) -> None:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} is {_SHOWN.repr(value)}, which is not Unicode text") from None
+
+
+def _refuse(value: Any, kind: Any, name: str) -> NoReturn:
+    raise ValueError(f"{name} is {_SHOWN.repr(value)}, expected {_WORDS[kind]}")

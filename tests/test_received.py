@@ -1,0 +1,535 @@
+"""A dataset from somebody else: nothing of it is run, and only its own files are opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from beam_nifti import cli
+from beam_nifti.build import plan_build
+from beam_nifti.build_note import BuildNote
+from beam_nifti.dataset_info import content_digest
+from beam_nifti.diff import compare_datasets
+from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError, UsageError
+from beam_nifti.example import decode_example, encode_example, encode_tensor
+from beam_nifti.extract import read_volume
+from beam_nifti.index import Limits, read_index, read_shard_index
+from beam_nifti.inspection import describe_dataset, describe_record
+from beam_nifti.random_access import Dataset
+from beam_nifti.report_summary import read_failures
+from beam_nifti.tfrecord import decode_record, encode_record
+from beam_nifti.verify import ALL, verify_dataset
+from tests.build_helpers import build, make_config
+from tests.datasets import edit_index, edit_info, edit_record, info_of, replace_index, set_cell
+from tests.images import write_cohort, write_image, write_manifest
+
+SHARD = "train-00000-of-00002.tfrecord.gz"
+INDEX = "index/train-00000-of-00002.parquet"
+SHAPE = (4, 3, 2)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, its manifest, and images, of which one failed."""
+    folder = tmp_path_factory.mktemp("built")
+    manifest = write_cohort(folder, 5, shape=SHAPE)
+    (folder / "sub-0004.nii.gz").write_bytes(b"no image")
+    build(manifest, folder / "dataset", num_shards=2, max_bad_fraction=0.5)
+    return folder
+
+
+@pytest.fixture
+def study(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "study"))
+
+
+@pytest.fixture
+def dataset(study: Path) -> Path:
+    return study / "dataset"
+
+
+def problems(dataset: Path, **options: Any) -> tuple[str, ...]:
+    return verify_dataset(str(dataset), **options).problems
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "Dataset": lambda path: [dict(element) for element in Dataset(path)],
+    "diff": lambda path: compare_datasets(path, path),
+    "extract": lambda path: read_volume(path, "sub-0000"),
+    "inspect": describe_dataset,
+    "inspect --record": lambda path: describe_record(path, "sub-0000"),
+    "verify": verify_dataset,
+}
+"""What reads a dataset, by how it is called."""
+
+
+# Code
+
+
+@pytest.fixture
+def hostile_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module that can be imported and must not be."""
+    folder = tmp_path / "python"
+    folder.mkdir()
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef f(volume): return volume\n"
+    (folder / "hostile_helper.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    return "hostile_helper"
+
+
+def test_a_function_that_only_the_dataset_names_is_not_imported(
+    study: Path, dataset: Path, tmp_path: Path, hostile_module: str, run: Callable[..., str]
+) -> None:
+    name = f"{hostile_module}:f"
+    edit_info(dataset, lambda i: i["config"].update(preprocess=name, preprocess_sha256="0" * 64))
+    deep = ("verify", dataset, "--deep=all", f"--manifest={study}/manifest.tsv")
+    told = run(*deep, code=cli.USAGE)
+    assert f"was made with {name}, defined in a file of sha256 {'0' * 64}" in told
+    assert f"give --preprocess {name}" in told
+    assert run("verify", dataset).startswith("right")
+    for call in READERS.values():
+        call(str(dataset))
+    assert hostile_module not in sys.modules
+    assert not (tmp_path / "ran").exists()
+    assert "defines it differs" in run(*deep, f"--preprocess={name}", code=cli.USAGE)
+    assert (tmp_path / "ran").exists()  # as the user has named it
+
+
+@pytest.mark.parametrize("named", ["tests.user_functions:other", "hostile_helper:f"])
+def test_a_function_that_the_dataset_was_not_made_with_is_not_imported(
+    study: Path, dataset: Path, named: str
+) -> None:
+    manifest = str(study / "manifest.tsv")
+    with pytest.raises(UsageError, match="was made without a function; leave it out"):
+        verify_dataset(str(dataset), manifest=manifest, deep=1, preprocess=named)
+    edit_info(dataset, lambda i: i["config"].update(preprocess="a:b", preprocess_sha256="0" * 64))
+    with pytest.raises(UsageError, match=f"--preprocess is {named}; .* was made with a:b"):
+        verify_dataset(str(dataset), manifest=manifest, deep=1, preprocess=named)
+
+
+def test_the_function_is_for_deep(dataset: Path, run: Callable[..., str]) -> None:
+    assert "--preprocess is for --deep" in run("verify", dataset, "--preprocess=a:b", code=cli.USAGE)
+
+
+# Files
+
+
+def test_deep_asks_for_the_manifest(dataset: Path, run: Callable[..., str]) -> None:
+    told = run("verify", dataset, "--deep=1", code=cli.USAGE)
+    assert "--deep opens only images that you name; add --manifest" in told
+    assert info_of(dataset).manifest["path"] in told
+
+
+def test_deep_opens_only_images_of_the_manifest(study: Path, dataset: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # would hang
+    edit_index(dataset, set_cell("source", 0, str(tmp_path / "fifo")))
+    found = problems(dataset, manifest=str(study / "manifest.tsv"), deep=ALL)
+    assert any(f"its image, {tmp_path}/fifo, is not in the manifest" in problem for problem in found)
+
+
+def test_deep_takes_the_mask_from_the_same_row(tmp_path: Path) -> None:
+    rows = []
+    for i in range(2):
+        write_image(tmp_path / f"mask{i}.nii", np.full(SHAPE, 1 + i, np.uint8))
+        rows.append({"participant_id": f"s{i}", "path": "image.nii", "mask": f"mask{i}.nii"})
+    write_image(tmp_path / "image.nii", np.arange(24, dtype=np.int16).reshape(SHAPE))
+    manifest = write_manifest(tmp_path / "m.tsv", rows)
+    build(manifest, tmp_path / "out", columns={"mask": "mask"})
+    assert problems(tmp_path / "out", manifest=str(manifest), deep=ALL) == ()
+
+
+def link(target: str | Path) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", [SHARD, INDEX, "failures.jsonl", "dataset_info.json"])
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (os.mkfifo, "is a FIFO, not a file"),
+        (link("/etc/passwd"), "is a link that leads out of its dataset, to /etc/passwd"),
+        (link("/dev/zero"), "is a link that leads out of its dataset, to /dev/zero"),
+        (lambda path: link(path.name)(path), "(Too many levels|symbolic link)"),
+    ],
+    ids=["FIFO", "file", "device", "loop"],
+)
+def test_what_is_no_file_of_the_dataset_is_not_opened(
+    dataset: Path, name: str, put: Callable[[Path], None], message: str
+) -> None:
+    (dataset / name).unlink()
+    put(dataset / name)
+    calls = {**READERS, "report": lambda path: read_failures(path, info_of(Path(path)))}
+    told = {}
+    for command, call in calls.items():
+        try:
+            told[command] = repr(call(str(dataset)))
+        except (BeamNiftiError, OSError) as e:
+            told[command] = f"{e} {e!r}"
+    named = [command for command, text in told.items() if name in text and re.search(message, text)]
+    expected = {
+        "failures.jsonl": ["verify", "report"],
+        SHARD: ["Dataset", "extract", "verify"],
+        INDEX: list(READERS),
+        "dataset_info.json": list(calls),
+    }
+    assert named == expected[name]
+
+
+def test_a_folder_that_leads_out_is_not_read(dataset: Path, tmp_path: Path) -> None:
+    (dataset / "index").rename(tmp_path / "index")
+    (dataset / "index").symlink_to(tmp_path / "index")
+    with pytest.raises(DatasetError, match=rf"{INDEX}: cannot be read .*leads out of its dataset"):
+        Dataset(dataset)
+    assert len(problems(dataset)) == 2
+
+
+def test_links_within_a_dataset_and_to_it_are_followed(dataset: Path, tmp_path: Path) -> None:
+    (dataset / SHARD).rename(dataset / "blob")
+    (dataset / SHARD).symlink_to("blob")
+    (tmp_path / "alias").symlink_to(dataset)
+    assert len(list(Dataset(tmp_path / "alias"))) == 4
+    assert problems(tmp_path / "alias") == ()
+
+
+# Changes
+
+
+def test_a_change_of_the_list_of_failures_is_found(dataset: Path) -> None:
+    path = dataset / "failures.jsonl"
+    text = path.read_text()
+    path.write_text(text.replace("sub-0004", "sub-0009"))
+    assert any(
+        "failures.jsonl: is not the file that dataset_info.json describes" in p for p in problems(dataset)
+    )
+    path.write_text(text)
+    assert problems(dataset) == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"examples_per_shard": null', '"examples_per_shard": 1'),
+        ('"shuffle_seed": null', '"shuffle_seed": 7'),
+        ('"compression_level": 2', '"compression_level": 0'),
+        ('"num_rows": 5', '"num_rows": 6'),
+        ('"allow_mixed_shapes": false', '"allow_mixed_shapes": true'),
+        ('"numpy": "', '"numpy": "1'),
+        ('"columns": [', '"columns": [\n"further",'),
+    ],
+)
+def test_a_change_of_the_info_is_found_by_all(dataset: Path, old: str, new: str) -> None:
+    path = dataset / "dataset_info.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    for call in READERS.values():
+        with pytest.raises(DatasetError, match=r"dataset_info\.json: .*was changed after it was written"):
+            call(str(dataset))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("participant_id", "sub-0009", "record 0 .* is of participant 'sub-0009'"),
+        ("row", 2, "row 2 stands more than once"),
+        ("row", 99, "row 99"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_found(
+    dataset: Path, column: str, value: object, message: str
+) -> None:
+    edit_index(dataset, set_cell(column, 0, value))
+    assert any(re.search(message, problem) for problem in problems(dataset))
+
+
+# Sizes
+
+
+def many_rows(table: pa.Table) -> pa.Table:
+    return pa.concat_tables([table] * 10_000)
+
+
+def long_text(table: pa.Table) -> pa.Table:
+    """Texts of a megabyte, which are one in the file."""
+    column = table.column_names.index("participant_id")
+    table = pa.concat_tables([table] * 500)
+    return table.set_column(column, "participant_id", pa.array(["x" * (1 << 20)] * table.num_rows))
+
+
+def long_lists(table: pa.Table) -> pa.Table:
+    column = table.column_names.index("source_shape")
+    return table.set_column(column, "source_shape", pa.array([[1] * (20 << 20)] * table.num_rows))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (many_rows, "has 20,000 rows, and can have"),
+        (long_text, "has .* bytes of values, more than it can have"),
+        (long_lists, "has .* bytes of values, more than it can have"),
+    ],
+)
+def test_a_bomb_in_an_index_is_not_read(
+    dataset: Path, edit: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    table, facts = read_index(str(dataset / INDEX))
+    replace_index(dataset, INDEX, edit(table), facts)
+    size = (dataset / INDEX).stat().st_size
+    assert size < 1 << 20
+    claimed = edit(table).num_rows
+
+    def agree(info: dict[str, Any]) -> None:
+        shard = info["splits"]["train"]["shards"][0]
+        shard |= {"num_examples": claimed, "num_bytes": max(shard["num_bytes"], 64 * claimed)}
+        for key in ("num_examples", "num_bytes"):
+            info["splits"]["train"][key] = sum(s[key] for s in info["splits"]["train"]["shards"])
+
+    edit_info(dataset, agree)
+    info = info_of(dataset)
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    with pytest.raises(DatasetError, match=f"{INDEX}: cannot be read .*{message}"):
+        read_shard_index(str(dataset), info, info.shards[0])
+    assert any(re.search(message, problem) for problem in problems(dataset))
+    assert pool.bytes_allocated() <= before + (1 << 20)
+
+
+def test_a_page_that_is_larger_than_the_file_says_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "index.parquet"
+    pq.write_table(pa.table({"text": ["x" * (64 << 20)]}), path, compression="zstd", use_dictionary=False)
+    content = path.read_bytes()
+
+    def said() -> int:
+        return int(pq.ParquetFile(path).metadata.row_group(0).column(0).total_uncompressed_size)
+
+    number, less = varint(said()), b"\xd8\x84"  # 300
+    less += b"\x80" * (len(number) - len(less) - 1) + b"\0"
+    for match in re.finditer(re.escape(number), content):
+        path.write_bytes(content[: match.start()] + less + content[match.end() :])
+        if said() == 300:
+            break
+    assert said() == 300
+    with pytest.raises(ShardError, match="not an index: pages of column text hold more than the file says"):
+        read_index(str(path), limits=Limits(1, 0))
+
+
+def varint(number: int) -> bytes:
+    """An integer as Thrift has it."""
+    number, out = number << 1, b""
+    while number > 127:
+        out += bytes([number & 127 | 128])
+        number >>= 7
+    return out + bytes([number])
+
+
+def test_texts_that_many_rows_share_are_read(dataset: Path) -> None:
+    """They may be too large by what is known before; then it is looked at how large they are."""
+    table, facts = read_index(str(dataset / INDEX))
+    texts = ["y" * (1 << 16), *(["x"] * 1999)]
+    table = pa.concat_tables([table] * 1000)
+    table = table.set_column(1, "participant_id", pa.array(texts))
+    table = table.set_column(2, "session_id", pa.array([f"{i:032}" * 40 for i in range(2000)]))
+    replace_index(dataset, INDEX, table, facts)
+    found, _ = read_index(str(dataset / INDEX), limits=Limits(2000, 0))
+    assert found.schema.remove_metadata() == table.schema.remove_metadata()
+    assert found["participant_id"].to_pylist() == texts
+
+
+def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
+    edit_record(dataset, 0, lambda _: bytes(64 << 20))
+    message = r"gzip member holds 67,108,880 bytes, and the record has at most 1,048,"
+    with pytest.raises(DatasetError, match=f"{SHARD}: record 'sub-0000', .*{message}"):
+        Dataset(dataset)[0]
+    with pytest.raises(DatasetError, match=message):
+        read_volume(str(dataset), "sub-0000")
+    assert any(re.search(message, problem) for problem in problems(dataset))
+
+
+def test_of_mixed_shapes_the_index_bounds_a_record(tmp_path: Path) -> None:
+    for i in range(2):
+        write_image(tmp_path / f"{i}.nii", np.arange(24 + 6 * i, dtype=np.int16).reshape(4 + i, 3, 2))
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": f"{i}.nii"} for i in range(2)])
+    build(manifest, tmp_path / "out", allow_mixed_shapes=True)
+    assert [element["image"].shape[0] for element in Dataset(tmp_path / "out")] == [4, 5]
+    edit_record(tmp_path / "out", 0, lambda _: bytes(64 << 20))
+    with pytest.raises(DatasetError, match="gzip member holds 67,108,880 bytes"):
+        Dataset(tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"\x0a" + b"\x80" * (1 << 16), "a number of more than 64 bits"),
+        (b"\x0a\x00" * (1 << 17), "a message of more than 65536 fields"),
+        (b"\x0a\xff\xff\xff\xff\x7f", "reaches past the end"),
+    ],
+)
+def test_lengths_of_a_record_that_cannot_be(payload: bytes, message: str) -> None:
+    with pytest.raises(ShardError, match=message):
+        decode_example(payload)
+
+
+def test_a_list_of_integers_is_bounded() -> None:
+    feature = encode_example({"x": np.zeros(1 << 18, np.int64)})
+    with pytest.raises(ShardError, match="a list of integers of"):
+        decode_example(feature)
+
+
+def test_a_record_of_a_length_that_it_does_not_have() -> None:
+    record = bytearray(encode_record(b"payload", None))
+    record[:8] = struct.pack("<Q", 1 << 62)
+    with pytest.raises(ShardError, match="CRC of the record's length"):
+        decode_record(bytes(record), compressed=False)
+
+
+# Records
+
+
+def with_features(**values: Any) -> Callable[[bytes], bytes]:
+    def change(payload: bytes) -> bytes:
+        held = {k: bytes(v) if isinstance(v, memoryview) else v for k, v in decode_example(payload).items()}
+        return encode_example({k: v for k, v in (held | values).items() if v is not None})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("options", "edit", "columns", "message"),
+    [
+        ({}, with_features(zooms=None), ["intensity_min", "image"], None),
+        ({}, with_features(intensity_min=None), ["intensity_min"], "it has no intensity_min that is float"),
+        ({}, with_features(intensity_min=b"x"), ["intensity_min"], "it has no intensity_min that is float"),
+        ({}, with_features(image_raw=None), ["image"], "it has no image_raw"),
+        (
+            {"voxel_dtype": "native"},
+            with_features(scl_slope=b"", scl_inter=b"12345678"),
+            ["image"],
+            "float64 does not",
+        ),
+        (
+            {"voxel_dtype": "native", "rescale": "zscore"},
+            with_features(rescale_low=struct.pack("<2d", 1, 2)),
+            ["image"],
+            "its rescale_low has 2 numbers, expected 1",
+        ),
+        (
+            {"voxel_dtype": "native"},
+            with_features(image_raw=encode_tensor(np.zeros(SHAPE, np.int16))),
+            ["image"],
+            "cannot be read",
+        ),
+    ],
+)
+def test_a_record_that_lacks_what_is_read_is_named(
+    built: Path, tmp_path: Path, options: dict[str, Any], edit: Any, columns: list[str], message: str | None
+) -> None:
+    build(built / "manifest.tsv", tmp_path / "out", num_shards=2, max_bad_fraction=0.5, **options)
+    edit_record(tmp_path / "out", 0, edit)
+    if message is None:
+        assert Dataset(tmp_path / "out", columns=columns)[0].keys() == set(columns)
+        return
+    with pytest.raises(DatasetError, match=rf"{SHARD}: record 'sub-0000', .*{message}"):
+        Dataset(tmp_path / "out", columns=columns)[0]
+
+
+def test_a_mask_of_another_shape_is_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "i.nii", np.arange(24, dtype=np.int16).reshape(SHAPE))
+    write_image(tmp_path / "m.nii", np.ones(SHAPE, np.uint8))
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": "i.nii", "mask": "m.nii"}])
+    output = tmp_path / "out"
+    build(manifest, output, columns={"mask": "mask"})
+    assert Dataset(output, columns=["mask"])[0]["mask"].shape == SHAPE
+    edit_record(output, 0, with_features(mask_raw=encode_tensor(np.ones((2, 2, 2), np.uint8))))
+    with pytest.raises(DatasetError, match=r"its mask_raw is uint8 of \(2, 2, 2\)"):
+        Dataset(output, columns=["mask"])[0]
+
+
+# Indexes
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_cell("affine", 0, [1.0] * 15), "column affine of record 0 .* has 15 values, expected 16"),
+        (set_cell("affine", 0, [None] * 16), "column affine has 16 empty values"),
+        (set_cell("shape", 0, [4, 3, 3]), r"column shape has others than \[4, 3, 2\]"),
+        (set_cell("example_id", 0, None), "column example_id has 1 empty cells"),
+        (set_cell("length", 0, -1), "is said to take -1 bytes at offset 0, which are not in"),
+        (set_cell("length", 0, 1 << 62), "which are not in"),
+        (set_cell("offset", 0, (1 << 63) - 1), "which are not in"),
+        (lambda t: t.append_column("hidden", pa.array([1] * t.num_rows)), "has a column 'hidden'"),
+        (lambda t: t.drop_columns(["zooms"]), "column zooms is missing"),
+        (
+            lambda t: t.set_column(3, "label", pa.array([[{"a": 1}]] * t.num_rows)),
+            "column label is list<.*, expected double",
+        ),
+        (lambda t: t.append_column("label", t["label"]), "not an index"),
+        (
+            lambda t: t.set_column(0, "example_id", pa.array([b"\xff"] * t.num_rows).view(pa.string())),
+            "Invalid UTF8 sequence",
+        ),
+    ],
+)
+def test_an_index_that_no_build_writes_is_named(
+    dataset: Path, edit: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    edit_index(dataset, edit)
+    with pytest.raises(DatasetError, match=rf"{INDEX}: .*{message}"):
+        describe_dataset(str(dataset))
+    assert problems(dataset)
+
+
+def test_versions_that_are_none_are_named(dataset: Path) -> None:
+    table, facts = read_index(str(dataset / INDEX))
+    replace_index(dataset, INDEX, table, facts | {"versions": "[[[["})
+    assert any(f"{INDEX}: cannot be read: versions of an index" in problem for problem in problems(dataset))
+
+
+# Appending
+
+
+def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, dataset: Path) -> None:
+    edit_index(dataset, set_cell("length", 0, -1))
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
+    assert len(list(Dataset(dataset))) == 4
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda note: note.update(
+            layouts=[{"split_sizes": {"train": 10**15}, "sharding": {"examples_per_shard": 1}}]
+        ),
+        lambda note: note["info"]["config"].update(fingerprint="../../.."),
+        lambda note: note.update(roots=["/"]),
+        lambda note: note.update(published=[1]),
+        lambda note: note.update(surplus=1),
+    ],
+)
+def test_the_note_of_an_unfinished_build_is_checked(study: Path, edit: Callable[[Any], None]) -> None:
+    output = study / "new"
+    config = make_config(study / "manifest.tsv", output)
+    plan, _ = plan_build(config)
+    note = BuildNote(plan.describe(), (plan.layout,), (".build",), plan.identity, False)
+    note.write(str(output))
+    assert BuildNote.read(str(output)) == note
+    path = output / ".build/plan.json"
+    facts = json.loads(path.read_text())
+    edit(facts)
+    facts["info"]["digest"] = content_digest(facts["info"])
+    path.write_text(json.dumps(facts))
+    with pytest.raises(BeamNiftiError, match=r"\.build/plan\.json: "):
+        plan_build(config)
