@@ -120,17 +120,28 @@ def _choose(
         there = _counts(study.images) or "none"
         like = [name for name in study.images if name.lower() == suffix.lower()]
         hint = f"; did you mean {like[0]}?" if like else ""
+        if not (study.images or like) and study.misplaced:
+            hint = f"; {_named(study.misplaced, 'image')} outside of the folders of BIDS"
         raise UsageError(f"{study.root}: no {suffix} images; there are: {there}{hint}")
     images = [image for image in of_suffix if _is_chosen(image, entities)]
     if not images:
-        found = "; ".join(f"{key} is {_labels(key, of_suffix)}" for key in entities)
-        raise UsageError(f"{study.root}: none of {len(of_suffix)} {suffix} images is chosen: {found}")
+        reasons = "; ".join(_reason_for_none(key, entities[key], of_suffix) for key in entities)
+        raise UsageError(f"{study.root}: none of the {len(of_suffix)} {suffix} images is chosen: {reasons}")
     chosen = sorted(images, key=lambda image: (image.participant_id, image.session_id, image.path))
     return chosen, [*_notes_on_names(study, suffix), *_notes_on_choice(of_suffix, chosen)]
 
 
 def _is_chosen(image: BidsImage, entities: Mapping[str, Sequence[str]]) -> bool:
     return all(image.entities.get(key, "") in labels for key, labels in entities.items())
+
+
+def _reason_for_none(key: str, labels: Sequence[str], images: Sequence[BidsImage]) -> str:
+    """What of an entity was asked for, and what there is."""
+    wanted = " or ".join(f"{key}-{label}" if label else f"no {key}-" for label in labels)
+    flag = "--session" if key == "ses" else f"--entity {key}"
+    if not any(key in image.entities for image in images) and "" not in labels:
+        return f"{wanted} was asked for, but their names have no {key}-; leave {flag} out"
+    return f"{wanted} was asked for, and {key} is {_labels(key, images)}"
 
 
 def _counts(images: Mapping[str, Sequence[BidsImage]]) -> str:

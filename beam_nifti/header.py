@@ -284,10 +284,13 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
             "--frames all, which makes the last axis of any length the channels"
         )
     if None not in wanted and shape != wanted:
-        raise VolumeError(
-            f"{name}: shape {shape} where the first image has {wanted}; "
-            "crop and pad all images with --shape, or use --allow-mixed-shapes"
-        )
+        remedy = "crop and pad all images with --shape, or use --allow-mixed-shapes"
+        if shape[3:] != wanted[3:]:
+            remedy = (
+                "where the last axis is frames, use --frames first, mean or a number; else use --frames all "
+                "--allow-mixed-shapes"
+            )
+        raise VolumeError(f"{name}: shape {shape} where the first image has {wanted}; {remedy}")
 
 
 def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:

@@ -26,6 +26,7 @@ WHOLE_SHARD: Final = -1
 """`VolumeRow.unit` where a shard is a single work unit."""
 
 _OWN: Final = ("participant_id", "session_id", "split")
+_GIVE_THAT_OF_DATASET: Final = "give the manifest that the dataset was built from"
 _BATCH_ROWS: Final = 1 << 14
 """Rows that are turned into Python strings at a time."""
 
@@ -268,6 +269,8 @@ def read_manifest(
     columns: Columns | None = None,
     splitting: Splitting | None = None,
     pseudonyms: Pseudonyms | None = None,
+    *,
+    is_of_dataset: bool = False,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -277,6 +280,7 @@ def read_manifest(
         splitting: how to draw the splits; None takes those of the column `split`.
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
+        is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
@@ -293,9 +297,11 @@ def read_manifest(
         (splitting and splitting.stratify, "--stratify"),
     ):
         if name is not None and name not in table.column_names:
-            problems.add(f"no column {name!r}; the columns are: {present}; choose one with {flag}")
+            remedy = _GIVE_THAT_OF_DATASET if is_of_dataset else f"choose one with {flag}"
+            problems.add(f"no column {name!r}; the columns are: {present}; {remedy}")
     if splitting and "split" in table.column_names:
-        problems.add("has a column 'split' already; leave --split out, or drop or rename the column")
+        remedy = "leave --split out, or drop or rename the column"
+        problems.add(f"has a column 'split' already; {_GIVE_THAT_OF_DATASET if is_of_dataset else remedy}")
     for name, meant in _misspelled(table.column_names, columns):
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
     if table.num_rows == 0:

@@ -146,6 +146,20 @@ def test_the_images_of_a_study_and_nothing_else_of_it(study: Path, capsys: Captu
     assert [list(row) for row in rows] == [["participant_id", "path"]]
 
 
+@pytest.mark.parametrize("folder", ["sub-04", "sub-04/anat/deep", "sub-04/ses-1", "sub-04/ses-1/anat/deep"])
+def test_images_outside_of_the_folders_of_bids_are_skipped(study: Path, folder: str, capsys: Capture) -> None:
+    name = f"sub-04_{'ses-1_' if 'ses' in folder else ''}T1w.nii.gz"
+    touch(study, f"{folder}/{name}")
+    rows, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w")
+    assert [row["participant_id"] for row in rows] == ["sub-01", "sub-02", "sub-03"]
+    misplaced = f"2 images (T1w.nii.gz, {folder}/{name}) outside of the folders of BIDS"
+    assert f"not used: {misplaced}" in notes
+    for path in study.glob("sub-*/*/*_*.nii.gz"):
+        path.unlink()
+    touch(study, f"{folder}/{name}")
+    assert f"there are: none; {misplaced}" in error_of(capsys, "bids", str(study), "--suffix=T1w")
+
+
 def test_tables_of_participants_are_not_copied_unless_asked_for(study: Path, capsys: Capture) -> None:
     (study / "participants.tsv").unlink()
     rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w")
@@ -276,8 +290,12 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
         ([], ["--column=path"], "--column path is a column of every manifest"),
         ([], ["--entity=run"], "--entity is 'run'; give a key and a label, such as run=1"),
         ([], ["--entity==1"], "--entity is '=1'"),
-        ([], ["--entity=run=1"], "none of 3 T1w images is chosen: run is absent"),
-        ([], ["--session=1"], "ses is absent"),
+        (
+            [],
+            ["--entity=run=1"],
+            "none of the 3 T1w images is chosen: run-1 was asked for, but their names have no run-",
+        ),
+        ([], ["--session=1"], "ses-1 was asked for, but their names have no ses-; leave --session out"),
     ],
 )
 def test_errors_of_a_study(

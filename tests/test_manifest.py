@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti.config import Columns
+from beam_nifti.config import Columns, Splitting
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import read_manifest
 from beam_nifti.tables import BLANKS, MAX_PROBLEMS
@@ -310,6 +310,18 @@ def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_no_manifest(tmp_path: Path, text: str, columns: dict[str, str], problem: str) -> None:
     assert problems_of(tmp_path, text, **columns) == (problem,)
+
+
+def test_of_a_manifest_that_is_not_a_datasets_no_option_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("file,split\na,train\n")
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(
+            str(tmp_path / "m.csv"), Columns(label="age"), Splitting({"train": 1.0}), is_of_dataset=True
+        )
+    assert len(caught.value.problems) == 3
+    for problem in caught.value.problems:
+        assert "--" not in problem
+        assert problem.endswith("; give the manifest that the dataset was built from")
 
 
 def test_ragged_rows_are_all_told(tmp_path: Path) -> None:
