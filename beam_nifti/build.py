@@ -17,7 +17,6 @@ from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.differences import find_differences, image_folder
 from beam_nifti.errors import (
     DatasetError,
-    FirstImagesError,
     ManifestError,
     NewerFormatError,
     OutputError,
@@ -356,7 +355,8 @@ def _first_volume(
             are_missing |= isinstance(e.__cause__, FileNotFoundError)
     if are_missing:
         problems.append("relative paths start at the manifest's folder")
-    raise FirstImagesError(manifest.path, problems)
+    what = "none of the first images can be used with these options"
+    raise ManifestError(manifest.path, problems, what)
 
 
 def _prepared_shape(

@@ -195,9 +195,10 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
         return frames
     number = 0 if frames == "first" else int(frames)
     if number >= count:
+        has = "1 frame, number 0" if count == 1 else f"{count} frames, numbers 0 to {count - 1}"
         raise VolumeError(
-            f"{name}: no frame {number}: shape {header.shape} has {count}, counted from 0; choose another "
-            "with --frames, or leave the image out"
+            f"{name}: no frame {number}: shape {header.shape} has {has}; choose another with --frames, or "
+            "leave the image out"
         )
     return number
 
@@ -307,7 +308,8 @@ def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> N
     if header.num_frames != num_frames:
         raise VolumeError(
             f"{name}: number of frames is {header.num_frames} where the first image has {num_frames}, and "
-            "--frames each makes as many examples of every image; build images of other lengths apart"
+            "--frames each requires the same number of frames in every image; build the others into another "
+            "dataset"
         )
 
 

@@ -19,7 +19,7 @@ from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.tables import Problems, read_table
-from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
+from beam_nifti.twins import find_twins, fold, refuse_names, refuse_twins, warn_of_names
 
 DEFAULT_SPLIT: Final = "train"
 WHOLE_SHARD: Final = -1
@@ -404,7 +404,7 @@ def _skipped(
         return None
     if lacks_label.all():
         names = ", ".join(of.column.name for of in labels)
-        problems.add(f"every row lacks a label ({names}), and --missing-label skip skips all of them")
+        problems.add(f"every row lacks a label ({names}), and --missing-label skip would skip all of them")
     return lacks_label
 
 
@@ -446,11 +446,11 @@ def _given_splits(table: pa.Table, people: pa.Array | None, problems: Problems) 
     if people is not None:
         shown = table["participant_id"].combine_chunks()
         for i, first in zip(*find_disagreements(fold(people), splits), strict=True):
-            where = f"in row {first + 1}"
+            elsewhere = f"in row {first + 1}"
             if people[i].as_py() != people[first].as_py():
-                where = f"as {shown[first]} (which differs {LIKENESS}) {where}"
+                elsewhere = f"{shown[first]} {elsewhere}, probably the same participant, is"
             problems.add(
-                f"row {i + 1}: participant {shown[i]} is in split {splits[i]} and, {where}, in "
+                f"row {i + 1}: participant {shown[i]} is in split {splits[i]}, and {elsewhere} in "
                 f"{splits[first]}; give all rows of a participant one split, or, where "
                 "participant_id does not name persons, rename that column"
             )
@@ -491,8 +491,9 @@ def _drawn_splits(
         categories = table[splitting.stratify].combine_chunks()
         for i, first in zip(*find_disagreements(participants, categories), strict=True):
             problems.add(
-                f"row {i + 1}: {splitting.stratify} of {participants[i]} is {categories[i].as_py()!r} and, "
-                f"in row {first + 1}, {categories[first].as_py()!r}; --stratify takes one value a participant"
+                f"row {i + 1}: participant {participants[i]} has {splitting.stratify} "
+                f"{categories[i].as_py()!r} here and {categories[first].as_py()!r} in row {first + 1}; "
+                "--stratify requires one value per participant"
             )
     # With the rows that are skipped, so that no one moves when their labels are filled in.
     splits = _without(is_skipped, draw_splits(participants, splitting, categories).cast(pa.string()))

@@ -353,7 +353,7 @@ def test_dry_run_writes_nothing(cohort: Path, tmp_path: Path, capsys: pytest.Cap
     argv = ["build", str(cohort), str(tmp_path / "out"), "--dry-run", "--num-shards=3"]
     assert cli.main(argv) == cli.SUCCESS
     said = capsys.readouterr().out
-    assert "volumes  12 of 6x5x4 voxels" in said
+    assert "volumes  12 of 6×5×4 voxels" in said
     assert "shards   3 of up to 4 examples" in said
     assert "MB" in said
     assert not (tmp_path / "out").exists()

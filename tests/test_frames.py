@@ -53,7 +53,7 @@ def cohort_of(folder: Path, shapes: list[tuple[int, ...]], dtype: str = "int16",
 @pytest.mark.parametrize("options", [[], ["--voxel-dtype=native"], ["--compression=none", "--rescale=none"]])
 def test_a_dataset_of_4d_images(run: Run, tmp_path: Path, options: list[str]) -> None:
     manifest, output = cohort_of(tmp_path / "c", [SHAPE] * 3, slope=0.5, inter=2.0), tmp_path / "out"
-    assert "of 6x5x4x7 voxels" in run("build", manifest, output, "--frames=all", "--dry-run", *options)
+    assert "of 6×5×4×7 voxels" in run("build", manifest, output, "--frames=all", "--dry-run", *options)
     run("build", manifest, output, "--frames=all", *options)
     info = info_of(output)
     assert info.shape == SHAPE
@@ -173,7 +173,7 @@ def test_a_dataset_of_one_volume_an_image(
         cohort_of(tmp_path / "c", [SHAPE, (*SHAPE[:3], 9)], slope=0.5, inter=2.0),
         tmp_path / "out",
     )
-    assert "of 6x5x4 voxels" in run("build", manifest, output, *options, "--dry-run")
+    assert "of 6×5×4 voxels" in run("build", manifest, output, *options, "--dry-run")
     run("build", manifest, output, *options)
     assert info_of(output).shape == shape
     assert "2 made again" in run("verify", output, "--deep=all", "--manifest", manifest)

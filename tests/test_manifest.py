@@ -291,7 +291,7 @@ def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
         ("path\na\n", {"id": "scan"}, "no column 'scan'; the columns are: path; choose one with --id-column"),
         ("path,label\n", {}, "no rows; a manifest needs a header and at least one image"),
         ("path,label\n\n\n", {}, "no rows; a manifest needs a header and at least one image"),
-        ("path,label,label\na,1,2\n", {}, "column 'label' stands twice; rename one"),
+        ("path,label,label\na,1,2\n", {}, "column 'label' occurs twice; rename one"),
         ("", {}, "not a table: the first line is empty; it must name the columns"),
         ("\npath\na\n", {}, "not a table: the first line is empty; it must name the columns"),
         (
@@ -394,7 +394,7 @@ def test_any_bytes_are_a_manifest_or_an_error(
 
 @pytest.mark.parametrize("name", ["m", "m.txt", "m.csv.gz", "m.xlsx", "dots.in/name", ".csv/m."])
 def test_the_suffix_tells_the_format(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ManifestError, match=r"no \.csv, \.tsv, \.jsonl or \.parquet file"):
+    with pytest.raises(ManifestError, match=r"is not a \.csv, \.tsv, \.jsonl or \.parquet file"):
         read_manifest(str(tmp_path / name))
 
 

@@ -269,7 +269,7 @@ def write_odd_cohort(folder: Path) -> Path:
 )
 def test_odd_images_become_volumes_of_one_shape(run: Run, tmp_path: Path, flags: list[str]) -> None:
     manifest, output = write_odd_cohort(tmp_path / "c"), tmp_path / "out"
-    assert "4 of 8x9x10 voxels" in run("build", manifest, output, "--dry-run", *flags)
+    assert "4 of 8×9×10 voxels" in run("build", manifest, output, "--dry-run", *flags)
     assert "failed   1 volume" in run("build", manifest, output, "--max-bad-fraction=0.25", *flags)
     assert info_of(output).shape == (8, 9, 10)
     (failure,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
@@ -299,7 +299,7 @@ def test_a_shape_that_the_header_does_not_tell_is_that_of_the_first_image(run: R
         write_image(tmp_path / f"{number}.nii", voxels)
     manifest = write_manifest(tmp_path / "m.tsv", [{"path": f"{number}.nii"} for number in range(3)])
     arguments = ("build", manifest, tmp_path / "out", "--crop-foreground=nonzero", "--max-bad-fraction=0.5")
-    assert "3 of 3x2x2 voxels" in run(*arguments, "--dry-run")
+    assert "3 of 3×2×2 voxels" in run(*arguments, "--dry-run")
     run(*arguments)
     assert info_of(tmp_path / "out").shape == (3, 2, 2)
     (failure,) = map(json.loads, (tmp_path / "out/failures.jsonl").read_text().splitlines())
