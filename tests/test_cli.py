@@ -317,7 +317,7 @@ def test_a_file_that_may_not_become_so_large_is_named_in_one_line_and_the_build_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(
-        rf"File too large: '{tmp_path}/out/.*\.part' .*; fix this and run the same command again, which",
+        rf"File too large: '{tmp_path}/out/.*\.part'; fix this and run the same command again, which",
         line,
     )
     assert cli.main(command) == 0
