@@ -20,8 +20,8 @@ from beam_nifti.tables import Problems, read_table
 MISSING: Final = "n/a"
 """What a table says of a value that is not known."""
 
-_DEPTH: Final = 3
-"""Folders in which an image lies at most: sub-01/ses-01/anat."""
+_PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
+"""Paths of images in a study, such as sub-01/ses-01/anat/NAME."""
 
 _LISTED_DEPTH: Final = 6
 """Folders that are listed, to find images that lie deeper."""
@@ -91,7 +91,7 @@ class Study:
         root: folder or URL of the study.
         images: every image with a name of BIDS, by suffix.
         misnamed: paths of images whose names are none, or are those of another folder.
-        misplaced: paths of images beside the folders sub-*, or deeper in them than BIDS has images.
+        misplaced: paths of images that are not in sub-*/FOLDER or sub-*/ses-*/FOLDER.
         odd_folders: names of folders that are like sub-* but for case or the hyphen.
         session_tables: path of its sessions.tsv, by participant_id.
     """
@@ -115,7 +115,7 @@ class Study:
         path = ""
         for path in storage.list_tree(root, "sub-", _LISTED_DEPTH):
             if stem_of(path) is not None:
-                (found if path.count("/") <= _DEPTH else misplaced).append(path)
+                (found if _PLACE.fullmatch(path) else misplaced).append(path)
             elif match := _SESSIONS.fullmatch(path):
                 session_tables[match[1]] = path
         if not path:

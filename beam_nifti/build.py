@@ -203,6 +203,8 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
         raise UsageError(
             f"--anonymous-ids is {key}, inside OUTPUT, where it would be shared with the dataset; move it"
         )
+    for path, what in ((config.output, "OUTPUT"), (config.temp_location, "--temp-location")):
+        storage.refuse_read_only(path or "", what)
     # To a store they would write, which is for `open_build`.
     if not storage.is_remote(config.output):
         require_writable_output(config.output)
@@ -345,7 +347,7 @@ def _first_volume(
     config: BuildConfig, manifest: Manifest
 ) -> tuple[VolumeHeader, RecordLayout, tuple[int, ...]]:
     """The header of the first image that can be read, how it is loaded, and the shape of its record."""
-    problems = []
+    problems, are_missing = list[str](), False
     for row in manifest.rows(manifest.kept_rows()[:_IMAGES_TRIED].tolist()):
         try:
             with concealing(row, manifest.folder):
@@ -354,10 +356,11 @@ def _first_volume(
                 return header, layout, layout.stored_shape or _prepared_shape(row, layout, manifest, config)
         except VolumeError as e:
             problems.append(f"row {row.row} ({row.example_id}): {e}")
-    raise ManifestError(
-        manifest.path,
-        [*problems, "none of these images can be used; relative paths start at the manifest's folder"],
-    )
+            are_missing |= isinstance(e.__cause__, FileNotFoundError)
+    if are_missing:
+        problems.append("relative paths start at the manifest's folder")
+    what = "none of the first images can be used with these options"
+    raise ManifestError(manifest.path, problems, what)
 
 
 def _prepared_shape(

@@ -435,7 +435,7 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
     plan, estimate = plan_build(config)
     _note_plan(run, plan)
     run.know(num_shards=estimate.num_shards, num_bytes=estimate.num_bytes)
-    shape = "x".join(map(str, estimate.shape))
+    shape = "×".join(map(str, estimate.shape))
     splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
     with _while_read():
         _print_line(f"would write to {plan.config.output}")
@@ -592,7 +592,7 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
         with _while_read():
-            shape = "x".join(map(str, written.voxels.shape))
+            shape = "×".join(map(str, written.voxels.shape))
             _print_line(f"image    {shape} {written.voxels.dtype}: {path}")
     return SUCCESS
 

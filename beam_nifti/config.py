@@ -219,8 +219,8 @@ class RecordConfig:
         self._check_frames()
         if self.voxel_dtype == "uint8" and not self.is_bounded:
             raise UsageError(
-                f"--voxel-dtype uint8 holds [0, 1] only, which --rescale {self.rescale} leaves; use "
-                "--clip with percentile or window, or --voxel-dtype float16"
+                f"--voxel-dtype uint8 holds only [0, 1], and --rescale {self.rescale} gives values outside "
+                "it; use --clip with percentile or window, or --voxel-dtype float16"
             )
         _check_preparation(self)
 
@@ -261,8 +261,8 @@ class RecordConfig:
             object.__setattr__(self, "rescale_within", _join_numbers(*selection))
             if method in ("window", "none"):
                 raise UsageError(
-                    f"--rescale-within has no effect on --rescale {self.rescale}, which asks nothing of "
-                    "the voxels; drop it"
+                    f"--rescale-within has no effect on --rescale {self.rescale}, which does not depend on "
+                    "the voxels; leave it out"
                 )
         if self.clip and (method in ("zscore", "none") or not self.has_ends):
             raise UsageError(

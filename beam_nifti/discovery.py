@@ -77,7 +77,7 @@ def find_bids_images(
     root = storage.absolute(root)
     for name in columns:
         if name in _OWN:
-            raise UsageError(f"--column {name} is a column of every manifest; a label is chosen with --label")
+            raise UsageError(f"--column {name}: every manifest has this column already; leave it out")
     study = Study.scan(root)
     images, notes = _choose(study, suffix, entities or {})
     _refuse_same_names(images)
@@ -120,17 +120,28 @@ def _choose(
         there = _counts(study.images) or "none"
         like = [name for name in study.images if name.lower() == suffix.lower()]
         hint = f"; did you mean {like[0]}?" if like else ""
+        if not (study.images or like) and study.misplaced:
+            hint = f"; {_named(study.misplaced, 'image')} outside of the folders of BIDS"
         raise UsageError(f"{study.root}: no {suffix} images; there are: {there}{hint}")
     images = [image for image in of_suffix if _is_chosen(image, entities)]
     if not images:
-        found = "; ".join(f"{key} is {_labels(key, of_suffix)}" for key in entities)
-        raise UsageError(f"{study.root}: none of {len(of_suffix)} {suffix} images is chosen: {found}")
+        reasons = "; ".join(_reason_for_none(key, entities[key], of_suffix) for key in entities)
+        raise UsageError(f"{study.root}: none of the {len(of_suffix)} {suffix} images is chosen: {reasons}")
     chosen = sorted(images, key=lambda image: (image.participant_id, image.session_id, image.path))
     return chosen, [*_notes_on_names(study, suffix), *_notes_on_choice(of_suffix, chosen)]
 
 
 def _is_chosen(image: BidsImage, entities: Mapping[str, Sequence[str]]) -> bool:
     return all(image.entities.get(key, "") in labels for key, labels in entities.items())
+
+
+def _reason_for_none(key: str, labels: Sequence[str], images: Sequence[BidsImage]) -> str:
+    """What of an entity was asked for, and what there is."""
+    wanted = " or ".join(f"{key}-{label}" if label else f"no {key}-" for label in labels)
+    flag = "--session" if key == "ses" else f"--entity {key}"
+    if not any(key in image.entities for image in images) and "" not in labels:
+        return f"{wanted} was asked for, but their names have no {key}-; leave {flag} out"
+    return f"{wanted} was asked for, and {key} is {_labels(key, images)}"
 
 
 def _counts(images: Mapping[str, Sequence[BidsImage]]) -> str:
@@ -147,7 +158,9 @@ def _refuse_same_names(images: Iterable[BidsImage]) -> None:
     for image in images:
         other = seen.setdefault(frozenset(image.entities.items()), image)
         if other is not image:
-            raise UsageError(f"{other.path} and {image.path} have one name; remove or rename one of them")
+            raise UsageError(
+                f"{other.path} and {image.path} have the same name; remove or rename one of them"
+            )
 
 
 def _session_of(image: BidsImage) -> tuple[str, str]:
@@ -245,7 +258,7 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
 
 
 def _notes_on_choice(
-    images: Sequence[BidsImage], chosen: Sequence[BidsImage], why: str = " of other entities"
+    images: Sequence[BidsImage], chosen: Sequence[BidsImage], why: str = " excluded by --entity or --session"
 ) -> list[str]:
     """Notes on the images that were not chosen, and on whom that leaves without any."""
     kept = {image.path for image in chosen}
@@ -272,13 +285,13 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
     without = sorted(records.participants - with_images - {""})
     notes = list(records.notes)
     if unknown and records.participants:
-        notes.append(f"{_named(unknown, 'participant')} with images, not in participants.tsv")
+        notes.append(f"{_named(unknown, 'participant')} with images, but not in participants.tsv")
     if without:
-        notes.append(f"{_named(without, 'participant')} in participants.tsv, without such an image")
+        notes.append(f"{_named(without, 'participant')} in participants.tsv, but with no such image")
     notes += _notes_on_twins(unknown, without)
     for of_participant, (sessions, known) in itertools.islice(records.rowless.items(), _SHOWN):
         notes.append(
-            f"{_named(sessions, 'session')} of {of_participant} with images, without a row in the tables, "
+            f"{_named(sessions, 'session')} of {of_participant} with images, but no row in the tables, "
             f"which have {_listed(known)}"
         )
         notes += _notes_on_twins(sessions, known)
@@ -286,7 +299,7 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
         notes.append(f"the same of {len(records.rowless) - _SHOWN} other participants")
     if records.imageless:
         names = [f"{of}_{session}" for of, sessions in records.imageless.items() for session in sessions]
-        notes.append(f"{_named(names, 'session')} in tables, without such an image")
+        notes.append(f"{_named(names, 'session')} in tables, but with no such image")
     return notes
 
 
@@ -373,8 +386,8 @@ def _matches(pattern: str) -> list[str]:
     storage.require_text(paths)
     if others:
         raise UsageError(
-            f"{pattern}: matches {len(others)} files that are no images by their names, such as {others[0]}; "
-            "end it as images do, in .nii.gz for example"
+            f"{pattern}: matches {len(others)} files whose names do not end like an image's, such as "
+            f"{others[0]}; end the pattern in .nii.gz, for example"
         )
     return paths
 

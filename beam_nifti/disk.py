@@ -31,7 +31,7 @@ _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_C
 def linked(path: str) -> OutputError:
     """The error for a symbolic link where only a file or folder of the build may be."""
     return OutputError(
-        f"{path}: is a symbolic link, and a build follows none, as it writes and deletes in OUTPUT alone; "
+        f"{path}: is a symbolic link, which a build does not follow, because it writes only in OUTPUT; "
         "remove the link, and give --temp-location for temporary files on another disk"
     )
 

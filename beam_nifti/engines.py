@@ -164,7 +164,7 @@ def _dataflow_problems(known: argparse.Namespace, _: set[str], config: BuildConf
     if not _is_installed("google.cloud.dataflow"):
         yield "Beam's Google Cloud parts are not installed; install beam-nifti[gcp]"
     if not known.project:
-        yield _missing("project", "the Google Cloud project that runs and pays the job", "my-project")
+        yield _missing("project", "the Google Cloud project that runs and pays for the job", "my-project")
     if not known.region and "CLOUDSDK_COMPUTE_REGION" not in os.environ:
         yield _missing("region", "where the workers run; the region of the bucket", "europe-west1")
     for path, what, example in (

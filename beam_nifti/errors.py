@@ -31,20 +31,26 @@ class UsageError(BeamNiftiError):
 
 
 class ManifestError(BeamNiftiError):
-    """A manifest that cannot be built from, with every problem found (up to a limit).
+    """A manifest, or its first images, that cannot be built from, with every problem found (up to a limit).
+
+    Args:
+        path: of the manifest.
+        problems: one sentence each.
+        what: the problems mean for the manifest.
 
     Attributes:
         problems: one sentence a problem.
     """
 
-    def __init__(self, path: str, problems: Sequence[str]) -> None:
-        super().__init__(path, tuple(problems))
+    def __init__(self, path: str, problems: Sequence[str], what: str = "not usable as a manifest") -> None:
+        super().__init__(path, tuple(problems), what)
         self.path = path
         self.problems = tuple(problems)
+        self._what = what
 
     def __str__(self) -> str:
         """The path, then one line per problem."""
-        return "\n".join([f"{self.path}: not usable as a manifest", *(f"  {p}" for p in self.problems)])
+        return "\n".join([f"{self.path}: {self._what}", *(f"  {p}" for p in self.problems)])
 
 
 class ManifestChangedError(ManifestError):

@@ -139,7 +139,8 @@ def require_same_grid(
             f"if they are the same voxels, copy the affine of {first_name} into its header; else {remedy}"
         )
     raise VolumeError(
-        f"{name}: its voxels lie up to {grid.distance(first):.3g} mm beside those of {first_name}; {remedy}"
+        f"{name}: its voxels are up to {grid.distance(first):.3g} mm away from those of {first_name}; "
+        f"{remedy}"
     )
 
 

@@ -195,9 +195,10 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
         return frames
     number = 0 if frames == "first" else int(frames)
     if number >= count:
+        has = "1 frame, number 0" if count == 1 else f"{count} frames, numbers 0 to {count - 1}"
         raise VolumeError(
-            f"{name}: no frame {number}: shape {header.shape} has {count}, counted from 0; choose another "
-            "with --frames, or leave the image out"
+            f"{name}: no frame {number}: shape {header.shape} has {has}; choose another with --frames, or "
+            "leave the image out"
         )
     return number
 
@@ -284,10 +285,13 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
             "--frames all, which makes the last axis of any length the channels"
         )
     if None not in wanted and shape != wanted:
-        raise VolumeError(
-            f"{name}: shape {shape} where the first image has {wanted}; "
-            "crop and pad all images with --shape, or use --allow-mixed-shapes"
-        )
+        remedy = "crop and pad all images with --shape, or use --allow-mixed-shapes"
+        if shape[3:] != wanted[3:]:
+            remedy = (
+                "where the last axis is frames, use --frames first, mean or a number; else use --frames all "
+                "--allow-mixed-shapes"
+            )
+        raise VolumeError(f"{name}: shape {shape} where the first image has {wanted}; {remedy}")
 
 
 def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:
@@ -304,7 +308,8 @@ def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> N
     if header.num_frames != num_frames:
         raise VolumeError(
             f"{name}: number of frames is {header.num_frames} where the first image has {num_frames}, and "
-            "--frames each makes as many examples of every image; build images of other lengths apart"
+            "--frames each requires the same number of frames in every image; build the others into another "
+            "dataset"
         )
 
 

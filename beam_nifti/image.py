@@ -421,6 +421,6 @@ def reading(name: str) -> Iterator[None]:
     except OSError as e:
         if not is_of_path(e):
             raise
-        raise VolumeError(
-            f"{name}: cannot be read: {e.strerror or e}; check the path and its permissions"
-        ) from e
+        reason = e.strerror or str(e)
+        remedy = "" if "; " in reason else "; check the path and its permissions"  # ours have their own
+        raise VolumeError(f"{name}: cannot be read: {reason}{remedy}") from e

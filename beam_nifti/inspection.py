@@ -153,7 +153,7 @@ def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.Chun
     close = difflib.get_close_matches(example_id, itertools.islice(known, _COMPARED_IDS), n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f" among its {info.num_examples}; the column example_id of index/*.parquet has them all"
+    return f"; the ids of its {info.num_examples} records are in the column example_id of index/*.parquet"
 
 
 def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) -> str | None:

@@ -19,13 +19,14 @@ from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.tables import Problems, read_table
-from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
+from beam_nifti.twins import find_twins, fold, refuse_names, refuse_twins, warn_of_names
 
 DEFAULT_SPLIT: Final = "train"
 WHOLE_SHARD: Final = -1
 """`VolumeRow.unit` where a shard is a single work unit."""
 
 _OWN: Final = ("participant_id", "session_id", "split")
+_GIVE_THAT_OF_DATASET: Final = "give the manifest that the dataset was built from"
 _BATCH_ROWS: Final = 1 << 14
 """Rows that are turned into Python strings at a time."""
 
@@ -272,6 +273,8 @@ def read_manifest(
     columns: Columns | None = None,
     splitting: Splitting | None = None,
     pseudonyms: Pseudonyms | None = None,
+    *,
+    is_of_dataset: bool = False,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -281,6 +284,7 @@ def read_manifest(
         splitting: how to draw the splits; None takes those of the column `split`.
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
+        is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
@@ -297,9 +301,11 @@ def read_manifest(
         (splitting and splitting.stratify, "--stratify"),
     ):
         if name is not None and name not in table.column_names:
-            problems.add(f"no column {name!r}; the columns are: {present}; choose one with {flag}")
+            remedy = _GIVE_THAT_OF_DATASET if is_of_dataset else f"choose one with {flag}"
+            problems.add(f"no column {name!r}; the columns are: {present}; {remedy}")
     if splitting and "split" in table.column_names:
-        problems.add("has a column 'split' already; leave --split out, or drop or rename the column")
+        remedy = "leave --split out, or drop or rename the column"
+        problems.add(f"has a column 'split' already; {_GIVE_THAT_OF_DATASET if is_of_dataset else remedy}")
     for name, meant in _misspelled(table.column_names, columns):
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
     if table.num_rows == 0:
@@ -402,7 +408,7 @@ def _skipped(
         return None
     if lacks_label.all():
         names = ", ".join(of.column.name for of in labels)
-        problems.add(f"every row lacks a label ({names}), and --missing-label skip skips all of them")
+        problems.add(f"every row lacks a label ({names}), and --missing-label skip would skip all of them")
     return lacks_label
 
 
@@ -444,11 +450,11 @@ def _given_splits(table: pa.Table, people: pa.Array | None, problems: Problems) 
     if people is not None:
         shown = table["participant_id"].combine_chunks()
         for i, first in zip(*find_disagreements(fold(people), splits), strict=True):
-            where = f"in row {first + 1}"
+            elsewhere = f"in row {first + 1}"
             if people[i].as_py() != people[first].as_py():
-                where = f"as {shown[first]} (which differs {LIKENESS}) {where}"
+                elsewhere = f"{shown[first]} {elsewhere}, probably the same participant, is"
             problems.add(
-                f"row {i + 1}: participant {shown[i]} is in split {splits[i]} and, {where}, in "
+                f"row {i + 1}: participant {shown[i]} is in split {splits[i]}, and {elsewhere} in "
                 f"{splits[first]}; give all rows of a participant one split, or, where "
                 "participant_id does not name persons, rename that column"
             )
@@ -489,8 +495,9 @@ def _drawn_splits(
         categories = table[splitting.stratify].combine_chunks()
         for i, first in zip(*find_disagreements(participants, categories), strict=True):
             problems.add(
-                f"row {i + 1}: {splitting.stratify} of {participants[i]} is {categories[i].as_py()!r} and, "
-                f"in row {first + 1}, {categories[first].as_py()!r}; --stratify takes one value a participant"
+                f"row {i + 1}: participant {participants[i]} has {splitting.stratify} "
+                f"{categories[i].as_py()!r} here and {categories[first].as_py()!r} in row {first + 1}; "
+                "--stratify requires one value per participant"
             )
     # With the rows that are skipped, so that no one moves when their labels are filled in.
     splits = _without(is_skipped, draw_splits(participants, splitting, categories).cast(pa.string()))

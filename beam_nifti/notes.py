@@ -7,7 +7,9 @@ from typing import Final
 
 TEXTS: Final = {
     "sform-unusable": "the sform is singular or not finite; the qform is used",
-    "sform-qform-disagree": "the sform and the qform differ by more than rounding; the sform is used",
+    "sform-qform-disagree": (
+        "the sform and the qform place a voxel more than a tenth of a voxel apart; the sform is used"
+    ),
     "pixdim-disagrees": (
         "the voxel sizes in the header (pixdim) are not those of its affine; those of the affine are used"
     ),

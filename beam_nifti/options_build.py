@@ -343,8 +343,8 @@ def _add_max_bad_fraction(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=0.0,
         metavar="F",
-        help="complete the dataset if at most this fraction of the volumes failed, with --frames each of all "
-        "frames; default: 0",
+        help="complete the dataset if at most this fraction of the volumes (with --frames each, of all "
+        "frames) failed; default: 0",
     )
 
 

@@ -87,7 +87,7 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
-        help="of a dataset that was built with it: to compare with --manifest, and for --deep",
+        help="the key that the dataset was built with; required for --deep, and to compare with --manifest",
     )
     verify.add_argument(
         "--deep",
@@ -107,7 +107,7 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _add_inspect(commands: Commands) -> None:
-    inspect = add_command(commands, "inspect", "say what is in a dataset, or in one of its records")
+    inspect = add_command(commands, "inspect", "print what is in a dataset, or in one of its records")
     add_output(inspect)
     inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
     inspect.add_argument("--json", action="store_true", help="as JSON")
@@ -115,10 +115,10 @@ def _add_inspect(commands: Commands) -> None:
 
 def _add_diff(commands: Commands) -> None:
     diff = add_command(
-        commands, "diff", "say what came, went and changed between two datasets", _DIFF_EXAMPLES
+        commands, "diff", "report what came, went and changed between two datasets", _DIFF_EXAMPLES
     )
     diff.add_argument("before", metavar="BEFORE", help="folder or URL of a dataset")
-    diff.add_argument("after", metavar="AFTER", help="of another")
+    diff.add_argument("after", metavar="AFTER", help="folder or URL of another dataset")
     diff.add_argument("--json", action="store_true", help="as JSON, with all ids")
 
 
@@ -132,7 +132,7 @@ def _add_extract(commands: Commands) -> None:
         action="append",
         required=True,
         metavar="ID",
-        help="a record, by its example id; several times for several",
+        help="a record, by its example id; may be repeated",
     )
     extract.add_argument(
         "--out",
@@ -195,8 +195,8 @@ def _add_report(commands: Commands) -> None:
     report.add_argument(
         "--out",
         metavar="FILE",
-        help="the page, replaced if it is there; default: report.html in this folder; on a cluster needed, "
-        "and within the workers' reach",
+        help="the page, replaced if it is there; default: report.html in this folder; required on a "
+        "cluster, where workers must be able to write to it",
     )
     report.add_argument(
         "--pictures",

@@ -58,14 +58,14 @@ def _add_bids(sources: Commands) -> None:
         "--session",
         action="append",
         metavar="LABEL",
-        help="only images of this session; several times for several",
+        help="only images of this session; may be repeated",
     )
     bids.add_argument(
         "--entity",
         action="append",
         metavar="KEY=LABEL",
-        help="only images with this in their name, such as run=1; KEY= for those without KEY; several times "
-        "for several keys, or for several labels of one",
+        help="only images with this in their name, such as run=1; KEY= for those without KEY; may be "
+        "repeated, for several keys or several labels of one",
     )
     bids.add_argument(
         "--label",
@@ -77,8 +77,8 @@ def _add_bids(sources: Commands) -> None:
         "--column",
         action="append",
         metavar="COLUMN",
-        help="of the same tables, to be kept in the manifest and in the index of the dataset; several times "
-        "for several; default: none",
+        help="of the same tables, to be kept in the manifest and in the index of the dataset; may be "
+        "repeated; default: none",
     )
     _add_manifest_output(bids)
 

@@ -71,6 +71,8 @@ _REFUSING_GRPC: Final = frozenset(
 
 _FRAME = re.compile(r'\s*File ".*", line \d+, in ')
 _ERROR = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?=:|$| \[while running)")
+_STEP = re.compile(r" \[while running '[^']*'\]")
+"""What Beam puts behind a message."""
 _ERRNO = re.compile(r"\[Errno (\d+)")
 _DIRECT_CAUSE: Final = "The above exception was the direct cause of the following exception:"
 _END_OF_ERROR = re.compile(r"\s+at [\w.$]+\(|Traceback |Caused by: ")
@@ -139,10 +141,12 @@ def engine_outcome(error: Exception) -> Outcome | None:
     kind, code = _named_error(raised)
     if kind is Exception:
         raised = raised.rpartition("\n")[2]
-    if issubclass(kind, BeamNiftiError) and TEMPORARY in (
-        _named_error(cause)[1] for cause in causes if cause
-    ):
-        code = TEMPORARY
+    raised = _STEP.sub("", raised)
+    if issubclass(kind, BeamNiftiError):
+        raised = raised.partition(": ")[2]  # without the class
+        of_cause = (_named_error(cause) for cause in causes if cause)
+        if any(issubclass(cause, OSError) and number == TEMPORARY for cause, number in of_cause):
+            code = TEMPORARY
     return Outcome(code, raised, issubclass(kind, (BeamNiftiError, OSError, MemoryError)))
 
 

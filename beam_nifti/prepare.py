@@ -296,9 +296,9 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
         along[1] |= found.any(axis=1)
         along[2] |= found.any(axis=0)
     if not along[0].any():
-        lower = "lower it, or " if rule.startswith("above") else ""
+        lower = "lower the threshold, or " if rule.startswith("above") else ""
         raise VolumeError(
-            f"no voxel is {describe_rule(rule)}, as --crop-foreground asks; {lower}leave the image out"
+            f"no voxel is {describe_rule(rule)} (--crop-foreground {rule}); {lower}leave the image out"
         )
     starts, stops = zip(*((int(i[0]), int(i[-1]) + 1) for i in map(np.flatnonzero, along)), strict=True)
     box = tuple(map(slice, starts, stops))

@@ -45,4 +45,4 @@ class Problems:
         """The problems kept, and one more sentence where there were more."""
         more = self._total - len(self._kept)
         texts = tuple(text for _, text in self._kept)
-        return (*texts, f"and {more} more problems") if more else texts
+        return (*texts, f"and {more} more problem{'s' if more > 1 else ''}") if more else texts

@@ -351,7 +351,7 @@ def _place_of_host(shard: tuple[int, int] | tf.distribute.InputContext | None) -
         return shard.input_pipeline_id, shard.num_input_pipelines
     host, num_hosts = (whole_number("shard", number) for number in shard)
     if not 0 <= host < num_hosts:
-        raise UsageError(f"shard is {shard}; give (i, n), of n hosts the i-th, from 0")
+        raise UsageError(f"shard is {shard}; give (i, n): host i, counted from 0, of n")
     return host, num_hosts
 
 

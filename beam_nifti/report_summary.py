@@ -89,7 +89,8 @@ def summarize(folder: str, num_pictures: int) -> Summary:
 
 def _first(problems: list[str]) -> tuple[str, ...]:
     more = len(problems) - MAX_PROBLEMS
-    return (*problems[:MAX_PROBLEMS], f"and {more} more problems") if more > 0 else tuple(problems)
+    plural = "s" if more > 1 else ""
+    return (*problems[:MAX_PROBLEMS], f"and {more} more problem{plural}") if more > 0 else tuple(problems)
 
 
 def _mean_volume(folder: str) -> tuple[pa.Table, npt.NDArray[np.float64]]:

@@ -170,20 +170,31 @@ def scheme_of(path: str) -> str:
     return path.partition("://")[0]
 
 
+def _is_of_beam(scheme: str) -> bool:
+    from apache_beam.io.filesystem import FileSystem
+
+    return scheme not in _STORES and any(s.scheme() == scheme for s in FileSystem.get_all_subclasses())
+
+
+def _wrong_with(path: str) -> str | None:
+    """What is wrong with a path that looks like a URL and is none of a store."""
+    if _WINDOWS.match(path):
+        return "a Windows path; give the path at which this computer has the file"
+    if scheme_of(path).lower() == "file":
+        return "a file:// URL that names another computer; write file:///FOLDER/FILE for a file of this one"
+    return None
+
+
 def _store(path: str) -> Store | None:
     """What serves a URL; None where Beam does."""
     scheme = scheme_of(path)
-    if _WINDOWS.match(path):
-        raise OSError(errno.EINVAL, "a Windows path; give the path at which this computer has the file", path)
-    if scheme.lower() == "file":
-        reason = "a file:// URL that names another computer; write file:///FOLDER/FILE for a file of this one"
-        raise OSError(errno.EINVAL, reason, path)
-    from apache_beam.io.filesystem import FileSystem
+    if problem := _wrong_with(path):
+        raise OSError(errno.EINVAL, problem, path)
     from apache_beam.io.filesystems import FileSystems
     from apache_beam.options.pipeline_options import PipelineOptions
 
     make = _STORES.get(scheme)
-    if make is None and any(system.scheme() == scheme for system in FileSystem.get_all_subclasses()):
+    if _is_of_beam(scheme):
         return None
     options = FileSystems._pipeline_options
     with _stores_lock:
@@ -216,6 +227,23 @@ def _writable(path: str) -> ObjectStore | None:
         f"{path}: {scheme_of(path)}:// is read-only; write to the local disk, s3:// or gs://, and "
         "copy the files from there"
     )
+
+
+def refuse_read_only(path: str, what: str) -> None:
+    """Refuse a URL to which nothing can ever be written, by its scheme.
+
+    Args:
+        path: absolute path or URL.
+        what: the option or argument that gives it, for the message.
+
+    Raises:
+        OutputError: it can only be read.
+    """
+    scheme = scheme_of(path)
+    if not is_remote(path) or scheme in ("s3", "gs") or _is_of_beam(scheme):
+        return
+    read_only = f"{scheme}:// is read-only; write to the local disk, s3:// or gs://"
+    raise OutputError(f"{what} is {path}: {_wrong_with(path) or read_only}")
 
 
 def can_list(folder: str) -> bool:
@@ -491,6 +519,7 @@ def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
         OutputError: it cannot be written as it stands.
         OSError: it cannot be written now, but that may pass.
     """
+    refuse_read_only(path, what)
     try:
         _write_probe(path, is_folder)
     except OSError as e:

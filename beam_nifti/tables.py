@@ -120,7 +120,7 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
     """
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
-        raise ManifestError(path, ["is no .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
+        raise ManifestError(path, ["is not a .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
     problems = problems or Problems(path)
     try:
         with storage.open_read(path) as handle:
@@ -169,7 +169,7 @@ def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
         problems.warn(f"{cells} read without the white space at the ends, such as {first}")
     kept = [names[number] for number in columns]
     for name in sorted(_repeated(kept)):
-        problems.add(f"column {name!r} stands twice; rename one")
+        problems.add(f"column {name!r} occurs twice; rename one")
     problems.stop()
     return pa.table(list(columns.values()), names=kept)
 
@@ -187,7 +187,7 @@ def write_table(path: str, table: pa.Table) -> None:
     """
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
-        raise UsageError(f"{path}: is no .csv, .tsv, .jsonl or .parquet file; choose one of these")
+        raise UsageError(f"{path}: is not a .csv, .tsv, .jsonl or .parquet file; use one of these endings")
     delimited = ""
     if suffix in ("csv", "tsv"):
         delimited = format_delimited(table, "," if suffix == "csv" else "\t")

@@ -41,17 +41,19 @@ class _Build(Collector):
         yield self._gauge("info", "What was built, and with what; always 1.", 1, facts)
         success = int(run.exit_code == 0)
         yield self._gauge("success", "1 if the dataset is complete, 0 if the build failed.", success)
-        yield self._gauge("exit_code", "Of the command.", run.exit_code)
+        yield self._gauge("exit_code", "Exit code of the command.", run.exit_code)
         yield self._gauge(
-            "start_timestamp_seconds", "When the build began, since 1970.", run.started.timestamp()
+            "start_timestamp_seconds", "Start of the build, in seconds since 1970.", run.started.timestamp()
         )
-        yield self._gauge("end_timestamp_seconds", "When it ended, since 1970.", run.ended.timestamp())
-        yield self._gauge("duration_seconds", "From start to end.", run.seconds)
+        yield self._gauge(
+            "end_timestamp_seconds", "End of the build, in seconds since 1970.", run.ended.timestamp()
+        )
+        yield self._gauge("duration_seconds", "Time from start to end, in seconds.", run.seconds)
         for name, help_text, value in (
             ("volumes", "Records, if no volume fails.", run.num_volumes),
             ("examples", "Records in the shards.", run.num_examples),
             ("kept_examples", "Records that an earlier run had made.", run.num_kept),
-            ("failed_volumes", "Volumes that are no records.", run.num_failed),
+            ("failed_volumes", "Volumes that failed.", run.num_failed),
             ("shards", "Shards of all splits.", run.num_shards),
             ("shard_bytes", "Size of the shards.", run.num_bytes),
         ):

@@ -143,7 +143,7 @@ def verify_dataset(
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns, splitting, pseudonyms)
+        wanted = read_manifest(built_from, columns, splitting, pseudonyms, is_of_dataset=True)
         if wanted.labels and not spec.config.labels:
             problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])

@@ -67,7 +67,7 @@ class Condition:
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError) as e:
-            raise UsageError(f"where is {text!r}, which is no condition ({e}); {_EXPLANATION}") from e
+            raise UsageError(f"where is {text!r}, which is not a valid condition; {_EXPLANATION}") from e
         self.columns = frozenset(_columns_below(self._tree))
 
     def select(self, table: pa.Table) -> npt.NDArray[np.bool_]:
@@ -243,5 +243,5 @@ class _Evaluation:
 
     def _refusal(self, node: ast.expr) -> UsageError:
         return UsageError(
-            f"where is {self._text!r}, of which {ast.unparse(node)!r} is not understood; {_EXPLANATION}"
+            f"where is {self._text!r}, but {ast.unparse(node)!r} is not supported; {_EXPLANATION}"
         )

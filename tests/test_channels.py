@@ -170,10 +170,10 @@ def turned(degrees: float) -> Array:
         (
             shifted(0.21),
             SHAPE,
-            r"b\.nii: its voxels lie up to 0\.21 mm beside those of a\.nii; if they are the",
+            r"b\.nii: its voxels are up to 0\.21 mm away from those of a\.nii; if they are the",
         ),
-        (turned(3.0), SHAPE, r"b\.nii: its voxels lie up to 0\.\d+ mm beside those of a\.nii"),
-        (AFFINE @ np.diag([-1, 1, 1, 1]), SHAPE, r"b\.nii: its voxels lie up to 20 mm beside"),
+        (turned(3.0), SHAPE, r"b\.nii: its voxels are up to 0\.\d+ mm away from those of a\.nii"),
+        (AFFINE @ np.diag([-1, 1, 1, 1]), SHAPE, r"b\.nii: its voxels are up to 20 mm away from"),
         (AFFINE, (6, 5, 3), r"b\.nii: shape \(6, 5, 3\) where a\.nii has \(6, 5, 4\); resample it"),
     ],
 )
@@ -297,7 +297,7 @@ def test_check_finds_images_that_do_not_agree(tmp_path: Path, capsys: pytest.Cap
     report = json.loads(capsys.readouterr().out)
     assert report["records"] == {"6×5×4×3": 3}
     assert report["num_examples"] == 2
-    assert ["1_FLAIR.nii.gz: its voxels lie up to 1 mm" in p["message"] for p in report["problems"]] == [True]
+    assert ["1_FLAIR.nii.gz: its voxels are up to 1 mm" in p["message"] for p in report["problems"]] == [True]
 
 
 def test_verify_looks_at_every_channel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

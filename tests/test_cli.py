@@ -317,7 +317,7 @@ def test_a_file_that_may_not_become_so_large_is_named_in_one_line_and_the_build_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(
-        rf"File too large: '{tmp_path}/out/.*\.part' .*; fix this and run the same command again, which",
+        rf"File too large: '{tmp_path}/out/.*\.part'; fix this and run the same command again, which",
         line,
     )
     assert cli.main(command) == 0
@@ -353,7 +353,7 @@ def test_dry_run_writes_nothing(cohort: Path, tmp_path: Path, capsys: pytest.Cap
     argv = ["build", str(cohort), str(tmp_path / "out"), "--dry-run", "--num-shards=3"]
     assert cli.main(argv) == cli.SUCCESS
     said = capsys.readouterr().out
-    assert "volumes  12 of 6x5x4 voxels" in said
+    assert "volumes  12 of 6×5×4 voxels" in said
     assert "shards   3 of up to 4 examples" in said
     assert "MB" in said
     assert not (tmp_path / "out").exists()

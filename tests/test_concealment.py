@@ -263,7 +263,7 @@ def test_a_cohort_without_an_image_that_can_be_used_tells_no_name(study: Study, 
     study.rows = [*study.rows[:2], *study.rows[3:5]]  # those without a header
     assert cli.main(study.command("build")) == cli.USAGE
     said = told()
-    assert "none of these images can be used" in said
+    assert "none of the first images can be used" in said
     assert MARK not in said.lower()
     study.rows = study.rows[:1]
     study.add("full")

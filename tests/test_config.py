@@ -61,7 +61,10 @@ def test_record_config_refuses_what_no_record_can_have(field: str, value: object
         ({"clip": True}, "--clip cannot be used with --rescale minmax"),
         ({"rescale": "zscore", "clip": True}, "--clip cannot be used with --rescale zscore"),
         ({"rescale": "none", "clip": True}, "--clip cannot be used with --rescale none"),
-        ({"rescale": "zscore", "voxel_dtype": "uint8"}, r"uint8 holds \[0, 1\] only, which --rescale zscore"),
+        (
+            {"rescale": "zscore", "voxel_dtype": "uint8"},
+            r"uint8 holds only \[0, 1\], and --rescale zscore gives",
+        ),
         ({"rescale": "percentile:1,99", "voxel_dtype": "uint8"}, "use --clip with percentile or window"),
         ({"rescale_within": "nonzero", "voxel_dtype": "uint8"}, "--voxel-dtype uint8"),
     ],

@@ -146,6 +146,20 @@ def test_the_images_of_a_study_and_nothing_else_of_it(study: Path, capsys: Captu
     assert [list(row) for row in rows] == [["participant_id", "path"]]
 
 
+@pytest.mark.parametrize("folder", ["sub-04", "sub-04/anat/deep", "sub-04/ses-1", "sub-04/ses-1/anat/deep"])
+def test_images_outside_of_the_folders_of_bids_are_skipped(study: Path, folder: str, capsys: Capture) -> None:
+    name = f"sub-04_{'ses-1_' if 'ses' in folder else ''}T1w.nii.gz"
+    touch(study, f"{folder}/{name}")
+    rows, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w")
+    assert [row["participant_id"] for row in rows] == ["sub-01", "sub-02", "sub-03"]
+    misplaced = f"2 images (T1w.nii.gz, {folder}/{name}) outside of the folders of BIDS"
+    assert f"not used: {misplaced}" in notes
+    for path in study.glob("sub-*/*/*_*.nii.gz"):
+        path.unlink()
+    touch(study, f"{folder}/{name}")
+    assert f"there are: none; {misplaced}" in error_of(capsys, "bids", str(study), "--suffix=T1w")
+
+
 def test_tables_of_participants_are_not_copied_unless_asked_for(study: Path, capsys: Capture) -> None:
     (study / "participants.tsv").unlink()
     rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w")
@@ -199,7 +213,7 @@ def test_labels_of_sessions_come_before_those_of_participants(study: Path, capsy
         ("sub-03", "ses-x", "53", "n/a"),
     ]
     assert notes[2:] == [
-        "1 session (ses-z) of sub-01 with images, without a row in the tables, which have ses-x, ses-y",
+        "1 session (ses-z) of sub-01 with images, but no row in the tables, which have ses-x, ses-y",
         "not used: 2 images (sub-01_ses-y_FLAIR, sub-01_ses-z_FLAIR) without age",
         "2 sessions (sub-01_ses-y, sub-01_ses-z) left with no image",
     ]
@@ -219,8 +233,8 @@ def test_what_is_left_out_is_told(study: Path, capsys: Capture) -> None:
         "1 image (sub-01_T1w.nii.gz): a git-annex pointer; run `git annex get` (or `datalad get`) on the "
         "file",
         "1 image (sub-01_run-2_T1w.nii.gz): a symbolic link to a file that is not there; copy that file",
-        "1 participant (sub-03) with images, not in participants.tsv",
-        "1 participant (sub-09) in participants.tsv, without such an image",
+        "1 participant (sub-03) with images, but not in participants.tsv",
+        "1 participant (sub-09) in participants.tsv, but with no such image",
         "2 participants (sub-02, sub-03) left with no image",
         "not used: 1 image (T1w.nii.gz) outside of the folders of BIDS",
         "not used: 2 images (sub-01/anat/sub-01_mprage_T1w.nii.gz, sub-01/anat/sub-02_T1w.nii.gz) with names "
@@ -264,8 +278,9 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
             ["participant_id age", "sub-1 3", "sub-9 4"],
             ["--label=age"],
             "none of the 3 images has a value of age: 3 participants (sub-01, sub-02, sub-03) with images, "
-            "not in participants.tsv; 2 participants (sub-1, sub-9) in participants.tsv, without such an "
-            "image; possibly the same id in table and image name: sub-1 for sub-01; ids must match exactly",
+            "but not in participants.tsv; 2 participants (sub-1, sub-9) in participants.tsv, but with no "
+            "such image; possibly the same id in table and image name: sub-1 for sub-01; ids must match "
+            "exactly",
         ),
         (
             ["participant_id age", "sub-01 89+", "sub-02 42"],
@@ -273,11 +288,15 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
             "sub-01_T1w is '89+', not a finite",
         ),
         (["participant_id age", "sub-01 NaN"], ["--label=age"], "none of the 3 images has a value of age: "),
-        ([], ["--column=path"], "--column path is a column of every manifest"),
+        ([], ["--column=path"], "--column path: every manifest has this column already; leave it out"),
         ([], ["--entity=run"], "--entity is 'run'; give a key and a label, such as run=1"),
         ([], ["--entity==1"], "--entity is '=1'"),
-        ([], ["--entity=run=1"], "none of 3 T1w images is chosen: run is absent"),
-        ([], ["--session=1"], "ses is absent"),
+        (
+            [],
+            ["--entity=run=1"],
+            "none of the 3 T1w images is chosen: run-1 was asked for, but their names have no run-",
+        ),
+        ([], ["--session=1"], "ses-1 was asked for, but their names have no ses-; leave --session out"),
     ],
 )
 def test_errors_of_a_study(
@@ -295,7 +314,7 @@ def test_errors_of_folders(study: Path, tmp_path: Path, capsys: Capture) -> None
     assert "--suffix" in error_of(capsys, "bids", str(study))
     touch(study, "sub-01/anat/sub-01_T1w.nii")
     said = error_of(capsys, "bids", str(study), "--suffix=T1w", "--all-images")
-    assert "sub-01_T1w.nii and sub-01/anat/sub-01_T1w.nii.gz have one name" in said
+    assert "sub-01_T1w.nii and sub-01/anat/sub-01_T1w.nii.gz have the same name" in said
 
 
 def test_the_table_of_sessions_has_the_last_word(study: Path, capsys: Capture) -> None:
@@ -304,18 +323,17 @@ def test_the_table_of_sessions_has_the_last_word(study: Path, capsys: Capture) -
     rows, notes = rows_of(capsys, "bids", str(study), "--suffix=FLAIR", "--label=age")
     assert [(row["session_id"], row["label"]) for row in rows] == [("ses-M048", "64")]
     assert notes[2:] == [
-        "2 participants (sub-02, sub-03) in participants.tsv, without such an image",
-        "1 session (ses-M000) of sub-01 with images, without a row in the tables, which have ses-M00, "
-        "ses-M048",
+        "2 participants (sub-02, sub-03) in participants.tsv, but with no such image",
+        "1 session (ses-M000) of sub-01 with images, but no row in the tables, which have ses-M00, ses-M048",
         "possibly the same id in table and image name: ses-M00 for ses-M000; ids must match exactly",
-        "1 session (sub-01_ses-M00) in tables, without such an image",
+        "1 session (sub-01_ses-M00) in tables, but with no such image",
         "not used: 1 image (sub-01_ses-M000_FLAIR) without age",
         "1 session (sub-01_ses-M000) left with no image",
     ]
     write_tsv(study / "sub-01/sub-01_sessions.tsv", "session_id age", "M00 60", "M48 64")
     said = error_of(capsys, "bids", str(study), "--suffix=FLAIR", "--label=age")
     assert "none of the 2 images has a value of age: " in said
-    assert "2 sessions (ses-M000, ses-M048) of sub-01 with images, without a row in the tables" in said
+    assert "2 sessions (ses-M000, ses-M048) of sub-01 with images, but no row in the tables" in said
 
 
 def test_participants_tsv_may_have_a_row_per_session(study: Path, capsys: Capture) -> None:
@@ -331,7 +349,7 @@ def test_participants_tsv_may_have_a_row_per_session(study: Path, capsys: Captur
         ("sub-01", "ses-b", "2"),
         ("sub-02", "ses-a", "3"),
     ]
-    assert "1 session (ses-b) of sub-02 with images, without a row in the tables, which have ses-a" in notes
+    assert "1 session (ses-b) of sub-02 with images, but no row in the tables, which have ses-a" in notes
     rows, _ = rows_of(capsys, "bids", str(study), "--suffix=T1w", "--label=age")
     assert [(row["participant_id"], row["label"]) for row in rows] == [("sub-02", "3"), ("sub-03", "5")]
 
@@ -407,7 +425,7 @@ def test_participants_whose_names_are_probably_one_are_named(study: Path, capsys
     assert (
         "possibly one participant with two names: sub-03 and sub-003, Sub-02 and sub-02; if so, rename one"
     ) in notes
-    assert "1 participant (Sub-02) in participants.tsv, without such an image" in notes
+    assert "1 participant (Sub-02) in participants.tsv, but with no such image" in notes
     assert "possibly the same id in table and image name: Sub-02 for sub-02; ids must match exactly" in notes
 
 
@@ -511,7 +529,9 @@ def test_paths_are_relative_only_below_the_manifest(study: Path, tmp_path: Path)
 
 def test_another_ending_is_refused(study: Path, capsys: Capture) -> None:
     out = study / "m.xlsx"
-    assert "choose one of these" in error_of(capsys, "bids", str(study), "--suffix=T1w", "--out", str(out))
+    assert "use one of these endings" in error_of(
+        capsys, "bids", str(study), "--suffix=T1w", "--out", str(out)
+    )
     assert not out.exists()
 
 
@@ -556,12 +576,14 @@ def test_every_container_is_found_and_a_pair_once(tmp_path: Path, capsys: Captur
         assert names(rows_of(capsys, "glob", f"{tmp_path}/**/{pattern}")[0]) == found
     assert names(rows_of(capsys, "glob", f"{tmp_path}/sub-6*")[0]) == ["sub-6_T1w.HDR"]
     touch(tmp_path, "sub-1/anat/sub-1_T1w.nii")
-    assert "sub-1_T1w.nii have one name" in error_of(capsys, "bids", str(tmp_path), "--suffix=T1w")
+    assert "sub-1_T1w.nii have the same name" in error_of(capsys, "bids", str(tmp_path), "--suffix=T1w")
 
 
 def test_errors_of_patterns(study: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "no file matches" in error_of(capsys, "glob", f"{tmp_path}/*.nii.gz")
-    assert "3 files that are no images by their names" in error_of(capsys, "glob", f"{study}/sub-*/anat/sub*")
+    assert "3 files whose names do not end like an image" in error_of(
+        capsys, "glob", f"{study}/sub-*/anat/sub*"
+    )
     assert "1 of 7 paths name no participant" in error_of(
         capsys, "glob", f"{study}/**/*.nii.gz", f"{study}/*.nii.gz"
     )

@@ -303,7 +303,7 @@ def test_a_frame_that_fails_leaves_the_others(damaged: Path, tmp_path: Path) -> 
     assert of_frames["message"].startswith("frames 1, 3: 1.nii.gz: all voxels are 7")
     assert (of_image["row"], of_image["stage"], "frames" in of_image) == (3, "LoadVolume", False)
     assert "number of frames is 7 where the first image has 5" in of_image["message"]
-    assert "build images of other lengths apart" in of_image["message"]
+    assert "build the others into another dataset" in of_image["message"]
     assert verify_dataset(str(output), manifest=str(damaged), deep=ALL).ok
     with pytest.raises(DatasetError, match=r"'sub-1_frame-0003'; it failed: Rescale: frames 1, 3"):
         describe_record(str(output), "sub-1_frame-0003")
@@ -403,7 +403,7 @@ def test_a_dry_run_counts_frames(manifest: Path, tmp_path: Path, capsys: pytest.
     arguments = ["build", str(manifest), str(tmp_path / "out"), "--frames=each", "--dry-run"]
     assert cli.main([*arguments, "--examples-per-shard=12"]) == cli.SUCCESS
     told = capsys.readouterr().out
-    assert "volumes  20 of 6x5x4 voxels (train 20)" in told
+    assert "volumes  20 of 6×5×4 voxels (train 20)" in told
     assert "shards   2 of up to 10 examples" in told
 
 

@@ -17,7 +17,8 @@ def test_every_error_has_the_one_root() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ManifestError("m.csv", ["row 1: empty path", "row 3: empty path"]), VolumeError("a")]
+    "error",
+    [ManifestError("m.csv", ["row 1: empty path", "row 3: empty path"], "of no use"), VolumeError("a")],
 )
 def test_errors_are_the_same_after_pickling(error: BeamNiftiError) -> None:
     again = pickle.loads(pickle.dumps(error))

@@ -80,7 +80,7 @@ def values_of(path: Path) -> npt.NDArray[np.float64]:
 
 def test_an_image_comes_back(dataset: Path, extract: Callable[..., str], tmp_path: Path) -> None:
     said = extract(dataset, "--id", "sub-0002", "--id", "sub-0000", "--id", "sub-0002")
-    assert said.splitlines() == [f"image    6x5x4 float32: sub-000{i}.nii.gz" for i in (2, 0)]
+    assert said.splitlines() == [f"image    6×5×4 float32: sub-000{i}.nii.gz" for i in (2, 0)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sub-0000.nii.gz", "sub-0002.nii.gz"]
     for i in (0, 2):
         image = nib.load(tmp_path / f"sub-000{i}.nii.gz")
@@ -240,7 +240,7 @@ def test_an_image_that_is_there_stays(dataset: Path, extract: Callable[..., str]
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--id", "sub-0000", "--id", "x"], cli.FAILED, "no record 'x' among its 3"),
+        (["--id", "sub-0000", "--id", "x"], cli.FAILED, "no record 'x'; the ids of its 3 records"),
         (["--id", "sub-0000", "--out", "a.mgz"], cli.USAGE, "a.mgz: not the name of a NIfTI image"),
         (
             ["--id", "a", "--id", "b", "--out", "a.nii"],

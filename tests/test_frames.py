@@ -53,7 +53,7 @@ def cohort_of(folder: Path, shapes: list[tuple[int, ...]], dtype: str = "int16",
 @pytest.mark.parametrize("options", [[], ["--voxel-dtype=native"], ["--compression=none", "--rescale=none"]])
 def test_a_dataset_of_4d_images(run: Run, tmp_path: Path, options: list[str]) -> None:
     manifest, output = cohort_of(tmp_path / "c", [SHAPE] * 3, slope=0.5, inter=2.0), tmp_path / "out"
-    assert "of 6x5x4x7 voxels" in run("build", manifest, output, "--frames=all", "--dry-run", *options)
+    assert "of 6×5×4×7 voxels" in run("build", manifest, output, "--frames=all", "--dry-run", *options)
     run("build", manifest, output, "--frames=all", *options)
     info = info_of(output)
     assert info.shape == SHAPE
@@ -98,7 +98,10 @@ def test_a_run_of_another_length_is_another_shape(run: Run, tmp_path: Path) -> N
     manifest = cohort_of(tmp_path / "c", [SHAPE, (*SHAPE[:3], 9)])
     run("build", manifest, tmp_path / "one", "--frames=all", code=cli.FAILED)
     message = json.loads((tmp_path / "one/failures.jsonl").read_text())["message"]
-    assert "shape (6, 5, 4, 9) where the first image has (6, 5, 4, 7)" in message
+    assert (
+        "shape (6, 5, 4, 9) where the first image has (6, 5, 4, 7); where the last axis is frames" in message
+    )
+    run("build", manifest, tmp_path / "frame", "--frames=first")
     run("build", manifest, tmp_path / "two", "--frames=all", "--allow-mixed-shapes")
     assert "right" in run("verify", tmp_path / "two", "--deep=all", "--manifest", manifest)
 
@@ -170,7 +173,7 @@ def test_a_dataset_of_one_volume_an_image(
         cohort_of(tmp_path / "c", [SHAPE, (*SHAPE[:3], 9)], slope=0.5, inter=2.0),
         tmp_path / "out",
     )
-    assert "of 6x5x4 voxels" in run("build", manifest, output, *options, "--dry-run")
+    assert "of 6×5×4 voxels" in run("build", manifest, output, *options, "--dry-run")
     run("build", manifest, output, *options)
     assert info_of(output).shape == shape
     assert "2 made again" in run("verify", output, "--deep=all", "--manifest", manifest)

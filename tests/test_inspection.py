@@ -171,7 +171,9 @@ def test_unknown_record_names_a_close_one(dataset: Path) -> None:
 
 
 def test_unknown_record_unlike_all(dataset: Path) -> None:
-    with pytest.raises(DatasetError, match="no record 'x' among its 5"):
+    with pytest.raises(
+        DatasetError, match="no record 'x'; the ids of its 5 records are in the column example_id"
+    ):
         describe_record(str(dataset), "x")
 
 

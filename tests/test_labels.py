@@ -604,7 +604,7 @@ def test_the_command_says_what_labels_are_and_what_is_skipped(
     flags = ["--label-column", "age,sex", "--missing-label", "skip"]
     assert cli.main(["build", manifest, str(tmp_path / "out"), *flags, "--dry-run"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[1].endswith("volumes  3 of 6x5x4 voxels (train 3)")
+    assert said[1].endswith("volumes  3 of 6×5×4 voxels (train 3)")
     assert said[4:7] == [
         "labels   age: float",
         "         sex: class, 2: F, M",

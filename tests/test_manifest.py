@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti.config import Columns
+from beam_nifti.config import Columns, Splitting
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import read_manifest
 from beam_nifti.tables import BLANKS, MAX_PROBLEMS
@@ -291,7 +291,7 @@ def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
         ("path\na\n", {"id": "scan"}, "no column 'scan'; the columns are: path; choose one with --id-column"),
         ("path,label\n", {}, "no rows; a manifest needs a header and at least one image"),
         ("path,label\n\n\n", {}, "no rows; a manifest needs a header and at least one image"),
-        ("path,label,label\na,1,2\n", {}, "column 'label' stands twice; rename one"),
+        ("path,label,label\na,1,2\n", {}, "column 'label' occurs twice; rename one"),
         ("", {}, "not a table: the first line is empty; it must name the columns"),
         ("\npath\na\n", {}, "not a table: the first line is empty; it must name the columns"),
         (
@@ -310,6 +310,18 @@ def test_a_manifest_that_is_only_a_pointer_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_no_manifest(tmp_path: Path, text: str, columns: dict[str, str], problem: str) -> None:
     assert problems_of(tmp_path, text, **columns) == (problem,)
+
+
+def test_of_a_manifest_that_is_not_a_datasets_no_option_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("file,split\na,train\n")
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(
+            str(tmp_path / "m.csv"), Columns(label="age"), Splitting({"train": 1.0}), is_of_dataset=True
+        )
+    assert len(caught.value.problems) == 3
+    for problem in caught.value.problems:
+        assert "--" not in problem
+        assert problem.endswith("; give the manifest that the dataset was built from")
 
 
 def test_ragged_rows_are_all_told(tmp_path: Path) -> None:
@@ -382,7 +394,7 @@ def test_any_bytes_are_a_manifest_or_an_error(
 
 @pytest.mark.parametrize("name", ["m", "m.txt", "m.csv.gz", "m.xlsx", "dots.in/name", ".csv/m."])
 def test_the_suffix_tells_the_format(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ManifestError, match=r"no \.csv, \.tsv, \.jsonl or \.parquet file"):
+    with pytest.raises(ManifestError, match=r"is not a \.csv, \.tsv, \.jsonl or \.parquet file"):
         read_manifest(str(tmp_path / name))
 
 

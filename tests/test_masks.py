@@ -239,10 +239,10 @@ def test_what_is_no_mask_is_refused(tmp_path: Path, mask: Array, message: str) -
 
 def test_a_mask_elsewhere_is_refused_by_its_header(tmp_path: Path) -> None:
     affine = AFFINE @ np.diag([-1, 1, 1, 1])
-    with pytest.raises(VolumeError, match=r"m\.nii: its voxels lie up to 20 mm beside those of a\.nii"):
+    with pytest.raises(VolumeError, match=r"m\.nii: its voxels are up to 20 mm away from those of a\.nii"):
         load(tmp_path, labels(), affine=affine)
     row = row_of("a.nii", further=("m.nii",))
-    with pytest.raises(VolumeError, match=r"m\.nii: its voxels lie"):
+    with pytest.raises(VolumeError, match=r"m\.nii: its voxels are up to"):
         load_header(row, str(tmp_path), MASKED)
     (tmp_path / "m.nii").unlink()
     with pytest.raises(VolumeError, match=r"m\.nii: cannot be read: No such file"):
@@ -282,7 +282,7 @@ def test_cropping_to_the_mask(tmp_path: Path) -> None:
     assert np.array_equal(cropped.voxels, voxels[1:3, 2:5, 3:4])
     assert np.array_equal(cropped.affine[:3, 3], (AFFINE @ [1, 2, 3, 1])[:3])
     nothing = load(tmp_path, np.zeros(SHAPE, np.uint8), record)
-    with pytest.raises(VolumeError, match="no voxel is labelled by the mask, as --crop-foreground asks"):
+    with pytest.raises(VolumeError, match=r"no voxel is labelled by the mask \(--crop-foreground mask\)"):
         prepare_volume(nothing, record)
 
 

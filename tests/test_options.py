@@ -345,7 +345,7 @@ def test_an_option_that_may_be_repeated_is_documented_so(command: str) -> None:
     for action in parser_of(command)._actions:
         if isinstance(action, argparse._AppendAction):
             assert set(action.option_strings) <= REPEATABLE
-            assert re.search("several times", action.help or "")
+            assert re.search("may be repeated", action.help or "")
 
 
 @pytest.mark.parametrize("value", ["", " "])

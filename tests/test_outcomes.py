@@ -26,7 +26,7 @@ def os_error(number: int) -> OSError:
     return OSError(number, os.strerror(number), "/data/a")
 
 
-def caused(error: Exception, cause: Exception) -> Exception:
+def caused(error: Exception, cause: BaseException) -> Exception:
     error.__cause__ = cause
     return error
 
@@ -62,6 +62,7 @@ CAUSES: list[tuple[Exception, int]] = [
     (errors.ShardError("damaged"), FAILED),
     (caused(errors.ShardError("damaged"), os_error(errno.ETIMEDOUT)), TEMPORARY),
     (caused(errors.DatasetError("not read"), os_error(errno.EACCES)), FAILED),
+    (caused(errors.UsageError("it called sys.exit()"), SystemExit("bye")), USAGE),
     (ModuleNotFoundError("No module named 'lab'"), USAGE),
     (TypeError("a bug"), FAILED),
     (KeyError("bug"), FAILED),
@@ -79,12 +80,12 @@ def fail(number: int) -> None:
     try:
         if error.__cause__ is not None:
             raise error.__cause__
-    except Exception as e:
+    except BaseException as e:
         raise error from e
     raise error
 
 
-IN_PROCESS = [0, 9, 10, 17, 18, 19, 20, 23, 24, 26, 27, 29, 30, 32, 34]
+IN_PROCESS = [0, 9, 10, 17, 18, 19, 20, 23, 24, 26, 27, 29, 30, 31, 33, 35]
 """Of CAUSES, one of each way in which Beam brings an exception back."""
 
 
@@ -130,6 +131,7 @@ def test_a_clusters_report_has_the_exit_code_of_its_cause(number: int) -> None:
     assert outcome is not None
     assert outcome.code == code
     assert "\tat " not in outcome.reason
+    assert "beam_nifti" not in outcome.reason
     assert str(error).partition("\n")[0] in outcome.reason
 
 
@@ -439,10 +441,15 @@ def test_a_store_that_keeps_failing_is_no_fault_of_the_dataset(
     assert "Traceback" not in said
 
 
-def test_a_store_that_is_only_read(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (
-        ["build", str(cohort), "https://lab/out"],
-        ["check", str(cohort), "--out=https://lab/c.json"],
+@pytest.mark.parametrize("scheme", ["https", "hdfs", "az", "nowhere"])
+def test_a_store_that_is_only_read(cohort: Path, capsys: pytest.CaptureFixture[str], scheme: str) -> None:
+    url = f"{scheme}://lab/out.json"
+    for argv, what in (
+        (["build", str(cohort), url], "OUTPUT"),
+        (["build", str(cohort), url, "--dry-run"], "OUTPUT"),
+        (["build", str(cohort), "out", f"--temp-location={url}"], "--temp-location"),
+        (["check", str(cohort), f"--out={url}"], "--out"),
     ):
         assert cli.main([*argv, "--quiet"]) == USAGE
-        assert "https:// is read-only" in capsys.readouterr().err
+        remedy = "is read-only; write to the local disk, s3:// or gs://"
+        assert f"error: {what} is {url}: {scheme}:// {remedy}\n" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -169,6 +170,7 @@ def test_the_limit_of_a_record_is_that_of_what_is_stored(tmp_path: Path) -> None
     path = tmp_path / "large.nii"
     large = np.broadcast_to(np.int16(0), (1000, 1000, 1000))
     path.write_bytes(nifti_header(large, affine=np.eye(4)))
+    os.truncate(path, 352 + large.nbytes)
     for fits in (
         {"spacing": (2, 1, 1)},
         {"shape": (500, 500, 500)},
@@ -267,7 +269,7 @@ def write_odd_cohort(folder: Path) -> Path:
 )
 def test_odd_images_become_volumes_of_one_shape(run: Run, tmp_path: Path, flags: list[str]) -> None:
     manifest, output = write_odd_cohort(tmp_path / "c"), tmp_path / "out"
-    assert "4 of 8x9x10 voxels" in run("build", manifest, output, "--dry-run", *flags)
+    assert "4 of 8×9×10 voxels" in run("build", manifest, output, "--dry-run", *flags)
     assert "failed   1 volume" in run("build", manifest, output, "--max-bad-fraction=0.25", *flags)
     assert info_of(output).shape == (8, 9, 10)
     (failure,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
@@ -297,7 +299,7 @@ def test_a_shape_that_the_header_does_not_tell_is_that_of_the_first_image(run: R
         write_image(tmp_path / f"{number}.nii", voxels)
     manifest = write_manifest(tmp_path / "m.tsv", [{"path": f"{number}.nii"} for number in range(3)])
     arguments = ("build", manifest, tmp_path / "out", "--crop-foreground=nonzero", "--max-bad-fraction=0.5")
-    assert "3 of 3x2x2 voxels" in run(*arguments, "--dry-run")
+    assert "3 of 3×2×2 voxels" in run(*arguments, "--dry-run")
     run(*arguments)
     assert info_of(tmp_path / "out").shape == (3, 2, 2)
     (failure,) = map(json.loads, (tmp_path / "out/failures.jsonl").read_text().splitlines())
@@ -352,8 +354,17 @@ def test_a_function_that_fails_for_the_first_images_is_told_at_once(
 ) -> None:
     module = make_module("def f(volume): return None\n")
     told = run("build", cohort, tmp_path / "out", f"--preprocess={module}:f", code=cli.USAGE)
+    assert f"{cohort}: none of the first images can be used with these options\n" in told
     assert f"row 1 (sub-0000): sub-0000.nii.gz: --preprocess {module}:f returned a NoneType" in told
+    assert "relative paths" not in told
     assert not (tmp_path / "out").exists()
+
+
+def test_paths_of_which_none_is_there_are_told_at_once(run: Run, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii", "label": 1}])
+    told = run("build", manifest, tmp_path / "out", code=cli.USAGE)
+    assert "a.nii: cannot be read: No such file or directory; check the path and its permissions" in told
+    assert "relative paths start at the manifest's folder" in told
 
 
 def test_the_step_is_there_only_where_it_is_asked_for(cohort: Path, tmp_path: Path) -> None:

@@ -446,7 +446,9 @@ def test_without_preparations_the_voxels_are_handed_on() -> None:
 
 
 def test_errors_name_the_image() -> None:
-    with pytest.raises(VolumeError, match=r"^a\.nii: no voxel is above 40000, .*; lower it, or leave"):
+    with pytest.raises(
+        VolumeError, match=r"^a\.nii: no voxel is above 40000 .*; lower the threshold, or leave"
+    ):
         prepare_volume(volume_of(random_voxels(SHAPE)), RecordConfig(crop_foreground="above:40000"))
     with pytest.raises(
         VolumeError, match=r"^a\.nii: shape \(5, 7, 4\) where the first image has \(5, 7, 5\)"

@@ -187,7 +187,7 @@ def test_a_participant_in_two_splits_is_a_leak(tmp_path: Path) -> None:
     columns = "participant_id session_id split"
     rows = ["sub-1 a train", "sub-2 a test", "sub-1 b test", "sub-2 b test", "sub-1 c train"]
     (problem,) = problems(tmp_path, columns, rows)
-    assert problem.startswith("row 3: participant sub-1 is in split test and, in row 1, in train; give all")
+    assert problem.startswith("row 3: participant sub-1 is in split test, and in row 1 in train; give all")
     assert "rename that column" in problem
     assert len(read(tmp_path, columns.replace("participant_id", "scanner"), rows)) == 5
 
@@ -220,7 +220,9 @@ def test_draws_that_cannot_be_made(tmp_path: Path) -> None:
     assert problem == "no column 'site'; the columns are: path, participant_id; choose one with --stratify"
     columns = "participant_id session_id site"
     (problem,) = problems(tmp_path, columns, ["sub-1 1 x", "sub-2 1 y", "sub-3 1 x", "sub-1 2 y"], halves)
-    assert problem.startswith("row 4: site of sub-1 is 'y' and, in row 1, 'x'; ")
+    assert problem.startswith(
+        "row 4: participant sub-1 has site 'y' here and 'x' in row 1; --stratify requires one value per"
+    )
     found = problems(tmp_path, "name participant_id", ["a sub-1", "b "], Splitting({"a": 1}), id="name")
     assert [p[:30] for p in found] == ["row 2: empty participant_id; -"]
     (problem,) = problems(tmp_path, "participant_id", ["sub-1"], Splitting({"a": 0.5, "b": 0.5}))

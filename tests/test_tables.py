@@ -224,7 +224,7 @@ def test_columns_without_a_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("header", ["path,path ", " path,path", "path,\u200bpath"])
 def test_names_that_are_one_without_white_space(tmp_path: Path, header: str) -> None:
-    assert problems_of(tmp_path, f"{header}\na,b\n") == ("column 'path' stands twice; rename one",)
+    assert problems_of(tmp_path, f"{header}\na,b\n") == ("column 'path' occurs twice; rename one",)
 
 
 def test_a_key_that_a_line_has_twice(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def test_one_participant_is_never_in_two_splits(tmp_path: Path, spelling: str) -
     rows = (f"a.nii|1|{one}|train", f"b.nii|2|{other}|test")
     columns = "session_id|participant_id|split"
     (problem,) = problems_of(tmp_path, columns, *rows)
-    assert problem.startswith(f"row 2: participant {other.strip()} is in split test and, ")
-    assert "in row 1, in train; give all rows of a participant one split" in problem
+    assert problem.startswith(f"row 2: participant {other.strip()} is in split test, and ")
+    assert "in train; give all rows of a participant one split" in problem
     (hidden,) = problems_of(tmp_path, columns, *rows, pseudonyms=KEY)
     assert "in row 1" in hidden
     assert "7" not in hidden.replace(KEY.of(one, "participant_id"), "").replace(

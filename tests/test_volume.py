@@ -391,6 +391,7 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         f"{plain}/b.nii": "Not a directory",
         str(tmp_path / ("x" * 300)): "File name too long",
         "nowhere://bucket/a.nii": "nothing here serves nowhere://",
+        "C:\\scans\\a.nii": "a Windows path; give the path at which this computer has the file$",
     }
     for path, reason in reasons.items():
         for load in (load_volume, load_header):

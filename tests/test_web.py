@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from beam_nifti import cli, object_store, paced, storage
-from beam_nifti.errors import DatasetError
+from beam_nifti.errors import DatasetError, OutputError
 from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.random_access import Dataset
 from beam_nifti.volume import load_volume
@@ -245,7 +245,7 @@ def test_nothing_is_written_and_nothing_listed_there(server: FaultProxy, local: 
             access(url)
     with pytest.raises(OSError, match="is read-only"):
         storage.link(f"{server.url}/dataset/{SHARD}", url)
-    with pytest.raises(OSError, match="is read-only"):
+    with pytest.raises(OutputError, match=rf"OUTPUT is {url}: http:// is read-only; write to the local disk"):
         build(local.parent / "cohort/manifest.tsv", url)
     with pytest.raises(OSError, match="does not say which files it has"):
         storage.glob(f"{server.url}/cohort/*.nii.gz")
