@@ -507,9 +507,9 @@ def read_content(output: str) -> bytes:
         DatasetError: there is none, or it is too large.
         OSError: it cannot be reached.
     """
-    path = path_of(output, FILE_NAME)
+    path = storage.join(output, FILE_NAME)
     try:
-        return storage.read_bounded(path, MAX_INFO_BYTES)
+        return storage.read_bounded(path_of(output, FILE_NAME), MAX_INFO_BYTES)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise no_dataset(output, e) from e
     except storage.FileTooLargeError as e:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import pyarrow as pa
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import AppliedPTransform, PTransformOverride
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -474,3 +475,20 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     _serve()
+
+
+_POOLS: list[pa.MemoryPool] = []
+"""Kept: what was allocated from a pool may be freed long after the block that it is for."""
+
+
+@contextlib.contextmanager
+def arrow_memory() -> Iterator[pa.MemoryPool]:
+    """What Arrow allocates in the block, apart from what else this process has allocated."""
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    _POOLS.append(pool)
+    pa.set_memory_pool(pool)
+    try:
+        yield pool
+    finally:
+        pa.set_memory_pool(usual)

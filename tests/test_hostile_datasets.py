@@ -31,7 +31,7 @@ from beam_nifti.inspection import describe_dataset, describe_record, format_desc
 from beam_nifti.random_access import Dataset
 from beam_nifti.tfrecord import decode_record, encode_record
 from beam_nifti.verify import verify_dataset
-from tests.build_helpers import build
+from tests.build_helpers import arrow_memory, build
 from tests.datasets import info_of
 from tests.images import write_cohort, write_image, write_manifest
 
@@ -258,7 +258,7 @@ def test_a_changed_dataset_is_right_or_refused(datasets: dict[str, Path], seed: 
         HONEST[folder] = values_of(str(folder)), folder.joinpath("dataset_info.json").read_bytes()
         assert verify_dataset(str(folder)).ok
     honest, _ = HONEST[folder]
-    with Changed(folder, rng) as changed:
+    with arrow_memory() as memory, Changed(folder, rng) as changed:
         change = rng.choice(
             [changed.change_bytes, changed.change_info, changed.change_index, changed.change_record]
         )
@@ -283,7 +283,7 @@ def test_a_changed_dataset_is_right_or_refused(datasets: dict[str, Path], seed: 
             assert compare_datasets(str(folder), str(folder)).is_empty
         with refused(folder):
             assert read_volume(str(folder), "sub-0001").voxels.shape[:3] == SHAPE
-    assert pa.default_memory_pool().max_memory() < ARROW_BYTES
+    assert memory.max_memory() < ARROW_BYTES
 
 
 HONEST: dict[Path, tuple[dict[str, dict[str, Any]], bytes]] = {}
