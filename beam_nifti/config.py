@@ -41,10 +41,6 @@ COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
 LABEL_KINDS: Final = ("float", "class", "string")
-MISSING_TEXTS: Final = ("", "n/a", "nan", "-nan", "+nan")
-"""What stands in a table's cell without a value, whatever its case and the white space around it: also what
-Python's `float` takes for NaN."""
-
 MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -18,7 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import MISSING_TEXTS, LabelColumn
+from beam_nifti.cells import is_missing, parse_number
+from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
 from beam_nifti.tables import Problems
 from beam_nifti.twins import LIKENESS, find_twins
@@ -77,10 +77,10 @@ class Labels:
 def parse_label(text: str) -> float:
     """The number that a cell is; NaN where it is none, or none of float32."""
     try:
-        value = float(text)
+        value = parse_number(text)
     except ValueError:
         return math.nan
-    return value if abs(value) < _FLOAT32_END and "_" not in text else math.nan
+    return value if abs(value) < _FLOAT32_END else math.nan
 
 
 def read_labels(
@@ -105,12 +105,12 @@ def read_labels(
     """
     encoded = cells.combine_chunks().dictionary_encode()
     texts, codes = encoded.dictionary, encoded.indices.to_numpy()
-    is_missing = _is_missing(texts)
+    lacks = _find_missing(texts)
     numbers = _numbers(texts)
     is_number = np.isfinite(numbers)
     remedy = ""
     if column.kind is None:
-        are_numeric = [_is_numeric(text) for text in _strings(texts.filter(pa.array(~is_missing)))]
+        are_numeric = [_is_numeric(text) for text in _strings(texts.filter(pa.array(~lacks)))]
         kind = ("float" if any(are_numeric) else "class") if are_numeric else default
         if kind is None:
             problems.add(
@@ -121,24 +121,24 @@ def read_labels(
             remedy = f"; correct it, or make classes of all labels with --label-column {column.name}:class"
         column = replace(column, kind=kind or "float")
     if missing is None:
-        for i in np.flatnonzero(is_missing[codes]):
+        for i in np.flatnonzero(lacks[codes]):
             problems.add(
                 f"row {i + 1}: {column.name} is {texts[codes[i]].as_py()!r}, a missing label; fill it in, "
                 "keep such rows with --missing-label nan, or skip them with --missing-label skip"
             )
     if column.kind == "float":
-        for i in np.flatnonzero(~(is_number | is_missing)[codes]):
+        for i in np.flatnonzero(~(is_number | lacks)[codes]):
             text = texts[codes[i]].as_py()
             problems.add(f"row {i + 1}: {column.name} is {text!r}, not a finite number (of float32){remedy}")
         _warn_of_rounding(column.name, texts, numbers, codes, problems)
         values = pa.array(numbers)
     elif column.kind == "class":
-        column = replace(column, classes=_classes(texts.filter(pa.array(~is_missing)), column.name, problems))
+        column = replace(column, classes=_classes(texts.filter(pa.array(~lacks)), column.name, problems))
         found = pc.index_in(texts, value_set=pa.array(column.classes, pa.string()))
         values = pc.fill_null(found, NO_CLASS).cast(pa.int64())
     else:
-        values = pc.if_else(pa.array(is_missing), "", texts)
-    return Labels(column, values.take(encoded.indices), is_missing[codes])
+        values = pc.if_else(pa.array(lacks), "", texts)
+    return Labels(column, values.take(encoded.indices), lacks[codes])
 
 
 def label_of(cell: str, column: LabelColumn) -> LabelValue:
@@ -147,17 +147,17 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
     Raises:
         ShardError: it is none of the column's kind, or none of its classes.
     """
-    is_missing = cell.strip(string.whitespace).lower() in MISSING_TEXTS
+    has_none = is_missing(cell)
     if column.kind == "float":
         number = parse_label(cell)
-        if is_missing or math.isfinite(number):
+        if has_none or math.isfinite(number):
             return number
     elif column.kind == "class":
         classes = column.classes or ()
-        if is_missing or cell in classes:
-            return NO_CLASS if is_missing else classes.index(cell)
+        if has_none or cell in classes:
+            return NO_CLASS if has_none else classes.index(cell)
     else:
-        return "" if is_missing else cell
+        return "" if has_none else cell
     raise ShardError(f"the index's {column.name} is {cell!r}, which {column} of dataset_info.json cannot be")
 
 
@@ -176,15 +176,11 @@ def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
     encoded = cells.combine_chunks().dictionary_encode()
     texts = encoded.dictionary
     values = pa.array(_numbers(texts)) if column.kind == "float" else texts
-    return pc.if_else(pa.array(_is_missing(texts)), None, values).take(encoded.indices)
+    return pc.if_else(pa.array(_find_missing(texts)), None, values).take(encoded.indices)
 
 
-def _is_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
-    bare = pc.ascii_lower(pc.ascii_trim_whitespace(texts))
-    found: npt.NDArray[np.bool_] = pc.is_in(bare, value_set=pa.array(MISSING_TEXTS)).to_numpy(
-        zero_copy_only=False
-    )
-    return found
+def _find_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.fromiter(map(is_missing, _strings(texts)), np.bool_, len(texts))
 
 
 def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
