@@ -14,7 +14,7 @@ Python's `float` takes for NaN. n/a is how BIDS writes it."""
 
 _INTEGER: Final = re.compile(r"[+-]?\d+", re.ASCII)
 _NUMBER: Final = re.compile(
-    r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|inf(?:inity)?)", re.ASCII | re.IGNORECASE
+    r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,9})?|inf(?:inity)?)", re.ASCII | re.IGNORECASE
 )
 
 
@@ -24,7 +24,7 @@ def is_missing(text: str) -> bool:
 
 
 def parse_number(text: str) -> float:
-    """The number that a text is, or infinity.
+    """The number that a text is, or infinity; `Decimal` takes it, too.
 
     Raises:
         ValueError: it is none.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -37,11 +38,20 @@ _INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _FLOAT32_END: Final = float(np.finfo(np.float32).max) * (1 + 2.0**-25)
 """Up to which numbers round to a finite float32."""
 
-_NUMBER_LIKE: Final = re.compile(r"[+-]?\d+([.,]\d+)*\s*%?", re.ASCII)
-"""Numbers as spreadsheets write them, with a decimal comma, separators or a percent sign."""
+_NUMBER_LIKE: Final = re.compile(r"[+-]?\s*\d+([.,]\d+|[\s'’]\d{3}(?!\d))*\s*%?")
+"""Numbers as spreadsheets and documents write them, with a decimal comma, separators or a percent sign."""
+
+_MINUS: Final = re.compile("[\u2010-\u2015\u2212]")
+"""What documents write in the place of a minus sign: hyphens, dashes and the sign of mathematics."""
 
 _FLOAT32_INTEGERS: Final = 1 << 24
 """Up to which float32 has every integer."""
+
+_FLOAT32_NORMAL: Final = 2.0**-126
+"""Below which float32 has fewer digits, down to none."""
+
+_FLOAT32_ERROR: Final = Decimal(2) ** -24
+"""By which fraction of itself rounding to float32 changes a number, at most, where it has all digits."""
 
 _SHOWN: Final = 3
 """Rows and classes named in a warning."""
@@ -220,10 +230,11 @@ def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> N
 
 def _is_numeric(text: str) -> bool:
     """Whether a cell looks like a number, be it one that no label can be."""
+    plain = _MINUS.sub("-", unicodedata.normalize("NFKC", text)).strip()
     try:
-        float(text)
+        float(plain)
     except ValueError:
-        return _NUMBER_LIKE.fullmatch(text.strip()) is not None
+        return _NUMBER_LIKE.fullmatch(plain) is not None
     return True
 
 
@@ -234,23 +245,31 @@ def _warn_of_rounding(
     codes: npt.NDArray[np.int32],
     problems: Problems,
 ) -> None:
-    """Warn of labels from which their float32 differs by a half or more, as by another integer."""
+    """Warn of labels from which their float32 differs by a half or more, as by another integer, or by digits.
+
+    Digits are lost of numbers so near to 0 that float32 has fewer for them, or rounds them to 0.
+    """
     is_other = np.zeros(len(texts), np.bool_)
     for i in np.flatnonzero(np.abs(numbers) > _FLOAT32_INTEGERS):
         is_other[i] = abs(Decimal(texts[int(i)].as_py()) - _stored(numbers[i])) >= Decimal("0.5")
+    for i in np.flatnonzero(np.abs(numbers) < _FLOAT32_NORMAL):
+        exact, stored = Decimal(texts[int(i)].as_py()), _stored(numbers[i])
+        is_other[i] = abs(exact - stored) > abs(exact) * _FLOAT32_ERROR if stored else bool(exact)
     rows = np.flatnonzero(is_other[codes])
     if rows.size:
         first = int(codes[rows[0]])
+        stored = _stored(numbers[first])
         shown = ", ".join(str(row + 1) for row in rows[:_SHOWN]) + (", …" if rows.size > _SHOWN else "")
         others = (
             f"{rows.size:,} labels are affected (rows {shown})" if rows.size > 1 else "no other is affected"
         )
         problems.warn(
             f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, but records store float32, which rounds "
-            f"it to {_stored(numbers[first]):f}; {others}. To store "
+            f"it to {f'{stored:f}' if abs(stored) > 1 else f'{stored:.6g}'}; {others}. To store "
             f"them exactly, use --label-column {name}:class or {name}:string"
         )
 
 
 def _stored(number: float) -> Decimal:
-    return Decimal(float(np.float32(number)))
+    with np.errstate(under="ignore"):
+        return Decimal(float(np.float32(number)))

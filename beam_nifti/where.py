@@ -9,7 +9,7 @@ import ast
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, Final
 
 import numpy as np
@@ -123,7 +123,7 @@ def _exact(text: str) -> Decimal | None:
     try:
         parse_number(text)
         return Decimal(text.strip())
-    except (ValueError, InvalidOperation):  # the latter of exponents of twenty digits
+    except ValueError:
         return None
 
 
