@@ -13,6 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final
 
+from beam_nifti.cells import parse_number
 from beam_nifti.errors import UsageError
 from beam_nifti.strict_json import dump_json
 
@@ -75,7 +76,7 @@ def _parse_numbers(flag: str, text: str, forms: tuple[str, ...]) -> tuple[str, t
     if form is None:
         raise UsageError(f"{flag} is {text!r}; choose one of: {', '.join(forms)}")
     try:
-        numbers = tuple(float(cell) + 0.0 for cell in cells.split(",")) if colon else ()
+        numbers = tuple(parse_number(cell) + 0.0 for cell in cells.split(",")) if colon else ()
     except ValueError:
         numbers = (math.nan,)
     wanted = form.partition(":")[2].split(",") if ":" in form else []

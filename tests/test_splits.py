@@ -141,7 +141,7 @@ def test_another_seed_is_another_draw_and_the_order_of_shares_is_none() -> None:
         (["--split", "train=0.8,test=0.1999"], "must sum to 1"),
         (["--split", "train=1.5,test=-0.5"], "test a share of -0.5; it must be above 0"),
         (["--split", "train=1,test=0"], "test a share of 0.0"),
-        (["--split", "train=nan,test=0.5"], "train a share of nan"),
+        (["--split", "train=nan,test=0.5"], "with its share, such as"),
         (["--split", "train=inf"], "sum to inf"),
         (["--split", "train=0.8,train=0.2"], "give each split once"),
         (["--split", "train=most,test=0.2"], "with its share, such as"),
