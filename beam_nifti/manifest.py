@@ -475,6 +475,12 @@ def _drawn_splits(
     is_skipped: npt.NDArray[np.bool_] | None,
     problems: Problems,
 ) -> pa.Array:
+    names = sorted(splitting.shares)
+    for twin, other in find_twins(pa.array(names, pa.string())):
+        problems.add(
+            f"--split names {names[other]!r} and {names[twin]!r}, which differ {LIKENESS}; give the splits "
+            "other names"
+        )
     participants, categories = ids, None
     if "participant_id" in table.column_names:
         participants = table["participant_id"].combine_chunks()

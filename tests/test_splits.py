@@ -226,6 +226,11 @@ def test_draws_that_cannot_be_made(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, "participant_id", ["sub-1"], Splitting({"a": 0.5, "b": 0.5}))
     assert "no participant falls into split" in problem
     assert "another --split-seed" in problem
+    for one, other in (("Train", "train"), ("fold1", "fold01")):
+        found = problems(tmp_path, "participant_id", ["sub-1"], Splitting({one: 0.5, other: 0.5}))
+        assert found[0].startswith(
+            f"--split names {min(one, other)!r} and {max(one, other)!r}, which differ only"
+        )
 
 
 # Whole builds
