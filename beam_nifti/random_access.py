@@ -135,7 +135,7 @@ class Dataset:
                 raise TypeError
             number = operator.index(index)
         except TypeError:
-            return self._of(self._records, np.asarray(self._rows)[self._numbers(index)])
+            return self._of(self._records, np.asarray(self._rows, np.int64)[self._numbers(index)])
         if not -len(self) <= number < len(self):
             raise IndexError(f"there is no record {number}: the dataset has {len(self)}")
         return self._records.read(int(self._rows[number]))
@@ -200,7 +200,7 @@ class Dataset:
     @property
     def ids(self) -> list[str]:
         """The ids of the records, in their order."""
-        ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows)).to_pylist()
+        ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows, np.int64)).to_pylist()
         return ids
 
     def by_id(self, example_id: str) -> Element:
@@ -232,7 +232,7 @@ class Dataset:
         missing = set(columns or ()) - set(table.column_names)
         if missing:
             raise UsageError(f"{r.output}: the index has no column {min(missing)!r}")
-        return table.select(columns or table.column_names).take(np.asarray(self._rows))
+        return table.select(columns or table.column_names).take(np.asarray(self._rows, np.int64))
 
     @classmethod
     def of_info(
@@ -513,7 +513,7 @@ def _select(
     records = _open(output, info, parts, columns, {*condition.columns, "row"} if condition else ())
     rows = records.rows_of(parts)
     if condition:
-        rows = np.asarray(rows)
+        rows = np.asarray(rows, np.int64)
         rows = rows[condition.select(records.table.take(rows))]
     return records, rows
 

@@ -75,7 +75,14 @@ def test_numbers_slices_and_lists(dataset: Path) -> None:
     assert numbers(train[[3, -1, 3]]) == [4, 10, 4]
     assert numbers(train[np.array([8, 0])][[1]]) == [0]
     assert numbers(train[np.array(in_order) > 5]) == [6, 8, 9, 10]
-    assert len(train[[]]) == len(train[5:5]) == 0
+    for nothing in (
+        train[[]],
+        train[5:5],
+        Dataset(dataset, "train[:1%]"),
+        Dataset(dataset, where="label > 99"),
+    ):
+        assert (len(nothing), nothing.ids, list(nothing)) == (0, [], [])
+        assert nothing.index().equals(train.index().slice(0, 0))
     assert numbers(train.__getitems__([1, 0])) == [1, 0]
 
 
