@@ -77,7 +77,8 @@ class Dataset:
     - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+; "zooms": float64 of shape
       (3,), the voxel sizes.
     - every other column of the index, such as "site", "shape" or "max": str, int, float, None, or an array
-      where a cell has several numbers.
+      where a cell has several numbers. The manifest's own columns "id", "image" and "mask", where they are
+      further ones, are called "manifest_id", and so on.
     - every other feature of the records: of one that holds a tensor, `NAME_raw`, the tensor as NAME; of
       numbers a scalar, or an array where there are several; else bytes.
 
@@ -228,7 +229,7 @@ class Dataset:
             UsageError: it has no such column.
         """
         r = self._records
-        table = _read_indexes(r.output, r.shards, columns)
+        table = _read_indexes(r.output, r.info, r.shards, columns)
         missing = set(columns or ()) - set(table.column_names)
         if missing:
             raise UsageError(f"{r.output}: the index has no column {min(missing)!r}")
@@ -514,7 +515,8 @@ def _select(
     rows = records.rows_of(parts)
     if condition:
         rows = np.asarray(rows, np.int64)
-        rows = rows[condition.select(records.table.take(rows))]
+        table = records.table.append_column("id", records.table["example_id"])
+        rows = rows[condition.select(table.take(rows))]
     return records, rows
 
 
@@ -544,11 +546,11 @@ def _open(
     check_shards(output, shards, set(storage.list_files(output)) if is_listed else None)
     columns = tuple(dict.fromkeys(default_columns(info) if columns is None else columns))
     from_index = {name for name in columns if name != "id" and not _has_tensor(name, info)}
-    table = _read_indexes(output, shards, {"example_id", "offset", "length", *from_index, *asked})
+    table = _read_indexes(output, info, shards, {"example_id", "offset", "length", *from_index, *asked})
     in_records = {name.removesuffix(_TENSOR) for name in info.features}
     unknown = from_index - {*table.column_names, *in_records}
     if unknown:
-        known = {*_read_indexes(output, shards[:1]).column_names, *in_records}
+        known = {*_read_indexes(output, info, shards[:1]).column_names, *in_records}
         raise UsageError(
             f"{output}: records have no column {min(unknown)!r}; choose among {', '.join(sorted(known))}"
         )
@@ -599,10 +601,10 @@ def check_shards(output: str, shards: Sequence[ShardInfo], present: Collection[s
 
 
 def _read_indexes(
-    output: str, shards: Sequence[ShardInfo], columns: Collection[str] | None = None
+    output: str, info: DatasetInfo, shards: Sequence[ShardInfo], columns: Collection[str] | None = None
 ) -> pa.Table:
     """The indexes of some shards, as one table; of the columns those that there are."""
-    names = None if columns is None else sorted(columns)
+    names = None if columns is None else sorted(_name_in_index(name, info) for name in columns)
 
     def read(shard: ShardInfo) -> pa.Table:
         path = storage.join(output, shard.index)
@@ -615,7 +617,21 @@ def _read_indexes(
         return table
 
     tables = _for_each(read, shards, together=storage.is_remote(output))
-    return pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()
+    table = pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()
+    return table.rename_columns(
+        [f"manifest_{name}" if _is_of_record(name, info) else name for name in table.column_names]
+    )
+
+
+def _name_in_index(name: str, info: DatasetInfo) -> str:
+    """Under which name an index has a column: it may have further ones named id and image."""
+    bare = name.removeprefix("manifest_")
+    return bare if bare != name and _is_of_record(bare, info) else name
+
+
+def _is_of_record(name: str, info: DatasetInfo) -> bool:
+    """Whether a column's name means something of a record, whatever the index has under it."""
+    return name == "id" or _has_tensor(name, info)
 
 
 def _for_each(look: Callable[[ShardInfo], T], shards: Sequence[ShardInfo], together: bool) -> list[T]:

@@ -245,6 +245,30 @@ def test_without_labels(tmp_path: Path) -> None:
     assert np.isnan(Dataset(tmp_path / "out", columns=["label"])[0]["label"])
 
 
+def test_columns_of_the_manifest_named_like_those_of_records(tmp_path: Path) -> None:
+    rows = [
+        {
+            "participant_id": f"sub-{i}",
+            "path": f"{i}.nii",
+            "id": f"x{2 - i}",
+            "image": "T1",
+            "manifest_id": "y",
+        }
+        for i in range(3)
+    ]
+    for i in range(3):
+        write_image(tmp_path / f"{i}.nii", brain(seed=i))
+    build(write_manifest(tmp_path / "manifest.tsv", rows), tmp_path / "out")
+    columns = ["id", "image", "manifest_id", "manifest_image", "manifest_manifest_id"]
+    (found,) = Dataset(tmp_path / "out", where="id == 'sub-0' and manifest_id == 'x2'", columns=columns)
+    assert np.array_equal(found.pop("image"), Dataset(tmp_path / "out")[0]["image"])
+    assert list(found.values()) == ["sub-0", "x2", "T1", "y"]
+    assert Dataset(tmp_path / "out", where="id == 'x2'").ids == []
+    assert Dataset(tmp_path / "out").index(["manifest_id"]).to_pydict() == {"manifest_id": ["x2", "x1", "x0"]}
+    with pytest.raises(UsageError, match="has no column 'image'"):
+        Dataset(tmp_path / "out", where="image == 'T1'")
+
+
 def test_shards_without_records(tmp_path: Path) -> None:
     manifest = write_cohort(tmp_path, 3)
     (tmp_path / "sub-0001.nii.gz").write_bytes(b"damaged")
