@@ -127,7 +127,7 @@ def read_labels(
                 f"every value of {column.name} is missing, so its kind is unknown; drop it from "
                 f"--label-column, or give its kind, such as {column.name}:float"
             )
-        if kind == "float" and not all(are_numeric):
+        if kind == "float" and are_numeric:
             remedy = f"; correct it, or make classes of all labels with --label-column {column.name}:class"
         column = replace(column, kind=kind or "float")
     if missing is None:

@@ -213,8 +213,8 @@ class _Evaluation:
         raise self._refusal(node)
 
     def _number(self, literal: ast.Constant) -> Any:
-        """What a literal is, as it is written; 1e999 is infinite, as in Python."""
-        if isinstance(literal.value, int) or literal.value == float("inf"):
+        """What a literal is, as it is written: Python rounds it."""
+        if isinstance(literal.value, int):
             return literal.value
         return Decimal((ast.get_source_segment(self._text.strip(), literal) or "").replace("_", ""))
 

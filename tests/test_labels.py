@@ -296,7 +296,7 @@ FOREIGN = ["\u22121.5", "\u20134", "1\xa0234\xa0567", "12\u202f000,5", "1_000", 
     "text", ["63,5", "50%", "1.234,5", "1,000", "12 %", "- 3", "1 234", "1'000", *FOREIGN]
 )
 def test_numbers_of_spreadsheets_are_no_classes(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ManifestError, match="not a finite number"):
+    with pytest.raises(ManifestError, match=r"not a finite number .*make classes of all .*age:class"):
         manifest_of(tmp_path, Columns(label="age"), age=[text] * len(AGES))
     assert manifest_of(tmp_path, Columns(label="age:class"), age=[text] * len(AGES))
 
