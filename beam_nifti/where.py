@@ -118,11 +118,12 @@ def _columns_below(node: ast.AST) -> Iterator[str]:
         yield from _columns_below(child)
 
 
-def _exact(text: str) -> Decimal | None:
+def _exact(text: str) -> int | Decimal | None:
     """The number that a cell is, whatever its length; None where it is none."""
+    bare = text.strip()
     try:
-        parse_number(text)
-        return Decimal(text.strip())
+        parse_number(bare)
+        return int(bare) if bare.isdecimal() else Decimal(bare)  # the former is fast
     except ValueError:
         return None
 
@@ -216,7 +217,10 @@ class _Evaluation:
         """What a literal is, as it is written: Python rounds it."""
         if isinstance(literal.value, int):
             return literal.value
-        return Decimal((ast.get_source_segment(self._text.strip(), literal) or "").replace("_", ""))
+        number = _exact((ast.get_source_segment(self._text.strip(), literal) or "").replace("_", ""))
+        if number is None:  # of an exponent that no cell may have
+            raise self._refusal(literal)
+        return number
 
     def _column(self, name: str) -> Any:
         if name not in self._table.column_names:
@@ -272,14 +276,10 @@ class _Evaluation:
 
 def _each(compare: Callable[[Any, Any], bool], one: _Operand, other: _Operand) -> Any:
     """What a comparison says of each row: true, false, or null where a cell has no value."""
-    if one.numbers is None:
-        return pa.array([_truth(compare, one.cells[0], cell) for cell in other.cells], pa.bool_()).take(
-            pa.array(other.numbers)
-        )
-    if other.numbers is None:
-        return pa.array([_truth(compare, cell, other.cells[0]) for cell in one.cells], pa.bool_()).take(
-            pa.array(one.numbers)
-        )
+    if one.numbers is None or other.numbers is None:  # one is a literal
+        truth = [_truth(compare, a, b) for a in one.cells for b in other.cells]
+        numbers = other.numbers if one.numbers is None else one.numbers
+        return pa.array(truth, pa.bool_()).take(pa.array(numbers))
     pairs = zip(one.numbers, other.numbers, strict=True)
     return pa.array([_truth(compare, one.cells[i], other.cells[j]) for i, j in pairs], pa.bool_())
 
