@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from beam_nifti import storage
-from beam_nifti.config import MISSING_TEXTS
+from beam_nifti.cells import is_missing
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.image_names import drop_second_halves, stem_of
 from beam_nifti.tables import Problems, read_table
@@ -238,11 +238,6 @@ def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mappin
     paths = {participant: f"{participant}/{participant}_sessions.tsv" for participant in participants}
     tables = {of: path for of, path in paths.items() if has_content(storage.join(raw, path))}
     return raw, tables, [f"{study.root} has no {_PARTICIPANTS}; the tables of {raw} are used"]
-
-
-def is_missing(text: str) -> bool:
-    """Whether a cell says that a value is not known."""
-    return text.strip().lower() in MISSING_TEXTS
 
 
 def has_content(path: str) -> bool:

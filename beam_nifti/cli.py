@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from beam_nifti import logs, storage
 from beam_nifti import options as command_line
+from beam_nifti.cells import parse_integer
 from beam_nifti.errors import BeamNiftiError, OutputError, UsageError
 from beam_nifti.notes import warnings_of
 from beam_nifti.options_build import build_config, check_config
@@ -519,7 +520,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     deep = None
     if options.deep is not None:
         try:
-            deep = ALL if options.deep == "all" else int(options.deep)
+            deep = ALL if options.deep == "all" else parse_integer(options.deep)
         except ValueError:
             raise UsageError(f"--deep is {options.deep!r}; give a number of records, or all") from None
     if options.preprocess is not None and deep is None:

@@ -146,5 +146,7 @@ def _concealed(error: Exception, row: VolumeRow, folder: str) -> Exception:
         said = _HTTP.search(error.strerror or "")
         reason = os.strerror(error.errno) + (f" ({said[0]})" if said else "")
         return OSError(error.errno, f"{reason}, in {about}")
+    if isinstance(error, OSError) and isinstance(error.__cause__, ImportError):
+        return OSError(f"{conceal(str(error), row, folder)}, in {about}")  # names what is to be installed
     kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
     return kind(f"{describe(error, is_anonymous=True)}, in {about}")

@@ -13,6 +13,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final
 
+from beam_nifti.cells import parse_number
 from beam_nifti.errors import UsageError
 from beam_nifti.strict_json import dump_json
 
@@ -57,10 +58,6 @@ COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
 LABEL_KINDS: Final = ("float", "class", "string")
-MISSING_TEXTS: Final = ("", "n/a", "nan", "-nan", "+nan")
-"""What stands in a table's cell without a value, whatever its case and the white space around it: also what
-Python's `float` takes for NaN."""
-
 MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
@@ -95,7 +92,7 @@ def _parse_numbers(flag: str, text: str, forms: tuple[str, ...]) -> tuple[str, t
     if form is None:
         raise UsageError(f"{flag} is {text!r}; choose one of: {', '.join(forms)}")
     try:
-        numbers = tuple(float(cell) + 0.0 for cell in cells.split(",")) if colon else ()
+        numbers = tuple(parse_number(cell) + 0.0 for cell in cells.split(",")) if colon else ()
     except ValueError:
         numbers = (math.nan,)
     wanted = form.partition(":")[2].split(",") if ":" in form else []

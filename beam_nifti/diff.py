@@ -144,7 +144,8 @@ def diff_as_json(diff: DatasetDiff) -> dict[str, Any]:
 
 def format_diff(diff: DatasetDiff) -> str:
     """A comparison as text for the screen."""
-    return format_rows(_lines(diff), 10)
+    rows = list(_lines(diff))
+    return format_rows(rows, max(10, *(len(name) + 2 for name, _ in rows)))
 
 
 def _lines(diff: DatasetDiff) -> Iterator[tuple[str, str]]:

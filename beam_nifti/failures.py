@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -146,6 +146,8 @@ def write_failures(
         below: as of `storage.create`.
     """
     labels = {column.name for column in columns.labels}
+    named = {*columns.files, columns.id, *labels}  # are keys as they are
+    keys = {column: _extra_key(column, named) for column in extra_columns if column not in labels}
     with storage.create(path, below) as handle:
         in_order = sorted(failures, key=lambda f: (f.row.row, f.row.position))
         for _, group in itertools.groupby(in_order, key=lambda f: f.row.row):
@@ -153,7 +155,7 @@ def write_failures(
             failure = of_image[0]
             row = failure.row
             cells: dict[str, object] = {
-                **{_extra_key(c): v for c, v in zip(extra_columns, row.extras, strict=True)},
+                **{keys[c]: v for c, v in zip(extra_columns, row.extras, strict=True) if c in keys},
                 "row": row.row,
                 "stage": failure.stage,
                 "error": failure.error,
@@ -165,8 +167,9 @@ def write_failures(
                 "session_id": row.session_id,
                 "split": row.split,
             }
-            if not row.participant_id:
-                del cells["participant_id"], cells["session_id"]
+            for name in ("participant_id", "session_id"):
+                if not cells[name]:
+                    del cells[name]
             if columns.has_label_features:
                 # Under the manifest's names, also where one is a key above: it is what a retry reads.
                 cells |= {c: v for c, v in zip(extra_columns, row.extras, strict=True) if c in labels}
@@ -217,6 +220,9 @@ def _messages(failures: Sequence[Failure]) -> str:
     return "; ".join(f"frames {', '.join(numbers)}: {message}" for message, numbers in frames.items())
 
 
-def _extra_key(column: str) -> str:
+def _extra_key(column: str, named: Container[str | None]) -> str:
     """Under which key a further column of the manifest is kept: as in the index, a clash is renamed."""
-    return f"manifest_{column}" if column in _OWN_KEYS else column
+    key = f"manifest_{column}" if column in _OWN_KEYS or column.startswith("manifest_") else column
+    while key in named:
+        key = f"manifest_{key}"
+    return key

@@ -461,6 +461,8 @@ def read_shard_index(
         limits = limits_of(output, shard)
         data = read_bytes(path_of(output, shard.index), limits)
         table, facts = _sound(data, path, info, limits, columns)
+    except FileNotFoundError as e:
+        raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
     except (ShardError, OSError) as e:
         raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
     is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256

@@ -137,7 +137,8 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
             if ordinal >= 0:
                 (cells,) = table.slice(ordinal, 1).to_pylist()
                 place = {"split": split, "shard": shard.name, "ordinal": ordinal}
-                found[example_id] = {"example_id": example_id, **place, **cells, **place}
+                cells = {f"manifest_{name}" if name in place else name: cell for name, cell in cells.items()}
+                found[example_id] = {"example_id": example_id, **place, **cells}
         if all(example_id in found for example_id in example_ids):
             return [found[example_id] for example_id in example_ids]
         ids.append(table["example_id"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-import string
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import MISSING_TEXTS, LabelColumn
+from beam_nifti.cells import is_missing, parse_number
+from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
 from beam_nifti.tables import Problems
 from beam_nifti.twins import LIKENESS, find_twins
@@ -37,11 +38,20 @@ _INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 _FLOAT32_END: Final = float(np.finfo(np.float32).max) * (1 + 2.0**-25)
 """Up to which numbers round to a finite float32."""
 
-_NUMBER_LIKE: Final = re.compile(r"[+-]?\d+([.,]\d+)*\s*%?", re.ASCII)
-"""Numbers as spreadsheets write them, with a decimal comma, separators or a percent sign."""
+_NUMBER_LIKE: Final = re.compile(r"[+-]?\s*\d+([.,]\d+|[\s'’]\d{3}(?!\d))*\s*%?")
+"""Numbers as spreadsheets and documents write them, with a decimal comma, separators or a percent sign."""
+
+_MINUS: Final = re.compile("[\u2010-\u2015\u2212]")
+"""What documents write in the place of a minus sign: hyphens, dashes and the sign of mathematics."""
 
 _FLOAT32_INTEGERS: Final = 1 << 24
 """Up to which float32 has every integer."""
+
+_FLOAT32_NORMAL: Final = 2.0**-126
+"""Below which float32 has fewer digits, down to none."""
+
+_FLOAT32_ERROR: Final = Decimal(2) ** -24
+"""By which fraction of itself rounding to float32 changes a number, at most, where it has all digits."""
 
 _SHOWN: Final = 3
 """Rows and classes named in a warning."""
@@ -77,10 +87,10 @@ class Labels:
 def parse_label(text: str) -> float:
     """The number that a cell is; NaN where it is none, or none of float32."""
     try:
-        value = float(text)
+        value = parse_number(text)
     except ValueError:
         return math.nan
-    return value if abs(value) < _FLOAT32_END and "_" not in text else math.nan
+    return value if abs(value) < _FLOAT32_END else math.nan
 
 
 def read_labels(
@@ -105,40 +115,40 @@ def read_labels(
     """
     encoded = cells.combine_chunks().dictionary_encode()
     texts, codes = encoded.dictionary, encoded.indices.to_numpy()
-    is_missing = _is_missing(texts)
+    lacks = _find_missing(texts)
     numbers = _numbers(texts)
     is_number = np.isfinite(numbers)
     remedy = ""
     if column.kind is None:
-        are_numeric = [_is_numeric(text) for text in _strings(texts.filter(pa.array(~is_missing)))]
+        are_numeric = [_is_numeric(text) for text in _strings(texts.filter(pa.array(~lacks)))]
         kind = ("float" if any(are_numeric) else "class") if are_numeric else default
         if kind is None:
             problems.add(
                 f"every value of {column.name} is missing, so its kind is unknown; drop it from "
                 f"--label-column, or give its kind, such as {column.name}:float"
             )
-        if kind == "float" and not all(are_numeric):
+        if kind == "float" and are_numeric:
             remedy = f"; correct it, or make classes of all labels with --label-column {column.name}:class"
         column = replace(column, kind=kind or "float")
     if missing is None:
-        for i in np.flatnonzero(is_missing[codes]):
+        for i in np.flatnonzero(lacks[codes]):
             problems.add(
                 f"row {i + 1}: {column.name} is {texts[codes[i]].as_py()!r}, a missing label; fill it in, "
                 "keep such rows with --missing-label nan, or skip them with --missing-label skip"
             )
     if column.kind == "float":
-        for i in np.flatnonzero(~(is_number | is_missing)[codes]):
+        for i in np.flatnonzero(~(is_number | lacks)[codes]):
             text = texts[codes[i]].as_py()
             problems.add(f"row {i + 1}: {column.name} is {text!r}, not a finite number (of float32){remedy}")
         _warn_of_rounding(column.name, texts, numbers, codes, problems)
         values = pa.array(numbers)
     elif column.kind == "class":
-        column = replace(column, classes=_classes(texts.filter(pa.array(~is_missing)), column.name, problems))
+        column = replace(column, classes=_classes(texts.filter(pa.array(~lacks)), column.name, problems))
         found = pc.index_in(texts, value_set=pa.array(column.classes, pa.string()))
         values = pc.fill_null(found, NO_CLASS).cast(pa.int64())
     else:
-        values = pc.if_else(pa.array(is_missing), "", texts)
-    return Labels(column, values.take(encoded.indices), is_missing[codes])
+        values = pc.if_else(pa.array(lacks), "", texts)
+    return Labels(column, values.take(encoded.indices), lacks[codes])
 
 
 def label_of(cell: str, column: LabelColumn) -> LabelValue:
@@ -147,17 +157,17 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
     Raises:
         ShardError: it is none of the column's kind, or none of its classes.
     """
-    is_missing = cell.strip(string.whitespace).lower() in MISSING_TEXTS
+    has_none = is_missing(cell)
     if column.kind == "float":
         number = parse_label(cell)
-        if is_missing or math.isfinite(number):
+        if has_none or math.isfinite(number):
             return number
     elif column.kind == "class":
         classes = column.classes or ()
-        if is_missing or cell in classes:
-            return NO_CLASS if is_missing else classes.index(cell)
+        if has_none or cell in classes:
+            return NO_CLASS if has_none else classes.index(cell)
     else:
-        return "" if is_missing else cell
+        return "" if has_none else cell
     raise ShardError(f"the index's {column.name} is {cell!r}, which {column} of dataset_info.json cannot be")
 
 
@@ -176,15 +186,11 @@ def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
     encoded = cells.combine_chunks().dictionary_encode()
     texts = encoded.dictionary
     values = pa.array(_numbers(texts)) if column.kind == "float" else texts
-    return pc.if_else(pa.array(_is_missing(texts)), None, values).take(encoded.indices)
+    return pc.if_else(pa.array(_find_missing(texts)), None, values).take(encoded.indices)
 
 
-def _is_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
-    bare = pc.ascii_lower(pc.ascii_trim_whitespace(texts))
-    found: npt.NDArray[np.bool_] = pc.is_in(bare, value_set=pa.array(MISSING_TEXTS)).to_numpy(
-        zero_copy_only=False
-    )
-    return found
+def _find_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.fromiter(map(is_missing, _strings(texts)), np.bool_, len(texts))
 
 
 def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
@@ -224,10 +230,11 @@ def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> N
 
 def _is_numeric(text: str) -> bool:
     """Whether a cell looks like a number, be it one that no label can be."""
+    plain = _MINUS.sub("-", unicodedata.normalize("NFKC", text)).strip()
     try:
-        float(text)
+        float(plain)
     except ValueError:
-        return _NUMBER_LIKE.fullmatch(text.strip()) is not None
+        return _NUMBER_LIKE.fullmatch(plain) is not None
     return True
 
 
@@ -238,23 +245,31 @@ def _warn_of_rounding(
     codes: npt.NDArray[np.int32],
     problems: Problems,
 ) -> None:
-    """Warn of labels from which their float32 differs by a half or more, as by another integer."""
+    """Warn of labels from which their float32 differs by a half or more, as by another integer, or by digits.
+
+    Digits are lost of numbers so near to 0 that float32 has fewer for them, or rounds them to 0.
+    """
     is_other = np.zeros(len(texts), np.bool_)
     for i in np.flatnonzero(np.abs(numbers) > _FLOAT32_INTEGERS):
         is_other[i] = abs(Decimal(texts[int(i)].as_py()) - _stored(numbers[i])) >= Decimal("0.5")
+    for i in np.flatnonzero(np.abs(numbers) < _FLOAT32_NORMAL):
+        exact, stored = Decimal(texts[int(i)].as_py()), _stored(numbers[i])
+        is_other[i] = abs(exact - stored) > abs(exact) * _FLOAT32_ERROR if stored else bool(exact)
     rows = np.flatnonzero(is_other[codes])
     if rows.size:
         first = int(codes[rows[0]])
+        stored = _stored(numbers[first])
         shown = ", ".join(str(row + 1) for row in rows[:_SHOWN]) + (", …" if rows.size > _SHOWN else "")
         others = (
             f"{rows.size:,} labels are affected (rows {shown})" if rows.size > 1 else "no other is affected"
         )
         problems.warn(
             f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, but records store float32, which rounds "
-            f"it to {_stored(numbers[first]):f}; {others}. To store "
+            f"it to {f'{stored:f}' if abs(stored) > 1 else f'{stored:.6g}'}; {others}. To store "
             f"them exactly, use --label-column {name}:class or {name}:string"
         )
 
 
 def _stored(number: float) -> Decimal:
-    return Decimal(float(np.float32(number)))
+    with np.errstate(under="ignore"):
+        return Decimal(float(np.float32(number)))

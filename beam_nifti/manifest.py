@@ -19,7 +19,7 @@ from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
 from beam_nifti.pseudonyms import Pseudonyms
 from beam_nifti.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.tables import Problems, read_table
-from beam_nifti.twins import find_twins, fold, refuse_names, refuse_twins, warn_of_names
+from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
 
 DEFAULT_SPLIT: Final = "train"
 WHOLE_SHARD: Final = -1
@@ -485,6 +485,11 @@ def _drawn_splits(
     is_skipped: npt.NDArray[np.bool_] | None,
     problems: Problems,
 ) -> pa.Array:
+    names = sorted(splitting.shares)
+    for twin, other in find_twins(pa.array(names, pa.string())):
+        problems.add(
+            f"--split names {names[other]!r} and {names[twin]!r}, which differ {LIKENESS}; rename one"
+        )
     participants, categories = ids, None
     if "participant_id" in table.column_names:
         participants = table["participant_id"].combine_chunks()

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
+from beam_nifti.cells import parse_integer, parse_number
 from beam_nifti.config import (
     COMPLEX_PARTS,
     COMPRESSION_LEVELS,
@@ -460,9 +461,9 @@ def _record_config(options: argparse.Namespace) -> RecordConfig:
         complex=options.complex,
         preprocess=options.preprocess,
         orientation=None if options.orientation == "native" else options.orientation,
-        spacing=_triple("--spacing", options.spacing, float),
+        spacing=_triple("--spacing", options.spacing, parse_number),
         crop_foreground=options.crop_foreground,
-        shape=_triple("--shape", options.shape, int),
+        shape=_triple("--shape", options.shape, parse_integer),
         mask_dtype=options.mask_dtype,
     )
 
@@ -477,7 +478,7 @@ def _triple(
     except ValueError:
         wanted = (
             "three whole numbers of voxels, x,y,z without channels, such as 160,192,160"
-            if number is int
+            if number is parse_integer
             else "three sizes in mm with commas, such as 1,1,1.5"
         )
         raise UsageError(f"{flag} is {text!r}; give {wanted}") from None
@@ -496,7 +497,7 @@ def _splitting(options: argparse.Namespace) -> Splitting | None:
         try:
             if not equals or name in shares:
                 raise ValueError
-            shares[name] = float(share)
+            shares[name] = parse_number(share)
         except ValueError:
             raise UsageError(
                 f"--split is {options.split!r}; give each split once, with its share, such as "

@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any, Final, TypeAlias
 
+from beam_nifti.cells import parse_integer, parse_number
 from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
 from beam_nifti.logs import FORMATS as LOG_FORMATS
@@ -81,10 +82,12 @@ def _refuse_empty(action: argparse.Action, values: Any) -> None:
 
 
 def refuse_swallowed(parser: argparse.ArgumentParser) -> None:
-    """Have a parser refuse empty values, and all but one value of an option that takes one."""
+    """Have a parser refuse empty values, all but one value of an option that takes one, and loose numbers."""
     parser.register("action", None, StoreOnce)
     parser.register("action", "store", StoreOnce)
     parser.register("action", "append", AppendFilled)
+    parser.register("type", int, parse_integer)
+    parser.register("type", float, parse_number)
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str = "") -> argparse.ArgumentParser:

@@ -85,7 +85,8 @@ class Dataset:
     - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+; "zooms": float64 of shape
       (3,), the voxel sizes.
     - every other column of the index, such as "site", "shape" or "max": str, int, float, None, or an array
-      where a cell has several numbers.
+      where a cell has several numbers. The manifest's own columns "id", "image" and "mask", where they are
+      further ones, are called "manifest_id", and so on.
     - every other feature of the records: of one that holds a tensor, `NAME_raw`, the tensor as NAME; of
       numbers a scalar, or an array where there are several; else bytes.
 
@@ -143,7 +144,7 @@ class Dataset:
                 raise TypeError
             number = operator.index(index)
         except TypeError:
-            return self._of(self._records, np.asarray(self._rows)[self._numbers(index)])
+            return self._of(self._records, np.asarray(self._rows, np.int64)[self._numbers(index)])
         if not -len(self) <= number < len(self):
             raise IndexError(f"there is no record {number}: the dataset has {len(self)}")
         return self._records.read(int(self._rows[number]))
@@ -208,7 +209,7 @@ class Dataset:
     @property
     def ids(self) -> list[str]:
         """The ids of the records, in their order."""
-        ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows)).to_pylist()
+        ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows, np.int64)).to_pylist()
         return ids
 
     def by_id(self, example_id: str) -> Element:
@@ -240,7 +241,7 @@ class Dataset:
         missing = set(columns or ()) - set(table.column_names)
         if missing:
             raise UsageError(f"{r.output}: the index has no column {min(missing)!r}")
-        return table.select(columns or table.column_names).take(np.asarray(self._rows))
+        return table.select(columns or table.column_names).take(np.asarray(self._rows, np.int64))
 
     @classmethod
     def of_info(
@@ -567,8 +568,9 @@ def _select(
     records = _open(output, info, parts, columns, {*condition.columns, "row"} if condition else ())
     rows = records.rows_of(parts)
     if condition:
-        rows = np.asarray(rows)
-        rows = rows[condition.select(records.table.take(rows))]
+        rows = np.asarray(rows, np.int64)
+        table = records.table.append_column("id", records.table["example_id"])
+        rows = rows[condition.select(table.take(rows))]
     return records, rows
 
 
@@ -658,12 +660,27 @@ def _read_indexes(
     output: str, info: DatasetInfo, shards: Sequence[ShardInfo], columns: Collection[str] | None = None
 ) -> pa.Table:
     """The indexes of some shards, as one table; of the columns those that there are."""
+    names = None if columns is None else sorted(_name_in_index(name, info) for name in columns)
 
     def read(shard: ShardInfo) -> pa.Table:
-        return read_shard_index(output, info, shard, columns)
+        return read_shard_index(output, info, shard, names)
 
     tables = _for_each(read, shards, together=storage.is_remote(output))
-    return pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()
+    table = pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()
+    return table.rename_columns(
+        [f"manifest_{name}" if _is_of_record(name, info) else name for name in table.column_names]
+    )
+
+
+def _name_in_index(name: str, info: DatasetInfo) -> str:
+    """Under which name an index has a column: it may have further ones named id and image."""
+    bare = name.removeprefix("manifest_")
+    return bare if bare != name and _is_of_record(bare, info) else name
+
+
+def _is_of_record(name: str, info: DatasetInfo) -> bool:
+    """Whether a column's name means something of a record, whatever the index has under it."""
+    return name == "id" or _has_tensor(name, info)
 
 
 def _for_each(look: Callable[[ShardInfo], T], shards: Sequence[ShardInfo], together: bool) -> list[T]:

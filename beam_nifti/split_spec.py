@@ -11,7 +11,7 @@ from beam_nifti.config import SPLIT_PATTERN
 from beam_nifti.errors import UsageError
 
 _PART: Final = re.compile(rf"(?P<name>{SPLIT_PATTERN.pattern})(?:\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
-_BOUND: Final = re.compile(r"-?\d+|-?\d+(?:\.\d+)?%")
+_BOUND: Final = re.compile(r"-?\d+|-?\d+(?:\.\d+)?%", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,9 @@ class SplitPart:
         return range(start, max(start, stop))
 
     def _position(self, bound: str, count: int) -> int:
-        found = round(Fraction(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
-        if abs(found) > count:
+        is_share, number = bound.endswith("%"), Fraction(bound.removesuffix("%"))
+        found = round(number * count / 100) if is_share else int(number)
+        if abs(number) > (100 if is_share else count):
             raise UsageError(f"split {str(self)!r} reaches beyond the {count} records of {self.name!r}")
         return found + count if bound.startswith("-") else found
 

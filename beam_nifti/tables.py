@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -57,9 +58,12 @@ def _repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-# Numbers stay as written: 7.0 and 1e3 keep their text.
+class _Number(str):
+    """A number of a JSON text, as it is written: 7.0 and 1e3 keep their text, and every digit."""
+
+
 _DECODER = json.JSONDecoder(
-    parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=_unique_keys
+    parse_float=_Number, parse_int=_Number, parse_constant=str, object_pairs_hook=_unique_keys
 )
 
 
@@ -108,7 +112,7 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
 
     White space and characters of no width are removed from the ends of cells and column names. Columns
     without a name are dropped where all their cells are empty, and so are such rows of a CSV or TSV. A cell
-    that is a list or an object becomes its JSON text; bytes that are no text become base64.
+    that is a list or an object becomes its JSON text; a column of bytes that are not all text becomes base64.
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
@@ -353,19 +357,17 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
         text = line.decode().removeprefix("\ufeff")
         try:
             cells = _DECODER.decode(text)
+            if not isinstance(cells, dict):
+                problems.add(f'row {number}: not an object, such as {{"path": "a.nii"}}')
+                continue
+            row = {name: _text(value) for name, value in cells.items()}
         except (ValueError, RecursionError) as e:
             problems.add(f"row {number}: not JSON: {e}")
             continue
-        if not isinstance(cells, dict):
-            problems.add(f'row {number}: not an object, such as {{"path": "a.nii"}}')
-            continue
-        nested = [name for name, value in cells.items() if isinstance(value, dict | list)]
-        for name in nested:
-            if name.strip(BLANKS) in plain:
+        for name, value in cells.items():
+            if isinstance(value, dict | list) and name.strip(BLANKS) in plain:
                 problems.add(f"row {number}: {name} is a list or an object; give it a text or a number")
-        if nested:  # with its numbers, which the decoder gives as text
-            cells |= {name: _json_text(json.loads(text)[name]) for name in nested}
-        rows.append({name: _text(value) for name, value in cells.items()})
+        rows.append(row)
         if len(rows) == _BATCH_ROWS:
             tables.append(_as_table(rows))
             rows.clear()
@@ -375,16 +377,24 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
 
 
 def _text(value: object) -> str:
-    return "" if value is None else value if isinstance(value, str) else dump_json(value)
+    return "" if value is None else value if isinstance(value, str) else _json_text(value)
 
 
 def _json_text(value: object) -> str:
-    """A list or an object as JSON; bytes as base64."""
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return dump_json(
-        value, ensure_ascii=False, default=lambda v: _json_text(v) if isinstance(v, bytes) else str(v)
-    )
+    """A value as JSON: numbers as written, those that are not finite by name in quotes, bytes as base64."""
+    match value:
+        case dict():
+            pairs = (f"{_json_text(str(key))}: {_json_text(item)}" for key, item in value.items())
+            return f"{{{', '.join(pairs)}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_json_text, value))}]"
+        case _Number():
+            return str(value)
+        case bytes():
+            value = base64.b64encode(value).decode()
+        case float() if not math.isfinite(value):
+            value = str(value).replace("inf", "Infinity").replace("nan", "NaN")
+    return dump_json(value, ensure_ascii=False, default=str)
 
 
 def _as_table(rows: list[dict[str, str]]) -> pa.Table:
@@ -401,7 +411,11 @@ def _read_parquet(path: str, handle: BinaryIO, plain: Collection[str], problems:
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
             if name.strip(BLANKS) in plain:
                 problems.add(f"column {name!r} is of the type {column.type}; give it texts or numbers")
-            texts = [None if v is None else _json_text(v) for v in column.to_pylist()]
+            values = column.to_pylist()
+            if any(isinstance(v, bytes) for v in values):
+                problems.warn(f"column {name!r} has bytes that are not UTF-8, so all its cells became base64")
+                values = [v if v is None else base64.b64encode(v).decode() for v in values]
+            texts = [None if v is None else _text(v) for v in values]
             columns.append(pa.chunked_array([pa.array(texts, pa.string())]))
     return _filled(columns, table.column_names)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import MISSING_TEXTS
+from beam_nifti.cells import MISSING_TEXTS
 from beam_nifti.tables import Problems
 
 LIKENESS: Final = "only in letter case, quotes, spaces, leading zeros or the Unicode form"

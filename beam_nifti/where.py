@@ -6,8 +6,10 @@ The text is Python's syntax for comparisons, parsed by Python and never run.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Final
 
 import numpy as np
@@ -15,31 +17,36 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import MISSING_TEXTS
+from beam_nifti.cells import is_missing, parse_number
 from beam_nifti.errors import UsageError
 
-"""Cells without a value; n/a is how BIDS writes it."""
-
 _COMPARISONS: Final[Mapping[type[ast.cmpop], Callable[..., Any]]] = {
-    ast.Eq: pc.equal,
-    ast.NotEq: pc.not_equal,
-    ast.Lt: pc.less,
-    ast.LtE: pc.less_equal,
-    ast.Gt: pc.greater,
-    ast.GtE: pc.greater_equal,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Operand:
-    """One side of a comparison: a column of the index, or a literal where the name is ""."""
+    """One side of a comparison: a column of the index, or a literal where the name is "".
 
-    values: Any
+    Attributes:
+        cells: the different cells of the column, None for one without a value; or the literal. Numbers that
+            are written are exact: int or Decimal.
+        numbers: of the cell of each row; None of a literal.
+        is_number: whether the cells are numbers.
+        is_rounded: whether they are float64, to which cells of the manifest were rounded.
+    """
+
+    cells: Sequence[Any]
     name: str = ""
-
-    @property
-    def is_number(self) -> bool:
-        return not pa.types.is_string(self.values.type)
+    numbers: npt.NDArray[np.int64] | None = None
+    is_number: bool = True
+    is_rounded: bool = False
 
 
 class Condition:
@@ -47,7 +54,8 @@ class Condition:
 
     It is made of columns of the index, numbers, strings, `==`, `!=`, `<`, `<=`, `>`, `>=`, `in` and `not in`
     a list, `and`, `or`, `not` and parentheses. A column whose name is no Python name is written
-    `column('scan age')`. Where a column of strings is compared with numbers, its cells are read as numbers.
+    `column('scan age')`. Where a column of strings is compared with numbers, its cells are read as numbers,
+    exactly.
     A comparison with a cell that has no value (null, empty, `n/a` or NaN) is neither true nor false, and
     selects no record, with `not` neither. A comparison with such a text itself, as in `site == ''`, compares
     cells as they are written.
@@ -78,8 +86,8 @@ class Condition:
                 `example_id`.
 
         Raises:
-            UsageError: the condition is no such one, there is no such column, or a cell that is to be a
-                number is none.
+            UsageError: the condition is no such one, there is no such column, a cell that is to be a number
+                is none, or a column of float64 cannot hold the integer that it is compared with.
         """
         truth = pc.fill_null(_Evaluation(self._text, table).condition(self._tree), False)
         return np.asarray(truth, np.bool_)
@@ -110,35 +118,23 @@ def _columns_below(node: ast.AST) -> Iterator[str]:
         yield from _columns_below(child)
 
 
-def _is_number(cell: Any) -> bool:
+def _exact(text: str) -> int | Decimal | None:
+    """The number that a cell is, whatever its length; None where it is none."""
+    bare = text.strip()
     try:
-        cell.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return False
-    return True
+        parse_number(bare)
+        return int(bare) if bare.isdecimal() else Decimal(bare)  # the former is fast
+    except ValueError:
+        return None
 
 
 def _is_missing_text(node: ast.expr) -> bool:
     """Whether a literal is what stands in a cell without a value: who asks for it wants such cells."""
-    return (
-        isinstance(node, ast.Constant) and isinstance(node.value, str) and _bare(node.value) in MISSING_TEXTS
-    )
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and is_missing(node.value)
 
 
-def _bare(text: str) -> str:
-    return text.strip().lower()
-
-
-def _without_missing(values: Any) -> Any:
-    """The cells of a column, null where they have no value."""
-    if pa.types.is_floating(values.type):
-        return pc.if_else(pc.is_nan(values), pa.scalar(None, values.type), values)
-    if pa.types.is_string(values.type):
-        bare = pc.ascii_lower(pc.utf8_trim_whitespace(values))
-        return pc.if_else(
-            pc.is_in(bare, value_set=pa.array(MISSING_TEXTS)), pa.scalar(None, pa.string()), values
-        )
-    return values
+def _has_no_value(cell: Any) -> bool:
+    return cell is None or (is_missing(cell) if isinstance(cell, str) else cell != cell)
 
 
 class _Evaluation:
@@ -176,7 +172,8 @@ class _Evaluation:
             raise self._refusal(left)
         if one.is_number != other.is_number:
             one, other = self._as_number(one, other), self._as_number(other, one)
-        return _COMPARISONS[type(op)](one.values, other.values)
+        one, other = self._alike(one, other), self._alike(other, one)
+        return _each(_COMPARISONS[type(op)], one, other)
 
     def _membership(self, left: ast.expr, right: ast.expr, is_negated: bool) -> Any:
         if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
@@ -187,27 +184,43 @@ class _Evaluation:
             raise self._refusal(right)
         if column.is_number != members[0].is_number:
             column = self._as_number(column, members[0])
-        kind = pa.float64() if column.is_number else pa.string()
-        among = pa.array([m.values.as_py() for m in members], kind)
-        found = pc.is_in(column.values.cast(kind), value_set=among)
-        # Of a cell without a value it is not known.
-        known = pc.if_else(pc.is_valid(column.values), found, pa.scalar(None, pa.bool_()))
-        return pc.invert(known) if is_negated else known
+        among = {self._alike(member, column).cells[0] for member in members}
+        return _each(lambda cell, _: (cell in among) != is_negated, column, members[0])
 
     def _operand(self, node: ast.expr, as_written: bool = False) -> _Operand:
         """One side; a column's cells without a value are null unless they are wanted as written."""
         name = _column_of(node)
         if name is not None:
             values = self._column(name)
-            return _Operand(values if as_written else _without_missing(values), name)
+            encoded = values.combine_chunks().dictionary_encode("encode")
+            cells = encoded.dictionary.to_pylist()
+            if not as_written:
+                cells = [None if _has_no_value(cell) else cell for cell in cells]
+            return _Operand(
+                cells,
+                name,
+                encoded.indices.to_numpy(),
+                not pa.types.is_string(values.type),
+                pa.types.is_floating(values.type),
+            )
         match node:
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-                return _Operand(pa.scalar(-float(number)))
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float()) as literal):
+                number = self._number(literal)
+                return _Operand([number.copy_negate() if isinstance(number, Decimal) else -number])
             case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-                return _Operand(pa.scalar(float(number)))
+                return _Operand([self._number(node)])
             case ast.Constant(value=str() as string):
-                return _Operand(pa.scalar(string))
+                return _Operand([string], is_number=False)
         raise self._refusal(node)
+
+    def _number(self, literal: ast.Constant) -> Any:
+        """What a literal is, as it is written: Python rounds it."""
+        if isinstance(literal.value, int):
+            return literal.value
+        number = _exact((ast.get_source_segment(self._text.strip(), literal) or "").replace("_", ""))
+        if number is None:  # of an exponent that no cell may have
+            raise self._refusal(literal)
+        return number
 
     def _column(self, name: str) -> Any:
         if name not in self._table.column_names:
@@ -227,21 +240,49 @@ class _Evaluation:
             raise UsageError(
                 f"where is {self._text!r}, but {other.name} is a number; compare it with one, without quotes"
             )
-        cells = pc.utf8_trim_whitespace(operand.values)
-        try:
-            return _Operand(pc.cast(cells, pa.float64()), operand.name)
-        except pa.ArrowInvalid as e:
-            raise self._no_number(operand.name, cells) from e
+        cells = [None if cell is None else _exact(cell) for cell in operand.cells]
+        for number, (text, cell) in enumerate(zip(operand.cells, cells, strict=True)):
+            if text is not None and cell is None:
+                raise self._no_number(operand, number)
+        return replace(operand, cells=cells, is_number=True)
 
-    def _no_number(self, name: str, cells: Any) -> UsageError:
-        at = next(i for i, cell in enumerate(cells) if not _is_number(cell))
+    def _alike(self, operand: _Operand, other: _Operand) -> _Operand:
+        """Numbers as float64, as labels were rounded to it, where the other side is a column of float64."""
+        if not other.is_rounded or operand.is_rounded:
+            return operand
+        cells = [None if cell is None else float(Decimal(cell)) for cell in operand.cells]
+        literal, rounded = (None, None) if operand.name else (operand.cells[0], cells[0])
+        if isinstance(literal, int) and rounded != literal and rounded in other.cells:
+            raise UsageError(
+                f"where is {self._text!r}, but {other.name} is rounded to float64 in the index, which has "
+                f"{Decimal(rounded or 0):f} in the place of {literal}; labels of the kind string are exact"
+            )
+        return replace(operand, cells=cells)
+
+    def _no_number(self, operand: _Operand, number: int) -> UsageError:
+        assert operand.numbers is not None
+        at = int(np.flatnonzero(operand.numbers == number)[0])
         row, example_id = self._table["row"][at].as_py(), self._table["example_id"][at].as_py()
         return UsageError(
-            f"where is {self._text!r}, but {name} is {cells[at].as_py()!r} in row {row} of the manifest "
-            f"({example_id}), which is no number; compare it with strings, in quotes"
+            f"where is {self._text!r}, but {operand.name} is {operand.cells[number]!r} in row {row} of the "
+            f"manifest ({example_id}), which is no number; compare it with strings, in quotes"
         )
 
     def _refusal(self, node: ast.expr) -> UsageError:
         return UsageError(
             f"where is {self._text!r}, but {ast.unparse(node)!r} is not supported; {_EXPLANATION}"
         )
+
+
+def _each(compare: Callable[[Any, Any], bool], one: _Operand, other: _Operand) -> Any:
+    """What a comparison says of each row: true, false, or null where a cell has no value."""
+    if one.numbers is None or other.numbers is None:  # one is a literal
+        truth = [_truth(compare, a, b) for a in one.cells for b in other.cells]
+        numbers = other.numbers if one.numbers is None else one.numbers
+        return pa.array(truth, pa.bool_()).take(pa.array(numbers))
+    pairs = zip(one.numbers, other.numbers, strict=True)
+    return pa.array([_truth(compare, one.cells[i], other.cells[j]) for i, j in pairs], pa.bool_())
+
+
+def _truth(compare: Callable[[Any, Any], bool], a: Any, b: Any) -> bool | None:
+    return None if a is None or b is None else compare(a, b)

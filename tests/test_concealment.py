@@ -16,7 +16,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli
+from beam_nifti import cli, storage
 from beam_nifti.concealment import conceal, concealing, describe
 from beam_nifti.errors import VolumeError
 from tests.images import brain, row_of, write_image, write_manifest
@@ -105,6 +105,20 @@ def test_errors_keep_their_kind_and_lose_their_names(error: Exception, kind: typ
     with pytest.raises(type(error)) as same, concealing(row_of(f"{MARK}1.nii"), "/d"):
         raise error
     assert same.value is error
+
+
+def test_what_has_to_be_installed_for_a_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(_: object) -> None:
+        raise ImportError("No module named 'boto3'")
+
+    monkeypatch.setitem(storage._STORES, "s3", make)
+    monkeypatch.setattr(storage, "_stores", {})
+    row = row_of(f"s3://{MARK}/{MARK}1.nii", pseudonyms=("0123abcd",))
+    with pytest.raises(OSError, match="in row 1 of the manifest") as raised, concealing(row, "/d"):
+        storage.stat(row.path)
+    assert str(raised.value).startswith(
+        "0123abcd: nothing here serves s3:// (No module named 'boto3'); install beam-nifti[aws]"
+    )
 
 
 # What commands tell

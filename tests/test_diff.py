@@ -90,6 +90,15 @@ def test_an_image_of_other_statistics_is_other_voxels(datasets: tuple[Path, Path
     assert compare_datasets(str(datasets[0]), str(copy)).changed == {"voxels": ("sub-0001",)}
 
 
+def test_a_long_name_of_a_column_stands_apart_from_its_count(
+    datasets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(datasets[0], tmp_path / "copy"))
+    edit_index(copy, lambda table: table.append_column("years_of_education", [["9"] * len(table)]))
+    assert cli.main(["diff", str(datasets[0]), str(copy)]) == 1
+    assert "years_of_education  3: sub-0000, sub-0001, sub-0002" in capsys.readouterr().out
+
+
 def test_what_is_no_dataset(datasets: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no complete dataset here"):
         compare_datasets(str(datasets[0]), str(tmp_path))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from beam_nifti.config import Columns
 from beam_nifti.failures import Failure, accepting_fraction, format_groups, group_failures, write_failures
 from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
+from tests.images import write_manifest
 
 MANIFEST = """scan,file,age,participant_id,session_id,split,site,message
 x1,a.nii,31,s1,01,train,Zürich,ok
@@ -60,6 +61,41 @@ def test_a_failure_of_a_retry_tells_the_last_reason(tmp_path: Path) -> None:
     lines = write(tmp_path / "g.jsonl", retry, failures_of(retry, "Rescale")[:1])
     assert [(li["row"], li["stage"], li["error"]) for li in lines] == [(3, "Rescale", "VolumeError")]
     assert lines[0]["message"] == 's3://b/c.nii: "broken"\n'
+
+
+NAMES = ["row", "stage", "frames", "note", "session_id"]
+NAMES += [f"manifest_{name}" for name in NAMES] + ["manifest_manifest_row"]
+
+
+@given(
+    names=st.lists(st.sampled_from(NAMES), unique=True),
+    roles=st.permutations(NAMES),
+    num_labels=st.integers(0, 3),
+)
+def test_no_cell_is_lost_however_often_failures_are_retried(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], roles: list[str], num_labels: int
+) -> None:
+    folder = tmp_path_factory.mktemp("retries")
+    labels = [name for name in roles if name in names][:num_labels]
+    columns = Columns(label=",".join(f"{name}:string" for name in labels) or None)
+    own = {name: f"{name} of two" for name in names}
+    rows = [{"path": f"{i}.nii"} | {name: f"{cell} {i}" for name, cell in own.items()} for i in range(3)]
+    manifest = read_manifest(str(write_manifest(folder / "0.tsv", rows)), columns)
+    for number in range(1, 4):
+        failed = [f for f in failures_of(manifest) if f.row.path.endswith("2.nii")]
+        (line,) = write(folder / f"{number}.jsonl", manifest, failed)
+        assert {f"{cell} 2" for cell in own.values()} <= set(line.values())
+        assert {name: line[name] for name in labels} == {name: f"{own[name]} 2" for name in labels}
+        manifest = read_manifest(str(folder / f"{number}.jsonl"), columns)
+
+
+def test_a_retry_of_a_retry_knows_the_row_of_the_first_manifest(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(MANIFEST)
+    manifest = read_manifest(str(tmp_path / "m.csv"), Columns("file"))
+    for name in ("f", "g", "h"):
+        (*_, line) = write(tmp_path / f"{name}.jsonl", manifest, failures_of(manifest)[:1])
+        manifest = read_manifest(str(tmp_path / f"{name}.jsonl"), Columns("file"))
+    assert (line["row"], line["manifest_row"], line["manifest_manifest_row"]) == (1, "1", "3")
 
 
 def test_the_path_stays_whole_where_it_is_the_id(tmp_path: Path) -> None:

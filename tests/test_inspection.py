@@ -15,7 +15,7 @@ from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
 from beam_nifti.wording import one_line
-from tests.datasets import build_dataset, info_of
+from tests.datasets import build_dataset, edit_index, info_of, records_of
 from tests.images import AFFINE, brain, write_cohort, write_image, write_manifest
 
 COUNT = 5
@@ -165,6 +165,16 @@ def test_record_as_text(dataset: Path) -> None:
     assert value_of(text, "source_sizes") == str(size)
 
 
+def test_further_columns_named_like_the_place_are_shown_too(dataset: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    first = next(records_of(dataset))[0]["example_id"]
+    before = describe_record(str(dataset), first)
+    for name, cell in (("shard", "A1"), ("ordinal", "7th")):
+        edit_index(copy, lambda t, name=name, cell=cell: t.append_column(name, [[cell] * len(t)]))
+    further = {"manifest_shard": "A1", "manifest_ordinal": "7th"}
+    assert describe_record(str(copy), first) == {**before, **further}
+
+
 def test_unknown_record_names_a_close_one(dataset: Path) -> None:
     with pytest.raises(DatasetError, match=r"no record 'sub-004'; did you mean 'sub-00\d4'\?"):
         describe_record(str(dataset), "sub-004")
@@ -200,7 +210,7 @@ def test_index_that_cannot_be_read(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"parquet: cannot be read.*run beam-nifti verify"):
         describe_dataset(str(output))
     index.unlink()
-    with pytest.raises(DatasetError, match=r"parquet: cannot be read.*run beam-nifti verify"):
+    with pytest.raises(DatasetError, match=r"parquet: is missing; copy it again"):
         describe_record(str(output), "sub-0000")
 
 

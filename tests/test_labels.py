@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -255,9 +256,47 @@ def test_labels_that_float32_changes_are_reported(texts: list[str]) -> None:
     assert "--label-column x:class or x:string" in warning
 
 
-@pytest.mark.parametrize("text", ["63,5", "50%", "1.234,5", "1,000", "12 %"])
+KNOWN = {
+    "1e-50": True,
+    "1e-400": True,
+    "-2e-9999999": True,
+    "1e-40": True,
+    "0": False,
+    "-0.0": False,
+    "7": False,
+}
+
+
+def drops_digits(text: str) -> bool:
+    with np.errstate(under="ignore"):
+        return abs(Fraction(float(np.float32(text))) - Fraction(text)) > abs(Fraction(text)) / 2**24
+
+
+@given(st.lists(st.floats(-1e-30, 1e-30).map(repr) | st.sampled_from(sorted(KNOWN)), min_size=1, max_size=6))
+def test_labels_whose_digits_float32_drops_are_reported(texts: list[str]) -> None:
+    problems = Problems("m")
+    with np.errstate(all="raise"):
+        read_labels(pa.chunked_array([texts]), LabelColumn("x"), None, problems)
+    changed = [i for i, text in enumerate(texts) if (KNOWN[text] if text in KNOWN else drops_digits(text))]
+    assert len(problems.warnings) == bool(changed)
+    for warning in problems.warnings:
+        told = re.match(
+            r"x is (\S+) in row (\d+), but records store float32, which rounds it to (\S+);", warning
+        )
+        assert told
+        assert (told[1], int(told[2])) == (texts[changed[0]], changed[0] + 1)
+        with np.errstate(under="ignore"):
+            assert float(told[3]) == pytest.approx(float(np.float32(told[1])), rel=1e-5, abs=0)
+
+
+FOREIGN = ["\u22121.5", "\u20134", "1\xa0234\xa0567", "12\u202f000,5", "1_000", "\uff11\uff12", "\u0663"]
+
+
+@pytest.mark.parametrize(
+    "text", ["63,5", "50%", "1.234,5", "1,000", "12 %", "- 3", "1 234", "1'000", *FOREIGN]
+)
 def test_numbers_of_spreadsheets_are_no_classes(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ManifestError, match="not a finite number"):
+    with pytest.raises(ManifestError, match=r"not a finite number .*make classes of all .*age:class"):
         manifest_of(tmp_path, Columns(label="age"), age=[text] * len(AGES))
     assert manifest_of(tmp_path, Columns(label="age:class"), age=[text] * len(AGES))
 

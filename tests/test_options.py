@@ -383,3 +383,23 @@ def test_no_argument_is_empty(value: str) -> None:
 def test_what_is_refused_names_the_remedy(argv: list[str], says: str) -> None:
     with pytest.raises(UsageError, match=re.escape(says)):
         options.parse(argv)
+
+
+NUMBERS = [
+    "--workers={}",
+    "--max-bad-fraction={}",
+    "--shuffle-seed={}",
+    "--shape={},9,10",
+    "--spacing=1,{},1",
+    "--rescale=window:{},1e99",
+    "--rescale-within=above:{}",
+    "--split=train={},test=.1",
+]
+
+
+@pytest.mark.parametrize("number", ["1_0", "\uff11\uff10", "1e1_0", "0x10", "1 0", "\u22121", "nan", "1d2"])
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_numbers_are_those_that_every_program_reads_alike(flag: str, number: str) -> None:
+    argument = flag.format(number)
+    with pytest.raises(UsageError, match=re.escape(number)):
+        build_config(options.parse(["build", "m.tsv", "out", argument])[0])

@@ -40,14 +40,26 @@ def test_two_shares_make_the_whole(count: int, percent: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "+", "train+", "train[", "train[1]", "train[:x]", "train[::2]", "train[:80 %]", "a b"]
+    "spec",
+    [
+        "",
+        "+",
+        "train+",
+        "train[",
+        "train[1]",
+        "train[:x]",
+        "train[::2]",
+        "train[:80 %]",
+        "a b",
+        "train[:\uff11]",
+    ],
 )
 def test_what_is_no_split_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match=r"split is .*; write the name of a split"):
         parse_split(spec)
 
 
-@pytest.mark.parametrize("spec", ["train[:11]", "train[-11:]", "train[:110%]"])
+@pytest.mark.parametrize("spec", ["train[:11]", "train[-11:]", "train[:101%]", "train[-100.5%:]"])
 def test_slices_beyond_the_split_are_refused(spec: str) -> None:
     with pytest.raises(UsageError, match=r"reaches beyond the 10 records of 'train'"):
         positions(spec)

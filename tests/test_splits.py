@@ -141,7 +141,7 @@ def test_another_seed_is_another_draw_and_the_order_of_shares_is_none() -> None:
         (["--split", "train=0.8,test=0.1999"], "must sum to 1"),
         (["--split", "train=1.5,test=-0.5"], "test a share of -0.5; it must be above 0"),
         (["--split", "train=1,test=0"], "test a share of 0.0"),
-        (["--split", "train=nan,test=0.5"], "train a share of nan"),
+        (["--split", "train=nan,test=0.5"], "with its share, such as"),
         (["--split", "train=inf"], "sum to inf"),
         (["--split", "train=0.8,train=0.2"], "give each split once"),
         (["--split", "train=most,test=0.2"], "with its share, such as"),
@@ -228,6 +228,11 @@ def test_draws_that_cannot_be_made(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, "participant_id", ["sub-1"], Splitting({"a": 0.5, "b": 0.5}))
     assert "no participant falls into split" in problem
     assert "another --split-seed" in problem
+    for one, other in (("Train", "train"), ("fold1", "fold01")):
+        found = problems(tmp_path, "participant_id", ["sub-1"], Splitting({one: 0.5, other: 0.5}))
+        assert found[0].startswith(
+            f"--split names {min(one, other)!r} and {max(one, other)!r}, which differ only"
+        )
 
 
 # Whole builds

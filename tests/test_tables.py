@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import io
+import math
 import re
 import sys
 from datetime import date
@@ -11,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -245,6 +248,7 @@ def test_parquet_columns_are_the_texts_of_their_values(tmp_path: Path) -> None:
         "dose": pa.array([Decimal("1.10"), None]),
         "flag": pa.array([True, False]),
         "old": pa.array([b"text", None]),
+        "half": pa.array(np.array([1.5, 2], np.float16)),
         "nothing": pa.nulls(2),
         "tags": pa.array([["é", None], None]),
         "scan": pa.array([{"te": 3.5, "raw": b"\xff"}, None]),
@@ -254,21 +258,66 @@ def test_parquet_columns_are_the_texts_of_their_values(tmp_path: Path) -> None:
     first, second = read_table(str(tmp_path / "m.parquet")).to_pylist()
     assert first == {
         "path": "a", "site": "x", "id": "7", "label": "0.1", "day": "2020-01-02", "dose": "1.10",
-        "flag": "true", "old": "text", "nothing": "", "tags": '["é", null]',
+        "flag": "true", "old": "text", "half": "1.5", "nothing": "", "tags": '["é", null]',
         "scan": '{"te": 3.5, "raw": "/w=="}', "picture": "/9g=",
     }  # fmt: skip
-    assert {name for name, cell in second.items() if cell} == {"site", "label", "flag"}
+    assert {name for name, cell in second.items() if cell} == {"site", "label", "flag", "half"}
+
+
+def test_one_cell_that_is_no_text_makes_base64_of_its_column_and_a_warning(tmp_path: Path) -> None:
+    table = pa.table({"path": ["a", "b"], "note": pa.array([b"left", b"\xff"])})
+    pq.write_table(table, tmp_path / "m.parquet")
+    problems = Problems("m.parquet")
+    notes = read_table(str(tmp_path / "m.parquet"), problems=problems)["note"].to_pylist()
+    assert [base64.b64decode(note) for note in notes] == [b"left", b"\xff"]
+    assert problems.warnings == ["column 'note' has bytes that are not UTF-8, so all its cells became base64"]
+
+
+NUMBER = st.floats(allow_nan=False).map(repr) | st.integers().map(str)
+NUMBER |= st.sampled_from(["1e400", "1.50", "-0.0", "123456789012345678.5", "0.1000000000000000055"])
+NUMBER = NUMBER.map(lambda text: text.replace("inf", "1e999"))
+
+
+@given(
+    values=st.recursive(
+        NUMBER, lambda v: st.lists(v) | st.dictionaries(st.sampled_from("ab"), v), max_leaves=5
+    )
+)
+def test_numbers_in_lists_and_objects_of_json_keep_their_text(
+    tmp_path_factory: pytest.TempPathFactory, values: Any
+) -> None:
+    def write(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f'"{key}": {write(item)}' for key, item in value.items()) + "}"
+        return "[" + ", ".join(map(write, value)) + "]" if isinstance(value, list) else str(value)
+
+    text = write([values])
+    found = read_bytes(tmp_path_factory.getbasetemp(), f'{{"path": "a", "x": {text}}}', "numbers.jsonl")
+    assert found == [{"path": "a", "x": text}]
+
+
+def test_numbers_that_are_not_finite_are_kept_by_name(tmp_path: Path) -> None:
+    expected = '{"a": ["NaN", "Infinity", "-Infinity"]}'
+    read = read_bytes(tmp_path, '{"x": {"a": [NaN, Infinity, -Infinity]}}', "m.jsonl")
+    assert read == [{"x": expected}]
+    pq.write_table(pa.table({"x": [{"a": [math.nan, math.inf, -math.inf]}]}), tmp_path / "m.parquet")
+    assert read_table(str(tmp_path / "m.parquet"))["x"].to_pylist() == [expected]
+
+
+def test_json_that_is_nested_too_deeply_is_an_error(tmp_path: Path) -> None:
+    deep = '{"x": ' + "[" * 5000 + "]" * 5000 + "}"
+    assert problems_of(tmp_path, deep, "m.jsonl")[0].startswith("row 1: not JSON: ")
 
 
 def test_lists_and_objects_that_nobody_asked_for_are_kept_as_json(tmp_path: Path) -> None:
     text = '{"path": "a.nii", "tags": ["é", 1.50], "scan": {"te": 3}}\n{"path": "b.nii", "scan": 7.0}\n'
     assert read_bytes(tmp_path, text, "m.jsonl") == [
-        {"path": "a.nii", "tags": '["é", 1.5]', "scan": '{"te": 3}'},
+        {"path": "a.nii", "tags": '["é", 1.50]', "scan": '{"te": 3}'},
         {"path": "b.nii", "tags": "", "scan": "7.0"},
     ]
     manifest = read_manifest(str(tmp_path / "m.jsonl"))
     assert manifest.extra_columns == ("tags", "scan")
-    assert manifest.rows([0])[0].extras == ('["é", 1.5]', '{"te": 3}')
+    assert manifest.rows([0])[0].extras == ('["é", 1.50]', '{"te": 3}')
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""What a text means, be it a cell of a table or the value of an option: a number, or nothing.
+
+A number is what every program reads alike. Python would also take 1_0, and digits of other scripts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+MISSING_TEXTS: Final = ("", "n/a", "nan", "-nan", "+nan")
+"""What stands in a table's cell without a value, whatever its case and the white space around it: also what
+Python's `float` takes for NaN. n/a is how BIDS writes it."""
+
+_INTEGER: Final = re.compile(r"[+-]?\d+", re.ASCII)
+_NUMBER: Final = re.compile(
+    r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d{1,9})?|inf(?:inity)?)", re.ASCII | re.IGNORECASE
+)
+
+
+def is_missing(text: str) -> bool:
+    """Whether a cell has no value."""
+    return text.strip().lower() in MISSING_TEXTS
+
+
+def parse_number(text: str) -> float:
+    """The number that a text is, or infinity; `Decimal` takes it, too.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not _NUMBER.fullmatch(text.strip()):
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
+
+
+def parse_integer(text: str) -> int:
+    """The integer that a text is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not _INTEGER.fullmatch(text.strip()):
+        raise ValueError(f"{text!r} is not an integer")
+    return int(text)
