@@ -160,10 +160,11 @@ def plan_check(config: BuildConfig) -> CheckPlan:
     """
     config, manifest = _read_manifest(config)
     num_rows, num_skipped = len(manifest) - manifest.num_skipped, manifest.num_skipped
+    num_unlabelled = manifest.num_unlabelled
     try:
         inputs = _Inputs(config, manifest, *_first_volume(config, manifest))
     except ManifestError as e:
-        return CheckPlan(config, num_rows, num_skipped, None, str(e))
+        return CheckPlan(config, num_rows, num_skipped, None, str(e), num_unlabelled)
     sharding, frames, record = inputs.choose_sharding(), inputs.num_frames or 1, config.record
     sizes = manifest.split_sizes()
     expected = Expected(
@@ -171,9 +172,9 @@ def plan_check(config: BuildConfig) -> CheckPlan:
         dtype=required_dtype(record, inputs.header.dtype_name),
         num_frames=inputs.num_frames,
         num_shards=sum(len(shard_ranges(size, sharding, frames)) for size in sizes.values()),
-        splits={split: frames * size for split, size in sizes.items()},
+        splits=tuple(sizes),
     )
-    return CheckPlan(config, num_rows, num_skipped, expected)
+    return CheckPlan(config, num_rows, num_skipped, expected, num_unlabelled=num_unlabelled)
 
 
 def _read_inputs(config: BuildConfig) -> _Inputs:
@@ -275,6 +276,7 @@ def _decide(inputs: _Inputs) -> _Decision:
         key_check=manifest.key_check,
         manifest_name=manifest.name,
         num_skipped=manifest.num_skipped,
+        num_unlabelled=manifest.num_unlabelled,
         num_frames=inputs.num_frames,
     )
     if published and not config.overwrite:

@@ -28,7 +28,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.example import decode_doubles, decode_example, decode_tensor, scaling_of
-from beam_nifti.index import read_index
+from beam_nifti.index import extra_column, read_index
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.quantize import UINT8_LEVELS
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels
@@ -513,8 +513,12 @@ def _select(
     records = _open(output, info, parts, columns, {*condition.columns, "row"} if condition else ())
     rows = records.rows_of(parts)
     if condition:
-        rows = np.asarray(rows)
-        rows = rows[condition.select(records.table.take(rows))]
+        rows, table = np.asarray(rows), records.table
+        if not condition.columns <= set(table.column_names):  # the message has those that there are
+            table = _read_indexes(output, records.shards)
+        first = next(iter(info.labels), None)  # of which `label` is the number
+        texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
+        rows = rows[condition.select(table.take(rows), texts)]
     return records, rows
 
 

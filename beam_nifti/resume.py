@@ -26,6 +26,7 @@ from beam_nifti.parts import (
 )
 from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.sharding import ShardName
+from beam_nifti.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +119,8 @@ class Work:
 
     def __str__(self) -> str:
         """Such as 1,200 finished examples (293.1 MB)."""
-        plural = "" if self.num_records == 1 else "s"
         size = f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else f"{self.num_bytes:,} bytes"
-        return f"{self.num_records:,} finished example{plural} ({size})"
+        return f"{counted(self.num_records, 'finished example')} ({size})"
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,7 @@ def test_what_verify_finds(reference: Path, tmp_path: Path) -> None:
     other = write_runs(tmp_path / "c", count=5)
     problems = verify_dataset(str(reference), manifest=str(other)).problems
     assert len(problems) == 1
-    assert f"{FRAMES} rows of the manifest are neither in the shards" in problems[0]
+    assert f"{FRAMES} manifest rows are neither in the shards" in problems[0]
     assert "sub-4_frame-0000" in problems[0]
 
 
