@@ -390,6 +390,10 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
     output = plan.config.output
     if skipped := counters.get("volumes-skipped", 0):
         _print_line(f"kept     {counted(skipped, 'example')} of an earlier run")
+    if plan.config.recheck and (num_compared := counters.get("examples-compared", 0)):
+        num = counters.get("examples-differing", 0)
+        found = f"{num:,} {'differs' if num == 1 else 'differ'}, rebuilt" if num else "none differs"
+        _print_line(f"compared {counted(num_compared, 'example')} with their images: {found}")
     _print_line(
         f"{'dataset' if summary.complete else 'so far '}  {counted(summary.num_written, 'example')}, "
         f"{counted(summary.num_shards, 'shard')}, {summary.num_bytes / 1e6:.1f} MB: {output}"

@@ -137,9 +137,9 @@ class UnfinishedBuild:
     note: BuildNote
     published: frozenset[str]
 
-    def indexes(self) -> Iterator[str]:
-        """Paths of the indexes of its parts and shards."""
-        return (part.index for _, part in self._parts())
+    def indexes(self) -> Iterator[tuple[str, str]]:
+        """Split and path of each index of its parts and shards."""
+        return ((split, part.index) for split, part in self._parts())
 
     def work(self) -> Work:
         """All of its finished records."""
