@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from beam_nifti import lock, logs, storage
 from beam_nifti.build_note import BuildNote, require_current
 from beam_nifti.concealment import concealing
-from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
 from beam_nifti.differences import find_differences, image_folder
 from beam_nifti.errors import (
@@ -148,7 +148,7 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
         OSError: a folder cannot be written now, but that may pass.
     """
     inputs = _read_inputs(config)
-    decision = _decide(inputs)
+    decision = _decide(inputs, is_dry=True)
     return decision.plan, _estimate(inputs, decision)
 
 
@@ -164,10 +164,11 @@ def plan_check(config: BuildConfig) -> CheckPlan:
     """
     config, manifest = _read_manifest(config)
     num_rows, num_skipped = len(manifest) - manifest.num_skipped, manifest.num_skipped
+    num_unlabelled = manifest.num_unlabelled
     try:
         inputs = _Inputs(config, manifest, *_first_volume(config, manifest))
     except ManifestError as e:
-        return CheckPlan(config, num_rows, num_skipped, None, str(e))
+        return CheckPlan(config, num_rows, num_skipped, None, str(e), num_unlabelled)
     sharding, frames, record = inputs.choose_sharding(), inputs.num_frames or 1, config.record
     sizes = manifest.split_sizes()
     expected = Expected(
@@ -175,9 +176,9 @@ def plan_check(config: BuildConfig) -> CheckPlan:
         dtype=required_dtype(record, inputs.header.dtype_name),
         num_frames=inputs.num_frames,
         num_shards=sum(len(shard_ranges(size, sharding, frames)) for size in sizes.values()),
-        splits={split: frames * size for split, size in sizes.items()},
+        splits=tuple(sizes),
     )
-    return CheckPlan(config, num_rows, num_skipped, expected)
+    return CheckPlan(config, num_rows, num_skipped, expected, num_unlabelled=num_unlabelled)
 
 
 def _read_inputs(config: BuildConfig) -> _Inputs:
@@ -248,7 +249,7 @@ class _Decision:
         )
 
 
-def _decide(inputs: _Inputs) -> _Decision:
+def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
     config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
     published = _published(config)
     itemsize, num_voxels, frames = inputs.itemsize, math.prod(inputs.shape), inputs.num_frames or 1
@@ -281,16 +282,18 @@ def _decide(inputs: _Inputs) -> _Decision:
         key_check=manifest.key_check,
         manifest_name=manifest.name,
         num_skipped=manifest.num_skipped,
+        num_unlabelled=manifest.num_unlabelled,
         num_frames=inputs.num_frames,
     )
     if published and not config.overwrite:
-        _refuse_other(published, plan, manifest)
+        _refuse_other(published, dead, plan, manifest)
         if published.format_version == 1:
             logs.LOGGER.warning(_VERSION_1, config.output)
     now = plan.describe()
     if dead and inputs.config.sharding is None:  # nobody has asked for the shards that are planned
         now = replace(now, config={**now.config, "sharding": dead.info.config["sharding"]})
-    continued = dead if dead and _is_continued(dead, plan, now, manifest, published) else None
+    is_continued = dead and _is_continued(dead, plan, now, manifest, published, is_dry=is_dry)
+    continued = dead if is_continued else None
     has_ended = published is not None and continued is not None and continued.is_of(published)
     # A build that was killed once it had published has only to be cleaned up after.
     reuse_published = published is not None and (
@@ -376,8 +379,8 @@ def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
     """An output without a note must not hold files that this build would replace."""
     if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
         raise OutputError(
-            f"{config.output}: holds a folder {BUILD_FOLDER} that is not from an unfinished build; move or "
-            "remove it, choose another OUTPUT, or use --overwrite to delete it"
+            f"{config.output}: holds a folder {BUILD_FOLDER} that is not from an unfinished build; choose "
+            "another OUTPUT, or use --overwrite to discard what builds have left there"
         )
     names = storage.list_files(config.output, "*.tfrecord*")
     foreign = next((name for name in names if ShardName.parse(name)), None)
@@ -388,26 +391,48 @@ def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
         )
 
 
-def _refuse_other(published: DatasetInfo, plan: BuildPlan, manifest: Manifest) -> None:
+def _refuse_other(
+    published: DatasetInfo, dead: BuildNote | None, plan: BuildPlan, manifest: Manifest
+) -> None:
     """A dataset that was built with other options or rows is refused, saying what differs."""
     output = plan.config.output
     differences = find_differences(published, plan.describe(), manifest, _indexes(output, published))
-    if differences:
-        raise OutputError(
-            f"{output}: holds a dataset that was built with different options or rows:\n  "
-            + "\n  ".join(differences)
-            + "\nchoose another OUTPUT, or use --overwrite to replace it"
-        )
+    if not differences:
+        return
+    besides = ""
+    if dead and not dead.is_of(published):
+        unfinished = UnfinishedBuild(output, dead, frozenset(shard.name for shard in published.shards))
+        work, lost = unfinished.work(), _lost_to_overwrite(unfinished, plan, manifest)
+        if lost.num_records:
+            besides = f"; that also discards {lost} of an unfinished build"
+        elif work.num_records:
+            besides = f", which continues an unfinished build of {work}"
+    raise OutputError(
+        f"{output}: holds a dataset that was built with different options or rows:\n  "
+        + "\n  ".join(differences)
+        + f"\nchoose another OUTPUT, or use --overwrite to replace it{besides}"
+    )
 
 
-def _indexes(output: str, published: DatasetInfo) -> Iterator[pa.Table]:
-    """The indexes of a published dataset, but for those that are damaged."""
-    for shard in published.shards:
-        try:
-            yield read_shard_index(output, published, shard)
-        except DatasetError as e:
-            if isinstance(e.__cause__, OSError) and may_pass(e.__cause__):
-                raise
+def _lost_to_overwrite(unfinished: UnfinishedBuild, plan: BuildPlan, manifest: Manifest) -> Work:
+    """The finished records of an unfinished build that a plan would discard with --overwrite."""
+    dead, config = unfinished.note, plan.config
+    record = replace(config.record, format_version=RecordConfig.format_version)
+    plan = replace(plan, config=replace(config, record=record))  # whatever version the dataset has
+    is_kept = _makes_same_records(dead.info, plan.describe()) and dead.from_images
+    is_kept = is_kept and dead.info.versions == plan.versions
+    return unfinished.unusable(plan, manifest) if is_kept else unfinished.work()
+
+
+def _indexes(output: str, published: DatasetInfo) -> Iterator[tuple[str, pa.Table]]:
+    """Splits of a published dataset, with each of their indexes but for those that are damaged."""
+    for name, split in published.splits.items():
+        for shard in split.shards:
+            try:
+                yield name, read_shard_index(output, published, shard)
+            except DatasetError as e:
+                if isinstance(e.__cause__, OSError) and may_pass(e.__cause__):
+                    raise
 
 
 def _read_note(config: BuildConfig) -> BuildNote | None:
@@ -422,7 +447,13 @@ def _read_note(config: BuildConfig) -> BuildNote | None:
 
 
 def _is_continued(
-    dead: BuildNote, plan: BuildPlan, now: DatasetInfo, manifest: Manifest, published: DatasetInfo | None
+    dead: BuildNote,
+    plan: BuildPlan,
+    now: DatasetInfo,
+    manifest: Manifest,
+    published: DatasetInfo | None,
+    *,
+    is_dry: bool,
 ) -> bool:
     """Whether a build goes on with what an unfinished one has done.
 
@@ -432,6 +463,7 @@ def _is_continued(
         now: the dataset that it makes, with the options that were given.
         manifest: that it reads.
         published: the dataset that the output holds.
+        is_dry: whether it is only planned.
 
     Raises:
         OutputError: finished records would be lost.
@@ -448,7 +480,10 @@ def _is_continued(
         if work.num_records:
             changes = version_changes(dead.info.versions, plan.versions)
             logs.LOGGER.warning(
-                "rebuilding %s of an unfinished build, made with other versions: %s", work, changes
+                "%s %s of an unfinished build, made with other versions: %s",
+                "would rebuild" if is_dry else "rebuilding",
+                work,
+                changes,
             )
         return False
     differences = find_differences(dead.info, now, manifest, unfinished.indexes())
@@ -456,11 +491,11 @@ def _is_continued(
         return True
     lost = unfinished.unusable(plan, manifest) if is_same else unfinished.work()
     if lost.num_records and (overwrite or (plan.config.recheck and makes_same and not differences)):
-        logs.LOGGER.warning(
-            "%s of an unfinished build are %s", lost, "discarded" if overwrite else "made again"
-        )
+        what, are = "discarded" if overwrite else "made again", "is" if lost.num_records == 1 else "are"
+        logs.LOGGER.warning("%s of an unfinished build %s %s", lost, "would be" if is_dry else are, what)
     elif lost.num_records:
-        raise OutputError(_loss(output, lost, differences, dead, plan, is_beside=published is not None))
+        lost = _lost_to_overwrite(unfinished, plan, manifest)
+        raise OutputError(_loss(output, lost, differences, dead, plan, published))
     return is_same
 
 
@@ -483,7 +518,12 @@ def _moves_rows(dead: BuildNote, plan: BuildPlan) -> bool:
 
 
 def _loss(
-    output: str, lost: Work, differences: Sequence[str], dead: BuildNote, plan: BuildPlan, *, is_beside: bool
+    output: str,
+    lost: Work,
+    differences: Sequence[str],
+    dead: BuildNote,
+    plan: BuildPlan,
+    published: DatasetInfo | None,
 ) -> str:
     """Why a build is refused that would lose finished records."""
     reasons = list(differences)
@@ -492,15 +532,15 @@ def _loss(
         reasons.append(f"the manifest was in {was}, now in {folder}, and paths are relative to it")
     if not reasons:
         reasons.append("rows were appended, and --shuffle-seed or --split moves others")
-    remedy = "use --overwrite to discard it"
-    if is_beside:
-        build_folder = storage.join(output, BUILD_FOLDER)
-        remedy = f"delete {build_folder} to discard it, or use --overwrite to replace the dataset as well"
+    # It may replace the dataset beside it, which only --overwrite may do.
+    replaces = published is not None and dead.from_images and not dead.is_like(published)
+    give = "its options, its rows and --overwrite" if replaces else "its options and rows"
+    remedy = "it, and make every record of the dataset again" if published else "it"
     return (
         f"{output}: holds an unfinished build with different options or rows:\n  "
         + "\n  ".join(reasons)
-        + f"\n{lost} would be lost; to continue that build, give its options; else choose another "
-        f"OUTPUT, or {remedy}"
+        + f"\n{lost} would be lost; to continue that build, give {give}; else choose another OUTPUT, or "
+        f"use --overwrite to discard {remedy}"
     )
 
 

@@ -55,6 +55,10 @@ class BuildNote:
         """Of the configuration that makes the records."""
         return str(self.info.config["fingerprint"])
 
+    def is_like(self, published: DatasetInfo) -> bool:
+        """Whether a published dataset has the options and rows of this build."""
+        return (self.info.config, self.info.manifest) == (published.config, published.manifest)
+
     def is_of(self, published: DatasetInfo) -> bool:
         """Whether a published dataset is the one that this build was to make."""
         wanted, found = (

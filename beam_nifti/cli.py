@@ -39,13 +39,13 @@ from beam_nifti.outputs import require_apart
 from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
 from beam_nifti.strict_json import dump_json
 from beam_nifti.terminal import UnwritableError, guarded_streams, write_result
-from beam_nifti.wording import one_line
+from beam_nifti.wording import counted, one_line
 
 if TYPE_CHECKING:
     from beam_nifti.config import BuildConfig
     from beam_nifti.engines import Engine
     from beam_nifti.metrics import Metrics
-    from beam_nifti.plan import BuildPlan
+    from beam_nifti.plan import BuildPlan, CheckPlan
     from beam_nifti.publish import BuildSummary
     from beam_nifti.resume import Reuse
 
@@ -244,7 +244,7 @@ def _manifest(options: argparse.Namespace, _: list[str]) -> int:
     if out:
         write_table(out, found.table)
         with _while_read():
-            _print_line(f"manifest {_count(found.table.num_rows, 'image')}: {options.out}")
+            _print_line(f"manifest {counted(found.table.num_rows, 'image')}: {options.out}")
         return SUCCESS
     with _all_read():
         write_result(format_delimited(found.table, "\t"))
@@ -390,13 +390,17 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
 
     output = plan.config.output
     if skipped := counters.get("volumes-skipped", 0):
-        _print_line(f"kept     {_count(skipped, 'example')} of an earlier run")
+        _print_line(f"kept     {counted(skipped, 'example')} of an earlier run")
+    if plan.config.recheck and (num_compared := counters.get("examples-compared", 0)):
+        num = counters.get("examples-differing", 0)
+        found = f"{num:,} {'differs' if num == 1 else 'differ'}, rebuilt" if num else "none differs"
+        _print_line(f"compared {counted(num_compared, 'example')} with their images: {found}")
     _print_line(
-        f"{'dataset' if summary.complete else 'so far '}  {_count(summary.num_written, 'example')}, "
-        f"{_count(summary.num_shards, 'shard')}, {summary.num_bytes / 1e6:.1f} MB: {output}"
+        f"{'dataset' if summary.complete else 'so far '}  {counted(summary.num_written, 'example')}, "
+        f"{counted(summary.num_shards, 'shard')}, {summary.num_bytes / 1e6:.1f} MB: {output}"
     )
     if summary.num_failed:
-        _print_line(f"failed   {_count(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
+        _print_line(f"failed   {counted(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
         if summary.complete:  # else the error has them
             from beam_nifti.failures import format_groups
 
@@ -418,16 +422,14 @@ def _print_labels(plan: BuildPlan) -> None:
         shown = name_classes(classes, _SHOWN_CLASSES)
         which = f", {len(classes)}: {shown}" if column.kind == "class" else ""
         _print_line(f"{'' if number else 'labels':<9}{column.name}: {column.kind}{which}")
-    _print_skipped(plan.num_skipped)
+    _print_unlabelled(plan)
 
 
-def _print_skipped(num_rows: int) -> None:
-    if num_rows:
-        _print_line(f"skipped  {_count(num_rows, 'row')} without a label")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def _print_unlabelled(plan: BuildPlan | CheckPlan) -> None:
+    if plan.num_skipped:
+        _print_line(f"skipped  {counted(plan.num_skipped, 'row')} without a label")
+    if plan.num_unlabelled:
+        _print_line(f"kept     {counted(plan.num_unlabelled, 'row')} without a label")
 
 
 def _dry_run(run: RunSummary, config: BuildConfig) -> int:
@@ -441,7 +443,9 @@ def _dry_run(run: RunSummary, config: BuildConfig) -> int:
     with _while_read():
         _print_line(f"would write to {plan.config.output}")
         _print_line(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
-        _print_line(f"shards   {estimate.num_shards} of up to {estimate.examples_per_shard} examples")
+        _print_line(
+            f"shards   {estimate.num_shards} of up to {counted(estimate.examples_per_shard, 'example')}"
+        )
         _print_line(
             f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, estimated from the first image's header"
         )
@@ -455,11 +459,11 @@ def _print_reuse(reuse: Reuse) -> None:
     for number, what in ((reuse.num_published, "the dataset"), (reuse.num_unfinished, "an unfinished build")):
         if number:
             unless = "" if reuse.is_checked else ", unless their images have changed"
-            _print_line(f"keep     {_count(number, 'example')} from {what}{unless}")
-    _print_line(f"rebuild  {_count(reuse.num_rebuilt, 'example')}")
+            _print_line(f"keep     {counted(number, 'example')} from {what}{unless}")
+    _print_line(f"rebuild  {counted(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
         size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
-        shards = _count(len(reuse.replaced), "shard")
+        shards = counted(len(reuse.replaced), "shard")
         _print_line(
             f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete"
         )
@@ -496,7 +500,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
             print(dump_json(report, indent=2))
         else:
             print(format_report(report))
-            _print_skipped(plan.num_skipped)
+            _print_unlabelled(plan)
     if across := report["twins_across_splits"]:
         logs.LOGGER.warning("%s", _leak_warning(across))
     if plan.refusal:
@@ -507,7 +511,7 @@ def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
 def _leak_warning(across: Sequence[Mapping[str, str]]) -> str:
     named = " and ".join(f"{name} ({split})" for name, split in across[0].items())
     return (
-        f"{_count(len(across), 'image')} probably in several splits, such as {named}: their sizes and "
+        f"{counted(len(across), 'image')} probably in several splits, such as {named}: their sizes and "
         "first 64 KB are equal. Keep one of them, or give them one split"
     )
 
@@ -554,8 +558,8 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
     with _while_read():
         _print_line(
-            f"{'right' if report.ok else 'WRONG'}    {_count(report.num_examples, 'example')}, "
-            f"{_count(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
+            f"{'right' if report.ok else 'WRONG'}    {counted(report.num_examples, 'example')}, "
+            f"{counted(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
             f"{options.output}"
         )
     return SUCCESS if report.ok else FAILED
@@ -623,9 +627,12 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
     for problem in summary.problems:
         logs.LOGGER.warning("%s", problem)
     with _while_read():
+        examples = counted(summary.num_examples, "example")
+        outliers = counted(summary.num_outliers, "outlier")
+        failed, skipped = counted(summary.num_failures, "volume"), counted(summary.num_skipped, "row")
         _print_line(
-            f"report   {_count(summary.num_examples, 'example')}, {_count(summary.num_outliers, 'outlier')}, "
-            f"{_count(summary.num_failures, 'volume')} failed, {summary.num_bytes / 1e6:.1f} MB: {out}"
+            f"report   {examples}, {outliers}, {failed} failed, {skipped} skipped, "
+            f"{summary.num_bytes / 1e6:.1f} MB: {out}"
         )
     return FAILED if summary.problems else SUCCESS
 

@@ -13,7 +13,7 @@ from beam_nifti import storage
 from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.inspection import read_indexes
-from beam_nifti.wording import format_rows
+from beam_nifti.wording import counted, format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 """Columns that say where a record stands, and not what it is."""
@@ -149,8 +149,8 @@ def format_diff(diff: DatasetDiff) -> str:
 
 
 def _lines(diff: DatasetDiff) -> Iterator[tuple[str, str]]:
-    yield "before", f"{diff.num_before:,} examples: {diff.before}"
-    yield "after", f"{diff.num_after:,} examples: {diff.after}"
+    yield "before", f"{counted(diff.num_before, 'example')}: {diff.before}"
+    yield "after", f"{counted(diff.num_after, 'example')}: {diff.after}"
     for name, ids in (("came", diff.came), ("went", diff.went), *diff.changed.items()):
         more = f" and {len(ids) - _SHOWN:,} more" if len(ids) > _SHOWN else ""
         if ids:

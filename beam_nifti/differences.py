@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_nifti import storage
 from beam_nifti.config import Columns, LabelColumn, RecordConfig
 from beam_nifti.dataset_info import DatasetInfo
+from beam_nifti.index import extra_column
 from beam_nifti.labels import name_classes
-from beam_nifti.manifest import Manifest
+from beam_nifti.manifest import Manifest, frame_id
+from beam_nifti.wording import counted, one_line
 
 _SHOWN_CLASSES: Final = 20
 """Named where the classes of a label are not those of the dataset."""
+
+_SHOWN_ROWS: Final = 5
 
 _SAID_OTHERWISE: Final = frozenset({"fingerprint", "channels"})
 """Fields of a configuration that follow from others."""
@@ -26,7 +33,7 @@ _COMES_ALONG: Final = {"--mask-dtype": "uint8", "--split-seed": "0"}
 
 
 def find_differences(
-    was: DatasetInfo, now: DatasetInfo, manifest: Manifest, indexes: Iterable[pa.Table]
+    was: DatasetInfo, now: DatasetInfo, manifest: Manifest, indexes: Iterable[tuple[str, pa.Table]]
 ) -> list[str]:
     """What differs between two builds of one output, a text each.
 
@@ -36,7 +43,7 @@ def find_differences(
         was: the earlier dataset, finished or not.
         now: the dataset that is to be built.
         manifest: of which it is to be built.
-        indexes: of what the earlier build has finished.
+        indexes: split and table of each index of what the earlier build has finished.
     """
     before = was.config
     if not manifest.lacks_labels(was.manifest["num_rows"]):
@@ -128,7 +135,7 @@ def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -
             )
 
 
-def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[pa.Table]) -> str:
+def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[tuple[str, pa.Table]]) -> str:
     known = was.manifest
     key_check = known.get("key_check")
     if key_check != manifest.key_check:
@@ -138,16 +145,126 @@ def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[pa.T
         return f"its ids are anonymous, and {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:
         return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
-    for table in indexes:
-        frame = ["frame"] if was.num_frames else []
-        then = table.select(["row", "example_id", "source", "label", *frame]).to_pylist()
-        then = [found for found in then if 0 < found["row"] <= len(manifest)]
-        now = manifest.rows([found["row"] - 1 for found in then])
-        for found, image in zip(then, now, strict=True):
-            row = image.of_frame(found["frame"]) if frame else image
-            cells = (found["example_id"], found["source"], found["label"])
-            if cells != (row.example_id, row.source, row.label):
-                return f"row {row.row} was {cells}, now {(row.example_id, row.source, row.label)}"
+    then = _known_images(was, indexes)
+    found = _moved(then, manifest, known) or _changed(then, manifest, Columns(**was.config["columns"]))
+    if found:
+        return found
+    num_rows = counted(known["num_rows"], "row")
     if len(manifest) < known["num_rows"]:
-        return f"the manifest had {known['num_rows']} rows, now {len(manifest)}"
-    return f"among the manifest's first {known['num_rows']} rows some were changed"
+        return f"the manifest had {num_rows}, now {len(manifest):,}"
+    others = sorted({*range(1, known["num_rows"] + 1)}.difference(then["row"].to_pylist()))
+    if len(others) == 1:
+        return f"row {others[0]} was changed, which had no record"
+    without = f"; {_rows(others)} had no record" if others else ""
+    return f"some of the manifest's first {num_rows} were changed{without}"
+
+
+def _known_images(was: DatasetInfo, indexes: Iterable[tuple[str, pa.Table]]) -> pa.Table:
+    """The splits of images, and what the indexes have of their rows of the manifest, in its order."""
+    fields = [("row", pa.int64()), ("label", pa.float64()), ("example_id", pa.string())]
+    tables = [pa.schema(fields).empty_table()]  # also where there are no indexes
+    for split, table in indexes:
+        if was.num_frames:
+            frames = zip(table["example_id"].to_pylist(), table["frame"].to_pylist(), strict=True)
+            ids = pa.array([name.removesuffix(frame_id("", frame)) for name, frame in frames], pa.string())
+            table = table.set_column(table.column_names.index("example_id"), "example_id", ids)
+        kept = [f.name for f in table.schema if f.name in ("row", "label") or pa.types.is_string(f.type)]
+        splits = pa.array([split] * len(table), pa.string())
+        tables.append(table.select(kept).replace_schema_metadata().append_column("split", splits))
+    found = pa.concat_tables(tables, promote_options="default").sort_by("row").combine_chunks()
+    return found.filter(pa.array(np.diff(found["row"].to_numpy(), prepend=0) > 0))
+
+
+def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:
+    """Which rows were inserted or dropped before others, or which has moved; "" where none has.
+
+    Args:
+        then: images with records.
+        manifest: in which they are looked for.
+        known: what is known of the earlier one.
+    """
+    rows, ids = then["row"].to_numpy(), then["example_id"].combine_chunks()
+    now = pc.fill_null(pc.index_in(ids, value_set=manifest.ids), -1).to_numpy() + 1
+    moved = np.flatnonzero((now != rows) & (now > 0))
+    if not moved.size:
+        return ""
+    at = int(moved[0])
+    row, place = int(rows[at]), int(now[at])
+    first = int(max(rows[:at][now[:at] == rows[:at]], default=0)) + 1
+    if place > row:
+        came = np.setdiff1d(np.arange(first, place), now)
+        rest = manifest.table.filter(pa.array(~np.isin(np.arange(1, len(manifest) + 1), came)))
+        before = replace(manifest, table=rest)
+        if len(before) >= known["num_rows"] and before.digest(known["num_rows"]) == known["digest"]:
+            return f"{_rows_were(came.tolist(), manifest.ids.take(pa.array(came - 1)), manifest)} inserted"
+    else:
+        gone = np.setdiff1d(np.arange(first, row), rows[now > 0])
+        num_gone, is_all = row - place, known["num_rows"] - len(manifest) == row - place
+        if len(gone) == num_gone and (is_all or np.isin(gone, rows).all()):
+            names = ids.filter(pa.array(np.isin(rows, gone)))
+            return f"{_rows_were(gone.tolist(), names, manifest)} dropped"
+        if is_all:
+            return f"{num_gone} of {_rows(gone.tolist())} {'was' if num_gone == 1 else 'were'} dropped"
+    return f"{_named(row, ids[at].as_py(), manifest)} is now row {place}"
+
+
+def _changed(then: pa.Table, manifest: Manifest, columns: Columns) -> str:
+    """Which cells of the first row that was changed were changed; "" where none is known to be.
+
+    Args:
+        then: images with records.
+        manifest: that has them now.
+        columns: which column of the earlier one meant what.
+    """
+    then = then.filter(pc.less_equal(then["row"], len(manifest)))
+    at = then["row"].to_numpy() - 1
+    now = manifest.table.take(pa.array(at))
+    hidden = {columns.id, *columns.files, "participant_id", "session_id"} if manifest.key_check else set()
+    own = {columns.paths[0]: "source", columns.id: "example_id", "split": "split"}
+    own |= {name: name for name in ("participant_id", "session_id")}
+    changes = dict[str, tuple[npt.NDArray[np.bool_], Any, Any]]()
+    for name in now.column_names:
+        place = own.get(name, extra_column(name))
+        if name == columns.label == manifest.columns.label and manifest.numbers is not None:
+            was, cells = then["label"].to_numpy(), manifest.numbers[at]
+            changes[name] = ~((was == cells) | (np.isnan(was) & np.isnan(cells))), was, cells
+        elif place in then.column_names:
+            differs = pc.fill_null(pc.not_equal(then[place], now[name]), False)
+            changes[name] = differs.to_numpy(), then[place], now[name]
+    is_changed = np.any([differs for differs, _, _ in changes.values()], axis=0)
+    if not is_changed.any():
+        return ""
+    first = int(np.argmax(is_changed))
+    cells = [
+        f"{name} was changed"
+        if name in hidden
+        else f"{name} was {_cell(was[first])}, now {_cell(cells[first])}"
+        for name, (differs, was, cells) in changes.items()
+        if differs[first]
+    ]
+    num_more = int(is_changed.sum()) - 1
+    more = f"; {counted(num_more, 'more row')} changed" if num_more else ""
+    named = _named(int(at[first]) + 1, then["example_id"][first].as_py(), manifest)
+    return f"{named}: {', '.join(cells)}{more}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, pa.Scalar):
+        return repr(value.as_py())
+    return "missing" if np.isnan(value) else _value(float(value))
+
+
+def _named(row: int, example_id: str, manifest: Manifest) -> str:
+    return f"row {row}" if manifest.key_check else f"row {row} ({one_line(example_id)})"
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS])) + (", …" if len(numbers) > _SHOWN_ROWS else "")
+    return f"row{'' if len(numbers) == 1 else 's'} {shown}"
+
+
+def _rows_were(numbers: Sequence[int], ids: pa.Array, manifest: Manifest) -> str:
+    """Rows, of which a single one whose id is known is named."""
+    is_one = len(numbers) == 1
+    named = _named(numbers[0], ids[0].as_py(), manifest) if is_one and len(ids) else _rows(numbers)
+    return f"{named} {'was' if is_one else 'were'}"

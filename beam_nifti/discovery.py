@@ -20,6 +20,7 @@ from beam_nifti.labels import parse_label
 from beam_nifti.signatures import stand_in
 from beam_nifti.tables import Problems
 from beam_nifti.twins import find_twins
+from beam_nifti.wording import counted
 
 _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
@@ -229,11 +230,7 @@ def _with_label(
                 "float32), and others are numbers; recode it"
             )
         problems.stop()
-    notes = _notes_on_choice(images, labelled, f" without {label}")
-    if texts:
-        values = sorted({records.cell(image, label) for image in labelled})
-        notes.append(f"{label} is text ({_listed(values)}); build with --label-column label:class")
-    return labelled, notes
+    return labelled, _notes_on_choice(images, labelled, f" without {label}")
 
 
 def _notes_on_names(study: Study, suffix: str) -> list[str]:
@@ -334,7 +331,7 @@ def _described_stand_in(path: str) -> str | None:
 
 def _named(names: Sequence[str], noun: str) -> str:
     """A count and the first few: `4 images (sub-01_T1w, …)`."""
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({_listed(names)})"
+    return f"{counted(len(names), noun)} ({_listed(names)})"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from beam_nifti.strict_json import dump_json
 _SHOWN_GROUPS: Final = 5
 _SHOWN_NAMES: Final = 3
 _SHOWN_LETTERS: Final = 300
-_NUMBER: Final = re.compile(r"(?<![A-Za-z\d])(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?![A-Za-z\d])")
+_NUMBER: Final = r"(?<![A-Za-z\d])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![A-Za-z\d])"
 
 MAX_FAILED_FRAMES: Final = 1 << 22
 """Of the images in a list, whose lines may stand for any number of frames: 1 GB of their rows."""
@@ -49,9 +49,9 @@ class FailureGroup:
     Attributes:
         stage: the step that failed.
         error: the exception's class.
-        message: what the messages have in common: names are left out, "…" stands for numbers that differ.
+        message: what the messages have in common: "…" stands for names and numbers that differ.
         num_volumes: how many.
-        examples: the first images, by path; by row of the manifest where ids are anonymous.
+        examples: the first files that are at fault, by path; by row of the manifest where ids are anonymous.
         num_images: how many.
     """
 
@@ -65,35 +65,53 @@ class FailureGroup:
 
 def group_failures(failures: Iterable[Failure]) -> list[FailureGroup]:
     """The most frequent reasons of failures, at most five."""
-    groups = dict[tuple[str, str, str], list[Failure]]()
+    groups = dict[tuple[str, ...], list[_Words]]()
     for failure in sorted(failures, key=lambda f: (f.row.row, f.row.position)):
-        alike = _NUMBER.sub("…", _without_names(failure))
-        groups.setdefault((failure.stage, failure.error, alike), []).append(failure)
+        words = _Words.of(failure)
+        groups.setdefault((failure.stage, failure.error, *words.pieces[::2]), []).append(words)
     found = [_group(of_reason) for of_reason in groups.values()]
     return sorted(found, key=lambda group: -group.num_volumes)[:_SHOWN_GROUPS]
 
 
-def _group(failures: Sequence[Failure]) -> FailureGroup:
-    words = [_NUMBER.split(_without_names(failure)) for failure in failures]
-    message = "".join(each[0] if len(set(each)) == 1 else "…" for each in zip(*words, strict=True))
-    rows = {f.row.row: f.row for f in failures}.values()
-    names = (f"row {row.row}" if row.pseudonyms else row.path for row in rows)
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """The message of a failure, on one line.
+
+    Attributes:
+        failure: whose it is.
+        file: the one that is at fault, with whose name messages begin; by row where ids are anonymous.
+        pieces: the rest of the message; every second one is the name of a file of the row, or a number.
+    """
+
+    failure: Failure
+    file: str
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def of(cls, failure: Failure) -> _Words:
+        message, row = failure.message, failure.row
+        names = sorted({*row.files, *row.pseudonyms}, key=len, reverse=True)
+        file = next((name for name in names if message.startswith(f"{name}: ")), "")
+        varying = "|".join([*map(re.escape, names), _NUMBER])
+        pieces = re.split(f"({varying})", message.removeprefix(f"{file}: "))
+        pieces[::2] = (re.sub(r"\s+", " ", piece) for piece in pieces[::2])
+        at_fault = f"row {row.row}" if row.pseudonyms else file or row.path
+        return cls(failure, at_fault, tuple(pieces))
+
+
+def _group(failures: Sequence[_Words]) -> FailureGroup:
+    first = failures[0]
+    columns = zip(*(each.pieces for each in failures), strict=True)
+    message = "".join(each[0] if len(set(each)) == 1 else "…" for each in columns).strip()
+    files = {each.failure.row.row: each.file for each in reversed(failures)}
     return FailureGroup(
-        failures[0].stage,
-        failures[0].error,
+        first.failure.stage,
+        first.failure.error,
         message if len(message) <= _SHOWN_LETTERS else f"{message[:_SHOWN_LETTERS]}…",
-        sum(len(failure.row.positions) for failure in failures),
-        tuple(itertools.islice(names, _SHOWN_NAMES)),
-        len(rows),
+        sum(len(each.failure.row.positions) for each in failures),
+        tuple(files[row] for row in sorted(files)[:_SHOWN_NAMES]),
+        len(files),
     )
-
-
-def _without_names(failure: Failure) -> str:
-    """A message without the names of the row's files, on one line."""
-    message, row = failure.message, failure.row
-    for name in sorted({*row.files, *row.pseudonyms}, key=len, reverse=True):
-        message = message.removeprefix(f"{name}: ").replace(name, "…")
-    return " ".join(message.split())
 
 
 def format_groups(groups: Sequence[FailureGroup], num_failed: int) -> list[str]:

@@ -22,7 +22,7 @@ from beam_nifti.failures import failed_frames
 from beam_nifti.index import extra_column, read_shard_index
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import frame_id, read_manifest
-from beam_nifti.wording import format_rows, size_text
+from beam_nifti.wording import counted, format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
@@ -289,7 +289,7 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "dataset", f"{d['path']}  (format {d['format_version']}, revision {d['revision']})"
     yield "examples", f"{d['num_examples']:,} in {_bytes_text(d['num_bytes'])}"
     for name, split in d["splits"].items():
-        shards = f"{split['num_shards']:,} shard{'s' * (split['num_shards'] != 1)}"
+        shards = counted(split["num_shards"], "shard")
         yield f"  {name}", f"{split['num_examples']:,} in {shards}, {_bytes_text(split['num_bytes'])}"
     if drawn := config.get("splitting"):
         shares = ", ".join(f"{name} {share:g}" for name, share in drawn["shares"].items())
@@ -297,9 +297,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  drawn", f"{shares}{within}, seed {drawn['seed']}"
     for number, (shape, count) in enumerate(itertools.islice(d["shapes"].items(), _SHOWN_SHAPES)):
         text = f"{shape} {d['dtype']}"
-        yield "" if number else "voxels", text if d["shape"] else f"{text}: {count:,} volumes"
+        yield "" if number else "voxels", text if d["shape"] else f"{text}: {counted(count, 'volume')}"
     if len(d["shapes"]) > _SHOWN_SHAPES:
-        yield "", f"and {len(d['shapes']) - _SHOWN_SHAPES} more shapes"
+        yield "", f"and {counted(len(d['shapes']) - _SHOWN_SHAPES, 'more shape')}"
     yield "on disk", ", ".join(f"{dtype} ({count:,})" for dtype, count in d["source_dtypes"].items())
     level = f" level {config['compression_level']}" if config["compression"] == "gzip" else ""
     frames = "".join(f", {name} {config[name]}" for name in ("frames", "complex") if config.get(name))
@@ -321,11 +321,15 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
     if d["mask_labels"] is not None:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
-    yield "failed", f"{failures['count']:,}: {failures['path']}" if failures["count"] else "none"
+    yield (
+        "failed",
+        f"{counted(failures['count'], 'volume')}: {failures['path']}" if failures["count"] else "none",
+    )
+    skipped = manifest.get("num_skipped", 0)
+    yield "skipped", f"{counted(skipped, 'row')} without a label" if skipped else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
-    skipped = f", {manifest['num_skipped']:,} skipped without a label" if "num_skipped" in manifest else ""
-    yield "manifest", f"{manifest['path']}  ({manifest['num_rows']:,} rows{of_frames}{skipped}{anonymous})"
+    yield "manifest", f"{manifest['path']}  ({counted(manifest['num_rows'], 'row')}{of_frames}{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 

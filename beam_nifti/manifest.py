@@ -177,6 +177,11 @@ class Manifest:
         return int(self.splits.null_count)
 
     @property
+    def num_unlabelled(self) -> int:
+        """Rows that lack a label and are kept."""
+        return 0 if self.lacks_label is None else int(self.lacks_label.sum()) - self.num_skipped
+
+    @property
     def label_columns(self) -> tuple[LabelColumn, ...]:
         """The columns of the labels that have features of their own."""
         return tuple(labels.column for labels in self.labels)

@@ -167,6 +167,38 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
     return replace(made, name=str(published), index=published.index_file)
 
 
+def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple[int, int]:
+    """How many records of a published shard a shard that was made has too, and how many of them differ.
+
+    Args:
+        output: folder of the dataset.
+        published: name of the published shard.
+        made: the shard that was made of the same rows.
+    """
+    new = Part(storage.join(output, made.name), storage.join(output, made.index))
+    old = Part(storage.join(output, str(published)), storage.join(output, published.index_file))
+    if old == new:
+        return made.num_examples, 0
+    try:
+        before, after = _extents_of(old), _extents_of(new)
+        common = before.keys() & after.keys()
+        same = [p for p in common if _bytes_at(old, *before[p]) == _bytes_at(new, *after[p])]
+    except (FileNotFoundError, ShardError):  # nothing is left of it to be the same
+        return made.num_examples, made.num_examples
+    return len(common), len(common) - len(same)
+
+
+def _extents_of(part: Part) -> dict[int, tuple[int, int]]:
+    """Offset and length of each record, by position."""
+    table, _ = read_index(part.index, columns=["position", "offset", "length"])
+    return {row["position"]: (row["offset"], row["length"]) for row in table.to_pylist()}
+
+
+def _bytes_at(part: Part, offset: int, length: int) -> bytearray:
+    buffer = bytearray(length)
+    return buffer[: storage.read_into(part.data, offset, memoryview(buffer))]
+
+
 def _joined(parts: Iterable[Part]) -> list[Part]:
     """One part a file, in a fixed order: the units of a shard each name what they found in it."""
     joined: dict[str, Part] = {}

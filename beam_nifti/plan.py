@@ -101,6 +101,7 @@ class BuildPlan:
         revision: of the dataset that this build makes.
         key_check: `Manifest.key_check`.
         manifest_name: `Manifest.name`.
+        num_unlabelled: `Manifest.num_unlabelled`.
         num_frames: frames of the first image, where each frame of an image becomes a record; else None.
     """
 
@@ -123,6 +124,7 @@ class BuildPlan:
     key_check: str | None = None
     manifest_name: str = ""
     num_skipped: int = 0
+    num_unlabelled: int = 0
     num_frames: int | None = None
 
     @property
@@ -333,14 +335,14 @@ class Expected:
         dtype: as `required_dtype`.
         num_frames: as `BuildPlan.num_frames`.
         num_shards: of all splits.
-        splits: records of each split, if no image fails.
+        splits: their names.
     """
 
     shape: tuple[int | None, ...] | None
     dtype: str | None
     num_frames: int | None
     num_shards: int
-    splits: Mapping[str, int]
+    splits: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,7 @@ class CheckPlan:
         num_skipped: rows without a label that are skipped.
         expected: of the images; None where no build would get as far as them.
         refusal: why not; "" where one would.
+        num_unlabelled: `Manifest.num_unlabelled`.
     """
 
     config: BuildConfig
@@ -360,6 +363,7 @@ class CheckPlan:
     num_skipped: int
     expected: Expected | None
     refusal: str = ""
+    num_unlabelled: int = 0
 
 
 def required_shape(record: RecordConfig, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:

@@ -40,6 +40,7 @@ from beam_nifti.plan import BuildPlan
 from beam_nifti.sharding import ShardName
 from beam_nifti.strict_json import dump_json
 from beam_nifti.versions import all_versions
+from beam_nifti.wording import counted
 
 _INDEX: Final = "index"
 _REVISION: Final = re.compile(r"-r(\d{1,9})\.")
@@ -87,7 +88,7 @@ class TooManyFailures(BeamNiftiError):
     def __str__(self) -> str:
         """How many failed of how many, why, and what would accept them."""
         failed, total = self.summary.num_failed, self.summary.num_failed + self.summary.num_written
-        head = f"{failed} of {total} volumes failed, more than --max-bad-fraction allows"
+        head = f"{failed} of {counted(total, 'volume')} failed, more than --max-bad-fraction allows"
         accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
         return "\n  ".join([f"{head}:", *format_groups(self.summary.reasons, failed), accept])
 
@@ -164,8 +165,9 @@ def publish_dataset(
     num_written, num_failed = sum(s.num_examples for s in shards), sum(len(f.row.positions) for f in failures)
     if missing or num_written + num_failed != plan.num_examples:
         raise PartsChangedError(
-            f"{len(missing)} shards are missing, and {num_written} records and {num_failed} failures "
-            f"do not make {plan.num_examples} volumes; run the build again"
+            f"{counted(len(missing), 'shard', 'are')} missing, and {counted(num_written, 'record')} and "
+            f"{counted(num_failed, 'failure')} do not make {counted(plan.num_examples, 'volume')}; run the "
+            "build again"
         )
     complete = config.allows_failures(num_failed, plan.num_examples)
     published = find_info(config.output)

@@ -36,7 +36,7 @@ from beam_nifti.example import (
     scaling_of,
     split_kind,
 )
-from beam_nifti.index import read_shard_index
+from beam_nifti.index import extra_column, read_shard_index
 from beam_nifti.intensity import rescale_voxels
 from beam_nifti.quantize import UINT8_LEVELS
 from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels
@@ -568,9 +568,13 @@ def _select(
     records = _open(output, info, parts, columns, {*condition.columns, "row"} if condition else ())
     rows = records.rows_of(parts)
     if condition:
-        rows = np.asarray(rows, np.int64)
-        table = records.table.append_column("id", records.table["example_id"])
-        rows = rows[condition.select(table.take(rows))]
+        rows, table = np.asarray(rows, np.int64), records.table
+        if not condition.columns <= {"id", *table.column_names}:  # the message has those that there are
+            table = _read_indexes(output, info, records.shards)
+        table = table.append_column("id", table["example_id"])
+        first = next(iter(info.labels), None)  # of which `label` is the number
+        texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
+        rows = rows[condition.select(table.take(rows), texts)]
     return records, rows
 
 

@@ -94,6 +94,7 @@ class ReportSummary:
         num_examples: records that were looked at.
         num_outliers: of these.
         num_failures: volumes that failed in the build.
+        num_skipped: rows that were skipped, as they lack a label.
         problems: sentences about what is damaged; none for a sound dataset.
         num_bytes: of the page.
     """
@@ -101,6 +102,7 @@ class ReportSummary:
     num_examples: int
     num_outliers: int
     num_failures: int
+    num_skipped: int
     problems: tuple[str, ...]
     num_bytes: int
 
@@ -141,6 +143,7 @@ def write_report(
         num_examples=summary.rows.num_rows,
         num_outliers=len(summary.outliers),
         num_failures=info.num_failures,
+        num_skipped=info.num_skipped,
         problems=summary.problems,
         num_bytes=len(page),
     )

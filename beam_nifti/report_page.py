@@ -21,6 +21,7 @@ from beam_nifti.report_summary import Summary
 from beam_nifti.strict_json import dump_json
 from beam_nifti.templates import load_templates
 from beam_nifti.thumbnail import CELL
+from beam_nifti.wording import counted
 
 _WORST: Final = 12
 """Outliers that head the page."""
@@ -49,7 +50,7 @@ def make_page(
     environment = load_templates()
     environment.policies["json.dumps_function"] = dump_json
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters |= {"number": format_number, "count": _format_count}
+    environment.filters |= {"number": format_number, "count": _format_count, "counted": counted}
     style, script = (environment.get_template(f"report.{kind}").render() for kind in ("css", "js"))
     splits = summary.rows["split"].to_numpy(zero_copy_only=False)
     cards = [_card(number, summary) for number in summary.pictures]
@@ -193,7 +194,7 @@ def _kinds(
         ]
         if rest := lines[_MOST_KINDS:]:
             totals = np.sum([numbers for _, numbers in rest], axis=0).tolist()
-            lines = [*lines[:_MOST_KINDS], (f"{len(rest)} other{'s' * (len(rest) > 1)}", totals)]
+            lines = [*lines[:_MOST_KINDS], (counted(len(rest), "other"), totals)]
         yield title, lines
 
 

@@ -29,6 +29,7 @@ from beam_nifti.parts import (
 )
 from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.sharding import ShardName
+from beam_nifti.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +122,8 @@ class Work:
 
     def __str__(self) -> str:
         """Such as 1,200 finished examples (293.1 MB)."""
-        plural = "" if self.num_records == 1 else "s"
         size = f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else f"{self.num_bytes:,} bytes"
-        return f"{self.num_records:,} finished example{plural} ({size})"
+        return f"{counted(self.num_records, 'finished example')} ({size})"
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ class UnfinishedBuild:
     note: BuildNote
     published: frozenset[str]
 
-    def indexes(self) -> Iterator[pa.Table]:
-        """The indexes of its parts and shards, but for those that cannot be used."""
-        for _, part in self._parts():
+    def indexes(self) -> Iterator[tuple[str, pa.Table]]:
+        """Splits, with the indexes of its parts and shards but for those that cannot be used."""
+        for split, part in self._parts():
             with contextlib.suppress(FileNotFoundError, ShardError):
-                yield read_sound_index(part.index, self.note.info, Limits.of_data(part.data))[0]
+                yield split, read_sound_index(part.index, self.note.info, Limits.of_data(part.data))[0]
 
     def work(self) -> Work:
         """All of its finished records."""

@@ -9,6 +9,7 @@ from typing import Final
 
 from beam_nifti.config import SPLIT_PATTERN
 from beam_nifti.errors import UsageError
+from beam_nifti.wording import counted
 
 _PART: Final = re.compile(rf"(?P<name>{SPLIT_PATTERN.pattern})(?:\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
 _BOUND: Final = re.compile(r"-?\d+|-?\d+(?:\.\d+)?%", re.ASCII)
@@ -55,7 +56,9 @@ class SplitPart:
         is_share, number = bound.endswith("%"), Fraction(bound.removesuffix("%"))
         found = round(number * count / 100) if is_share else int(number)
         if abs(number) > (100 if is_share else count):
-            raise UsageError(f"split {str(self)!r} reaches beyond the {count} records of {self.name!r}")
+            raise UsageError(
+                f"split {str(self)!r} reaches beyond the {counted(count, 'record')} of {self.name!r}"
+            )
         return found + count if bound.startswith("-") else found
 
 
@@ -66,11 +69,14 @@ def parse_split(spec: str) -> tuple[SplitPart, ...]:
         spec: names of splits, each with or without a slice.
 
     Raises:
+        TypeError: it is no text.
         UsageError: it is not written so.
 
     >>> [str(part) for part in parse_split("train[:80%]+test")]
     ['train[:80%]', 'test']
     """
+    if not isinstance(spec, str):
+        raise TypeError(f"split is {spec!r}; give text, such as 'train', 'train[:80%]' or 'train+test'")
     return tuple(_parse_part(text.strip(), spec) for text in spec.split("+"))
 
 

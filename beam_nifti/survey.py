@@ -21,7 +21,7 @@ from beam_nifti.manifest import VolumeRow
 from beam_nifti.notes import TEXTS
 from beam_nifti.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.volume import load_first_header, load_header
-from beam_nifti.wording import format_rows, size_text
+from beam_nifti.wording import counted, format_rows, size_text
 
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
@@ -92,7 +92,8 @@ class Survey:
         records: shapes of the records; "?" where headers cannot tell; also of images that the build would
             skip for being unlike the first one.
         frames: numbers of them an image, where each becomes a record; of the same images.
-        num_examples: records of the images that are not skipped.
+        num_examples: records of the images that would not fail.
+        splits: those of each split.
         source_bytes: of the files.
         record_bytes: that the records are expected to take in shards.
         largest_bytes: of the voxels of the largest volume, on disk or stored, uncompressed.
@@ -106,6 +107,7 @@ class Survey:
     records: Counter[str] = field(default_factory=Counter)
     frames: Counter[str] = field(default_factory=Counter)
     num_examples: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
     source_bytes: int = 0
     record_bytes: float = 0.0
     largest_bytes: int = 0
@@ -117,7 +119,7 @@ class Survey:
         self.num_bad += other.num_bad
         self.problems = sorted([*self.problems, *other.problems], key=lambda p: p.row)[:MAX_PROBLEMS]
         self.num_examples += other.num_examples
-        for name in ("kinds", "records", "frames"):
+        for name in ("kinds", "records", "frames", "splits"):
             getattr(self, name).update(getattr(other, name))
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
@@ -166,6 +168,7 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
     with contextlib.suppress(VolumeError):
         layout = require_storable(row.path, header, record)
         _count_records(found, header, layout, record)
+        found.splits[row.split] = found.num_examples
     return found, twin
 
 
@@ -229,7 +232,7 @@ def make_report(
         "num_examples": survey.num_examples if is_built else 0,
         "record_bytes": round(survey.record_bytes) if is_built else 0,
         "num_shards": plan.expected.num_shards if plan.expected else 0,
-        "splits": plan.expected.splits if plan.expected else {},
+        "splits": {name: survey.splits[name] for name in plan.expected.splits} if plan.expected else {},
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [[name for name, _ in group] for group in twins],
         "twins_across_splits": [dict(group) for group in twins if len({split for _, split in group}) > 1],
@@ -272,15 +275,15 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for noted in r["notes"].values():
         yield (
             "warning",
-            f"{noted['num_images']:,} image{'s' * (noted['num_images'] != 1)}: {noted['message']}",
+            f"{counted(noted['num_images'], 'image')}: {noted['message']}",
         )
         named = [f"row {image['row']} ({image['example_id']})" for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])
     across = (" = ".join(f"{name} ({split})" for name, split in g.items()) for g in r["twins_across_splits"])
     yield from _listed("in two splits", list(across))
-    shards = f"{r['num_shards']:,} shard{'s' * (r['num_shards'] != 1)}"
-    yield "would make", f"{r['num_examples']:,} examples, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
+    examples, shards = counted(r["num_examples"], "example"), counted(r["num_shards"], "shard")
+    yield "would make", f"{examples}, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
     if len(r["splits"]) > 1:
         yield "splits", ", ".join(f"{name} {count:,}" for name, count in r["splits"].items())
     yield "memory", f"about {r['worker_bytes'] / 1e9:.1f} GB for a worker of one thread"

@@ -21,6 +21,7 @@ from beam_nifti.index import check_table, extra_column, record_name, schema_of
 from beam_nifti.labels import comparable
 from beam_nifti.manifest import Manifest, frame_id
 from beam_nifti.sharding import ShardName
+from beam_nifti.wording import counted
 
 _ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
 _SHOWN: Final = 3
@@ -37,8 +38,9 @@ def check_info(info: DatasetInfo) -> Iterator[str]:
         of_frames = f" of {num_frames} frames" if num_frames else ""
         skipped = f", {info.num_skipped} without a label" if info.num_skipped else ""
         yield (
-            f"{FILE_NAME}: {info.num_examples} examples and {info.num_failures} failures do not make "
-            f"the manifest's {num_rows} rows{of_frames}{skipped}"
+            f"{FILE_NAME}: {counted(info.num_examples, 'example')} and "
+            f"{counted(info.num_failures, 'failure')} do not make the manifest's "
+            f"{counted(num_rows or 0, 'row')}{of_frames}{skipped}"
         )
 
 
@@ -201,11 +203,11 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
     surplus = known.filter(pc.is_null(at))
     if surplus.num_rows:
         named = _named(surplus)
-        yield f"{surplus.num_rows} examples of the dataset are not in the manifest: {named}; {_ANEW}"
+        yield f"{counted(surplus.num_rows, 'example', 'are')} not in the manifest: {named}; {_ANEW}"
     missing = wanted.filter(pc.invert(_is_in(wanted, known)))
     if missing.num_rows:
         yield (
-            f"{missing.num_rows} rows of the manifest are neither in the shards nor in "
+            f"{counted(missing.num_rows, 'manifest row', 'are')} neither in the shards nor in "
             f"the list of failures: {_named(missing)}; run the build again, which adds new rows"
         )
     both, theirs = known.filter(pc.is_valid(at)), wanted.take(pc.drop_null(at))
@@ -217,8 +219,8 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
         different = compared.filter(pc.invert(pc.or_(equal, none)))
         if different.num_rows:
             yield (
-                f"{different.num_rows} examples have another {column} in the manifest (dataset's, "
-                f"manifest's): {_named(different, [column, 'now'])}; {_ANEW}"
+                f"{counted(different.num_rows, 'example', 'have')} another {column} in the manifest "
+                f"(dataset's, manifest's): {_named(different, [column, 'now'])}; {_ANEW}"
             )
 
 

@@ -40,7 +40,7 @@ from beam_nifti.index import IndexEntry, mask_labels, read_index
 from beam_nifti.local_runner import send_whole_elements
 from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.memory import keep_buffers
-from beam_nifti.merge import keep_if_same, merge_parts
+from beam_nifti.merge import count_differing, keep_if_same, merge_parts
 from beam_nifti.notes import counter_name
 from beam_nifti.parts import Part, PartWriter, parts_folder
 from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
@@ -338,6 +338,8 @@ class CommitShards(beam.DoFn):
         self._extra_columns, self._identity = extra_columns, identity
         self._msec = Metrics.distribution(type(self), "commit-msec")
         self._committed = Metrics.counter(type(self), "shards-committed")
+        self._compared = Metrics.counter(type(self), "examples-compared")
+        self._differing = Metrics.counter(type(self), "examples-differing")
 
     def process(self, shard: tuple[str, Iterable[ShardTask | Part | Failure]]) -> Iterable[ShardOutcome]:
         """Yield what became of the shard's rows."""
@@ -361,6 +363,10 @@ class CommitShards(beam.DoFn):
             )
             if task.compared is not None and info.name != str(task.compared):
                 info = keep_if_same(self._output, task.compared, info)
+            if task.compared is not None and task.published is None:  # made anew to be compared
+                num_compared, num_differing = count_differing(self._output, task.compared, info)
+                self._compared.inc(num_compared)
+                self._differing.inc(num_differing)
         self._committed.inc()
         METER.add(shards=1)
         labels = frozenset[int]()

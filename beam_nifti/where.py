@@ -78,18 +78,19 @@ class Condition:
             raise UsageError(f"where is {text!r}, which is not a valid condition; {_EXPLANATION}") from e
         self.columns = frozenset(_columns_below(self._tree))
 
-    def select(self, table: pa.Table) -> npt.NDArray[np.bool_]:
+    def select(self, table: pa.Table, texts: Mapping[str, str] | None = None) -> npt.NDArray[np.bool_]:
         """Which rows it is true of.
 
         Args:
             table: some rows of an index; of columns, those that the condition asks, and `row` and
                 `example_id`.
+            texts: by column of numbers that stand for texts, the column that has these; for messages.
 
         Raises:
             UsageError: the condition is no such one, there is no such column, a cell that is to be a number
                 is none, or a column of float64 cannot hold the integer that it is compared with.
         """
-        truth = pc.fill_null(_Evaluation(self._text, table).condition(self._tree), False)
+        truth = pc.fill_null(_Evaluation(self._text, table, texts or {}).condition(self._tree), False)
         return np.asarray(truth, np.bool_)
 
 
@@ -107,6 +108,11 @@ def _column_of(node: ast.AST) -> str | None:
             case ast.Call(args=[ast.Constant(value=str() as name)], keywords=[]):
                 return name
     return None
+
+
+def _written(name: str) -> str:
+    """How a condition names a column."""
+    return name if name.isidentifier() else f"column({name!r})"
 
 
 def _columns_below(node: ast.AST) -> Iterator[str]:
@@ -138,8 +144,8 @@ def _has_no_value(cell: Any) -> bool:
 
 
 class _Evaluation:
-    def __init__(self, text: str, table: pa.Table) -> None:
-        self._text, self._table = text, table
+    def __init__(self, text: str, table: pa.Table, texts: Mapping[str, str]) -> None:
+        self._text, self._table, self._texts = text, table, texts
 
     def condition(self, node: ast.expr) -> Any:
         """What a node says of each row: true, false, or null."""
@@ -224,7 +230,8 @@ class _Evaluation:
 
     def _column(self, name: str) -> Any:
         if name not in self._table.column_names:
-            raise UsageError(f"where is {self._text!r}, but the index has no column {name!r}")
+            there = ", ".join(self._table.column_names)
+            raise UsageError(f"where is {self._text!r}, but the index has no column {name!r}; it has {there}")
         values = self._table[name]
         if pa.types.is_nested(values.type):
             raise UsageError(
@@ -237,9 +244,11 @@ class _Evaluation:
         if operand.is_number:
             return operand
         if not operand.name:
-            raise UsageError(
-                f"where is {self._text!r}, but {other.name} is a number; compare it with one, without quotes"
+            text = self._texts.get(other.name)
+            remedy = (
+                f"ask {_written(text)}, which has the text" if text else "compare it with one, without quotes"
             )
+            raise UsageError(f"where is {self._text!r}, but {other.name} is a number; {remedy}")
         cells = [None if cell is None else _exact(cell) for cell in operand.cells]
         for number, (text, cell) in enumerate(zip(operand.cells, cells, strict=True)):
             if text is not None and cell is None:

@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}
+"""Verbs in the singular."""
+
 _CONTROL: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -37,6 +40,17 @@ def one_line(text: str) -> str:
 def printable(text: str, keep: str = "\n\t") -> str:
     """A text with control characters as Python writes them, but for those that are kept."""
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
+
+
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """A number of things, and what they do, in the singular where it is one.
+
+    >>> counted(1, "row"), counted(1200, "row"), counted(1, "example", "have"), counted(0, "image", "are")
+    ('1 row', '1,200 rows', '1 example has', '0 images are')
+    """
+    is_one = number == 1
+    ending = f" {_OF_ONE[verb] if is_one else verb}" if verb else ""
+    return f"{number:,} {noun}{'' if is_one else 's'}{ending}"
 
 
 def size_text(sizes: Iterable[float]) -> str:

@@ -308,6 +308,7 @@ def test_recheck_replaces_what_differs_and_keeps_the_rest(own: Path, tmp_path: P
     assert "--recheck" in problem
     again = build(manifest, output, examples_per_shard=2, recheck=True)
     assert len(again.read) == 6
+    assert (again.counters["examples-compared"], again.counters["examples-differing"]) == (6, 1)
     after = identities(output)
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
     assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems == ()
@@ -326,8 +327,18 @@ def test_recheck_replaces_a_damaged_shard(own: Path, tmp_path: Path, run: Callab
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     assert build(own, output, examples_per_shard=2).read == frozenset()
-    run("build", own, output, "--recheck", "--workers=1")
+    said = run("build", own, output, "--recheck", "--workers=1")
+    assert "\ncompared 6 examples with their images: 1 differs, rebuilt\n" in f"\n{said}"
     assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems == ()
+    said = run("build", own, output, "--recheck", "--workers=1")
+    assert "\ncompared 6 examples with their images: none differs\n" in f"\n{said}"
+    (output / info_of(output).shards[0].name).unlink()
+    said = run("build", own, output, "--recheck", "--workers=1")
+    assert "\ncompared 6 examples with their images: 2 differ, rebuilt\n" in f"\n{said}"
+    more = write_cohort(own.parent, 7, shape=SHAPE)
+    said = run("build", more, output, "--recheck", "--workers=1")
+    assert "\ncompared 6 examples with their images: none differs\n" in f"\n{said}"
+    assert "compared" not in run("build", more, output, "--workers=1")
 
 
 def test_a_recheck_that_is_killed_continues(own: Path, tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_what_would_be_left_out_is_named(mixed: Path, check: Check) -> None:
     assert "No such file" in messages[3]
 
 
+def test_splits_add_up_to_what_would_be_made(mixed: Path, check: Check) -> None:
+    """An image that would fail is in none."""
+    rows = [line.split("\t") for line in mixed.read_text().splitlines()]
+    splits = ["split", *("test" if row[0] in ("junk", "no", "copy") else "train" for row in rows[1:])]
+    mixed.write_text("\n".join("\t".join([*row, name]) for row, name in zip(rows, splits, strict=True)))
+    _, report = check(mixed)
+    assert report["num_examples"] == 9
+    assert report["splits"] == {"test": 1, "train": 8}
+
+
 def test_copies_are_suspected(mixed: Path, check: Check) -> None:
     assert check(mixed)[1]["twins"] == [["copy", "sub-0002"]]
 

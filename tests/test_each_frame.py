@@ -368,7 +368,7 @@ def test_an_image_that_was_replaced_in_the_manifest_is_named(tmp_path: Path) -> 
     manifest, output = write_runs(tmp_path / "c"), tmp_path / "out"
     build_each(manifest, output)
     manifest.write_text(manifest.read_text().replace("2.nii.gz\t2", "2.nii.gz\t9"))
-    with pytest.raises(OutputError, match=r"row 3 was \('sub-2_frame-0000', '2.nii.gz', 2.0\), now"):
+    with pytest.raises(OutputError, match=r"  row 3 \(sub-2\): label was 2, now 9\n"):
         build_each(manifest, output)
 
 
@@ -376,7 +376,7 @@ def test_what_verify_finds(reference: Path, tmp_path: Path) -> None:
     other = write_runs(tmp_path / "c", count=5)
     problems = verify_dataset(str(reference), manifest=str(other)).problems
     assert len(problems) == 1
-    assert f"{FRAMES} rows of the manifest are neither in the shards" in problems[0]
+    assert f"{FRAMES} manifest rows are neither in the shards" in problems[0]
     assert "sub-4_frame-0000" in problems[0]
 
 

@@ -102,7 +102,8 @@ def test_dataset_as_text(dataset: Path) -> None:
     assert value_of(text, "on disk") == "int16 (5)"
     assert value_of(text, "written with") == "rescale minmax, compression gzip level 2"
     assert value_of(text, "labels") == "0 to 5, mean 2.8"
-    assert value_of(text, "failed") == f"1: {dataset}/failures.jsonl"
+    assert value_of(text, "failed") == f"1 volume: {dataset}/failures.jsonl"
+    assert value_of(text, "skipped") == "none"
     assert value_of(text, "manifest").endswith("manifest.tsv  (6 rows)")
     assert "apache-beam" in value_of(text, "versions")
 
@@ -120,7 +121,7 @@ def test_unlabelled_mixed_uncompressed_dataset(tmp_path: Path) -> None:
     assert (found["shape"], found["labels"]) == (None, None)
     assert found["shapes"] == {f"{9 - i}×3×2": 1 for i in range(7)}
     text = format_description(found)
-    assert value_of(text, "voxels") == "9×3×2 float32: 1 volumes"
+    assert value_of(text, "voxels") == "9×3×2 float32: 1 volume"
     assert "and 2 more shapes" in text
     assert value_of(text, "on disk") == "int16 (6), uint8 (1)"
     assert value_of(text, "labels") == "none"

@@ -629,7 +629,9 @@ def test_skipped_rows_are_counted_and_no_failures(folder: Path, tmp_path: Path) 
     ((_, rows),) = contents(tmp_path / "out").values()
     assert [row["row"] for row in rows] == [1, 2, 4, 5]
     assert verify_dataset(str(tmp_path / "out"), manifest=str(manifest), deep=ALL).problems == ()
-    assert "5 rows, 1 skipped without a label" in format_description(describe_dataset(str(tmp_path / "out")))
+    assert "skipped       1 row without a label\n" in format_description(
+        describe_dataset(str(tmp_path / "out"))
+    )
     assert build(manifest, tmp_path / "out", columns=columns).read == set()
     edit_info(tmp_path / "out", lambda facts: facts["manifest"].update(num_skipped=2))
     (problem,) = verify_dataset(str(tmp_path / "out")).problems
@@ -651,8 +653,27 @@ def test_the_command_says_what_labels_are_and_what_is_skipped(
     ]
     assert cli.main(["check", manifest, *flags, "--quiet"]) == 0
     assert capsys.readouterr().out.endswith("skipped  2 rows without a label\n")
+    flags[-1] = "nan"
+    assert cli.main(["check", manifest, *flags, "--quiet"]) == 0
+    assert capsys.readouterr().out.endswith("kept     2 rows without a label\n")
+    assert cli.main(["build", manifest, str(tmp_path / "out"), *flags, "--quiet"]) == 0
+    assert "\nkept     2 rows without a label\n" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
     assert cli.main(["build", manifest, str(tmp_path / "out"), "--label-column", "age"]) == 2
     assert "row 3: age is 'n/a', a missing label; fill it in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("label", "column"), [("label", "manifest_label"), ("s e x", "column('s e x')")])
+def test_a_condition_on_a_class_is_told_which_column_has_its_text(
+    folder: Path, tmp_path: Path, label: str, column: str
+) -> None:
+    rows = [{"path": row["path"], label: "FM"[number % 2]} for number, row in enumerate(rows_of()[:4])]
+    manifest = write_manifest(folder / "texts.tsv", rows)
+    output = build_dataset(manifest, tmp_path / "out", columns=Columns(label=label))
+    with pytest.raises(UsageError, match=r"label is a number; ask .*, which has the text") as raised:
+        Dataset(output, where="label == 'F'")
+    assert f"ask {column}, " in str(raised.value)
+    assert len(Dataset(output, where=f"{column} == 'F'")) == 2
 
 
 def test_plain_labels_may_be_missing(folder: Path, tmp_path: Path) -> None:

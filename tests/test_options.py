@@ -34,7 +34,7 @@ BUILD: dict[str, Row] = {
     "--anonymous-ids": ["key"],
     "--split": ["train=0.5,test=0.5"],
     "--stratify": ["site", "--split=train=0.5,test=0.5"],
-    "--split-seed": ["7", "--split=train=0.5,test=0.5"],
+    "--split-seed": ["1", "--split=train=0.5,test=0.5"],
     "--examples-per-shard": ["2"],
     "--num-shards": ["3"],
     "--shuffle-seed": ["-3"],

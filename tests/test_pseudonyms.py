@@ -183,9 +183,7 @@ def test_it_resumes_and_appends(tmp_path: Path, key: str, seed: int | None) -> N
     assert (report.problems, report.num_deep) == ((), 8)
     write_study(tmp_path / "study", NAMES[:3])
     (problem,) = verify_dataset(str(output), manifest=str(few), anonymous_ids=key).problems
-    assert (
-        f"2 examples of the dataset are not in the manifest: {expected('Lise', 'participant_id')}_" in problem
-    )
+    assert f"2 examples are not in the manifest: {expected('Lise', 'participant_id')}_" in problem
 
 
 def test_an_unfinished_build_with_names_leaves_none(manifest: Path, key: str, tmp_path: Path) -> None:
@@ -305,7 +303,7 @@ def test_another_label_is_no_fault_of_an_image(tmp_path: Path, key: str, is_anon
     cells = dict(zip(head.split("\t"), first.split("\t"), strict=True)) | {"label": "77"}
     study.write_text("\n".join([head, "\t".join(cells.values()), *rest]))
     (problem,) = verify_dataset(output, manifest=str(study), deep=ALL, **given).problems
-    assert "1 examples have another label in the manifest" in problem
+    assert "1 example has another label in the manifest" in problem
     assert problem.endswith("or run the build again with --overwrite")
 
 

@@ -156,6 +156,19 @@ def test_totals_splits_labels_and_failures_are_there(page: Page) -> None:
     assert "fingerprint" in page.texts["dt"]
 
 
+def test_skipped_rows_are_there(tmp_path: Path, page: Page) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 3)
+    manifest.write_text(manifest.read_text().replace("\t2\t", "\tn/a\t"))
+    columns = Columns(label="label", missing_label="skip")
+    output = build_dataset(manifest, tmp_path / "dataset", columns=columns)
+    assert report(output, tmp_path / "report.html").num_skipped == 1
+    text = Page(tmp_path / "report.html").texts["body"]
+    assert "No volume of the manifest failed." in text
+    assert "1 row has no label and was skipped." in text
+    assert "1 volume failed" in page.texts["body"]
+    assert "skipped." not in page.texts["body"]
+
+
 def test_nothing_of_a_manifest_becomes_markup(page: Page) -> None:
     scripts = [attributes for tag, attributes in page.elements if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "volumes"}, {}]
@@ -321,7 +334,8 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     said = run("report", output, "--workers", 2)
     assert re.fullmatch(
-        r"report   12 examples, \d+ outliers?, 0 volumes failed, 0\.\d MB: report.html\n", said
+        r"report   12 examples, \d+ outliers?, 0 volumes failed, 0 rows skipped, 0\.\d MB: report.html\n",
+        said,
     )
     assert (tmp_path / "report.html").read_bytes().startswith(b"<!DOCTYPE html>")
     edit_record(output, 0, lambda payload: payload[:-1])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,12 @@ def test_two_shares_make_the_whole(count: int, percent: int) -> None:
 )
 def test_what_is_no_split_is_refused(spec: str) -> None:
     with pytest.raises(UsageError, match=r"split is .*; write the name of a split"):
+        parse_split(spec)
+
+
+@pytest.mark.parametrize("spec", [None, 3, ["train"]])
+def test_what_is_no_text_is_refused(spec: Any) -> None:
+    with pytest.raises(TypeError, match=r"split is .*; give text, such as 'train'"):
         parse_split(spec)
 
 

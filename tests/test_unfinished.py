@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.build import open_build, plan_build
+from beam_nifti.config import Columns
 from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import OutputError
 from beam_nifti.publish import TooManyFailures
@@ -177,15 +179,127 @@ def test_rows_that_would_lose_finished_records_are_refused(manifest: Path, outpu
     before = snapshot(output)
     rows = rows_of(COUNT)
     for changed, message in (
-        (rows[1:], r"row \d+ was \('sub-\d+', .*now \('sub-\d+'"),
-        ([rows[0] | {"label": 7}, *rows[1:]], r"row 1 was .*0\.0\), now .*7\.0\)"),
+        (rows[1:], r"row 1 \(sub-0000\) was dropped"),
+        ([rows[0] | {"label": 7}, *rows[1:]], r"row 1 \(sub-0000\): label was 0, now 7\n"),
         ([row | {"site": "A"} for row in rows], "columns were .*now .*site"),
-        ([row | {"age": 1} for row in rows], "some were changed"),
+        (
+            [row | {"age": 1} for row in rows],
+            r"row 1 \(sub-0000\): age was '20', now '1'; \d+ more rows changed\n",
+        ),
     ):
         other = write_manifest(manifest.parent / "changed.tsv", changed)
         with pytest.raises(OutputError, match=message):
             build(other, output, **SMALL)
         assert snapshot(output) == before
+
+
+def finished_in(said: str) -> str:
+    """What a message says of finished examples: how many, and their bytes."""
+    (work,) = re.findall(r"\d+ finished examples? \([^)]*\)", said)
+    return str(work)
+
+
+def test_all_is_counted_that_overwrite_discards(
+    folder: Path, output: Path, bases: dict[str, Path], run: Callable[..., str]
+) -> None:
+    """Also records that the changed rows would not make others of."""
+    rows = rows_of(COUNT)
+    other = write_manifest(folder / "other.tsv", [rows[0] | {"age": 7}, *rows[1:]])
+    refused = run("build", other, output, "--examples-per-shard=4", code=2)
+    work = finished_in(refused)
+    assert f"{work} would be lost; " in refused
+    flags = ["--examples-per-shard=4", "--overwrite"]
+    said = run("build", other, output, *flags, "--dry-run")
+    assert f"{work} of an unfinished build would be discarded" in said
+    assert f"{work} of an unfinished build are discarded" in run("build", other, output, *flags)
+
+
+def test_what_continues_a_killed_replacement_is_told(
+    manifest: Path, bases: dict[str, Path], tmp_path: Path, run: Callable[..., str]
+) -> None:
+    output, other = (Path(shutil.copytree(bases["finished"], tmp_path / name)) for name in ("out", "other"))
+    options = SMALL | {"rescale": "none", "overwrite": True}
+    operations = build_apart(manifest, other, **options).operations
+    assert build_apart(manifest, output, operations // 2, **options).was_killed
+    before = snapshot(output)
+    build_it: Any = functools.partial(run, "build", manifest, output, "--examples-per-shard=4", "--dry-run")
+    said = build_it(code=2)
+    work = finished_in(said)
+    assert "--rescale was none, now minmax" in said
+    assert "to continue that build, give its options, its rows and --overwrite; else" in said
+    said = build_it("--rescale=none", code=2)
+    assert f"use --overwrite to replace it, which continues an unfinished build of {work}" in said
+    said = build_it("--rescale=zscore", code=2)
+    assert f"use --overwrite to replace it; that also discards {work} of an unfinished build" in said
+    said = build_it("--rescale=zscore", "--overwrite")
+    assert f"{work} of an unfinished build would be discarded" in said
+    said = build_it("--rescale=none", "--overwrite")
+    assert f"keep     {work.partition(' ')[0]} example" in said
+    assert snapshot(output) == before
+    build(manifest, output, **options)
+    assert_complete(output, other)
+
+
+# Rows that were changed
+
+
+def differences(manifest: Path, output: Path, rows: list[dict[str, Any]], **changes: Any) -> list[str]:
+    """What a build of other rows is told."""
+    changed = write_manifest(manifest.parent / "changed.tsv", rows)
+    with pytest.raises(OutputError) as raised:
+        build(changed, output, **SMALL, **changes)
+    return [line.strip() for line in str(raised.value).splitlines() if line.startswith("  ")]
+
+
+def test_rows_that_came_or_went_are_named(manifest: Path, bases: dict[str, Path]) -> None:
+    rows, told = rows_of(COUNT + 2), functools.partial(differences, manifest, bases["finished"])
+    whole, new = rows[:COUNT], [row | {"mask": "", "other_mask": ""} for row in rows[COUNT:]]
+    assert told([*whole[:7], new[0], *whole[7:]]) == ["row 8 (sub-0010) was inserted"]
+    assert told([*new, *whole]) == ["rows 1, 2 were inserted"]
+    assert told([*whole[:3], *whole[4:]]) == ["row 4 (sub-0003) was dropped"]
+    assert told([*whole[:3], *whole[5:], *new]) == ["rows 4, 5 were dropped"]
+    assert told([*whole[:7], whole[8], whole[7], whole[9]]) == ["row 8 (sub-0007) is now row 9"]
+    assert told(whole[:-1]) == ["the manifest had 10 rows, now 9"]
+
+
+def test_a_row_that_failed_and_was_dropped_is_told(folder: Path, tmp_path: Path) -> None:
+    """The rows after it move up."""
+    output, rows = tmp_path / "out", rows_of(COUNT)
+    failed = [rows[4] | {"path": "no.nii"}, rows[5] | {"path": "none.nii"}]
+    wrong = write_manifest(folder / "wrong.tsv", [*rows[:4], *failed, *rows[6:]])
+    with pytest.raises(TooManyFailures):
+        build(wrong, output, **SMALL)
+    assert differences(wrong, output, [*rows[:5], *rows[6:]]) == ["1 of rows 5, 6 was dropped"]
+    assert differences(wrong, output, [*rows[:4], *rows[6:]]) == ["rows 5, 6 were dropped"]
+    shutil.rmtree(output)
+    wrong = write_manifest(folder / "wrong.tsv", [*rows[:4], failed[0], *rows[5:]])
+    with pytest.raises(TooManyFailures):
+        build(wrong, output, **SMALL)
+    assert differences(wrong, output, [*rows[:4], *rows[5:]]) == ["row 5 was dropped"]
+    assert build(wrong, output, **SMALL, max_bad_fraction=0.1).read == {"no.nii"}
+    assert differences(wrong, output, rows) == ["row 5 was changed, which had no record"]
+
+
+def test_cells_that_were_changed_are_named(folder: Path, tmp_path: Path) -> None:
+    """Labels by the names of their classes; columns, but no cells with names, where ids are anonymous."""
+    rows = [row | {"sex": "FM"[i % 2], "split": "ab"[i % 2]} for i, row in enumerate(rows_of(4))]
+    manifest, output = write_manifest(folder / "sex.tsv", rows), tmp_path / "out"
+    columns = Columns(label="sex", mask="mask")
+    build(manifest, output, **SMALL, columns=columns)
+    told = functools.partial(differences, manifest, columns=columns)
+    changed = [rows[0], rows[1] | {"sex": "F", "mask": "other-1.nii"}, rows[2], rows[3] | {"age": ""}]
+    assert told(output, changed) == [
+        "row 2 (sub-0001): mask was 'mask-1.nii', now 'other-1.nii', sex was 'M', now 'F'; 1 more row changed"
+    ]
+    assert told(output, [*rows[:3], rows[3] | {"participant_id": "x", "split": "a"}]) == [
+        "row 4 (sub-0003): participant_id was 'sub-0003', now 'x', split was 'b', now 'a'"
+    ]
+    (tmp_path / "key").write_text("0123456789abcdef" * 2)
+    key, hidden = {"anonymous_ids": str(tmp_path / "key")}, tmp_path / "hidden"
+    build(manifest, hidden, **SMALL, columns=columns, **key)
+    renamed = [*rows[:3], rows[3] | {"participant_id": "Anna", "age": 7}]
+    assert told(hidden, renamed, **key) == ["row 4: participant_id was changed, age was '23', now '7'"]
+    assert told(hidden, rows[1:], **key) == ["row 1 was dropped"]
 
 
 def test_rows_without_finished_records_may_change(folder: Path, tmp_path: Path) -> None:

@@ -710,12 +710,12 @@ def change_manifest(manifest: Path, *lines: tuple[int, str | None]) -> None:
     [
         (
             (1, "sub-0001\tsub-0001.nii.gz\t8\t21"),
-            ["1 examples have another label", "sub-0001 (1.0, 8.0)"],
+            ["1 example has another label", "sub-0001 (1.0, 8.0)"],
         ),
-        ((2, None), ["1 examples of the dataset are not in the manifest: sub-0002"]),
+        ((2, None), ["1 example is not in the manifest: sub-0002"]),
         (
             (COUNT, "sub-9\tsub-9.nii.gz\t8\t21"),
-            ["1 rows of the manifest are neither in the shards nor in the list of failures: sub-9; run"],
+            ["1 manifest row is neither in the shards nor in the list of failures: sub-9; run"],
         ),
     ],
 )
@@ -737,14 +737,14 @@ def test_first_few_of_many_differences_are_named(gzip: Path, manifest: Path) -> 
     rows = [{"participant_id": f"new-{i}", "path": "x.nii", "label": 0} for i in range(9)]
     found = problems(gzip, manifest=str(write_manifest(manifest, rows)))
     some(found, f"{COUNT} examples", "sub-0000, sub-0001, sub-0002, …")
-    some(found, "9 rows", "new-0, new-1, new-2, …")
+    some(found, "9 manifest rows", "new-0, new-1, new-2, …")
 
 
 def test_other_splits_in_the_manifest(gzip: Path, manifest: Path) -> None:
     lines = manifest.read_text().splitlines()
     splits = ["split", "train", "test", *["train"] * (COUNT - 2)]
     manifest.write_text("".join(f"{a}\t{b}\n" for a, b in zip(lines, splits, strict=True)))
-    only(problems(gzip, manifest=str(manifest)), "1 examples have another split", "(train, test)")
+    only(problems(gzip, manifest=str(manifest)), "1 example has another split", "(train, test)")
 
 
 def test_labels_where_the_dataset_has_none(tmp_path: Path) -> None:
@@ -782,8 +782,8 @@ def test_failure_of_no_row_of_the_manifest(with_failure: Path, tmp_path: Path) -
     path = with_failure / "failures.jsonl"
     path.write_text(path.read_text().replace("sub-0002", "sub-0003"))
     found = problems(with_failure, manifest=str(tmp_path / "cohort/manifest.tsv"))
-    some(found, "1 examples of the dataset are not in the manifest: sub-0003")
-    some(found, "1 rows of the manifest are neither", "sub-0002")
+    some(found, "1 example is not in the manifest: sub-0003")
+    some(found, "1 manifest row is neither", "sub-0002")
 
 
 def test_deleted_failures(with_failure: Path) -> None:
