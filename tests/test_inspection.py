@@ -15,8 +15,8 @@ from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError
 from beam_nifti.inspection import describe_dataset, describe_record, format_description
 from beam_nifti.wording import one_line
-from tests.datasets import build_dataset, edit_index, info_of, records_of
-from tests.images import AFFINE, brain, write_cohort, write_image, write_manifest
+from tests.datasets import build_dataset, info_of
+from tests.images import AFFINE, brain, name_of, write_cohort, write_image, write_manifest
 
 COUNT = 5
 
@@ -166,14 +166,13 @@ def test_record_as_text(dataset: Path) -> None:
     assert value_of(text, "source_sizes") == str(size)
 
 
-def test_further_columns_named_like_the_place_are_shown_too(dataset: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
-    first = next(records_of(dataset))[0]["example_id"]
-    before = describe_record(str(dataset), first)
-    for name, cell in (("shard", "A1"), ("ordinal", "7th")):
-        edit_index(copy, lambda t, name=name, cell=cell: t.append_column(name, [[cell] * len(t)]))
-    further = {"manifest_shard": "A1", "manifest_ordinal": "7th"}
-    assert describe_record(str(copy), first) == {**before, **further}
+def test_further_columns_named_like_the_place_are_shown_too(tmp_path: Path) -> None:
+    write_image(tmp_path / name_of(0), brain((4, 3, 2)))
+    row = {"participant_id": "sub-0000", "path": name_of(0), "label": 1, "shard": "A1", "ordinal": "7th"}
+    output = build_dataset(write_manifest(tmp_path / "m.tsv", [row]), tmp_path / "out")
+    found = describe_record(str(output), "sub-0000")
+    assert (found["shard"], found["manifest_shard"]) == (info_of(output).shards[0].name, "A1")
+    assert (found["ordinal"], found["manifest_ordinal"]) == (0, "7th")
 
 
 def test_unknown_record_names_a_close_one(dataset: Path) -> None:
