@@ -82,7 +82,9 @@ def _add_verify(commands: Commands) -> None:
     verify = add_command(commands, "verify", "read a dataset back and check every byte of it")
     add_output(verify)
     verify.add_argument(
-        "--manifest", metavar="MANIFEST", help="compare ids, labels and splits with this table"
+        "--manifest",
+        metavar="MANIFEST",
+        help="compare ids, labels, splits, paths and further columns with this table",
     )
     verify.add_argument(
         "--anonymous-ids",

@@ -55,9 +55,10 @@ class ShardPass:
         number: of the shard in the dataset.
         spec: of the dataset.
         problems: where to tell what is wrong.
+        cells: further columns to compare with a manifest's, and what they are in the index.
 
     Attributes:
-        rows: id, labels and split of its records, once it was read.
+        rows: id, labels, split and these cells of its records, once it was read.
         numbers: of their rows in the manifest.
         mask_labels: those of their masks.
         versions: of the software that wrote them, as its index names them.
@@ -71,13 +72,15 @@ class ShardPass:
         number: int,
         spec: RecordSpec,
         problems: Problems,
+        cells: Mapping[str, str] | None = None,
     ) -> None:
         self._output, self._shard, self._split, self._spec = output, shard, split, spec
+        self._cells = cells or {}
         record = self._record = spec.config
         self._number, self._problems = number, problems
         self._lock = threading.Lock()
         self._records = self._read()
-        self.rows = no_rows(record)
+        self.rows = no_rows(record, [*self._cells])
         self.numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
@@ -133,7 +136,7 @@ class ShardPass:
             self._tell(shard.index, f"has {table.num_rows} rows, {said}")
         for problem in check_people(table) if self._spec.ids_of_people else ():
             self._tell(shard.index, f"{problem}; {_RESTORE}")
-        self.rows = index_rows(table, self._split, self._record)
+        self.rows = index_rows(table, self._split, self._record, self._cells)
         self.numbers = table["row"].to_numpy()
         if self._record.mask_dtype is not None:
             self.mask_labels = mask_labels(table)

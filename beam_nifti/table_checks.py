@@ -24,6 +24,8 @@ from beam_nifti.sharding import ShardName
 from beam_nifti.wording import counted
 
 _ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
+_CELL: Final = "manifest/"
+"""Before the names of further columns of a manifest, which may be those of labels."""
 _SHOWN: Final = 3
 """Examples named in a problem that concerns many."""
 
@@ -126,35 +128,40 @@ def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
         yield f"its positions do not ascend at {record_name(int(steps[0]) + 1, table)}"
 
 
-def no_rows(record: RecordConfig) -> pa.Table:
-    """The rows of nothing, with a column of each label."""
+def no_rows(record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
+    """The rows of nothing, with a column of each label and of each of these columns of a manifest."""
     labels = {
         label_feature(c.name): pa.float64() if c.kind == "float" else pa.string() for c in record.labels or ()
     }
     labels = labels or {"label": pa.float64()}
-    return pa.schema({"id": pa.string(), **labels, "split": pa.string()}).empty_table()
+    texts = {_CELL + name: pa.string() for name in cells}
+    return pa.schema({"id": pa.string(), **labels, "split": pa.string(), **texts}).empty_table()
 
 
-def index_rows(table: pa.Table, split: str, record: RecordConfig) -> pa.Table:
+def index_rows(table: pa.Table, split: str, record: RecordConfig, cells: Mapping[str, str]) -> pa.Table:
     """Id, labels and split of the records of a shard; the rest of the index may be forgotten.
 
     Args:
         table: the index, sound by `check_index`.
         split: that the shard belongs to.
         record: configuration of the shard's records.
+        cells: further columns to compare with a manifest's, and what they are in the index.
     """
     columns = [comparable(table[extra_column(c.name)], c) for c in record.labels or ()]
     columns = columns or [table["label"]]
     splits = pa.array([split] * table.num_rows, pa.string())
-    return pa.table([table["example_id"], *columns, splits], schema=no_rows(record).schema)
+    texts = [pc.fill_null(table[name], "") for name in cells.values()]
+    schema = no_rows(record, [*cells]).schema
+    return pa.table([table["example_id"], *columns, splits, *texts], schema=schema)
 
 
-def manifest_rows(manifest: Manifest, record: RecordConfig) -> pa.Table:
+def manifest_rows(manifest: Manifest, record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
     """Id, labels and split of the rows of a manifest, but for those that lack a label and are skipped.
 
     Args:
         manifest: of the same columns as the records'.
         record: configuration of the records that it is compared with.
+        cells: further columns to compare.
     """
     numbers = manifest.numbers
     columns = [comparable(manifest.table[c.name], c) for c in record.labels or ()]
@@ -162,7 +169,9 @@ def manifest_rows(manifest: Manifest, record: RecordConfig) -> pa.Table:
         columns = [pa.nulls(len(manifest), pa.float64())]
     elif not columns:
         columns = [pa.array(numbers, from_pandas=True)]  # null where there is none, as in the index
-    rows = pa.table([manifest.ids, *columns, manifest.splits], schema=no_rows(record).schema)
+    texts = [pc.fill_null(manifest.table[name], "") for name in cells]
+    schema = no_rows(record, cells).schema
+    rows = pa.table([manifest.ids, *columns, manifest.splits, *texts], schema=schema)
     return rows.filter(rows["split"].is_valid())
 
 
@@ -196,7 +205,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
     """Find where a dataset and a manifest disagree.
 
     Args:
-        known: id, labels and split of the dataset's records and failures.
+        known: id, labels and split of the dataset's records and failures, and further cells of its records.
         wanted: those of the manifest's rows.
     """
     at = pc.index_in(known["id"], value_set=wanted["id"].combine_chunks())
@@ -214,12 +223,15 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
     for column in known.column_names[1:]:
         was, now = both[column], theirs[column]
         equal = pc.fill_null(pc.equal(was, now), False)
-        none = pc.and_(pc.is_null(was), pc.is_null(now))
+        none = pc.is_null(was)
+        if not column.startswith(_CELL):  # which failures have not
+            none = pc.and_(none, pc.is_null(now))
         compared = pa.table([both["id"], was, now], ["id", column, "now"])
         different = compared.filter(pc.invert(pc.or_(equal, none)))
         if different.num_rows:
+            name = column.removeprefix(_CELL)
             yield (
-                f"{counted(different.num_rows, 'example', 'have')} another {column} in the manifest "
+                f"{counted(different.num_rows, 'example', 'have')} another {name} in the manifest "
                 f"(dataset's, manifest's): {_named(different, [column, 'now'])}; {_ANEW}"
             )
 

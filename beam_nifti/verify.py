@@ -103,8 +103,8 @@ def verify_dataset(
 
     Args:
         output: folder or URL of the dataset.
-        manifest: a table whose ids, labels and splits the dataset must have; relative image paths are
-            then relative to its folder.
+        manifest: a table whose rows the dataset must have been built from: ids, labels, splits, paths and
+            further columns are compared; relative image paths are then relative to its folder.
         anonymous_ids: file of the key by which ids and paths of the dataset became pseudonyms, if it has
             any; `manifest` and `deep` need both it and the manifest then.
         deep: how many records, spread evenly, to make again from their images and to compare bit for
@@ -147,7 +147,8 @@ def verify_dataset(
         if wanted.labels and not spec.config.labels:
             problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
-    verification = _Verification(output, info, spec, on_progress)
+    cells = _compared_cells(info, columns, wanted) if wanted is not None else {}
+    verification = _Verification(output, info, spec, on_progress, cells)
     keep_buffers()
     verification.check_files()
     images = _Images(columns, wanted) if wanted is not None else None
@@ -155,6 +156,15 @@ def verify_dataset(
     verification.check_tables(columns, wanted)
     _refuse_rebuilt(output, info)
     return verification.report()
+
+
+def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> dict[str, str]:
+    """Columns that a dataset's manifest and another have, other than ids, labels and splits; in the index."""
+    labels = {label.name for label in info.record_config.labels or ()}
+    others = {columns.id, columns.label, "split", *labels}
+    names = [n for n in info.manifest["columns"] if n in wanted.table.column_names and n not in others]
+    own = {name: name for name in ("participant_id", "session_id")} | {columns.files[0]: "source"}
+    return {name: own.get(name, extra_column(name)) for name in names}
 
 
 def _require_function(output: str, record: RecordConfig, named: str | None) -> None:
@@ -235,9 +245,14 @@ class _Verification:
     """One run of `verify_dataset`."""
 
     def __init__(
-        self, output: str, info: DatasetInfo, spec: RecordSpec, on_progress: OnProgress | None
+        self,
+        output: str,
+        info: DatasetInfo,
+        spec: RecordSpec,
+        on_progress: OnProgress | None,
+        cells: Mapping[str, str],
     ) -> None:
-        self._output, self._info, self._spec = output, info, spec
+        self._output, self._info, self._spec, self._cells = output, info, spec, cells
         self._compressed = spec.config.compression == "gzip"
         self._on_progress = on_progress
         self._problems = Problems()
@@ -288,7 +303,7 @@ class _Verification:
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
         self._passes = passes = [
-            ShardPass(self._output, shard, split, number, self._spec, self._problems)
+            ShardPass(self._output, shard, split, number, self._spec, self._problems, cells=self._cells)
             for number, (split, shard) in enumerate(shards)
         ]
         starts = list(itertools.accumulate((s.num_examples for _, s in shards), initial=0))
@@ -343,7 +358,9 @@ class _Verification:
     def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
         """All indexes and the list of failures together; and the manifest, if there is one to compare."""
         info = self._info
-        records = pa.concat_tables([no_rows(self._spec.config), *(found.rows for found in self._passes)])
+        cells = [*self._cells]
+        nothing = no_rows(self._spec.config, cells)
+        records = pa.concat_tables([nothing, *(found.rows for found in self._passes)])
         failures = self._read_failures(columns)
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
@@ -351,7 +368,7 @@ class _Verification:
         numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])
         for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
             self._problems.add(Scope.ROWS, problem)
-        rows = None if wanted is None else manifest_rows(wanted, self._spec.config)
+        rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
         if rows is not None and (frames := info.num_frames):
             if rows.num_rows * frames > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
                 self._problems.add(
@@ -368,7 +385,8 @@ class _Verification:
         for problem in check_rows(records, failures, info.failures):
             self._problems.add(Scope.ROWS, problem)
         if wanted is not None:
-            for problem in compare_rows(pa.concat_tables([records, failures]), rows):
+            known = pa.concat_tables([records, failures], promote_options="default")
+            for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
     def _read_failures(self, columns: Columns) -> pa.Table:

@@ -313,9 +313,11 @@ def test_verify_says_which_image_the_manifest_lacks(tmp_path: Path, key: str) ->
     build(few, output, anonymous_ids=key)
     text = few.read_text().replace("scans of/Ada/first", "elsewhere/first")
     few.write_text(text)
-    (problem,) = verify_dataset(output, manifest=str(few), anonymous_ids=key, deep=ALL).problems
+    report = verify_dataset(output, manifest=str(few), anonymous_ids=key, deep=ALL)
     source = expected("scans of/Ada/first.nii.gz", "path")
-    assert f"its image, {source}, is not in the manifest" in problem
+    record, row = sorted(report.problems)
+    assert f"its image, {source}, is not in the manifest" in record + row
+    assert "another path in the manifest (dataset's, manifest's): " in record + row
 
 
 @pytest.mark.parametrize(

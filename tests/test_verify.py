@@ -30,7 +30,7 @@ from tests.datasets import (
     manifest_of,
     set_cell,
 )
-from tests.images import brain, nifti_bytes, write_cohort, write_image, write_manifest
+from tests.images import brain, name_of, nifti_bytes, write_cohort, write_image, write_manifest
 
 COUNT = 5
 
@@ -717,6 +717,11 @@ def change_manifest(manifest: Path, *lines: tuple[int, str | None]) -> None:
             (COUNT, "sub-9\tsub-9.nii.gz\t8\t21"),
             ["1 manifest row is neither in the shards nor in the list of failures: sub-9; run"],
         ),
+        (
+            (1, "sub-0001\tsub-0002.nii.gz\t1\t21"),
+            ["1 example has another path", "sub-0001 (sub-0001.nii.gz, sub-0002.nii.gz)"],
+        ),
+        ((1, "sub-0001\tsub-0001.nii.gz\t1\t8"), ["1 example has another age", "sub-0001 (21, 8)"]),
     ],
 )
 def test_changed_manifest(
@@ -725,6 +730,26 @@ def test_changed_manifest(
     assert problems(gzip, manifest=str(manifest)) == ()
     change_manifest(manifest, change)
     only(problems(gzip, manifest=str(manifest)), str(manifest), *texts)
+
+
+def test_files_that_are_swapped_in_the_manifest(tmp_path: Path) -> None:
+    write_cohort(tmp_path, 3)
+    for i in range(3):
+        write_image(tmp_path / f"mask-{i}.nii", np.full(brain().shape, i, np.uint8))
+    rows = [
+        {"participant_id": f"sub-000{i}", "path": name_of(i), "label": i, "mask": f"mask-{i}.nii"}
+        for i in range(3)
+    ]
+    manifest = write_manifest(tmp_path / "masks.tsv", rows)
+    output = build_dataset(
+        manifest, tmp_path / "out", RecordConfig(mask_dtype="uint8"), columns=Columns(mask="mask")
+    )
+    assert problems(output, manifest=str(manifest), deep=ALL) == ()
+    for column in ("path", "mask"):
+        swapped = [dict(row) for row in rows]
+        swapped[0][column], swapped[1][column] = rows[1][column], rows[0][column]
+        write_manifest(manifest, swapped)
+        only(problems(output, manifest=str(manifest)), f"2 examples have another {column} in the manifest")
 
 
 def test_order_of_the_manifest_does_not_matter(gzip: Path, manifest: Path) -> None:
