@@ -189,9 +189,16 @@ def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple
 
 
 def _extents_of(part: Part) -> dict[int, tuple[int, int]]:
-    """Offset and length of each record, by position."""
-    table, _ = read_index(part.index, columns=["position", "offset", "length"])
-    return {row["position"]: (row["offset"], row["length"]) for row in table.to_pylist()}
+    """Offset and length of each record, by position; of those that the file cannot have, of no bytes."""
+    limits = Limits.of_data(part.data)
+    names = ["position", "offset", "length"]
+    table, _ = read_index(part.index, columns=names, limits=limits)
+    return {
+        position: (offset, length)
+        if 0 <= offset <= limits.data_bytes - length < limits.data_bytes
+        else (0, 0)
+        for position, offset, length in zip(*(table[name].to_pylist() for name in names), strict=True)
+    }
 
 
 def _bytes_at(part: Part, offset: int, length: int) -> bytearray:

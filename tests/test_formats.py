@@ -586,7 +586,7 @@ def test_one_frame_or_the_mean(
         np.testing.assert_allclose(volume.scaling.apply(volume.voxels), values.mean(3), rtol=1e-12, atol=1e-9)
         assert volume.dtype == dtype
         with pytest.raises(
-            VolumeError, match=rf"no frame {values.shape[3]}: shape .* has {values.shape[3]},"
+            VolumeError, match=rf"no frame {values.shape[3]}: shape .* has {values.shape[3]} frame"
         ):
             load_volume(row_of(path), record=RecordConfig(frames=str(values.shape[3])))
 

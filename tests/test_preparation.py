@@ -125,7 +125,7 @@ def test_the_configuration_comes_back_from_json() -> None:
         ("--spacing=1,1,x", "--spacing is '1,1,x'"),
         ("--spacing=1,1,0", "--spacing is 1,1,0; give three sizes in mm"),
         ("--spacing=1,1,inf", "--spacing is 1,1,inf"),
-        ("--spacing=1,nan,1", "--spacing is 1,nan,1"),
+        ("--spacing=1,nan,1", "--spacing is '1,nan,1'"),
         ("--shape=16,16", "--shape is '16,16'; give three whole numbers of voxels, x,y,z without channels"),
         ("--shape=16,16,16,1", "--shape is '16,16,16,1'; give three whole numbers of voxels, x,y,z without"),
         ("--shape=16.5,16,16", "--shape is '16.5,16,16'; give three whole numbers"),
