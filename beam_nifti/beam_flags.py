@@ -6,17 +6,12 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from beam_nifti import local_runner
+from beam_nifti import engines, local_runner
+from beam_nifti.config import BuildConfig
+from beam_nifti.engines import UNUSABLE, Engine
 from beam_nifti.errors import UsageError
 from beam_nifti.options import dashed, explain_unknown, flags_of_commands, suggest_flag
 from beam_nifti.options_common import refuse_swallowed
-
-UNUSABLE: Final = {
-    "save_main_session": "nothing that a worker runs is defined in the main program",
-    "streaming": "a build reads a finite manifest, so it runs as a batch job",
-    "no_wait_until_finish": "the command publishes and cleans up when the pipeline has ended",
-}
-"""Beam's flags that no command can take, each with why."""
 
 _STORES: Final = frozenset(
     {
@@ -64,6 +59,27 @@ _RUNNERS: Final = {
     "WorkerOptions": frozenset({"DataflowRunner"}),
 }
 """Runners that use the options of a group; those of the other groups are for every cluster."""
+
+
+def choose_engine(
+    config: BuildConfig, flags: Sequence[str], workers: int | None = None, command: str = "build"
+) -> Engine:
+    """The engine that Beam's flags ask for.
+
+    Args:
+        config: of the build.
+        flags: Beam's, written with underscores.
+        workers: value of --workers; None where it was not given.
+        command: that got the flags.
+
+    Raises:
+        UsageError: a flag is unknown, malformed, missing, given twice or without effect, or a path is out
+            of the workers' reach. Nothing was read.
+    """
+    engines.import_beam()
+    known, unknown = parse_beam_flags(flags)
+    refuse_ineffective(flags, unknown, engines.runner_name(known.runner), command)
+    return engines.make_engine(config, flags, known, workers)
 
 
 def parse_beam_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

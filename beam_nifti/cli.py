@@ -262,8 +262,9 @@ def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     config = build_config(options)
     if options.dry_run and not beam_flags:
         return _dry_run(run, config)  # sooner, as it needs no Beam
+    from beam_nifti.beam_flags import choose_engine
     from beam_nifti.build import open_build
-    from beam_nifti.engines import choose_engine, write_template
+    from beam_nifti.engines import write_template
 
     engine = choose_engine(config, beam_flags, options.workers)
     run.runner = engine.runner
@@ -470,7 +471,7 @@ def _print_reuse(reuse: Reuse) -> None:
 
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
-    from beam_nifti.engines import choose_engine
+    from beam_nifti.beam_flags import choose_engine
 
     engine = choose_engine(check_config(options), beam_flags, options.workers, "check")
     if not engine.is_local and options.out is None:
@@ -603,8 +604,8 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
+    from beam_nifti.beam_flags import choose_engine
     from beam_nifti.dataset_info import read_info
-    from beam_nifti.engines import choose_engine
 
     _require_report_extra("jinja2", "matplotlib", "PIL")
     engine = choose_engine(report_config(options), beam_flags, options.workers, "report")

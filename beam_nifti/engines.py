@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from beam_nifti import disk, local_runner, storage
-from beam_nifti.beam_flags import UNUSABLE, parse_beam_flags, refuse_ineffective
 from beam_nifti.config import BuildConfig
 from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     from beam_nifti.plan import BuildPlan
+
+UNUSABLE: Final = {
+    "save_main_session": "nothing that a worker runs is defined in the main program",
+    "streaming": "a build reads a finite manifest, so it runs as a batch job",
+    "no_wait_until_finish": "the command publishes and cleans up when the pipeline has ended",
+}
+"""Beam's flags that no command can take, each with why."""
 
 CLUSTER_WORKERS: Final = 32
 """Parallelism to cut the work for where the flags do not tell the cluster's."""
@@ -59,26 +65,23 @@ class Engine:
     runner: str = "DirectRunner"
 
 
-def choose_engine(
-    config: BuildConfig, flags: Sequence[str], workers: int | None = None, command: str = "build"
+def make_engine(
+    config: BuildConfig, flags: Sequence[str], known: argparse.Namespace, workers: int | None
 ) -> Engine:
     """The engine that Beam's flags ask for.
 
     Args:
         config: of the build.
         flags: Beam's, written with underscores.
+        known: what Beam's Python SDK understands of them.
         workers: value of --workers; None where it was not given.
-        command: that got the flags.
 
     Raises:
-        UsageError: a flag is unknown, malformed, missing, given twice or without effect, or a path is out
-            of the workers' reach. Nothing was read.
+        UsageError: a flag is missing or refused by Beam, or a path is out of the workers' reach. Nothing
+            was read.
     """
-    _import_beam()
-    known, unknown = parse_beam_flags(flags)
-    name = _runner_name(known.runner)
+    name = runner_name(known.runner)
     is_local = name in local_runner.NAMES
-    refuse_ineffective(flags, unknown, name, command)
     config = replace(config, temp_location=config.temp_location or known.temp_location)
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
     problems = [f"--{flag}: {why}; leave it out" for flag, why in UNUSABLE.items() if flag in given]
@@ -113,7 +116,8 @@ def choose_engine(
     )
 
 
-def _import_beam() -> None:
+def import_beam() -> None:
+    """Load Beam and the steps, with the settings that suit them."""
     # numpy's linear algebra is not used: its threads would only start, spin and take memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Beam says at import which of its optional packages are absent; none is needed here.
@@ -127,7 +131,7 @@ def _import_beam() -> None:
     logging.disable(logging.NOTSET)
 
 
-def _runner_name(given: str | None) -> str:
+def runner_name(given: str | None) -> str:
     """Beam's own name of a runner: it takes `flink` for `FlinkRunner` as well."""
     from apache_beam.options.pipeline_options import StandardOptions
 

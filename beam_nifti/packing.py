@@ -13,9 +13,11 @@ import pyarrow as pa
 from isal import igzip_lib, isal_zlib
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.tfrecord import DEFLATE_RATIO
 
 Bytes = bytes | memoryview
+
+DEFLATE_RATIO: Final = 1032
+"""No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
 
 _BLOCKS_HEAD_BYTES: Final = 1 << 20
 """`Packing.head_bytes` where blocks are unpacked as a whole; those of bzip2 have up to 900 kB."""

@@ -17,6 +17,7 @@ import numpy as np
 from isal import isal_zlib
 
 from beam_nifti.errors import ShardError
+from beam_nifti.packing import DEFLATE_RATIO
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
@@ -31,9 +32,6 @@ EMPTY_MEMBER: Final = gzip.compress(b"", mtime=0)
 
 _MOST_PAYLOAD: Final = 1 << 31
 """Where nothing better is known: more than any Example has."""
-
-DEFLATE_RATIO: Final = 1032
-"""No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
 
 _LENGTH_BYTES: Final = 8
 

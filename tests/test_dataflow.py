@@ -17,7 +17,7 @@ from apache_beam.portability.api import beam_runner_api_pb2 as proto
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import DockerEnvironment, python_sdk_dependencies
 
-from beam_nifti import cli, engines, options
+from beam_nifti import beam_flags, cli, engines, options
 from beam_nifti.build import open_build, plan_build
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.dataset_info import ShardInfo
@@ -189,7 +189,7 @@ def test_beam_would_stage_the_main_program_if_we_let_it(
     monkeypatch.setattr(engines, "_is_installed", lambda _: True)
     monkeypatch.setattr(engines, "_accepted", PipelineOptions)
     config = BuildConfig("gs://lab/m.csv", "gs://lab/out", temp_location="gs://lab/tmp")
-    chosen = engines.choose_engine(config, ["--runner=DataflowRunner", *FLAGS]).options
+    chosen = beam_flags.choose_engine(config, ["--runner=DataflowRunner", *FLAGS]).options
 
     def staged(setup: PipelineOptions) -> set[str]:
         resources = python_sdk_dependencies(setup, str(tmp_path))
@@ -293,9 +293,9 @@ def test_a_parameter_is_what_the_parser_takes(
         assert not re.fullmatch(pattern, "no/such value")
     needed = NEEDED.get(name, {})
     plain, _ = options.parse(launched(**needed))
-    given, beam_flags = options.parse(launched(**needed, **{name: value}))
+    given, rest = options.parse(launched(**needed, **{name: value}))
     build_config(given)
-    assert given != plain or f"--{name}={value}" in beam_flags
+    assert given != plain or f"--{name}={value}" in rest
     if name not in ("manifest", "output"):
         assert options.parse(launched(**needed, **{name: ""}))[0] == plain
 

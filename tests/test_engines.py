@@ -17,7 +17,7 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
 )
 
-from beam_nifti import cli, engines, options
+from beam_nifti import beam_flags, cli, engines, options
 from beam_nifti.build import plan_build
 from beam_nifti.cores import count_cores
 from beam_nifti.engines import CLUSTER_WORKERS, Engine
@@ -40,8 +40,8 @@ DATAFLOW = (
 
 def choose(*flags: str, manifest: str = "m.csv", output: str = "out") -> Engine:
     """The engine of `beam-nifti build`."""
-    parsed, beam_flags = options.parse(["build", manifest, output, *flags])
-    return engines.choose_engine(build_config(parsed), beam_flags, parsed.workers)
+    parsed, rest = options.parse(["build", manifest, output, *flags])
+    return beam_flags.choose_engine(build_config(parsed), rest, parsed.workers)
 
 
 def refusal(*flags: str, manifest: str = "m.csv", output: str = "out") -> str:
