@@ -2,6 +2,6 @@
 
 import sys
 
-from beam_nifti.cli import main
+from beam_nifti.cli.main import main
 
 sys.exit(main())

@@ -13,9 +13,9 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final
 
-from beam_nifti.cells import parse_number
 from beam_nifti.errors import UsageError
-from beam_nifti.strict_json import dump_json
+from beam_nifti.support.cells import parse_number
+from beam_nifti.support.strict_json import dump_json
 
 FORMAT_VERSION: Final = 2
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""

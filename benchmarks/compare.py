@@ -49,7 +49,7 @@ import sys
 sys.path.insert(0, {root!r})
 from beam_nifti.config import RecordConfig
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.prepare import prepare_volume
+from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume import load_volume, rescale_volume
 prepared = {{"spacing": ({spacing},) * 3, "shape": {shape}}} if case == "spacing" else {{}}
 config = RecordConfig(orientation=None if case == "load" else "RAS", **prepared)
@@ -100,9 +100,9 @@ import sys, tempfile
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from beam_nifti.config import RecordConfig
-from beam_nifti.example import encode_volume
+from beam_nifti.record.example import encode_volume
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.tfrecord import encode_pieces
+from beam_nifti.record.tfrecord import encode_pieces
 from beam_nifti.volume import load_volume, rescale_volume
 def write(paths):
     with tempfile.TemporaryFile() as handle:

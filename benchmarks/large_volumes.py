@@ -92,7 +92,7 @@ def measure(case: Case, folder: Path, output: Path) -> tuple[float, float, int]:
     manifest = folder / f"{case.file}.tsv"
     manifest.write_text(f"path\n{case.file}\n")
     shutil.rmtree(output, ignore_errors=True)
-    command = ["-m", "beam_nifti.cli", "build", str(manifest), str(output), "--workers=1", "--quiet"]
+    command = ["-m", "beam_nifti", "build", str(manifest), str(output), "--workers=1", "--quiet"]
     process = subprocess.Popen([sys.executable, *command, *case.options], stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.image import Source
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.prepare import crop_foreground, crop_or_pad, orient, resample
-from beam_nifti.rescale import Scaling
 from beam_nifti.volume import Volume, rescale_volume
+from beam_nifti.volume.files import Source
+from beam_nifti.volume.preprocess import crop_foreground, crop_or_pad, orient, resample
+from beam_nifti.volume.rescale import Scaling
 
 STEP = 0.75  # from 2 mm to 1.5 mm
 MASK = list[NDArray[np.uint8]]()

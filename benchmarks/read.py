@@ -43,7 +43,7 @@ Maker = Callable[[Path, Path], None]
 
 def build(*flags: str) -> Maker:
     def make(manifest: Path, folder: Path) -> None:
-        command = [sys.executable, "-m", "beam_nifti.cli", "build", manifest, folder, "--quiet", *flags]
+        command = [sys.executable, "-m", "beam_nifti", "build", manifest, folder, "--quiet", *flags]
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
     return make

@@ -58,7 +58,7 @@ class Contender:
 
 
 def build(workers: int) -> tuple[str, ...]:
-    return ("-m", "beam_nifti.cli", "build", "{manifest}", "{output}", f"--workers={workers}", "--quiet")
+    return ("-m", "beam_nifti", "build", "{manifest}", "{output}", f"--workers={workers}", "--quiet")
 
 
 def contenders() -> dict[str, Contender]:

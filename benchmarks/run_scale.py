@@ -69,7 +69,7 @@ def run(
     start, wall_start, moment, stop = time.perf_counter(), time.time(), [0.0], threading.Event()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "beam_nifti.cli", *arguments],
+            [sys.executable, "-m", "beam_nifti", *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=Path(__file__).parent.parent,

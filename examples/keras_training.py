@@ -15,7 +15,7 @@ import keras
 import nibabel
 import numpy as np
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.reader import load_dataset
 
 SHAPE = (16, 16, 16)

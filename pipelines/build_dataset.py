@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ import apache_beam as beam
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_nifti import storage
 from beam_nifti.manifest import read_manifest
+from beam_nifti.storage import paths as storage
 from beam_nifti.transforms import EncodeExample, LoadVolume, Rescale
 
 

@@ -18,7 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from beam_nifti import options
+from beam_nifti.cli import parser as options
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE_OF_DOCS = ("*.md", "LICENSE", "examples/*.py", "pipelines/*.py")

@@ -26,7 +26,7 @@ def cohort(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command of the command line: `run("verify", output)` -> what it prints."""
-    from beam_nifti import cli
+    from beam_nifti.cli import main as cli
 
     def command(*arguments: object, code: int = 0) -> str:
         quiet = [] if arguments[0] == "inspect" else ["--quiet"]
@@ -59,7 +59,7 @@ def build(local_flags: Callable[..., list[str]]) -> Callable[..., Any]:
     def run(config: Any, workers: int = 1, mode: str = "multi_threading") -> Any:
         from apache_beam.options.pipeline_options import PipelineOptions
 
-        from beam_nifti.build import open_build, run_build
+        from beam_nifti.pipeline.build import open_build, run_build
 
         with open_build(config) as plan:
             summary, _ = run_build(plan, PipelineOptions(local_flags(workers, mode)))

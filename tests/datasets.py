@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from beam_nifti.build import open_build, run_build
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.dataset_info import DatasetInfo, content_digest, read_info
-from beam_nifti.image import Source
-from beam_nifti.index import read_index, write_index
-from beam_nifti.storage import Stat
-from beam_nifti.tfrecord import decode_record, encode_record
+from beam_nifti.pipeline.build import open_build, run_build
+from beam_nifti.record.dataset_info import DatasetInfo, content_digest, read_info
+from beam_nifti.record.index import read_index, write_index
+from beam_nifti.record.tfrecord import decode_record, encode_record
+from beam_nifti.storage.paths import Stat
+from beam_nifti.volume.files import Source
 from tests.images import AFFINE
 
 SOURCE = Source(((Stat(1, 1.0),),), (6, 5, 4), tuple(AFFINE.ravel().tolist()))

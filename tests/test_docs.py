@@ -15,15 +15,15 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from beam_nifti import options
+from beam_nifti.cli import parser as options
+from beam_nifti.cli.build_options import WITHOUT_EFFECT
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import read_info
-from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
-from beam_nifti.index import schema_of
-from beam_nifti.options_build import WITHOUT_EFFECT
-from beam_nifti.prepare import apply_function
-from beam_nifti.quantize import numpy_dtype
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
+from beam_nifti.record.index import schema_of
 from beam_nifti.volume import load_volume
+from beam_nifti.volume.preprocess import apply_function
+from beam_nifti.volume.quantize import numpy_dtype
 from tests import pages
 from tests.datasets import records_of
 from tests.images import row_of, write_image

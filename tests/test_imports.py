@@ -1,4 +1,4 @@
-"""Who imports what: the direction of imports, and what stays unloaded."""
+"""Who imports what, and what stays unloaded. `.importlinter` has the direction of imports."""
 
 from __future__ import annotations
 
@@ -13,39 +13,55 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = {path.stem: path for path in (ROOT / "beam_nifti").glob("*.py") if path.stem[0] != "_"}
+PACKAGE = ROOT / "beam_nifti"
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
-    "nibabel": {"formats", "geometry", "grid", "nifti_writer", "view"},
-    "scipy": {"prepare"},
-    "matplotlib": {"figures"},
-    "jinja2": {"templates"},
-    "nilearn": {"view"},
-    "PIL": {"thumbnail"},
-    "tensorflow": {"reader", "reader_columns", "reader_graph", "reader_indexed", "reader_layouts"},
+    "nibabel": {
+        "volume.formats",
+        "volume.geometry",
+        "volume.grid",
+        "volume.nifti_writer",
+        "reporting.view",
+    },
+    "scipy": {"volume.preprocess"},
+    "matplotlib": {"reporting.figures"},
+    "jinja2": {"reporting.templates"},
+    "nilearn": {"reporting.view"},
+    "PIL": {"reporting.thumbnail"},
+    "tensorflow": {"read.reader", "read.columns", "read.sequential", "read.indexed", "read.layouts"},
     "apache_beam": {
-        "coders",
-        "transforms",
-        "storage",
-        "object_store",
-        "s3",
-        "gcs",
-        "local_runner",
-        "build",
-        "check",
-        "report",
-        "engines",
-        "beam_flags",
+        "pipeline.coders",
+        "pipeline.transforms",
+        "storage.paths",
+        "storage.object_store",
+        "storage.s3",
+        "storage.gcs",
+        "pipeline.local_runner",
+        "pipeline.build",
+        "pipeline.check",
+        "reporting.report",
+        "pipeline.runners",
+        "cli.beam_flags",
     },
 }
 LAZY_IMPORTERS = {
-    "scipy": {"prepare"},
-    "matplotlib": {"figures"},
-    "jinja2": {"templates"},
-    "nilearn": {"view"},
-    "PIL": {"thumbnail"},
-    "apache_beam": {"storage", "object_store", "s3", "gcs", "local_runner", "build", "engines", "beam_flags"},
+    "scipy": {"volume.preprocess"},
+    "matplotlib": {"reporting.figures"},
+    "jinja2": {"reporting.templates"},
+    "nilearn": {"reporting.view"},
+    "PIL": {"reporting.thumbnail"},
+    "apache_beam": {
+        "storage.paths",
+        "storage.object_store",
+        "storage.s3",
+        "storage.gcs",
+        "pipeline.local_runner",
+        "pipeline.build",
+        "pipeline.runners",
+        "cli.beam_flags",
+    },
 }
 """Modules that import the package only inside functions."""
 
@@ -77,29 +93,34 @@ def imports(path: Path, *, lazy: bool = True) -> set[str]:
 
 def siblings(path: Path) -> set[str]:
     """The modules of the package that a module imports."""
-    names = (name.split(".") for name in imports(path))
-    return {name[1] for name in names if name[0] == "beam_nifti" and len(name) > 1} & set(MODULES)
-
-
-LAYERS = (ROOT / "ARCHITECTURE.md").read_text().partition("```\ncli\n")[2].partition("```")[0]
-"""From high to low; a module imports only from lines below its own."""
-
-LEVEL = {name: -i for i, line in enumerate(("cli\n" + LAYERS).splitlines()) for name in line.split()}
-
-
-def test_every_module_has_a_layer() -> None:
-    assert set(LEVEL) == set(MODULES)
-
-
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_point_down(name: str) -> None:
-    upward = {other for other in siblings(MODULES[name]) if LEVEL[other] >= LEVEL[name]}
-    assert not upward
+    names = {name.removeprefix("beam_nifti.") for name in imports(path) if name.startswith("beam_nifti.")}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names}
 
 
 def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
-    format_only = {"tfrecord", "example", "dataset_info", "storage", "errors"}
-    assert siblings(MODULES["reader_graph"]) <= format_only | {"random_access", "reader_columns"}
+    """So it reads what this package writes, without what writes it."""
+    low = {"storage.paths", "errors", "read.random_access", "read.columns"}
+    format_only = {"record.tfrecord", "record.example", "record.dataset_info"}
+    assert siblings(MODULES["read.sequential"]) <= format_only | low
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("reader", "load_dataset get_batched_dataset state_after"),
+        ("random_access", "Dataset"),
+        ("transforms", "BuildDataset EncodeExample LoadVolume Prepare ReadManifest Rescale WriteToTFRecord"),
+        ("volume", "Scaling Volume load_volume rescale_volume"),
+        ("manifest", "Manifest VolumeRow read_manifest"),
+        ("config", "BuildConfig RecordConfig"),
+        ("errors", "BeamNiftiError ManifestError UsageError VolumeError"),
+    ],
+)
+def test_users_import_from_the_front(module: str, names: str) -> None:
+    front = pytest.importorskip(f"beam_nifti.{module}", exc_type=ImportError)
+    assert [name for name in names.split() if not hasattr(front, name)] == []
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec(f"from beam_nifti.{module} import no_such_name")
 
 
 @pytest.mark.parametrize("package", sorted(ONLY_IMPORTERS))
@@ -116,7 +137,7 @@ def test_heavy_packages_have_few_importers(package: str) -> None:
 
 
 def test_only_the_command_line_is_below_the_entry_point() -> None:
-    assert siblings(PIPELINES["build_dataset"]) == {"cli"}
+    assert siblings(PIPELINES["build_dataset"]) == {"cli.main"}
     assert "tensorflow" not in {name.split(".")[0] for p in PIPELINES.values() for name in imports(p)}
 
 
@@ -133,12 +154,15 @@ def loaded_by(module: str) -> set[str]:
     ("module", "absent"),
     [
         ("beam_nifti", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
-        ("beam_nifti.cli", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
-        ("beam_nifti.inspection", {"apache_beam", "tensorflow", "nibabel"}),
-        ("beam_nifti.diff", {"apache_beam", "tensorflow", "nibabel"}),
-        ("beam_nifti.verify", {"apache_beam", "tensorflow"}),
-        ("beam_nifti.extract", {"apache_beam", "tensorflow"}),
-        ("beam_nifti.build", {"apache_beam", "tensorflow"}),
+        ("beam_nifti.volume", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
+        ("beam_nifti.manifest", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
+        ("beam_nifti.volume.rescale", {"apache_beam", "tensorflow", "pyarrow", "nibabel"}),
+        ("beam_nifti.cli.main", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
+        ("beam_nifti.inspection.description", {"apache_beam", "tensorflow", "nibabel"}),
+        ("beam_nifti.inspection.diff", {"apache_beam", "tensorflow", "nibabel"}),
+        ("beam_nifti.inspection.verify", {"apache_beam", "tensorflow"}),
+        ("beam_nifti.inspection.extract", {"apache_beam", "tensorflow"}),
+        ("beam_nifti.pipeline.build", {"apache_beam", "tensorflow"}),
         ("beam_nifti.transforms", {"tensorflow"}),
         ("beam_nifti.reader", {"apache_beam", "nibabel"}),
         ("beam_nifti.random_access", {"apache_beam", "tensorflow", "nibabel", "scipy"}),

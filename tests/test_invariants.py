@@ -16,13 +16,13 @@ from apache_beam.pipeline import AppliedPTransform, PTransformOverride
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.typehints import typehints
 
-from beam_nifti.build import open_build, plan_build
-from beam_nifti.dataset_info import read_info
-from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.failures import Failure
-from beam_nifti.parts import Part
-from beam_nifti.plan import ShardTask, WorkUnit
-from beam_nifti.transforms import BuildDataset, ShardOutcome
+from beam_nifti.pipeline.build import open_build, plan_build
+from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.parts import Part
+from beam_nifti.pipeline.plan import ShardTask, WorkUnit
+from beam_nifti.pipeline.transforms import BuildDataset, ShardOutcome
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.example import decode_example, decode_tensor
 from tests.build_helpers import (
     CUTTING_RUNNER,
     SHAPE,

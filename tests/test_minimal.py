@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from beam_nifti.config import BuildConfig, Sharding
-from beam_nifti.example import decode_example
+from beam_nifti.record.example import decode_example
 from pipelines import minimal
 
 Flags = Callable[..., list[str]]

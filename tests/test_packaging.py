@@ -26,6 +26,7 @@ def test_the_sdist_holds_the_package(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    modules = {f"beam_nifti/{path.name}" for path in (ROOT / "beam_nifti").glob("*.py")}
-    templates = {f"beam_nifti/templates/{path.name}" for path in (ROOT / "beam_nifti/templates").iterdir()}
-    assert modules | templates | {"beam_nifti/py.typed", "setup.py", "pyproject.toml", "LICENSE"} <= names
+    package = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "beam_nifti").rglob("*.*") if p.suffix != ".pyc"
+    }
+    assert package | {"setup.py", "pyproject.toml", "LICENSE"} <= names

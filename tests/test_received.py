@@ -17,20 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_nifti import cli
-from beam_nifti.build import plan_build
-from beam_nifti.build_note import BuildNote
-from beam_nifti.dataset_info import content_digest
-from beam_nifti.diff import compare_datasets
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError, UsageError
-from beam_nifti.example import decode_example, encode_example, encode_tensor
-from beam_nifti.extract import read_volume
-from beam_nifti.index import Limits, read_index, read_shard_index
-from beam_nifti.inspection import describe_dataset, describe_record
+from beam_nifti.inspection.description import describe_dataset, describe_record
+from beam_nifti.inspection.diff import compare_datasets
+from beam_nifti.inspection.extract import read_volume
+from beam_nifti.inspection.verify import ALL, verify_dataset
+from beam_nifti.pipeline.build import plan_build
+from beam_nifti.pipeline.build_note import BuildNote
 from beam_nifti.random_access import Dataset
-from beam_nifti.report_summary import read_failures
-from beam_nifti.tfrecord import decode_record, encode_record
-from beam_nifti.verify import ALL, verify_dataset
+from beam_nifti.record.dataset_info import content_digest
+from beam_nifti.record.example import decode_example, encode_example, encode_tensor
+from beam_nifti.record.index import Limits, read_index, read_shard_index
+from beam_nifti.record.tfrecord import decode_record, encode_record
+from beam_nifti.reporting.summary import read_failures
 from tests.build_helpers import arrow_memory, build, make_config
 from tests.datasets import edit_index, edit_info, edit_record, info_of, replace_index, set_cell
 from tests.images import write_cohort, write_image, write_manifest

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import options
+from beam_nifti.cli import parser as options
 
 pytest.importorskip("mkdocs", reason="MkDocs is not installed; scripts/check has an environment for it")
 

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from beam_nifti import engines, local_runner
+from beam_nifti.cli.common_options import refuse_swallowed
+from beam_nifti.cli.parser import dashed, explain_unknown, flags_of_commands, suggest_flag
 from beam_nifti.config import BuildConfig
-from beam_nifti.engines import UNUSABLE, Engine
 from beam_nifti.errors import UsageError
-from beam_nifti.options import dashed, explain_unknown, flags_of_commands, suggest_flag
-from beam_nifti.options_common import refuse_swallowed
+from beam_nifti.pipeline import local_runner, runners
+from beam_nifti.pipeline.runners import UNUSABLE, Engine
 
 _STORES: Final = frozenset(
     {
@@ -38,7 +38,7 @@ _EVERYWHERE: Final = frozenset(
         *("default_sdk_harness_log_level", "sdk_harness_log_level_overrides", "parallelism"),
     }
 )
-"""Options of a runner's group that others use as well: of its Python workers, and what `engines` reads."""
+"""Options of a runner's group that others use as well: of its Python workers, and what `runners` reads."""
 
 _JOB_SERVERS: Final = frozenset({"FlinkRunner", "SparkRunner", "PortableRunner"})
 """Runners behind a job server, which has flags of its own that Beam's Python SDK does not know."""
@@ -76,10 +76,10 @@ def choose_engine(
         UsageError: a flag is unknown, malformed, missing, given twice or without effect, or a path is out
             of the workers' reach. Nothing was read.
     """
-    engines.import_beam()
+    runners.import_beam()
     known, unknown = parse_beam_flags(flags)
-    refuse_ineffective(flags, unknown, engines.runner_name(known.runner), command)
-    return engines.make_engine(config, flags, known, workers)
+    refuse_ineffective(flags, unknown, runners.runner_name(known.runner), command)
+    return runners.make_engine(config, flags, known, workers)
 
 
 def parse_beam_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

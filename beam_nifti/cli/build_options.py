@@ -6,7 +6,17 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
-from beam_nifti.cells import parse_integer, parse_number
+from beam_nifti.cli.common_options import (
+    Commands,
+    add_beam,
+    add_command,
+    add_output,
+    add_overwrite,
+    add_quiet,
+    add_summary,
+    add_workers,
+    choose_workers,
+)
 from beam_nifti.config import (
     COMPLEX_PARTS,
     COMPRESSION_LEVELS,
@@ -22,17 +32,7 @@ from beam_nifti.config import (
     Splitting,
 )
 from beam_nifti.errors import UsageError
-from beam_nifti.options_common import (
-    Commands,
-    add_beam,
-    add_command,
-    add_output,
-    add_overwrite,
-    add_quiet,
-    add_summary,
-    add_workers,
-    choose_workers,
-)
+from beam_nifti.support.cells import parse_integer, parse_number
 
 _Number = TypeVar("_Number", int, float)
 

@@ -6,10 +6,10 @@ import argparse
 import re
 from typing import Any, Final, TypeAlias
 
-from beam_nifti.cells import parse_integer, parse_number
-from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
-from beam_nifti.logs import FORMATS as LOG_FORMATS
+from beam_nifti.support.cells import parse_integer, parse_number
+from beam_nifti.support.cores import count_cores
+from beam_nifti.support.logs import FORMATS as LOG_FORMATS
 
 _SECRET: Final = re.compile("secret|token|access.key|connection.string")
 """What is in the names of flags whose values no message shows."""

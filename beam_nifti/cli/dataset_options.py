@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from beam_nifti.config import BuildConfig
-from beam_nifti.errors import UsageError
-from beam_nifti.options_common import (
+from beam_nifti.cli.common_options import (
     Commands,
     add_beam,
     add_command,
@@ -17,6 +15,8 @@ from beam_nifti.options_common import (
     add_workers,
     choose_workers,
 )
+from beam_nifti.config import BuildConfig
+from beam_nifti.errors import UsageError
 
 _DIFF_EXAMPLES = """\
 examples:

@@ -15,16 +15,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from beam_nifti import logs, storage
-from beam_nifti import options as command_line
-from beam_nifti.cells import parse_integer
+from beam_nifti.cli import parser as command_line
+from beam_nifti.cli.build_options import build_config, check_config
+from beam_nifti.cli.common_options import choose_workers
+from beam_nifti.cli.dataset_options import report_config
+from beam_nifti.cli.manifest_options import chosen_entities
+from beam_nifti.cli.run_summary import RunSummary, remove_earlier, write_document
 from beam_nifti.errors import BeamNiftiError, OutputError, UsageError
-from beam_nifti.notes import warnings_of
-from beam_nifti.options_build import build_config, check_config
-from beam_nifti.options_common import choose_workers
-from beam_nifti.options_dataset import report_config
-from beam_nifti.options_manifest import chosen_entities
-from beam_nifti.outcomes import (
+from beam_nifti.pipeline.outputs import require_apart
+from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
+from beam_nifti.support.cells import parse_integer
+from beam_nifti.support.outcomes import (
     CUT_SHORT,
     FAILED,
     INTERRUPTED,
@@ -35,19 +37,18 @@ from beam_nifti.outcomes import (
     exit_code,
     reason_of,
 )
-from beam_nifti.outputs import require_apart
-from beam_nifti.run_summary import RunSummary, remove_earlier, write_document
-from beam_nifti.strict_json import dump_json
-from beam_nifti.terminal import UnwritableError, guarded_streams, write_result
-from beam_nifti.wording import counted, one_line
+from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.terminal import UnwritableError, guarded_streams, write_result
+from beam_nifti.support.wording import counted, one_line
+from beam_nifti.volume.notes import warnings_of
 
 if TYPE_CHECKING:
     from beam_nifti.config import BuildConfig
-    from beam_nifti.engines import Engine
-    from beam_nifti.metrics import Metrics
-    from beam_nifti.plan import BuildPlan, CheckPlan
-    from beam_nifti.publish import BuildSummary
-    from beam_nifti.resume import Reuse
+    from beam_nifti.pipeline.metrics import Metrics
+    from beam_nifti.pipeline.plan import BuildPlan, CheckPlan
+    from beam_nifti.pipeline.publish import BuildSummary
+    from beam_nifti.pipeline.resume import Reuse
+    from beam_nifti.pipeline.runners import Engine
 
 _SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
@@ -131,7 +132,7 @@ def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
         if getattr(options, "summary_json", None):
             write_document(options.summary_json, run)
         if getattr(options, "metrics_file", None) and not run.dry_run:
-            from beam_nifti.textfile import write_metrics
+            from beam_nifti.cli.prometheus import write_metrics
 
             write_metrics(options.metrics_file, run)
     except OSError as e:
@@ -218,8 +219,8 @@ def _require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None]
 
 
 def _manifest(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti import discovery
-    from beam_nifti.tables import format_delimited, write_table
+    from beam_nifti.manifest import discovery
+    from beam_nifti.manifest.tables import format_delimited, write_table
 
     out = options.out and storage.absolute(options.out)
     if out:
@@ -262,9 +263,9 @@ def _build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     config = build_config(options)
     if options.dry_run and not beam_flags:
         return _dry_run(run, config)  # sooner, as it needs no Beam
-    from beam_nifti.beam_flags import choose_engine
-    from beam_nifti.build import open_build
-    from beam_nifti.engines import write_template
+    from beam_nifti.cli.beam_flags import choose_engine
+    from beam_nifti.pipeline.build import open_build
+    from beam_nifti.pipeline.runners import write_template
 
     engine = choose_engine(config, beam_flags, options.workers)
     run.runner = engine.runner
@@ -315,8 +316,8 @@ def _note_end(run: RunSummary, summary: BuildSummary, metrics: Metrics) -> None:
 
 
 def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> int:
-    from beam_nifti.build import run_build
-    from beam_nifti.publish import TooManyFailures
+    from beam_nifti.pipeline.build import run_build
+    from beam_nifti.pipeline.publish import TooManyFailures
 
     progress = _progress(engine, plan.num_examples, "volume", quiet=quiet, plan=plan)
     noise = io.StringIO()
@@ -346,12 +347,12 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
 def _progress(
     engine: Engine, total: int, unit: str, *, quiet: bool, plan: BuildPlan | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    from beam_nifti.progress import no_progress, show_progress
+    from beam_nifti.pipeline.progress import no_progress, show_progress
 
     if not quiet and engine.is_local and not engine.in_processes:
         return show_progress(total, unit)
     if not quiet and not engine.is_local and plan is not None:
-        from beam_nifti.follow import follow_build
+        from beam_nifti.pipeline.follow import follow_build
 
         return follow_build(plan)
     return no_progress()
@@ -360,7 +361,7 @@ def _progress(
 @contextlib.contextmanager
 def _set_aside(noise: io.StringIO, engine: Engine) -> Iterator[None]:
     """Keep what a local runner writes on standard error from the screen."""
-    from beam_nifti.engines import quiet_processes
+    from beam_nifti.pipeline.runners import quiet_processes
 
     with contextlib.ExitStack() as stack:
         if engine.in_processes:
@@ -387,7 +388,7 @@ def _stopped(run: RunSummary, error: Exception, what: str, again: str) -> int:
 
 
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
-    from beam_nifti.dataset_info import read_info
+    from beam_nifti.record.dataset_info import read_info
 
     output = plan.config.output
     if skipped := counters.get("volumes-skipped", 0):
@@ -403,7 +404,7 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
     if summary.num_failed:
         _print_line(f"failed   {counted(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
         if summary.complete:  # else the error has them
-            from beam_nifti.failures import format_groups
+            from beam_nifti.pipeline.failures import format_groups
 
             for line in format_groups(summary.reasons, summary.num_failed):
                 _print_line(f"         {line}")
@@ -414,7 +415,7 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
 
 
 def _print_labels(plan: BuildPlan) -> None:
-    from beam_nifti.labels import name_classes
+    from beam_nifti.manifest.labels import name_classes
 
     if plan.config.columns.label is None:
         _print_line(_NO_LABELS)
@@ -434,7 +435,7 @@ def _print_unlabelled(plan: BuildPlan | CheckPlan) -> None:
 
 
 def _dry_run(run: RunSummary, config: BuildConfig) -> int:
-    from beam_nifti.build import plan_build
+    from beam_nifti.pipeline.build import plan_build
 
     plan, estimate = plan_build(config)
     _note_plan(run, plan)
@@ -471,16 +472,17 @@ def _print_reuse(reuse: Reuse) -> None:
 
 
 def _check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
-    from beam_nifti.beam_flags import choose_engine
+    from beam_nifti.cli.beam_flags import choose_engine
 
     engine = choose_engine(check_config(options), beam_flags, options.workers, "check")
     if not engine.is_local and options.out is None:
         raise UsageError(
             "--out is missing; give a path that the workers can write to, such as gs://my-bucket/check.json"
         )
-    from beam_nifti.build import plan_check
-    from beam_nifti.check import check_images  # after the engine, which imports Beam as it should be
-    from beam_nifti.survey import format_report
+    # After the engine, which imports Beam as it should be.
+    from beam_nifti.pipeline.build import plan_check
+    from beam_nifti.pipeline.check import check_images
+    from beam_nifti.pipeline.survey import format_report
 
     _remove_earlier(options)
     if options.out is not None:
@@ -518,9 +520,9 @@ def _leak_warning(across: Sequence[Mapping[str, str]]) -> str:
 
 
 def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti.dataset_info import read_info
-    from beam_nifti.progress import METER, no_progress, show_progress
-    from beam_nifti.verify import ALL, verify_dataset
+    from beam_nifti.inspection.verify import ALL, verify_dataset
+    from beam_nifti.pipeline.progress import METER, no_progress, show_progress
+    from beam_nifti.record.dataset_info import read_info
 
     deep = None
     if options.deep is not None:
@@ -567,7 +569,7 @@ def _verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _inspect(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti.inspection import describe_dataset, describe_record, format_description
+    from beam_nifti.inspection.description import describe_dataset, describe_record, format_description
 
     if options.record is not None:
         description = describe_record(options.output, options.record)
@@ -579,7 +581,7 @@ def _inspect(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _diff(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti.diff import compare_datasets, diff_as_json, format_diff
+    from beam_nifti.inspection.diff import compare_datasets, diff_as_json, format_diff
 
     diff = compare_datasets(options.before, options.after)
     with _all_read():
@@ -588,7 +590,7 @@ def _diff(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _extract(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti.extract import choose_paths, read_volumes
+    from beam_nifti.inspection.extract import choose_paths, read_volumes
 
     ids = list(dict.fromkeys(options.id))
     paths = choose_paths(ids, options.out, "_mask" if options.mask else "")
@@ -604,8 +606,8 @@ def _extract(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
-    from beam_nifti.beam_flags import choose_engine
-    from beam_nifti.dataset_info import read_info
+    from beam_nifti.cli.beam_flags import choose_engine
+    from beam_nifti.record.dataset_info import read_info
 
     _require_report_extra("jinja2", "matplotlib", "PIL")
     engine = choose_engine(report_config(options), beam_flags, options.workers, "report")
@@ -616,7 +618,8 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
             "--out is missing; give a path that the workers can write to, such as gs://my-bucket/report.html"
         )
     out = options.out or "report.html"
-    from beam_nifti.report import write_report  # after the engine, which imports Beam as it should be
+    # After the engine, which imports Beam as it should be.
+    from beam_nifti.reporting.report import write_report
 
     info = read_info(options.output)
     progress = _progress(engine, info.num_examples, "record", quiet=options.quiet)
@@ -639,8 +642,8 @@ def _make_report(run: RunSummary, options: argparse.Namespace, beam_flags: list[
 
 
 def _view(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti.extract import file_name, read_volume
-    from beam_nifti.view import make_view
+    from beam_nifti.inspection.extract import file_name, read_volume
+    from beam_nifti.reporting.view import make_view
 
     _require_report_extra("jinja2", "nilearn")
     out = options.out or file_name(options.id, ".html")
@@ -659,7 +662,7 @@ def _view(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _card(options: argparse.Namespace, _: list[str]) -> int:
-    from beam_nifti.card import write_card
+    from beam_nifti.inspection.card import write_card
 
     words = {
         "name": options.name,
@@ -679,7 +682,3 @@ def _require_report_extra(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"not installed: {', '.join(missing)}; pip install 'beam-nifti[report]'")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

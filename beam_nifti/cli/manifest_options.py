@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from beam_nifti.cli.common_options import Commands, add_command, add_overwrite
 from beam_nifti.errors import UsageError
-from beam_nifti.options_common import Commands, add_command, add_overwrite
 
 _MANIFEST_EXAMPLES = """\
 examples:

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Final, NoReturn
 
-from beam_nifti import __version__, options_build, options_dataset, options_manifest, storage
+from beam_nifti import __version__
+from beam_nifti.cli import build_options, dataset_options, manifest_options
+from beam_nifti.cli.common_options import EXIT_CODES, add_log_format, refuse_swallowed
 from beam_nifti.config import VERSIONED
 from beam_nifti.errors import UsageError
-from beam_nifti.options_common import EXIT_CODES, add_log_format, refuse_swallowed
-from beam_nifti.terminal import write_result
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.terminal import write_result
 
 BEAM_COMMANDS = ("build", "check", "report")
 """Commands that run a pipeline, and so take Beam's flags."""
@@ -54,7 +56,7 @@ class _Completion(argparse.Action):
     """`--print-completion`; what makes it is loaded only when it is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
-        from beam_nifti.completion import make_completion
+        from beam_nifti.cli.completion import make_completion
 
         write_result(make_completion(parser, str(shell)))
         parser.exit()
@@ -85,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_log_format(parser, "text")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for group in (options_manifest, options_build, options_dataset):
+    for group in (manifest_options, build_options, dataset_options):
         group.add_commands(commands)
     return parser
 

@@ -13,8 +13,8 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from beam_nifti import storage
-from beam_nifti.run_summary import RunSummary
+from beam_nifti.cli.run_summary import RunSummary
+from beam_nifti.storage import paths as storage
 
 PREFIX: Final = "beam_nifti_build_"
 

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from beam_nifti import __version__, storage
-from beam_nifti.metrics import Distribution
-from beam_nifti.strict_json import dump_json
+from beam_nifti import __version__
+from beam_nifti.pipeline.metrics import Distribution
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
 
 FORMAT_VERSION: Final = 1
 

@@ -7,15 +7,15 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from beam_nifti import storage
-from beam_nifti.croissant import CROISSANT_FILE, make_croissant
-from beam_nifti.dataset_info import DatasetInfo, read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError
-from beam_nifti.example import MASK_FEATURE, SCALING_FEATURES, split_kind
-from beam_nifti.index import read_shard_index
-from beam_nifti.inspection import describe, format_description
-from beam_nifti.strict_json import dump_json
-from beam_nifti.wording import size_text
+from beam_nifti.inspection.croissant import CROISSANT_FILE, make_croissant
+from beam_nifti.inspection.description import describe, format_description
+from beam_nifti.record.dataset_info import DatasetInfo, read_info
+from beam_nifti.record.example import MASK_FEATURE, SCALING_FEATURES, split_kind
+from beam_nifti.record.index import read_shard_index
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.wording import size_text
 
 CARD_FILE: Final = "README.md"
 

@@ -11,8 +11,8 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.strict_json import dump_json, load_json
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.support.strict_json import dump_json, load_json
 
 CROISSANT_FILE: Final = "croissant.json"
 

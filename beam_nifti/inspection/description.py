@@ -14,15 +14,15 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
-from beam_nifti.dataset_info import DatasetInfo, ShardInfo, path_of, read_info
 from beam_nifti.errors import DatasetError
-from beam_nifti.failures import failed_frames
-from beam_nifti.index import extra_column, read_shard_index
-from beam_nifti.labels import comparable
-from beam_nifti.manifest import frame_id, read_manifest
-from beam_nifti.wording import counted, format_rows, size_text
+from beam_nifti.manifest.labels import comparable
+from beam_nifti.manifest.manifest import frame_id, read_manifest
+from beam_nifti.pipeline.failures import failed_frames
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, path_of, read_info
+from beam_nifti.record.index import extra_column, read_shard_index
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import counted, format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)

@@ -9,11 +9,11 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
-from beam_nifti.dataset_info import DatasetInfo, read_info
-from beam_nifti.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
-from beam_nifti.inspection import read_indexes
-from beam_nifti.wording import counted, format_rows
+from beam_nifti.inspection.description import read_indexes
+from beam_nifti.record.dataset_info import DatasetInfo, read_info
+from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import counted, format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 """Columns that say where a record stands, and not what it is."""

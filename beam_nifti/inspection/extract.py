@@ -15,18 +15,18 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import path_of, read_info
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.grid import agreed_zooms
-from beam_nifti.image_names import stem_of
-from beam_nifti.inspection import describe_records
-from beam_nifti.nifti_writer import require_nifti_name, write_nifti
-from beam_nifti.record_checks import RecordSpec, check_record
-from beam_nifti.rescale import Ends, Scaling, Voxels, restore_units
-from beam_nifti.tfrecord import decode_record
+from beam_nifti.inspection.description import describe_records
+from beam_nifti.inspection.record_checks import RecordSpec, check_record
+from beam_nifti.manifest.image_names import stem_of
+from beam_nifti.record.dataset_info import path_of, read_info
+from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
+from beam_nifti.record.tfrecord import decode_record
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.grid import agreed_zooms
+from beam_nifti.volume.nifti_writer import require_nifti_name, write_nifti
+from beam_nifti.volume.rescale import Ends, Scaling, Voxels, restore_units
 
 _UNFIT: Final = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 """What a file name cannot hold, on Linux or elsewhere."""

@@ -10,11 +10,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.concealment import concealing
 from beam_nifti.config import LabelColumn, RecordConfig
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import VolumeError
-from beam_nifti.example import (
+from beam_nifti.inspection.rounding import differ_in_rounding
+from beam_nifti.manifest.concealment import concealing
+from beam_nifti.manifest.labels import LabelValue, label_of, number_of
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.example import (
     ENDS_FEATURES,
     MASK_FEATURE,
     SCALING_FEATURES,
@@ -26,17 +29,14 @@ from beam_nifti.example import (
     largest_payload,
     scaling_of,
 )
-from beam_nifti.grid import is_usable
-from beam_nifti.header import COLOURS
-from beam_nifti.index import extra_column, file_cells
-from beam_nifti.intensity import rescale_voxels
-from beam_nifti.label_map import labels_of
-from beam_nifti.labels import LabelValue, label_of, number_of
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.prepare import prepare_volume
-from beam_nifti.rescale import Ends, Intensity, Scaling
-from beam_nifti.rounding import differ_in_rounding
-from beam_nifti.volume import load_volume, rescale_volume
+from beam_nifti.record.index import extra_column, file_cells
+from beam_nifti.volume.grid import is_usable
+from beam_nifti.volume.header import COLOURS
+from beam_nifti.volume.intensity import rescale_voxels
+from beam_nifti.volume.label_map import labels_of
+from beam_nifti.volume.preprocess import prepare_volume
+from beam_nifti.volume.rescale import Ends, Intensity, Scaling
+from beam_nifti.volume.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
 _SCALING: Final = frozenset(SCALING_FEATURES)

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.example import ENDS_FEATURES, decode_doubles, decode_tensor
+from beam_nifti.record.example import ENDS_FEATURES, decode_doubles, decode_tensor
 
 _EPSILON: Final = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Relative distance of neighbours, by dtype, at most."""

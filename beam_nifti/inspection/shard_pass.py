@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from beam_nifti import storage
-from beam_nifti.dataset_info import FILE_NAME, ShardInfo, path_of
 from beam_nifti.errors import ShardError
-from beam_nifti.index import known_columns, limits_of, mask_labels, parse_index, read_bytes
-from beam_nifti.problems import Problems, Scope
-from beam_nifti.record_checks import RecordSpec
-from beam_nifti.table_checks import check_index, check_people, check_places, index_rows, no_rows
-from beam_nifti.versions import versions_in
+from beam_nifti.inspection.problems import Problems, Scope
+from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.inspection.table_checks import check_index, check_people, check_places, index_rows, no_rows
+from beam_nifti.record.dataset_info import FILE_NAME, ShardInfo, path_of
+from beam_nifti.record.index import known_columns, limits_of, mask_labels, parse_index, read_bytes
+from beam_nifti.record.versions import versions_in
+from beam_nifti.storage import paths as storage
 
 _READ_BYTES: Final = 1 << 22
 _BATCH_ROWS: Final = 256

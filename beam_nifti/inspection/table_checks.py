@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
-from beam_nifti.example import label_feature
-from beam_nifti.index import check_table, extra_column, record_name, schema_of
-from beam_nifti.labels import comparable
-from beam_nifti.manifest import Manifest, frame_id
-from beam_nifti.sharding import ShardName
-from beam_nifti.wording import counted
+from beam_nifti.manifest.labels import comparable
+from beam_nifti.manifest.manifest import Manifest, frame_id
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
+from beam_nifti.record.example import label_feature
+from beam_nifti.record.index import check_table, extra_column, record_name, schema_of
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.support.wording import counted
 
 _ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
 _CELL: Final = "manifest/"

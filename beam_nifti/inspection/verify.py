@@ -18,21 +18,13 @@ from typing import Any, Final, Protocol
 import numpy as np
 import pyarrow as pa
 
-from beam_nifti import storage
 from beam_nifti.config import Columns, RecordConfig, Splitting
-from beam_nifti.croissant import CROISSANT_FILE, check_croissant
-from beam_nifti.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, path_of, read_info
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
-from beam_nifti.failures import MAX_FAILED_FRAMES, failed_frames
-from beam_nifti.index import extra_column
-from beam_nifti.manifest import Manifest, read_manifest
-from beam_nifti.memory import keep_buffers
-from beam_nifti.parts import BUILD_FOLDER
-from beam_nifti.problems import Problems, Scope
-from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
-from beam_nifti.record_checks import RecordSpec, RoundingNote, check_record, check_source
-from beam_nifti.shard_pass import ShardPass, StoredRecord
-from beam_nifti.table_checks import (
+from beam_nifti.inspection.croissant import CROISSANT_FILE, check_croissant
+from beam_nifti.inspection.problems import Problems, Scope
+from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_record, check_source
+from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
+from beam_nifti.inspection.table_checks import (
     check_info,
     check_mask_labels,
     check_numbers,
@@ -44,9 +36,17 @@ from beam_nifti.table_checks import (
     no_rows,
     relative_ids,
 )
-from beam_nifti.tfrecord import decode_record
-from beam_nifti.user_function import load_function
-from beam_nifti.versions import record_versions, version_changes
+from beam_nifti.manifest.manifest import Manifest, read_manifest
+from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
+from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
+from beam_nifti.pipeline.parts import BUILD_FOLDER
+from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, path_of, read_info
+from beam_nifti.record.index import extra_column
+from beam_nifti.record.tfrecord import decode_record
+from beam_nifti.record.versions import record_versions, version_changes
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.memory import keep_buffers
+from beam_nifti.volume.user_function import load_function
 
 ALL: Final = 2**63 - 1
 """For `deep`: every record."""

@@ -1,0 +1,22 @@
+"""The table of the cohort: a file, or the folders of images, come in, rows with labels and splits go out.
+
+For other folders: `manifest`, `tables`, `labels`, `discovery`, `image_names`, `pseudonyms` and
+`concealment`. What users need is given here, and loaded when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beam_nifti.manifest.manifest import Manifest, VolumeRow, read_manifest
+
+__all__ = ["Manifest", "VolumeRow", "read_manifest"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from beam_nifti.manifest import manifest
+
+    return getattr(manifest, name)

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from beam_nifti import storage
-from beam_nifti.cells import is_missing
 from beam_nifti.errors import ManifestError, UsageError
-from beam_nifti.image_names import drop_second_halves, stem_of
-from beam_nifti.tables import Problems, read_table
+from beam_nifti.manifest.image_names import drop_second_halves, stem_of
+from beam_nifti.manifest.tables import Problems, read_table
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.cells import is_missing
 
 MISSING: Final = "n/a"
 """What a table says of a value that is not known."""

@@ -17,11 +17,11 @@ from pathlib import PurePath
 from typing import Final
 from urllib.parse import quote
 
-from beam_nifti import storage
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.image_names import stem_of
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.strict_json import dump_json
+from beam_nifti.manifest.image_names import stem_of
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
 
 _FOLDER: Final = "…"
 """Stands for a folder."""

@@ -12,15 +12,15 @@ from typing import Final
 
 import pyarrow as pa
 
-from beam_nifti import storage
-from beam_nifti.bids import MISSING, BidsImage, Records, Study
 from beam_nifti.errors import UsageError
-from beam_nifti.image_names import drop_second_halves, stem_of
-from beam_nifti.labels import parse_label
-from beam_nifti.signatures import stand_in
-from beam_nifti.tables import Problems
-from beam_nifti.twins import find_twins
-from beam_nifti.wording import counted
+from beam_nifti.manifest.bids import MISSING, BidsImage, Records, Study
+from beam_nifti.manifest.image_names import drop_second_halves, stem_of
+from beam_nifti.manifest.labels import parse_label
+from beam_nifti.manifest.tables import Problems
+from beam_nifti.manifest.twins import find_twins
+from beam_nifti.storage import paths as storage
+from beam_nifti.storage.signatures import stand_in
+from beam_nifti.support.wording import counted
 
 _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.cells import is_missing, parse_number
 from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
-from beam_nifti.tables import Problems
-from beam_nifti.twins import LIKENESS, find_twins
-from beam_nifti.wording import one_line
+from beam_nifti.manifest.tables import Problems
+from beam_nifti.manifest.twins import LIKENESS, find_twins
+from beam_nifti.support.cells import is_missing, parse_number
+from beam_nifti.support.wording import one_line
 
 NO_CLASS: Final = -1
 """Number of the class of a row that has none."""

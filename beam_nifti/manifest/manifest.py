@@ -13,13 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import logs, storage
 from beam_nifti.config import SPLIT_PATTERN, Columns, LabelColumn, Splitting
-from beam_nifti.labels import Labels, LabelValue, number_of, read_labels
-from beam_nifti.pseudonyms import Pseudonyms
-from beam_nifti.splits import draw_splits, find_disagreements, find_shared_images
-from beam_nifti.tables import Problems, read_table
-from beam_nifti.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
+from beam_nifti.manifest.labels import Labels, LabelValue, number_of, read_labels
+from beam_nifti.manifest.pseudonyms import Pseudonyms
+from beam_nifti.manifest.splits import draw_splits, find_disagreements, find_shared_images
+from beam_nifti.manifest.tables import Problems, read_table
+from beam_nifti.manifest.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
+from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
 
 DEFAULT_SPLIT: Final = "train"
 WHOLE_SHARD: Final = -1

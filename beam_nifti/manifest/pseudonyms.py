@@ -11,9 +11,9 @@ from typing import Final, NoReturn
 
 import pyarrow as pa
 
-from beam_nifti import storage
 from beam_nifti.errors import UsageError
-from beam_nifti.outcomes import may_pass
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.outcomes import may_pass
 
 _LEAST_BYTES: Final = 16
 _DIGEST_BYTES: Final = 16

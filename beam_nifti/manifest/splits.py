@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
 from beam_nifti.config import Splitting
-from beam_nifti.image_names import HALF
+from beam_nifti.manifest.image_names import HALF
+from beam_nifti.storage import paths as storage
 
 _POINTS: Final = 1 << 64
 """Every participant has a point below it, and a split takes its share of them."""

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from beam_nifti import storage
 from beam_nifti.errors import ManifestError, UsageError
-from beam_nifti.outcomes import may_pass
-from beam_nifti.signatures import stand_in
-from beam_nifti.strict_json import dump_json
+from beam_nifti.storage import paths as storage
+from beam_nifti.storage.signatures import stand_in
+from beam_nifti.support.outcomes import may_pass
+from beam_nifti.support.strict_json import dump_json
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.cells import MISSING_TEXTS
-from beam_nifti.tables import Problems
+from beam_nifti.manifest.tables import Problems
+from beam_nifti.support.cells import MISSING_TEXTS
 
 LIKENESS: Final = "only in letter case, quotes, spaces, leading zeros or the Unicode form"
 """In what the names that `fold` makes equal can differ."""

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.grid import Grid, axes_to, keeps_spacing, orientation_of, prepared_shape, turn
-from beam_nifti.header import VolumeHeader, record_layout, require_storable
-from beam_nifti.rescale import Scaling
+from beam_nifti.volume.grid import Grid, axes_to, keeps_spacing, orientation_of, prepared_shape, turn
+from beam_nifti.volume.header import VolumeHeader, record_layout, require_storable
+from beam_nifti.volume.rescale import Scaling
 
 Zooms = tuple[float, float, float]
 

@@ -9,12 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from beam_nifti import lock, logs, storage
-from beam_nifti.build_note import BuildNote, require_current
-from beam_nifti.concealment import concealing
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, read_info
-from beam_nifti.differences import find_differences, image_folder
 from beam_nifti.errors import (
     DatasetError,
     ManifestError,
@@ -23,14 +18,15 @@ from beam_nifti.errors import (
     UsageError,
     VolumeError,
 )
-from beam_nifti.header import RecordLayout, VolumeHeader, record_layout
-from beam_nifti.index import read_shard_index
-from beam_nifti.manifest import Manifest, VolumeRow
-from beam_nifti.metrics import Distribution, Metrics
-from beam_nifti.outcomes import may_pass
-from beam_nifti.outputs import refuse_own
-from beam_nifti.parts import BUILD_FOLDER, parts_root
-from beam_nifti.plan import (
+from beam_nifti.manifest.concealment import concealing
+from beam_nifti.manifest.manifest import Manifest, VolumeRow
+from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.build_note import BuildNote, require_current
+from beam_nifti.pipeline.differences import find_differences, image_folder
+from beam_nifti.pipeline.metrics import Distribution, Metrics
+from beam_nifti.pipeline.outputs import refuse_own
+from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
+from beam_nifti.pipeline.plan import (
     BuildPlan,
     CheckPlan,
     Expected,
@@ -43,8 +39,7 @@ from beam_nifti.plan import (
     required_shape,
     stored_itemsize,
 )
-from beam_nifti.prepare import prepare_volume
-from beam_nifti.publish import (
+from beam_nifti.pipeline.publish import (
     BuildSummary,
     TooManyFailures,
     files_of,
@@ -55,11 +50,18 @@ from beam_nifti.publish import (
     require_writable_output,
     take_summary,
 )
-from beam_nifti.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
-from beam_nifti.sharding import ShardName, shard_ranges
-from beam_nifti.user_function import source_sha256
-from beam_nifti.versions import record_versions, version_changes
-from beam_nifti.volume import load_header, load_volume
+from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_info
+from beam_nifti.record.index import read_shard_index
+from beam_nifti.record.sharding import ShardName, shard_ranges
+from beam_nifti.record.versions import record_versions, version_changes
+from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
+from beam_nifti.support.outcomes import may_pass
+from beam_nifti.volume.header import RecordLayout, VolumeHeader, record_layout
+from beam_nifti.volume.preprocess import prepare_volume
+from beam_nifti.volume.user_function import source_sha256
+from beam_nifti.volume.volume import load_header, load_volume
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -593,7 +595,7 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
     """
     import apache_beam as beam
 
-    from beam_nifti.transforms import BuildDataset
+    from beam_nifti.pipeline.transforms import BuildDataset
 
     pipeline = beam.Pipeline(options=options)
     pipeline | "BuildDataset" >> BuildDataset(plan)

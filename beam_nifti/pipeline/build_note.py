@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from beam_nifti import storage
 from beam_nifti.config import Sharding
-from beam_nifti.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError
-from beam_nifti.json_types import hints_of, require_keys
-from beam_nifti.parts import BUILD_FOLDER, parts_root
-from beam_nifti.sharding import Layout
-from beam_nifti.strict_json import dump_json, load_json
+from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
+from beam_nifti.record.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo
+from beam_nifti.record.sharding import Layout
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.json_types import hints_of, require_keys
+from beam_nifti.support.strict_json import dump_json, load_json
 
 SUMMARY_NAME: Final = "summary.json"
 """The file, in the folder of a build, in which it says how it ended."""

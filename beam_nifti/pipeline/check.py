@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import apache_beam as beam
 from apache_beam.pvalue import AsList, TaggedOutput
 
-from beam_nifti import storage
-from beam_nifti.local_runner import send_whole_elements
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.plan import CheckPlan, read_build_manifest
-from beam_nifti.progress import METER
-from beam_nifti.strict_json import dump_json
-from beam_nifti.survey import Survey, look_at, make_report
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
+from beam_nifti.pipeline.progress import METER
+from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions

@@ -10,9 +10,9 @@ from typing import Any, Final, cast
 from apache_beam import coders
 from isal import isal_zlib
 
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.plan import WorkUnit
-from beam_nifti.volume import Volume
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.pipeline.plan import WorkUnit
+from beam_nifti.volume.volume import Volume
 
 _PACKED_ROW_BYTES: Final = 20
 _cells = attrgetter(*(f.name for f in fields(VolumeRow)))

@@ -11,13 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
 from beam_nifti.config import Columns, LabelColumn, RecordConfig
-from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.index import extra_column
-from beam_nifti.labels import name_classes
-from beam_nifti.manifest import Manifest, frame_id
-from beam_nifti.wording import counted, one_line
+from beam_nifti.manifest.labels import name_classes
+from beam_nifti.manifest.manifest import Manifest, frame_id
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.index import extra_column
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import counted, one_line
 
 _SHOWN_CLASSES: Final = 20
 """Named where the classes of a label are not those of the dataset."""

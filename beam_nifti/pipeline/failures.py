@@ -8,11 +8,11 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from beam_nifti import storage
 from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError
-from beam_nifti.manifest import Manifest, VolumeRow
-from beam_nifti.strict_json import dump_json
+from beam_nifti.manifest.manifest import Manifest, VolumeRow
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
 
 _SHOWN_GROUPS: Final = 5
 _SHOWN_NAMES: Final = 3

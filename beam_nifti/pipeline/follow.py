@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from beam_nifti import storage
-from beam_nifti.background import in_background
-from beam_nifti.parts import parts_folder
-from beam_nifti.plan import BuildPlan
-from beam_nifti.progress import Meter, show_progress
+from beam_nifti.pipeline.parts import parts_folder
+from beam_nifti.pipeline.plan import BuildPlan
+from beam_nifti.pipeline.progress import Meter, show_progress
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.background import in_background
 
 REQUESTS_A_MINUTE: Final = 20
 """Most that looking costs, whatever the number of parts: of more parts there are fewer looks."""

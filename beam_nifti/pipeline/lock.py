@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from beam_nifti import disk, storage
-from beam_nifti.background import in_background
 from beam_nifti.errors import OutputBusyError
-from beam_nifti.strict_json import dump_json
+from beam_nifti.storage import disk
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.background import in_background
+from beam_nifti.support.strict_json import dump_json
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0

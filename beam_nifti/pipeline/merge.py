@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import PartsChangedError, ShardError
-from beam_nifti.index import Limits, read_index, schema_of, write_index
-from beam_nifti.parts import PART_ENDING, Part, base_of, file_facts, part_at
-from beam_nifti.sharding import ShardName
-from beam_nifti.tfrecord import EMPTY_MEMBER
-from beam_nifti.versions import versions_fact, versions_in
+from beam_nifti.pipeline.parts import PART_ENDING, Part, base_of, file_facts, part_at
+from beam_nifti.record.dataset_info import ShardInfo
+from beam_nifti.record.index import Limits, read_index, schema_of, write_index
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.tfrecord import EMPTY_MEMBER
+from beam_nifti.record.versions import versions_fact, versions_in
+from beam_nifti.storage import paths as storage
 
 _COPY_BYTES: Final = 1 << 20
 """Small enough to stay in a core's cache between being read, hashed and written."""

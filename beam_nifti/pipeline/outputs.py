@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from beam_nifti import storage
-from beam_nifti.dataset_info import FILE_NAME, is_failures_file
 from beam_nifti.errors import UsageError
-from beam_nifti.lock import LOCK_FILE
+from beam_nifti.pipeline.lock import LOCK_FILE
+from beam_nifti.record.dataset_info import FILE_NAME, is_failures_file
+from beam_nifti.storage import paths as storage
 
 _FOLDERS: Final = ("index", ".build")
 """Folders of a dataset, all of whose files are its own."""

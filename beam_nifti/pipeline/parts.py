@@ -16,12 +16,10 @@ from typing import BinaryIO, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
-from beam_nifti.header import require_shape
-from beam_nifti.image import stat_image
-from beam_nifti.index import (
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.record.index import (
     IndexEntry,
     Limits,
     check_table,
@@ -32,9 +30,11 @@ from beam_nifti.index import (
     schema_of,
     write_index,
 )
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.sharding import ShardName
-from beam_nifti.versions import is_written_here, versions_fact
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.versions import is_written_here, versions_fact
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.files import stat_image
+from beam_nifti.volume.header import require_shape
 
 BUILD_FOLDER: Final = ".build"
 """Folder, in the output, of what a build needs only until it is complete."""

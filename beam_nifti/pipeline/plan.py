@@ -11,17 +11,17 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti import storage
-from beam_nifti.build_note import require_current
 from beam_nifti.config import FORMAT_FEATURES, BuildConfig, RecordConfig, Sharding
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import ManifestChangedError
-from beam_nifti.example import feature_kinds
-from beam_nifti.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
-from beam_nifti.parts import parts_root
-from beam_nifti.pseudonyms import read_pseudonyms
-from beam_nifti.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
-from beam_nifti.strict_json import dump_json
+from beam_nifti.manifest.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
+from beam_nifti.manifest.pseudonyms import read_pseudonyms
+from beam_nifti.pipeline.build_note import require_current
+from beam_nifti.pipeline.parts import parts_root
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.example import feature_kinds
+from beam_nifti.record.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
 
 SHARD_BYTES: Final = 192 << 20
 """Aimed at for one shard file: large enough to stream from an object store, small enough to shuffle."""

@@ -16,9 +16,9 @@ from typing import Final
 
 from tqdm import tqdm
 
-from beam_nifti import logs
-from beam_nifti.background import in_background
-from beam_nifti.terminal import under_screen
+from beam_nifti.support import logs
+from beam_nifti.support.background import in_background
+from beam_nifti.support.terminal import under_screen
 
 
 @dataclass

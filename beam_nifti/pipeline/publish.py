@@ -10,9 +10,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
-from beam_nifti import disk, storage
-from beam_nifti.build_note import SUMMARY_NAME
-from beam_nifti.dataset_info import (
+from beam_nifti.errors import BeamNiftiError, PartsChangedError, ShardError
+from beam_nifti.pipeline.build_note import SUMMARY_NAME
+from beam_nifti.pipeline.failures import (
+    Failure,
+    FailureGroup,
+    accepting_fraction,
+    format_groups,
+    group_failures,
+    write_failures,
+)
+from beam_nifti.pipeline.lock import LOCK_FILE
+from beam_nifti.pipeline.metrics import Metrics
+from beam_nifti.pipeline.parts import BUILD_FOLDER
+from beam_nifti.pipeline.plan import BuildPlan
+from beam_nifti.record.dataset_info import (
     FAILURES_FILE,
     FILE_NAME,
     MAX_INFO_BYTES,
@@ -23,24 +35,13 @@ from beam_nifti.dataset_info import (
     is_failures_file,
     read_info,
 )
-from beam_nifti.errors import BeamNiftiError, PartsChangedError, ShardError
-from beam_nifti.failures import (
-    Failure,
-    FailureGroup,
-    accepting_fraction,
-    format_groups,
-    group_failures,
-    write_failures,
-)
-from beam_nifti.index import read_index
-from beam_nifti.lock import LOCK_FILE
-from beam_nifti.metrics import Metrics
-from beam_nifti.parts import BUILD_FOLDER
-from beam_nifti.plan import BuildPlan
-from beam_nifti.sharding import ShardName
-from beam_nifti.strict_json import dump_json
-from beam_nifti.versions import all_versions
-from beam_nifti.wording import counted
+from beam_nifti.record.index import read_index
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.versions import all_versions
+from beam_nifti.storage import disk
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.wording import counted
 
 _INDEX: Final = "index"
 _REVISION: Final = re.compile(r"-r(\d{1,9})\.")

@@ -12,13 +12,10 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from beam_nifti import storage
-from beam_nifti.build_note import BuildNote
-from beam_nifti.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.errors import ShardError
-from beam_nifti.index import Limits, read_sound_index
-from beam_nifti.manifest import Manifest, VolumeRow
-from beam_nifti.parts import (
+from beam_nifti.manifest.manifest import Manifest, VolumeRow
+from beam_nifti.pipeline.build_note import BuildNote
+from beam_nifti.pipeline.parts import (
     BUILD_FOLDER,
     Part,
     find_parts,
@@ -27,9 +24,12 @@ from beam_nifti.parts import (
     part_at,
     parts_folder,
 )
-from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
-from beam_nifti.sharding import ShardName
-from beam_nifti.wording import counted
+from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
+from beam_nifti.record.index import Limits, read_sound_index
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from beam_nifti import disk, local_runner, storage
 from beam_nifti.config import BuildConfig
-from beam_nifti.cores import count_cores
 from beam_nifti.errors import UsageError
+from beam_nifti.pipeline import local_runner
+from beam_nifti.storage import disk
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.cores import count_cores
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    from beam_nifti.plan import BuildPlan
+    from beam_nifti.pipeline.plan import BuildPlan
 
 UNUSABLE: Final = {
     "save_main_session": "nothing that a worker runs is defined in the main program",
@@ -124,7 +126,7 @@ def import_beam() -> None:
     logging.disable(logging.WARNING)
     # What is imported stays: collecting garbage among it would cost a third of the start.
     gc.disable()
-    from beam_nifti import transforms  # noqa: F401
+    from beam_nifti.pipeline import transforms  # noqa: F401
 
     gc.freeze()
     gc.enable()
@@ -291,7 +293,7 @@ def write_template(plan: BuildPlan, options: PipelineOptions) -> None:
     """Describe the job in the file --template_location, from which Dataflow starts it."""
     import apache_beam as beam
 
-    from beam_nifti.transforms import BuildDataset
+    from beam_nifti.pipeline.transforms import BuildDataset
 
     pipeline = beam.Pipeline(options=options)
     pipeline | "BuildDataset" >> BuildDataset(plan, is_judge=True)

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from beam_nifti import storage
-from beam_nifti.advice import ImageKind, suggest_flags
-from beam_nifti.concealment import concealing
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.header import RecordLayout, VolumeHeader, require_frames, require_storable
-from beam_nifti.image import image_files, reading
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.notes import TEXTS
-from beam_nifti.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
-from beam_nifti.volume import load_first_header, load_header
-from beam_nifti.wording import counted, format_rows, size_text
+from beam_nifti.manifest.concealment import concealing
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.pipeline.advice import ImageKind, suggest_flags
+from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import counted, format_rows, size_text
+from beam_nifti.volume.files import image_files, reading
+from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
+from beam_nifti.volume.notes import TEXTS
+from beam_nifti.volume.volume import load_first_header, load_header
 
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""

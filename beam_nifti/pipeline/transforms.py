@@ -27,31 +27,32 @@ from apache_beam.pvalue import PBegin, TaggedOutput
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti import coders as _coders  # noqa: F401  (registers how elements are encoded)
-from beam_nifti import lock, storage
-from beam_nifti.build_note import require_current
-from beam_nifti.concealment import concealing
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import VolumeError
-from beam_nifti.example import encode_volume
-from beam_nifti.failures import Failure
-from beam_nifti.index import IndexEntry, mask_labels, read_index
-from beam_nifti.local_runner import send_whole_elements
-from beam_nifti.manifest import WHOLE_SHARD, VolumeRow
-from beam_nifti.memory import keep_buffers
-from beam_nifti.merge import count_differing, keep_if_same, merge_parts
-from beam_nifti.notes import counter_name
-from beam_nifti.parts import Part, PartWriter, parts_folder
-from beam_nifti.plan import BuildPlan, ShardTask, WorkUnit
-from beam_nifti.prepare import prepare_volume
-from beam_nifti.progress import METER
-from beam_nifti.publish import BuildSummary, TooManyFailures, publish_dataset
-from beam_nifti.resume import find_finished
-from beam_nifti.sharding import ShardName
-from beam_nifti.tfrecord import encode_pieces
-from beam_nifti.user_function import load_function
-from beam_nifti.volume import Volume, load_frames, load_volume, rescale_volume
+from beam_nifti.manifest.concealment import concealing
+from beam_nifti.manifest.manifest import WHOLE_SHARD, VolumeRow
+from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
+from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.build_note import require_current
+from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.merge import count_differing, keep_if_same, merge_parts
+from beam_nifti.pipeline.parts import Part, PartWriter, parts_folder
+from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
+from beam_nifti.pipeline.progress import METER
+from beam_nifti.pipeline.publish import BuildSummary, TooManyFailures, publish_dataset
+from beam_nifti.pipeline.resume import find_finished
+from beam_nifti.record.dataset_info import ShardInfo
+from beam_nifti.record.example import encode_volume
+from beam_nifti.record.index import IndexEntry, mask_labels, read_index
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.tfrecord import encode_pieces
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.memory import keep_buffers
+from beam_nifti.volume.notes import counter_name
+from beam_nifti.volume.preprocess import prepare_volume
+from beam_nifti.volume.user_function import load_function
+from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
 
 send_whole_elements()
 

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import tensorflow as tf
 
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import UsageError
-from beam_nifti.example import split_kind
-from beam_nifti.index import SOURCE_LISTS, schema_of
-from beam_nifti.order import whole_number
-from beam_nifti.random_access import Element
+from beam_nifti.read.order import whole_number
+from beam_nifti.read.random_access import Element
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.example import split_kind
+from beam_nifti.record.index import SOURCE_LISTS, schema_of
 
 Array = npt.NDArray[Any]
 

@@ -21,12 +21,12 @@ from typing import Final
 import numpy as np
 import tensorflow as tf
 
-from beam_nifti import storage
-from beam_nifti.cores import count_cores
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.order import Order
-from beam_nifti.random_access import Dataset, Element, rebuilt
-from beam_nifti.reader_columns import Array, Batching, Column, channels_of, describe_columns
+from beam_nifti.read.columns import Array, Batching, Column, channels_of, describe_columns
+from beam_nifti.read.order import Order
+from beam_nifti.read.random_access import Dataset, Element, rebuilt
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.cores import count_cores
 
 _REMOTE_READS: Final = 16
 """Records that are read at a time where each is a request."""

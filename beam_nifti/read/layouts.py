@@ -10,10 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from beam_nifti.errors import DatasetError, ShardError
-from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.reader_columns import Batching
-from beam_nifti.reader_graph import read_records, shuffle_window
-from beam_nifti.tfrecord import HEADER_BYTES, is_record_header
+from beam_nifti.read.columns import Batching
+from beam_nifti.read.sequential import read_records, shuffle_window
+from beam_nifti.record.example import decode_example, decode_tensor
+from beam_nifti.record.tfrecord import HEADER_BYTES, is_record_header
 
 LAYOUTS: Final = ("plain", "nobrainer")
 

@@ -23,11 +23,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti import dataset_info, storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
 from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError
-from beam_nifti.example import (
+from beam_nifti.read.split_spec import SplitPart, parse_split
+from beam_nifti.read.where import Condition
+from beam_nifti.record import dataset_info
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
+from beam_nifti.record.example import (
     SCALING_FEATURES,
     decode_doubles,
     decode_example,
@@ -36,13 +38,12 @@ from beam_nifti.example import (
     scaling_of,
     split_kind,
 )
-from beam_nifti.index import extra_column, read_shard_index
-from beam_nifti.intensity import rescale_voxels
-from beam_nifti.quantize import UINT8_LEVELS
-from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels
-from beam_nifti.split_spec import SplitPart, parse_split
-from beam_nifti.tfrecord import decode_buffer, make_buffer
-from beam_nifti.where import Condition
+from beam_nifti.record.index import extra_column, read_shard_index
+from beam_nifti.record.tfrecord import decode_buffer, make_buffer
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.intensity import rescale_voxels
+from beam_nifti.volume.quantize import UINT8_LEVELS
+from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels
 
 T = TypeVar("T")
 Element = dict[str, Any]

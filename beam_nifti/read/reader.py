@@ -1,7 +1,7 @@
 """Datasets as tf.data pipelines. Loads no Beam for paths on the local disk.
 
-Either of two engines gives the same elements, bit for bit: `reader_graph` reads shards from end to end,
-`reader_indexed` single records, by the index.
+Either of two engines gives the same elements, bit for bit: `sequential` reads shards from end to end,
+`indexed` single records, by the index.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any, Final, Literal
 import numpy as np
 import tensorflow as tf
 
-from beam_nifti import reader_graph, storage
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.example import label_feature
-from beam_nifti.order import Order, whole_number
-from beam_nifti.random_access import Dataset, default_columns, read_info
-from beam_nifti.reader_columns import Batching
-from beam_nifti.reader_indexed import read_indexed
-from beam_nifti.reader_layouts import LAYOUTS, read_files
-from beam_nifti.reader_state import check_state, describe_state
-from beam_nifti.split_spec import SplitPart, parse_split
+from beam_nifti.read import sequential
+from beam_nifti.read.columns import Batching
+from beam_nifti.read.indexed import read_indexed
+from beam_nifti.read.layouts import LAYOUTS, read_files
+from beam_nifti.read.order import Order, whole_number
+from beam_nifti.read.random_access import Dataset, default_columns, read_info
+from beam_nifti.read.split_spec import SplitPart, parse_split
+from beam_nifti.read.state import check_state, describe_state
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.example import label_feature
+from beam_nifti.storage import paths as storage
 
 _INDEX_FOLDER: Final = "index"
 _SEED_BITS: Final = 64
@@ -156,9 +157,9 @@ def load_dataset(
         return read_files(folder, layout, batching, shuffle=shuffle, seed=seed, repeat=epochs)
     if (engine or _choose_engine(folder, any(asked.values()), as_dict)) == "sequential":
         _refuse(asked, "needs the index, and engine is 'sequential'; leave engine out")
-        info, content = reader_graph.read_info(folder)
+        info, content = sequential.read_info(folder)
         names, pack = _choose_elements(folder, info, target, label, as_dict, columns)
-        examples = reader_graph.read_examples(
+        examples = sequential.read_examples(
             folder, info, content, split, names, batching, shuffle=shuffle, seed=seed, repeat=epochs
         )
     else:
@@ -308,7 +309,7 @@ def get_batched_dataset(
             raise DatasetError("the list of files is empty; give at least one file")
 
     def parse(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        features = tf.io.parse_single_example(record, {**reader_graph.IMAGE, **reader_graph.LABEL})
+        features = tf.io.parse_single_example(record, {**sequential.IMAGE, **sequential.LABEL})
         voxels = tf.io.parse_tensor(features["image_raw"], tf.float32)
         return tf.expand_dims(tf.ensure_shape(voxels, [None] * 3), 3), features["label"]
 

@@ -15,12 +15,13 @@ from typing import Final
 
 import tensorflow as tf
 
-from beam_nifti import random_access, storage
-from beam_nifti.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, no_dataset
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.example import ENDS_FEATURES, SCALING_FEATURES
-from beam_nifti.random_access import REBUILT, check_shards, shards_of
-from beam_nifti.reader_columns import Batching, Column, channels_of, describe_columns, parse_kind
+from beam_nifti.read import random_access
+from beam_nifti.read.columns import Batching, Column, channels_of, describe_columns, parse_kind
+from beam_nifti.read.random_access import REBUILT, check_shards, shards_of
+from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, no_dataset
+from beam_nifti.record.example import ENDS_FEATURES, SCALING_FEATURES
+from beam_nifti.storage import paths as storage
 
 _OPEN_SHARDS: Final = 8
 """Shards that are read at a time. A constant, so that the order is the same on every machine."""
@@ -328,7 +329,7 @@ def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Ten
 
 
 def _rescale(voxels: tf.Tensor, scl_slope: tf.Tensor, scl_inter: tf.Tensor, method: str) -> tf.Tensor:
-    """What `beam_nifti.rescale` makes of the same voxels, bit for bit, where their range says it."""
+    """What `beam_nifti.volume.rescale` makes of the same voxels, bit for bit, where their range says it."""
     if method == "none":
         return _to_float32(_to_float64(voxels) * scl_slope + scl_inter)
     if not voxels.dtype.is_integer:
@@ -367,7 +368,7 @@ def _rescale_between(
     rescale_high: tf.Tensor,
     clip: bool = False,
 ) -> tf.Tensor:
-    """What `beam_nifti.rescale.rescale_between` makes of the same voxels, in float64, bit for bit."""
+    """What `beam_nifti.volume.rescale.rescale_between` makes of the same voxels, in float64, bit for bit."""
     low, high = rescale_low, rescale_high
     # A range wider than float64's own overflows; halving everything is exact up there.
     factor = tf.where(tf.math.is_inf(high - low), tf.constant(0.5, tf.float64), 1.0)

@@ -9,7 +9,7 @@ from typing import Final
 
 from beam_nifti.config import SPLIT_PATTERN
 from beam_nifti.errors import UsageError
-from beam_nifti.wording import counted
+from beam_nifti.support.wording import counted
 
 _PART: Final = re.compile(rf"(?P<name>{SPLIT_PATTERN.pattern})(?:\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
 _BOUND: Final = re.compile(r"-?\d+|-?\d+(?:\.\d+)?%", re.ASCII)

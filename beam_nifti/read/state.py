@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, Final
 
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.order import Order
-from beam_nifti.split_spec import parse_split
+from beam_nifti.read.order import Order
+from beam_nifti.read.split_spec import parse_split
+from beam_nifti.record.dataset_info import DatasetInfo
 
 _VERSION: Final = 1
 _OF_DATASET: Final = frozenset(["dataset", "steps_per_epoch", "step"])

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.cells import is_missing, parse_number
 from beam_nifti.errors import UsageError
+from beam_nifti.support.cells import is_missing, parse_number
 
 _COMPARISONS: Final[Mapping[type[ast.cmpop], Callable[..., Any]]] = {
     ast.Eq: operator.eq,

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final
 
-from beam_nifti import storage
 from beam_nifti.config import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
@@ -27,9 +26,10 @@ from beam_nifti.config import (
     Splitting,
 )
 from beam_nifti.errors import DatasetError, NewerFormatError, UsageError
-from beam_nifti.json_types import hints_of, require_keys, require_type
-from beam_nifti.sharding import ShardName
-from beam_nifti.strict_json import dump_json, load_json
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.json_types import hints_of, require_keys, require_type
+from beam_nifti.support.strict_json import dump_json, load_json
 
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"

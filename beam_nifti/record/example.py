@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from beam_nifti.config import TENSOR_DTYPES, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
-from beam_nifti.quantize import numpy_dtype
-from beam_nifti.rescale import Scaling
+from beam_nifti.volume.quantize import numpy_dtype
+from beam_nifti.volume.rescale import Scaling
 
 if TYPE_CHECKING:
-    from beam_nifti.volume import Volume
+    from beam_nifti.volume.volume import Volume
 
 FEATURES: Final[Mapping[str, str]] = {
     "affine": "float[16]",

@@ -21,18 +21,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import FILE_NAME, LEAST_RECORD_BYTES, DatasetInfo, ShardInfo, path_of
 from beam_nifti.errors import DatasetError, ShardError
-from beam_nifti.label_map import labels_of
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.parquet_pages import require_said_sizes
-from beam_nifti.rescale import Ends, Intensity
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES, DatasetInfo, ShardInfo, path_of
+from beam_nifti.record.parquet_pages import require_said_sizes
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.label_map import labels_of
+from beam_nifti.volume.rescale import Ends, Intensity
 
 if TYPE_CHECKING:
-    from beam_nifti.image import Source
-    from beam_nifti.volume import Volume
+    from beam_nifti.volume.files import Source
+    from beam_nifti.volume.volume import Volume
 
 SCHEMA: Final = pa.schema(
     [

@@ -17,7 +17,7 @@ import numpy as np
 from isal import isal_zlib
 
 from beam_nifti.errors import ShardError
-from beam_nifti.packing import DEFLATE_RATIO
+from beam_nifti.volume.compression import DEFLATE_RATIO
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")

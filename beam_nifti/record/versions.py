@@ -9,8 +9,8 @@ from typing import Final
 
 from beam_nifti.config import VERSIONED
 from beam_nifti.errors import ShardError
-from beam_nifti.json_types import require_type
-from beam_nifti.strict_json import dump_json, load_json
+from beam_nifti.support.json_types import require_type
+from beam_nifti.support.strict_json import dump_json, load_json
 
 VERSIONS_FACT: Final = "versions"
 """Key of the versions in the metadata of an index."""

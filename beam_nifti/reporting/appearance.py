@@ -10,15 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from beam_nifti.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
-from beam_nifti.header import COLOURS
-from beam_nifti.index import extra_column
-from beam_nifti.quantize import UINT8_LEVELS
-from beam_nifti.record_checks import RecordSpec
-from beam_nifti.rescale import Scaling, Voxels, measure
-from beam_nifti.thumbnail import block_means, draw_slices
-from beam_nifti.wording import size_text
+from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
+from beam_nifti.record.index import extra_column
+from beam_nifti.reporting.thumbnail import block_means, draw_slices
+from beam_nifti.support.wording import size_text
+from beam_nifti.volume.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
+from beam_nifti.volume.header import COLOURS
+from beam_nifti.volume.quantize import UINT8_LEVELS
+from beam_nifti.volume.rescale import Scaling, Voxels, measure
 
 SCHEMA: Final = pa.schema(
     [

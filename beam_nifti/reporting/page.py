@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from beam_nifti.appearance import label_columns, unit_of
-from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.figures import INKS, draw_histogram
-from beam_nifti.outliers import FEWEST, LIMIT
-from beam_nifti.record_checks import RecordSpec
-from beam_nifti.report_summary import Summary
-from beam_nifti.strict_json import dump_json
-from beam_nifti.templates import load_templates
-from beam_nifti.thumbnail import CELL
-from beam_nifti.wording import counted
+from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.reporting.appearance import label_columns, unit_of
+from beam_nifti.reporting.figures import INKS, draw_histogram
+from beam_nifti.reporting.outliers import FEWEST, LIMIT
+from beam_nifti.reporting.summary import Summary
+from beam_nifti.reporting.templates import load_templates
+from beam_nifti.reporting.thumbnail import CELL
+from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.wording import counted
 
 _WORST: Final = 12
 """Outliers that head the page."""

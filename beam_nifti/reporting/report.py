@@ -18,21 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 
-from beam_nifti import storage
-from beam_nifti.appearance import look_at_record
-from beam_nifti.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.errors import ShardError
-from beam_nifti.local_runner import send_whole_elements
-from beam_nifti.memory import keep_buffers
-from beam_nifti.outputs import require_apart
-from beam_nifti.problems import Problems, Scope
-from beam_nifti.progress import METER
-from beam_nifti.record_checks import RecordSpec, check_record
-from beam_nifti.report_page import make_page
-from beam_nifti.report_summary import read_failures, summarize
-from beam_nifti.shard_pass import ShardPass, StoredRecord
-from beam_nifti.sheets import write_problems, write_sheets
-from beam_nifti.tfrecord import decode_record
+from beam_nifti.inspection.problems import Problems, Scope
+from beam_nifti.inspection.record_checks import RecordSpec, check_record
+from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
+from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.outputs import require_apart
+from beam_nifti.pipeline.progress import METER
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
+from beam_nifti.record.tfrecord import decode_record
+from beam_nifti.reporting.appearance import look_at_record
+from beam_nifti.reporting.page import make_page
+from beam_nifti.reporting.sheets import write_problems, write_sheets
+from beam_nifti.reporting.summary import read_failures, summarize
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.memory import keep_buffers
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions

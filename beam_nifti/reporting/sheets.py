@@ -11,9 +11,9 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from beam_nifti import storage
-from beam_nifti.appearance import SCHEMA
-from beam_nifti.strict_json import dump_json
+from beam_nifti.reporting.appearance import SCHEMA
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
 
 _ROWS: Final = 256
 """Of a sheet: 5 MB."""

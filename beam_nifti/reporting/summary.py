@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from beam_nifti import storage
-from beam_nifti.appearance import SCHEMA
-from beam_nifti.dataset_info import DatasetInfo, path_of
 from beam_nifti.errors import DatasetError
-from beam_nifti.outliers import Measure, Numbers, Ranking, rank
-from beam_nifti.sheets import read_problems, read_sheets
-from beam_nifti.strict_json import load_json
-from beam_nifti.thumbnail import GRID, draw_slices
+from beam_nifti.record.dataset_info import DatasetInfo, path_of
+from beam_nifti.reporting.appearance import SCHEMA
+from beam_nifti.reporting.outliers import Measure, Numbers, Ranking, rank
+from beam_nifti.reporting.sheets import read_problems, read_sheets
+from beam_nifti.reporting.thumbnail import GRID, draw_slices
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import load_json
 
 MAX_OUTLIERS: Final = 1000
 """Outliers that are shown; all are counted."""

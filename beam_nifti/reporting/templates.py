@@ -13,7 +13,7 @@ def load_templates() -> jinja2.Environment:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("beam_nifti"),
+        loader=jinja2.PackageLoader("beam_nifti.reporting"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.rescale import Scaling, Voxels
+from beam_nifti.volume.rescale import Scaling, Voxels
 
 CELL: Final = 96
 """Pixels of the square around each slice."""

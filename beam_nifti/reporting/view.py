@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
-from beam_nifti.extract import StoredVolume
-from beam_nifti.templates import load_templates
-from beam_nifti.wording import size_text
+from beam_nifti.inspection.extract import StoredVolume
+from beam_nifti.reporting.templates import load_templates
+from beam_nifti.support.wording import size_text
 
 _WINDOW: Final = (0.5, 99.5)
 """Percentiles of the voxels that are drawn black and white."""

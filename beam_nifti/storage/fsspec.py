@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from beam_nifti.object_store import RangeStore, Stat
+from beam_nifti.storage.object_store import RangeStore, Stat
 
 _TIMES = ("last_modified", "mtime", "LastModified", "modified")
 """What the packages call the time at which a file was written, of which fsspec says nothing."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from beam_nifti.object_store import (
+from beam_nifti.storage.object_store import (
     ALL_WAITS,
     FIRST_WAIT,
     LONGEST_WAIT,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
-from beam_nifti.object_store import SILENCE, RangeStore, Stat, split_path
+from beam_nifti.storage.object_store import SILENCE, RangeStore, Stat, split_path
 
 _CONNECTIONS: Final = 64
 _MOST_JSON: Final = 1 << 30
@@ -34,7 +34,7 @@ class Http(RangeStore):
         import requests
         import urllib3
 
-        from beam_nifti.paced import PacedAdapter
+        from beam_nifti.storage.paced import PacedAdapter
 
         self._lost = (
             requests.ConnectionError,

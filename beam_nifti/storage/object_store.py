@@ -3,7 +3,7 @@
 `s3.py` and `gcs.py` have the two that are written to, too. They go through the client libraries that Beam's
 extras install, with Beam's options. Beam's own file systems fall short: they make a client for every call,
 ask for an object's size before its bytes, keep the errors of a copy to themselves, and publish what a writer
-that failed had sent until then. `web.py` and `others.py` have the read-only stores.
+that failed had sent until then. `http.py` and `fsspec.py` have the read-only stores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from beam_nifti import logs
+from beam_nifti.support import logs
 
 T = TypeVar("T")
 

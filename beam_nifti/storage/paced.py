@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from beam_nifti.object_store import SILENCE
+from beam_nifti.storage.object_store import SILENCE
 
 SLOWEST: Final = 8192
 """Bytes a second, on average, below which an answer counts as none; its first SILENCE seconds are free."""

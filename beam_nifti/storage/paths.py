@@ -1,8 +1,8 @@
 """Files, local or remote. The only module that knows how to reach a path.
 
 URLs with the schemes `s3://` and `gs://` go through `s3` and `gcs`. `http://`, `https://` and `hdfs://`, by
-`web`, are read-only, and so is what fsspec serves, such as `az://`, by `others`; but another scheme that Beam
-knows goes through its FileSystems. Client libraries are imported only then. All else is the local disk.
+`http`, are read-only, and so is what fsspec serves, such as `az://`, by `fsspec`; but another scheme that
+Beam knows goes through its FileSystems. Client libraries are imported only then. All else is the local disk.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
-from beam_nifti import disk
 from beam_nifti.errors import OutputError, UsageError
-from beam_nifti.gcs import Gcs
-from beam_nifti.object_store import ObjectStore, Store, Writer
-from beam_nifti.object_store import Stat as Stat
-from beam_nifti.others import Fsspec
-from beam_nifti.outcomes import may_pass
-from beam_nifti.s3 import S3
-from beam_nifti.web import Http, WebHdfs
+from beam_nifti.storage import disk
+from beam_nifti.storage.fsspec import Fsspec
+from beam_nifti.storage.gcs import Gcs
+from beam_nifti.storage.http import Http, WebHdfs
+from beam_nifti.storage.object_store import ObjectStore, Store, Writer
+from beam_nifti.storage.object_store import Stat as Stat
+from beam_nifti.storage.s3 import S3
+from beam_nifti.support.outcomes import may_pass
 
 T = TypeVar("T")
 ABSENT: Final = ""

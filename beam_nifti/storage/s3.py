@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from beam_nifti.object_store import SILENCE, ObjectStore, Pieces, Reader, Stat, split_path
+from beam_nifti.storage.object_store import SILENCE, ObjectStore, Pieces, Reader, Stat, split_path
 
 _CONNECTIONS: Final = 64
 _TOO_LARGE_TO_COPY: Final = ((400, "InvalidRequest"), (400, "EntityTooLarge"))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from beam_nifti.strict_json import dump_json
+from beam_nifti.support.strict_json import dump_json
 
 FORMATS: Final = ("text", "json")
 

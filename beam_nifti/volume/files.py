@@ -10,13 +10,13 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
-from beam_nifti import storage
 from beam_nifti.errors import VolumeError, is_of_path
-from beam_nifti.formats import HEAD_BYTES
-from beam_nifti.header import VolumeHeader
-from beam_nifti.image_names import HALF, PACKED
-from beam_nifti.packing import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
-from beam_nifti.signatures import stand_in
+from beam_nifti.manifest.image_names import HALF, PACKED
+from beam_nifti.storage import paths as storage
+from beam_nifti.storage.signatures import stand_in
+from beam_nifti.volume.compression import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
+from beam_nifti.volume.formats import HEAD_BYTES
+from beam_nifti.volume.header import VolumeHeader
 
 ReadHeader = Callable[[bytes], VolumeHeader]
 FileStats = tuple[storage.Stat, ...]

@@ -13,11 +13,11 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.geometry import place_voxels, stated_sizes
-from beam_nifti.header import PADDING_BYTES, VolumeHeader
-from beam_nifti.image_names import HALF
-from beam_nifti.rescale import Scaling
-from beam_nifti.signatures import other_format, stand_in
+from beam_nifti.manifest.image_names import HALF
+from beam_nifti.storage.signatures import other_format, stand_in
+from beam_nifti.volume.geometry import place_voxels, stated_sizes
+from beam_nifti.volume.header import PADDING_BYTES, VolumeHeader
+from beam_nifti.volume.rescale import Scaling
 
 HEAD_BYTES: Final = 544
 """Enough for every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""

@@ -11,8 +11,8 @@ import numpy.typing as npt
 from nibabel.spatialimages import HeaderDataError
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.grid import SAME_PLACE, Grid, agreed_zooms, is_usable
-from beam_nifti.wording import size_text
+from beam_nifti.support.wording import size_text
+from beam_nifti.volume.grid import SAME_PLACE, Grid, agreed_zooms, is_usable
 
 _NIFTI_UNITS: Final = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres in the units of xyzt_units: unknown, metre, millimetre, micrometre. Source: nifti1.h."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.rescale import Voxels
+from beam_nifti.volume.rescale import Voxels
 
 Shape3 = tuple[int, int, int]
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.grid import prepared_shape
-from beam_nifti.rescale import Scaling
+from beam_nifti.volume.grid import prepared_shape
+from beam_nifti.volume.rescale import Scaling
 
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
 """Most bytes of voxels in a record: with the rest of it they must stay below protobuf's 2 GiB."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig, threshold_of
 from beam_nifti.errors import VolumeError
-from beam_nifti.rescale import (
+from beam_nifti.volume.rescale import (
     Ends,
     Intensity,
     Scaling,

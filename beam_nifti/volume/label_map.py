@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from beam_nifti.rescale import Voxels
+from beam_nifti.volume.rescale import Voxels
 
 _CHUNK: Final = 1 << 16
 """Voxels that are counted at a time."""

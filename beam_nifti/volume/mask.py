@@ -9,11 +9,11 @@ import numpy as np
 
 from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.formats import parse_header
-from beam_nifti.header import VolumeHeader, record_layout
-from beam_nifti.image import FileStats, ReadHeader, open_image
-from beam_nifti.rescale import Scaling, Voxels
-from beam_nifti.voxels import take_voxels
+from beam_nifti.volume.files import FileStats, ReadHeader, open_image
+from beam_nifti.volume.formats import parse_header
+from beam_nifti.volume.header import VolumeHeader, record_layout
+from beam_nifti.volume.rescale import Scaling, Voxels
+from beam_nifti.volume.voxels import take_voxels
 
 _RECORD: Final = RecordConfig()
 """By which the voxels of a mask are loaded: as they are in the file."""

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from isal import isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
-from beam_nifti import storage
 from beam_nifti.errors import UsageError
-from beam_nifti.rescale import Scaling, Voxels
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.rescale import Scaling, Voxels
 
 _ALIGNED: Final = 2
 """NIFTI_XFORM_ALIGNED_ANAT, the code of an affine whose space has no name: what nibabel gives a new image."""

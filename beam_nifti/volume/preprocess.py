@@ -10,17 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from beam_nifti.concealment import describe
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import UsageError, VolumeError, is_of_machine
-from beam_nifti.grid import UNTURNED, Grid, Shape3, axes_to, is_usable, respace, turn, turn_voxels, turn_zooms
-from beam_nifti.header import MAX_VOLUME_BYTES, require_shape, require_size
-from beam_nifti.intensity import describe_rule, select_voxels
-from beam_nifti.label_map import pick_nearest
-from beam_nifti.notes import join_notes
-from beam_nifti.rescale import Scaling, Voxels
-from beam_nifti.user_function import Function, load_function
-from beam_nifti.volume import Volume
+from beam_nifti.manifest.concealment import describe
+from beam_nifti.volume.grid import (
+    UNTURNED,
+    Grid,
+    Shape3,
+    axes_to,
+    is_usable,
+    respace,
+    turn,
+    turn_voxels,
+    turn_zooms,
+)
+from beam_nifti.volume.header import MAX_VOLUME_BYTES, require_shape, require_size
+from beam_nifti.volume.intensity import describe_rule, select_voxels
+from beam_nifti.volume.label_map import pick_nearest
+from beam_nifti.volume.notes import join_notes
+from beam_nifti.volume.rescale import Scaling, Voxels
+from beam_nifti.volume.user_function import Function, load_function
+from beam_nifti.volume.volume import Volume
 
 if TYPE_CHECKING:
     from scipy import sparse

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.quantize import LARGEST, UINT8_LEVELS, numpy_dtype, quantize
+from beam_nifti.volume.quantize import LARGEST, UINT8_LEVELS, numpy_dtype, quantize
 
 Voxels = npt.NDArray[Any]
 _CHUNK: Final = 1 << 15

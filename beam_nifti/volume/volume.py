@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti import storage
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.formats import parse_header
-from beam_nifti.grid import Grid, require_same_grid, turn_voxels, turns_between
-from beam_nifti.header import (
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
+from beam_nifti.volume.formats import parse_header
+from beam_nifti.volume.grid import Grid, require_same_grid, turn_voxels, turns_between
+from beam_nifti.volume.header import (
     VolumeHeader,
     record_layout,
     require_dtype,
@@ -23,13 +25,11 @@ from beam_nifti.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.image import FileStats, ReadHeader, Source, open_image, read_header
-from beam_nifti.intensity import find_ends, rescale_voxels, select_voxels
-from beam_nifti.manifest import VolumeRow
-from beam_nifti.mask import load_mask, parse_mask_header
-from beam_nifti.notes import join_notes
-from beam_nifti.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
-from beam_nifti.voxels import cut_frame, take_voxels
+from beam_nifti.volume.intensity import find_ends, rescale_voxels, select_voxels
+from beam_nifti.volume.mask import load_mask, parse_mask_header
+from beam_nifti.volume.notes import join_notes
+from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
+from beam_nifti.volume.voxels import cut_frame, take_voxels
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.header import RecordLayout, VolumeHeader
-from beam_nifti.image import Image
-from beam_nifti.rescale import Voxels
+from beam_nifti.volume.files import Image
+from beam_nifti.volume.header import RecordLayout, VolumeHeader
+from beam_nifti.volume.rescale import Voxels
 
 _TILE: Final = 32
 _TILE_ROWS: Final = 8

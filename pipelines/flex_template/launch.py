@@ -10,8 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from beam_nifti import cli
-from beam_nifti.options import make_parser
+from beam_nifti.cli import main as cli
+from beam_nifti.cli.parser import make_parser
 
 _SWITCHES = {"true": True, "false": False}
 

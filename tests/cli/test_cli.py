@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import __version__, cli, lock, options
-from beam_nifti.dataset_info import read_info
-from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.inspection import describe_dataset, format_description
-from beam_nifti.options_build import build_config
+from beam_nifti import __version__
+from beam_nifti.cli import main as cli
+from beam_nifti.cli import parser as options
+from beam_nifti.cli.build_options import build_config
+from beam_nifti.inspection.description import describe_dataset, format_description
+from beam_nifti.pipeline import lock
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.example import decode_example, decode_tensor
 from pipelines import build_dataset
 from tests.build_helpers import assert_intact
 from tests.datasets import records_of
@@ -76,7 +79,7 @@ def total_bytes(output: Path) -> int:
 )
 def test_help_loads_nothing_heavy(argv: Sequence[str]) -> None:
     program = (
-        "import sys; from beam_nifti import cli; code = cli.main(sys.argv[1:]);"
+        "import sys; from beam_nifti.cli import main as cli; code = cli.main(sys.argv[1:]);"
         "heavy = {'apache_beam', 'tensorflow', 'numpy', 'pyarrow', 'nibabel'} & set(sys.modules);"
         "assert not heavy, heavy; sys.exit(code)"
     )
@@ -265,7 +268,7 @@ def test_quiet_says_nothing_on_standard_error(
 
 
 def test_a_terminal_gets_a_bar(cohort: Path, tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "beam_nifti.cli", "build", str(cohort), str(tmp_path / "out")]
+    build = [sys.executable, "-m", "beam_nifti", "build", str(cohort), str(tmp_path / "out")]
     screen = b""
 
     def read(descriptor: int) -> bytes:
@@ -300,7 +303,7 @@ def test_a_manifest_in_a_store_that_keeps_failing_exits_with_75(
     def fail(path: str) -> None:
         raise TimeoutError(errno.ETIMEDOUT, "the store failed 6 times in a row (HTTP 503)", path)
 
-    monkeypatch.setattr("beam_nifti.storage.open_read", fail)
+    monkeypatch.setattr("beam_nifti.storage.paths.open_read", fail)
     built(code=cli.TEMPORARY)
     assert "the store failed 6 times in a row" in capsys.readouterr().err
 
@@ -328,7 +331,7 @@ def test_a_file_that_may_not_become_so_large_is_named_in_one_line_and_the_build_
 def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> None:
     manifest = write_cohort(tmp_path / "cohort", 300, shape=(40, 40, 20))
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "beam_nifti.cli", "build", str(manifest), str(output), "--workers=1"]
+    command = [sys.executable, "-m", "beam_nifti", "build", str(manifest), str(output), "--workers=1"]
     command.append(f"--summary-json={tmp_path}/summary.json")
     # Who starts the tests in the background of a shell has them ignore this signal, and all their children.
     ours = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -542,7 +545,7 @@ def test_output_that_nobody_reads_to_its_end(
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "beam_nifti.cli", *command],
+        [sys.executable, "-m", "beam_nifti", *command],
         cwd=cohort.parent.parent,
         stdout=writer,
         stderr=subprocess.PIPE if errors == "apart" else writer,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 
 
 @pytest.fixture

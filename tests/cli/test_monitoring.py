@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from beam_nifti import cli, lock, logs
-from beam_nifti.dataset_info import read_info
-from beam_nifti.notes import counter_name
-from beam_nifti.progress import METER, show_progress
-from beam_nifti.run_summary import RunSummary
+from beam_nifti.cli import main as cli
+from beam_nifti.cli.run_summary import RunSummary
+from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.progress import METER, show_progress
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.support import logs
+from beam_nifti.volume.notes import counter_name
 from tests.images import write_manifest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/monitoring.md").read_text()
 
 
@@ -143,7 +145,7 @@ def test_an_error_that_nobody_foresaw_is_told_of(
         assert not path.exists(), "a process that is killed would leave the summary of an earlier run"
         raise ZeroDivisionError("one by none")
 
-    monkeypatch.setattr("beam_nifti.build.run_build", fail)
+    monkeypatch.setattr("beam_nifti.pipeline.build.run_build", fail)
     path = tmp_path / "s.json"
     path.write_text("of an earlier run")
     with pytest.raises(SystemExit, match="1"):
@@ -224,7 +226,7 @@ def test_the_page_names_every_field_of_a_summary() -> None:
 
 
 def test_the_page_names_every_counter_and_distribution() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "beam_nifti").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "beam_nifti").rglob("*.py"))
     made = re.findall(r'Metrics\.(counter|distribution)\([^,]+, "([\w-]+)"\)', source)
     of_notes = source.count("Metrics.counter(type(self), counter_name(note))")
     assert len(made) + of_notes == len(re.findall(r"Metrics\.(?:counter|distribution)\(", source))
@@ -312,7 +314,7 @@ def test_records_of_other_libraries_are_json_too(
 def test_a_log_gets_lines_of_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beam_nifti.progress._LINE_SECONDS", 0.01)
+    monkeypatch.setattr("beam_nifti.pipeline.progress._LINE_SECONDS", 0.01)
     for log_format in logs.FORMATS:
         with logs.on_stderr(log_format), show_progress(8000):
             METER.add(volumes=900, kept=100, failed=20)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import cli, options
-from beam_nifti.build import plan_check
+from beam_nifti.cli import main as cli
+from beam_nifti.cli import parser as options
+from beam_nifti.cli.build_options import WITHOUT_EFFECT, build_config, check_config
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BeamNiftiError, UsageError
-from beam_nifti.options_build import WITHOUT_EFFECT, build_config, check_config
-from beam_nifti.plan import read_build_manifest
-from beam_nifti.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.build import plan_check
+from beam_nifti.pipeline.plan import read_build_manifest
+from beam_nifti.pipeline.survey import Survey, look_at, make_report
 from tests.images import brain, write_image, write_manifest
 from tests.pages import ROOT
 
@@ -47,7 +48,7 @@ BUILD: dict[str, Row] = {
     "--mask-dtype": ["uint16", "--mask-column=mask"],
     "--frames": ["first"],
     "--complex": ["magnitude"],
-    "--preprocess": ["beam_nifti.prepare:orient"],
+    "--preprocess": ["beam_nifti.volume.preprocess:orient"],
     "--orientation": ["SRA"],
     "--spacing": ["1,1,1"],
     "--crop-foreground": ["above:-1"],
@@ -55,22 +56,22 @@ BUILD: dict[str, Row] = {
     "--allow-mixed-shapes": [""],
     "--max-bad-fraction": ["0.9"],
     "--overwrite": [""],
-    "--recheck": "test_changes.py::test_recheck_replaces_what_differs_and_keeps_the_rest",
+    "--recheck": "pipeline/test_changes.py::test_recheck_replaces_what_differs_and_keeps_the_rest",
     "--temp-location": ["tmp"],
     "--workers": ["1"],
-    "--dry-run": "test_cli.py::test_dry_run_writes_nothing",
-    "--quiet": "test_cli.py::test_a_terminal_gets_a_bar",
-    "--summary-json": "test_monitoring.py::test_a_build_tells_how_it_ended",
-    "--metrics-file": "test_monitoring.py::test_prometheus_can_read_the_metrics_of_a_build",
+    "--dry-run": "cli/test_cli.py::test_dry_run_writes_nothing",
+    "--quiet": "cli/test_cli.py::test_a_terminal_gets_a_bar",
+    "--summary-json": "cli/test_monitoring.py::test_a_build_tells_how_it_ended",
+    "--metrics-file": "cli/test_monitoring.py::test_prometheus_can_read_the_metrics_of_a_build",
 }
 CHECK: dict[str, Row] = {
-    "--json": "test_check.py::test_the_table_and_the_file_say_the_same",
-    "--out": "test_check.py::test_the_table_and_the_file_say_the_same",
-    "--max-bad-fraction": "test_check_and_build.py::test_check_and_build_of_the_command_line_agree",
-    "--workers": "test_engines.py::test_workers_of_this_machine",
-    "--quiet": "test_monitoring.py::test_a_log_gets_lines_of_progress",
-    "--summary-json": "test_monitoring.py::test_a_dry_run_a_check_and_a_verification_tell_too",
-    "--temp-location": "test_options.py::test_beam_gets_the_temporary_folder_of_check",
+    "--json": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
+    "--out": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
+    "--max-bad-fraction": "pipeline/test_check_and_build.py::test_check_and_build_of_the_command_line_agree",
+    "--workers": "pipeline/test_engines.py::test_workers_of_this_machine",
+    "--quiet": "cli/test_monitoring.py::test_a_log_gets_lines_of_progress",
+    "--summary-json": "cli/test_monitoring.py::test_a_dry_run_a_check_and_a_verification_tell_too",
+    "--temp-location": "cli/test_options.py::test_beam_gets_the_temporary_folder_of_check",
 }
 OTHERS: dict[str, dict[str, Row]] = {
     "manifest bids": {
@@ -94,19 +95,19 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--deep": ["1", "--manifest=m.tsv"],
         "--preprocess": ["a:b", "--deep=1", "--manifest=m.tsv"],
         "--workers": ["0"],
-        "--quiet": "test_monitoring.py::test_a_log_gets_lines_of_progress",
+        "--quiet": "cli/test_monitoring.py::test_a_log_gets_lines_of_progress",
         "--summary-json": ["ended.json"],
     },
     "inspect": {"--record": ["a"], "--json": [""]},
     "diff": {"--json": [""]},
     "extract": {"--id": ["b"], "--out": ["x.nii"], "--mask": [""], "--overwrite": ["", "--out=old.nii"]},
     "view": {
-        "--id": "test_view.py::test_left_is_left",
-        "--mask": "test_view.py::test_left_is_left",
-        "--channel": "test_view.py::test_a_channel_is_chosen",
-        "--out": "test_view.py::test_left_is_left",
-        "--open": "test_view.py::test_it_opens_the_page",
-        "--overwrite": "test_view.py::test_refusals",
+        "--id": "reporting/test_view.py::test_left_is_left",
+        "--mask": "reporting/test_view.py::test_left_is_left",
+        "--channel": "reporting/test_view.py::test_a_channel_is_chosen",
+        "--out": "reporting/test_view.py::test_left_is_left",
+        "--open": "reporting/test_view.py::test_it_opens_the_page",
+        "--overwrite": "reporting/test_view.py::test_refusals",
     },
     "card": {
         "--name": ["Brains"],
@@ -114,13 +115,13 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--license": ["MIT"],
         "--citation": ["Us"],
         "--url": ["https://example.org"],
-        "--overwrite": "test_card.py::test_it_is_the_same_every_time_and_replaces_nothing_unasked",
+        "--overwrite": "inspection/test_card.py::test_it_is_the_same_every_time_and_replaces_nothing_unasked",
     },
     "report": {
-        "--out": "test_report.py::test_the_command",
-        "--pictures": "test_report.py::test_pictures_are_a_sample_and_the_outliers",
-        "--workers": "test_engines.py::test_workers_of_this_machine",
-        "--quiet": "test_report.py::test_the_command",
+        "--out": "reporting/test_report.py::test_the_command",
+        "--pictures": "reporting/test_report.py::test_pictures_are_a_sample_and_the_outliers",
+        "--workers": "pipeline/test_engines.py::test_workers_of_this_machine",
+        "--quiet": "reporting/test_report.py::test_the_command",
     },
 }
 TABLE = {"build": BUILD, "check": {**BUILD, **CHECK}, **OTHERS}

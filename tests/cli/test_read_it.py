@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from tests.images import brain, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

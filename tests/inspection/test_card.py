@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, RecordConfig
-from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.index import read_index
+from beam_nifti.record.example import decode_example, decode_tensor
+from beam_nifti.record.index import read_index
 from tests.datasets import build_dataset, info_of, records_of
 from tests.images import brain, write_cohort, write_image, write_manifest
 

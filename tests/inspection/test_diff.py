@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import RecordConfig
-from beam_nifti.diff import compare_datasets
 from beam_nifti.errors import DatasetError
+from beam_nifti.inspection.diff import compare_datasets
 from tests.datasets import build_dataset, edit_index, set_cell
 from tests.images import brain, name_of, write_cohort, write_image, write_manifest
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.extract import file_name, read_volume, read_volumes
-from beam_nifti.nifti_writer import write_nifti
-from beam_nifti.rescale import Ends, Scaling, restore_units
+from beam_nifti.inspection.extract import file_name, read_volume, read_volumes
 from beam_nifti.volume import load_volume, rescale_volume
+from beam_nifti.volume.nifti_writer import write_nifti
+from beam_nifti.volume.rescale import Ends, Scaling, restore_units
 from tests.datasets import build_dataset, edit_record, info_of
 from tests.images import (
     AFFINE,

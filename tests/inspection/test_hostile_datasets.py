@@ -2,7 +2,7 @@
 
 500 cases run with the other tests; more at night, each time others:
 
-    pytest tests/test_hostile_datasets.py --hypothesis-profile=nightly
+    pytest tests/inspection/test_hostile_datasets.py --hypothesis-profile=nightly
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti.dataset_info import DatasetInfo, content_digest
-from beam_nifti.diff import compare_datasets
 from beam_nifti.errors import BeamNiftiError
-from beam_nifti.extract import read_volume
-from beam_nifti.index import read_index, write_index
-from beam_nifti.inspection import describe_dataset, describe_record, format_description
+from beam_nifti.inspection.description import describe_dataset, describe_record, format_description
+from beam_nifti.inspection.diff import compare_datasets
+from beam_nifti.inspection.extract import read_volume
+from beam_nifti.inspection.verify import verify_dataset
 from beam_nifti.random_access import Dataset
-from beam_nifti.tfrecord import decode_record, encode_record
-from beam_nifti.verify import verify_dataset
+from beam_nifti.record.dataset_info import DatasetInfo, content_digest
+from beam_nifti.record.index import read_index, write_index
+from beam_nifti.record.tfrecord import decode_record, encode_record
 from tests.build_helpers import arrow_memory, build
 from tests.datasets import info_of
 from tests.images import write_cohort, write_image, write_manifest

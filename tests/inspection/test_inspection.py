@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError
-from beam_nifti.inspection import describe_dataset, describe_record, format_description
-from beam_nifti.wording import one_line
+from beam_nifti.inspection.description import describe_dataset, describe_record, format_description
+from beam_nifti.support.wording import one_line
 from tests.datasets import build_dataset, info_of
 from tests.images import AFFINE, brain, name_of, write_cohort, write_image, write_manifest
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
-from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor
-from beam_nifti.index import read_index
-from beam_nifti.progress import Meter
-from beam_nifti.verify import ALL, verify_dataset
+from beam_nifti.inspection.verify import ALL, verify_dataset
+from beam_nifti.pipeline.progress import Meter
+from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
+from beam_nifti.record.index import read_index
 from tests.datasets import (
     build_dataset,
     edit_index,
@@ -221,7 +221,7 @@ def test_failures_account_for_the_rest_of_the_manifest(tmp_path: Path, id_column
 def test_local_datasets_need_neither_beam_nor_tensorflow(built: dict[str, Path]) -> None:
     manifest = manifest_of(built["gzip"])
     code = (
-        "import sys; from beam_nifti.verify import verify_dataset;"
+        "import sys; from beam_nifti.inspection.verify import verify_dataset;"
         f"assert verify_dataset({str(built['gzip'])!r}, manifest={manifest!r}, deep=1).ok;"
         "assert not {'apache_beam', 'tensorflow'} & set(sys.modules)"
     )

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli, storage
-from beam_nifti.concealment import conceal, concealing, describe
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import VolumeError
+from beam_nifti.manifest.concealment import conceal, concealing, describe
+from beam_nifti.storage import paths as storage
 from tests.images import brain, row_of, write_image, write_manifest
 
 MARK = "zqx"

@@ -14,14 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli, storage
-from beam_nifti.bids import BidsImage
-from beam_nifti.dataset_info import read_info
-from beam_nifti.discovery import find_bids_images
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import UsageError
-from beam_nifti.index import read_index
-from beam_nifti.tables import read_table
-from beam_nifti.verify import verify_dataset
+from beam_nifti.inspection.verify import verify_dataset
+from beam_nifti.manifest.bids import BidsImage
+from beam_nifti.manifest.discovery import find_bids_images
+from beam_nifti.manifest.tables import read_table
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.index import read_index
+from beam_nifti.storage import paths as storage
 from tests.images import brain, write_image
 
 

@@ -17,23 +17,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import cli
-from beam_nifti import labels as label_module
-from beam_nifti.build import plan_build
+from beam_nifti.cli import main as cli
+from beam_nifti.cli.build_options import build_config
+from beam_nifti.cli.parser import parse
 from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Splitting
-from beam_nifti.diff import compare_datasets
 from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, UsageError
-from beam_nifti.example import decode_example, encode_example
-from beam_nifti.failures import Failure, write_failures
-from beam_nifti.inspection import describe_dataset, describe_record, format_description
-from beam_nifti.labels import LabelValue, comparable, label_of, parse_label, read_labels
+from beam_nifti.inspection.description import describe_dataset, describe_record, format_description
+from beam_nifti.inspection.diff import compare_datasets
+from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import Manifest, read_manifest
-from beam_nifti.options import parse
-from beam_nifti.options_build import build_config
-from beam_nifti.pseudonyms import Pseudonyms
+from beam_nifti.manifest import labels as label_module
+from beam_nifti.manifest.labels import LabelValue, comparable, label_of, parse_label, read_labels
+from beam_nifti.manifest.pseudonyms import Pseudonyms
+from beam_nifti.manifest.tables import Problems
+from beam_nifti.pipeline.build import plan_build
+from beam_nifti.pipeline.failures import Failure, write_failures
 from beam_nifti.random_access import Dataset
-from beam_nifti.tables import Problems
-from beam_nifti.verify import ALL, verify_dataset
+from beam_nifti.record.example import decode_example, encode_example
 from tests.build_helpers import build, contents
 from tests.datasets import build_dataset, edit_index, edit_info, edit_record, info_of, records_of, set_cell
 from tests.images import brain, write_image, write_manifest

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from beam_nifti.config import Columns, Splitting
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import read_manifest
-from beam_nifti.tables import BLANKS, MAX_PROBLEMS
+from beam_nifti.manifest.tables import BLANKS, MAX_PROBLEMS
 from tests.images import write_manifest
 from tests.peak import peak_mib
 

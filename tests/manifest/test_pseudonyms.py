@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, Columns, Splitting
-from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import ManifestError, OutputError, UsageError
-from beam_nifti.extract import read_volume
-from beam_nifti.inspection import describe_dataset, describe_record, format_description
+from beam_nifti.inspection.description import describe_dataset, describe_record, format_description
+from beam_nifti.inspection.extract import read_volume
+from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import Manifest, read_manifest
-from beam_nifti.pseudonyms import Pseudonyms, read_pseudonyms
-from beam_nifti.verify import ALL, verify_dataset
+from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
+from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import build, build_apart
 from tests.images import brain, write_image, write_manifest
 
@@ -157,7 +157,7 @@ def test_the_digest_says_nothing_without_the_key(manifest: Path, key: str) -> No
 
 
 def test_the_key_does_not_travel(manifest: Path, key: str, tmp_path: Path) -> None:
-    from beam_nifti.build import plan_build
+    from beam_nifti.pipeline.build import plan_build
 
     with pytest.raises(TypeError, match="does not travel"):
         pickle.dumps(read_pseudonyms(key))

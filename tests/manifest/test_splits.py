@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, Splitting
-from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import ManifestError, OutputError, UsageError
-from beam_nifti.inspection import describe_dataset, format_description
+from beam_nifti.inspection.description import describe_dataset, format_description
+from beam_nifti.inspection.verify import verify_dataset
 from beam_nifti.manifest import read_manifest
-from beam_nifti.splits import draw_splits
-from beam_nifti.verify import verify_dataset
+from beam_nifti.manifest.splits import draw_splits
+from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import build
 from tests.images import brain, write_image, write_manifest
 

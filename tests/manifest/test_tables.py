@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest import read_manifest
-from beam_nifti.tables import BLANKS, Problems, format_delimited, read_table, write_table
+from beam_nifti.manifest.tables import BLANKS, Problems, format_delimited, read_table, write_table
 
 CELL = st.text(st.sampled_from('ab"\t,;\n\r \xa0é') | st.characters(codec="utf-8"), max_size=6)
 NAME = st.text(st.sampled_from("abc d"), min_size=1, max_size=4).map(str.strip).filter(bool)

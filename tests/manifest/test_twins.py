@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from beam_nifti.config import Columns, Splitting
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import Manifest, read_manifest
-from beam_nifti.pseudonyms import Pseudonyms
-from beam_nifti.twins import find_twins, fold
+from beam_nifti.manifest.pseudonyms import Pseudonyms
+from beam_nifti.manifest.twins import find_twins, fold
 from tests.images import write_image, write_manifest
 
 KEY = Pseudonyms(b"0123456789abcdef")

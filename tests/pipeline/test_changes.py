@@ -17,19 +17,19 @@ from apache_beam.pvalue import TaggedOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import storage
-from beam_nifti.build import open_build
 from beam_nifti.errors import BeamNiftiError, UsageError
-from beam_nifti.example import encode_volume
-from beam_nifti.index import read_index, row_cells
-from beam_nifti.parts import Part
-from beam_nifti.plan import BuildPlan, WorkUnit
-from beam_nifti.prepare import prepare_volume
-from beam_nifti.publish import TooManyFailures
-from beam_nifti.tfrecord import decode_record
-from beam_nifti.transforms import ReadManifest, SkipFinished
-from beam_nifti.verify import ALL, verify_dataset
+from beam_nifti.inspection.verify import ALL, verify_dataset
+from beam_nifti.pipeline.build import open_build
+from beam_nifti.pipeline.parts import Part
+from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
+from beam_nifti.pipeline.publish import TooManyFailures
+from beam_nifti.pipeline.transforms import ReadManifest, SkipFinished
+from beam_nifti.record.example import encode_volume
+from beam_nifti.record.index import read_index, row_cells
+from beam_nifti.record.tfrecord import decode_record
+from beam_nifti.storage import paths as storage
 from beam_nifti.volume import load_volume, rescale_volume
+from beam_nifti.volume.preprocess import prepare_volume
 from tests.build_helpers import SHAPE, assert_complete, build, build_apart, make_config
 from tests.datasets import info_of, manifest_of, set_times
 from tests.images import brain, name_of, nifti_header, write_cohort, write_image, write_manifest

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from tests.build_helpers import build
 from tests.images import brain, nifti_bytes, write_cohort, write_image, write_manifest
 

@@ -16,18 +16,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli, options
-from beam_nifti.build import plan_build, plan_check
+from beam_nifti.cli import main as cli
+from beam_nifti.cli import parser as options
+from beam_nifti.cli.build_options import build_config
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import BeamNiftiError, ManifestError
-from beam_nifti.grid import orientation_of
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.options_build import build_config
-from beam_nifti.plan import read_build_manifest
-from beam_nifti.prepare import prepare_volume
-from beam_nifti.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.build import plan_build, plan_check
+from beam_nifti.pipeline.plan import read_build_manifest
+from beam_nifti.pipeline.survey import Survey, look_at, make_report
 from beam_nifti.transforms import EncodeExample, LoadVolume, Prepare, Rescale
 from beam_nifti.volume import load_volume
+from beam_nifti.volume.grid import orientation_of
+from beam_nifti.volume.preprocess import prepare_volume
 from tests.build_helpers import run_steps
 from tests.images import random_voxels, write_image, write_manifest
 

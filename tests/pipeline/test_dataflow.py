@@ -17,19 +17,22 @@ from apache_beam.portability.api import beam_runner_api_pb2 as proto
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import DockerEnvironment, python_sdk_dependencies
 
-from beam_nifti import beam_flags, cli, engines, options
-from beam_nifti.build import open_build, plan_build
+from beam_nifti.cli import beam_flags
+from beam_nifti.cli import main as cli
+from beam_nifti.cli import parser as options
+from beam_nifti.cli.build_options import build_config
 from beam_nifti.config import BuildConfig, Sharding
-from beam_nifti.dataset_info import ShardInfo
-from beam_nifti.options_build import build_config
-from beam_nifti.plan import BuildPlan
-from beam_nifti.publish import publish_dataset
-from beam_nifti.sharding import ShardName, shard_ranges
+from beam_nifti.pipeline import runners
+from beam_nifti.pipeline.build import open_build, plan_build
+from beam_nifti.pipeline.plan import BuildPlan
+from beam_nifti.pipeline.publish import publish_dataset
+from beam_nifti.record.dataset_info import ShardInfo
+from beam_nifti.record.sharding import ShardName, shard_ranges
 from beam_nifti.transforms import BuildDataset
 from pipelines.flex_template import launch
 from tests.images import brain, write_image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 METADATA = ROOT / "pipelines/flex_template/metadata.json"
 IMAGE = "europe-west1-docker.pkg.dev/lab/images/beam-nifti:0.1.0"
 FLAGS = (
@@ -38,7 +41,7 @@ FLAGS = (
     "--temp_location=gs://lab/tmp",
     f"--sdk_container_image={IMAGE}",
 )
-HAS_DATAFLOW = engines._is_installed("google.cloud.dataflow")
+HAS_DATAFLOW = runners._is_installed("google.cloud.dataflow")
 MEGABYTE = 1 << 20
 ROWS = 1_000_000
 PER_SHARD = 10
@@ -180,14 +183,14 @@ def test_workers_run_in_the_image_and_get_no_main_program(
     for name in ("ReadManifest", "SkipFinished", *HEAVY, "WriteParts", "CommitShards", "WriteDatasetInfo"):
         pardo = proto.ParDoPayload.FromString(named(graph, name).spec.payload)
         do_fn = pickler.loads(pardo.do_fn.payload)[0]
-        assert type(do_fn).__module__ == "beam_nifti.transforms", name
+        assert type(do_fn).__module__ == "beam_nifti.pipeline.transforms", name
 
 
 def test_beam_would_stage_the_main_program_if_we_let_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "_is_installed", lambda _: True)
-    monkeypatch.setattr(engines, "_accepted", PipelineOptions)
+    monkeypatch.setattr(runners, "_is_installed", lambda _: True)
+    monkeypatch.setattr(runners, "_accepted", PipelineOptions)
     config = BuildConfig("gs://lab/m.csv", "gs://lab/out", temp_location="gs://lab/tmp")
     chosen = beam_flags.choose_engine(config, ["--runner=DataflowRunner", *FLAGS]).options
 

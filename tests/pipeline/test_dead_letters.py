@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.extract import read_volumes
-from beam_nifti.image import reading
-from beam_nifti.object_store import ATTEMPTS
-from beam_nifti.user_function import load_function
+from beam_nifti.inspection.extract import read_volumes
+from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
+from beam_nifti.volume.files import reading
+from beam_nifti.volume.user_function import load_function
 from tests.images import brain, row_of, write_image, write_manifest
 from tests.services.fault_proxy import FaultProxy
 from tests.web_server import Ranges, serve
@@ -88,7 +88,7 @@ def test_errors_of_everything_else_are_handed_on(error: Exception) -> None:
 @pytest.fixture
 def server(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """Serves the cohort."""
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.001)
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.001)
     with serve(cohort.parent, Ranges) as proxy:
         yield proxy
 

@@ -17,13 +17,16 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
 )
 
-from beam_nifti import beam_flags, cli, engines, options
-from beam_nifti.build import plan_build
-from beam_nifti.cores import count_cores
-from beam_nifti.engines import CLUSTER_WORKERS, Engine
+from beam_nifti.cli import beam_flags
+from beam_nifti.cli import main as cli
+from beam_nifti.cli import parser as options
+from beam_nifti.cli.build_options import build_config
 from beam_nifti.errors import UsageError
-from beam_nifti.local_runner import RUNNER
-from beam_nifti.options_build import build_config
+from beam_nifti.pipeline import runners
+from beam_nifti.pipeline.build import plan_build
+from beam_nifti.pipeline.local_runner import RUNNER
+from beam_nifti.pipeline.runners import CLUSTER_WORKERS, Engine
+from beam_nifti.support.cores import count_cores
 from tests.images import write_cohort
 
 CORES = count_cores()
@@ -54,8 +57,8 @@ def refusal(*flags: str, manifest: str = "m.csv", output: str = "out") -> str:
 @pytest.fixture
 def with_dataflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if Beam's Google Cloud parts were installed, and would accept all that is left to them."""
-    monkeypatch.setattr(engines, "_is_installed", lambda _: True)
-    monkeypatch.setattr(engines, "_accepted", PipelineOptions)
+    monkeypatch.setattr(runners, "_is_installed", lambda _: True)
+    monkeypatch.setattr(runners, "_accepted", PipelineOptions)
 
 
 # What is missing
@@ -112,7 +115,7 @@ def test_dataflow_needs_paths_that_its_workers_reach() -> None:
     assert "OUTPUT" not in said
 
 
-@pytest.mark.skipif(engines._is_installed("google.cloud.dataflow"), reason="Dataflow's parts are installed")
+@pytest.mark.skipif(runners._is_installed("google.cloud.dataflow"), reason="Dataflow's parts are installed")
 def test_dataflow_needs_its_extra() -> None:
     assert "install beam-nifti[gcp]" in refusal(*DATAFLOW, **REMOTE)
 

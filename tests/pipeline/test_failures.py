@@ -13,8 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_nifti.config import Columns
-from beam_nifti.failures import Failure, accepting_fraction, format_groups, group_failures, write_failures
 from beam_nifti.manifest import Manifest, VolumeRow, read_manifest
+from beam_nifti.pipeline.failures import (
+    Failure,
+    accepting_fraction,
+    format_groups,
+    group_failures,
+    write_failures,
+)
 from tests.images import write_manifest
 
 MANIFEST = """scan,file,age,participant_id,session_id,split,site,message

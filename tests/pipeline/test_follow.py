@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import follow, logs, storage
-from beam_nifti.build import open_build, run_build
 from beam_nifti.config import Sharding
-from beam_nifti.follow import BuildSight, Sighting, follow_build
-from beam_nifti.parts import part_at, parts_folder
-from beam_nifti.plan import BuildPlan
+from beam_nifti.pipeline import follow
+from beam_nifti.pipeline.build import open_build, run_build
+from beam_nifti.pipeline.follow import BuildSight, Sighting, follow_build
+from beam_nifti.pipeline.parts import part_at, parts_folder
+from beam_nifti.pipeline.plan import BuildPlan
+from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
 from tests.build_helpers import PER_SHARD, UNIT_ROWS, make_config, make_options
 from tests.images import write_cohort
 from tests.object_store import MemoryFileSystem
@@ -107,7 +109,7 @@ def test_a_log_tells_how_far_a_build_elsewhere_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "REQUESTS_A_MINUTE", 60_000)
-    monkeypatch.setattr("beam_nifti.progress._LINE_SECONDS", 0.01)
+    monkeypatch.setattr("beam_nifti.pipeline.progress._LINE_SECONDS", 0.01)
     manifest = write_cohort(tmp_path / "cohort", COUNT)
     with open_build(make_config(manifest, tmp_path / "out")) as plan:
         object.__setattr__(plan, "unit_rows", UNIT_ROWS)

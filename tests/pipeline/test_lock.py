@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import cli, storage
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import OutputBusyError, OutputError
-from beam_nifti.lock import LOCK_FILE, hold, require_held, this_system
+from beam_nifti.pipeline.lock import LOCK_FILE, hold, require_held, this_system
+from beam_nifti.storage import paths as storage
 
 _HOLD = """
 import sys
-from beam_nifti.lock import hold
+from beam_nifti.pipeline.lock import hold
 with hold(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -81,7 +82,7 @@ def test_of_many_processes_that_want_it_each_has_it_alone(tmp_path: Path) -> Non
 import sys
 from pathlib import Path
 from beam_nifti.errors import OutputError
-from beam_nifti.lock import hold
+from beam_nifti.pipeline.lock import hold
 folder, done = Path(sys.argv[1]), 0
 while done < 40:
     try:
@@ -221,7 +222,7 @@ def test_a_build_that_has_lost_its_output_publishes_nothing(
         write_lease(0, host="another-machine", pid=1)
 
     # Between the check for another plan and the publication, as after a night in which the machine slept.
-    monkeypatch.setattr("beam_nifti.transforms.require_current", take)
+    monkeypatch.setattr("beam_nifti.pipeline.transforms.require_current", take)
     assert cli.main(["build", str(cohort), OUTPUT, "--quiet"]) == cli.TEMPORARY
     assert "another build took this output" in capsys.readouterr().err
     assert not storage.exists(f"{OUTPUT}/dataset_info.json")

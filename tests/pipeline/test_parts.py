@@ -16,25 +16,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import storage
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import ShardInfo
 from beam_nifti.errors import ShardError
-from beam_nifti.image import Source
-from beam_nifti.index import IndexEntry, read_index
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.merge import merge_parts
-from beam_nifti.parts import (
-    Part,
-    PartWriter,
-    find_parts,
-    find_shard,
-    finished_rows,
-    parts_folder,
-)
-from beam_nifti.rescale import Intensity
-from beam_nifti.sharding import ShardName
-from beam_nifti.storage import stat
+from beam_nifti.pipeline.merge import merge_parts
+from beam_nifti.pipeline.parts import Part, PartWriter, find_parts, find_shard, finished_rows, parts_folder
+from beam_nifti.record.dataset_info import ShardInfo
+from beam_nifti.record.index import IndexEntry, read_index
+from beam_nifti.record.sharding import ShardName
+from beam_nifti.storage import paths as storage
+from beam_nifti.storage.paths import stat
+from beam_nifti.volume.files import Source
+from beam_nifti.volume.rescale import Intensity
 from tests.build_helpers import Ended, fork_server, sha256
 
 SHARD = ShardName("train", 0, 1)

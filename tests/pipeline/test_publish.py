@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti.verify import verify_dataset
+from beam_nifti.inspection.verify import verify_dataset
 from tests.build_helpers import build, build_apart, stray_files
 from tests.datasets import info_of
 from tests.images import brain, name_of, write_cohort, write_image

@@ -15,16 +15,14 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.build import open_build, plan_build
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import ManifestError, VolumeError
-from beam_nifti.failures import Failure
-from beam_nifti.index import IndexEntry, read_index
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.parts import Part
-from beam_nifti.plan import BuildPlan, WorkUnit
-from beam_nifti.transforms import (
+from beam_nifti.pipeline.build import open_build, plan_build
+from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.parts import Part
+from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
+from beam_nifti.pipeline.transforms import (
     FAILURES,
     FINISHED,
     SHARDS,
@@ -41,6 +39,8 @@ from beam_nifti.transforms import (
     WriteToTFRecord,
     _DeadLetters,
 )
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.index import IndexEntry, read_index
 from beam_nifti.volume import Volume
 from tests.build_helpers import PER_SHARD, SHAPE, UNIT_ROWS, build, make_config, make_options, run_steps
 from tests.images import brain, row_of, write_cohort, write_image

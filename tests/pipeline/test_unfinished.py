@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti.build import open_build, plan_build
 from beam_nifti.config import Columns
-from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import OutputError
-from beam_nifti.publish import TooManyFailures
-from beam_nifti.resume import Reuse
+from beam_nifti.pipeline.build import open_build, plan_build
+from beam_nifti.pipeline.publish import TooManyFailures
+from beam_nifti.pipeline.resume import Reuse
+from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import (
     assert_complete,
     build,
@@ -430,7 +430,7 @@ def dies_before_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("beam_nifti.build._clean_up", die)
+    monkeypatch.setattr("beam_nifti.pipeline.build._clean_up", die)
     return
 
 

@@ -18,7 +18,7 @@ from tests.images import write_cohort
 
 grain = pytest.importorskip("grain", reason="Grain is not installed; pip install beam-nifti[grain]")
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "grain_source.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "grain_source.py"
 COUNT = 13
 SHAPE = (6, 5, 4)
 

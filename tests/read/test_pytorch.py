@@ -21,7 +21,7 @@ data = pytest.importorskip(
 
 pytestmark = pytest.mark.torch
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "pytorch_dataloader.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "pytorch_dataloader.py"
 SHAPE = (6, 5, 4)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from beam_nifti import storage
 from beam_nifti.config import Columns
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.random_access import Dataset
+from beam_nifti.storage import paths as storage
 from tests.build_helpers import build
 from tests.datasets import edit_index, edit_info, edit_record, info_of, set_cell
 from tests.images import AFFINE, brain, random_voxels, write_cohort, write_image, write_manifest

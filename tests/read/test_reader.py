@@ -46,7 +46,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     def run(manifest: Path, sharding: Sharding | None = None, **options: Any) -> str:
         from apache_beam.options.pipeline_options import PipelineOptions
 
-        from beam_nifti.build import open_build, run_build
+        from beam_nifti.pipeline.build import open_build, run_build
 
         names = {f.name for f in dataclasses.fields(RecordConfig)}
         of_record = {k: options.pop(k) for k in names & options.keys()}

@@ -56,7 +56,7 @@ def outputs(commands: list[list[str]], environments: list[dict[str, str]]) -> li
 
 READ = """
 import json, sys
-from beam_nifti.order import Order
+from beam_nifti.read.order import Order
 from beam_nifti.random_access import Dataset
 
 path, host = sys.argv[1], int(sys.argv[2])

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import storage
 from beam_nifti.errors import UsageError
-from beam_nifti.order import Order, shuffle
 from beam_nifti.random_access import Dataset
+from beam_nifti.read.order import Order, shuffle
+from beam_nifti.storage import paths as storage
 from tests.build_helpers import build
 from tests.datasets import info_of
 from tests.images import brain, random_voxels, write_cohort, write_image, write_manifest

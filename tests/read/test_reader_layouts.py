@@ -18,7 +18,7 @@ from beam_nifti.reader import load_dataset  # noqa: E402
 
 pytestmark = pytest.mark.tf
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPE = (4, 3, 2)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_nifti.errors import UsageError
-from beam_nifti.split_spec import parse_split
+from beam_nifti.read.split_spec import parse_split
 
 
 def positions(spec: str, count: int = 10) -> list[int]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_nifti.errors import UsageError
-from beam_nifti.where import Condition
+from beam_nifti.read.where import Condition
 
 TABLE = pa.table(
     {

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import dataset_info
 from beam_nifti.config import BuildConfig, Sharding
-from beam_nifti.dataset_info import DatasetInfo, ShardInfo, SplitInfo, content_digest, read_info
 from beam_nifti.errors import DatasetError
+from beam_nifti.record import dataset_info
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo, content_digest, read_info
 
 SHARD = ShardInfo(
     "train-00000-of-00001.tfrecord", "index/train-00000-of-00001.parquet", 2, 800, "a" * 64, "b" * 64

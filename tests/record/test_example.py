@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from beam_nifti import example
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
-from beam_nifti.example import (
+from beam_nifti.record import example
+from beam_nifti.record.example import (
     FEATURES,
     MAX_EXAMPLE_BYTES,
     FeatureValue,

@@ -10,7 +10,7 @@ import pytest
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError
-from beam_nifti.index import (
+from beam_nifti.record.index import (
     SCHEMA,
     IndexEntry,
     extra_column,

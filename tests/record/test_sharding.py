@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_nifti.config import SPLIT_PATTERN, RecordConfig, Sharding
-from beam_nifti.plan import default_sharding, record_bytes
-from beam_nifti.sharding import ShardName, order_rows, shard_ranges
+from beam_nifti.pipeline.plan import default_sharding, record_bytes
+from beam_nifti.record.sharding import ShardName, order_rows, shard_ranges
 
 SPLITS = st.from_regex(SPLIT_PATTERN, fullmatch=True)
 NAMES = st.builds(

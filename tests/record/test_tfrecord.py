@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_nifti.errors import ShardError
-from beam_nifti.tfrecord import (
+from beam_nifti.record.tfrecord import (
     EMPTY_MEMBER,
     FOOTER_BYTES,
     HEADER_BYTES,
@@ -20,7 +20,7 @@ from beam_nifti.tfrecord import (
     frame,
 )
 
-GOLDEN = Path(__file__).parent / "golden"  # made by TensorFlow: see make.py there
+GOLDEN = Path(__file__).parents[1] / "golden"  # made by TensorFlow: see make.py there
 PAYLOADS = [b"", b"a", b"golden record", bytes(range(256)) * 40]
 LEVELS = [None, 0, 1, 2, 3]
 

@@ -12,21 +12,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns
-from beam_nifti.dataset_info import DatasetInfo
-from beam_nifti.diff import compare_datasets
 from beam_nifti.errors import DatasetError
-from beam_nifti.extract import read_volume
-from beam_nifti.inspection import describe_record
+from beam_nifti.inspection.description import describe_record
+from beam_nifti.inspection.diff import compare_datasets
+from beam_nifti.inspection.extract import read_volume
 from beam_nifti.random_access import Dataset
-from beam_nifti.report_summary import read_failures
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.reporting.summary import read_failures
 from tests.build_helpers import build as build_plainly
 from tests.datasets import info_of, manifest_of, records_of, set_times
 from tests.golden.make_version_1 import FOLDER
 from tests.images import brain, write_image
 
-GOLDEN = Path(__file__).parent / "golden/version-1"
+GOLDEN = Path(__file__).parents[1] / "golden/version-1"
 COLUMNS = Columns(path="T1w,T2w", mask="mask")
 SHAPE = (4, 3, 2)
 IDS = ["sub-0", "sub-1", "sub-2", "sub-4"]

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import config, versions
-from beam_nifti.build import open_build, run_build
+from beam_nifti import config
 from beam_nifti.config import RecordConfig
-from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import OutputError
-from beam_nifti.example import encode_tensor
-from beam_nifti.index import read_index
-from beam_nifti.quantize import numpy_dtype
-from beam_nifti.rounding import differ_in_rounding
-from beam_nifti.verify import ALL, verify_dataset
+from beam_nifti.inspection.rounding import differ_in_rounding
+from beam_nifti.inspection.verify import ALL, verify_dataset
+from beam_nifti.pipeline.build import open_build, run_build
+from beam_nifti.record import versions
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.example import encode_tensor
+from beam_nifti.record.index import read_index
+from beam_nifti.volume.quantize import numpy_dtype
 from tests.build_helpers import assert_complete, build, build_apart, make_config, make_options
 from tests.datasets import manifest_of
 from tests.images import name_of, write_cohort

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti.outliers import FEWEST, LIMIT, Measure, rank
+from beam_nifti.reporting.outliers import FEWEST, LIMIT, Measure, rank
 
 MEAN = Measure("mean", floor=1e-6)
 CORRELATION = Measure("correlation", floor=0.001, only_low=True)

@@ -16,16 +16,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti import cli, options
-from beam_nifti.appearance import look_at_record, unit_of
+from beam_nifti.cli import main as cli
+from beam_nifti.cli import parser as options
 from beam_nifti.config import Columns, RecordConfig, Sharding
-from beam_nifti.dataset_info import read_info
-from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.record_checks import RecordSpec
-from beam_nifti.report import ReportSummary, write_report
-from beam_nifti.report_page import format_number
-from beam_nifti.report_summary import MAX_OUTLIERS
-from beam_nifti.thumbnail import GRID
+from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.example import decode_example, decode_tensor
+from beam_nifti.reporting.appearance import look_at_record, unit_of
+from beam_nifti.reporting.page import format_number
+from beam_nifti.reporting.report import ReportSummary, write_report
+from beam_nifti.reporting.summary import MAX_OUTLIERS
+from beam_nifti.reporting.thumbnail import GRID
 from tests.build_helpers import make_options
 from tests.datasets import build_dataset, edit_record, info_of, records_of
 from tests.images import write_cohort, write_image, write_manifest
@@ -392,9 +393,9 @@ def test_a_page_on_an_object_store(cohort: Path, tmp_path: Path, monkeypatch: py
 
 SUMMARIZE = """
 import sys
-from beam_nifti.report_summary import summarize
-from beam_nifti.sheets import write_sheets
-from beam_nifti.thumbnail import GRID
+from beam_nifti.reporting.summary import summarize
+from beam_nifti.reporting.sheets import write_sheets
+from beam_nifti.reporting.thumbnail import GRID
 
 folder, count = sys.argv[1], int(sys.argv[2])
 row = {"example_id": "sub-0001", "participant_id": "sub-0001", "labels": ["1"], "shape": "91×109×91"}

@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, RecordConfig
 from beam_nifti.errors import UsageError
-from beam_nifti.extract import StoredVolume
-from beam_nifti.rescale import Scaling
-from beam_nifti.view import make_view
+from beam_nifti.inspection.extract import StoredVolume
+from beam_nifti.reporting.view import make_view
+from beam_nifti.volume.rescale import Scaling
 from tests.datasets import build_dataset
 from tests.images import brain, write_image, write_manifest
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti.local_runner import RUNNER
+from beam_nifti.pipeline.local_runner import RUNNER
 from tests.images import write_cohort
 
 LOCAL = (f"--runner={RUNNER}", "--direct_running_mode=in_memory")
@@ -56,7 +56,7 @@ def content_of(output: Path) -> dict[str, str]:
 def run_cli(arguments: Sequence[str], timeout: float = 300.0, **environment: str) -> str:
     """Run beam-nifti in a process of its own; what it printed. A failure shows all of it."""
     done = subprocess.run(
-        [sys.executable, "-m", "beam_nifti.cli", *arguments],
+        [sys.executable, "-m", "beam_nifti", *arguments],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,8 +11,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.reporting.test_report import NASTY, UPSIDE_DOWN, write_heads
 from tests.services.conftest import LOCAL, run_cli, run_script
-from tests.test_report import NASTY, UPSIDE_DOWN, write_heads
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "browser"
 PHONE, DESKTOP = 375, 1280

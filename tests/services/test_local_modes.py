@@ -31,7 +31,7 @@ def test_same_bytes(reference: Reference, tmp_path: Path, flags: list[str]) -> N
 @pytest.mark.parametrize("mode", ["in_memory", "multi_threading", "multi_processing"])
 def test_a_build_that_succeeds_writes_no_log(reference: Reference, tmp_path: Path, mode: str) -> None:
     arguments = ["build", str(reference.manifest), str(tmp_path / "out"), "--quiet"]
-    command = [sys.executable, "-m", "beam_nifti.cli", *arguments, f"--direct_running_mode={mode}"]
+    command = [sys.executable, "-m", "beam_nifti", *arguments, f"--direct_running_mode={mode}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from beam_nifti import storage
 from beam_nifti.errors import DatasetError, OutputError, VolumeError
-from beam_nifti.lock import LOCK_FILE, hold, this_system
-from beam_nifti.object_store import ATTEMPTS
+from beam_nifti.pipeline.lock import LOCK_FILE, hold, this_system
 from beam_nifti.random_access import Dataset
+from beam_nifti.storage import paths as storage
+from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
 from tests.images import brain, nifti_header, row_of, write_cohort
@@ -231,7 +231,7 @@ def test_what_is_missing_differs_from_what_is_not_reached(
     with pytest.raises(DatasetError, match=r"cannot be reached .*not accept the credentials"):
         Dataset(folder("s3"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
     monkeypatch.setattr(storage, "_stores", {})
     with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*Could not connect"):
         Dataset(folder("s3"))
@@ -280,7 +280,7 @@ def test_a_killed_build_goes_on(
     command = ["build", manifest, dataset, *reference.flags, "--workers=1", *LOCAL]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "beam_nifti.cli", *command], stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "beam_nifti", *command], stdout=log, stderr=subprocess.STDOUT
         )
     asked, lock = set[str](), threading.Lock()
 
@@ -388,7 +388,7 @@ def test_whatever_is_asked_is_asked_again(
     fault: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.05)
     root, proxy, lock = folder(scheme), servers.proxies[scheme], threading.Lock()
     seen: Counter[tuple[str, str]] = Counter()
 
@@ -423,7 +423,7 @@ def test_a_store_that_stays_down_is_given_up(
     folder: Callable[[str], str], servers: Servers, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, proxy = f"{folder(scheme)}/a", servers.proxies[scheme]
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
     proxy.choose = lambda *_: "503"
     with pytest.raises(TimeoutError, match=rf"failed {ATTEMPTS} times in a row \(HTTP 503"):
         storage.read(path)
@@ -439,8 +439,8 @@ def test_a_store_that_cannot_be_reached_is_tried_again(
 ) -> None:
     """And an error that may pass."""
     path, (port,) = f"{folder(scheme)}/a", free_ports(1)
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
-    monkeypatch.setattr("beam_nifti.storage._stores", {})
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.storage.paths._stores", {})
     for name in ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
     with pytest.raises(TimeoutError, match=rf"failed {ATTEMPTS} times in a row"):

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import storage
 from beam_nifti.errors import DatasetError
 from beam_nifti.random_access import Dataset
+from beam_nifti.storage import paths as storage
 from tests.services.conftest import Reference, content_of, run_cli
 from tests.services.fault_proxy import FaultProxy, Request
 from tests.services.stores import free_ports

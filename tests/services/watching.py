@@ -58,7 +58,7 @@ def watch_build(
     seen: tuple[str, ...] = ()
     with INotify() as inotify, printed.open("w") as out:
         inotify.add_watch(folder, mask)
-        command = [sys.executable, "-m", "beam_nifti.cli", "build", *arguments]
+        command = [sys.executable, "-m", "beam_nifti", "build", *arguments]
         with subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as build:
             try:
                 while build.poll() is None:

@@ -16,14 +16,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import cli, storage
-from beam_nifti.build import TooManyFailures
-from beam_nifti.dataset_info import read_info
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import DatasetError, OutputError, UsageError
-from beam_nifti.outputs import dataset_of, require_apart
+from beam_nifti.pipeline.build import TooManyFailures
+from beam_nifti.pipeline.outputs import dataset_of, require_apart
 from beam_nifti.random_access import Dataset
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.storage import paths as storage
 from tests.build_helpers import assert_complete, build, build_apart, sha256
 from tests.images import name_of, write_cohort, write_image, write_manifest
+from tests.pages import ROOT
 
 SHARD = "train-00000-of-00002.tfrecord.gz"
 TEMPORARY = f"{'0' * 32}.tmp"
@@ -392,7 +394,7 @@ _SEEN = {"open", *_METHODS, *_POSITIONS, *_FORBIDDEN["os"], *_FORBIDDEN["shutil"
 
 
 def writes(source: str, module: str) -> Iterator[str]:
-    """Calls by which a module may write or delete files, but for those of `disk` and `storage`."""
+    """Calls by which a module may write or delete files, but for those of `disk` and `paths`."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -401,7 +403,7 @@ def writes(source: str, module: str) -> Iterator[str]:
         last = function.attr if isinstance(function, ast.Attribute) else name
         owner = ast.unparse(function.value) if last in _SEEN and isinstance(function, ast.Attribute) else ""
         is_null = bool(node.args) and ast.unparse(node.args[0]) == "os.devnull"
-        is_null |= module == "storage" and "os.O_NONBLOCK" in ast.unparse(node)  # which reads
+        is_null |= module == "paths" and "os.O_NONBLOCK" in ast.unparse(node)  # which reads
         modes = [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")]
         opens = name == "open" and any(ast.unparse(mode) not in ("'r'", "'rb'") for mode in modes)
         is_forbidden = (last in _FORBIDDEN.get(owner, ()) and not is_null) or (owner and last in _METHODS)
@@ -412,9 +414,8 @@ def writes(source: str, module: str) -> Iterator[str]:
 
 
 def test_one_module_writes_and_deletes() -> None:
-    package = Path(cli.__file__).parent
-    sources = {path.stem: path.read_text() for path in package.rglob("*.py") if path.stem != "disk"}
-    assert [call for module, source in sources.items() for call in writes(source, module)] == []
+    modules = [path for path in (ROOT / "beam_nifti").rglob("*.py") if path.stem != "disk"]
+    assert [call for path in modules for call in writes(path.read_text(), path.stem)] == []
 
 
 @pytest.mark.parametrize(

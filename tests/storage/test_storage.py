@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
-from beam_nifti import cli, storage
-from beam_nifti.build import TooManyFailures
+from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.errors import VolumeError
-from beam_nifti.lock import LOCK_FILE
-from beam_nifti.outcomes import TEMPORARY, exit_code
+from beam_nifti.pipeline.build import TooManyFailures
+from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.random_access import Dataset
-from beam_nifti.storage import join
+from beam_nifti.storage import paths as storage
+from beam_nifti.storage.paths import join
+from beam_nifti.support.outcomes import TEMPORARY, exit_code
 from beam_nifti.volume import load_volume
 from tests.images import brain, row_of, write_image, write_manifest
 

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from beam_nifti import cli, object_store, paced, storage
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import DatasetError, OutputError
-from beam_nifti.object_store import ATTEMPTS
 from beam_nifti.random_access import Dataset
+from beam_nifti.storage import object_store, paced
+from beam_nifti.storage import paths as storage
+from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
 from tests.datasets import records_of
@@ -123,7 +125,7 @@ def test_a_shard_that_is_cut_later_is_found_at_reading(copy: Path) -> None:
 def test_passing_errors_change_nothing(
     server: FaultProxy, local: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
     seen: Counter[tuple[str, str]] = Counter()
 
     def every_other(method: str, path: str) -> str:
@@ -138,7 +140,7 @@ def test_passing_errors_change_nothing(
 
 
 def test_a_server_that_stays_down_is_given_up(server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
     server.choose = lambda *_: "503"
     with pytest.raises(DatasetError, match=rf"failed {ATTEMPTS} times in a row \(HTTP 503"):
         Dataset(f"{server.url}/dataset")
@@ -192,7 +194,7 @@ def test_a_server_that_fails_is_named(
 def test_only_what_may_pass_asks_for_another_attempt(
     server: FaultProxy, tmp_path: Path, fault: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("beam_nifti.object_store.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
     server.choose = lambda *_: fault
     assert cli.main(["build", f"{server.url}/cohort/manifest.tsv", str(tmp_path / "out"), "--quiet"]) == code
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from beam_nifti import cli, errors, storage
-from beam_nifti.outcomes import FAILED, SUCCESS, TEMPORARY, USAGE, engine_outcome, exit_code
+from beam_nifti import errors
+from beam_nifti.cli import main as cli
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.outcomes import FAILED, SUCCESS, TEMPORARY, USAGE, engine_outcome, exit_code
 from tests.images import write_cohort, write_manifest
 
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli, geometry
-from beam_nifti.strict_json import dump_json
+from beam_nifti.cli import main as cli
+from beam_nifti.support.strict_json import dump_json
+from beam_nifti.volume import geometry
 from tests.images import brain, write_image, write_manifest
 
-SOURCES = sorted((Path(__file__).parent.parent / "beam_nifti").glob("*.py"))
+SOURCES = sorted((Path(__file__).parents[2] / "beam_nifti").rglob("*.py"))
 
 
 def strict(text: str) -> Any:

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti import cli, logs
-from beam_nifti.terminal import Screen, UnwritableError, guarded_streams
+from beam_nifti.cli import main as cli
+from beam_nifti.support import logs
+from beam_nifti.support.terminal import Screen, UnwritableError, guarded_streams
 from tests.datasets import manifest_of
 from tests.images import write_image
 
@@ -160,7 +161,7 @@ def test_the_traceback_of_an_unforeseen_error_is_escaped(
 
 
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    line = command.replace("beam-nifti", f"{sys.executable} -m beam_nifti.cli")
+    line = command.replace("beam-nifti", f"{sys.executable} -m beam_nifti")
     return subprocess.run(
         ["bash", "-c", line],
         cwd=folder,

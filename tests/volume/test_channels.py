@@ -12,15 +12,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, Columns, RecordConfig
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
-from beam_nifti.extract import read_volume
-from beam_nifti.index import read_index
+from beam_nifti.inspection.extract import read_volume
+from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import VolumeRow, read_manifest
-from beam_nifti.prepare import prepare_volume
-from beam_nifti.verify import ALL, verify_dataset
-from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
+from beam_nifti.record.index import read_index
+from beam_nifti.volume.preprocess import prepare_volume
+from beam_nifti.volume.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import CUTTING_RUNNER, assert_complete, build
 from tests.datasets import edit_index, info_of, manifest_of, set_cell
 from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest

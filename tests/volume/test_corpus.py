@@ -19,12 +19,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti.build import TooManyFailures
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.example import decode_example, decode_tensor
-from beam_nifti.grid import is_usable
+from beam_nifti.pipeline.build import TooManyFailures
+from beam_nifti.record.example import decode_example, decode_tensor
 from beam_nifti.volume import Volume, load_volume, rescale_volume
+from beam_nifti.volume.grid import is_usable
 from tests.datasets import records_of
 from tests.images import Array, row_of, write_manifest
 
@@ -143,7 +143,7 @@ def told(name: str) -> str:
 
 
 def test_the_documents_say_what_becomes_of_each() -> None:
-    text = (Path(__file__).parent.parent / "docs/images.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/images.md").read_text()
     assert [row for row in map(told, FILES) if row not in text] == []
 
 

@@ -16,21 +16,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.dataset_info import read_info
 from beam_nifti.errors import DatasetError, OutputError, UsageError, VolumeError
-from beam_nifti.example import encode_volume
-from beam_nifti.extract import read_volume
-from beam_nifti.failures import failed_frames
-from beam_nifti.inspection import describe_record
+from beam_nifti.inspection.description import describe_record
+from beam_nifti.inspection.extract import read_volume
+from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import read_manifest
-from beam_nifti.plan import SHARD_BYTES, CheckPlan, default_sharding, record_bytes
-from beam_nifti.publish import TooManyFailures
-from beam_nifti.sharding import shard_ranges
-from beam_nifti.survey import look_at
-from beam_nifti.verify import ALL, verify_dataset
-from beam_nifti.volume import Volume, load_frames, load_header, load_volume, rescale_volume
+from beam_nifti.pipeline.failures import failed_frames
+from beam_nifti.pipeline.plan import SHARD_BYTES, CheckPlan, default_sharding, record_bytes
+from beam_nifti.pipeline.publish import TooManyFailures
+from beam_nifti.pipeline.survey import look_at
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.example import encode_volume
+from beam_nifti.record.sharding import shard_ranges
+from beam_nifti.volume.volume import Volume, load_frames, load_header, load_volume, rescale_volume
 from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, build_apart, contents
 from tests.datasets import records_of
 from tests.images import (

@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from nibabel.casting import have_binary128
 
-from beam_nifti import image as image_module
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.header import record_layout
-from beam_nifti.image import image_files, stat_image
-from beam_nifti.packing import Unpacker, packing_of
-from beam_nifti.plan import CheckPlan
-from beam_nifti.survey import look_at
-from beam_nifti.volume import Volume, load_header, load_volume
+from beam_nifti.pipeline.plan import CheckPlan
+from beam_nifti.pipeline.survey import look_at
+from beam_nifti.volume import files as image_module
+from beam_nifti.volume.compression import Unpacker, packing_of
+from beam_nifti.volume.files import image_files, stat_image
+from beam_nifti.volume.header import record_layout
+from beam_nifti.volume.volume import Volume, load_header, load_volume
 from tests.images import (
     AFFINE,
     REAL_DTYPES,

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import RecordConfig
-from beam_nifti.example import decode_example, decode_tensor, encode_volume
+from beam_nifti.record.example import decode_example, decode_tensor, encode_volume
 from beam_nifti.volume import load_volume, rescale_volume
 from tests.datasets import info_of, manifest_of
 from tests.images import (
@@ -243,7 +243,7 @@ def test_a_shuffle_draws_from_fewer_large_volumes(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorflow")
-    from beam_nifti import reader_graph
+    from beam_nifti.read import sequential
     from beam_nifti.reader import load_dataset
 
     manifest, output = cohort_of(tmp_path / "c", [(3, 2, 1)] * 12), tmp_path / "out"
@@ -254,5 +254,5 @@ def test_a_shuffle_draws_from_fewer_large_volumes(
         return [int(y) for _, y in examples]
 
     assert labels() != list(range(12))
-    monkeypatch.setattr(reader_graph, "_SHUFFLE_BYTES", 24 * 2 - 1)  # of two volumes, but for a byte
+    monkeypatch.setattr(sequential, "_SHUFFLE_BYTES", 24 * 2 - 1)  # of two volumes, but for a byte
     assert labels() == list(range(12))

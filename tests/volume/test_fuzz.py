@@ -2,7 +2,7 @@
 
 500 cases run with the other tests; more at night, each time others:
 
-    pytest tests/test_fuzz.py --hypothesis-profile=nightly
+    pytest tests/volume/test_fuzz.py --hypothesis-profile=nightly
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nibabel.spm2analyze import Spm2AnalyzeHeader, Spm2AnalyzeImage
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.example import decode_example, decode_tensor, encode_volume
+from beam_nifti.record.example import decode_example, decode_tensor, encode_volume
 from beam_nifti.volume import load_volume, rescale_volume
 from tests.images import AFFINE, REAL_DTYPES, Array, nifti_header, random_voxels, row_of
 

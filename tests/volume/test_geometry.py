@@ -15,15 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti import geometry
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import DatasetError, VolumeError
-from beam_nifti.extract import read_volume
-from beam_nifti.formats import parse_header
-from beam_nifti.header import VolumeHeader
-from beam_nifti.notes import OF_VOXELS, TEXTS
-from beam_nifti.prepare import apply_function, prepare_volume
-from beam_nifti.volume import load_volume
+from beam_nifti.inspection.extract import read_volume
+from beam_nifti.volume import geometry, load_volume
+from beam_nifti.volume.formats import parse_header
+from beam_nifti.volume.header import VolumeHeader
+from beam_nifti.volume.notes import OF_VOXELS, TEXTS
+from beam_nifti.volume.preprocess import apply_function, prepare_volume
 from tests.datasets import manifest_of
 from tests.images import AFFINE, brain, nifti_bytes, row_of, write_image, write_manifest
 from tests.pages import ROOT

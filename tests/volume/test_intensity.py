@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.example import decode_example, decode_tensor, encode_tensor, encode_volume
-from beam_nifti.index import IndexEntry
-from beam_nifti.intensity import find_percentiles
-from beam_nifti.quantize import quantize
-from beam_nifti.rescale import Scaling
+from beam_nifti.record.example import decode_example, decode_tensor, encode_tensor, encode_volume
+from beam_nifti.record.index import IndexEntry
 from beam_nifti.volume import Volume, load_volume, rescale_volume
+from beam_nifti.volume.intensity import find_percentiles
+from beam_nifti.volume.quantize import quantize
+from beam_nifti.volume.rescale import Scaling
 from tests.images import REAL_DTYPES, Array, brain, random_voxels, row_of, write_image
 
 NONE = Scaling()

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 _RUN = """
 import contextlib, io, sys
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 with contextlib.redirect_stdout(io.StringIO()):
     assert cli.main([*sys.argv[1:], "--workers=1", "--quiet"]) == 0
 """

@@ -15,19 +15,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from beam_nifti import cli
+from beam_nifti.cli import main as cli
 from beam_nifti.config import ORIENTATIONS, BuildConfig, Columns, RecordConfig
-from beam_nifti.dataset_info import DatasetInfo
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
-from beam_nifti.example import decode_example, decode_tensor, encode_example, encode_tensor, encode_volume
-from beam_nifti.extract import read_volume
-from beam_nifti.index import IndexEntry
+from beam_nifti.inspection.extract import read_volume
+from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import read_manifest
-from beam_nifti.prepare import crop_or_pad, prepare_volume
-from beam_nifti.publish import TooManyFailures
-from beam_nifti.rescale import Scaling
-from beam_nifti.verify import ALL, verify_dataset
-from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
+from beam_nifti.pipeline.publish import TooManyFailures
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.example import (
+    decode_example,
+    decode_tensor,
+    encode_example,
+    encode_tensor,
+    encode_volume,
+)
+from beam_nifti.record.index import IndexEntry
+from beam_nifti.volume.preprocess import crop_or_pad, prepare_volume
+from beam_nifti.volume.rescale import Scaling
+from beam_nifti.volume.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import build
 from tests.datasets import SOURCE, edit_index, edit_info, edit_record, info_of, manifest_of, set_cell
 from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest

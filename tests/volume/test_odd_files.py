@@ -11,10 +11,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti import cli, storage
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import VolumeError
-from beam_nifti.formats import parse_header
-from beam_nifti.image import open_image
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.files import open_image
+from beam_nifti.volume.formats import parse_header
 from tests.images import write_cohort, write_image, write_manifest
 
 

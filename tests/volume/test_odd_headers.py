@@ -18,7 +18,7 @@ from nibabel.spm2analyze import Spm2AnalyzeHeader
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.volume import Volume, load_header, load_volume
+from beam_nifti.volume.volume import Volume, load_header, load_volume
 from tests.images import AFFINE, Array, brain, nifti_bytes, nifti_header, row_of
 
 WHOLE = RecordConfig(frames="all")

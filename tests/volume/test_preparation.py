@@ -18,14 +18,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti import cli, options, options_build
-from beam_nifti.build import plan_build
+from beam_nifti.cli import build_options
+from beam_nifti.cli import main as cli
+from beam_nifti.cli import parser as options
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.index import read_index
+from beam_nifti.pipeline.build import plan_build
+from beam_nifti.record.index import read_index
 from beam_nifti.transforms import BuildDataset, Prepare
-from beam_nifti.user_function import _find, load_function, source_sha256
-from beam_nifti.volume import load_header, load_volume
+from beam_nifti.volume.user_function import _find, load_function, source_sha256
+from beam_nifti.volume.volume import load_header, load_volume
 from tests.build_helpers import CUTTING_RUNNER, assert_complete, build, steps_of
 from tests.datasets import info_of
 from tests.images import AFFINE, brain, nifti_header, row_of, write_cohort, write_image, write_manifest
@@ -63,7 +65,7 @@ def as_in_another_process() -> None:
 
 def build_config(*flags: str) -> BuildConfig:
     known, _ = options.parse(["build", "m.tsv", "out", *flags])
-    return options_build.build_config(known)
+    return build_options.build_config(known)
 
 
 # Options

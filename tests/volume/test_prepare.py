@@ -18,8 +18,9 @@ from scipy import ndimage, sparse
 
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.grid import Grid, prepared_shape, respace
-from beam_nifti.prepare import (
+from beam_nifti.volume import Volume
+from beam_nifti.volume.grid import Grid, prepared_shape, respace
+from beam_nifti.volume.preprocess import (
     apply_function,
     crop_foreground,
     crop_or_pad,
@@ -28,8 +29,7 @@ from beam_nifti.prepare import (
     prepare_volume,
     resample,
 )
-from beam_nifti.rescale import Scaling
-from beam_nifti.volume import Volume
+from beam_nifti.volume.rescale import Scaling
 from tests.datasets import SOURCE
 from tests.images import REAL_DTYPES, Array, random_voxels, row_of
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.rescale import Intensity, Scaling, keep_units, measure, require_range, rescale_minmax
+from beam_nifti.volume.rescale import Intensity, Scaling, keep_units, measure, require_range, rescale_minmax
 from tests.images import REAL_DTYPES, Array, random_voxels
 
 INTEGERS = [d for d in REAL_DTYPES if np.dtype(d).kind in "iu"]

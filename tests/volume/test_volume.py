@@ -24,10 +24,10 @@ import pytest
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.example import MAX_EXAMPLE_BYTES, encode_volume
-from beam_nifti.header import MAX_VOLUME_BYTES
-from beam_nifti.storage import Stat
-from beam_nifti.volume import Volume, load_header, load_volume, rescale_volume
+from beam_nifti.record.example import MAX_EXAMPLE_BYTES, encode_volume
+from beam_nifti.storage.paths import Stat
+from beam_nifti.volume.header import MAX_VOLUME_BYTES
+from beam_nifti.volume.volume import Volume, load_header, load_volume, rescale_volume
 from tests.images import (
     AFFINE,
     REAL_DTYPES,

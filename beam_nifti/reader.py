@@ -1,0 +1,5 @@
+"""Datasets as tf.data pipelines: docs/reading.md."""
+
+from beam_nifti.read.reader import get_batched_dataset, load_dataset, state_after
+
+__all__ = ["get_batched_dataset", "load_dataset", "state_after"]
