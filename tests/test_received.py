@@ -264,13 +264,13 @@ def many_rows(table: pa.Table) -> pa.Table:
 def long_text(table: pa.Table) -> pa.Table:
     """Texts of a megabyte, which are one in the file."""
     column = table.column_names.index("participant_id")
-    table = pa.concat_tables([table] * 500)
+    table = pa.concat_tables([table] * 100)
     return table.set_column(column, "participant_id", pa.array(["x" * (1 << 20)] * table.num_rows))
 
 
 def long_lists(table: pa.Table) -> pa.Table:
     column = table.column_names.index("source_shape")
-    return table.set_column(column, "source_shape", pa.array([[1] * (20 << 20)] * table.num_rows))
+    return table.set_column(column, "source_shape", pa.array([[1] * (8 << 20)] * table.num_rows))
 
 
 @pytest.mark.parametrize(

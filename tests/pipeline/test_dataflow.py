@@ -44,7 +44,7 @@ FLAGS = (
 HAS_DATAFLOW = runners._is_installed("google.cloud.dataflow")
 MEGABYTE = 1 << 20
 ROWS = 1_000_000
-PER_SHARD = 10
+PER_SHARD = 20
 
 Graph = proto.Pipeline
 
@@ -63,7 +63,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(manifest: Path) -> BuildPlan:
-    """Of a first build, in a hundred thousand shards."""
+    """Of a first build, in fifty thousand shards."""
     return plan_build(make_config(manifest, manifest.parent / "out"))[0]
 
 
