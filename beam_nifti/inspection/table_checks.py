@@ -23,7 +23,8 @@ from beam_nifti.record.index import check_table, extra_column, record_name, sche
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.support.wording import counted
 
-_ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
+ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
+"""The remedy where a manifest is not that of a dataset."""
 _CELL: Final = "manifest/"
 """Before the names of further columns of a manifest, which may be those of labels."""
 _SHOWN: Final = 3
@@ -212,7 +213,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
     surplus = known.filter(pc.is_null(at))
     if surplus.num_rows:
         named = _named(surplus)
-        yield f"{counted(surplus.num_rows, 'example', 'are')} not in the manifest: {named}; {_ANEW}"
+        yield f"{counted(surplus.num_rows, 'example', 'are')} not in the manifest: {named}; {ANEW}"
     missing = wanted.filter(pc.invert(_is_in(wanted, known)))
     if missing.num_rows:
         yield (
@@ -232,7 +233,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
             name = column.removeprefix(_CELL)
             yield (
                 f"{counted(different.num_rows, 'example', 'have')} another {name} in the manifest "
-                f"(dataset's, manifest's): {_named(different, [column, 'now'])}; {_ANEW}"
+                f"(dataset's, manifest's): {_named(different, [column, 'now'])}; {ANEW}"
             )
 
 

@@ -25,6 +25,7 @@ from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_record, check_source
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.inspection.table_checks import (
+    ANEW,
     check_info,
     check_mask_labels,
     check_numbers,
@@ -154,6 +155,8 @@ def verify_dataset(
     images = _Images(columns, wanted) if wanted is not None else None
     verification.check_shards(workers, min(deep or 0, info.num_examples), images)
     verification.check_tables(columns, wanted)
+    if wanted is not None:
+        verification.check_columns(columns, wanted)
     _refuse_rebuilt(output, info)
     return verification.report()
 
@@ -388,6 +391,20 @@ class _Verification:
             known = pa.concat_tables([records, failures], promote_options="default")
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
+
+    def check_columns(self, columns: Columns, wanted: Manifest) -> None:
+        """The columns of a manifest, but for labels and splits, which are compared by their cells."""
+        was, now = ({*names} for names in (self._info.manifest["columns"], wanted.table.column_names))
+        compared = {
+            columns.label,
+            wanted.columns.label,
+            "split",
+            *(label.name for label in self._spec.config.labels or ()),
+        }
+        for what, names in (("lacks columns", was - now), ("has new columns", now - was)):
+            if names - compared:
+                named = ", ".join(sorted(names - compared))
+                self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
     def _read_failures(self, columns: Columns) -> pa.Table:
         """Id, labels and split of the volumes left out; without rows where they cannot be read."""

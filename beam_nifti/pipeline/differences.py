@@ -151,7 +151,9 @@ def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[tupl
         return found
     num_rows = counted(known["num_rows"], "row")
     if len(manifest) < known["num_rows"]:
-        return f"the manifest had {num_rows}, now {len(manifest):,}"
+        gone = [*range(len(manifest) + 1, known["num_rows"] + 1)]
+        ids = then.filter(pc.greater(then["row"], len(manifest)))["example_id"].combine_chunks()
+        return f"{_rows_were(gone, ids, manifest)} dropped"
     others = sorted({*range(1, known["num_rows"] + 1)}.difference(then["row"].to_pylist()))
     if len(others) == 1:
         return f"row {others[0]} was changed, which had no record"

@@ -575,6 +575,11 @@ def _select(
         table = table.append_column("id", table["example_id"])
         first = next(iter(info.labels), None)  # of which `label` is the number
         texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
+        if first and first.kind == "string" and "label" in condition.columns:
+            raise UsageError(
+                f"where is {where!r}, but a label of the kind string is no number; ask {texts['label']}, "
+                "which has the text"
+            )
         rows = rows[condition.select(table.take(rows), texts)]
     return records, rows
 

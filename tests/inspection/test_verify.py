@@ -732,6 +732,28 @@ def test_changed_manifest(
     only(problems(gzip, manifest=str(manifest)), str(manifest), *texts)
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "texts"),
+    [
+        ("age", "years", ["lacks columns: age; give the", "has new columns: years; give the"]),
+        ("path", "path\tsite", ["has new columns: site"]),
+    ],
+)
+def test_other_columns_of_the_manifest(
+    gzip: Path, manifest: Path, was: str, now: str, texts: list[str]
+) -> None:
+    head, *lines = manifest.read_text().splitlines()
+    cell = "\tA" if "\t" in now else ""
+    at = head.split("\t").index(was)
+    rows = [line.split("\t") for line in lines]
+    lines = ["\t".join([*row[:at], row[at] + cell, *row[at + 1 :]]) for row in rows]
+    manifest.write_text("\n".join([head.replace(was, now), *lines]) + "\n")
+    found = problems(gzip, manifest=str(manifest))
+    assert len(found) == len(texts)
+    for text in texts:
+        some(found, text)
+
+
 def test_files_that_are_swapped_in_the_manifest(tmp_path: Path) -> None:
     write_cohort(tmp_path, 3)
     for i in range(3):

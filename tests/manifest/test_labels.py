@@ -663,6 +663,16 @@ def test_the_command_says_what_labels_are_and_what_is_skipped(
     assert "row 3: age is 'n/a', a missing label; fill it in" in capsys.readouterr().err
 
 
+def test_a_label_that_is_text_is_asked_by_its_column(folder: Path, tmp_path: Path) -> None:
+    rows = [{"path": row["path"], "label": f"2023011{number}"} for number, row in enumerate(rows_of()[:3])]
+    manifest = write_manifest(folder / "codes.tsv", rows)
+    output = tmp_path / "out"
+    assert cli.main(["build", str(manifest), str(output), "--label-column=label:string", "--quiet"]) == 0
+    with pytest.raises(UsageError, match="a label of the kind string is no number; ask manifest_label"):
+        Dataset(output, where="label == 20230110")
+    assert Dataset(output, where="manifest_label == 20230110").ids == [rows[0]["path"]]
+
+
 @pytest.mark.parametrize(("label", "column"), [("label", "manifest_label"), ("s e x", "column('s e x')")])
 def test_a_condition_on_a_class_is_told_which_column_has_its_text(
     folder: Path, tmp_path: Path, label: str, column: str

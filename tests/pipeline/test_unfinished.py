@@ -259,7 +259,7 @@ def test_rows_that_came_or_went_are_named(manifest: Path, bases: dict[str, Path]
     assert told([*whole[:3], *whole[4:]]) == ["row 4 (sub-0003) was dropped"]
     assert told([*whole[:3], *whole[5:], *new]) == ["rows 4, 5 were dropped"]
     assert told([*whole[:7], whole[8], whole[7], whole[9]]) == ["row 8 (sub-0007) is now row 9"]
-    assert told(whole[:-1]) == ["the manifest had 10 rows, now 9"]
+    assert told(whole[:-1]) == ["row 10 (sub-0009) was dropped"]
 
 
 def test_a_row_that_failed_and_was_dropped_is_told(folder: Path, tmp_path: Path) -> None:
