@@ -21,7 +21,7 @@ from beam_nifti.support.wording import counted, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
 from beam_nifti.volume.notes import TEXTS
-from beam_nifti.volume.volume import load_first_header, load_header
+from beam_nifti.volume.volume import load_header
 
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
@@ -88,10 +88,11 @@ class Survey:
         num_images: looked at.
         num_bad: that the build would skip, as far as headers tell.
         problems: of the first MAX_PROBLEMS of those, by row.
-        kinds: of the first images of examples, on disk; also of those that the build would skip.
+        kinds: of the first images of examples, on disk; also of those that the build would make only
+            with other options.
         first: row and id of the first image of each kind.
         records: shapes of the records; "?" where headers cannot tell; also of images that the build would
-            skip for being unlike the first one.
+            make only with other options, as they are unlike the first one.
         frames: numbers of them an image, where each becomes a record; of the same images.
         num_examples: records of the images that would not fail.
         splits: those of each split.
@@ -156,8 +157,8 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
         found.num_bad, found.problems = 1, [ImageProblem(row.row, row.example_id, str(e))]
     try:
         with concealing(row, folder), reading(row.path):
-            # What is in the way of the others counts too.
-            header = header or load_first_header(row, folder)
+            # An image that the build would make with other options counts too.
+            header = header or load_header(row, folder, record, is_any=True)
             examined = [image_files(storage.join(folder, path)) for path in row.files]
             found.source_bytes = sum(storage.stat(file).size for files in examined for file in files)
             # The files of the voxels: headers of pairs are often alike.
