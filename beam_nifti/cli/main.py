@@ -328,7 +328,7 @@ def _run(run: RunSummary, plan: BuildPlan, engine: Engine, *, quiet: bool) -> in
         _note_end(run, e.summary, e.metrics)
         run.fail(e)
         with _while_read():
-            _report(plan, e.summary, {})
+            _report(plan, e.summary, e.metrics.counters)
         return _complain(
             f"{e}\n{'the dataset is unchanged' if plan.has_published else 'the dataset is not complete'}; "
             "repair the failed images and run the same command again, which loads only those, or accept the "
@@ -395,7 +395,8 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
         _print_line(f"kept     {counted(skipped, 'example')} of an earlier run")
     if plan.config.recheck and (num_compared := counters.get("examples-compared", 0)):
         num = counters.get("examples-differing", 0)
-        found = f"{num:,} {'differs' if num == 1 else 'differ'}, rebuilt" if num else "none differs"
+        found = f"{num:,} {'differs' if num == 1 else 'differ'}" if num else "none differs"
+        found += ", rebuilt" if num and summary.complete else ""
         _print_line(f"compared {counted(num_compared, 'example')} with their images: {found}")
     _print_line(
         f"{'dataset' if summary.complete else 'so far '}  {counted(summary.num_written, 'example')}, "

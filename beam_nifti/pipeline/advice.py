@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -12,11 +12,13 @@ import numpy.typing as npt
 
 from beam_nifti.config import ORIENTATIONS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import Grid, axes_to, keeps_spacing, orientation_of, prepared_shape, turn
 from beam_nifti.volume.header import VolumeHeader, record_layout, require_storable
 from beam_nifti.volume.rescale import Scaling
 
 Zooms = tuple[float, float, float]
+_Made = str | tuple[tuple[int, ...] | None, str | None, int | None]
 
 _DIGITS: Final = 7
 """Significant digits that voxel sizes are counted by: headers hold float32."""
@@ -71,7 +73,23 @@ class ImageKind(NamedTuple):
 Counts = Mapping[ImageKind, int]
 
 
-def suggest_flags(kinds: Counts, record: RecordConfig) -> list[str]:
+class Advice(NamedTuple):
+    """Flags for a cohort, and those that would be among them but for one image.
+
+    Attributes:
+        flags: with which `build` accepts every image that can be made to match the others.
+        dropped: that are not suggested.
+        against: the first kind of image that stands against `dropped`; None where there are none.
+        reason: what would become of it, such as "would fail: …"; "" where there are none.
+    """
+
+    flags: list[str]
+    dropped: list[str]
+    against: ImageKind | None = None
+    reason: str = ""
+
+
+def suggest_flags(kinds: Counts, record: RecordConfig) -> Advice:
     """Flags with which `build` accepts every image that can be made to match the others.
 
     An image that has the most frequent orientation and voxel size keeps its voxels as they are, and no image
@@ -79,15 +97,27 @@ def suggest_flags(kinds: Counts, record: RecordConfig) -> list[str]:
     considered. What would make an image fail that is accepted without it is not suggested.
 
     Args:
-        kinds: of all images, with their numbers.
+        kinds: of all images, with their numbers, in the order of the manifest.
         record: the configuration that they were checked with.
     """
-    rest = (_suggest_spacing, _suggest_shape, _suggest_numbers, _suggest_orientation, _suggest_frames)
-    for omitted in (None, *rest):
+    wanted, suggested = _suggest(kinds, record, None)
+    against, reason = _objection(kinds, record, suggested)
+    if against is None:
+        return Advice(wanted, [])
+    for omitted in (
+        _suggest_spacing,
+        _suggest_shape,
+        _suggest_numbers,
+        _suggest_orientation,
+        _suggest_frames,
+    ):
         flags, suggested = _suggest(kinds, record, omitted)
-        if _keeps(kinds, record, suggested):
-            return flags
-    return []
+        if _objection(kinds, record, suggested)[0] is None:
+            break
+    else:
+        flags = []
+    names = {flag.split()[0] for flag in flags}
+    return Advice(flags, [flag for flag in wanted if flag.split()[0] not in names], against, reason)
 
 
 def _suggest(
@@ -116,20 +146,32 @@ def _suggest(
     return flags, record
 
 
-def _keeps(kinds: Counts, before: RecordConfig, after: RecordConfig) -> bool:
-    """Whether all images that a build with one configuration accepts are accepted with another one, too."""
+def _objection(kinds: Counts, before: RecordConfig, after: RecordConfig) -> tuple[ImageKind | None, str]:
+    """The first kind that a build accepts with one configuration, but not with another one, and why."""
     was, now = ({kind: _made_of(kind, record) for kind in kinds} for record in (before, after))
-    accepted = {kind: made for kind, made in was.items() if made}
-    counts = Counter[Hashable]()
-    for kind, made in accepted.items():
-        counts[made] += kinds[kind]
-    most = max(counts, key=lambda made: counts[made], default=None)
-    are_alike = len({now[kind] for kind, made in accepted.items() if made == most}) <= 1
-    return are_alike and all(now[kind] for kind in accepted)
+    accepted = {kind: made for kind, made in was.items() if not isinstance(made, str)}
+    for kind in accepted:
+        if isinstance(reason := now[kind], str):
+            return kind, reason
+    most = _most({kind: kinds[kind] for kind in accepted}, was)
+    alike = {kind: kinds[kind] for kind, made in accepted.items() if made == most}
+    usual = _most(alike, now)
+    for kind in alike:
+        if now[kind] != usual:
+            return kind, "would be unlike the others, which it is like now"
+    return None, ""
 
 
-def _made_of(kind: ImageKind, record: RecordConfig) -> Hashable:
-    """What the records of a build share, of an image; None where it would fail, or lose all of an axis."""
+def _most(kinds: Counts, made: Mapping[ImageKind, _Made]) -> _Made | None:
+    """What most images become."""
+    counts = Counter[_Made]()
+    for kind, count in kinds.items():
+        counts[made[kind]] += count
+    return max(counts, key=lambda each: counts[each], default=None)
+
+
+def _made_of(kind: ImageKind, record: RecordConfig) -> _Made:
+    """What the records of a build share, of an image; why it has none, if it would fail or lose an axis."""
     try:
         header = kind.header()
         layout = require_storable("", header, record)
@@ -138,9 +180,9 @@ def _made_of(kind: ImageKind, record: RecordConfig) -> Hashable:
             spaced = require_storable("", header, whole).stored_shape or ()
             unspaced = record_layout("", header, replace(whole, spacing=None)).stored_shape or ()
             if any(now == 1 < was for was, now in zip(unspaced, spaced, strict=True)):
-                return None
-    except VolumeError:
-        return None
+                return f"would shrink from {size_text(unspaced)} to {size_text(spaced)} voxels"
+    except VolumeError as e:
+        return f"would fail: {str(e).removeprefix(': ')}"
     frames = header.num_frames if record.frames == "each" else None
     return layout.stored_shape, kind.dtype_name if record.voxel_dtype == "native" else None, frames
 

@@ -21,7 +21,7 @@ from beam_nifti.support.wording import counted, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
 from beam_nifti.volume.notes import TEXTS
-from beam_nifti.volume.volume import load_first_header, load_header
+from beam_nifti.volume.volume import load_header
 
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
@@ -88,9 +88,11 @@ class Survey:
         num_images: looked at.
         num_bad: that the build would skip, as far as headers tell.
         problems: of the first MAX_PROBLEMS of those, by row.
-        kinds: of the first images of examples, on disk; also of those that the build would skip.
+        kinds: of the first images of examples, on disk; also of those that the build would make only
+            with other options.
+        first: row and id of the first image of each kind.
         records: shapes of the records; "?" where headers cannot tell; also of images that the build would
-            skip for being unlike the first one.
+            make only with other options, as they are unlike the first one.
         frames: numbers of them an image, where each becomes a record; of the same images.
         num_examples: records of the images that would not fail.
         splits: those of each split.
@@ -104,6 +106,7 @@ class Survey:
     num_bad: int = 0
     problems: list[ImageProblem] = field(default_factory=list)
     kinds: Counter[ImageKind] = field(default_factory=Counter)
+    first: dict[ImageKind, tuple[int, str]] = field(default_factory=dict)
     records: Counter[str] = field(default_factory=Counter)
     frames: Counter[str] = field(default_factory=Counter)
     num_examples: int = 0
@@ -121,6 +124,8 @@ class Survey:
         self.num_examples += other.num_examples
         for name in ("kinds", "records", "frames", "splits"):
             getattr(self, name).update(getattr(other, name))
+        for kind, image in other.first.items():
+            self.first[kind] = min(self.first.get(kind, image), image)
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
         self.largest_bytes = max(self.largest_bytes, other.largest_bytes)
@@ -152,8 +157,8 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
         found.num_bad, found.problems = 1, [ImageProblem(row.row, row.example_id, str(e))]
     try:
         with concealing(row, folder), reading(row.path):
-            # What is in the way of the others counts too.
-            header = header or load_first_header(row, folder)
+            # An image that the build would make with other options counts too.
+            header = header or load_header(row, folder, record, is_any=True)
             examined = [image_files(storage.join(folder, path)) for path in row.files]
             found.source_bytes = sum(storage.stat(file).size for files in examined for file in files)
             # The files of the voxels: headers of pairs are often alike.
@@ -164,7 +169,8 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
         raise
     twin = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
     found.notes = {note: Noted(1, [(row.row, row.example_id)]) for note in header.notes}
-    found.kinds[ImageKind.of(header)] = 1
+    kind = ImageKind.of(header)
+    found.kinds[kind], found.first[kind] = 1, (row.row, row.example_id)
     with contextlib.suppress(VolumeError):
         layout = require_storable(row.path, header, record)
         _count_records(found, header, layout, record)
@@ -212,9 +218,16 @@ def make_report(
     facts = {
         name: dict(value.most_common()) if isinstance(value, Counter) else value
         for name, value in vars(survey).items()
-        if name != "kinds"
+        if name not in ("kinds", "first")
     }
     is_built = plan.expected is not None
+    kinds = {kind: survey.kinds[kind] for kind in sorted(survey.first, key=lambda kind: survey.first[kind])}
+    advice = suggest_flags(kinds, plan.config.record)
+    not_suggested = None
+    if advice.against is not None:
+        row, example_id = survey.first[advice.against]
+        image = {"row": row, "example_id": example_id, "reason": advice.reason}
+        not_suggested = {"flags": advice.dropped, **image}
     return {
         "manifest": plan.config.manifest,
         **facts,
@@ -236,7 +249,8 @@ def make_report(
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [[name for name, _ in group] for group in twins],
         "twins_across_splits": [dict(group) for group in twins if len({split for _, split in group}) > 1],
-        "suggested_flags": suggest_flags(survey.kinds, plan.config.record),
+        "suggested_flags": advice.flags,
+        "not_suggested": not_suggested,
     }
 
 
@@ -289,6 +303,9 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "memory", f"about {r['worker_bytes'] / 1e9:.1f} GB for a worker of one thread"
     if r["suggested_flags"]:
         yield "suggestion", " ".join(["use", *r["suggested_flags"]])
+    if (found := r["not_suggested"]) and found["flags"]:
+        image = f"row {found['row']} ({found['example_id']})"
+        yield "not suggested", f"{' '.join(found['flags'])}, with which {image} {found['reason']}"
 
 
 def _listed(title: str, lines: Sequence[str], total: int | None = None) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -221,6 +220,8 @@ def _parser(
     first: VolumeHeader | None,
     shape: tuple[int | None, ...] | None = None,
     dtype: str | None = None,
+    *,
+    is_any: bool = False,
 ) -> ReadHeader:
     """Reads the header of one of an example's files, and refuses it where it has no place in the record.
 
@@ -231,6 +232,7 @@ def _parser(
         first: header of the first image, which the others must fit; None for itself.
         shape: as for `load_volume`.
         dtype: as for `load_volume`.
+        is_any: whether to accept what a record of another configuration could hold.
     """
     path = row.files[number]
 
@@ -239,13 +241,14 @@ def _parser(
             header = parse_mask_header(path, head)
         else:
             header = parse_header(path, head)
-            layout = require_storable(path, header, record)
-            if layout.stored_shape is not None:
-                require_shape(path, layout.stored_shape, shape)
-            require_dtype(path, header, dtype)
+            if not is_any:
+                layout = require_storable(path, header, record)
+                if layout.stored_shape is not None:
+                    require_shape(path, layout.stored_shape, shape)
+                require_dtype(path, header, dtype)
         if first is not None:
             grid, wanted = (Grid.of(h.shape, h.affine) for h in (header, first))
-            may_turn = record.orientation is not None
+            may_turn = is_any or record.orientation is not None
             is_mask = number >= record.num_channels
             require_same_grid(path, grid, row.path, wanted, may_turn=may_turn, is_mask=is_mask)
         return header
@@ -281,6 +284,8 @@ def load_header(
     record: RecordConfig | None = None,
     shape: tuple[int | None, ...] | None = None,
     dtype: str | None = None,
+    *,
+    is_any: bool = False,
 ) -> VolumeHeader:
     """Read only the headers of an example's files: their first kilobytes.
 
@@ -290,6 +295,7 @@ def load_header(
         record: as for `load_volume`.
         shape: as for `load_volume`.
         dtype: as for `load_volume`.
+        is_any: whether to accept what a record of another configuration could hold.
 
     Returns:
         That of the first image, with the notes of all.
@@ -300,24 +306,12 @@ def load_header(
     record = record or RecordConfig()
     headers = list[VolumeHeader]()
     for number, path in enumerate(row.files):
-        parse = _parser(row, number, record, headers[0] if headers else None, shape, dtype)
+        parse = _parser(row, number, record, headers[0] if headers else None, shape, dtype, is_any=is_any)
         headers.append(read_header(path, storage.join(folder, path), parse))
-    images = headers[: record.num_channels]
-    _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
+    if not is_any:
+        images = headers[: record.num_channels]
+        _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
     return replace(headers[0], notes=join_notes(header.notes for header in headers))
-
-
-def load_first_header(row: VolumeRow, folder: str = "") -> VolumeHeader:
-    """Read the header of an example's first image, whatever a record could hold of it.
-
-    Args:
-        row: names the image.
-        folder: as for `load_volume`.
-
-    Raises:
-        VolumeError: it cannot be read, or is of no known format.
-    """
-    return read_header(row.path, storage.join(folder, row.path), partial(parse_header, row.path))
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:

@@ -341,6 +341,21 @@ def test_recheck_replaces_a_damaged_shard(own: Path, tmp_path: Path, run: Callab
     assert "compared" not in run("build", more, output, "--workers=1")
 
 
+def test_recheck_reports_what_differs_also_where_images_fail(
+    own: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    manifest, output = as_nii(own), tmp_path / "out"
+    build(manifest, output, examples_per_shard=2)
+    change_unnoticed(own.parent / "sub-0003.nii")
+    (own.parent / "sub-0004.nii").unlink()
+    again = ("build", manifest, output, "--examples-per-shard=2", "--recheck", "--workers=1")
+    said = run(*again, code=1)
+    assert "\ncompared 5 examples with their images: 1 differs\n" in f"\n{said}"
+    assert "the dataset is unchanged" in said
+    said = run(*again, "--max-bad-fraction=0.5")
+    assert "\ncompared 5 examples with their images: 1 differs, rebuilt\n" in f"\n{said}"
+
+
 def test_a_recheck_that_is_killed_continues(own: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     options: dict[str, Any] = {"examples_per_shard": 2, "unit_rows": 1, "recheck": True}

@@ -86,6 +86,32 @@ def test_what_would_be_left_out_is_named(mixed: Path, check: Check) -> None:
     assert "No such file" in messages[3]
 
 
+def test_an_example_with_a_broken_file_is_in_no_table(
+    tmp_path: Path, check: Check, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever of its files it is, and however it is broken."""
+    write_image(tmp_path / "a.nii", brain((6, 5, 4)))
+    write_image(tmp_path / "b.nii", brain((9, 5, 4)))
+    for name, shape in (("mask", (6, 5, 4)), ("b-mask", (9, 5, 4)), ("small", (6, 5, 3)), ("cut", (6, 5, 4))):
+        write_image(tmp_path / f"{name}.nii", np.ones(shape, np.uint8))
+    cut = tmp_path / "cut.nii"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    masks = ["mask.nii", "cut.nii", "no.nii", "small.nii"]
+    rows = [{"image_id": mask, "path": "a.nii", "mask": mask} for mask in masks]
+    rows.append({"image_id": "larger", "path": "b.nii", "mask": "b-mask.nii"})
+    manifest = write_manifest(tmp_path / "m.tsv", rows)
+    code, report = check(manifest, "--mask-column=mask", "--id-column=image_id")
+    assert (code, report["num_images"], report["num_examples"]) == (1, 5, 1)
+    assert [p["example_id"] for p in report["problems"]] == [*masks[1:], "larger"]
+    # --shape makes the larger one.
+    assert report["shapes"] == report["records"] == {"6×5×4": 1, "9×5×4": 1}
+    for name in ("spacings", "orientations", "dtypes"):
+        assert sum(report[name].values()) == 2
+    assert report["twins"] == []
+    cli.main(["check", str(manifest), "--quiet", "--mask-column=mask", "--id-column=image_id"])
+    assert "shapes        6×5×4: 1\n              9×5×4: 1\n" in capsys.readouterr().out
+
+
 def test_splits_add_up_to_what_would_be_made(mixed: Path, check: Check) -> None:
     """An image that would fail is in none."""
     rows = [line.split("\t") for line in mixed.read_text().splitlines()]

@@ -24,7 +24,7 @@ from beam_nifti.errors import BeamNiftiError, ManifestError
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.pipeline.build import plan_build, plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.survey import Survey, format_report, look_at, make_report
 from beam_nifti.transforms import EncodeExample, LoadVolume, Prepare, Rescale
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.grid import orientation_of
@@ -217,11 +217,20 @@ def test_the_advice_of_check_makes_no_image_fail(contents: list[Image], native: 
 
 def test_a_spacing_that_an_odd_image_cannot_have_is_not_suggested() -> None:
     image = {"grid": (6, 5, 4), "frames": (), "dtype": "int16", "spacing": (2.0,) * 3, "turn": "RAS"}
-    for spacing in ((0.002,) * 3, (2000.0,) * 3):
-        with cohort_of([image, image, image, image | {"spacing": spacing}]) as manifest:
+    for spacing, reason in (
+        ((0.002,) * 3, "would shrink from 6×5×4 to 1×1×1 voxels"),
+        ((2000.0,) * 3, "would fail: shape (6000, 5000, 4000) takes 480,000,000,000 bytes as float32, "),
+    ):
+        with cohort_of([image, image, image, image | {"spacing": spacing}, image]) as manifest:
             config = BuildConfig(str(manifest), "")
             code, report = checked(config)
         assert (code, report["num_bad"], report["suggested_flags"]) == (0, 0, [])
+        dropped = report["not_suggested"]
+        assert dropped["flags"][0] == "--spacing 2,2,2"
+        assert (dropped["row"], dropped["example_id"]) == (4, "3.nii")
+        assert dropped["reason"].startswith(reason)
+        line = f"not suggested {' '.join(dropped['flags'])}, with which row 4 (3.nii) {dropped['reason']}"
+        assert line in format_report(report)
 
 
 def assert_kept(row: VolumeRow, manifest: Path, record: RecordConfig, image: Image) -> None:
