@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import SPLIT_PATTERN, Columns, LabelColumn, Splitting
 from beam_nifti.manifest.labels import Labels, LabelValue, number_of, read_labels
+from beam_nifti.manifest.leaks import Kind, Names, refuse_headers, refuse_names
 from beam_nifti.manifest.pseudonyms import Pseudonyms
 from beam_nifti.manifest.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.manifest.tables import Problems, read_table
-from beam_nifti.manifest.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
+from beam_nifti.manifest.twins import LIKENESS, find_twins, fold, refuse_twins, warn_of_names
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 
@@ -522,11 +523,17 @@ def _drawn_splits(
 
 def _refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
     """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for."""
-    named = [n for n in (columns.id, "participant_id", *columns.files) if n in table.column_names]
-    for column in (c for c in table.column_names if c not in (*named, "session_id")):
-        for name in named:
-            cells, names = (table[c].combine_chunks() for c in (column, name))
-            refuse_names(column, cells, names, problems)
+    kinds: dict[str | None, Kind] = {columns.id: "id", "participant_id": "id", "session_id": "session"}
+    kinds |= dict.fromkeys(columns.files, "path")
+    at = {name: number for number, name in enumerate(table.column_names, 1)}
+    names = [
+        Names.of(table[n].combine_chunks(), kind) for n, kind in kinds.items() if n is not None and n in at
+    ]
+    kept = [(number, name) for name, number in at.items() if name not in kinds]
+    refuse_headers(kept, names, problems)
+    problems.stop()  # what is found later may show names of columns
+    for _, column in kept:
+        refuse_names(column, table[column].combine_chunks(), names, problems)
     problems.stop()  # what is found later may show cells
 
 
