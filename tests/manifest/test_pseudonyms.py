@@ -198,6 +198,20 @@ def test_an_unfinished_build_with_names_leaves_none(manifest: Path, key: str, tm
     assert names_in(output) == set()
 
 
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_list_of_failures_without_paths_is_no_manifest(
+    manifest: Path, key: str, tmp_path: Path, *, has_key: bool
+) -> None:
+    (manifest.parent / "scans of/Lise/second.nii.gz").write_bytes(b"no image")
+    build(manifest, tmp_path / "out", anonymous_ids=key, max_bad_fraction=0.5)
+    given = {"anonymous_ids": key} if has_key else {}
+    with pytest.raises(
+        ManifestError, match="its paths are pseudonyms, and each 'row' is that of the manifest "
+    ):
+        build(tmp_path / "out/failures.jsonl", tmp_path / "retry", **given)
+    assert not (tmp_path / "retry").exists()
+
+
 def test_another_key_is_another_making(manifest: Path, key: str, tmp_path: Path) -> None:
     output, other = tmp_path / "out", tmp_path / "other"
     other.write_bytes(SECRET[::-1])
