@@ -158,7 +158,7 @@ def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.Chun
 
 
 def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) -> str | None:
-    failures = read_manifest(path_of(output, file), Columns(**info.config["columns"]))
+    failures = read_manifest(path_of(output, file), Columns(**info.config["columns"]), is_list=True)
     # Where paths are the ids, the list of failures holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
     lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}

@@ -20,6 +20,9 @@ _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
+_PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
+"""Names that a comparison prints, and that the index leaves to further columns."""
+
 _SHOWN: Final = 5
 """Ids of a kind that a text names."""
 
@@ -37,7 +40,8 @@ class DatasetDiff:
         went: ids of records that only the one has.
         changed: ids of records that both have, by what is different: "split", "label", "source" (path, size
             or time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the
-            mask), or the name of a further column.
+            mask), or the name of a further column, as `manifest_{name}` where a comparison prints that
+            name for something else, such as "voxels".
         config: what decided the records and is different, by its name: before, after.
     """
 
@@ -121,6 +125,8 @@ def _cells(column: pa.ChunkedArray | None, count: int) -> list[Any]:
 def _kind_of(column: str) -> str:
     if column in _SOURCE:
         return "source"
+    if column in _PRINTED:
+        return f"manifest_{column}"
     return column if column in (*_PERSON, "label", "frame") or column not in OWN_NAMES else "voxels"
 
 

@@ -417,7 +417,7 @@ class _Verification:
             digest = hashlib.sha256(storage.read(path_of(self._output, name))).hexdigest()
             if self._info.failures_sha256 not in (None, digest):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
-            listed = read_manifest(path, columns)
+            listed = read_manifest(path, columns, is_list=True)
             found = manifest_rows(listed, self._spec.config)
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))

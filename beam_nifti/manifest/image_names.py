@@ -10,7 +10,10 @@ PACKED: Final = (".gz", ".bz2", ".zst")
 """What follows the ending of a packed file."""
 
 _PACKED: Final = "|".join(map(re.escape, PACKED))
-_IMAGE: Final = re.compile(rf"(?P<stem>.+)\.(?:(?:nii|hdr|img|mgh)(?:{_PACKED})?|mgz)", re.I | re.S)
+ENDING: Final = rf"\.(?:(?:nii|hdr|img|mgh)(?:{_PACKED})?|mgz)"
+"""Of an image's name, in lower case; a pattern of Python and of Arrow."""
+
+_IMAGE: Final = re.compile(rf"(?P<stem>.+){ENDING}", re.I | re.S)
 HALF: Final = re.compile(rf"(?P<stem>.+\.)(?P<half>hdr|img)(?P<packed>|{_PACKED})", re.I | re.S)
 """A file of a pair."""
 

@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import SPLIT_PATTERN, Columns, LabelColumn, Splitting
 from beam_nifti.manifest.labels import Labels, LabelValue, number_of, read_labels
-from beam_nifti.manifest.pseudonyms import Pseudonyms
+from beam_nifti.manifest.leaks import Kind, Names, refuse_headers, refuse_names
+from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
 from beam_nifti.manifest.splits import draw_splits, find_disagreements, find_shared_images
 from beam_nifti.manifest.tables import Problems, read_table
-from beam_nifti.manifest.twins import LIKENESS, find_twins, fold, refuse_names, refuse_twins, warn_of_names
+from beam_nifti.manifest.twins import LIKENESS, find_twins, fold, refuse_twins, warn_of_names
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 
@@ -281,6 +282,7 @@ def read_manifest(
     pseudonyms: Pseudonyms | None = None,
     *,
     is_of_dataset: bool = False,
+    is_list: bool = False,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -291,6 +293,7 @@ def read_manifest(
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
+        is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
@@ -316,6 +319,11 @@ def read_manifest(
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
     if table.num_rows == 0:
         problems.add("no rows; a manifest needs a header and at least one image")
+    if not is_list and _has_pseudonyms(table, columns):
+        problems.add(
+            "is the list of failures of a dataset with anonymous ids: its paths are pseudonyms, and each "
+            "'row' is that of the manifest that the dataset was built from; build these rows of that manifest"
+        )
     problems.stop()
 
     if columns.label is None and "label" in table.column_names:
@@ -522,12 +530,29 @@ def _drawn_splits(
 
 def _refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
     """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for."""
-    named = [n for n in (columns.id, "participant_id", *columns.files) if n in table.column_names]
-    for column in (c for c in table.column_names if c not in (*named, "session_id")):
-        for name in named:
-            cells, names = (table[c].combine_chunks() for c in (column, name))
-            refuse_names(column, cells, names, problems)
+    kinds: dict[str | None, Kind] = {columns.id: "id", "participant_id": "id", "session_id": "session"}
+    kinds |= dict.fromkeys(columns.files, "path")
+    at = {name: number for number, name in enumerate(table.column_names, 1)}
+    names = [
+        Names.of(table[n].combine_chunks(), kind) for n, kind in kinds.items() if n is not None and n in at
+    ]
+    kept = [(number, name) for name, number in at.items() if name not in kinds]
+    refuse_headers(kept, names, problems)
+    problems.stop()  # what is found later may show names of columns
+    for _, column in kept:
+        refuse_names(column, table[column].combine_chunks(), names, problems)
     problems.stop()  # what is found later may show cells
+
+
+def _has_pseudonyms(table: pa.Table, columns: Columns) -> bool:
+    """Whether it is a list of failures without paths; with them, they are absolute."""
+    paths = [table[name] for name in columns.files if name in table.column_names]
+    is_list = {"row", "stage", "error", "message"} <= {*table.column_names}
+    return (
+        is_list
+        and table.num_rows > 0
+        and any(pc.all(pc.match_substring_regex(of, PATTERN)).as_py() for of in paths)
+    )
 
 
 def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:

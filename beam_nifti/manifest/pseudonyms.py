@@ -17,6 +17,9 @@ from beam_nifti.support.outcomes import may_pass
 
 _LEAST_BYTES: Final = 16
 _DIGEST_BYTES: Final = 16
+PATTERN: Final = f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$"
+"""Of every pseudonym."""
+
 _CHECK_BYTES: Final = 8
 _BATCH: Final = 1 << 14
 """Names that are Python strings at a time."""

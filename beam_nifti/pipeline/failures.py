@@ -153,7 +153,7 @@ def write_failures(
 ) -> None:
     """Write a list of failures: a line an image, which `build` accepts as the manifest of a retry.
 
-    Where ids are anonymous the lines have no paths either, and are the manifest of nothing.
+    Where ids are anonymous the lines have no paths either, and `read_manifest` refuses them.
 
     Args:
         path: where to.
@@ -165,7 +165,8 @@ def write_failures(
     """
     labels = {column.name for column in columns.labels}
     named = {*columns.files, columns.id, *labels}  # are keys as they are
-    keys = {column: _extra_key(column, named) for column in extra_columns if column not in labels}
+    elsewhere = {*labels, *columns.files}  # are in the line already, the paths made absolute
+    keys = {column: _extra_key(column, named) for column in extra_columns if column not in elsewhere}
     with storage.create(path, below) as handle:
         in_order = sorted(failures, key=lambda f: (f.row.row, f.row.position))
         for _, group in itertools.groupby(in_order, key=lambda f: f.row.row):

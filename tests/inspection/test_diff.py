@@ -102,6 +102,23 @@ def test_a_long_name_of_a_column_stands_apart_from_its_count(
     assert f"years_of_education  3: {names}" in capsys.readouterr().out
 
 
+def test_a_column_that_is_called_like_a_kind_of_change_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cohort(tmp_path, 1)
+    names = ("voxels", "source", "came", "config", "the same", "manifest_voxels")
+    for cell in "89":
+        rows = [{"path": name_of(0), "label": 0, **dict.fromkeys(names, cell)}]
+        build_dataset(write_manifest(tmp_path / "m.tsv", rows), tmp_path / cell)
+    before, after = str(tmp_path / "8"), str(tmp_path / "9")
+    expected = {f"manifest_{name}" for name in names}
+    assert compare_datasets(before, after).changed.keys() == expected
+    assert cli.main(["diff", before, after]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in printed[:2]] == ["before", "after"]
+    assert {line.partition("  ")[0] for line in printed[2:]} == expected
+
+
 def test_what_is_no_dataset(datasets: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no complete dataset here"):
         compare_datasets(str(datasets[0]), str(tmp_path))

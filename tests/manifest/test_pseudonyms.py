@@ -198,6 +198,20 @@ def test_an_unfinished_build_with_names_leaves_none(manifest: Path, key: str, tm
     assert names_in(output) == set()
 
 
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_list_of_failures_without_paths_is_no_manifest(
+    manifest: Path, key: str, tmp_path: Path, *, has_key: bool
+) -> None:
+    (manifest.parent / "scans of/Lise/second.nii.gz").write_bytes(b"no image")
+    build(manifest, tmp_path / "out", anonymous_ids=key, max_bad_fraction=0.5)
+    given = {"anonymous_ids": key} if has_key else {}
+    with pytest.raises(
+        ManifestError, match="its paths are pseudonyms, and each 'row' is that of the manifest "
+    ):
+        build(tmp_path / "out/failures.jsonl", tmp_path / "retry", **given)
+    assert not (tmp_path / "retry").exists()
+
+
 def test_another_key_is_another_making(manifest: Path, key: str, tmp_path: Path) -> None:
     output, other = tmp_path / "out", tmp_path / "other"
     other.write_bytes(SECRET[::-1])
@@ -272,6 +286,102 @@ def test_what_may_be_there_by_chance_is_not_refused(
     manifest = read_anonymous(tmp_path, key, names, "score", cells)
     found = [text for text in manifest.warnings if text.startswith("score has the name or number of")]
     assert len(found) == warnings
+
+
+def leaks_of(tmp_path: Path, key: str, columns: Columns | None = None, **cells: Sequence[str]) -> str:
+    """The problem or warning of a manifest of these columns; "" for none. No name is in it."""
+    rows = [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
+    path = str(write_manifest(tmp_path / "m.tsv", rows))
+    try:
+        found = read_manifest(path, columns, pseudonyms=read_pseudonyms(key)).warnings
+    except ManifestError as e:
+        found = tuple(f"refused: {problem}" for problem in e.problems)
+    assert len(found) <= 1
+    assert not any(text in found[0] for text in itertools.chain(*cells.values()) if found and len(text) > 4)
+    return "".join(found)
+
+
+PEOPLE = ("P1", "P2", "P3")
+FILES = tuple(f"im/Maier_Hans-{name}.nii.gz" for name in "abc")
+
+
+@pytest.mark.parametrize("column", ["label", "split", "note"])
+@pytest.mark.parametrize("prefix", ["ses-", ""])
+@pytest.mark.parametrize(
+    ("cells", "row"),
+    [
+        (("x", "ses-20210301", "x"), 2),
+        (("x", "20210301", "x"), 2),
+        (("SES_20210300", "x", "x"), 1),
+        (("ses.20210300", "x", "x"), 1),
+        (("x", "m12", "x"), 2),
+    ],
+)
+def test_copies_of_sessions_are_refused(
+    tmp_path: Path, key: str, column: str, prefix: str, cells: Sequence[str], row: int
+) -> None:
+    sessions = tuple(f"{prefix}{name}" for name in ("20210300", "20210301", "m12"))
+    given = {"participant_id": PEOPLE, "path": FILES, "session_id": sessions, column: cells}
+    found = leaks_of(tmp_path, key, **given)
+    assert found.startswith(f"refused: row {row}: {column} has the name of a participant, a session or ")
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (("x", "test", "x"), "row 2: note has the name of a participant, a session or an image, perhaps by"),
+        (("n/a", "test", "retest"), "refused: note has the name or number of the participant, session or"),
+        (("a test", "no test", "x"), ""),
+    ],
+)
+def test_words_that_are_sessions_may_be_there_by_chance(
+    tmp_path: Path, key: str, cells: Sequence[str], expected: str
+) -> None:
+    sessions = ("test", "test", "retest")
+    found = leaks_of(tmp_path, key, participant_id=PEOPLE, path=FILES, session_id=sessions, note=cells)
+    assert found.startswith(expected)
+    assert bool(found) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("files", "cell", "expected"),
+    [
+        (FILES, "Maier_Hans-b.nii.gz", "refused: row 3: note"),
+        (FILES, "maier hans_B", "refused: row 3: note"),
+        (FILES, "copies/Maier_Hans-b_seg.mgz", ""),  # of another row
+        (FILES, "copies/Maier_Hans-c_seg.mgz", "refused: row 3: note"),
+        (FILES, "file:///data/im/Maier%5FHans-b.nii", "refused: row 3: note"),
+        ([f"file:///data/{path}" for path in FILES], FILES[0], "refused: row 3: note"),
+        (("im/v0.nii", "im/v1.nii", "im/v2.nii"), "v1.nii.gz", "refused: row 3: note"),
+        (
+            ("im/v0.nii", "im/v1.nii", "im/v2.nii"),
+            "v1",
+            "row 3: note has the name of a participant, a session",
+        ),
+        (("a/brain_t1.nii", "b/brain_t1.nii", "c/brain_t1.nii"), "brain_t1", ""),
+        (("a/brain_t1.nii", "b/brain_t1.nii", "c/brain_t1.nii"), "/x/c/brain_t1.nii", "refused: row 3: note"),
+        (("/x/a/t1.nii", "/x/b/t1.nii", "/x/c/t1.nii"), "file:///y/c/t1.nii", "refused: row 3: note"),
+        (FILES, "im/", ""),
+        (FILES, "scan of Maier at 3pm", ""),
+    ],
+)
+def test_copies_of_names_of_images_are_refused(
+    tmp_path: Path, key: str, files: Sequence[str], cell: str, expected: str
+) -> None:
+    found = leaks_of(tmp_path, key, participant_id=PEOPLE, path=files, note=("", "", cell))
+    assert found.startswith(expected)
+    assert bool(found) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("header", "is_name"),
+    [("sub-Maier", True), ("maier", True), ("100307", True), ("brain_of_k", True), ("20210", False)],
+)
+def test_headers_that_are_names_are_refused(tmp_path: Path, key: str, header: str, *, is_name: bool) -> None:
+    people, files = ("sub-Maier", "sub-100307", "sub-x"), ("a.nii", "b.nii", "brain-of-k.nii")
+    found = leaks_of(tmp_path, key, participant_id=people, path=files, **{header: ("1", "2", "3")})
+    assert found.startswith("refused: column 3 is called like a participant, a session or an") == is_name
+    assert header not in found
 
 
 def test_verify_needs_the_key_for_manifest_and_images(manifest: Path, key: str, tmp_path: Path) -> None:

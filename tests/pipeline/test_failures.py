@@ -104,6 +104,18 @@ def test_a_retry_of_a_retry_knows_the_row_of_the_first_manifest(tmp_path: Path) 
     assert (line["row"], line["manifest_row"], line["manifest_manifest_row"]) == (1, "1", "3")
 
 
+def test_a_retry_of_a_retry_has_each_path_once(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("T1,T2,mask,site\na.nii,b.nii,c.nii,Jena\n")
+    columns = Columns("T1,T2", mask="mask")
+    manifest = read_manifest(str(tmp_path / "m.csv"), columns)
+    for name in ("f", "g", "h"):
+        (line,) = write(tmp_path / f"{name}.jsonl", manifest, failures_of(manifest))
+        found = {key: cell for key, cell in line.items() if str(cell).endswith(".nii")}
+        assert found == {key: f"{tmp_path}/{of}.nii" for key, of in zip(columns.files, "abc", strict=True)}
+        assert line["site"] == "Jena"
+        manifest = read_manifest(str(tmp_path / f"{name}.jsonl"), columns)
+
+
 def test_the_path_stays_whole_where_it_is_the_id(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("path\na.nii\n")
     manifest = read_manifest(str(tmp_path / "m.csv"), Columns(id="path"))
