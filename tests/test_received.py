@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_nifti.cli import main as cli
-from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError, UsageError
+from beam_nifti.errors import BeamNiftiError, DatasetError, OutputError, ShardError, UsageError
+from beam_nifti.inspection.card import write_card
 from beam_nifti.inspection.description import describe_dataset, describe_record
 from beam_nifti.inspection.diff import compare_datasets
 from beam_nifti.inspection.extract import read_volume
@@ -391,6 +392,38 @@ def test_texts_that_many_rows_share_are_read(dataset: Path) -> None:
     assert found["participant_id"].to_pylist() == texts
 
 
+def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
+    study: Path, dataset: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    failures = dataset / str(info_of(dataset).failures)
+    os.truncate(failures, 1 << 30)
+    message = r"has 1,073,741,824 bytes, and can have at most 67,174,400 .* is 1; copy the dataset again"
+    assert any(re.search(f"^{failures.name}: {message}", problem) for problem in problems(dataset))
+    for command in (
+        ("report", dataset, f"--out={tmp_path}/r.html"),
+        ("inspect", dataset, "--record=sub-0004"),
+    ):
+        assert re.search(f"{failures}: {message}", run(*command, code=cli.FAILED))
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
+
+
+def test_a_file_in_the_place_of_the_card_is_not_read(dataset: Path) -> None:
+    (dataset / "README.md").touch()
+    os.truncate(dataset / "README.md", 1 << 30)
+    with pytest.raises(OutputError, match=r"README\.md: is there already"):
+        write_card(str(dataset), {}, overwrite=False)
+
+
+def test_an_index_of_another_program_is_neither_read_nor_removed(study: Path, dataset: Path) -> None:
+    index = dataset / "index/more-00000-of-00001.parquet"
+    (dataset / "more-00000-of-00001.tfrecord.gz").write_bytes(b"of others")
+    index.touch()
+    os.truncate(index, 1 << 30)
+    build(study / "manifest.tsv", dataset, num_shards=1, max_bad_fraction=0.5, overwrite=True)
+    assert index.stat().st_size == 1 << 30
+
+
 def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
     edit_record(dataset, 0, lambda _: bytes(64 << 20))
     message = r"gzip member holds 67,108,880 bytes, and the record has at most 1,048,"
@@ -623,6 +656,12 @@ def test_versions_that_are_none_are_named(dataset: Path) -> None:
 # Appending
 
 
+def layout_of(num_shards: int, *splits: str) -> dict[str, Any]:
+    """A layout of a plan, of that many shards a split."""
+    sharding = {"examples_per_shard": None, "num_shards": num_shards}
+    return {"split_sizes": dict.fromkeys(splits, num_shards), "sharding": sharding}
+
+
 def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, dataset: Path) -> None:
     edit_index(dataset, set_cell("length", 0, -1))
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
@@ -636,6 +675,11 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
         lambda note: note.update(
             layouts=[{"split_sizes": {"train": 10**15}, "sharding": {"examples_per_shard": 1}}]
         ),
+        lambda note: note.update(layouts=[note["layouts"][0] | layout_of(1 << 19, "a", "b", "c")]),
+        lambda note: note.update(layouts=[note["layouts"][0] | layout_of(1 << 19, "a")] * 3),
+        lambda note: note["layouts"][0].update(num_frames=1.5),
+        lambda note: note["layouts"][0]["split_sizes"].update(train=1.5),
+        lambda note: note["layouts"][0]["sharding"].update(num_shards=0, examples_per_shard=None),
         lambda note: note["info"]["config"].update(fingerprint="../../.."),
         lambda note: note.update(roots=["/"]),
         lambda note: note.update(published=[1]),
