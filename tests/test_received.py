@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_nifti.cli import main as cli
-from beam_nifti.errors import BeamNiftiError, DatasetError, ShardError, UsageError
+from beam_nifti.errors import BeamNiftiError, DatasetError, OutputError, ShardError, UsageError
+from beam_nifti.inspection.card import write_card
 from beam_nifti.inspection.description import describe_dataset, describe_record
 from beam_nifti.inspection.diff import compare_datasets
 from beam_nifti.inspection.extract import read_volume
@@ -26,9 +27,11 @@ from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.build_note import BuildNote
 from beam_nifti.random_access import Dataset
+from beam_nifti.record import parquet_pages
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
 from beam_nifti.record.index import Limits, read_index, read_shard_index
+from beam_nifti.record.parquet_pages import require_said_sizes
 from beam_nifti.record.tfrecord import decode_record, encode_record
 from beam_nifti.reporting.summary import read_failures
 from tests.build_helpers import arrow_memory, build, make_config
@@ -324,9 +327,52 @@ def test_a_page_that_is_larger_than_the_file_says_is_not_read(tmp_path: Path) ->
         read_index(str(path), limits=Limits(1, 0))
 
 
+@pytest.mark.parametrize("less", [-1, -(1 << 30), 1 << 31, (1 << 32) + 5])
+@pytest.mark.parametrize("field", ["bytes", "compressed bytes", "values"])
+def test_a_page_of_a_size_that_none_can_be_is_not_read(tmp_path: Path, field: str, less: int) -> None:
+    """Such a size can make up for a page that is too large."""
+    path = tmp_path / "index.parquet"
+    table = pa.table({"number": np.arange(100, dtype=np.int64)})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+    content = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    start = column.data_page_offset
+    header, end = parquet_pages._struct(content, start)
+    size = {"bytes": header[2], "compressed bytes": header[3], "values": header[5][1]}[field]
+    assert content.count(varint(size), start, end) == 1
+    changed = content[start:end].replace(varint(size), varint(less))
+    with pytest.raises(ShardError, match=f"column number has no usable header .*size or count is {less}"):
+        require_said_sizes(content[:start] + changed + content[end:], column)
+    require_said_sizes(content, column)
+
+
+def test_a_field_of_a_page_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "index.parquet"
+    pq.write_table(pa.table({"number": np.arange(100)}), path, use_dictionary=False)
+    content = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    _, end = parquet_pages._struct(content, column.data_page_offset)
+    for number in (2, 2 + (1 << 16)):  # a field's number has 16 bits
+        again = b"\x05" + varint(number) + varint(1)
+        with pytest.raises(ShardError, match=f"it has field {number}"):
+            require_said_sizes(content[: end - 1] + again + content[end - 1 :], column)
+
+
+def test_a_dictionary_of_more_values_than_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "index.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"] * 100}), path, compression="none")
+    content = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    start = column.dictionary_page_offset
+    header, end = parquet_pages._struct(content, start)
+    changed = content[start:end].replace(b"\x15" + varint(header[7][1]), b"\x15" + varint(1 << 30))
+    with pytest.raises(ShardError, match=f"a dictionary has {1 << 30} values in 15 bytes"):
+        require_said_sizes(content[:start] + changed + content[end:], column)
+
+
 def varint(number: int) -> bytes:
     """An integer as Thrift has it."""
-    number, out = number << 1, b""
+    number, out = number << 1 if number >= 0 else -number * 2 - 1, b""
     while number > 127:
         out += bytes([number & 127 | 128])
         number >>= 7
@@ -344,6 +390,38 @@ def test_texts_that_many_rows_share_are_read(dataset: Path) -> None:
     found, _ = read_index(str(dataset / INDEX), limits=Limits(2000, 0))
     assert found.schema.remove_metadata() == table.schema.remove_metadata()
     assert found["participant_id"].to_pylist() == texts
+
+
+def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
+    study: Path, dataset: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    failures = dataset / str(info_of(dataset).failures)
+    os.truncate(failures, 1 << 30)
+    message = r"has 1,073,741,824 bytes, and can have at most 67,174,400 .* is 1; copy the dataset again"
+    assert any(re.search(f"^{failures.name}: {message}", problem) for problem in problems(dataset))
+    for command in (
+        ("report", dataset, f"--out={tmp_path}/r.html"),
+        ("inspect", dataset, "--record=sub-0004"),
+    ):
+        assert re.search(f"{failures}: {message}", run(*command, code=cli.FAILED))
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
+
+
+def test_a_file_in_the_place_of_the_card_is_not_read(dataset: Path) -> None:
+    (dataset / "README.md").touch()
+    os.truncate(dataset / "README.md", 1 << 30)
+    with pytest.raises(OutputError, match=r"README\.md: is there already"):
+        write_card(str(dataset), {}, overwrite=False)
+
+
+def test_an_index_of_another_program_is_neither_read_nor_removed(study: Path, dataset: Path) -> None:
+    index = dataset / "index/more-00000-of-00001.parquet"
+    (dataset / "more-00000-of-00001.tfrecord.gz").write_bytes(b"of others")
+    index.touch()
+    os.truncate(index, 1 << 30)
+    build(study / "manifest.tsv", dataset, num_shards=1, max_bad_fraction=0.5, overwrite=True)
+    assert index.stat().st_size == 1 << 30
 
 
 def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
@@ -371,7 +449,10 @@ def test_of_mixed_shapes_the_index_bounds_a_record(tmp_path: Path) -> None:
     ("payload", "message"),
     [
         (b"\x0a" + b"\x80" * (1 << 16), "a number of more than 64 bits"),
-        (b"\x0a\x00" * (1 << 17), "a message of more than 65536 fields"),
+        (
+            encode_example({str(i): b"" for i in range(1 << 16 | 1)}),
+            "a message of more than 65536 fields",
+        ),
         (b"\x0a\xff\xff\xff\xff\x7f", "reaches past the end"),
     ],
 )
@@ -443,6 +524,82 @@ def test_a_record_that_lacks_what_is_read_is_named(
         Dataset(tmp_path / "out", columns=columns)[0]
 
 
+def _field(number: int, content: bytes) -> bytes:
+    assert len(content) < 1 << 14
+    size = [len(content)] if len(content) < 128 else [len(content) & 127 | 128, len(content) >> 7]
+    return bytes([number << 3 | 2, *size]) + content
+
+
+def _entry(name: str, feature: bytes) -> bytes:
+    return _field(1, _field(1, name.encode()) + _field(2, feature))
+
+
+def _floats(number: float, field: int = 1) -> bytes:
+    return _field(2, _field(field, struct.pack("<f", number)))
+
+
+def with_label(*fields: bytes, **beside: bytes) -> Callable[[bytes], bytes]:
+    """An edit that writes a record's label as some fields of its features, and fields after these."""
+
+    def change(payload: bytes) -> bytes:
+        held = decode_example(payload)
+        rest = [
+            _entry(
+                name,
+                _field(1, _field(1, bytes(v)))
+                if isinstance(v, memoryview)
+                else _field(2, _field(1, v.astype("<f4").tobytes())),
+            )
+            for name, v in reversed(held.items())
+            if name != "label"
+        ]
+        return _field(1, b"".join([*rest, *fields])) + beside.get("after", b"")
+
+    return change
+
+
+def test_a_record_with_its_features_in_another_order_is_read(dataset: Path) -> None:
+    honest = Dataset(dataset)[0]["label"]
+    edit_record(dataset, 0, with_label(_entry("label", _floats(float(honest)))))
+    assert Dataset(dataset)[0]["label"] == honest
+    assert problems(dataset) == ()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (with_label(_entry("label", _floats(7)), after=_field(2, b"")), "field 2 of a message is unknown"),
+        (with_label(after=_field(1, _entry("label", _floats(7)))), "field 1 of a message is there twice"),
+        (with_label(_field(2, _entry("label", _floats(7)))), "field 2 where field 1 should stand"),
+        (with_label(_entry("label", _floats(7)) * 2), "feature 'label' is there twice"),
+        (with_label(_entry("label", _floats(7) * 2)), "field 2 of a message is there twice"),
+        (with_label(_entry("label", _floats(7) + _field(3, b""))), "2 kinds of values instead of 1"),
+        (with_label(_entry("label", _floats(7, field=9))), "field 9 of a message is unknown"),
+        (
+            with_label(_field(1, _field(1, b"label") + _field(2, _floats(7)) * 2)),
+            "field 2 of a message is there twice",
+        ),
+        (
+            with_label(_field(1, _field(1, b"label") + _field(2, _floats(7)) + _field(10, b"x"))),
+            "field 10 of a message is unknown",
+        ),
+        (
+            with_features(
+                image_raw=b"".join(encode_tensor(np.zeros(SHAPE, np.float32))) + _field(5, b"abcd")
+            ),
+            "field 5 of a message is unknown",
+        ),
+    ],
+)
+def test_a_record_that_parsers_read_differently_is_refused(
+    dataset: Path, edit: Callable[[bytes], bytes], message: str
+) -> None:
+    edit_record(dataset, 0, edit)
+    with pytest.raises(DatasetError, match=rf"{SHARD}: record 'sub-0000', .*{message}"):
+        Dataset(dataset, columns=["label", "image", "zooms"])[0]
+    assert any("sub-0000" in problem and message in problem for problem in problems(dataset))
+
+
 def test_a_mask_of_another_shape_is_named(tmp_path: Path) -> None:
     write_image(tmp_path / "i.nii", np.arange(24, dtype=np.int16).reshape(SHAPE))
     write_image(tmp_path / "m.nii", np.ones(SHAPE, np.uint8))
@@ -499,6 +656,12 @@ def test_versions_that_are_none_are_named(dataset: Path) -> None:
 # Appending
 
 
+def layout_of(num_shards: int, *splits: str) -> dict[str, Any]:
+    """A layout of a plan, of that many shards a split."""
+    sharding = {"examples_per_shard": None, "num_shards": num_shards}
+    return {"split_sizes": dict.fromkeys(splits, num_shards), "sharding": sharding}
+
+
 def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, dataset: Path) -> None:
     edit_index(dataset, set_cell("length", 0, -1))
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
@@ -512,6 +675,11 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
         lambda note: note.update(
             layouts=[{"split_sizes": {"train": 10**15}, "sharding": {"examples_per_shard": 1}}]
         ),
+        lambda note: note.update(layouts=[note["layouts"][0] | layout_of(1 << 19, "a", "b", "c")]),
+        lambda note: note.update(layouts=[note["layouts"][0] | layout_of(1 << 19, "a")] * 3),
+        lambda note: note["layouts"][0].update(num_frames=1.5),
+        lambda note: note["layouts"][0]["split_sizes"].update(train=1.5),
+        lambda note: note["layouts"][0]["sharding"].update(num_shards=0, examples_per_shard=None),
         lambda note: note["info"]["config"].update(fingerprint="../../.."),
         lambda note: note.update(roots=["/"]),
         lambda note: note.update(published=[1]),

@@ -67,7 +67,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
     }
     for path, content in files.items():
         storage.require_writable(path, "the file of the card")
-        if not overwrite and storage.exists(path) and storage.read(path) != content:
+        if not overwrite and storage.exists(path) and not storage.holds(path, content):
             raise OutputError(f"{path}: is there already; --overwrite replaces it")
     for path, content in files.items():
         storage.write(path, content, output)

@@ -41,7 +41,14 @@ from beam_nifti.manifest.manifest import Manifest, read_manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
 from beam_nifti.pipeline.parts import BUILD_FOLDER
-from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, path_of, read_info
+from beam_nifti.record.dataset_info import (
+    FILE_NAME,
+    MAX_INFO_BYTES,
+    DatasetInfo,
+    failures_path_of,
+    path_of,
+    read_info,
+)
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.record.versions import record_versions, version_changes
@@ -414,7 +421,9 @@ class _Verification:
             return found
         path = storage.join(self._output, name)
         try:
-            digest = hashlib.sha256(storage.read(path_of(self._output, name))).hexdigest()
+            digest = hashlib.sha256(
+                storage.read(failures_path_of(self._output, self._info, name))
+            ).hexdigest()
             if self._info.failures_sha256 not in (None, digest):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
             listed = read_manifest(path, columns, is_list=True)
@@ -430,6 +439,8 @@ class _Verification:
             problems.append(f"is missing, and {FILE_NAME} says {count} failures; copy it again")
         except ManifestError as e:
             problems.append("; ".join(e.problems))
+        except DatasetError as e:
+            problems.append(str(e).removeprefix(f"{path}: "))
         except (TimeoutError, ConnectionError):
             raise  # a store that keeps failing is no fault of the dataset
         except OSError as e:

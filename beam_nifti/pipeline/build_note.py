@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from beam_nifti.config import Sharding
-from beam_nifti.errors import DatasetError, OutputBusyError, OutputError
+from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
 from beam_nifti.record.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo
 from beam_nifti.record.sharding import Layout
@@ -24,7 +24,8 @@ _BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE)
 """Names of the files that may be beside the note."""
 
 _NOTE_VERSION: Final = 2
-_MOST_SHARDS: Final = 1 << 24
+_MOST_SHARDS: Final = 1 << 20
+"""Of all layouts: a dataset_info.json has room for 180,000."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class BuildNote:
             ]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError, DatasetError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, DatasetError, UsageError) as e:
             # A loss of power can leave an empty one.
             raise OutputError(
                 f"{path}: the plan of an unfinished build is damaged, or was written by another version of "
@@ -132,6 +133,8 @@ class BuildNote:
         kinds = {**hints_of(cls), "info": dict}
         require_keys(facts, kinds, kinds, "")
         layouts = [_layout_of(layout) for layout in facts["layouts"]]
+        if sum(map(_num_shards, layouts)) > _MOST_SHARDS:
+            raise ValueError("its layouts have too many shards")
         info = DatasetInfo.from_json(dump_json(facts["info"]), path, is_complete=False)
         tuples = {name: tuple(facts[name]) for name in ("roots", "published")}
         return cls(**facts | tuples | {"info": info, "layouts": tuple(layouts)})
@@ -139,11 +142,20 @@ class BuildNote:
 
 def _layout_of(facts: Mapping[str, Any]) -> Layout:
     layout = Layout(facts["split_sizes"], Sharding(**facts["sharding"]), facts["num_frames"])
-    per_shard, sizes = layout.sharding.examples_per_shard, layout.split_sizes.values()
-    num_shards = sum(size // (per_shard or 1) for size in sizes) if per_shard else layout.sharding.num_shards
-    if layout.num_frames < 1 or min(sizes, default=0) < 0 or (num_shards or 0) > _MOST_SHARDS:
+    sizes = layout.split_sizes.values()
+    counts = [count for count in asdict(layout.sharding).values() if count is not None]
+    are_whole = all(type(n) is int for n in (*sizes, *counts, layout.num_frames))
+    if not are_whole or layout.num_frames < 1 or min(sizes, default=0) < 0:
         raise ValueError(f"a layout is {layout}")
     return layout
+
+
+def _num_shards(layout: Layout) -> int:
+    """How many shards a layout has, counted without making them."""
+    sizes, per_shard = layout.split_sizes.values(), layout.sharding.examples_per_shard
+    if per_shard is None:
+        return sum(min(size, layout.sharding.num_shards or 0) for size in sizes)
+    return sum(-(-size // max(1, per_shard // layout.num_frames)) for size in sizes)
 
 
 def require_current(output: str, identity: str) -> BuildNote:

@@ -159,8 +159,9 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
     if name is None or not name.is_same_place(published):
         return made
     try:
-        index = hashlib.sha256(storage.read(storage.join(output, published.index_file))).hexdigest()
-        if index != made.index_sha256 or _hash_file(storage.join(output, str(published)))[0] != made.sha256:
+        index = storage.read(storage.join(output, made.index))
+        is_same = storage.holds(storage.join(output, published.index_file), index)
+        if not is_same or _hash_file(storage.join(output, str(published)))[0] != made.sha256:
             return made
     except FileNotFoundError:
         return made

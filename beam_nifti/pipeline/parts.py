@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ BUILD_FOLDER: Final = ".build"
 """Folder, in the output, of what a build needs only until it is complete."""
 
 PART_ENDING: Final = ".part"
+
+_INDEX_NAME: Final = re.compile(r"([0-9]{10,}-[0-9a-f]{32}|[0-9a-f]{64})\.parquet")
+"""Of what a `PartWriter` writes, or a merge puts together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,12 @@ def file_facts(sha256: str, num_bytes: int) -> dict[str, str]:
     return {"sha256": sha256, "num_bytes": str(num_bytes)}
 
 
+def part_stems(folder: str) -> list[str]:
+    """The names, without endings, of the parts in a folder; files of other programs are none."""
+    names = map(_INDEX_NAME.fullmatch, storage.list_files(folder, "*.parquet"))
+    return [match[1] for match in names if match]
+
+
 def find_parts(folder: str, positions: range) -> list[Part]:
     """The complete parts of a shard that an earlier attempt left, as far as they concern a unit.
 
@@ -159,7 +169,7 @@ def find_parts(folder: str, positions: range) -> list[Part]:
         positions: of the unit. Left out are parts that begin behind it, and before it all but those that
             begin last: so a shard of many units costs each of them the reading of a few.
     """
-    stems = [name.removesuffix(".parquet") for name in storage.list_files(folder, "*.parquet")]
+    stems = part_stems(folder)
     firsts = {stem: int(stem.partition("-")[0]) for stem in stems if "-" in stem}
     begin = max((first for first in firsts.values() if first <= positions.start), default=0)
     # What a merge has put together has no position in its name, and may hold any.
@@ -171,7 +181,7 @@ def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:
     """A finished shard of the same making, if there is one."""
     part = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
     try:
-        facts = read_index(part.index, columns=[])[1]
+        facts = read_index(part.index, columns=[], limits=Limits.of_data(part.data))[1]
     except (FileNotFoundError, ShardError):
         return None
     return part if facts.get("fingerprint") == fingerprint else None

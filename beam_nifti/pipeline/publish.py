@@ -35,7 +35,7 @@ from beam_nifti.record.dataset_info import (
     is_failures_file,
     read_info,
 )
-from beam_nifti.record.index import read_index
+from beam_nifti.record.index import Limits, read_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import disk
@@ -226,7 +226,7 @@ def _write_failures(
     write_failures(path, failures, folder, config.columns, plan.extra_columns, output)
     if complete and published is not None and published.failures:
         known = storage.join(output, published.failures)
-        if storage.exists(known) and storage.read(known) == storage.read(path):
+        if storage.exists(known) and storage.holds(known, storage.read(path)):
             return known  # nothing has changed, so the dataset keeps its revision
     return path
 
@@ -315,8 +315,8 @@ def _is_indexed(output: str, name: str, indexes: Collection[str]) -> bool:
     if shard is None or f"{shard.stem}.parquet" not in indexes:
         return False
     try:
-        _, facts = read_index(storage.join(output, shard.index_file), columns=[])
-        size = storage.stat(storage.join(output, name)).size
+        limits = Limits.of_data(storage.join(output, name))
+        _, facts = read_index(storage.join(output, shard.index_file), columns=[], limits=limits)
     except (FileNotFoundError, ShardError):
         return False
-    return "fingerprint" in facts and facts.get("num_bytes") == str(size)
+    return "fingerprint" in facts and facts.get("num_bytes") == str(limits.data_bytes)

@@ -22,6 +22,7 @@ from beam_nifti.pipeline.parts import (
     find_shard,
     finished_rows,
     part_at,
+    part_stems,
     parts_folder,
 )
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
@@ -179,8 +180,7 @@ class UnfinishedBuild:
             top = storage.join(root, self.note.fingerprint)
             for name in storage.list_folders(top):
                 folder = storage.join(top, name)
-                for file in storage.list_files(folder, "*.parquet"):
-                    stem = file.removesuffix(".parquet")
+                for stem in part_stems(folder):
                     yield name.rpartition("-")[0], part_at(storage.join(folder, stem))
         for file in storage.list_files(self.output, "*.tfrecord*"):
             shard = ShardName.parse(file)

@@ -38,6 +38,10 @@ FAILURES_FILE: Final = "failures.jsonl"
 MAX_INFO_BYTES: Final = 1 << 26
 """Of a dataset_info.json that is read: 180,000 shards, or 35 TB of the default size."""
 
+_FREE_FAILURES_BYTES: Final = 64 << 20
+_FAILURE_BYTES: Final = 64 << 10
+"""What a list of failures may take: so much, and so much a failure."""
+
 LEAST_RECORD_BYTES: Final = 16
 """Of a record in its shard: what frames it, without what it holds."""
 
@@ -497,6 +501,28 @@ def path_of(output: str, name: str) -> str:
     """
     path = storage.join(output, name)
     storage.require_inside(path, output)
+    return path
+
+
+def failures_path_of(output: str, info: DatasetInfo, name: str) -> str:
+    """The path of a dataset's list of failures, which is to be read.
+
+    Args:
+        output: the dataset's folder, local or a URL.
+        info: of the dataset.
+        name: of the list.
+
+    Raises:
+        DatasetError: it is larger than a list of so many failures can be.
+        OSError: as `path_of`; or it is missing, or cannot be reached.
+    """
+    path, most = path_of(output, name), _FREE_FAILURES_BYTES + _FAILURE_BYTES * info.num_failures
+    size = storage.stat(path).size
+    if size > most:
+        raise DatasetError(
+            f"{path}: has {size:,} bytes, and can have at most {most:,} where num_failures in {FILE_NAME} is "
+            f"{info.num_failures}; copy the dataset again"
+        )
     return path
 
 

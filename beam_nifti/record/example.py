@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +65,19 @@ FeatureValue = bytes | npt.NDArray[np.float32] | npt.NDArray[np.int64] | tuple[b
 
 _DTYPE_OF_ENUM: Final = {number: name for name, number in TENSOR_DTYPES.items()}
 _LENGTH_DELIMITED: Final = 2
+_FIRST: Final = 1 << 3 | _LENGTH_DELIMITED
+_SECOND: Final = 2 << 3 | _LENGTH_DELIMITED
+"""Tags of a message's fields, which say their number and how they are written."""
+
+_BYTES: Final = _FIRST
+_FLOATS: Final = _SECOND
+_INTEGERS: Final = 3 << 3 | _LENGTH_DELIMITED
+"""Tags of what a Feature holds one of."""
+
+_DTYPE: Final = 1 << 3
+_CONTENT: Final = 4 << 3 | _LENGTH_DELIMITED
+_AXIS_SIZE: Final = 1 << 3
+"""Tags of a TensorProto, whose shape is `_SECOND`, and of an axis."""
 
 
 def _varint(value: int) -> bytes:
@@ -267,73 +280,89 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a message, each by its tag: its number and how its value is written."""
     at = count = 0
     while at < len(data):
         count += 1
         if count > _MOST_FIELDS:
             raise ShardError(f"not an Example: a message of more than {_MOST_FIELDS} fields")
-        tag, at = _read_varint(data, at)
-        number, wire = tag >> 3, tag & 7
+        tag, at = (data[at], at + 1) if data[at] < 0x80 else _read_varint(data, at)
+        wire = tag & 7
         if wire == 0:
             value, at = _read_varint(data, at)
-            yield number, value
+            yield tag, value
             continue
-        if wire == _LENGTH_DELIMITED:
-            size, at = _read_varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
+        if wire != _LENGTH_DELIMITED:
             raise ShardError(f"not an Example: wire type {wire}")
+        size, at = (data[at], at + 1) if data[at] < 0x80 else _read_varint(data, at)
         if at + size > len(data):
             raise ShardError("not an Example: a field reaches past the end")
-        yield number, data[at : at + size]
+        yield tag, data[at : at + size]
         at += size
 
 
-def _message(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise ShardError("not an Example: a number where a message should stand")
-    return value
+def _messages(data: memoryview, tag: int) -> Iterator[memoryview]:
+    """The values of a message that has fields of one tag only."""
+    for found, value in _fields(data):
+        if found != tag or isinstance(value, int):
+            raise ShardError(f"not an Example: field {found >> 3} where field {tag >> 3} should stand")
+        yield value
+
+
+def _parts(data: memoryview, tags: Collection[int]) -> dict[int, Any]:
+    """The fields of a message by their tags.
+
+    Parsers differ in what they take of a message that has one twice, so none is taken.
+    """
+    parts: dict[int, Any] = {}
+    for tag, value in _fields(data):
+        if tag in parts or tag not in tags:
+            what = "is there twice" if tag in parts else "is unknown"
+            raise ShardError(f"not an Example: field {tag >> 3} of a message {what}")
+        parts[tag] = value
+    return parts
 
 
 def _decode_feature(data: memoryview) -> memoryview | npt.NDArray[np.generic]:
-    for kind, value in _fields(data):
-        content = _message(value)
-        if kind == 1:
-            items = [_message(v) for _, v in _fields(content)]
-            if len(items) != 1:
-                raise ShardError(f"a bytes feature holds {len(items)} values instead of 1")
-            return items[0]
-        if kind == 2:
-            floats = b"".join(_message(v) for _, v in _fields(content))
-            return np.frombuffer(floats, "<f4")
-        if kind == 3:
-            return np.array(list(_integers(content)), np.uint64).astype(np.int64)
-    raise ShardError("a feature holds neither bytes, floats nor integers")
+    kinds = _parts(data, (_BYTES, _FLOATS, _INTEGERS))
+    if len(kinds) != 1:
+        raise ShardError(f"a feature holds {len(kinds)} kinds of values instead of 1")
+    [(kind, content)] = kinds.items()
+    if kind == _BYTES:
+        items = list(_messages(content, _FIRST))
+        if len(items) != 1:
+            raise ShardError(f"a bytes feature holds {len(items)} values instead of 1")
+        return items[0]
+    packed = _parts(content, (_FIRST,)).get(_FIRST, memoryview(b""))
+    if kind == _FLOATS:
+        return np.frombuffer(bytes(packed), "<f4")
+    return np.array(list(_integers(packed)), np.uint64).astype(np.int64)
 
 
-def _integers(data: memoryview) -> Iterator[int]:
-    if len(data) > 2 * _MOST_FIELDS:
-        raise ShardError(f"not an Example: a list of integers of {len(data)} bytes")
-    for _, value in _fields(data):
-        packed, at = _message(value), 0
-        while at < len(packed):
-            number, at = _read_varint(packed, at)
-            yield number
+def _integers(packed: memoryview) -> Iterator[int]:
+    if len(packed) > 2 * _MOST_FIELDS:
+        raise ShardError(f"not an Example: a list of integers of {len(packed)} bytes")
+    at = 0
+    while at < len(packed):
+        number, at = _read_varint(packed, at)
+        yield number
 
 
 def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArray[np.generic]]:
     """Parse a tf.train.Example of one bytes value, or floats, or integers, a feature. No bytes are copied.
 
     Raises:
-        ShardError: the bytes are no such Example.
+        ShardError: the bytes are no such Example, or one that other parsers may read otherwise.
     """
     features: dict[str, memoryview | npt.NDArray[np.generic]] = {}
     try:
-        for _, body in _fields(memoryview(data)):
-            for _, entry in _fields(_message(body)):
-                parts = dict(_fields(_message(entry)))
-                features[bytes(_message(parts[1])).decode()] = _decode_feature(_message(parts[2]))
+        body = _parts(memoryview(data), (_FIRST,)).get(_FIRST, memoryview(b""))
+        for entry in _messages(body, _FIRST):
+            parts = _parts(entry, (_FIRST, _SECOND))
+            name = bytes(parts[_FIRST]).decode()
+            if name in features:
+                raise ShardError(f"not an Example: feature {name!r} is there twice")
+            features[name] = _decode_feature(parts[_SECOND])
     except (IndexError, KeyError, OverflowError, UnicodeDecodeError, ValueError, struct.error) as e:
         raise ShardError(f"not an Example: {e}") from e
     return features
@@ -345,16 +374,11 @@ def decode_tensor(data: bytes | memoryview) -> npt.NDArray[np.generic]:
     Raises:
         ShardError: the bytes are no TensorProto with contiguous content.
     """
-    name, shape, content = "", [], memoryview(b"")
     try:
-        for number, value in _fields(memoryview(data)):
-            if number == 1 and isinstance(value, int):
-                name = _DTYPE_OF_ENUM[value]
-            elif number == 2:
-                for _, dim in _fields(_message(value)):
-                    shape.append(next((v for n, v in _fields(_message(dim)) if n == 1), 0))
-            elif number == 4:
-                content = _message(value)
-        return np.frombuffer(content, numpy_dtype(name).newbyteorder("<")).reshape(shape)  # type: ignore[arg-type]
+        parts = _parts(memoryview(data), (_DTYPE, _SECOND, _CONTENT))
+        sizes = _messages(parts.get(_SECOND, memoryview(b"")), _SECOND)
+        shape = [_parts(size, (_AXIS_SIZE,)).get(_AXIS_SIZE, 0) for size in sizes]
+        dtype = numpy_dtype(_DTYPE_OF_ENUM[parts[_DTYPE]]).newbyteorder("<")
+        return np.frombuffer(parts.get(_CONTENT, b""), dtype).reshape(shape)
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as e:
         raise ShardError(f"not a tensor: {e}") from e

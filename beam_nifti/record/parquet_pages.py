@@ -14,7 +14,12 @@ _COMPRESSED: Final = 3
 _DATA_PAGES: Final = (5, 8)
 """Fields of a page's header: two sizes, and what is said of a data page of version 1 or 2."""
 
+_DICTIONARY: Final = 7
 _NUM_VALUES: Final = 1
+_MOST: Final = 2**31 - 1
+"""A size or count is an int32; Arrow takes the low bits of a larger one."""
+
+_MOST_FIELD: Final = 2**15 - 1
 _DEEPEST: Final = 8
 
 
@@ -34,17 +39,30 @@ def require_said_sizes(data: bytes, column: Any) -> None:
     end = at + column.total_compressed_size
     num_bytes = num_values = 0
     try:
+        if at <= 0:
+            raise ValueError(f"it is at offset {at}")
         while at < end:
             header, at = _struct(data, at)
+            _require_sizes(header)
             at += header[_COMPRESSED]
-            if header[_COMPRESSED] < 0:
-                raise ValueError("a size is below 0")
             num_bytes += header[_UNCOMPRESSED]
             num_values += sum(header[page][_NUM_VALUES] for page in _DATA_PAGES if page in header)
-    except (IndexError, KeyError, TypeError, ValueError) as e:
-        raise ShardError(f"a page of column {column.path_in_schema} has no header ({e!r})") from e
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise ShardError(f"a page of column {column.path_in_schema} has no usable header ({e!r})") from e
     if num_bytes > column.total_uncompressed_size or num_values > column.num_values:
         raise ShardError(f"pages of column {column.path_in_schema} hold more than the file says")
+
+
+def _require_sizes(header: dict[int, Any]) -> None:
+    """Refuse sizes and counts that none can be: Arrow adds them up, or makes room for so many."""
+    pages = [header[page] for page in (*_DATA_PAGES, _DICTIONARY) if page in header]
+    numbers = [n for page in pages for n in page.values() if isinstance(n, int)]
+    for number in (header[_UNCOMPRESSED], header[_COMPRESSED], *numbers):
+        if not 0 <= number <= _MOST:
+            raise ValueError(f"a size or count is {number}")
+    num_values = header.get(_DICTIONARY, {}).get(_NUM_VALUES, 0)
+    if num_values > header[_UNCOMPRESSED]:  # a value takes a byte or more
+        raise ValueError(f"a dictionary has {num_values} values in {header[_UNCOMPRESSED]} bytes")
 
 
 def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
@@ -59,6 +77,8 @@ def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
             number += kind >> 4
         else:
             number, at = _integer(data, at)
+        if number in fields or not 0 <= number <= _MOST_FIELD:  # Arrow takes the low bits, and the last one
+            raise ValueError(f"it has field {number}, or has it twice")
         fields[number], at = _value(data, at, kind & 15, depth)
     return fields, at + 1
 

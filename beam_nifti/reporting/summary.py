@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti.errors import DatasetError
-from beam_nifti.record.dataset_info import DatasetInfo, path_of
+from beam_nifti.record.dataset_info import DatasetInfo, failures_path_of
 from beam_nifti.reporting.appearance import SCHEMA
 from beam_nifti.reporting.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.reporting.sheets import read_problems, read_sheets
@@ -158,13 +158,13 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
     """The first MAX_FAILURES of a dataset's failures: row, participant_id, stage and message.
 
     Raises:
-        DatasetError: the list of them is missing or damaged.
+        DatasetError: the list of them is missing, damaged or too large.
     """
     if info.failures is None:
         return []
     path = storage.join(output, info.failures)
     try:
-        with storage.open_read(path_of(output, info.failures)) as handle:
+        with storage.open_read(failures_path_of(output, info, info.failures)) as handle:
             failures = list(map(load_json, itertools.islice(handle, MAX_FAILURES)))
         return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
     except (FileNotFoundError, ValueError, AttributeError) as e:

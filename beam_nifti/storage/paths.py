@@ -419,6 +419,18 @@ def read_bounded(path: str, most: int) -> bytes:
     return data
 
 
+def holds(path: str, content: bytes) -> bool:
+    """Whether a file has this content; of a larger one nothing is kept.
+
+    Raises:
+        OSError: the file is not there or cannot be reached.
+    """
+    try:
+        return read_bounded(path, len(content)) == content
+    except FileTooLargeError:
+        return False
+
+
 def require_inside(path: str, folder: str) -> None:
     """Refuse what a folder names and does not hold: links that lead out of it, and what is no regular file.
 

@@ -138,6 +138,21 @@ def test_a_unit_looks_only_at_the_parts_that_may_be_its_own(place: Place) -> Non
     assert find_parts(str(place.parts), range(7, 8)) == [parts[6]]
 
 
+@pytest.mark.parametrize("name", ["foo-bar.parquet", "\u00b2-bar.parquet", "1-a.parquet", "notes.parquet"])
+def test_files_of_other_programs_among_the_parts_are_ignored(place: Place, name: str) -> None:
+    part = place.write([0])
+    shutil.copy(part.index, place.parts / name)
+    shutil.copy(part.data, (place.parts / name).with_suffix(".part"))
+    assert find_parts(str(place.parts), range(COUNT)) == [part]
+
+
+def test_an_index_that_is_larger_than_its_shard_allows_is_not_read(place: Place) -> None:
+    place.merge([place.write(range(COUNT))])
+    assert find_shard(str(place.output), SHARD, FINGERPRINT)
+    os.truncate(place.output / SHARD.index_file, 1 << 30)
+    assert find_shard(str(place.output), SHARD, FINGERPRINT) is None
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.lists(st.integers(0, COUNT - 1), min_size=1, max_size=4), min_size=1, max_size=6),
