@@ -223,6 +223,10 @@ class Store(abc.ABC):
     _lost: tuple[type[Exception], ...]
     """What its client raises when a connection breaks or a server keeps silent."""
 
+    def _unusable(self, error: BaseException) -> str | None:
+        """Why a server's answer about this one path is of no use, in words of ours; None for other errors."""
+        return None
+
     @abc.abstractmethod
     def __init__(self, options: Any) -> None: ...
 
@@ -236,7 +240,7 @@ class Store(abc.ABC):
             TimeoutError: it failed ATTEMPTS times.
             OSError: any other error, of which these four are kinds. Its errno says whether it may pass, as
                 `outcomes.may_pass` reads it. EINVAL: the store refuses the path, with another HTTP status of
-                the 400s. EPROTO: the client or its credentials are not accepted.
+                the 400s, or its answer is of no use. EPROTO: the client or its credentials are not accepted.
         """
         from apache_beam.utils.retry import with_exponential_backoff
 
@@ -279,11 +283,15 @@ class Store(abc.ABC):
     def is_transient(self, error: BaseException) -> bool:
         """Whether a request that failed so may succeed later."""
         error = _cause(error)
+        if self._unusable(error):
+            return False
         status, code = self._answer(error)
         return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES or isinstance(error, self._lost)
 
     def _as_os_error(self, path: str, error: BaseException) -> OSError:
         error = _cause(error)
+        if reason := self._unusable(error):
+            return OSError(errno.EINVAL, reason, path)
         status, code = self._answer(error)
         said = f"HTTP {status} {code}" if status else f"{type(error).__name__}: {error}"
         if isinstance(error, FileNotFoundError) or (status == 404 and code in _ABSENT_CODES):

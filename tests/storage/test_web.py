@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -27,9 +29,9 @@ from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
 from tests.datasets import records_of
-from tests.images import name_of, row_of, write_cohort
+from tests.images import name_of, row_of, write_cohort, write_manifest
 from tests.services.fault_proxy import FAULTS, FaultProxy
-from tests.web_server import Plain, Ranges, serve
+from tests.web_server import Plain, Ranges, Redirecting, serve
 
 SHARD = "train-00001-of-00002.tfrecord.gz"
 
@@ -205,6 +207,37 @@ def test_images_are_read_from_there(server: FaultProxy, local: Path, tmp_path: P
     assert there.voxels.tobytes() == here.voxels.tobytes()
     build(f"{server.url}/cohort/manifest.tsv", tmp_path / "out", num_shards=2)
     assert (tmp_path / "out" / SHARD).read_bytes() == (local / SHARD).read_bytes()
+
+
+REDIRECTS = {
+    "": "the server redirects without end",
+    "file:///etc/hostname": "is not valid (InvalidSchema)",
+    "gopher://there/x": "is not valid (InvalidSchema)",
+    "http://[": "is not valid (",
+    "http://a..b/": "is not valid (",
+    f"http://{'a' * 70}.example/": "is not valid (",
+    "\xff\xfe": "is not valid (",
+    "LENGTH": "is not valid (ValueError)",
+    "DATE": "is not valid (ValueError)",
+}
+"""Where a server redirects to, and what is reported."""
+
+
+def test_an_answer_of_no_use_is_the_fault_of_its_image(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort", 2).parent
+    with serve(folder, Redirecting) as server:
+        paths = [f"{server.url}/to/{quote(where, '', 'latin-1')}" for where in REDIRECTS]
+        good = [f"{server.url}/{name_of(0)}", f"{server.url}/to/{quote('/' + name_of(1), '')}"]
+        manifest = write_manifest(tmp_path / "m.tsv", [{"path": path} for path in [*good, *paths]])
+        assert cli.main(["check", str(manifest), "--quiet", f"--out={tmp_path}/check.json"]) == cli.FAILED
+        built = build(manifest, tmp_path / "out", max_bad_fraction=0.9)
+    checked = [p["message"] for p in json.loads((tmp_path / "check.json").read_text())["problems"]]
+    listed = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+    assert built.summary.num_written == 2
+    for messages in (checked, [line["message"] for line in listed]):
+        for path, reason, message in zip(paths, REDIRECTS.values(), messages, strict=True):
+            assert message.startswith(f"{path}: cannot be read: ")
+            assert reason in message
 
 
 class _Tagged(Ranges):
