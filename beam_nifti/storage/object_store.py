@@ -12,11 +12,13 @@ import abc
 import contextlib
 import errno
 import io
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -427,6 +429,21 @@ class ObjectStore(Store):
         """Remove objects; those that are not there are no error."""
 
 
+_hides_hosts: ContextVar[bool] = ContextVar("hides_hosts", default=False)
+
+
+@contextlib.contextmanager
+def hiding_hosts(is_hidden: bool) -> Iterator[None]:
+    """Whether warnings of the block do not name servers, as a server's name may be that of a person."""
+    token = _hides_hosts.set(is_hidden)
+    try:
+        yield
+    finally:
+        _hides_hosts.reset(token)
+
+
+logging.getLogger("urllib3.connectionpool").addFilter(lambda _: not _hides_hosts.get())
+
 _told: dict[str, float] = {}
 _telling = threading.Lock()
 
@@ -438,6 +455,7 @@ def _tell_once(host: str, what: str, seconds: float) -> None:
         if now - _told.get(host, -seconds) < seconds:
             return
         _told[host] = now
+    host = "a server of an image" if _hides_hosts.get() else host
     logs.LOGGER.warning("%s %s; trying again for up to %.0f s", host, what, seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -250,22 +251,41 @@ class _Tagged(Ranges):
         super().end_headers()
 
 
-def test_a_server_that_tags_its_files_tells_what_size_and_time_do_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("secret", [None, b"not so random, but long enough"])
+def test_a_server_that_tags_its_files_tells_what_size_and_time_do_not(
+    tmp_path: Path, secret: bytes | None
+) -> None:
+    key = None
+    if secret:
+        (tmp_path / "key").write_bytes(secret)
+        key = str(tmp_path / "key")
     manifest, output = write_cohort(tmp_path / "cohort", 2), tmp_path / "out"
     path = manifest.parent / name_of(1)
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     with serve(manifest.parent, _Tagged) as server:
-        built = build(f"{server.url}/manifest.tsv", output)
-        assert build(f"{server.url}/manifest.tsv", output).counters["volumes-skipped"] == 2
+        built = build(f"{server.url}/manifest.tsv", output, anonymous_ids=key)
+        again = build(f"{server.url}/manifest.tsv", output, anonymous_ids=key)
+        assert again.counters["volumes-skipped"] == 2
         data = bytearray(path.read_bytes())
         data[4] ^= 1  # in the gzip header's time, so that the voxels stay right
         path.write_bytes(data)
         os.utime(path, ns=times)
-        again = build(f"{server.url}/manifest.tsv", output)
+        again = build(f"{server.url}/manifest.tsv", output, anonymous_ids=key)
     assert built.counters["volumes-loaded"] == 2
     assert (again.counters["volumes-skipped"], again.counters["volumes-loaded"]) == (1, 1)
     versions = [cells["source_versions"] for cells, _ in records_of(output)]
-    assert versions[1] == [f'"{zlib.crc32(data)}"']
+    tag = f'"{zlib.crc32(data)}"'
+    assert versions[1] == [tag if secret is None else pseudonym(tag, secret)]
+
+
+def pseudonym(version: str, secret: bytes) -> str:
+    """What docs/format.md says."""
+    for name in ("key", version):
+        key = hashlib.sha256(secret).digest()
+        secret = (
+            hashlib.blake2b(name.encode(), digest_size=16, key=key, person=b"version").hexdigest().encode()
+        )
+    return secret.decode()
 
 
 def test_a_dataset_there_is_verified_and_inspected(server: FaultProxy, run: Callable[..., str]) -> None:
