@@ -10,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tests.services.fault_proxy import FaultProxy
 
@@ -45,6 +46,27 @@ class Ranges(Plain):
         self.send_header("Content-Length", str(len(part)))
         self.end_headers()
         self.wfile.write(part)
+
+
+class Redirecting(Ranges):
+    """Files, and redirects to what stands behind /to/; /to/LENGTH and /to/DATE have a header of no sense."""
+
+    def do_GET(self) -> None:
+        if not self.path.startswith("/to/"):
+            super().do_GET()
+            return
+        name, value = {
+            "LENGTH": ("Content-Length", "many"),
+            "DATE": ("Last-Modified", "yesterday"),
+        }.get(self.path[4:], ("Location", unquote(self.path[4:], "latin-1") or self.path))
+        self.send_response(302 if name == "Location" else 200)
+        self.send_header(name, value)
+        if name != "Content-Length":
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
 
 @contextlib.contextmanager

@@ -8,16 +8,14 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from beam_nifti.errors import DatasetError, OutputError, UsageError
-from beam_nifti.inspection.croissant import CROISSANT_FILE, make_croissant
+from beam_nifti.inspection.croissant import make_croissant
 from beam_nifti.inspection.description import describe, format_description
-from beam_nifti.record.dataset_info import DatasetInfo, read_info
+from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, DatasetInfo, path_of, read_info
 from beam_nifti.record.example import MASK_FEATURE, SCALING_FEATURES, split_kind
 from beam_nifti.record.index import read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import size_text
-
-CARD_FILE: Final = "README.md"
 
 _SIZES: Final = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}
 """Hugging Face's names of numbers of examples below these."""
@@ -50,6 +48,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
         DatasetError: there is no complete dataset, or nothing in it.
         OutputError: one of the files is there already, with other content, or cannot be written; none is
             written then.
+        OSError: one of them is a link that leads out of the dataset, or no regular file.
         UsageError: a word is empty, or holds what is no text.
     """
     for key, words in about.items():
@@ -62,8 +61,8 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
     about = {"name": output.rpartition("/")[2], **about}
     index = read_shard_index(output, info, info.shards[0])
     files = {
-        storage.join(output, CARD_FILE): make_card(output, info, about).encode(),
-        storage.join(output, CROISSANT_FILE): make_croissant(info, index.schema, about).encode(),
+        path_of(output, CARD_FILE): make_card(output, info, about).encode(),
+        path_of(output, CROISSANT_FILE): make_croissant(info, index.schema, about).encode(),
     }
     for path, content in files.items():
         storage.require_writable(path, "the file of the card")

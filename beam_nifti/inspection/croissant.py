@@ -11,10 +11,8 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.dataset_info import CROISSANT_FILE, DatasetInfo
 from beam_nifti.support.strict_json import dump_json, load_json
-
-CROISSANT_FILE: Final = "croissant.json"
 
 _TERMS: Final = (
     *("citeAs", "column", "extract", "field", "fileProperty", "fileObject", "fileSet", "format", "includes"),

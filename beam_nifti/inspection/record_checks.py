@@ -337,7 +337,7 @@ def check_source(
         if versions and differ_in_rounding(stored, made, names):
             yield RoundingNote(f"{', '.join(names)} differs in rounding; it was made with {versions}")
             return
-        files = file_cells(volume.source.files, config)
+        files = file_cells(volume.source.files, config, row.version_key)
         changes = [f"{n} was {cells[n]}, now {now}" for n, now in files.items() if cells[n] != now]
         reason = (
             f"a file changed since the build ({'; '.join(changes)}); build it again"

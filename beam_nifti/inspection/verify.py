@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from beam_nifti.config import Columns, RecordConfig, Splitting
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
-from beam_nifti.inspection.croissant import CROISSANT_FILE, check_croissant
+from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_record, check_source
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
@@ -42,6 +42,7 @@ from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
 from beam_nifti.pipeline.parts import BUILD_FOLDER
 from beam_nifti.record.dataset_info import (
+    CROISSANT_FILE,
     FILE_NAME,
     MAX_INFO_BYTES,
     DatasetInfo,
@@ -301,9 +302,9 @@ class _Verification:
             # Looked for afterwards: a build that begins in between has made none of the files.
             if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
                 problems += find_strays(files, self._info)
-        description = storage.join(self._output, CROISSANT_FILE)
+        description = path_of(self._output, CROISSANT_FILE)
         if storage.exists(description):
-            content = storage.read_bounded(path_of(self._output, CROISSANT_FILE), MAX_INFO_BYTES)
+            content = storage.read_bounded(description, MAX_INFO_BYTES)
             problems += check_croissant(content, self._info)
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)

@@ -29,6 +29,9 @@ _FOLDER: Final = "…"
 _SHORTEST: Final = 3
 """Letters of a name that is replaced also where nothing says that it is part of a path."""
 
+_SHORTEST_ID: Final = 4
+"""The same of an id, of letters or digits alone: "1" and "all" are words of messages, too."""
+
 _NOT_OURS: Final = (
     sysconfig.get_path("purelib"),
     sysconfig.get_path("platlib"),
@@ -41,7 +44,7 @@ _HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
 
 
 def conceal(text: str, row: VolumeRow, folder: str) -> str:
-    """Replace the paths of a row's files, and the names in them, by their pseudonyms.
+    """Replace the paths of a row's files, the names in them, and its ids, by their pseudonyms.
 
     Args:
         text: to be shown or written.
@@ -55,8 +58,11 @@ def conceal(text: str, row: VolumeRow, folder: str) -> str:
         for name, word in _names(path, folder):
             for spelling in _spellings(name) - {""}:
                 words.setdefault(spelling, pseudonym if word is None else word)
+    ids = {spelling: word for name, word in row.names for spelling in _spellings(name) - {""}}
+    words = ids | words
     longest_first = sorted(words, key=len, reverse=True)  # one may begin like another
-    names = re.compile("|".join(map(_pattern, longest_first)), re.IGNORECASE)
+    patterns = (_pattern(name, is_id=name in ids) for name in longest_first)
+    names = re.compile("|".join(patterns), re.IGNORECASE)
     by_lower = {name.lower(): word for name, word in words.items()}
     return names.sub(lambda match: by_lower.get(match[0].lower(), _FOLDER), text)
 
@@ -91,13 +97,14 @@ def _spellings(name: str) -> set[str]:
     return {of(form) for form in forms for of in spell}
 
 
-def _pattern(name: str) -> str:
-    """A path anywhere; a single name where it is a whole word, and a plain one only in a path."""
+def _pattern(name: str, *, is_id: bool) -> str:
+    """A path anywhere; a name or an id where it is a whole word, a plain or short one only in a path."""
     escaped = re.escape(name)
     if "/" in name or "%2F" in name:
         return escaped
-    word = rf"(?<![^\W_]){escaped}(?![^\W_])"
-    if len(name) >= _SHORTEST and not (name.isascii() and (name.isalpha() or name.isdigit())):
+    word = rf"(?:(?<![^\W_])|(?<=%[\da-f]{{2}})){escaped}(?![^\W_])"
+    is_plain = name.isascii() and (name.isalpha() or name.isdigit())
+    if (len(name) >= _SHORTEST and not is_plain) or (len(name) >= _SHORTEST_ID and is_id):
         return word
     return rf"(?<=[/\\]){escaped}(?![^\W_])|{word}(?=[/\\]|\.[a-z])"
 
@@ -120,7 +127,7 @@ def _place(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
-    """Where ids are anonymous, let no exception of the block name a file of a row.
+    """Where ids are anonymous, let no exception or warning of the block name a file of a row or its server.
 
     Args:
         row: that the block is about.
@@ -131,7 +138,8 @@ def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
             its cause.
     """
     try:
-        yield
+        with storage.hiding_hosts(bool(row.pseudonyms)):
+            yield
     except Exception as e:
         if not row.pseudonyms:
             raise
@@ -144,7 +152,7 @@ def _concealed(error: Exception, row: VolumeRow, folder: str) -> Exception:
     about = f"row {row.row} of the manifest"
     if isinstance(error, OSError) and error.errno is not None:
         said = _HTTP.search(error.strerror or "")
-        reason = os.strerror(error.errno) + (f" ({said[0]})" if said else "")
+        reason = os.strerror(error.errno) + (f" ({conceal(said[0], row, folder)})" if said else "")
         return OSError(error.errno, f"{reason}, in {about}")
     if isinstance(error, OSError) and isinstance(error.__cause__, ImportError):
         return OSError(f"{conceal(str(error), row, folder)}, in {about}")  # names what is to be installed

@@ -55,6 +55,8 @@ class VolumeRow:
         num_frames: frames of the image, where each becomes a record; None where the image is one.
         wanted: those of them, from 0, whose records are still to be made; None for all.
         frame: the one of them that this record is of; None where it is not of one.
+        names: its ids with what is written in the place of each; none where those are written.
+        version_key: `Pseudonyms.version_key`; "" where ids are not anonymous.
     """
 
     row: int
@@ -74,6 +76,8 @@ class VolumeRow:
     num_frames: int | None = None
     wanted: tuple[int, ...] | None = None
     frame: int | None = None
+    names: tuple[tuple[str, str], ...] = ()
+    version_key: str = ""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -146,6 +150,8 @@ class Manifest:
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` where ids are anonymous; else None.
         name: what is written of `path`: itself, or its pseudonym where ids are anonymous.
+        names: where ids are anonymous, the ids as the manifest says them, by column; else none.
+        version_key: `Pseudonyms.version_key` where ids are anonymous; else "".
         lacks_label: which rows lack one of the labels; None in an unlabelled manifest.
         warnings: what is suspicious, or was changed, in it.
     """
@@ -161,6 +167,8 @@ class Manifest:
     extra_columns: tuple[str, ...]
     key_check: str | None
     name: str
+    names: Mapping[str, pa.ChunkedArray]
+    version_key: str
     lacks_label: npt.NDArray[np.bool_] | None = None
     warnings: tuple[str, ...] = ()
 
@@ -219,6 +227,11 @@ class Manifest:
         others = list(zip(*further, strict=True))
         hashed = [part[name].to_pylist() for name in self.paths] if self.key_check else []
         pseudonyms = list(zip(*hashed, strict=True))
+        hidden = [
+            list(zip(of.take(take).to_pylist(), part[name].to_pylist(), strict=True))
+            for name, of in self.names.items()
+        ]
+        names = list(zip(*hidden, strict=True))
         participants, sessions = (
             part[name].to_pylist() if name in part.column_names else blank
             for name in ("participant_id", "session_id")
@@ -243,6 +256,8 @@ class Manifest:
                 pseudonyms=pseudonyms[i] if pseudonyms else (),
                 labels=labels[i] if labels else (),
                 num_frames=num_frames,
+                names=names[i] if names else (),
+                version_key=self.version_key,
             )
             for i, index in enumerate(indices)
         ]
@@ -339,7 +354,10 @@ def read_manifest(
     drawn_by = (_ids(table, columns) if people is None else people) if splitting else None
     if drawn_by is not None:
         refuse_twins(drawn_by, problems, is_anonymous=pseudonyms is not None)
+    names = dict[str, pa.ChunkedArray]()
     if pseudonyms:
+        kinds = ("participant_id", "session_id", columns.id)
+        names = {name: table[name] for name in table.column_names if name in kinds}
         _refuse_leaks(table, columns, problems)
         table = _without_names(table, columns, pseudonyms)
     labels = _labels(table, columns, problems)
@@ -375,6 +393,8 @@ def read_manifest(
         extra_columns=tuple(c for c in table.column_names if c not in used),
         key_check=pseudonyms.check if pseudonyms else None,
         name=pseudonyms.of_path(path) if pseudonyms else path,
+        names=names,
+        version_key=pseudonyms.version_key if pseudonyms else "",
         lacks_label=lacks_label,
         warnings=tuple(problems.warnings),
     )

@@ -44,6 +44,11 @@ class Pseudonyms:
         """16 hex digits that differ from key to key and do not give the key away."""
         return self._hash("", "check", _CHECK_BYTES)
 
+    @property
+    def version_key(self) -> str:
+        """The key of what `hash_version` gives. Unlike that of names it travels, with the rows."""
+        return self.of("key", "version")
+
     def of(self, name: str, kind: str) -> str:
         """What stands for a name; "", which is nobody's, for "".
 
@@ -71,6 +76,18 @@ class Pseudonyms:
         return hashlib.blake2b(
             name.encode(), digest_size=size, key=self._key, person=kind.encode()
         ).hexdigest()
+
+
+def hash_version(version: str | None, version_key: str) -> str | None:
+    """What stands for a store's version of a file, which may hold its name; None where there is none.
+
+    Args:
+        version: such as an ETag.
+        version_key: of `Pseudonyms`; "" where ids are not anonymous, so that the version stays.
+    """
+    if version is None or not version_key:
+        return version
+    return Pseudonyms(version_key.encode()).of(version, "version")
 
 
 def read_pseudonyms(path: str) -> Pseudonyms:

@@ -9,7 +9,7 @@ from typing import Final
 
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline.lock import LOCK_FILE
-from beam_nifti.record.dataset_info import FILE_NAME, is_failures_file
+from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, FILE_NAME, is_failures_file
 from beam_nifti.storage import paths as storage
 
 _FOLDERS: Final = ("index", ".build")
@@ -18,6 +18,7 @@ _FOLDERS: Final = ("index", ".build")
 _DEPTH: Final = 4
 """Of the files of a dataset: a part is in .build/FINGERPRINT/SHARD."""
 
+_FILES: Final = (FILE_NAME, LOCK_FILE, CARD_FILE, CROISSANT_FILE)
 _SHARD: Final = re.compile(r".+\.tfrecord(\.gz)?")
 
 
@@ -79,4 +80,4 @@ def _holds_dataset(folder: str) -> bool:
 
 
 def _is_own(name: str) -> bool:
-    return name in (FILE_NAME, LOCK_FILE) or is_failures_file(name) or _SHARD.fullmatch(name) is not None
+    return name in _FILES or is_failures_file(name) or _SHARD.fullmatch(name) is not None

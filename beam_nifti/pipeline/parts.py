@@ -242,7 +242,7 @@ def finished_rows(
         if not (same and _fits(tuple(found["shape"]), shape) and dtype in (None, found["dtype"])):
             continue
         if check_images:
-            files = now(tuple(storage.join(folder, path) for path in row.files), record)
+            files = now(tuple(storage.join(folder, path) for path in row.files), record, row.version_key)
             if files is None or not files.items() <= found.items():
                 continue
         positions.append(row.position)
@@ -264,8 +264,9 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool
     return True
 
 
-def _file_cells(paths: Sequence[str], record: RecordConfig) -> dict[str, object] | None:
+def _file_cells(paths: Sequence[str], record: RecordConfig, version_key: str) -> dict[str, object] | None:
     try:
-        return file_cells(list(map(stat_image, paths)), record)
+        with storage.hiding_hosts(bool(version_key)):
+            return file_cells(list(map(stat_image, paths)), record, version_key)
     except (OSError, VolumeError):
         return None  # loading it again says what is wrong

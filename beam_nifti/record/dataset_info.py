@@ -34,6 +34,9 @@ from beam_nifti.support.strict_json import dump_json, load_json
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
 """Of a first build, and of every one of format version 1."""
+CARD_FILE: Final = "README.md"
+CROISSANT_FILE: Final = "croissant.json"
+"""What `beam-nifti card` writes for people, and for programs."""
 
 MAX_INFO_BYTES: Final = 1 << 26
 """Of a dataset_info.json that is read: 180,000 shards, or 35 TB of the default size."""

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError
 from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.manifest.pseudonyms import hash_version
 from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES, DatasetInfo, ShardInfo, path_of
 from beam_nifti.record.parquet_pages import require_said_sizes
 from beam_nifti.storage import paths as storage
@@ -207,19 +208,23 @@ class IndexEntry:
         )
 
 
-def file_cells(images: Sequence[Sequence[storage.Stat]], record: RecordConfig) -> dict[str, object]:
+def file_cells(
+    images: Sequence[Sequence[storage.Stat]], record: RecordConfig, version_key: str
+) -> dict[str, object]:
     """The part of an index row by which a change of one of its files is noticed.
 
     Args:
         images: `Source.files`.
         record: configuration of the record.
+        version_key: `VolumeRow.version_key`.
     """
     files = list(itertools.chain.from_iterable(images))
     sizes = [file.size for file in files]
     if record.format_version == 1:
         mtimes = [sum(file.mtime for file in image) / len(image) for image in images]
         return {"source_size": sum(sizes), "source_mtime": sum(mtimes) / len(mtimes)}
-    mtimes, versions = [file.mtime for file in files], [file.version for file in files]
+    mtimes = [file.mtime for file in files]
+    versions = [hash_version(file.version, version_key) for file in files]
     return dict(zip(SOURCE_LISTS, (sizes, mtimes, versions), strict=True))
 
 
@@ -259,7 +264,7 @@ def make_table(
             **row_cells(e.row, extra_columns),
             "offset": offset,
             "length": length,
-            **file_cells(e.source.files, record),
+            **file_cells(e.source.files, record, e.row.version_key),
             "source_shape": e.source.shape,
             "source_affine": e.source.affine,
             "shape": e.shape,

@@ -47,6 +47,23 @@ class Http(RangeStore):
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, PacedAdapter(pool_maxsize=_CONNECTIONS))
 
+    def _unusable(self, error: BaseException) -> str | None:
+        """Why an answer is of no use, without the server's words: they may be of other files and persons."""
+        import requests.exceptions as known
+
+        if isinstance(error, io.UnsupportedOperation | EOFError):
+            return str(error)
+        if isinstance(error, known.TooManyRedirects):
+            return "the server redirects without end; check the URL in a browser"
+        # Of this machine: a proxy, and a package that one needs.
+        is_of_proxy = isinstance(error, known.InvalidProxyURL) or str(error).startswith(
+            "Missing dependencies"
+        )
+        if is_of_proxy or not isinstance(error, ValueError | OverflowError):
+            return None
+        kind = type(error).__name__
+        return f"the URL, or an answer of its server, is not valid ({kind}); check the URL in a browser"
+
     @staticmethod
     def _answer(error: BaseException) -> tuple[int | None, str]:
         response = getattr(error, "response", None)

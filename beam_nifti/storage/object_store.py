@@ -12,11 +12,13 @@ import abc
 import contextlib
 import errno
 import io
+import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -223,6 +225,10 @@ class Store(abc.ABC):
     _lost: tuple[type[Exception], ...]
     """What its client raises when a connection breaks or a server keeps silent."""
 
+    def _unusable(self, error: BaseException) -> str | None:
+        """Why a server's answer about this one path is of no use, in words of ours; None for other errors."""
+        return None
+
     @abc.abstractmethod
     def __init__(self, options: Any) -> None: ...
 
@@ -236,7 +242,7 @@ class Store(abc.ABC):
             TimeoutError: it failed ATTEMPTS times.
             OSError: any other error, of which these four are kinds. Its errno says whether it may pass, as
                 `outcomes.may_pass` reads it. EINVAL: the store refuses the path, with another HTTP status of
-                the 400s. EPROTO: the client or its credentials are not accepted.
+                the 400s, or its answer is of no use. EPROTO: the client or its credentials are not accepted.
         """
         from apache_beam.utils.retry import with_exponential_backoff
 
@@ -279,11 +285,15 @@ class Store(abc.ABC):
     def is_transient(self, error: BaseException) -> bool:
         """Whether a request that failed so may succeed later."""
         error = _cause(error)
+        if self._unusable(error):
+            return False
         status, code = self._answer(error)
         return status in _TRANSIENT_STATUS or code in _TRANSIENT_CODES or isinstance(error, self._lost)
 
     def _as_os_error(self, path: str, error: BaseException) -> OSError:
         error = _cause(error)
+        if reason := self._unusable(error):
+            return OSError(errno.EINVAL, reason, path)
         status, code = self._answer(error)
         said = f"HTTP {status} {code}" if status else f"{type(error).__name__}: {error}"
         if isinstance(error, FileNotFoundError) or (status == 404 and code in _ABSENT_CODES):
@@ -419,6 +429,21 @@ class ObjectStore(Store):
         """Remove objects; those that are not there are no error."""
 
 
+_hides_hosts: ContextVar[bool] = ContextVar("hides_hosts", default=False)
+
+
+@contextlib.contextmanager
+def hiding_hosts(is_hidden: bool) -> Iterator[None]:
+    """Whether warnings of the block do not name servers, as a server's name may be that of a person."""
+    token = _hides_hosts.set(is_hidden)
+    try:
+        yield
+    finally:
+        _hides_hosts.reset(token)
+
+
+logging.getLogger("urllib3.connectionpool").addFilter(lambda _: not _hides_hosts.get())
+
 _told: dict[str, float] = {}
 _telling = threading.Lock()
 
@@ -430,6 +455,7 @@ def _tell_once(host: str, what: str, seconds: float) -> None:
         if now - _told.get(host, -seconds) < seconds:
             return
         _told[host] = now
+    host = "a server of an image" if _hides_hosts.get() else host
     logs.LOGGER.warning("%s %s; trying again for up to %.0f s", host, what, seconds)
 
 

@@ -31,6 +31,7 @@ from beam_nifti.storage.gcs import Gcs
 from beam_nifti.storage.http import Http, WebHdfs
 from beam_nifti.storage.object_store import ObjectStore, Store, Writer
 from beam_nifti.storage.object_store import Stat as Stat
+from beam_nifti.storage.object_store import hiding_hosts as hiding_hosts
 from beam_nifti.storage.s3 import S3
 from beam_nifti.support.outcomes import may_pass
 

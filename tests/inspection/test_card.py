@@ -225,6 +225,22 @@ def test_it_is_the_same_every_time_and_replaces_nothing_unasked(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+@pytest.mark.parametrize("name", ["README.md", "croissant.json"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_that_leads_out_is_refused(
+    dataset: Path, card: Callable[..., str], tmp_path: Path, name: str, is_there: bool, flags: tuple[str, ...]
+) -> None:
+    target, path = tmp_path / "other", dataset / name
+    if is_there:
+        target.write_text("mine")
+    path.symlink_to(target)
+    assert f"{path}: is a link that leads out of its dataset" in card(dataset, *flags, code=cli.USAGE)
+    assert path.is_symlink()
+    assert not is_there or target.read_text() == "mine"
+    assert {"README.md", "croissant.json"} & {each.name for each in dataset.iterdir()} == {name}
+
+
 def test_a_build_leaves_it_and_verify_tells_when_it_is_of_another_revision(
     tmp_path: Path, card: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

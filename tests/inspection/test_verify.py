@@ -262,6 +262,12 @@ def test_unknown_configuration(gzip: Path, config: dict[str, Any]) -> None:
         verify_dataset(str(gzip))
 
 
+def test_a_fingerprint_of_other_options(gzip: Path) -> None:
+    found = info_of(gzip).config["fingerprint"]
+    edit_info(gzip, lambda info: info["config"].update(fingerprint="0" * 16))
+    some(problems(gzip), f"the fingerprint is {'0' * 16}, that of its options is {found}")
+
+
 @pytest.mark.parametrize("options", [{"workers": 0}, {"deep": -1}])
 def test_options_out_of_range(built: dict[str, Path], options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match=r"--(workers|deep) is (0|-1)"):

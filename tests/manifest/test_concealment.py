@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from beam_nifti.cli import main as cli
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.concealment import conceal, concealing, describe
+from beam_nifti.storage import object_store
 from beam_nifti.storage import paths as storage
 from tests.images import brain, row_of, write_image, write_manifest
+from tests.web_server import Redirecting, serve
 
 MARK = "zqx"
 """A part of every name, path and text of the cohort below, and of nothing else."""
@@ -62,6 +64,22 @@ def test_the_pseudonym_stands_for_the_path_and_the_rest_stays() -> None:
     )
     named = row_of("scans of/Ada/first.nii")
     assert conceal(said, named, "/study") == said
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("of mueller, session Base.", "of p1, session s1."),
+        ("MUELLER%20base,scan%20Mueller", "p1%20s1,scan%20p1"),
+        ("image_Jos%C3%A9-1.x", "image_i1.x"),
+        ("muellers database", "muellers database"),
+        ("1 of 7 images", "1 of 7 images"),
+    ],
+)
+def test_ids_are_replaced_where_they_are_whole_words(said: str, shown: str) -> None:
+    names = (("Mueller", "p1"), ("base", "s1"), ("José-1", "i1"), ("1", "x1"), ("", ""))
+    row = row_of("a.nii", pseudonyms=("0123abcd",), names=names)
+    assert conceal(said, row, "/study") == shown
 
 
 def test_of_foreign_errors_only_class_and_line_are_kept() -> None:
@@ -288,6 +306,50 @@ def test_a_cohort_without_an_image_that_can_be_used_tells_no_name(study: Study, 
     said = told()
     assert "No space left on device" in said
     assert MARK not in said.lower()
+
+
+class _Telling(Redirecting):
+    """Names in every answer what it was asked for."""
+
+    def end_headers(self) -> None:
+        self.send_header("ETag", f'"{self.path}"')
+        super().end_headers()
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_server_tells_a_name(
+    study: Study, told: Told, monkeypatch: pytest.MonkeyPatch, log_format: str
+) -> None:
+    monkeypatch.setattr(object_store, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(object_store, "_told", {})
+    for name in ("first", "second"):
+        study.add(name)
+    for path in (f"to/file:///{MARK}2", "to/"):
+        study.rows.append({**study.rows[0], "participant_id": f"{MARK}SUB-{len(study.rows)}", "path": path})
+    asked = set[str]()
+    with serve(study.home, _Telling) as server:
+        host = server.url.removeprefix("http://")
+
+        def fail_first(_: str, path: str) -> str:
+            is_first = path not in asked
+            asked.add(path)
+            return "503" if is_first else ""
+
+        server.choose = fail_first
+        for row in study.rows:
+            row["path"] = f"{server.url}/{quote(row['path'])}"
+        flags = ["--max-bad-fraction=0.5", f"--log-format={log_format}"]
+        assert cli.main(study.command("build", *flags)) == cli.SUCCESS
+        said = told()
+        asked.clear()
+        assert cli.main(study.command("check", f"--log-format={log_format}")) == cli.FAILED
+        said += told()
+    assert "a server of an image fails (HTTP 503); trying again" in said
+    assert "redirects without end" in said
+    assert host not in said
+    assert MARK not in said.lower()
+    assert told_in(study.output) == set()
+    assert not any(host.encode() in data for _, data in contents(study.output))
 
 
 def test_a_check_tells_no_name(study: Study, told: Told, tmp_path: Path) -> None:

@@ -294,6 +294,7 @@ def test_a_newer_dataset_is_not_overwritten(copied: Path, newer: dict[str, Any])
         ("check MANIFEST", "--out", "out/dataset_info.json"),
         ("check MANIFEST", "--out", "link/dataset_info.json"),
         ("check MANIFEST", "--summary-json", "link/dataset_info.json"),
+        ("check MANIFEST", "--summary-json", "out/croissant.json"),
         ("build MANIFEST OUTPUT", "--summary-json", "link/new.json"),
         ("build MANIFEST OUTPUT", "--metrics-file", "link/new.prom"),
         ("report OUTPUT", "--out", "out/dataset_info.json"),
@@ -328,6 +329,28 @@ def test_an_input_is_known_by_whatever_path(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="which is the manifest"):
             require_apart(f"{tmp_path}/{name}", "--out", {"the manifest": str(tmp_path / "m.tsv")})
     require_apart(f"{tmp_path}/other", "--out", {"the manifest": str(tmp_path / "m.tsv")})
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_no_file_that_a_build_or_a_card_writes_is_replaced(
+    manifest: Path, tmp_path: Path, is_complete: bool
+) -> None:
+    output = tmp_path / "out"
+    (manifest.parent / name_of(1)).write_bytes(b"no image")
+    if is_complete:
+        build(manifest, output, max_bad_fraction=0.5)
+        assert cli.main(["card", str(output)]) == cli.SUCCESS
+        change(manifest, 0, 1)
+        build(manifest, output, max_bad_fraction=0.5)  # names of a second revision
+    else:
+        assert build_apart(manifest, output).result["error"] == "TooManyFailures"
+    (output / ".lock").touch()  # gone with the build
+    names = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
+    assert len(names) > 3
+    for name in names:
+        with pytest.raises(UsageError, match="a file of the dataset in"):
+            require_apart(str(output / name), "--summary-json")
+    require_apart(f"{output}/other.json", "--summary-json")
 
 
 @pytest.mark.parametrize("name", ["failures.jsonl", ".build/failures.jsonl", "index/a.tsv", "link.jsonl"])
@@ -368,9 +391,9 @@ def test_a_manifest_in_output_that_no_build_touches_stays(tmp_path: Path, name: 
 
 def test_files_of_a_dataset_are_known_by_their_names(copied: Path) -> None:
     output = copied
-    for name in (SHARD, "index/x", ".build/0/train-00000/0.part", ".lock", "failures-r3.jsonl"):
+    for name in (SHARD, "index/x", ".build/0/train-00000/0.part", ".lock", "failures-r3.jsonl", "README.md"):
         assert dataset_of(f"{output}/{name}") == str(output)
-    for name in ("README.md", "report.html", "pictures/index.html", "../report.html"):
+    for name in ("NOTES.md", "report.html", "pictures/index.html", "../report.html"):
         assert dataset_of(f"{output}/{name}") is None
     assert dataset_of(f"{output.parent}/train-00000-of-00001.tfrecord") is None
 

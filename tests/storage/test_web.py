@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 import pickle
 import shutil
@@ -15,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -27,9 +30,9 @@ from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
 from tests.datasets import records_of
-from tests.images import name_of, row_of, write_cohort
+from tests.images import name_of, row_of, write_cohort, write_manifest
 from tests.services.fault_proxy import FAULTS, FaultProxy
-from tests.web_server import Plain, Ranges, serve
+from tests.web_server import Plain, Ranges, Redirecting, serve
 
 SHARD = "train-00001-of-00002.tfrecord.gz"
 
@@ -207,6 +210,37 @@ def test_images_are_read_from_there(server: FaultProxy, local: Path, tmp_path: P
     assert (tmp_path / "out" / SHARD).read_bytes() == (local / SHARD).read_bytes()
 
 
+REDIRECTS = {
+    "": "the server redirects without end",
+    "file:///etc/hostname": "is not valid (InvalidSchema)",
+    "gopher://there/x": "is not valid (InvalidSchema)",
+    "http://[": "is not valid (",
+    "http://a..b/": "is not valid (",
+    f"http://{'a' * 70}.example/": "is not valid (",
+    "\xff\xfe": "is not valid (",
+    "LENGTH": "is not valid (ValueError)",
+    "DATE": "is not valid (ValueError)",
+}
+"""Where a server redirects to, and what is reported."""
+
+
+def test_an_answer_of_no_use_is_the_fault_of_its_image(tmp_path: Path) -> None:
+    folder = write_cohort(tmp_path / "cohort", 2).parent
+    with serve(folder, Redirecting) as server:
+        paths = [f"{server.url}/to/{quote(where, '', 'latin-1')}" for where in REDIRECTS]
+        good = [f"{server.url}/{name_of(0)}", f"{server.url}/to/{quote('/' + name_of(1), '')}"]
+        manifest = write_manifest(tmp_path / "m.tsv", [{"path": path} for path in [*good, *paths]])
+        assert cli.main(["check", str(manifest), "--quiet", f"--out={tmp_path}/check.json"]) == cli.FAILED
+        built = build(manifest, tmp_path / "out", max_bad_fraction=0.9)
+    checked = [p["message"] for p in json.loads((tmp_path / "check.json").read_text())["problems"]]
+    listed = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+    assert built.summary.num_written == 2
+    for messages in (checked, [line["message"] for line in listed]):
+        for path, reason, message in zip(paths, REDIRECTS.values(), messages, strict=True):
+            assert message.startswith(f"{path}: cannot be read: ")
+            assert reason in message
+
+
 class _Tagged(Ranges):
     """Says of a file, besides its size and time, which content it has."""
 
@@ -217,22 +251,41 @@ class _Tagged(Ranges):
         super().end_headers()
 
 
-def test_a_server_that_tags_its_files_tells_what_size_and_time_do_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("secret", [None, b"not so random, but long enough"])
+def test_a_server_that_tags_its_files_tells_what_size_and_time_do_not(
+    tmp_path: Path, secret: bytes | None
+) -> None:
+    key = None
+    if secret:
+        (tmp_path / "key").write_bytes(secret)
+        key = str(tmp_path / "key")
     manifest, output = write_cohort(tmp_path / "cohort", 2), tmp_path / "out"
     path = manifest.parent / name_of(1)
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     with serve(manifest.parent, _Tagged) as server:
-        built = build(f"{server.url}/manifest.tsv", output)
-        assert build(f"{server.url}/manifest.tsv", output).counters["volumes-skipped"] == 2
+        built = build(f"{server.url}/manifest.tsv", output, anonymous_ids=key)
+        again = build(f"{server.url}/manifest.tsv", output, anonymous_ids=key)
+        assert again.counters["volumes-skipped"] == 2
         data = bytearray(path.read_bytes())
         data[4] ^= 1  # in the gzip header's time, so that the voxels stay right
         path.write_bytes(data)
         os.utime(path, ns=times)
-        again = build(f"{server.url}/manifest.tsv", output)
+        again = build(f"{server.url}/manifest.tsv", output, anonymous_ids=key)
     assert built.counters["volumes-loaded"] == 2
     assert (again.counters["volumes-skipped"], again.counters["volumes-loaded"]) == (1, 1)
     versions = [cells["source_versions"] for cells, _ in records_of(output)]
-    assert versions[1] == [f'"{zlib.crc32(data)}"']
+    tag = f'"{zlib.crc32(data)}"'
+    assert versions[1] == [tag if secret is None else pseudonym(tag, secret)]
+
+
+def pseudonym(version: str, secret: bytes) -> str:
+    """What docs/format.md says."""
+    for name in ("key", version):
+        key = hashlib.sha256(secret).digest()
+        secret = (
+            hashlib.blake2b(name.encode(), digest_size=16, key=key, person=b"version").hexdigest().encode()
+        )
+    return secret.decode()
 
 
 def test_a_dataset_there_is_verified_and_inspected(server: FaultProxy, run: Callable[..., str]) -> None:
