@@ -292,7 +292,7 @@ def test_another_configuration_is_refused(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (rows_of(COUNT - 1), "had 24 rows, now 23"),
+        (rows_of(COUNT - 1), r"row 24 \(sub-0023\) was dropped"),
         (
             [*rows_of(3), *rows_of(COUNT, label=5)[3:]],
             r"row 4 \(sub-0003\): label was 3, now 5; 19 more rows changed",
@@ -357,7 +357,8 @@ def test_the_old_dataset_can_be_read_while_its_rebuild_is_planned_and_dropped(
     assert build_apart(images / "manifest.tsv", output, 140).was_killed
     assert_intact(output)
     with pytest.raises(
-        OutputError, match=r"had 31 rows, now 24\n.* would be lost; .*use --overwrite to discard it, and make"
+        OutputError,
+        match=r"rows 25, .* were dropped\n.* would be lost; .*use --overwrite to discard it, and make",
     ):
         build(manifest, output)
     shutil.rmtree(output / ".build")
