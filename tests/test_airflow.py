@@ -180,7 +180,7 @@ def test_the_command_takes_the_arguments_for_every_runner(
     }
     done = beam_nifti(*module.check_arguments(params))
     assert done.returncode == 0, done.stderr
-    assert "2 of up to 1 examples" in done.stdout
+    assert "2 of up to 1 example" in done.stdout
 
 
 def test_an_image_without_workers_is_refused(module: ModuleType) -> None:
