@@ -171,11 +171,15 @@ def verify_dataset(
 
 def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> dict[str, str]:
     """Columns that a dataset's manifest and another have, other than ids, labels and splits; in the index."""
-    labels = {label.name for label in info.record_config.labels or ()}
-    others = {columns.id, columns.label, "split", *labels}
+    others = {columns.id, *_labels_and_split(columns, info.record_config)}
     names = [n for n in info.manifest["columns"] if n in wanted.table.column_names and n not in others]
     own = {name: name for name in ("participant_id", "session_id")} | {columns.files[0]: "source"}
     return {name: own.get(name, extra_column(name)) for name in names}
+
+
+def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]:
+    """The columns of a manifest that are compared by what they mean, not as they are written."""
+    return {columns.label, "split", *(label.name for label in record.labels or ())}
 
 
 def _require_function(output: str, record: RecordConfig, named: str | None) -> None:
@@ -403,19 +407,14 @@ class _Verification:
     def check_columns(self, columns: Columns, wanted: Manifest) -> None:
         """The columns of a manifest, but for labels and splits, which are compared by their cells."""
         was, now = ({*names} for names in (self._info.manifest["columns"], wanted.table.column_names))
-        compared = {
-            columns.label,
-            wanted.columns.label,
-            "split",
-            *(label.name for label in self._spec.config.labels or ()),
-        }
+        compared = {wanted.columns.label, *_labels_and_split(columns, self._spec.config)}
         for what, names in (("lacks columns", was - now), ("has new columns", now - was)):
             if names - compared:
                 named = ", ".join(sorted(names - compared))
                 self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
     def _read_failures(self, columns: Columns) -> pa.Table:
-        """Id, labels and split of the volumes left out; without rows where they cannot be read."""
+        """Id, labels and split of failed volumes; without rows where they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
         found, problems = no_rows(self._spec.config), []
         if name is None:
