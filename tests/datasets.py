@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,26 @@ def set_times(folder: Path) -> None:
     """Give the files of a folder times of their own, the same wherever it is copied to."""
     for number, path in enumerate(sorted(folder.iterdir())):
         os.utime(path, (1_600_000_000 + 100 * number,) * 2)
+
+
+_READ_AND_FORK = """
+import os, signal, sys
+from beam_nifti.random_access import Dataset
+
+records = Dataset(sys.argv[1])
+images = [records[0]["image"].tobytes(), records[7]["image"].tobytes()]
+child = os.fork()
+signal.alarm(60)  # a client that does not outlive the fork may wait without end
+if child == 0:
+    again = [records[0]["image"].tobytes(), records[7]["image"].tobytes()]
+    os._exit(again != images)
+assert os.waitpid(child, 0)[1] == 0, "the child read something else, or nothing"
+assert "apache_beam" not in sys.modules
+"""
+
+
+def read_without_beam_and_fork(url: str) -> None:
+    """Read a dataset in a new process and in a fork of it, as the workers of PyTorch's DataLoader do."""
+    command = [sys.executable, "-c", _READ_AND_FORK, url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -34,8 +34,8 @@ ONLY_IMPORTERS = {
     "apache_beam": {
         "pipeline.coders",
         "pipeline.transforms",
-        "storage.paths",
-        "storage.object_store",
+        "storage.beam_files",
+        "storage.stores",
         "storage.s3",
         "storage.gcs",
         "pipeline.local_runner",
@@ -53,8 +53,8 @@ LAZY_IMPORTERS = {
     "nilearn": {"reporting.view"},
     "PIL": {"reporting.thumbnail"},
     "apache_beam": {
-        "storage.paths",
-        "storage.object_store",
+        "storage.beam_files",
+        "storage.stores",
         "storage.s3",
         "storage.gcs",
         "pipeline.local_runner",

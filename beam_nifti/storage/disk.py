@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,12 +18,23 @@ from collections.abc import Iterator
 from typing import BinaryIO, Final
 
 from beam_nifti.errors import OutputError
+from beam_nifti.storage.names import is_remote, local_path
 
 _FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 """What the system reports where a file cannot become as large as it has to be."""
 
 _TREE_ATTEMPTS: Final = 3
 """At removing a folder into which a worker that outlives its job may still write."""
+
+_KINDS: Final = {
+    stat.S_ISFIFO: "FIFO",
+    stat.S_ISSOCK: "socket",
+    stat.S_ISCHR: "device",
+    stat.S_ISBLK: "device",
+}
+"""What a path may be besides a file and a folder."""
+
+_TEMPORARY: Final = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
 _FOLDER: Final = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -237,3 +249,73 @@ def probe_folder(folder: str) -> None:
     """Try to write to a folder; leaves nothing behind."""
     with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system knows such files
         pass
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open for reading a file, but nothing that waits for a writer, never ends, or acts when it is opened.
+
+    Raises:
+        OSError: it is not there, is no regular file, or cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        _require_regular(path, os.stat(name).st_mode)
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        try:
+            _require_regular(path, os.fstat(descriptor).st_mode)  # another one may have come in between
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    return open(path, "rb", opener=opener)
+
+
+def _require_regular(path: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(mode):
+        kind = next(name for is_kind, name in _KINDS.items() if is_kind(mode))
+        raise OSError(errno.EINVAL, f"is a {kind}, not a file; give a regular file", path)
+
+
+def broken_link(path: str) -> str | None:
+    """What a symbolic link to a file that is not there is, and the remedy; None for other paths.
+
+    In a clone of a git-annex or DataLad repository every file is such a link until its content is fetched.
+    """
+    if is_remote(path) or not os.path.islink(path) or os.path.exists(path):
+        return None
+    if "annex/objects/" in os.readlink(path):
+        return "a git-annex link without its content; run `git annex get` (or `datalad get`) on the file"
+    return "a symbolic link to a file that is not there; copy that file"
+
+
+def require_inside(path: str, folder: str) -> None:
+    """Refuse what a folder names and does not hold: links that lead out of it, and what is no regular file.
+
+    A file that is not there is none of these. In stores there are no links.
+
+    Raises:
+        OSError: it is one of these.
+    """
+    if is_remote(path):
+        return
+    target = os.path.realpath(path)
+    if not target.startswith(f"{os.path.realpath(local_path(folder)).rstrip('/')}/"):
+        reason = f"is a link that leads out of its dataset, to {target}; replace it with the file"
+        raise OSError(errno.EINVAL, reason, path)
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+        if not stat.S_ISDIR(mode):
+            _require_regular(path, mode)
+
+
+def temporary_of(name: str) -> str | None:
+    """The file that a temporary one, left by a process that died, was to become; None for others.
+
+    >>> temporary_of(f"failures.jsonl.{'0' * 32}.tmp")
+    'failures.jsonl'
+    """
+    match = _TEMPORARY.fullmatch(name)
+    return match["name"] if match else None

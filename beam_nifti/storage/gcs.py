@@ -33,7 +33,6 @@ class Gcs(ObjectStore):
     def __init__(self, options: Any) -> None:
         import requests
         import urllib3
-        from apache_beam.io.gcp.gcsio import create_storage_client
         from google.api_core.retry import Retry
         from google.auth.exceptions import TransportError
         from google.cloud.storage import Client
@@ -48,9 +47,13 @@ class Gcs(ObjectStore):
         )
         # Or it would ask for the bucket's properties too, which tracing wants and the user may not read.
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-        emulated = "STORAGE_EMULATOR_HOST" in os.environ  # which asks for no credentials; the look-up is slow
-        client = Client.create_anonymous_client() if emulated else create_storage_client(options)
-        self.client = client
+        if "STORAGE_EMULATOR_HOST" in os.environ:  # which asks for no credentials; the look-up is slow
+            self.client = Client.create_anonymous_client()
+        else:
+            from apache_beam.io.gcp.gcsio import create_storage_client
+            from apache_beam.options.pipeline_options import PipelineOptions
+
+            self.client = create_storage_client(options or PipelineOptions([]))
         # For the requests of an upload, which only the client can take up again in the middle.
         self.retry = Retry(
             predicate=self.is_transient,

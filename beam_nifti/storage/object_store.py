@@ -14,6 +14,7 @@ import errno
 import io
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -219,7 +220,7 @@ class Store(abc.ABC):
     """What can be read. Everything it raises is an OSError.
 
     Args:
-        options: Beam's, of the pipeline that runs here.
+        options: Beam's, of the pipeline that runs here; None where there is none.
     """
 
     _lost: tuple[type[Exception], ...]
@@ -244,26 +245,17 @@ class Store(abc.ABC):
                 `outcomes.may_pass` reads it. EINVAL: the store refuses the path, with another HTTP status of
                 the 400s, or its answer is of no use. EPROTO: the client or its credentials are not accepted.
         """
-        from apache_beam.utils.retry import with_exponential_backoff
-
-        def may_pass(error: BaseException) -> bool:
-            passes = self.is_transient(error)
-            if passes:
-                _tell_once(self._host(path), *self._reason_of(_cause(error)))
-            return passes
-
-        retrying = with_exponential_backoff(
-            num_retries=ATTEMPTS - 1,
-            initial_delay_secs=FIRST_WAIT,
-            max_delay_secs=LONGEST_WAIT,
-            retry_filter=may_pass,
-            logger=_say_nothing,
-        )
-        try:
-            result: T = retrying(request)()
-        except Exception as e:
-            raise self._as_os_error(path, e) from e
-        return result
+        failures = 0
+        while True:
+            try:
+                return request()
+            except Exception as e:
+                failures += 1
+                if failures == ATTEMPTS or not self.is_transient(e):
+                    raise self._as_os_error(path, e) from e
+                _tell_once(self._host(path), *self._reason_of(_cause(e)))
+            wait = min(FIRST_WAIT * 2 ** (failures - 1), LONGEST_WAIT)
+            time.sleep(wait * random.uniform(0.5, 1.0))
 
     def _host(self, path: str) -> str:
         """Which server a path is asked of, as people know it."""
@@ -368,19 +360,28 @@ class RangeStore(Store):
 
     def open(self, path: str, head: int | None = None) -> Reader:
         """Open a file, or only its first `head` bytes."""
-        return _RangeReader(self, path, head)
+        return RangeReader(self, path, head, self.request_range)
 
     def get_range(self, path: str, start: int, length: int) -> bytes:
         """Bytes of a file, in one request; fewer where it ends before."""
         return self.attempt(path, lambda: self.request_range(path, start, length))
 
 
-class _RangeReader(Reader):
-    """A request for what the file is, and one for each range of it that is wanted."""
+class RangeReader(Reader):
+    """A request for what the file is, and one for each range of it that is wanted.
 
-    def __init__(self, store: RangeStore, path: str, head: int | None) -> None:
+    Args:
+        store: that holds the file.
+        path: of the file.
+        head: bytes of it to read; None for all.
+        request_range: an attempt at bytes of a path, by the first and their number.
+    """
+
+    def __init__(
+        self, store: Store, path: str, head: int | None, request_range: Callable[[str, int, int], bytes]
+    ) -> None:
         super().__init__(store, path)
-        self._ranges = store
+        self._request_range = request_range
         self.stat = store.stat(path)
         self.size = self.stat.size if head is None else min(self.stat.size, head)
 
@@ -393,7 +394,7 @@ class _RangeReader(Reader):
         return self._request(self.size - self._position)
 
     def _request(self, length: int) -> bytes:
-        data = self._ranges.request_range(self._path, self._position, length)
+        data = self._request_range(self._path, self._position, length)
         if len(data) != length:
             raise EOFError(f"of {self.size} bytes the file has only {self._position + len(data)}")
         return data
@@ -413,8 +414,8 @@ class ObjectStore(Store):
         """
 
     @abc.abstractmethod
-    def get_version(self, path: str) -> tuple[bytes, str]:
-        """An object whole, and what `put` calls its version."""
+    def get_version(self, path: str) -> tuple[bytes, str | None]:
+        """An object whole, and what `put` calls its version; None where the store keeps none."""
 
     @abc.abstractmethod
     def begin(self, path: str) -> Pieces:
@@ -457,10 +458,6 @@ def _tell_once(host: str, what: str, seconds: float) -> None:
         _told[host] = now
     host = "a server of an image" if _hides_hosts.get() else host
     logs.LOGGER.warning("%s %s; trying again for up to %.0f s", host, what, seconds)
-
-
-def _say_nothing(*_: object) -> None:
-    """Take the place of a logger: `_tell_once` says enough."""
 
 
 def _system_error(error: BaseException | None) -> OSError | None:

@@ -20,7 +20,6 @@ class S3(ObjectStore):
 
     def __init__(self, options: Any) -> None:
         import boto3
-        from apache_beam.options.pipeline_options import S3Options
         from botocore import exceptions
         from botocore.config import Config
 
@@ -31,17 +30,9 @@ class S3(ObjectStore):
             exceptions.IncompleteReadError,
             exceptions.FlexibleChecksumError,
         )
-        s3 = options.view_as(S3Options)
         self.client = boto3.session.Session().client(
             "s3",
-            endpoint_url=s3.s3_endpoint_url,
-            region_name=s3.s3_region_name,
-            aws_access_key_id=s3.s3_access_key_id,
-            aws_secret_access_key=s3.s3_secret_access_key,
-            aws_session_token=s3.s3_session_token,
-            api_version=s3.s3_api_version,
-            use_ssl=not s3.s3_disable_ssl,
-            verify=s3.s3_verify,
+            **_flags(options),
             config=Config(
                 retries={"total_max_attempts": 1},  # `attempt` is the one that retries
                 connect_timeout=SILENCE,
@@ -139,6 +130,25 @@ class S3(ObjectStore):
             return objects, folders
 
         return self.attempt(prefix, request)
+
+
+def _flags(options: Any) -> dict[str, Any]:
+    """What Beam's flags make of the client."""
+    if options is None:
+        return {}
+    from apache_beam.options.pipeline_options import S3Options
+
+    s3 = options.view_as(S3Options)
+    return {
+        "endpoint_url": s3.s3_endpoint_url,
+        "region_name": s3.s3_region_name,
+        "aws_access_key_id": s3.s3_access_key_id,
+        "aws_secret_access_key": s3.s3_secret_access_key,
+        "aws_session_token": s3.s3_session_token,
+        "api_version": s3.s3_api_version,
+        "use_ssl": not s3.s3_disable_ssl,
+        "verify": s3.s3_verify,
+    }
 
 
 def _stat(found: Mapping[str, Any]) -> Stat:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from beam_nifti.cli import main as cli
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.concealment import conceal, concealing, describe
-from beam_nifti.storage import object_store
+from beam_nifti.storage import object_store, stores
 from beam_nifti.storage import paths as storage
 from tests.images import brain, row_of, write_image, write_manifest
 from tests.web_server import Redirecting, serve
@@ -130,8 +130,8 @@ def test_what_has_to_be_installed_for_a_store_is_told(monkeypatch: pytest.Monkey
     def make(_: object) -> None:
         raise ImportError("No module named 'boto3'")
 
-    monkeypatch.setitem(storage._STORES, "s3", make)
-    monkeypatch.setattr(storage, "_stores", {})
+    monkeypatch.setitem(stores._STORES, "s3", make)
+    monkeypatch.setattr(stores, "_stores", {})
     row = row_of(f"s3://{MARK}/{MARK}1.nii", pseudonyms=("0123abcd",))
     with pytest.raises(OSError, match="in row 1 of the manifest") as raised, concealing(row, "/d"):
         storage.stat(row.path)

@@ -22,9 +22,11 @@ from beam_nifti.errors import DatasetError, OutputError, VolumeError
 from beam_nifti.pipeline.lock import LOCK_FILE, hold, this_system
 from beam_nifti.random_access import Dataset
 from beam_nifti.storage import paths as storage
+from beam_nifti.storage import stores
 from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
+from tests.datasets import read_without_beam_and_fork
 from tests.images import brain, nifti_header, row_of, write_cohort
 from tests.services.conftest import LOCAL, Reference, content_of, run_cli
 from tests.services.fault_proxy import FAULTS, Request
@@ -78,9 +80,7 @@ def assert_same(output: str, reference: Reference) -> None:
 
 
 def _paths(folder: str) -> list[str]:
-    store = storage._store(folder)
-    assert store is not None
-    return store.find(f"{folder}/", deep=True)[0]
+    return stores.store_of(folder).find(f"{folder}/", deep=True)[0]
 
 
 def gets_of_images(requests: list[Request]) -> Counter[str]:
@@ -198,6 +198,11 @@ def test_a_record_by_number_is_one_request(remote: tuple[str, Path], servers: Se
     assert image.tobytes() == Dataset(local)[7]["image"].tobytes()
 
 
+@pytest.mark.parametrize("scheme", STORES)
+def test_a_forked_process_reads_on_and_nothing_loads_beam(remote: tuple[str, Path], scheme: str) -> None:
+    read_without_beam_and_fork(remote[0])
+
+
 @pytest.mark.tf
 @pytest.mark.parametrize("scheme", STORES)
 def test_an_epoch_of_tensorflow_is_one_request_a_record(
@@ -227,12 +232,12 @@ def test_what_is_missing_differs_from_what_is_not_reached(
     with pytest.raises(DatasetError, match=r"no complete dataset here \(No such bucket\)"):
         Dataset("s3://another/dataset")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
-    monkeypatch.setattr(storage, "_stores", {})
+    monkeypatch.setattr(stores, "_stores", {})
     with pytest.raises(DatasetError, match=r"cannot be reached .*not accept the credentials"):
         Dataset(folder("s3"))
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
-    monkeypatch.setattr(storage, "_stores", {})
+    monkeypatch.setattr(stores, "_stores", {})
     with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*Could not connect"):
         Dataset(folder("s3"))
 
@@ -440,7 +445,7 @@ def test_a_store_that_cannot_be_reached_is_tried_again(
     """And an error that may pass."""
     path, (port,) = f"{folder(scheme)}/a", free_ports(1)
     monkeypatch.setattr("beam_nifti.storage.object_store.FIRST_WAIT", 0.01)
-    monkeypatch.setattr("beam_nifti.storage.paths._stores", {})
+    monkeypatch.setattr(stores, "_stores", {})
     for name in ("AWS_ENDPOINT_URL", "STORAGE_EMULATOR_HOST"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
     with pytest.raises(TimeoutError, match=rf"failed {ATTEMPTS} times in a row"):

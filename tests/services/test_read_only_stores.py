@@ -20,6 +20,7 @@ import pytest
 from beam_nifti.errors import DatasetError
 from beam_nifti.random_access import Dataset
 from beam_nifti.storage import paths as storage
+from tests.datasets import read_without_beam_and_fork
 from tests.services.conftest import Reference, content_of, run_cli
 from tests.services.fault_proxy import FaultProxy, Request
 from tests.services.stores import free_ports
@@ -177,6 +178,11 @@ def test_a_record_by_number_is_one_request(served: Served, scheme: str) -> None:
     requests = served.proxies[scheme].rest()
     assert {r.method for r in requests} == {"GET"}
     assert [asked_bytes(r) for r in requests] == lengths
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_forked_process_reads_on_and_nothing_loads_beam(served: Served, scheme: str) -> None:
+    read_without_beam_and_fork(f"{served.folders[scheme]}/dataset")
 
 
 @pytest.mark.tf

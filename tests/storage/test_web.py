@@ -29,7 +29,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
-from tests.datasets import records_of
+from tests.datasets import read_without_beam_and_fork, records_of
 from tests.images import name_of, row_of, write_cohort, write_manifest
 from tests.services.fault_proxy import FAULTS, FaultProxy
 from tests.web_server import Plain, Ranges, Redirecting, serve
@@ -66,6 +66,10 @@ def test_a_record_by_number_is_one_request_of_its_bytes(server: FaultProxy, loca
     assert [(r.method, r.status, r.received) for r in server.rest()] == [
         ("GET", 206, length) for length in lengths
     ]
+
+
+def test_a_forked_process_reads_on_and_nothing_loads_beam(server: FaultProxy) -> None:
+    read_without_beam_and_fork(f"{server.url}/dataset")
 
 
 def test_what_opening_asks_for(server: FaultProxy) -> None:

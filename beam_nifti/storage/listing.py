@@ -1,0 +1,170 @@
+"""Files and folders that there are, on the local disk and in stores."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import fnmatch
+import glob as local_glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+from beam_nifti.storage import disk
+from beam_nifti.storage.names import FILE_URL, is_remote, local_path
+from beam_nifti.storage.stores import store_of
+
+_ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
+"""The characters *, ? and [ in a URL."""
+
+
+def list_files(folder: str, pattern: str = "*") -> list[str]:
+    """Names of the files in a folder that match a glob, sorted; none where there is no folder."""
+    if not is_remote(folder):
+        try:
+            with os.scandir(folder) as entries:
+                names = [e.name for e in entries if e.is_file()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(fnmatch.filter(names, pattern))
+    objects, _ = store_of(folder).find(f"{folder}/")
+    return sorted(fnmatch.filter((path[len(folder) + 1 :] for path in objects), pattern))
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders in a folder, sorted; none where there is no folder."""
+    if not is_remote(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(e.name for e in entries if _is_folder(e))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    _, folders = store_of(folder).find(f"{folder}/")
+    return sorted(path[len(folder) + 1 : -1] for path in folders)
+
+
+def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
+    """Paths, relative to a folder, of the files below those of its folders that begin alike.
+
+    Args:
+        folder: local or a URL.
+        prefix: of the names of its folders.
+        depth: folders below `folder` that a path has at most.
+
+    Yields:
+        In no order. Files and folders whose names begin with a dot are left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder on the local disk.
+        OSError: a folder cannot be listed.
+    """
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            tops = [e.name for e in entries if e.name.startswith(prefix) and _is_folder(e)]
+        for name in tops:
+            yield from _list_below(folder, name, depth)
+        return
+    for path in store_of(folder).find(f"{folder}/{prefix}", deep=True)[0]:
+        relative = path[len(folder) + 1 :]
+        if 0 < relative.count("/") <= depth and "/." not in relative:
+            yield relative
+
+
+def _list_below(folder: str, relative: str, depth: int) -> Iterator[str]:
+    with os.scandir(f"{folder}/{relative}") as entries:
+        found = [(f"{relative}/{e.name}", _is_folder(e)) for e in entries if not e.name.startswith(".")]
+    for path, is_folder in found:
+        if not is_folder:
+            yield path
+        elif depth > 1:
+            yield from _list_below(folder, path, depth - 1)
+
+
+def glob(pattern: str) -> list[str]:
+    """Files whose paths match, sorted: `*`, `?` and `[…]` stand for parts of one name, `**` for any folders.
+
+    Names that begin with a dot match only where the pattern has the dot. An encoded character of a file://
+    URL stands for itself. On the local disk `**` follows symbolic links, but enters every folder once.
+
+    Raises:
+        OSError: a folder below `**` cannot be listed.
+    """
+    if FILE_URL.fullmatch(pattern):
+        pattern = local_path(_ENCODED_MAGIC.sub(lambda match: f"[{match[0]}]", pattern))
+    if not is_remote(pattern):
+        return sorted(path for path in _glob_local(os.path.expanduser(pattern)) if not os.path.isdir(path))
+    parts = pattern.split("/")
+    # The scheme and the bucket, and the folders before the first that is not plain.
+    plain = 3 + sum(1 for _ in itertools.takewhile(lambda p: not local_glob.has_magic(p), parts[3:-1]))
+    folder = "/".join(parts[:plain])
+    below = (path[len(folder) + 1 :] for path in store_of(folder).find(f"{folder}/", deep=True)[0])
+    return sorted(f"{folder}/{path}" for path in below if _is_match(path.split("/"), parts[plain:]))
+
+
+def _glob_local(pattern: str) -> Iterator[str]:
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from local_glob.iglob(pattern)
+        return
+    at = parts.index("**")
+    start, rest = "/".join(parts[:at]), parts[at:]
+    if at == 0:
+        folders = ["."]
+    elif parts[:at] == [""]:
+        folders = ["/"]
+    else:
+        folders = sorted(filter(os.path.isdir, local_glob.glob(start)))
+    for folder, below in _walk(folders, with_hidden=any(part.startswith(".") for part in rest)):
+        if _is_match(below.split("/"), rest):
+            yield below if at == 0 else f"{folder.rstrip('/')}/{below}"
+
+
+def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, str]]:
+    """Files below folders, as (folder, path below it): each of the same folder on the disk once."""
+    waiting = collections.deque((folder, "") for folder in folders)
+    linked = collections.deque[tuple[str, str]]()  # later, so that a folder is found by its own path
+    seen = set[tuple[int, int]]()
+    while waiting or linked:
+        folder, below = (waiting or linked).popleft()
+        status = os.stat(f"{folder}/{below}")
+        if (key := (status.st_dev, status.st_ino)) in seen:
+            continue
+        seen.add(key)
+        with os.scandir(f"{folder}/{below}") as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            if entry.name.startswith(".") and not with_hidden:
+                continue
+            if _is_folder(entry):
+                (linked if entry.is_symlink() else waiting).append((folder, f"{below}{entry.name}/"))
+            else:
+                yield folder, below + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _is_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**" and _is_match(names, patterns[1:]):
+        return True
+    if not names or (names[0].startswith(".") and not patterns[0].startswith(".")):
+        return False
+    if patterns[0] == "**":
+        return _is_match(names[1:], patterns)
+    return fnmatch.fnmatchcase(names[0], patterns[0]) and _is_match(names[1:], patterns[1:])
+
+
+def list_links(folder: str) -> list[str]:
+    """Names of the symbolic links in a folder, sorted; an object store has none."""
+    return [] if is_remote(folder) else disk.list_links(folder)

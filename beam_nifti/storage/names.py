@@ -1,0 +1,127 @@
+"""Paths and URLs as names: where they lead, and how they are put together. Reads no file."""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.parse
+from collections.abc import Iterable
+from typing import Final
+
+from beam_nifti.errors import UsageError
+
+FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))(?P<path>/.*)", re.I | re.S)
+_BARE_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
+_WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+
+def local_path(path: str) -> str:
+    """The local path that a file:// URL names; all other paths as they are.
+
+    >>> local_path("file:///data/sub%201.nii"), local_path("file://localhost/data"), local_path("s3://bucket")
+    ('/data/sub 1.nii', '/data', 's3://bucket')
+    """
+    match = FILE_URL.fullmatch(path)
+    return urllib.parse.unquote(match["path"], errors="surrogateescape") if match else path
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names an object store or cluster file system rather than the local disk.
+
+    Paths of other computers, which nothing can reach, count as remote: they are refused when they are opened.
+
+    >>> is_remote("s3://bucket/a.nii.gz"), is_remote("/data/a.nii.gz"), is_remote("file:///data/a.nii.gz")
+    (True, False, False)
+    """
+    return ("://" in path and not FILE_URL.fullmatch(path)) or _WINDOWS.match(path) is not None
+
+
+def join(base: str, *parts: str) -> str:
+    """Append to a folder; a part that is absolute or a URL starts afresh, and one of file:// becomes a path.
+
+    >>> join("s3://bucket/study", "sub-01/T1w.nii.gz")
+    's3://bucket/study/sub-01/T1w.nii.gz'
+    >>> join("/data", "/scans/a.nii")
+    '/scans/a.nii'
+    """
+    base = local_path(base)
+    for part in map(local_path, parts):
+        if is_remote(part) or part.startswith("/"):
+            base = part
+        else:
+            base = f"{base.rstrip('/')}/{part}" if base else part
+    return base
+
+
+def dirname(path: str) -> str:
+    """The folder that holds a path.
+
+    >>> dirname("s3://bucket/study/manifest.tsv"), dirname("manifest.tsv")
+    ('s3://bucket/study', '')
+    """
+    return path.rpartition("/")[0]
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path that means the same from every working folder: `~` is the home folder, a file:// URL a path.
+
+    Raises:
+        UsageError: it is a URL that ends after its scheme.
+    """
+    path = local_path(os.fspath(path))
+    if _BARE_SCHEME.fullmatch(path):
+        raise UsageError(f"{path} is a URL without a bucket or host; was a variable not set?")
+    return path.rstrip("/") if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def resolved(path: str) -> str:
+    """A path as `absolute` makes it, without symbolic links in its folders; the file itself may be one."""
+    path = absolute(path)
+    return (
+        path
+        if is_remote(path)
+        else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    )
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path leads into a folder, also by symbolic links."""
+    if is_remote(folder):
+        return absolute(path).startswith(f"{absolute(folder)}/")
+    return resolved(path).startswith(f"{os.path.realpath(absolute(folder))}/")
+
+
+def is_same(path: str, other: str) -> bool:
+    """Whether two paths lead to one file, also by links of both kinds."""
+    path, other = resolved(path), resolved(other)
+    if path == other or is_remote(path) or is_remote(other):
+        return path == other
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
+def scheme_of(path: str) -> str:
+    """What a URL begins with: "s3"."""
+    return path.partition("://")[0]
+
+
+def require_text(paths: Iterable[str]) -> None:
+    """Refuse names that our files, which are UTF-8, cannot hold."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{os.fsencode(path)!r} is not UTF-8 text; correct it, or rename the file or folder"
+            ) from None
+
+
+def wrong_with(path: str) -> str | None:
+    """What is wrong with a path that looks like a URL and is none of a store."""
+    if _WINDOWS.match(path):
+        return "a Windows path; give the path at which this computer has the file"
+    if scheme_of(path).lower() == "file":
+        return "a file:// URL that names another computer; write file:///FOLDER/FILE for a file of this one"
+    return None
