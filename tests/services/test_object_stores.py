@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -240,6 +241,25 @@ def test_what_is_missing_differs_from_what_is_not_reached(
     monkeypatch.setattr(stores, "_stores", {})
     with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*Could not connect"):
         Dataset(folder("s3"))
+
+
+def test_flags_lead_to_the_store_where_the_environment_does_not(
+    folder: Callable[[str], str], servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in write_cohort(tmp_path / "in", 2).parent.iterdir():
+        storage.write(f"{folder('s3')}/{path.name}", path.read_bytes())
+    names = {
+        "AWS_ENDPOINT_URL": "endpoint_url",
+        "AWS_ACCESS_KEY_ID": "access_key_id",
+        "AWS_SECRET_ACCESS_KEY": "secret_access_key",
+        "AWS_DEFAULT_REGION": "region_name",
+    }
+    flags = [f"--s3_{flag}={os.environ[name]}" for name, flag in names.items()]
+    for name in names:
+        monkeypatch.delenv(name)
+    servers.rest()
+    run_cli(["check", f"{folder('s3')}/manifest.tsv", *flags], AWS_EC2_METADATA_DISABLED="true")
+    assert len(gets_of_images(servers.proxies["s3"].rest())) == 2
 
 
 @pytest.mark.parametrize("scheme", STORES)
