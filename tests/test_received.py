@@ -37,6 +37,7 @@ from beam_nifti.reporting.summary import read_failures
 from tests.build_helpers import arrow_memory, build, make_config
 from tests.datasets import edit_index, edit_info, edit_record, info_of, replace_index, set_cell
 from tests.images import write_cohort, write_image, write_manifest
+from tests.peak import peak_growth
 
 SHARD = "train-00000-of-00002.tfrecord.gz"
 INDEX = "index/train-00000-of-00002.parquet"
@@ -432,6 +433,33 @@ def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
     with pytest.raises(DatasetError, match=message):
         read_volume(str(dataset), "sub-0000")
     assert any(re.search(message, problem) for problem in problems(dataset))
+
+
+def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Path, dataset: Path) -> None:
+    """A file may be mostly a hole, which takes no place on a disk or in an archive."""
+    size = 256 << 20
+    os.truncate(dataset / SHARD, size)
+    table, _ = read_index(str(dataset / INDEX))
+    last = table.num_rows - 1
+    edit_index(dataset, set_cell("length", last, size - table["offset"][last].as_py()))
+
+    def agree(info: dict[str, Any]) -> None:
+        shard = info["splits"]["train"]["shards"][0]
+        shard["num_bytes"] = size
+        info["splits"]["train"]["num_bytes"] = sum(s["num_bytes"] for s in info["splits"]["train"]["shards"])
+
+    edit_info(dataset, agree)
+    name, message = f"sub-000{last}", r"is said to take 268,43\d,\d+ bytes, and can take at most 2,16\d,\d+"
+    with peak_growth() as growth:
+        with pytest.raises(DatasetError, match=rf"{SHARD}: record '{name}', .*{message}"):
+            Dataset(dataset)[last]
+        with pytest.raises(DatasetError, match=message):
+            read_volume(str(dataset), name)
+        found = problems(dataset)
+        build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5, recheck=True)
+    assert any(re.search(rf"record {last} \({name}\): {message}", problem) for problem in found)
+    assert growth() < 128 << 20
+    assert problems(dataset) == ()
 
 
 def test_of_mixed_shapes_the_index_bounds_a_record(tmp_path: Path) -> None:

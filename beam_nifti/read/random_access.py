@@ -39,7 +39,7 @@ from beam_nifti.record.example import (
     split_kind,
 )
 from beam_nifti.record.index import extra_column, read_shard_index
-from beam_nifti.record.tfrecord import decode_buffer, make_buffer
+from beam_nifti.record.tfrecord import decode_buffer, make_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.intensity import rescale_voxels
 from beam_nifti.volume.quantize import UINT8_LEVELS
@@ -402,13 +402,14 @@ class _Records:
     def _payload(self, path: str, row: int, lent: bool) -> memoryview:
         offsets, lengths = self.places
         compressed, size = self.config.compression == "gzip", int(lengths[row])
+        most = self._most_bytes
+        if most is None:
+            most = largest_payload(self.shape_of(row), self.info.dtype, self.config.mask_dtype)
+        require_stored_size(size, most)
         buffer = _scratch(size) if compressed or lent else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
             raise ShardError(f"of its {size} bytes the file has {count}")
-        most = self._most_bytes
-        if most is None:
-            most = largest_payload(self.shape_of(row), self.info.dtype, self.config.mask_dtype)
         return decode_buffer(buffer, compressed, most)
 
     def _cell(self, name: str, row: int) -> Any:
