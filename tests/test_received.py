@@ -698,6 +698,36 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
 
 
 @pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{}", b'{"reasons": [1]}', b"{" * 99_999, b" " * (1 << 24) + b"{}", b'{"reasons": []}'],
+)
+def test_a_summary_that_no_build_has_written_ends_the_build(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str], content: bytes
+) -> None:
+    """Another program has put it where the workers put theirs."""
+    monkeypatch.setattr("beam_nifti.pipeline.publish._write_summary", lambda *_: put.write_bytes(content))
+    put = tmp_path / "new/.build/summary.json"
+    told = run("build", study / "manifest.tsv", tmp_path / "new", "--max-bad-fraction=0.5", code=cli.USAGE)
+    assert f"{put}: not what the pipeline has written" in told
+
+
+def test_a_report_of_a_check_that_no_pipeline_has_written_is_named(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]
+) -> None:
+    out = tmp_path / "report.json"
+    monkeypatch.setattr("beam_nifti.pipeline.check._write_report", lambda *_: out.write_bytes(b"[]"))
+    told = run("check", study / "manifest.tsv", f"--out={out}", code=cli.USAGE)
+    assert f"{out}: not what the pipeline has written: it is [], expected an object" in told
+    out.unlink()
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 1 << 31)
+    monkeypatch.setattr("beam_nifti.pipeline.check._write_report", lambda *_: large.rename(out))
+    told = run("check", study / "manifest.tsv", f"--out={out}", code=cli.USAGE)
+    assert f"{out}: not what the pipeline has written: has more than the 67,129,344 bytes" in told
+
+
+@pytest.mark.parametrize(
     "edit",
     [
         lambda note: note.update(
@@ -707,6 +737,10 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
         lambda note: note.update(layouts=[note["layouts"][0] | layout_of(1 << 19, "a")] * 3),
         lambda note: note["layouts"][0].update(num_frames=1.5),
         lambda note: note["layouts"][0]["split_sizes"].update(train=1.5),
+        lambda note: note["layouts"][0]["split_sizes"].update({"../../x": 1}),
+        lambda note: note["layouts"][0]["split_sizes"].update({"x" * 10 + "/y": 1}),
+        lambda note: note.update(published=["../../x"]),
+        lambda note: note.update(published=["README.md"]),
         lambda note: note["layouts"][0]["sharding"].update(num_shards=0, examples_per_shard=None),
         lambda note: note["info"]["config"].update(fingerprint="../../.."),
         lambda note: note.update(roots=["/"]),

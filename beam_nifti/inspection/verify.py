@@ -129,8 +129,8 @@ def verify_dataset(
         OSError: the disk, the network or a store failed while images were read.
         OutputBusyError: a build has replaced the dataset meanwhile.
         UsageError: `deep` or `workers` is out of range; or records are to be made again without the manifest,
-            or without the function that they were made with, or with another one; or the key is not the
-            dataset's.
+            or without the function that they were made with, or with another one, or from before the same
+            options made other records; or the key is not the dataset's.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -142,6 +142,11 @@ def verify_dataset(
     splitting = Splitting(**drawn) if drawn else None
     spec = RecordSpec.of(info)
     if deep:
+        if info.config["fingerprint"] in spec.config.earlier_fingerprints:
+            raise UsageError(
+                f"--deep makes records again, and {output} was built by a version of beam-nifti that makes "
+                "other records of the same options; use that version, or leave --deep out"
+            )
         _require_function(output, spec.config, preprocess)
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
