@@ -31,6 +31,7 @@ from beam_nifti.inspection.table_checks import (
     check_numbers,
     check_rows,
     compare_rows,
+    failure_rows,
     find_strays,
     frame_rows,
     manifest_rows,
@@ -46,8 +47,8 @@ from beam_nifti.record.dataset_info import (
     FILE_NAME,
     MAX_INFO_BYTES,
     DatasetInfo,
-    failures_path_of,
     path_of,
+    read_failures_list,
     read_info,
 )
 from beam_nifti.record.index import extra_column
@@ -419,20 +420,18 @@ class _Verification:
                 self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
     def _read_failures(self, columns: Columns) -> pa.Table:
-        """Id, labels and split of failed volumes; without rows where they cannot be read."""
+        """Id, labels, split and these cells of failed volumes; without rows where they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
-        found, problems = no_rows(self._spec.config), []
+        found, problems = no_rows(self._spec.config, [*self._cells]), []
         if name is None:
             return found
         path = storage.join(self._output, name)
         try:
-            digest = hashlib.sha256(
-                storage.read(failures_path_of(self._output, self._info, name))
-            ).hexdigest()
-            if self._info.failures_sha256 not in (None, digest):
+            content = read_failures_list(self._output, self._info, name)
+            if self._info.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
-            listed = read_manifest(path, columns, is_list=True)
-            found = manifest_rows(listed, self._spec.config)
+            listed = read_manifest(path, columns, list_content=content)
+            found = failure_rows(listed, self._spec.config, [*self._cells])
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))
             if found.num_rows != count:

@@ -8,6 +8,8 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import pyarrow as pa
+
 from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
@@ -22,6 +24,7 @@ _NUMBER: Final = r"(?<![A-Za-z\d])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![A-Za-z\d])"
 MAX_FAILED_FRAMES: Final = 1 << 22
 """Of the images in a list, whose lines may stand for any number of frames: 1 GB of their rows."""
 
+_PEOPLE: Final = ("participant_id", "session_id")
 _OWN_KEYS: Final = ("row", "stage", "error", "message", "frames")
 
 
@@ -186,7 +189,7 @@ def write_failures(
                 "session_id": row.session_id,
                 "split": row.split,
             }
-            for name in ("participant_id", "session_id"):
+            for name in _PEOPLE:
                 if not cells[name]:
                     del cells[name]
             if columns.has_label_features:
@@ -199,6 +202,21 @@ def write_failures(
 
 def _places(row: VolumeRow, folder: str) -> Sequence[str]:
     return row.pseudonyms or [storage.join(folder, path) for path in row.files]
+
+
+def listed_cells(listed: Manifest, column: str) -> pa.ChunkedArray | None:
+    """A column of the manifest of whose failures a list is; None where the list lacks its cells as they were.
+
+    Args:
+        listed: the file, read as a manifest.
+        column: of the manifest, neither of labels nor the split.
+    """
+    columns = listed.columns
+    if column in columns.files:  # made absolute
+        return None
+    named = {columns.id, *columns.files, *(label.name for label in columns.labels)}
+    key = column if column in _PEOPLE else _extra_key(column, named)
+    return listed.table[key] if key in listed.table.column_names else None
 
 
 def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:

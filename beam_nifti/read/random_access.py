@@ -34,6 +34,7 @@ from beam_nifti.record.example import (
     decode_doubles,
     decode_example,
     decode_tensor,
+    label_feature,
     largest_payload,
     scaling_of,
     split_kind,
@@ -81,7 +82,8 @@ class Dataset:
 
     - "image": float32 of shape (X, Y, Z, 1), or (X, Y, Z, C) where records have C frames or components, in C
       order: the x of `beam_nifti.reader.load_dataset`, bit for bit.
-    - "label": float32, as in the record; NaN in a dataset without labels.
+    - "label": float32, as in the record; NaN in a dataset without labels. Where the first label is a string,
+      there is "label/NAME" instead.
     - "id": str.
     - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+; "zooms": float64 of shape
       (3,), the voxel sizes.
@@ -558,8 +560,31 @@ def _digest(info: DatasetInfo) -> str:
 
 
 def default_columns(info: DatasetInfo) -> tuple[str, ...]:
-    """The columns of a dataset where none are asked for."""
-    return tuple(name for name in _DEFAULT_COLUMNS if info.labelled or name != "label")
+    """The columns of a dataset where none are asked for; of a first label that is a text, its feature."""
+    label = label_feature(info.labels[0].name) if _has_texts(info) else "label"
+    names = (label if name == "label" else name for name in _DEFAULT_COLUMNS)
+    return tuple(name for name in names if info.labelled or name != "label")
+
+
+def check_label(output: str, info: DatasetInfo, columns: Collection[str]) -> None:
+    """Refuse the number of a first label that is a text: it would be NaN, and look like a missing one.
+
+    Args:
+        output: the dataset's folder, for the error.
+        info: of it.
+        columns: that are asked for.
+
+    Raises:
+        UsageError: it is among them.
+    """
+    if "label" in columns and _has_texts(info):
+        known = ", ".join(label_feature(column.name) for column in info.labels)
+        raise UsageError(f"{output}: the first label is a string and no number; choose among {known}")
+
+
+def _has_texts(info: DatasetInfo) -> bool:
+    """Whether the first label is a text."""
+    return bool(info.labels) and info.labels[0].kind == "string"
 
 
 def _select(
@@ -576,7 +601,7 @@ def _select(
         table = table.append_column("id", table["example_id"])
         first = next(iter(info.labels), None)  # of which `label` is the number
         texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
-        if first and first.kind == "string" and "label" in condition.columns:
+        if _has_texts(info) and "label" in condition.columns:
             raise UsageError(
                 f"where is {where!r}, but a label of the kind string is no number; ask {texts['label']}, "
                 "which has the text"
@@ -610,6 +635,7 @@ def _open(
     is_listed = storage.is_remote(output) and storage.can_list(output)
     check_shards(output, shards, set(storage.list_files(output)) if is_listed else None)
     columns = tuple(dict.fromkeys(default_columns(info) if columns is None else columns))
+    check_label(output, info, columns)
     from_index = {name for name in columns if name != "id" and not _has_tensor(name, info)}
     needed = {"example_id", "offset", "length", *(() if info.shape else ["shape"]), *from_index, *asked}
     table = _read_indexes(output, info, shards, needed)
