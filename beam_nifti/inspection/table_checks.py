@@ -184,16 +184,20 @@ def _rows_with(manifest: Manifest, record: RecordConfig, texts: Mapping[str, pa.
     return rows.filter(rows["split"].is_valid())
 
 
-def failure_rows(listed: Manifest, record: RecordConfig, cells: Sequence[str]) -> pa.Table:
+def failure_rows(
+    listed: Manifest, record: RecordConfig, cells: Sequence[str], manifest: Manifest | None, folder: str
+) -> pa.Table:
     """As `manifest_rows`, of failed rows; cells that their list does not have as they were written are null.
 
     Args:
         listed: the list of failures, read as a manifest.
         record: as `manifest_rows`.
-        cells: as `manifest_rows`.
+        cells: as `manifest_rows`; none without a manifest.
+        manifest: that they are to be compared with.
+        folder: what the paths of failed rows were relative to.
     """
     unknown = pa.nulls(len(listed), pa.string())
-    known = {name: listed_cells(listed, name) for name in cells}
+    known = {name: listed_cells(listed, name, manifest, folder) for name in cells if manifest is not None}
     return _rows_with(listed, record, {n: unknown if c is None else c for n, c in known.items()})
 
 

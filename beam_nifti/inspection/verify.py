@@ -382,7 +382,7 @@ class _Verification:
         cells = [*self._cells]
         nothing = no_rows(self._spec.config, cells)
         records = pa.concat_tables([nothing, *(found.rows for found in self._passes)])
-        failures = self._read_failures(columns)
+        failures = self._read_failures(columns, wanted)
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
@@ -419,7 +419,7 @@ class _Verification:
                 named = ", ".join(sorted(names - compared))
                 self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
-    def _read_failures(self, columns: Columns) -> pa.Table:
+    def _read_failures(self, columns: Columns, wanted: Manifest | None) -> pa.Table:
         """Id, labels, split and these cells of failed volumes; without rows where they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
         found, problems = no_rows(self._spec.config, [*self._cells]), []
@@ -431,7 +431,8 @@ class _Verification:
             if self._info.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
             listed = read_manifest(path, columns, list_content=content)
-            found = failure_rows(listed, self._spec.config, [*self._cells])
+            folder = storage.dirname(self._info.manifest["path"])
+            found = failure_rows(listed, self._spec.config, [*self._cells], wanted, folder)
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))
             if found.num_rows != count:

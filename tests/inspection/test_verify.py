@@ -851,6 +851,11 @@ def test_a_changed_cell_of_a_failed_row_is_named_by_its_column(tmp_path: Path, c
     write_manifest(manifest, [*rows[:2], {**rows[2], column: "other"}])
     text = f"1 example has another {column} in the manifest (dataset's, manifest's): sub-0002 (cell 2, other)"
     only(problems(output, manifest=str(manifest)), text)
+    absolute = [{**row, "path": str(folder / row["path"])} for row in rows]
+    write_manifest(manifest, [*rows[:2], absolute[2]])
+    assert problems(output, manifest=str(manifest)) == ()  # the list does not say how a path was written
+    write_manifest(manifest, [*rows[:2], {**rows[2], "path": "other.nii"}])
+    only(problems(output, manifest=str(manifest)), "another path", "sub-0002 (sub-0002.nii.gz, other.nii)")
 
 
 def test_deleted_failures(with_failure: Path) -> None:
