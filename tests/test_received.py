@@ -409,6 +409,29 @@ def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
     assert problems(dataset) == ()
 
 
+def hollow(path: Path) -> None:
+    """A file of a gigabyte, all of it a hole."""
+    path.touch()
+    os.truncate(path, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (hollow, "has more than the 67,108,864"),
+        (os.mkfifo, "is a FIFO, not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a link that leads out"),
+        (lambda path: path.mkdir(), "Is a directory"),
+    ],
+)
+def test_a_description_that_cannot_be_read_is_a_problem(
+    dataset: Path, put: Callable[[Path], None], message: str
+) -> None:
+    put(dataset / "croissant.json")
+    (problem,) = problems(dataset)
+    assert re.search(rf"^croissant\.json: cannot be read: .*{message}", problem)
+
+
 def test_a_file_in_the_place_of_the_card_is_not_read(dataset: Path) -> None:
     (dataset / "README.md").touch()
     os.truncate(dataset / "README.md", 1 << 30)

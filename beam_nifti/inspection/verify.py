@@ -312,10 +312,15 @@ class _Verification:
             # Looked for afterwards: a build that begins in between has made none of the files.
             if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
                 problems += find_strays(files, self._info)
-        description = path_of(self._output, CROISSANT_FILE)
-        if storage.exists(description):
-            content = storage.read_bounded(description, MAX_INFO_BYTES)
-            problems += check_croissant(content, self._info)
+        try:
+            description = path_of(self._output, CROISSANT_FILE)
+            if storage.exists(description):
+                content = storage.read_bounded(description, MAX_INFO_BYTES)
+                problems += check_croissant(content, self._info)
+        except (TimeoutError, ConnectionError):
+            raise
+        except OSError as e:
+            problems.append(f"{CROISSANT_FILE}: cannot be read: {e}; delete it")
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)
 
