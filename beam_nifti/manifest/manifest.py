@@ -297,7 +297,7 @@ def read_manifest(
     pseudonyms: Pseudonyms | None = None,
     *,
     is_of_dataset: bool = False,
-    is_list: bool = False,
+    list_content: bytes | None = None,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -308,14 +308,15 @@ def read_manifest(
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
-        is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
+        list_content: bytes of the file, where it is a dataset's list of failures: that may have pseudonyms in
+            the place of paths.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
     problems = Problems(path)
-    table = read_table(path, _meaningful(columns, splitting), problems)
+    table = read_table(path, _meaningful(columns, splitting), problems, list_content)
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
@@ -334,7 +335,7 @@ def read_manifest(
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
     if table.num_rows == 0:
         problems.add("no rows; a manifest needs a header and at least one image")
-    if not is_list and _has_pseudonyms(table, columns):
+    if list_content is None and _has_pseudonyms(table, columns):
         problems.add(
             "is the list of failures of a dataset with anonymous ids: its paths are pseudonyms, and each "
             "'row' is that of the manifest that the dataset was built from; build these rows of that manifest"

@@ -79,8 +79,8 @@ class BeamFiles(ObjectStore):
                 pieces.abort()
             raise
 
-    def get_version(self, path: str) -> tuple[bytes, str | None]:
-        with self.open(path) as reader:
+    def get_version(self, path: str, size: int) -> tuple[bytes, str | None]:
+        with self.open(path, size) as reader:
             return reader.readall(), None
 
     def begin(self, path: str) -> Pieces:

@@ -414,8 +414,8 @@ class ObjectStore(Store):
         """
 
     @abc.abstractmethod
-    def get_version(self, path: str) -> tuple[bytes, str | None]:
-        """An object whole, and what `put` calls its version; None where the store keeps none."""
+    def get_version(self, path: str, size: int) -> tuple[bytes, str | None]:
+        """The first `size` bytes of an object, and what `put` calls its version; None where it has none."""
 
     @abc.abstractmethod
     def begin(self, path: str) -> Pieces:

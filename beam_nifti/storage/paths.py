@@ -258,14 +258,14 @@ def write(path: str, data: bytes, below: str | None = None) -> None:
         handle.write(data)
 
 
-def read_version(path: str) -> tuple[bytes, str | None]:
-    """The whole of a remote file, and its version for `write_if`; None where the store keeps none.
+def read_version(path: str, size: int) -> tuple[bytes, str | None]:
+    """As `read_head` of a remote file, and its version for `write_if`; None where the store keeps none.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be reached.
     """
-    return writable_store_of(path).get_version(path)
+    return writable_store_of(path).get_version(path, size)
 
 
 def write_if(path: str, data: bytes, version: str | None) -> None:
