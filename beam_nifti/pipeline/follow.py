@@ -16,7 +16,7 @@ from beam_nifti.pipeline.parts import parts_folder
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.pipeline.progress import Meter, show_progress
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.background import in_background
+from beam_nifti.support.process import in_background
 
 REQUESTS_A_MINUTE: Final = 20
 """Most that looking costs, whatever the number of parts: of more parts there are fewer looks."""
@@ -73,7 +73,10 @@ class BuildSight:
         Raises:
             OSError: the storage cannot be reached.
         """
-        parts = self._list_parts()
+        parts = list[str]()
+        # On the local disk there is no folder before the first part, and one in it may just be gone.
+        with contextlib.suppress(FileNotFoundError):
+            parts.extend(storage.list_tree(self._parts, "", 1))
         shards = {f"index/{name}" for name in storage.list_files(storage.join(self._output, "index"))}
         firsts: dict[str, set[int]] = {}
         for path in parts:
@@ -90,14 +93,6 @@ class BuildSight:
                 num_volumes += sum(len(unit) for unit in _begun(units, firsts.get(folder, ())))
         pages = (len(parts) + len(shards)) // _NAMES_A_REQUEST
         return Sighting(num_volumes, num_shards, 2 + pages)
-
-    def _list_parts(self) -> list[str]:
-        found = []
-        # On the local disk there is no folder before the first part, and one in it may just be gone.
-        with contextlib.suppress(FileNotFoundError):
-            for path in storage.list_tree(self._parts, "", 1):
-                found.append(path)
-        return found
 
 
 def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:

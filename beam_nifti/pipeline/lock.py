@@ -15,7 +15,7 @@ from typing import Final
 from beam_nifti.errors import OutputBusyError
 from beam_nifti.storage import disk
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.background import in_background
+from beam_nifti.support.process import in_background
 from beam_nifti.support.strict_json import dump_json
 
 LOCK_FILE: Final = ".lock"
