@@ -61,7 +61,7 @@ class LookAtImages(beam.DoFn):
         for row in rows:
             found, twin = look_at(row, self._folder, self._plan)
             survey.add(found)
-            METER.add(volumes=1 - found.num_bad, failed=found.num_bad)
+            METER.add(volumes=1 - found.bad.num, failed=found.bad.num)
             if twin is not None:
                 yield TaggedOutput(_TWINS, (twin, (row.example_id, row.split)))
         yield survey
@@ -86,15 +86,12 @@ def _write_report(survey: Survey, twins: Iterable[list[tuple[str, str]]], path: 
 
 
 def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = None) -> dict[str, Any]:
-    """Read the headers of a manifest's images.
+    """Read the headers of a manifest's images, and make the report of `survey.make_report`.
 
     Args:
         plan: of the build that they would be part of.
         options: Beam's.
         out: file of the report, within the workers' reach; None where they are this process.
-
-    Returns:
-        `survey.make_report`.
     """
     with ExitStack() as stack:
         path = out or f"{stack.enter_context(tempfile.TemporaryDirectory())}/report.json"

@@ -104,7 +104,7 @@ def checked(config: BuildConfig) -> tuple[int, dict[str, Any]]:
     for row in manifest.rows(manifest.kept_rows().tolist()):
         survey.add(look_at(row, manifest.folder, plan)[0])
     report = make_report(survey, [], plan)
-    code = cli.USAGE if plan.refusal else int(not config.allows_failures(survey.num_bad, survey.num_images))
+    code = cli.USAGE if plan.refusal else int(not config.allows_failures(survey.bad.num, survey.num_images))
     return code, report
 
 
