@@ -75,12 +75,7 @@ def _skip_zeros(data: Bytes, at: int) -> int:
 
 
 def _end_by_decompressing(magic: re.Pattern[bytes], make: Callable[[], Any]) -> Callable[[Bytes], int]:
-    """The `Packing.find_end` of a format whose streams do not give their own length.
-
-    Args:
-        magic: of the format.
-        make: a decompressor of one stream, such as `bz2.BZ2Decompressor`.
-    """
+    """The `Packing.find_end` of a format whose streams do not give their own length."""
 
     def find(data: Bytes) -> int:
         end = start = 0

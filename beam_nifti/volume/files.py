@@ -1,4 +1,8 @@
-"""The files of an image: which they are, and the bytes of its voxels."""
+"""The files of an image: which they are, and the bytes of its voxels.
+
+`name` is the image's path as the manifest says it, for errors; `path` is where it is; and `parse` makes a
+header of the first HEAD_BYTES of what its file holds, before anything large is read or allocated.
+"""
 
 from __future__ import annotations
 
@@ -97,11 +101,6 @@ def stat_image(path: str) -> FileStats:
 def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
     """The header of an image, from the first kilobytes of its file; and what the sizes of its files show.
 
-    Args:
-        name: the image's path in errors.
-        path: of the image.
-        parse: makes a header of the first HEAD_BYTES of what the file holds.
-
     Raises:
         VolumeError: its path cannot be read, or `parse` refuses it, or its voxels cannot be in a file of
             that size.
@@ -135,44 +134,34 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
 
 def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeader) -> None:
     """Refuse an .img file of this size, beginning so, that cannot hold the voxels of its header."""
-    if size < _promised(header) and (what := stand_in(bytes(head[:HEAD_BYTES]))):
+    if size < header.end and (what := stand_in(bytes(head[:HEAD_BYTES]))):
         raise VolumeError(f"{name}: its .img file is {what}")
     if file.lower().endswith(PACKED) and packing_of(head) is None:
         raise VolumeError(f"{name}: its .img file is not compressed as its name says; copy it again")
 
 
-def _promised(header: VolumeHeader) -> int:
-    """Bytes of the file of the voxels, uncompressed, by the header."""
-    return header.offset + header.num_bytes
-
-
-def _most(header: VolumeHeader) -> int:
-    """Bytes at which more than the header promises is proven."""
-    return _promised(header) + header.max_trailing + 1
-
-
 def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") -> None:
     """Refuse a file, uncompressed, that holds less than its header promises, or more."""
-    if size < _promised(header):
+    if size < header.end:
         raise VolumeError(
             f"{name}: truncated: {size} bytes where shape {header.shape} of {header.dtype_name} needs "
-            f"{_promised(header)}{trailing}; copy the file again"
+            f"{header.end}{trailing}; copy the file again"
         )
-    if size >= _most(header):
+    if size >= header.size_limit:
         raise _disowned(name, header)
 
 
 def _refuse_oversized(name: str, size: int, header: VolumeHeader, *, is_packed: bool) -> None:
     """Spare the memory of a large file that its header disowns, such as a wrong download."""
     # What cannot be compressed is stored, by deflate with 5 bytes a block of 16 KiB, by bzip2 with 1 %.
-    allowance = _promised(header) // (50 if is_packed else 1000)
-    if size > _promised(header) + allowance + _LARGE_FILE // 2:
+    allowance = header.end // (50 if is_packed else 1000)
+    if size > header.end + allowance + _LARGE_FILE // 2:
         raise _disowned(name, header)
 
 
 def _disowned(name: str, header: VolumeHeader) -> VolumeError:
     return VolumeError(
-        f"{name}: holds more than the {_promised(header)} bytes that shape {header.shape} of "
+        f"{name}: holds more than the {header.end} bytes that shape {header.shape} of "
         f"{header.dtype_name} needs; repair its header or convert it again"
     )
 
@@ -210,11 +199,6 @@ def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) ->
 @contextlib.contextmanager
 def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
     """Open an image to read its voxels.
-
-    Args:
-        name: the image's path in errors.
-        path: of the image.
-        parse: as for `read_header`. Nothing large is read or allocated before it.
 
     Raises:
         VolumeError: its path cannot be read, or `parse` refuses it, or it is larger than its header says; or,
@@ -260,13 +244,7 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
 
 
 def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
-    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image.
-
-    Args:
-        name: the image's path in errors.
-        data: the .hdr file, or its start.
-        header: what it says.
-    """
+    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image."""
     if header.is_pair or header.offset < header.header_bytes:
         return
     if content_size(name, data, header.offset + 1) > header.offset:
@@ -282,7 +260,7 @@ class Image:
         name: its path in errors.
         handle: of the file of its voxels.
         stats: of its files; that of the voxels is the last.
-        parse: as for `read_header`.
+        parse: makes its header.
         header: of a pair; None where it stands before the voxels.
         file: path of that file: where it says that the file of a pair is packed it has to be, as nothing else
             would tell damage to its first bytes from voxels.
@@ -310,7 +288,7 @@ class Image:
         if header is not None:
             self.header = header
             _check_img(name, file, self._data, self._size, header)
-            if not file.lower().endswith(PACKED) and self._size == self._promised:
+            if not file.lower().endswith(PACKED) and self._size == self.header.end:
                 self._packing = None  # voxels may happen to begin like a packed file
         elif self._packing and not self._is_large:
             self._unpacker = Unpacker(name, self._data, self._packing)
@@ -319,14 +297,6 @@ class Image:
             self.header = parse(unpacked_head(name, self._data, HEAD_BYTES))
         if self._is_large:
             _refuse_oversized(name, self._size, self.header, is_packed=self._packing is not None)
-
-    @property
-    def _promised(self) -> int:
-        return _promised(self.header)
-
-    @property
-    def _most(self) -> int:
-        return _most(self.header)
 
     def _read_start(self) -> bytes:
         """All of a small file, the head of a large one."""
@@ -359,12 +329,12 @@ class Image:
         if self._packing:
             unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
             self._unpacker = None
-            content = unpacker.read(self._promised, self._most)
+            content = unpacker.read(self.header.end, self.header.size_limit)
             _check_size(self._name, len(content), self.header, unpacker.trailing_text)
         else:
             content = memoryview(data)
             _check_size(self._name, len(content), self.header)
-        return content[self.header.offset : self._promised]
+        return content[self.header.offset : self.header.end]
 
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
         """The bytes of single components of frames, each gone with the next one.
@@ -381,7 +351,7 @@ class Image:
         size = self.header.frame_bytes
         if self._packing:
             unpacker = Unpacker(self._name, self._read_rest(), self._packing)
-            unpacker.require(self._promised)
+            unpacker.require(self.header.end)
             reader: Unpacker | BinaryIO = unpacker
         else:
             _check_size(self._name, self._size, self.header)
@@ -402,15 +372,13 @@ class Image:
                 _check_size(self._name, at, self.header, trailing)
             yield buffer
         if isinstance(reader, Unpacker):
-            _check_size(self._name, at + reader.skip(self._most - at), self.header, reader.trailing_text)
+            at += reader.skip(self.header.size_limit - at)
+            _check_size(self._name, at, self.header, reader.trailing_text)
 
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """Turn the error of a path that cannot be read into a VolumeError.
-
-    Args:
-        name: the image's path in errors.
 
     Raises:
         VolumeError: there is no such file, it is a folder, or it may not be read.

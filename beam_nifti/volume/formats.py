@@ -44,11 +44,7 @@ _quiet.propagate = False
 
 @np.errstate(all="ignore")  # numpy warns of a NaN in a field, which is said below
 def parse_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first bytes of an uncompressed image, or of the header of a pair, say.
-
-    Args:
-        name: the image's path, for errors.
-        head: the first HEAD_BYTES of the file, or all of a shorter one.
+    """What the first HEAD_BYTES of an uncompressed image, or of the header of a pair, say.
 
     Raises:
         VolumeError: they are not a header that is known, of a 3-D to 5-D image.
@@ -81,11 +77,10 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         raise VolumeError(f"{name}: expected a 3-D image, got shape {shape}; {remedy}")
     if min(shape) < 1:
         raise VolumeError(f"{name}: shape {shape} has no voxels; leave it out")
-    is_pair = not is_mgh and not getattr(header, "is_single", False)
     if not 0 <= offset <= _MAX_OFFSET:
         where = "before the file" if offset < 0 else "beyond any header extension"
         raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
-    geometry = place_voxels(name, header, sizes, shape)
+    affine, zooms, notes = place_voxels(name, header, sizes, shape)
     scaling = Scaling()
     if slope is not None and not dtype.names:  # NIfTI has no scaling of colours, whatever the fields hold
         scaling = Scaling(float(slope), float(inter or 0.0))
@@ -94,11 +89,11 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         dtype=dtype,
         offset=offset,
         scaling=scaling,
-        affine=geometry.affine,
-        zooms=geometry.zooms,
-        notes=geometry.notes,
+        affine=affine,
+        zooms=zooms,
+        notes=notes,
         is_vector=intent in _VECTOR_INTENTS,
-        is_pair=is_pair,
+        is_pair=not is_mgh and not getattr(header, "is_single", False),
         header_bytes=DATA_OFFSET if is_mgh else kind.sizeof_hdr,
         is_analyze=kind is Spm2AnalyzeHeader,
         max_trailing=_MGH_FOOTER if is_mgh else PADDING_BYTES,

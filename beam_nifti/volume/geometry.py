@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -24,22 +23,6 @@ _ANALYZE_UNITS: Final = {b"": 1.0, b"m": 1e3, b"cm": 10.0, b"mm": 1.0, b"um": 1e
 """Likewise of vox_units."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Geometry:
-    """Where voxels are.
-
-    Attributes:
-        affine: float64 (4, 4), voxel indices to millimetres in RAS+; finite and not singular.
-        zooms: voxel sizes in millimetres. They are the header's own where these are the affine's but for
-            rounding, and those of the affine elsewhere.
-        notes: keys of `notes.TEXTS`.
-    """
-
-    affine: npt.NDArray[np.float64]
-    zooms: tuple[float, float, float]
-    notes: tuple[str, ...] = ()
-
-
 def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
     """The voxel sizes that a header of nibabel's states, float64 (3,); to be asked before `check_fix`.
 
@@ -49,7 +32,9 @@ def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
     return np.abs(np.asarray(sizes, np.float64))
 
 
-def place_voxels(name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]) -> Geometry:
+def place_voxels(
+    name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]
+) -> tuple[npt.NDArray[np.float64], tuple[float, float, float], tuple[str, ...]]:
     """Where a header places its voxels.
 
     The sform counts where it is set, then the qform, then the voxel sizes alone, as in nibabel; one that is
@@ -60,6 +45,11 @@ def place_voxels(name: str, header: Any, sizes: npt.NDArray[np.float64], shape: 
         header: nibabel's, of NIfTI, ANALYZE or MGH, with its defects repaired.
         sizes: of `stated_sizes`.
         shape: (X, Y, Z) or more.
+
+    Returns:
+        The affine, float64 (4, 4), voxel indices to millimetres in RAS+, finite and not singular; voxel sizes
+        in millimetres, which are the header's own where these are the affine's but for rounding, and those
+        of the affine elsewhere; and notes, keys of `notes.TEXTS`.
 
     Raises:
         VolumeError: nothing in the header places the voxels.
@@ -79,7 +69,7 @@ def place_voxels(name: str, header: Any, sizes: npt.NDArray[np.float64], shape: 
     if not np.all(is_unset | (zooms == sizes * unit)):
         notes.append("pixdim-disagrees")
     x, y, z = zooms.tolist()
-    return Geometry(affine, (x, y, z), (*notes, *of_unit))
+    return affine, (x, y, z), (*notes, *of_unit)
 
 
 def _nifti_affine(

@@ -65,7 +65,7 @@ def find_ends(
     scaling: Scaling,
     intensity: Intensity,
     config: RecordConfig,
-    selection: npt.NDArray[np.bool_] | None = None,
+    mask: Voxels | None = None,
 ) -> Ends | None:
     """Which intensities of a volume become 0 and 1.
 
@@ -74,7 +74,7 @@ def find_ends(
         scaling: from stored voxels to the image's units.
         intensity: of all voxels.
         config: says by which method.
-        selection: the voxels, of the same shape, that the method asks; None means all.
+        mask: labels of the voxels, where the configuration asks only those of the mask.
 
     Returns:
         None where the range of the volume says it: for plain minmax, and where nothing is rescaled.
@@ -86,8 +86,9 @@ def find_ends(
     """
     if not config.has_ends:
         return None
-    if selection is not None:
-        voxels = voxels[selection]
+    is_part = config.rescale_within is not None
+    if config.rescale_within is not None:
+        voxels = voxels[select_voxels(voxels, scaling, config.rescale_within, mask)]
         if voxels.size == 0:
             raise VolumeError(
                 f"no voxel is {describe_rule(config.rescale_within)}, so there is nothing that "
@@ -96,9 +97,9 @@ def find_ends(
     if config.method == "window":
         low, high = config.rescale_numbers
     elif config.method == "percentile":
-        low, high = find_percentiles(voxels, scaling, config.rescale_numbers, overwrite=selection is not None)
+        low, high = find_percentiles(voxels, scaling, config.rescale_numbers, overwrite=is_part)
     else:
-        measured = intensity if selection is None else measure(voxels, scaling)
+        measured = measure(voxels, scaling) if is_part else intensity
         low, high = measured.min, measured.max
         if config.method == "zscore":
             low, high = measured.mean, measured.mean + measured.std
@@ -156,15 +157,7 @@ def rescale_voxels(
 ) -> Voxels:
     """Make voxels what a record stores, unless it stores them as they are.
 
-    Args:
-        voxels: as stored in the image, C order, all finite.
-        scaling: from stored voxels to the image's units.
-        intensity: of the volume; within `require_range`.
-        ends: of the volume, by `find_ends`.
-        config: of the record; its `voxel_dtype` is not "native".
-
-    Raises:
-        VolumeError: the volume has no range.
+    `intensity` and `ends` are those of the volume, within `require_range`.
     """
     if ends is not None:
         return rescale_between(voxels, ends, scaling, clip=config.clip, dtype=config.rescaled_dtype)

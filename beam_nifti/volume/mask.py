@@ -32,15 +32,7 @@ _RELATIVE_ERROR: Final = 2.0**-22
 
 
 def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first bytes of a mask say.
-
-    Args:
-        name: its path, for errors.
-        head: as for `parse_header`.
-
-    Raises:
-        VolumeError: they are not the header of a 3-D image of one number a voxel.
-    """
+    """What the first bytes of a mask say, as `parse_header`, if they say that it has one number a voxel."""
     header = parse_header(name, head)
     if len(header.shape) > 3 or header.num_colours > 1 or header.is_complex:
         raise VolumeError(
@@ -51,16 +43,10 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
 
 
 def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[VolumeHeader, Voxels, FileStats]:
-    """Read a mask.
-
-    Args:
-        name: its path, for errors.
-        path: of the file.
-        parse: reads its header, and refuses it where it does not fit the image.
-        dtype: "uint8" or "uint16".
+    """Read a mask; arguments as of `open_image`, and the dtype of its labels.
 
     Returns:
-        Its header; the labels, of that dtype and shape (X, Y, Z), C order; and what its files are.
+        Its header; the labels, of shape (X, Y, Z), C order; and what its files are.
 
     Raises:
         VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.

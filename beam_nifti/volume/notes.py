@@ -39,11 +39,7 @@ def join_notes(notes: Iterable[Iterable[str]]) -> tuple[str, ...]:
 
 
 def warnings_of(counters: Mapping[str, int]) -> Iterator[str]:
-    """A warning for each note that a build has counted.
-
-    Args:
-        counters: by name, others too.
-    """
+    """A warning for each note that is among the counters of a build."""
     for note, text in TEXTS.items():
         if count := counters.get(counter_name(note), 0):
             examples = f"{count:,} example{'' if count == 1 else 's'}"

@@ -24,10 +24,10 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_ends, rescale_voxels, select_voxels
+from beam_nifti.volume.intensity import find_ends, rescale_voxels
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
-from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
+from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, constant_image, measure, require_range
 from beam_nifti.volume.voxels import cut_frame, take_voxels
 
 
@@ -225,14 +225,8 @@ def _parser(
 ) -> ReadHeader:
     """Reads the header of one of an example's files, and refuses it where it has no place in the record.
 
-    Args:
-        row: names the files.
-        number: of the file.
-        record: as for `load_volume`.
-        first: header of the first image, which the others must fit; None for itself.
-        shape: as for `load_volume`.
-        dtype: as for `load_volume`.
-        is_any: whether to accept what a record of another configuration could hold.
+    Other images must fit `first`, the header of the first one. With `is_any` what a record of another
+    configuration could hold is accepted.
     """
     path = row.files[number]
 
@@ -289,13 +283,8 @@ def load_header(
 ) -> VolumeHeader:
     """Read only the headers of an example's files: their first kilobytes.
 
-    Args:
-        row: names the files.
-        folder: as for `load_volume`.
-        record: as for `load_volume`.
-        shape: as for `load_volume`.
-        dtype: as for `load_volume`.
-        is_any: whether to accept what a record of another configuration could hold.
+    Arguments are those of `load_volume`; with `is_any` an image is accepted that a record of another
+    configuration could hold.
 
     Returns:
         That of the first image, with the notes of all.
@@ -360,15 +349,8 @@ def _rescale_image(
     scaling = volume.scaling
     intensity = measure(voxels, scaling)
     if config.method == "minmax" and intensity.min == intensity.max:
-        raise VolumeError(
-            f"all voxels are {intensity.min:g}: a constant image has no range to rescale; "
-            "leave it out, or use --rescale none"
-        )
-    selection = None
-    if config.rescale_within is not None:
-        selection = select_voxels(voxels, scaling, config.rescale_within, volume.mask)
-    ends = find_ends(voxels, scaling, intensity, config, selection)
-    del selection  # it is not needed any more, and as large as the voxels of a mask
+        raise constant_image(intensity.min)
+    ends = find_ends(voxels, scaling, intensity, config, volume.mask)
     if not config.is_bounded:
         require_range(intensity, ends, config.rescaled_dtype)
     if config.voxel_dtype == "native":

@@ -26,12 +26,7 @@ _PARTS: Final[dict[str | None, _Part]] = {
 
 
 def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = None) -> Voxels:
-    """What a record requires of an image's voxels, in C order and native byte order.
-
-    Args:
-        image: open.
-        layout: of the record.
-        complex_part: `RecordConfig.complex`.
+    """What a record of this layout requires of an open image's voxels, in C order and native byte order.
 
     Raises:
         VolumeError: the file is damaged, or does not hold what its header promises.
@@ -59,15 +54,7 @@ def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = N
 def cut_frame(
     content: memoryview, frame: int, header: VolumeHeader, layout: RecordLayout, complex_part: str | None
 ) -> Voxels:
-    """One frame of an image that was read whole, in C order and native byte order.
-
-    Args:
-        content: the bytes of all voxels, as they lie in the file.
-        frame: its number, from 0.
-        header: of the image.
-        layout: of the frame's record.
-        complex_part: `RecordConfig.complex`.
-    """
+    """One frame, by its number from 0, of an image that was read whole: as `take_voxels`."""
     size = header.frame_bytes
     starts = range(frame * size, len(content), header.num_frames * size)
     components = (content[start : start + size] for start in starts)
@@ -91,14 +78,9 @@ def _join_components(
 def _arrange(
     content: memoryview, header: VolumeHeader, rest: tuple[int, ...], layout: RecordLayout, part: _Part | None
 ) -> Voxels:
-    """Voxels as they lie in the file, in C order and native byte order.
+    """Voxels of a record, in C order and native byte order, from their bytes as they lie in the file.
 
-    Args:
-        content: their bytes.
-        header: of the image.
-        rest: lengths of the axes that follow the spatial three.
-        layout: of the record.
-        part: what is made of complex voxels.
+    The axes that follow the spatial three have the lengths `rest`; `part` is what is made of complex voxels.
     """
     if header.dtype.names:  # the colours of a voxel lie side by side
         colours = np.frombuffer(content, np.uint8).reshape((header.num_colours, *header.grid), order="F")
