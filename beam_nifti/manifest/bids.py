@@ -166,7 +166,7 @@ class Records:
         present, has_tables = dict[str, None](), False
         self._of_participant = dict[str, dict[str, _Cells]]()
         root, session_tables, self.notes = _find_tables(study, sessions)
-        if has_content(path := storage.join(root, _PARTICIPANTS)):
+        if _has_content(path := storage.join(root, _PARTICIPANTS)):
             has_tables = True
             found, names = _read_records(path, ("participant_id", "session_id"), columns, self.notes)
             present.update(dict.fromkeys(names))
@@ -176,7 +176,7 @@ class Records:
         self._of_session = dict[str, dict[str, _Cells]]()
         for participant in sorted(session_tables.keys() & sessions):
             path = storage.join(root, session_tables[participant])
-            if not has_content(path):
+            if not _has_content(path):
                 continue
             has_tables = True
             found, names = _read_records(path, ("session_id",), columns, self.notes)
@@ -231,21 +231,17 @@ def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mappin
     above, _, name = study.root.rpartition("/")
     raw = storage.dirname(above)
     is_derivative = bool(name) and above.rpartition("/")[2] == "derivatives"
-    if not is_derivative or study.session_tables or has_content(storage.join(study.root, _PARTICIPANTS)):
+    if not is_derivative or study.session_tables or _has_content(storage.join(study.root, _PARTICIPANTS)):
         return study.root, study.session_tables, []
-    if not has_content(storage.join(raw, _PARTICIPANTS)):
+    if not _has_content(storage.join(raw, _PARTICIPANTS)):
         return study.root, study.session_tables, []
     paths = {participant: f"{participant}/{participant}_sessions.tsv" for participant in participants}
-    tables = {of: path for of, path in paths.items() if has_content(storage.join(raw, path))}
+    tables = {of: path for of, path in paths.items() if _has_content(storage.join(raw, path))}
     return raw, tables, [f"{study.root} has no {_PARTICIPANTS}; the tables of {raw} are used"]
 
 
-def has_content(path: str) -> bool:
-    """Whether a file is there; an error if it is a link to nothing, as git-annex has it.
-
-    Raises:
-        UsageError: it is such a link.
-    """
+def _has_content(path: str) -> bool:
+    """Whether a file is there; an error if it is a link to nothing, as git-annex has it."""
     if what := storage.broken_link(path):
         raise UsageError(f"{path}: {what}")
     return storage.exists(path)

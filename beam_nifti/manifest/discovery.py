@@ -20,7 +20,7 @@ from beam_nifti.manifest.tables import Problems
 from beam_nifti.manifest.twins import find_twins
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import counted, first_few
 
 _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
@@ -84,17 +84,15 @@ def find_bids_images(
     _refuse_same_names(images)
     if not all_images:
         _refuse_several(root, images)
-    copied = dict.fromkeys(columns)
-    labels, cells = list[str](), dict[str, list[str]]()
-    if label is not None or columns:
-        wanted = [*copied, *([label] if label is not None else [])]
-        records = Records(study, wanted, images)
+    copied = {**({} if label is None else {"label": label}), **dict(zip(columns, columns, strict=True))}
+    cells = dict[str, list[str]]()
+    if copied:
+        records = Records(study, copied.values(), images)
         notes += _notes_on_records(records, images)
         if label is not None:
             images, more = _with_label(root, images, records, label)
             notes += more
-            labels = [records.cell(image, label) for image in images]
-        cells = {name: [records.cell(image, name) for image in images] for name in copied}
+        cells = {name: [records.cell(image, column) for image in images] for name, column in copied.items()}
     paths = [storage.join(root, image.path) for image in images]
     storage.require_text(paths)
     notes += _notes_on_content(paths)
@@ -103,10 +101,7 @@ def find_bids_images(
         table["session_id"] = [image.session_id for image in images]
     if all_images:
         table[_IMAGE_ID] = [image.stem for image in images]
-    table["path"] = [_relative(path, folder) for path in paths]
-    if label is not None:
-        table["label"] = labels
-    table |= cells
+    table |= {"path": [path.removeprefix(folder and f"{folder}/") for path in paths], **cells}
     for key, values in _varying(images).items():
         table[f"entity_{key}" if key in _OWN | table.keys() | {"split"} else key] = values
     return FoundImages(pa.table(table), tuple(notes))
@@ -250,7 +245,9 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
     names = sorted({image.participant_id for image in study.images[suffix]}) + list(study.odd_folders)
     twins = [f"{names[i]} and {names[other]}" for i, other in find_twins(pa.array(names))]
     if twins:
-        notes.append(f"possibly one participant with two names: {_listed(twins)}; if so, rename one")
+        notes.append(
+            f"possibly one participant with two names: {first_few(twins, _SHOWN)}; if so, rename one"
+        )
     return notes
 
 
@@ -289,7 +286,7 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
     for of_participant, (sessions, known) in itertools.islice(records.rowless.items(), _SHOWN):
         notes.append(
             f"{_named(sessions, 'session')} of {of_participant} with images, but no row in the tables, "
-            f"which have {_listed(known)}"
+            f"which have {first_few(known, _SHOWN)}"
         )
         notes += _notes_on_twins(sessions, known)
     if len(records.rowless) > _SHOWN:
@@ -304,7 +301,7 @@ def _notes_on_twins(of_images: Iterable[str], of_tables: Iterable[str]) -> list[
     """A note on ids that are probably meant to be the same."""
     known = {_bare(name): name for name in of_tables}
     twins = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
-    note = f"possibly the same id in table and image name: {_listed(twins)}; ids must match exactly"
+    note = f"possibly the same id in table and image name: {first_few(twins, _SHOWN)}; ids must match exactly"
     return [note] if twins else []
 
 
@@ -331,15 +328,7 @@ def _described_stand_in(path: str) -> str | None:
 
 def _named(names: Sequence[str], noun: str) -> str:
     """A count and the first few: `4 images (sub-01_T1w, …)`."""
-    return f"{counted(len(names), noun)} ({_listed(names)})"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-
-
-def _relative(path: str, folder: str) -> str:
-    return path.removeprefix(f"{folder}/") if folder else path
+    return f"{counted(len(names), noun)} ({first_few(names, _SHOWN)})"
 
 
 def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bool = False) -> FoundImages:
@@ -364,7 +353,7 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
             table["session_id"] = sessions
         if not all_images:
             _refuse_repeated(paths, participants, sessions)
-    found = [_relative(path, folder) for path in paths]
+    found = [path.removeprefix(folder and f"{folder}/") for path in paths]
     if all_images:
         table[_IMAGE_ID] = [stem_of(path) or path for path in found]
     table["path"] = found

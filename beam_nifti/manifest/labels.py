@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Final
@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
-from beam_nifti.manifest.tables import Problems
+from beam_nifti.manifest.tables import Problems, strings
 from beam_nifti.manifest.twins import LIKENESS, find_twins
 from beam_nifti.support.cells import is_missing, parse_number
-from beam_nifti.support.wording import one_line
+from beam_nifti.support.wording import first_few, one_line
 
 NO_CLASS: Final = -1
 """Number of the class of a row that has none."""
@@ -55,9 +55,6 @@ _FLOAT32_ERROR: Final = Decimal(2) ** -24
 
 _SHOWN: Final = 3
 """Rows and classes named in a warning."""
-
-_BATCH: Final = 1 << 14
-"""Cells that are Python strings at a time."""
 
 LabelValue = float | int | str
 
@@ -120,7 +117,7 @@ def read_labels(
     is_number = np.isfinite(numbers)
     remedy = ""
     if column.kind is None:
-        are_numeric = [_is_numeric(text) for text in _strings(texts.filter(pa.array(~lacks)))]
+        are_numeric = [_is_numeric(text) for text in strings(texts.filter(pa.array(~lacks)))]
         kind = ("float" if any(are_numeric) else "class") if are_numeric else default
         if kind is None:
             problems.add(
@@ -173,7 +170,7 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
 
 def name_classes(classes: Sequence[str], most: int) -> str:
     """Classes for people to read: the first ones, where there are more than `most`."""
-    return ", ".join(map(one_line, classes[:most])) + (", …" if len(classes) > most else "")
+    return first_few([one_line(name) for name in classes], most)
 
 
 def number_of(label: LabelValue) -> float | None:
@@ -190,16 +187,11 @@ def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
 
 
 def _find_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
-    return np.fromiter(map(is_missing, _strings(texts)), np.bool_, len(texts))
+    return np.fromiter(map(is_missing, strings(texts)), np.bool_, len(texts))
 
 
 def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
-    return np.fromiter(map(parse_label, _strings(texts)), np.float64, len(texts))
-
-
-def _strings(texts: pa.Array) -> Iterator[str]:
-    for start in range(0, len(texts), _BATCH):
-        yield from texts.slice(start, _BATCH).to_pylist()
+    return np.fromiter(map(parse_label, strings(texts)), np.float64, len(texts))
 
 
 def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
@@ -259,10 +251,9 @@ def _warn_of_rounding(
     if rows.size:
         first = int(codes[rows[0]])
         stored = _stored(numbers[first])
-        shown = ", ".join(str(row + 1) for row in rows[:_SHOWN]) + (", …" if rows.size > _SHOWN else "")
-        others = (
-            f"{rows.size:,} labels are affected (rows {shown})" if rows.size > 1 else "no other is affected"
-        )
+        others = "no other is affected"
+        if rows.size > 1:
+            others = f"{rows.size:,} labels are affected (rows {first_few((rows + 1).tolist(), _SHOWN)})"
         problems.warn(
             f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, but records store float32, which rounds "
             f"it to {f'{stored:f}' if abs(stored) > 1 else f'{stored:.6g}'}; {others}. To store "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import unquote
@@ -10,8 +10,9 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from beam_nifti.config import Columns
 from beam_nifti.manifest.image_names import ENDING
-from beam_nifti.manifest.tables import Problems
+from beam_nifti.manifest.tables import Problems, strings
 from beam_nifti.manifest.twins import fold
 from beam_nifti.support.cells import MISSING_TEXTS
 
@@ -29,12 +30,9 @@ _LONG_NUMBER: Final = f"^[0-9]{{{_LEAST_DIGITS},}}$"
 
 _REMEDY: Final = "which --anonymous-ids does not replace there; drop the column, or replace its values"
 
-_BATCH: Final = 1 << 14
-"""Rows that are Python strings at a time."""
-
 
 @dataclass(frozen=True)
-class Names:
+class _Names:
     """The names in a column for which pseudonyms stand, and by what other columns would tell them.
 
     Attributes:
@@ -56,7 +54,7 @@ class Names:
     words: tuple[pa.Array, ...]
 
     @classmethod
-    def of(cls, texts: pa.Array, kind: Kind) -> Names:
+    def of(cls, texts: pa.Array, kind: Kind) -> _Names:
         """The names of a column."""
         encoded, none = texts.dictionary_encode(), pa.array([], pa.string())
         known = encoded.dictionary
@@ -92,19 +90,33 @@ class Names:
         )
 
 
-def refuse_names(column: str, cells: pa.Array, names: Sequence[Names], problems: Problems) -> None:
+def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
+    """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for.
+
+    Raises:
+        ManifestError: there are such columns; it does not show the names.
+    """
+    kinds: dict[str | None, Kind] = {columns.id: "id", "participant_id": "id", "session_id": "session"}
+    kinds |= dict.fromkeys(columns.files, "path")
+    at = {name: number for number, name in enumerate(table.column_names, 1)}
+    names = [
+        _Names.of(table[n].combine_chunks(), kind) for n, kind in kinds.items() if n is not None and n in at
+    ]
+    kept = [(number, name) for name, number in at.items() if name not in kinds]
+    _refuse_headers(kept, names, problems)
+    problems.stop()  # what is found later may show names of columns
+    for _, column in kept:
+        _refuse_names(column, table[column].combine_chunks(), names, problems)
+    problems.stop()  # what is found later may show cells
+
+
+def _refuse_names(column: str, cells: pa.Array, names: Sequence[_Names], problems: Problems) -> None:
     """Refuse a column that would give names away where pseudonyms stand for them.
 
     That is one with a cell that is one of the names, or the name of an image's file, however spelled, or has
     that of its own row in it as a word; or with the names in every row. What may be chance is a warning:
     short numbers in every row, short names of files, and names of sessions without a digit. Other short
     names, and numbers of other rows, are not noticed.
-
-    Args:
-        column: that is written as it is.
-        cells: of the column.
-        names: that are not to be written.
-        problems: where to report; without the names.
     """
     what = "the name of a participant, a session or an image"
     spellings = _Spellings(cells)
@@ -123,14 +135,8 @@ def refuse_names(column: str, cells: pa.Array, names: Sequence[Names], problems:
             return
 
 
-def refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[Names], problems: Problems) -> None:
-    """Refuse columns that are called by a name for which pseudonyms stand.
-
-    Args:
-        columns: number, from 1, and name of each column that is written as it is.
-        names: that are not to be written.
-        problems: where to report; without the names.
-    """
+def _refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[_Names], problems: Problems) -> None:
+    """Refuse columns, given by number, that are called by a name for which a pseudonym stands."""
     for number, column in columns:
         header = pa.array([column])
         is_number = pc.match_substring_regex(header, _LONG_NUMBER)[0].as_py()
@@ -162,7 +168,7 @@ class _Spellings:
         return self.first(pc.or_(pc.or_(is_known[0], is_known[1]), is_known[2]))
 
 
-def _find_copy(cells: pa.Array, spellings: _Spellings, names: Names) -> int | None:
+def _find_copy(cells: pa.Array, spellings: _Spellings, names: _Names) -> int | None:
     """The first row whose cell surely has a name in it."""
     is_file = pc.match_substring_regex(spellings.texts, _ENDING)
     is_of_file = pc.and_(is_file, pc.is_in(spellings.keys, value_set=names.files))
@@ -178,13 +184,13 @@ def _find_copy(cells: pa.Array, spellings: _Spellings, names: Names) -> int | No
     if any(row is not None for row in found):
         return min(row for row in found if row is not None)
     for words in names.words:
-        for number, (cell, word) in enumerate(zip(_strings(cells), _strings(words), strict=True)):
+        for number, (cell, word) in enumerate(zip(strings(cells), strings(words), strict=True)):
             if word and len(word) <= len(cell) and _has_word(cell, word):
                 return number
     return None
 
 
-def _copies_all(spellings: _Spellings, names: Names) -> bool | None:
+def _copies_all(spellings: _Spellings, names: _Names) -> bool | None:
     """Whether the names that are all cells with a value are more than short numbers; None if they are not."""
     is_missing = pc.is_in(spellings.folded, value_set=pa.array(MISSING_TEXTS)).take(spellings.rows)
     told, own = (
@@ -198,7 +204,7 @@ def _copies_all(spellings: _Spellings, names: Names) -> bool | None:
 def _base(texts: pa.Array) -> pa.Array:
     """The name of the file that a text may be the path of, without an image's ending."""
     if pc.any(pc.match_substring(texts, "%")).as_py():
-        texts = pa.array([unquote(text) for text in _strings(texts)], pa.string())
+        texts = pa.array([unquote(text) for text in strings(texts)], pa.string())
     texts = pc.replace_substring_regex(texts, r"(?s)^.*[/\\]([^/\\])", r"\1")
     return pc.replace_substring_regex(texts, _ENDING, "")
 
@@ -231,11 +237,6 @@ def _words(texts: pa.Array, least: int = _LEAST_LETTERS) -> pa.Array:
     """The texts that are long enough to be looked for in others, "" in the place of the rest."""
     needed = pc.if_else(pc.match_substring_regex(texts, _NUMBER), _LEAST_DIGITS, least)
     return pc.if_else(pc.greater_equal(pc.utf8_length(texts), needed), texts, "")
-
-
-def _strings(texts: pa.Array) -> Iterator[str]:
-    for start in range(0, len(texts), _BATCH):
-        yield from texts.slice(start, _BATCH).to_pylist()
 
 
 def _has_word(text: str, word: str) -> bool:

@@ -54,14 +54,7 @@ def find_twins(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[in
     return [(int(rows[i]), int(rows[first[i]])) for i in twins]
 
 
-def warn_of_names(
-    what: str,
-    names: pa.Array,
-    problems: Problems,
-    folded: pa.Array | None = None,
-    *,
-    is_anonymous: bool = False,
-) -> None:
+def warn_of_names(what: str, names: pa.Array, problems: Problems, folded: pa.Array | None = None) -> None:
     """Warn of names that are probably one, and of names that a spreadsheet has rewritten.
 
     Args:
@@ -69,33 +62,33 @@ def warn_of_names(
         names: one per row.
         problems: where to warn.
         folded: as for `find_twins`; for names that are made of others, which are checked by themselves.
-        is_anonymous: whether warnings must not hold the names.
     """
     twins = find_twins(names, folded)
     for row, other in twins[:_SHOWN]:
-        problems.warn(
-            f"{_twin_text(what, names, row, other, is_anonymous)}; if they are the same, spell them alike"
-        )
+        text = _twin_text(what, names, row, other, problems)
+        problems.warn(f"{text}; if they are the same, spell them alike")
     if len(twins) > _SHOWN:
         problems.warn(
             f"in all, {len(twins):,} different values of {what} differ from an earlier one only in this way"
         )
     at = pc.index(pc.match_substring_regex(names, _REWRITTEN), True).as_py()
     if at >= 0 and folded is None:
-        shown = "" if is_anonymous else f" {names[at]}"
+        shown = "" if problems.hides_names else f" {names[at]}"
         problems.warn(
             f"row {at + 1}: its {what}{shown} looks like a number that a spreadsheet or pandas has "
             "rewritten; store ids as text"
         )
 
 
-def refuse_twins(names: pa.Array, problems: Problems, *, is_anonymous: bool = False) -> None:
+def refuse_twins(names: pa.Array, problems: Problems) -> None:
     """Make problems of names that are probably one, where each would be drawn a split of its own."""
     for row, other in find_twins(names):
-        text = _twin_text("name", names, row, other, is_anonymous)
+        text = _twin_text("name", names, row, other, problems)
         problems.add(f"{text}, and --split would treat them as two; spell them alike, or rename one")
 
 
-def _twin_text(what: str, names: pa.Array, row: int, other: int, is_anonymous: bool) -> str:
-    name, resembled = ("", " that") if is_anonymous else (f" {names[i].as_py()!r}" for i in (row, other))
+def _twin_text(what: str, names: pa.Array, row: int, other: int, problems: Problems) -> str:
+    name, resembled = "", " that"
+    if not problems.hides_names:
+        name, resembled = (f" {names[i].as_py()!r}" for i in (row, other))
     return f"row {row + 1}: its {what}{name} differs from{resembled} of row {other + 1} {LIKENESS}"

@@ -159,11 +159,7 @@ def _num_shards(layout: Layout) -> int:
 
 
 def require_current(output: str, identity: str) -> BuildNote:
-    """The note of the build that has an output.
-
-    Args:
-        output: of the build that asks.
-        identity: of that build.
+    """The note of the build with this identity, which an output must be that of.
 
     Raises:
         OutputBusyError: the output is another build's by now. A cluster's job can outlive its launcher, whose

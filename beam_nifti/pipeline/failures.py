@@ -115,12 +115,7 @@ def _group(failures: Sequence[_Words]) -> FailureGroup:
 
 
 def format_groups(groups: Sequence[FailureGroup], num_failed: int) -> list[str]:
-    """A line for each reason, and one for those that are not among them.
-
-    Args:
-        groups: of `group_failures`.
-        num_failed: all volumes that failed.
-    """
+    """A line for each of the most frequent reasons, and one for those that are not among them."""
     lines = []
     for group in groups:
         more = group.num_images - len(group.examples)
@@ -202,11 +197,7 @@ def _places(row: VolumeRow, folder: str) -> Sequence[str]:
 
 
 def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
-    """Which frames of its image each line of a list of failures is about.
-
-    Args:
-        listed: the file, read as a manifest.
-        num_frames: of an image.
+    """Which frames of its image, which has `num_frames`, each line of a list of failures is about.
 
     Raises:
         ManifestError: a cell is no list of frames, or there are too many.
