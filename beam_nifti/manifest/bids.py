@@ -23,9 +23,7 @@ MISSING: Final = "n/a"
 _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 """Paths of images in a study, such as sub-01/ses-01/anat/NAME."""
 
-_LISTED_DEPTH: Final = 6
-"""Folders that are listed, to find images that lie deeper."""
-
+_LISTED_DEPTH: Final = 6  # folders that are listed, to find images that lie deeper
 _PARTICIPANTS: Final = "participants.tsv"
 _PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
 

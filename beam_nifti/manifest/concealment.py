@@ -23,12 +23,8 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
-_FOLDER: Final = "…"
-"""Stands for a folder."""
-
-_SHORTEST: Final = 3
-"""Letters of a name that is replaced also where nothing says that it is part of a path."""
-
+_FOLDER: Final = "…"  # stands for a folder
+_SHORTEST: Final = 3  # letters of a name that is replaced also where nothing says that it is part of a path
 _SHORTEST_ID: Final = 4
 """The same of an id, of letters or digits alone: "1" and "all" are words of messages, too."""
 

@@ -26,12 +26,8 @@ _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
 """Columns that are not copied from a study's tables."""
 
-_POINTER_BYTES: Final = 1 << 10
-"""Most bytes of a file that may be a pointer to another one."""
-
-_SHOWN: Final = 3
-"""Names in a note that concerns many."""
-
+_POINTER_BYTES: Final = 1 << 10  # most bytes of a file that may be a pointer to another one
+_SHOWN: Final = 3  # names in a note that concerns many
 _PARTICIPANT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9+]+)(?=[/_.])")
 _SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9+]+)(?=[/_.])")
 

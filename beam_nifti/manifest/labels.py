@@ -44,17 +44,12 @@ _NUMBER_LIKE: Final = re.compile(r"[+-]?\s*\d+([.,]\d+|[\s'’]\d{3}(?!\d))*\s*%
 _MINUS: Final = re.compile("[\u2010-\u2015\u2212]")
 """What documents write in the place of a minus sign: hyphens, dashes and the sign of mathematics."""
 
-_FLOAT32_INTEGERS: Final = 1 << 24
-"""Up to which float32 has every integer."""
-
-_FLOAT32_NORMAL: Final = 2.0**-126
-"""Below which float32 has fewer digits, down to none."""
-
+_FLOAT32_INTEGERS: Final = 1 << 24  # up to which float32 has every integer
+_FLOAT32_NORMAL: Final = 2.0**-126  # below which float32 has fewer digits, down to none
 _FLOAT32_ERROR: Final = Decimal(2) ** -24
 """By which fraction of itself rounding to float32 changes a number, at most, where it has all digits."""
 
-_SHOWN: Final = 3
-"""Rows and classes named in a warning."""
+_SHOWN: Final = 3  # rows and classes named in a warning
 
 LabelValue = float | int | str
 

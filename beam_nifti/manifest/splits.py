@@ -21,9 +21,7 @@ from beam_nifti.storage import paths as storage
 
 DEFAULT_SPLIT: Final = "train"
 
-_POINTS: Final = 1 << 64
-"""Every participant has a point below it, and a split takes its share of them."""
-
+_POINTS: Final = 1 << 64  # every participant has a point below it, and a split takes its share of them
 _GOLDEN_STEP: Final = np.uint64(0x9E3779B97F4A7C15)
 """_POINTS divided by the golden ratio. The multiples of it, modulo _POINTS, are spread evenly however far one
 counts, and keep in step with nothing that repeats in a manifest. Source: Knuth, The Art of Computer

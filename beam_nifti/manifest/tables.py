@@ -32,9 +32,7 @@ MAX_PROBLEMS: Final = 20
 BATCH_ROWS: Final = 1 << 13
 """Rows that are held as Python objects at a time."""
 
-_HEAD_BYTES: Final = 1 << 10
-"""Of a file, by which it is told from a pointer to another one."""
-
+_HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
 

@@ -16,8 +16,7 @@ LIKENESS: Final = "only in letter case, quotes, spaces, leading zeros or the Uni
 _REWRITTEN: Final = r"^[0-9]+\.0+$|^[0-9](\.[0-9]+)?[eE]\+[0-9]+$"
 """Numbers as spreadsheets and pandas rewrite ids: 7.0 in the place of 7, 1.23E+11 in that of 123456789012."""
 
-_SHOWN: Final = 3
-"""Twins that are named in warnings."""
+_SHOWN: Final = 3  # twins that are named in warnings
 
 
 def fold(names: pa.Array) -> pa.Array:

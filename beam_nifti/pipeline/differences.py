@@ -19,9 +19,7 @@ from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, first_few, one_line
 
-_SHOWN_CLASSES: Final = 20
-"""Named where the classes of a label are not those of the dataset."""
-
+_SHOWN_CLASSES: Final = 20  # named where the classes of a label are not those of the dataset
 _SHOWN_ROWS: Final = 5
 
 _SAID_OTHERWISE: Final = frozenset({"fingerprint", "channels"})

@@ -22,8 +22,7 @@ REQUESTS_A_MINUTE: Final = 20
 """Most that looking costs, whatever the number of parts: of more parts there are fewer looks."""
 
 _PAUSE_AFTER_ERROR: Final = 60.0
-_NAMES_A_REQUEST: Final = 1000
-"""Of S3 and Cloud Storage."""
+_NAMES_A_REQUEST: Final = 1000  # of S3 and Cloud Storage
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from beam_nifti.support.strict_json import dump_json
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0
-_STALE_SECONDS: Final = 180.0
-"""A lease that was not renewed for so long belongs to a dead build."""
+_STALE_SECONDS: Final = 180.0  # a lease that was not renewed for so long belongs to a dead build
 
 _held: dict[str, str] = {}
 """Tokens of the leases of this process, by their paths."""

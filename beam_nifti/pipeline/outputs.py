@@ -12,12 +12,8 @@ from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, FILE_NAME, is_failures_file
 from beam_nifti.storage import paths as storage
 
-_FOLDERS: Final = ("index", ".build")
-"""Folders of a dataset, all of whose files are its own."""
-
-_DEPTH: Final = 4
-"""Of the files of a dataset: a part is in .build/FINGERPRINT/SHARD."""
-
+_FOLDERS: Final = ("index", ".build")  # folders of a dataset, all of whose files are its own
+_DEPTH: Final = 4  # of the files of a dataset: a part is in .build/FINGERPRINT/SHARD
 _FILES: Final = (FILE_NAME, LOCK_FILE, CARD_FILE, CROISSANT_FILE)
 _SHARD: Final = re.compile(r".+\.tfrecord(\.gz)?")
 

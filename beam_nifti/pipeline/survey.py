@@ -26,18 +26,14 @@ from beam_nifti.volume.volume import load_header
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
 
-_HEAD_BYTES: Final = 1 << 16
-"""Of a file, by which suspected twins are told, together with its size."""
-
+_HEAD_BYTES: Final = 1 << 16  # of a file, by which suspected twins are told, together with its size
 _PROCESS_BYTES: Final = 0.3e9
 """What a worker process takes before it loads anything. Source: docs/large-volumes.md."""
 
 _COPIES: Final = 2
 """Of a volume that a thread holds at a time. Source: docs/large-volumes.md."""
 
-_SHOWN: Final = 5
-"""Lines of a kind that a table shows."""
-
+_SHOWN: Final = 5  # lines of a kind that a table shows
 _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
     "shapes": lambda kind: size_text(kind.shape),
     "spacings": lambda kind: size_text(kind.zooms),

@@ -71,8 +71,7 @@ _REFUSING_GRPC: Final = frozenset(
 
 _FRAME = re.compile(r'\s*File ".*", line \d+, in ')
 _ERROR = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?=:|$| \[while running)")
-_STEP = re.compile(r" \[while running '[^']*'\]")
-"""What Beam puts behind a message."""
+_STEP = re.compile(r" \[while running '[^']*'\]")  # what Beam puts behind a message
 _ERRNO = re.compile(r"\[Errno (\d+)")
 _DIRECT_CAUSE: Final = "The above exception was the direct cause of the following exception:"
 _END_OF_ERROR = re.compile(r"\s+at [\w.$]+\(|Traceback |Caused by: ")

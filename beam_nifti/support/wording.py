@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}
-"""Verbs in the singular."""
-
+_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}  # verbs in the singular
 _CONTROL: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )

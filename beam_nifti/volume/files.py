@@ -26,17 +26,12 @@ ReadHeader = Callable[[bytes], VolumeHeader]
 FileStats = tuple[storage.Stat, ...]
 """Of an image: of its one file, or of the header and the voxels of a pair."""
 
-_LARGE_FILE: Final = 64 << 20
-"""Bytes of a file from which on its header is looked at before the rest is read."""
-
+_LARGE_FILE: Final = 64 << 20  # bytes of a file from which on its header is looked at before the rest is read
 _HEAD_OF_FILE: Final = 1 << 16
 """Bytes of a file in which its header is looked for, unless its packing needs more of them."""
 
-_LARGEST_HALF: Final = 1 << 20
-"""Bytes of the header's file of a pair."""
-
-_LARGEST_HEADER: Final = 64 << 20
-"""Bytes of a header and its extensions."""
+_LARGEST_HALF: Final = 1 << 20  # bytes of the header's file of a pair
+_LARGEST_HEADER: Final = 64 << 20  # bytes of a header and its extensions
 
 
 @dataclass(frozen=True, slots=True)

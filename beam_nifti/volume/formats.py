@@ -22,9 +22,7 @@ from beam_nifti.volume.rescale import Scaling
 HEAD_BYTES: Final = 544
 """Enough for every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
 
-_MAX_OFFSET: Final = 64 << 20
-"""Largest start of the voxels: header and its extensions."""
-
+_MAX_OFFSET: Final = 64 << 20  # largest start of the voxels: header and its extensions
 _MGH_MAGIC: Final = b"\x00\x00\x00\x01"
 _MGH_FOOTER: Final = 1 << 20
 """Most bytes of an MGH footer: commands that made the image, and a table of colours."""
@@ -34,8 +32,7 @@ _VECTOR_INTENTS: Final = frozenset([1004, 1005, 1006, 1007])
 
 _CIFTI_INTENTS: Final = range(3000, 3100)
 
-_NIFTI1: Final = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}
-"""By magic string."""
+_NIFTI1: Final = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}  # by magic string
 
 _quiet = logging.getLogger(f"{__name__}.nibabel")
 _quiet.addHandler(logging.NullHandler())

@@ -16,11 +16,14 @@ from beam_nifti.volume.grid import SAME_PLACE, Grid, agreed_zooms, is_usable
 _NIFTI_UNITS: Final = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres in the units of xyzt_units: unknown, metre, millimetre, micrometre. Source: nifti1.h."""
 
-_SPATIAL: Final = 7
-"""Bits of xyzt_units that have the spatial unit."""
-
-_ANALYZE_UNITS: Final = {b"": 1.0, b"m": 1e3, b"cm": 10.0, b"mm": 1.0, b"um": 1e-3}
-"""Likewise of vox_units."""
+_SPATIAL: Final = 7  # bits of xyzt_units that have the spatial unit
+_ANALYZE_UNITS: Final = {
+    b"": 1.0,
+    b"m": 1e3,
+    b"cm": 10.0,
+    b"mm": 1.0,
+    b"um": 1e-3,
+}  # millimetres in those of vox_units
 
 
 def stated_sizes(header: Any) -> npt.NDArray[np.float64]:

@@ -22,8 +22,7 @@ from beam_nifti.volume.rescale import (
     rescale_minmax,
 )
 
-_CHUNK: Final = 1 << 17
-"""Voxels that are selected or counted at a time."""
+_CHUNK: Final = 1 << 17  # voxels that are selected or counted at a time
 
 
 def describe_rule(rule: str | None) -> str:

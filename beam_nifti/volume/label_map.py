@@ -9,8 +9,7 @@ import numpy as np
 
 from beam_nifti.volume.rescale import Voxels
 
-_CHUNK: Final = 1 << 16
-"""Voxels that are counted at a time."""
+_CHUNK: Final = 1 << 16  # voxels that are counted at a time
 
 
 def labels_of(mask: Voxels) -> list[int]:

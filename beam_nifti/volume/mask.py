@@ -15,18 +15,12 @@ from beam_nifti.volume.header import VolumeHeader, record_layout
 from beam_nifti.volume.rescale import Scaling, Voxels
 from beam_nifti.volume.voxels import take_voxels
 
-_RECORD: Final = RecordConfig()
-"""By which the voxels of a mask are loaded: as they are in the file."""
-
-_CHUNK: Final = 1 << 16
-"""Voxels that are looked at at a time."""
-
+_RECORD: Final = RecordConfig()  # by which the voxels of a mask are loaded: as they are in the file
+_CHUNK: Final = 1 << 16  # voxels that are looked at at a time
 _LARGEST_STEP: Final = 1 / 8
 """Between two stored integers, up to which the value nearest to a label may stand for it."""
 
-_LARGEST_ERROR: Final = _LARGEST_STEP / 2
-"""Distance from a whole number that is taken for rounding at most."""
-
+_LARGEST_ERROR: Final = _LARGEST_STEP / 2  # distance from a whole number that is taken for rounding at most
 _RELATIVE_ERROR: Final = 2.0**-22
 """Of slope, intercept, and arithmetic in float32: two units in the last place of its 24 bits."""
 

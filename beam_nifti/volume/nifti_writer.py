@@ -20,8 +20,7 @@ _ALIGNED: Final = 2
 _MAX_NIFTI1_AXIS: Final = 2**15 - 1
 _GZIP_LEVEL: Final = 2
 _GZIP_WBITS: Final = 31
-_ZOOMS_TOLERANCE: Final = 1e-4
-"""Relative; beyond it a header's voxel sizes are not those of its affine."""
+_ZOOMS_TOLERANCE: Final = 1e-4  # relative; beyond it a header's voxel sizes are not those of its affine
 
 
 def write_nifti(

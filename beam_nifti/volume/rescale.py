@@ -23,10 +23,8 @@ UINT8_LEVELS: Final = 255
 """What 1.0 is stored as in uint8."""
 
 Voxels = npt.NDArray[Any]
-_CHUNK: Final = 1 << 15
-"""Voxels a chunk of float64 arithmetic: 256 KiB, which stays in a core's cache."""
-_FLOAT32_EXACT: Final = 1 << 24
-"""Integers up to here are exact in float32."""
+_CHUNK: Final = 1 << 15  # voxels a chunk of float64 arithmetic: 256 KiB, which stays in a core's cache
+_FLOAT32_EXACT: Final = 1 << 24  # integers up to here are exact in float32
 
 
 @dataclass(frozen=True, slots=True)
