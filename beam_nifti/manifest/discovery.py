@@ -16,8 +16,8 @@ from beam_nifti.errors import UsageError
 from beam_nifti.manifest.bids import MISSING, BidsImage, Records, Study
 from beam_nifti.manifest.image_names import drop_second_halves, stem_of
 from beam_nifti.manifest.labels import parse_label
+from beam_nifti.manifest.lookalikes import find_lookalikes
 from beam_nifti.manifest.tables import Problems
-from beam_nifti.manifest.twins import find_twins
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.wording import counted, first_few
@@ -239,10 +239,10 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
     if odd := study.odd_folders:
         notes.append(f"not used: {_named(odd, 'folder')}; folders of participants are named sub-LABEL")
     names = sorted({image.participant_id for image in study.images[suffix]}) + list(study.odd_folders)
-    twins = [f"{names[i]} and {names[other]}" for i, other in find_twins(pa.array(names))]
-    if twins:
+    lookalikes = [f"{names[i]} and {names[other]}" for i, other in find_lookalikes(pa.array(names))]
+    if lookalikes:
         notes.append(
-            f"possibly one participant with two names: {first_few(twins, _SHOWN)}; if so, rename one"
+            f"possibly one participant with two names: {first_few(lookalikes, _SHOWN)}; if so, rename one"
         )
     return notes
 
@@ -278,13 +278,13 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
         notes.append(f"{_named(unknown, 'participant')} with images, but not in participants.tsv")
     if without:
         notes.append(f"{_named(without, 'participant')} in participants.tsv, but with no such image")
-    notes += _notes_on_twins(unknown, without)
+    notes += _notes_on_lookalikes(unknown, without)
     for of_participant, (sessions, known) in itertools.islice(records.rowless.items(), _SHOWN):
         notes.append(
             f"{_named(sessions, 'session')} of {of_participant} with images, but no row in the tables, "
             f"which have {first_few(known, _SHOWN)}"
         )
-        notes += _notes_on_twins(sessions, known)
+        notes += _notes_on_lookalikes(sessions, known)
     if len(records.rowless) > _SHOWN:
         notes.append(f"the same of {len(records.rowless) - _SHOWN} other participants")
     if records.imageless:
@@ -293,12 +293,12 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
     return notes
 
 
-def _notes_on_twins(of_images: Iterable[str], of_tables: Iterable[str]) -> list[str]:
+def _notes_on_lookalikes(of_images: Iterable[str], of_tables: Iterable[str]) -> list[str]:
     """A note on ids that are probably meant to be the same."""
     known = {_bare(name): name for name in of_tables}
-    twins = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
-    note = f"possibly the same id in table and image name: {first_few(twins, _SHOWN)}; ids must match exactly"
-    return [note] if twins else []
+    lookalikes = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
+    note = f"possibly the same id in table and image name: {first_few(lookalikes, _SHOWN)}; ids must match exactly"
+    return [note] if lookalikes else []
 
 
 def _bare(name: str) -> str:

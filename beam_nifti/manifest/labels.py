@@ -20,8 +20,8 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
+from beam_nifti.manifest.lookalikes import LIKENESS, find_lookalikes
 from beam_nifti.manifest.tables import Problems, strings
-from beam_nifti.manifest.twins import LIKENESS, find_twins
 from beam_nifti.support.cells import is_missing, parse_number
 from beam_nifti.support.wording import first_few, one_line
 
@@ -206,9 +206,9 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
 
 
 def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> None:
-    for twin, other in find_twins(pa.array(classes, pa.string()))[:_SHOWN]:
+    for lookalike, other in find_lookalikes(pa.array(classes, pa.string()))[:_SHOWN]:
         problems.warn(
-            f"{name} has the classes {classes[other]!r} and {classes[twin]!r}, which differ {LIKENESS}; if "
+            f"{name} has the classes {classes[other]!r} and {classes[lookalike]!r}, which differ {LIKENESS}; if "
             "they are the same class, spell them the same way"
         )
     for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:

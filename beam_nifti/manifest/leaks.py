@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import Columns
 from beam_nifti.manifest.image_names import ENDING
+from beam_nifti.manifest.lookalikes import fold
 from beam_nifti.manifest.tables import Problems, strings
-from beam_nifti.manifest.twins import fold
 from beam_nifti.support.cells import MISSING_TEXTS
 
 Kind = Literal["id", "session", "path"]

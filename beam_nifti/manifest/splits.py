@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import SPLIT_PATTERN, Splitting
 from beam_nifti.manifest.image_names import HALF
+from beam_nifti.manifest.lookalikes import LIKENESS, find_lookalikes, fold
 from beam_nifti.manifest.tables import BATCH_ROWS, Problems, strings
-from beam_nifti.manifest.twins import LIKENESS, find_twins, fold
 from beam_nifti.storage import paths as storage
 
 DEFAULT_SPLIT: Final = "train"
@@ -43,7 +43,7 @@ def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) ->
                 f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
                 "first, such as train"
             )
-    for i, other in find_twins(splits):
+    for i, other in find_lookalikes(splits):
         problems.add(
             f"row {i + 1}: split is {splits[i].as_py()!r}, and {splits[other].as_py()!r} in row {other + 1}; "
             "give them one spelling"
@@ -68,9 +68,9 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
     Rows that are skipped are drawn too, so that no one moves when their labels are filled in.
     """
     names = sorted(splitting.shares)
-    for twin, other in find_twins(pa.array(names, pa.string())):
+    for lookalike, other in find_lookalikes(pa.array(names, pa.string())):
         problems.add(
-            f"--split names {names[other]!r} and {names[twin]!r}, which differ {LIKENESS}; rename one"
+            f"--split names {names[other]!r} and {names[lookalike]!r}, which differ {LIKENESS}; rename one"
         )
     participants, categories = ids, None
     if "participant_id" in table.column_names:

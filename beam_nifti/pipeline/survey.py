@@ -26,7 +26,7 @@ from beam_nifti.volume.volume import load_header
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
 
-_HEAD_BYTES: Final = 1 << 16  # of a file, by which suspected twins are told, together with its size
+_HEAD_BYTES: Final = 1 << 16  # of a file, by which suspected copies are told, together with its size
 _PROCESS_BYTES: Final = 0.3e9
 """What a worker process takes before it loads anything. Source: docs/large-volumes.md."""
 
@@ -159,7 +159,7 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
         if found.bad.num:
             return found, None
         raise
-    twin = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
+    content = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
     image, kind = NamedImage(row.row, row.example_id), ImageKind.of(header)
     found.notes = {note: NamedImages(1, [image]) for note in header.notes}
     found.kinds[kind], found.first[kind] = 1, image
@@ -167,7 +167,7 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
         layout = require_storable(row.path, header, record)
         _count_records(found, header, layout, record)
         found.splits[row.split] = found.num_examples
-    return found, twin
+    return found, content
 
 
 def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeader:
@@ -198,11 +198,11 @@ def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, re
 
 
 def make_report(
-    survey: Survey, twins: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
+    survey: Survey, copies: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
 ) -> dict[str, Any]:
     """What `beam-nifti check` reports, as JSON.
 
-    `twins` are the ids and splits of images that are probably one, in groups.
+    `copies` are the ids and splits of images that are probably one, in groups.
     """
     expected = plan.expected
     kinds = {kind: survey.kinds[kind] for kind in sorted(survey.first, key=lambda kind: survey.first[kind])}
@@ -231,8 +231,8 @@ def make_report(
         **{name: dict(_count(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
         "num_shards": expected.num_shards if expected else 0,
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
-        "twins": [[name for name, _ in group] for group in twins],
-        "twins_across_splits": [dict(group) for group in twins if len({split for _, split in group}) > 1],
+        "twins": [[name for name, _ in group] for group in copies],
+        "twins_across_splits": [dict(group) for group in copies if len({split for _, split in group}) > 1],
         "suggested_flags": advice.flags,
         "not_suggested": not_suggested,
     }
