@@ -297,7 +297,8 @@ def _notes_on_lookalikes(of_images: Iterable[str], of_tables: Iterable[str]) -> 
     """A note on ids that are probably meant to be the same."""
     known = {_bare(name): name for name in of_tables}
     lookalikes = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
-    note = f"possibly the same id in table and image name: {first_few(lookalikes, _SHOWN)}; ids must match exactly"
+    shown = first_few(lookalikes, _SHOWN)
+    note = f"possibly the same id in table and image name: {shown}; ids must match exactly"
     return [note] if lookalikes else []
 
 

@@ -206,9 +206,9 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
 
 
 def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> None:
-    for lookalike, other in find_lookalikes(pa.array(classes, pa.string()))[:_SHOWN]:
+    for i, other in find_lookalikes(pa.array(classes, pa.string()))[:_SHOWN]:
         problems.warn(
-            f"{name} has the classes {classes[other]!r} and {classes[lookalike]!r}, which differ {LIKENESS}; if "
+            f"{name} has the classes {classes[other]!r} and {classes[i]!r}, which differ {LIKENESS}; if "
             "they are the same class, spell them the same way"
         )
     for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:

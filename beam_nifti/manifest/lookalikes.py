@@ -70,7 +70,8 @@ def warn_of_lookalikes(
         problems.warn(f"{text}; if they are the same, spell them alike")
     if len(lookalikes) > _SHOWN:
         problems.warn(
-            f"in all, {len(lookalikes):,} different values of {what} differ from an earlier one only in this way"
+            f"in all, {len(lookalikes):,} different values of {what} differ from an earlier one only in this "
+            "way"
         )
     at = pc.index(pc.match_substring_regex(names, _REWRITTEN), True).as_py()
     if at >= 0 and folded is None:

@@ -68,10 +68,8 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
     Rows that are skipped are drawn too, so that no one moves when their labels are filled in.
     """
     names = sorted(splitting.shares)
-    for lookalike, other in find_lookalikes(pa.array(names, pa.string())):
-        problems.add(
-            f"--split names {names[other]!r} and {names[lookalike]!r}, which differ {LIKENESS}; rename one"
-        )
+    for at, other in find_lookalikes(pa.array(names, pa.string())):
+        problems.add(f"--split names {names[other]!r} and {names[at]!r}, which differ {LIKENESS}; rename one")
     participants, categories = ids, None
     if "participant_id" in table.column_names:
         participants = table["participant_id"].combine_chunks()
@@ -183,7 +181,7 @@ def _image_key(folder: str, path: str) -> str:
     """What is equal for paths of one image; of a pair, for those of both files."""
     path = storage.join(folder, path)
     if match := HALF.fullmatch(path):
-        path = f"{match['stem']}img{match['packed']}"
+        path = f"{match['stem']}img{match['compressed']}"
     return path if storage.is_remote(path) else os.path.normpath(path)
 
 

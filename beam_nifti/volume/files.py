@@ -15,10 +15,17 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from beam_nifti.errors import VolumeError, is_of_path
-from beam_nifti.manifest.image_names import HALF, PACKED
+from beam_nifti.manifest.image_names import COMPRESSED, HALF
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
-from beam_nifti.volume.compression import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
+from beam_nifti.volume.compression import (
+    Bytes,
+    Decompressor,
+    compression_of,
+    content_size,
+    decompressed_head,
+    fill,
+)
 from beam_nifti.volume.formats import HEAD_BYTES
 from beam_nifti.volume.header import VolumeHeader
 
@@ -28,7 +35,7 @@ FileStats = tuple[storage.Stat, ...]
 
 _LARGE_FILE: Final = 64 << 20  # bytes of a file from which on its header is looked at before the rest is read
 _HEAD_OF_FILE: Final = 1 << 16
-"""Bytes of a file in which its header is looked for, unless its packing needs more of them."""
+"""Bytes of a file in which its header is looked for, unless its compression needs more of them."""
 
 _LARGEST_HALF: Final = 1 << 20  # bytes of the header's file of a pair
 _LARGEST_HEADER: Final = 64 << 20  # bytes of a header and its extensions
@@ -52,7 +59,7 @@ class Source:
 def image_files(path: str) -> tuple[str, ...]:
     """The files of an image: its one, or the header and the voxels of a pair, whichever of them is named.
 
-    The other half of a pair may be packed otherwise. A half without the other one is taken for a single
+    The other half of a pair may be compressed otherwise. A half without the other one is taken for a single
     file, which some programs call .img.
 
     Raises:
@@ -64,11 +71,11 @@ def image_files(path: str) -> tuple[str, ...]:
     match = HALF.fullmatch(path)
     if match is None:
         return (path,)
-    half, packed = match["half"], match["packed"]
+    half, compressed = match["half"], match["compressed"]
     is_header = half.lower() == "hdr"
     other = "img" if is_header else "hdr"
     stem = match["stem"] + (other.upper() if half.isupper() else other)
-    for ending in dict.fromkeys((packed, "", *PACKED)):
+    for ending in dict.fromkeys((compressed, "", *COMPRESSED)):
         with contextlib.suppress(FileNotFoundError):
             if not storage.broken_link(stem + ending):
                 storage.stat(stem + ending)
@@ -104,26 +111,26 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
     with reading(name):
         files = _files_to_read(name, path)
         head = storage.read_head(files[0], _HEAD_OF_FILE)
-        packing = packing_of(head)
-        if packing and packing.head_bytes > len(head) == _HEAD_OF_FILE:
-            head = storage.read_head(files[0], packing.head_bytes)
-    header = parse(unpacked_head(name, head, HEAD_BYTES))
+        compression = compression_of(head)
+        if compression and compression.head_bytes > len(head) == _HEAD_OF_FILE:
+            head = storage.read_head(files[0], compression.head_bytes)
+    header = parse(decompressed_head(name, head, HEAD_BYTES))
     if len(files) == 2:
         _refuse_whole_image(name, head, header)
     _check_container(name, files, header)
     with reading(name):
         if len(files) == 2:
             head = storage.read_head(files[1], HEAD_BYTES)
-        is_packed = packing_of(head) is not None
-        if is_packed and storage.is_remote(path):
+        is_compressed = compression_of(head) is not None
+        if is_compressed and storage.is_remote(path):
             return header  # its size shows too little to ask a store for it
         size = storage.stat(files[-1]).size
     if len(files) == 2:
         _check_img(name, files[1], head, size, header)
-    if not is_packed:
+    if not is_compressed:
         _check_size(name, size, header)
     elif size > _LARGE_FILE:
-        _refuse_oversized(name, size, header, is_packed=True)
+        _refuse_oversized(name, size, header, is_compressed=True)
     return header
 
 
@@ -131,7 +138,7 @@ def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeade
     """Refuse an .img file of this size, beginning so, that cannot hold the voxels of its header."""
     if size < header.end and (what := stand_in(bytes(head[:HEAD_BYTES]))):
         raise VolumeError(f"{name}: its .img file is {what}")
-    if file.lower().endswith(PACKED) and packing_of(head) is None:
+    if file.lower().endswith(COMPRESSED) and compression_of(head) is None:
         raise VolumeError(f"{name}: its .img file is not compressed as its name says; copy it again")
 
 
@@ -146,10 +153,10 @@ def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") 
         raise _disowned(name, header)
 
 
-def _refuse_oversized(name: str, size: int, header: VolumeHeader, *, is_packed: bool) -> None:
+def _refuse_oversized(name: str, size: int, header: VolumeHeader, *, is_compressed: bool) -> None:
     """Spare the memory of a large file that its header disowns, such as a wrong download."""
     # What cannot be compressed is stored, by deflate with 5 bytes a block of 16 KiB, by bzip2 with 1 %.
-    allowance = header.end // (50 if is_packed else 1000)
+    allowance = header.end // (50 if is_compressed else 1000)
     if size > header.end + allowance + _LARGE_FILE // 2:
         raise _disowned(name, header)
 
@@ -183,7 +190,7 @@ def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) ->
             )
     if header.is_analyze and (match := HALF.fullmatch(files[0])):
         with reading(name):
-            found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
+            found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["compressed"]})
         if found:
             raise VolumeError(
                 f"{name}: its affine is in a .mat file beside it, which is not read; convert the pair to "
@@ -233,7 +240,7 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
     with reading(name):
         data = handle.read()
     content_size(name, data, _LARGEST_HEADER)  # reads to its end, where the checksum is
-    header = parse(unpacked_head(name, data, HEAD_BYTES))
+    header = parse(decompressed_head(name, data, HEAD_BYTES))
     _refuse_whole_image(name, data, header)
     return header
 
@@ -257,8 +264,8 @@ class Image:
         stats: of its files; that of the voxels is the last.
         parse: makes its header.
         header: of a pair; None where it stands before the voxels.
-        file: path of that file: where it says that the file of a pair is packed it has to be, as nothing else
-            would tell damage to its first bytes from voxels.
+        file: path of that file: where it says that the file of a pair is compressed it has to be, as nothing
+            else would tell damage to its first bytes from voxels.
 
     Attributes:
         stats: of its files.
@@ -278,28 +285,28 @@ class Image:
         self._name, self._handle, self._size = name, handle, stats[-1].size
         self._is_large = self._size > _LARGE_FILE
         self._data: Bytes = self._read_start()
-        self._packing = packing_of(self._data)
-        self._unpacker: Unpacker | None = None
+        self._compression = compression_of(self._data)
+        self._decompressor: Decompressor | None = None
         if header is not None:
             self.header = header
             _check_img(name, file, self._data, self._size, header)
-            if not file.lower().endswith(PACKED) and self._size == self.header.end:
-                self._packing = None  # voxels may happen to begin like a packed file
-        elif self._packing and not self._is_large:
-            self._unpacker = Unpacker(name, self._data, self._packing)
-            self.header = parse(self._unpacker.peek(HEAD_BYTES))
+            if not file.lower().endswith(COMPRESSED) and self._size == self.header.end:
+                self._compression = None  # voxels may happen to begin like a compressed file
+        elif self._compression and not self._is_large:
+            self._decompressor = Decompressor(name, self._data, self._compression)
+            self.header = parse(self._decompressor.peek(HEAD_BYTES))
         else:
-            self.header = parse(unpacked_head(name, self._data, HEAD_BYTES))
+            self.header = parse(decompressed_head(name, self._data, HEAD_BYTES))
         if self._is_large:
-            _refuse_oversized(name, self._size, self.header, is_packed=self._packing is not None)
+            _refuse_oversized(name, self._size, self.header, is_compressed=self._compression is not None)
 
     def _read_start(self) -> bytes:
         """All of a small file, the head of a large one."""
         with reading(self._name):
             if self._is_large:
                 head = self._handle.read(_HEAD_OF_FILE)
-                packing = packing_of(head)
-                return head + self._handle.read(packing.head_bytes - len(head)) if packing else head
+                compression = compression_of(head)
+                return head + self._handle.read(compression.head_bytes - len(head)) if compression else head
             data = self._handle.read()
         self._size = len(data)
         return data
@@ -321,11 +328,11 @@ class Image:
         """
         data = self._read_rest()
         self._data = b""
-        if self._packing:
-            unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
-            self._unpacker = None
-            content = unpacker.read(self.header.end, self.header.size_limit)
-            _check_size(self._name, len(content), self.header, unpacker.trailing_text)
+        if self._compression:
+            decompressor = self._decompressor or Decompressor(self._name, data, self._compression)
+            self._decompressor = None
+            content = decompressor.read(self.header.end, self.header.size_limit)
+            _check_size(self._name, len(content), self.header, decompressor.trailing_text)
         else:
             content = memoryview(data)
             _check_size(self._name, len(content), self.header)
@@ -334,8 +341,8 @@ class Image:
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
         """The bytes of single components of frames, each gone with the next one.
 
-        Of a file that is not packed only they are read. A packed one is read to its end, so that damage
-        behind them does not go unnoticed.
+        Of a file that is not compressed only they are read. A compressed one is read to its end, so that
+        damage behind them does not go unnoticed.
 
         Args:
             numbers: rising; component v of frame t has number v * T + t.
@@ -344,10 +351,10 @@ class Image:
             VolumeError: as `read_all`.
         """
         size = self.header.frame_bytes
-        if self._packing:
-            unpacker = Unpacker(self._name, self._read_rest(), self._packing)
-            unpacker.require(self.header.end)
-            reader: Unpacker | BinaryIO = unpacker
+        if self._compression:
+            decompressor = Decompressor(self._name, self._read_rest(), self._compression)
+            decompressor.require(self.header.end)
+            reader: Decompressor | BinaryIO = decompressor
         else:
             _check_size(self._name, self._size, self.header)
             reader = self._handle if self._is_large else io.BytesIO(self._data)
@@ -356,17 +363,17 @@ class Image:
         for number in numbers:
             start = self.header.offset + number * size
             with reading(self._name):
-                if isinstance(reader, Unpacker):
+                if isinstance(reader, Decompressor):
                     at += reader.skip(start - at)
                 else:
                     at = reader.seek(start)
                 got = fill(reader, buffer)
             at += got
             if got < size:
-                trailing = reader.trailing_text if isinstance(reader, Unpacker) else ""
+                trailing = reader.trailing_text if isinstance(reader, Decompressor) else ""
                 _check_size(self._name, at, self.header, trailing)
             yield buffer
-        if isinstance(reader, Unpacker):
+        if isinstance(reader, Decompressor):
             at += reader.skip(self.header.size_limit - at)
             _check_size(self._name, at, self.header, reader.trailing_text)
 

@@ -39,7 +39,7 @@ def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = N
     frames, components = header.num_frames, header.num_components
     wanted = range(frames) if frame == "mean" else [int(frame)]
     numbers = [v * frames + t for v in range(components) for t in wanted]
-    # Strict, so that the image is asked for more than there is, and reads a packed file to its end.
+    # Strict, so that the image is asked for more than there is, and reads a compressed file to its end.
     contents = zip(numbers, image.read_frames(numbers), strict=True)
     if frame != "mean":
         return _join_components((content for _, content in contents), header, layout, part)

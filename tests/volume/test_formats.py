@@ -26,7 +26,7 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.pipeline.plan import CheckPlan
 from beam_nifti.pipeline.survey import look_at
 from beam_nifti.volume import files as image_module
-from beam_nifti.volume.compression import Unpacker, packing_of
+from beam_nifti.volume.compression import Decompressor, compression_of
 from beam_nifti.volume.files import image_files, stat_image
 from beam_nifti.volume.header import record_layout
 from beam_nifti.volume.volume import Volume, load_header, load_volume
@@ -91,7 +91,7 @@ def mgh(folder: Path, voxels: Array, packed: str = "", footer: bytes = b"") -> P
 
 
 def with_nibabel(path: Path, packed: str = "") -> Any:
-    """The image as nibabel loads it; a packing that it does not know is taken off first."""
+    """The image as nibabel loads it; a compression that it does not know is taken off first."""
     if packed in (".bz2", ".zst"):
         unpack = bz2.decompress if packed == ".bz2" else zstandard.ZstdDecompressor().decompress
         for file in image_files(str(path)):
@@ -399,17 +399,17 @@ def test_what_follows_the_streams_is_passed_over(
     pack = PACK.get(kind, zstandard.ZstdCompressor(write_content_size=False).compress)
     contents = [piece * count for piece, count in pieces]
     data = b"".join(map(pack, contents))
-    packing = packing_of(data)
-    assert packing is not None
+    compression = compression_of(data)
+    assert compression is not None
     buffer = bytearray(sum(map(len, contents)) + 99)
 
     def unpack(data: bytes) -> bytes:
-        unpacker = Unpacker("a", data, packing)
-        size = unpacker.readinto(memoryview(buffer)[:first])
-        return bytes(buffer[: size + unpacker.readinto(memoryview(buffer)[size:])])
+        decompressor = Decompressor("a", data, compression)
+        size = decompressor.readinto(memoryview(buffer)[:first])
+        return bytes(buffer[: size + decompressor.readinto(memoryview(buffer)[size:])])
 
     assert unpack(data + after) == b"".join(contents)
-    with pytest.raises(VolumeError, match=rf"^a: (truncated|damaged) {packing.name} stream"):
+    with pytest.raises(VolumeError, match=rf"^a: (truncated|damaged) {compression.name} stream"):
         unpack(data + pack(b"more")[:-1])
 
 
