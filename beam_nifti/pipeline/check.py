@@ -22,7 +22,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
 from beam_nifti.pipeline.progress import METER
-from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.survey import Survey, make_report, survey_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -59,7 +59,7 @@ class LookAtImages(beam.DoFn):
         """Yield one Survey; and (what copies of an image share, (example id, split))."""
         survey = Survey()
         for row in rows:
-            found, content = look_at(row, self._folder, self._plan)
+            found, content = survey_image(row, self._folder, self._plan)
             survey.add(found)
             METER.add(volumes=1 - found.bad.num, failed=found.bad.num)
             if content is not None:

@@ -26,7 +26,7 @@ _NAMES_A_REQUEST: Final = 1000  # of S3 and Cloud Storage
 
 
 @dataclass(frozen=True)
-class Sighting:
+class BuildProgress:
     """What was there at one look.
 
     Attributes:
@@ -45,7 +45,7 @@ class Sighting:
         return self.num_requests * 60 / REQUESTS_A_MINUTE
 
 
-class BuildSight:
+class BuildWatcher:
     """Looks at a build from outside.
 
     A unit counts as a whole once it has left a part with its index, as the names tell where a part begins,
@@ -66,7 +66,7 @@ class BuildSight:
             for task in plan.read_tasks()
         }
 
-    def look(self) -> Sighting:
+    def look(self) -> BuildProgress:
         """List the parts, then the shards: so a shard whose parts are removed meanwhile is not missed.
 
         Raises:
@@ -91,7 +91,7 @@ class BuildSight:
             else:
                 num_volumes += sum(len(unit) for unit in _begun(units, firsts.get(folder, ())))
         pages = (len(parts) + len(shards)) // _NAMES_A_REQUEST
-        return Sighting(num_volumes, num_shards, 2 + pages)
+        return BuildProgress(num_volumes, num_shards, 2 + pages)
 
 
 def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
@@ -104,13 +104,13 @@ def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
 @contextlib.contextmanager
 def follow_build(plan: BuildPlan) -> Iterator[None]:
     """Show on standard error how far a build is while the block runs it elsewhere."""
-    sight, meter = BuildSight(plan), Meter()  # METER counts too where a cluster's worker is this process
+    watcher, meter = BuildWatcher(plan), Meter()  # METER counts too where a cluster's worker is this process
     kept: int | None = None
 
     def look() -> float:
         nonlocal kept
         try:
-            seen = sight.look()
+            seen = watcher.look()
         except OSError:  # what is wrong with the storage, the build itself will say
             return _PAUSE_AFTER_ERROR
         kept = seen.num_volumes if kept is None else kept

@@ -125,7 +125,7 @@ class Survey:
             self.notes.setdefault(note, NamedImages()).add(images)
 
 
-def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
+def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
     """Look at one example: the first 64 KB of each of its files.
 
     Args:

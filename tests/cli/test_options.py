@@ -19,7 +19,7 @@ from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.build import plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.survey import Survey, make_report, survey_image
 from tests.images import brain, write_image, write_manifest
 from tests.pages import ROOT
 
@@ -211,7 +211,7 @@ def outcome_of(folder: Path, *flags: str) -> object:
         plan, survey = plan_check(config_of("check", folder, *flags)), Survey()
         manifest = read_build_manifest(plan.config.manifest, plan.config)
         for row in manifest.rows(manifest.kept_rows().tolist()):
-            survey.add(look_at(row, manifest.folder, plan)[0])
+            survey.add(survey_image(row, manifest.folder, plan)[0])
         return make_report(survey, [], plan)
     except BeamNiftiError as e:
         return str(e)

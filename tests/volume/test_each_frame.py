@@ -26,7 +26,7 @@ from beam_nifti.manifest import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
 from beam_nifti.pipeline.plan import SHARD_BYTES, CheckPlan, default_sharding, record_bytes
 from beam_nifti.pipeline.publish import TooManyFailures
-from beam_nifti.pipeline.survey import look_at
+from beam_nifti.pipeline.survey import survey_image
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.sharding import shard_ranges
@@ -383,7 +383,7 @@ def test_what_verify_finds(reference: Path, tmp_path: Path) -> None:
 def test_a_survey_counts_frames(manifest: Path) -> None:
     row = read_manifest(str(manifest)).rows([0])[0]
     plan = CheckPlan(BuildConfig(str(manifest), "", record=EACH), 1, 0, None)
-    found, _ = look_at(row, str(manifest.parent), plan)
+    found, _ = survey_image(row, str(manifest.parent), plan)
     assert (found.num_examples, found.frames, found.records) == (FRAMES, {"5": 1}, {"6×5×4": 1})
     assert found.record_bytes == FRAMES * record_bytes(6 * 5 * 4, 2, EACH)
 

@@ -24,7 +24,7 @@ from nibabel.casting import have_binary128
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.pipeline.plan import CheckPlan
-from beam_nifti.pipeline.survey import look_at
+from beam_nifti.pipeline.survey import survey_image
 from beam_nifti.volume import files as image_module
 from beam_nifti.volume.compression import Decompressor, compression_of
 from beam_nifti.volume.files import image_files, stat_image
@@ -231,7 +231,7 @@ def test_images_with_equal_headers_are_not_copies_of_each_other(tmp_path: Path) 
         folder = tmp_path / str(len(twins))
         folder.mkdir()
         path = pair(folder, brain(seed=seed))
-        twins.append(look_at(row_of(path), "", CheckPlan(BuildConfig("", ""), 1, 0, None))[1])
+        twins.append(survey_image(row_of(path), "", CheckPlan(BuildConfig("", ""), 1, 0, None))[1])
     assert twins[0] == twins[2] != twins[1]
 
 
