@@ -341,7 +341,10 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
             name a participant, or several of one.
     """
     paths = drop_second_halves(sorted({path for pattern in patterns for path in _matches(pattern)}))
-    participants, sessions = (_ids(pattern, paths) for pattern in (_PARTICIPANT, _SESSION))
+    # What each path says last, in its name or in its folders; "" for nothing.
+    participants, sessions = (
+        [(pattern.findall(path) or [""])[-1] for path in paths] for pattern in (_PARTICIPANT, _SESSION)
+    )
     table = dict[str, list[str]]()
     if any(participants):
         _refuse_some(paths, participants)
@@ -373,11 +376,6 @@ def _matches(pattern: str) -> list[str]:
             f"{others[0]}; end the pattern in .nii.gz, for example"
         )
     return paths
-
-
-def _ids(pattern: re.Pattern[str], paths: Iterable[str]) -> list[str]:
-    """What each path says last, in its name or in its folders; "" for nothing."""
-    return [(pattern.findall(path) or [""])[-1] for path in paths]
 
 
 def _refuse_some(paths: Sequence[str], participants: Sequence[str]) -> None:

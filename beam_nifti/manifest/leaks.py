@@ -64,18 +64,13 @@ class _Names:
             # Files of one name in several folders, such as T1w.nii, are not known by it.
             counts = pc.value_counts(keys)
             files = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
-            sure, short = _divide(_letters(files, 2), _LEAST_OF_FILE)
-            names = pc.if_else(pc.is_in(keys, value_set=files).take(encoded.indices), _base(texts), "")
-            words = (_words(texts), _words(names, _LEAST_OF_FILE))
-            return cls(
-                texts,
-                bare,
-                kind,
-                pa.concat_arrays([sure, _letters(fold(known), _LEAST_LETTERS)]),
-                short,
-                files,
-                words,
-            )
+            names = _letters(files, 2)
+            is_long = pc.greater_equal(pc.utf8_length(names), _LEAST_OF_FILE)
+            sure, short = names.filter(is_long), names.filter(pc.invert(is_long))
+            own = pc.if_else(pc.is_in(keys, value_set=files).take(encoded.indices), _base(texts), "")
+            words = (_words(texts), _words(own, _LEAST_OF_FILE))
+            sure = pa.concat_arrays([sure, _letters(fold(known), _LEAST_LETTERS)])
+            return cls(texts, bare, kind, sure, short, files, words)
         cut = pc.replace_substring_regex(texts, _PREFIX, "")
         words = (_words(texts), pc.if_else(pc.match_substring_regex(cut, _LONG_NUMBER), cut, ""))
         spelled = _letters(pa.concat_arrays([keys, _bare(keys)]), _LEAST_LETTERS)
@@ -226,11 +221,6 @@ def _letters(keys: pa.Array, least: int) -> pa.Array:
     """Those that are of so many characters and no number."""
     is_number = pc.match_substring_regex(keys, _NUMBER)
     return keys.filter(pc.and_not(pc.greater_equal(pc.utf8_length(keys), least), is_number))
-
-
-def _divide(keys: pa.Array, least: int) -> tuple[pa.Array, pa.Array]:
-    is_long = pc.greater_equal(pc.utf8_length(keys), least)
-    return keys.filter(is_long), keys.filter(pc.invert(is_long))
 
 
 def _words(texts: pa.Array, least: int = _LEAST_LETTERS) -> pa.Array:

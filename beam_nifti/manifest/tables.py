@@ -253,17 +253,13 @@ def _header_problem(names: Sequence[str], delimiter: str) -> str | None:
     if other is not None:
         remedy = "save it as .csv with commas, or as .tsv with tabs"
         return f"its first line has {other!r} and no {delimiter!r}; {remedy}"
-    quoted = next((name for name in names if delimiter == "\t" and _is_quoted(name)), None)
+    quoted = next((name for name in names if delimiter == "\t" and re.fullmatch('(?s)".*"', name)), None)
     if quoted is not None:
         return (
             f"its first line has quotes around {quoted}, and in a TSV they are part of the name; save it "
             "without quotes, or as .csv"
         )
     return None
-
-
-def _is_quoted(text: str) -> bool:
-    return len(text) > 1 and text[0] == text[-1] == '"'
 
 
 def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Problems) -> pa.Table:

@@ -168,6 +168,7 @@ def write_failures(
             of_image = list(group)
             failure = of_image[0]
             row = failure.row
+            paths = row.pseudonyms or [storage.join(folder, path) for path in row.files]
             cells: dict[str, object] = {
                 **{keys[c]: v for c, v in zip(extra_columns, row.extras, strict=True) if c in keys},
                 "row": row.row,
@@ -176,7 +177,7 @@ def write_failures(
                 "message": failure.message if row.frame is None else _messages(of_image),
                 **_frames_cell(of_image),
                 **({columns.id: row.image_id} if columns.id is not None else {}),
-                **dict(zip(columns.files, _places(row, folder), strict=True)),
+                **dict(zip(columns.files, paths, strict=True)),
                 "participant_id": row.participant_id,
                 "session_id": row.session_id,
                 "split": row.split,
@@ -190,10 +191,6 @@ def write_failures(
             elif columns.label is not None:
                 cells[columns.label] = row.label
             handle.write(dump_json(cells, ensure_ascii=False).encode() + b"\n")
-
-
-def _places(row: VolumeRow, folder: str) -> Sequence[str]:
-    return row.pseudonyms or [storage.join(folder, path) for path in row.files]
 
 
 def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:

@@ -65,15 +65,11 @@ def dataset_of(path: str, output: str | None = None) -> str | None:
     for _ in range(_DEPTH):
         folder, _, name = folder.rpartition("/")
         below.insert(0, name)
-        is_own = below[0] in _FOLDERS if below[1:] else _is_own(name)
-        if is_own and (storage.is_same(folder, output) if output else _holds_dataset(folder)):
+        if below[1:]:
+            is_own = below[0] in _FOLDERS
+        else:
+            is_own = name in _FILES or is_failures_file(name) or _SHARD.fullmatch(name) is not None
+        marks = (storage.join(folder, mark) for mark in (FILE_NAME, ".build"))
+        if is_own and (storage.is_same(folder, output) if output else any(map(storage.exists, marks))):
             return folder
     return None
-
-
-def _holds_dataset(folder: str) -> bool:
-    return any(storage.exists(storage.join(folder, mark)) for mark in (FILE_NAME, ".build"))
-
-
-def _is_own(name: str) -> bool:
-    return name in _FILES or is_failures_file(name) or _SHARD.fullmatch(name) is not None

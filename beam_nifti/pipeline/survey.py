@@ -14,7 +14,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.manifest import VolumeRow
-from beam_nifti.pipeline.advice import ImageKind, suggest_flags
+from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
 from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, format_rows, size_text
@@ -228,7 +228,7 @@ def make_report(
             for note, text in TEXTS.items()
             if (of := survey.notes.get(note))
         },
-        **{name: dict(_count(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
+        **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
         "num_shards": expected.num_shards if expected else 0,
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [[name for name, _ in group] for group in copies],
@@ -236,14 +236,6 @@ def make_report(
         "suggested_flags": advice.flags,
         "not_suggested": not_suggested,
     }
-
-
-def _count(kinds: Counter[ImageKind], fact: Callable[[ImageKind], str]) -> Counter[str]:
-    """Images by one of the _FACTS of their kinds."""
-    counts = Counter[str]()
-    for kind, count in kinds.items():
-        counts[fact(kind)] += count
-    return counts
 
 
 def _reference(image: NamedImage) -> dict[str, Any]:
