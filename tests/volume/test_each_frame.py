@@ -32,7 +32,7 @@ from beam_nifti.record.example import encode_volume
 from beam_nifti.record.sharding import shard_ranges
 from beam_nifti.volume.volume import Volume, load_frames, load_header, load_volume, rescale_volume
 from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, build_apart, contents
-from tests.datasets import records_of
+from tests.datasets import failures_of, records_of
 from tests.images import (
     REAL_DTYPES,
     Array,
@@ -298,7 +298,7 @@ def test_a_frame_that_fails_leaves_the_others(damaged: Path, tmp_path: Path) -> 
     assert again.counters["volumes-skipped"] == 3 * FRAMES - 2
     info = read_info(str(output))
     assert (info.num_examples, info.num_failures) == (3 * FRAMES - 2, FRAMES + 2)
-    of_frames, of_image = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
+    of_frames, of_image = failures_of(output)
     assert (of_frames["row"], of_frames["stage"], of_frames["frames"]) == (2, "Rescale", "1,3")
     assert of_frames["message"].startswith("frames 1, 3: 1.nii.gz: all voxels are 7")
     assert (of_image["row"], of_image["stage"], "frames" in of_image) == (3, "LoadVolume", False)

@@ -37,6 +37,7 @@ from tests.images import (
     brain,
     nifti_bytes,
     nifti_header,
+    numbers_of,
     random_voxels,
     row_of,
     write_image,
@@ -103,16 +104,8 @@ def with_nibabel(path: Path, packed: str = "") -> Any:
     return image
 
 
-def values_of(image: Any) -> Array:
-    """Nibabel's values, with frames, components or colours as the fourth axis."""
-    values = np.asanyarray(image.dataobj)
-    if values.dtype.names:
-        values = np.stack([values[name] for name in values.dtype.names], -1)
-    return values.reshape((*values.shape[:3], *(n for n in values.shape[3:] if n > 1)))
-
-
 def assert_equal(volume: Volume, image: Any) -> None:
-    values = values_of(image)
+    values = numbers_of(np.asanyarray(image.dataobj))
     assert volume.voxels.flags.c_contiguous
     assert volume.voxels.dtype.isnative
     assert volume.voxels.shape == values.shape
@@ -490,7 +483,7 @@ def test_bombs_and_lying_headers_take_no_memory(tmp_path: Path) -> None:
 def test_complex_images_are_refused_without_the_option_and_converted_with_it(tmp_path: Path) -> None:
     for dtype, order, slope in itertools.product(("complex64", "complex128"), "<>", (None, -2.5)):
         path = write_image(tmp_path / "a.nii", random_voxels(dtype=dtype), byte_order=order, slope=slope)
-        values = values_of(with_nibabel(path)).astype(np.complex128)
+        values = numbers_of(np.asanyarray(with_nibabel(path).dataobj)).astype(np.complex128)
         expected = {
             "magnitude": np.abs(values),
             "phase": np.angle(values),
