@@ -245,8 +245,7 @@ def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
 
 
 def _turned(kind: ImageKind, record: RecordConfig) -> Grid:
-    header = kind.header()
-    grid = Grid.of(header.shape, header.affine)
+    grid = kind.header().grid
     return grid if record.orientation is None else turn(grid, axes_to(grid, record.orientation))
 
 
@@ -256,7 +255,7 @@ def _suggest_shape(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
         return {}
     uncropped = replace(record, crop_foreground=None)
     headers = [kind.header() for kind in kinds]
-    shapes = {(prepared_shape(h.grid, h.affine, uncropped) or h.grid)[:3] for h in headers}
+    shapes = {(prepared_shape(h.space, h.affine, uncropped) or h.space)[:3] for h in headers}
     if len(shapes) < 2 and record.crop_foreground is None:
         return {}
     largest = tuple(map(max, zip(*shapes, strict=True)))

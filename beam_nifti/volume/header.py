@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.volume.grid import prepared_shape
+from beam_nifti.volume.grid import Grid, prepared_shape
 from beam_nifti.volume.rescale import Scaling
 
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
@@ -77,10 +77,15 @@ class VolumeHeader:
         return self.end + self.max_trailing + 1
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """The three spatial axes."""
+    def space(self) -> tuple[int, int, int]:
+        """Voxels along the three spatial axes."""
         x, y, z = self.shape[:3]
         return x, y, z
+
+    @property
+    def grid(self) -> Grid:
+        """Where they lie."""
+        return Grid(self.space, self.affine)
 
     @property
     def num_frames(self) -> int:
@@ -95,7 +100,7 @@ class VolumeHeader:
     @property
     def frame_bytes(self) -> int:
         """Bytes on disk of one component of one frame, which lie together."""
-        return math.prod(self.grid) * self.dtype.itemsize
+        return math.prod(self.space) * self.dtype.itemsize
 
     @property
     def num_colours(self) -> int:
@@ -160,7 +165,7 @@ def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> Reco
         dtype = np.dtype(np.uint8)
     if is_wide or header.is_complex or frame == "mean":
         dtype = np.dtype(np.float64)
-    shape = (*header.grid, *numbers)
+    shape = (*header.space, *numbers)
     try:
         return RecordLayout(shape, dtype, frame, prepared_shape(shape, header.affine, record))
     except VolumeError as e:

@@ -15,7 +15,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.volume.formats import parse_header
-from beam_nifti.volume.grid import Grid, require_same_grid, turn_voxels, turns_between
+from beam_nifti.volume.grid import require_same_grid, turn_voxels, turns_between
 from beam_nifti.volume.header import (
     VolumeHeader,
     record_layout,
@@ -208,7 +208,7 @@ def _source(first: VolumeHeader, files: Iterable[FileStats]) -> Source:
 
 def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
     """The voxels of an image in the order of the first one's, C order."""
-    turns = turns_between(*(Grid.of(h.shape, h.affine) for h in (header, first)))
+    turns = turns_between(header.grid, first.grid)
     assert turns is not None  # or it has been refused
     return np.ascontiguousarray(turn_voxels(voxels, turns))
 
@@ -228,23 +228,18 @@ def _parser(
     Other images must fit `first`, the header of the first one. With `is_any` what a record of another
     configuration could hold is accepted.
     """
-    path = row.files[number]
+    path, is_mask = row.files[number], number >= record.num_channels
 
     def parse(head: bytes) -> VolumeHeader:
-        if number >= record.num_channels:
-            header = parse_mask_header(path, head)
-        else:
-            header = parse_header(path, head)
-            if not is_any:
-                layout = require_storable(path, header, record)
-                if layout.stored_shape is not None:
-                    require_shape(path, layout.stored_shape, shape)
-                require_dtype(path, header, dtype)
+        header = parse_mask_header(path, head) if is_mask else parse_header(path, head)
+        if not (is_mask or is_any):
+            layout = require_storable(path, header, record)
+            if layout.stored_shape is not None:
+                require_shape(path, layout.stored_shape, shape)
+            require_dtype(path, header, dtype)
         if first is not None:
-            grid, wanted = (Grid.of(h.shape, h.affine) for h in (header, first))
             may_turn = is_any or record.orientation is not None
-            is_mask = number >= record.num_channels
-            require_same_grid(path, grid, row.path, wanted, may_turn=may_turn, is_mask=is_mask)
+            require_same_grid(path, header.grid, row.path, first.grid, may_turn=may_turn, is_mask=is_mask)
         return header
 
     return parse

@@ -83,13 +83,13 @@ def _arrange(
     The axes that follow the spatial three have the lengths `rest`; `part` is what is made of complex voxels.
     """
     if header.dtype.names:  # the colours of a voxel lie side by side
-        colours = np.frombuffer(content, np.uint8).reshape((header.num_colours, *header.grid), order="F")
+        colours = np.frombuffer(content, np.uint8).reshape((header.num_colours, *header.space), order="F")
         return _in_c_order(np.moveaxis(colours, 0, -1), layout.dtype)
-    voxels = np.frombuffer(content, header.dtype).reshape((*header.grid, *rest), order="F")
+    voxels = np.frombuffer(content, header.dtype).reshape((*header.space, *rest), order="F")
     if part is None or not header.is_complex:
         return _in_c_order(voxels, layout.dtype)
     slope = header.scaling.slope
-    slices = (voxels[:, :, z].astype(np.complex128) for z in range(header.grid[2]))
+    slices = (voxels[:, :, z].astype(np.complex128) for z in range(header.space[2]))
     return np.stack([part(s if slope == 1 else s * slope) for s in slices], 2)
 
 
