@@ -34,8 +34,6 @@ _NOT_OURS: Final = (
     sysconfig.get_path("stdlib"),
 )
 
-_KINDS: Final = (MemoryError, TimeoutError, ConnectionError, OSError)
-
 _HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
 
 
@@ -152,5 +150,6 @@ def _concealed(error: Exception, row: VolumeRow, folder: str) -> Exception:
         return OSError(error.errno, f"{reason}, in {about}")
     if isinstance(error, OSError) and isinstance(error.__cause__, ImportError):
         return OSError(f"{conceal(str(error), row, folder)}, in {about}")  # names what is to be installed
-    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+    kinds = (MemoryError, TimeoutError, ConnectionError, OSError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
     return kind(f"{describe(error, is_anonymous=True)}, in {about}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -140,29 +140,16 @@ def refuse_shared_images(
 
     `paths` are given by column; the table that is shown may have pseudonyms in their place.
     """
-    folder = storage.absolute(storage.dirname(problems.path) or ".")
-    names = list(paths)
-    for (column, row), (_, first) in _find_shared_images(list(paths.values()), splits, folder):
-        problems.add(
-            f"row {row + 1}: image {shown[names[column]][row]} is in split {splits[row]} and, in row "
-            f"{first + 1}, in {splits[first]}; keep one of the rows, or give both one split"
-        )
-
-
-def _find_shared_images(
-    columns: Sequence[pa.ChunkedArray], splits: pa.Array, folder: str
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Column and row of each image that is in another split, too, and those at which it comes first."""
     if len(pc.unique(splits.drop_null())) < 2:
-        return []
+        return
     # Paths of one image end alike: few are left of which the whole counts.
     encoded = pa.chunked_array(
         pc.replace_substring_regex(batch.column(0), r"(?s:^.*/)|(?i:\.(hdr|img))", "").dictionary_encode()
-        for column in columns
+        for column in paths.values()
         for batch in pa.table([column], ["path"]).to_batches(max_chunksize=BATCH_ROWS)
     )
     ends = encoded.unify_dictionaries().combine_chunks()
-    held = pa.concat_arrays([splits] * len(columns))
+    held = pa.concat_arrays([splits] * len(paths))
     rows = np.flatnonzero(held.is_valid().to_numpy(zero_copy_only=False))
     numbers = held.drop_null().dictionary_encode().indices.to_numpy()
     codes = ends.indices.to_numpy()[rows]
@@ -170,11 +157,18 @@ def _find_shared_images(
     np.minimum.at(lowest, codes, numbers)
     np.maximum.at(highest, codes, numbers)
     rows = rows[(lowest < highest)[codes]]
-    paths = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
-    keys = [_image_key(folder, path) for path in paths.take(pa.array(rows)).to_pylist()]
+    files = pa.chunked_array([chunk for column in paths.values() for chunk in column.chunks], pa.string())
+    folder = storage.absolute(storage.dirname(problems.path) or ".")
+    keys = [_image_key(folder, path) for path in files.take(pa.array(rows)).to_pylist()]
     again, first = _find_disagreements(pa.array(keys, pa.string()), held.take(pa.array(rows)))
-    places = [(int(i) // len(splits), int(i) % len(splits)) for i in rows]
-    return [(places[i], places[j]) for i, j in zip(again, first, strict=True)]
+    names = list(paths)
+    for i, other in zip(rows[again].tolist(), rows[first].tolist(), strict=True):
+        column, row = divmod(i, len(splits))
+        before = other % len(splits)
+        problems.add(
+            f"row {row + 1}: image {shown[names[column]][row]} is in split {splits[row]} and, in row "
+            f"{before + 1}, in {splits[before]}; keep one of the rows, or give both one split"
+        )
 
 
 def _image_key(folder: str, path: str) -> str:
