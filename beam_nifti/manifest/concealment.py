@@ -38,12 +38,9 @@ _HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
 
 
 def conceal(text: str, row: VolumeRow, folder: str) -> str:
-    """Replace the paths of a row's files, the names in them, and its ids, by their pseudonyms.
+    """Replace the paths of a row's files, the names in them, and its ids, by their pseudonyms, if it has any.
 
-    Args:
-        text: to be shown or written.
-        row: with pseudonyms where ids are anonymous; else the text stays.
-        folder: what its paths are relative to.
+    Its paths are relative to the folder.
     """
     if not row.pseudonyms:
         return text
@@ -123,9 +120,7 @@ def _place(error: BaseException) -> str | None:
 def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
     """Where ids are anonymous, let no exception or warning of the block name a file of a row or its server.
 
-    Args:
-        row: that the block is about.
-        folder: what its paths are relative to.
+    The row is that which the block is about; its paths are relative to the folder.
 
     Raises:
         Exception: of the same kind where the package or the system raised it, else a RuntimeError; without

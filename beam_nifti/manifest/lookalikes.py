@@ -58,11 +58,8 @@ def warn_of_lookalikes(
 ) -> None:
     """Warn of names that are probably one, and of names that a spreadsheet has rewritten.
 
-    Args:
-        what: the names are.
-        names: one per row.
-        problems: where to warn.
-        folded: as for `find_lookalikes`; for names that are made of others, which are checked by themselves.
+    `what` says what the names are; `folded` is as for `find_lookalikes`, for names that are made of others,
+    which are checked by themselves.
     """
     lookalikes = find_lookalikes(names, folded)
     for row, other in lookalikes[:_SHOWN]:

@@ -174,11 +174,7 @@ def strings(column: pa.Array | pa.ChunkedArray) -> Iterator[str]:
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write a table of strings, which `read_table` gives back.
-
-    Args:
-        path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
-        table: of string columns.
+    """Write a table of strings, which `read_table` gives back, in the format that the path ends in.
 
     Raises:
         UsageError: another ending; or a cell that the format cannot hold.

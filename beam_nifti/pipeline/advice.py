@@ -101,9 +101,7 @@ def suggest_flags(kinds: Counts, record: RecordConfig) -> Advice:
     is cropped. Images that nothing makes like the most frequent ones, such as RGB among scalars, are not
     considered. What would make an image fail that is accepted without it is not suggested.
 
-    Args:
-        kinds: of all images, with their numbers, in the order of the manifest.
-        record: the configuration that they were checked with.
+    The kinds are in the order of the manifest; `record` is the configuration that they were checked with.
     """
     wanted, suggested = _suggest(kinds, record, None)
     against, reason = _objection(kinds, record, suggested)

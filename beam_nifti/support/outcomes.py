@@ -121,13 +121,10 @@ def reason_of(error: OSError) -> str:
 
 
 def engine_outcome(error: Exception) -> Outcome | None:
-    """How a command ends whose engine failed; None for an error that no engine raises.
+    """How a command ends whose pipeline raised an error; None for an error that no engine raises.
 
     A runner brings a worker's exception back as the text of a RuntimeError. Its last traceback, if there
     is one, ends with the exception that counts.
-
-    Args:
-        error: raised by running a pipeline.
     """
     if (outcome := _of_service(error)) is not None:
         return outcome

@@ -38,16 +38,10 @@ def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
 def place_voxels(
     name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]
 ) -> tuple[npt.NDArray[np.float64], tuple[float, float, float], tuple[str, ...]]:
-    """Where a header places its voxels.
+    """Where a header of nibabel's, with its defects repaired, places the voxels of a shape.
 
-    The sform counts where it is set, then the qform, then the voxel sizes alone, as in nibabel; one that is
-    singular or not finite is passed over.
-
-    Args:
-        name: the image's path, for errors.
-        header: nibabel's, of NIfTI, ANALYZE or MGH, with its defects repaired.
-        sizes: of `stated_sizes`.
-        shape: (X, Y, Z) or more.
+    The sform counts where it is set, then the qform, then the voxel sizes (of `stated_sizes`) alone, as in
+    nibabel; one that is singular or not finite is passed over.
 
     Returns:
         The affine, float64 (4, 4), voxel indices to millimetres in RAS+, finite and not singular; voxel sizes

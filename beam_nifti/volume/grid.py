@@ -88,15 +88,7 @@ def is_usable(affine: npt.NDArray[np.float64]) -> bool:
 
 
 def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Voxel sizes that are those of an affine.
-
-    Args:
-        affine: (4, 4).
-        stated: the sizes that are stored beside it.
-
-    Returns:
-        float64 (3,). Along an axis it is the stated size where that is the affine's but for rounding.
-    """
+    """The voxel sizes of an affine: along an axis the stated one, where it is the same but for rounding."""
     sizes = nib.affines.voxel_sizes(affine)
     zooms: npt.NDArray[np.float64] = np.where(np.isclose(stated, sizes, _SAME_SPACING, 0), stated, sizes)
     return zooms
@@ -105,15 +97,9 @@ def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.
 def require_same_grid(
     name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool, is_mask: bool = False
 ) -> None:
-    """Refuse an image whose voxels are not those of another one.
+    """Refuse an image whose voxels are not those of the first one, whose path and grid are given besides.
 
-    Args:
-        name: the image's path, for errors.
-        grid: of the image.
-        first_name: the other one's path, for errors.
-        first: grid of the other one.
-        may_turn: whether its axes may be flipped or in another order.
-        is_mask: whether it holds labels, which must not be interpolated.
+    With `may_turn` its axes may be flipped or in another order. Labels of a mask must not be interpolated.
 
     Raises:
         VolumeError: they have other shapes, or voxel centres that are further apart than a tenth of the
@@ -166,11 +152,11 @@ def orientation_of(affine: npt.NDArray[np.float64]) -> str:
 
 
 def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
-    """How the axes have to be turned: for each one its new place, and 1 or -1 where it is flipped.
+    """How the axes have to be turned to an orientation, such as "RAS".
 
-    Args:
-        grid: any, oblique ones too: its nearest orientation counts.
-        code: such as "RAS".
+    Returns:
+        For each axis its new place, and 1 or -1 where it is flipped. Of an oblique grid the nearest
+        orientation counts.
 
     Raises:
         VolumeError: the affine does not tell where an axis points.
@@ -238,12 +224,7 @@ def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], li
 def prepared_shape(
     shape: tuple[int, ...], affine: npt.NDArray[np.float64], record: RecordConfig
 ) -> tuple[int, ...] | None:
-    """The shape of a volume after its preparation.
-
-    Args:
-        shape: (X, Y, Z) or (X, Y, Z, T), as loaded.
-        affine: of the volume as loaded.
-        record: says how it is prepared.
+    """The shape of a volume after its preparation, from its shape and its affine as loaded.
 
     Returns:
         None where only the voxels or the user's function can tell.

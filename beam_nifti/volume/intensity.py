@@ -1,4 +1,7 @@
-"""The methods of `--rescale`: which intensities of a volume become 0 and 1, and what its voxels become."""
+"""The methods of `--rescale`: which intensities of a volume become 0 and 1, and what its voxels become.
+
+`voxels` are as stored in the image, in C order and all finite; `scaling` takes them to the image's units.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,10 @@ def describe_rule(rule: str | None) -> str:
 def select_voxels(
     voxels: Voxels, scaling: Scaling, rule: str, mask: Voxels | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Which voxels a rule selects.
+    """Which voxels a rule selects, in an array of their shape.
 
-    Args:
-        voxels: as stored, C order; some axes of space, and perhaps one of channels.
-        scaling: from stored voxels to the image's units.
-        rule: `nonzero`; `above:T`, with T in the image's units; `mask`, those that have a label.
-        mask: their labels, without the axis of channels, where the rule asks for them.
-
-    Returns:
-        Of the shape of the voxels.
+    `nonzero`; `above:T`, with T in the image's units; or `mask`, those that have a label. The mask lacks the
+    axis of channels that voxels may have.
     """
     if rule == "mask":
         assert mask is not None
@@ -66,14 +63,9 @@ def find_ends(
     config: RecordConfig,
     mask: Voxels | None = None,
 ) -> Ends | None:
-    """Which intensities of a volume become 0 and 1.
+    """Which intensities of a volume become 0 and 1, by the method of a configuration.
 
-    Args:
-        voxels: as stored, C order, all finite.
-        scaling: from stored voxels to the image's units.
-        intensity: of all voxels.
-        config: says by which method.
-        mask: labels of the voxels, where the configuration asks only those of the mask.
+    The method asks the voxels that the configuration selects, which may be those of the mask.
 
     Returns:
         None where the range of the volume says it: for plain minmax, and where nothing is rescaled.
@@ -115,11 +107,7 @@ def find_percentiles(
 ) -> list[float]:
     """What `numpy.percentile` gives for the values in the image's units, as float64, to the bit.
 
-    Args:
-        voxels: as stored, C order, all finite, at least one.
-        scaling: from stored voxels to the image's units.
-        percentiles: 0 to 100.
-        overwrite: whether `voxels` may be reordered, which spares a copy of them.
+    With `overwrite` the voxels may be reordered, which spares a copy of them.
     """
     flat = voxels.reshape(-1)
     last = flat.size - 1

@@ -141,12 +141,8 @@ def load_frames(
 ) -> Iterator[Volume]:
     """Read one image, to hand out its frames one after the other as volumes of their own.
 
-    Args:
-        row: names the image, and says how many frames it must have and which are wanted.
-        folder: as for `load_volume`.
-        shape: as for `load_volume`, of a frame's record.
-        dtype: as for `load_volume`.
-        record: as for `load_volume`; its `frames` is "each".
+    Arguments are those of `load_volume`, for the record of a frame. The row says how many frames the image
+    must have and which are wanted.
 
     Returns:
         What `load_volume` gives of each frame where its number is the configuration's `frames`, made when it
