@@ -57,6 +57,11 @@ class BidsImage:
         """Such as "ses-01"; "" where the name has none."""
         return f"ses-{self.entities['ses']}" if "ses" in self.entities else ""
 
+    @property
+    def session(self) -> tuple[str, str]:
+        """Whose it is, and of which session."""
+        return self.participant_id, self.session_id
+
     @classmethod
     def parse(cls, path: str) -> BidsImage | None:
         """The image at a path of a study; None if the name is none of BIDS, or not one for its folders.
@@ -229,9 +234,8 @@ def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mappin
     above, _, name = study.root.rpartition("/")
     raw = storage.dirname(above)
     is_derivative = bool(name) and above.rpartition("/")[2] == "derivatives"
-    if not is_derivative or study.session_tables or _has_content(storage.join(study.root, _PARTICIPANTS)):
-        return study.root, study.session_tables, []
-    if not _has_content(storage.join(raw, _PARTICIPANTS)):
+    has_own = study.session_tables or _has_content(storage.join(study.root, _PARTICIPANTS))
+    if not is_derivative or has_own or not _has_content(storage.join(raw, _PARTICIPANTS)):
         return study.root, study.session_tables, []
     paths = {participant: f"{participant}/{participant}_sessions.tsv" for participant in participants}
     tables = {of: path for of, path in paths.items() if _has_content(storage.join(raw, path))}

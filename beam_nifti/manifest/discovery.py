@@ -119,7 +119,7 @@ def _choose(
     if not images:
         reasons = "; ".join(_reason_for_none(key, entities[key], of_suffix) for key in entities)
         raise UsageError(f"{study.root}: none of the {len(of_suffix)} {suffix} images is chosen: {reasons}")
-    chosen = sorted(images, key=lambda image: (image.participant_id, image.session_id, image.path))
+    chosen = sorted(images, key=lambda image: (image.session, image.path))
     return chosen, [*_notes_on_names(study, suffix), *_notes_on_choice(of_suffix, chosen)]
 
 
@@ -155,12 +155,8 @@ def _refuse_same_names(images: Iterable[BidsImage]) -> None:
             )
 
 
-def _session_of(image: BidsImage) -> tuple[str, str]:
-    return image.participant_id, image.session_id
-
-
 def _refuse_several(root: str, images: Sequence[BidsImage]) -> None:
-    groups = [list(found) for _, found in itertools.groupby(images, key=_session_of)]
+    groups = [list(found) for _, found in itertools.groupby(images, key=lambda image: image.session)]
     several = [group for group in groups if len(group) > 1]
     if not several:
         return
@@ -260,8 +256,7 @@ def _notes_on_choice(
     gone = sorted({image.participant_id for image in dropped} - participants)
     if gone:
         notes.append(f"{_named(gone, 'participant')} left with no image")
-    sessions = set(map(_session_of, chosen))
-    left = sorted({_session_of(image) for image in dropped} - sessions)
+    left = sorted({image.session for image in dropped} - {image.session for image in chosen})
     rest = [f"{participant}_{session}" for participant, session in left if participant in participants]
     if rest:
         notes.append(f"{_named(rest, 'session')} left with no image")
@@ -310,17 +305,13 @@ def _bare(name: str) -> str:
 def _notes_on_content(paths: Sequence[str]) -> list[str]:
     """Name the images of which only a pointer is here, such as in a clone of a DataLad repository."""
     found = defaultdict[str, list[str]](list)
-    for path in paths:
-        if not storage.is_remote(path) and (what := _described_stand_in(path)):
+    for path in itertools.filterfalse(storage.is_remote, paths):
+        what = storage.broken_link(path)
+        if what is None and storage.stat(path).size <= _POINTER_BYTES:
+            what = stand_in(storage.read(path))
+        if what:
             found[what].append(path.rpartition("/")[2])
     return [f"{_named(names, 'image')}: {what}" for what, names in found.items()]
-
-
-def _described_stand_in(path: str) -> str | None:
-    if what := storage.broken_link(path):
-        return what
-    is_small = storage.stat(path).size <= _POINTER_BYTES
-    return stand_in(storage.read(path)) if is_small else None
 
 
 def _named(names: Sequence[str], noun: str) -> str:

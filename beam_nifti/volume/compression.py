@@ -67,11 +67,8 @@ def _open_with_arrow(codec: str) -> Callable[[Bytes], Any]:
 
 def _skip_zeros(data: Bytes, at: int) -> int:
     """The offset of the next byte that is not 0, or of the end."""
-    while chunk := bytes(data[at : at + _SCRATCH_BYTES]):
-        if rest := chunk.lstrip(b"\0"):
-            return at + len(chunk) - len(rest)
-        at += len(chunk)
-    return at
+    zeros = re.compile(rb"\0*").match(data, at)
+    return zeros.end() if zeros else at
 
 
 def _end_by_decompressing(magic: re.Pattern[bytes], make: Callable[[], Any]) -> Callable[[Bytes], int]:
