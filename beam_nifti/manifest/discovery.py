@@ -147,12 +147,10 @@ def _labels(key: str, images: Iterable[BidsImage]) -> str:
 
 def _refuse_same_names(images: Iterable[BidsImage]) -> None:
     seen = dict[frozenset[tuple[str, str]], BidsImage]()
-    for image in images:
-        other = seen.setdefault(frozenset(image.entities.items()), image)
-        if other is not image:
-            raise UsageError(
-                f"{other.path} and {image.path} have the same name; remove or rename one of them"
-            )
+    for new in images:
+        old = seen.setdefault(frozenset(new.entities.items()), new)
+        if old is not new:
+            raise UsageError(f"{old.path} and {new.path} have the same name; remove or rename one of them")
 
 
 def _refuse_several(root: str, images: Sequence[BidsImage]) -> None:
@@ -350,9 +348,8 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
     table["path"] = found
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
-    return FoundImages(
-        pa.table(table).sort_by([*order, ("path", "ascending")]), tuple(_notes_on_content(paths))
-    )
+    rows = pa.table(table).sort_by([*order, ("path", "ascending")])
+    return FoundImages(rows, tuple(_notes_on_content(paths)))
 
 
 def _matches(pattern: str) -> list[str]:

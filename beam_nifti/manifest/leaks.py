@@ -81,9 +81,8 @@ class _Names:
         is_sure = pc.match_substring_regex(spelled, "[0-9]|^ses.")
         is_word = pc.match_substring_regex(texts, "(?i)[0-9]|^ses-")
         words = (pc.if_else(is_word, words[0], ""), words[1])
-        return cls(
-            texts, bare, kind, spelled.filter(is_sure), spelled.filter(pc.invert(is_sure)), none, words
-        )
+        chance = spelled.filter(pc.invert(is_sure))
+        return cls(texts, bare, kind, spelled.filter(is_sure), chance, none, words)
 
 
 def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
@@ -95,9 +94,7 @@ def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
     kinds: dict[str | None, Kind] = {columns.id: "id", "participant_id": "id", "session_id": "session"}
     kinds |= dict.fromkeys(columns.files, "path")
     at = {name: number for number, name in enumerate(table.column_names, 1)}
-    names = [
-        _Names.of(table[n].combine_chunks(), kind) for n, kind in kinds.items() if n is not None and n in at
-    ]
+    names = [_Names.of(table[n].combine_chunks(), kind) for n, kind in kinds.items() if n in at]
     kept = [(number, name) for name, number in at.items() if name not in kinds]
     _refuse_headers(kept, names, problems)
     problems.stop()  # what is found later may show names of columns
@@ -189,9 +186,8 @@ def _find_copy(cells: pa.Array, spellings: _Spellings, names: _Names) -> int | N
 def _copies_all(spellings: _Spellings, names: _Names) -> bool | None:
     """Whether the names that are all cells with a value are more than short numbers; None if they are not."""
     is_missing = pc.is_in(spellings.folded, value_set=pa.array(MISSING_TEXTS)).take(spellings.rows)
-    told, own = (
-        texts.filter(pc.invert(is_missing)) for texts in (spellings.bare.take(spellings.rows), names.bare)
-    )
+    bare = spellings.bare.take(spellings.rows)
+    told, own = (texts.filter(pc.invert(is_missing)) for texts in (bare, names.bare))
     if len(pc.unique(told)) < 2 or not pc.all(pc.equal(told, own)).as_py():
         return None
     return not pc.all(pc.match_substring_regex(told, _NUMBER)).as_py()

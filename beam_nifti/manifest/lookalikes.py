@@ -53,9 +53,7 @@ def find_lookalikes(names: pa.Array, folded: pa.Array | None = None) -> list[tup
     return [(int(rows[i]), int(rows[first[i]])) for i in lookalikes]
 
 
-def warn_of_lookalikes(
-    what: str, names: pa.Array, problems: Problems, folded: pa.Array | None = None
-) -> None:
+def warn_of_names(what: str, names: pa.Array, problems: Problems, folded: pa.Array | None = None) -> None:
     """Warn of names that are probably one, and of names that a spreadsheet has rewritten.
 
     `what` says what the names are; `folded` is as for `find_lookalikes`, for names that are made of others,

@@ -69,9 +69,8 @@ class Pseudonyms:
         return pa.array(hashed, pa.string(), size=len(names.dictionary)).take(names.indices)
 
     def _hash(self, name: str, kind: str, size: int) -> str:
-        return hashlib.blake2b(
-            name.encode(), digest_size=size, key=self._key, person=kind.encode()
-        ).hexdigest()
+        person = kind.encode()
+        return hashlib.blake2b(name.encode(), digest_size=size, key=self._key, person=person).hexdigest()
 
 
 def hash_version(version: str | None, version_key: str) -> str | None:

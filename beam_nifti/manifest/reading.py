@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from beam_nifti.config import Columns, Splitting
 from beam_nifti.manifest.labels import Labels, read_labels
 from beam_nifti.manifest.leaks import refuse_leaks
-from beam_nifti.manifest.lookalikes import fold, refuse_lookalikes, warn_of_lookalikes
+from beam_nifti.manifest.lookalikes import fold, refuse_lookalikes, warn_of_names
 from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
 from beam_nifti.manifest.splits import (
@@ -61,7 +61,7 @@ def read_manifest(
     paths = {name: table[name] for name in columns.files}
     _refuse_empty_paths(paths, columns, problems)
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
-    _warn_of_lookalikes(table, columns, people, problems)
+    _warn_of_names(table, columns, people, problems)
     if splitting:
         refuse_lookalikes(_ids(table, columns) if people is None else people, problems)
     named = dict[str, pa.ChunkedArray]()
@@ -159,19 +159,17 @@ def _refuse_empty_paths(paths: Mapping[str, pa.ChunkedArray], columns: Columns, 
                 problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
 
 
-def _warn_of_lookalikes(
-    table: pa.Table, columns: Columns, people: pa.Array | None, problems: Problems
-) -> None:
+def _warn_of_names(table: pa.Table, columns: Columns, people: pa.Array | None, problems: Problems) -> None:
     """Warn of participants and ids that are probably one, and of ids that a spreadsheet has rewritten."""
     if people is not None:
-        warn_of_lookalikes("participant_id", people, problems)
+        warn_of_names("participant_id", people, problems)
     if people is None or columns.id is not None:
-        warn_of_lookalikes("id", _ids(table, columns), problems)
+        warn_of_names("id", _ids(table, columns), problems)
     elif "session_id" in table.column_names:
         # Lookalikes of one participant are ids of two sessions; those of two are known as participants.
         sessions = fold(table["session_id"].combine_chunks())
         keys = pc.binary_join_element_wise(people, sessions, "\0")
-        warn_of_lookalikes("id", _ids(table, columns), problems, keys)
+        warn_of_names("id", _ids(table, columns), problems, keys)
 
 
 def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labels, ...]:

@@ -19,6 +19,8 @@ from beam_nifti.manifest.lookalikes import LIKENESS, find_lookalikes, fold
 from beam_nifti.manifest.tables import BATCH_ROWS, Problems, strings
 from beam_nifti.storage import paths as storage
 
+_Rows = npt.NDArray[np.intp]
+
 DEFAULT_SPLIT: Final = "train"
 
 _POINTS: Final = 1 << 64  # every participant has a point below it, and a split takes its share of them
@@ -120,9 +122,7 @@ def draw_splits(
     return pa.DictionaryArray.from_arrays(pa.array(drawn[of_row]), pa.array(names, pa.string()))
 
 
-def _find_disagreements(
-    participants: pa.Array, values: pa.Array
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _find_disagreements(participants: pa.Array, values: pa.Array) -> tuple[_Rows, _Rows]:
     """Rows, ascending, with another value than the first row of their participant, and those first rows."""
     people = participants.dictionary_encode()
     of_row = people.indices.to_numpy()
@@ -179,7 +179,7 @@ def _image_key(folder: str, path: str) -> str:
     return path if storage.is_remote(path) else os.path.normpath(path)
 
 
-def _first_rows(of_row: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+def _first_rows(of_row: npt.NDArray[Any]) -> _Rows:
     """The row at which each participant appears first; they are numbered in that order."""
     return np.unique(of_row, return_index=True)[1]
 

@@ -11,7 +11,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from beam_nifti.errors import VolumeError
 from beam_nifti.support.wording import size_text
-from beam_nifti.volume.grid import SAME_PLACE, Grid, agreed_zooms, is_usable
+from beam_nifti.volume.grid import SAME_PLACE, Affine, Grid, agreed_zooms, is_usable
 
 _NIFTI_UNITS: Final = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres in the units of xyzt_units: unknown, metre, millimetre, micrometre. Source: nifti1.h."""
@@ -37,16 +37,15 @@ def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
 
 def place_voxels(
     name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]
-) -> tuple[npt.NDArray[np.float64], tuple[float, float, float], tuple[str, ...]]:
+) -> tuple[Affine, tuple[float, float, float], tuple[str, ...]]:
     """Where a header of nibabel's, with its defects repaired, places the voxels of a shape.
 
     The sform counts where it is set, then the qform, then the voxel sizes (of `stated_sizes`) alone, as in
     nibabel; one that is singular or not finite is passed over.
 
     Returns:
-        The affine, float64 (4, 4), voxel indices to millimetres in RAS+, finite and not singular; voxel sizes
-        in millimetres, which are the header's own where these are the affine's but for rounding, and those
-        of the affine elsewhere; and notes, keys of `notes.TEXTS`.
+        The affine, finite and not singular; voxel sizes in millimetres, which are the header's own where
+        these are the affine's but for rounding, and those of the affine elsewhere; and keys of `notes.TEXTS`.
 
     Raises:
         VolumeError: nothing in the header places the voxels.
@@ -71,7 +70,7 @@ def place_voxels(
 
 def _nifti_affine(
     name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]
-) -> tuple[npt.NDArray[np.float64], list[str]]:
+) -> tuple[Affine, list[str]]:
     has_sform, has_qform = header["sform_code"] != 0, header["qform_code"] != 0
     has_sizes = _are_usable(sizes, shape)  # the qform needs them; nibabel has put 1 for 0
     affine = np.asarray(header.get_sform(), np.float64)
@@ -90,13 +89,13 @@ def _nifti_affine(
     return np.asarray(header.get_base_affine(), np.float64), []
 
 
-def _differs_from_qform(affine: npt.NDArray[np.float64], header: Any, shape: Sequence[int]) -> bool:
+def _differs_from_qform(affine: Affine, header: Any, shape: Sequence[int]) -> bool:
     # Rounding makes up to 0.002 of a voxel in real headers, whose quaternions are float32.
     grid = Grid.of(shape, affine)
     return not grid.distance(Grid.of(shape, _qform_of(header))) <= SAME_PLACE * min(grid.zooms)
 
 
-def _qform_of(header: Any) -> npt.NDArray[np.float64]:
+def _qform_of(header: Any) -> Affine:
     """NaN where its quaternion is none."""
     try:
         return np.asarray(header.get_qform(), np.float64)
@@ -117,7 +116,7 @@ def _require_sizes(name: str, sizes: npt.NDArray[np.float64], shape: Sequence[in
         )
 
 
-def _refuse(name: str, affine: npt.NDArray[np.float64], fields: str) -> NoReturn:
+def _refuse(name: str, affine: Affine, fields: str) -> NoReturn:
     problem = "singular" if np.isfinite(affine).all() else "not finite"
     raise VolumeError(f"{name}: the affine is {problem}; repair its {fields}")
 

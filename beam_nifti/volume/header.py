@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.volume.grid import Grid, prepared_shape
+from beam_nifti.volume.grid import Affine, Grid, prepared_shape
 from beam_nifti.volume.rescale import Scaling
 
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
@@ -52,7 +51,7 @@ class VolumeHeader:
     dtype: np.dtype[Any]
     offset: int
     scaling: Scaling
-    affine: npt.NDArray[np.float64]
+    affine: Affine
     zooms: tuple[float, float, float]
     is_vector: bool = False
     is_pair: bool = False

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
@@ -15,7 +14,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.volume.formats import parse_header
-from beam_nifti.volume.grid import require_same_grid, turn_voxels, turns_between
+from beam_nifti.volume.grid import Affine, require_same_grid, turn_voxels, turns_between
 from beam_nifti.volume.header import (
     VolumeHeader,
     record_layout,
@@ -57,7 +56,7 @@ class Volume:
     row: VolumeRow
     voxels: Voxels
     scaling: Scaling
-    affine: npt.NDArray[np.float64]
+    affine: Affine
     zooms: tuple[float, float, float]
     dtype: str
     source: Source
@@ -305,7 +304,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
     is_native = config.voxel_dtype == "native"
     for number, voxels in enumerate(_images(volume, config)):
         try:
-            intensity, found, rescaled = _rescale_image(voxels, volume, config)
+            intensity, found, rescaled = _rescale(voxels, volume, config)
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
         intensities.append(intensity)
@@ -334,9 +333,7 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
         yield np.ascontiguousarray(volume.voxels[..., number])
 
 
-def _rescale_image(
-    voxels: Voxels, volume: Volume, config: RecordConfig
-) -> tuple[Intensity, Ends | None, Voxels]:
+def _rescale(voxels: Voxels, volume: Volume, config: RecordConfig) -> tuple[Intensity, Ends | None, Voxels]:
     scaling = volume.scaling
     intensity = measure(voxels, scaling)
     if config.method == "minmax" and intensity.min == intensity.max:
