@@ -40,8 +40,8 @@ class _Names:
         texts: of the column, one per row.
         bare: what is equal for them and for other spellings of them, one per row.
         kind: of the names.
-        sure: what one of the spellings of another text is only where it is a copy.
-        chance: likewise, but it may be chance.
+        certain: what one of the spellings of another text is only where it is a copy.
+        possible: likewise, but it may be chance.
         files: what `_key` of a text with an image's ending is only where it is a copy.
         words: of each row, that are in a text of the row only where it is a copy; "" for none.
     """
@@ -49,8 +49,8 @@ class _Names:
     texts: pa.Array
     bare: pa.Array
     kind: Kind
-    sure: pa.Array
-    chance: pa.Array
+    certain: pa.Array
+    possible: pa.Array
     files: pa.Array
     words: tuple[pa.Array, ...]
 
@@ -67,22 +67,22 @@ class _Names:
             files = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
             names = _letters(files, 2)
             is_long = pc.greater_equal(pc.utf8_length(names), _LEAST_OF_FILE)
-            sure, short = names.filter(is_long), names.filter(pc.invert(is_long))
+            certain, short = names.filter(is_long), names.filter(pc.invert(is_long))
             own = pc.if_else(pc.is_in(keys, value_set=files).take(encoded.indices), _base(texts), "")
             words = (_words(texts), _words(own, _LEAST_OF_FILE))
-            sure = pa.concat_arrays([sure, _letters(fold(known), _LEAST_LETTERS)])
-            return cls(texts, bare, kind, sure, short, files, words)
+            certain = pa.concat_arrays([certain, _letters(fold(known), _LEAST_LETTERS)])
+            return cls(texts, bare, kind, certain, short, files, words)
         cut = pc.replace_substring_regex(texts, _PREFIX, "")
         words = (_words(texts), pc.if_else(pc.match_substring_regex(cut, _LONG_NUMBER), cut, ""))
         spelled = _letters(pa.concat_arrays([keys, _bare(keys)]), _LEAST_LETTERS)
         if kind == "id":
             return cls(texts, bare, kind, spelled, none, none, words)
         # A session may be called by a word that has other meanings, such as test or baseline.
-        is_sure = pc.match_substring_regex(spelled, "[0-9]|^ses.")
+        is_certain = pc.match_substring_regex(spelled, "[0-9]|^ses.")
         is_word = pc.match_substring_regex(texts, "(?i)[0-9]|^ses-")
         words = (pc.if_else(is_word, words[0], ""), words[1])
-        chance = spelled.filter(pc.invert(is_sure))
-        return cls(texts, bare, kind, spelled.filter(is_sure), chance, none, words)
+        possible = spelled.filter(pc.invert(is_certain))
+        return cls(texts, bare, kind, spelled.filter(is_certain), possible, none, words)
 
 
 def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
@@ -123,7 +123,7 @@ def _refuse_names(column: str, cells: pa.Array, names: Sequence[_Names], problem
         tell(f"{column} has the name or number of the participant, session or image in every row, {_REMEDY}")
         return
     for of in names:
-        if of.kind != "id" and (row := spellings.first_in(of.chance)) is not None:
+        if of.kind != "id" and (row := spellings.first_in(of.possible)) is not None:
             problems.warn(f"row {row + 1}: {column} has {what}, perhaps by chance, {_REMEDY}")
             return
 
@@ -134,7 +134,7 @@ def _refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[_Names],
         header = pa.array([column])
         is_number = pc.match_substring_regex(header, _LONG_NUMBER)[0].as_py()
         for of in names:
-            is_name = _Spellings(header).first_in(of.sure) is not None
+            is_name = _Spellings(header).first_in(of.certain) is not None
             if is_name or (is_number and any(pc.index(words, column).as_py() >= 0 for words in of.words)):
                 problems.add(
                     f"column {number} is called like a participant, a session or an image, which "
@@ -165,7 +165,7 @@ def _find_copy(cells: pa.Array, spellings: _Spellings, names: _Names) -> int | N
     """The first row whose cell surely has a name in it."""
     is_file = pc.match_substring_regex(spellings.texts, _ENDING)
     is_of_file = pc.and_(is_file, pc.is_in(spellings.keys, value_set=names.files))
-    found = [spellings.first_in(names.sure), spellings.first(is_of_file)]
+    found = [spellings.first_in(names.certain), spellings.first(is_of_file)]
     if names.kind == "path" and pc.any(is_file).as_py():
         rows = pc.indices_nonzero(is_file.take(spellings.rows))
         ends, own = (

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -70,8 +71,7 @@ def read_manifest(
         named = {name: table[name] for name in table.column_names if name in ids_of}
         refuse_leaks(table, columns, problems)
         table = _without_names(table, columns, pseudonyms)
-    labels = _labels(table, columns, problems)
-    lacks_label = np.any([of.is_missing for of in labels], axis=0) if labels else None
+    labels, lacks_label = _labels(table, columns, problems)
     ids = _ids(table, columns)
     if splitting:
         splits = draw_from_table(table, ids, splitting, problems)
@@ -172,7 +172,10 @@ def _warn_of_names(table: pa.Table, columns: Columns, people: pa.Array | None, p
         warn_of_names("id", _ids(table, columns), problems, keys)
 
 
-def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labels, ...]:
+def _labels(
+    table: pa.Table, columns: Columns, problems: Problems
+) -> tuple[tuple[Labels, ...], npt.NDArray[np.bool_] | None]:
+    """The labels of each column, and which rows lack one of them; None where there are no labels."""
     if columns.missing_label is not None and not columns.labels:
         problems.add(
             "--missing-label is for labels, and there is no column 'label'; name one with --label-column"
@@ -182,10 +185,11 @@ def _labels(table: pa.Table, columns: Columns, problems: Problems) -> tuple[Labe
     labels = tuple(
         read_labels(table[c.name], c, columns.missing_label, problems, default) for c in columns.labels
     )
-    if columns.missing_label == "skip" and labels and np.any([of.is_missing for of in labels], axis=0).all():
+    lacks_label = np.any([of.is_missing for of in labels], axis=0) if labels else None
+    if columns.missing_label == "skip" and lacks_label is not None and lacks_label.all():
         names = ", ".join(of.column.name for of in labels)
         problems.add(f"every row lacks a label ({names}), and --missing-label skip would skip all of them")
-    return labels
+    return labels, lacks_label
 
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
