@@ -36,7 +36,7 @@ def read_manifest(
     pseudonyms: Pseudonyms | None = None,
     *,
     is_of_dataset: bool = False,
-    is_list: bool = False,
+    list_content: bytes | None = None,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -47,14 +47,16 @@ def read_manifest(
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
-        is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
+        list_content: bytes of the file, where it is a dataset's list of failures: that may have pseudonyms in
+            the place of paths.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
     problems = Problems(path, hides_names=pseudonyms is not None)
-    table = read_table(path, _meaningful(columns, splitting), problems)
+    table = read_table(path, _meaningful(columns, splitting), problems, list_content)
+    is_list = list_content is not None
     _check_columns(table, columns, splitting, problems, is_of_dataset=is_of_dataset, is_list=is_list)
     problems.stop()
     if columns.label is None and "label" in table.column_names:

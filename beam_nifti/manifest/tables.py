@@ -96,7 +96,9 @@ class Problems:
             raise ManifestError(self.path, self._found)
 
 
-def read_table(path: str, plain: Collection[str] = (), problems: Problems | None = None) -> pa.Table:
+def read_table(
+    path: str, plain: Collection[str] = (), problems: Problems | None = None, content: bytes | None = None
+) -> pa.Table:
     """Read a table, every cell as a string, an absent one as an empty string.
 
     White space and characters of no width are removed from the ends of cells and column names. Columns
@@ -107,6 +109,7 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         plain: columns in which there may be no lists, objects or bytes.
         problems: where to report what was changed.
+        content: of the file, where that was read already.
 
     Raises:
         ManifestError: it is not there, or not a table; with row numbers where rows are to blame.
@@ -116,7 +119,7 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
         raise ManifestError(path, ["is not a .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
     problems = problems or Problems(path)
     try:
-        with storage.open_read(path) as handle:
+        with storage.open_read(path) if content is None else io.BytesIO(content) as handle:
             if what := stand_in(handle.read(_HEAD_BYTES)):
                 raise ManifestError(path, [f"not a table but {what}"])
             handle.seek(0)

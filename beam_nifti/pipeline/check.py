@@ -9,17 +9,17 @@ WriteReport          one file
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import apache_beam as beam
 from apache_beam.pvalue import AsList, TaggedOutput
 
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
 from beam_nifti.pipeline.progress import METER
 from beam_nifti.pipeline.survey import Survey, make_report, survey_image
@@ -33,6 +33,10 @@ send_whole_elements()
 
 _ROWS_AT_A_TIME: Final = 256
 _COPIES: Final = "copies"
+
+_FREE_BYTES: Final = 64 << 20
+_ROW_BYTES: Final = 4 << 10
+"""What a report may take: so much, and so much for each row, whose id it may name twice."""
 
 
 class CutRows(beam.DoFn):
@@ -116,4 +120,4 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
             | "WriteReport" >> beam.Map(_write_report, AsList(copies), path, plan)
         )
         pipeline.run().wait_until_finish()
-        return cast(dict[str, Any], json.loads(storage.read(path)))
+        return read_result(path, _FREE_BYTES + _ROW_BYTES * plan.num_rows)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Final
 
-from beam_nifti.errors import BeamNiftiError, PartsChangedError, ShardError
+from beam_nifti.errors import BeamNiftiError, OutputError, PartsChangedError, ShardError
 from beam_nifti.pipeline.build_note import SUMMARY_NAME
 from beam_nifti.pipeline.failures import (
     Failure,
@@ -22,6 +21,7 @@ from beam_nifti.pipeline.failures import (
 )
 from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.pipeline.metrics import Metrics
+from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.parts import BUILD_FOLDER
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.record.dataset_info import (
@@ -47,6 +47,8 @@ _INDEX: Final = "index"
 _REVISION: Final = re.compile(r"-r(\d{1,9})\.")
 _REVISION_KEY: Final = re.compile(r'"revision": *(\d{1,9})\b')
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/{SUMMARY_NAME}"
+_MOST_SUMMARY: Final = 1 << 24
+"""Bytes of it: numbers, and a few reasons with the names of a few files."""
 
 
 @dataclass(frozen=True)
@@ -253,13 +255,13 @@ def take_summary(output: str) -> BuildSummary | None:
     """How the last build in this output ended, if it got that far; forgets it."""
     path = storage.join(output, _SUMMARY_FILE)
     try:
-        facts = json.loads(storage.read(path))
+        facts = read_result(path, _MOST_SUMMARY)
+        groups = (group | {"examples": tuple(group["examples"])} for group in facts["reasons"])
+        summary = BuildSummary(**facts | {"reasons": tuple(FailureGroup(**group) for group in groups)})
     except FileNotFoundError:
         return None
-    reasons = tuple(
-        FailureGroup(**{**group, "examples": tuple(group["examples"])}) for group in facts.get("reasons", ())
-    )
-    summary = BuildSummary(**{**facts, "reasons": reasons})
+    except (KeyError, TypeError) as e:
+        raise OutputError(f"{path}: not what the pipeline has written: {e!r}; run the command again") from e
     storage.delete(path, output)
     return summary
 
