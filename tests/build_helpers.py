@@ -152,6 +152,12 @@ def stray_files(output: Path) -> set[str]:
     return {str(p.relative_to(output)) for p in output.rglob("*") if not p.is_dir()} - belong
 
 
+def snapshot(output: Path) -> dict[str, bytes]:
+    """The content of every file but the lock."""
+    files = (p for p in output.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(output)): p.read_bytes() for p in files}
+
+
 def assert_complete(output: Path, reference: Path) -> None:
     """The output holds the same records as the reference in the same bytes, and nothing else."""
     assert contents(output) == contents(reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
@@ -54,6 +56,31 @@ def records_of(output: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
         for cells in table.to_pylist():
             record = data[cells["offset"] : cells["offset"] + cells["length"]]
             yield cells, decode_record(record, shard.name.endswith(".gz"))
+
+
+def index_rows(output: Path) -> list[dict[str, Any]]:
+    """The rows of all indexes, in the order of the dataset."""
+    tables = (read_index(str(output / shard.index))[0] for shard in info_of(output).shards)
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def failures_of(output: Path) -> list[dict[str, Any]]:
+    """The lines of failures.jsonl."""
+    return [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
+
+
+def decompressed_files(folder: Path) -> dict[str, bytes]:
+    """The name and the content of every file; of a Parquet file what it holds, and its metadata."""
+    found = {}
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        elif path.suffix == ".parquet":
+            table = pq.read_table(path)
+            data = repr((table.to_pylist(), table.schema.metadata)).encode()
+        found[str(path.relative_to(folder))] = data
+    return found
 
 
 def edit_info(output: Path, edit: Callable[[dict[str, Any]], None]) -> None:

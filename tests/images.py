@@ -113,6 +113,25 @@ def row_of(path: Path | str, label: float | None = 1.0, **fields: Any) -> Volume
     return VolumeRow(row=1, example_id="sub-01", path=str(path), label=label, **fields)
 
 
+def values_of(path: Path) -> Array:
+    """What nibabel gives of an image."""
+    image: Any = nib.load(path)
+    return np.asanyarray(image.dataobj)
+
+
+def rescaled(values: Array) -> Array:
+    """Their range onto [0, 1], by the formula that the project grew from, in float64."""
+    x = values.astype(np.float64)
+    return ((x - x.min()) / (x.max() - x.min())).astype(np.float32)
+
+
+def numbers_of(values: Array) -> Array:
+    """Nibabel's values with frames, components or colours as the fourth axis, and no axis of one number."""
+    if values.dtype.names:
+        values = np.stack([values[name] for name in values.dtype.names], -1)
+    return values.reshape((*values.shape[:3], *(n for n in values.shape[3:] if n > 1)))
+
+
 def write_manifest(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write a .tsv, which has no quotes, or a .csv of dictionaries that have the same keys."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from beam_nifti.record.example import decode_example, decode_tensor, encode_exam
 from beam_nifti.record.index import schema_of
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.preprocess import apply_function
-from beam_nifti.volume.quantize import numpy_dtype
+from beam_nifti.volume.rescale import numpy_dtype
 from tests import pages
 from tests.datasets import records_of
 from tests.images import row_of, write_image

@@ -8,8 +8,8 @@ from typing import Any, Final, TypeAlias
 
 from beam_nifti.errors import UsageError
 from beam_nifti.support.cells import parse_integer, parse_number
-from beam_nifti.support.cores import count_cores
 from beam_nifti.support.logs import FORMATS as LOG_FORMATS
+from beam_nifti.support.process import count_cores
 
 _SECRET: Final = re.compile("secret|token|access.key|connection.string")
 """What is in the names of flags whose values no message shows."""

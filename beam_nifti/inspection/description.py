@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
 from beam_nifti.errors import DatasetError
 from beam_nifti.manifest.labels import comparable
-from beam_nifti.manifest.manifest import frame_id, read_manifest
+from beam_nifti.manifest.manifest import frame_id
+from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_failures_list, read_info
 from beam_nifti.record.index import extra_column, read_shard_index

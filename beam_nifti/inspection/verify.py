@@ -38,8 +38,9 @@ from beam_nifti.inspection.table_checks import (
     no_rows,
     relative_ids,
 )
-from beam_nifti.manifest.manifest import Manifest, read_manifest
+from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
+from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
 from beam_nifti.pipeline.parts import BUILD_FOLDER
 from beam_nifti.record.dataset_info import (
@@ -55,7 +56,7 @@ from beam_nifti.record.index import extra_column
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.memory import keep_buffers
+from beam_nifti.support.process import keep_buffers
 from beam_nifti.volume.user_function import load_function
 
 ALL: Final = 2**63 - 1

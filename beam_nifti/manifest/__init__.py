@@ -1,6 +1,6 @@
 """The table of the cohort: a file, or the folders of images, come in, rows with labels and splits go out.
 
-For other folders: `manifest`, `tables`, `labels`, `discovery`, `image_names`, `pseudonyms` and
+For other folders: `manifest`, `reading`, `tables`, `labels`, `discovery`, `image_names`, `pseudonyms` and
 `concealment`. What users need is given here, and loaded when it is asked for.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beam_nifti.manifest.manifest import Manifest, VolumeRow, read_manifest
+    from beam_nifti.manifest.manifest import Manifest, VolumeRow
+    from beam_nifti.manifest.reading import read_manifest
 
 __all__ = ["Manifest", "VolumeRow", "read_manifest"]
 
@@ -17,6 +18,6 @@ __all__ = ["Manifest", "VolumeRow", "read_manifest"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from beam_nifti.manifest import manifest
+    from beam_nifti.manifest import manifest, reading
 
-    return getattr(manifest, name)
+    return getattr(reading if name == "read_manifest" else manifest, name)

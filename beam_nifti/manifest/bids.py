@@ -23,9 +23,7 @@ MISSING: Final = "n/a"
 _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 """Paths of images in a study, such as sub-01/ses-01/anat/NAME."""
 
-_LISTED_DEPTH: Final = 6
-"""Folders that are listed, to find images that lie deeper."""
-
+_LISTED_DEPTH: Final = 6  # folders that are listed, to find images that lie deeper
 _PARTICIPANTS: Final = "participants.tsv"
 _PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
 
@@ -58,6 +56,11 @@ class BidsImage:
     def session_id(self) -> str:
         """Such as "ses-01"; "" where the name has none."""
         return f"ses-{self.entities['ses']}" if "ses" in self.entities else ""
+
+    @property
+    def session(self) -> tuple[str, str]:
+        """Whose it is, and of which session."""
+        return self.participant_id, self.session_id
 
     @classmethod
     def parse(cls, path: str) -> BidsImage | None:
@@ -166,7 +169,7 @@ class Records:
         present, has_tables = dict[str, None](), False
         self._of_participant = dict[str, dict[str, _Cells]]()
         root, session_tables, self.notes = _find_tables(study, sessions)
-        if has_content(path := storage.join(root, _PARTICIPANTS)):
+        if _has_content(path := storage.join(root, _PARTICIPANTS)):
             has_tables = True
             found, names = _read_records(path, ("participant_id", "session_id"), columns, self.notes)
             present.update(dict.fromkeys(names))
@@ -176,7 +179,7 @@ class Records:
         self._of_session = dict[str, dict[str, _Cells]]()
         for participant in sorted(session_tables.keys() & sessions):
             path = storage.join(root, session_tables[participant])
-            if not has_content(path):
+            if not _has_content(path):
                 continue
             has_tables = True
             found, names = _read_records(path, ("session_id",), columns, self.notes)
@@ -231,21 +234,16 @@ def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mappin
     above, _, name = study.root.rpartition("/")
     raw = storage.dirname(above)
     is_derivative = bool(name) and above.rpartition("/")[2] == "derivatives"
-    if not is_derivative or study.session_tables or has_content(storage.join(study.root, _PARTICIPANTS)):
-        return study.root, study.session_tables, []
-    if not has_content(storage.join(raw, _PARTICIPANTS)):
+    has_own = study.session_tables or _has_content(storage.join(study.root, _PARTICIPANTS))
+    if not is_derivative or has_own or not _has_content(storage.join(raw, _PARTICIPANTS)):
         return study.root, study.session_tables, []
     paths = {participant: f"{participant}/{participant}_sessions.tsv" for participant in participants}
-    tables = {of: path for of, path in paths.items() if has_content(storage.join(raw, path))}
+    tables = {of: path for of, path in paths.items() if _has_content(storage.join(raw, path))}
     return raw, tables, [f"{study.root} has no {_PARTICIPANTS}; the tables of {raw} are used"]
 
 
-def has_content(path: str) -> bool:
-    """Whether a file is there; an error if it is a link to nothing, as git-annex has it.
-
-    Raises:
-        UsageError: it is such a link.
-    """
+def _has_content(path: str) -> bool:
+    """Whether a file is there; an error if it is a link to nothing, as git-annex has it."""
     if what := storage.broken_link(path):
         raise UsageError(f"{path}: {what}")
     return storage.exists(path)

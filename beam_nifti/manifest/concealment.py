@@ -23,12 +23,8 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
-_FOLDER: Final = "…"
-"""Stands for a folder."""
-
-_SHORTEST: Final = 3
-"""Letters of a name that is replaced also where nothing says that it is part of a path."""
-
+_FOLDER: Final = "…"  # stands for a folder
+_SHORTEST: Final = 3  # letters of a name that is replaced also where nothing says that it is part of a path
 _SHORTEST_ID: Final = 4
 """The same of an id, of letters or digits alone: "1" and "all" are words of messages, too."""
 
@@ -38,18 +34,13 @@ _NOT_OURS: Final = (
     sysconfig.get_path("stdlib"),
 )
 
-_KINDS: Final = (MemoryError, TimeoutError, ConnectionError, OSError)
-
 _HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
 
 
 def conceal(text: str, row: VolumeRow, folder: str) -> str:
-    """Replace the paths of a row's files, the names in them, and its ids, by their pseudonyms.
+    """Replace the paths of a row's files, the names in them, and its ids, by their pseudonyms, if it has any.
 
-    Args:
-        text: to be shown or written.
-        row: with pseudonyms where ids are anonymous; else the text stays.
-        folder: what its paths are relative to.
+    Its paths are relative to the folder.
     """
     if not row.pseudonyms:
         return text
@@ -129,9 +120,7 @@ def _place(error: BaseException) -> str | None:
 def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
     """Where ids are anonymous, let no exception or warning of the block name a file of a row or its server.
 
-    Args:
-        row: that the block is about.
-        folder: what its paths are relative to.
+    The row is that which the block is about; its paths are relative to the folder.
 
     Raises:
         Exception: of the same kind where the package or the system raised it, else a RuntimeError; without
@@ -156,5 +145,6 @@ def _concealed(error: Exception, row: VolumeRow, folder: str) -> Exception:
         return OSError(error.errno, f"{reason}, in {about}")
     if isinstance(error, OSError) and isinstance(error.__cause__, ImportError):
         return OSError(f"{conceal(str(error), row, folder)}, in {about}")  # names what is to be installed
-    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+    kinds = (MemoryError, TimeoutError, ConnectionError, OSError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
     return kind(f"{describe(error, is_anonymous=True)}, in {about}")

@@ -16,22 +16,18 @@ from beam_nifti.errors import UsageError
 from beam_nifti.manifest.bids import MISSING, BidsImage, Records, Study
 from beam_nifti.manifest.image_names import drop_second_halves, stem_of
 from beam_nifti.manifest.labels import parse_label
+from beam_nifti.manifest.lookalikes import find_lookalikes
 from beam_nifti.manifest.tables import Problems
-from beam_nifti.manifest.twins import find_twins
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import counted, first_few
 
 _IMAGE_ID: Final = "image_id"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
 """Columns that are not copied from a study's tables."""
 
-_POINTER_BYTES: Final = 1 << 10
-"""Most bytes of a file that may be a pointer to another one."""
-
-_SHOWN: Final = 3
-"""Names in a note that concerns many."""
-
+_POINTER_BYTES: Final = 1 << 10  # most bytes of a file that may be a pointer to another one
+_SHOWN: Final = 3  # names in a note that concerns many
 _PARTICIPANT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9+]+)(?=[/_.])")
 _SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9+]+)(?=[/_.])")
 
@@ -84,17 +80,15 @@ def find_bids_images(
     _refuse_same_names(images)
     if not all_images:
         _refuse_several(root, images)
-    copied = dict.fromkeys(columns)
-    labels, cells = list[str](), dict[str, list[str]]()
-    if label is not None or columns:
-        wanted = [*copied, *([label] if label is not None else [])]
-        records = Records(study, wanted, images)
+    copied = {**({} if label is None else {"label": label}), **dict(zip(columns, columns, strict=True))}
+    cells = dict[str, list[str]]()
+    if copied:
+        records = Records(study, copied.values(), images)
         notes += _notes_on_records(records, images)
         if label is not None:
             images, more = _with_label(root, images, records, label)
             notes += more
-            labels = [records.cell(image, label) for image in images]
-        cells = {name: [records.cell(image, name) for image in images] for name in copied}
+        cells = {name: [records.cell(image, column) for image in images] for name, column in copied.items()}
     paths = [storage.join(root, image.path) for image in images]
     storage.require_text(paths)
     notes += _notes_on_content(paths)
@@ -103,10 +97,7 @@ def find_bids_images(
         table["session_id"] = [image.session_id for image in images]
     if all_images:
         table[_IMAGE_ID] = [image.stem for image in images]
-    table["path"] = [_relative(path, folder) for path in paths]
-    if label is not None:
-        table["label"] = labels
-    table |= cells
+    table |= {"path": [path.removeprefix(folder and f"{folder}/") for path in paths], **cells}
     for key, values in _varying(images).items():
         table[f"entity_{key}" if key in _OWN | table.keys() | {"split"} else key] = values
     return FoundImages(pa.table(table), tuple(notes))
@@ -128,7 +119,7 @@ def _choose(
     if not images:
         reasons = "; ".join(_reason_for_none(key, entities[key], of_suffix) for key in entities)
         raise UsageError(f"{study.root}: none of the {len(of_suffix)} {suffix} images is chosen: {reasons}")
-    chosen = sorted(images, key=lambda image: (image.participant_id, image.session_id, image.path))
+    chosen = sorted(images, key=lambda image: (image.session, image.path))
     return chosen, [*_notes_on_names(study, suffix), *_notes_on_choice(of_suffix, chosen)]
 
 
@@ -156,20 +147,14 @@ def _labels(key: str, images: Iterable[BidsImage]) -> str:
 
 def _refuse_same_names(images: Iterable[BidsImage]) -> None:
     seen = dict[frozenset[tuple[str, str]], BidsImage]()
-    for image in images:
-        other = seen.setdefault(frozenset(image.entities.items()), image)
-        if other is not image:
-            raise UsageError(
-                f"{other.path} and {image.path} have the same name; remove or rename one of them"
-            )
-
-
-def _session_of(image: BidsImage) -> tuple[str, str]:
-    return image.participant_id, image.session_id
+    for new in images:
+        old = seen.setdefault(frozenset(new.entities.items()), new)
+        if old is not new:
+            raise UsageError(f"{old.path} and {new.path} have the same name; remove or rename one of them")
 
 
 def _refuse_several(root: str, images: Sequence[BidsImage]) -> None:
-    groups = [list(found) for _, found in itertools.groupby(images, key=_session_of)]
+    groups = [list(found) for _, found in itertools.groupby(images, key=lambda image: image.session)]
     several = [group for group in groups if len(group) > 1]
     if not several:
         return
@@ -248,9 +233,11 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
     if odd := study.odd_folders:
         notes.append(f"not used: {_named(odd, 'folder')}; folders of participants are named sub-LABEL")
     names = sorted({image.participant_id for image in study.images[suffix]}) + list(study.odd_folders)
-    twins = [f"{names[i]} and {names[other]}" for i, other in find_twins(pa.array(names))]
-    if twins:
-        notes.append(f"possibly one participant with two names: {_listed(twins)}; if so, rename one")
+    lookalikes = [f"{names[i]} and {names[other]}" for i, other in find_lookalikes(pa.array(names))]
+    if lookalikes:
+        notes.append(
+            f"possibly one participant with two names: {first_few(lookalikes, _SHOWN)}; if so, rename one"
+        )
     return notes
 
 
@@ -267,8 +254,7 @@ def _notes_on_choice(
     gone = sorted({image.participant_id for image in dropped} - participants)
     if gone:
         notes.append(f"{_named(gone, 'participant')} left with no image")
-    sessions = set(map(_session_of, chosen))
-    left = sorted({_session_of(image) for image in dropped} - sessions)
+    left = sorted({image.session for image in dropped} - {image.session for image in chosen})
     rest = [f"{participant}_{session}" for participant, session in left if participant in participants]
     if rest:
         notes.append(f"{_named(rest, 'session')} left with no image")
@@ -285,13 +271,13 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
         notes.append(f"{_named(unknown, 'participant')} with images, but not in participants.tsv")
     if without:
         notes.append(f"{_named(without, 'participant')} in participants.tsv, but with no such image")
-    notes += _notes_on_twins(unknown, without)
+    notes += _notes_on_lookalikes(unknown, without)
     for of_participant, (sessions, known) in itertools.islice(records.rowless.items(), _SHOWN):
         notes.append(
             f"{_named(sessions, 'session')} of {of_participant} with images, but no row in the tables, "
-            f"which have {_listed(known)}"
+            f"which have {first_few(known, _SHOWN)}"
         )
-        notes += _notes_on_twins(sessions, known)
+        notes += _notes_on_lookalikes(sessions, known)
     if len(records.rowless) > _SHOWN:
         notes.append(f"the same of {len(records.rowless) - _SHOWN} other participants")
     if records.imageless:
@@ -300,12 +286,13 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
     return notes
 
 
-def _notes_on_twins(of_images: Iterable[str], of_tables: Iterable[str]) -> list[str]:
+def _notes_on_lookalikes(of_images: Iterable[str], of_tables: Iterable[str]) -> list[str]:
     """A note on ids that are probably meant to be the same."""
     known = {_bare(name): name for name in of_tables}
-    twins = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
-    note = f"possibly the same id in table and image name: {_listed(twins)}; ids must match exactly"
-    return [note] if twins else []
+    lookalikes = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
+    shown = first_few(lookalikes, _SHOWN)
+    note = f"possibly the same id in table and image name: {shown}; ids must match exactly"
+    return [note] if lookalikes else []
 
 
 def _bare(name: str) -> str:
@@ -316,30 +303,18 @@ def _bare(name: str) -> str:
 def _notes_on_content(paths: Sequence[str]) -> list[str]:
     """Name the images of which only a pointer is here, such as in a clone of a DataLad repository."""
     found = defaultdict[str, list[str]](list)
-    for path in paths:
-        if not storage.is_remote(path) and (what := _described_stand_in(path)):
+    for path in itertools.filterfalse(storage.is_remote, paths):
+        what = storage.broken_link(path)
+        if what is None and storage.stat(path).size <= _POINTER_BYTES:
+            what = stand_in(storage.read(path))
+        if what:
             found[what].append(path.rpartition("/")[2])
     return [f"{_named(names, 'image')}: {what}" for what, names in found.items()]
 
 
-def _described_stand_in(path: str) -> str | None:
-    if what := storage.broken_link(path):
-        return what
-    is_small = storage.stat(path).size <= _POINTER_BYTES
-    return stand_in(storage.read(path)) if is_small else None
-
-
 def _named(names: Sequence[str], noun: str) -> str:
     """A count and the first few: `4 images (sub-01_T1w, …)`."""
-    return f"{counted(len(names), noun)} ({_listed(names)})"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
-
-
-def _relative(path: str, folder: str) -> str:
-    return path.removeprefix(f"{folder}/") if folder else path
+    return f"{counted(len(names), noun)} ({first_few(names, _SHOWN)})"
 
 
 def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bool = False) -> FoundImages:
@@ -355,7 +330,10 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
             name a participant, or several of one.
     """
     paths = drop_second_halves(sorted({path for pattern in patterns for path in _matches(pattern)}))
-    participants, sessions = (_ids(pattern, paths) for pattern in (_PARTICIPANT, _SESSION))
+    # What each path says last, in its name or in its folders; "" for nothing.
+    participants, sessions = (
+        [(pattern.findall(path) or [""])[-1] for path in paths] for pattern in (_PARTICIPANT, _SESSION)
+    )
     table = dict[str, list[str]]()
     if any(participants):
         _refuse_some(paths, participants)
@@ -364,15 +342,14 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
             table["session_id"] = sessions
         if not all_images:
             _refuse_repeated(paths, participants, sessions)
-    found = [_relative(path, folder) for path in paths]
+    found = [path.removeprefix(folder and f"{folder}/") for path in paths]
     if all_images:
         table[_IMAGE_ID] = [stem_of(path) or path for path in found]
     table["path"] = found
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
-    return FoundImages(
-        pa.table(table).sort_by([*order, ("path", "ascending")]), tuple(_notes_on_content(paths))
-    )
+    rows = pa.table(table).sort_by([*order, ("path", "ascending")])
+    return FoundImages(rows, tuple(_notes_on_content(paths)))
 
 
 def _matches(pattern: str) -> list[str]:
@@ -387,11 +364,6 @@ def _matches(pattern: str) -> list[str]:
             f"{others[0]}; end the pattern in .nii.gz, for example"
         )
     return paths
-
-
-def _ids(pattern: re.Pattern[str], paths: Iterable[str]) -> list[str]:
-    """What each path says last, in its name or in its folders; "" for nothing."""
-    return [(pattern.findall(path) or [""])[-1] for path in paths]
 
 
 def _refuse_some(paths: Sequence[str], participants: Sequence[str]) -> None:

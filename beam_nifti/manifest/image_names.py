@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-PACKED: Final = (".gz", ".bz2", ".zst")
-"""What follows the ending of a packed file."""
+COMPRESSED: Final = (".gz", ".bz2", ".zst")
+"""What follows the ending of a compressed file."""
 
-_PACKED: Final = "|".join(map(re.escape, PACKED))
-ENDING: Final = rf"\.(?:(?:nii|hdr|img|mgh)(?:{_PACKED})?|mgz)"
+_COMPRESSED: Final = "|".join(map(re.escape, COMPRESSED))
+ENDING: Final = rf"\.(?:(?:nii|hdr|img|mgh)(?:{_COMPRESSED})?|mgz)"
 """Of an image's name, in lower case; a pattern of Python and of Arrow."""
 
 _IMAGE: Final = re.compile(rf"(?P<stem>.+){ENDING}", re.I | re.S)
-HALF: Final = re.compile(rf"(?P<stem>.+\.)(?P<half>hdr|img)(?P<packed>|{_PACKED})", re.I | re.S)
+HALF: Final = re.compile(rf"(?P<stem>.+\.)(?P<half>hdr|img)(?P<compressed>|{_COMPRESSED})", re.I | re.S)
 """A file of a pair."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Final
@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import LabelColumn
 from beam_nifti.errors import ShardError
-from beam_nifti.manifest.tables import Problems
-from beam_nifti.manifest.twins import LIKENESS, find_twins
+from beam_nifti.manifest.lookalikes import LIKENESS, find_lookalikes
+from beam_nifti.manifest.tables import Problems, strings
 from beam_nifti.support.cells import is_missing, parse_number
-from beam_nifti.support.wording import one_line
+from beam_nifti.support.wording import first_few, one_line
 
 NO_CLASS: Final = -1
 """Number of the class of a row that has none."""
@@ -44,20 +44,12 @@ _NUMBER_LIKE: Final = re.compile(r"[+-]?\s*\d+([.,]\d+|[\s'’]\d{3}(?!\d))*\s*%
 _MINUS: Final = re.compile("[\u2010-\u2015\u2212]")
 """What documents write in the place of a minus sign: hyphens, dashes and the sign of mathematics."""
 
-_FLOAT32_INTEGERS: Final = 1 << 24
-"""Up to which float32 has every integer."""
-
-_FLOAT32_NORMAL: Final = 2.0**-126
-"""Below which float32 has fewer digits, down to none."""
-
+_FLOAT32_INTEGERS: Final = 1 << 24  # up to which float32 has every integer
+_FLOAT32_NORMAL: Final = 2.0**-126  # below which float32 has fewer digits, down to none
 _FLOAT32_ERROR: Final = Decimal(2) ** -24
 """By which fraction of itself rounding to float32 changes a number, at most, where it has all digits."""
 
-_SHOWN: Final = 3
-"""Rows and classes named in a warning."""
-
-_BATCH: Final = 1 << 14
-"""Cells that are Python strings at a time."""
+_SHOWN: Final = 3  # rows and classes named in a warning
 
 LabelValue = float | int | str
 
@@ -120,7 +112,7 @@ def read_labels(
     is_number = np.isfinite(numbers)
     remedy = ""
     if column.kind is None:
-        are_numeric = [_is_numeric(text) for text in _strings(texts.filter(pa.array(~lacks)))]
+        are_numeric = [_is_numeric(text) for text in strings(texts.filter(pa.array(~lacks)))]
         kind = ("float" if any(are_numeric) else "class") if are_numeric else default
         if kind is None:
             problems.add(
@@ -173,7 +165,7 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
 
 def name_classes(classes: Sequence[str], most: int) -> str:
     """Classes for people to read: the first ones, where there are more than `most`."""
-    return ", ".join(map(one_line, classes[:most])) + (", …" if len(classes) > most else "")
+    return first_few([one_line(name) for name in classes], most)
 
 
 def number_of(label: LabelValue) -> float | None:
@@ -190,16 +182,11 @@ def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
 
 
 def _find_missing(texts: pa.Array) -> npt.NDArray[np.bool_]:
-    return np.fromiter(map(is_missing, _strings(texts)), np.bool_, len(texts))
+    return np.fromiter(map(is_missing, strings(texts)), np.bool_, len(texts))
 
 
 def _numbers(texts: pa.Array) -> npt.NDArray[np.float64]:
-    return np.fromiter(map(parse_label, _strings(texts)), np.float64, len(texts))
-
-
-def _strings(texts: pa.Array) -> Iterator[str]:
-    for start in range(0, len(texts), _BATCH):
-        yield from texts.slice(start, _BATCH).to_pylist()
+    return np.fromiter(map(parse_label, strings(texts)), np.float64, len(texts))
 
 
 def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
@@ -219,9 +206,9 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
 
 
 def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> None:
-    for twin, other in find_twins(pa.array(classes, pa.string()))[:_SHOWN]:
+    for i, other in find_lookalikes(pa.array(classes, pa.string()))[:_SHOWN]:
         problems.warn(
-            f"{name} has the classes {classes[other]!r} and {classes[twin]!r}, which differ {LIKENESS}; if "
+            f"{name} has the classes {classes[other]!r} and {classes[i]!r}, which differ {LIKENESS}; if "
             "they are the same class, spell them the same way"
         )
     for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:
@@ -259,10 +246,9 @@ def _warn_of_rounding(
     if rows.size:
         first = int(codes[rows[0]])
         stored = _stored(numbers[first])
-        shown = ", ".join(str(row + 1) for row in rows[:_SHOWN]) + (", …" if rows.size > _SHOWN else "")
-        others = (
-            f"{rows.size:,} labels are affected (rows {shown})" if rows.size > 1 else "no other is affected"
-        )
+        others = "no other is affected"
+        if rows.size > 1:
+            others = f"{rows.size:,} labels are affected (rows {first_few((rows + 1).tolist(), _SHOWN)})"
         problems.warn(
             f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, but records store float32, which rounds "
             f"it to {f'{stored:f}' if abs(stored) > 1 else f'{stored:.6g}'}; {others}. To store "

@@ -12,6 +12,7 @@ from typing import Final, NoReturn
 import pyarrow as pa
 
 from beam_nifti.errors import UsageError
+from beam_nifti.manifest.tables import strings
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.outcomes import may_pass
 
@@ -21,8 +22,6 @@ PATTERN: Final = f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$"
 """Of every pseudonym."""
 
 _CHECK_BYTES: Final = 8
-_BATCH: Final = 1 << 14
-"""Names that are Python strings at a time."""
 
 
 class Pseudonyms:
@@ -66,16 +65,12 @@ class Pseudonyms:
     def of_column(self, column: pa.ChunkedArray, kind: str) -> pa.Array:
         """What stands for the names of a column."""
         names = column.combine_chunks().dictionary_encode()
-        hashed = [pa.array([], pa.string())]
-        for start in range(0, len(names.dictionary), _BATCH):
-            batch = names.dictionary.slice(start, _BATCH).to_pylist()
-            hashed.append(pa.array([self.of(name, kind) for name in batch], pa.string()))
-        return pa.concat_arrays(hashed).take(names.indices)
+        hashed = (self.of(name, kind) for name in strings(names.dictionary))
+        return pa.array(hashed, pa.string(), size=len(names.dictionary)).take(names.indices)
 
     def _hash(self, name: str, kind: str, size: int) -> str:
-        return hashlib.blake2b(
-            name.encode(), digest_size=size, key=self._key, person=kind.encode()
-        ).hexdigest()
+        person = kind.encode()
+        return hashlib.blake2b(name.encode(), digest_size=size, key=self._key, person=person).hexdigest()
 
 
 def hash_version(version: str | None, version_key: str) -> str | None:
@@ -91,10 +86,7 @@ def hash_version(version: str | None, version_key: str) -> str | None:
 
 
 def read_pseudonyms(path: str) -> Pseudonyms:
-    """The pseudonyms of the key in a file.
-
-    Args:
-        path: local or a URL; every byte of the file counts.
+    """The pseudonyms of the key in a file, of which every byte counts.
 
     Raises:
         UsageError: the file cannot be read, or the key is too short to keep anything secret.

@@ -1,11 +1,11 @@
-"""Which split a participant goes to: drawn by a keyed hash, so that it is the same on every machine."""
+"""Which split a row is in: that of the table, or drawn by a keyed hash, the same on every machine."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -13,20 +13,89 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import Splitting
+from beam_nifti.config import SPLIT_PATTERN, Splitting
 from beam_nifti.manifest.image_names import HALF
+from beam_nifti.manifest.lookalikes import LIKENESS, find_lookalikes, fold
+from beam_nifti.manifest.tables import BATCH_ROWS, Problems, strings
 from beam_nifti.storage import paths as storage
 
-_POINTS: Final = 1 << 64
-"""Every participant has a point below it, and a split takes its share of them."""
+_Rows = npt.NDArray[np.intp]
 
+DEFAULT_SPLIT: Final = "train"
+
+_POINTS: Final = 1 << 64  # every participant has a point below it, and a split takes its share of them
 _GOLDEN_STEP: Final = np.uint64(0x9E3779B97F4A7C15)
 """_POINTS divided by the golden ratio. The multiples of it, modulo _POINTS, are spread evenly however far one
 counts, and keep in step with nothing that repeats in a manifest. Source: Knuth, The Art of Computer
 Programming, volume 3, section 6.4."""
 
-_BATCH: Final = 1 << 14
-"""Names that are Python strings at a time."""
+
+def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) -> pa.Array:
+    """The splits that a manifest gives; DEFAULT_SPLIT for each row where it gives none.
+
+    The table may have pseudonyms; `people` has the names of the participants, if it has any.
+    """
+    if "split" not in table.column_names:
+        return pa.array([DEFAULT_SPLIT]).take(pa.array(np.zeros(table.num_rows, np.int64)))
+    splits = table["split"].combine_chunks()
+    bad = {s for s in pc.unique(splits).to_pylist() if not SPLIT_PATTERN.fullmatch(s)}
+    for i, text in enumerate(splits.to_pylist() if bad else ()):
+        if text in bad:
+            problems.add(
+                f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
+                "first, such as train"
+            )
+    for i, other in find_lookalikes(splits):
+        problems.add(
+            f"row {i + 1}: split is {splits[i].as_py()!r}, and {splits[other].as_py()!r} in row {other + 1}; "
+            "give them one spelling"
+        )
+    if people is not None:
+        shown = table["participant_id"].combine_chunks()
+        for i, first in zip(*_find_disagreements(fold(people), splits), strict=True):
+            elsewhere = f"in row {first + 1}"
+            if people[i].as_py() != people[first].as_py():
+                elsewhere = f"{shown[first]} {elsewhere}, probably the same participant, is"
+            problems.add(
+                f"row {i + 1}: participant {shown[i]} is in split {splits[i]}, and {elsewhere} in "
+                f"{splits[first]}; give all rows of a participant one split, or, where "
+                "participant_id does not name persons, rename that column"
+            )
+    return splits
+
+
+def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, problems: Problems) -> pa.Array:
+    """Draw the split of every row of a manifest, as `draw_splits`, by its participants or else by its ids.
+
+    Rows that are skipped are drawn too, so that no one moves when their labels are filled in.
+    """
+    names = sorted(splitting.shares)
+    for at, other in find_lookalikes(pa.array(names, pa.string())):
+        problems.add(f"--split names {names[other]!r} and {names[at]!r}, which differ {LIKENESS}; rename one")
+    participants, categories = ids, None
+    if "participant_id" in table.column_names:
+        participants = table["participant_id"].combine_chunks()
+        nobody = pc.equal(participants, "").to_numpy(zero_copy_only=False)
+        for i in np.flatnonzero(nobody):
+            problems.add(f"row {i + 1}: empty participant_id; --split needs to know whose image it is")
+    if splitting.stratify is not None:
+        categories = table[splitting.stratify].combine_chunks()
+        for i, first in zip(*_find_disagreements(participants, categories), strict=True):
+            problems.add(
+                f"row {i + 1}: participant {participants[i]} has {splitting.stratify} "
+                f"{categories[i].as_py()!r} here and {categories[first].as_py()!r} in row {first + 1}; "
+                "--stratify requires one value per participant"
+            )
+    return draw_splits(participants, splitting, categories).cast(pa.string())
+
+
+def refuse_empty_splits(splits: pa.Array, splitting: Splitting, problems: Problems) -> None:
+    """Refuse a draw that leaves a split without a row."""
+    for name in sorted(splitting.shares.keys() - set(pc.unique(splits).to_pylist())):
+        problems.add(
+            f"no participant falls into split {name} with a share of {splitting.shares[name]:g}; give it a "
+            "larger share, or draw again with another --split-seed"
+        )
 
 
 def draw_splits(
@@ -53,46 +122,34 @@ def draw_splits(
     return pa.DictionaryArray.from_arrays(pa.array(drawn[of_row]), pa.array(names, pa.string()))
 
 
-def find_disagreements(
-    participants: pa.Array, values: pa.Array
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Find rows with another value than the first row of their participant; "" is nobody.
-
-    Returns:
-        Indices of the rows, ascending, and of the first rows of their participants.
-    """
+def _find_disagreements(participants: pa.Array, values: pa.Array) -> tuple[_Rows, _Rows]:
+    """Rows, ascending, with another value than the first row of their participant, and those first rows."""
     people = participants.dictionary_encode()
     of_row = people.indices.to_numpy()
     first = _first_rows(of_row)[of_row]
     held = values.dictionary_encode().indices.to_numpy()
-    nobody = people.dictionary.index("").as_py()
+    nobody = people.dictionary.index("").as_py()  # "" is nobody
     rows = np.flatnonzero((held != held[first]) & (of_row != nobody))
     return rows, first[rows]
 
 
-def find_shared_images(
-    columns: Sequence[pa.ChunkedArray], splits: pa.Array, folder: str
-) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Find images that are in another split, too. Links are not followed.
+def refuse_shared_images(
+    paths: Mapping[str, pa.ChunkedArray], shown: pa.Table, splits: pa.Array, problems: Problems
+) -> None:
+    """Refuse images whose paths are in several splits; links are not followed.
 
-    Args:
-        columns: paths of images.
-        splits: of each row; null for no split.
-        folder: that relative paths start from.
-
-    Returns:
-        Column and row of each such image, and those at which it comes first.
+    `paths` are given by column; the table that is shown may have pseudonyms in their place.
     """
     if len(pc.unique(splits.drop_null())) < 2:
-        return []
+        return
     # Paths of one image end alike: few are left of which the whole counts.
     encoded = pa.chunked_array(
         pc.replace_substring_regex(batch.column(0), r"(?s:^.*/)|(?i:\.(hdr|img))", "").dictionary_encode()
-        for column in columns
-        for batch in pa.table([column], ["path"]).to_batches(max_chunksize=_BATCH)
+        for column in paths.values()
+        for batch in pa.table([column], ["path"]).to_batches(max_chunksize=BATCH_ROWS)
     )
     ends = encoded.unify_dictionaries().combine_chunks()
-    held = pa.concat_arrays([splits] * len(columns))
+    held = pa.concat_arrays([splits] * len(paths))
     rows = np.flatnonzero(held.is_valid().to_numpy(zero_copy_only=False))
     numbers = held.drop_null().dictionary_encode().indices.to_numpy()
     codes = ends.indices.to_numpy()[rows]
@@ -100,22 +157,29 @@ def find_shared_images(
     np.minimum.at(lowest, codes, numbers)
     np.maximum.at(highest, codes, numbers)
     rows = rows[(lowest < highest)[codes]]
-    paths = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
-    keys = [_image_key(folder, path) for path in paths.take(pa.array(rows)).to_pylist()]
-    again, first = find_disagreements(pa.array(keys, pa.string()), held.take(pa.array(rows)))
-    places = [(int(i) // len(splits), int(i) % len(splits)) for i in rows]
-    return [(places[i], places[j]) for i, j in zip(again, first, strict=True)]
+    files = pa.chunked_array([chunk for column in paths.values() for chunk in column.chunks], pa.string())
+    folder = storage.absolute(storage.dirname(problems.path) or ".")
+    keys = [_image_key(folder, path) for path in files.take(pa.array(rows)).to_pylist()]
+    again, first = _find_disagreements(pa.array(keys, pa.string()), held.take(pa.array(rows)))
+    names = list(paths)
+    for i, other in zip(rows[again].tolist(), rows[first].tolist(), strict=True):
+        column, row = divmod(i, len(splits))
+        before = other % len(splits)
+        problems.add(
+            f"row {row + 1}: image {shown[names[column]][row]} is in split {splits[row]} and, in row "
+            f"{before + 1}, in {splits[before]}; keep one of the rows, or give both one split"
+        )
 
 
 def _image_key(folder: str, path: str) -> str:
     """What is equal for paths of one image; of a pair, for those of both files."""
     path = storage.join(folder, path)
     if match := HALF.fullmatch(path):
-        path = f"{match['stem']}img{match['packed']}"
+        path = f"{match['stem']}img{match['compressed']}"
     return path if storage.is_remote(path) else os.path.normpath(path)
 
 
-def _first_rows(of_row: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+def _first_rows(of_row: npt.NDArray[Any]) -> _Rows:
     """The row at which each participant appears first; they are numbered in that order."""
     return np.unique(of_row, return_index=True)[1]
 
@@ -124,19 +188,13 @@ def _hash_points(names: pa.Array, seed: int) -> npt.NDArray[np.uint64]:
     key = hashlib.sha256(f"split {seed}".encode()).digest()
     points = (
         int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8, key=key).digest())
-        for start in range(0, len(names), _BATCH)
-        for name in names.slice(start, _BATCH).to_pylist()
+        for name in strings(names)
     )
     return np.fromiter(points, np.uint64, len(names))
 
 
 def _spread_points(categories: pa.Array, seed: int) -> npt.NDArray[np.uint64]:
-    """Points that are spread evenly within each category, from an origin that is its hash.
-
-    Args:
-        categories: of each participant, in the order in which they appear.
-        seed: of the hash.
-    """
+    """Points that are spread evenly within each category, from an origin that is its hash."""
     encoded = categories.dictionary_encode()
     codes = encoded.indices.to_numpy()
     sizes = np.bincount(codes)

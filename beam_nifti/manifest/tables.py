@@ -13,8 +13,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, Final
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import BinaryIO, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,17 +24,15 @@ from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.outcomes import may_pass
-from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.strict_json import dump_json, unique_keys
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
 
-_BATCH_ROWS: Final = 1 << 13
-"""Rows that are held as Python objects, which take ten times the memory of Arrow columns."""
+BATCH_ROWS: Final = 1 << 13
+"""Rows that are held as Python objects at a time."""
 
-_HEAD_BYTES: Final = 1 << 10
-"""Of a file, by which it is told from a pointer to another one."""
-
+_HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
 
@@ -47,23 +45,12 @@ BLANKS: Final = (
 """Characters that nobody sees at the ends of a cell."""
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    cells = dict(pairs)
-    if len(cells) < len(pairs):
-        raise ValueError(f"key {_repeated(name for name, _ in pairs)[0]!r} is there twice")
-    return cells
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
 class _Number(str):
     """A number of a JSON text, as it is written: 7.0 and 1e3 keep their text, and every digit."""
 
 
 _DECODER = json.JSONDecoder(
-    parse_float=_Number, parse_int=_Number, parse_constant=str, object_pairs_hook=_unique_keys
+    parse_float=_Number, parse_int=_Number, parse_constant=str, object_pairs_hook=unique_keys
 )
 
 
@@ -72,15 +59,17 @@ class Problems:
 
     Args:
         path: of the table, for the error.
+        hides_names: whether neither may name a participant.
 
     Attributes:
         path: of the table.
+        hides_names: as given.
         warnings: what was reported by `warn`.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path, self._found = path, list[str]()
-        self.warnings = list[str]()
+    def __init__(self, path: str, *, hides_names: bool = False) -> None:
+        self.path, self.hides_names = path, hides_names
+        self._found, self.warnings = list[str](), list[str]()
 
     def warn(self, warning: str) -> None:
         """Note what does not keep the table from being used."""
@@ -175,18 +164,20 @@ def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
         cells = "1 cell was" if count == 1 else f"{count:,} cells were"
         problems.warn(f"{cells} read without the white space at the ends, such as {first}")
     kept = [names[number] for number in columns]
-    for name in sorted(_repeated(kept)):
+    for name in sorted(name for name, count in Counter(kept).items() if count > 1):
         problems.add(f"column {name!r} occurs twice; rename one")
     problems.stop()
     return pa.table(list(columns.values()), names=kept)
 
 
-def write_table(path: str, table: pa.Table) -> None:
-    """Write a table of strings, which `read_table` gives back.
+def strings(column: pa.Array | pa.ChunkedArray) -> Iterator[str]:
+    """The texts of a column; only some are Python objects at a time, as they take ten times the memory."""
+    for start in range(0, len(column), BATCH_ROWS):
+        yield from column.slice(start, BATCH_ROWS).to_pylist()
 
-    Args:
-        path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
-        table: of string columns.
+
+def write_table(path: str, table: pa.Table) -> None:
+    """Write a table of strings, which `read_table` gives back, in the format that the path ends in.
 
     Raises:
         UsageError: another ending; or a cell that the format cannot hold.
@@ -206,17 +197,13 @@ def write_table(path: str, table: pa.Table) -> None:
         elif suffix == "parquet":
             pyarrow.parquet.write_table(table, handle)
         else:
-            for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
+            for batch in table.to_batches(max_chunksize=BATCH_ROWS):
                 lines = (dump_json(row, ensure_ascii=False) for row in batch.to_pylist())
                 handle.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def format_delimited(table: pa.Table, delimiter: str) -> str:
-    """The text of a .csv or .tsv file.
-
-    Args:
-        table: of string columns.
-        delimiter: a comma, which makes a CSV, or a tab, which makes a TSV.
+    """The text of a .csv file, or with a tab as the delimiter of a .tsv file.
 
     Raises:
         UsageError: a cell that the format cannot hold.
@@ -265,17 +252,13 @@ def _header_problem(names: Sequence[str], delimiter: str) -> str | None:
     if other is not None:
         remedy = "save it as .csv with commas, or as .tsv with tabs"
         return f"its first line has {other!r} and no {delimiter!r}; {remedy}"
-    quoted = next((name for name in names if delimiter == "\t" and _is_quoted(name)), None)
+    quoted = next((name for name in names if delimiter == "\t" and re.fullmatch('(?s)".*"', name)), None)
     if quoted is not None:
         return (
             f"its first line has quotes around {quoted}, and in a TSV they are part of the name; save it "
             "without quotes, or as .csv"
         )
     return None
-
-
-def _is_quoted(text: str) -> bool:
-    return len(text) > 1 and text[0] == text[-1] == '"'
 
 
 def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Problems) -> pa.Table:
@@ -292,7 +275,7 @@ def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Probl
             problems.add(f"row {number}: {len(cells)} cells where the header names {len(names)}")
             continue
         batch.append(cells)
-        if len(batch) == _BATCH_ROWS:
+        if len(batch) == BATCH_ROWS:
             tables.append(_of_rows(batch, names))
             batch.clear()
     problems.stop()
@@ -371,7 +354,7 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
             if isinstance(value, dict | list) and name.strip(BLANKS) in plain:
                 problems.add(f"row {number}: {name} is a list or an object; give it a text or a number")
         rows.append(row)
-        if len(rows) == _BATCH_ROWS:
+        if len(rows) == BATCH_ROWS:
             tables.append(_as_table(rows))
             rows.clear()
     problems.stop()

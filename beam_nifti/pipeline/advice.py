@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,8 @@ from beam_nifti.volume.rescale import Scaling
 Zooms = tuple[float, float, float]
 _Made = str | tuple[tuple[int, ...] | None, str | None, int | None]
 
-_DIGITS: Final = 7
-"""Significant digits that voxel sizes are counted by: headers hold float32."""
-
-_SIZES_TRIED: Final = 200
-"""Number of most frequent voxel sizes among which the suggested one is chosen."""
-
+_DIGITS: Final = 7  # significant digits that voxel sizes are counted by: headers hold float32
+_SIZES_TRIED: Final = 200  # number of most frequent voxel sizes among which the suggested one is chosen
 _DIRECTIONS: Final = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 """Of the letters of an orientation: axis in space, and sign."""
 
@@ -71,6 +67,15 @@ class ImageKind(NamedTuple):
 
 
 Counts = Mapping[ImageKind, int]
+_Key = TypeVar("_Key")
+
+
+def tally(kinds: Counts, key: Callable[[ImageKind], _Key]) -> Counter[_Key]:
+    """How many images have each value of something that their kinds tell."""
+    counts = Counter[_Key]()
+    for kind, count in kinds.items():
+        counts[key(kind)] += count
+    return counts
 
 
 class Advice(NamedTuple):
@@ -96,22 +101,14 @@ def suggest_flags(kinds: Counts, record: RecordConfig) -> Advice:
     is cropped. Images that nothing makes like the most frequent ones, such as RGB among scalars, are not
     considered. What would make an image fail that is accepted without it is not suggested.
 
-    Args:
-        kinds: of all images, with their numbers, in the order of the manifest.
-        record: the configuration that they were checked with.
+    The kinds are in the order of the manifest; `record` is the configuration that they were checked with.
     """
     wanted, suggested = _suggest(kinds, record, None)
     against, reason = _objection(kinds, record, suggested)
     if against is None:
         return Advice(wanted, [])
-    for omitted in (
-        _suggest_spacing,
-        _suggest_shape,
-        _suggest_numbers,
-        _suggest_orientation,
-        _suggest_frames,
-    ):
-        flags, suggested = _suggest(kinds, record, omitted)
+    for step in (_suggest_spacing, _suggest_shape, _suggest_numbers, _suggest_orientation, _suggest_frames):
+        flags, suggested = _suggest(kinds, record, step)
         if _objection(kinds, record, suggested)[0] is None:
             break
     else:
@@ -125,23 +122,17 @@ def _suggest(
 ) -> tuple[list[str], RecordConfig]:
     """Flags, and the configuration that they make, without those of one of the steps."""
     flags = []
-    for suggest in (
-        _suggest_numbers,
-        _suggest_frames,
-        _suggest_orientation,
-        _suggest_spacing,
-        _suggest_shape,
-    ):
-        if suggest is omitted:
+    for step in (_suggest_numbers, _suggest_frames, _suggest_orientation, _suggest_spacing, _suggest_shape):
+        if step is omitted:
             continue
-        changes = suggest(kinds, record)
+        changes = step(kinds, record)
         try:
             record = replace(record, **changes)
         except UsageError:  # native voxels cannot be resampled
             changes["voxel_dtype"] = "float32"
             record = replace(record, **changes)
         flags += [f"--{name.replace('_', '-')} {_text(value)}" for name, value in changes.items()]
-        if suggest is not _suggest_numbers:
+        if step is not _suggest_numbers:
             kinds = _alike(kinds, record) or kinds
     return flags, record
 
@@ -153,20 +144,16 @@ def _objection(kinds: Counts, before: RecordConfig, after: RecordConfig) -> tupl
     for kind in accepted:
         if isinstance(reason := now[kind], str):
             return kind, reason
-    most = _most({kind: kinds[kind] for kind in accepted}, was)
+    most = _most_frequent(tally({kind: kinds[kind] for kind in accepted}, was.__getitem__))
     alike = {kind: kinds[kind] for kind, made in accepted.items() if made == most}
-    usual = _most(alike, now)
+    usual = _most_frequent(tally(alike, now.__getitem__))
     for kind in alike:
         if now[kind] != usual:
             return kind, "would be unlike the others, which it is like now"
     return None, ""
 
 
-def _most(kinds: Counts, made: Mapping[ImageKind, _Made]) -> _Made | None:
-    """What most images become."""
-    counts = Counter[_Made]()
-    for kind, count in kinds.items():
-        counts[made[kind]] += count
+def _most_frequent(counts: Counter[_Key]) -> _Key | None:
     return max(counts, key=lambda each: counts[each], default=None)
 
 
@@ -227,16 +214,9 @@ def _suggest_frames(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
 
 
 def _suggest_orientation(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
-    found = Counter[str]()
-    for kind, count in kinds.items():
-        found[kind.orientation] += count
+    found = tally(kinds, lambda kind: kind.orientation)
     known = [code for code, _ in found.most_common() if code in ORIENTATIONS]
-    if (
-        record.orientation is not None
-        or record.preprocess is not None
-        or len(known) < len(found)
-        or len(known) < 2
-    ):
+    if record.orientation is not None or record.preprocess is not None or not 2 <= len(known) == len(found):
         return {}
     return {"orientation": known[0]}
 
@@ -245,9 +225,7 @@ def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
     """The voxel size that most images have, in as few digits as keep those from being resampled."""
     if record.spacing is not None or record.preprocess is not None:
         return {}
-    found = Counter[Zooms]()
-    for kind, count in kinds.items():
-        found[_turned(kind, record).zooms] += count
+    found = tally(kinds, lambda kind: _turned(kind, record).zooms)
     sizes, counts = np.array(list(found)), np.array(list(found.values()))
 
     def having(spacing: Zooms) -> npt.NDArray[np.bool_]:
@@ -265,8 +243,7 @@ def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
 
 
 def _turned(kind: ImageKind, record: RecordConfig) -> Grid:
-    header = kind.header()
-    grid = Grid.of(header.shape, header.affine)
+    grid = kind.header().grid
     return grid if record.orientation is None else turn(grid, axes_to(grid, record.orientation))
 
 
@@ -276,7 +253,7 @@ def _suggest_shape(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
         return {}
     uncropped = replace(record, crop_foreground=None)
     headers = [kind.header() for kind in kinds]
-    shapes = {(prepared_shape(h.grid, h.affine, uncropped) or h.grid)[:3] for h in headers}
+    shapes = {(prepared_shape(h.space, h.affine, uncropped) or h.space)[:3] for h in headers}
     if len(shapes) < 2 and record.crop_foreground is None:
         return {}
     largest = tuple(map(max, zip(*shapes, strict=True)))

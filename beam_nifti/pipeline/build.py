@@ -20,7 +20,8 @@ from beam_nifti.errors import (
     VolumeError,
 )
 from beam_nifti.manifest.concealment import concealing
-from beam_nifti.manifest.manifest import Manifest, VolumeRow, read_manifest
+from beam_nifti.manifest.manifest import Manifest, VolumeRow
+from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build_note import BuildNote, require_current
 from beam_nifti.pipeline.differences import find_differences, image_folder

@@ -20,12 +20,9 @@ SUMMARY_NAME: Final = "summary.json"
 
 _NOTE_NAME: Final = "plan.json"
 _NOTE_FILE: Final = f"{BUILD_FOLDER}/{_NOTE_NAME}"
-_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE)
-"""Names of the files that may be beside the note."""
-
+_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE)  # names of the files that may be beside the note
 _NOTE_VERSION: Final = 2
-_MOST_SHARDS: Final = 1 << 20
-"""Of all layouts: a dataset_info.json has room for 180,000."""
+_MOST_SHARDS: Final = 1 << 20  # of all layouts: a dataset_info.json has room for 180,000
 
 
 @dataclass(frozen=True)
@@ -165,11 +162,7 @@ def _num_shards(layout: Layout) -> int:
 
 
 def require_current(output: str, identity: str) -> BuildNote:
-    """The note of the build that has an output.
-
-    Args:
-        output: of the build that asks.
-        identity: of that build.
+    """The note of the build with this identity, which an output must be that of.
 
     Raises:
         OutputBusyError: the output is another build's by now. A cluster's job can outlive its launcher, whose

@@ -3,7 +3,7 @@
 Create([manifest])   str
 CutRows              tuple of VolumeRow
 Reshuffle            tuple of VolumeRow
-LookAtImages         Survey, and (what twins share, (example id, split))
+LookAtImages         Survey, and (what copies of an image share, (example id, split))
 WriteReport          one file
 """
 
@@ -22,7 +22,7 @@ from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
 from beam_nifti.pipeline.progress import METER
-from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.survey import Survey, make_report, survey_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 send_whole_elements()
 
 _ROWS_AT_A_TIME: Final = 256
-_TWINS: Final = "twins"
+_COPIES: Final = "copies"
 
 _FREE_BYTES: Final = 64 << 20
 _ROW_BYTES: Final = 4 << 10
@@ -60,14 +60,14 @@ class LookAtImages(beam.DoFn):
         self._folder, self._plan = storage.dirname(plan.config.manifest), plan
 
     def process(self, rows: tuple[VolumeRow, ...]) -> Iterable[Any]:
-        """Yield one Survey; and (what twins share, (example id, split))."""
+        """Yield one Survey; and (what copies of an image share, (example id, split))."""
         survey = Survey()
         for row in rows:
-            found, twin = look_at(row, self._folder, self._plan)
+            found, content = survey_image(row, self._folder, self._plan)
             survey.add(found)
-            METER.add(volumes=1 - found.num_bad, failed=found.num_bad)
-            if twin is not None:
-                yield TaggedOutput(_TWINS, (twin, (row.example_id, row.split)))
+            METER.add(volumes=1 - found.bad.num, failed=found.bad.num)
+            if content is not None:
+                yield TaggedOutput(_COPIES, (content, (row.example_id, row.split)))
         yield survey
 
 
@@ -79,26 +79,25 @@ def _add_up(surveys: Iterable[Survey]) -> Survey:
 
 
 def _several(group: tuple[str, Iterable[tuple[str, str]]]) -> Iterable[list[tuple[str, str]]]:
-    twins = sorted(group[1])
-    if len(twins) > 1:
-        yield twins
+    copies = sorted(group[1])
+    if len(copies) > 1:
+        yield copies
 
 
-def _write_report(survey: Survey, twins: Iterable[list[tuple[str, str]]], path: str, plan: CheckPlan) -> None:
-    report = make_report(survey, sorted(twins), plan)
+def _write_report(
+    survey: Survey, copies: Iterable[list[tuple[str, str]]], path: str, plan: CheckPlan
+) -> None:
+    report = make_report(survey, sorted(copies), plan)
     storage.write(path, dump_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
 def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = None) -> dict[str, Any]:
-    """Read the headers of a manifest's images.
+    """Read the headers of a manifest's images, and make the report of `survey.make_report`.
 
     Args:
         plan: of the build that they would be part of.
         options: Beam's.
         out: file of the report, within the workers' reach; None where they are this process.
-
-    Returns:
-        `survey.make_report`.
     """
     with ExitStack() as stack:
         path = out or f"{stack.enter_context(tempfile.TemporaryDirectory())}/report.json"
@@ -108,17 +107,17 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
             | "Create" >> beam.Create([plan.config.manifest], reshuffle=False)  # str
             | "CutRows" >> beam.ParDo(CutRows(plan))  # tuple of VolumeRow
             | "Reshuffle" >> beam.Reshuffle()  # tuple of VolumeRow
-            | "LookAtImages" >> beam.ParDo(LookAtImages(plan)).with_outputs(_TWINS, main="surveys")
+            | "LookAtImages" >> beam.ParDo(LookAtImages(plan)).with_outputs(_COPIES, main="surveys")
         )
-        twins = (
-            looked_at[_TWINS]
-            | "GroupByKey" >> beam.GroupByKey()  # (what twins share, (id, split)s)
+        copies = (
+            looked_at[_COPIES]
+            | "GroupByKey" >> beam.GroupByKey()  # (what copies of an image share, (id, split)s)
             | "Several" >> beam.FlatMap(_several)  # (id, split)s
         )
         (
             looked_at.surveys
             | "AddUp" >> beam.CombineGlobally(_add_up)  # Survey
-            | "WriteReport" >> beam.Map(_write_report, AsList(twins), path, plan)
+            | "WriteReport" >> beam.Map(_write_report, AsList(copies), path, plan)
         )
         pipeline.run().wait_until_finish()
         return read_result(path, _FREE_BYTES + _ROW_BYTES * plan.num_rows)

@@ -33,10 +33,6 @@ class VolumeCoder(coders.Coder):
         """Bytes of the voxels."""
         return int(value.voxels.nbytes)
 
-    def is_deterministic(self) -> bool:
-        """It is never a key."""
-        return False
-
     def to_type_hint(self) -> type[Any]:
         """What it encodes."""
         return Volume
@@ -62,10 +58,6 @@ class WorkUnitCoder(coders.Coder):
     def estimate_size(self, value: WorkUnit) -> int:
         """About what `encode` gives, without its work: Beam asks for it five times a unit."""
         return _PACKED_ROW_BYTES * len(value.rows)
-
-    def is_deterministic(self) -> bool:
-        """It is never a key."""
-        return False
 
     def to_type_hint(self) -> type[Any]:
         """What it encodes."""

@@ -19,11 +19,9 @@ from beam_nifti.pipeline.failures import PEOPLE, listed_cells
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.wording import counted, one_line
+from beam_nifti.support.wording import counted, first_few, one_line
 
-_SHOWN_CLASSES: Final = 20
-"""Named where the classes of a label are not those of the dataset."""
-
+_SHOWN_CLASSES: Final = 20  # named where the classes of a label are not those of the dataset
 _SHOWN_ROWS: Final = 5
 
 _SAID_OTHERWISE: Final = frozenset({"fingerprint", "channels"})
@@ -224,13 +222,7 @@ def _failed_rows(listed: Manifest, manifest: Manifest, num_rows: int, folder: st
 
 
 def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:
-    """Which rows were inserted or dropped before others, or which has moved; "" where none has.
-
-    Args:
-        then: images with records.
-        manifest: in which they are looked for.
-        known: what is known of the earlier one.
-    """
+    """Which rows were inserted or dropped before others, or which has moved; "" where none has."""
     rows, ids = then["row"].to_numpy(), then["example_id"].combine_chunks()
     now = pc.fill_null(pc.index_in(ids, value_set=manifest.ids), -1).to_numpy() + 1
     moved = np.flatnonzero((now != rows) & (now > 0))
@@ -257,13 +249,7 @@ def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:
 
 
 def _changed(then: pa.Table, manifest: Manifest, columns: Columns) -> str:
-    """Which cells of the first row that was changed were changed; "" where none is known to be.
-
-    Args:
-        then: images with records.
-        manifest: that has them now.
-        columns: which column of the earlier one meant what.
-    """
+    """Which cells of the first row that was changed were changed; "" where none is known to be."""
     then = then.filter(pc.less_equal(then["row"], len(manifest)))
     at = then["row"].to_numpy() - 1
     now = manifest.table.take(pa.array(at))
@@ -307,8 +293,7 @@ def _named(row: int, example_id: str, manifest: Manifest) -> str:
 
 
 def _rows(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS])) + (", …" if len(numbers) > _SHOWN_ROWS else "")
-    return f"row{'' if len(numbers) == 1 else 's'} {shown}"
+    return f"row{'' if len(numbers) == 1 else 's'} {first_few(numbers, _SHOWN_ROWS)}"
 
 
 def _rows_were(numbers: Sequence[int], ids: pa.Array, manifest: Manifest) -> str:

@@ -121,12 +121,7 @@ def _group(failures: Sequence[_Words]) -> FailureGroup:
 
 
 def format_groups(groups: Sequence[FailureGroup], num_failed: int) -> list[str]:
-    """A line for each reason, and one for those that are not among them.
-
-    Args:
-        groups: of `group_failures`.
-        num_failed: all volumes that failed.
-    """
+    """A line for each of the most frequent reasons, and one for those that are not among them."""
     lines = []
     for group in groups:
         more = group.num_images - len(group.examples)
@@ -179,6 +174,7 @@ def write_failures(
             of_image = list(group)
             failure = of_image[0]
             row = failure.row
+            paths = row.pseudonyms or [storage.join(folder, path) for path in row.files]
             cells: dict[str, object] = {
                 **{keys[c]: v for c, v in zip(extra_columns, row.extras, strict=True) if c in keys},
                 "row": row.row,
@@ -187,7 +183,7 @@ def write_failures(
                 "message": failure.message if row.frame is None else _messages(of_image),
                 **_frames_cell(of_image),
                 **({columns.id: row.image_id} if columns.id is not None else {}),
-                **dict(zip(columns.files, _places(row, folder), strict=True)),
+                **dict(zip(columns.files, paths, strict=True)),
                 "participant_id": row.participant_id,
                 "session_id": row.session_id,
                 "split": row.split,
@@ -201,10 +197,6 @@ def write_failures(
             elif columns.label is not None:
                 cells[columns.label] = row.label
             handle.write(dump_json(cells, ensure_ascii=False).encode() + b"\n")
-
-
-def _places(row: VolumeRow, folder: str) -> Sequence[str]:
-    return row.pseudonyms or [storage.join(folder, path) for path in row.files]
 
 
 def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str) -> pa.Array | None:
@@ -230,11 +222,7 @@ def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str)
 
 
 def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
-    """Which frames of its image each line of a list of failures is about.
-
-    Args:
-        listed: the file, read as a manifest.
-        num_frames: of an image.
+    """Which frames of its image, which has `num_frames`, each line of a list of failures is about.
 
     Raises:
         ManifestError: a cell is no list of frames, or there are too many.

@@ -16,18 +16,17 @@ from beam_nifti.pipeline.parts import parts_folder
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.pipeline.progress import Meter, show_progress
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.background import in_background
+from beam_nifti.support.process import in_background
 
 REQUESTS_A_MINUTE: Final = 20
 """Most that looking costs, whatever the number of parts: of more parts there are fewer looks."""
 
 _PAUSE_AFTER_ERROR: Final = 60.0
-_NAMES_A_REQUEST: Final = 1000
-"""Of S3 and Cloud Storage."""
+_NAMES_A_REQUEST: Final = 1000  # of S3 and Cloud Storage
 
 
 @dataclass(frozen=True)
-class Sighting:
+class BuildProgress:
     """What was there at one look.
 
     Attributes:
@@ -46,7 +45,7 @@ class Sighting:
         return self.num_requests * 60 / REQUESTS_A_MINUTE
 
 
-class BuildSight:
+class BuildWatcher:
     """Looks at a build from outside.
 
     A unit counts as a whole once it has left a part with its index, as the names tell where a part begins,
@@ -67,13 +66,16 @@ class BuildSight:
             for task in plan.read_tasks()
         }
 
-    def look(self) -> Sighting:
+    def look(self) -> BuildProgress:
         """List the parts, then the shards: so a shard whose parts are removed meanwhile is not missed.
 
         Raises:
             OSError: the storage cannot be reached.
         """
-        parts = self._list_parts()
+        parts = list[str]()
+        # On the local disk there is no folder before the first part, and one in it may just be gone.
+        with contextlib.suppress(FileNotFoundError):
+            parts.extend(storage.list_tree(self._parts, "", 1))
         shards = {f"index/{name}" for name in storage.list_files(storage.join(self._output, "index"))}
         firsts: dict[str, set[int]] = {}
         for path in parts:
@@ -89,15 +91,7 @@ class BuildSight:
             else:
                 num_volumes += sum(len(unit) for unit in _begun(units, firsts.get(folder, ())))
         pages = (len(parts) + len(shards)) // _NAMES_A_REQUEST
-        return Sighting(num_volumes, num_shards, 2 + pages)
-
-    def _list_parts(self) -> list[str]:
-        found = []
-        # On the local disk there is no folder before the first part, and one in it may just be gone.
-        with contextlib.suppress(FileNotFoundError):
-            for path in storage.list_tree(self._parts, "", 1):
-                found.append(path)
-        return found
+        return BuildProgress(num_volumes, num_shards, 2 + pages)
 
 
 def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
@@ -110,13 +104,13 @@ def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
 @contextlib.contextmanager
 def follow_build(plan: BuildPlan) -> Iterator[None]:
     """Show on standard error how far a build is while the block runs it elsewhere."""
-    sight, meter = BuildSight(plan), Meter()  # METER counts too where a cluster's worker is this process
+    watcher, meter = BuildWatcher(plan), Meter()  # METER counts too where a cluster's worker is this process
     kept: int | None = None
 
     def look() -> float:
         nonlocal kept
         try:
-            seen = sight.look()
+            seen = watcher.look()
         except OSError:  # what is wrong with the storage, the build itself will say
             return _PAUSE_AFTER_ERROR
         kept = seen.num_volumes if kept is None else kept

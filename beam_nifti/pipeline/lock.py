@@ -14,16 +14,13 @@ from typing import Final
 from beam_nifti.errors import OutputBusyError
 from beam_nifti.storage import disk
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.background import in_background
+from beam_nifti.support.process import in_background
 from beam_nifti.support.strict_json import dump_json, load_json
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0
-_STALE_SECONDS: Final = 180.0
-"""A lease that was not renewed for so long belongs to a dead build."""
-
-_LEASE_BYTES: Final = 1 << 16
-"""Of a lease that are read: more than one has."""
+_STALE_SECONDS: Final = 180.0  # a lease that was not renewed for so long belongs to a dead build
+_LEASE_BYTES: Final = 1 << 16  # of a lease that are read: more than one has
 
 _held: dict[str, str] = {}
 """Tokens of the leases of this process, by their paths."""

@@ -25,10 +25,7 @@ class Distribution:
     def plus(self, other: Distribution) -> Distribution:
         """Of the numbers of both."""
         return Distribution(
-            self.count + other.count,
-            self.sum + other.sum,
-            min(self.min, other.min),
-            max(self.max, other.max),
+            self.count + other.count, self.sum + other.sum, min(self.min, other.min), max(self.max, other.max)
         )
 
 

@@ -14,12 +14,8 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import require_type
 from beam_nifti.support.strict_json import load_json
 
-_FOLDERS: Final = ("index", ".build")
-"""Folders of a dataset, all of whose files are its own."""
-
-_DEPTH: Final = 4
-"""Of the files of a dataset: a part is in .build/FINGERPRINT/SHARD."""
-
+_FOLDERS: Final = ("index", ".build")  # folders of a dataset, all of whose files are its own
+_DEPTH: Final = 4  # of the files of a dataset: a part is in .build/FINGERPRINT/SHARD
 _FILES: Final = (FILE_NAME, LOCK_FILE, CARD_FILE, CROISSANT_FILE)
 _SHARD: Final = re.compile(r".+\.tfrecord(\.gz)?")
 
@@ -91,15 +87,11 @@ def dataset_of(path: str, output: str | None = None) -> str | None:
     for _ in range(_DEPTH):
         folder, _, name = folder.rpartition("/")
         below.insert(0, name)
-        is_own = below[0] in _FOLDERS if below[1:] else _is_own(name)
-        if is_own and (storage.is_same(folder, output) if output else _holds_dataset(folder)):
+        if below[1:]:
+            is_own = below[0] in _FOLDERS
+        else:
+            is_own = name in _FILES or is_failures_file(name) or _SHARD.fullmatch(name) is not None
+        marks = (storage.join(folder, mark) for mark in (FILE_NAME, ".build"))
+        if is_own and (storage.is_same(folder, output) if output else any(map(storage.exists, marks))):
             return folder
     return None
-
-
-def _holds_dataset(folder: str) -> bool:
-    return any(storage.exists(storage.join(folder, mark)) for mark in (FILE_NAME, ".build"))
-
-
-def _is_own(name: str) -> bool:
-    return name in _FILES or is_failures_file(name) or _SHARD.fullmatch(name) is not None

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from beam_nifti.config import FORMAT_FEATURES, BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestChangedError
-from beam_nifti.manifest.manifest import WHOLE_SHARD, Manifest, VolumeRow, read_manifest
+from beam_nifti.manifest.manifest import WHOLE_SHARD, Manifest, VolumeRow
 from beam_nifti.manifest.pseudonyms import read_pseudonyms
+from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.build_note import require_current
 from beam_nifti.pipeline.parts import parts_root
 from beam_nifti.record.dataset_info import DatasetInfo

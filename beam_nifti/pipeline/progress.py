@@ -17,7 +17,7 @@ from typing import Final
 from tqdm import tqdm
 
 from beam_nifti.support import logs
-from beam_nifti.support.background import in_background
+from beam_nifti.support.process import in_background
 from beam_nifti.support.terminal import under_screen
 
 

@@ -49,22 +49,16 @@ class Found:
 def find_finished(
     plan: BuildPlan, unit: WorkUnit, *, check_images: bool = True
 ) -> tuple[list[Found], list[VolumeRow]]:
-    """What earlier builds, or attempts of this one, finished of a unit.
+    """What earlier builds, or attempts of this one, finished of a unit; and a row for each record to be made.
 
-    Args:
-        plan: of the build.
-        unit: of it.
-        check_images: whether the images must be what they were when they were read.
-
-    Returns:
-        The records that are found; and a row for each one that is still to be made.
+    With `check_images` only what was made of images that are what they were when they were read.
     """
     missing = [record for row in unit.rows for record in row.records()]
     found = []
     for part, is_published in _candidates(plan, unit):
         if not missing:
             break
-        usable = usable_rows(plan, part, missing, any_versions=is_published, check_images=check_images)
+        usable = _usable_rows(plan, part, missing, any_versions=is_published, check_images=check_images)
         if usable is not None:
             done = set(usable.positions or ())
             missing = [record for record in missing if record.position not in done]
@@ -72,7 +66,7 @@ def find_finished(
     return found, missing
 
 
-def usable_rows(
+def _usable_rows(
     plan: BuildPlan,
     part: Part,
     rows: list[VolumeRow],
@@ -169,7 +163,7 @@ class UnfinishedBuild:
 
         def not_usable(split: str, part: Part, positions: Collection[int]) -> Collection[int]:
             rows = list(rows_at(split, positions))
-            usable = usable_rows(plan, part, rows, any_versions=True, check_images=False) if rows else None
+            usable = _usable_rows(plan, part, rows, any_versions=True, check_images=False) if rows else None
             return set(positions).difference(usable.positions or () if usable else ())
 
         return self._work(not_usable)

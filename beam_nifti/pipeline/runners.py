@@ -24,7 +24,7 @@ from beam_nifti.errors import UsageError
 from beam_nifti.pipeline import local_runner
 from beam_nifti.storage import disk
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.cores import count_cores
+from beam_nifti.support.process import count_cores
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions

@@ -7,14 +7,14 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.manifest import VolumeRow
-from beam_nifti.pipeline.advice import ImageKind, suggest_flags
+from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
 from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, format_rows, size_text
@@ -26,18 +26,14 @@ from beam_nifti.volume.volume import load_header
 MAX_PROBLEMS: Final = 1000
 """Images that a report names one by one; all are counted."""
 
-_HEAD_BYTES: Final = 1 << 16
-"""Of a file, by which suspected twins are told, together with its size."""
-
+_HEAD_BYTES: Final = 1 << 16  # of a file, by which suspected copies are told, together with its size
 _PROCESS_BYTES: Final = 0.3e9
 """What a worker process takes before it loads anything. Source: docs/large-volumes.md."""
 
 _COPIES: Final = 2
 """Of a volume that a thread holds at a time. Source: docs/large-volumes.md."""
 
-_SHOWN: Final = 5
-"""Lines of a kind that a table shows."""
-
+_SHOWN: Final = 5  # lines of a kind that a table shows
 _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
     "shapes": lambda kind: size_text(kind.shape),
     "spacings": lambda kind: size_text(kind.zooms),
@@ -47,37 +43,36 @@ _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
 """What a report counts of the kinds of images, such as "91×109×91", "2×2×2", "RAS" and "int16"."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageProblem:
-    """An image that the build would skip.
+class NamedImage(NamedTuple):
+    """An image that a report names.
 
     Attributes:
         row: of the manifest, from 1.
         example_id: of its example.
-        message: what is wrong, and what to do.
+        message: what is wrong with it, and what to do; "" where nothing is.
     """
 
     row: int
     example_id: str
-    message: str
+    message: str = ""
 
 
 @dataclass
-class Noted:
-    """Images of a survey that have a note.
+class NamedImages:
+    """Images of a survey that have something in common.
 
     Attributes:
-        num_images: that have it.
-        images: row and id of the first MAX_PROBLEMS of those.
+        num: how many.
+        first: the first MAX_PROBLEMS of them, by row.
     """
 
-    num_images: int = 0
-    images: list[tuple[int, str]] = field(default_factory=list)
+    num: int = 0
+    first: list[NamedImage] = field(default_factory=list)
 
-    def add(self, other: Noted) -> None:
+    def add(self, other: NamedImages) -> None:
         """Count what another survey has counted."""
-        self.num_images += other.num_images
-        self.images = sorted([*self.images, *other.images])[:MAX_PROBLEMS]
+        self.num += other.num
+        self.first = sorted([*self.first, *other.first])[:MAX_PROBLEMS]
 
 
 @dataclass
@@ -86,11 +81,10 @@ class Survey:
 
     Attributes:
         num_images: looked at.
-        num_bad: that the build would skip, as far as headers tell.
-        problems: of the first MAX_PROBLEMS of those, by row.
+        bad: those that the build would skip, as far as headers tell.
         kinds: of the first images of examples, on disk; also of those that the build would make only
             with other options.
-        first: row and id of the first image of each kind.
+        first: the first image of each kind.
         records: shapes of the records; "?" where headers cannot tell; also of images that the build would
             make only with other options, as they are unlike the first one.
         frames: numbers of them an image, where each becomes a record; of the same images.
@@ -103,10 +97,9 @@ class Survey:
     """
 
     num_images: int = 0
-    num_bad: int = 0
-    problems: list[ImageProblem] = field(default_factory=list)
+    bad: NamedImages = field(default_factory=NamedImages)
     kinds: Counter[ImageKind] = field(default_factory=Counter)
-    first: dict[ImageKind, tuple[int, str]] = field(default_factory=dict)
+    first: dict[ImageKind, NamedImage] = field(default_factory=dict)
     records: Counter[str] = field(default_factory=Counter)
     frames: Counter[str] = field(default_factory=Counter)
     num_examples: int = 0
@@ -114,13 +107,12 @@ class Survey:
     source_bytes: int = 0
     record_bytes: float = 0.0
     largest_bytes: int = 0
-    notes: dict[str, Noted] = field(default_factory=dict)
+    notes: dict[str, NamedImages] = field(default_factory=dict)
 
     def add(self, other: Survey) -> None:
         """Count what another survey has counted."""
         self.num_images += other.num_images
-        self.num_bad += other.num_bad
-        self.problems = sorted([*self.problems, *other.problems], key=lambda p: p.row)[:MAX_PROBLEMS]
+        self.bad.add(other.bad)
         self.num_examples += other.num_examples
         for name in ("kinds", "records", "frames", "splits"):
             getattr(self, name).update(getattr(other, name))
@@ -129,11 +121,11 @@ class Survey:
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
         self.largest_bytes = max(self.largest_bytes, other.largest_bytes)
-        for note, noted in other.notes.items():
-            self.notes.setdefault(note, Noted()).add(noted)
+        for note, images in other.notes.items():
+            self.notes.setdefault(note, NamedImages()).add(images)
 
 
-def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
+def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
     """Look at one example: the first 64 KB of each of its files.
 
     Args:
@@ -154,7 +146,7 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
         with concealing(row, folder):
             header = _require_usable(row, folder, plan)
     except VolumeError as e:
-        found.num_bad, found.problems = 1, [ImageProblem(row.row, row.example_id, str(e))]
+        found.bad = NamedImages(1, [NamedImage(row.row, row.example_id, str(e))])
     try:
         with concealing(row, folder), reading(row.path):
             # An image that the build would make with other options counts too.
@@ -164,18 +156,18 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
             # The files of the voxels: headers of pairs are often alike.
             heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
     except VolumeError:
-        if found.num_bad:
+        if found.bad.num:
             return found, None
         raise
-    twin = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
-    found.notes = {note: Noted(1, [(row.row, row.example_id)]) for note in header.notes}
-    kind = ImageKind.of(header)
-    found.kinds[kind], found.first[kind] = 1, (row.row, row.example_id)
+    content = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
+    image, kind = NamedImage(row.row, row.example_id), ImageKind.of(header)
+    found.notes = {note: NamedImages(1, [image]) for note in header.notes}
+    found.kinds[kind], found.first[kind] = 1, image
     with contextlib.suppress(VolumeError):
         layout = require_storable(row.path, header, record)
         _count_records(found, header, layout, record)
         found.splits[row.split] = found.num_examples
-    return found, twin
+    return found, content
 
 
 def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeader:
@@ -196,7 +188,7 @@ def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, re
     found.records["?" if shape is None else size_text(shape)] = 1
     if layout.frame == "each":
         found.frames[str(header.num_frames)] = 1
-    if found.num_bad:
+    if found.bad.num:
         return
     found.num_examples = header.num_frames if layout.frame == "each" else 1
     each = record_bytes(voxels, estimated_itemsize(record, itemsize), record)
@@ -206,91 +198,66 @@ def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, re
 
 
 def make_report(
-    survey: Survey, twins: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
+    survey: Survey, copies: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
 ) -> dict[str, Any]:
     """What `beam-nifti check` reports, as JSON.
 
-    Args:
-        survey: of all images.
-        twins: ids and splits of images that are probably one, in groups.
-        plan: that the survey was made with.
+    `copies` are the ids and splits of images that are probably one, in groups.
     """
-    facts = {
-        name: dict(value.most_common()) if isinstance(value, Counter) else value
-        for name, value in vars(survey).items()
-        if name not in ("kinds", "first")
-    }
-    is_built = plan.expected is not None
+    expected = plan.expected
     kinds = {kind: survey.kinds[kind] for kind in sorted(survey.first, key=lambda kind: survey.first[kind])}
     advice = suggest_flags(kinds, plan.config.record)
     not_suggested = None
     if advice.against is not None:
-        row, example_id = survey.first[advice.against]
-        image = {"row": row, "example_id": example_id, "reason": advice.reason}
-        not_suggested = {"flags": advice.dropped, **image}
+        image = _reference(survey.first[advice.against])
+        not_suggested = {"flags": advice.dropped, **image, "reason": advice.reason}
     return {
         "manifest": plan.config.manifest,
-        **facts,
-        **{name: dict(_count(survey.kinds, name).most_common()) for name in _FACTS},
-        "problems": [asdict(problem) for problem in survey.problems],
+        "num_images": survey.num_images,
+        "num_bad": survey.bad.num,
+        "problems": [image._asdict() for image in survey.bad.first],
+        "records": dict(survey.records.most_common()),
+        "frames": dict(survey.frames.most_common()),
+        "num_examples": survey.num_examples if expected else 0,
+        "splits": {name: survey.splits[name] for name in expected.splits} if expected else {},
+        "source_bytes": survey.source_bytes,
+        "record_bytes": round(survey.record_bytes) if expected else 0,
+        "largest_bytes": survey.largest_bytes,
         "notes": {
-            note: {
-                "message": text,
-                "num_images": survey.notes[note].num_images,
-                "images": [{"row": row, "example_id": name} for row, name in survey.notes[note].images],
-            }
+            note: {"message": text, "num_images": of.num, "images": [*map(_reference, of.first)]}
             for note, text in TEXTS.items()
-            if note in survey.notes
+            if (of := survey.notes.get(note))
         },
-        "num_examples": survey.num_examples if is_built else 0,
-        "record_bytes": round(survey.record_bytes) if is_built else 0,
-        "num_shards": plan.expected.num_shards if plan.expected else 0,
-        "splits": {name: survey.splits[name] for name in plan.expected.splits} if plan.expected else {},
+        **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
+        "num_shards": expected.num_shards if expected else 0,
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
-        "twins": [[name for name, _ in group] for group in twins],
-        "twins_across_splits": [dict(group) for group in twins if len({split for _, split in group}) > 1],
+        "twins": [[name for name, _ in group] for group in copies],
+        "twins_across_splits": [dict(group) for group in copies if len({split for _, split in group}) > 1],
         "suggested_flags": advice.flags,
         "not_suggested": not_suggested,
     }
 
 
-def _count(kinds: Counter[ImageKind], name: str) -> Counter[str]:
-    """Images by one of the _FACTS of their kinds."""
-    counts = Counter[str]()
-    for kind, count in kinds.items():
-        counts[_FACTS[name](kind)] += count
-    return counts
+def _reference(image: NamedImage) -> dict[str, Any]:
+    return {"row": image.row, "example_id": image.example_id}
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """A report as text for the screen.
-
-    Args:
-        report: of `make_report`.
-    """
+    """A report of `make_report` as text for the screen."""
     return format_rows(_report_rows(report), 14)
 
 
 def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "images", f"{r['num_images']:,} in {r['source_bytes'] / 1e6:,.1f} MB: {r['manifest']}"
-    for title, name in (
-        ("shapes", "shapes"),
-        ("spacings, mm", "spacings"),
-        ("orientations", "orientations"),
-        ("dtypes", "dtypes"),
-        ("records", "records"),
-        ("frames", "frames"),
-    ):
+    for name in (*_FACTS, "records", "frames"):
+        title = "spacings, mm" if name == "spacings" else name
         yield from _listed(title, [f"{kind}: {count:,}" for kind, count in r[name].items()])
     if "?" in r["records"]:
         yield "", "?: headers do not tell the shape after --preprocess or --crop-foreground"
     bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]
     yield from _listed("would fail", bad, r["num_bad"])
     for noted in r["notes"].values():
-        yield (
-            "warning",
-            f"{counted(noted['num_images'], 'image')}: {noted['message']}",
-        )
+        yield "warning", f"{counted(noted['num_images'], 'image')}: {noted['message']}"
         named = [f"row {image['row']} ({image['example_id']})" for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])

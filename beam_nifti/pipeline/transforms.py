@@ -48,7 +48,7 @@ from beam_nifti.record.index import IndexEntry, mask_labels, read_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import encode_pieces
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.memory import keep_buffers
+from beam_nifti.support.process import keep_buffers
 from beam_nifti.volume.notes import counter_name
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.user_function import load_function

@@ -26,7 +26,7 @@ from beam_nifti.read.columns import Array, Batching, Column, channels_of, descri
 from beam_nifti.read.order import Order
 from beam_nifti.read.random_access import Dataset, Element, rebuilt
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.cores import count_cores
+from beam_nifti.support.process import count_cores
 
 _REMOTE_READS: Final = 16
 """Records that are read at a time where each is a request."""

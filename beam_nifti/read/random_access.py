@@ -43,8 +43,7 @@ from beam_nifti.record.index import extra_column, read_shard_index
 from beam_nifti.record.tfrecord import decode_buffer, make_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.intensity import rescale_voxels
-from beam_nifti.volume.quantize import UINT8_LEVELS
-from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels
+from beam_nifti.volume.rescale import UINT8_LEVELS, Ends, Intensity, Scaling, Voxels
 
 T = TypeVar("T")
 Element = dict[str, Any]

@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from beam_nifti.config import TENSOR_DTYPES, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
-from beam_nifti.volume.quantize import numpy_dtype
-from beam_nifti.volume.rescale import Scaling
+from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
 if TYPE_CHECKING:
     from beam_nifti.volume.volume import Volume

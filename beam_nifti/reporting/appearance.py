@@ -17,8 +17,7 @@ from beam_nifti.reporting.thumbnail import block_means, draw_slices
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
 from beam_nifti.volume.header import COLOURS
-from beam_nifti.volume.quantize import UINT8_LEVELS
-from beam_nifti.volume.rescale import Scaling, Voxels, measure
+from beam_nifti.volume.rescale import UINT8_LEVELS, Scaling, Voxels, measure
 
 SCHEMA: Final = pa.schema(
     [

@@ -32,7 +32,7 @@ from beam_nifti.reporting.page import make_page
 from beam_nifti.reporting.sheets import write_problems, write_sheets
 from beam_nifti.reporting.summary import read_failures, summarize
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.memory import keep_buffers
+from beam_nifti.support.process import keep_buffers
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions

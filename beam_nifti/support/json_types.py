@@ -6,7 +6,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from reprlib import Repr
 from typing import Any, Final, NoReturn
@@ -19,6 +19,9 @@ _WORDS: Final[Mapping[Any, str]] = {
     list: "a list",
     str: "text",
 }
+hints_of: Final[Callable[[Any], Mapping[str, Any]]] = functools.cache(typing.get_type_hints)
+"""The annotations of a dataclass's fields, evaluated."""
+
 _SHOWN: Final = Repr()
 _SHOWN.maxother = _SHOWN.maxstring = 60
 
@@ -82,14 +85,6 @@ def require_keys(value: Any, kinds: Mapping[str, Any], required: Collection[str]
         raise ValueError(f"{within}lacks the key {min(missing)!r}")
     for key, item in value.items():
         require_type(item, kinds[key], f"{name}.{key}" if name else key)
-
-
-def hints_of(kind: Any) -> Mapping[str, Any]:
-    """The annotations of a dataclass's fields, evaluated."""
-    return _hints(kind)
-
-
-_hints = functools.cache(typing.get_type_hints)
 
 
 def _require_list(value: Any, kinds: tuple[Any, ...], name: str) -> None:

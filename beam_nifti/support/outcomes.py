@@ -71,8 +71,7 @@ _REFUSING_GRPC: Final = frozenset(
 
 _FRAME = re.compile(r'\s*File ".*", line \d+, in ')
 _ERROR = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?=:|$| \[while running)")
-_STEP = re.compile(r" \[while running '[^']*'\]")
-"""What Beam puts behind a message."""
+_STEP = re.compile(r" \[while running '[^']*'\]")  # what Beam puts behind a message
 _ERRNO = re.compile(r"\[Errno (\d+)")
 _DIRECT_CAUSE: Final = "The above exception was the direct cause of the following exception:"
 _END_OF_ERROR = re.compile(r"\s+at [\w.$]+\(|Traceback |Caused by: ")
@@ -122,13 +121,10 @@ def reason_of(error: OSError) -> str:
 
 
 def engine_outcome(error: Exception) -> Outcome | None:
-    """How a command ends whose engine failed; None for an error that no engine raises.
+    """How a command ends whose pipeline raised an error; None for an error that no engine raises.
 
     A runner brings a worker's exception back as the text of a RuntimeError. Its last traceback, if there
     is one, ends with the exception that counts.
-
-    Args:
-        error: raised by running a pipeline.
     """
     if (outcome := _of_service(error)) is not None:
         return outcome

@@ -38,7 +38,7 @@ def load_json(text: str | bytes) -> Any:
     decoded = text if isinstance(text, str) else text.decode()  # json.loads guesses other encodings
     try:
         return json.loads(
-            decoded, parse_constant=_refuse, parse_float=_finite_number, object_pairs_hook=_unique_keys
+            decoded, parse_constant=_refuse, parse_float=_finite_number, object_pairs_hook=unique_keys
         )
     except RecursionError:
         raise ValueError("is nested too deeply") from None
@@ -53,7 +53,12 @@ def _finite_number(text: str) -> float:
     return number if math.isfinite(number) else _refuse(text)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: it has a key twice.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

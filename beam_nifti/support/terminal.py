@@ -49,7 +49,7 @@ class Screen(io.TextIOBase):
         return self.stream.fileno() if self.stream is not None else super().fileno()
 
     def writable(self) -> bool:
-        """Yes."""
+        """Always: what cannot be written is dropped, or raises."""
         return True
 
     def write(self, text: str) -> int:

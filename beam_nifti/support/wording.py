@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}
-"""Verbs in the singular."""
-
+_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}  # verbs in the singular
 _CONTROL: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -19,12 +17,7 @@ Source: Unicode's categories Cc, Zl, Zp and Cs, and its property Bidi_Control.
 
 
 def format_rows(rows: Iterable[tuple[str, str]], width: int) -> str:
-    """Rows as lines, one line per row, whatever its text holds.
-
-    Args:
-        rows: of a name and a text.
-        width: of the names.
-    """
+    """Rows of a name and a text as lines, one line per row, whatever its text holds."""
     return "\n".join(f"{one_line(name):<{width}}{one_line(text)}".rstrip() for name, text in rows)
 
 
@@ -51,6 +44,15 @@ def counted(number: int, noun: str, verb: str = "") -> str:
     is_one = number == 1
     ending = f" {_OF_ONE[verb] if is_one else verb}" if verb else ""
     return f"{number:,} {noun}{'' if is_one else 's'}{ending}"
+
+
+def first_few(items: Sequence[object], most: int) -> str:
+    """The first items of a list, and whether there are more.
+
+    >>> first_few(["a", "b"], 2), first_few([1, 2, 3], 2)
+    ('a, b', '1, 2, …')
+    """
+    return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
 
 
 def size_text(sizes: Iterable[float]) -> str:

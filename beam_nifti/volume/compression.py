@@ -1,4 +1,4 @@
-"""What a file is packed in: gzip, bzip2 or zstd, told by its first bytes and unpacked from memory."""
+"""How a file is compressed: gzip, bzip2 or zstd, told by its first bytes and decompressed from memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFLATE_RATIO: Final = 1032
 """No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
 
 _BLOCKS_HEAD_BYTES: Final = 1 << 20
-"""`Packing.head_bytes` where blocks are unpacked as a whole; those of bzip2 have up to 900 kB."""
+"""`Compression.head_bytes` where blocks are decompressed as a whole; those of bzip2 have up to 900 kB."""
 
 _SCRATCH_BYTES: Final = 1 << 16
 
@@ -34,7 +34,7 @@ _DAMAGE: Final[tuple[type[Exception], ...]] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class Compression:
     """A compression format.
 
     Attributes:
@@ -42,8 +42,8 @@ class Packing:
         magic: matches what each of its streams begins with.
         open: from a file's bytes to an object with `readinto`.
         find_end: from a file's bytes to the end of its last complete stream; 0 where none is complete.
-        head_bytes: of a file, from which its first kilobyte can be unpacked.
-        ratio: the most bytes that one packed byte can stand for; None where that is no bound worth having.
+        head_bytes: of a file, from which its first kilobyte can be decompressed.
+        ratio: the most bytes that one compressed byte can stand for; None where that is no useful bound.
     """
 
     name: str
@@ -67,20 +67,12 @@ def _open_with_arrow(codec: str) -> Callable[[Bytes], Any]:
 
 def _skip_zeros(data: Bytes, at: int) -> int:
     """The offset of the next byte that is not 0, or of the end."""
-    while chunk := bytes(data[at : at + _SCRATCH_BYTES]):
-        if rest := chunk.lstrip(b"\0"):
-            return at + len(chunk) - len(rest)
-        at += len(chunk)
-    return at
+    zeros = re.compile(rb"\0*").match(data, at)
+    return zeros.end() if zeros else at
 
 
 def _end_by_decompressing(magic: re.Pattern[bytes], make: Callable[[], Any]) -> Callable[[Bytes], int]:
-    """The `Packing.find_end` of a format whose streams do not give their own length.
-
-    Args:
-        magic: of the format.
-        make: a decompressor of one stream, such as `bz2.BZ2Decompressor`.
-    """
+    """The `Compression.find_end` of a format whose streams do not give their own length."""
 
     def find(data: Bytes) -> int:
         end = start = 0
@@ -123,8 +115,8 @@ def _zstd_end(data: Bytes) -> int:
     return at
 
 
-PACKINGS: Final = (
-    Packing(
+COMPRESSIONS: Final = (
+    Compression(
         "gzip",
         _GZIP,
         # isal offers reading into a buffer (a third of the CPU of growing one) only under this name.
@@ -133,24 +125,24 @@ PACKINGS: Final = (
         1 << 16,
         DEFLATE_RATIO,
     ),
-    Packing(
+    Compression(
         "bzip2",
         _BZIP2,
         _open_with_arrow("bz2"),
         _end_by_decompressing(_BZIP2, bz2.BZ2Decompressor),
         _BLOCKS_HEAD_BYTES,
     ),
-    Packing("zstd", _ZSTD, _open_with_arrow("zstd"), _zstd_end, _BLOCKS_HEAD_BYTES),
+    Compression("zstd", _ZSTD, _open_with_arrow("zstd"), _zstd_end, _BLOCKS_HEAD_BYTES),
 )
 
 
-def packing_of(head: Bytes) -> Packing | None:
-    """The packing of a file that begins so; None where it is not packed."""
-    return next((packing for packing in PACKINGS if packing.magic.match(head)), None)
+def compression_of(head: Bytes) -> Compression | None:
+    """The compression of a file that begins so; None where it is not compressed."""
+    return next((compression for compression in COMPRESSIONS if compression.magic.match(head)), None)
 
 
-class Unpacker:
-    """The content of a packed file, a buffer at a time.
+class Decompressor:
+    """The content of a compressed file, a buffer at a time.
 
     Bytes after the last stream that do not begin another one, such as padding or text, are ignored, as by
     gunzip and nibabel.
@@ -158,23 +150,23 @@ class Unpacker:
     Args:
         name: the image's path, for errors.
         data: the file, or as much of its start as is needed.
-        packing: of the file.
+        compression: of the file.
 
     Attributes:
         trailing: how many bytes after the streams were ignored, so far as they have been met.
     """
 
-    def __init__(self, name: str, data: Bytes, packing: Packing) -> None:
+    def __init__(self, name: str, data: Bytes, compression: Compression) -> None:
         self.trailing = 0
-        self._name, self._packing, self._data, self._size = name, packing, data, len(data)
+        self._name, self._compression, self._data, self._size = name, compression, data, len(data)
         self._peeked = memoryview(b"")
         self._position = 0  # of the reader in the content
-        self._reader = self._checked(lambda: packing.open(data))
+        self._reader = self._checked(lambda: compression.open(data))
 
     @property
     def trailing_text(self) -> str:
         """What there is after the streams, for errors; "" for nothing."""
-        return f", and {self.trailing} bytes after the {self._packing.name} data" if self.trailing else ""
+        return f", and {self.trailing} bytes after the {self._compression.name} data" if self.trailing else ""
 
     def _checked(self, action: Callable[[], Any]) -> Any:
         try:
@@ -184,7 +176,7 @@ class Unpacker:
         except _DAMAGE as e:
             what = "truncated" if isinstance(e, EOFError) or "Truncated" in str(e) else "damaged"
             raise VolumeError(
-                f"{self._name}: {what} {self._packing.name} stream ({e}); copy the file again"
+                f"{self._name}: {what} {self._compression.name} stream ({e}); copy the file again"
             ) from e
 
     def _fill(self, buffer: memoryview) -> int:
@@ -199,12 +191,12 @@ class Unpacker:
 
     def _drop_trailing(self) -> bool:
         """Read on without what follows the streams; False where that begins a stream, so there is damage."""
-        end = self._packing.find_end(self._data)
-        starts_another = self._packing.magic.match(self._data, _skip_zeros(self._data, end))
+        end = self._compression.find_end(self._data)
+        starts_another = self._compression.magic.match(self._data, _skip_zeros(self._data, end))
         if self.trailing or not 0 < end < len(self._data) or starts_another:
             return False
         self.trailing = len(self._data) - end
-        self._reader = self._packing.open(self._data[:end])
+        self._reader = self._compression.open(self._data[:end])
         scratch = memoryview(bytearray(_SCRATCH_BYTES))
         left = self._position
         while left and (count := fill(self._reader, scratch[:left])):
@@ -259,10 +251,10 @@ class Unpacker:
         Raises:
             VolumeError: it cannot hold as many.
         """
-        if self._packing.ratio is not None and expected > self._packing.ratio * self._size:
+        if self._compression.ratio is not None and expected > self._compression.ratio * self._size:
             raise VolumeError(
                 f"{self._name}: the header promises {expected} bytes, more than {self._size} bytes of "
-                f"{self._packing.name} can hold; copy the file again"
+                f"{self._compression.name} can hold; copy the file again"
             )
 
     def skip(self, size: int) -> int:
@@ -292,15 +284,15 @@ def content_size(name: str, data: Bytes, most: int) -> int:
     Raises:
         VolumeError: the file is damaged.
     """
-    packing = packing_of(data)
-    return Unpacker(name, data, packing).skip(most) if packing else min(len(data), most)
+    compression = compression_of(data)
+    return Decompressor(name, data, compression).skip(most) if compression else min(len(data), most)
 
 
-def unpacked_head(name: str, head: Bytes, size: int) -> bytes:
+def decompressed_head(name: str, head: Bytes, size: int) -> bytes:
     """The first `size` bytes of what a file holds, from its own first bytes.
 
     Raises:
         VolumeError: the file is damaged.
     """
-    packing = packing_of(head)
-    return Unpacker(name, head, packing).peek(size) if packing else bytes(head[:size])
+    compression = compression_of(head)
+    return Decompressor(name, head, compression).peek(size) if compression else bytes(head[:size])

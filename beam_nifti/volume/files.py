@@ -1,4 +1,8 @@
-"""The files of an image: which they are, and the bytes of its voxels."""
+"""The files of an image: which they are, and the bytes of its voxels.
+
+`name` is the image's path as the manifest says it, for errors; `path` is where it is; and `parse` makes a
+header of the first HEAD_BYTES of what its file holds, before anything large is read or allocated.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,17 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from beam_nifti.errors import VolumeError, is_of_path
-from beam_nifti.manifest.image_names import HALF, PACKED
+from beam_nifti.manifest.image_names import COMPRESSED, HALF
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
-from beam_nifti.volume.compression import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
+from beam_nifti.volume.compression import (
+    Bytes,
+    Decompressor,
+    compression_of,
+    content_size,
+    decompressed_head,
+    fill,
+)
 from beam_nifti.volume.formats import HEAD_BYTES
 from beam_nifti.volume.header import VolumeHeader
 
@@ -22,17 +33,12 @@ ReadHeader = Callable[[bytes], VolumeHeader]
 FileStats = tuple[storage.Stat, ...]
 """Of an image: of its one file, or of the header and the voxels of a pair."""
 
-_LARGE_FILE: Final = 64 << 20
-"""Bytes of a file from which on its header is looked at before the rest is read."""
-
+_LARGE_FILE: Final = 64 << 20  # bytes of a file from which on its header is looked at before the rest is read
 _HEAD_OF_FILE: Final = 1 << 16
-"""Bytes of a file in which its header is looked for, unless its packing needs more of them."""
+"""Bytes of a file in which its header is looked for, unless its compression needs more of them."""
 
-_LARGEST_HALF: Final = 1 << 20
-"""Bytes of the header's file of a pair."""
-
-_LARGEST_HEADER: Final = 64 << 20
-"""Bytes of a header and its extensions."""
+_LARGEST_HALF: Final = 1 << 20  # bytes of the header's file of a pair
+_LARGEST_HEADER: Final = 64 << 20  # bytes of a header and its extensions
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Source:
 def image_files(path: str) -> tuple[str, ...]:
     """The files of an image: its one, or the header and the voxels of a pair, whichever of them is named.
 
-    The other half of a pair may be packed otherwise. A half without the other one is taken for a single
+    The other half of a pair may be compressed otherwise. A half without the other one is taken for a single
     file, which some programs call .img.
 
     Raises:
@@ -65,11 +71,11 @@ def image_files(path: str) -> tuple[str, ...]:
     match = HALF.fullmatch(path)
     if match is None:
         return (path,)
-    half, packed = match["half"], match["packed"]
+    half, compressed = match["half"], match["compressed"]
     is_header = half.lower() == "hdr"
     other = "img" if is_header else "hdr"
     stem = match["stem"] + (other.upper() if half.isupper() else other)
-    for ending in dict.fromkeys((packed, "", *PACKED)):
+    for ending in dict.fromkeys((compressed, "", *COMPRESSED)):
         with contextlib.suppress(FileNotFoundError):
             if not storage.broken_link(stem + ending):
                 storage.stat(stem + ending)
@@ -97,11 +103,6 @@ def stat_image(path: str) -> FileStats:
 def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
     """The header of an image, from the first kilobytes of its file; and what the sizes of its files show.
 
-    Args:
-        name: the image's path in errors.
-        path: of the image.
-        parse: makes a header of the first HEAD_BYTES of what the file holds.
-
     Raises:
         VolumeError: its path cannot be read, or `parse` refuses it, or its voxels cannot be in a file of
             that size.
@@ -110,69 +111,59 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
     with reading(name):
         files = _files_to_read(name, path)
         head = storage.read_head(files[0], _HEAD_OF_FILE)
-        packing = packing_of(head)
-        if packing and packing.head_bytes > len(head) == _HEAD_OF_FILE:
-            head = storage.read_head(files[0], packing.head_bytes)
-    header = parse(unpacked_head(name, head, HEAD_BYTES))
+        compression = compression_of(head)
+        if compression and compression.head_bytes > len(head) == _HEAD_OF_FILE:
+            head = storage.read_head(files[0], compression.head_bytes)
+    header = parse(decompressed_head(name, head, HEAD_BYTES))
     if len(files) == 2:
         _refuse_whole_image(name, head, header)
     _check_container(name, files, header)
     with reading(name):
         if len(files) == 2:
             head = storage.read_head(files[1], HEAD_BYTES)
-        is_packed = packing_of(head) is not None
-        if is_packed and storage.is_remote(path):
+        is_compressed = compression_of(head) is not None
+        if is_compressed and storage.is_remote(path):
             return header  # its size shows too little to ask a store for it
         size = storage.stat(files[-1]).size
     if len(files) == 2:
         _check_img(name, files[1], head, size, header)
-    if not is_packed:
+    if not is_compressed:
         _check_size(name, size, header)
     elif size > _LARGE_FILE:
-        _refuse_oversized(name, size, header, is_packed=True)
+        _refuse_oversized(name, size, header, is_compressed=True)
     return header
 
 
 def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeader) -> None:
     """Refuse an .img file of this size, beginning so, that cannot hold the voxels of its header."""
-    if size < _promised(header) and (what := stand_in(bytes(head[:HEAD_BYTES]))):
+    if size < header.end and (what := stand_in(bytes(head[:HEAD_BYTES]))):
         raise VolumeError(f"{name}: its .img file is {what}")
-    if file.lower().endswith(PACKED) and packing_of(head) is None:
+    if file.lower().endswith(COMPRESSED) and compression_of(head) is None:
         raise VolumeError(f"{name}: its .img file is not compressed as its name says; copy it again")
-
-
-def _promised(header: VolumeHeader) -> int:
-    """Bytes of the file of the voxels, uncompressed, by the header."""
-    return header.offset + header.num_bytes
-
-
-def _most(header: VolumeHeader) -> int:
-    """Bytes at which more than the header promises is proven."""
-    return _promised(header) + header.max_trailing + 1
 
 
 def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") -> None:
     """Refuse a file, uncompressed, that holds less than its header promises, or more."""
-    if size < _promised(header):
+    if size < header.end:
         raise VolumeError(
             f"{name}: truncated: {size} bytes where shape {header.shape} of {header.dtype_name} needs "
-            f"{_promised(header)}{trailing}; copy the file again"
+            f"{header.end}{trailing}; copy the file again"
         )
-    if size >= _most(header):
+    if size >= header.size_limit:
         raise _disowned(name, header)
 
 
-def _refuse_oversized(name: str, size: int, header: VolumeHeader, *, is_packed: bool) -> None:
+def _refuse_oversized(name: str, size: int, header: VolumeHeader, *, is_compressed: bool) -> None:
     """Spare the memory of a large file that its header disowns, such as a wrong download."""
     # What cannot be compressed is stored, by deflate with 5 bytes a block of 16 KiB, by bzip2 with 1 %.
-    allowance = _promised(header) // (50 if is_packed else 1000)
-    if size > _promised(header) + allowance + _LARGE_FILE // 2:
+    allowance = header.end // (50 if is_compressed else 1000)
+    if size > header.end + allowance + _LARGE_FILE // 2:
         raise _disowned(name, header)
 
 
 def _disowned(name: str, header: VolumeHeader) -> VolumeError:
     return VolumeError(
-        f"{name}: holds more than the {_promised(header)} bytes that shape {header.shape} of "
+        f"{name}: holds more than the {header.end} bytes that shape {header.shape} of "
         f"{header.dtype_name} needs; repair its header or convert it again"
     )
 
@@ -199,7 +190,7 @@ def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) ->
             )
     if header.is_analyze and (match := HALF.fullmatch(files[0])):
         with reading(name):
-            found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["packed"]})
+            found = any(storage.exists(f"{match['stem']}mat{end}") for end in {"", match["compressed"]})
         if found:
             raise VolumeError(
                 f"{name}: its affine is in a .mat file beside it, which is not read; convert the pair to "
@@ -210,11 +201,6 @@ def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) ->
 @contextlib.contextmanager
 def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
     """Open an image to read its voxels.
-
-    Args:
-        name: the image's path in errors.
-        path: of the image.
-        parse: as for `read_header`. Nothing large is read or allocated before it.
 
     Raises:
         VolumeError: its path cannot be read, or `parse` refuses it, or it is larger than its header says; or,
@@ -254,19 +240,13 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
     with reading(name):
         data = handle.read()
     content_size(name, data, _LARGEST_HEADER)  # reads to its end, where the checksum is
-    header = parse(unpacked_head(name, data, HEAD_BYTES))
+    header = parse(decompressed_head(name, data, HEAD_BYTES))
     _refuse_whole_image(name, data, header)
     return header
 
 
 def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
-    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image.
-
-    Args:
-        name: the image's path in errors.
-        data: the .hdr file, or its start.
-        header: what it says.
-    """
+    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image."""
     if header.is_pair or header.offset < header.header_bytes:
         return
     if content_size(name, data, header.offset + 1) > header.offset:
@@ -282,10 +262,10 @@ class Image:
         name: its path in errors.
         handle: of the file of its voxels.
         stats: of its files; that of the voxels is the last.
-        parse: as for `read_header`.
+        parse: makes its header.
         header: of a pair; None where it stands before the voxels.
-        file: path of that file: where it says that the file of a pair is packed it has to be, as nothing else
-            would tell damage to its first bytes from voxels.
+        file: path of that file: where it says that the file of a pair is compressed it has to be, as nothing
+            else would tell damage to its first bytes from voxels.
 
     Attributes:
         stats: of its files.
@@ -305,36 +285,28 @@ class Image:
         self._name, self._handle, self._size = name, handle, stats[-1].size
         self._is_large = self._size > _LARGE_FILE
         self._data: Bytes = self._read_start()
-        self._packing = packing_of(self._data)
-        self._unpacker: Unpacker | None = None
+        self._compression = compression_of(self._data)
+        self._decompressor: Decompressor | None = None
         if header is not None:
             self.header = header
             _check_img(name, file, self._data, self._size, header)
-            if not file.lower().endswith(PACKED) and self._size == self._promised:
-                self._packing = None  # voxels may happen to begin like a packed file
-        elif self._packing and not self._is_large:
-            self._unpacker = Unpacker(name, self._data, self._packing)
-            self.header = parse(self._unpacker.peek(HEAD_BYTES))
+            if not file.lower().endswith(COMPRESSED) and self._size == self.header.end:
+                self._compression = None  # voxels may happen to begin like a compressed file
+        elif self._compression and not self._is_large:
+            self._decompressor = Decompressor(name, self._data, self._compression)
+            self.header = parse(self._decompressor.peek(HEAD_BYTES))
         else:
-            self.header = parse(unpacked_head(name, self._data, HEAD_BYTES))
+            self.header = parse(decompressed_head(name, self._data, HEAD_BYTES))
         if self._is_large:
-            _refuse_oversized(name, self._size, self.header, is_packed=self._packing is not None)
-
-    @property
-    def _promised(self) -> int:
-        return _promised(self.header)
-
-    @property
-    def _most(self) -> int:
-        return _most(self.header)
+            _refuse_oversized(name, self._size, self.header, is_compressed=self._compression is not None)
 
     def _read_start(self) -> bytes:
         """All of a small file, the head of a large one."""
         with reading(self._name):
             if self._is_large:
                 head = self._handle.read(_HEAD_OF_FILE)
-                packing = packing_of(head)
-                return head + self._handle.read(packing.head_bytes - len(head)) if packing else head
+                compression = compression_of(head)
+                return head + self._handle.read(compression.head_bytes - len(head)) if compression else head
             data = self._handle.read()
         self._size = len(data)
         return data
@@ -356,21 +328,21 @@ class Image:
         """
         data = self._read_rest()
         self._data = b""
-        if self._packing:
-            unpacker = self._unpacker or Unpacker(self._name, data, self._packing)
-            self._unpacker = None
-            content = unpacker.read(self._promised, self._most)
-            _check_size(self._name, len(content), self.header, unpacker.trailing_text)
+        if self._compression:
+            decompressor = self._decompressor or Decompressor(self._name, data, self._compression)
+            self._decompressor = None
+            content = decompressor.read(self.header.end, self.header.size_limit)
+            _check_size(self._name, len(content), self.header, decompressor.trailing_text)
         else:
             content = memoryview(data)
             _check_size(self._name, len(content), self.header)
-        return content[self.header.offset : self._promised]
+        return content[self.header.offset : self.header.end]
 
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
         """The bytes of single components of frames, each gone with the next one.
 
-        Of a file that is not packed only they are read. A packed one is read to its end, so that damage
-        behind them does not go unnoticed.
+        Of a file that is not compressed only they are read. A compressed one is read to its end, so that
+        damage behind them does not go unnoticed.
 
         Args:
             numbers: rising; component v of frame t has number v * T + t.
@@ -379,10 +351,10 @@ class Image:
             VolumeError: as `read_all`.
         """
         size = self.header.frame_bytes
-        if self._packing:
-            unpacker = Unpacker(self._name, self._read_rest(), self._packing)
-            unpacker.require(self._promised)
-            reader: Unpacker | BinaryIO = unpacker
+        if self._compression:
+            decompressor = Decompressor(self._name, self._read_rest(), self._compression)
+            decompressor.require(self.header.end)
+            reader: Decompressor | BinaryIO = decompressor
         else:
             _check_size(self._name, self._size, self.header)
             reader = self._handle if self._is_large else io.BytesIO(self._data)
@@ -391,26 +363,24 @@ class Image:
         for number in numbers:
             start = self.header.offset + number * size
             with reading(self._name):
-                if isinstance(reader, Unpacker):
+                if isinstance(reader, Decompressor):
                     at += reader.skip(start - at)
                 else:
                     at = reader.seek(start)
                 got = fill(reader, buffer)
             at += got
             if got < size:
-                trailing = reader.trailing_text if isinstance(reader, Unpacker) else ""
+                trailing = reader.trailing_text if isinstance(reader, Decompressor) else ""
                 _check_size(self._name, at, self.header, trailing)
             yield buffer
-        if isinstance(reader, Unpacker):
-            _check_size(self._name, at + reader.skip(self._most - at), self.header, reader.trailing_text)
+        if isinstance(reader, Decompressor):
+            at += reader.skip(self.header.size_limit - at)
+            _check_size(self._name, at, self.header, reader.trailing_text)
 
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """Turn the error of a path that cannot be read into a VolumeError.
-
-    Args:
-        name: the image's path in errors.
 
     Raises:
         VolumeError: there is no such file, it is a folder, or it may not be read.

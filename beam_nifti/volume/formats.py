@@ -22,9 +22,7 @@ from beam_nifti.volume.rescale import Scaling
 HEAD_BYTES: Final = 544
 """Enough for every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
 
-_MAX_OFFSET: Final = 64 << 20
-"""Largest start of the voxels: header and its extensions."""
-
+_MAX_OFFSET: Final = 64 << 20  # largest start of the voxels: header and its extensions
 _MGH_MAGIC: Final = b"\x00\x00\x00\x01"
 _MGH_FOOTER: Final = 1 << 20
 """Most bytes of an MGH footer: commands that made the image, and a table of colours."""
@@ -34,8 +32,7 @@ _VECTOR_INTENTS: Final = frozenset([1004, 1005, 1006, 1007])
 
 _CIFTI_INTENTS: Final = range(3000, 3100)
 
-_NIFTI1: Final = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}
-"""By magic string."""
+_NIFTI1: Final = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}  # by magic string
 
 _quiet = logging.getLogger(f"{__name__}.nibabel")
 _quiet.addHandler(logging.NullHandler())
@@ -44,11 +41,7 @@ _quiet.propagate = False
 
 @np.errstate(all="ignore")  # numpy warns of a NaN in a field, which is said below
 def parse_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first bytes of an uncompressed image, or of the header of a pair, say.
-
-    Args:
-        name: the image's path, for errors.
-        head: the first HEAD_BYTES of the file, or all of a shorter one.
+    """What the first HEAD_BYTES of an uncompressed image, or of the header of a pair, say.
 
     Raises:
         VolumeError: they are not a header that is known, of a 3-D to 5-D image.
@@ -81,11 +74,10 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         raise VolumeError(f"{name}: expected a 3-D image, got shape {shape}; {remedy}")
     if min(shape) < 1:
         raise VolumeError(f"{name}: shape {shape} has no voxels; leave it out")
-    is_pair = not is_mgh and not getattr(header, "is_single", False)
     if not 0 <= offset <= _MAX_OFFSET:
         where = "before the file" if offset < 0 else "beyond any header extension"
         raise VolumeError(f"{name}: voxels start at byte {offset}, {where}; repair vox_offset")
-    geometry = place_voxels(name, header, sizes, shape)
+    affine, zooms, notes = place_voxels(name, header, sizes, shape)
     scaling = Scaling()
     if slope is not None and not dtype.names:  # NIfTI has no scaling of colours, whatever the fields hold
         scaling = Scaling(float(slope), float(inter or 0.0))
@@ -94,11 +86,11 @@ def parse_header(name: str, head: bytes) -> VolumeHeader:
         dtype=dtype,
         offset=offset,
         scaling=scaling,
-        affine=geometry.affine,
-        zooms=geometry.zooms,
-        notes=geometry.notes,
+        affine=affine,
+        zooms=zooms,
+        notes=notes,
         is_vector=intent in _VECTOR_INTENTS,
-        is_pair=is_pair,
+        is_pair=not is_mgh and not getattr(header, "is_single", False),
         header_bytes=DATA_OFFSET if is_mgh else kind.sizeof_hdr,
         is_analyze=kind is Spm2AnalyzeHeader,
         max_trailing=_MGH_FOOTER if is_mgh else PADDING_BYTES,

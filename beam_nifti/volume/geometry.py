@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import numpy as np
@@ -12,32 +11,19 @@ from nibabel.spatialimages import HeaderDataError
 
 from beam_nifti.errors import VolumeError
 from beam_nifti.support.wording import size_text
-from beam_nifti.volume.grid import SAME_PLACE, Grid, agreed_zooms, is_usable
+from beam_nifti.volume.grid import SAME_PLACE, Affine, Grid, agreed_zooms, is_usable
 
 _NIFTI_UNITS: Final = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres in the units of xyzt_units: unknown, metre, millimetre, micrometre. Source: nifti1.h."""
 
-_SPATIAL: Final = 7
-"""Bits of xyzt_units that have the spatial unit."""
-
-_ANALYZE_UNITS: Final = {b"": 1.0, b"m": 1e3, b"cm": 10.0, b"mm": 1.0, b"um": 1e-3}
-"""Likewise of vox_units."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Geometry:
-    """Where voxels are.
-
-    Attributes:
-        affine: float64 (4, 4), voxel indices to millimetres in RAS+; finite and not singular.
-        zooms: voxel sizes in millimetres. They are the header's own where these are the affine's but for
-            rounding, and those of the affine elsewhere.
-        notes: keys of `notes.TEXTS`.
-    """
-
-    affine: npt.NDArray[np.float64]
-    zooms: tuple[float, float, float]
-    notes: tuple[str, ...] = ()
+_SPATIAL: Final = 7  # bits of xyzt_units that have the spatial unit
+_ANALYZE_UNITS: Final = {
+    b"": 1.0,
+    b"m": 1e3,
+    b"cm": 10.0,
+    b"mm": 1.0,
+    b"um": 1e-3,
+}  # millimetres in those of vox_units
 
 
 def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
@@ -49,17 +35,17 @@ def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
     return np.abs(np.asarray(sizes, np.float64))
 
 
-def place_voxels(name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]) -> Geometry:
-    """Where a header places its voxels.
+def place_voxels(
+    name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]
+) -> tuple[Affine, tuple[float, float, float], tuple[str, ...]]:
+    """Where a header of nibabel's, with its defects repaired, places the voxels of a shape.
 
-    The sform counts where it is set, then the qform, then the voxel sizes alone, as in nibabel; one that is
-    singular or not finite is passed over.
+    The sform counts where it is set, then the qform, then the voxel sizes (of `stated_sizes`) alone, as in
+    nibabel; one that is singular or not finite is passed over.
 
-    Args:
-        name: the image's path, for errors.
-        header: nibabel's, of NIfTI, ANALYZE or MGH, with its defects repaired.
-        sizes: of `stated_sizes`.
-        shape: (X, Y, Z) or more.
+    Returns:
+        The affine, finite and not singular; voxel sizes in millimetres, which are the header's own where
+        these are the affine's but for rounding, and those of the affine elsewhere; and keys of `notes.TEXTS`.
 
     Raises:
         VolumeError: nothing in the header places the voxels.
@@ -79,12 +65,12 @@ def place_voxels(name: str, header: Any, sizes: npt.NDArray[np.float64], shape: 
     if not np.all(is_unset | (zooms == sizes * unit)):
         notes.append("pixdim-disagrees")
     x, y, z = zooms.tolist()
-    return Geometry(affine, (x, y, z), (*notes, *of_unit))
+    return affine, (x, y, z), (*notes, *of_unit)
 
 
 def _nifti_affine(
     name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]
-) -> tuple[npt.NDArray[np.float64], list[str]]:
+) -> tuple[Affine, list[str]]:
     has_sform, has_qform = header["sform_code"] != 0, header["qform_code"] != 0
     has_sizes = _are_usable(sizes, shape)  # the qform needs them; nibabel has put 1 for 0
     affine = np.asarray(header.get_sform(), np.float64)
@@ -103,13 +89,13 @@ def _nifti_affine(
     return np.asarray(header.get_base_affine(), np.float64), []
 
 
-def _differs_from_qform(affine: npt.NDArray[np.float64], header: Any, shape: Sequence[int]) -> bool:
+def _differs_from_qform(affine: Affine, header: Any, shape: Sequence[int]) -> bool:
     # Rounding makes up to 0.002 of a voxel in real headers, whose quaternions are float32.
     grid = Grid.of(shape, affine)
     return not grid.distance(Grid.of(shape, _qform_of(header))) <= SAME_PLACE * min(grid.zooms)
 
 
-def _qform_of(header: Any) -> npt.NDArray[np.float64]:
+def _qform_of(header: Any) -> Affine:
     """NaN where its quaternion is none."""
     try:
         return np.asarray(header.get_qform(), np.float64)
@@ -130,7 +116,7 @@ def _require_sizes(name: str, sizes: npt.NDArray[np.float64], shape: Sequence[in
         )
 
 
-def _refuse(name: str, affine: npt.NDArray[np.float64], fields: str) -> NoReturn:
+def _refuse(name: str, affine: Affine, fields: str) -> NoReturn:
     problem = "singular" if np.isfinite(affine).all() else "not finite"
     raise VolumeError(f"{name}: the affine is {problem}; repair its {fields}")
 

@@ -20,6 +20,8 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.volume.rescale import Voxels
 
 Shape3 = tuple[int, int, int]
+Affine = npt.NDArray[np.float64]
+"""(4, 4), voxel indices to millimetres in RAS+."""
 
 _SAME_SPACING: Final = 1e-4
 """Relative difference of voxel sizes up to which they are one size: headers hold float32."""
@@ -46,14 +48,14 @@ class Grid:
 
     Attributes:
         shape: (X, Y, Z).
-        affine: float64 (4, 4), voxel indices to millimetres in RAS+.
+        affine: of the voxel indices.
     """
 
     shape: Shape3
-    affine: npt.NDArray[np.float64]
+    affine: Affine
 
     @classmethod
-    def of(cls, shape: Sequence[int], affine: npt.NDArray[np.float64]) -> Grid:
+    def of(cls, shape: Sequence[int], affine: Affine) -> Grid:
         """The grid of a volume of (X, Y, Z) or (X, Y, Z, T)."""
         x, y, z = shape[:3]
         return cls((x, y, z), affine)
@@ -78,7 +80,7 @@ class Grid:
         return float(np.linalg.norm(apart, axis=1).max())
 
 
-def is_usable(affine: npt.NDArray[np.float64]) -> bool:
+def is_usable(affine: Affine) -> bool:
     """Whether an affine places voxels: it is finite, and gives a voxel a volume, so it is not singular."""
     edges = affine[:3, :3]
     sizes = nib.affines.voxel_sizes(affine)
@@ -87,16 +89,8 @@ def is_usable(affine: npt.NDArray[np.float64]) -> bool:
     return bool(abs(np.linalg.det(edges / sizes)) > _SINGULAR)
 
 
-def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Voxel sizes that are those of an affine.
-
-    Args:
-        affine: (4, 4).
-        stated: the sizes that are stored beside it.
-
-    Returns:
-        float64 (3,). Along an axis it is the stated size where that is the affine's but for rounding.
-    """
+def agreed_zooms(affine: Affine, stated: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The voxel sizes of an affine: along an axis the stated one, where it is the same but for rounding."""
     sizes = nib.affines.voxel_sizes(affine)
     zooms: npt.NDArray[np.float64] = np.where(np.isclose(stated, sizes, _SAME_SPACING, 0), stated, sizes)
     return zooms
@@ -105,25 +99,17 @@ def agreed_zooms(affine: npt.NDArray[np.float64], stated: npt.ArrayLike) -> npt.
 def require_same_grid(
     name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool, is_mask: bool = False
 ) -> None:
-    """Refuse an image whose voxels are not those of another one.
+    """Refuse an image whose voxels are not those of the first one, whose path and grid are given besides.
 
-    Args:
-        name: the image's path, for errors.
-        grid: of the image.
-        first_name: the other one's path, for errors.
-        first: grid of the other one.
-        may_turn: whether its axes may be flipped or in another order.
-        is_mask: whether it holds labels, which must not be interpolated.
+    With `may_turn` its axes may be flipped or in another order. Labels of a mask must not be interpolated.
 
     Raises:
         VolumeError: they have other shapes, or voxel centres that are further apart than a tenth of the
             first one's smallest voxel size; or their axes have to be turned, and may not be.
     """
     turns = turns_between(grid, first)
-    with_labels = ' with interpolation="nearest"' if is_mask else ""
-    remedy = (
-        f"resample it to the voxels of {first_name}, such as by nilearn.image.resample_to_img{with_labels}"
-    )
+    how = ' with interpolation="nearest"' if is_mask else ""
+    remedy = f"resample it to the voxels of {first_name}, such as by nilearn.image.resample_to_img{how}"
     if turns is not None:
         if may_turn or np.array_equal(turns, UNTURNED):
             return
@@ -160,17 +146,17 @@ def _is_same(grid: Grid, first: Grid) -> bool:
     return grid.shape == first.shape and grid.distance(first) <= SAME_PLACE * min(first.zooms)
 
 
-def orientation_of(affine: npt.NDArray[np.float64]) -> str:
+def orientation_of(affine: Affine) -> str:
     """To where each index grows, such as "RAS"; "?" for an axis whose direction the affine does not tell."""
     return "".join(letter or "?" for letter in nib.aff2axcodes(affine))
 
 
 def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
-    """How the axes have to be turned: for each one its new place, and 1 or -1 where it is flipped.
+    """How the axes have to be turned to an orientation, such as "RAS".
 
-    Args:
-        grid: any, oblique ones too: its nearest orientation counts.
-        code: such as "RAS".
+    Returns:
+        For each axis its new place, and 1 or -1 where it is flipped. Of an oblique grid the nearest
+        orientation counts.
 
     Raises:
         VolumeError: the affine does not tell where an axis points.
@@ -235,15 +221,8 @@ def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], li
     return grid.part(starts, (x, y, z), steps), starts, steps
 
 
-def prepared_shape(
-    shape: tuple[int, ...], affine: npt.NDArray[np.float64], record: RecordConfig
-) -> tuple[int, ...] | None:
-    """The shape of a volume after its preparation.
-
-    Args:
-        shape: (X, Y, Z) or (X, Y, Z, T), as loaded.
-        affine: of the volume as loaded.
-        record: says how it is prepared.
+def prepared_shape(shape: tuple[int, ...], affine: Affine, record: RecordConfig) -> tuple[int, ...] | None:
+    """The shape of a volume after its preparation, from its shape and its affine as loaded.
 
     Returns:
         None where only the voxels or the user's function can tell.

@@ -1,4 +1,7 @@
-"""What an image's header says of its voxels, and what a record of a configuration will hold of them."""
+"""What an image's header says of its voxels, and what a record of a configuration will hold of them.
+
+`name` is the image's path, for errors, which are VolumeErrors.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.volume.grid import prepared_shape
+from beam_nifti.volume.grid import Affine, Grid, prepared_shape
 from beam_nifti.volume.rescale import Scaling
 
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
@@ -49,7 +51,7 @@ class VolumeHeader:
     dtype: np.dtype[Any]
     offset: int
     scaling: Scaling
-    affine: npt.NDArray[np.float64]
+    affine: Affine
     zooms: tuple[float, float, float]
     is_vector: bool = False
     is_pair: bool = False
@@ -64,10 +66,25 @@ class VolumeHeader:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """The three spatial axes."""
+    def end(self) -> int:
+        """Byte at which the voxels end: the least size of the file, uncompressed."""
+        return self.offset + self.num_bytes
+
+    @property
+    def size_limit(self) -> int:
+        """The least size of the file, uncompressed, at which it holds more than the header promises."""
+        return self.end + self.max_trailing + 1
+
+    @property
+    def space(self) -> tuple[int, int, int]:
+        """Voxels along the three spatial axes."""
         x, y, z = self.shape[:3]
         return x, y, z
+
+    @property
+    def grid(self) -> Grid:
+        """Where they lie."""
+        return Grid(self.space, self.affine)
 
     @property
     def num_frames(self) -> int:
@@ -82,7 +99,7 @@ class VolumeHeader:
     @property
     def frame_bytes(self) -> int:
         """Bytes on disk of one component of one frame, which lie together."""
-        return math.prod(self.grid) * self.dtype.itemsize
+        return math.prod(self.space) * self.dtype.itemsize
 
     @property
     def num_colours(self) -> int:
@@ -121,11 +138,6 @@ class RecordLayout:
 def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
     """What is loaded of an image for its record, and the shape that the record will have.
 
-    Args:
-        name: the image's path, for errors.
-        header: of the image.
-        record: the configuration.
-
     Raises:
         VolumeError: the configuration does not say what to make of the image's frames or numbers, or the
             affine does not allow the preparation.
@@ -152,7 +164,7 @@ def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> Reco
         dtype = np.dtype(np.uint8)
     if is_wide or header.is_complex or frame == "mean":
         dtype = np.dtype(np.float64)
-    shape = (*header.grid, *numbers)
+    shape = (*header.space, *numbers)
     try:
         return RecordLayout(shape, dtype, frame, prepared_shape(shape, header.affine, record))
     except VolumeError as e:
@@ -217,16 +229,7 @@ def _frame_choices(header: VolumeHeader, record: RecordConfig) -> str:
 
 
 def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
-    """Refuse an image that no record of a configuration can hold; else say what one will.
-
-    Args:
-        name: the image's path, for errors.
-        header: of the image.
-        record: the configuration.
-
-    Raises:
-        VolumeError: as `record_layout`; or it has more voxels than a record can hold.
-    """
+    """Refuse an image that no record of a configuration can hold; else say what one will."""
     layout = record_layout(name, header, record)
     if layout.stored_shape is not None:
         require_size(name, layout.stored_shape, layout.dtype, record)
@@ -234,17 +237,7 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> R
 
 
 def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record: RecordConfig) -> None:
-    """Refuse a volume with more voxels than a record can hold.
-
-    Args:
-        name: the image's path, for errors.
-        shape: of the volume, prepared.
-        dtype: of its voxels.
-        record: the configuration.
-
-    Raises:
-        VolumeError: they take more bytes, as they are stored.
-    """
+    """Refuse a prepared volume of a shape and dtype whose voxels take more bytes than a record can hold."""
     count = math.prod(shape)
     exact = {"float32": 4 * count, "native": dtype.itemsize * count}
     sizes = {**exact, "float16": 2 * count, "bfloat16": 2 * count, "uint8": count}
@@ -267,15 +260,9 @@ def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record
 
 
 def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> None:
-    """Refuse a volume that has another shape than the dataset's first.
+    """Refuse a prepared volume of another shape than the dataset's first.
 
-    Args:
-        name: the image's path, for errors.
-        shape: of the volume, prepared.
-        wanted: that all volumes share, None for axes along which they may differ; None accepts any.
-
-    Raises:
-        VolumeError: the shape differs.
+    `wanted` is the shape that all share, None for axes along which they may differ; None accepts any.
     """
     if wanted is None:
         return
@@ -295,16 +282,7 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
 
 
 def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:
-    """Refuse an image that has another number of frames than the dataset's first.
-
-    Args:
-        name: the image's path, for errors.
-        header: of the image.
-        num_frames: that all images share.
-
-    Raises:
-        VolumeError: the number differs.
-    """
+    """Refuse an image that has not the number of frames of the dataset's first."""
     if header.num_frames != num_frames:
         raise VolumeError(
             f"{name}: number of frames is {header.num_frames} where the first image has {num_frames}, and "
@@ -314,16 +292,7 @@ def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> N
 
 
 def require_dtype(name: str, header: VolumeHeader, dtype: str | None) -> None:
-    """Refuse an image that has another dtype on disk than the dataset's first.
-
-    Args:
-        name: the image's path, for errors.
-        header: of the image.
-        dtype: that all images share; None where they may differ.
-
-    Raises:
-        VolumeError: the dtype differs.
-    """
+    """Refuse an image that has not the dtype of the dataset's first on disk; None accepts any."""
     if dtype is not None and header.dtype_name != dtype:
         raise VolumeError(
             f"{name}: {header.dtype_name} voxels where the first image has {dtype}; use --voxel-dtype float32"

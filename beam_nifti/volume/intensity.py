@@ -1,4 +1,7 @@
-"""The methods of `--rescale`: which intensities of a volume become 0 and 1, and what its voxels become."""
+"""The methods of `--rescale`: which intensities of a volume become 0 and 1, and what its voxels become.
+
+`voxels` are as stored in the image, in C order and all finite; `scaling` takes them to the image's units.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,7 @@ from beam_nifti.volume.rescale import (
     rescale_minmax,
 )
 
-_CHUNK: Final = 1 << 17
-"""Voxels that are selected or counted at a time."""
+_CHUNK: Final = 1 << 17  # voxels that are selected or counted at a time
 
 
 def describe_rule(rule: str | None) -> str:
@@ -34,16 +36,10 @@ def describe_rule(rule: str | None) -> str:
 def select_voxels(
     voxels: Voxels, scaling: Scaling, rule: str, mask: Voxels | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Which voxels a rule selects.
+    """Which voxels a rule selects, in an array of their shape.
 
-    Args:
-        voxels: as stored, C order; some axes of space, and perhaps one of channels.
-        scaling: from stored voxels to the image's units.
-        rule: `nonzero`; `above:T`, with T in the image's units; `mask`, those that have a label.
-        mask: their labels, without the axis of channels, where the rule asks for them.
-
-    Returns:
-        Of the shape of the voxels.
+    `nonzero`; `above:T`, with T in the image's units; or `mask`, those that have a label. The mask lacks the
+    axis of channels that voxels may have.
     """
     if rule == "mask":
         assert mask is not None
@@ -65,16 +61,11 @@ def find_ends(
     scaling: Scaling,
     intensity: Intensity,
     config: RecordConfig,
-    selection: npt.NDArray[np.bool_] | None = None,
+    mask: Voxels | None = None,
 ) -> Ends | None:
-    """Which intensities of a volume become 0 and 1.
+    """Which intensities of a volume become 0 and 1, by the method of a configuration.
 
-    Args:
-        voxels: as stored, C order, all finite.
-        scaling: from stored voxels to the image's units.
-        intensity: of all voxels.
-        config: says by which method.
-        selection: the voxels, of the same shape, that the method asks; None means all.
+    The method asks the voxels that the configuration selects, which may be those of the mask.
 
     Returns:
         None where the range of the volume says it: for plain minmax, and where nothing is rescaled.
@@ -86,8 +77,9 @@ def find_ends(
     """
     if not config.has_ends:
         return None
-    if selection is not None:
-        voxels = voxels[selection]
+    is_part = config.rescale_within is not None
+    if config.rescale_within is not None:
+        voxels = voxels[select_voxels(voxels, scaling, config.rescale_within, mask)]
         if voxels.size == 0:
             raise VolumeError(
                 f"no voxel is {describe_rule(config.rescale_within)}, so there is nothing that "
@@ -96,9 +88,9 @@ def find_ends(
     if config.method == "window":
         low, high = config.rescale_numbers
     elif config.method == "percentile":
-        low, high = find_percentiles(voxels, scaling, config.rescale_numbers, overwrite=selection is not None)
+        low, high = find_percentiles(voxels, scaling, config.rescale_numbers, overwrite=is_part)
     else:
-        measured = intensity if selection is None else measure(voxels, scaling)
+        measured = measure(voxels, scaling) if is_part else intensity
         low, high = measured.min, measured.max
         if config.method == "zscore":
             low, high = measured.mean, measured.mean + measured.std
@@ -115,11 +107,7 @@ def find_percentiles(
 ) -> list[float]:
     """What `numpy.percentile` gives for the values in the image's units, as float64, to the bit.
 
-    Args:
-        voxels: as stored, C order, all finite, at least one.
-        scaling: from stored voxels to the image's units.
-        percentiles: 0 to 100.
-        overwrite: whether `voxels` may be reordered, which spares a copy of them.
+    With `overwrite` the voxels may be reordered, which spares a copy of them.
     """
     flat = voxels.reshape(-1)
     last = flat.size - 1
@@ -156,15 +144,7 @@ def rescale_voxels(
 ) -> Voxels:
     """Make voxels what a record stores, unless it stores them as they are.
 
-    Args:
-        voxels: as stored in the image, C order, all finite.
-        scaling: from stored voxels to the image's units.
-        intensity: of the volume; within `require_range`.
-        ends: of the volume, by `find_ends`.
-        config: of the record; its `voxel_dtype` is not "native".
-
-    Raises:
-        VolumeError: the volume has no range.
+    `intensity` and `ends` are those of the volume, within `require_range`.
     """
     if ends is not None:
         return rescale_between(voxels, ends, scaling, clip=config.clip, dtype=config.rescaled_dtype)

@@ -9,8 +9,7 @@ import numpy as np
 
 from beam_nifti.volume.rescale import Voxels
 
-_CHUNK: Final = 1 << 16
-"""Voxels that are counted at a time."""
+_CHUNK: Final = 1 << 16  # voxels that are counted at a time
 
 
 def labels_of(mask: Voxels) -> list[int]:
@@ -25,15 +24,9 @@ def labels_of(mask: Voxels) -> list[int]:
 def pick_nearest(
     mask: Voxels, shape: Sequence[int], starts: Sequence[float], steps: Sequence[float]
 ) -> Voxels:
-    """The labels at `starts + steps · i`, each that of the nearest voxel, halves up.
+    """The labels of a 3-D mask at `starts + steps · i`, each that of the nearest voxel, halves up.
 
     Outside of the mask they are those of its outermost voxels.
-
-    Args:
-        mask: (X, Y, Z).
-        shape: of the result.
-        starts: along each axis, in voxels of the mask.
-        steps: likewise.
     """
     for axis in reversed(range(3)):
         place = np.floor(starts[axis] + steps[axis] * np.arange(shape[axis]) + 0.5).astype(np.intp)

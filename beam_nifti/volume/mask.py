@@ -15,32 +15,18 @@ from beam_nifti.volume.header import VolumeHeader, record_layout
 from beam_nifti.volume.rescale import Scaling, Voxels
 from beam_nifti.volume.voxels import take_voxels
 
-_RECORD: Final = RecordConfig()
-"""By which the voxels of a mask are loaded: as they are in the file."""
-
-_CHUNK: Final = 1 << 16
-"""Voxels that are looked at at a time."""
-
+_RECORD: Final = RecordConfig()  # by which the voxels of a mask are loaded: as they are in the file
+_CHUNK: Final = 1 << 16  # voxels that are looked at at a time
 _LARGEST_STEP: Final = 1 / 8
 """Between two stored integers, up to which the value nearest to a label may stand for it."""
 
-_LARGEST_ERROR: Final = _LARGEST_STEP / 2
-"""Distance from a whole number that is taken for rounding at most."""
-
+_LARGEST_ERROR: Final = _LARGEST_STEP / 2  # distance from a whole number that is taken for rounding at most
 _RELATIVE_ERROR: Final = 2.0**-22
 """Of slope, intercept, and arithmetic in float32: two units in the last place of its 24 bits."""
 
 
 def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first bytes of a mask say.
-
-    Args:
-        name: its path, for errors.
-        head: as for `parse_header`.
-
-    Raises:
-        VolumeError: they are not the header of a 3-D image of one number a voxel.
-    """
+    """What the first bytes of a mask say, as `parse_header`, if they say that it has one number a voxel."""
     header = parse_header(name, head)
     if len(header.shape) > 3 or header.num_colours > 1 or header.is_complex:
         raise VolumeError(
@@ -51,16 +37,10 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
 
 
 def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[VolumeHeader, Voxels, FileStats]:
-    """Read a mask.
-
-    Args:
-        name: its path, for errors.
-        path: of the file.
-        parse: reads its header, and refuses it where it does not fit the image.
-        dtype: "uint8" or "uint16".
+    """Read a mask; arguments as of `open_image`, and the dtype of its labels.
 
     Returns:
-        Its header; the labels, of that dtype and shape (X, Y, Z), C order; and what its files are.
+        Its header; the labels, of shape (X, Y, Z), C order; and what its files are.
 
     Raises:
         VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.

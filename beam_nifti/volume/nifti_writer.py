@@ -6,12 +6,12 @@ from typing import Final
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 from isal import isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from beam_nifti.errors import UsageError
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.grid import Affine
 from beam_nifti.volume.rescale import Scaling, Voxels
 
 _ALIGNED: Final = 2
@@ -20,15 +20,14 @@ _ALIGNED: Final = 2
 _MAX_NIFTI1_AXIS: Final = 2**15 - 1
 _GZIP_LEVEL: Final = 2
 _GZIP_WBITS: Final = 31
-_ZOOMS_TOLERANCE: Final = 1e-4
-"""Relative; beyond it a header's voxel sizes are not those of its affine."""
+_ZOOMS_TOLERANCE: Final = 1e-4  # relative; beyond it a header's voxel sizes are not those of its affine
 
 
 def write_nifti(
     path: str,
     voxels: Voxels,
     scaling: Scaling,
-    affine: npt.NDArray[np.float64],
+    affine: Affine,
     zooms: tuple[float, float, float],
 ) -> None:
     """Write a single-file NIfTI image, whole or not at all.
@@ -75,7 +74,7 @@ def require_nifti_name(path: str) -> None:
 
 
 def _make_header(
-    voxels: Voxels, scaling: Scaling, affine: npt.NDArray[np.float64], zooms: tuple[float, float, float]
+    voxels: Voxels, scaling: Scaling, affine: Affine, zooms: tuple[float, float, float]
 ) -> bytes:
     """A little-endian header and its empty extension flag."""
     factors = np.array([scaling.slope, scaling.inter])
@@ -97,9 +96,7 @@ def _make_header(
     return bytes(header.binaryblock) + bytes(4)
 
 
-def _set_qform(
-    header: nib.Nifti1Header, affine: npt.NDArray[np.float64], zooms: tuple[float, float, float]
-) -> bool:
+def _set_qform(header: nib.Nifti1Header, affine: Affine, zooms: tuple[float, float, float]) -> bool:
     """Give the header a qform; whether the affine can be one: a rotation, perhaps a flip, and the zooms."""
     try:
         header.set_qform(affine, code=_ALIGNED, strip_shears=False)

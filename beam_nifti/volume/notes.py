@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from beam_nifti.support.wording import counted
+
 TEXTS: Final = {
     "sform-unusable": "the sform is singular or not finite; the qform is used",
     "sform-qform-disagree": (
@@ -25,12 +27,10 @@ TEXTS: Final = {
 OF_VOXELS: Final = frozenset({"labels-lost-to-crop", "labels-lost-to-shape"})
 """Notes that no header tells, so that `check` does not name their images."""
 
-_COUNTER: Final = "note-"
-
 
 def counter_name(note: str) -> str:
     """Beam's counter of the examples that have a note."""
-    return f"{_COUNTER}{note}"
+    return f"note-{note}"
 
 
 def join_notes(notes: Iterable[Iterable[str]]) -> tuple[str, ...]:
@@ -39,13 +39,8 @@ def join_notes(notes: Iterable[Iterable[str]]) -> tuple[str, ...]:
 
 
 def warnings_of(counters: Mapping[str, int]) -> Iterator[str]:
-    """A warning for each note that a build has counted.
-
-    Args:
-        counters: by name, others too.
-    """
+    """A warning for each note that is among the counters of a build."""
     for note, text in TEXTS.items():
         if count := counters.get(counter_name(note), 0):
-            examples = f"{count:,} example{'' if count == 1 else 's'}"
             remedy = "" if note in OF_VOXELS else "; beam-nifti check lists these images"
-            yield f"warning: {examples}: {text}{remedy}"
+            yield f"warning: {counted(count, 'example')}: {text}{remedy}"

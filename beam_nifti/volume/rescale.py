@@ -1,9 +1,9 @@
-"""Intensities: numpy in, numpy out."""
+"""Intensities, from those of an image to those of a record and back: numpy in, numpy out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,13 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.volume.quantize import LARGEST, UINT8_LEVELS, numpy_dtype, quantize
+
+LARGEST: Final[Mapping[str, float]] = {
+    "float32": float(np.finfo(np.float32).max),
+    "float16": float(np.finfo(np.float16).max),
+    "bfloat16": (2 - 2.0**-7) * 2.0**127,
+}
+"""Largest value of a dtype that voxels outside [0, 1] may be stored in."""
+
+UINT8_LEVELS: Final = 255
+"""What 1.0 is stored as in uint8."""
 
 Voxels = npt.NDArray[Any]
-_CHUNK: Final = 1 << 15
-"""Voxels a chunk of float64 arithmetic: 256 KiB, which stays in a core's cache."""
-_FLOAT32_EXACT: Final = 1 << 24
-"""Integers up to here are exact in float32."""
+_CHUNK: Final = 1 << 15  # voxels a chunk of float64 arithmetic: 256 KiB, which stays in a core's cache
+_FLOAT32_EXACT: Final = 1 << 24  # integers up to here are exact in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,16 @@ class Ends:
 
     low: float
     high: float
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a name, also of "bfloat16", which numpy itself does not have."""
+    if name == "bfloat16":
+        import ml_dtypes  # here, as most datasets need none of it
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(name)
 
 
 def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
@@ -144,7 +161,7 @@ def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling, dtype
     if voxels.dtype.kind in "iu" and scaling.is_identity:
         return _rescale_integers(voxels, dtype)
     if intensity.min == intensity.max:
-        raise _constant(voxels, intensity.min)
+        raise constant_image(intensity.min)
     return rescale_between(voxels, Ends(intensity.min, intensity.max), scaling, dtype=dtype)
 
 
@@ -196,17 +213,32 @@ def _in_chunks(voxels: Voxels, dtype: str, fill: Callable[[Voxels, Voxels], None
     return out
 
 
-def _constant(voxels: Voxels, value: float) -> VolumeError:
+def quantize(rescaled: npt.NDArray[np.float32], out: npt.NDArray[Any]) -> None:
+    """Round to nearest, halves to even.
+
+    Args:
+        rescaled: within the range of the dtype of `out`; within [0, 1] for uint8.
+        out: of the same shape. As uint8 it holds 255 times the value.
+    """
+    if out.dtype == np.uint8:
+        # In float64 the product is exact, so that it is rounded once.
+        out[...] = np.rint(np.multiply(rescaled, UINT8_LEVELS, dtype=np.float64))
+    else:
+        out[...] = rescaled
+
+
+def constant_image(value: float) -> VolumeError:
+    """The error for an image all of whose voxels are equal."""
     return VolumeError(
-        f"all {voxels.size} voxels are {value:g}: a constant image has no range to rescale; "
-        "leave it out, or use --rescale none"
+        f"all voxels are {value:g}: a constant image has no range to rescale; leave it out, or use "
+        "--rescale none"
     )
 
 
 def _rescale_integers(voxels: Voxels, dtype: str) -> Voxels:
     low, high = int(voxels.min()), int(voxels.max())
     if low == high:
-        raise _constant(voxels, low)
+        raise constant_image(low)
     # Modular subtraction of unsigned integers is exact where the signed one would overflow.
     unsigned = np.dtype(f"u{voxels.dtype.itemsize}")
     least = np.array(low, voxels.dtype).view(unsigned)
@@ -220,15 +252,9 @@ def _rescale_integers(voxels: Voxels, dtype: str) -> Voxels:
 
 
 def require_range(intensity: Intensity, ends: Ends | None, dtype: str) -> None:
-    """Refuse a volume whose voxels the records' dtype cannot hold.
+    """Refuse a volume whose voxels the dtype of the records cannot hold.
 
-    Args:
-        intensity: of the volume.
-        ends: what becomes 0 and 1, without clipping; None for voxels in the image's units.
-        dtype: of the stored voxels.
-
-    Raises:
-        VolumeError: a value is beyond the dtype's range.
+    `ends` is what becomes 0 and 1, without clipping; None for voxels in the image's units.
     """
     low, high = intensity.min, intensity.max
     if ends is not None:
@@ -241,13 +267,7 @@ def require_range(intensity: Intensity, ends: Ends | None, dtype: str) -> None:
 
 
 def keep_units(voxels: Voxels, scaling: Scaling, dtype: str = "float32") -> Voxels:
-    """The values in the image's units, rounded to float32.
-
-    Args:
-        voxels: as stored; within `require_range` once they are scaled.
-        scaling: from stored voxels to the image's units.
-        dtype: what the float32 results are rounded to, as in `quantize`.
-    """
+    """The values in the image's units, within `require_range`, rounded to float32 and then to the dtype."""
 
     def fill(chunk: Voxels, out: Voxels) -> None:
         out[...] = scaling.apply(chunk)

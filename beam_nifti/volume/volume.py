@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
@@ -15,7 +14,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.volume.formats import parse_header
-from beam_nifti.volume.grid import Grid, require_same_grid, turn_voxels, turns_between
+from beam_nifti.volume.grid import Affine, require_same_grid, turn_voxels, turns_between
 from beam_nifti.volume.header import (
     VolumeHeader,
     record_layout,
@@ -24,10 +23,10 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_ends, rescale_voxels, select_voxels
+from beam_nifti.volume.intensity import find_ends, rescale_voxels
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
-from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, measure, require_range
+from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, constant_image, measure, require_range
 from beam_nifti.volume.voxels import cut_frame, take_voxels
 
 
@@ -57,7 +56,7 @@ class Volume:
     row: VolumeRow
     voxels: Voxels
     scaling: Scaling
-    affine: npt.NDArray[np.float64]
+    affine: Affine
     zooms: tuple[float, float, float]
     dtype: str
     source: Source
@@ -141,12 +140,8 @@ def load_frames(
 ) -> Iterator[Volume]:
     """Read one image, to hand out its frames one after the other as volumes of their own.
 
-    Args:
-        row: names the image, and says how many frames it must have and which are wanted.
-        folder: as for `load_volume`.
-        shape: as for `load_volume`, of a frame's record.
-        dtype: as for `load_volume`.
-        record: as for `load_volume`; its `frames` is "each".
+    Arguments are those of `load_volume`, for the record of a frame. The row says how many frames the image
+    must have and which are wanted.
 
     Returns:
         What `load_volume` gives of each frame where its number is the configuration's `frames`, made when it
@@ -208,7 +203,7 @@ def _source(first: VolumeHeader, files: Iterable[FileStats]) -> Source:
 
 def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
     """The voxels of an image in the order of the first one's, C order."""
-    turns = turns_between(*(Grid.of(h.shape, h.affine) for h in (header, first)))
+    turns = turns_between(header.grid, first.grid)
     assert turns is not None  # or it has been refused
     return np.ascontiguousarray(turn_voxels(voxels, turns))
 
@@ -225,32 +220,21 @@ def _parser(
 ) -> ReadHeader:
     """Reads the header of one of an example's files, and refuses it where it has no place in the record.
 
-    Args:
-        row: names the files.
-        number: of the file.
-        record: as for `load_volume`.
-        first: header of the first image, which the others must fit; None for itself.
-        shape: as for `load_volume`.
-        dtype: as for `load_volume`.
-        is_any: whether to accept what a record of another configuration could hold.
+    Other images must fit `first`, the header of the first one. With `is_any` what a record of another
+    configuration could hold is accepted.
     """
-    path = row.files[number]
+    path, is_mask = row.files[number], number >= record.num_channels
 
     def parse(head: bytes) -> VolumeHeader:
-        if number >= record.num_channels:
-            header = parse_mask_header(path, head)
-        else:
-            header = parse_header(path, head)
-            if not is_any:
-                layout = require_storable(path, header, record)
-                if layout.stored_shape is not None:
-                    require_shape(path, layout.stored_shape, shape)
-                require_dtype(path, header, dtype)
+        header = parse_mask_header(path, head) if is_mask else parse_header(path, head)
+        if not (is_mask or is_any):
+            layout = require_storable(path, header, record)
+            if layout.stored_shape is not None:
+                require_shape(path, layout.stored_shape, shape)
+            require_dtype(path, header, dtype)
         if first is not None:
-            grid, wanted = (Grid.of(h.shape, h.affine) for h in (header, first))
             may_turn = is_any or record.orientation is not None
-            is_mask = number >= record.num_channels
-            require_same_grid(path, grid, row.path, wanted, may_turn=may_turn, is_mask=is_mask)
+            require_same_grid(path, header.grid, row.path, first.grid, may_turn=may_turn, is_mask=is_mask)
         return header
 
     return parse
@@ -289,13 +273,8 @@ def load_header(
 ) -> VolumeHeader:
     """Read only the headers of an example's files: their first kilobytes.
 
-    Args:
-        row: names the files.
-        folder: as for `load_volume`.
-        record: as for `load_volume`.
-        shape: as for `load_volume`.
-        dtype: as for `load_volume`.
-        is_any: whether to accept what a record of another configuration could hold.
+    Arguments are those of `load_volume`; with `is_any` an image is accepted that a record of another
+    configuration could hold.
 
     Returns:
         That of the first image, with the notes of all.
@@ -325,7 +304,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
     is_native = config.voxel_dtype == "native"
     for number, voxels in enumerate(_images(volume, config)):
         try:
-            intensity, found, rescaled = _rescale_image(voxels, volume, config)
+            intensity, found, rescaled = _rescale(voxels, volume, config)
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
         intensities.append(intensity)
@@ -354,21 +333,12 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
         yield np.ascontiguousarray(volume.voxels[..., number])
 
 
-def _rescale_image(
-    voxels: Voxels, volume: Volume, config: RecordConfig
-) -> tuple[Intensity, Ends | None, Voxels]:
+def _rescale(voxels: Voxels, volume: Volume, config: RecordConfig) -> tuple[Intensity, Ends | None, Voxels]:
     scaling = volume.scaling
     intensity = measure(voxels, scaling)
     if config.method == "minmax" and intensity.min == intensity.max:
-        raise VolumeError(
-            f"all voxels are {intensity.min:g}: a constant image has no range to rescale; "
-            "leave it out, or use --rescale none"
-        )
-    selection = None
-    if config.rescale_within is not None:
-        selection = select_voxels(voxels, scaling, config.rescale_within, volume.mask)
-    ends = find_ends(voxels, scaling, intensity, config, selection)
-    del selection  # it is not needed any more, and as large as the voxels of a mask
+        raise constant_image(intensity.min)
+    ends = find_ends(voxels, scaling, intensity, config, volume.mask)
     if not config.is_bounded:
         require_range(intensity, ends, config.rescaled_dtype)
     if config.voxel_dtype == "native":

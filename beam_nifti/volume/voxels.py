@@ -26,12 +26,7 @@ _PARTS: Final[dict[str | None, _Part]] = {
 
 
 def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = None) -> Voxels:
-    """What a record requires of an image's voxels, in C order and native byte order.
-
-    Args:
-        image: open.
-        layout: of the record.
-        complex_part: `RecordConfig.complex`.
+    """What a record of this layout requires of an open image's voxels, in C order and native byte order.
 
     Raises:
         VolumeError: the file is damaged, or does not hold what its header promises.
@@ -44,7 +39,7 @@ def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = N
     frames, components = header.num_frames, header.num_components
     wanted = range(frames) if frame == "mean" else [int(frame)]
     numbers = [v * frames + t for v in range(components) for t in wanted]
-    # Strict, so that the image is asked for more than there is, and reads a packed file to its end.
+    # Strict, so that the image is asked for more than there is, and reads a compressed file to its end.
     contents = zip(numbers, image.read_frames(numbers), strict=True)
     if frame != "mean":
         return _join_components((content for _, content in contents), header, layout, part)
@@ -59,15 +54,7 @@ def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = N
 def cut_frame(
     content: memoryview, frame: int, header: VolumeHeader, layout: RecordLayout, complex_part: str | None
 ) -> Voxels:
-    """One frame of an image that was read whole, in C order and native byte order.
-
-    Args:
-        content: the bytes of all voxels, as they lie in the file.
-        frame: its number, from 0.
-        header: of the image.
-        layout: of the frame's record.
-        complex_part: `RecordConfig.complex`.
-    """
+    """One frame, by its number from 0, of an image that was read whole: as `take_voxels`."""
     size = header.frame_bytes
     starts = range(frame * size, len(content), header.num_frames * size)
     components = (content[start : start + size] for start in starts)
@@ -91,23 +78,18 @@ def _join_components(
 def _arrange(
     content: memoryview, header: VolumeHeader, rest: tuple[int, ...], layout: RecordLayout, part: _Part | None
 ) -> Voxels:
-    """Voxels as they lie in the file, in C order and native byte order.
+    """Voxels of a record, in C order and native byte order, from their bytes as they lie in the file.
 
-    Args:
-        content: their bytes.
-        header: of the image.
-        rest: lengths of the axes that follow the spatial three.
-        layout: of the record.
-        part: what is made of complex voxels.
+    The axes that follow the spatial three have the lengths `rest`; `part` is what is made of complex voxels.
     """
     if header.dtype.names:  # the colours of a voxel lie side by side
-        colours = np.frombuffer(content, np.uint8).reshape((header.num_colours, *header.grid), order="F")
+        colours = np.frombuffer(content, np.uint8).reshape((header.num_colours, *header.space), order="F")
         return _in_c_order(np.moveaxis(colours, 0, -1), layout.dtype)
-    voxels = np.frombuffer(content, header.dtype).reshape((*header.grid, *rest), order="F")
+    voxels = np.frombuffer(content, header.dtype).reshape((*header.space, *rest), order="F")
     if part is None or not header.is_complex:
         return _in_c_order(voxels, layout.dtype)
     slope = header.scaling.slope
-    slices = (voxels[:, :, z].astype(np.complex128) for z in range(header.grid[2]))
+    slices = (voxels[:, :, z].astype(np.complex128) for z in range(header.space[2]))
     return np.stack([part(s if slope == 1 else s * slope) for s in slices], 2)
 
 

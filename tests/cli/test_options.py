@@ -19,7 +19,7 @@ from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.build import plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.survey import Survey, make_report, survey_image
 from tests.images import brain, write_image, write_manifest
 from tests.pages import ROOT
 
@@ -68,7 +68,7 @@ CHECK: dict[str, Row] = {
     "--json": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--out": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--max-bad-fraction": "pipeline/test_check_and_build.py::test_check_and_build_of_the_command_line_agree",
-    "--workers": "pipeline/test_engines.py::test_workers_of_this_machine",
+    "--workers": "pipeline/test_runners.py::test_workers_of_this_machine",
     "--quiet": "cli/test_monitoring.py::test_a_log_gets_lines_of_progress",
     "--summary-json": "cli/test_monitoring.py::test_a_dry_run_a_check_and_a_verification_tell_too",
     "--temp-location": "cli/test_options.py::test_beam_gets_the_temporary_folder_of_check",
@@ -120,7 +120,7 @@ OTHERS: dict[str, dict[str, Row]] = {
     "report": {
         "--out": "reporting/test_report.py::test_the_command",
         "--pictures": "reporting/test_report.py::test_pictures_are_a_sample_and_the_outliers",
-        "--workers": "pipeline/test_engines.py::test_workers_of_this_machine",
+        "--workers": "pipeline/test_runners.py::test_workers_of_this_machine",
         "--quiet": "reporting/test_report.py::test_the_command",
     },
 }
@@ -211,7 +211,7 @@ def outcome_of(folder: Path, *flags: str) -> object:
         plan, survey = plan_check(config_of("check", folder, *flags)), Survey()
         manifest = read_build_manifest(plan.config.manifest, plan.config)
         for row in manifest.rows(manifest.kept_rows().tolist()):
-            survey.add(look_at(row, manifest.folder, plan)[0])
+            survey.add(survey_image(row, manifest.folder, plan)[0])
         return make_report(survey, [], plan)
     except BeamNiftiError as e:
         return str(e)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -21,6 +19,7 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.concealment import conceal, concealing, describe
 from beam_nifti.storage import object_store, stores
 from beam_nifti.storage import paths as storage
+from tests.datasets import decompressed_files, failures_of
 from tests.images import brain, row_of, write_image, write_manifest
 from tests.web_server import Redirecting, serve
 
@@ -143,21 +142,10 @@ def test_what_has_to_be_installed_for_a_store_is_told(monkeypatch: pytest.Monkey
 # What commands tell
 
 
-def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """The name and the unpacked content of every file."""
-    for path in (p for p in folder.rglob("*") if p.is_file()):
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        elif path.suffix == ".parquet":
-            table = pq.read_table(path)
-            data = repr((table.to_pylist(), table.schema.metadata)).encode()
-        yield str(path.relative_to(folder)), data
-
-
 def told_in(folder: Path) -> set[str]:
     """The files that hold the mark, or are named by it."""
-    return {name for name, data in contents(folder) if MARK.encode() in name.encode().lower() + data.lower()}
+    files = decompressed_files(folder).items()
+    return {name for name, data in files if MARK.encode() in name.encode().lower() + data.lower()}
 
 
 class Study:
@@ -258,7 +246,7 @@ def test_no_failure_tells_a_name(study: Study, told: Told, tmp_path: Path, log_f
         return
     assert cli.main([*command, "--max-bad-fraction=0.9"]) == cli.SUCCESS
     assert told_in(study.output) == set()
-    lines = [json.loads(line) for line in (study.output / "failures.jsonl").read_text().splitlines()]
+    lines = failures_of(study.output)
     assert [line["row"] for line in lines] == list(range(4, num_failed + 4))
     messages = {line["row"]: line["message"] for line in lines}
     assert messages[4].startswith(f"{lines[0]['path']}: a text file; copy or download")
@@ -349,7 +337,7 @@ def test_no_server_tells_a_name(
     assert host not in said
     assert MARK not in said.lower()
     assert told_in(study.output) == set()
-    assert not any(host.encode() in data for _, data in contents(study.output))
+    assert not any(host.encode() in data for data in decompressed_files(study.output).values())
 
 
 def test_a_check_tells_no_name(study: Study, told: Told, tmp_path: Path) -> None:

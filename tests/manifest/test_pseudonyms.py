@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from beam_nifti.cli import main as cli
@@ -26,6 +22,7 @@ from beam_nifti.manifest import Manifest, read_manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import build, build_apart
+from tests.datasets import decompressed_files, failures_of, index_rows
 from tests.images import brain, write_image, write_manifest
 
 SECRET = b"not so random, but long enough"
@@ -64,31 +61,11 @@ def key(tmp_path: Path) -> str:
     return str(path)
 
 
-def contents_of(output: Path) -> dict[str, bytes]:
-    """The names and the content of all files, unpacked."""
-    found = {}
-    for path in (p for p in output.rglob("*") if p.is_file()):
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
-        elif path.suffix == ".parquet":
-            table = pq.read_table(path)
-            data = repr((table.to_pylist(), table.schema.metadata)).encode()
-        found[str(path.relative_to(output))] = data
-    return found
-
-
 def names_in(output: Path) -> set[tuple[str, str]]:
     """Files and the names of persons, sessions and folders that they hold."""
     told = (*NAMES, *SESSIONS, "scans of", "scans%20of")
-    return {
-        (file, name) for file, data in contents_of(output).items() for name in told if name.encode() in data
-    }
-
-
-def index_of(output: Path) -> list[dict[str, Any]]:
-    tables = [pq.read_table(output / shard.index) for shard in read_info(str(output)).shards]
-    return list(pa.concat_tables([t.replace_schema_metadata() for t in tables]).to_pylist())
+    files = decompressed_files(output).items()
+    return {(file, name) for file, data in files for name in told if name.encode() in data}
 
 
 def test_nothing_of_the_output_tells_a_name(manifest: Path, key: str, tmp_path: Path) -> None:
@@ -96,12 +73,12 @@ def test_nothing_of_the_output_tells_a_name(manifest: Path, key: str, tmp_path: 
     (manifest.parent / "scans of/Emmy/second.nii.gz").write_bytes(b"no image")
     build(manifest, output, anonymous_ids=key, max_bad_fraction=0.5)
     assert names_in(output) == set()
-    assert SECRET not in b"".join(contents_of(output).values())
-    (line,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
+    assert SECRET not in b"".join(decompressed_files(output).values())
+    (line,) = failures_of(output)
     assert line["row"] == 6
     assert line["path"] == expected("scans of/Emmy/second.nii.gz", "path")
     assert line["message"].startswith(f"{line['path']}: ")
-    for cells, row in zip(index_of(output), [1, 2, 3, 4, 5, 7, 8], strict=True):
+    for cells, row in zip(index_rows(output), [1, 2, 3, 4, 5, 7, 8], strict=True):
         name, session = NAMES[(row - 1) // 2], SESSIONS[(row - 1) % 2]
         assert cells["row"] == row
         assert cells["participant_id"] == expected(name, "participant_id")
@@ -110,7 +87,7 @@ def test_nothing_of_the_output_tells_a_name(manifest: Path, key: str, tmp_path: 
         assert cells["source"] == expected(f"scans of/{name}/{session}.nii.gz", "path")
         assert cells["site"] == "Jena"
     assert "(8 rows, anonymous ids)" in format_description(describe_dataset(str(output)))
-    some = index_of(output)[3]
+    some = index_rows(output)[3]
     assert describe_record(str(output), some["example_id"])["source"] == some["source"]
 
 
@@ -216,13 +193,13 @@ def test_another_key_is_another_making(manifest: Path, key: str, tmp_path: Path)
     output, other = tmp_path / "out", tmp_path / "other"
     other.write_bytes(SECRET[::-1])
     build(manifest, output, anonymous_ids=key)
-    before = contents_of(output)
+    before = decompressed_files(output)
     for now, reason in ((str(other), "another key was given"), (None, "no key was given")):
         with pytest.raises(OutputError, match=f"its ids are anonymous, and {reason}"):
             build(manifest, output, anonymous_ids=now)
-    assert contents_of(output) == before
+    assert decompressed_files(output) == before
     build(manifest, output, anonymous_ids=str(other), overwrite=True)
-    assert index_of(output)[0]["source"] == Pseudonyms(SECRET[::-1]).of("scans of/Ada/first.nii.gz", "path")
+    assert index_rows(output)[0]["source"] == Pseudonyms(SECRET[::-1]).of("scans of/Ada/first.nii.gz", "path")
     build(manifest, tmp_path / "named")
     assert "key_check" not in read_info(str(tmp_path / "named")).manifest
     with pytest.raises(OutputError, match="its ids are not anonymous, but --anonymous-ids was given"):

@@ -232,7 +232,7 @@ def test_names_that_are_one_without_white_space(tmp_path: Path, header: str) -> 
 
 def test_a_key_that_a_line_has_twice(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, '{"path": "a"}\n{"path": "b", "path": "c"}\n', "m.jsonl")
-    assert problem == "row 2: not JSON: key 'path' is there twice"
+    assert problem == "row 2: not JSON: has the key 'path' twice"
 
 
 # Types

@@ -24,7 +24,7 @@ from beam_nifti.errors import BeamNiftiError, ManifestError
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.pipeline.build import plan_build, plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, format_report, look_at, make_report
+from beam_nifti.pipeline.survey import Survey, format_report, make_report, survey_image
 from beam_nifti.transforms import EncodeExample, LoadVolume, Prepare, Rescale
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.grid import orientation_of
@@ -102,9 +102,9 @@ def checked(config: BuildConfig) -> tuple[int, dict[str, Any]]:
     plan, survey = plan_check(config), Survey()
     manifest = read_build_manifest(plan.config.manifest, plan.config)
     for row in manifest.rows(manifest.kept_rows().tolist()):
-        survey.add(look_at(row, manifest.folder, plan)[0])
+        survey.add(survey_image(row, manifest.folder, plan)[0])
     report = make_report(survey, [], plan)
-    code = cli.USAGE if plan.refusal else int(not config.allows_failures(survey.num_bad, survey.num_images))
+    code = cli.USAGE if plan.refusal else int(not config.allows_failures(survey.bad.num, survey.num_images))
     return code, report
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from beam_nifti.config import Sharding
 from beam_nifti.pipeline import follow
 from beam_nifti.pipeline.build import open_build, run_build
-from beam_nifti.pipeline.follow import BuildSight, Sighting, follow_build
+from beam_nifti.pipeline.follow import BuildProgress, BuildWatcher, follow_build
 from beam_nifti.pipeline.parts import part_at, parts_folder
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.storage import paths as storage
@@ -25,8 +25,8 @@ COUNT = 20
 
 
 def seen(plan: BuildPlan) -> tuple[int, int]:
-    sighting = BuildSight(plan).look()
-    return sighting.num_volumes, sighting.num_shards
+    progress = BuildWatcher(plan).look()
+    return progress.num_volumes, progress.num_shards
 
 
 def leave_part(plan: BuildPlan, shard: int, first: int, name: str = "a") -> None:
@@ -66,10 +66,10 @@ def test_shards_of_a_dataset_that_grows_count_under_their_new_names(tmp_path: Pa
     for count, num_shards in ((10, 2), (COUNT, 3)):
         manifest = write_cohort(tmp_path / "cohort", count)
         with open_build(make_config(manifest, tmp_path / "out")) as plan:
-            sight = BuildSight(plan)
-            assert sight.look().num_volumes == 0
+            watcher = BuildWatcher(plan)
+            assert watcher.look().num_volumes == 0
             run_build(plan, make_options())
-            end = sight.look()
+            end = watcher.look()
             assert (end.num_volumes, end.num_shards) == (count, num_shards)
 
 
@@ -100,9 +100,9 @@ def test_units_cut_each_shard_without_a_gap(num_rows: int, shard: int, unit: int
 @given(st.integers(0, 10**7))
 def test_looking_stays_within_its_requests(num_names: int) -> None:
     pages = num_names // 1000
-    sighting = Sighting(0, 0, num_requests=2 + pages)
-    assert sighting.num_requests * 60 / sighting.pause <= follow.REQUESTS_A_MINUTE
-    assert sighting.pause >= 6
+    progress = BuildProgress(0, 0, num_requests=2 + pages)
+    assert progress.num_requests * 60 / progress.pause <= follow.REQUESTS_A_MINUTE
+    assert progress.pause >= 6
 
 
 def test_a_log_tells_how_far_a_build_elsewhere_is(

@@ -26,6 +26,7 @@ from tests.build_helpers import (
     contents,
     make_config,
     make_options,
+    snapshot,
     stray_files,
 )
 from tests.datasets import edit_info, manifest_of
@@ -93,12 +94,6 @@ def identities(output: Path) -> dict[int, tuple[int, int]]:
     shards = read_info(str(output)).split("train").shards
     status = [(output / shard.name).stat() for shard in shards]
     return {i: (s.st_ino, s.st_mtime_ns) for i, s in enumerate(status)}
-
-
-def snapshot(output: Path) -> dict[str, bytes]:
-    """The content of every file."""
-    files = (p for p in output.rglob("*") if p.is_file())
-    return {str(p.relative_to(output)): p.read_bytes() for p in files}
 
 
 # Nothing, or little, has changed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.build_helpers import (
     images_read,
     stray_files,
 )
+from tests.datasets import failures_of
 from tests.images import brain, name_of, write_cohort, write_image, write_manifest
 
 COUNT = 24
@@ -198,10 +198,6 @@ def broken(manifest: Path, tmp_path: Path) -> Path:
 def repair(manifest: Path, broken: Path) -> None:
     for name in BROKEN:
         shutil.copyfile(manifest.parent / name, broken.parent / name)
-
-
-def failures_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
 
 
 def check_failures(output: Path, broken: Path) -> None:

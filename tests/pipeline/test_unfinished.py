@@ -22,13 +22,7 @@ from beam_nifti.pipeline.build import open_build, plan_build
 from beam_nifti.pipeline.publish import TooManyFailures
 from beam_nifti.pipeline.resume import Reuse
 from beam_nifti.record.dataset_info import read_info
-from tests.build_helpers import (
-    assert_complete,
-    build,
-    build_apart,
-    contents,
-    make_config,
-)
+from tests.build_helpers import assert_complete, build, build_apart, contents, make_config, snapshot
 from tests.images import brain, name_of, write_image, write_manifest
 
 COUNT = 10
@@ -92,12 +86,6 @@ def bases(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def output(bases: dict[str, Path], tmp_path: Path) -> Path:
     """A build that was killed halfway."""
     return Path(shutil.copytree(bases["early"], tmp_path / "out"))
-
-
-def snapshot(output: Path) -> dict[str, bytes]:
-    """The content of every file but the lock."""
-    files = (p for p in output.rglob("*") if p.is_file() and p.name != ".lock")
-    return {str(p.relative_to(output)): p.read_bytes() for p in files}
 
 
 # What is refused

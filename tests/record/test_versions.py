@@ -20,7 +20,7 @@ from beam_nifti.record import versions
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import encode_tensor
 from beam_nifti.record.index import read_index
-from beam_nifti.volume.quantize import numpy_dtype
+from beam_nifti.volume.rescale import numpy_dtype
 from tests.build_helpers import assert_complete, build, build_apart, make_config, make_options
 from tests.datasets import manifest_of
 from tests.images import name_of, write_cohort

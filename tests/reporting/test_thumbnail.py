@@ -18,8 +18,7 @@ from hypothesis.extra import numpy as arrays
 from beam_nifti.reporting.appearance import otsu_threshold
 from beam_nifti.reporting.thumbnail import CELL, block_means, draw_slices
 from beam_nifti.volume.grid import Grid, axes_to, turn_voxels, turn_zooms
-from beam_nifti.volume.quantize import numpy_dtype
-from beam_nifti.volume.rescale import Scaling
+from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -18,11 +18,10 @@ from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import VolumeRow, read_manifest
-from beam_nifti.record.index import read_index
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.volume import Volume, load_header, load_volume, rescale_volume
 from tests.build_helpers import CUTTING_RUNNER, assert_complete, build
-from tests.datasets import edit_index, info_of, manifest_of, set_cell
+from tests.datasets import edit_index, index_rows, info_of, manifest_of, set_cell
 from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -42,10 +41,6 @@ def cohort(folder: Path, count: int = 3, alike: bool = False) -> Path:
             write_image(folder / f"{i}_{name}.nii.gz", voxels, slope=slope, inter=inter)
         rows.append({name: f"{i}_{name}.nii.gz" for name in NAMES} | {"participant_id": f"s{i}", "label": i})
     return write_manifest(folder / "m.tsv", rows)
-
-
-def index_of(output: Path) -> list[dict[str, Any]]:
-    return [c for s in info_of(output).shards for c in read_index(str(output / s.index))[0].to_pylist()]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +104,7 @@ def test_what_a_dataset_of_channels_says_of_itself(
     assert info.config["channels"] == list(NAMES)
     assert info.config["columns"]["path"] == "T1w,T2w,FLAIR"
     assert info.features["intensity_max"] == "float[3]"
-    first = index_of(output)[0]
+    first = index_rows(output)[0]
     assert [first[name] for name in ("source", "T2w", "FLAIR")] == [f"0_{name}.nii.gz" for name in NAMES]
     assert first["dtype"] == "int16,uint8,float32"
     sizes = [(tmp_path / "c" / f"0_{name}.nii.gz").stat().st_size for name in NAMES]
@@ -256,7 +251,7 @@ def test_anonymous_ids_hide_every_path(tmp_path: Path) -> None:
     for path in output.rglob("*"):
         if path.is_file() and path.name != "dataset_info.json":  # which has the manifest's path
             assert b"T2w.nii" not in path.read_bytes(), path
-    assert "T2w.nii" not in str(index_of(output))
+    assert "T2w.nii" not in str(index_rows(output))
     report = verify_dataset(str(output), manifest=str(manifest), anonymous_ids=str(key), deep=ALL)
     assert report.problems == ()
 
@@ -303,7 +298,7 @@ def test_check_finds_images_that_do_not_agree(tmp_path: Path, capsys: pytest.Cap
 def test_verify_looks_at_every_channel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest, output = cohort(tmp_path / "c"), tmp_path / "out"
     build(manifest, output, columns=COLUMNS, rescale="zscore")
-    lows = index_of(output)[1]["rescale_low"]
+    lows = index_rows(output)[1]["rescale_low"]
     edit_index(output, set_cell("rescale_low", 1, [*lows[:2], lows[2] - 1]))
     (problem,) = verify_dataset(str(output)).problems
     assert "record 1 (s1): channel FLAIR: rescale_low is" in problem

@@ -6,7 +6,6 @@ are passed over.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tracemalloc
@@ -25,8 +24,8 @@ from beam_nifti.pipeline.build import TooManyFailures
 from beam_nifti.record.example import decode_example, decode_tensor
 from beam_nifti.volume import Volume, load_volume, rescale_volume
 from beam_nifti.volume.grid import is_usable
-from tests.datasets import records_of
-from tests.images import Array, row_of, write_manifest
+from tests.datasets import failures_of, records_of
+from tests.images import Array, rescaled, row_of, write_manifest
 
 CORPUS = os.environ.get("BEAM_NIFTI_CORPUS", "")
 CORPUS = CORPUS and str(Path(CORPUS).resolve())  # a manifest in another folder names its images
@@ -85,12 +84,6 @@ def expected_voxels(path: Path) -> Array | None:
 
 def has_range(values: Array) -> bool:
     return bool(np.isfinite(values).all() and values.min() < values.max())
-
-
-def rescaled(values: Array) -> Array:
-    values = values.astype(np.float64)
-    out: Array = ((values - values.min()) / (values.max() - values.min())).astype(np.float32)
-    return out
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -154,7 +147,7 @@ def test_a_build_of_all_of_them(tmp_path: Path, build: Callable[..., Any]) -> No
     output = tmp_path / "out"
     config = BuildConfig(str(manifest), str(output), allow_mixed_shapes=True, max_bad_fraction=1.0)
     summary = build(config, 2)
-    failures = [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
+    failures = failures_of(output)
     assert summary.num_written + summary.num_failed == len(FILES)
     assert len(failures) == summary.num_failed
     for failure in failures:
@@ -178,4 +171,4 @@ def test_without_a_limit_they_are_too_many(tmp_path: Path, build: Callable[..., 
     manifest = write_manifest(tmp_path / "m.tsv", rows)
     with pytest.raises(TooManyFailures, match=f"{len(names)} of {len(names) + 1} volumes failed"):
         build(BuildConfig(str(manifest), str(tmp_path / "out"), allow_mixed_shapes=True), 2)
-    assert len((tmp_path / "out" / "failures.jsonl").read_text().splitlines()) == len(names)
+    assert len(failures_of(tmp_path / "out")) == len(names)

@@ -26,13 +26,13 @@ from beam_nifti.manifest import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
 from beam_nifti.pipeline.plan import SHARD_BYTES, CheckPlan, default_sharding, record_bytes
 from beam_nifti.pipeline.publish import TooManyFailures
-from beam_nifti.pipeline.survey import look_at
+from beam_nifti.pipeline.survey import survey_image
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.sharding import shard_ranges
 from beam_nifti.volume.volume import Volume, load_frames, load_header, load_volume, rescale_volume
 from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, build_apart, contents
-from tests.datasets import records_of
+from tests.datasets import failures_of, records_of
 from tests.images import (
     REAL_DTYPES,
     Array,
@@ -298,7 +298,7 @@ def test_a_frame_that_fails_leaves_the_others(damaged: Path, tmp_path: Path) -> 
     assert again.counters["volumes-skipped"] == 3 * FRAMES - 2
     info = read_info(str(output))
     assert (info.num_examples, info.num_failures) == (3 * FRAMES - 2, FRAMES + 2)
-    of_frames, of_image = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
+    of_frames, of_image = failures_of(output)
     assert (of_frames["row"], of_frames["stage"], of_frames["frames"]) == (2, "Rescale", "1,3")
     assert of_frames["message"].startswith("frames 1, 3: 1.nii.gz: all voxels are 7")
     assert (of_image["row"], of_image["stage"], "frames" in of_image) == (3, "LoadVolume", False)
@@ -383,7 +383,7 @@ def test_what_verify_finds(reference: Path, tmp_path: Path) -> None:
 def test_a_survey_counts_frames(manifest: Path) -> None:
     row = read_manifest(str(manifest)).rows([0])[0]
     plan = CheckPlan(BuildConfig(str(manifest), "", record=EACH), 1, 0, None)
-    found, _ = look_at(row, str(manifest.parent), plan)
+    found, _ = survey_image(row, str(manifest.parent), plan)
     assert (found.num_examples, found.frames, found.records) == (FRAMES, {"5": 1}, {"6×5×4": 1})
     assert found.record_bytes == FRAMES * record_bytes(6 * 5 * 4, 2, EACH)
 

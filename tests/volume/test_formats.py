@@ -24,9 +24,9 @@ from nibabel.casting import have_binary128
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.pipeline.plan import CheckPlan
-from beam_nifti.pipeline.survey import look_at
+from beam_nifti.pipeline.survey import survey_image
 from beam_nifti.volume import files as image_module
-from beam_nifti.volume.compression import Unpacker, packing_of
+from beam_nifti.volume.compression import Decompressor, compression_of
 from beam_nifti.volume.files import image_files, stat_image
 from beam_nifti.volume.header import record_layout
 from beam_nifti.volume.volume import Volume, load_header, load_volume
@@ -37,6 +37,7 @@ from tests.images import (
     brain,
     nifti_bytes,
     nifti_header,
+    numbers_of,
     random_voxels,
     row_of,
     write_image,
@@ -91,7 +92,7 @@ def mgh(folder: Path, voxels: Array, packed: str = "", footer: bytes = b"") -> P
 
 
 def with_nibabel(path: Path, packed: str = "") -> Any:
-    """The image as nibabel loads it; a packing that it does not know is taken off first."""
+    """The image as nibabel loads it; a compression that it does not know is taken off first."""
     if packed in (".bz2", ".zst"):
         unpack = bz2.decompress if packed == ".bz2" else zstandard.ZstdDecompressor().decompress
         for file in image_files(str(path)):
@@ -103,16 +104,8 @@ def with_nibabel(path: Path, packed: str = "") -> Any:
     return image
 
 
-def values_of(image: Any) -> Array:
-    """Nibabel's values, with frames, components or colours as the fourth axis."""
-    values = np.asanyarray(image.dataobj)
-    if values.dtype.names:
-        values = np.stack([values[name] for name in values.dtype.names], -1)
-    return values.reshape((*values.shape[:3], *(n for n in values.shape[3:] if n > 1)))
-
-
 def assert_equal(volume: Volume, image: Any) -> None:
-    values = values_of(image)
+    values = numbers_of(np.asanyarray(image.dataobj))
     assert volume.voxels.flags.c_contiguous
     assert volume.voxels.dtype.isnative
     assert volume.voxels.shape == values.shape
@@ -231,7 +224,7 @@ def test_images_with_equal_headers_are_not_copies_of_each_other(tmp_path: Path) 
         folder = tmp_path / str(len(twins))
         folder.mkdir()
         path = pair(folder, brain(seed=seed))
-        twins.append(look_at(row_of(path), "", CheckPlan(BuildConfig("", ""), 1, 0, None))[1])
+        twins.append(survey_image(row_of(path), "", CheckPlan(BuildConfig("", ""), 1, 0, None))[1])
     assert twins[0] == twins[2] != twins[1]
 
 
@@ -399,17 +392,17 @@ def test_what_follows_the_streams_is_passed_over(
     pack = PACK.get(kind, zstandard.ZstdCompressor(write_content_size=False).compress)
     contents = [piece * count for piece, count in pieces]
     data = b"".join(map(pack, contents))
-    packing = packing_of(data)
-    assert packing is not None
+    compression = compression_of(data)
+    assert compression is not None
     buffer = bytearray(sum(map(len, contents)) + 99)
 
     def unpack(data: bytes) -> bytes:
-        unpacker = Unpacker("a", data, packing)
-        size = unpacker.readinto(memoryview(buffer)[:first])
-        return bytes(buffer[: size + unpacker.readinto(memoryview(buffer)[size:])])
+        decompressor = Decompressor("a", data, compression)
+        size = decompressor.readinto(memoryview(buffer)[:first])
+        return bytes(buffer[: size + decompressor.readinto(memoryview(buffer)[size:])])
 
     assert unpack(data + after) == b"".join(contents)
-    with pytest.raises(VolumeError, match=rf"^a: (truncated|damaged) {packing.name} stream"):
+    with pytest.raises(VolumeError, match=rf"^a: (truncated|damaged) {compression.name} stream"):
         unpack(data + pack(b"more")[:-1])
 
 
@@ -490,7 +483,7 @@ def test_bombs_and_lying_headers_take_no_memory(tmp_path: Path) -> None:
 def test_complex_images_are_refused_without_the_option_and_converted_with_it(tmp_path: Path) -> None:
     for dtype, order, slope in itertools.product(("complex64", "complex128"), "<>", (None, -2.5)):
         path = write_image(tmp_path / "a.nii", random_voxels(dtype=dtype), byte_order=order, slope=slope)
-        values = values_of(with_nibabel(path)).astype(np.complex128)
+        values = numbers_of(np.asanyarray(with_nibabel(path).dataobj)).astype(np.complex128)
         expected = {
             "magnitude": np.abs(values),
             "phase": np.angle(values),

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,13 +17,14 @@ from beam_nifti.cli import main as cli
 from beam_nifti.config import RecordConfig
 from beam_nifti.record.example import decode_example, decode_tensor, encode_volume
 from beam_nifti.volume import load_volume, rescale_volume
-from tests.datasets import info_of, manifest_of
+from tests.datasets import failures_of, info_of, manifest_of
 from tests.images import (
     REAL_DTYPES,
-    Array,
     nifti_header,
     random_voxels,
+    rescaled,
     row_of,
+    values_of,
     write_image,
     write_manifest,
 )
@@ -32,13 +32,6 @@ from tests.images import (
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 SHAPE = (6, 5, 4, 7)
 Run = Callable[..., str]
-
-
-def formula(path: Path) -> Array:
-    """The whole image's range onto [0, 1], with the axes that nibabel gives it."""
-    image: Any = nib.load(path)
-    x = np.asanyarray(image.dataobj).astype(np.float64)
-    return ((x - x.min()) / (x.max() - x.min())).astype(np.float32)
 
 
 def cohort_of(folder: Path, shapes: list[tuple[int, ...]], dtype: str = "int16", **header: Any) -> Path:
@@ -81,7 +74,7 @@ def test_without_the_option_4d_images_are_refused_with_the_remedy(run: Run, tmp_
 def test_one_4d_image_among_others_is_a_failure_with_the_remedy(run: Run, tmp_path: Path) -> None:
     manifest, output = cohort_of(tmp_path / "c", [SHAPE[:3], SHAPE, (*SHAPE[:3], 1)]), tmp_path / "out"
     run("build", manifest, output, "--max-bad-fraction=0.5")
-    (failure,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
+    (failure,) = failures_of(output)
     assert (failure["row"], failure["stage"]) == (2, "LoadVolume")
     assert "choose frames with --frames all" in failure["message"]
     assert info_of(output).shape == SHAPE[:3]
@@ -97,7 +90,7 @@ def test_other_frames_are_another_dataset(run: Run, tmp_path: Path) -> None:
 def test_a_run_of_another_length_is_another_shape(run: Run, tmp_path: Path) -> None:
     manifest = cohort_of(tmp_path / "c", [SHAPE, (*SHAPE[:3], 9)])
     run("build", manifest, tmp_path / "one", "--frames=all", code=cli.FAILED)
-    message = json.loads((tmp_path / "one/failures.jsonl").read_text())["message"]
+    message = failures_of(tmp_path / "one")[0]["message"]
     assert (
         "shape (6, 5, 4, 9) where the first image has (6, 5, 4, 7); where the last axis is frames" in message
     )
@@ -125,7 +118,7 @@ def test_frames_are_stored_bit_equal_to_the_formula(
     data = encode_volume(rescale_volume(load_volume(row_of(path), record=config), config))
     stored = decode_tensor(decode_example(data)["image_raw"])  # type: ignore[arg-type]
     assert stored.shape == shape
-    assert stored.tobytes() == (formula(path) + np.float32(0)).tobytes()
+    assert stored.tobytes() == (rescaled(values_of(path)) + np.float32(0)).tobytes()
 
 
 @pytest.mark.tf
@@ -142,7 +135,7 @@ def test_frames_are_the_channels_of_a_batch(run: Run, tmp_path: Path, voxel_dtyp
     read = {int(label): image for x, y in batches for label, image in zip(y, x.numpy(), strict=True)}
     assert sorted(read) == [0, 1, 2]
     for number, image in read.items():
-        assert image.tobytes() == formula(tmp_path / f"c/{number}.nii.gz").tobytes()
+        assert image.tobytes() == rescaled(values_of(tmp_path / f"c/{number}.nii.gz")).tobytes()
 
 
 @pytest.mark.tf
@@ -159,7 +152,7 @@ def test_3d_and_4d_images_in_one_dataset(run: Run, tmp_path: Path, voxel_dtype: 
     read = {int(y): x.numpy() for x, y in volumes}
     assert [read[i].shape for i in range(4)] == [SHAPE, (6, 5, 4, 1), (3, 4, 5, 2), (2, 3, 4, 1)]
     for i in range(4):
-        assert read[i].tobytes() == formula(tmp_path / f"c/{i}.nii.gz").tobytes()
+        assert read[i].tobytes() == rescaled(values_of(tmp_path / f"c/{i}.nii.gz")).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -197,13 +190,9 @@ def test_colours_are_the_channels_of_a_batch(run: Run, tmp_path: Path, voxel_dty
     assert "2 made again" in run("verify", output, "--deep=all", "--manifest", manifest_of(output))
     assert "rgb24 (2)" in run("inspect", output)
     for image, label in load_dataset(output):
-        x = random_voxels((6, 5, 4, 3), "uint8", int(label)).astype(np.float64)
-        assert np.array_equal(image, ((x - x.min()) / (x.max() - x.min())).astype(np.float32))
+        assert np.array_equal(image, rescaled(random_voxels((6, 5, 4, 3), "uint8", int(label))))
     run("build", manifest, tmp_path / "mixed", "--allow-mixed-shapes", code=cli.FAILED)
-    assert (
-        "--frames all"
-        in json.loads((tmp_path / "mixed/failures.jsonl").read_text().splitlines()[0])["message"]
-    )
+    assert "--frames all" in failures_of(tmp_path / "mixed")[0]["message"]
     run("build", manifest, tmp_path / "mixed", "--allow-mixed-shapes", "--frames=all")
     assert [x.shape.as_list() for x, _ in load_dataset(tmp_path / "mixed")] == [[6, 5, 4, 3]] * 2
 

@@ -19,8 +19,7 @@ from beam_nifti.record.example import decode_example, decode_tensor, encode_tens
 from beam_nifti.record.index import IndexEntry
 from beam_nifti.volume import Volume, load_volume, rescale_volume
 from beam_nifti.volume.intensity import find_percentiles
-from beam_nifti.volume.quantize import quantize
-from beam_nifti.volume.rescale import Scaling
+from beam_nifti.volume.rescale import Scaling, quantize
 from tests.images import REAL_DTYPES, Array, brain, random_voxels, row_of, write_image
 
 NONE = Scaling()

@@ -19,7 +19,7 @@ from nibabel.spm2analyze import Spm2AnalyzeHeader
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.volume.volume import Volume, load_header, load_volume
-from tests.images import AFFINE, Array, brain, nifti_bytes, nifti_header, row_of
+from tests.images import AFFINE, Array, brain, nifti_bytes, nifti_header, numbers_of, row_of
 
 WHOLE = RecordConfig(frames="all")
 LONG = 4000
@@ -52,13 +52,6 @@ def _without_nibabels_remarks() -> Iterator[None]:
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
         yield
     logging.disable(logging.NOTSET)
-
-
-def numbers_of(values: Array) -> Array:
-    """With frames, components or colours as the fourth axis, and nothing that has one number."""
-    if values.dtype.names:
-        values = np.stack([values[name] for name in values.dtype.names], -1)
-    return values.reshape((*values.shape[:3], *(n for n in values.shape[3:] if n > 1)))
 
 
 def with_nibabel(path: Path) -> Array | None:

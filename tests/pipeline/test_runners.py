@@ -26,7 +26,7 @@ from beam_nifti.pipeline import runners
 from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.local_runner import RUNNER
 from beam_nifti.pipeline.runners import CLUSTER_WORKERS, Engine
-from beam_nifti.support.cores import count_cores
+from beam_nifti.support.process import count_cores
 from tests.images import write_cohort
 
 CORES = count_cores()

@@ -1,4 +1,4 @@
-"""Twins: names that are probably one, written in two ways."""
+"""Lookalikes: names that are probably one, written in two ways."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ LIKENESS: Final = "only in letter case, quotes, spaces, leading zeros or the Uni
 _REWRITTEN: Final = r"^[0-9]+\.0+$|^[0-9](\.[0-9]+)?[eE]\+[0-9]+$"
 """Numbers as spreadsheets and pandas rewrite ids: 7.0 in the place of 7, 1.23E+11 in that of 123456789012."""
 
-_SHOWN: Final = 3
-"""Twins that are named in warnings."""
+_SHOWN: Final = 3  # lookalikes that are named in warnings
 
 
 def fold(names: pa.Array) -> pa.Array:
@@ -32,12 +31,12 @@ def fold(names: pa.Array) -> pa.Array:
     return pc.replace_substring_regex(folded, r"^([^0-9]*)0+([0-9]+)$", r"\1\2")
 
 
-def find_twins(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[int, int]]:
+def find_lookalikes(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[int, int]]:
     """Find names that are probably those of earlier rows, written in another way.
 
     Args:
         names: one per row; "" is nobody's.
-        folded: what is equal for twins, one per row; `fold` of the names by default.
+        folded: what is equal for lookalikes, one per row; `fold` of the names by default.
 
     Returns:
         The first row of each such name, ascending, and the first row of the name that it resembles.
@@ -50,52 +49,43 @@ def find_twins(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[in
     groups = keys.indices.to_numpy()
     first = np.unique(groups, return_index=True)[1][groups]
     named = pc.not_equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)
-    twins = np.flatnonzero((first != np.arange(len(rows))) & named & named[first])
-    return [(int(rows[i]), int(rows[first[i]])) for i in twins]
+    lookalikes = np.flatnonzero((first != np.arange(len(rows))) & named & named[first])
+    return [(int(rows[i]), int(rows[first[i]])) for i in lookalikes]
 
 
-def warn_of_names(
-    what: str,
-    names: pa.Array,
-    problems: Problems,
-    folded: pa.Array | None = None,
-    *,
-    is_anonymous: bool = False,
-) -> None:
+def warn_of_names(what: str, names: pa.Array, problems: Problems, folded: pa.Array | None = None) -> None:
     """Warn of names that are probably one, and of names that a spreadsheet has rewritten.
 
-    Args:
-        what: the names are.
-        names: one per row.
-        problems: where to warn.
-        folded: as for `find_twins`; for names that are made of others, which are checked by themselves.
-        is_anonymous: whether warnings must not hold the names.
+    `what` says what the names are; `folded` is as for `find_lookalikes`, for names that are made of others,
+    which are checked by themselves.
     """
-    twins = find_twins(names, folded)
-    for row, other in twins[:_SHOWN]:
+    lookalikes = find_lookalikes(names, folded)
+    for row, other in lookalikes[:_SHOWN]:
+        text = _lookalike_text(what, names, row, other, problems)
+        problems.warn(f"{text}; if they are the same, spell them alike")
+    if len(lookalikes) > _SHOWN:
         problems.warn(
-            f"{_twin_text(what, names, row, other, is_anonymous)}; if they are the same, spell them alike"
-        )
-    if len(twins) > _SHOWN:
-        problems.warn(
-            f"in all, {len(twins):,} different values of {what} differ from an earlier one only in this way"
+            f"in all, {len(lookalikes):,} different values of {what} differ from an earlier one only in this "
+            "way"
         )
     at = pc.index(pc.match_substring_regex(names, _REWRITTEN), True).as_py()
     if at >= 0 and folded is None:
-        shown = "" if is_anonymous else f" {names[at]}"
+        shown = "" if problems.hides_names else f" {names[at]}"
         problems.warn(
             f"row {at + 1}: its {what}{shown} looks like a number that a spreadsheet or pandas has "
             "rewritten; store ids as text"
         )
 
 
-def refuse_twins(names: pa.Array, problems: Problems, *, is_anonymous: bool = False) -> None:
+def refuse_lookalikes(names: pa.Array, problems: Problems) -> None:
     """Make problems of names that are probably one, where each would be drawn a split of its own."""
-    for row, other in find_twins(names):
-        text = _twin_text("name", names, row, other, is_anonymous)
+    for row, other in find_lookalikes(names):
+        text = _lookalike_text("name", names, row, other, problems)
         problems.add(f"{text}, and --split would treat them as two; spell them alike, or rename one")
 
 
-def _twin_text(what: str, names: pa.Array, row: int, other: int, is_anonymous: bool) -> str:
-    name, resembled = ("", " that") if is_anonymous else (f" {names[i].as_py()!r}" for i in (row, other))
+def _lookalike_text(what: str, names: pa.Array, row: int, other: int, problems: Problems) -> str:
+    name, resembled = "", " that"
+    if not problems.hides_names:
+        name, resembled = (f" {names[i].as_py()!r}" for i in (row, other))
     return f"row {row + 1}: its {what}{name} differs from{resembled} of row {other + 1} {LIKENESS}"

@@ -1,4 +1,4 @@
-"""Twins: one participant under two names is reported, and is never in two splits."""
+"""Lookalikes: one participant under two names is reported, and is never in two splits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from beam_nifti.config import Columns, Splitting
 from beam_nifti.errors import ManifestError
 from beam_nifti.manifest import Manifest, read_manifest
+from beam_nifti.manifest.lookalikes import find_lookalikes, fold
 from beam_nifti.manifest.pseudonyms import Pseudonyms
-from beam_nifti.manifest.twins import find_twins, fold
 from tests.images import write_image, write_manifest
 
 KEY = Pseudonyms(b"0123456789abcdef")
@@ -44,13 +44,13 @@ def problems_of(folder: Path, header: str, *rows: str, **given: object) -> tuple
 
 
 @given(st.lists(st.sampled_from(["", "a1", "A1", "a01", "a10", " a1", "b", "ß", "\u1e9e", "1", "1.0", "10"])))
-def test_twins_are_those_of_a_plain_loop(names: list[str]) -> None:
+def test_lookalikes_are_those_of_a_plain_loop(names: list[str]) -> None:
     expected = []
     for i, name in enumerate(names):
         alike = [j for j in range(i) if names[j] and fold(pa.array([names[j], name])).unique().__len__() == 1]
         if name and name not in names[:i] and alike:
             expected.append((i, alike[0]))
-    assert find_twins(pa.array(names, pa.string())) == expected
+    assert find_lookalikes(pa.array(names, pa.string())) == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_twins_are_those_of_a_plain_loop(names: list[str]) -> None:
     [("sub-1", "sub-10"), ("1.05", "1.5"), ("a-1", "b-1"), ("a01b", "a1b"), ("0", "00a"), ("x.0", "x")],
 )
 def test_names_that_are_two(one: str, other: str) -> None:
-    assert find_twins(pa.array([one, other])) == []
+    assert find_lookalikes(pa.array([one, other])) == []
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -94,7 +94,7 @@ def test_one_participant_is_drawn_once(tmp_path: Path, spelling: str, pseudonyms
     assert ("süb-7" in problem) == (pseudonyms is None)
 
 
-def test_twins_of_one_split_are_reported(tmp_path: Path) -> None:
+def test_lookalikes_of_one_split_are_reported(tmp_path: Path) -> None:
     rows = [f"{i}.nii|{name}" for i, name in enumerate(["s1", "S1", "s2", "s01", "S01", "S2"])]
     warnings = manifest_of(tmp_path, "participant_id", *rows).warnings
     assert len(warnings) == 4
@@ -110,7 +110,7 @@ def test_twins_of_one_split_are_reported(tmp_path: Path) -> None:
     assert hidden[0].startswith("row 2: its participant_id differs from that of row 1 only in letter case")
 
 
-def test_ids_and_sessions_have_twins_too(tmp_path: Path) -> None:
+def test_ids_and_sessions_have_lookalikes_too(tmp_path: Path) -> None:
     columns = "participant_id|session_id"
     (warning,) = manifest_of(tmp_path, columns, "a|s1|1", "b|s1|01", "c|s2|1").warnings
     assert warning.startswith("row 2: its id 's1_01' differs from 's1_1' of row 1")
@@ -142,10 +142,10 @@ def test_classes_that_are_probably_one_are_reported(tmp_path: Path) -> None:
     rows = ("a.nii|Male", "b.nii|male ", "c.nii|F", "d.nii|NA")
     manifest = manifest_of(tmp_path, "sex", *rows, columns=columns)
     assert manifest.label_columns[0].classes == ("F", "Male", "NA", "male")
-    stripped, missing, twins = sorted(manifest.warnings)
+    stripped, missing, lookalikes = sorted(manifest.warnings)
     assert stripped.startswith("1 cell was read without the white space at the ends")
     assert missing.startswith("sex has a class 'NA'; write n/a")
-    assert twins.startswith("sex has the classes 'Male' and 'male', which differ only in letter case")
+    assert lookalikes.startswith("sex has the classes 'Male' and 'male', which differ only in letter case")
 
 
 @pytest.mark.parametrize("command", ["build", "check"])

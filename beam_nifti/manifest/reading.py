@@ -1,0 +1,253 @@
+"""Reading a manifest: a table of strings, checked row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti.config import Columns, Splitting
+from beam_nifti.manifest.labels import Labels, read_labels
+from beam_nifti.manifest.leaks import refuse_leaks
+from beam_nifti.manifest.lookalikes import fold, refuse_lookalikes, warn_of_names
+from beam_nifti.manifest.manifest import Manifest
+from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
+from beam_nifti.manifest.splits import (
+    draw_from_table,
+    read_splits,
+    refuse_empty_splits,
+    refuse_shared_images,
+)
+from beam_nifti.manifest.tables import Problems, read_table, strings
+
+_OWN: Final = ("participant_id", "session_id", "split")
+_GIVE_THAT_OF_DATASET: Final = "give the manifest that the dataset was built from"
+
+
+def read_manifest(
+    path: str,
+    columns: Columns | None = None,
+    splitting: Splitting | None = None,
+    pseudonyms: Pseudonyms | None = None,
+    *,
+    is_of_dataset: bool = False,
+    list_content: bytes | None = None,
+) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
+        columns: which columns mean what.
+        splitting: how to draw the splits; None takes those of the column `split`.
+        pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
+            shuffle included, which would tell them otherwise; None keeps the names.
+        is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
+        list_content: bytes of the file, where it is a dataset's list of failures: that may have pseudonyms in
+            the place of paths.
+
+    Raises:
+        ManifestError: with every problem found, up to 20, by row number.
+    """
+    columns = columns or Columns()
+    problems = Problems(path, hides_names=pseudonyms is not None)
+    table = read_table(path, _meaningful(columns, splitting), problems, list_content)
+    is_list = list_content is not None
+    _check_columns(table, columns, splitting, problems, is_of_dataset=is_of_dataset, is_list=is_list)
+    problems.stop()
+    if columns.label is None and "label" in table.column_names:
+        columns = dataclasses.replace(columns, label="label")
+    paths = {name: table[name] for name in columns.files}
+    _refuse_empty_paths(paths, columns, problems)
+    people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
+    _warn_of_names(table, columns, people, problems)
+    if splitting:
+        refuse_lookalikes(_ids(table, columns) if people is None else people, problems)
+    named = dict[str, pa.ChunkedArray]()
+    if pseudonyms:
+        ids_of = ("participant_id", "session_id", columns.id)
+        named = {name: table[name] for name in table.column_names if name in ids_of}
+        refuse_leaks(table, columns, problems)
+        table = _without_names(table, columns, pseudonyms)
+    labels, lacks_label = _labels(table, columns, problems)
+    ids = _ids(table, columns)
+    if splitting:
+        splits = draw_from_table(table, ids, splitting, problems)
+    else:
+        splits = read_splits(table, people, problems)
+    if columns.missing_label == "skip" and lacks_label is not None:
+        splits = pc.if_else(pa.array(lacks_label), None, splits)
+    if splitting:
+        refuse_empty_splits(splits, splitting, problems)
+    _check_ids(ids, problems)
+    refuse_shared_images({name: paths[name] for name in columns.paths}, table, splits, problems)
+    problems.stop()
+    # Cells of labels that have features are kept in the index, and in failures.jsonl, as further columns are.
+    has_features = columns.has_label_features or any(of.column.kind == "class" for of in labels)
+    used, labelled = {columns.paths[0], columns.id, *_OWN}, {of.column.name for of in labels}
+    used = used - labelled if has_features else used | labelled
+    if has_features:
+        columns = dataclasses.replace(columns, label=",".join(str(of.column) for of in labels))
+    return Manifest(
+        path=path,
+        table=table,
+        paths=paths,
+        columns=columns,
+        numbers=labels[0].numbers if labels else None,
+        labels=labels if has_features else (),
+        ids=ids,
+        splits=splits,
+        extra_columns=tuple(c for c in table.column_names if c not in used),
+        key_check=pseudonyms.check if pseudonyms else None,
+        name=pseudonyms.of_path(path) if pseudonyms else path,
+        names=named,
+        version_key=pseudonyms.version_key if pseudonyms else "",
+        lacks_label=lacks_label,
+        warnings=tuple(problems.warnings),
+    )
+
+
+def _meaningful(columns: Columns, splitting: Splitting | None) -> set[str]:
+    """The columns whose cells mean something to a build."""
+    labels = {column.name for column in columns.labels} or {"label"}
+    by = (columns.id, splitting.stratify if splitting else None)
+    return {*columns.files, *labels, *_OWN, *filter(None, by)}
+
+
+def _check_columns(
+    table: pa.Table,
+    columns: Columns,
+    splitting: Splitting | None,
+    problems: Problems,
+    *,
+    is_of_dataset: bool,
+    is_list: bool,
+) -> None:
+    """Refuse a table that lacks or misspells a column, or has splits that are to be drawn, or nothing."""
+    present = ", ".join(table.column_names) or "none"
+    for name, flag in (
+        *((name, "--path-column") for name in columns.paths),
+        (columns.mask, "--mask-column"),
+        *((column.name, "--label-column") for column in columns.labels),
+        (columns.id, "--id-column"),
+        (splitting and splitting.stratify, "--stratify"),
+    ):
+        if name is not None and name not in table.column_names:
+            remedy = _GIVE_THAT_OF_DATASET if is_of_dataset else f"choose one with {flag}"
+            problems.add(f"no column {name!r}; the columns are: {present}; {remedy}")
+    if splitting and "split" in table.column_names:
+        remedy = "leave --split out, or drop or rename the column"
+        problems.add(f"has a column 'split' already; {_GIVE_THAT_OF_DATASET if is_of_dataset else remedy}")
+    for name, meant in _misspelled(table.column_names, columns):
+        problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
+    if table.num_rows == 0:
+        problems.add("no rows; a manifest needs a header and at least one image")
+    if not is_list and _has_pseudonyms(table, columns):
+        problems.add(
+            "is the list of failures of a dataset with anonymous ids: its paths are pseudonyms, and each "
+            "'row' is that of the manifest that the dataset was built from; build these rows of that manifest"
+        )
+
+
+def _refuse_empty_paths(paths: Mapping[str, pa.ChunkedArray], columns: Columns, problems: Problems) -> None:
+    for name, cells in paths.items():
+        what = "mask" if name == columns.mask else "image"
+        for i, text in enumerate(strings(cells)):
+            if not text:
+                problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
+
+
+def _warn_of_names(table: pa.Table, columns: Columns, people: pa.Array | None, problems: Problems) -> None:
+    """Warn of participants and ids that are probably one, and of ids that a spreadsheet has rewritten."""
+    if people is not None:
+        warn_of_names("participant_id", people, problems)
+    if people is None or columns.id is not None:
+        warn_of_names("id", _ids(table, columns), problems)
+    elif "session_id" in table.column_names:
+        # Lookalikes of one participant are ids of two sessions; those of two are known as participants.
+        sessions = fold(table["session_id"].combine_chunks())
+        keys = pc.binary_join_element_wise(people, sessions, "\0")
+        warn_of_names("id", _ids(table, columns), problems, keys)
+
+
+def _labels(
+    table: pa.Table, columns: Columns, problems: Problems
+) -> tuple[tuple[Labels, ...], npt.NDArray[np.bool_] | None]:
+    """The labels of each column, and which rows lack one of them; None where there are no labels."""
+    if columns.missing_label is not None and not columns.labels:
+        problems.add(
+            "--missing-label is for labels, and there is no column 'label'; name one with --label-column"
+        )
+    # A single column without a kind was numbers before there were kinds.
+    default = None if columns.has_label_features else "float"
+    labels = tuple(
+        read_labels(table[c.name], c, columns.missing_label, problems, default) for c in columns.labels
+    )
+    lacks_label = np.any([of.is_missing for of in labels], axis=0) if labels else None
+    if columns.missing_label == "skip" and lacks_label is not None and lacks_label.all():
+        names = ", ".join(of.column.name for of in labels)
+        problems.add(f"every row lacks a label ({names}), and --missing-label skip would skip all of them")
+    return labels, lacks_label
+
+
+def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
+    """Columns that are ours but for case, which would be taken for further ones."""
+    labels = [column.name for column in columns.labels] or ["label"]
+    wanted = {*_OWN, *columns.files, *labels} - set(names)
+    for name in names:
+        if name not in (*columns.files, *labels, columns.id) and name.lower() in wanted:
+            yield name, name.lower()
+
+
+def _has_pseudonyms(table: pa.Table, columns: Columns) -> bool:
+    """Whether it is a list of failures without paths; with them, they are absolute."""
+    paths = [table[name] for name in columns.files if name in table.column_names]
+    is_list = {"row", "stage", "error", "message"} <= {*table.column_names}
+    return (
+        is_list
+        and table.num_rows > 0
+        and any(pc.all(pc.match_substring_regex(of, PATTERN)).as_py() for of in paths)
+    )
+
+
+def _without_names(table: pa.Table, columns: Columns, pseudonyms: Pseudonyms) -> pa.Table:
+    kinds = {columns.id: "id", "participant_id": "participant_id", "session_id": "session_id"}
+    for name, kind in (kinds | dict.fromkeys(columns.files, "path")).items():
+        if name in table.column_names:
+            hashed = pseudonyms.of_column(table[name], kind)
+            table = table.set_column(table.column_names.index(name), name, hashed)
+    return table
+
+
+def _ids(table: pa.Table, columns: Columns) -> pa.Array:
+    if columns.id is not None:
+        ids = table[columns.id]
+    elif "participant_id" not in table.column_names:
+        ids = table[columns.paths[0]]
+    elif "session_id" not in table.column_names:
+        ids = table["participant_id"]
+    else:
+        joined = pc.binary_join_element_wise(table["participant_id"], table["session_id"], "_")
+        ids = pc.if_else(pc.equal(table["session_id"], ""), table["participant_id"], joined)
+    return ids.combine_chunks()
+
+
+def _check_ids(ids: pa.Array, problems: Problems) -> None:
+    if pc.any(pc.equal(ids, "")).as_py():
+        for i, text in enumerate(ids.to_pylist()):
+            if not text:
+                problems.add(f"row {i + 1}: empty id; every image needs one (see --id-column)")
+    if len(pc.unique(ids)) == len(ids):
+        return
+    first: dict[str, int] = {}
+    for i, text in enumerate(ids.to_pylist()):
+        if text in first and text:
+            problems.add(
+                f"row {i + 1}: id {text!r} is also in row {first[text] + 1}; "
+                "add a session_id column, or choose a column of unique ids with --id-column"
+            )
+        first.setdefault(text, i)
