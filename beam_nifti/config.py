@@ -508,6 +508,8 @@ class BuildConfig:
         workers: threads of the local runner; on a cluster, the least parallelism to cut units for.
         anonymous_ids: file of the key by which pseudonyms stand for ids and paths, local or a URL that the
             workers reach; None keeps the names.
+        rows: where workers read the rows, a Parquet file, of a table that `manifest` only names; None where
+            it is a file.
     """
 
     manifest: str
@@ -524,6 +526,7 @@ class BuildConfig:
     temp_location: str | None = None
     workers: int = 1
     anonymous_ids: str | None = None
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse fractions outside [0, 1] and worker counts below 1; tell the record of its columns."""

@@ -30,10 +30,10 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.core import _MultiParDo
 
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
+from beam_nifti.errors import BuildSummary
 from beam_nifti.pipeline.build import open_build, run_build
 from beam_nifti.pipeline.merge import merge_parts
 from beam_nifti.pipeline.parts import Part
-from beam_nifti.pipeline.publish import BuildSummary
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
 from beam_nifti.record.sharding import ShardName

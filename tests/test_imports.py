@@ -43,7 +43,7 @@ ONLY_IMPORTERS = {
         "pipeline.check",
         "reporting.report",
         "pipeline.runners",
-        "cli.beam_flags",
+        "pipeline.beam_flags",
     },
 }
 LAZY_IMPORTERS = {
@@ -60,7 +60,7 @@ LAZY_IMPORTERS = {
         "pipeline.local_runner",
         "pipeline.build",
         "pipeline.runners",
-        "cli.beam_flags",
+        "pipeline.beam_flags",
     },
 }
 """Modules that import the package only inside functions."""

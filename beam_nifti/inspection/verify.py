@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -54,7 +55,9 @@ from beam_nifti.record.index import extra_column
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.cells import parse_integer
 from beam_nifti.support.memory import keep_buffers
+from beam_nifti.support.wording import counted
 from beam_nifti.volume.user_function import load_function
 
 ALL: Final = 2**63 - 1
@@ -68,9 +71,9 @@ class OnProgress(Protocol):
         """Count some records, and the bytes that they take in their shards."""
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What was checked and what is wrong.
+@dataclass(frozen=True, repr=False)
+class Verification:
+    """What was checked and what is wrong; false where anything is.
 
     Attributes:
         num_examples: records checked.
@@ -94,17 +97,27 @@ class VerifyReport:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def __bool__(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.ok
+
+    def __repr__(self) -> str:
+        """On one line."""
+        examples, shards = counted(self.num_examples, "example"), counted(self.num_shards, "shard")
+        return f"<Verification of {examples} in {shards}: {counted(len(self.problems), 'problem')}>"
+
 
 def verify_dataset(
     output: str,
     *,
     manifest: str | None = None,
+    rows: bytes | None = None,
     anonymous_ids: str | None = None,
-    deep: int | None = None,
+    deep: int | str | None = None,
     preprocess: str | None = None,
     workers: int = 1,
     on_progress: OnProgress | None = None,
-) -> VerifyReport:
+) -> Verification:
     """Check every byte of a dataset.
 
     Nothing of the dataset is run, and it does not decide which other files are opened: the images are those
@@ -114,10 +127,11 @@ def verify_dataset(
         output: folder or URL of the dataset.
         manifest: a table whose rows the dataset must have been built from: ids, labels, splits, paths and
             further columns are compared; relative image paths are then relative to its folder.
+        rows: of a manifest that `manifest` only names, as a Parquet file; None where it is a file.
         anonymous_ids: file of the key by which ids and paths of the dataset became pseudonyms, if it has
             any; `manifest` and `deep` need both it and the manifest then.
         deep: how many records, spread evenly, to make again from their images and to compare bit for
-            bit; ALL for every one. Needs `manifest`.
+            bit; ALL or "all" for every one. Needs `manifest`.
         preprocess: the function that the records were prepared with, `package.module:function`; `deep` needs
             it where there was one.
         workers: threads; each holds one record.
@@ -134,8 +148,9 @@ def verify_dataset(
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
-    if deep is not None and deep < 0:
-        raise UsageError(f"--deep is {deep}; give a number of records, or all")
+    deep = _number_of(deep)
+    if preprocess is not None and deep is None:
+        raise UsageError("--preprocess is for --deep, which makes records again; add --deep, or drop it")
     output = storage.absolute(output)
     info = read_info(output)
     columns, drawn = Columns(**info.config["columns"]), info.config.get("splitting")
@@ -152,21 +167,34 @@ def verify_dataset(
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns, splitting, pseudonyms, is_of_dataset=True)
+        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
         if wanted.labels and not spec.config.labels:
             problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
     cells = _compared_cells(info, columns, wanted) if wanted is not None else {}
-    verification = _Verification(output, info, spec, on_progress, cells)
+    verifier = _Verifier(output, info, spec, on_progress, cells)
     keep_buffers()
-    verification.check_files()
+    verifier.check_files()
     images = _Images(columns, wanted) if wanted is not None else None
-    verification.check_shards(workers, min(deep or 0, info.num_examples), images)
-    verification.check_tables(columns, wanted)
+    verifier.check_shards(workers, min(deep or 0, info.num_examples), images)
+    verifier.check_tables(columns, wanted)
     if wanted is not None:
-        verification.check_columns(columns, wanted)
+        verifier.check_columns(columns, wanted)
     _refuse_rebuilt(output, info)
-    return verification.report()
+    return verifier.report()
+
+
+def _number_of(deep: int | str | None) -> int | None:
+    """How many records to make again; None for none."""
+    if deep == "all":
+        return ALL
+    try:
+        number = parse_integer(deep) if isinstance(deep, str) else deep if deep is None else index(deep)
+    except (ValueError, TypeError):
+        number = -1
+    if number is not None and number < 0:
+        raise UsageError(f"--deep is {deep!r}; give a number of records, or all")
+    return number
 
 
 def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> dict[str, str]:
@@ -256,7 +284,7 @@ class _Images:
         yield from check_source(payload, cells, row, self.manifest.folder, config, versions)
 
 
-class _Verification:
+class _Verifier:
     """One run of `verify_dataset`."""
 
     def __init__(
@@ -276,9 +304,9 @@ class _Verification:
         self._num_examples = self._num_bytes = self._num_deep = 0
         self._num_rounded: Counter[int] = Counter()
 
-    def report(self) -> VerifyReport:
+    def report(self) -> Verification:
         info = self._info
-        return VerifyReport(
+        return Verification(
             num_examples=self._num_examples,
             num_shards=len(info.shards),
             num_bytes=self._num_bytes,

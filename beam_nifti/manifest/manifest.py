@@ -296,6 +296,7 @@ def read_manifest(
     splitting: Splitting | None = None,
     pseudonyms: Pseudonyms | None = None,
     *,
+    content: str | bytes | None = None,
     is_of_dataset: bool = False,
     is_list: bool = False,
 ) -> Manifest:
@@ -307,6 +308,7 @@ def read_manifest(
         splitting: how to draw the splits; None takes those of the column `split`.
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
+        content: as of `read_table`.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
         is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
 
@@ -315,7 +317,7 @@ def read_manifest(
     """
     columns = columns or Columns()
     problems = Problems(path)
-    table = read_table(path, _meaningful(columns, splitting), problems)
+    table = read_table(path, _meaningful(columns, splitting), problems, content)
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),

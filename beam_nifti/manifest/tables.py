@@ -107,7 +107,12 @@ class Problems:
             raise ManifestError(self.path, self._found)
 
 
-def read_table(path: str, plain: Collection[str] = (), problems: Problems | None = None) -> pa.Table:
+def read_table(
+    path: str,
+    plain: Collection[str] = (),
+    problems: Problems | None = None,
+    content: str | bytes | None = None,
+) -> pa.Table:
     """Read a table, every cell as a string, an absent one as an empty string.
 
     White space and characters of no width are removed from the ends of cells and column names. Columns
@@ -118,16 +123,18 @@ def read_table(path: str, plain: Collection[str] = (), problems: Problems | None
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         plain: columns in which there may be no lists, objects or bytes.
         problems: where to report what was changed.
+        content: of a table that `path` only names: the Parquet file that it would be, or where that is.
 
     Raises:
         ManifestError: it is not there, or not a table; with row numbers where rows are to blame.
     """
-    suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
+    suffix = "parquet" if content is not None else path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise ManifestError(path, ["is not a .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
     problems = problems or Problems(path)
     try:
-        with storage.open_read(path) as handle:
+        held = io.BytesIO(content) if isinstance(content, bytes) else storage.open_read(content or path)
+        with held as handle:
             if what := stand_in(handle.read(_HEAD_BYTES)):
                 raise ManifestError(path, [f"not a table but {what}"])
             handle.seek(0)

@@ -3,7 +3,7 @@
 Create([manifest])   str
 CutRows              tuple of VolumeRow
 Reshuffle            tuple of VolumeRow
-LookAtImages         Survey, and (what twins share, (example id, split))
+LookAtImages         Tally, and (what twins share, (example id, split))
 WriteReport          one file
 """
 
@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import apache_beam as beam
 from apache_beam.pvalue import AsList, TaggedOutput
@@ -22,7 +22,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
 from beam_nifti.pipeline.progress import METER
-from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.survey import Survey, Tally, look_at, make_report
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -56,8 +56,8 @@ class LookAtImages(beam.DoFn):
         self._folder, self._plan = storage.dirname(plan.config.manifest), plan
 
     def process(self, rows: tuple[VolumeRow, ...]) -> Iterable[Any]:
-        """Yield one Survey; and (what twins share, (example id, split))."""
-        survey = Survey()
+        """Yield one Tally; and (what twins share, (example id, split))."""
+        survey = Tally()
         for row in rows:
             found, twin = look_at(row, self._folder, self._plan)
             survey.add(found)
@@ -67,8 +67,8 @@ class LookAtImages(beam.DoFn):
         yield survey
 
 
-def _add_up(surveys: Iterable[Survey]) -> Survey:
-    total = Survey()
+def _add_up(surveys: Iterable[Tally]) -> Tally:
+    total = Tally()
     for survey in surveys:
         total.add(survey)
     return total
@@ -80,12 +80,12 @@ def _several(group: tuple[str, Iterable[tuple[str, str]]]) -> Iterable[list[tupl
         yield twins
 
 
-def _write_report(survey: Survey, twins: Iterable[list[tuple[str, str]]], path: str, plan: CheckPlan) -> None:
+def _write_report(survey: Tally, twins: Iterable[list[tuple[str, str]]], path: str, plan: CheckPlan) -> None:
     report = make_report(survey, sorted(twins), plan)
     storage.write(path, dump_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = None) -> dict[str, Any]:
+def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = None) -> Survey:
     """Read the headers of a manifest's images.
 
     Args:
@@ -94,7 +94,7 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
         out: file of the report, within the workers' reach; None where they are this process.
 
     Returns:
-        `survey.make_report`.
+        What was found.
     """
     with ExitStack() as stack:
         path = out or f"{stack.enter_context(tempfile.TemporaryDirectory())}/report.json"
@@ -113,8 +113,8 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
         )
         (
             looked_at.surveys
-            | "AddUp" >> beam.CombineGlobally(_add_up)  # Survey
+            | "AddUp" >> beam.CombineGlobally(_add_up)  # Tally
             | "WriteReport" >> beam.Map(_write_report, AsList(twins), path, plan)
         )
         pipeline.run().wait_until_finish()
-        return cast(dict[str, Any], json.loads(storage.read(path)))
+        return Survey(json.loads(storage.read(path)), plan)

@@ -17,6 +17,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.advice import ImageKind, suggest_flags
 from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.document import Document
 from beam_nifti.support.wording import counted, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
@@ -64,7 +65,7 @@ class ImageProblem:
 
 @dataclass
 class Noted:
-    """Images of a survey that have a note.
+    """Images of a tally that have a note.
 
     Attributes:
         num_images: that have it.
@@ -81,7 +82,7 @@ class Noted:
 
 
 @dataclass
-class Survey:
+class Tally:
     """Counts over some images. Those of disjoint rows add up.
 
     Attributes:
@@ -116,8 +117,8 @@ class Survey:
     largest_bytes: int = 0
     notes: dict[str, Noted] = field(default_factory=dict)
 
-    def add(self, other: Survey) -> None:
-        """Count what another survey has counted."""
+    def add(self, other: Tally) -> None:
+        """Count what another tally has counted."""
         self.num_images += other.num_images
         self.num_bad += other.num_bad
         self.problems = sorted([*self.problems, *other.problems], key=lambda p: p.row)[:MAX_PROBLEMS]
@@ -133,7 +134,7 @@ class Survey:
             self.notes.setdefault(note, Noted()).add(noted)
 
 
-def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
+def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, str | None]:
     """Look at one example: the first 64 KB of each of its files.
 
     Args:
@@ -142,13 +143,13 @@ def look_at(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str |
         plan: of the build that its image would be part of.
 
     Returns:
-        Its survey, of the first image where there are several; and what it shares with copies of it, None if
+        Its tally, of the first image where there are several; and what it shares with copies of it, None if
         it cannot be read.
 
     Raises:
         OSError: the disk, the network or a store failed, which says nothing about the image.
     """
-    found, record = Survey(num_images=1), plan.config.record
+    found, record = Tally(num_images=1), plan.config.record
     header = None
     try:
         with concealing(row, folder):
@@ -189,7 +190,7 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
     return header
 
 
-def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, record: RecordConfig) -> None:
+def _count_records(found: Tally, header: VolumeHeader, layout: RecordLayout, record: RecordConfig) -> None:
     """Count what an image becomes; that the others are unlike it does not matter here."""
     shape, itemsize = layout.stored_shape, layout.dtype.itemsize
     voxels = math.prod(shape or layout.shape)
@@ -205,48 +206,46 @@ def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, re
     found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), on_disk)
 
 
-def make_report(
-    survey: Survey, twins: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
-) -> dict[str, Any]:
+def make_report(tally: Tally, twins: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan) -> dict[str, Any]:
     """What `beam-nifti check` reports, as JSON.
 
     Args:
-        survey: of all images.
+        tally: of all images.
         twins: ids and splits of images that are probably one, in groups.
-        plan: that the survey was made with.
+        plan: that the tally was made with.
     """
     facts = {
         name: dict(value.most_common()) if isinstance(value, Counter) else value
-        for name, value in vars(survey).items()
+        for name, value in vars(tally).items()
         if name not in ("kinds", "first")
     }
     is_built = plan.expected is not None
-    kinds = {kind: survey.kinds[kind] for kind in sorted(survey.first, key=lambda kind: survey.first[kind])}
+    kinds = {kind: tally.kinds[kind] for kind in sorted(tally.first, key=lambda kind: tally.first[kind])}
     advice = suggest_flags(kinds, plan.config.record)
     not_suggested = None
     if advice.against is not None:
-        row, example_id = survey.first[advice.against]
+        row, example_id = tally.first[advice.against]
         image = {"row": row, "example_id": example_id, "reason": advice.reason}
         not_suggested = {"flags": advice.dropped, **image}
     return {
         "manifest": plan.config.manifest,
         **facts,
-        **{name: dict(_count(survey.kinds, name).most_common()) for name in _FACTS},
-        "problems": [asdict(problem) for problem in survey.problems],
+        **{name: dict(_count(tally.kinds, name).most_common()) for name in _FACTS},
+        "problems": [asdict(problem) for problem in tally.problems],
         "notes": {
             note: {
                 "message": text,
-                "num_images": survey.notes[note].num_images,
-                "images": [{"row": row, "example_id": name} for row, name in survey.notes[note].images],
+                "num_images": tally.notes[note].num_images,
+                "images": [{"row": row, "example_id": name} for row, name in tally.notes[note].images],
             }
             for note, text in TEXTS.items()
-            if note in survey.notes
+            if note in tally.notes
         },
-        "num_examples": survey.num_examples if is_built else 0,
-        "record_bytes": round(survey.record_bytes) if is_built else 0,
+        "num_examples": tally.num_examples if is_built else 0,
+        "record_bytes": round(tally.record_bytes) if is_built else 0,
         "num_shards": plan.expected.num_shards if plan.expected else 0,
-        "splits": {name: survey.splits[name] for name in plan.expected.splits} if plan.expected else {},
-        "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
+        "splits": {name: tally.splits[name] for name in plan.expected.splits} if plan.expected else {},
+        "worker_bytes": round(_PROCESS_BYTES + _COPIES * tally.largest_bytes),
         "twins": [[name for name, _ in group] for group in twins],
         "twins_across_splits": [dict(group) for group in twins if len({split for _, split in group}) > 1],
         "suggested_flags": advice.flags,
@@ -260,6 +259,43 @@ def _count(kinds: Counter[ImageKind], name: str) -> Counter[str]:
     for kind, count in kinds.items():
         counts[_FACTS[name](kind)] += count
     return counts
+
+
+class Survey(Document):
+    """What images are, and what a build would make of them; `print(survey)` shows it as a table.
+
+    Its items are those of `beam-nifti check --json`.
+
+    Args:
+        facts: of `make_report`.
+        plan: that they were made with.
+
+    Attributes:
+        problems: a sentence for each of the first images that the build would skip.
+        refusal: why the build would write nothing; "" where it would write a dataset.
+        ok: whether the build would be complete, as far as headers tell; so is the survey's truth.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], plan: CheckPlan) -> None:
+        super().__init__(facts)
+        self.problems = tuple(
+            f"row {p['row']} ({p['example_id']}): {p['message']}" for p in facts["problems"]
+        )
+        self.refusal = plan.refusal
+        self.ok = not plan.refusal and plan.config.allows_failures(facts["num_bad"], facts["num_images"])
+
+    def __bool__(self) -> bool:
+        """Whether the build would be complete."""
+        return self.ok
+
+    def __repr__(self) -> str:
+        """On one line."""
+        images, examples = counted(self["num_images"], "image"), counted(self["num_examples"], "example")
+        return f"<Survey of {self['manifest']}: {images}, {self['num_bad']:,} would fail, {examples}>"
+
+    def __str__(self) -> str:
+        """As a table."""
+        return format_report(self)
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import VolumeError
+from beam_nifti.errors import BuildSummary, VolumeError
 from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
@@ -40,7 +40,7 @@ from beam_nifti.pipeline.merge import count_differing, keep_if_same, merge_parts
 from beam_nifti.pipeline.parts import Part, PartWriter, parts_folder
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.pipeline.progress import METER
-from beam_nifti.pipeline.publish import BuildSummary, TooManyFailures, publish_dataset
+from beam_nifti.pipeline.publish import publish_dataset, too_many_failures
 from beam_nifti.pipeline.resume import find_finished
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.example import encode_volume
@@ -439,7 +439,7 @@ class WriteDatasetInfo(beam.DoFn):
         labels = {label for o in outcomes for label in o.mask_labels}
         summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, labels)
         if self._is_judge and not summary.complete:
-            raise TooManyFailures(summary)
+            raise too_many_failures(summary, self._plan.config.columns)
         yield summary
 
 

@@ -19,7 +19,7 @@ from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.build import plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, look_at, make_report
+from beam_nifti.pipeline.survey import Tally, look_at, make_report
 from tests.images import brain, write_image, write_manifest
 from tests.pages import ROOT
 
@@ -208,7 +208,7 @@ def words_of(flag: str, row: Row, folder: Path) -> tuple[list[str], list[str]]:
 def outcome_of(folder: Path, *flags: str) -> object:
     """What `check` finds, without a pipeline."""
     try:
-        plan, survey = plan_check(config_of("check", folder, *flags)), Survey()
+        plan, survey = plan_check(config_of("check", folder, *flags)), Tally()
         manifest = read_build_manifest(plan.config.manifest, plan.config)
         for row in manifest.rows(manifest.kept_rows().tolist()):
             survey.add(look_at(row, manifest.folder, plan)[0])

@@ -17,12 +17,11 @@ from apache_beam.pvalue import TaggedOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti.errors import BeamNiftiError, UsageError
+from beam_nifti.errors import BeamNiftiError, TooManyFailures, UsageError
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
-from beam_nifti.pipeline.publish import TooManyFailures
 from beam_nifti.pipeline.transforms import ReadManifest, SkipFinished
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import read_index, row_cells

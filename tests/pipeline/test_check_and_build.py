@@ -24,7 +24,7 @@ from beam_nifti.errors import BeamNiftiError, ManifestError
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.pipeline.build import plan_build, plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, format_report, look_at, make_report
+from beam_nifti.pipeline.survey import Tally, format_report, look_at, make_report
 from beam_nifti.transforms import EncodeExample, LoadVolume, Prepare, Rescale
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.grid import orientation_of
@@ -99,7 +99,7 @@ def cohort_of(contents: list[Image | str]) -> Iterator[Path]:
 
 def checked(config: BuildConfig) -> tuple[int, dict[str, Any]]:
     """The exit code of `check`, and its report, without a pipeline."""
-    plan, survey = plan_check(config), Survey()
+    plan, survey = plan_check(config), Tally()
     manifest = read_build_manifest(plan.config.manifest, plan.config)
     for row in manifest.rows(manifest.kept_rows().tolist()):
         survey.add(look_at(row, manifest.folder, plan)[0])
