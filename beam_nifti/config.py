@@ -108,6 +108,46 @@ def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
 
 
 @dataclass(frozen=True)
+class Percentile:
+    """Two percentiles of a volume's intensities, for `rescale`: str() is what the command line has.
+
+    >>> str(Percentile(0.5, 99))
+    'percentile:0.5,99'
+
+    Attributes:
+        low: percentile that becomes 0, from 0 to 100.
+        high: percentile that becomes 1, above `low`.
+    """
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return _join_numbers("percentile", (float(self.low), float(self.high)))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Two intensities in the image's units (CT: HU), for `rescale`: str() is what the command line has.
+
+    >>> str(Window(-160, 240))
+    'window:-160,240'
+
+    Attributes:
+        low: intensity that becomes 0.
+        high: intensity that becomes 1, above `low`.
+    """
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return _join_numbers("window", (float(self.low), float(self.high)))
+
+
+@dataclass(frozen=True)
 class LabelColumn:
     """A column of the manifest whose values are labels.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
 
 from beam_nifti.cli.common_options import (
     Commands,
@@ -15,7 +13,6 @@ from beam_nifti.cli.common_options import (
     add_quiet,
     add_summary,
     add_workers,
-    choose_workers,
 )
 from beam_nifti.config import (
     COMPLEX_PARTS,
@@ -26,15 +23,8 @@ from beam_nifti.config import (
     MISSING_LABELS,
     VOXEL_DTYPES,
     BuildConfig,
-    Columns,
-    RecordConfig,
-    Sharding,
-    Splitting,
 )
-from beam_nifti.errors import UsageError
-from beam_nifti.support.cells import parse_integer, parse_number
-
-_Number = TypeVar("_Number", int, float)
+from beam_nifti.pipeline.options import OPTIONS, make_config
 
 WITHOUT_EFFECT = "without effect on check"
 """Title of the flags that `check` takes only because `build` does."""
@@ -94,6 +84,7 @@ def _add_build(commands: Commands) -> None:
     _add_dry_run(run)
     _add_running(run)
     _add_metrics_file(run)
+    _default_to_none(build)
     add_beam(build, "with their values after =, as --runner=FlinkRunner --flink_master=HOST:8081")
 
 
@@ -129,7 +120,13 @@ def _add_check(commands: Commands) -> None:
     _add_recheck(unused)
     _add_dry_run(unused)
     _add_metrics_file(unused)
+    _default_to_none(check)
     add_beam(check)
+
+
+def _default_to_none(command: argparse.ArgumentParser) -> None:
+    """Tell options that were typed from the others, whose defaults are those of `make_config`."""
+    command.set_defaults(**dict.fromkeys(OPTIONS))
 
 
 def _add_content(command: argparse.ArgumentParser) -> None:
@@ -142,7 +139,6 @@ def _add_columns(command: argparse.ArgumentParser) -> None:
     columns = command.add_argument_group("manifest columns")
     columns.add_argument(
         "--path-column",
-        default="path",
         metavar="NAME",
         help="column of image paths; several, separated by commas, such as T1w,T2w,FLAIR, become the "
         "channels of one record: each is rescaled separately, and all must have the same voxel grid; "
@@ -221,7 +217,7 @@ def _add_shards(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     size.add_argument("--num-shards", type=int, metavar="N", help="number of shards in each split")
     shards.add_argument(
-        "--compression", choices=COMPRESSIONS, default="gzip", help="compression of the shards; default: gzip"
+        "--compression", choices=COMPRESSIONS, help="compression of the shards; default: gzip"
     )
     return shards
 
@@ -248,7 +244,6 @@ def _add_compression_level(group: argparse._ArgumentGroup) -> None:
 def _add_rescaling(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--rescale",
-        default="minmax",
         metavar="METHOD",
         help="which intensities of a volume become 0 and 1. minmax (default): the smallest and the largest; "
         "percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
@@ -278,7 +273,6 @@ def _add_voxels(voxels: argparse._ArgumentGroup) -> None:
     voxels.add_argument(
         "--voxel-dtype",
         choices=VOXEL_DTYPES,
-        default="float32",
         help="float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
         "quarter, 256 levels of [0, 1]; native: as in the file; the reader rescales them to exactly the "
         "values of float32",
@@ -315,7 +309,6 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--orientation",
-        default="native",
         metavar="CODE",
         help="reorder and flip the axes so that they point in these directions, such as RAS (right, "
         "anterior, superior) or LPS; default: native, as in the file",
@@ -342,7 +335,6 @@ def _add_max_bad_fraction(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-bad-fraction",
         type=float,
-        default=0.0,
         metavar="F",
         help="complete the dataset if at most this fraction of the volumes (with --frames each, of all "
         "frames) failed; default: 0",
@@ -415,92 +407,4 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
 
 
 def _config(options: argparse.Namespace, output: str) -> BuildConfig:
-    sharding = None
-    if options.examples_per_shard is not None or options.num_shards is not None:
-        sharding = Sharding(options.examples_per_shard, options.num_shards)
-    return BuildConfig(
-        manifest=options.manifest,
-        output=output,
-        record=_record_config(options),
-        columns=_columns(options),
-        sharding=sharding,
-        splitting=_splitting(options),
-        shuffle_seed=options.shuffle_seed,
-        allow_mixed_shapes=options.allow_mixed_shapes,
-        max_bad_fraction=options.max_bad_fraction,
-        overwrite=options.overwrite,
-        recheck=options.recheck,
-        temp_location=options.temp_location,
-        workers=choose_workers(options),
-        anonymous_ids=options.anonymous_ids,
-    )
-
-
-def _columns(options: argparse.Namespace) -> Columns:
-    return Columns(
-        options.path_column,
-        options.label_column,
-        options.id_column,
-        options.mask_column,
-        options.missing_label,
-    )
-
-
-def _record_config(options: argparse.Namespace) -> RecordConfig:
-    level = options.compression_level
-    if level is not None and options.compression == "none":
-        raise UsageError("--compression-level has no effect with --compression none; leave one of them out")
-    return RecordConfig(
-        rescale=options.rescale,
-        voxel_dtype=options.voxel_dtype,
-        compression=options.compression,
-        compression_level=RecordConfig.compression_level if level is None else level,
-        frames=options.frames,
-        clip=options.clip,
-        rescale_within=options.rescale_within,
-        complex=options.complex,
-        preprocess=options.preprocess,
-        orientation=None if options.orientation == "native" else options.orientation,
-        spacing=_triple("--spacing", options.spacing, parse_number),
-        crop_foreground=options.crop_foreground,
-        shape=_triple("--shape", options.shape, parse_integer),
-        mask_dtype=options.mask_dtype,
-    )
-
-
-def _triple(
-    flag: str, text: str | None, number: Callable[[str], _Number]
-) -> tuple[_Number, _Number, _Number] | None:
-    if text is None:
-        return None
-    try:
-        x, y, z = map(number, text.split(","))
-    except ValueError:
-        wanted = (
-            "three whole numbers of voxels, x,y,z without channels, such as 160,192,160"
-            if number is parse_integer
-            else "three sizes in mm with commas, such as 1,1,1.5"
-        )
-        raise UsageError(f"{flag} is {text!r}; give {wanted}") from None
-    return x, y, z
-
-
-def _splitting(options: argparse.Namespace) -> Splitting | None:
-    if options.split is None:
-        for flag, value in (("--stratify", options.stratify), ("--split-seed", options.split_seed)):
-            if value is not None:
-                raise UsageError(f"{flag} needs --split, such as --split train=0.8,test=0.2")
-        return None
-    shares = dict[str, float]()
-    for part in options.split.split(","):
-        name, equals, share = part.strip().partition("=")
-        try:
-            if not equals or name in shares:
-                raise ValueError
-            shares[name] = parse_number(share)
-        except ValueError:
-            raise UsageError(
-                f"--split is {options.split!r}; give each split once, with its share, such as "
-                "train=0.8,validation=0.1,test=0.1"
-            ) from None
-    return Splitting(shares, options.split_seed or 0, options.stratify)
+    return make_config(options.manifest, output, {name: getattr(options, name) for name in OPTIONS})

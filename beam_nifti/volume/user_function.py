@@ -49,6 +49,36 @@ def load_function(name: str, sha256: str | None = None) -> Function:
     return function
 
 
+def name_of(function: object) -> str:
+    """The name by which workers can import a function.
+
+    Args:
+        function: of a module, and at its top.
+
+    Returns:
+        `package.module:function`.
+
+    Raises:
+        UsageError: it has no such name, as lambdas, functions within others, methods and those of a script
+            have none.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if not callable(function) or not isinstance(module, str) or not isinstance(name, str):
+        raise UsageError(
+            f"--preprocess is {function!r}; give a function, or its name as package.module:function"
+        )
+    remedy = "define a function at the top of a module that the workers can import"
+    if name.endswith("<lambda>"):
+        raise UsageError(f"--preprocess is a lambda of {module}, which has no name to import it by; {remedy}")
+    if module == "__main__":
+        raise UsageError(f"--preprocess is {name} of __main__, which workers cannot import; {remedy}")
+    if getattr(sys.modules.get(module), name, None) is not function:
+        raise UsageError(
+            f"--preprocess is {name} of {module}, which cannot be imported by that name; {remedy}"
+        )
+    return f"{module}:{name}"
+
+
 @functools.cache  # so that the digest stays that of what this process has imported
 def _find(name: str) -> tuple[Function, str]:
     module, _, attribute = name.partition(":")
