@@ -76,11 +76,6 @@ def add_workers(group: argparse._ActionsContainer, note: str = "") -> None:
     )
 
 
-def choose_workers(options: argparse.Namespace) -> int:
-    """The number of threads that `--workers` gives, or its default."""
-    return count_cores() if options.workers is None else int(options.workers)
-
-
 def add_beam(command: argparse.ArgumentParser, note: str = "as for build") -> None:
     """Document that Beam's flags may be given."""
     command.add_argument_group(

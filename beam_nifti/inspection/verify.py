@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from operator import index
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -113,7 +113,7 @@ def verify_dataset(
     manifest: str | None = None,
     rows: bytes | None = None,
     anonymous_ids: str | None = None,
-    deep: int | str | None = None,
+    deep: SupportsIndex | str | None = None,
     preprocess: str | None = None,
     workers: int = 1,
     on_progress: OnProgress | None = None,
@@ -149,7 +149,7 @@ def verify_dataset(
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
     deep = _number_of(deep)
-    if preprocess is not None and deep is None:
+    if preprocess is not None and not deep:
         raise UsageError("--preprocess is for --deep, which makes records again; add --deep, or drop it")
     output = storage.absolute(output)
     info = read_info(output)
@@ -184,7 +184,7 @@ def verify_dataset(
     return verifier.report()
 
 
-def _number_of(deep: int | str | None) -> int | None:
+def _number_of(deep: SupportsIndex | str | None) -> int | None:
     """How many records to make again; None for none."""
     if deep == "all":
         return ALL

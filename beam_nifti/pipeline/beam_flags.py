@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline import local_runner, runners
 from beam_nifti.pipeline.runners import UNUSABLE, Engine
+from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.support.arguments import dashed, refuse_swallowed, suggest_flag, underscored
+from beam_nifti.support.strict_json import dump_json
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -64,24 +65,11 @@ _RUNNERS: Final = {
 """Runners that use the options of a group; those of the other groups are for every cluster."""
 
 
-def explain_unknown(argument: str, known: Iterable[str]) -> str:
-    """Why an argument is none of Beam's.
-
-    Args:
-        argument: that was given.
-        known: flags that have an effect.
-    """
-    flag = argument.partition("=")[0]
-    hint = suggest_flag(dashed(flag), known) or "leave it out"
-    return f"{flag} is no flag of Apache Beam's; {hint}"
-
-
 def choose_engine(
     config: BuildConfig,
     flags: Sequence[str],
     workers: int | None = None,
-    ours: Sequence[str] = (),
-    explain: Callable[[str, Iterable[str]], str] = explain_unknown,
+    watcher: Watcher | None = None,
 ) -> Engine:
     """The engine that Beam's flags ask for.
 
@@ -89,20 +77,18 @@ def choose_engine(
         config: of the build.
         flags: Beam's, written with underscores.
         workers: value of --workers; None where it was not given.
-        ours: flags that the command has besides Beam's.
-        explain: gives, from an argument that is unknown and the flags of Beam's that have an effect, what to
-            tell the user.
+        watcher: of the run; it words the errors.
 
     Raises:
         UsageError: a flag is unknown, malformed, missing, given twice or without effect, or a path is out
             of the workers' reach. Nothing was read.
     """
     known, unknown = parse_beam_flags(flags)
-    refuse_ineffective(flags, unknown, runners.runner_name(known.runner), ours, explain)
+    refuse_ineffective(flags, unknown, runners.runner_name(known.runner), watcher or Watcher())
     return runners.make_engine(config, flags, known, workers)
 
 
-def flags_of(options: PipelineOptions | Mapping[str, Any] | Sequence[str] | None) -> list[str]:
+def flags_of(options: PipelineOptions | Mapping[str, Any] | Sequence[str]) -> list[str]:
     """Beam's options as flags, written with underscores.
 
     Args:
@@ -111,21 +97,19 @@ def flags_of(options: PipelineOptions | Mapping[str, Any] | Sequence[str] | None
     Raises:
         UsageError: it is none of these.
     """
-    if options is None:
-        return []
+    if isinstance(options, list | tuple) and all(isinstance(flag, str) for flag in options):
+        return list(map(underscored, options))
     from apache_beam.options.pipeline_options import PipelineOptions
 
     if isinstance(options, PipelineOptions):
         # Unknown ones are kept: Java's runners behind a job server have more than Beam's Python knows.
         options = options.get_all_options(drop_default=True, retain_unknown_options=True)
-    if isinstance(options, Mapping):
-        return [flag for name, value in options.items() for flag in _flags_of_option(name, value)]
-    if isinstance(options, str) or not all(isinstance(flag, str) for flag in options):
+    if not isinstance(options, Mapping):
         raise UsageError(
             f"pipeline_options is {options!r}; give Beam's PipelineOptions, a dict, or a list of flags, such "
             "as ['--region=europe-west1']"
         )
-    return list(map(underscored, options))
+    return [flag for name, value in options.items() for flag in _flags_of_option(name, value)]
 
 
 def _flags_of_option(name: str, value: Any) -> list[str]:
@@ -138,7 +122,7 @@ def _flags_of_option(name: str, value: Any) -> list[str]:
         off = _FLAG_THAT_SETS_FALSE_VALUE.get(name)
         return [f"--{name}"] if value else [f"--{off}"] if off else []
     if isinstance(value, Mapping):
-        return [f"--{name}={json.dumps(value)}"]
+        return [f"--{name}={dump_json(value)}"]
     values = value if isinstance(value, list | tuple) else [value]
     return [f"--{name}={each}" for each in values]
 
@@ -170,8 +154,7 @@ def refuse_ineffective(
     flags: Sequence[str],
     unknown: Sequence[str],
     runner: str,
-    ours: Sequence[str],
-    explain: Callable[[str, Iterable[str]], str],
+    watcher: Watcher,
 ) -> None:
     """Refuse flags that have no effect on a runner.
 
@@ -179,8 +162,7 @@ def refuse_ineffective(
         flags: Beam's, written with underscores.
         unknown: those of them that Beam's Python SDK does not know.
         runner: Beam's name of it, or "" for the default.
-        ours: as of `choose_engine`.
-        explain: as of `choose_engine`.
+        watcher: words the errors.
 
     Raises:
         UsageError: naming the flag, and what was probably meant.
@@ -196,15 +178,16 @@ def refuse_ineffective(
             "name the runner that it is for with --runner, or leave it out" if is_local else "leave it out"
         )
         raise UsageError(
-            f"{flag} is an Apache Beam flag that has no effect {where}; {_hint(dashed(flag), ours) or remedy}"
+            f"{flag} is an Apache Beam flag that has no effect {where}; "
+            f"{_hint(dashed(flag), watcher.flags) or remedy}"
         )
     may_know_more = runner in _JOB_SERVERS or _is_foreign(runner)
     for before, argument in zip(("", *unknown), unknown, strict=False):
         is_flag = argument.startswith("--")
         is_value = not is_flag and before.startswith("--") and "=" not in before
-        is_misspelled = is_flag and suggest_flag(dashed(argument.partition("=")[0]), [*ours, *known])
+        is_misspelled = is_flag and suggest_flag(dashed(argument.partition("=")[0]), [*watcher.flags, *known])
         if is_misspelled or not (may_know_more and (is_flag or is_value)):
-            raise UsageError(explain(argument, known))
+            raise UsageError(watcher.explain_unknown(argument, known))
 
 
 def _hint(flag: str, ours: Iterable[str]) -> str:

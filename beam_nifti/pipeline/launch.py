@@ -11,16 +11,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from beam_nifti.config import BuildConfig
-from beam_nifti.errors import EngineError, UsageError
+from beam_nifti.errors import BuildSummary, EngineError, UsageError
 from beam_nifti.pipeline.build import open_build, plan_build, plan_check, rows_for_workers, run_build
 from beam_nifti.pipeline.follow import follow_build
+from beam_nifti.pipeline.metrics import Metrics
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.pipeline.progress import no_progress, show_progress
 from beam_nifti.pipeline.runners import Engine, write_template
 from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
 from beam_nifti.support.outcomes import engine_outcome
+from beam_nifti.volume.notes import warnings_of
 
 if TYPE_CHECKING:
     from beam_nifti.pipeline.survey import Survey
@@ -123,8 +126,15 @@ def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> Datase
             with running(engine, Watcher(has_progress=False), 0, "", "the template was not written"):
                 write_template(plan, engine.options)
             return plan.describe()
-        with running(engine, watcher, plan.num_examples, "volume", "the build stopped", plan):
-            run_build(plan, engine.options, watcher.on_end)
+        ended = list[tuple[BuildSummary, Metrics]]()
+        try:
+            with running(engine, watcher, plan.num_examples, "volume", "the build stopped", plan):
+                run_build(plan, engine.options, lambda *end: ended.append(end))
+        finally:
+            for summary, metrics in ended:
+                watcher.on_end(summary, metrics)
+                for warning in warnings_of(metrics.counters):
+                    logs.LOGGER.warning("%s", warning)
         return read_info(plan.config.output)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from beam_nifti.errors import UsageError
+from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, FILE_NAME, is_failures_file
 from beam_nifti.storage import paths as storage
@@ -40,6 +40,25 @@ def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None 
     dataset = dataset_of(path)
     if dataset is not None:
         raise UsageError(f"{flag} is {path}, a file of the dataset in {dataset}; choose another file")
+
+
+def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse, before any work, to write a file that is there, is in use otherwise, or cannot be written.
+
+    Args:
+        path: value of --out.
+        overwrite: whether it may be replaced.
+        inputs: as of `require_apart`.
+
+    Raises:
+        UsageError: as `require_apart`.
+        OutputError: it is there, or cannot be written.
+        OSError: it cannot be written now.
+    """
+    require_apart(path, "--out", inputs)
+    storage.require_writable(storage.absolute(path), "--out")
+    if not overwrite and storage.exists(storage.absolute(path)):
+        raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
 
 
 def refuse_own(manifest: str, output: str) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from beam_nifti.support.arguments import dashed, suggest_flag
 
 if TYPE_CHECKING:
     from beam_nifti.errors import BuildSummary
+    from beam_nifti.pipeline.build import Estimate
     from beam_nifti.pipeline.metrics import Metrics
     from beam_nifti.pipeline.plan import BuildPlan, CheckPlan
     from beam_nifti.pipeline.runners import Engine
+    from beam_nifti.record.dataset_info import DatasetInfo
 
 
 class Watcher:
@@ -20,10 +25,30 @@ class Watcher:
 
     Attributes:
         has_progress: whether to show progress.
+        flags: that the program has besides Beam's, to suggest in the place of one that has no effect.
     """
+
+    flags: Sequence[str] = ()
 
     def __init__(self, *, has_progress: bool = True) -> None:
         self.has_progress = has_progress
+
+    def explain_unknown(self, argument: str, known: Iterable[str]) -> str:
+        """Why an argument is none of Beam's.
+
+        Args:
+            argument: that was given.
+            known: flags of Beam's that have an effect.
+        """
+        flag = argument.partition("=")[0]
+        hint = suggest_flag(dashed(flag), known) or "leave it out"
+        return f"{flag} is no flag of Apache Beam's; {hint}"
+
+    def load_beam(self) -> None:
+        """Beam is about to be imported."""
+
+    def on_dataset(self, info: DatasetInfo) -> None:
+        """The dataset that is to be read."""
 
     def on_engine(self, engine: Engine) -> None:
         """The engine is known; nothing was read or written."""
@@ -31,8 +56,8 @@ class Watcher:
     def on_plan(self, plan: BuildPlan | CheckPlan) -> None:
         """The run is decided; its pipeline starts now."""
 
-    def on_estimate(self, plan: BuildPlan, estimate: Any) -> None:
-        """A dry run has decided this (`build.Estimate`), and ends."""
+    def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
+        """A dry run has decided this, and ends."""
 
     def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
         """A build has ended, published or not."""
