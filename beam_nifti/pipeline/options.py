@@ -7,8 +7,9 @@ import math
 import operator
 import os
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import fields
+from dataclasses import asdict, fields
 from numbers import Integral, Real
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
@@ -30,10 +31,13 @@ from beam_nifti.config import (
     Window,
 )
 from beam_nifti.errors import UsageError
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer, parse_number
 from beam_nifti.support.cores import count_cores
+from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import one_line
-from beam_nifti.volume.user_function import name_of
+from beam_nifti.volume.user_function import name_of, source_sha256
 
 Names: TypeAlias = str | Sequence[str]
 """One column, or several: a list of names, or a text with commas between them."""
@@ -90,6 +94,7 @@ class BuildOptions(TypedDict, total=False):
         recheck: whether to make every record again, and replace the shards that differ. Default: False.
         workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores.
         temp_location: folder or URL of temporary files. Default: in the output.
+        without: options of `like` and of the file of options that are not taken. Default: none.
     """
 
     path_column: Names | None
@@ -124,6 +129,7 @@ class BuildOptions(TypedDict, total=False):
     recheck: bool | None
     workers: str | SupportsIndex | None
     temp_location: Path | None
+    without: Names | None
 
 
 OPTIONS: Final = tuple(BuildOptions.__annotations__)
@@ -135,28 +141,163 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def make_config(manifest: str, output: str, given: Mapping[str, object]) -> BuildConfig:
-    """The build that options ask for.
+def make_config(
+    manifest: str,
+    output: str,
+    given: Mapping[str, object],
+    *,
+    config: str | None = None,
+    like: str | None = None,
+) -> BuildConfig:
+    """The build that options ask for: those that are given, then those of a file, then those of a dataset.
 
     Args:
         manifest: path or URL of the table of images.
         output: folder or URL of the dataset; "" for none.
         given: values by the names of `BuildOptions`; None stands for one that is not given.
+        config: path or URL of a TOML file of further options, by the same names, with - or _; and of `like`.
+        like: folder or URL of a dataset whose content options are taken, too. A user's function and the key
+            of anonymous ids are never taken from it: whoever gives them again has them compared.
 
     Raises:
-        UsageError: there is no such option, or no build can have the value, or not with the others.
+        UsageError: there is no such option, or no build can have the value, or not with the others; or the
+            file of options cannot be read; or the dataset's function or key is not given again, or another.
+        DatasetError: `like` is no complete dataset.
+        OSError: the file, the dataset or a key cannot be read now, but that may pass.
     """
     options = {name: _read(name, value) for name, value in given.items() if value is not None}
+    own = set(options)
+    if config is not None:
+        in_file = _read_file(config)
+        like = in_file.pop("like", None) if like is None else like
+        options = _beneath(options, in_file)
+    if like is not None:
+        options = _beneath(options, _options_like(like, options))
+    if "without" in own and config is None and like is None:
+        raise UsageError("--without leaves out options of --like or --config; give one of them, or drop it")
+    try:
+        return _assemble(manifest, output, options)
+    except UsageError as e:
+        named = [
+            match[1] for match in _FLAG.finditer(str(e)) if match[1].replace("-", "_") in options.keys() - own
+        ]
+        if not named:
+            raise
+        raise UsageError(
+            f"{e} (--{named[0]} is from --like or --config; --without {named[0]} leaves it out)"
+        ) from e
+
+
+def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, and those of a lower precedence that are neither given again nor in the way."""
+    left_out = set(options.get("without", ()))
+    for name, other in _INSTEAD:
+        left_out |= {other} if name in options else set()
+    if options.get("compression") == "none":
+        left_out.add("compression_level")
+    left_out |= {name for name, needed in _NEEDS.items() if needed in left_out}
+    kept = {name: value for name, value in lower.items() if name not in left_out}
+    without = (*options.get("without", ()), *lower.get("without", ()))
+    return {**kept, **options, "without": without}
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """The options of a TOML file."""
+    try:
+        found = tomllib.loads(storage.read(storage.absolute(path)).decode())
+    except OSError as e:
+        if may_pass(e):
+            raise
+        reason = f"cannot be read: {e.strerror or e}"
+        raise UsageError(f"--config is {path}, which {reason}; give a TOML file of options") from e
+    except ValueError as e:
+        raise UsageError(f"--config is {path}, which is no TOML: {e}; repair it") from e
+    options = dict[str, Any]()
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        try:
+            if name in options:
+                raise UsageError(f"{name} is given twice; give it once")
+            options[name] = _read_path("--like", value) if name == "like" else _read(name, value)
+        except UsageError as e:
+            raise UsageError(f"{path}: {e}") from e
+    return options
+
+
+def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content options of a dataset; its function and its key are compared with those that are given.
+
+    Args:
+        path: of the dataset.
+        options: that precede them.
+    """
+    info = read_info(storage.absolute(path))
+    without = options.get("without", ())
+    if "preprocess" not in without:
+        _compare_function(path, info.record_config, options.get("preprocess"))
+    if "anonymous_ids" not in without:
+        _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
+    config = {**asdict(RecordConfig()), **info.config}
+    columns = {**asdict(Columns()), **config["columns"]}
+    drawn = config.get("splitting") or {}
+    found = {
+        **{name: config.get(name) for name in OPTIONS if name != "preprocess"},
+        **{f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")},
+        "missing_label": columns["missing_label"],
+        **config["sharding"],
+        "split": drawn.get("shares"),
+        "split_seed": drawn.get("seed"),
+        "stratify": drawn.get("stratify"),
+    }
+    if config["compression"] == "none":
+        del found["compression_level"]
+    return {name: _read(name, value) for name, value in found.items() if value is not None}
+
+
+def _compare_function(path: str, record: RecordConfig, given: str | None) -> None:
+    """Refuse to go without the function of a dataset, which only the user may name, or with a changed one."""
+    made_with, digest = record.preprocess, record.preprocess_sha256
+    if made_with is None:
+        return
+    if given is None:
+        raise UsageError(
+            f"--like is {path}, which was built with --preprocess {made_with}; a function is never taken "
+            "from a dataset: give it again, or leave it out with --without preprocess"
+        )
+    if given == made_with and (found := source_sha256(given)) != digest:
+        raise UsageError(
+            f"--preprocess {given}: its file has sha256 {found}, and {path}, which --like names, was built "
+            f"with one of {digest}; go back to that file, or drop --like"
+        )
+
+
+def _compare_key(path: str, check: str | None, given: str | None) -> None:
+    """Refuse to go without the key of a dataset's pseudonyms, or with another one."""
+    if check is None:
+        return
+    if given is None:
+        raise UsageError(
+            f"--like is {path}, whose ids are anonymous; its key is not in it: give it with --anonymous-ids, "
+            "or keep the names with --without anonymous-ids"
+        )
+    from beam_nifti.manifest.pseudonyms import read_pseudonyms  # which loads pyarrow
+
+    if read_pseudonyms(storage.absolute(given)).check != check:
+        raise UsageError(f"--anonymous-ids is {given}, not the key that {path} was built with; give that one")
+
+
+def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfig:
     if "compression_level" in options and options.get("compression") == "none":
         raise UsageError("--compression-level has no effect with --compression none; leave one of them out")
-    if options.get("orientation") == "native":
-        del options["orientation"]
+    record = _chosen(options, RecordConfig)
+    if record.get("orientation") == "native":
+        del record["orientation"]
     sizes = _chosen(options, Sharding)
     columns = {f.name: options[f"{f.name}_column"] for f in fields(Columns) if f"{f.name}_column" in options}
     return BuildConfig(
         manifest=manifest,
         output=output,
-        record=RecordConfig(**_chosen(options, RecordConfig)),
+        record=RecordConfig(**record),
         columns=Columns(**columns, **_chosen(options, Columns)),
         sharding=Sharding(**sizes) if sizes else None,
         splitting=_splitting(options),
@@ -194,13 +335,21 @@ def as_parameters(text: str) -> str:
     return _FLAG.sub(parameter, text)
 
 
+_INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
+_NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
+"""Options that mean nothing without another one."""
+
+
 def _read(name: str, value: object) -> Any:
-    reader = _READERS.get(name)
-    if reader is None:
+    _require_known(name)
+    return _READERS[name](flag_of(name), value)
+
+
+def _require_known(name: str) -> None:
+    if name not in _READERS:
         close = difflib.get_close_matches(name, OPTIONS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(OPTIONS)}"
         raise UsageError(f"unknown option {name!r}; {hint}")
-    return reader(flag_of(name), value)
 
 
 def _refuse(flag: str, value: object, wanted: str) -> NoReturn:
@@ -232,6 +381,13 @@ def _read_names(flag: str, value: object) -> str:
     if not names or not all(isinstance(name, str) and name.strip() and "," not in name for name in names):
         _refuse(flag, value, wanted)
     return ",".join(map(str, names))
+
+
+def _read_without(flag: str, value: object) -> tuple[str, ...]:
+    names = _read_names(flag, value).replace("-", "_").split(",")
+    for name in names:
+        _require_known(name)
+    return tuple(names)
 
 
 def _read_switch(flag: str, value: object) -> bool:
@@ -388,6 +544,7 @@ _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "recheck": _read_switch,
     "workers": _read_integer,
     "temp_location": _read_path,
+    "without": _read_without,
 }
 """How the value of each option is read, by a function of its flag and the value."""
 
