@@ -328,8 +328,10 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--preprocess",
+        action="append",
         metavar="MODULE:FUNCTION",
-        help="a function of yours, Volume to Volume, that the workers can import, such as mylab.brains:strip",
+        help="a function of yours, Volume to Volume, that the workers can import, such as mylab.brains:strip "
+        "or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, for several in this order",
     )
     group.add_argument(
         "--orientation",

@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, fields
@@ -29,6 +30,7 @@ from beam_nifti.config import (
     Sharding,
     Splitting,
     Window,
+    spell_steps,
 )
 from beam_nifti.errors import UsageError
 from beam_nifti.record.dataset_info import read_info
@@ -37,15 +39,16 @@ from beam_nifti.support.cells import parse_integer, parse_number
 from beam_nifti.support.cores import count_cores
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import one_line
-from beam_nifti.volume.user_function import name_of, source_sha256
+from beam_nifti.volume.user_function import call_of, name_of, source_sha256
 
 Names: TypeAlias = str | Sequence[str]
 """One column, or several: a list of names, or a text with commas between them."""
 
 Numbers: TypeAlias = str | Sequence[SupportsFloat]
 Path: TypeAlias = str | os.PathLike[str]
-Preprocess: TypeAlias = str | Callable[..., Any]
-"""A function that can be imported, or its name: `package.module:function`."""
+Preprocess: TypeAlias = str | Callable[..., Any] | Mapping[str, Any]
+"""A function that can be imported; a `functools.partial` of one with named arguments; its text, such as
+`package.module:function(threshold=3)`; or {"function": "package.module:function", "threshold": 3}."""
 
 Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
 """A text such as "above:100", or its parts: ("above", 100)."""
@@ -83,7 +86,8 @@ class BuildOptions(TypedDict, total=False):
         frames: of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: they are refused.
         complex: of complex images: "magnitude", "phase" (radians), "real-imag". Default: they are refused.
         allow_mixed_shapes: whether volumes may have other shapes than the first. Default: False.
-        preprocess: function of Volume to Volume, which the workers can import. Default: none.
+        preprocess: function of Volume to Volume, which the workers can import, or several, in order.
+            Default: none.
         orientation: three letters that axes are turned to, such as "RAS". Default: "native".
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
             Default: as it is.
@@ -119,7 +123,7 @@ class BuildOptions(TypedDict, total=False):
     frames: str | SupportsIndex | None
     complex: str | None
     allow_mixed_shapes: bool | None
-    preprocess: Preprocess | None
+    preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
     spacing: Numbers | SupportsFloat | None
     crop_foreground: Rule | None
@@ -234,7 +238,7 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     info = read_info(storage.absolute(path))
     without = options.get("without", ())
     if "preprocess" not in without:
-        _compare_function(path, info.record_config, options.get("preprocess"))
+        _compare_functions(path, info.record_config, options.get("preprocess"))
     if "anonymous_ids" not in without:
         _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
     config = {**asdict(RecordConfig()), **info.config}
@@ -254,21 +258,20 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _read(name, value) for name, value in found.items() if value is not None}
 
 
-def _compare_function(path: str, record: RecordConfig, given: str | None) -> None:
-    """Refuse to go without the function of a dataset, which only the user may name, or with a changed one."""
-    made_with, digest = record.preprocess, record.preprocess_sha256
-    if made_with is None:
-        return
-    if given is None:
+def _compare_functions(path: str, record: RecordConfig, given: str | tuple[str, ...] | None) -> None:
+    """Refuse to go without a dataset's functions, which only the user may name, or with changed ones."""
+    if record.steps and given is None:
+        flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
         raise UsageError(
-            f"--like is {path}, which was built with --preprocess {made_with}; a function is never taken "
-            "from a dataset: give it again, or leave it out with --without preprocess"
+            f"--like is {path}, which was built with {flags}; a function is never taken from a dataset: give "
+            "it again, or leave it out with --without preprocess"
         )
-    if given == made_with and (found := source_sha256(given)) != digest:
-        raise UsageError(
-            f"--preprocess {given}: its file has sha256 {found}, and {path}, which --like names, was built "
-            f"with one of {digest}; go back to that file, or drop --like"
-        )
+    for step, digest in record.steps if given == record.preprocess else ():
+        if (found := source_sha256(step)) != digest:
+            raise UsageError(
+                f"--preprocess {step}: its file has sha256 {found}, and {path}, which --like names, was "
+                f"built with one of {digest}; go back to that file, or drop --like"
+            )
 
 
 def _compare_key(path: str, check: str | None, given: str | None) -> None:
@@ -507,8 +510,29 @@ def _read_split(flag: str, value: object) -> dict[str, float]:
     return shares
 
 
-def _read_preprocess(flag: str, value: object) -> str:
-    return value if isinstance(value, str) else name_of(value)
+def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[str, ...] | None:
+    """The functions of an option `preprocess`, as `RecordConfig.preprocess` has them.
+
+    Args:
+        value: one or several, each as text, a function, a `functools.partial` of one with named arguments, or
+            {"function": text, argument: value, …}; None for none.
+
+    Raises:
+        UsageError: there is something else among them, or a function that cannot be imported by its name, or
+            an argument that is no literal.
+    """
+    several = None if isinstance(value, str | Mapping) or callable(value) else _items(value)
+    return spell_steps([_read_step(step) for step in ([value] if several is None else several)])
+
+
+def _read_step(step: Any) -> str:
+    if not isinstance(step, Mapping):
+        return step if isinstance(step, str) else name_of(step)
+    arguments = dict(step)
+    name = arguments.pop("function", None)
+    if not isinstance(name, str):
+        _refuse("--preprocess", step, 'give the name of a function under "function"')
+    return call_of(name, arguments)
 
 
 _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
@@ -534,7 +558,7 @@ _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "frames": _read_frames,
     "complex": _choice(COMPLEX_PARTS),
     "allow_mixed_shapes": _read_switch,
-    "preprocess": _read_preprocess,
+    "preprocess": lambda _, value: read_steps(value),
     "orientation": _read_text,
     "spacing": _read_spacing,
     "crop_foreground": _rule(SELECTIONS),

@@ -332,7 +332,7 @@ SINGLE = [
     for flag, action in parser._option_string_actions.items()
     if flag.startswith("--") and action.nargs is None and not isinstance(action, argparse._AppendAction)
 ]
-REPEATABLE = {"--session", "--entity", "--column", "--id"}
+REPEATABLE = {"--session", "--entity", "--column", "--id", "--preprocess"}
 
 
 @pytest.mark.parametrize(("command", "flag"), SINGLE)

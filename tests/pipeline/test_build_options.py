@@ -24,7 +24,7 @@ from beam_nifti.volume.user_function import source_sha256
 from tests.datasets import edit_info
 from tests.golden.make_builds import write_inputs
 from tests.images import write_manifest
-from tests.user_functions import change_all_in_place
+from tests.user_functions import change_all_in_place, scale
 
 STEP = "tests.golden.steps:double"
 SPLIT = {"split": "a=1"}
@@ -68,7 +68,17 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     (
         {},
         "--preprocess=tests.user_functions:change_all_in_place",
-        ["tests.user_functions:change_all_in_place", change_all_in_place],
+        ["tests.user_functions:change_all_in_place", change_all_in_place, [change_all_in_place]],
+    ),
+    (
+        {},
+        "--preprocess=tests.user_functions:scale(by=(2, 0.5), name='x')",
+        [
+            functools.partial(scale, by=(np.int8(2), np.float32(0.5)), name=np.str_("x")),
+            functools.partial(functools.partial(scale, name="x"), by=(2, 0.5)),
+            'tests.user_functions:scale( name = "x" , by=(2,.5) )',
+            {"function": "tests.user_functions:scale", "name": "x", "by": (2, 0.5)},
+        ],
     ),
     ({}, "--orientation=RAS", ["RAS"]),
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
@@ -197,11 +207,40 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("preprocess", Steps().method, "is Steps.method of tests.pipeline.test_build_options, which cannot"),
     ("preprocess", script, "is script of __main__, which workers cannot import"),
     ("preprocess", wrapped, "change_all_in_place of tests.user_functions, which cannot be imported by that"),
+    (
+        "preprocess",
+        functools.partial(scale, 3),
+        "is tests.user_functions:scale with arguments (3,) that have",
+    ),
+    (
+        "preprocess",
+        functools.partial(scale, by={1}),
+        "scale: {1} is no literal: give a text, a finite number",
+    ),
+    ("preprocess", functools.partial(scale, by=float("inf")), "scale: inf is no literal"),
+    ("preprocess", functools.partial(lambda volume: volume), "is a lambda of tests.pipeline.test_build_opt"),
+    ("preprocess", [change_all_in_place, nested()], "nested.<locals>.step of tests.pipeline"),
+    ("preprocess", [change_all_in_place, 3], "--preprocess is 3; give a function, or its name"),
+    ("preprocess", {"threshold": 3}, "--preprocess is {'threshold': 3}; give the name of a function under"),
+    (
+        "preprocess",
+        "a:f(1)",
+        "--preprocess is 'a:f(1)'; write it as package.module:function, or with literals",
+    ),
+    ("preprocess", "a:f(x=1, x=2)", "write it as package.module:function"),
+    ("preprocess", "a:f(**{'x': 1})", "write it as package.module:function"),
+    ("preprocess", "a:f(x=__import__('os').getcwd())", "write it as package.module:function"),
+    ("preprocess", "a:f(x=1)(y=2)", "write it as package.module:function"),
+    ("preprocess", "a:f(x=1", "write it as package.module:function"),
+    ("preprocess", "a:f(x={1, 2})", "write it as package.module:function"),
+    ("preprocess", f"a:f(x={'-' * 4000}1)", "write it as package.module:function"),
+    ("preprocess", f"a:f(x={'[' * 2000}{']' * 2000})", "write it as package.module:function"),
+    ("preprocess", f"a:f(x='{'x' * 4096}')", "write it as package.module:function"),
     ("preprocess", 3, "--preprocess is 3; give a function, or its name as package.module:function"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "message"), REFUSED, ids=[m for _, _, m in REFUSED])
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_what_no_build_can_have_is_named_with_what_is_allowed(name: str, value: Any, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         make_config("m.tsv", "out", {name: value})
