@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from beam_nifti.inspection.diff import Difference
     from beam_nifti.inspection.extract import StoredVolume
     from beam_nifti.inspection.verify import Verification
-    from beam_nifti.pipeline.options import BuildOptions
+    from beam_nifti.pipeline.options import BuildOptions, Preprocess
     from beam_nifti.pipeline.runners import Engine
     from beam_nifti.pipeline.survey import Survey
     from beam_nifti.record.dataset_info import DatasetInfo
@@ -80,6 +80,8 @@ def build(
     *,
     runner: str | None = None,
     pipeline_options: BeamOptions = None,
+    like: Path | None = None,
+    config: Path | None = None,
     dry_run: bool = False,
     progress: bool | Watcher = True,
     **options: Unpack[BuildOptions],
@@ -97,6 +99,10 @@ def build(
         runner: of Apache Beam, such as "FlinkRunner". Default: threads of this process.
         pipeline_options: Beam's options of the runner: a `PipelineOptions`, a dict, or a list of flags.
             Those that have no effect on the runner are refused.
+        like: folder or URL of a dataset: the options that decided its content are taken where none are given
+            here. A function for `preprocess` and the key of `anonymous_ids` are never taken from it: give
+            them again, and they are compared.
+        config: path or URL of a TOML file of options, by their names; they precede those of `like`.
         dry_run: whether only to plan; nothing is written.
         progress: whether to show progress: a bar on a terminal and in a notebook, else a line in the log now
             and then.
@@ -118,10 +124,11 @@ def build(
 
     watcher, flags = _watcher(progress), _flags(runner, pipeline_options)
     path, rows = _rows_of(manifest)
-    wanted = _for_rows(make_config(path, os.fspath(output), options), rows)
+    wanted = make_config(path, os.fspath(output), options, config=_text(config), like=_text(like))
+    wanted = _for_rows(wanted, rows)
     if dry_run and not flags:  # sooner, as it needs no Beam
         return run_dry(wanted, rows, watcher)
-    engine = _engine(wanted, flags, _workers(wanted, options), watcher)
+    engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
     return run_dry(engine.config, rows, watcher) if dry_run else run_build_on(engine, rows, watcher)
 
 
@@ -132,6 +139,8 @@ def check(
     out: Path | None = None,
     runner: str | None = None,
     pipeline_options: BeamOptions = None,
+    like: Path | None = None,
+    config: Path | None = None,
     progress: bool | Watcher = True,
     **options: Unpack[BuildOptions],
 ) -> Survey:
@@ -142,6 +151,8 @@ def check(
         out: also write the report to this .json file; required on a cluster, whose workers must reach it.
         runner: as of `build`.
         pipeline_options: as of `build`.
+        like: as of `build`.
+        config: as of `build`.
         progress: as of `build`.
         **options: see `BuildOptions`.
 
@@ -158,9 +169,10 @@ def check(
 
     watcher, flags = _watcher(progress), _flags(runner, pipeline_options)
     path, rows = _rows_of(manifest)
-    report = None if out is None else os.fspath(out)
-    wanted = _for_rows(make_config(path, report or "", options), rows)
-    engine = _engine(wanted, flags, _workers(wanted, options), watcher)
+    report = _text(out)
+    wanted = make_config(path, report or "", options, config=_text(config), like=_text(like))
+    wanted = _for_rows(wanted, rows)
+    engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
     if not engine.is_local and report is None:
         raise UsageError(_NO_OUT.format("check.json"))
     if report is not None:
@@ -179,7 +191,7 @@ def verify(
     *,
     manifest: ManifestTable | None = None,
     deep: SupportsIndex | Literal["all"] = 0,
-    preprocess: str | None = None,
+    preprocess: Preprocess | Sequence[Preprocess] | None = None,
     anonymous_ids: Path | None = None,
     workers: SupportsIndex | None = None,
     progress: bool | Watcher = True,
@@ -191,7 +203,8 @@ def verify(
         manifest: as of `build`: ids, labels, splits, paths and further columns are compared with it.
         deep: records to make again from their images and to compare bit for bit, or "all". Needs
             `manifest`, which names the images that are opened.
-        preprocess: for `deep`, of a dataset that was built with it: the function to run.
+        preprocess: for `deep`, of a dataset that was built with it: as of `build`; what only the dataset
+            names is not run.
         anonymous_ids: file of the key that the dataset was built with; `manifest` needs it.
         workers: threads. Default: all cores.
         progress: as of `build`.
@@ -206,6 +219,7 @@ def verify(
         OSError: a disk or a store failed.
     """
     from beam_nifti.inspection.verify import verify_dataset
+    from beam_nifti.pipeline.options import read_steps
     from beam_nifti.pipeline.progress import METER, no_progress, show_progress
     from beam_nifti.record.dataset_info import read_info
 
@@ -218,9 +232,9 @@ def verify(
             os.fspath(dataset),
             manifest=path,
             rows=rows,
-            anonymous_ids=None if anonymous_ids is None else os.fspath(anonymous_ids),
+            anonymous_ids=_text(anonymous_ids),
             deep=deep,
-            preprocess=preprocess,
+            preprocess=read_steps(preprocess),
             workers=_count_workers(workers),
             on_progress=METER.add,
         )
@@ -334,7 +348,7 @@ def report(
 
     info = read_info(config.output)
     with running(engine, watcher, info.num_examples, "record", "the report stopped"):
-        page = "report.html" if out is None else os.fspath(out)
+        page = _text(out) or "report.html"
         return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
 
 
@@ -386,9 +400,14 @@ def _for_rows(config: BuildConfig, rows: bytes | None) -> BuildConfig:
     return config if rows is None else replace(config, rows="")
 
 
-def _workers(config: BuildConfig, options: BuildOptions) -> int | None:
-    """The number of workers that was asked for."""
-    return None if options.get("workers") is None else config.workers
+def _workers(config: BuildConfig, options: BuildOptions, file: Path | None) -> int | None:
+    """The number of workers that was asked for; None where the engine is to decide."""
+    is_of_file = file is not None and config.workers != _count_workers(None)
+    return config.workers if options.get("workers") is not None or is_of_file else None
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _count_workers(workers: SupportsIndex | None) -> int:

@@ -43,6 +43,8 @@ def build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
             options.manifest,
             options.output,
             pipeline_options=beam_flags,
+            like=options.like,
+            config=options.config,
             dry_run=options.dry_run,
             progress=watcher,
             **_given(options),
@@ -74,6 +76,8 @@ def check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
         options.manifest,
         out=options.out,
         pipeline_options=beam_flags,
+        like=options.like,
+        config=options.config,
         progress=watcher,
         **_given(options),
     )

@@ -130,9 +130,33 @@ def _default_to_none(command: argparse.ArgumentParser) -> None:
 
 
 def _add_content(command: argparse.ArgumentParser) -> None:
+    _add_sources(command)
     _add_columns(command)
     _add_privacy(command)
     _add_splits(command)
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "options from elsewhere", "What the command line gives precedes --config, and that precedes --like."
+    )
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help='TOML file of options by their names, such as rescale = "zscore", spacing = [1, 1, 1] or '
+        'like = "cohort/dataset"; default: none',
+    )
+    group.add_argument(
+        "--like",
+        metavar="DATASET",
+        help="take the options that decided the content of this dataset; --preprocess and --anonymous-ids "
+        "must be given again, and are compared; default: none",
+    )
+    group.add_argument(
+        "--without",
+        metavar="NAME,…",
+        help="options of --config and --like that are not taken, such as clip,spacing; default: none",
+    )
 
 
 def _add_columns(command: argparse.ArgumentParser) -> None:
@@ -304,8 +328,10 @@ def _add_preparation(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--preprocess",
+        action="append",
         metavar="MODULE:FUNCTION",
-        help="a function of yours, Volume to Volume, that the workers can import, such as mylab.brains:strip",
+        help="a function of yours, Volume to Volume, that the workers can import, such as mylab.brains:strip "
+        "or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, for several in this order",
     )
     group.add_argument(
         "--orientation",
@@ -407,4 +433,5 @@ def check_config(options: argparse.Namespace) -> BuildConfig:
 
 
 def _config(options: argparse.Namespace, output: str) -> BuildConfig:
-    return make_config(options.manifest, output, {name: getattr(options, name) for name in OPTIONS})
+    given = {name: getattr(options, name) for name in OPTIONS}
+    return make_config(options.manifest, output, given, config=options.config, like=options.like)

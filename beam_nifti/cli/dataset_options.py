@@ -94,9 +94,10 @@ def _add_verify(commands: Commands) -> None:
     )
     verify.add_argument(
         "--preprocess",
+        action="append",
         metavar="MODULE:FUNCTION",
-        help="for --deep, of a dataset that was built with it: the function to import and run; one that only "
-        "the dataset names is not run",
+        help="for --deep, of a dataset that was built with it: the function to import and run, with its "
+        "arguments; one that only the dataset names is not run; may be repeated, for several",
     )
     add_workers(verify)
     add_quiet(verify)

@@ -352,9 +352,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 
-def _option_text(name: str, value: str | Sequence[float]) -> str:
+def _option_text(name: str, value: str | Sequence[str | float]) -> str:
     """As it is written on the command line."""
-    text = value if isinstance(value, str) else ",".join(f"{n:g}" for n in value)
+    text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
     return f"{name.replace('_', '-')} {text}"
 
 

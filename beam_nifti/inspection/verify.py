@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shlex
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from operator import index
@@ -19,7 +20,7 @@ from typing import Any, Final, Protocol, SupportsIndex
 import numpy as np
 import pyarrow as pa
 
-from beam_nifti.config import Columns, RecordConfig, Splitting
+from beam_nifti.config import Columns, RecordConfig, Splitting, spell_steps
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
@@ -58,7 +59,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
 from beam_nifti.support.memory import keep_buffers
 from beam_nifti.support.wording import counted
-from beam_nifti.volume.user_function import load_function
+from beam_nifti.volume.user_function import load_functions
 
 ALL: Final = 2**63 - 1
 """For `deep`: every record."""
@@ -114,7 +115,7 @@ def verify_dataset(
     rows: bytes | None = None,
     anonymous_ids: str | None = None,
     deep: SupportsIndex | str | None = None,
-    preprocess: str | None = None,
+    preprocess: str | Sequence[str] | None = None,
     workers: int = 1,
     on_progress: OnProgress | None = None,
 ) -> Verification:
@@ -132,8 +133,8 @@ def verify_dataset(
             any; `manifest` and `deep` need both it and the manifest then.
         deep: how many records, spread evenly, to make again from their images and to compare bit for
             bit; ALL or "all" for every one. Needs `manifest`.
-        preprocess: the function that the records were prepared with, `package.module:function`; `deep` needs
-            it where there was one.
+        preprocess: the function that the records were prepared with, `package.module:function`, with its
+            arguments; or all of them, in order. `deep` needs them where there were any.
         workers: threads; each holds one record.
         on_progress: called for every record.
 
@@ -157,7 +158,7 @@ def verify_dataset(
     splitting = Splitting(**drawn) if drawn else None
     spec = RecordSpec.of(info)
     if deep:
-        _require_function(output, spec.config, preprocess)
+        _require_functions(output, spec.config, spell_steps(preprocess))
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
         raise UsageError(
@@ -210,23 +211,25 @@ def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]
     return {columns.label, "split", *(label.name for label in record.labels or ())}
 
 
-def _require_function(output: str, record: RecordConfig, named: str | None) -> None:
-    """Import the function of a dataset's records, which is run only where the user names it.
+def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
+    """Import the functions of a dataset's records, which are run only where the user names them.
 
     Raises:
-        UsageError: another one is named, or none; or its source is another one.
+        UsageError: others are named, or none; or the source of one is another.
     """
-    made_with = record.preprocess
-    if named == made_with:
-        if made_with is not None:
-            load_function(made_with, record.preprocess_sha256)
+    if named == record.preprocess:
+        load_functions(record)
         return
-    if made_with is None:
-        raise UsageError(f"--preprocess is {named}, and {output} was made without a function; leave it out")
-    asked = f"--preprocess is {named}" if named else "--deep runs only a function that you name"
+    given = ", ".join(step for step, _ in RecordConfig(preprocess=named).steps)
+    if not record.steps:
+        raise UsageError(f"--preprocess is {given}, and {output} was made without a function; leave it out")
+    asked = f"--preprocess is {given}" if named else "--deep runs only a function that you name"
+    made_with = ", then ".join(
+        f"{step}, defined in a file of sha256 {digest}" for step, digest in record.steps
+    )
+    flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
     raise UsageError(
-        f"{asked}; {output} was made with {made_with}, defined in a file of sha256 "
-        f"{record.preprocess_sha256}; to import and run that function here, give --preprocess {made_with}"
+        f"{asked}; {output} was made with {made_with}; to import and run that function here, give {flags}"
     )
 
 

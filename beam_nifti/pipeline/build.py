@@ -205,9 +205,8 @@ def _read_manifest(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig
         temp_location=config.temp_location and storage.absolute(config.temp_location),
         anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
     )
-    if config.record.preprocess is not None:
-        digest = source_sha256(config.record.preprocess)
-        config = replace(config, record=replace(config.record, preprocess_sha256=digest))
+    digests = tuple(source_sha256(step) for step, _ in config.record.steps)
+    config = replace(config, record=replace(config.record, preprocess_sha256=digests))
     key = config.anonymous_ids
     if key and config.output and storage.is_within(key, config.output):
         raise UsageError(

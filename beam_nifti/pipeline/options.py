@@ -7,8 +7,10 @@ import math
 import operator
 import os
 import re
+import shlex
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import fields
+from dataclasses import asdict, fields
 from numbers import Integral, Real
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
@@ -28,20 +30,25 @@ from beam_nifti.config import (
     Sharding,
     Splitting,
     Window,
+    spell_steps,
 )
 from beam_nifti.errors import UsageError
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer, parse_number
 from beam_nifti.support.cores import count_cores
+from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import one_line
-from beam_nifti.volume.user_function import name_of
+from beam_nifti.volume.user_function import call_of, name_of, source_sha256
 
 Names: TypeAlias = str | Sequence[str]
 """One column, or several: a list of names, or a text with commas between them."""
 
 Numbers: TypeAlias = str | Sequence[SupportsFloat]
 Path: TypeAlias = str | os.PathLike[str]
-Preprocess: TypeAlias = str | Callable[..., Any]
-"""A function that can be imported, or its name: `package.module:function`."""
+Preprocess: TypeAlias = str | Callable[..., Any] | Mapping[str, Any]
+"""A function that can be imported; a `functools.partial` of one with named arguments; its text, such as
+`package.module:function(threshold=3)`; or {"function": "package.module:function", "threshold": 3}."""
 
 Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
 """A text such as "above:100", or its parts: ("above", 100)."""
@@ -79,7 +86,8 @@ class BuildOptions(TypedDict, total=False):
         frames: of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: they are refused.
         complex: of complex images: "magnitude", "phase" (radians), "real-imag". Default: they are refused.
         allow_mixed_shapes: whether volumes may have other shapes than the first. Default: False.
-        preprocess: function of Volume to Volume, which the workers can import. Default: none.
+        preprocess: function of Volume to Volume, which the workers can import, or several, in order.
+            Default: none.
         orientation: three letters that axes are turned to, such as "RAS". Default: "native".
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
             Default: as it is.
@@ -90,6 +98,7 @@ class BuildOptions(TypedDict, total=False):
         recheck: whether to make every record again, and replace the shards that differ. Default: False.
         workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores.
         temp_location: folder or URL of temporary files. Default: in the output.
+        without: options of `like` and of the file of options that are not taken. Default: none.
     """
 
     path_column: Names | None
@@ -114,7 +123,7 @@ class BuildOptions(TypedDict, total=False):
     frames: str | SupportsIndex | None
     complex: str | None
     allow_mixed_shapes: bool | None
-    preprocess: Preprocess | None
+    preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
     spacing: Numbers | SupportsFloat | None
     crop_foreground: Rule | None
@@ -124,6 +133,7 @@ class BuildOptions(TypedDict, total=False):
     recheck: bool | None
     workers: str | SupportsIndex | None
     temp_location: Path | None
+    without: Names | None
 
 
 OPTIONS: Final = tuple(BuildOptions.__annotations__)
@@ -135,28 +145,162 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def make_config(manifest: str, output: str, given: Mapping[str, object]) -> BuildConfig:
-    """The build that options ask for.
+def make_config(
+    manifest: str,
+    output: str,
+    given: Mapping[str, object],
+    *,
+    config: str | None = None,
+    like: str | None = None,
+) -> BuildConfig:
+    """The build that options ask for: those that are given, then those of a file, then those of a dataset.
 
     Args:
         manifest: path or URL of the table of images.
         output: folder or URL of the dataset; "" for none.
         given: values by the names of `BuildOptions`; None stands for one that is not given.
+        config: path or URL of a TOML file of further options, by the same names, with - or _; and of `like`.
+        like: folder or URL of a dataset whose content options are taken, too. A user's function and the key
+            of anonymous ids are never taken from it: whoever gives them again has them compared.
 
     Raises:
-        UsageError: there is no such option, or no build can have the value, or not with the others.
+        UsageError: there is no such option, or no build can have the value, or not with the others; or the
+            file of options cannot be read; or the dataset's function or key is not given again, or another.
+        DatasetError: `like` is no complete dataset.
+        OSError: the file, the dataset or a key cannot be read now, but that may pass.
     """
     options = {name: _read(name, value) for name, value in given.items() if value is not None}
+    own = set(options)
+    if config is not None:
+        in_file = _read_file(config)
+        like = in_file.pop("like", None) if like is None else like
+        options = _beneath(options, in_file)
+    if like is not None:
+        options = _beneath(options, _options_like(like, options))
+    if "without" in own and config is None and like is None:
+        raise UsageError("--without leaves out options of --like or --config; give one of them, or drop it")
+    try:
+        return _assemble(manifest, output, options)
+    except UsageError as e:
+        named = [
+            match[1] for match in _FLAG.finditer(str(e)) if match[1].replace("-", "_") in options.keys() - own
+        ]
+        if not named:
+            raise
+        raise UsageError(
+            f"{e} (--{named[0]} is from --like or --config; --without {named[0]} leaves it out)"
+        ) from e
+
+
+def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, and those of a lower precedence that are neither given again nor in the way."""
+    left_out = set(options.get("without", ()))
+    for name, other in _INSTEAD:
+        left_out |= {other} if name in options else set()
+    if options.get("compression") == "none":
+        left_out.add("compression_level")
+    left_out |= {name for name, needed in _NEEDS.items() if needed in left_out}
+    kept = {name: value for name, value in lower.items() if name not in left_out}
+    without = (*options.get("without", ()), *lower.get("without", ()))
+    return {**kept, **options, "without": without}
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """The options of a TOML file."""
+    try:
+        found = tomllib.loads(storage.read(storage.absolute(path)).decode())
+    except OSError as e:
+        if may_pass(e):
+            raise
+        reason = f"cannot be read: {e.strerror or e}"
+        raise UsageError(f"--config is {path}, which {reason}; give a TOML file of options") from e
+    except ValueError as e:
+        raise UsageError(f"--config is {path}, which is no TOML: {e}; repair it") from e
+    options = dict[str, Any]()
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        try:
+            if name in options:
+                raise UsageError(f"{name} is given twice; give it once")
+            options[name] = _read_path("--like", value) if name == "like" else _read(name, value)
+        except UsageError as e:
+            raise UsageError(f"{path}: {e}") from e
+    return options
+
+
+def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content options of a dataset; its function and its key are compared with those that are given.
+
+    Args:
+        path: of the dataset.
+        options: that precede them.
+    """
+    info = read_info(storage.absolute(path))
+    without = options.get("without", ())
+    if "preprocess" not in without:
+        _compare_functions(path, info.record_config, options.get("preprocess"))
+    if "anonymous_ids" not in without:
+        _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
+    config = {**asdict(RecordConfig()), **info.config}
+    columns = {**asdict(Columns()), **config["columns"]}
+    drawn = config.get("splitting") or {}
+    found = {
+        **{name: config.get(name) for name in OPTIONS if name != "preprocess"},
+        **{f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")},
+        "missing_label": columns["missing_label"],
+        **config["sharding"],
+        "split": drawn.get("shares"),
+        "split_seed": drawn.get("seed"),
+        "stratify": drawn.get("stratify"),
+    }
+    if config["compression"] == "none":
+        del found["compression_level"]
+    return {name: _read(name, value) for name, value in found.items() if value is not None}
+
+
+def _compare_functions(path: str, record: RecordConfig, given: str | tuple[str, ...] | None) -> None:
+    """Refuse to go without a dataset's functions, which only the user may name, or with changed ones."""
+    if record.steps and given is None:
+        flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
+        raise UsageError(
+            f"--like is {path}, which was built with {flags}; a function is never taken from a dataset: give "
+            "it again, or leave it out with --without preprocess"
+        )
+    for step, digest in record.steps if given == record.preprocess else ():
+        if (found := source_sha256(step)) != digest:
+            raise UsageError(
+                f"--preprocess {step}: its file has sha256 {found}, and {path}, which --like names, was "
+                f"built with one of {digest}; go back to that file, or drop --like"
+            )
+
+
+def _compare_key(path: str, check: str | None, given: str | None) -> None:
+    """Refuse to go without the key of a dataset's pseudonyms, or with another one."""
+    if check is None:
+        return
+    if given is None:
+        raise UsageError(
+            f"--like is {path}, whose ids are anonymous; its key is not in it: give it with --anonymous-ids, "
+            "or keep the names with --without anonymous-ids"
+        )
+    from beam_nifti.manifest.pseudonyms import read_pseudonyms  # which loads pyarrow
+
+    if read_pseudonyms(storage.absolute(given)).check != check:
+        raise UsageError(f"--anonymous-ids is {given}, not the key that {path} was built with; give that one")
+
+
+def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfig:
     if "compression_level" in options and options.get("compression") == "none":
         raise UsageError("--compression-level has no effect with --compression none; leave one of them out")
-    if options.get("orientation") == "native":
-        del options["orientation"]
+    record = _chosen(options, RecordConfig)
+    if record.get("orientation") == "native":
+        del record["orientation"]
     sizes = _chosen(options, Sharding)
     columns = {f.name: options[f"{f.name}_column"] for f in fields(Columns) if f"{f.name}_column" in options}
     return BuildConfig(
         manifest=manifest,
         output=output,
-        record=RecordConfig(**_chosen(options, RecordConfig)),
+        record=RecordConfig(**record),
         columns=Columns(**columns, **_chosen(options, Columns)),
         sharding=Sharding(**sizes) if sizes else None,
         splitting=_splitting(options),
@@ -194,13 +338,21 @@ def as_parameters(text: str) -> str:
     return _FLAG.sub(parameter, text)
 
 
+_INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
+_NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
+"""Options that mean nothing without another one."""
+
+
 def _read(name: str, value: object) -> Any:
-    reader = _READERS.get(name)
-    if reader is None:
+    _require_known(name)
+    return _READERS[name](flag_of(name), value)
+
+
+def _require_known(name: str) -> None:
+    if name not in _READERS:
         close = difflib.get_close_matches(name, OPTIONS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(OPTIONS)}"
         raise UsageError(f"unknown option {name!r}; {hint}")
-    return reader(flag_of(name), value)
 
 
 def _refuse(flag: str, value: object, wanted: str) -> NoReturn:
@@ -232,6 +384,13 @@ def _read_names(flag: str, value: object) -> str:
     if not names or not all(isinstance(name, str) and name.strip() and "," not in name for name in names):
         _refuse(flag, value, wanted)
     return ",".join(map(str, names))
+
+
+def _read_without(flag: str, value: object) -> tuple[str, ...]:
+    names = _read_names(flag, value).replace("-", "_").split(",")
+    for name in names:
+        _require_known(name)
+    return tuple(names)
 
 
 def _read_switch(flag: str, value: object) -> bool:
@@ -351,8 +510,29 @@ def _read_split(flag: str, value: object) -> dict[str, float]:
     return shares
 
 
-def _read_preprocess(flag: str, value: object) -> str:
-    return value if isinstance(value, str) else name_of(value)
+def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[str, ...] | None:
+    """The functions of an option `preprocess`, as `RecordConfig.preprocess` has them.
+
+    Args:
+        value: one or several, each as text, a function, a `functools.partial` of one with named arguments, or
+            {"function": text, argument: value, …}; None for none.
+
+    Raises:
+        UsageError: there is something else among them, or a function that cannot be imported by its name, or
+            an argument that is no literal.
+    """
+    several = None if isinstance(value, str | Mapping) or callable(value) else _items(value)
+    return spell_steps([_read_step(step) for step in ([value] if several is None else several)])
+
+
+def _read_step(step: Any) -> str:
+    if not isinstance(step, Mapping):
+        return step if isinstance(step, str) else name_of(step)
+    arguments = dict(step)
+    name = arguments.pop("function", None)
+    if not isinstance(name, str):
+        _refuse("--preprocess", step, 'give the name of a function under "function"')
+    return call_of(name, arguments)
 
 
 _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
@@ -378,7 +558,7 @@ _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "frames": _read_frames,
     "complex": _choice(COMPLEX_PARTS),
     "allow_mixed_shapes": _read_switch,
-    "preprocess": _read_preprocess,
+    "preprocess": lambda _, value: read_steps(value),
     "orientation": _read_text,
     "spacing": _read_spacing,
     "crop_foreground": _rule(SELECTIONS),
@@ -388,6 +568,7 @@ _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "recheck": _read_switch,
     "workers": _read_integer,
     "temp_location": _read_path,
+    "without": _read_without,
 }
 """How the value of each option is read, by a function of its flag and the value."""
 

@@ -51,7 +51,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.memory import keep_buffers
 from beam_nifti.volume.notes import counter_name
 from beam_nifti.volume.preprocess import prepare_volume
-from beam_nifti.volume.user_function import load_function
+from beam_nifti.volume.user_function import load_functions
 from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
 
 send_whole_elements()
@@ -176,9 +176,8 @@ class Prepare(beam.DoFn):
         self._msec = Metrics.distribution(type(self), "prepare-msec")
 
     def setup(self) -> None:
-        """Find the user's function: without it the build must stop, not lose every volume."""
-        if self._config.preprocess is not None:
-            load_function(self._config.preprocess, self._config.preprocess_sha256)
+        """Find the user's functions: without them the build must stop, not lose every volume."""
+        load_functions(self._config)
 
     def process(self, volume: Volume) -> Iterable[Volume]:
         """Yield the prepared volume."""

@@ -27,6 +27,9 @@ Row = Sequence[str] | str
 """The value of an option, and further options that it is of use with; or the test of its effect."""
 
 BUILD: dict[str, Row] = {
+    "--config": "pipeline/test_build_options.py::test_a_file_has_the_values_of_python",
+    "--like": "pipeline/test_build_options.py::test_the_command_line_precedes_the_file_and_that_the_dataset",
+    "--without": "pipeline/test_build_options.py::test_what_only_comes_with_an_option_goes_with_it",
     "--path-column": ["second"],
     "--mask-column": ["mask"],
     "--label-column": ["age:class"],
@@ -329,7 +332,7 @@ SINGLE = [
     for flag, action in parser._option_string_actions.items()
     if flag.startswith("--") and action.nargs is None and not isinstance(action, argparse._AppendAction)
 ]
-REPEATABLE = {"--session", "--entity", "--column", "--id"}
+REPEATABLE = {"--session", "--entity", "--column", "--id", "--preprocess"}
 
 
 @pytest.mark.parametrize(("command", "flag"), SINGLE)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import functools
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser
 from beam_nifti.cli.build_options import build_config
-from beam_nifti.config import BuildConfig, Percentile, Window
-from beam_nifti.errors import UsageError
+from beam_nifti.config import BuildConfig, Percentile, RecordConfig, Sharding, Splitting, Window
+from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config
-from tests.user_functions import change_all_in_place
+from beam_nifti.volume.user_function import source_sha256
+from tests.datasets import edit_info
+from tests.golden.make_builds import write_inputs
+from tests.images import write_manifest
+from tests.user_functions import change_all_in_place, scale
 
+STEP = "tests.golden.steps:double"
 SPLIT = {"split": "a=1"}
 MASKS = {"mask_column": "seg"}
 
@@ -59,7 +68,17 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     (
         {},
         "--preprocess=tests.user_functions:change_all_in_place",
-        ["tests.user_functions:change_all_in_place", change_all_in_place],
+        ["tests.user_functions:change_all_in_place", change_all_in_place, [change_all_in_place]],
+    ),
+    (
+        {},
+        "--preprocess=tests.user_functions:scale(by=(2, 0.5), name='x')",
+        [
+            functools.partial(scale, by=(np.int8(2), np.float32(0.5)), name=np.str_("x")),
+            functools.partial(functools.partial(scale, name="x"), by=(2, 0.5)),
+            'tests.user_functions:scale( name = "x" , by=(2,.5) )',
+            {"function": "tests.user_functions:scale", "name": "x", "by": (2, 0.5)},
+        ],
     ),
     ({}, "--orientation=RAS", ["RAS"]),
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
@@ -93,7 +112,7 @@ def test_text_and_values_mean_the_same(further: dict[str, Any], flag: str, value
 
 
 def test_every_option_is_tried_here() -> None:
-    assert {flag.partition("=")[0] for _, flag, _ in ALIKE} == set(map(flag_of, OPTIONS))
+    assert {flag.partition("=")[0] for _, flag, _ in ALIKE} == set(map(flag_of, OPTIONS)) - {"--without"}
 
 
 def test_none_is_not_given() -> None:
@@ -188,11 +207,40 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("preprocess", Steps().method, "is Steps.method of tests.pipeline.test_build_options, which cannot"),
     ("preprocess", script, "is script of __main__, which workers cannot import"),
     ("preprocess", wrapped, "change_all_in_place of tests.user_functions, which cannot be imported by that"),
+    (
+        "preprocess",
+        functools.partial(scale, 3),
+        "is tests.user_functions:scale with arguments (3,) that have",
+    ),
+    (
+        "preprocess",
+        functools.partial(scale, by={1}),
+        "scale: {1} is no literal: give a text, a finite number",
+    ),
+    ("preprocess", functools.partial(scale, by=float("inf")), "scale: inf is no literal"),
+    ("preprocess", functools.partial(lambda volume: volume), "is a lambda of tests.pipeline.test_build_opt"),
+    ("preprocess", [change_all_in_place, nested()], "nested.<locals>.step of tests.pipeline"),
+    ("preprocess", [change_all_in_place, 3], "--preprocess is 3; give a function, or its name"),
+    ("preprocess", {"threshold": 3}, "--preprocess is {'threshold': 3}; give the name of a function under"),
+    (
+        "preprocess",
+        "a:f(1)",
+        "--preprocess is 'a:f(1)'; write it as package.module:function, or with literals",
+    ),
+    ("preprocess", "a:f(x=1, x=2)", "write it as package.module:function"),
+    ("preprocess", "a:f(**{'x': 1})", "write it as package.module:function"),
+    ("preprocess", "a:f(x=__import__('os').getcwd())", "write it as package.module:function"),
+    ("preprocess", "a:f(x=1)(y=2)", "write it as package.module:function"),
+    ("preprocess", "a:f(x=1", "write it as package.module:function"),
+    ("preprocess", "a:f(x={1, 2})", "write it as package.module:function"),
+    ("preprocess", f"a:f(x={'-' * 4000}1)", "write it as package.module:function"),
+    ("preprocess", f"a:f(x={'[' * 2000}{']' * 2000})", "write it as package.module:function"),
+    ("preprocess", f"a:f(x='{'x' * 4096}')", "write it as package.module:function"),
     ("preprocess", 3, "--preprocess is 3; give a function, or its name as package.module:function"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "message"), REFUSED, ids=[m for _, _, m in REFUSED])
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_what_no_build_can_have_is_named_with_what_is_allowed(name: str, value: Any, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         make_config("m.tsv", "out", {name: value})
@@ -215,3 +263,190 @@ def test_values_are_compared_with_each_other() -> None:
 )
 def test_errors_of_python_name_parameters(text: str, named: str) -> None:
     assert as_parameters(text).startswith(named)
+
+
+# Options of a file and of a dataset
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort with a key, and datasets of it."""
+    folder = tmp_path_factory.mktemp("study")
+    with write_inputs(folder).open() as file:
+        rows = [
+            {n: c for n, c in row.items() if n not in ("split", "frames")}
+            for row in csv.DictReader(file, delimiter="\t")
+        ]
+    write_manifest(folder / "manifest.tsv", rows)
+    (folder / "other-key").write_bytes(bytes(range(16)))
+    for name, flags in {
+        "rescaled": ["--rescale=percentile:1,99", "--clip", "--rescale-within=nonzero", "--num-shards=2"],
+        "drawn": ["--split=a=0.5,b=0.5", "--split-seed=3", "--stratify=site", "--mask-column=mask"],
+        "stepped": [f"--preprocess={STEP}"],
+        "anonymous": [f"--anonymous-ids={folder / 'key'}", "--mask-column=mask"],
+        "plain": ["--compression-level=1", "--shuffle-seed=4"],
+    }.items():
+        command = ["build", str(folder / "manifest.tsv"), str(folder / name), "--workers=1", "--quiet"]
+        assert cli.main([*command, *flags]) == 0
+    return folder
+
+
+def write_toml(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_line_precedes_the_file_and_that_the_dataset(study: Path, tmp_path: Path) -> None:
+    like = f"--like={study / 'rescaled'}"
+    path = write_toml(tmp_path / "o.toml", "rescale = 'window:0,9'\nvoxel-dtype = 'uint8'")
+    config = f"--config={path}"
+    taken = ["--rescale=percentile:1,99", "--clip", "--rescale-within=nonzero", "--num-shards=2"]
+    assert of_command_line(like) == of_command_line("--path-column=path", "--label-column=label", *taken)
+    minmax = of_command_line(like, "--rescale=minmax").record
+    assert (minmax.rescale, minmax.rescale_within, minmax.clip) == ("minmax", "nonzero", True)
+    without = ["--without=rescale-within"]
+    record = of_command_line(like, config, *without).record
+    assert (record.rescale, record.voxel_dtype, record.clip) == ("window:0,9", "uint8", True)
+    record = of_command_line(
+        like, config, *without, "--rescale=percentile:2,98", "--voxel-dtype=float32"
+    ).record
+    assert (record.rescale, record.voxel_dtype) == ("percentile:2,98", "float32")
+    assert not make_config("m.tsv", "out", {"clip": False}, like=str(study / "rescaled")).record.clip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "spacing = [1, 1.0, 1]\nframes = 2\nclip = true\nrescale = ['window', 0, 9]\n",
+        "spacing = 1\nframes = '2'\nclip = true\nrescale = 'window:0,9'\n",
+    ],
+)
+def test_a_file_has_the_values_of_python(text: str, tmp_path: Path) -> None:
+    flags = ["--spacing=1,1,1", "--frames=2", "--clip", "--rescale=window:0,9"]
+    assert of_command_line(f"--config={write_toml(tmp_path / 'o.toml', text)}") == of_command_line(*flags)
+
+
+def test_a_file_may_name_the_dataset(study: Path, tmp_path: Path) -> None:
+    config = write_toml(tmp_path / "o.toml", f"like = '{study / 'plain'}'\n[split]\na = 1\n")
+    found = make_config("m.tsv", "out", {}, config=config)
+    assert (found.shuffle_seed, found.splitting and found.splitting.shares) == (4, {"a": 1})
+    other = make_config("m.tsv", "out", {}, config=config, like=str(study / "rescaled"))
+    assert (other.shuffle_seed, other.record.clip) == (None, True)
+
+
+def test_what_is_given_takes_the_place_of_what_it_cannot_go_with(study: Path, tmp_path: Path) -> None:
+    sharding = of_command_line(f"--like={study / 'rescaled'}", "--examples-per-shard=3").sharding
+    assert sharding == Sharding(examples_per_shard=3)
+    sharding = of_command_line(f"--like={study / 'plain'}", "--num-shards=3").sharding
+    assert sharding == Sharding(num_shards=3)
+    record = of_command_line(f"--like={study / 'plain'}", "--compression=none").record
+    assert record == of_command_line("--compression=none").record
+    config = write_toml(tmp_path / "o.toml", "num_shards = 7")
+    sharding = make_config("m.tsv", "out", {}, config=config, like=str(study / "plain")).sharding
+    assert sharding == Sharding(num_shards=7)
+
+
+def test_what_only_comes_with_an_option_goes_with_it(study: Path) -> None:
+    like = str(study / "drawn")
+    found = make_config("m.tsv", "out", {"without": ["split", "mask-column"]}, like=like)
+    assert (found.splitting, found.columns.mask, found.record.mask_dtype) == (None, None, None)
+    redrawn = make_config("m.tsv", "out", {"split": {"c": 1}}, like=like).splitting
+    assert redrawn == Splitting({"c": 1}, 3, "site")
+
+
+def test_a_conflict_names_where_an_option_is_from(study: Path) -> None:
+    with pytest.raises(UsageError) as e:
+        of_command_line(f"--like={study / 'rescaled'}", "--rescale=zscore")
+    assert str(e.value) == (
+        "--clip cannot be used with --rescale zscore, only with percentile, window, or minmax with "
+        "--rescale-within; drop it (--clip is from --like or --config; --without clip leaves it out)"
+    )
+    assert of_command_line(f"--like={study / 'rescaled'}", "--rescale=zscore", "--without=clip")
+    with pytest.raises(UsageError, match=r"--workers is 0; it must be at least 1$"):
+        of_command_line(f"--like={study / 'rescaled'}", "--workers=0")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rescal = 'zscore'", "{}: unknown option 'rescal'; did you mean rescale?"),
+        ("num-shards = 1\nnum_shards = 1", "{}: num_shards is given twice; give it once"),
+        ("workers = true", "{}: --workers is True; give a whole number"),
+        ("frames = 1979-05-27", "{}: --frames is datetime.date(1979, 5, 27); choose one of"),
+        ("like = 3", "{}: --like is 3; give a path"),
+        ("rescale = ", "--config is {}, which is no TOML: Invalid value (at end of document); repair it"),
+        ("rescale = '\udcff'", "--config is {}, which is no TOML: 'utf-8' codec can't decode"),
+        (None, "--config is {}, which cannot be read: No such file or directory; give a TOML file"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "o.toml"
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UsageError, match=re.escape(message.format(path))):
+        make_config("m.tsv", "out", {}, config=str(path))
+
+
+def test_relative_paths_of_a_file_start_where_the_command_does(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study)
+    config = write_toml(tmp_path / "o.toml", "like = 'anonymous'\nanonymous_ids = 'key'")
+    assert make_config("m.tsv", "out", {}, config=config).anonymous_ids == "key"
+
+
+def test_a_function_is_given_again_or_left_out(study: Path, tmp_path: Path) -> None:
+    like = f"--like={study / 'stepped'}"
+    for flags in ([], [f"--config={write_toml(tmp_path / 'o.toml', '')}"]):
+        with pytest.raises(UsageError, match=f"stepped, which was built with --preprocess {STEP}; .*give it"):
+            of_command_line(like, *flags)
+    step = f"--preprocess={STEP}"
+    assert of_command_line(like, step).record == RecordConfig(preprocess=STEP)
+    in_file = write_toml(tmp_path / "o.toml", f"preprocess = '{STEP}'")
+    assert of_command_line(like, f"--config={in_file}") == of_command_line(like, step)
+    assert of_command_line(like, "--without=preprocess").record == of_command_line().record
+    other = "tests.user_functions:change_all_in_place"
+    assert of_command_line(like, f"--preprocess={other}").record == RecordConfig(preprocess=other)
+
+
+def test_another_version_of_a_function_is_refused(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study / "stepped", tmp_path / "out")
+    edit_info(tmp_path / "out", lambda i: i["config"].update(preprocess_sha256="0" * 64))
+    digest = source_sha256(STEP)
+    with pytest.raises(
+        UsageError, match=f"{STEP}: its file has sha256 {digest}, and .*/out, .* of {'0' * 64};"
+    ):
+        make_config("m.tsv", "out", {"preprocess": STEP}, like=str(tmp_path / "out"))
+
+
+def test_a_function_that_only_the_dataset_names_is_not_imported(study: Path, tmp_path: Path) -> None:
+    shutil.copytree(study / "stepped", tmp_path / "out")
+    edit_info(tmp_path / "out", lambda i: i["config"].update(preprocess="tests.never_imported:f"))
+    for given in ({}, {"preprocess": STEP}):
+        with contextlib.suppress(UsageError):
+            make_config("m.tsv", "out", given, like=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="cannot be imported"):
+        make_config("m.tsv", "out", {"preprocess": "tests.never_imported:f"}, like=str(tmp_path / "out"))
+
+
+def test_the_key_of_pseudonyms_is_given_again(study: Path) -> None:
+    like = str(study / "anonymous")
+    with pytest.raises(UsageError, match=r"whose ids are anonymous; .* give it with --anonymous-ids"):
+        make_config("m.tsv", "out", {}, like=like)
+    key = study / "key"
+    assert make_config("m.tsv", "out", {"anonymous_ids": key}, like=like).anonymous_ids == str(key)
+    with pytest.raises(UsageError, match=r"other-key, not the key that .*/anonymous was built with"):
+        make_config("m.tsv", "out", {"anonymous_ids": study / "other-key"}, like=like)
+    assert make_config("m.tsv", "out", {"without": "anonymous-ids"}, like=like).anonymous_ids is None
+
+
+def test_without_leaves_out_something_that_there_is() -> None:
+    with pytest.raises(UsageError, match=r"^--without leaves out options of --like or --config"):
+        make_config("m.tsv", "out", {"without": "clip"})
+    with pytest.raises(UsageError, match=r"unknown option 'clipp'; did you mean clip\?"):
+        make_config("m.tsv", "out", {"without": ["clipp"]})
+
+
+def test_like_needs_a_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no complete dataset here"):
+        make_config("m.tsv", "out", {}, like=str(tmp_path))

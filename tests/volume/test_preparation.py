@@ -345,6 +345,62 @@ def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModu
     run("verify", output)
 
 
+def test_functions_are_called_in_order_with_their_arguments(
+    run: Run, cohort: Path, tmp_path: Path, make_module: MakeModule
+) -> None:
+    module = make_module(
+        """
+        import dataclasses
+
+        def add(volume, number):
+            return dataclasses.replace(volume, voxels=(volume.voxels + number).astype("float32"))
+
+        def times(volume, factors):
+            while factors:  # which the next volume finds as they were
+                volume = dataclasses.replace(volume, voxels=(volume.voxels * factors.pop()).astype("float32"))
+            return volume
+        """
+    )
+    steps = [f"--preprocess={module}:add(number=3)", f"--preprocess={module}:times(factors=[4, 0.5])"]
+    output = tmp_path / "out"
+    run("build", cohort, output, *steps, "--rescale=none")
+    config = info_of(output).config
+    assert config["preprocess"] == [step.removeprefix("--preprocess=") for step in steps]
+    assert config["preprocess_sha256"] == [source_sha256(f"{module}:times")] * 2
+    for cells in index_of(output):
+        voxels = np.asanyarray(nib.load(cohort.parent / cells["source"]).dataobj)
+        assert (cells["min"], cells["max"]) == ((voxels.min() + 3) * 2, (voxels.max() + 3) * 2)
+    assert f"prepared with preprocess {module}:add(number=3),{module}:times" in run("inspect", output)
+    deep = ("verify", output, "--deep=all", "--manifest", cohort)
+    assert "made again" in run(*deep, *steps)
+    told = run(*deep, *steps[::-1], code=cli.USAGE)
+    quoted = [f"--preprocess '{step}'" for step in config["preprocess"]]
+    assert told.strip().endswith(f"to import and run that function here, give {' '.join(quoted)}")
+    run("build", cohort, output, *steps, "--rescale=none")
+    told = run("build", cohort, output, steps[0], "--rescale=none", code=cli.USAGE)
+    assert f"--preprocess was {','.join(config['preprocess'])}, now {module}:add(number=3)" in told
+
+
+def test_steps_and_their_arguments_have_fingerprints_of_their_own() -> None:
+    one = RecordConfig(preprocess="a:f")
+    assert one == RecordConfig(preprocess=["a:f"]) == RecordConfig(preprocess="a:f()")
+    assert RecordConfig(preprocess=()) == RecordConfig()
+    spelled = RecordConfig(preprocess="a:f( y='1',x = 2 )")
+    assert spelled.preprocess == "a:f(x=2, y='1')"
+    given = ["a:f", "a:f(x=1)", "a:f(x=1.0)", "a:f(x=True)", "a:f(x='1')", ["a:f", "a:g"], ["a:g", "a:f"]]
+    configs = [RecordConfig(preprocess=steps) for steps in given]
+    configs += [RecordConfig(preprocess=["a:f", "a:g"], preprocess_sha256=list(d)) for d in ("ab", "ba")]
+    assert len({config.fingerprint for config in configs}) == len(configs)
+    with pytest.raises(UsageError, match="--preprocess has 2 functions, and 1 files"):
+        RecordConfig(preprocess=["a:f", "a:g"], preprocess_sha256="a")
+
+
+def test_an_argument_that_a_function_does_not_have(make_module: MakeModule) -> None:
+    module = make_module("def f(volume, x): return volume\n")
+    with pytest.raises(UsageError, match=r"f\(y=1\): missing a required argument: 'x'; give arguments that"):
+        source_sha256(f"{module}:f(y=1)")
+
+
 def test_a_function_that_cannot_be_imported_leaves_no_trace(run: Run, cohort: Path, tmp_path: Path) -> None:
     told = run("build", cohort, tmp_path / "out", "--preprocess=nowhere:f", code=cli.USAGE)
     assert "--preprocess nowhere:f: cannot be imported: ModuleNotFoundError" in told
