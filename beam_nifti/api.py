@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex,
 
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.support import logs
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -52,16 +53,21 @@ _KEY: Final = "the key of --anonymous-ids"
 _NO_OUT: Final = "--out is missing; give a path that the workers can write to, such as gs://my-bucket/{}"
 
 
-def _naming_parameters(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let the errors of a function name its parameters, unless the command line calls it."""
+def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Fit a function for Python, unless the command line calls it.
+
+    Errors name its parameters, and logging stays as the host has it.
+    """
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        try:
+        if isinstance(kwargs.get("progress"), Watcher):
             return function(*args, **kwargs)
+        try:
+            with logs.unconfigured():
+                return function(*args, **kwargs)
         except BeamNiftiError as e:
-            if not isinstance(kwargs.get("progress"), Watcher):
-                e.reword(_as_parameters)
+            e.reword(_as_parameters)
             raise
 
     return call
@@ -73,7 +79,7 @@ def _as_parameters(text: str) -> str:
     return _FLAGS.sub(r"\1", as_parameters(text))
 
 
-@_naming_parameters
+@_in_python
 def build(
     manifest: ManifestTable,
     output: Path,
@@ -122,7 +128,8 @@ def build(
     from beam_nifti.pipeline.launch import run_build_on, run_dry
     from beam_nifti.pipeline.options import make_config
 
-    watcher, flags = _watcher(progress), _flags(runner, pipeline_options)
+    watcher = _watcher(progress)
+    flags = _flags(runner, pipeline_options, watcher)
     path, rows = _rows_of(manifest)
     wanted = make_config(path, os.fspath(output), options, config=_text(config), like=_text(like))
     wanted = _for_rows(wanted, rows)
@@ -132,7 +139,7 @@ def build(
     return run_dry(engine.config, rows, watcher) if dry_run else run_build_on(engine, rows, watcher)
 
 
-@_naming_parameters
+@_in_python
 def check(
     manifest: ManifestTable,
     *,
@@ -167,7 +174,8 @@ def check(
     """
     from beam_nifti.pipeline.options import make_config
 
-    watcher, flags = _watcher(progress), _flags(runner, pipeline_options)
+    watcher = _watcher(progress)
+    flags = _flags(runner, pipeline_options, watcher)
     path, rows = _rows_of(manifest)
     report = _text(out)
     wanted = make_config(path, report or "", options, config=_text(config), like=_text(like))
@@ -185,7 +193,7 @@ def check(
     return run_check_on(engine, rows, report, watcher)
 
 
-@_naming_parameters
+@_in_python
 def verify(
     dataset: Path,
     *,
@@ -234,13 +242,13 @@ def verify(
             rows=rows,
             anonymous_ids=_text(anonymous_ids),
             deep=deep,
-            preprocess=read_steps(preprocess),
+            preprocess=None if preprocess is None else read_steps(preprocess),
             workers=_count_workers(workers),
             on_progress=METER.add,
         )
 
 
-@_naming_parameters
+@_in_python
 def inspect(dataset: Path, record: str | None = None) -> Description:
     """Describe a dataset, or one of its records, by dataset_info.json and the indexes.
 
@@ -257,7 +265,7 @@ def inspect(dataset: Path, record: str | None = None) -> Description:
     return Description(describe_dataset(path) if record is None else describe_record(path, record))
 
 
-@_naming_parameters
+@_in_python
 def diff(before: Path, after: Path) -> Difference:
     """Compare two datasets by dataset_info.json and the indexes.
 
@@ -276,7 +284,7 @@ def diff(before: Path, after: Path) -> Difference:
     return compare_datasets(os.fspath(before), os.fspath(after))
 
 
-@_naming_parameters
+@_in_python
 def extract(dataset: Path, example_id: str) -> StoredVolume:
     """Read the volume of one record, in the image's units.
 
@@ -295,7 +303,7 @@ def extract(dataset: Path, example_id: str) -> StoredVolume:
     return read_volume(os.fspath(dataset), example_id)
 
 
-@_naming_parameters
+@_in_python
 def report(
     dataset: Path,
     out: Path | None = None,
@@ -332,7 +340,8 @@ def report(
     from beam_nifti.record.dataset_info import read_info
 
     require_modules("jinja2", "matplotlib", "PIL")
-    watcher, flags = _watcher(progress), _flags(runner, pipeline_options)
+    watcher = _watcher(progress)
+    flags = _flags(runner, pipeline_options, watcher)
     if (num_pictures := index(pictures)) < 0:
         raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
     # As engines know it: without a manifest, and with an output that workers must reach.
@@ -367,11 +376,13 @@ def _watcher(progress: bool | Watcher) -> Watcher:
     return progress if isinstance(progress, Watcher) else Watcher(has_progress=bool(progress))
 
 
-def _flags(runner: str | None, options: BeamOptions) -> list[str]:
+def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[str]:
     """Beam's flags, with underscores."""
     flags = [] if runner is None else [f"--runner={runner}"]
     if options is None or options == []:
         return flags  # without loading Beam
+    if not isinstance(options, list):
+        watcher.load_beam()
     from beam_nifti.pipeline.beam_flags import flags_of
 
     return [*flags, *flags_of(options)]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BuildSummary, EngineError, UsageError
@@ -28,30 +27,18 @@ from beam_nifti.volume.notes import warnings_of
 if TYPE_CHECKING:
     from beam_nifti.pipeline.survey import Survey
 
-_BEAM_LOGGER: Final = logging.getLogger("apache_beam")
 
-
-class _Silence:
-    """Keeps a logger quiet while at least one thread asks for it."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger, self._lock, self._count, self._level = logger, threading.Lock(), 0, logging.NOTSET
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._count == 0:
-                self._level = self._logger.level
-                self._logger.setLevel(logging.CRITICAL)
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._count -= 1
-            if self._count == 0:
-                self._logger.setLevel(self._level)
-
-
-_SILENCE: Final = _Silence(_BEAM_LOGGER)
+@logs.shared
+@contextlib.contextmanager
+def _quiet_beam() -> Iterator[None]:
+    """Keep out of the log what a local runner says of a failure, which the error says."""
+    logger = logging.getLogger("apache_beam")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -81,7 +68,7 @@ def running(
             stack.enter_context(progress)
             stack.enter_context(watcher.around(engine))
             if engine.is_local:
-                stack.enter_context(_SILENCE)
+                stack.enter_context(_quiet_beam())
             yield
     except Exception as e:
         outcome = engine_outcome(e)

@@ -118,6 +118,16 @@ def make_engine(
     )
 
 
+def load_beam() -> None:
+    """Load Beam and the steps, without a word of what optional packages are absent."""
+    root, words = logging.getLogger(), logging.Filter("beam_nifti")
+    root.addFilter(words)
+    try:
+        from beam_nifti.pipeline import transforms  # noqa: F401
+    finally:
+        root.removeFilter(words)
+
+
 def import_beam() -> None:
     """Load Beam and the steps, with settings that suit a process that does nothing else."""
     # numpy's linear algebra is not used: its threads would only start, spin and take memory.

@@ -45,7 +45,10 @@ class Watcher:
         return f"{flag} is no flag of Apache Beam's; {hint}"
 
     def load_beam(self) -> None:
-        """Beam is about to be imported."""
+        """Load Beam."""
+        from beam_nifti.pipeline.runners import load_beam
+
+        load_beam()
 
     def on_dataset(self, info: DatasetInfo) -> None:
         """The dataset that is to be read."""

@@ -30,6 +30,7 @@ from beam_nifti.record.sharding import ShardName
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys, require_type
 from beam_nifti.support.strict_json import dump_json, load_json
+from beam_nifti.support.wording import size_text
 
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
@@ -158,7 +159,7 @@ class SplitInfo:
         return sum(s.num_bytes for s in self.shards)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DatasetInfo:
     """A complete dataset.
 
@@ -198,6 +199,12 @@ class DatasetInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
+
+    def __repr__(self) -> str:
+        """On one line."""
+        splits = ", ".join(f"{name} {split.num_examples:,}" for name, split in self.splits.items())
+        shape = "mixed shapes" if self.shape is None else size_text(self.shape)
+        return f"<DatasetInfo: {splits or 'not built'}; {shape} {self.dtype}, revision {self.revision}>"
 
     @property
     def num_frames(self) -> int | None:
