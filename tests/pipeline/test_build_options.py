@@ -87,6 +87,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--orientation=RAS", ["RAS"]),
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
+    ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
     ({}, "--shape=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--max-bad-fraction=0.25", [0.25, ".25", np.float16(0.25)]),
     ({}, "--overwrite", [True]),
@@ -409,6 +410,9 @@ def test_a_function_is_given_again_or_left_out(study: Path, tmp_path: Path) -> N
     in_file = write_toml(tmp_path / "o.toml", f"preprocess = '{STEP}'")
     assert of_command_line(like, f"--config={in_file}") == of_command_line(like, step)
     assert of_command_line(like, "--without=preprocess").record == of_command_line().record
+    assert (
+        make_config("m.tsv", "out", {"preprocess": []}, like=str(study / "stepped")).record == RecordConfig()
+    )
     other = "tests.user_functions:change_all_in_place"
     assert of_command_line(like, f"--preprocess={other}").record == RecordConfig(preprocess=other)
 
@@ -417,10 +421,14 @@ def test_another_version_of_a_function_is_refused(study: Path, tmp_path: Path) -
     shutil.copytree(study / "stepped", tmp_path / "out")
     edit_info(tmp_path / "out", lambda i: i["config"].update(preprocess_sha256="0" * 64))
     digest = source_sha256(STEP)
+    own = "tests.user_functions:scale"
+    assert (
+        make_config("m.tsv", "out", {"preprocess": own}, like=str(tmp_path / "out")).record.preprocess == own
+    )
     with pytest.raises(
         UsageError, match=f"{STEP}: its file has sha256 {digest}, and .*/out, .* of {'0' * 64};"
     ):
-        make_config("m.tsv", "out", {"preprocess": STEP}, like=str(tmp_path / "out"))
+        make_config("m.tsv", "out", {"preprocess": [own, STEP]}, like=str(tmp_path / "out"))
 
 
 def test_a_function_that_only_the_dataset_names_is_not_imported(study: Path, tmp_path: Path) -> None:
