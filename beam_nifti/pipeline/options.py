@@ -35,7 +35,7 @@ from beam_nifti.config import (
 from beam_nifti.errors import UsageError
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.cells import parse_integer, parse_number
+from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.cores import count_cores
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import one_line
@@ -45,7 +45,7 @@ Names: TypeAlias = str | Sequence[str]
 """One column, or several: a list of names, or a text with commas between them."""
 
 Numbers: TypeAlias = str | Sequence[SupportsFloat]
-Path: TypeAlias = str | os.PathLike[str]
+StrPath: TypeAlias = str | os.PathLike[str]
 Preprocess: TypeAlias = str | Callable[..., Any] | Mapping[str, Any]
 """A function that can be imported; a `functools.partial` of one with named arguments; its text, such as
 `package.module:function(threshold=3)`; or {"function": "package.module:function", "threshold": 3}."""
@@ -106,7 +106,7 @@ class BuildOptions(TypedDict, total=False):
     label_column: Names | None
     missing_label: str | None
     id_column: str | None
-    anonymous_ids: Path | None
+    anonymous_ids: StrPath | None
     split: str | Mapping[str, SupportsFloat] | None
     stratify: str | None
     split_seed: str | SupportsIndex | None
@@ -132,7 +132,7 @@ class BuildOptions(TypedDict, total=False):
     overwrite: bool | None
     recheck: bool | None
     workers: str | SupportsIndex | None
-    temp_location: Path | None
+    temp_location: StrPath | None
     without: Names | None
 
 
@@ -182,13 +182,12 @@ def make_config(
     try:
         return _assemble(manifest, output, options)
     except UsageError as e:
-        named = [
-            match[1] for match in _FLAG.finditer(str(e)) if match[1].replace("-", "_") in options.keys() - own
-        ]
-        if not named:
+        inherited = set(map(flag_of, options.keys() - own))
+        flag = next((match[0] for match in _FLAG.finditer(str(e)) if match[0] in inherited), None)
+        if flag is None:
             raise
         raise UsageError(
-            f"{e} (--{named[0]} is from --like or --config; --without {named[0]} leaves it out)"
+            f"{e} ({flag} is from --like or --config; --without {flag[2:]} leaves it out)"
         ) from e
 
 
@@ -237,8 +236,14 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     info = read_info(storage.absolute(path))
     without = options.get("without", ())
-    if "preprocess" not in without:
-        _compare_functions(path, info.record_config, options.get("preprocess"))
+    if "preprocess" in options:
+        _compare_functions(path, info.record_config, RecordConfig(preprocess=options["preprocess"]))
+    elif info.record_config.steps and "preprocess" not in without:
+        flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in info.record_config.steps)
+        raise UsageError(
+            f"--like is {path}, which was built with {flags}; a function is never taken from a dataset: give "
+            "it again, or leave it out with --without preprocess"
+        )
     if "anonymous_ids" not in without:
         _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
     config = {**asdict(RecordConfig()), **info.config}
@@ -255,22 +260,19 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     }
     if config["compression"] == "none":
         del found["compression_level"]
-    return {name: _read(name, value) for name, value in found.items() if value is not None}
+    return {
+        name: _read(name, value) for name, value in found.items() if value is not None and value is not False
+    }
 
 
-def _compare_functions(path: str, record: RecordConfig, given: str | tuple[str, ...] | None) -> None:
-    """Refuse to go without a dataset's functions, which only the user may name, or with changed ones."""
-    if record.steps and given is None:
-        flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
-        raise UsageError(
-            f"--like is {path}, which was built with {flags}; a function is never taken from a dataset: give "
-            "it again, or leave it out with --without preprocess"
-        )
-    for step, digest in record.steps if given == record.preprocess else ():
-        if (found := source_sha256(step)) != digest:
+def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
+    """Refuse functions of a dataset that are given again and whose files have changed."""
+    digests = dict(record.steps)
+    for step, _ in given.steps:
+        if step in digests and (found := source_sha256(step)) != digests[step]:
             raise UsageError(
                 f"--preprocess {step}: its file has sha256 {found}, and {path}, which --like names, was "
-                f"built with one of {digest}; go back to that file, or drop --like"
+                f"built with one of {digests[step]}; go back to that file, or drop --like"
             )
 
 
@@ -387,7 +389,7 @@ def _read_names(flag: str, value: object) -> str:
 
 
 def _read_without(flag: str, value: object) -> tuple[str, ...]:
-    names = _read_names(flag, value).replace("-", "_").split(",")
+    names = [name.strip().replace("-", "_") for name in _read_names(flag, value).split(",")]
     for name in names:
         _require_known(name)
     return tuple(names)
@@ -428,7 +430,7 @@ def _number(value: object) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError
     try:
-        number = float(value)
+        number = as_float(value)
     except OverflowError:
         raise ValueError from None
     if math.isnan(number):
@@ -489,7 +491,7 @@ def _rule(forms: Sequence[str]) -> Callable[[str, object], str]:
 
 def _read_frames(flag: str, value: object) -> str:
     wanted = f"choose one of: {', '.join(FRAMES)} (from 0)"
-    return value if isinstance(value, str) else str(_read_integer(flag, value, wanted))
+    return str(value if isinstance(value, str) else _read_integer(flag, value, wanted))
 
 
 def _read_split(flag: str, value: object) -> dict[str, float]:

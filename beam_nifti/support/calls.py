@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Final
 
+from beam_nifti.support.cells import as_float
+
 _MOST: Final = 4096
 """Characters of a call: Python's parser has no limit of its own that spares memory and stack."""
 
@@ -61,7 +63,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, Integral):
         return repr(int(value))
     if isinstance(value, Real) and math.isfinite(value):
-        return repr(float(value))
+        return repr(as_float(value))
     if isinstance(value, tuple):
         return f"({', '.join(map(_literal, value))}{',' if len(value) == 1 else ''})"
     if isinstance(value, list):

@@ -122,7 +122,7 @@ def test_other_flags_go_to_beam_with_underscores() -> None:
     [
         (["build", "m.csv"], "OUTPUT"),
         (["build", "m.csv", "out", "--rescale", "quantile"], "minmax"),
-        (["build", "m.csv", "out", "--examples-per-shard", "3", "--num-shards", "2"], "not allowed with"),
+        (["build", "m.csv", "out", "--examples-per-shard", "3", "--num-shards", "2"], "not both"),
         (["build", "m.csv", "out", "--examples-per-shard", "0"], "at least 1"),
         (["build", "m.csv", "out", "--num-shards", "-1"], "at least 1"),
         (["build", "m.csv", "out", "--compression-level", "9"], "0, 1, 2, 3"),

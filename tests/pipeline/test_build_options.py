@@ -7,12 +7,15 @@ import csv
 import functools
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser
@@ -21,7 +24,8 @@ from beam_nifti.config import BuildConfig, Percentile, RecordConfig, Sharding, S
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config
 from beam_nifti.volume.user_function import source_sha256
-from tests.datasets import edit_info
+from tests.build_helpers import contents
+from tests.datasets import edit_info, info_of
 from tests.golden.make_builds import write_inputs
 from tests.images import write_manifest
 from tests.user_functions import change_all_in_place, scale
@@ -83,6 +87,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--orientation=RAS", ["RAS"]),
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
+    ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
     ({}, "--shape=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--max-bad-fraction=0.25", [0.25, ".25", np.float16(0.25)]),
     ({}, "--overwrite", [True]),
@@ -405,6 +410,9 @@ def test_a_function_is_given_again_or_left_out(study: Path, tmp_path: Path) -> N
     in_file = write_toml(tmp_path / "o.toml", f"preprocess = '{STEP}'")
     assert of_command_line(like, f"--config={in_file}") == of_command_line(like, step)
     assert of_command_line(like, "--without=preprocess").record == of_command_line().record
+    assert (
+        make_config("m.tsv", "out", {"preprocess": []}, like=str(study / "stepped")).record == RecordConfig()
+    )
     other = "tests.user_functions:change_all_in_place"
     assert of_command_line(like, f"--preprocess={other}").record == RecordConfig(preprocess=other)
 
@@ -413,18 +421,24 @@ def test_another_version_of_a_function_is_refused(study: Path, tmp_path: Path) -
     shutil.copytree(study / "stepped", tmp_path / "out")
     edit_info(tmp_path / "out", lambda i: i["config"].update(preprocess_sha256="0" * 64))
     digest = source_sha256(STEP)
+    own = "tests.user_functions:scale"
+    assert (
+        make_config("m.tsv", "out", {"preprocess": own}, like=str(tmp_path / "out")).record.preprocess == own
+    )
     with pytest.raises(
         UsageError, match=f"{STEP}: its file has sha256 {digest}, and .*/out, .* of {'0' * 64};"
     ):
-        make_config("m.tsv", "out", {"preprocess": STEP}, like=str(tmp_path / "out"))
+        make_config("m.tsv", "out", {"preprocess": [own, STEP]}, like=str(tmp_path / "out"))
 
 
 def test_a_function_that_only_the_dataset_names_is_not_imported(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study / "stepped", tmp_path / "out")
     edit_info(tmp_path / "out", lambda i: i["config"].update(preprocess="tests.never_imported:f"))
-    for given in ({}, {"preprocess": STEP}):
-        with contextlib.suppress(UsageError):
-            make_config("m.tsv", "out", given, like=str(tmp_path / "out"))
+    with pytest.raises(
+        UsageError, match=r"was built with --preprocess tests\.never_imported:f; a function is"
+    ):
+        make_config("m.tsv", "out", {}, like=str(tmp_path / "out"))
+    make_config("m.tsv", "out", {"preprocess": STEP}, like=str(tmp_path / "out"))
     with pytest.raises(UsageError, match="cannot be imported"):
         make_config("m.tsv", "out", {"preprocess": "tests.never_imported:f"}, like=str(tmp_path / "out"))
 
@@ -450,3 +464,63 @@ def test_without_leaves_out_something_that_there_is() -> None:
 def test_like_needs_a_dataset(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no complete dataset here"):
         make_config("m.tsv", "out", {}, like=str(tmp_path))
+
+
+def some_of(*choices: str) -> st.SearchStrategy[list[str]]:
+    """No option, or those of one of these texts."""
+    return st.sampled_from(("", *choices)).map(str.split)
+
+
+RANDOM = st.tuples(
+    some_of(
+        *(
+            "--rescale=zscore",
+            "--rescale=percentile:1,99.5 --clip",
+            "--rescale=window:-5,500",
+            "--rescale=none",
+        ),
+        *("--rescale-within=nonzero --clip", "--rescale=zscore --rescale-within=above:3.5"),
+    ),
+    some_of("--voxel-dtype=float16", "--voxel-dtype=native", "--allow-mixed-shapes"),
+    some_of("--label-column=site", "--label-column=label:float,site:class --missing-label=nan"),
+    some_of("--mask-column=mask", "--mask-column=mask --mask-dtype=uint16 --crop-foreground=mask"),
+    some_of("--split=a=0.5,b=0.5", "--split=b=0.25,a=0.75 --split-seed=2 --stratify=site"),
+    some_of("--num-shards=2", "--examples-per-shard=2"),
+    some_of("--shuffle-seed=-3", "--id-column=participant_id"),
+    some_of("--compression=none", "--compression-level=0"),
+    some_of("--orientation=LPS", "--spacing=1.5,2,2", "--shape=8,6,5", "--orientation=SRA --shape=5,6,7"),
+    st.just([f"--preprocess={STEP}", "--preprocess=tests.user_functions:scale(by=(0.5,))"]) | some_of(),
+    some_of("--anonymous-ids=key --mask-column=mask"),
+)
+
+
+@settings(max_examples=8)
+@given(groups=RANDOM)
+def test_a_build_like_another_writes_the_same_bytes(study: Path, groups: tuple[list[str], ...]) -> None:
+    flags = list(dict.fromkeys(flag for group in groups for flag in group))
+    again = [flag for flag in flags if flag.startswith(("--preprocess", "--anonymous"))]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(study):
+        one, other = Path(folder, "one"), Path(folder, "other")
+        command = ["build", "manifest.tsv", "--workers=1", "--quiet"]
+        assume(cli.main([*command, str(one), *flags]) == 0)
+        assert cli.main([*command, str(other), f"--like={one}", *again]) == 0
+        assert contents(other) == contents(one)
+        assert info_of(other).config == info_of(one).config
+        # Which is what a build goes on with.
+        assert cli.main([*command, str(one), f"--like={one}", *again]) == 0
+        assert info_of(one).config == info_of(other).config
+
+
+def test_a_dry_run_and_a_check_take_options_from_elsewhere(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_toml(tmp_path / "o.toml", "orientation = 'LPS'")
+    manifest, like = str(study / "manifest.tsv"), f"--like={study / 'rescaled'}"
+    flags = [like, f"--config={config}", "--shape=7,6,5"]
+    assert cli.main(["build", manifest, str(tmp_path / "out"), *flags, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert "volumes  6 of 7×6×5 voxels (train 6)\nshards   2 of up to 3 examples" in planned
+    assert cli.main(["check", manifest, *flags, "--quiet"]) == 0
+    assert "7×6×5" in capsys.readouterr().out
+    assert cli.main(["build", manifest, str(study / "rescaled"), like, "--dry-run"]) == 0
+    assert "keep     6 examples from the dataset" in capsys.readouterr().out
