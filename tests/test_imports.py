@@ -107,6 +107,7 @@ def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
 @pytest.mark.parametrize(
     ("module", "names"),
     [
+        ("", "build check verify inspect diff extract report Percentile Window TooManyFailures Dataset"),
         ("reader", "load_dataset get_batched_dataset state_after"),
         ("random_access", "Dataset"),
         ("transforms", "BuildDataset EncodeExample LoadVolume Prepare ReadManifest Rescale WriteToTFRecord"),
@@ -117,10 +118,10 @@ def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
     ],
 )
 def test_users_import_from_the_front(module: str, names: str) -> None:
-    front = pytest.importorskip(f"beam_nifti.{module}", exc_type=ImportError)
+    front = pytest.importorskip(f"beam_nifti.{module}".rstrip("."), exc_type=ImportError)
     assert [name for name in names.split() if not hasattr(front, name)] == []
     with pytest.raises(ImportError, match="no_such_name"):
-        exec(f"from beam_nifti.{module} import no_such_name")
+        exec(f"from {front.__name__} import no_such_name")
 
 
 @pytest.mark.parametrize("package", sorted(ONLY_IMPORTERS))
@@ -154,6 +155,7 @@ def loaded_by(module: str) -> set[str]:
     ("module", "absent"),
     [
         ("beam_nifti", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
+        ("beam_nifti.api", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.volume", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.manifest", {"apache_beam", "tensorflow", "numpy", "pyarrow", "nibabel"}),
         ("beam_nifti.volume.rescale", {"apache_beam", "tensorflow", "pyarrow", "nibabel"}),
