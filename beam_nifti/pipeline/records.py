@@ -61,6 +61,7 @@ class Traits:
         shape: of the voxels; None where shapes differ.
         labelled: whether any has a label.
         mask_labels: those of all masks.
+        columns: of their manifest, but for those that mean something.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Traits:
     shape: tuple[int, ...] | None
     labelled: bool
     mask_labels: frozenset[int]
+    columns: tuple[str, ...] = ()
 
     def joined(self, other: Traits) -> Traits:
         """The traits of both.
@@ -95,6 +97,9 @@ class Traits:
             shape=self.shape if self.shape == other.shape else None,
             labelled=self.labelled or other.labelled,
             mask_labels=self.mask_labels | other.mask_labels,
+            columns=self.columns
+            if self.columns == other.columns
+            else tuple(sorted({*self.columns, *other.columns})),
         )
 
 
@@ -205,16 +210,26 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
     if record.entry is None:
         cells = _cells_of(record.id, features, voxels, number)
     else:
-        # Nothing says what the manifest's further columns are called.
-        bare = replace(record.entry, row=replace(record.entry.row, extras=()))
-        cells = entry_cells(bare, record.config or RecordConfig())
+        row = record.entry.row
+        named = replace(row, extras=row.extras if row.extra_columns else ())
+        entry = replace(record.entry, row=named)
+        cells = entry_cells(entry, record.config or RecordConfig(), row.extra_columns)
         cells["example_id"] = record.id
     config = record.config or _config_of(voxels, mask)
     found_labels = None if record.entry is None else record.entry.mask_labels
     labels = frozenset(labels_of(mask) if mask is not None and found_labels is None else found_labels or ())
     if mask is not None:
         cells["mask_labels"] = sorted(labels)
-    traits = Traits(record.id, config, kinds, voxels.dtype.name, voxels.shape, number is not None, labels)
+    traits = Traits(
+        id=record.id,
+        config=config,
+        features=kinds,
+        dtype=voxels.dtype.name,
+        shape=voxels.shape,
+        labelled=number is not None,
+        mask_labels=labels,
+        columns=record.entry.row.extra_columns if record.entry else (),
+    )
     return traits, cells
 
 

@@ -274,11 +274,12 @@ class _ReadRowsFn(beam.DoFn):
     def process(self, path: str) -> Iterable[VolumeRow]:
         """Yield the rows that are in a split."""
         manifest = read_manifest(path, self._columns, self._splitting)
+        extra_columns = tuple(manifest.extra_columns)
         kept = manifest.kept_rows().tolist()
         for start in range(0, len(kept), _ROWS_AT_A_TIME):
             for row in manifest.rows(kept[start : start + _ROWS_AT_A_TIME]):
                 files = [storage.join(manifest.folder, file) for file in row.files]
-                yield replace(row, path=files[0], further=tuple(files[1:]))
+                yield replace(row, path=files[0], further=tuple(files[1:]), extra_columns=extra_columns)
 
 
 _ROWS_AT_A_TIME: Final = 1 << 12

@@ -432,7 +432,7 @@ class _WritePlan:
         num_rows = sum(self.layout.split_sizes.values())
         return DatasetInfo(
             config=build.as_dataset_config() | {"fingerprint": config.fingerprint},
-            manifest={"path": "", "num_rows": num_rows, "digest": self.digest, "columns": []},
+            manifest={"path": "", "num_rows": num_rows, "digest": self.digest, "columns": [*traits.columns]},
             shape=traits.shape,
             dtype=traits.dtype,
             labelled=traits.labelled,
@@ -514,7 +514,7 @@ class CommitRecordsFn(beam.DoFn):
             {**placed.cells, "position": position, "offset": placed.offset, "length": placed.length}
             for position, placed in zip(positions, records, strict=True)
         ]
-        table = pa.Table.from_pylist(rows, schema=schema_of(plan.config))
+        table = pa.Table.from_pylist(rows, schema=schema_of(plan.config, plan.traits.columns))
         files = [placed.part for placed in records]
         info = write_shard(self._target.output, name, table, files, plan.config.fingerprint)
         self._msec.update(round(1e3 * (time.perf_counter() - start)))
