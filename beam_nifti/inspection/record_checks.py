@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.config import LabelColumn, RecordConfig
-from beam_nifti.errors import VolumeError
+from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.inspection.rounding import differ_in_rounding
 from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.labels import LabelValue, label_of, number_of
@@ -147,6 +147,20 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
                 yield f"channel {name}: {problem}"
     if spec.config.mask_dtype is not None:
         yield from _check_mask(features, cells, voxels.shape[:3], spec.config.mask_dtype)
+
+
+def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """Voxel indices of a record to millimetres, by its row of the index.
+
+    Raises:
+        ShardError: the record has none, as it was not made of an image.
+    """
+    if cells["affine"] is None:
+        raise ShardError(
+            f"record {cells['example_id']!r} has no affine, without which nothing says where its voxels lie; "
+            "give WriteToTFRecord Examples with the feature affine"
+        )
+    return np.array(cells["affine"], np.float64).reshape(4, 4)
 
 
 def _check_mask(

@@ -263,6 +263,9 @@ def _cells_of(
         value = features.get(name)
         if isinstance(value, np.ndarray) and value.size == count:
             cells[name] = value.tolist()
+    if "affine" in cells and "zooms" not in cells:
+        columns = np.array(cells["affine"], np.float64).reshape(4, 4)[:3, :3]
+        cells["zooms"] = np.linalg.norm(columns, axis=0).tolist()
     return cells
 
 

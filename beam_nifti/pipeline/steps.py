@@ -116,7 +116,7 @@ class PreprocessFn(beam.DoFn):
         self, config: RecordConfig, shape: tuple[int | None, ...] | None = None, *, release: bool = False
     ) -> None:
         self._config, self._shape, self._release = config, shape, release
-        self._msec = Metrics.distribution(type(self), "prepare-msec")
+        self._msec = Metrics.distribution(type(self), "preprocess-msec")
 
     def setup(self) -> None:
         """Find the user's function: without it the build must stop, not lose every volume."""

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, Sharding
-from beam_nifti.errors import OutputBusyError, OutputError, UsageError, VolumeError
+from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError, VolumeError
+from beam_nifti.inspection.extract import read_volume
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.write import PlanFn, StartFn, WritePartsFn, _Target
@@ -511,7 +512,7 @@ def test_a_killed_pipeline_is_started_again(reference: Path, tmp_path: Path) -> 
     arguments = {"ids": IDS, "examples_per_shard": PER_SHARD}
     whole = server.run("write", folder=tmp_path / "whole", output=tmp_path / "whole", **arguments)
     assert whole.status == 0, whole.result
-    step = max(1, whole.operations // 12)
+    step = max(1, whole.operations // 6)
     for kill_at in range(1, whole.operations + 1, step):
         output = tmp_path / f"out-{kill_at}"
         dead = server.run("write", folder=output, kill_at=kill_at, output=output, **arguments)
@@ -542,6 +543,17 @@ def test_verify_finds_nothing_wrong(reference: Path, tmp_path: Path, run: Any) -
     run("inspect", output)
     assert cli.main(["diff", str(output), str(reference)]) == 1
     assert cli.main(["card", str(output)]) == 0
+
+
+def test_a_record_without_an_affine_is_no_image(reference: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="record 'case-003' has no affine, without which"):
+        read_volume(str(reference), "case-003")
+    affine = np.diag([2.0, 2, 3, 1])
+    output = write([("a", {"image": IMAGE, "affine": affine})], tmp_path / "out")
+    stored = read_volume(str(output), "a")
+    assert np.array_equal(stored.affine, affine)
+    assert stored.zooms == (2, 2, 3)
+    assert np.array_equal(stored.voxels, IMAGE)
 
 
 def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
