@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from beam_nifti.errors import VolumeError as VolumeError
     from beam_nifti.random_access import Dataset as Dataset
     from beam_nifti.reader import load_dataset as load_dataset
+    from beam_nifti.transforms import EncodeExample as EncodeExample
+    from beam_nifti.transforms import LoadVolume as LoadVolume
+    from beam_nifti.transforms import Preprocess as Preprocess
+    from beam_nifti.transforms import ReadManifest as ReadManifest
+    from beam_nifti.transforms import Record as Record
+    from beam_nifti.transforms import Rescale as Rescale
+    from beam_nifti.transforms import WriteToTFRecord as WriteToTFRecord
 
 __version__ = "0.1.0"
 
@@ -38,11 +45,14 @@ _NAMES_IN = {
     "TooManyFailures UsageError VolumeError",
     "random_access": "Dataset",
     "reader": "load_dataset",
+    "transforms": "EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NAMES_IN:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
@@ -51,4 +61,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+    return sorted({*globals(), *_NAMES_IN, *_MODULE_OF})

@@ -110,7 +110,10 @@ def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
         ("", "build check verify inspect diff extract report Percentile Window TooManyFailures Dataset"),
         ("reader", "load_dataset get_batched_dataset state_after"),
         ("random_access", "Dataset"),
-        ("transforms", "BuildDataset EncodeExample LoadVolume Prepare ReadManifest Rescale WriteToTFRecord"),
+        (
+            "transforms",
+            "BuildDataset EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",
+        ),
         ("volume", "Scaling Volume load_volume rescale_volume"),
         ("manifest", "Manifest VolumeRow read_manifest"),
         ("config", "BuildConfig RecordConfig"),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.inspection.description import describe_records
-from beam_nifti.inspection.record_checks import RecordSpec, check_record
+from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_record
 from beam_nifti.manifest.image_names import stem_of
 from beam_nifti.record.dataset_info import path_of, read_info
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
@@ -144,7 +144,7 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     voxels, scaling = decode_tensor(features["image_raw"]), scaling_of(features)  # type: ignore[arg-type]
     if spec.config.voxel_dtype != "native":
         voxels = _restore(voxels, cells, spec.config)
-    affine = np.array(cells["affine"], np.float64).reshape(4, 4)
+    affine = affine_of(cells)
     x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
     mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]
     return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z), mask)

@@ -411,9 +411,10 @@ class _Verifier:
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
-        numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])
-        for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
-            self._problems.add(Scope.ROWS, problem)
+        if info.has_manifest:
+            numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])
+            for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
+                self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
         if rows is not None and (frames := info.num_frames):
             if rows.num_rows * frames > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:

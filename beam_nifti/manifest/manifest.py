@@ -57,6 +57,7 @@ class VolumeRow:
         frame: the one of them that this record is of; None where it is not of one.
         names: its ids with what is written in the place of each; none where those are written.
         version_key: `Pseudonyms.version_key`; "" where ids are not anonymous.
+        extra_columns: names of `extras`; none in a build, whose plan has them.
     """
 
     row: int
@@ -78,6 +79,7 @@ class VolumeRow:
     frame: int | None = None
     names: tuple[tuple[str, str], ...] = ()
     version_key: str = ""
+    extra_columns: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from beam_nifti.pipeline.build_note import BuildNote, require_current
 from beam_nifti.pipeline.differences import find_differences, image_folder
 from beam_nifti.pipeline.metrics import Distribution, Metrics
 from beam_nifti.pipeline.outputs import refuse_own
-from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
+from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.plan import (
     BuildPlan,
     CheckPlan,
@@ -74,7 +73,6 @@ _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
 _ROWS_FILE: Final = "rows.parquet"
-_FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 _VERSION_1: Final = (
     "%s: the dataset has format version 1 and keeps it. Version 1 records only the total size and the mean "
     "time of an example's files, so swapping two files may go unnoticed; if you swap files, build with "
@@ -622,7 +620,7 @@ def _prepare(decision: _Decision) -> None:
     plan, dead, note = decision.plan, decision.dead, decision.note()
     output = plan.config.output
     for root in {*plan.parts_roots, parts_root(output, None), *(parts_roots(output, dead) if dead else ())}:
-        _remove_parts(root, keep=note.fingerprint if decision.is_continued else None)
+        remove_parts(root, keep=note.fingerprint if decision.is_continued else None)
     published = decision.published
     has_ended = dead is not None and published is not None and dead.is_of(published)
     if has_ended or not decision.is_continued:
@@ -699,16 +697,9 @@ def _clean_up(plan: BuildPlan) -> None:
     note = require_current(output, plan.identity)
     remove_files(output, {*note.shard_names(), *note.published}, keep=files_of(read_info(output)))
     for root in {*plan.parts_roots, build_folder}:
-        _remove_parts(root)
+        remove_parts(root)
         storage.delete(storage.join(root, _ROWS_FILE), storage.dirname(root))
         if root != build_folder:
             storage.delete_folder(root, storage.dirname(root))
     # The note is the last to go: without it nothing tells whose the parts are.
     note.remove(output)
-
-
-def _remove_parts(root: str, keep: str | None = None) -> None:
-    """Remove the parts of all fingerprints but one from a folder of parts."""
-    for folder in storage.list_folders(root):
-        if _FINGERPRINT.fullmatch(folder) and folder != keep:
-            storage.delete_tree(storage.join(root, folder), storage.dirname(root))

@@ -20,7 +20,10 @@ SUMMARY_NAME: Final = "summary.json"
 
 _NOTE_NAME: Final = "plan.json"
 _NOTE_FILE: Final = f"{BUILD_FOLDER}/{_NOTE_NAME}"
-_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE)
+WRITE_NOTE_NAME: Final = "write.json"
+"""The file, in the same folder, in which `WriteToTFRecord` says what it is about."""
+
+_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE, WRITE_NOTE_NAME)
 """Names of the files that may be beside the note."""
 
 _NOTE_VERSION: Final = 2

@@ -414,7 +414,7 @@ class _Records:
     def _cell(self, name: str, row: int) -> Any:
         """What the index says of a record."""
         cell = self.table["example_id" if name == "id" else name][row]
-        if isinstance(cell, pa.ListScalar):
+        if isinstance(cell, pa.ListScalar) and cell.is_valid:
             values = cell.values.fill_null("") if pa.types.is_string(cell.type.value_type) else cell.values
             array = values.to_numpy(zero_copy_only=False).copy()
             return array.reshape((4, 4) if name == "affine" else -1)
@@ -558,7 +558,9 @@ def _digest(info: DatasetInfo) -> str:
 
 def default_columns(info: DatasetInfo) -> tuple[str, ...]:
     """The columns of a dataset where none are asked for."""
-    return tuple(name for name in _DEFAULT_COLUMNS if info.labelled or name != "label")
+    lacked = {name for name in ("affine", "zooms") if name not in info.features}
+    lacked |= set() if info.labelled else {"label"}
+    return tuple(name for name in _DEFAULT_COLUMNS if name not in lacked)
 
 
 def _select(

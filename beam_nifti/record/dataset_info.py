@@ -212,6 +212,11 @@ class DatasetInfo:
         return self.manifest.get("num_frames")
 
     @property
+    def has_manifest(self) -> bool:
+        """Whether a build made it; where `WriteToTFRecord` did, its index may have empty cells."""
+        return bool(self.manifest["path"])
+
+    @property
     def num_examples(self) -> int:
         """Records in all splits."""
         return sum(s.num_examples for s in self.splits.values())

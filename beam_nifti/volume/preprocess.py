@@ -58,11 +58,11 @@ def prepare_volume(
         UsageError: the user's function cannot be imported, or is another than the dataset's, or it ended
             the process.
     """
-    prepared = replace(volume)
+    prepared = replace(volume, config=record)
     if release:
         volume.release()
     elif record.preprocess is not None:
-        prepared = replace(volume, voxels=volume.voxels.copy())  # which the function may change
+        prepared = replace(prepared, voxels=volume.voxels.copy())  # which the function may change
     path = volume.row.path
     try:
         for step in _steps(record):
