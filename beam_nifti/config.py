@@ -353,12 +353,20 @@ class RecordConfig:
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that differ wherever the same image would give other bytes."""
+        return self._fingerprint_at(CONTENT_REVISION)
+
+    @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What `fingerprint` was at each earlier revision of what these options make."""
+        return tuple(map(self._fingerprint_at, range(1, CONTENT_REVISION)))
+
+    def _fingerprint_at(self, content_revision: int) -> str:
         # Without what is None, it is as it was before there was that choice.
         facts = {name: value for name, value in asdict(self).items() if value is not None}
         if facts.pop("format_version") == 1:
             facts["format"] = 1
-        if CONTENT_REVISION > 1:
-            facts["content"] = CONTENT_REVISION
+        if content_revision > 1:
+            facts["content"] = content_revision
         if self.compression == "none":
             del facts["compression_level"]
         if not self.clip:

@@ -1,11 +1,16 @@
-"""The peak memory of a piece of code, in a process of its own."""
+"""The peak memory of a piece of code, in a process of its own or in this one."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 # VmHWM belongs to the program; ru_maxrss would start at what the parent held when it forked.
@@ -28,3 +33,33 @@ def peak_mib(code: str, *arguments: object) -> float:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout) / 1024
+
+
+_STATUS = Path("/proc/self/status")
+_PEAK = Path("/proc/self/clear_refs")
+_RESET = "5"
+"""What makes the peak of a process what it holds now. Source: proc_pid_clear_refs(5)."""
+
+
+@contextlib.contextmanager
+def peak_growth() -> Iterator[Callable[[], int]]:
+    """How many bytes of real memory this process took in the block, at most, besides what it held before.
+
+    What was freed before the block goes back to the system, so that taking it again counts.
+    """
+    if not _PEAK.exists():
+        pytest.skip("this system has no /proc/self/clear_refs to measure the peak memory of a block with")
+    pa.default_memory_pool().release_unused()
+    ctypes.CDLL(None).malloc_trim(0)
+    _PEAK.write_text(_RESET)
+    before, after = _resident("VmRSS"), list[int]()
+    try:
+        yield lambda: after[0] - before
+    finally:
+        after.append(_resident("VmHWM"))
+
+
+def _resident(name: str) -> int:
+    found = re.search(rf"{name}:\s*(\d+)", _STATUS.read_text())
+    assert found is not None
+    return int(found[1]) << 10

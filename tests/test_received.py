@@ -37,6 +37,7 @@ from beam_nifti.reporting.summary import read_failures
 from tests.build_helpers import arrow_memory, build, make_config
 from tests.datasets import edit_index, edit_info, edit_record, info_of, replace_index, set_cell
 from tests.images import write_cohort, write_image, write_manifest
+from tests.peak import peak_growth
 
 SHARD = "train-00000-of-00002.tfrecord.gz"
 INDEX = "index/train-00000-of-00002.parquet"
@@ -397,7 +398,7 @@ def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
 ) -> None:
     failures = dataset / str(info_of(dataset).failures)
     os.truncate(failures, 1 << 30)
-    message = r"has 1,073,741,824 bytes, and can have at most 67,174,400 .* is 1; copy the dataset again"
+    message = r"has more than the 67,174,400 bytes that it may have where .* is 1; copy the dataset again"
     assert any(re.search(f"^{failures.name}: {message}", problem) for problem in problems(dataset))
     for command in (
         ("report", dataset, f"--out={tmp_path}/r.html"),
@@ -406,6 +407,29 @@ def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
         assert re.search(f"{failures}: {message}", run(*command, code=cli.FAILED))
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
     assert problems(dataset) == ()
+
+
+def hollow(path: Path) -> None:
+    """A file of a gigabyte, all of it a hole."""
+    path.touch()
+    os.truncate(path, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (hollow, "has more than the 67,108,864"),
+        (os.mkfifo, "is a FIFO, not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a link that leads out"),
+        (lambda path: path.mkdir(), "Is a directory"),
+    ],
+)
+def test_a_description_that_cannot_be_read_is_a_problem(
+    dataset: Path, put: Callable[[Path], None], message: str
+) -> None:
+    put(dataset / "croissant.json")
+    (problem,) = problems(dataset)
+    assert re.search(rf"^croissant\.json: cannot be read: .*{message}", problem)
 
 
 def test_a_file_in_the_place_of_the_card_is_not_read(dataset: Path) -> None:
@@ -432,6 +456,33 @@ def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
     with pytest.raises(DatasetError, match=message):
         read_volume(str(dataset), "sub-0000")
     assert any(re.search(message, problem) for problem in problems(dataset))
+
+
+def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Path, dataset: Path) -> None:
+    """A file may be mostly a hole, which takes no place on a disk or in an archive."""
+    size = 256 << 20
+    os.truncate(dataset / SHARD, size)
+    table, _ = read_index(str(dataset / INDEX))
+    last = table.num_rows - 1
+    edit_index(dataset, set_cell("length", last, size - table["offset"][last].as_py()))
+
+    def agree(info: dict[str, Any]) -> None:
+        shard = info["splits"]["train"]["shards"][0]
+        shard["num_bytes"] = size
+        info["splits"]["train"]["num_bytes"] = sum(s["num_bytes"] for s in info["splits"]["train"]["shards"])
+
+    edit_info(dataset, agree)
+    name, message = f"sub-000{last}", r"is said to take 268,43\d,\d+ bytes, and can take at most 2,16\d,\d+"
+    with peak_growth() as growth:
+        with pytest.raises(DatasetError, match=rf"{SHARD}: record '{name}', .*{message}"):
+            Dataset(dataset)[last]
+        with pytest.raises(DatasetError, match=message):
+            read_volume(str(dataset), name)
+        found = problems(dataset)
+        build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5, recheck=True)
+    assert any(re.search(rf"record {last} \({name}\): {message}", problem) for problem in found)
+    assert growth() < 128 << 20
+    assert problems(dataset) == ()
 
 
 def test_of_mixed_shapes_the_index_bounds_a_record(tmp_path: Path) -> None:
@@ -670,6 +721,36 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
 
 
 @pytest.mark.parametrize(
+    "content",
+    [b"[]", b"{}", b'{"reasons": [1]}', b"{" * 99_999, b" " * (1 << 24) + b"{}", b'{"reasons": []}'],
+)
+def test_a_summary_that_no_build_has_written_ends_the_build(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str], content: bytes
+) -> None:
+    """Another program has put it where the workers put theirs."""
+    monkeypatch.setattr("beam_nifti.pipeline.publish._write_summary", lambda *_: put.write_bytes(content))
+    put = tmp_path / "new/.build/summary.json"
+    told = run("build", study / "manifest.tsv", tmp_path / "new", "--max-bad-fraction=0.5", code=cli.USAGE)
+    assert f"{put}: not what the pipeline has written" in told
+
+
+def test_a_report_of_a_check_that_no_pipeline_has_written_is_named(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]
+) -> None:
+    out = tmp_path / "report.json"
+    monkeypatch.setattr("beam_nifti.pipeline.check._write_report", lambda *_: out.write_bytes(b"[]"))
+    told = run("check", study / "manifest.tsv", f"--out={out}", code=cli.USAGE)
+    assert f"{out}: not what the pipeline has written: it is [], expected an object" in told
+    out.unlink()
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 1 << 31)
+    monkeypatch.setattr("beam_nifti.pipeline.check._write_report", lambda *_: large.rename(out))
+    told = run("check", study / "manifest.tsv", f"--out={out}", code=cli.USAGE)
+    assert f"{out}: not what the pipeline has written: has more than the 67,129,344 bytes" in told
+
+
+@pytest.mark.parametrize(
     "edit",
     [
         lambda note: note.update(
@@ -679,6 +760,10 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
         lambda note: note.update(layouts=[note["layouts"][0] | layout_of(1 << 19, "a")] * 3),
         lambda note: note["layouts"][0].update(num_frames=1.5),
         lambda note: note["layouts"][0]["split_sizes"].update(train=1.5),
+        lambda note: note["layouts"][0]["split_sizes"].update({"../../x": 1}),
+        lambda note: note["layouts"][0]["split_sizes"].update({"x" * 10 + "/y": 1}),
+        lambda note: note.update(published=["../../x"]),
+        lambda note: note.update(published=["README.md"]),
         lambda note: note["layouts"][0]["sharding"].update(num_shards=0, examples_per_shard=None),
         lambda note: note["info"]["config"].update(fingerprint="../../.."),
         lambda note: note.update(roots=["/"]),

@@ -19,7 +19,7 @@ from beam_nifti.errors import DatasetError
 from beam_nifti.manifest.labels import comparable
 from beam_nifti.manifest.manifest import frame_id, read_manifest
 from beam_nifti.pipeline.failures import failed_frames
-from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, failures_path_of, read_info
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_failures_list, read_info
 from beam_nifti.record.index import extra_column, read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
@@ -177,7 +177,8 @@ def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.Chun
 
 def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) -> str | None:
     columns = Columns(**info.config["columns"])
-    failures = read_manifest(failures_path_of(output, info, file), columns, is_list=True)
+    content = read_failures_list(output, info, file)
+    failures = read_manifest(storage.join(output, file), columns, list_content=content)
     # Where paths are the ids, the list of failures holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
     lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}

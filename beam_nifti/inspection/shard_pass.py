@@ -18,6 +18,7 @@ from beam_nifti.inspection.record_checks import RecordSpec
 from beam_nifti.inspection.table_checks import check_index, check_people, check_places, index_rows, no_rows
 from beam_nifti.record.dataset_info import FILE_NAME, ShardInfo, path_of
 from beam_nifti.record.index import known_columns, limits_of, mask_labels, parse_index, read_bytes
+from beam_nifti.record.tfrecord import require_stored_size
 from beam_nifti.record.versions import versions_in
 from beam_nifti.storage import paths as storage
 
@@ -150,13 +151,20 @@ class ShardPass:
         # Where the index does not lead through the file from front to back, it is hashed by itself.
         in_order = not problems
         if not in_order:
-            _hash_rest(handle, hasher)
+            _hash(handle, hasher, size)
         for ordinal, cells in _rows_of(table):
             offset, length = cells["offset"], cells["length"]
             name = f"{shard.name}: record {ordinal} ({cells['example_id']})"
             if not 0 <= offset < offset + length <= size:
                 problem = f"{name}: bytes {offset} to {offset + length} are not in the file ({size})"
                 self._problems.add(Scope.RECORD, problem, self._number, ordinal)
+                continue
+            try:
+                require_stored_size(length, self._spec.most_bytes(cells["shape"]))
+            except ShardError as e:
+                self._problems.add(Scope.RECORD, f"{name}: {e}", self._number, ordinal)
+                if in_order:
+                    _hash(handle, hasher, length)
                 continue
             if not in_order:
                 handle.seek(offset)
@@ -165,7 +173,7 @@ class ShardPass:
                 hasher.update(data)
             yield StoredRecord(ordinal, data, cells, name)
         if in_order:
-            _hash_rest(handle, hasher)
+            _hash(handle, hasher, size)
         if size != shard.num_bytes:
             self._tell(shard.name, f"has {size} bytes, {FILE_NAME} says {shard.num_bytes}")
         if (found := hasher.hexdigest()) != shard.sha256:
@@ -178,6 +186,8 @@ def _rows_of(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), start)
 
 
-def _hash_rest(handle: BinaryIO, hasher: hashlib._Hash) -> None:
-    while chunk := handle.read(_READ_BYTES):
+def _hash(handle: BinaryIO, hasher: hashlib._Hash, most: int) -> None:
+    """Hash what follows in a file, up to so many bytes, without holding it."""
+    while chunk := handle.read(min(most, _READ_BYTES)):
         hasher.update(chunk)
+        most -= len(chunk)

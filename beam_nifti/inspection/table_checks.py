@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from beam_nifti.config import RecordConfig
 from beam_nifti.manifest.labels import comparable
 from beam_nifti.manifest.manifest import Manifest, frame_id
+from beam_nifti.pipeline.failures import listed_cells
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.record.example import label_feature
 from beam_nifti.record.index import check_table, extra_column, record_name, schema_of
@@ -33,8 +34,9 @@ _SHOWN: Final = 3
 
 def check_info(info: DatasetInfo) -> Iterator[str]:
     """Find where dataset_info.json disagrees with itself."""
-    said, expected = info.config["fingerprint"], info.record_config.fingerprint
-    if said != expected:
+    said, record = info.config["fingerprint"], info.record_config
+    expected = record.fingerprint
+    if said not in (expected, *record.earlier_fingerprints):
         yield f"{FILE_NAME}: the fingerprint is {said}, that of its options is {expected}"
     if (info.failures is None) != (info.num_failures == 0):
         yield f"{FILE_NAME}: num_failures is {info.num_failures}, and failures is {info.failures}"
@@ -173,16 +175,36 @@ def manifest_rows(manifest: Manifest, record: RecordConfig, cells: Sequence[str]
         record: configuration of the records that it is compared with.
         cells: further columns to compare.
     """
+    return _rows_with(manifest, record, {name: pc.fill_null(manifest.table[name], "") for name in cells})
+
+
+def _rows_with(manifest: Manifest, record: RecordConfig, texts: Mapping[str, pa.ChunkedArray]) -> pa.Table:
     numbers = manifest.numbers
     columns = [comparable(manifest.table[c.name], c) for c in record.labels or ()]
     if numbers is None:
         columns = [pa.nulls(len(manifest), pa.float64())]
     elif not columns:
         columns = [pa.array(numbers, from_pandas=True)]  # null where there is none, as in the index
-    texts = [pc.fill_null(manifest.table[name], "") for name in cells]
-    schema = no_rows(record, cells).schema
-    rows = pa.table([manifest.ids, *columns, manifest.splits, *texts], schema=schema)
+    schema = no_rows(record, [*texts]).schema
+    rows = pa.table([manifest.ids, *columns, manifest.splits, *texts.values()], schema=schema)
     return rows.filter(rows["split"].is_valid())
+
+
+def failure_rows(
+    listed: Manifest, record: RecordConfig, cells: Sequence[str], manifest: Manifest | None, folder: str
+) -> pa.Table:
+    """As `manifest_rows`, of failed rows; cells that their list does not have as they were written are null.
+
+    Args:
+        listed: the list of failures, read as a manifest.
+        record: as `manifest_rows`.
+        cells: as `manifest_rows`; none without a manifest.
+        manifest: that they are to be compared with.
+        folder: what the paths of failed rows were relative to.
+    """
+    unknown = pa.nulls(len(listed), pa.string())
+    known = {name: listed_cells(listed, name, manifest, folder) for name in cells if manifest is not None}
+    return _rows_with(listed, record, {n: unknown if c is None else c for n, c in known.items()})
 
 
 def frame_rows(rows: pa.Table, frames: Sequence[Sequence[int]]) -> pa.Table:
@@ -234,7 +256,7 @@ def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
         was, now = both[column], theirs[column]
         equal = pc.fill_null(pc.equal(was, now), False)
         none = pc.is_null(was)
-        if not column.startswith(_CELL):  # which failures have not
+        if not column.startswith(_CELL):  # of which a list of failures may lack some
             none = pc.and_(none, pc.is_null(now))
         compared = pa.table([both["id"], was, now], ["id", column, "now"])
         different = compared.filter(pc.invert(pc.or_(equal, none)))

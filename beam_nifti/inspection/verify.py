@@ -33,6 +33,7 @@ from beam_nifti.inspection.table_checks import (
     check_numbers,
     check_rows,
     compare_rows,
+    failure_rows,
     find_strays,
     frame_rows,
     manifest_rows,
@@ -48,8 +49,8 @@ from beam_nifti.record.dataset_info import (
     FILE_NAME,
     MAX_INFO_BYTES,
     DatasetInfo,
-    failures_path_of,
     path_of,
+    read_failures_list,
     read_info,
 )
 from beam_nifti.record.index import extra_column
@@ -144,8 +145,8 @@ def verify_dataset(
         OSError: the disk, the network or a store failed while images were read.
         OutputBusyError: a build has replaced the dataset meanwhile.
         UsageError: `deep` or `workers` is out of range; or records are to be made again without the manifest,
-            or without the function that they were made with, or with another one; or the key is not the
-            dataset's.
+            or without the function that they were made with, or with another one, or from before the same
+            options made other records; or the key is not the dataset's.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -158,6 +159,11 @@ def verify_dataset(
     splitting = Splitting(**drawn) if drawn else None
     spec = RecordSpec.of(info)
     if deep:
+        if info.config["fingerprint"] in spec.config.earlier_fingerprints:
+            raise UsageError(
+                f"--deep makes records again, and {output} was built by a version of beam-nifti that makes "
+                "other records of the same options; use that version, or leave --deep out"
+            )
         _require_functions(output, spec.config, spell_steps(preprocess))
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
@@ -337,10 +343,15 @@ class _Verifier:
             # Looked for afterwards: a build that begins in between has made none of the files.
             if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
                 problems += find_strays(files, self._info)
-        description = path_of(self._output, CROISSANT_FILE)
-        if storage.exists(description):
-            content = storage.read_bounded(description, MAX_INFO_BYTES)
-            problems += check_croissant(content, self._info)
+        try:
+            description = path_of(self._output, CROISSANT_FILE)
+            if storage.exists(description):
+                content = storage.read_bounded(description, MAX_INFO_BYTES)
+                problems += check_croissant(content, self._info)
+        except (TimeoutError, ConnectionError):
+            raise
+        except OSError as e:
+            problems.append(f"{CROISSANT_FILE}: cannot be read: {e}; delete it")
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)
 
@@ -407,7 +418,7 @@ class _Verifier:
         cells = [*self._cells]
         nothing = no_rows(self._spec.config, cells)
         records = pa.concat_tables([nothing, *(found.rows for found in self._passes)])
-        failures = self._read_failures(columns)
+        failures = self._read_failures(columns, wanted)
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
@@ -445,21 +456,20 @@ class _Verifier:
                 named = ", ".join(sorted(names - compared))
                 self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
-    def _read_failures(self, columns: Columns) -> pa.Table:
-        """Id, labels and split of failed volumes; without rows where they cannot be read."""
+    def _read_failures(self, columns: Columns, wanted: Manifest | None) -> pa.Table:
+        """Id, labels, split and these cells of failed volumes; without rows where they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
-        found, problems = no_rows(self._spec.config), []
+        found, problems = no_rows(self._spec.config, [*self._cells]), []
         if name is None:
             return found
         path = storage.join(self._output, name)
         try:
-            digest = hashlib.sha256(
-                storage.read(failures_path_of(self._output, self._info, name))
-            ).hexdigest()
-            if self._info.failures_sha256 not in (None, digest):
+            content = read_failures_list(self._output, self._info, name)
+            if self._info.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
-            listed = read_manifest(path, columns, is_list=True)
-            found = manifest_rows(listed, self._spec.config)
+            listed = read_manifest(path, columns, list_content=content)
+            folder = storage.dirname(self._info.manifest["path"])
+            found = failure_rows(listed, self._spec.config, [*self._cells], wanted, folder)
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))
             if found.num_rows != count:

@@ -20,7 +20,7 @@ from beam_nifti.manifest.tables import Problems
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import one_line
 
-NAME: Final = "in-memory-table"
+NAME: Final = "in-memory-table.parquet"
 """In the place of a file's name; in the folder that relative paths of the table start from."""
 
 _UNFIT: Final = (pa.ArrowException, ValueError, TypeError, OverflowError)

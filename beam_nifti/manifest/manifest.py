@@ -298,9 +298,9 @@ def read_manifest(
     splitting: Splitting | None = None,
     pseudonyms: Pseudonyms | None = None,
     *,
-    content: str | bytes | None = None,
+    content: bytes | None = None,
     is_of_dataset: bool = False,
-    is_list: bool = False,
+    list_content: bytes | None = None,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -312,14 +312,16 @@ def read_manifest(
             shuffle included, which would tell them otherwise; None keeps the names.
         content: as of `read_table`.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
-        is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
+        list_content: bytes of the file, where it is a dataset's list of failures: that may have pseudonyms in
+            the place of paths.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
     problems = Problems(path)
-    table = read_table(path, _meaningful(columns, splitting), problems, content)
+    held = content if list_content is None else list_content
+    table = read_table(path, _meaningful(columns, splitting), problems, held)
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
@@ -338,7 +340,7 @@ def read_manifest(
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
     if table.num_rows == 0:
         problems.add("no rows; a manifest needs a header and at least one image")
-    if not is_list and _has_pseudonyms(table, columns):
+    if list_content is None and _has_pseudonyms(table, columns):
         problems.add(
             "is the list of failures of a dataset with anonymous ids: its paths are pseudonyms, and each "
             "'row' is that of the manifest that the dataset was built from; build these rows of that manifest"

@@ -108,10 +108,7 @@ class Problems:
 
 
 def read_table(
-    path: str,
-    plain: Collection[str] = (),
-    problems: Problems | None = None,
-    content: str | bytes | None = None,
+    path: str, plain: Collection[str] = (), problems: Problems | None = None, content: bytes | None = None
 ) -> pa.Table:
     """Read a table, every cell as a string, an absent one as an empty string.
 
@@ -123,18 +120,17 @@ def read_table(
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         plain: columns in which there may be no lists, objects or bytes.
         problems: where to report what was changed.
-        content: of a table that `path` only names: the Parquet file that it would be, or where that is.
+        content: of the file, where that was read already, or is nowhere else.
 
     Raises:
         ManifestError: it is not there, or not a table; with row numbers where rows are to blame.
     """
-    suffix = "parquet" if content is not None else path.rpartition("/")[2].rpartition(".")[2].lower()
+    suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
         raise ManifestError(path, ["is not a .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
     problems = problems or Problems(path)
     try:
-        held = io.BytesIO(content) if isinstance(content, bytes) else storage.open_read(content or path)
-        with held as handle:
+        with storage.open_read(path) if content is None else io.BytesIO(content) as handle:
             if what := stand_in(handle.read(_HEAD_BYTES)):
                 raise ManifestError(path, [f"not a table but {what}"])
             handle.seek(0)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from beam_nifti.config import BuildConfig, RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import (
+    BeamNiftiError,
     BuildSummary,
     DatasetError,
     ManifestError,
@@ -20,7 +21,7 @@ from beam_nifti.errors import (
     VolumeError,
 )
 from beam_nifti.manifest.concealment import concealing
-from beam_nifti.manifest.manifest import Manifest, VolumeRow
+from beam_nifti.manifest.manifest import Manifest, VolumeRow, read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build_note import BuildNote, require_current
 from beam_nifti.pipeline.differences import find_differences, image_folder
@@ -51,7 +52,7 @@ from beam_nifti.pipeline.publish import (
     too_many_failures,
 )
 from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_info
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_list, read_info
 from beam_nifti.record.index import read_shard_index
 from beam_nifti.record.sharding import ShardName, shard_ranges
 from beam_nifti.record.versions import record_versions, version_changes
@@ -402,7 +403,13 @@ def _refuse_other(
 ) -> None:
     """A dataset that was built with other options or rows is refused, saying what differs."""
     output = plan.config.output
-    differences = find_differences(published, plan.describe(), manifest, _indexes(output, published))
+    differences = find_differences(
+        published,
+        plan.describe(),
+        manifest,
+        _indexes(output, published),
+        lambda: _read_failures(output, published),
+    )
     if not differences:
         return
     besides = ""
@@ -439,6 +446,18 @@ def _indexes(output: str, published: DatasetInfo) -> Iterator[tuple[str, pa.Tabl
             except DatasetError as e:
                 if isinstance(e.__cause__, OSError) and may_pass(e.__cause__):
                     raise
+
+
+def _read_failures(output: str, published: DatasetInfo) -> Manifest | None:
+    """The list of failures of a published dataset, if it has one that can be read."""
+    if published.failures is None:
+        return None
+    columns = Columns(**published.config["columns"])
+    try:
+        content = read_failures_list(output, published, published.failures)
+        return read_manifest(storage.join(output, published.failures), columns, list_content=content)
+    except (BeamNiftiError, OSError):  # which only leaves the difference with less detail
+        return None
 
 
 def _read_note(config: BuildConfig) -> BuildNote | None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from beam_nifti.config import Sharding
+from beam_nifti.config import SPLIT_PATTERN, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
-from beam_nifti.record.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo
-from beam_nifti.record.sharding import Layout
+from beam_nifti.record.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo, is_failures_file
+from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys
 from beam_nifti.support.strict_json import dump_json, load_json
@@ -138,6 +138,9 @@ class BuildNote:
         layouts = [_layout_of(layout) for layout in facts["layouts"]]
         if sum(map(_num_shards, layouts)) > _MOST_SHARDS:
             raise ValueError("its layouts have too many shards")
+        for name in facts["published"]:
+            if not (ShardName.parse(name) or is_failures_file(name)):
+                raise ValueError(f"published has {name!r}, which no build publishes")
         info = DatasetInfo.from_json(dump_json(facts["info"]), path, is_complete=False)
         tuples = {name: tuple(facts[name]) for name in ("roots", "published")}
         return cls(**facts | tuples | {"info": info, "layouts": tuple(layouts)})
@@ -145,6 +148,9 @@ class BuildNote:
 
 def _layout_of(facts: Mapping[str, Any]) -> Layout:
     layout = Layout(facts["split_sizes"], Sharding(**facts["sharding"]), facts["num_frames"])
+    for name in layout.split_sizes:
+        if not SPLIT_PATTERN.fullmatch(name):
+            raise ValueError(f"a layout has a split {name!r}")
     sizes = layout.split_sizes.values()
     counts = [count for count in asdict(layout.sharding).values() if count is not None]
     are_whole = all(type(n) is int for n in (*sizes, *counts, layout.num_frames))

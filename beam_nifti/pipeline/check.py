@@ -9,7 +9,6 @@ WriteReport          one file
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from apache_beam.pvalue import AsList, TaggedOutput
 
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
 from beam_nifti.pipeline.progress import METER
 from beam_nifti.pipeline.survey import Survey, Tally, look_at, make_report
@@ -33,6 +33,10 @@ send_whole_elements()
 
 _ROWS_AT_A_TIME: Final = 256
 _TWINS: Final = "twins"
+
+_FREE_BYTES: Final = 64 << 20
+_ROW_BYTES: Final = 4 << 10
+"""What a report may take: so much, and so much for each row, whose id it may name twice."""
 
 
 class CutRows(beam.DoFn):
@@ -117,4 +121,4 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
             | "WriteReport" >> beam.Map(_write_report, AsList(twins), path, plan)
         )
         pipeline.run().wait_until_finish()
-        return Survey(json.loads(storage.read(path)), plan)
+        return Survey(read_result(path, _FREE_BYTES + _ROW_BYTES * plan.num_rows), plan)

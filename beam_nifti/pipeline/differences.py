@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
 
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 from beam_nifti.config import Columns, LabelColumn, RecordConfig
 from beam_nifti.manifest.labels import name_classes
 from beam_nifti.manifest.manifest import Manifest, frame_id
+from beam_nifti.pipeline.failures import PEOPLE, listed_cells
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
@@ -33,7 +35,11 @@ _COMES_ALONG: Final = {"--mask-dtype": "uint8", "--split-seed": "0"}
 
 
 def find_differences(
-    was: DatasetInfo, now: DatasetInfo, manifest: Manifest, indexes: Iterable[tuple[str, pa.Table]]
+    was: DatasetInfo,
+    now: DatasetInfo,
+    manifest: Manifest,
+    indexes: Iterable[tuple[str, pa.Table]],
+    failed: Callable[[], Manifest | None] = lambda: None,
 ) -> list[str]:
     """What differs between two builds of one output, a text each.
 
@@ -44,6 +50,7 @@ def find_differences(
         now: the dataset that is to be built.
         manifest: of which it is to be built.
         indexes: split and table of each index of what the earlier build has finished.
+        failed: reads the list of its failures, where it has one that can be read.
     """
     before = was.config
     if not manifest.lacks_labels(was.manifest["num_rows"]):
@@ -62,7 +69,7 @@ def find_differences(
         differences.append(f"the first image had {was.dtype} voxels, now {now.dtype}")
     known = was.manifest
     if len(manifest) < known["num_rows"] or manifest.digest(known["num_rows"]) != known["digest"]:
-        differences.append(_row_difference(was, manifest, indexes))
+        differences.append(_row_difference(was, manifest, indexes, failed))
     return differences
 
 
@@ -135,7 +142,12 @@ def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -
             )
 
 
-def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[tuple[str, pa.Table]]) -> str:
+def _row_difference(
+    was: DatasetInfo,
+    manifest: Manifest,
+    indexes: Iterable[tuple[str, pa.Table]],
+    failed: Callable[[], Manifest | None],
+) -> str:
     known = was.manifest
     key_check = known.get("key_check")
     if key_check != manifest.key_check:
@@ -154,6 +166,10 @@ def _row_difference(was: DatasetInfo, manifest: Manifest, indexes: Iterable[tupl
         gone = [*range(len(manifest) + 1, known["num_rows"] + 1)]
         ids = then.filter(pc.greater(then["row"], len(manifest)))["example_id"].combine_chunks()
         return f"{_rows_were(gone, ids, manifest)} dropped"
+    if (listed := failed()) is not None:
+        rows = _failed_rows(listed, manifest, known["num_rows"], image_folder(was))
+        if found := _changed(rows, manifest, Columns(**was.config["columns"])):
+            return found
     others = sorted({*range(1, known["num_rows"] + 1)}.difference(then["row"].to_pylist()))
     if len(others) == 1:
         return f"row {others[0]} was changed, which had no record"
@@ -175,6 +191,36 @@ def _known_images(was: DatasetInfo, indexes: Iterable[tuple[str, pa.Table]]) -> 
         tables.append(table.select(kept).replace_schema_metadata().append_column("split", splits))
     found = pa.concat_tables(tables, promote_options="default").sort_by("row").combine_chunks()
     return found.filter(pa.array(np.diff(found["row"].to_numpy(), prepend=0) > 0))
+
+
+def _failed_rows(listed: Manifest, manifest: Manifest, num_rows: int, folder: str) -> pa.Table:
+    """What a list of failures has of rows of the manifest, like `_known_images`.
+
+    Args:
+        listed: the list, read as a manifest.
+        manifest: that has as many rows now.
+        num_rows: of the earlier one.
+        folder: what its paths were relative to.
+    """
+    table, as_they_were = listed.table, {"split", *(column.name for column in listed.columns.labels)}
+    texts = table["row"].to_pylist() if "row" in table.column_names else []
+    numbers = [int(text) if re.fullmatch("[0-9]{1,18}", text) else 0 for text in texts]
+    kept = [at for at, number in enumerate(numbers) if 1 <= number <= num_rows]
+    rows = pa.array([numbers[at] for at in kept], pa.int64())
+    cells: dict[str, Any] = {"row": rows, "example_id": manifest.ids.take(pc.subtract(rows, 1))}
+    if listed.numbers is not None:
+        cells["label"] = pa.array(listed.numbers[kept])
+    for name in manifest.table.column_names:
+        known = (
+            table[name]
+            if name in as_they_were & {*table.column_names}
+            else listed_cells(listed, name, manifest, folder)
+        )
+        if known is not None:
+            own = "source" if name == listed.columns.paths[0] else name
+            place = own if own in ("source", "split", *PEOPLE) else extra_column(name)
+            cells[place] = known.take(kept)
+    return pa.table(cells).sort_by("row")
 
 
 def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:

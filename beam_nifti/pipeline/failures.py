@@ -8,9 +8,13 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from beam_nifti.config import Columns
 from beam_nifti.errors import FailedVolume, FailureGroup, ManifestError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow, read_manifest
+from beam_nifti.record.dataset_info import read_failures_of
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -21,6 +25,9 @@ _NUMBER: Final = r"(?<![A-Za-z\d])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![A-Za-z\d])"
 
 MAX_FAILED_FRAMES: Final = 1 << 22
 """Of the images in a list, whose lines may stand for any number of frames: 1 GB of their rows."""
+
+PEOPLE: Final = ("participant_id", "session_id")
+"""Columns of a manifest that every list of failures and index has under their own names."""
 
 _OWN_KEYS: Final = ("row", "stage", "error", "message", "frames")
 
@@ -165,7 +172,7 @@ def write_failures(
                 "session_id": row.session_id,
                 "split": row.split,
             }
-            for name in ("participant_id", "session_id"):
+            for name in PEOPLE:
                 if not cells[name]:
                     del cells[name]
             if columns.has_label_features:
@@ -178,6 +185,28 @@ def write_failures(
 
 def _places(row: VolumeRow, folder: str) -> Sequence[str]:
     return row.pseudonyms or [storage.join(folder, path) for path in row.files]
+
+
+def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str) -> pa.Array | None:
+    """A column of the manifest of whose failures a list is, as it was written; None where the list lacks it.
+
+    Args:
+        listed: the file, read as a manifest.
+        column: of the manifest, neither of labels nor the split.
+        manifest: with which it is to be compared.
+        folder: what relative paths were relative to; the list holds absolute ones.
+    """
+    columns = listed.columns
+    named = {columns.id, *columns.files, *(label.name for label in columns.labels)}
+    key = column if column in PEOPLE or column in columns.files else _extra_key(column, named)
+    if key not in listed.table.column_names:
+        return None
+    cells = listed.table[key].combine_chunks()
+    if column not in columns.files:
+        return cells
+    as_listed = pc.is_in(cells, value_set=manifest.table[column].combine_chunks())
+    relative = pa.array([cell.removeprefix(f"{folder}/") for cell in cells.to_pylist()], pa.string())
+    return pc.if_else(as_listed, cells, relative)
 
 
 def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
@@ -203,14 +232,15 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
     return found
 
 
-def read_failures(path: str, columns: Columns) -> list[FailedVolume]:
+def read_failures(path: str, num_failed: int, columns: Columns) -> list[FailedVolume]:
     """The rows of a list of failures.
 
     Args:
         path: of the list.
+        num_failed: volumes that it is of.
         columns: which manifest columns mean what.
     """
-    listed = read_manifest(path, columns, is_list=True)
+    listed = read_manifest(path, columns, list_content=read_failures_of(path, num_failed))
     cells = (
         listed.table[name].to_pylist() for name in ("row", columns.paths[0], "stage", "error", "message")
     )

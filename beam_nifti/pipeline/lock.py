@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import uuid
@@ -16,12 +15,15 @@ from beam_nifti.errors import OutputBusyError
 from beam_nifti.storage import disk
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.background import in_background
-from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.strict_json import dump_json, load_json
 
 LOCK_FILE: Final = ".lock"
 _RENEW_SECONDS: Final = 30.0
 _STALE_SECONDS: Final = 180.0
 """A lease that was not renewed for so long belongs to a dead build."""
+
+_LEASE_BYTES: Final = 1 << 16
+"""Of a lease that are read: more than one has."""
 
 _held: dict[str, str] = {}
 """Tokens of the leases of this process, by their paths."""
@@ -91,7 +93,7 @@ def _flock(path: str) -> Iterator[None]:
 def _lease(path: str) -> Iterator[None]:
     token = uuid.uuid4().hex
     try:
-        found, version = storage.read_version(path)
+        found, version = storage.read_version(path, _LEASE_BYTES)
     except FileNotFoundError:
         version = storage.ABSENT
     else:
@@ -130,7 +132,7 @@ def _keep(path: str, token: str) -> Iterator[float]:
     while True:
         yield _RENEW_SECONDS
         with contextlib.suppress(OSError):  # tried again; `require_held` looks whether it held
-            found, version = storage.read_version(path)
+            found, version = storage.read_version(path, _LEASE_BYTES)
             if _parse(found).get("token") != token:
                 return
             _write(path, token, version)
@@ -138,7 +140,7 @@ def _keep(path: str, token: str) -> Iterator[float]:
 
 def _is_own(path: str, token: str) -> bool:
     try:
-        return _parse(storage.read(path)).get("token") == token
+        return _parse(storage.read_head(path, _LEASE_BYTES)).get("token") == token
     except FileNotFoundError:
         return False
 
@@ -152,7 +154,7 @@ def _lost(path: str) -> OutputBusyError:
 
 def _parse(lease: bytes) -> dict[str, object]:
     try:
-        holder = json.loads(lease)
+        holder = load_json(lease)
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
@@ -208,7 +210,7 @@ def _is_gone(holder: dict[str, object]) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         pass  # it is somebody else's

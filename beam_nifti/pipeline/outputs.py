@@ -1,16 +1,18 @@
-"""Files that a command writes apart from a dataset, such as a report: what they must not replace."""
+"""Files that a command writes apart from a dataset, such as a report: what they hold and must not replace."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, FILE_NAME, is_failures_file
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.json_types import require_type
+from beam_nifti.support.strict_json import load_json
 
 _FOLDERS: Final = ("index", ".build")
 """Folders of a dataset, all of whose files are its own."""
@@ -20,6 +22,26 @@ _DEPTH: Final = 4
 
 _FILES: Final = (FILE_NAME, LOCK_FILE, CARD_FILE, CROISSANT_FILE)
 _SHARD: Final = re.compile(r".+\.tfrecord(\.gz)?")
+
+
+def read_result(path: str, most: int) -> dict[str, Any]:
+    """What the last step of a pipeline has written for the process that started it.
+
+    Args:
+        path: of the file, which others can write to where it is in a store.
+        most: bytes that it has at most.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OutputError: it is too large, or no object of JSON.
+        OSError: it cannot be reached.
+    """
+    try:
+        facts = load_json(storage.read_bounded(path, most))
+        require_type(facts, dict, "it")
+    except (storage.FileTooLargeError, ValueError) as e:
+        raise OutputError(f"{path}: not what the pipeline has written: {e}; run the command again") from e
+    return dict(facts)
 
 
 def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None = None) -> None:

@@ -400,8 +400,9 @@ def read_build_manifest(path: str, config: BuildConfig, content: bytes | None = 
     """
     key = config.anonymous_ids
     pseudonyms = read_pseudonyms(key) if key else None
-    content_or_path = config.rows if content is None else content
-    return read_manifest(path, config.columns, config.splitting, pseudonyms, content=content_or_path)
+    if content is None and config.rows is not None:
+        content = storage.read(config.rows)
+    return read_manifest(path, config.columns, config.splitting, pseudonyms, content=content)
 
 
 def stored_itemsize(voxel_dtype: str, source_itemsize: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ from beam_nifti.config import Columns
 from beam_nifti.errors import (
     BuildSummary,
     FailureGroup,
+    OutputError,
     PartsChangedError,
     ShardError,
     TooManyFailures,
@@ -28,6 +28,7 @@ from beam_nifti.pipeline.failures import (
     write_failures,
 )
 from beam_nifti.pipeline.lock import LOCK_FILE
+from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.parts import BUILD_FOLDER
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.record.dataset_info import (
@@ -53,6 +54,8 @@ _INDEX: Final = "index"
 _REVISION: Final = re.compile(r"-r(\d{1,9})\.")
 _REVISION_KEY: Final = re.compile(r'"revision": *(\d{1,9})\b')
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/{SUMMARY_NAME}"
+_MOST_SUMMARY: Final = 1 << 24
+"""Bytes of it: numbers, and a few reasons with the names of a few files."""
 
 
 def too_many_failures(summary: BuildSummary, columns: Columns) -> TooManyFailures:
@@ -66,7 +69,7 @@ def too_many_failures(summary: BuildSummary, columns: Columns) -> TooManyFailure
     head = f"{failed} of {counted(total, 'volume')} failed, more than --max-bad-fraction allows"
     accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
     message = "\n  ".join([f"{head}:", *format_groups(summary.reasons, failed), accept])
-    return TooManyFailures(message, summary, read_failures(summary.failures_path, columns))
+    return TooManyFailures(message, summary, read_failures(summary.failures_path, failed, columns))
 
 
 def find_info(output: str) -> DatasetInfo | None:
@@ -228,13 +231,13 @@ def take_summary(output: str) -> BuildSummary | None:
     """How the last build in this output ended, if it got that far; forgets it."""
     path = storage.join(output, _SUMMARY_FILE)
     try:
-        facts = json.loads(storage.read(path))
+        facts = read_result(path, _MOST_SUMMARY)
+        groups = (group | {"examples": tuple(group["examples"])} for group in facts["reasons"])
+        summary = BuildSummary(**facts | {"reasons": tuple(FailureGroup(**group) for group in groups)})
     except FileNotFoundError:
         return None
-    reasons = tuple(
-        FailureGroup(**{**group, "examples": tuple(group["examples"])}) for group in facts.get("reasons", ())
-    )
-    summary = BuildSummary(**{**facts, "reasons": reasons})
+    except (KeyError, TypeError) as e:
+        raise OutputError(f"{path}: not what the pipeline has written: {e!r}; run the command again") from e
     storage.delete(path, output)
     return summary
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import tensorflow as tf
 
-from beam_nifti.errors import UsageError
+from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read.order import whole_number
 from beam_nifti.read.random_access import Element
 from beam_nifti.record.dataset_info import DatasetInfo
@@ -23,6 +23,13 @@ Array = npt.NDArray[Any]
 
 _ALIGNMENT: Final = 64
 """Of a tensor's memory. Source: EIGEN_MAX_ALIGN_BYTES, whose largest value this is."""
+
+_TOO_MUCH_PADDING: Final = (
+    "would take too much memory; use batch_size=1, ragged=True, or volumes of like shapes"
+)
+_FREE_PADDED_BYTES: Final = 4 << 30
+_PADDED_RATIO: Final = 64
+"""What a padded batch may take: so much, or so many times what its cells take."""
 
 _FEATURE_DTYPES: Final = {"float": tf.float32, "int64": tf.int64, "bytes": tf.string}
 
@@ -68,6 +75,24 @@ class Column:
         shapes = [self.cell(element).shape for element in elements]
         largest = map(max, zip(*shapes, strict=True)) if shapes else (size or 0 for size in self.shape)
         return np.zeros((count, *largest), dtype)
+
+    def check_padding(self, folder: str, elements: Sequence[Element]) -> None:
+        """Refuse cells of differing shapes that would take far more memory in one array than by themselves.
+
+        Args:
+            folder: of the dataset, for the error.
+            elements: whose cells they are.
+
+        Raises:
+            DatasetError: they would.
+        """
+        shapes = [self.cell(element).shape for element in elements] if self.varies else []
+        largest, held = tuple(map(max, zip(*shapes, strict=True))), sum(map(math.prod, shapes))
+        padded = len(shapes) * math.prod(largest)
+        if padded * self.dtype.size > max(_FREE_PADDED_BYTES, _PADDED_RATIO * held * self.dtype.size):
+            raise DatasetError(
+                f"{folder}: {self.name}, padded to {[len(shapes), *largest]}, {_TOO_MUCH_PADDING}"
+            )
 
     def put(self, element: Element, array: Array, place: int) -> None:
         """Copy an element's cell to its place in a batch."""
@@ -146,8 +171,40 @@ class Batching:
             return examples
         if self.ragged:
             return examples.ragged_batch(self.size, self.drop_remainder)
-        batch = examples.padded_batch if self.pad else examples.batch
-        return batch(self.size, drop_remainder=self.drop_remainder)
+        if self.pad:
+            return _with_bounded_padding(examples, self.size).padded_batch(
+                self.size, drop_remainder=self.drop_remainder
+            )
+        return examples.batch(self.size, drop_remainder=self.drop_remainder)
+
+
+def _with_bounded_padding(examples: tf.data.Dataset, size: int) -> tf.data.Dataset:
+    """The same examples, up to one with which a padded batch would be what `Column.check_padding` refuses."""
+    specs = tf.nest.flatten(examples.element_spec)
+    varying = [at for at, spec in enumerate(specs) if not spec.shape.is_fully_defined()]
+    if not varying:
+        return examples
+    ranks = [specs[at].shape.rank for at in varying]
+    begin = tuple((tf.zeros([rank], tf.float64), tf.zeros([], tf.float64)) for rank in ranks)
+
+    def look(state: Any, example: Any) -> Any:
+        number, known = state
+        cells = tf.nest.flatten(example)
+        found, checks = [], []
+        for (largest, held), at in zip(known, varying, strict=True):
+            shape, itemsize = tf.cast(tf.shape(cells[at]), tf.float64), float(cells[at].dtype.size)
+            largest, held = tf.maximum(largest, shape), held + itemsize * tf.reduce_prod(shape)
+            padded = tf.cast(number + 1, tf.float64) * itemsize * tf.reduce_prod(largest)
+            is_right = padded <= tf.maximum(_PADDED_RATIO * held, float(_FREE_PADDED_BYTES))
+            checks.append(tf.debugging.Assert(is_right, [f"a padded batch {_TOO_MUCH_PADDING}: ", largest]))
+            found.append((largest, held))
+        with tf.control_dependencies(checks):
+            number = tf.identity((number + 1) % size)
+        is_first = number == 0
+        again = tf.nest.map_structure(lambda was, now: tf.where(is_first, was, now), begin, tuple(found))
+        return (number, again), example
+
+    return examples.scan((tf.zeros([], tf.int64), begin), look)
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> Array:

@@ -145,6 +145,7 @@ class _Steps:
         """The arrays of a column whose cells may differ in shape, or in number."""
         if self._batching.makes_ragged(column):
             return column.join(elements)
+        column.check_padding(self._records.path, elements)
         array = column.allocate(elements, len(elements))
         for place, element in enumerate(elements):
             column.put(element, array, place)

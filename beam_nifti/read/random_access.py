@@ -34,12 +34,13 @@ from beam_nifti.record.example import (
     decode_doubles,
     decode_example,
     decode_tensor,
+    label_feature,
     largest_payload,
     scaling_of,
     split_kind,
 )
 from beam_nifti.record.index import extra_column, read_shard_index
-from beam_nifti.record.tfrecord import decode_buffer, make_buffer
+from beam_nifti.record.tfrecord import decode_buffer, make_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.intensity import rescale_voxels
 from beam_nifti.volume.quantize import UINT8_LEVELS
@@ -81,7 +82,8 @@ class Dataset:
 
     - "image": float32 of shape (X, Y, Z, 1), or (X, Y, Z, C) where records have C frames or components, in C
       order: the x of `beam_nifti.reader.load_dataset`, bit for bit.
-    - "label": float32, as in the record; NaN in a dataset without labels.
+    - "label": float32, as in the record; NaN in a dataset without labels. Where the first label is a string,
+      there is "label/NAME" instead.
     - "id": str.
     - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+; "zooms": float64 of shape
       (3,), the voxel sizes.
@@ -402,13 +404,14 @@ class _Records:
     def _payload(self, path: str, row: int, lent: bool) -> memoryview:
         offsets, lengths = self.places
         compressed, size = self.config.compression == "gzip", int(lengths[row])
+        most = self._most_bytes
+        if most is None:
+            most = largest_payload(self.shape_of(row), self.info.dtype, self.config.mask_dtype)
+        require_stored_size(size, most)
         buffer = _scratch(size) if compressed or lent else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
             raise ShardError(f"of its {size} bytes the file has {count}")
-        most = self._most_bytes
-        if most is None:
-            most = largest_payload(self.shape_of(row), self.info.dtype, self.config.mask_dtype)
         return decode_buffer(buffer, compressed, most)
 
     def _cell(self, name: str, row: int) -> Any:
@@ -557,10 +560,33 @@ def _digest(info: DatasetInfo) -> str:
 
 
 def default_columns(info: DatasetInfo) -> tuple[str, ...]:
-    """The columns of a dataset where none are asked for."""
+    """The columns of a dataset where none are asked for; of a first label that is a text, its feature."""
+    label = label_feature(info.labels[0].name) if _has_texts(info) else "label"
     lacked = {name for name in ("affine", "zooms") if name not in info.features}
     lacked |= set() if info.labelled else {"label"}
-    return tuple(name for name in _DEFAULT_COLUMNS if name not in lacked)
+    names = (label if name == "label" else name for name in _DEFAULT_COLUMNS)
+    return tuple(name for name in names if name not in lacked)
+
+
+def check_label(output: str, info: DatasetInfo, columns: Collection[str]) -> None:
+    """Refuse the number of a first label that is a text: it would be NaN, and look like a missing one.
+
+    Args:
+        output: the dataset's folder, for the error.
+        info: of it.
+        columns: that are asked for.
+
+    Raises:
+        UsageError: it is among them.
+    """
+    if "label" in columns and _has_texts(info):
+        known = ", ".join(label_feature(column.name) for column in info.labels)
+        raise UsageError(f"{output}: the first label is a string and no number; choose among {known}")
+
+
+def _has_texts(info: DatasetInfo) -> bool:
+    """Whether the first label is a text."""
+    return bool(info.labels) and info.labels[0].kind == "string"
 
 
 def _select(
@@ -577,7 +603,7 @@ def _select(
         table = table.append_column("id", table["example_id"])
         first = next(iter(info.labels), None)  # of which `label` is the number
         texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
-        if first and first.kind == "string" and "label" in condition.columns:
+        if _has_texts(info) and "label" in condition.columns:
             raise UsageError(
                 f"where is {where!r}, but a label of the kind string is no number; ask {texts['label']}, "
                 "which has the text"
@@ -611,6 +637,7 @@ def _open(
     is_listed = storage.is_remote(output) and storage.can_list(output)
     check_shards(output, shards, set(storage.list_files(output)) if is_listed else None)
     columns = tuple(dict.fromkeys(default_columns(info) if columns is None else columns))
+    check_label(output, info, columns)
     from_index = {name for name in columns if name != "id" and not _has_tensor(name, info)}
     needed = {"example_id", "offset", "length", *(() if info.shape else ["shape"]), *from_index, *asked}
     table = _read_indexes(output, info, shards, needed)

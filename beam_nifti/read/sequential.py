@@ -18,7 +18,7 @@ import tensorflow as tf
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read import random_access
 from beam_nifti.read.columns import Batching, Column, channels_of, describe_columns, parse_kind
-from beam_nifti.read.random_access import REBUILT, check_shards, shards_of
+from beam_nifti.read.random_access import REBUILT, check_label, check_shards, shards_of
 from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, no_dataset
 from beam_nifti.record.example import ENDS_FEATURES, SCALING_FEATURES
 from beam_nifti.storage import paths as storage
@@ -134,8 +134,9 @@ def _check_columns(folder: str, info: DatasetInfo, names: Sequence[str]) -> None
     """Refuse columns that records do not have.
 
     Raises:
-        UsageError: there is such a one.
+        UsageError: there is such a one, or the number of a label that is a text.
     """
+    check_label(folder, info, names)
     known = sorted(name.removesuffix("_raw") for name in info.features)
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -519,8 +519,8 @@ def path_of(output: str, name: str) -> str:
     return path
 
 
-def failures_path_of(output: str, info: DatasetInfo, name: str) -> str:
-    """The path of a dataset's list of failures, which is to be read.
+def read_failures_list(output: str, info: DatasetInfo, name: str) -> bytes:
+    """The bytes of a dataset's list of failures.
 
     Args:
         output: the dataset's folder, local or a URL.
@@ -531,14 +531,23 @@ def failures_path_of(output: str, info: DatasetInfo, name: str) -> str:
         DatasetError: it is larger than a list of so many failures can be.
         OSError: as `path_of`; or it is missing, or cannot be reached.
     """
-    path, most = path_of(output, name), _FREE_FAILURES_BYTES + _FAILURE_BYTES * info.num_failures
-    size = storage.stat(path).size
-    if size > most:
+    path = path_of(output, name)
+    try:
+        return read_failures_of(path, info.num_failures)
+    except storage.FileTooLargeError as e:
         raise DatasetError(
-            f"{path}: has {size:,} bytes, and can have at most {most:,} where num_failures in {FILE_NAME} is "
-            f"{info.num_failures}; copy the dataset again"
-        )
-    return path
+            f"{path}: {e} where num_failures in {FILE_NAME} is {info.num_failures}; copy the dataset again"
+        ) from e
+
+
+def read_failures_of(path: str, num_failures: int) -> bytes:
+    """The bytes of a list of so many failures.
+
+    Raises:
+        FileTooLargeError: there are more than such a list can have.
+        OSError: it is missing, or cannot be reached.
+    """
+    return storage.read_bounded(path, _FREE_FAILURES_BYTES + _FAILURE_BYTES * num_failures)
 
 
 def read_content(output: str) -> bytes:

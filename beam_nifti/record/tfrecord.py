@@ -35,6 +35,10 @@ _MOST_PAYLOAD: Final = 1 << 31
 
 _LENGTH_BYTES: Final = 8
 
+_FREE_STORED_BYTES: Final = 64 << 10
+_STORED_RATIO: Final = 2
+"""What a record may take in its file: so much, and so many times its payload. No compression adds as much."""
+
 
 def _masked_crc(data: bytes | memoryview) -> bytes:
     # The library takes no memoryview, but arrays; neither way are the bytes copied.
@@ -88,6 +92,20 @@ def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> b
         ShardError: the bytes are truncated, damaged, or hold more than one record.
     """
     return bytes(decode_buffer(memoryview(data), compressed, most))
+
+
+def require_stored_size(size: int, most: int) -> None:
+    """Refuse a record that takes more bytes in its file than its payload can need, before they are read.
+
+    Args:
+        size: as the index has it.
+        most: bytes that the payload has at most.
+
+    Raises:
+        ShardError: it takes more.
+    """
+    if size > (bound := _FREE_STORED_BYTES + _STORED_RATIO * most):
+        raise ShardError(f"is said to take {size:,} bytes, and can take at most {bound:,}")
 
 
 def make_buffer(size: int) -> memoryview:

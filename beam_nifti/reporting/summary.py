@@ -6,6 +6,7 @@ over the pictures for those that are shown. What stays of a record is a row of n
 
 from __future__ import annotations
 
+import io
 import itertools
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti.errors import DatasetError
-from beam_nifti.record.dataset_info import DatasetInfo, failures_path_of
+from beam_nifti.record.dataset_info import DatasetInfo, read_failures_list
 from beam_nifti.reporting.appearance import SCHEMA
 from beam_nifti.reporting.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.reporting.sheets import read_problems, read_sheets
@@ -164,8 +165,8 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
         return []
     path = storage.join(output, info.failures)
     try:
-        with storage.open_read(failures_path_of(output, info, info.failures)) as handle:
-            failures = list(map(load_json, itertools.islice(handle, MAX_FAILURES)))
+        lines = io.BytesIO(read_failures_list(output, info, info.failures))
+        failures = list(map(load_json, itertools.islice(lines, MAX_FAILURES)))
         return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
     except (FileNotFoundError, ValueError, AttributeError) as e:
         raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e

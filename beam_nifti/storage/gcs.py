@@ -103,8 +103,8 @@ class Gcs(ObjectStore):
         except FileNotFoundError as e:  # a write needs nothing but the bucket; not every server names it
             raise FileNotFoundError(errno.ENOENT, "No such bucket", path) from e
 
-    def get_version(self, path: str) -> tuple[bytes, str]:
-        with _Reader(self, path) as reader:
+    def get_version(self, path: str, size: int) -> tuple[bytes, str]:
+        with _Reader(self, path, size) as reader:
             return reader.readall(), str(reader.generation)
 
     def begin(self, path: str) -> Pieces:

@@ -20,6 +20,9 @@ _CONNECTIONS: Final = 64
 _MOST_JSON: Final = 1 << 30
 """Bytes of what WebHDFS answers to questions, such as which files a folder has."""
 
+_MOST_REASON: Final = 1 << 20
+"""Bytes of what it says of an error."""
+
 _WEBHDFS_PORT: Final = 9870
 """Of a NameNode, where the URL names none."""
 
@@ -44,6 +47,7 @@ class Http(RangeStore):
         )
         self._error = requests.HTTPError
         self._session = requests.Session()
+        self._session.hooks["response"].append(_close_redirect)
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, PacedAdapter(pool_maxsize=_CONNECTIONS))
 
@@ -128,6 +132,12 @@ class Http(RangeStore):
         raise io.UnsupportedOperation(f"{prefix}: a web server does not say which files it has")
 
 
+def _close_redirect(response: Any, *_: Any, **__: Any) -> None:
+    """Leave the body of a redirect unread; requests would read all of it before it goes on."""
+    if response.is_redirect and response.headers.get("Content-Length") != "0":
+        response.close()
+
+
 def _require_range(status: int, headers: Mapping[str, str], start: int, length: int) -> None:
     """Refuse the answer of a server that sends all of a file where a part was asked for."""
     sent = headers.get("Content-Range", "")
@@ -157,7 +167,7 @@ class WebHdfs(Http):
 
     def _reason(self, response: Any) -> str:
         is_json = "json" in response.headers.get("Content-Type", "")
-        return self._body(response, _MOST_JSON).decode() if is_json else str(response.reason)
+        return self._body(response, _MOST_REASON).decode() if is_json else str(response.reason)
 
     def _ask_json(self, url: str) -> Any:
         with self._ask("GET", url) as response:

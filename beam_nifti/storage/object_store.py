@@ -413,8 +413,8 @@ class ObjectStore(Store):
         """
 
     @abc.abstractmethod
-    def get_version(self, path: str) -> tuple[bytes, str]:
-        """An object whole, and what `put` calls its version."""
+    def get_version(self, path: str, size: int) -> tuple[bytes, str]:
+        """The first `size` bytes of an object, and what `put` calls its version."""
 
     @abc.abstractmethod
     def begin(self, path: str) -> Pieces:

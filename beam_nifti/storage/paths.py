@@ -578,16 +578,16 @@ def write(path: str, data: bytes, below: str | None = None) -> None:
         handle.write(data)
 
 
-def read_version(path: str) -> tuple[bytes, str | None]:
-    """The whole of a remote file, and its version for `write_if`; None where the store keeps none.
+def read_version(path: str, size: int) -> tuple[bytes, str | None]:
+    """As `read_head` of a remote file, and its version for `write_if`; None where the store keeps none.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be reached.
     """
     if store := _writable(path):
-        return store.get_version(path)
-    return read(path), None
+        return store.get_version(path, size)
+    return read_head(path, size), None
 
 
 def write_if(path: str, data: bytes, version: str | None) -> None:

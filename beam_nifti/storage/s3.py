@@ -97,8 +97,8 @@ class S3(ObjectStore):
 
         self.attempt(path, request)
 
-    def get_version(self, path: str) -> tuple[bytes, str]:
-        with _Reader(self, path) as reader:
+    def get_version(self, path: str, size: int) -> tuple[bytes, str]:
+        with _Reader(self, path, size) as reader:
             return reader.readall(), reader.etag
 
     def begin(self, path: str) -> Pieces:

@@ -839,6 +839,25 @@ def test_failure_of_no_row_of_the_manifest(with_failure: Path, tmp_path: Path) -
     some(found, "1 manifest row is neither", "sub-0002")
 
 
+@pytest.mark.parametrize("column", ["site", "message", "manifest_row"])
+def test_a_changed_cell_of_a_failed_row_is_named_by_its_column(tmp_path: Path, column: str) -> None:
+    folder = write_cohort(tmp_path / "cohort", 3).parent
+    (folder / "sub-0002.nii.gz").write_bytes(b"no image")
+    rows = [{"path": f"sub-000{i}.nii.gz", "session_id": "", column: f"cell {i}"} for i in range(3)]
+    rows = [{"participant_id": f"sub-000{i}", **row} for i, row in enumerate(rows)]
+    manifest = write_manifest(folder / "m.csv", rows)
+    output = build_dataset(manifest, tmp_path / "out", max_bad_fraction=0.5)
+    assert problems(output, manifest=str(manifest)) == ()
+    write_manifest(manifest, [*rows[:2], {**rows[2], column: "other"}])
+    text = f"1 example has another {column} in the manifest (dataset's, manifest's): sub-0002 (cell 2, other)"
+    only(problems(output, manifest=str(manifest)), text)
+    absolute = [{**row, "path": str(folder / row["path"])} for row in rows]
+    write_manifest(manifest, [*rows[:2], absolute[2]])
+    assert problems(output, manifest=str(manifest)) == ()  # the list does not say how a path was written
+    write_manifest(manifest, [*rows[:2], {**rows[2], "path": "other.nii"}])
+    only(problems(output, manifest=str(manifest)), "another path", "sub-0002 (sub-0002.nii.gz, other.nii)")
+
+
 def test_deleted_failures(with_failure: Path) -> None:
     (with_failure / "failures.jsonl").unlink()
     only(problems(with_failure), "failures.jsonl: is missing", "says 1 failures")

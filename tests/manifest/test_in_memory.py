@@ -23,7 +23,7 @@ from beam_nifti.manifest.tables import read_table
 
 def cells_of(rows: Any) -> dict[str, list[str]]:
     """The texts that a table's cells become, by column."""
-    table = read_table("/data/in-memory-table", content=parquet_of(rows))
+    table = read_table("/data/in-memory-table.parquet", content=parquet_of(rows))
     return {name: table[name].to_pylist() for name in table.column_names}
 
 

@@ -671,6 +671,11 @@ def test_a_label_that_is_text_is_asked_by_its_column(folder: Path, tmp_path: Pat
     with pytest.raises(UsageError, match="a label of the kind string is no number; ask manifest_label"):
         Dataset(output, where="label == 20230110")
     assert Dataset(output, where="manifest_label == 20230110").ids == [rows[0]["path"]]
+    assert Dataset(output)[1]["label/label"] == b"20230111"
+    with pytest.raises(
+        UsageError, match="the first label is a string and no number; choose among label/label"
+    ):
+        Dataset(output, columns=["id", "label"])
 
 
 @pytest.mark.parametrize(("label", "column"), [("label", "manifest_label"), ("s e x", "column('s e x')")])
@@ -740,6 +745,11 @@ def test_the_reader_of_other_datasets(folder: Path, tmp_path: Path) -> None:
     assert [y.numpy() for _, y in load_dataset(text, label="subtype")] == [b"a", b"b"]
     with pytest.raises(UsageError, match="the first label is a string and no number; choose y with label="):
         load_dataset(text)
+    for engine in ("indexed", "sequential"):
+        given = [x["label/subtype"].numpy() for x in load_dataset(text, as_dict=True, engine=engine)]
+        assert given == [b"a", b"b"] == [element["label/subtype"] for element in Dataset(text)]
+        with pytest.raises(UsageError, match="is a string and no number; choose among label/subtype"):
+            load_dataset(text, as_dict=True, columns=["label"], engine=engine)
     unlabelled = build_dataset(manifest, tmp_path / "none")
     with pytest.raises(UsageError, match="label is 'age'; the dataset has no labels"):
         load_dataset(unlabelled, label="age")

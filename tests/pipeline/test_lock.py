@@ -191,7 +191,16 @@ def test_a_process_that_has_the_number_of_a_dead_one_is_not_it() -> None:
 
 
 @pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("content", [b"{", b"[]", b""])
+def test_a_lease_of_a_process_that_no_system_can_have_is_free() -> None:
+    write_lease(1, pid=1 << 70, started=1, system=this_system())
+    with hold(OUTPUT):
+        pass
+
+
+@pytest.mark.usefixtures("store")
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"", b"[" * 50_000, b'{"host": "' + b"x" * (1 << 22) + b'"}']
+)
 def test_a_lease_that_nobody_understands_ends_too(content: bytes) -> None:
     from tests.object_store import MemoryFileSystem
 

@@ -276,6 +276,9 @@ def test_a_row_that_failed_and_was_dropped_is_told(folder: Path, tmp_path: Path)
         build(wrong, output, **SMALL)
     assert differences(wrong, output, [*rows[:4], *rows[5:]]) == ["row 5 was dropped"]
     assert build(wrong, output, **SMALL, max_bad_fraction=0.1).read == {"no.nii"}
+    changed = "row 5 (sub-0004): path was 'no.nii', now 'sub-0004.nii.gz'"
+    assert differences(wrong, output, rows) == [changed]
+    (output / "failures.jsonl").unlink()
     assert differences(wrong, output, rows) == ["row 5 was changed, which had no record"]
 
 

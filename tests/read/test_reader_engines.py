@@ -14,6 +14,7 @@ import pytest
 from beam_nifti.errors import UsageError
 from tests.build_helpers import build
 from tests.images import AFFINE, brain, random_voxels, write_image, write_manifest
+from tests.peak import peak_growth
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 tf = pytest.importorskip("tensorflow")
@@ -183,3 +184,22 @@ def test_batches_that_cannot_be(datasets: dict[str, Path], options: dict[str, An
     for engine in ("indexed", "sequential"):
         with pytest.raises(UsageError, match=message):
             load_dataset(datasets["mixed"], engine=engine, **options)
+
+
+@pytest.mark.parametrize("engine", ["indexed", "sequential"])
+def test_padding_that_no_memory_holds_is_refused(tmp_path: Path, engine: str) -> None:
+    """Three small volumes, each long in another direction; padded, one of them takes 140 TB."""
+    shapes = [(32767, 1, 1), (1, 32767, 1), (1, 1, 32767)]
+    for i, shape in enumerate(shapes):
+        write_image(tmp_path / f"{i}.nii", np.arange(32767, dtype=np.int16).reshape(shape))
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": f"{i}.nii", "label": i} for i in range(3)])
+    build(manifest, tmp_path / "out", allow_mixed_shapes=True)
+    options: dict[str, Any] = {"engine": engine, "pad": True}
+    with peak_growth() as growth, pytest.raises(tf.errors.OpError, match="would take too much memory; use"):
+        list(load_dataset(tmp_path / "out", batch_size=3, **options))
+    assert growth() < 256 << 20
+    assert [y.numpy().tolist() for _, y in load_dataset(tmp_path / "out", batch_size=1, **options)] == [
+        [0],
+        [1],
+        [2],
+    ]

@@ -12,7 +12,7 @@ import pytest
 
 from beam_nifti import config
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import OutputError
+from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.inspection.rounding import differ_in_rounding
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import open_build, run_build
@@ -140,6 +140,26 @@ def test_another_revision_of_content_is_refused(
         OutputError, match="this version of beam-nifti makes other records of the same options"
     ):
         build(short, output, **SMALL)
+
+
+def test_a_dataset_of_an_earlier_revision_of_content_is_verified(
+    short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    made = []
+    for revision in (1, 2, 3):
+        monkeypatch.setattr(config, "CONTENT_REVISION", revision)
+        build(short, output / str(revision), **SMALL)
+        made.append(read_info(str(output / str(revision))).config["fingerprint"])
+    assert len(set(made)) == 3
+    for revision in (1, 2, 3):
+        assert verify_dataset(str(output / str(revision)), manifest=str(short)).problems == ()
+    for revision in (1, 2):
+        with pytest.raises(UsageError, match="by a version of beam-nifti that makes other records"):
+            verify_dataset(str(output / str(revision)), manifest=str(short), deep=1)
+    monkeypatch.setattr(config, "CONTENT_REVISION", 2)
+    (problem,) = verify_dataset(str(output / "3")).problems
+    assert "the fingerprint is" in problem
 
 
 # verify --deep

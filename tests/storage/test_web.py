@@ -343,6 +343,20 @@ def test_a_body_without_an_end_is_refused(announced: bytes) -> None:
         storage.read(answer_with(endless))
 
 
+@pytest.mark.parametrize("announced", [b"Content-Length: 999999999999\r\n\r\n", b"Connection: close\r\n\r\n"])
+def test_the_body_of_a_redirect_is_not_read(server: FaultProxy, local: Path, announced: bytes) -> None:
+    name = f"dataset/{SHARD}"
+
+    def endless(connection: socket.socket) -> None:
+        location = f"Location: {server.url}/{name}\r\n"
+        connection.sendall(f"HTTP/1.1 302 Found\r\n{location}".encode() + announced)
+        while True:
+            connection.sendall(bytes(1 << 16))
+
+    url = answer_with(endless)
+    assert storage.read_head(url, 100) == (local / SHARD).read_bytes()[:100]
+
+
 @pytest.mark.parametrize("begun", [b"", HEAD_OF_RANGE + b"Content-Length: 2000\r\n\r\n"])
 def test_an_answer_in_drops_times_out(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each drop comes well within the time-out of the socket."""
