@@ -7,13 +7,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti.errors import UsageError
+from beam_nifti.support.calls import format_call, parse_call
 from beam_nifti.support.cells import parse_number
 from beam_nifti.support.strict_json import dump_json
 
@@ -76,8 +77,6 @@ _SHARES_TOLERANCE: Final = 1e-5
 _LEAST_SPACING: Final = 1e-6
 """A nanometre, in mm: below it quotients of sizes overflow."""
 
-_FUNCTION: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-
 
 def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
     if value not in allowed:
@@ -105,6 +104,46 @@ def _parse_numbers(flag: str, text: str, forms: tuple[str, ...]) -> tuple[str, t
 def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
     """The one spelling of what `_parse_numbers` takes apart."""
     return ":".join([name, *([",".join(repr(n).removesuffix(".0") for n in numbers)] if numbers else [])])
+
+
+@dataclass(frozen=True)
+class Percentile:
+    """Two percentiles of a volume's intensities, for `rescale`: str() is what the command line has.
+
+    >>> str(Percentile(0.5, 99))
+    'percentile:0.5,99'
+
+    Attributes:
+        low: percentile that becomes 0, from 0 to 100.
+        high: percentile that becomes 1, above `low`.
+    """
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return _join_numbers("percentile", (float(self.low), float(self.high)))
+
+
+@dataclass(frozen=True)
+class Window:
+    """Two intensities in the image's units (CT: HU), for `rescale`: str() is what the command line has.
+
+    >>> str(Window(-160, 240))
+    'window:-160,240'
+
+    Attributes:
+        low: intensity that becomes 0.
+        high: intensity that becomes 1, above `low`.
+    """
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return _join_numbers("window", (float(self.low), float(self.high)))
 
 
 @dataclass(frozen=True)
@@ -162,8 +201,9 @@ class RecordConfig:
             above T in the image's units; "mask", those that the mask labels; None means all of them.
         complex: what becomes of complex voxels: "magnitude"; "phase", in radians; "real-imag", two channels;
             None refuses them.
-        preprocess: the user's function, `package.module:function`, from Volume to Volume.
-        preprocess_sha256: of the file that defines it; set by the build.
+        preprocess: the user's function from Volume to Volume, `package.module:function`, with or without
+            literals as arguments, such as `lab.brains:strip(threshold=3)`; several in a tuple, in order.
+        preprocess_sha256: of the file that defines it, or of each in a tuple; set by the build.
         orientation: code, such as "RAS", that the axes are turned to.
         spacing: voxel size along each axis, in mm, that volumes are resampled to.
         crop_foreground: which voxels' bounding box to crop to: "nonzero"; "above:T", with T in the image's
@@ -187,8 +227,8 @@ class RecordConfig:
     clip: bool = False
     rescale_within: str | None = None
     complex: str | None = None
-    preprocess: str | None = None
-    preprocess_sha256: str | None = None
+    preprocess: str | tuple[str, ...] | None = None
+    preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
     spacing: tuple[float, float, float] | None = None
     crop_foreground: str | None = None
@@ -205,6 +245,8 @@ class RecordConfig:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
         if self.shape is not None:
             object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "preprocess", spell_steps(self.preprocess))
+        object.__setattr__(self, "preprocess_sha256", _one_or_more(self.preprocess_sha256))
         if self.channels is not None:
             object.__setattr__(self, "channels", tuple(self.channels))
         if self.mask_dtype is not None:
@@ -298,6 +340,12 @@ class RecordConfig:
         return len(self.channels or (None,))
 
     @property
+    def steps(self) -> tuple[tuple[str, str | None], ...]:
+        """The user's functions in their order, each with the sha256 of its file, if that is known."""
+        names, digests = _all_of(self.preprocess), _all_of(self.preprocess_sha256)
+        return tuple(zip(names, digests or [None] * len(names), strict=True))
+
+    @property
     def prepares(self) -> bool:
         """Whether anything is done to a volume between loading and rescaling."""
         return any(getattr(self, name) is not None for name in PREPARATIONS)
@@ -327,8 +375,9 @@ class RecordConfig:
 
 
 def _check_preparation(record: RecordConfig) -> None:
-    if record.preprocess is not None and not _FUNCTION.fullmatch(record.preprocess):
-        raise UsageError(f"--preprocess is {record.preprocess!r}; write it as package.module:function")
+    num_steps, num_digests = len(_all_of(record.preprocess)), len(_all_of(record.preprocess_sha256))
+    if num_steps and num_digests not in (0, num_steps):
+        raise UsageError(f"--preprocess has {num_steps} functions, and {num_digests} files that define them")
     if record.orientation is not None and record.orientation not in ORIENTATIONS:
         raise UsageError(
             f"--orientation is {record.orientation!r}; write native, or three letters, one of each pair "
@@ -353,6 +402,33 @@ def _check_preparation(record: RecordConfig) -> None:
                     f"--{name} makes other voxels than the file's, which --voxel-dtype native stores; "
                     "use --voxel-dtype float32"
                 )
+
+
+def spell_steps(given: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """The one spelling of the functions of `RecordConfig.preprocess`.
+
+    Raises:
+        UsageError: one is no name of a function, or has arguments that are no literals.
+    """
+    steps = list[str]()
+    for step in _all_of(given):
+        try:
+            steps.append(format_call(*parse_call(step)))
+        except ValueError as e:
+            raise UsageError(
+                f"--preprocess is {step!r}; write it as package.module:function, or with literals as "
+                "arguments, such as package.module:function(threshold=3)"
+            ) from e
+    return _one_or_more(steps)
+
+
+def _all_of(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _one_or_more(given: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    found = _all_of(given)
+    return found[0] if len(found) == 1 else found or None
 
 
 def threshold_of(selection: str) -> float | None:
@@ -516,6 +592,8 @@ class BuildConfig:
         workers: threads of the local runner; on a cluster, the least parallelism to cut units for.
         anonymous_ids: file of the key by which pseudonyms stand for ids and paths, local or a URL that the
             workers reach; None keeps the names.
+        rows: where workers read the rows, a Parquet file, of a table that `manifest` only names; None where
+            it is a file.
     """
 
     manifest: str
@@ -532,6 +610,7 @@ class BuildConfig:
     temp_location: str | None = None
     workers: int = 1
     anonymous_ids: str | None = None
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse fractions outside [0, 1] and worker counts below 1; tell the record of its columns."""

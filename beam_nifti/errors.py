@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 _OF_PATHS: Final = frozenset(
     [
@@ -25,6 +26,20 @@ _OF_PATHS: Final = frozenset(
 class BeamNiftiError(Exception):
     """The root: `except BeamNiftiError` catches what this package raises on purpose."""
 
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Change every text of the error.
+
+        Args:
+            words: maps a text to the one to show instead.
+        """
+        self.args = tuple(_reworded(each, words) for each in self.args)
+
+
+def _reworded(value: Any, words: Callable[[str], str]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_reworded(each, words) for each in value)
+    return words(value) if isinstance(value, str) else value
+
 
 class UsageError(BeamNiftiError):
     """An option or a combination of options that cannot be carried out."""
@@ -39,18 +54,22 @@ class ManifestError(BeamNiftiError):
         what: the problems mean for the manifest.
 
     Attributes:
-        problems: one sentence a problem.
+        path: of the manifest.
     """
 
     def __init__(self, path: str, problems: Sequence[str], what: str = "not usable as a manifest") -> None:
         super().__init__(path, tuple(problems), what)
         self.path = path
-        self.problems = tuple(problems)
-        self._what = what
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One sentence per problem."""
+        problems: tuple[str, ...] = self.args[1]
+        return problems
 
     def __str__(self) -> str:
         """The path, then one line per problem."""
-        return "\n".join([f"{self.path}: {self._what}", *(f"  {p}" for p in self.problems)])
+        return "\n".join([f"{self.path}: {self.args[2]}", *(f"  {p}" for p in self.problems)])
 
 
 class ManifestChangedError(ManifestError):
@@ -67,6 +86,126 @@ class OutputBusyError(OutputError):
 
 class VolumeError(BeamNiftiError):
     """One image that cannot become a record."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedVolume:
+    """A row of the manifest whose image failed.
+
+    Attributes:
+        row: number of the row in the manifest, from 1.
+        example_id: of the image.
+        path: of the image, absolute; a pseudonym where ids are anonymous.
+        stage: step that failed, such as "LoadVolume".
+        error: class of the exception.
+        message: text of the exception.
+    """
+
+    row: int
+    example_id: str
+    path: str
+    stage: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailureGroup:
+    """Volumes that failed for one reason.
+
+    Attributes:
+        stage: the step that failed.
+        error: the exception's class.
+        message: what the messages have in common: "…" stands for names and numbers that differ.
+        num_volumes: how many.
+        examples: the first files that are at fault, by path; by row of the manifest where ids are anonymous.
+        num_images: how many.
+    """
+
+    stage: str
+    error: str
+    message: str
+    num_volumes: int
+    examples: tuple[str, ...]
+    num_images: int
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """How a build ended.
+
+    Attributes:
+        num_written: records in the shards.
+        num_failed: volumes that failed.
+        num_bytes: of the shards.
+        num_shards: of all splits.
+        complete: whether the dataset was published.
+        failures_path: of the list of failed volumes; "" where there are none.
+        failures: volumes that failed, by step and then by the class of the error.
+        reasons: of the most frequent failures.
+    """
+
+    num_written: int
+    num_failed: int
+    num_bytes: int
+    num_shards: int
+    complete: bool
+    failures_path: str = ""
+    failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    reasons: tuple[FailureGroup, ...] = ()
+
+
+class TooManyFailures(BeamNiftiError):
+    """More volumes failed than the build allows; the dataset is not published.
+
+    Nothing is lost: the next build of the same output loads only what failed.
+
+    Args:
+        message: how many failed, and why.
+        summary: how the build ended.
+        failures: every row that failed, in the manifest's order.
+
+    Attributes:
+        summary: how the build ended.
+        failures: every row that failed, in the manifest's order.
+    """
+
+    def __init__(self, message: str, summary: BuildSummary, failures: Sequence[FailedVolume]) -> None:
+        super().__init__(message, summary, tuple(failures))
+        self.summary, self.failures = summary, tuple(failures)
+
+    def __str__(self) -> str:
+        """How many failed, and why."""
+        return str(self.args[0])
+
+
+class EngineError(BeamNiftiError):
+    """A pipeline that its runner or a worker stopped; the cause is the exception of the runner.
+
+    Args:
+        what: was stopped, such as "the build stopped".
+        reason: why.
+        exit_code: of a command that ends with it; 75 for a failure that may pass.
+        is_explained: whether the reason is all there is to know.
+
+    Attributes:
+        what: was stopped.
+        exit_code: of a command that ends with it.
+        is_explained: whether the reason is all there is to know, so that a traceback would only hide it.
+    """
+
+    def __init__(self, what: str, reason: str, exit_code: int, is_explained: bool) -> None:
+        super().__init__(what, reason, exit_code, is_explained)
+        self.what, self.exit_code, self.is_explained = what, exit_code, is_explained
+
+    @property
+    def reason(self) -> str:
+        """Why it stopped."""
+        return str(self.args[1])
+
+    def __str__(self) -> str:
+        """What was stopped, and why."""
+        return f"{self.what}: {self.reason}"
 
 
 class ShardError(BeamNiftiError):

@@ -1,21 +1,33 @@
-"""The steps of a build, for pipelines of one's own: docs/api.md."""
+"""Steps for pipelines of one's own, PTransforms, and the DoFns beneath: docs/steps.md."""
 
-from beam_nifti.pipeline.transforms import (
-    BuildDataset,
+from beam_nifti.pipeline.records import Record
+from beam_nifti.pipeline.steps import (
     EncodeExample,
+    EncodeExampleFn,
     LoadVolume,
-    Prepare,
+    LoadVolumeFn,
+    Outcome,
+    Preprocess,
+    PreprocessFn,
     ReadManifest,
     Rescale,
-    WriteToTFRecord,
+    RescaleFn,
 )
+from beam_nifti.pipeline.transforms import BuildDataset
+from beam_nifti.pipeline.write import WriteToTFRecord
 
 __all__ = [
     "BuildDataset",
     "EncodeExample",
+    "EncodeExampleFn",
     "LoadVolume",
-    "Prepare",
+    "LoadVolumeFn",
+    "Outcome",
+    "Preprocess",
+    "PreprocessFn",
     "ReadManifest",
+    "Record",
     "Rescale",
+    "RescaleFn",
     "WriteToTFRecord",
 ]

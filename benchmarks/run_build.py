@@ -63,13 +63,15 @@ def build(workers: int) -> tuple[str, ...]:
 
 def contenders() -> dict[str, Contender]:
     stock = ("{output}/train", "--num_shards=4", *LOCAL_RUNNER, f"--direct_num_workers={THREADS}")
-    minimal = str(HERE.parent / "pipelines" / "minimal.py")
+    stock_script = str(HERE.parent / "pipelines" / "stock.py")
     found = {
         LOOP: Contender(
             "a loop of nibabel and `tf.io.TFRecordWriter`",
             (str(HERE / "loop.py"), "{manifest}", "{output}"),
         ),
-        STOCK: Contender(f"Beam's own `WriteToTFRecord`, {THREADS} threads", (minimal, "{manifest}", *stock)),
+        STOCK: Contender(
+            f"Beam's own `WriteToTFRecord`, {THREADS} threads", (stock_script, "{manifest}", *stock)
+        ),
         OWN_1: Contender("`beam-nifti build`, 1 thread", build(1)),
         OWN_2: Contender("`beam-nifti build`, 2 threads", build(2)),
         OWN_ALL: Contender(f"`beam-nifti build`, {THREADS} threads", build(THREADS)),

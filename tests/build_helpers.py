@@ -30,13 +30,15 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.core import _MultiParDo
 
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
+from beam_nifti.errors import BuildSummary
 from beam_nifti.pipeline.build import open_build, run_build
 from beam_nifti.pipeline.merge import merge_parts
 from beam_nifti.pipeline.parts import Part
-from beam_nifti.pipeline.publish import BuildSummary
+from beam_nifti.pipeline.write import WriteToTFRecord
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
 from beam_nifti.record.sharding import ShardName
+from tests.images import random_voxels
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 SHAPE = (12, 10, 8)
@@ -266,7 +268,9 @@ class _CutFirst(beam.PTransform):
         super().__init__()
         self._step = step
 
-    def expand(self, elements: beam.PCollection) -> Any:
+    def expand(self, elements: Any) -> Any:
+        if isinstance(elements, tuple):  # with side inputs, which the step has
+            elements = elements[0]
         cut = elements | "Cut" >> Cut().with_output_types(elements.element_type)
         return cut | "Step" >> self._step
 
@@ -434,7 +438,43 @@ def _merge_task(
     return merged.sha256
 
 
-_TASKS: Mapping[str, Callable[..., Any]] = {"build": _build_task, "merge": _merge_task}
+def arrays_of(example_id: str) -> tuple[str, dict[str, Any]]:
+    """An element for WriteToTFRecord, by its id alone."""
+    voxels = random_voxels((5, 4, 3), "float32", seed=sum(example_id.encode()))
+    return example_id, {"image": voxels, "label": len(example_id), "age": 40.5}
+
+
+def write_arrays(
+    output: Path | str,
+    ids: Iterable[str],
+    *,
+    workers: int = 1,
+    mode: str | None = None,
+    runner: Any = LOCAL_RUNNER,
+    **arguments: Any,
+) -> None:
+    """Write elements of these ids in this process, each from a bundle of its own if the runner likes."""
+    options = make_options(workers, mode, runner) if isinstance(runner, str) else make_options(workers, mode)
+    with beam.Pipeline(None if isinstance(runner, str) else runner, options) as pipeline:
+        elements = pipeline | beam.Create(list(ids)) | beam.Map(arrays_of)
+        elements | WriteToTFRecord(str(output), **{"examples_per_shard": PER_SHARD, **arguments})
+
+
+def _write_large_task(output: str, count: int) -> None:
+    """Write records of a megabyte each."""
+    image = random_voxels((64, 64, 64), "float32")
+    with beam.Pipeline(options=make_options(2)) as pipeline:
+        elements = pipeline | beam.Create(range(count)) | beam.Reshuffle()
+        named = elements | beam.Map(lambda number: (f"{number:05d}", {"image": image + number}))
+        named | WriteToTFRecord(output, examples_per_shard=20)
+
+
+_TASKS: Mapping[str, Callable[..., Any]] = {
+    "build": _build_task,
+    "merge": _merge_task,
+    "write": write_arrays,
+    "write_large": _write_large_task,
+}
 
 
 def _peak_bytes() -> int:

@@ -7,23 +7,50 @@ import pickle
 import pytest
 
 from beam_nifti import errors
-from beam_nifti.errors import BeamNiftiError, ManifestError, VolumeError
+from beam_nifti.errors import (
+    BeamNiftiError,
+    BuildSummary,
+    EngineError,
+    FailedVolume,
+    ManifestError,
+    TooManyFailures,
+    VolumeError,
+)
+
+FAILED = FailedVolume(1, "sub-01", "/data/a.nii", "LoadVolume", "VolumeError", "no such file")
 
 
 def test_every_error_has_the_one_root() -> None:
-    classes = [e for e in vars(errors).values() if isinstance(e, type) and e.__module__ == errors.__name__]
+    own = [e for e in vars(errors).values() if isinstance(e, type) and e.__module__ == errors.__name__]
+    classes = [e for e in own if issubclass(e, BaseException)]
     assert len(classes) > 5
     assert all(issubclass(c, BeamNiftiError) for c in classes)
 
 
 @pytest.mark.parametrize(
     "error",
-    [ManifestError("m.csv", ["row 1: empty path", "row 3: empty path"], "of no use"), VolumeError("a")],
+    [
+        ManifestError("m.csv", ["row 1: empty path", "row 3: empty path"], "of no use"),
+        VolumeError("a"),
+        TooManyFailures("1 of 2 volumes failed", BuildSummary(1, 1, 10, 1, False), [FAILED]),
+        EngineError("the build stopped", "no workers", 75, True),
+    ],
 )
 def test_errors_are_the_same_after_pickling(error: BeamNiftiError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error)
     assert str(again) == str(error)
+    assert again.args == error.args
+
+
+def test_errors_are_reworded_in_all_their_texts() -> None:
+    error = ManifestError("m.csv", ["choose one with --id-column", "--clip"])
+    error.reword(lambda text: text.replace("--", ""))
+    assert error.problems == ("choose one with id-column", "clip")
+    assert str(error).splitlines()[1:] == ["  choose one with id-column", "  clip"]
+    failed = TooManyFailures("more than --max-bad-fraction", BuildSummary(1, 1, 10, 1, False), [FAILED])
+    failed.reword(str.upper)
+    assert (str(failed), failed.failures) == ("MORE THAN --MAX-BAD-FRACTION", (FAILED,))
 
 
 def test_manifest_error_prints_a_line_a_problem() -> None:

@@ -1,51 +1,30 @@
 from __future__ import annotations
 
-import gzip
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from beam_nifti.config import BuildConfig, Sharding
-from beam_nifti.record.example import decode_example
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from pipelines import minimal
+from tests.build_helpers import stray_files
+from tests.datasets import records_of
 
 Flags = Callable[..., list[str]]
-
-
-def read_records(shards: Iterable[Path]) -> Iterator[bytes]:
-    """The payloads; what frames them is tested elsewhere."""
-    for shard in shards:
-        content = gzip.decompress(shard.read_bytes())
-        at = 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)
-            yield content[at + 12 : at + 12 + length]
-            at += length + 16
-
-
-def by_id(shards: Iterable[Path]) -> dict[str, bytes]:
-    payloads = list(read_records(shards))
-    records = {bytes(decode_example(p)["id"]).decode(): p for p in payloads}
-    assert len(records) == len(payloads)
-    return records
 
 
 def test_records_are_those_of_build(
     cohort: Path, tmp_path: Path, local_flags: Flags, build: Callable[..., Any]
 ) -> None:
-    build(BuildConfig(str(cohort), str(tmp_path / "built"), sharding=Sharding(num_shards=2)))
-    prefix = tmp_path / "stock" / "train"
+    record = RecordConfig(rescale="zscore")
+    build(BuildConfig(str(cohort), str(tmp_path / "built"), record, sharding=Sharding(num_shards=1)))
 
-    minimal.main([str(cohort), str(prefix), "--num_shards=3", *local_flags(2)])
+    minimal.main([str(cohort), str(tmp_path / "out"), *local_flags(2)])
 
-    shards = sorted(prefix.parent.iterdir())
-    assert [s.name for s in shards] == [f"train-{i:05d}-of-00003.tfrecord.gz" for i in range(3)]
-    records = by_id(shards)
-    assert records == by_id((tmp_path / "built").glob("*.tfrecord.gz"))
-    assert sorted(records) == [f"sub-{i:04d}" for i in range(12)]
+    ours, theirs = ([payload for _, payload in records_of(tmp_path / name)] for name in ("out", "built"))
+    assert ours == theirs
+    assert stray_files(tmp_path / "out") == set()
 
 
 def test_a_broken_image_fails_the_pipeline(cohort: Path, tmp_path: Path, local_flags: Flags) -> None:
@@ -53,6 +32,6 @@ def test_a_broken_image_fails_the_pipeline(cohort: Path, tmp_path: Path, local_f
     broken.write_bytes(broken.read_bytes()[:-20])
 
     with pytest.raises(Exception, match=r"sub-0007\.nii\.gz: truncated gzip stream"):
-        minimal.main([str(cohort), str(tmp_path / "stock" / "train"), *local_flags()])
+        minimal.main([str(cohort), str(tmp_path / "out"), *local_flags()])
 
-    assert not list(tmp_path.glob("stock/*.tfrecord.gz"))
+    assert not (tmp_path / "out" / "dataset_info.json").exists()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from beam_nifti.volume import Volume
@@ -16,6 +19,11 @@ def change_all_in_place(volume: Volume) -> Volume:
     if volume.mask is not None:
         volume.mask[:] = 1 - volume.mask
     return volume
+
+
+def scale(volume: Volume, by: Sequence[float] = (1,), name: str = "") -> Volume:
+    """Multiply voxels by numbers."""
+    return dataclasses.replace(volume, voxels=(volume.voxels * math.prod(by)).astype("float32"))
 
 
 def fail_as_named(volume: Volume) -> Volume:

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
-from typing import Any, Final, TypeAlias
+from typing import TypeAlias
 
-from beam_nifti.errors import UsageError
-from beam_nifti.support.cells import parse_integer, parse_number
 from beam_nifti.support.logs import FORMATS as LOG_FORMATS
 from beam_nifti.support.process import count_cores
-
-_SECRET: Final = re.compile("secret|token|access.key|connection.string")
-"""What is in the names of flags whose values no message shows."""
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What commands are added to."""
@@ -28,66 +22,6 @@ exit codes:
   130 stopped by Ctrl-C
   141 standard output was closed before the result was read
 """
-
-
-class StoreOnce(argparse._StoreAction):
-    """Store a value that is not empty: of two different ones, one would be ignored."""
-
-    _first: object = None
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        flag: str | None = None,
-    ) -> None:
-        """Store it.
-
-        Raises:
-            UsageError: it is empty, or there is another one already.
-        """
-        _refuse_empty(self, values)
-        if flag is not None and self._first not in (None, values):
-            both = "" if _SECRET.search(flag) else f", as {self._first} and {values}"
-            raise UsageError(f"{flag} is given twice{both}; give it once")
-        self._first = values
-        super().__call__(parser, namespace, values, flag)
-
-
-class AppendFilled(argparse._AppendAction):
-    """Append a value that is not empty."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        flag: str | None = None,
-    ) -> None:
-        """Append it.
-
-        Raises:
-            UsageError: it is empty.
-        """
-        _refuse_empty(self, values)
-        super().__call__(parser, namespace, values, flag)
-
-
-def _refuse_empty(action: argparse.Action, values: Any) -> None:
-    for value in values if isinstance(values, list) else [values]:
-        if isinstance(value, str) and not value.strip():
-            name = action.option_strings[0] if action.option_strings else action.metavar
-            raise UsageError(f"{name} is empty; was a variable not set?")
-
-
-def refuse_swallowed(parser: argparse.ArgumentParser) -> None:
-    """Have a parser refuse empty values, all but one value of an option that takes one, and loose numbers."""
-    parser.register("action", None, StoreOnce)
-    parser.register("action", "store", StoreOnce)
-    parser.register("action", "append", AppendFilled)
-    parser.register("type", int, parse_integer)
-    parser.register("type", float, parse_number)
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str = "") -> argparse.ArgumentParser:
@@ -140,11 +74,6 @@ def add_workers(group: argparse._ActionsContainer, note: str = "") -> None:
         metavar="N",
         help=f"threads; default: all cores ({count_cores()} here){note}",
     )
-
-
-def choose_workers(options: argparse.Namespace) -> int:
-    """The number of threads that `--workers` gives, or its default."""
-    return count_cores() if options.workers is None else int(options.workers)
 
 
 def add_beam(command: argparse.ArgumentParser, note: str = "as for build") -> None:

@@ -10,7 +10,7 @@ import shtab
 
 _PATHS: Final = {
     **dict.fromkeys(("MANIFEST", "FILE", "KEYFILE", "PATTERN"), shtab.FILE),
-    **dict.fromkeys(("OUTPUT", "DIR", "BEFORE", "AFTER", "PATH"), shtab.DIRECTORY),
+    **dict.fromkeys(("OUTPUT", "DIR", "BEFORE", "AFTER", "DATASET", "PATH"), shtab.DIRECTORY),
 }
 """How the parser calls arguments that are paths."""
 

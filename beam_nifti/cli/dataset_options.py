@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-
 from beam_nifti.cli.common_options import (
     Commands,
     add_beam,
@@ -13,10 +11,7 @@ from beam_nifti.cli.common_options import (
     add_quiet,
     add_summary,
     add_workers,
-    choose_workers,
 )
-from beam_nifti.config import BuildConfig
-from beam_nifti.errors import UsageError
 
 _DIFF_EXAMPLES = """\
 examples:
@@ -99,9 +94,10 @@ def _add_verify(commands: Commands) -> None:
     )
     verify.add_argument(
         "--preprocess",
+        action="append",
         metavar="MODULE:FUNCTION",
-        help="for --deep, of a dataset that was built with it: the function to import and run; one that only "
-        "the dataset names is not run",
+        help="for --deep, of a dataset that was built with it: the function to import and run, with its "
+        "arguments; one that only the dataset names is not run; may be repeated, for several",
     )
     add_workers(verify)
     add_quiet(verify)
@@ -211,14 +207,3 @@ def _add_report(commands: Commands) -> None:
     add_workers(run)
     add_quiet(run)
     add_beam(report)
-
-
-def report_config(options: argparse.Namespace) -> BuildConfig:
-    """The dataset that `report` reads, as the engines know it: no manifest, and OUTPUT in the workers' reach.
-
-    Raises:
-        UsageError: a number is out of range.
-    """
-    if options.pictures < 0:
-        raise UsageError(f"--pictures is {options.pictures}; it must be at least 0")
-    return BuildConfig(manifest="", output=options.output, workers=choose_workers(options))

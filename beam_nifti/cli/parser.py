@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +11,11 @@ from typing import Any, Final, NoReturn
 
 from beam_nifti import __version__
 from beam_nifti.cli import build_options, dataset_options, manifest_options
-from beam_nifti.cli.common_options import EXIT_CODES, add_log_format, refuse_swallowed
+from beam_nifti.cli.common_options import EXIT_CODES, add_log_format
 from beam_nifti.config import VERSIONED
 from beam_nifti.errors import UsageError
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.arguments import dashed, refuse_swallowed, suggest_flag, underscored
 from beam_nifti.support.terminal import write_result
 
 BEAM_COMMANDS = ("build", "check", "report")
@@ -130,7 +130,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     elif rest:
         source = getattr(known, "source", None)
         raise UsageError(explain_unknown(rest[0], f"{known.command} {source}" if source else known.command))
-    return known, [_underscored(a) for a in rest]
+    return known, [underscored(a) for a in rest]
 
 
 def _refuse_strays(arguments: Sequence[str], rest: Sequence[str]) -> None:
@@ -185,19 +185,6 @@ def _commands_of(parser: argparse.ArgumentParser, name: str) -> Iterable[tuple[s
             yield from _commands_of(command, f"{name} {word}".strip())
 
 
-def suggest_flag(flag: str, known: Iterable[str]) -> str:
-    """A hint that names the flag that was probably meant; "" if none is similar.
-
-    Args:
-        flag: that was given.
-        known: those that there are.
-    """
-    known = [each for each in known if each != "--help"]
-    longer = [each for each in known if each.startswith(f"{flag}-")]
-    close = longer or difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
-    return f"did you mean {close[0]}?" if close else ""
-
-
 def _check_monitoring(options: argparse.Namespace) -> None:
     """Refuse what would overwrite something else, or what nobody would find."""
     output, ending = getattr(options, "output", None), _ENDINGS_OF_OUT.get(options.command)
@@ -213,19 +200,3 @@ def _check_monitoring(options: argparse.Namespace) -> None:
             raise UsageError(f"{flag} is {path}; keep it out of OUTPUT, which holds the dataset alone")
         if name == "metrics_file" and storage.is_remote(path):
             raise UsageError(f"{flag} is {path}; node_exporter reads files of its own machine: give a path")
-
-
-def dashed(argument: str) -> str:
-    """A flag as it is documented, with - in its name; its value stays."""
-    return _renamed(argument, "_", "-")
-
-
-def _underscored(argument: str) -> str:
-    return _renamed(argument, "-", "_")
-
-
-def _renamed(argument: str, old: str, new: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return f"--{name.replace(old, new)}{equals}{value}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from beam_nifti import __version__
+from beam_nifti.errors import UsageError
 from beam_nifti.pipeline.metrics import Distribution
+from beam_nifti.pipeline.outputs import require_apart
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -117,9 +120,40 @@ class RunSummary:
         return facts
 
 
-def remove_earlier(path: str) -> None:
-    """Remove the document of an earlier run, so that a process that is killed leaves none."""
-    storage.delete(storage.absolute(path))
+def require_reports_writable(options: argparse.Namespace) -> None:
+    """Refuse local files that cannot be written; those of a store need the engine's flags first.
+
+    Raises:
+        UsageError: a file is in use otherwise, or its folder is not there.
+        OutputError: it cannot be written.
+        OSError: it cannot be written now.
+    """
+    for name, flag in (("summary_json", "--summary-json"), ("metrics_file", "--metrics-file")):
+        path = getattr(options, name, None)
+        if path is not None and not storage.is_remote(path):
+            require_apart(path, flag, _inputs(options))
+            storage.require_writable(storage.absolute(path), flag)
+    if metrics := getattr(options, "metrics_file", None):
+        folder = storage.dirname(storage.absolute(metrics))
+        if not storage.exists(folder):
+            raise UsageError(f"--metrics-file is {metrics}: there is no folder {folder}; create it")
+
+
+def _inputs(options: argparse.Namespace) -> dict[str, str | None]:
+    """Files that a command reads, by what they are."""
+    names = {"manifest": "the manifest", "anonymous_ids": "the key of --anonymous-ids"}
+    return {what: getattr(options, name, None) for name, what in names.items()}
+
+
+def forget_earlier(options: argparse.Namespace) -> None:
+    """Forget how an earlier run ended; once Beam knows its flags, as some are for the storage."""
+    path = getattr(options, "summary_json", None)
+    if path is None:
+        return
+    if storage.is_remote(path):
+        require_apart(path, "--summary-json", _inputs(options))
+        storage.require_writable(storage.absolute(path), "--summary-json")
+    storage.delete(storage.absolute(path))  # so that a process that is killed leaves none
 
 
 def write_document(path: str, run: RunSummary) -> None:

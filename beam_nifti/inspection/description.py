@@ -23,6 +23,7 @@ from beam_nifti.pipeline.failures import failed_frames
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_failures_list, read_info
 from beam_nifti.record.index import extra_column, read_shard_index
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.document import Document
 from beam_nifti.support.wording import counted, format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")
@@ -34,6 +35,23 @@ _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
 _SHOWN_CLASSES: Final = 10
 """Classes of a label."""
+
+
+class Description(Document):
+    """What is in a dataset, or in one of its records; `print(description)` shows it as a table.
+
+    Its items are those of `beam-nifti inspect --json`.
+    """
+
+    def __repr__(self) -> str:
+        """On one line."""
+        if "example_id" in self:
+            return f"<Description of record {self['example_id']!r} in {self['shard']}>"
+        return f"<Description of {self['path']}: {counted(self['num_examples'], 'example')}>"
+
+    def __str__(self) -> str:
+        """As a table."""
+        return format_description(self)
 
 
 def describe_dataset(output: str) -> dict[str, Any]:
@@ -336,9 +354,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 
-def _option_text(name: str, value: str | Sequence[float]) -> str:
+def _option_text(name: str, value: str | Sequence[str | float]) -> str:
     """As it is written on the command line."""
-    text = value if isinstance(value, str) else ",".join(f"{n:g}" for n in value)
+    text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
     return f"{name.replace('_', '-')} {text}"
 
 

@@ -27,9 +27,11 @@ _SHOWN: Final = 5
 """Ids of a kind that a text names."""
 
 
-@dataclass(frozen=True)
-class DatasetDiff:
-    """How two datasets differ. Ids stand in the order of the datasets' indexes.
+@dataclass(frozen=True, repr=False)
+class Difference:
+    """How two datasets differ; false where they do not. `print(difference)` shows it as a table.
+
+    Ids stand in the order of the datasets' indexes.
 
     Attributes:
         before: path of the one.
@@ -59,8 +61,21 @@ class DatasetDiff:
         """Whether the datasets hold the same."""
         return not (self.came or self.went or self.changed or self.config)
 
+    def __bool__(self) -> bool:
+        """Whether anything is different."""
+        return not self.is_empty
 
-def compare_datasets(before: str, after: str) -> DatasetDiff:
+    def __repr__(self) -> str:
+        """On one line."""
+        names = ", ".join([*self.changed, *(f"config {name}" for name in self.config)]) or "nothing"
+        return f"<Difference: {len(self.came):,} came, {len(self.went):,} went, changed: {names}>"
+
+    def __str__(self) -> str:
+        """As a table."""
+        return format_diff(self)
+
+
+def compare_datasets(before: str, after: str) -> Difference:
     """Compare two datasets; of each, dataset_info.json and index/ are enough.
 
     Voxels count as changed where what the index says of them did: no shard is read. Of datasets of different
@@ -92,7 +107,7 @@ def compare_datasets(before: str, after: str) -> DatasetDiff:
         kind = _kind_of(column)
         known = changed.get(kind, [False] * len(differs))
         changed[kind] = [a or b for a, b in zip(known, differs, strict=True)]
-    return DatasetDiff(
+    return Difference(
         before,
         after,
         len(old),
@@ -139,7 +154,7 @@ def _config_differences(before: DatasetInfo, after: DatasetInfo) -> dict[str, tu
     }
 
 
-def diff_as_json(diff: DatasetDiff) -> dict[str, Any]:
+def diff_as_json(diff: Difference) -> dict[str, Any]:
     """A comparison as values that JSON can hold."""
     return {
         **vars(diff),
@@ -148,13 +163,13 @@ def diff_as_json(diff: DatasetDiff) -> dict[str, Any]:
     }
 
 
-def format_diff(diff: DatasetDiff) -> str:
+def format_diff(diff: Difference) -> str:
     """A comparison as text for the screen."""
     rows = list(_lines(diff))
     return format_rows(rows, max(10, *(len(name) + 2 for name, _ in rows)))
 
 
-def _lines(diff: DatasetDiff) -> Iterator[tuple[str, str]]:
+def _lines(diff: Difference) -> Iterator[tuple[str, str]]:
     yield "before", f"{counted(diff.num_before, 'example')}: {diff.before}"
     yield "after", f"{counted(diff.num_after, 'example')}: {diff.after}"
     for name, ids in (("came", diff.came), ("went", diff.went), *diff.changed.items()):

@@ -7,10 +7,11 @@ A record is read by the place that the index gives, without the others of its sh
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +19,25 @@ import numpy.typing as npt
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.inspection.description import describe_records
-from beam_nifti.inspection.record_checks import RecordSpec, check_record
+from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_record
 from beam_nifti.manifest.image_names import stem_of
 from beam_nifti.record.dataset_info import path_of, read_info
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.tfrecord import decode_record, require_stored_size
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import agreed_zooms
-from beam_nifti.volume.nifti_writer import require_nifti_name, write_nifti
+from beam_nifti.volume.nifti_writer import make_image, require_nifti_name, write_nifti
 from beam_nifti.volume.rescale import Ends, Scaling, Voxels, restore_units
+
+if TYPE_CHECKING:
+    import nibabel as nib
 
 _UNFIT: Final = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
 """What a file name cannot hold, on Linux or elsewhere."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class StoredVolume:
     """The volume that a record holds.
 
@@ -56,7 +61,17 @@ class StoredVolume:
     zooms: tuple[float, float, float]
     mask: Voxels | None = None
 
-    def save(self, path: str) -> None:
+    def __repr__(self) -> str:
+        """On one line."""
+        voxels = f"{size_text(self.voxels.shape)} {self.voxels.dtype}"
+        mask = "" if self.mask is None else ", with a mask"
+        return f"<StoredVolume {self.example_id!r}: {voxels}, {size_text(self.zooms)} mm{mask}>"
+
+    def to_nibabel(self) -> nib.Nifti1Image | nib.Nifti2Image:
+        """It as an image of nibabel, with the header that `save` writes."""
+        return make_image(self.voxels, self.scaling, self.affine, self.zooms)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as a NIfTI image.
 
         Args:
@@ -66,7 +81,7 @@ class StoredVolume:
             UsageError: the path has another ending.
             OSError: it cannot be written.
         """
-        write_nifti(path, self.voxels, self.scaling, self.affine, self.zooms)
+        write_nifti(storage.absolute(path), self.voxels, self.scaling, self.affine, self.zooms)
 
     def of_mask(self) -> StoredVolume:
         """Its mask, as a volume.
@@ -131,7 +146,7 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     voxels, scaling = decode_tensor(features["image_raw"]), scaling_of(features)  # type: ignore[arg-type]
     if spec.config.voxel_dtype != "native":
         voxels = _restore(voxels, cells, spec.config)
-    affine = np.array(cells["affine"], np.float64).reshape(4, 4)
+    affine = affine_of(cells)
     x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
     mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]
     return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z), mask)

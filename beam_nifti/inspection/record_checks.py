@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.config import LabelColumn, RecordConfig
-from beam_nifti.errors import VolumeError
+from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.inspection.rounding import differ_in_rounding
 from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.labels import LabelValue, label_of, number_of
@@ -65,6 +65,8 @@ class RecordSpec:
         may_lack: whether some of a labelled dataset may lack it.
         columns: names of all columns of the manifest.
         ids_of_people: whether ids are made of participants and sessions.
+        is_sparse: whether records may lack features, and their rows of the index cells, as where no manifest
+            says what is in them.
     """
 
     config: RecordConfig
@@ -75,6 +77,7 @@ class RecordSpec:
     may_lack: bool = False
     columns: tuple[str, ...] = ()
     ids_of_people: bool = False
+    is_sparse: bool = False
 
     @classmethod
     def of(cls, info: DatasetInfo) -> RecordSpec:
@@ -86,10 +89,13 @@ class RecordSpec:
             info.shape,
             info.dtype,
             info.labelled,
-            may_lack=is_string or info.config["columns"].get("missing_label") == "nan",
+            may_lack=is_string
+            or not info.has_manifest
+            or info.config["columns"].get("missing_label") == "nan",
             columns=tuple(info.manifest["columns"]),
             ids_of_people=info.config["columns"].get("id") is None
             and "participant_id" in info.manifest["columns"],
+            is_sparse=not info.has_manifest,
         )
 
     def most_bytes(self, shape: Sequence[int]) -> int:
@@ -129,7 +135,9 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     if voxels.size == 0:
         yield "there are no voxels"
         return
-    if spec.config.channels is None:
+    if spec.is_sparse and cells["min"] is None:
+        pass  # nothing says what its voxels must be
+    elif spec.config.channels is None:
         yield from _check_intensities(voxels, features, cells, spec.config)
     elif voxels.ndim != 4 or voxels.shape[3] != len(spec.config.channels):
         yield f"shape is {voxels.shape}, and there are {len(spec.config.channels)} channels"
@@ -139,6 +147,20 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
                 yield f"channel {name}: {problem}"
     if spec.config.mask_dtype is not None:
         yield from _check_mask(features, cells, voxels.shape[:3], spec.config.mask_dtype)
+
+
+def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """Voxel indices of a record to millimetres, by its row of the index.
+
+    Raises:
+        ShardError: the record has none, as it was not made of an image.
+    """
+    if cells["affine"] is None:
+        raise ShardError(
+            f"record {cells['example_id']!r} has no affine, without which nothing says where its voxels lie; "
+            "give WriteToTFRecord Examples with the feature affine"
+        )
+    return np.array(cells["affine"], np.float64).reshape(4, 4)
 
 
 def _check_mask(
@@ -189,6 +211,9 @@ def _check_metadata(
         "intensity_min": _of_images(cells["min"]),
         "intensity_max": _of_images(cells["max"]),
     }
+    if spec.is_sparse:
+        given = features.keys() - {n for n, numbers in expected.items() if numbers in (None, [None])}
+        expected = {name: numbers for name, numbers in expected.items() if name in given}
     for name, numbers in expected.items():
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):

@@ -120,7 +120,7 @@ class ShardPass:
                 self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
             table, facts = parse_index(data, path, limits=limits, known=known)
             self.versions = versions_in(facts)
-            problems = list(check_index(table, facts, shard, self._record))
+            problems = list(check_index(table, facts, shard, self._record, is_sparse=self._spec.is_sparse))
         except FileNotFoundError:
             problems = ["is missing"]
         except (TimeoutError, ConnectionError):
@@ -138,7 +138,7 @@ class ShardPass:
         for problem in check_people(table) if self._spec.ids_of_people else ():
             self._tell(shard.index, f"{problem}; {_RESTORE}")
         self.rows = index_rows(table, self._split, self._record, self._cells)
-        self.numbers = table["row"].to_numpy()
+        self.numbers = table["row"].drop_null().to_numpy()
         if self._record.mask_dtype is not None:
             self.mask_labels = mask_labels(table)
         return table

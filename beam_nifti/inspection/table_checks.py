@@ -59,7 +59,12 @@ def check_mask_labels(found: Collection[int], info: DatasetInfo) -> Iterator[str
 
 
 def check_index(
-    table: pa.Table, facts: Mapping[str, str], shard: ShardInfo, record: RecordConfig
+    table: pa.Table,
+    facts: Mapping[str, str],
+    shard: ShardInfo,
+    record: RecordConfig,
+    *,
+    is_sparse: bool = False,
 ) -> Iterator[str]:
     """Find what is wrong with an index as such; nothing can be checked by it then.
 
@@ -68,9 +73,10 @@ def check_index(
         facts: about the shard file, kept with the index.
         shard: the shard that it should describe.
         record: configuration of the shard's records.
+        is_sparse: as of `check_table`.
     """
     labels = [label.name for label in record.labels or ()]
-    yield from check_table(table, schema_of(record, labels).names, record)
+    yield from check_table(table, schema_of(record, labels).names, record, is_sparse=is_sparse)
     if facts.get("sha256") != shard.sha256:
         yield (f"written for a file of sha256 {facts.get('sha256')}, {FILE_NAME} says {shard.sha256}")
 

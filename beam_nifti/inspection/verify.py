@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shlex
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from operator import index
+from typing import Any, Final, Protocol, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
 
-from beam_nifti.config import Columns, RecordConfig, Splitting
+from beam_nifti.config import Columns, RecordConfig, Splitting, spell_steps
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
@@ -56,8 +58,10 @@ from beam_nifti.record.index import extra_column
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.cells import parse_integer
 from beam_nifti.support.process import keep_buffers
-from beam_nifti.volume.user_function import load_function
+from beam_nifti.support.wording import counted
+from beam_nifti.volume.user_function import load_functions
 
 ALL: Final = 2**63 - 1
 """For `deep`: every record."""
@@ -70,9 +74,9 @@ class OnProgress(Protocol):
         """Count some records, and the bytes that they take in their shards."""
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What was checked and what is wrong.
+@dataclass(frozen=True, repr=False)
+class Verification:
+    """What was checked and what is wrong; false where anything is.
 
     Attributes:
         num_examples: records checked.
@@ -96,17 +100,27 @@ class VerifyReport:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def __bool__(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.ok
+
+    def __repr__(self) -> str:
+        """On one line."""
+        examples, shards = counted(self.num_examples, "example"), counted(self.num_shards, "shard")
+        return f"<Verification of {examples} in {shards}: {counted(len(self.problems), 'problem')}>"
+
 
 def verify_dataset(
     output: str,
     *,
     manifest: str | None = None,
+    rows: bytes | None = None,
     anonymous_ids: str | None = None,
-    deep: int | None = None,
-    preprocess: str | None = None,
+    deep: SupportsIndex | str | None = None,
+    preprocess: str | Sequence[str] | None = None,
     workers: int = 1,
     on_progress: OnProgress | None = None,
-) -> VerifyReport:
+) -> Verification:
     """Check every byte of a dataset.
 
     Nothing of the dataset is run, and it does not decide which other files are opened: the images are those
@@ -116,12 +130,13 @@ def verify_dataset(
         output: folder or URL of the dataset.
         manifest: a table whose rows the dataset must have been built from: ids, labels, splits, paths and
             further columns are compared; relative image paths are then relative to its folder.
+        rows: of a manifest that `manifest` only names, as a Parquet file; None where it is a file.
         anonymous_ids: file of the key by which ids and paths of the dataset became pseudonyms, if it has
             any; `manifest` and `deep` need both it and the manifest then.
         deep: how many records, spread evenly, to make again from their images and to compare bit for
-            bit; ALL for every one. Needs `manifest`.
-        preprocess: the function that the records were prepared with, `package.module:function`; `deep` needs
-            it where there was one.
+            bit; ALL or "all" for every one. Needs `manifest`.
+        preprocess: the function that the records were prepared with, `package.module:function`, with its
+            arguments; or all of them, in order. `deep` needs them where there were any.
         workers: threads; each holds one record.
         on_progress: called for every record.
 
@@ -136,8 +151,9 @@ def verify_dataset(
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
-    if deep is not None and deep < 0:
-        raise UsageError(f"--deep is {deep}; give a number of records, or all")
+    deep = _number_of(deep)
+    if preprocess is not None and not deep:
+        raise UsageError("--preprocess is for --deep, which makes records again; add --deep, or drop it")
     output = storage.absolute(output)
     info = read_info(output)
     columns, drawn = Columns(**info.config["columns"]), info.config.get("splitting")
@@ -149,7 +165,7 @@ def verify_dataset(
                 f"--deep makes records again, and {output} was built by a version of beam-nifti that makes "
                 "other records of the same options; use that version, or leave --deep out"
             )
-        _require_function(output, spec.config, preprocess)
+        _require_functions(output, spec.config, spell_steps(preprocess))
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
         raise UsageError(
@@ -159,21 +175,34 @@ def verify_dataset(
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns, splitting, pseudonyms, is_of_dataset=True)
+        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
         if wanted.labels and not spec.config.labels:
             problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
     cells = _compared_cells(info, columns, wanted) if wanted is not None else {}
-    verification = _Verification(output, info, spec, on_progress, cells)
+    verifier = _Verifier(output, info, spec, on_progress, cells)
     keep_buffers()
-    verification.check_files()
+    verifier.check_files()
     images = _Images(columns, wanted) if wanted is not None else None
-    verification.check_shards(workers, min(deep or 0, info.num_examples), images)
-    verification.check_tables(columns, wanted)
+    verifier.check_shards(workers, min(deep or 0, info.num_examples), images)
+    verifier.check_tables(columns, wanted)
     if wanted is not None:
-        verification.check_columns(columns, wanted)
+        verifier.check_columns(columns, wanted)
     _refuse_rebuilt(output, info)
-    return verification.report()
+    return verifier.report()
+
+
+def _number_of(deep: SupportsIndex | str | None) -> int | None:
+    """How many records to make again; None for none."""
+    if deep == "all":
+        return ALL
+    try:
+        number = parse_integer(deep) if isinstance(deep, str) else deep if deep is None else index(deep)
+    except (ValueError, TypeError):
+        number = -1
+    if number is not None and number < 0:
+        raise UsageError(f"--deep is {deep!r}; give a number of records, or all")
+    return number
 
 
 def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> dict[str, str]:
@@ -189,23 +218,25 @@ def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]
     return {columns.label, "split", *(label.name for label in record.labels or ())}
 
 
-def _require_function(output: str, record: RecordConfig, named: str | None) -> None:
-    """Import the function of a dataset's records, which is run only where the user names it.
+def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
+    """Import the functions of a dataset's records, which are run only where the user names them.
 
     Raises:
-        UsageError: another one is named, or none; or its source is another one.
+        UsageError: others are named, or none; or the source of one is another.
     """
-    made_with = record.preprocess
-    if named == made_with:
-        if made_with is not None:
-            load_function(made_with, record.preprocess_sha256)
+    if named == record.preprocess:
+        load_functions(record)
         return
-    if made_with is None:
-        raise UsageError(f"--preprocess is {named}, and {output} was made without a function; leave it out")
-    asked = f"--preprocess is {named}" if named else "--deep runs only a function that you name"
+    given = ", ".join(step for step, _ in RecordConfig(preprocess=named).steps)
+    if not record.steps:
+        raise UsageError(f"--preprocess is {given}, and {output} was made without a function; leave it out")
+    asked = f"--preprocess is {given}" if named else "--deep runs only a function that you name"
+    made_with = ", then ".join(
+        f"{step}, defined in a file of sha256 {digest}" for step, digest in record.steps
+    )
+    flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
     raise UsageError(
-        f"{asked}; {output} was made with {made_with}, defined in a file of sha256 "
-        f"{record.preprocess_sha256}; to import and run that function here, give --preprocess {made_with}"
+        f"{asked}; {output} was made with {made_with}; to import and run that function here, give {flags}"
     )
 
 
@@ -263,7 +294,7 @@ class _Images:
         yield from check_source(payload, cells, row, self.manifest.folder, config, versions)
 
 
-class _Verification:
+class _Verifier:
     """One run of `verify_dataset`."""
 
     def __init__(
@@ -283,9 +314,9 @@ class _Verification:
         self._num_examples = self._num_bytes = self._num_deep = 0
         self._num_rounded: Counter[int] = Counter()
 
-    def report(self) -> VerifyReport:
+    def report(self) -> Verification:
         info = self._info
-        return VerifyReport(
+        return Verification(
             num_examples=self._num_examples,
             num_shards=len(info.shards),
             num_bytes=self._num_bytes,
@@ -392,9 +423,10 @@ class _Verification:
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
-        numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])
-        for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
-            self._problems.add(Scope.ROWS, problem)
+        if info.has_manifest:
+            numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])
+            for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
+                self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
         if rows is not None and (frames := info.num_frames):
             if rows.num_rows * frames > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:

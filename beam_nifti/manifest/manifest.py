@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import Columns, LabelColumn
 from beam_nifti.manifest.labels import Labels, LabelValue, number_of
-from beam_nifti.manifest.splits import DEFAULT_SPLIT
+from beam_nifti.manifest.splits import DEFAULT_SPLIT as DEFAULT_SPLIT
 from beam_nifti.manifest.tables import BATCH_ROWS
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
@@ -48,6 +48,7 @@ class VolumeRow:
         frame: the one of them that this record is of; None where it is not of one.
         names: its ids with what is written in the place of each; none where those are written.
         version_key: `Pseudonyms.version_key`; "" where ids are not anonymous.
+        extra_columns: names of `extras`; none in a build, whose plan has them.
     """
 
     row: int
@@ -69,6 +70,7 @@ class VolumeRow:
     frame: int | None = None
     names: tuple[tuple[str, str], ...] = ()
     version_key: str = ""
+    extra_columns: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ def read_manifest(
     splitting: Splitting | None = None,
     pseudonyms: Pseudonyms | None = None,
     *,
+    content: bytes | None = None,
     is_of_dataset: bool = False,
     list_content: bytes | None = None,
 ) -> Manifest:
@@ -46,6 +47,7 @@ def read_manifest(
         splitting: how to draw the splits; None takes those of the column `split`.
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
+        content: as of `read_table`.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
         list_content: bytes of the file, where it is a dataset's list of failures: that may have pseudonyms in
             the place of paths.
@@ -55,8 +57,8 @@ def read_manifest(
     """
     columns = columns or Columns()
     problems = Problems(path, hides_names=pseudonyms is not None)
-    table = read_table(path, _meaningful(columns, splitting), problems, list_content)
     is_list = list_content is not None
+    table = read_table(path, _meaningful(columns, splitting), problems, list_content if is_list else content)
     _check_columns(table, columns, splitting, problems, is_of_dataset=is_of_dataset, is_list=is_list)
     problems.stop()
     if columns.label is None and "label" in table.column_names:

@@ -109,7 +109,7 @@ def read_table(
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         plain: columns in which there may be no lists, objects or bytes.
         problems: where to report what was changed.
-        content: of the file, where that was read already.
+        content: of the file, where that was read already, or is nowhere else.
 
     Raises:
         ManifestError: it is not there, or not a table; with row numbers where rows are to blame.

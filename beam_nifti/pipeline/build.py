@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import (
     BeamNiftiError,
+    BuildSummary,
     DatasetError,
     ManifestError,
     NewerFormatError,
@@ -27,7 +28,7 @@ from beam_nifti.pipeline.build_note import BuildNote, require_current
 from beam_nifti.pipeline.differences import find_differences, image_folder
 from beam_nifti.pipeline.metrics import Distribution, Metrics
 from beam_nifti.pipeline.outputs import refuse_own
-from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
+from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.plan import (
     BuildPlan,
     CheckPlan,
@@ -42,8 +43,6 @@ from beam_nifti.pipeline.plan import (
     stored_itemsize,
 )
 from beam_nifti.pipeline.publish import (
-    BuildSummary,
-    TooManyFailures,
     files_of,
     find_info,
     forget_summary,
@@ -51,6 +50,7 @@ from beam_nifti.pipeline.publish import (
     remove_files,
     require_writable_output,
     take_summary,
+    too_many_failures,
 )
 from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_list, read_info
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
-_FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
+_ROWS_FILE: Final = "rows.parquet"
 _VERSION_1: Final = (
     "%s: the dataset has format version 1 and keeps it. Version 1 records only the total size and the mean "
     "time of an example's files, so swapping two files may go unnoticed; if you swap files, build with "
@@ -140,8 +140,12 @@ class _Inputs:
         return self.config.sharding or default
 
 
-def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
+def plan_build(config: BuildConfig, rows: bytes | None = None) -> tuple[BuildPlan, Estimate]:
     """Read the manifest and the first header, look at the output, and decide. Writes nothing.
+
+    Args:
+        config: of the build.
+        rows: of a manifest that `config` only names, as a Parquet file; None where it is a file.
 
     Raises:
         ManifestError: the manifest cannot be built from.
@@ -151,22 +155,23 @@ def plan_build(config: BuildConfig) -> tuple[BuildPlan, Estimate]:
             or too short.
         OSError: a folder cannot be written now, but that may pass.
     """
-    inputs = _read_inputs(config)
+    inputs = _read_inputs(config, rows)
     decision = _decide(inputs, is_dry=True)
     return decision.plan, _estimate(inputs, decision)
 
 
-def plan_check(config: BuildConfig) -> CheckPlan:
+def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
     """Read the manifest and the first header as a build does. Nothing is known of its output.
 
     Args:
         config: of the build; its output is the report, "" for none.
+        rows: as of `plan_build`.
 
     Raises:
         ManifestError: the manifest cannot be built from, whatever its images are.
         UsageError: as `plan_build`.
     """
-    config, manifest = _read_manifest(config)
+    config, manifest = _read_manifest(config, rows)
     num_rows, num_skipped = len(manifest) - manifest.num_skipped, manifest.num_skipped
     num_unlabelled = manifest.num_unlabelled
     try:
@@ -185,13 +190,13 @@ def plan_check(config: BuildConfig) -> CheckPlan:
     return CheckPlan(config, num_rows, num_skipped, expected, num_unlabelled=num_unlabelled)
 
 
-def _read_inputs(config: BuildConfig) -> _Inputs:
+def _read_inputs(config: BuildConfig, rows: bytes | None) -> _Inputs:
     refuse_own(storage.absolute(config.manifest), storage.absolute(config.output))
-    config, manifest = _read_manifest(config)
+    config, manifest = _read_manifest(config, rows)
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
-def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
+def _read_manifest(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Manifest]:
     """The configuration with absolute paths and what the manifest says of labels; and the manifest."""
     config = replace(
         config,
@@ -200,9 +205,8 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
         temp_location=config.temp_location and storage.absolute(config.temp_location),
         anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
     )
-    if config.record.preprocess is not None:
-        digest = source_sha256(config.record.preprocess)
-        config = replace(config, record=replace(config.record, preprocess_sha256=digest))
+    digests = tuple(source_sha256(step) for step, _ in config.record.steps)
+    config = replace(config, record=replace(config.record, preprocess_sha256=digests))
     key = config.anonymous_ids
     if key and config.output and storage.is_within(key, config.output):
         raise UsageError(
@@ -215,7 +219,7 @@ def _read_manifest(config: BuildConfig) -> tuple[BuildConfig, Manifest]:
         require_writable_output(config.output)
     if config.temp_location and not storage.is_remote(config.temp_location):
         storage.require_writable(config.temp_location, "--temp-location", is_folder=True)
-    manifest = read_build_manifest(config.manifest, config)
+    manifest = read_build_manifest(config.manifest, config, rows)
     manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
@@ -567,15 +571,22 @@ def _loss(
 
 
 @contextlib.contextmanager
-def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
+def open_build(
+    config: BuildConfig, rows: bytes | None = None, *, is_local: bool = True
+) -> Iterator[BuildPlan]:
     """Plan a build and prepare its output, which no other build can write to during the block.
+
+    Args:
+        config: of the build.
+        rows: as of `plan_build`; workers reach them during the block.
+        is_local: whether the workers reach this machine's disk.
 
     Raises:
         ManifestError: as `plan_build`.
         UsageError: as `plan_build`.
         OutputError: as `plan_build`; or another build is writing there.
     """
-    inputs = _read_inputs(config)  # a manifest that cannot be built from leaves no trace of the build
+    inputs = _read_inputs(config, rows)  # a manifest that cannot be built from leaves no trace of the build
     with lock.hold(inputs.config.output):
         temp_location = inputs.config.temp_location
         if temp_location and storage.is_remote(temp_location):
@@ -583,7 +594,45 @@ def open_build(config: BuildConfig) -> Iterator[BuildPlan]:
         decision = _decide(inputs)
         del inputs  # hundreds of megabytes of rows, in a large cohort, for as long as the build runs
         _prepare(decision)
-        yield decision.plan
+        config = decision.plan.config
+        folder = None if is_local else decision.plan.parts_root
+        with rows_for_workers(config, rows, folder) as config:
+            yield replace(decision.plan, config=config)
+
+
+@contextlib.contextmanager
+def rows_for_workers(config: BuildConfig, rows: bytes | None, folder: str | None) -> Iterator[BuildConfig]:
+    """The configuration of a build, whose workers can read rows during the block that are in no file.
+
+    Args:
+        config: of the build.
+        rows: as of `plan_build`.
+        folder: to write them to; None for a temporary one of this machine.
+
+    Raises:
+        UsageError: they would lie in the output with the names that it is to have pseudonyms of.
+    """
+    if rows is None:
+        yield config
+    elif folder is None:
+        with (
+            tempfile.TemporaryDirectory(prefix="beam-nifti-") as here,
+            rows_for_workers(config, rows, storage.join(here, "rows")) as config,
+        ):
+            yield config
+    else:
+        if config.anonymous_ids and config.output and storage.is_within(folder, config.output):
+            raise UsageError(
+                "a table in memory has to be written for the workers, with the names that --anonymous-ids "
+                "keeps out of OUTPUT; give --temp-location, or a manifest that is a file"
+            )
+        path, below = storage.join(folder, _ROWS_FILE), storage.dirname(folder)
+        storage.write(path, rows, below)
+        try:
+            yield replace(config, rows=path)
+        finally:
+            storage.delete(path, below)
+            storage.delete_folder(folder, below)
 
 
 def _prepare(decision: _Decision) -> None:
@@ -591,7 +640,7 @@ def _prepare(decision: _Decision) -> None:
     plan, dead, note = decision.plan, decision.dead, decision.note()
     output = plan.config.output
     for root in {*plan.parts_roots, parts_root(output, None), *(parts_roots(output, dead) if dead else ())}:
-        _remove_parts(root, keep=note.fingerprint if decision.is_continued else None)
+        remove_parts(root, keep=note.fingerprint if decision.is_continued else None)
     published = decision.published
     has_ended = dead is not None and published is not None and dead.is_of(published)
     if has_ended or not decision.is_continued:
@@ -603,8 +652,17 @@ def _prepare(decision: _Decision) -> None:
     note.write(output)
 
 
-def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, Metrics]:
+def run_build(
+    plan: BuildPlan,
+    options: PipelineOptions,
+    on_end: Callable[[BuildSummary, Metrics], None] | None = None,
+) -> tuple[BuildSummary, Metrics]:
     """Run the pipeline and remove what only the build needed.
+
+    Args:
+        plan: of the build.
+        options: Beam's.
+        on_end: called with what is returned, also where too many volumes failed.
 
     Returns:
         How it ended, and what its steps counted.
@@ -624,8 +682,10 @@ def run_build(plan: BuildPlan, options: PipelineOptions) -> tuple[BuildSummary, 
     lock.require_held(plan.config.output)  # or what is removed now may be another build's
     summary, metrics = take_summary(plan.config.output), _metrics(result)
     assert summary is not None
+    if on_end:
+        on_end(summary, metrics)
     if not summary.complete:
-        raise TooManyFailures(summary, metrics)
+        raise too_many_failures(summary, plan.config.columns)
     _clean_up(plan)
     return summary, metrics
 
@@ -657,15 +717,9 @@ def _clean_up(plan: BuildPlan) -> None:
     note = require_current(output, plan.identity)
     remove_files(output, {*note.shard_names(), *note.published}, keep=files_of(read_info(output)))
     for root in {*plan.parts_roots, build_folder}:
-        _remove_parts(root)
+        remove_parts(root)
+        storage.delete(storage.join(root, _ROWS_FILE), storage.dirname(root))
         if root != build_folder:
             storage.delete_folder(root, storage.dirname(root))
     # The note is the last to go: without it nothing tells whose the parts are.
     note.remove(output)
-
-
-def _remove_parts(root: str, keep: str | None = None) -> None:
-    """Remove the parts of all fingerprints but one from a folder of parts."""
-    for folder in storage.list_folders(root):
-        if _FINGERPRINT.fullmatch(folder) and folder != keep:
-            storage.delete_tree(storage.join(root, folder), storage.dirname(root))

@@ -20,7 +20,15 @@ SUMMARY_NAME: Final = "summary.json"
 
 _NOTE_NAME: Final = "plan.json"
 _NOTE_FILE: Final = f"{BUILD_FOLDER}/{_NOTE_NAME}"
-_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE)  # names of the files that may be beside the note
+WRITE_NOTE_NAME: Final = "write.json"
+"""The file, in the same folder, in which `WriteToTFRecord` says what it is about."""
+
+_BESIDE: Final = (
+    SUMMARY_NAME,
+    FAILURES_FILE,
+    WRITE_NOTE_NAME,
+)  # names of files beside the note
+
 _NOTE_VERSION: Final = 2
 _MOST_SHARDS: Final = 1 << 20  # of all layouts: a dataset_info.json has room for 180,000
 

@@ -3,7 +3,7 @@
 Create([manifest])   str
 CutRows              tuple of VolumeRow
 Reshuffle            tuple of VolumeRow
-LookAtImages         Survey, and (what copies of an image share, (example id, split))
+LookAtImages         Tally, and (what copies of an image share, (example id, split))
 WriteReport          one file
 """
 
@@ -22,7 +22,7 @@ from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
 from beam_nifti.pipeline.progress import METER
-from beam_nifti.pipeline.survey import Survey, make_report, survey_image
+from beam_nifti.pipeline.survey import Survey, Tally, make_report, survey_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -60,8 +60,8 @@ class LookAtImages(beam.DoFn):
         self._folder, self._plan = storage.dirname(plan.config.manifest), plan
 
     def process(self, rows: tuple[VolumeRow, ...]) -> Iterable[Any]:
-        """Yield one Survey; and (what copies of an image share, (example id, split))."""
-        survey = Survey()
+        """Yield one Tally; and (what copies of an image share, (example id, split))."""
+        survey = Tally()
         for row in rows:
             found, content = survey_image(row, self._folder, self._plan)
             survey.add(found)
@@ -71,8 +71,8 @@ class LookAtImages(beam.DoFn):
         yield survey
 
 
-def _add_up(surveys: Iterable[Survey]) -> Survey:
-    total = Survey()
+def _add_up(surveys: Iterable[Tally]) -> Tally:
+    total = Tally()
     for survey in surveys:
         total.add(survey)
     return total
@@ -84,15 +84,13 @@ def _several(group: tuple[str, Iterable[tuple[str, str]]]) -> Iterable[list[tupl
         yield copies
 
 
-def _write_report(
-    survey: Survey, copies: Iterable[list[tuple[str, str]]], path: str, plan: CheckPlan
-) -> None:
+def _write_report(survey: Tally, copies: Iterable[list[tuple[str, str]]], path: str, plan: CheckPlan) -> None:
     report = make_report(survey, sorted(copies), plan)
     storage.write(path, dump_json(report, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
-def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = None) -> dict[str, Any]:
-    """Read the headers of a manifest's images, and make the report of `survey.make_report`.
+def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = None) -> Survey:
+    """Read the headers of a manifest's images, and report what was found.
 
     Args:
         plan: of the build that they would be part of.
@@ -116,8 +114,8 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
         )
         (
             looked_at.surveys
-            | "AddUp" >> beam.CombineGlobally(_add_up)  # Survey
+            | "AddUp" >> beam.CombineGlobally(_add_up)  # Tally
             | "WriteReport" >> beam.Map(_write_report, AsList(copies), path, plan)
         )
         pipeline.run().wait_until_finish()
-        return read_result(path, _FREE_BYTES + _ROW_BYTES * plan.num_rows)
+        return Survey(read_result(path, _FREE_BYTES + _ROW_BYTES * plan.num_rows), plan)

@@ -12,6 +12,7 @@ from isal import isal_zlib
 
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.plan import WorkUnit
+from beam_nifti.pipeline.records import Record
 from beam_nifti.volume.volume import Volume
 
 _PACKED_ROW_BYTES: Final = 20
@@ -36,6 +37,30 @@ class VolumeCoder(coders.Coder):
     def to_type_hint(self) -> type[Any]:
         """What it encodes."""
         return Volume
+
+
+class RecordCoder(coders.Coder):
+    """Pickle, and a size that does not take pickling."""
+
+    def encode(self, value: Record) -> bytes:
+        """To bytes, where a runner cuts the chain."""
+        return pickle.dumps(value, protocol=5)
+
+    def decode(self, encoded: bytes) -> Record:
+        """And back."""
+        return cast(Record, pickle.loads(encoded))
+
+    def estimate_size(self, value: Record) -> int:
+        """Bytes of the Example."""
+        return len(value.example)
+
+    def is_deterministic(self) -> bool:
+        """It is never a key."""
+        return False
+
+    def to_type_hint(self) -> type[Any]:
+        """What it encodes."""
+        return Record
 
 
 class WorkUnitCoder(coders.Coder):
@@ -64,5 +89,6 @@ class WorkUnitCoder(coders.Coder):
         return WorkUnit
 
 
+coders.registry.register_coder(Record, RecordCoder)
 coders.registry.register_coder(Volume, VolumeCoder)
 coders.registry.register_coder(WorkUnit, WorkUnitCoder)

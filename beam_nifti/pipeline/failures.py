@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import Columns
-from beam_nifti.errors import ManifestError
+from beam_nifti.errors import FailedVolume, FailureGroup, ManifestError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
+from beam_nifti.manifest.reading import read_manifest
+from beam_nifti.record.dataset_info import read_failures_of
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -46,27 +48,6 @@ class Failure:
     stage: str
     error: str
     message: str
-
-
-@dataclass(frozen=True, slots=True)
-class FailureGroup:
-    """Volumes that failed for one reason.
-
-    Attributes:
-        stage: the step that failed.
-        error: the exception's class.
-        message: what the messages have in common: "…" stands for names and numbers that differ.
-        num_volumes: how many.
-        examples: the first files that are at fault, by path; by row of the manifest where ids are anonymous.
-        num_images: how many.
-    """
-
-    stage: str
-    error: str
-    message: str
-    num_volumes: int
-    examples: tuple[str, ...]
-    num_images: int
 
 
 def group_failures(failures: Iterable[Failure]) -> list[FailureGroup]:
@@ -238,6 +219,24 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
     if (total := sum(map(len, found))) > MAX_FAILED_FRAMES:
         raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
     return found
+
+
+def read_failures(path: str, num_failed: int, columns: Columns) -> list[FailedVolume]:
+    """The rows of a list of failures.
+
+    Args:
+        path: of the list.
+        num_failed: volumes that it is of.
+        columns: which manifest columns mean what.
+    """
+    listed = read_manifest(path, columns, list_content=read_failures_of(path, num_failed))
+    cells = (
+        listed.table[name].to_pylist() for name in ("row", columns.paths[0], "stage", "error", "message")
+    )
+    return [
+        FailedVolume(int(row), example_id, image, stage, error, message)
+        for example_id, row, image, stage, error, message in zip(listed.ids.to_pylist(), *cells, strict=True)
+    ]
 
 
 def _frames_cell(failures: Sequence[Failure]) -> dict[str, str]:

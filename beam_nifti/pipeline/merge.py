@@ -98,15 +98,7 @@ class _Merge:
             if part.data.endswith(PART_ENDING) and part.data not in records.shared:
                 storage.delete(part.index, base_of(part.data))
                 storage.delete(part.data, base_of(part.data))
-        index = self._at(name).index
-        return ShardInfo(
-            name=str(name),
-            index=name.index_file,
-            num_examples=len(self.expected),
-            num_bytes=int(facts["num_bytes"]),
-            sha256=facts["sha256"],
-            index_sha256=hashlib.sha256(storage.read(index)).hexdigest(),
-        )
+        return _describe(self.output, name, len(self.expected), facts)
 
     def _at(self, name: ShardName) -> Part:
         return Part(storage.join(self.output, str(name)), storage.join(self.output, name.index_file))
@@ -143,6 +135,41 @@ class _Merge:
             facts |= _facts_of_data(target.data, records)
         write_index(target.index, _placed(records), facts, self.output)
         return facts
+
+
+def write_shard(
+    output: str, name: ShardName, table: pa.Table, files: Sequence[str], fingerprint: str
+) -> ShardInfo:
+    """Write a shard of records that lie anywhere in part files, and its index.
+
+    Doing it again gives the same bytes, also while another attempt is still at it.
+
+    Args:
+        output: folder of the dataset.
+        name: the shard's file name, which no published dataset has.
+        table: the index of the records in their order, with their places in the part files.
+        files: the part file of each.
+        fingerprint: of the configuration of the records.
+    """
+    records = _Records(table, [Part(file, "") for file in files], {}, frozenset())
+    target, index = storage.join(output, str(name)), storage.join(output, name.index_file)
+    facts = {"fingerprint": fingerprint, **versions_fact()}
+    facts |= _write_shard(target, output, records, None, {}, name.compressed)
+    write_index(index, _placed(records), facts, output)
+    return _describe(output, name, table.num_rows, facts)
+
+
+def _describe(output: str, name: ShardName, num_examples: int, facts: dict[str, str]) -> ShardInfo:
+    """A shard whose file and index are written."""
+    index = storage.read(storage.join(output, name.index_file))
+    return ShardInfo(
+        name=str(name),
+        index=name.index_file,
+        num_examples=num_examples,
+        num_bytes=int(facts["num_bytes"]),
+        sha256=facts["sha256"],
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    )
 
 
 def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInfo:

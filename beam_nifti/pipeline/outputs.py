@@ -60,6 +60,25 @@ def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None 
         raise UsageError(f"{flag} is {path}, a file of the dataset in {dataset}; choose another file")
 
 
+def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Refuse, before any work, to write a file that is there, is in use otherwise, or cannot be written.
+
+    Args:
+        path: value of --out.
+        overwrite: whether it may be replaced.
+        inputs: as of `require_apart`.
+
+    Raises:
+        UsageError: as `require_apart`.
+        OutputError: it is there, or cannot be written.
+        OSError: it cannot be written now.
+    """
+    require_apart(path, "--out", inputs)
+    storage.require_writable(storage.absolute(path), "--out")
+    if not overwrite and storage.exists(storage.absolute(path)):
+        raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
+
+
 def refuse_own(manifest: str, output: str) -> None:
     """Refuse a manifest that a build into OUTPUT would replace or remove.
 

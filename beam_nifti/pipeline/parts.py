@@ -45,6 +45,8 @@ PART_ENDING: Final = ".part"
 _INDEX_NAME: Final = re.compile(r"([0-9]{10,}-[0-9a-f]{32}|[0-9a-f]{64})\.parquet")
 """Of what a `PartWriter` writes, or a merge puts together."""
 
+_FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -97,8 +99,52 @@ def parts_folder(root: str, fingerprint: str, split: str, shard_index: int) -> s
     return storage.join(root, fingerprint, f"{split}-{shard_index:05d}")
 
 
+class PartFile:
+    """A part file that is written, a record at a time.
+
+    Args:
+        folder: that it is in.
+        prefix: of its name.
+        hasher: takes all that is written; None where nobody asks for it.
+
+    Attributes:
+        stem: its path without ending, of which no attempt has the same.
+        base: OUTPUT or the temporary folder.
+        size: bytes written.
+    """
+
+    def __init__(self, folder: str, prefix: str = "", hasher: hashlib._Hash | None = None) -> None:
+        # Attempts may overlap when a runner retries, so each writes under a name of its own.
+        self.stem = storage.join(folder, f"{prefix}{uuid.uuid4().hex}")
+        self.base = base_of(self.stem)
+        self.size = 0
+        self._hasher = hasher
+        self._opened = storage.create(self.path, self.base)
+        self._handle: BinaryIO = self._opened.__enter__()
+
+    @property
+    def path(self) -> str:
+        """Where it is once it is closed."""
+        return f"{self.stem}{PART_ENDING}"
+
+    def write(self, *pieces: bytes) -> tuple[int, int]:
+        """Append one encoded record; its offset and length."""
+        start = self.size
+        with storage.naming(self.path):
+            for piece in pieces:
+                self._handle.write(piece)
+                if self._hasher:
+                    self._hasher.update(piece)
+                self.size += len(piece)
+        return start, self.size - start
+
+    def close(self) -> None:
+        """Publish it."""
+        self._opened.__exit__(None, None, None)
+
+
 class PartWriter:
-    """Writes one part file, a record at a time.
+    """Writes one part file of a build, and its index.
 
     Args:
         folder: `parts_folder` of the shard.
@@ -117,37 +163,32 @@ class PartWriter:
         extra_columns: Sequence[str],
         is_shard: bool = False,
     ) -> None:
-        # Attempts may overlap when a runner retries, so each writes under a name of its own.
-        self._stem = storage.join(folder, f"{first:010d}-{uuid.uuid4().hex}")
         self._record, self._extra_columns = record, extra_columns
         self._entries: list[tuple[IndexEntry, int, int]] = []
-        self._offset = 0
         self._hasher = hashlib.sha256() if is_shard else None
-        self._base = base_of(self._stem)
-        self._opened = storage.create(f"{self._stem}{PART_ENDING}", self._base)
-        self._handle: BinaryIO = self._opened.__enter__()
+        self._file = PartFile(folder, f"{first:010d}-", self._hasher)
 
     def write(self, entry: IndexEntry, *pieces: bytes) -> None:
         """Append one encoded record."""
-        start = self._offset
-        with storage.naming(f"{self._stem}{PART_ENDING}"):
-            for piece in pieces:
-                self._handle.write(piece)
-                if self._hasher:
-                    self._hasher.update(piece)
-                self._offset += len(piece)
-        self._entries.append((entry, start, self._offset - start))
+        self._entries.append((entry, *self._file.write(*pieces)))
 
     def close(self) -> Part:
         """Publish the part, then its index."""
-        self._opened.__exit__(None, None, None)
-        part = part_at(self._stem)
+        self._file.close()
+        part = part_at(self._file.stem)
         facts = versions_fact()
         if self._hasher:
-            facts |= file_facts(self._hasher.hexdigest(), self._offset)
+            facts |= file_facts(self._hasher.hexdigest(), self._file.size)
         table = make_table(self._entries, self._record, self._extra_columns)
-        write_index(part.index, table, facts, self._base)
+        write_index(part.index, table, facts, self._file.base)
         return part
+
+
+def remove_parts(root: str, keep: str | None = None) -> None:
+    """Remove the parts of all fingerprints but one from a folder of parts."""
+    for folder in storage.list_folders(root):
+        if _FINGERPRINT.fullmatch(folder) and folder != keep:
+            storage.delete_tree(storage.join(root, folder), storage.dirname(root))
 
 
 def file_facts(sha256: str, num_bytes: int) -> dict[str, str]:

@@ -387,8 +387,13 @@ def required_dtype(record: RecordConfig, source_dtype: str) -> str | None:
     return source_dtype if record.voxel_dtype == "native" else None
 
 
-def read_build_manifest(path: str, config: BuildConfig) -> Manifest:
+def read_build_manifest(path: str, config: BuildConfig, content: bytes | None = None) -> Manifest:
     """The manifest of a build: with its splits, and with pseudonyms where ids are anonymous.
+
+    Args:
+        path: of the manifest.
+        config: of the build.
+        content: as of `read_table`; None reads `BuildConfig.rows`, or the manifest itself.
 
     Raises:
         ManifestError: it cannot be built from.
@@ -396,7 +401,9 @@ def read_build_manifest(path: str, config: BuildConfig) -> Manifest:
     """
     key = config.anonymous_ids
     pseudonyms = read_pseudonyms(key) if key else None
-    return read_manifest(path, config.columns, config.splitting, pseudonyms)
+    if content is None and config.rows is not None:
+        content = storage.read(config.rows)
+    return read_manifest(path, config.columns, config.splitting, pseudonyms, content=content)
 
 
 def stored_itemsize(voxel_dtype: str, source_itemsize: int) -> int:

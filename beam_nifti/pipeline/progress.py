@@ -1,4 +1,4 @@
-"""How far a build is: a bar on a terminal, a line now and then in a log.
+"""How far a build is: a bar on a terminal or in a notebook, a line now and then in a log.
 
 The steps of a pipeline add to `METER`; a build in this process reads it there. On a cluster nobody
 does: `follow.py` counts what appears in the storage.
@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
-
-from tqdm import tqdm
 
 from beam_nifti.support import logs
 from beam_nifti.support.process import in_background
@@ -77,25 +75,28 @@ def no_progress() -> Iterator[None]:
 
 @contextmanager
 def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Iterator[None]:
-    """Show on standard error what a meter says while the block runs.
+    """Show what a meter says while the block runs.
 
-    A terminal gets a bar with the rate and the time left; a log a line every 30 seconds.
+    A terminal, by standard error, and a notebook get a bar with the rate and the time left; a log gets a line
+    every 30 seconds.
 
     Args:
         total: of what is counted.
         unit: what is counted.
         meter: is set to nothing first.
     """
+    from tqdm.auto import tqdm
+
     meter.reset()
     started = time.monotonic()
     stream = sys.stderr
-    is_terminal = stream.isatty()
+    has_bar = (stream is not None and stream.isatty()) or _is_notebook()
     drawn_on = under_screen(stream)
-    with tqdm(total=total, unit=unit, dynamic_ncols=True, file=drawn_on, disable=not is_terminal) as bar:
+    with tqdm(total=total, unit=unit, dynamic_ncols=True, file=drawn_on, disable=not has_bar) as bar:
 
         def refresh() -> None:
             elapsed = max(time.monotonic() - started, 1e-3)
-            if is_terminal:
+            if has_bar:
                 bar.set_postfix_str(", ".join(_facts(meter, elapsed)), refresh=False)
                 bar.update(meter.done - bar.n)
             else:
@@ -103,15 +104,20 @@ def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Ite
 
         def follow() -> Iterator[float]:
             while True:
-                yield _BAR_SECONDS if is_terminal else _LINE_SECONDS
+                yield _BAR_SECONDS if has_bar else _LINE_SECONDS
                 refresh()
 
         try:
             with in_background(follow(), "progress"):
                 yield
         finally:
-            if is_terminal:
+            if has_bar:
                 refresh()
+
+
+def _is_notebook() -> bool:
+    """Whether this is a notebook's kernel, which shows bars without a terminal."""
+    return "ipykernel" in sys.modules
 
 
 def _facts(meter: Meter, elapsed: float) -> Iterator[str]:
@@ -125,6 +131,8 @@ def _facts(meter: Meter, elapsed: float) -> Iterator[str]:
 
 
 def _log_line(meter: Meter, total: int, unit: str, elapsed: float) -> None:
+    from tqdm.std import tqdm
+
     done = meter.done
     rate = (done - meter.kept) / elapsed
     left = round((total - done) / rate) if rate else None

@@ -5,22 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import Final
 
-from beam_nifti.errors import BeamNiftiError, OutputError, PartsChangedError, ShardError
+from beam_nifti.config import Columns
+from beam_nifti.errors import (
+    BuildSummary,
+    FailureGroup,
+    OutputError,
+    PartsChangedError,
+    ShardError,
+    TooManyFailures,
+)
 from beam_nifti.pipeline.build_note import SUMMARY_NAME
 from beam_nifti.pipeline.failures import (
     Failure,
-    FailureGroup,
     accepting_fraction,
     format_groups,
     group_failures,
+    read_failures,
     write_failures,
 )
 from beam_nifti.pipeline.lock import LOCK_FILE
-from beam_nifti.pipeline.metrics import Metrics
 from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.parts import BUILD_FOLDER
 from beam_nifti.pipeline.plan import BuildPlan
@@ -51,49 +58,18 @@ _MOST_SUMMARY: Final = 1 << 24
 """Bytes of it: numbers, and a few reasons with the names of a few files."""
 
 
-@dataclass(frozen=True)
-class BuildSummary:
-    """How a build ended.
+def too_many_failures(summary: BuildSummary, columns: Columns) -> TooManyFailures:
+    """The error that says how many volumes of how many failed, why, and what would accept them.
 
-    Attributes:
-        num_written: records in the shards.
-        num_failed: volumes that failed.
-        num_bytes: of the shards.
-        num_shards: of all splits.
-        complete: whether the dataset was published.
-        failures_path: of the list of failed volumes; "" where there are none.
-        failures: volumes that failed, by step and then by the class of the error.
-        reasons: of the most frequent failures.
+    Args:
+        summary: of a build that has left a list of failures.
+        columns: which columns of the manifest mean what.
     """
-
-    num_written: int
-    num_failed: int
-    num_bytes: int
-    num_shards: int
-    complete: bool
-    failures_path: str = ""
-    failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    reasons: tuple[FailureGroup, ...] = ()
-
-
-class TooManyFailures(BeamNiftiError):
-    """More volumes failed than the build allows; the dataset is not published.
-
-    Attributes:
-        summary: how the build ended.
-        metrics: what its pipeline counted, where that is known.
-    """
-
-    def __init__(self, summary: BuildSummary, metrics: Metrics | None = None) -> None:
-        super().__init__(summary, metrics)
-        self.summary, self.metrics = summary, metrics or Metrics()
-
-    def __str__(self) -> str:
-        """How many failed of how many, why, and what would accept them."""
-        failed, total = self.summary.num_failed, self.summary.num_failed + self.summary.num_written
-        head = f"{failed} of {counted(total, 'volume')} failed, more than --max-bad-fraction allows"
-        accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
-        return "\n  ".join([f"{head}:", *format_groups(self.summary.reasons, failed), accept])
+    failed, total = summary.num_failed, summary.num_failed + summary.num_written
+    head = f"{failed} of {counted(total, 'volume')} failed, more than --max-bad-fraction allows"
+    accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
+    message = "\n  ".join([f"{head}:", *format_groups(summary.reasons, failed), accept])
+    return TooManyFailures(message, summary, read_failures(summary.failures_path, failed, columns))
 
 
 def find_info(output: str) -> DatasetInfo | None:

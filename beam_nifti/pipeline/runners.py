@@ -118,8 +118,18 @@ def make_engine(
     )
 
 
+def load_beam() -> None:
+    """Load Beam and the steps, without a word of what optional packages are absent."""
+    root, words = logging.getLogger(), logging.Filter("beam_nifti")
+    root.addFilter(words)
+    try:
+        from beam_nifti.pipeline import transforms  # noqa: F401
+    finally:
+        root.removeFilter(words)
+
+
 def import_beam() -> None:
-    """Load Beam and the steps, with the settings that suit them."""
+    """Load Beam and the steps, with settings that suit a process that does nothing else."""
     # numpy's linear algebra is not used: its threads would only start, spin and take memory.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Beam says at import which of its optional packages are absent; none is needed here.
@@ -174,7 +184,7 @@ def _dataflow_problems(known: argparse.Namespace, _: set[str], config: BuildConf
     if not known.region and "CLOUDSDK_COMPUTE_REGION" not in os.environ:
         yield _missing("region", "where the workers run; the region of the bucket", "europe-west1")
     for path, what, example in (
-        (config.manifest, "MANIFEST", "gs://my-bucket/manifest.csv"),
+        (config.manifest if config.rows is None else None, "MANIFEST", "gs://my-bucket/manifest.csv"),
         (config.output, "OUTPUT", "gs://my-bucket/dataset"),
         (config.anonymous_ids, "--anonymous-ids", "gs://my-bucket/key"),
     ):

@@ -17,6 +17,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
 from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.document import Document
 from beam_nifti.support.wording import counted, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
@@ -70,13 +71,13 @@ class NamedImages:
     first: list[NamedImage] = field(default_factory=list)
 
     def add(self, other: NamedImages) -> None:
-        """Count what another survey has counted."""
+        """Count what another tally has counted."""
         self.num += other.num
         self.first = sorted([*self.first, *other.first])[:MAX_PROBLEMS]
 
 
 @dataclass
-class Survey:
+class Tally:
     """Counts over some images. Those of disjoint rows add up.
 
     Attributes:
@@ -109,8 +110,8 @@ class Survey:
     largest_bytes: int = 0
     notes: dict[str, NamedImages] = field(default_factory=dict)
 
-    def add(self, other: Survey) -> None:
-        """Count what another survey has counted."""
+    def add(self, other: Tally) -> None:
+        """Count what another tally has counted."""
         self.num_images += other.num_images
         self.bad.add(other.bad)
         self.num_examples += other.num_examples
@@ -125,7 +126,7 @@ class Survey:
             self.notes.setdefault(note, NamedImages()).add(images)
 
 
-def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, str | None]:
+def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, str | None]:
     """Look at one example: the first 64 KB of each of its files.
 
     Args:
@@ -140,7 +141,7 @@ def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Survey, 
     Raises:
         OSError: the disk, the network or a store failed, which says nothing about the image.
     """
-    found, record = Survey(num_images=1), plan.config.record
+    found, record = Tally(num_images=1), plan.config.record
     header = None
     try:
         with concealing(row, folder):
@@ -181,7 +182,7 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
     return header
 
 
-def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, record: RecordConfig) -> None:
+def _count_records(found: Tally, header: VolumeHeader, layout: RecordLayout, record: RecordConfig) -> None:
     """Count what an image becomes; that the others are unlike it does not matter here."""
     shape, itemsize = layout.stored_shape, layout.dtype.itemsize
     voxels = math.prod(shape or layout.shape)
@@ -198,7 +199,7 @@ def _count_records(found: Survey, header: VolumeHeader, layout: RecordLayout, re
 
 
 def make_report(
-    survey: Survey, copies: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
+    survey: Tally, copies: Sequence[Sequence[tuple[str, str]]], plan: CheckPlan
 ) -> dict[str, Any]:
     """What `beam-nifti check` reports, as JSON.
 
@@ -240,6 +241,43 @@ def make_report(
 
 def _reference(image: NamedImage) -> dict[str, Any]:
     return {"row": image.row, "example_id": image.example_id}
+
+
+class Survey(Document):
+    """What images are, and what a build would make of them; `print(survey)` shows it as a table.
+
+    Its items are those of `beam-nifti check --json`.
+
+    Args:
+        facts: of `make_report`.
+        plan: that they were made with.
+
+    Attributes:
+        problems: a sentence for each of the first images that the build would skip.
+        refusal: why the build would write nothing; "" where it would write a dataset.
+        ok: whether the build would be complete, as far as headers tell; so is the survey's truth.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], plan: CheckPlan) -> None:
+        super().__init__(facts)
+        self.problems = tuple(
+            f"row {p['row']} ({p['example_id']}): {p['message']}" for p in facts["problems"]
+        )
+        self.refusal = plan.refusal
+        self.ok = not plan.refusal and plan.config.allows_failures(facts["num_bad"], facts["num_images"])
+
+    def __bool__(self) -> bool:
+        """Whether the build would be complete."""
+        return self.ok
+
+    def __repr__(self) -> str:
+        """On one line."""
+        images, examples = counted(self["num_images"], "image"), counted(self["num_examples"], "example")
+        return f"<Survey of {self['manifest']}: {images}, {self['num_bad']:,} would fail, {examples}>"
+
+    def __str__(self) -> str:
+        """As a table."""
+        return format_report(self)
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -416,7 +416,7 @@ class _Records:
     def _cell(self, name: str, row: int) -> Any:
         """What the index says of a record."""
         cell = self.table["example_id" if name == "id" else name][row]
-        if isinstance(cell, pa.ListScalar):
+        if isinstance(cell, pa.ListScalar) and cell.is_valid:
             values = cell.values.fill_null("") if pa.types.is_string(cell.type.value_type) else cell.values
             array = values.to_numpy(zero_copy_only=False).copy()
             return array.reshape((4, 4) if name == "affine" else -1)
@@ -561,8 +561,10 @@ def _digest(info: DatasetInfo) -> str:
 def default_columns(info: DatasetInfo) -> tuple[str, ...]:
     """The columns of a dataset where none are asked for; of a first label that is a text, its feature."""
     label = label_feature(info.labels[0].name) if _has_texts(info) else "label"
+    lacked = {name for name in ("affine", "zooms") if name not in info.features}
+    lacked |= set() if info.labelled else {"label"}
     names = (label if name == "label" else name for name in _DEFAULT_COLUMNS)
-    return tuple(name for name in names if info.labelled or name != "label")
+    return tuple(name for name in names if name not in lacked)
 
 
 def check_label(output: str, info: DatasetInfo, columns: Collection[str]) -> None:

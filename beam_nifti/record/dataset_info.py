@@ -30,6 +30,7 @@ from beam_nifti.record.sharding import ShardName
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys, require_type
 from beam_nifti.support.strict_json import dump_json, load_json
+from beam_nifti.support.wording import size_text
 
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
@@ -158,7 +159,7 @@ class SplitInfo:
         return sum(s.num_bytes for s in self.shards)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DatasetInfo:
     """A complete dataset.
 
@@ -199,10 +200,21 @@ class DatasetInfo:
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
 
+    def __repr__(self) -> str:
+        """On one line."""
+        splits = ", ".join(f"{name} {split.num_examples:,}" for name, split in self.splits.items())
+        shape = "mixed shapes" if self.shape is None else size_text(self.shape)
+        return f"<DatasetInfo: {splits or 'not built'}; {shape} {self.dtype}, revision {self.revision}>"
+
     @property
     def num_frames(self) -> int | None:
         """Frames of an image, where each became a record; else None."""
         return self.manifest.get("num_frames")
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether a build made it; where `WriteToTFRecord` did, its index may have empty cells."""
+        return bool(self.manifest["path"])
 
     @property
     def num_examples(self) -> int:
@@ -519,13 +531,23 @@ def read_failures_list(output: str, info: DatasetInfo, name: str) -> bytes:
         DatasetError: it is larger than a list of so many failures can be.
         OSError: as `path_of`; or it is missing, or cannot be reached.
     """
-    path, most = path_of(output, name), _FREE_FAILURES_BYTES + _FAILURE_BYTES * info.num_failures
+    path = path_of(output, name)
     try:
-        return storage.read_bounded(path, most)
+        return read_failures_of(path, info.num_failures)
     except storage.FileTooLargeError as e:
         raise DatasetError(
             f"{path}: {e} where num_failures in {FILE_NAME} is {info.num_failures}; copy the dataset again"
         ) from e
+
+
+def read_failures_of(path: str, num_failures: int) -> bytes:
+    """The bytes of a list of so many failures.
+
+    Raises:
+        FileTooLargeError: there are more than such a list can have.
+        OSError: it is missing, or cannot be reached.
+    """
+    return storage.read_bounded(path, _FREE_FAILURES_BYTES + _FAILURE_BYTES * num_failures)
 
 
 def read_content(output: str) -> bytes:

@@ -89,6 +89,9 @@ OWN_NAMES: Final = frozenset(
     for name in schema.names
 )
 
+_PLACES: Final = ("example_id", "position", "offset", "length", "shape")
+"""Columns by which a record is found and read."""
+
 _GROUP_ROWS: Final = 1 << 14
 """Rows that can be read without the others: a work unit's, at most (5 MB)."""
 
@@ -260,24 +263,36 @@ def make_table(
         extra_columns: names of the manifest's further columns.
     """
     rows = [
-        {
-            **row_cells(e.row, extra_columns),
-            "offset": offset,
-            "length": length,
-            **file_cells(e.source.files, record, e.row.version_key),
-            "source_shape": e.source.shape,
-            "source_affine": e.source.affine,
-            "shape": e.shape,
-            "dtype": e.dtype,
-            "zooms": e.zooms,
-            "affine": e.affine,
-            **_of_images([asdict(i) for i in e.intensities], record),
-            **_of_images([{"rescale_low": ends.low, "rescale_high": ends.high} for ends in e.ends], record),
-            "mask_labels": e.mask_labels,
-        }
-        for e, offset, length in entries
+        {**entry_cells(entry, record, extra_columns), "offset": offset, "length": length}
+        for entry, offset, length in entries
     ]
     return pa.Table.from_pylist(rows, schema=schema_of(record, extra_columns))
+
+
+def entry_cells(
+    entry: IndexEntry, record: RecordConfig, extra_columns: Sequence[str] = ()
+) -> dict[str, object]:
+    """The row of an index, but for its place in the file.
+
+    Args:
+        entry: of the record.
+        record: its configuration.
+        extra_columns: names of the manifest's further columns.
+    """
+    row = entry.row
+    return {
+        **row_cells(row, extra_columns),
+        **file_cells(entry.source.files, record, row.version_key),
+        "source_shape": entry.source.shape,
+        "source_affine": entry.source.affine,
+        "shape": entry.shape,
+        "dtype": entry.dtype,
+        "zooms": entry.zooms,
+        "affine": entry.affine,
+        **_of_images([asdict(i) for i in entry.intensities], record),
+        **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.ends], record),
+        "mask_labels": entry.mask_labels,
+    }
 
 
 def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> Mapping[str, object]:
@@ -503,7 +518,8 @@ def _sound(
     known = known_columns(record, tuple(info.manifest["columns"]))
     table, facts = parse_index(data, path, None, names, limits, known)
     every = schema_of(record, [label.name for label in info.labels]).names
-    for problem in check_table(table, [name for name in every if names is None or name in names], record):
+    needed = [name for name in every if names is None or name in names]
+    for problem in check_table(table, needed, record, is_sparse=not info.has_manifest):
         raise ShardError(f"{path}: not an index: {problem}")
     return table, facts
 
@@ -538,13 +554,17 @@ def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
             yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} says"
 
 
-def check_table(table: pa.Table, columns: Collection[str], record: RecordConfig) -> Iterator[str]:
+def check_table(
+    table: pa.Table, columns: Collection[str], record: RecordConfig, *, is_sparse: bool = False
+) -> Iterator[str]:
     """Find what makes an index unusable.
 
     Args:
         table: of columns of the types of `schema_of`.
         columns: names of those that it must have.
         record: configuration of the records.
+        is_sparse: whether cells may be empty but for those by which records are found, as where no manifest
+            says what is in them.
     """
     try:
         table.validate(full=True)  # Parquet's text is not checked when it is read
@@ -555,12 +575,16 @@ def check_table(table: pa.Table, columns: Collection[str], record: RecordConfig)
         if name not in table.column_names:
             yield f"column {name} is missing"
     for name in table.column_names:
-        yield from _check_column(table, name, record)
+        may_lack = name not in _PLACES if is_sparse else name == "label"
+        yield from _check_column(table, name, record, may_lack=may_lack)
 
 
-def _check_column(table: pa.Table, name: str, record: RecordConfig) -> Iterator[str]:
+def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack: bool) -> Iterator[str]:
     column = table[name]
-    if column.null_count and name != "label":
+    if column.null_count and may_lack:
+        table = table.filter(column.is_valid())
+        column = table[name]
+    if column.null_count:
         yield f"column {name} has {column.null_count} empty cells"
     elif pa.types.is_list(column.type):
         num_empty = pc.list_flatten(column).null_count

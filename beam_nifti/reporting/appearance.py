@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.inspection.record_checks import RecordSpec, affine_of
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.index import extra_column
 from beam_nifti.reporting.thumbnail import block_means, draw_slices
@@ -81,7 +81,7 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
     scaling = scaling_of(features)
     if spec.config.voxel_dtype == "uint8":
         scaling = Scaling(slope=1 / UINT8_LEVELS)
-    affine = np.array(cells["affine"], np.float64).reshape(4, 4)
+    affine = affine_of(cells)
     turns = axes_to(Grid.of(voxels.shape, affine), "RAS")
     volume = turn_voxels(voxels, turns)
     first = volume if volume.ndim == 3 else volume[..., 0]

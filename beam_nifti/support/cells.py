@@ -6,6 +6,7 @@ A number is what every program reads alike. Python would also take 1_0, and digi
 from __future__ import annotations
 
 import re
+from numbers import Real
 from typing import Final
 
 MISSING_TEXTS: Final = ("", "n/a", "nan", "-nan", "+nan")
@@ -32,6 +33,15 @@ def parse_number(text: str) -> float:
     if not _NUMBER.fullmatch(text.strip()):
         raise ValueError(f"{text!r} is not a number")
     return float(text)
+
+
+def as_float(number: Real) -> float:
+    """A number as a float: one of numpy's is what it prints, so that float32's 0.7 is 0.7.
+
+    Raises:
+        OverflowError: it is too large.
+    """
+    return float(str(number) if hasattr(number, "dtype") else number)
 
 
 def parse_integer(text: str) -> int:

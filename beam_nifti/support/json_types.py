@@ -27,7 +27,9 @@ _SHOWN.maxother = _SHOWN.maxstring = 60
 
 
 def require_type(value: Any, kind: Any, name: str) -> None:
-    """Compare a value with an annotation: a scalar, `X | None`, a tuple, a Mapping of text, or a dataclass.
+    """Compare a value with an annotation.
+
+    That is a scalar, `X | None`, `str | X | None`, a tuple, a Mapping of text, or a dataclass.
 
     Args:
         value: as `json.loads` gives it, so that a list stands for a tuple and an object for a dataclass.
@@ -51,8 +53,8 @@ def require_type(value: Any, kind: Any, name: str) -> None:
         require_keys(value, hints, required, name)
     elif (origin := typing.get_origin(kind)) in (types.UnionType, typing.Union):
         if value is not None:
-            (inner,) = (a for a in typing.get_args(kind) if a is not types.NoneType)
-            require_type(value, inner, name)
+            others = [a for a in typing.get_args(kind) if a is not types.NoneType]
+            require_type(value, str if isinstance(value, str) and str in others else others[-1], name)
     elif origin is tuple:
         _require_list(value, typing.get_args(kind), name)
     elif origin is Mapping:

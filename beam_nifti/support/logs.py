@@ -12,7 +12,7 @@ import io
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -120,3 +120,47 @@ def _handling(logger: logging.Logger, handler: logging.Handler) -> Iterator[None
         logger.removeHandler(handler)
         logger.propagate = propagate
         logger.setLevel(level)
+
+
+class shared:  # noqa: N801
+    """Makes of a context manager, which changes something of the process, one that threads share.
+
+    The first of them to enter changes it, and the last one to leave changes it back.
+
+    Args:
+        change: gives the context manager.
+    """
+
+    def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._change, self._lock, self._count = change, threading.Lock(), 0
+        self._stack = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Have it changed while the block runs."""
+        with self._lock:
+            if self._count == 0:
+                self._stack.enter_context(self._change())
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if self._count == 0:
+                    self._stack.close()
+
+
+@shared
+@contextlib.contextmanager
+def unconfigured() -> Iterator[None]:
+    """Leave logging to the host: Beam would set it up where nobody has, for good."""
+    root, default = logging.getLogger(), logging.lastResort
+    if root.handlers or default is None:
+        yield
+        return
+    root.addHandler(default)  # which shows what Python shows where logging is not set up
+    try:
+        yield
+    finally:
+        root.removeHandler(default)

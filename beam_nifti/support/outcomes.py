@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from beam_nifti.errors import (
     BeamNiftiError,
+    EngineError,
     ManifestChangedError,
     ManifestError,
     OutputBusyError,
@@ -97,6 +98,8 @@ def exit_code(error: BaseException) -> int:
 
     A store that keeps failing may be the cause of an error about a dataset or a manifest.
     """
+    if isinstance(error, EngineError):
+        return error.exit_code
     number = error.errno if isinstance(error, OSError) else None
     code = _code_of(type(error), number)
     if (

@@ -20,6 +20,7 @@ _ALIGNED: Final = 2
 _MAX_NIFTI1_AXIS: Final = 2**15 - 1
 _GZIP_LEVEL: Final = 2
 _GZIP_WBITS: Final = 31
+_NO_EXTENSION: Final = 4  # bytes behind a header that say that nothing follows it but the voxels
 _ZOOMS_TOLERANCE: Final = 1e-4  # relative; beyond it a header's voxel sizes are not those of its affine
 
 
@@ -48,9 +49,8 @@ def write_nifti(
         OSError: it cannot be written.
     """
     require_nifti_name(path)
-    content = voxels.astype(voxels.dtype.newbyteorder("<"), copy=False)
-    in_file_order = np.ascontiguousarray(content.T)  # x fastest
-    header = _make_header(voxels, scaling, affine, zooms)
+    in_file_order = _in_file_order(voxels)
+    header = _binary(_make_header(voxels, scaling, affine, zooms))
     with storage.create(path) as handle:
         if not path.endswith(".gz"):
             handle.write(header)
@@ -63,6 +63,15 @@ def write_nifti(
         handle.write(packer.flush())
 
 
+def make_image(
+    voxels: Voxels, scaling: Scaling, affine: Affine, zooms: tuple[float, float, float]
+) -> nib.Nifti1Image | nib.Nifti2Image:
+    """The image that nibabel loads of the file that `write_nifti` writes with these arguments."""
+    header = _make_header(voxels, scaling, affine, zooms)
+    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    return kind.from_bytes(_binary(header) + _in_file_order(voxels).tobytes())
+
+
 def require_nifti_name(path: str) -> None:
     """Refuse to write an image under a name by which no program would know it.
 
@@ -73,10 +82,19 @@ def require_nifti_name(path: str) -> None:
         raise UsageError(f"{path}: not the name of a NIfTI image; let it end in .nii or .nii.gz")
 
 
+def _in_file_order(voxels: Voxels) -> Voxels:
+    """Little-endian voxels of which x is the last axis."""
+    return np.ascontiguousarray(voxels.astype(voxels.dtype.newbyteorder("<"), copy=False).T)
+
+
+def _binary(header: nib.Nifti1Header) -> bytes:
+    return bytes(header.binaryblock) + bytes(_NO_EXTENSION)
+
+
 def _make_header(
     voxels: Voxels, scaling: Scaling, affine: Affine, zooms: tuple[float, float, float]
-) -> bytes:
-    """A little-endian header and its empty extension flag."""
+) -> nib.Nifti1Header:
+    """A little-endian header of a single file."""
     factors = np.array([scaling.slope, scaling.inter])
     with np.errstate(over="ignore", under="ignore"):
         fits = np.array_equal(factors.astype(np.float32), factors)
@@ -92,8 +110,8 @@ def _make_header(
     header["pixdim"][4] = 0  # of a time step that no record keeps
     header.set_xyzt_units("mm")
     header["scl_slope"], header["scl_inter"] = factors
-    header["vox_offset"] = kind.sizeof_hdr + 4
-    return bytes(header.binaryblock) + bytes(4)
+    header["vox_offset"] = kind.sizeof_hdr + _NO_EXTENSION
+    return header
 
 
 def _set_qform(header: nib.Nifti1Header, affine: Affine, zooms: tuple[float, float, float]) -> bool:

@@ -29,7 +29,7 @@ from beam_nifti.volume.intensity import describe_rule, select_voxels
 from beam_nifti.volume.label_map import pick_nearest
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.rescale import Scaling, Voxels
-from beam_nifti.volume.user_function import Function, load_function
+from beam_nifti.volume.user_function import Function, load_functions
 from beam_nifti.volume.volume import Volume
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ def prepare_volume(
         UsageError: the user's function cannot be imported, or is another than the dataset's, or it ended
             the process.
     """
-    prepared = replace(volume)
+    prepared = replace(volume, config=record)
     if release:
         volume.release()
     elif record.preprocess is not None:
-        prepared = replace(volume, voxels=volume.voxels.copy())  # which the function may change
+        prepared = replace(prepared, voxels=volume.voxels.copy())  # which the function may change
     path = volume.row.path
     try:
         for step in _steps(record):
@@ -76,10 +76,9 @@ def prepare_volume(
 
 def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
     steps: list[Callable[[Volume], Volume]] = []
-    if record.preprocess is not None:
-        function = load_function(record.preprocess, record.preprocess_sha256)
-        count = record.num_channels if record.channels else None
-        steps.append(partial(apply_function, function=function, name=record.preprocess, num_channels=count))
+    count = record.num_channels if record.channels else None
+    for name, function in load_functions(record):
+        steps.append(partial(apply_function, function=function, name=name, num_channels=count))
     if record.orientation is not None:
         steps.append(partial(orient, code=record.orientation))
     if record.spacing is not None:

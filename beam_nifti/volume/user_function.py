@@ -1,52 +1,127 @@
-"""The user's own function of --preprocess: found by its name, and told apart by its source."""
+"""The user's own functions of --preprocess: found by their names, and told apart by their source."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import UsageError
+from beam_nifti.support.calls import format_call, parse_call
 
 Function = Callable[..., Any]
 
 
-def source_sha256(name: str) -> str:
+def source_sha256(step: str) -> str:
     """sha256, in hex, of the file that defines a function: it decides the bytes of records.
 
     What that file imports does not count.
 
     Args:
-        name: `package.module:function`.
+        step: `package.module:function`, with or without arguments.
 
     Raises:
-        UsageError: the function cannot be imported here, or has no file.
+        UsageError: the function cannot be imported here, or has no file, or does not take the arguments.
     """
-    return _find(name)[1]
+    load_function(step)
+    return _find(parse_call(step)[0])[1]
 
 
-def load_function(name: str, sha256: str | None = None) -> Function:
+def load_function(step: str, sha256: str | None = None) -> Function:
     """Import a function.
 
     Args:
-        name: `package.module:function`.
+        step: `package.module:function`, with or without arguments.
         sha256: that its `source_sha256` must be; None takes any.
+
+    Returns:
+        The function, which gets a volume, and its arguments anew with each.
 
     Raises:
         UsageError: as `source_sha256`; or it is another one.
     """
+    name, arguments = parse_call(step)
     function, found = _find(name)
     if sha256 not in (None, found):
         raise UsageError(
             f"--preprocess {name}: the file that defines it differs from the one that the dataset is made "
             "with; give launcher and workers the same version, or build the dataset again"
         )
-    return function
+    if not arguments:
+        return function
+    try:
+        inspect.signature(function).bind(None, **arguments)
+    except TypeError as e:
+        raise UsageError(f"--preprocess {step}: {e}; give arguments that the function takes") from e
+    except ValueError:  # a function of C may have no signature
+        pass
+    return lambda volume: function(volume, **copy.deepcopy(arguments))
+
+
+def load_functions(record: RecordConfig) -> list[tuple[str, Function]]:
+    """Import all functions of a configuration, in their order, each with its text.
+
+    Raises:
+        UsageError: as `load_function`.
+    """
+    return [(step, load_function(step, sha256)) for step, sha256 in record.steps]
+
+
+def name_of(function: object) -> str:
+    """The text by which workers can import a function.
+
+    Args:
+        function: at the top of a module; or a `functools.partial` of one with named arguments.
+
+    Returns:
+        `package.module:function`, with its arguments.
+
+    Raises:
+        UsageError: it has no such text, as lambdas, functions within others, methods and those of a script
+            have none; or an argument has no name, or is no literal.
+    """
+    if isinstance(function, functools.partial):
+        inner = name_of(function.func)
+        if function.args:
+            raise UsageError(
+                f"--preprocess is {inner} with arguments {function.args} that have no names; give them as "
+                "keywords of functools.partial"
+            )
+        return call_of(inner, function.keywords)
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if not callable(function) or not isinstance(module, str) or not isinstance(name, str):
+        raise UsageError(
+            f"--preprocess is {function!r}; give a function, or its name as package.module:function"
+        )
+    remedy = "define a function at the top of a module that the workers can import"
+    if name.endswith("<lambda>"):
+        raise UsageError(f"--preprocess is a lambda of {module}, which has no name to import it by; {remedy}")
+    if module == "__main__":
+        raise UsageError(f"--preprocess is {name} of __main__, which workers cannot import; {remedy}")
+    if getattr(sys.modules.get(module), name, None) is not function:
+        raise UsageError(
+            f"--preprocess is {name} of {module}, which cannot be imported by that name; {remedy}"
+        )
+    return f"{module}:{name}"
+
+
+def call_of(name: str, arguments: Mapping[str, Any]) -> str:
+    """The text of a function with arguments.
+
+    Raises:
+        UsageError: one is no literal.
+    """
+    try:
+        return format_call(name, arguments)
+    except ValueError as e:
+        raise UsageError(f"--preprocess {name}: {e}") from e
 
 
 @functools.cache  # so that the digest stays that of what this process has imported

@@ -51,6 +51,8 @@ class Volume:
         ends: what becomes 0 and 1 of each image; none where their ranges say it.
         notes: what a user should know of its files and of what was done to them, as keys of `notes.TEXTS`;
             a build counts them.
+        config: what was asked of the steps that it went through, as the configuration of its record; None
+            where it went through none.
     """
 
     row: VolumeRow
@@ -64,6 +66,7 @@ class Volume:
     intensities: tuple[Intensity, ...] = ()
     ends: tuple[Ends, ...] = ()
     notes: tuple[str, ...] = ()
+    config: RecordConfig | None = None
 
     def release(self) -> None:
         """Let go of the voxels: for the graph of a build, in which no other step gets this volume.
@@ -128,6 +131,7 @@ def load_volume(
         source=_source(first.header, [file.stats for file in files]),
         mask=mask.voxels if mask else None,
         notes=join_notes(file.header.notes for file in files),
+        config=record,
     )
 
 
@@ -172,6 +176,7 @@ def load_frames(
             source=source,
             mask=mask.voxels if mask else None,
             notes=notes,
+            config=record,
         )
 
     return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
@@ -321,6 +326,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         scaling=volume.scaling if is_native else Scaling(),
         intensities=tuple(intensities),
         ends=tuple(ends),
+        config=config,
     )
 
 

@@ -27,6 +27,7 @@ from beam_nifti.inspection.description import describe_dataset, format_descripti
 from beam_nifti.pipeline import lock
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor
+from beam_nifti.support import outcomes
 from pipelines import build_dataset
 from tests.build_helpers import assert_intact
 from tests.datasets import records_of
@@ -121,7 +122,7 @@ def test_other_flags_go_to_beam_with_underscores() -> None:
     [
         (["build", "m.csv"], "OUTPUT"),
         (["build", "m.csv", "out", "--rescale", "quantile"], "minmax"),
-        (["build", "m.csv", "out", "--examples-per-shard", "3", "--num-shards", "2"], "not allowed with"),
+        (["build", "m.csv", "out", "--examples-per-shard", "3", "--num-shards", "2"], "not both"),
         (["build", "m.csv", "out", "--examples-per-shard", "0"], "at least 1"),
         (["build", "m.csv", "out", "--num-shards", "-1"], "at least 1"),
         (["build", "m.csv", "out", "--compression-level", "9"], "0, 1, 2, 3"),
@@ -532,8 +533,8 @@ def test_a_folder_of_our_name_that_is_not_ours_stays(cohort: Path, built: Callab
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        (["--version"], cli.CUT_SHORT),
-        (["manifest", "glob", "cohort/*.nii.gz"], cli.CUT_SHORT),
+        (["--version"], outcomes.CUT_SHORT),
+        (["manifest", "glob", "cohort/*.nii.gz"], outcomes.CUT_SHORT),
         (["build", "cohort/manifest.tsv", "out"], cli.SUCCESS),
     ],
 )

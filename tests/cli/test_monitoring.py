@@ -145,7 +145,7 @@ def test_an_error_that_nobody_foresaw_is_told_of(
         assert not path.exists(), "a process that is killed would leave the summary of an earlier run"
         raise ZeroDivisionError("one by none")
 
-    monkeypatch.setattr("beam_nifti.pipeline.build.run_build", fail)
+    monkeypatch.setattr("beam_nifti.pipeline.launch.run_build", fail)
     path = tmp_path / "s.json"
     path.write_text("of an earlier run")
     with pytest.raises(SystemExit, match="1"):
@@ -296,7 +296,7 @@ def test_records_of_other_libraries_are_json_too(
         warnings.warn("beware", UserWarning, stacklevel=1)
         raise ZeroDivisionError("one\nby none")
 
-    monkeypatch.setattr(cli, "_inspect", noisy)
+    monkeypatch.setattr("beam_nifti.cli.dataset_commands.inspect", noisy)
     monkeypatch.setattr(warnings, "filters", [("always", None, Warning, None, 0)])
     with pytest.raises(SystemExit):
         cli.main(["inspect", "out", "--log-format=json"])

@@ -19,7 +19,7 @@ from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.build import plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, make_report, survey_image
+from beam_nifti.pipeline.survey import Tally, make_report, survey_image
 from tests.images import brain, write_image, write_manifest
 from tests.pages import ROOT
 
@@ -27,6 +27,9 @@ Row = Sequence[str] | str
 """The value of an option, and further options that it is of use with; or the test of its effect."""
 
 BUILD: dict[str, Row] = {
+    "--config": "pipeline/test_build_options.py::test_a_file_has_the_values_of_python",
+    "--like": "pipeline/test_build_options.py::test_the_command_line_precedes_the_file_and_that_the_dataset",
+    "--without": "pipeline/test_build_options.py::test_what_only_comes_with_an_option_goes_with_it",
     "--path-column": ["second"],
     "--mask-column": ["mask"],
     "--label-column": ["age:class"],
@@ -208,7 +211,7 @@ def words_of(flag: str, row: Row, folder: Path) -> tuple[list[str], list[str]]:
 def outcome_of(folder: Path, *flags: str) -> object:
     """What `check` finds, without a pipeline."""
     try:
-        plan, survey = plan_check(config_of("check", folder, *flags)), Survey()
+        plan, survey = plan_check(config_of("check", folder, *flags)), Tally()
         manifest = read_build_manifest(plan.config.manifest, plan.config)
         for row in manifest.rows(manifest.kept_rows().tolist()):
             survey.add(survey_image(row, manifest.folder, plan)[0])
@@ -329,7 +332,7 @@ SINGLE = [
     for flag, action in parser._option_string_actions.items()
     if flag.startswith("--") and action.nargs is None and not isinstance(action, argparse._AppendAction)
 ]
-REPEATABLE = {"--session", "--entity", "--column", "--id"}
+REPEATABLE = {"--session", "--entity", "--column", "--id", "--preprocess"}
 
 
 @pytest.mark.parametrize(("command", "flag"), SINGLE)

@@ -17,13 +17,12 @@ from apache_beam.pvalue import TaggedOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti.errors import BeamNiftiError, UsageError
+from beam_nifti.errors import BeamNiftiError, TooManyFailures, UsageError
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
-from beam_nifti.pipeline.publish import TooManyFailures
-from beam_nifti.pipeline.transforms import ReadManifest, SkipFinished
+from beam_nifti.pipeline.transforms import ReadUnitsFn, SkipFinished
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import read_index, row_cells
 from beam_nifti.record.tfrecord import decode_record
@@ -102,7 +101,7 @@ def kept_records(study: Study) -> dict[str, bool]:
     """By id, the records that a build would keep: whether they are what it would make."""
     config = make_config(study.write(), study.output, **study.options)
     with open_build(config) as plan:
-        read = ReadManifest(plan).process(plan.config.manifest)
+        read = ReadUnitsFn(plan).process(plan.config.manifest)
         units = [unit for unit in read if isinstance(unit, WorkUnit)]
         skipping = SkipFinished(plan)
         return {

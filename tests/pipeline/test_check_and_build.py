@@ -24,8 +24,8 @@ from beam_nifti.errors import BeamNiftiError, ManifestError
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.pipeline.build import plan_build, plan_check
 from beam_nifti.pipeline.plan import read_build_manifest
-from beam_nifti.pipeline.survey import Survey, format_report, make_report, survey_image
-from beam_nifti.transforms import EncodeExample, LoadVolume, Prepare, Rescale
+from beam_nifti.pipeline.survey import Tally, format_report, make_report, survey_image
+from beam_nifti.transforms import EncodeExampleFn, LoadVolumeFn, PreprocessFn, RescaleFn
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.grid import orientation_of
 from beam_nifti.volume.preprocess import prepare_volume
@@ -99,7 +99,7 @@ def cohort_of(contents: list[Image | str]) -> Iterator[Path]:
 
 def checked(config: BuildConfig) -> tuple[int, dict[str, Any]]:
     """The exit code of `check`, and its report, without a pipeline."""
-    plan, survey = plan_check(config), Survey()
+    plan, survey = plan_check(config), Tally()
     manifest = read_build_manifest(plan.config.manifest, plan.config)
     for row in manifest.rows(manifest.kept_rows().tolist()):
         survey.add(survey_image(row, manifest.folder, plan)[0])
@@ -119,10 +119,10 @@ def built(config: BuildConfig) -> tuple[int, int, set[int]]:
     num_records, failed = 0, set()
     for row in manifest.rows(manifest.kept_rows().tolist(), num_frames=plan.num_frames):
         steps = [
-            LoadVolume(manifest.folder, plan.required_shape, plan.required_dtype, record),
-            Prepare(record, plan.required_shape),
-            Rescale(record),
-            EncodeExample(),
+            LoadVolumeFn(manifest.folder, plan.required_shape, plan.required_dtype, record),
+            PreprocessFn(record, plan.required_shape),
+            RescaleFn(record),
+            EncodeExampleFn(),
         ]
         try:
             num_records += len(run_steps(steps, row))

@@ -171,7 +171,7 @@ def test_what_a_function_raises_is_the_fault_of_its_volume(run: Run, tmp_path: P
     failures = [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
     kinds = {2: "ValueError", 3: "OSError", 4: "FileNotFoundError"}
     assert [f["row"] for f in failures] == list(kinds)
-    assert {(f["stage"], f["error"]) for f in failures} == {("Prepare", "VolumeError")}
+    assert {(f["stage"], f["error"]) for f in failures} == {("Preprocess", "VolumeError")}
     assert all(f"--preprocess {FUNCTION} failed: {kinds[f['row']]}: " in f["message"] for f in failures)
 
 

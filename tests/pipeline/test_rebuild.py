@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from beam_nifti.config import BuildConfig
-from beam_nifti.errors import OutputError
+from beam_nifti.errors import OutputError, TooManyFailures
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import open_build, plan_build, run_build
-from beam_nifti.pipeline.publish import TooManyFailures
 from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import (
     SHAPE,

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti.errors import OutputError
-from beam_nifti.pipeline.publish import TooManyFailures
+from beam_nifti.errors import OutputError, TooManyFailures
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
 from tests.build_helpers import (

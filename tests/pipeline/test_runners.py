@@ -17,12 +17,11 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
 )
 
-from beam_nifti.cli import beam_flags
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
 from beam_nifti.cli.build_options import build_config
 from beam_nifti.errors import UsageError
-from beam_nifti.pipeline import runners
+from beam_nifti.pipeline import beam_flags, runners
 from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.local_runner import RUNNER
 from beam_nifti.pipeline.runners import CLUSTER_WORKERS, Engine

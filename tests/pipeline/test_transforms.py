@@ -22,25 +22,28 @@ from beam_nifti.pipeline.build import open_build, plan_build
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
-from beam_nifti.pipeline.transforms import (
+from beam_nifti.pipeline.records import Record
+from beam_nifti.pipeline.steps import (
     FAILURES,
+    EncodeExampleFn,
+    GuardedFn,
+    LoadVolumeFn,
+    PreprocessFn,
+    RescaleFn,
+)
+from beam_nifti.pipeline.transforms import (
     FINISHED,
     SHARDS,
     BuildDataset,
     CommitShards,
-    EncodeExample,
-    LoadVolume,
-    Prepare,
-    ReadManifest,
-    Rescale,
+    ReadUnitsFn,
     ShardOutcome,
     SkipFinished,
     WriteParts,
-    WriteToTFRecord,
-    _DeadLetters,
+    WriteShards,
 )
 from beam_nifti.record.dataset_info import read_info
-from beam_nifti.record.index import IndexEntry, read_index
+from beam_nifti.record.index import read_index
 from beam_nifti.volume import Volume
 from tests.build_helpers import PER_SHARD, SHAPE, UNIT_ROWS, build, make_config, make_options, run_steps
 from tests.images import brain, row_of, write_cohort, write_image
@@ -70,17 +73,17 @@ def by_tag(outputs: Iterable[Any]) -> dict[str | None, list[Any]]:
 
 
 def units_of(plan: BuildPlan) -> list[WorkUnit]:
-    return by_tag(ReadManifest(plan).process(plan.config.manifest))[None]
+    return by_tag(ReadUnitsFn(plan).process(plan.config.manifest))[None]
 
 
-def records_of(plan: BuildPlan) -> list[tuple[IndexEntry, bytes]]:
+def records_of(plan: BuildPlan) -> list[Record]:
     """The encoded records of a plan, in order."""
-    steps = [LoadVolume(str(Path(plan.config.manifest).parent)), Rescale(), EncodeExample()]
+    steps = [LoadVolumeFn(str(Path(plan.config.manifest).parent)), RescaleFn(), EncodeExampleFn()]
     return [r for unit in units_of(plan) for row in unit.rows for r in run_steps(steps, row)]
 
 
 def test_the_manifest_becomes_shards_and_units(plan: BuildPlan) -> None:
-    outputs = by_tag(ReadManifest(plan).process(plan.config.manifest))
+    outputs = by_tag(ReadUnitsFn(plan).process(plan.config.manifest))
     units = outputs[None]
     assert [len(unit.rows) for unit in units] == [2, 2, 3, 3]
     rows = [row for unit in units for row in unit.rows]
@@ -95,7 +98,7 @@ def test_a_manifest_that_changed_is_refused(manifest: Path, plan: BuildPlan, tmp
     changed = tmp_path / "changed.tsv"
     changed.write_text(manifest.read_text().replace("\t3\t", "\t4\t"))
     with pytest.raises(ManifestError, match="changed since this build was started"):
-        list(ReadManifest(plan).process(str(changed)))
+        list(ReadUnitsFn(plan).process(str(changed)))
 
 
 def test_a_fresh_build_skips_nothing(plan: BuildPlan) -> None:
@@ -106,7 +109,7 @@ def test_a_fresh_build_skips_nothing(plan: BuildPlan) -> None:
 def test_a_second_attempt_of_a_fresh_build_skips_what_the_first_finished(plan: BuildPlan) -> None:
     first, second, *_ = units_of(plan)
     folder = str(Path(plan.config.manifest).parent)
-    steps = (LoadVolume(folder), Rescale(), EncodeExample())
+    steps = (LoadVolumeFn(folder), RescaleFn(), EncodeExampleFn())
     writer = WriteParts(plan.parts_root, plan.config.record, plan.extra_columns)
     writer.start_bundle()
     for row in first.rows:
@@ -133,22 +136,22 @@ def test_a_resumed_build_skips_what_is_there(plan: BuildPlan) -> None:
 
 def test_the_steps_work_without_a_build(tmp_path: Path) -> None:
     row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
-    (volume,) = run_steps([LoadVolume(), Rescale()], row)
+    (volume,) = run_steps([LoadVolumeFn(), RescaleFn()], row)
     assert (volume.voxels.dtype, volume.voxels.shape) == (np.float32, SHAPE)
     assert (volume.voxels.min(), volume.voxels.max()) == (0, 1)
 
 
 def test_images_lie_relative_to_the_manifest(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii.gz", brain(SHAPE))
-    (volume,) = LoadVolume(str(tmp_path)).process(row_of("a.nii.gz"))
+    (volume,) = LoadVolumeFn(str(tmp_path)).process(row_of("a.nii.gz"))
     assert np.array_equal(volume.voxels, brain(SHAPE))
 
 
 @pytest.mark.parametrize(
     ("step", "word"),
-    [(LoadVolume(shape=(12, 10, 9)), "shape"), (LoadVolume(dtype="float32"), "int16 voxels")],
+    [(LoadVolumeFn(shape=(12, 10, 9)), "shape"), (LoadVolumeFn(dtype="float32"), "int16 voxels")],
 )
-def test_unlike_volumes_are_refused(tmp_path: Path, step: LoadVolume, word: str) -> None:
+def test_unlike_volumes_are_refused(tmp_path: Path, step: LoadVolumeFn, word: str) -> None:
     row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
     with pytest.raises(VolumeError, match=word):
         list(step.process(row))
@@ -167,15 +170,15 @@ class _Broken(beam.DoFn):
 
 def test_dead_letters_hold_no_voxels(tmp_path: Path) -> None:
     row = dataclasses.replace(row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE))), shard="shard")
-    (volume,) = LoadVolume().process(row)
+    (volume,) = LoadVolumeFn().process(row)
     for element in (row, volume):
-        outputs = by_tag(_DeadLetters(_Broken(0, VolumeError("half way")), "").process(element))
+        outputs = by_tag(GuardedFn(_Broken(0, VolumeError("half way"))).process(element))
         failure = Failure(row, "_Broken", "VolumeError", "half way")
         assert outputs == {FAILURES: [("shard", failure)]}
         assert b"numpy" not in pickle.dumps(outputs)
         # With a result handed on already, a dead letter would count the volume twice: the build has to stop.
         with pytest.raises(VolumeError, match="half way"):
-            list(_DeadLetters(_Broken(1, VolumeError("half way")), "").process(element))
+            list(GuardedFn(_Broken(1, VolumeError("half way"))).process(element))
 
 
 @pytest.mark.parametrize(
@@ -184,16 +187,16 @@ def test_dead_letters_hold_no_voxels(tmp_path: Path) -> None:
 def test_what_is_no_fault_of_the_volume_is_no_dead_letter(tmp_path: Path, error: Exception) -> None:
     row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
     with pytest.raises(type(error)):
-        list(_DeadLetters(_Broken(0, error), "").process(row))
+        list(GuardedFn(_Broken(0, error)).process(row))
 
 
 PUBLIC_STEPS = [
-    Prepare(RecordConfig(orientation="SPL", shape=(6, 11, 9))),
-    Prepare(RecordConfig(spacing=(1.5, 2, 2), crop_foreground="nonzero")),
-    Prepare(RecordConfig(preprocess="tests.user_functions:change_all_in_place")),
-    Rescale(),
-    Rescale(RecordConfig("none", "native")),
-    Rescale(RecordConfig(rescale="percentile:1,99", clip=True, voxel_dtype="uint8")),
+    PreprocessFn(RecordConfig(orientation="SPL", shape=(6, 11, 9))),
+    PreprocessFn(RecordConfig(spacing=(1.5, 2, 2), crop_foreground="nonzero")),
+    PreprocessFn(RecordConfig(preprocess="tests.user_functions:change_all_in_place")),
+    RescaleFn(),
+    RescaleFn(RecordConfig("none", "native")),
+    RescaleFn(RecordConfig(rescale="percentile:1,99", clip=True, voxel_dtype="uint8")),
 ]
 
 
@@ -202,23 +205,23 @@ def test_a_step_leaves_its_input_as_it_is(tmp_path: Path, step: beam.DoFn) -> No
     image = write_image(tmp_path / "a.nii.gz", brain(SHAPE))
     mask = write_image(tmp_path / "m.nii.gz", (brain(SHAPE) > 500).astype(np.uint8))
     row = row_of(image, further=(str(mask),))
-    (volume,) = LoadVolume(config=RecordConfig(mask_dtype="uint8")).process(row)
+    (volume,) = LoadVolumeFn(config=RecordConfig(mask_dtype="uint8")).process(row)
     before = pickle.dumps(volume)
     first, second = list(step.process(volume)), list(step.process(volume))
     assert pickle.dumps(volume) == before
     assert pickle.dumps(first) == pickle.dumps(second)
-    rescaled = next(iter(Rescale().process(volume)))
+    rescaled = next(iter(RescaleFn().process(volume)))
     before = pickle.dumps(rescaled)
-    list(EncodeExample().process(rescaled))
+    list(EncodeExampleFn().process(rescaled))
     assert pickle.dumps(rescaled) == before
 
 
 def test_two_steps_may_take_the_same_volumes(tmp_path: Path) -> None:
     row = row_of(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
     with beam.Pipeline(options=make_options()) as pipeline:
-        volumes = pipeline | beam.Create([row]) | beam.ParDo(LoadVolume())
+        volumes = pipeline | beam.Create([row]) | beam.ParDo(LoadVolumeFn())
         for number in (1, 2):
-            cropped = volumes | f"Prepare{number}" >> beam.ParDo(Prepare(RecordConfig(shape=(6, 5, 4))))
+            cropped = volumes | f"Prepare{number}" >> beam.ParDo(PreprocessFn(RecordConfig(shape=(6, 5, 4))))
             shapes = cropped | f"Shape{number}" >> beam.Map(lambda volume: volume.voxels.shape)
             assert_that(shapes, equal_to([(6, 5, 4)]), f"Check{number}")
         shapes = volumes | "Shape" >> beam.Map(lambda volume: volume.voxels.shape)
@@ -276,7 +279,7 @@ def test_a_commit_may_be_repeated(plan: BuildPlan) -> None:
 
 def test_failures_leave_their_positions_out(plan: BuildPlan) -> None:
     records = records_of(plan)
-    lost = records.pop(1)[0].row
+    lost = records.pop(1).entry.row
     failure = Failure(lost, "LoadVolume", "VolumeError", "gone")
     written = [*write_bundles(plan, [records]), (lost.shard, failure)]
     first, second = commit(plan, written)
@@ -285,14 +288,14 @@ def test_failures_leave_their_positions_out(plan: BuildPlan) -> None:
 
 
 def test_records_may_come_from_elsewhere(plan: BuildPlan, tmp_path: Path) -> None:
-    """WriteToTFRecord on records that another pipeline made."""
+    """WriteShards on records that another pipeline made."""
     output = str(tmp_path / "alone")
     outcomes = [(str(task.name), task) for task in plan.tasks("train")]
     with beam.Pipeline(options=make_options()) as pipeline:
         shards = {
             "records": pipeline | "Records" >> beam.Create(records_of(plan)),
             "outcomes": pipeline | "Tasks" >> beam.Create(outcomes),
-        } | WriteToTFRecord(output, f"{output}/.build", RecordConfig(), plan.extra_columns)
+        } | WriteShards(output, f"{output}/.build", RecordConfig(), plan.extra_columns)
         shards | beam.Map(lambda o: o.shard.num_examples) | beam.combiners.ToList() | beam.Map(_check)
     build(plan.config.manifest, plan.config.output)
     for shard in read_info(plan.config.output).shards:

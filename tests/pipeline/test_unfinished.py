@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.config import Columns
-from beam_nifti.errors import OutputError
+from beam_nifti.errors import OutputError, TooManyFailures
 from beam_nifti.pipeline.build import open_build, plan_build
-from beam_nifti.pipeline.publish import TooManyFailures
 from beam_nifti.pipeline.resume import Reuse
 from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import assert_complete, build, build_apart, contents, make_config, snapshot

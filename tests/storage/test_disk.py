@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
-from beam_nifti.errors import DatasetError, OutputError, UsageError
-from beam_nifti.pipeline.build import TooManyFailures
+from beam_nifti.errors import DatasetError, OutputError, TooManyFailures, UsageError
 from beam_nifti.pipeline.outputs import dataset_of, require_apart
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import read_info

@@ -17,8 +17,7 @@ import pytest
 
 from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, Sharding
-from beam_nifti.errors import VolumeError
-from beam_nifti.pipeline.build import TooManyFailures
+from beam_nifti.errors import TooManyFailures, VolumeError
 from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.random_access import Dataset
 from beam_nifti.storage import paths as storage

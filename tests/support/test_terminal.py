@@ -152,7 +152,7 @@ def test_the_traceback_of_an_unforeseen_error_is_escaped(
     def fail(*_: object) -> int:
         raise ZeroDivisionError(HOSTILE)
 
-    monkeypatch.setattr(cli, "_inspect", fail)
+    monkeypatch.setattr("beam_nifti.cli.dataset_commands.inspect", fail)
     with pytest.raises(SystemExit, match="1"):
         cli.main(["inspect", "out"])
     said = capsys.readouterr().err

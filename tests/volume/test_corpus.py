@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 
 from beam_nifti.config import BuildConfig, RecordConfig
-from beam_nifti.errors import VolumeError
-from beam_nifti.pipeline.build import TooManyFailures
+from beam_nifti.errors import TooManyFailures, VolumeError
 from beam_nifti.record.example import decode_example, decode_tensor
 from beam_nifti.volume import Volume, load_volume, rescale_volume
 from beam_nifti.volume.grid import is_usable

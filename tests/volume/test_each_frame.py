@@ -18,14 +18,13 @@ from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
-from beam_nifti.errors import DatasetError, OutputError, UsageError, VolumeError
+from beam_nifti.errors import DatasetError, OutputError, TooManyFailures, UsageError, VolumeError
 from beam_nifti.inspection.description import describe_record
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
 from beam_nifti.pipeline.plan import SHARD_BYTES, CheckPlan, default_sharding, record_bytes
-from beam_nifti.pipeline.publish import TooManyFailures
 from beam_nifti.pipeline.survey import survey_image
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import encode_volume

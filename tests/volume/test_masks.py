@@ -17,11 +17,10 @@ from scipy import ndimage
 
 from beam_nifti.cli import main as cli
 from beam_nifti.config import ORIENTATIONS, BuildConfig, Columns, RecordConfig
-from beam_nifti.errors import ManifestError, UsageError, VolumeError
+from beam_nifti.errors import ManifestError, TooManyFailures, UsageError, VolumeError
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import read_manifest
-from beam_nifti.pipeline.publish import TooManyFailures
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
     decode_example,

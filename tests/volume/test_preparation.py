@@ -25,7 +25,7 @@ from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.pipeline.build import plan_build
 from beam_nifti.record.index import read_index
-from beam_nifti.transforms import BuildDataset, Prepare
+from beam_nifti.transforms import BuildDataset, PreprocessFn
 from beam_nifti.volume.user_function import _find, load_function, source_sha256
 from beam_nifti.volume.volume import load_header, load_volume
 from tests.build_helpers import CUTTING_RUNNER, assert_complete, build, steps_of
@@ -240,7 +240,7 @@ def test_a_module_may_fail_in_any_way(make_module: MakeModule) -> None:
 
 def test_a_worker_without_the_function_stops_the_build() -> None:
     with pytest.raises(UsageError, match="on the workers"):
-        Prepare(RecordConfig(preprocess="nowhere:f")).setup()
+        PreprocessFn(RecordConfig(preprocess="nowhere:f")).setup()
 
 
 # Datasets
@@ -275,7 +275,7 @@ def test_odd_images_become_volumes_of_one_shape(run: Run, tmp_path: Path, flags:
     assert "failed   1 volume" in run("build", manifest, output, "--max-bad-fraction=0.25", *flags)
     assert info_of(output).shape == (8, 9, 10)
     (failure,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
-    assert (failure["row"], failure["stage"], failure["error"]) == (3, "Prepare", "VolumeError")
+    assert (failure["row"], failure["stage"], failure["error"]) == (3, "Preprocess", "VolumeError")
     assert failure["message"].startswith("2.nii.gz: no voxel is ")
     code = flags[0].removeprefix("--orientation=")
     for cells in index_of(output):
@@ -305,7 +305,7 @@ def test_a_shape_that_the_header_does_not_tell_is_that_of_the_first_image(run: R
     run(*arguments)
     assert info_of(tmp_path / "out").shape == (3, 2, 2)
     (failure,) = map(json.loads, (tmp_path / "out/failures.jsonl").read_text().splitlines())
-    assert failure["stage"] == "Prepare"
+    assert failure["stage"] == "Preprocess"
     assert failure["message"].startswith("2.nii: shape (2, 2, 2) where the first image has (3, 2, 2)")
 
 
@@ -329,7 +329,7 @@ def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModu
     assert info_of(output).shape == (6, 5, 4, 2)
     assert info_of(output).config["preprocess_sha256"] == source_sha256(f"{module}:halves")
     (failure,) = map(json.loads, (output / "failures.jsonl").read_text().splitlines())
-    assert (failure["row"], failure["stage"]) == (3, "Prepare")
+    assert (failure["row"], failure["stage"]) == (3, "Preprocess")
     assert failure["message"].startswith(
         f"2.nii.gz: --preprocess {module}:halves failed: KeyError: 'no mask'; repair it"
     )
@@ -343,6 +343,62 @@ def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModu
     assert "sha256 of the file of --preprocess was " in told
     assert "the file that defines it differs" in run(*deep, flag, code=cli.USAGE)
     run("verify", output)
+
+
+def test_functions_are_called_in_order_with_their_arguments(
+    run: Run, cohort: Path, tmp_path: Path, make_module: MakeModule
+) -> None:
+    module = make_module(
+        """
+        import dataclasses
+
+        def add(volume, number):
+            return dataclasses.replace(volume, voxels=(volume.voxels + number).astype("float32"))
+
+        def times(volume, factors):
+            while factors:  # which the next volume finds as they were
+                volume = dataclasses.replace(volume, voxels=(volume.voxels * factors.pop()).astype("float32"))
+            return volume
+        """
+    )
+    steps = [f"--preprocess={module}:add(number=3)", f"--preprocess={module}:times(factors=[4, 0.5])"]
+    output = tmp_path / "out"
+    run("build", cohort, output, *steps, "--rescale=none")
+    config = info_of(output).config
+    assert config["preprocess"] == [step.removeprefix("--preprocess=") for step in steps]
+    assert config["preprocess_sha256"] == [source_sha256(f"{module}:times")] * 2
+    for cells in index_of(output):
+        voxels = np.asanyarray(nib.load(cohort.parent / cells["source"]).dataobj)
+        assert (cells["min"], cells["max"]) == ((voxels.min() + 3) * 2, (voxels.max() + 3) * 2)
+    assert f"prepared with preprocess {module}:add(number=3),{module}:times" in run("inspect", output)
+    deep = ("verify", output, "--deep=all", "--manifest", cohort)
+    assert "made again" in run(*deep, *steps)
+    told = run(*deep, *steps[::-1], code=cli.USAGE)
+    quoted = [f"--preprocess '{step}'" for step in config["preprocess"]]
+    assert told.strip().endswith(f"to import and run that function here, give {' '.join(quoted)}")
+    run("build", cohort, output, *steps, "--rescale=none")
+    told = run("build", cohort, output, steps[0], "--rescale=none", code=cli.USAGE)
+    assert f"--preprocess was {','.join(config['preprocess'])}, now {module}:add(number=3)" in told
+
+
+def test_steps_and_their_arguments_have_fingerprints_of_their_own() -> None:
+    one = RecordConfig(preprocess="a:f")
+    assert one == RecordConfig(preprocess=["a:f"]) == RecordConfig(preprocess="a:f()")
+    assert RecordConfig(preprocess=()) == RecordConfig()
+    spelled = RecordConfig(preprocess="a:f( y='1',x = 2 )")
+    assert spelled.preprocess == "a:f(x=2, y='1')"
+    given = ["a:f", "a:f(x=1)", "a:f(x=1.0)", "a:f(x=True)", "a:f(x='1')", ["a:f", "a:g"], ["a:g", "a:f"]]
+    configs = [RecordConfig(preprocess=steps) for steps in given]
+    configs += [RecordConfig(preprocess=["a:f", "a:g"], preprocess_sha256=list(d)) for d in ("ab", "ba")]
+    assert len({config.fingerprint for config in configs}) == len(configs)
+    with pytest.raises(UsageError, match="--preprocess has 2 functions, and 1 files"):
+        RecordConfig(preprocess=["a:f", "a:g"], preprocess_sha256="a")
+
+
+def test_an_argument_that_a_function_does_not_have(make_module: MakeModule) -> None:
+    module = make_module("def f(volume, x): return volume\n")
+    with pytest.raises(UsageError, match=r"f\(y=1\): missing a required argument: 'x'; give arguments that"):
+        source_sha256(f"{module}:f(y=1)")
 
 
 def test_a_function_that_cannot_be_imported_leaves_no_trace(run: Run, cohort: Path, tmp_path: Path) -> None:
@@ -374,7 +430,7 @@ def test_the_step_is_there_only_where_it_is_asked_for(cohort: Path, tmp_path: Pa
         plan, _ = plan_build(BuildConfig(str(cohort), str(tmp_path / "out"), record=record))
         pipeline = beam.Pipeline()
         pipeline | BuildDataset(plan)
-        assert sum("Prepare" in step for step in steps_of(pipeline)) == count
+        assert sum("Preprocess" in step for step in steps_of(pipeline)) == count
 
 
 def test_a_runner_may_cut_before_and_after_the_step(tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from beam_nifti.cli.common_options import refuse_swallowed
-from beam_nifti.cli.parser import dashed, explain_unknown, flags_of_commands, suggest_flag
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline import local_runner, runners
 from beam_nifti.pipeline.runners import UNUSABLE, Engine
+from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.support.arguments import dashed, refuse_swallowed, suggest_flag, underscored
+from beam_nifti.support.strict_json import dump_json
+
+if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
 
 _STORES: Final = frozenset(
     {
@@ -62,7 +66,10 @@ _RUNNERS: Final = {
 
 
 def choose_engine(
-    config: BuildConfig, flags: Sequence[str], workers: int | None = None, command: str = "build"
+    config: BuildConfig,
+    flags: Sequence[str],
+    workers: int | None = None,
+    watcher: Watcher | None = None,
 ) -> Engine:
     """The engine that Beam's flags ask for.
 
@@ -70,16 +77,54 @@ def choose_engine(
         config: of the build.
         flags: Beam's, written with underscores.
         workers: value of --workers; None where it was not given.
-        command: that got the flags.
+        watcher: of the run; it words the errors.
 
     Raises:
         UsageError: a flag is unknown, malformed, missing, given twice or without effect, or a path is out
             of the workers' reach. Nothing was read.
     """
-    runners.import_beam()
     known, unknown = parse_beam_flags(flags)
-    refuse_ineffective(flags, unknown, runners.runner_name(known.runner), command)
+    refuse_ineffective(flags, unknown, runners.runner_name(known.runner), watcher or Watcher())
     return runners.make_engine(config, flags, known, workers)
+
+
+def flags_of(options: PipelineOptions | Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Beam's options as flags, written with underscores.
+
+    Args:
+        options: an object of Beam's, of which those count that are not defaults; values by option; or flags.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(options, list | tuple) and all(isinstance(flag, str) for flag in options):
+        return list(map(underscored, options))
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    if isinstance(options, PipelineOptions):
+        # Unknown ones are kept: Java's runners behind a job server have more than Beam's Python knows.
+        options = options.get_all_options(drop_default=True, retain_unknown_options=True)
+    if not isinstance(options, Mapping):
+        raise UsageError(
+            f"pipeline_options is {options!r}; give Beam's PipelineOptions, a dict, or a list of flags, such "
+            "as ['--region=europe-west1']"
+        )
+    return [flag for name, value in options.items() for flag in _flags_of_option(name, value)]
+
+
+def _flags_of_option(name: str, value: Any) -> list[str]:
+    from apache_beam.options.pipeline_options import _FLAG_THAT_SETS_FALSE_VALUE
+
+    name = name.removeprefix("--").replace("-", "_")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        off = _FLAG_THAT_SETS_FALSE_VALUE.get(name)
+        return [f"--{name}"] if value else [f"--{off}"] if off else []
+    if isinstance(value, Mapping):
+        return [f"--{name}={dump_json(value)}"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [f"--{name}={each}" for each in values]
 
 
 def parse_beam_flags(flags: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -105,19 +150,23 @@ def _make_parser(groups: Iterable[str] | None = None) -> argparse.ArgumentParser
     return parser
 
 
-def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str, command: str) -> None:
+def refuse_ineffective(
+    flags: Sequence[str],
+    unknown: Sequence[str],
+    runner: str,
+    watcher: Watcher,
+) -> None:
     """Refuse flags that have no effect on a runner.
 
     Args:
         flags: Beam's, written with underscores.
         unknown: those of them that Beam's Python SDK does not know.
         runner: Beam's name of it, or "" for the default.
-        command: that got the flags.
+        watcher: words the errors.
 
     Raises:
         UsageError: naming the flag, and what was probably meant.
     """
-    ours = flags_of_commands()[command]
     options = {flag: action.dest for flag, action in _make_parser()._option_string_actions.items()}
     unused = _unused_options(runner)
     known = [dashed(flag) for flag, name in options.items() if name not in unused]
@@ -129,15 +178,16 @@ def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str
             "name the runner that it is for with --runner, or leave it out" if is_local else "leave it out"
         )
         raise UsageError(
-            f"{flag} is an Apache Beam flag that has no effect {where}; {_hint(dashed(flag), ours) or remedy}"
+            f"{flag} is an Apache Beam flag that has no effect {where}; "
+            f"{_hint(dashed(flag), watcher.flags) or remedy}"
         )
     may_know_more = runner in _JOB_SERVERS or _is_foreign(runner)
     for before, argument in zip(("", *unknown), unknown, strict=False):
         is_flag = argument.startswith("--")
         is_value = not is_flag and before.startswith("--") and "=" not in before
-        is_misspelled = is_flag and suggest_flag(dashed(argument.partition("=")[0]), [*ours, *known])
+        is_misspelled = is_flag and suggest_flag(dashed(argument.partition("=")[0]), [*watcher.flags, *known])
         if is_misspelled or not (may_know_more and (is_flag or is_value)):
-            raise UsageError(explain_unknown(argument, command, known))
+            raise UsageError(watcher.explain_unknown(argument, known))
 
 
 def _hint(flag: str, ours: Iterable[str]) -> str:

@@ -1,0 +1,427 @@
+"""What `import beam_nifti` gives: the commands, as functions. Nothing heavy is loaded before one is called.
+
+Functions print nothing, except for a bar of progress, and log to the logger "beam_nifti". They may be called
+from any thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from operator import index
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar
+
+from beam_nifti.errors import BeamNiftiError, UsageError
+from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.support import logs
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    import pandas as pd
+    import pyarrow as pa
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    from beam_nifti.config import BuildConfig
+    from beam_nifti.inspection.description import Description
+    from beam_nifti.inspection.diff import Difference
+    from beam_nifti.inspection.extract import StoredVolume
+    from beam_nifti.inspection.verify import Verification
+    from beam_nifti.pipeline.options import BuildOptions, Preprocess
+    from beam_nifti.pipeline.runners import Engine
+    from beam_nifti.pipeline.survey import Survey
+    from beam_nifti.record.dataset_info import DatasetInfo
+    from beam_nifti.reporting.report import ReportSummary
+
+Path: TypeAlias = "str | os.PathLike[str]"
+ManifestTable: TypeAlias = "Path | pd.DataFrame | pa.Table | Iterable[Mapping[str, Any]]"
+"""A path or URL; or a table, whose relative image paths are relative to the working directory."""
+
+BeamOptions: TypeAlias = "PipelineOptions | Mapping[str, Any] | Sequence[str] | None"
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|out|like|config|runner)(?![\w-])")
+"""What are parameters here, besides the options of a build."""
+
+_KEY: Final = "the key of --anonymous-ids"
+_NO_OUT: Final = "--out is missing; give a path that the workers can write to, such as gs://my-bucket/{}"
+
+
+def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Fit a function for Python, unless the command line calls it.
+
+    Errors name its parameters, and logging stays as the host has it.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if isinstance(kwargs.get("progress"), Watcher):
+            return function(*args, **kwargs)
+        try:
+            with logs.unconfigured():
+                return function(*args, **kwargs)
+        except BeamNiftiError as e:
+            e.reword(_as_parameters)
+            raise
+
+    return call
+
+
+def _as_parameters(text: str) -> str:
+    from beam_nifti.pipeline.options import as_parameters
+
+    return _FLAGS.sub(r"\1", as_parameters(text))
+
+
+@_in_python
+def build(
+    manifest: ManifestTable,
+    output: Path,
+    *,
+    runner: str | None = None,
+    pipeline_options: BeamOptions = None,
+    like: Path | None = None,
+    config: Path | None = None,
+    dry_run: bool = False,
+    progress: bool | Watcher = True,
+    **options: Unpack[BuildOptions],
+) -> DatasetInfo:
+    """Build the dataset that a manifest describes, or what is missing of it.
+
+    The same call continues a build that was stopped, adds rows that were appended, and tries failed volumes
+    again.
+
+    Args:
+        manifest: path or URL of a .csv, .tsv, .jsonl or .parquet file; or a pandas DataFrame (its index is a
+            column where it has a name), an Arrow table, or an iterable of dicts, one per row. Relative image
+            paths of a file are relative to its folder, those of a table to the working directory.
+        output: folder or URL of the dataset.
+        runner: of Apache Beam, such as "FlinkRunner". Default: threads of this process.
+        pipeline_options: Beam's options of the runner: a `PipelineOptions`, a dict, or a list of flags.
+            Those that have no effect on the runner are refused.
+        like: folder or URL of a dataset: the options that decided its content are taken where none are given
+            here. A function for `preprocess` and the key of `anonymous_ids` are never taken from it: give
+            them again, and they are compared.
+        config: path or URL of a TOML file of options, by their names; they precede those of `like`.
+        dry_run: whether only to plan; nothing is written.
+        progress: whether to show progress: a bar on a terminal and in a notebook, else a line in the log now
+            and then.
+        **options: see `BuildOptions`.
+
+    Returns:
+        The dataset. Of a dry run, and of a template for Dataflow, what is known before its shards are made.
+
+    Raises:
+        UsageError: an option that no build can have.
+        ManifestError: the manifest cannot be built from; `problems` has every reason.
+        OutputError: the output holds something else, cannot be written, or is being written.
+        TooManyFailures: more volumes failed than `max_bad_fraction` allows; `failures` has each.
+        EngineError: the runner or a worker failed.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.launch import run_build_on, run_dry
+    from beam_nifti.pipeline.options import make_config
+
+    watcher = _watcher(progress)
+    flags = _flags(runner, pipeline_options, watcher)
+    path, rows = _rows_of(manifest)
+    wanted = make_config(path, os.fspath(output), options, config=_text(config), like=_text(like))
+    wanted = _for_rows(wanted, rows)
+    if dry_run and not flags:  # sooner, as it needs no Beam
+        return run_dry(wanted, rows, watcher)
+    engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
+    return run_dry(engine.config, rows, watcher) if dry_run else run_build_on(engine, rows, watcher)
+
+
+@_in_python
+def check(
+    manifest: ManifestTable,
+    *,
+    out: Path | None = None,
+    runner: str | None = None,
+    pipeline_options: BeamOptions = None,
+    like: Path | None = None,
+    config: Path | None = None,
+    progress: bool | Watcher = True,
+    **options: Unpack[BuildOptions],
+) -> Survey:
+    """Read the headers of a manifest's images, and report what a build would make of them.
+
+    Args:
+        manifest: as of `build`.
+        out: also write the report to this .json file; required on a cluster, whose workers must reach it.
+        runner: as of `build`.
+        pipeline_options: as of `build`.
+        like: as of `build`.
+        config: as of `build`.
+        progress: as of `build`.
+        **options: see `BuildOptions`.
+
+    Returns:
+        What was found: false where the build would not be complete, as far as headers tell.
+
+    Raises:
+        UsageError: an option that no build can have.
+        ManifestError: the manifest cannot be built from, whatever its images are.
+        EngineError: the runner or a worker failed.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.options import make_config
+
+    watcher = _watcher(progress)
+    flags = _flags(runner, pipeline_options, watcher)
+    path, rows = _rows_of(manifest)
+    report = _text(out)
+    wanted = make_config(path, report or "", options, config=_text(config), like=_text(like))
+    wanted = _for_rows(wanted, rows)
+    engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
+    if not engine.is_local and report is None:
+        raise UsageError(_NO_OUT.format("check.json"))
+    if report is not None:
+        from beam_nifti.pipeline.outputs import require_out
+
+        inputs = {"the manifest": path if rows is None else None, _KEY: wanted.anonymous_ids}
+        require_out(report, overwrite=True, inputs=inputs)
+    from beam_nifti.pipeline.launch import run_check_on
+
+    return run_check_on(engine, rows, report, watcher)
+
+
+@_in_python
+def verify(
+    dataset: Path,
+    *,
+    manifest: ManifestTable | None = None,
+    deep: SupportsIndex | Literal["all"] = 0,
+    preprocess: Preprocess | Sequence[Preprocess] | None = None,
+    anonymous_ids: Path | None = None,
+    workers: SupportsIndex | None = None,
+    progress: bool | Watcher = True,
+) -> Verification:
+    """Read a dataset back and check every byte of it.
+
+    Args:
+        dataset: its folder or URL.
+        manifest: as of `build`: ids, labels, splits, paths and further columns are compared with it.
+        deep: records to make again from their images and to compare bit for bit, or "all". Needs
+            `manifest`, which names the images that are opened.
+        preprocess: for `deep`, of a dataset that was built with it: as of `build`; what only the dataset
+            names is not run.
+        anonymous_ids: file of the key that the dataset was built with; `manifest` needs it.
+        workers: threads. Default: all cores.
+        progress: as of `build`.
+
+    Returns:
+        What was checked: false where something is wrong, and `problems` has what.
+
+    Raises:
+        UsageError: records cannot be made again as asked.
+        DatasetError: there is no complete dataset.
+        ManifestError: the manifest cannot be read.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.inspection.verify import verify_dataset
+    from beam_nifti.pipeline.options import read_steps
+    from beam_nifti.pipeline.progress import METER, no_progress, show_progress
+    from beam_nifti.record.dataset_info import read_info
+
+    watcher = _watcher(progress)
+    path, rows = (None, None) if manifest is None else _rows_of(manifest)
+    info = read_info(os.fspath(dataset))
+    watcher.on_dataset(info)
+    with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
+        return verify_dataset(
+            os.fspath(dataset),
+            manifest=path,
+            rows=rows,
+            anonymous_ids=_text(anonymous_ids),
+            deep=deep,
+            preprocess=None if preprocess is None else read_steps(preprocess),
+            workers=_count_workers(workers),
+            on_progress=METER.add,
+        )
+
+
+@_in_python
+def inspect(dataset: Path, record: str | None = None) -> Description:
+    """Describe a dataset, or one of its records, by dataset_info.json and the indexes.
+
+    Args:
+        dataset: its folder or URL.
+        record: example id of the record; None for the dataset.
+
+    Raises:
+        DatasetError: there is no complete dataset, or no such record in it.
+    """
+    from beam_nifti.inspection.description import Description, describe_dataset, describe_record
+
+    path = os.fspath(dataset)
+    return Description(describe_dataset(path) if record is None else describe_record(path, record))
+
+
+@_in_python
+def diff(before: Path, after: Path) -> Difference:
+    """Compare two datasets by dataset_info.json and the indexes.
+
+    Args:
+        before: folder or URL of a dataset.
+        after: of another.
+
+    Returns:
+        What came, went and changed: false where nothing did.
+
+    Raises:
+        DatasetError: one of them is not complete.
+    """
+    from beam_nifti.inspection.diff import compare_datasets
+
+    return compare_datasets(os.fspath(before), os.fspath(after))
+
+
+@_in_python
+def extract(dataset: Path, example_id: str) -> StoredVolume:
+    """Read the volume of one record, in the image's units.
+
+    Args:
+        dataset: its folder or URL.
+        example_id: names the record.
+
+    Returns:
+        The volume, which `to_nibabel` makes an image of.
+
+    Raises:
+        DatasetError: there is no complete dataset, no such record in it, or the record is damaged.
+    """
+    from beam_nifti.inspection.extract import read_volume
+
+    return read_volume(os.fspath(dataset), example_id)
+
+
+@_in_python
+def report(
+    dataset: Path,
+    out: Path | None = None,
+    *,
+    pictures: SupportsIndex = 1000,
+    workers: SupportsIndex | None = None,
+    runner: str | None = None,
+    pipeline_options: BeamOptions = None,
+    progress: bool | Watcher = True,
+) -> ReportSummary:
+    """Make a page of pictures and distributions of a dataset; needs the extra `report`.
+
+    Args:
+        dataset: its folder or URL.
+        out: the page, a .html file, replaced if it is there. Default: report.html in the working directory;
+            required on a cluster, whose workers must reach it.
+        pictures: volumes to show besides the outliers, evenly spread.
+        workers: threads. Default: all cores.
+        runner: as of `build`.
+        pipeline_options: as of `build`.
+        progress: as of `build`.
+
+    Returns:
+        What the page says, in short; `problems` has what is damaged.
+
+    Raises:
+        UsageError: an option that no report can have.
+        DatasetError: there is no complete dataset.
+        OutputError: the page cannot be written.
+        EngineError: the runner or a worker failed.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.config import BuildConfig
+    from beam_nifti.record.dataset_info import read_info
+
+    require_modules("jinja2", "matplotlib", "PIL")
+    watcher = _watcher(progress)
+    flags = _flags(runner, pipeline_options, watcher)
+    if (num_pictures := index(pictures)) < 0:
+        raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
+    # As engines know it: without a manifest, and with an output that workers must reach.
+    config = BuildConfig(manifest="", output=os.fspath(dataset), workers=_count_workers(workers))
+    engine = _engine(config, flags, None if workers is None else config.workers, watcher)
+    if engine.is_template:
+        raise UsageError("--template-location is for build only: a report is made when its job has ended")
+    if not engine.is_local and out is None:
+        raise UsageError(_NO_OUT.format("report.html"))
+    # After the engine: they load Beam.
+    from beam_nifti.pipeline.launch import running
+    from beam_nifti.reporting.report import write_report
+
+    info = read_info(config.output)
+    with running(engine, watcher, info.num_examples, "record", "the report stopped"):
+        page = _text(out) or "report.html"
+        return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
+
+
+def require_modules(*names: str) -> None:
+    """Refuse to go on without modules of the extra `report`.
+
+    Raises:
+        UsageError: one of them is not installed.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'beam-nifti[report]'")
+
+
+def _watcher(progress: bool | Watcher) -> Watcher:
+    return progress if isinstance(progress, Watcher) else Watcher(has_progress=bool(progress))
+
+
+def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[str]:
+    """Beam's flags, with underscores."""
+    flags = [] if runner is None else [f"--runner={runner}"]
+    if options is None or options == []:
+        return flags  # without loading Beam
+    if not isinstance(options, list):
+        watcher.load_beam()
+    from beam_nifti.pipeline.beam_flags import flags_of
+
+    return [*flags, *flags_of(options)]
+
+
+def _engine(config: BuildConfig, flags: Sequence[str], workers: int | None, watcher: Watcher) -> Engine:
+    watcher.load_beam()
+    from beam_nifti.pipeline.beam_flags import choose_engine
+
+    engine = choose_engine(config, flags, workers, watcher)
+    watcher.on_engine(engine)
+    return engine
+
+
+def _rows_of(manifest: ManifestTable) -> tuple[str, bytes | None]:
+    """The path of a manifest; and the rows of one that is no file, as a Parquet file."""
+    if isinstance(manifest, str | os.PathLike):
+        return os.fspath(manifest), None
+    from beam_nifti.manifest.in_memory import NAME, parquet_of
+
+    return NAME, parquet_of(manifest)
+
+
+def _for_rows(config: BuildConfig, rows: bytes | None) -> BuildConfig:
+    """The configuration of a build of rows that are in no file yet, or in the manifest."""
+    return config if rows is None else replace(config, rows="")
+
+
+def _workers(config: BuildConfig, options: BuildOptions, file: Path | None) -> int | None:
+    """The number of workers that was asked for; None where the engine is to decide."""
+    is_of_file = file is not None and config.workers != _count_workers(None)
+    return config.workers if options.get("workers") is not None or is_of_file else None
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _count_workers(workers: SupportsIndex | None) -> int:
+    from beam_nifti.support.process import count_cores
+
+    return count_cores() if workers is None else index(workers)

@@ -1,0 +1,150 @@
+"""The commands that read a dataset: they call the functions of the same names, and print what comes of it."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+from pathlib import Path
+
+from beam_nifti import api
+from beam_nifti.cli.printing import all_read, print_line, while_read
+from beam_nifti.cli.run_summary import RunSummary, forget_earlier
+from beam_nifti.cli.watching import CommandWatcher
+from beam_nifti.errors import UsageError
+from beam_nifti.pipeline.outputs import require_out
+from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
+from beam_nifti.support.outcomes import FAILED, SUCCESS
+from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.wording import counted
+
+
+def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    """`beam-nifti verify`."""
+    forget_earlier(options)
+    run.output = storage.absolute(options.output)
+    report = api.verify(
+        options.output,
+        manifest=options.manifest,
+        deep=options.deep,
+        preprocess=options.preprocess,
+        anonymous_ids=options.anonymous_ids,
+        workers=options.workers,
+        progress=CommandWatcher(run, options),
+    )
+    run.know(
+        num_examples=report.num_examples,
+        num_shards=report.num_shards,
+        num_bytes=report.num_bytes,
+        num_deep=report.num_deep,
+        num_problems=len(report.problems),
+    )
+    for problem in report.problems:
+        logs.LOGGER.warning("%s", problem)
+    for note in report.notes:
+        logs.LOGGER.info("%s", note)
+    made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
+    with while_read():
+        print_line(
+            f"{'right' if report.ok else 'WRONG'}    {counted(report.num_examples, 'example')}, "
+            f"{counted(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
+            f"{options.output}"
+        )
+    return SUCCESS if report.ok else FAILED
+
+
+def inspect(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
+    """`beam-nifti inspect`."""
+    description = api.inspect(options.output, options.record)
+    with all_read():
+        print(dump_json(dict(description), indent=2) if options.json else description)
+    return SUCCESS
+
+
+def diff(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
+    """`beam-nifti diff`."""
+    from beam_nifti.inspection.diff import diff_as_json
+
+    difference = api.diff(options.before, options.after)
+    with all_read():
+        print(dump_json(diff_as_json(difference), indent=2) if options.json else difference)
+    return FAILED if difference else SUCCESS
+
+
+def extract(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
+    """`beam-nifti extract`."""
+    from beam_nifti.inspection.extract import choose_paths, read_volumes
+
+    ids = list(dict.fromkeys(options.id))
+    paths = choose_paths(ids, options.out, "_mask" if options.mask else "")
+    for path in paths:
+        require_out(path, overwrite=options.overwrite)
+    for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
+        written = volume.of_mask() if options.mask else volume
+        written.save(storage.absolute(path))
+        with while_read():
+            shape = "×".join(map(str, written.voxels.shape))
+            print_line(f"image    {shape} {written.voxels.dtype}: {path}")
+    return SUCCESS
+
+
+def report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
+    """`beam-nifti report`."""
+    summary = api.report(
+        options.output,
+        options.out,
+        pictures=options.pictures,
+        workers=options.workers,
+        pipeline_options=beam_flags,
+        progress=CommandWatcher(run, options),
+    )
+    for problem in summary.problems:
+        logs.LOGGER.warning("%s", problem)
+    with while_read():
+        examples = counted(summary.num_examples, "example")
+        outliers = counted(summary.num_outliers, "outlier")
+        failed, skipped = counted(summary.num_failures, "volume"), counted(summary.num_skipped, "row")
+        print_line(
+            f"report   {examples}, {outliers}, {failed} failed, {skipped} skipped, "
+            f"{summary.num_bytes / 1e6:.1f} MB: {options.out or 'report.html'}"
+        )
+    return FAILED if summary.problems else SUCCESS
+
+
+def view(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
+    """`beam-nifti view`."""
+    from beam_nifti.inspection.extract import file_name, read_volume
+    from beam_nifti.reporting.view import make_view
+
+    api.require_modules("jinja2", "nilearn")
+    out = options.out or file_name(options.id, ".html")
+    path = storage.absolute(out)
+    if options.open and storage.is_remote(path):
+        raise UsageError(f"--open is for a file of this machine, and --out is {out}; leave one of them out")
+    require_out(out, overwrite=options.overwrite)
+    volume = read_volume(options.output, options.id)
+    page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()
+    storage.write(path, page)
+    with while_read():
+        print_line(f"view     {len(page) / 1e6:.1f} MB: {out}")
+    if options.open:
+        webbrowser.open(Path(path).as_uri())
+    return SUCCESS
+
+
+def card(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
+    """`beam-nifti card`."""
+    from beam_nifti.inspection.card import write_card
+
+    words = {
+        "name": options.name,
+        "description": options.description,
+        "license": options.license,
+        "url": options.url,
+        "citeAs": options.citation,
+    }
+    about = {key: text for key, text in words.items() if text is not None}
+    for path in write_card(options.output, about, overwrite=options.overwrite):
+        with while_read():
+            print_line(f"card     {path}")
+    return SUCCESS

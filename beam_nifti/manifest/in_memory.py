@@ -1,0 +1,135 @@
+"""Tables that are no files: DataFrames, Arrow tables and dicts, as the Parquet file that they would be.
+
+So their cells mean what they mean in a file, for the launcher and for workers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import os
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from beam_nifti.errors import UsageError
+from beam_nifti.manifest.tables import Problems
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import one_line
+
+NAME: Final = "in-memory-table.parquet"
+"""In the place of a file's name; in the folder that relative paths of the table start from."""
+
+_UNFIT: Final = (pa.ArrowException, ValueError, TypeError, OverflowError)
+"""What Arrow raises for values that no column can hold."""
+
+
+def parquet_of(rows: Any) -> bytes:
+    """A table as a Parquet file.
+
+    Args:
+        rows: a pandas DataFrame, whose index is a column where it has a name; a table of Arrow, or of a
+            library that exports its tables to Arrow; or an iterable of dicts, one per row, of which a missing
+            key, None and NaN are empty cells.
+
+    Raises:
+        ManifestError: with every cell that no column of a Parquet file can hold, up to 20.
+        UsageError: it is none of these.
+    """
+    problems = Problems(storage.absolute(NAME))
+    if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
+        table = _of_columns(_pandas_columns(rows), problems)
+    elif hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
+        table = pa.table(rows)
+    elif isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
+        table = _of_columns(_dict_columns(rows, problems), problems)
+    else:
+        raise UsageError(
+            f"the manifest is of type {type(rows).__name__}; give a path, a pandas DataFrame, an Arrow "
+            "table, or an iterable of dicts, one per row"
+        )
+    for name in sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
+        problems.add(f"column {name!r} occurs twice; rename one")
+    if not table.num_columns:
+        problems.add("no rows; give at least one")
+    problems.stop()
+    sink = io.BytesIO()
+    try:
+        pyarrow.parquet.write_table(table, sink)
+    except _UNFIT as e:
+        problems.add(f"cannot be a Parquet file: {e}")
+    problems.stop()
+    return sink.getvalue()
+
+
+def _pandas_columns(frame: Any) -> list[tuple[Any, Any]]:
+    columns = [(name, frame.iloc[:, number]) for number, name in enumerate(frame.columns)]
+    levels = [(name, frame.index.get_level_values(number)) for number, name in enumerate(frame.index.names)]
+    return columns + [(name, level) for name, level in levels if name is not None]
+
+
+def _dict_columns(rows: Iterable[Any], problems: Problems) -> list[tuple[Any, Any]]:
+    kept = list[Mapping[Any, Any]]()
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, Mapping):
+            kept.append(row)
+        else:
+            problems.add(f"row {number}: of type {type(row).__name__}; give a dict")
+    problems.stop()
+    return [(name, [row.get(name) for row in kept]) for name in dict.fromkeys(n for row in kept for n in row)]
+
+
+def _of_columns(columns: Sequence[tuple[Any, Any]], problems: Problems) -> pa.Table:
+    arrays = list[pa.Array]()
+    for name, values in columns:
+        if not isinstance(name, str):
+            problems.add(f"the name of column {name!r} is of type {type(name).__name__}; make it a text")
+            continue
+        try:
+            is_of_objects = getattr(values, "dtype", None) in (None, object)
+            arrays.append(_array(list(map(_plain, values))) if is_of_objects else pa.array(values))
+        except _UNFIT as e:
+            problems.add(_misfit(name, list(map(_plain, values))) or f"column {name!r}: {e}")
+    problems.stop()
+    return pa.table(arrays, names=[name for name, _ in columns])
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    try:
+        return pa.array(values, from_pandas=True)
+    except _UNFIT:  # perhaps only for scalars of several numpy dtypes
+        return pa.array([v.item() if hasattr(v, "dtype") and v.ndim == 0 else v for v in values])
+
+
+def _misfit(name: str, values: Sequence[Any]) -> str:
+    """Which cell keeps some values from being a column; "" where no prefix of them tells."""
+
+    def is_unfit(count: int) -> bool:
+        try:
+            _array(values[:count])
+        except _UNFIT:
+            return True
+        return False
+
+    row = bisect.bisect_left(range(len(values) + 1), True, key=is_unfit)
+    if row > len(values):
+        return ""
+    value = values[row - 1]
+    cell = f"row {row}: {name} is {one_line(reprlib.repr(value))}, of type {type(value).__name__}"
+    try:
+        _array([value])
+    except _UNFIT:
+        return f"{cell}; give texts, numbers, dates or paths"
+    first = next(i for i, other in enumerate(values, start=1) if not _is_missing(other))
+    return f"{cell}, and in row {first} of type {type(values[first - 1]).__name__}; give a column one type"
+
+
+def _is_missing(value: Any) -> bool:
+    return bool(_array([value]).null_count)

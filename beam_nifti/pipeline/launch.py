@@ -1,0 +1,155 @@
+"""Run a build or a check on an engine: what the command line and Python have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from beam_nifti.config import BuildConfig
+from beam_nifti.errors import BuildSummary, EngineError, UsageError
+from beam_nifti.pipeline.build import open_build, plan_build, plan_check, rows_for_workers, run_build
+from beam_nifti.pipeline.follow import follow_build
+from beam_nifti.pipeline.metrics import Metrics
+from beam_nifti.pipeline.plan import BuildPlan
+from beam_nifti.pipeline.progress import no_progress, show_progress
+from beam_nifti.pipeline.runners import Engine, write_template
+from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.record.dataset_info import DatasetInfo, read_info
+from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
+from beam_nifti.support.outcomes import engine_outcome
+from beam_nifti.volume.notes import warnings_of
+
+if TYPE_CHECKING:
+    from beam_nifti.pipeline.survey import Survey
+
+
+@logs.shared
+@contextlib.contextmanager
+def _quiet_beam() -> Iterator[None]:
+    """Keep out of the log what a local runner says of a failure, which the error says."""
+    logger = logging.getLogger("apache_beam")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def running(
+    engine: Engine, watcher: Watcher, total: int, unit: str, what: str, plan: BuildPlan | None = None
+) -> Iterator[None]:
+    """Run a pipeline in the block: with its progress, and without what a local runner logs.
+
+    Args:
+        engine: that it runs on.
+        watcher: of the run.
+        total: of what is counted.
+        unit: what is counted.
+        what: to report where it stops, such as "the build stopped".
+        plan: of a build, which is followed on a cluster by what appears in its storage.
+
+    Raises:
+        EngineError: the engine or a worker failed.
+    """
+    progress: contextlib.AbstractContextManager[None] = no_progress()
+    if watcher.has_progress and engine.is_local and not engine.in_processes:
+        progress = show_progress(total, unit)
+    elif watcher.has_progress and not engine.is_local and plan is not None:
+        progress = follow_build(plan)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(progress)
+            stack.enter_context(watcher.around(engine))
+            if engine.is_local:
+                stack.enter_context(_quiet_beam())
+            yield
+    except Exception as e:
+        outcome = engine_outcome(e)
+        if outcome is None:
+            raise
+        raise EngineError(what, outcome.reason, outcome.code, outcome.is_explained) from e
+
+
+def run_dry(config: BuildConfig, rows: bytes | None, watcher: Watcher) -> DatasetInfo:
+    """Plan a build; nothing is written. As `run_build_on`."""
+    plan, estimate = plan_build(config, rows)
+    watcher.on_plan(plan)
+    watcher.on_estimate(plan, estimate)
+    return plan.describe()
+
+
+def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> DatasetInfo:
+    """Build a dataset.
+
+    Args:
+        engine: that it runs on, with the configuration of the build.
+        rows: of a manifest that the configuration only names, as a Parquet file; None where it is a file.
+        watcher: of the run.
+
+    Returns:
+        The dataset; of a template, whose job is started by somebody else, what is known of it, without
+        shards.
+
+    Raises:
+        TooManyFailures: the dataset is not published.
+        EngineError: the engine or a worker failed.
+        BeamNiftiError: as `build.open_build`.
+    """
+    if engine.is_template and rows is not None:
+        raise UsageError(
+            "--template_location describes a job that starts later, when a table in memory is gone; give a "
+            "manifest that is a file"
+        )
+    with open_build(engine.config, rows, is_local=engine.is_local) as plan:
+        watcher.on_plan(plan)
+        if engine.is_template:
+            with running(engine, Watcher(has_progress=False), 0, "", "the template was not written"):
+                write_template(plan, engine.options)
+            return plan.describe()
+        ended = list[tuple[BuildSummary, Metrics]]()
+        try:
+            with running(engine, watcher, plan.num_examples, "volume", "the build stopped", plan):
+                run_build(plan, engine.options, lambda *end: ended.append(end))
+        finally:
+            for summary, metrics in ended:
+                watcher.on_end(summary, metrics)
+                for warning in warnings_of(metrics.counters):
+                    logs.LOGGER.warning("%s", warning)
+        return read_info(plan.config.output)
+
+
+def run_check_on(engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher) -> Survey:
+    """Check the images of a manifest.
+
+    Args:
+        engine: as of `run_build_on`.
+        rows: as of `run_build_on`.
+        out: file of the report; None for none.
+        watcher: of the run.
+
+    Returns:
+        What was found.
+
+    Raises:
+        EngineError: the engine or a worker failed.
+        BeamNiftiError: as `build.plan_check`.
+    """
+    # Beam is loaded with it.
+    from beam_nifti.pipeline.check import check_images
+
+    plan = plan_check(engine.config, rows)
+    watcher.on_plan(plan)
+    base = plan.config.temp_location or storage.dirname(plan.config.output)
+    folder = None if engine.is_local else storage.join(base, f"beam_nifti-{uuid.uuid4().hex}")
+    with (
+        rows_for_workers(plan.config, rows, folder) as config,
+        running(engine, watcher, plan.num_rows, "image", "the check stopped"),
+    ):
+        return check_images(replace(plan, config=config), engine.options, out)

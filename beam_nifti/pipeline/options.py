@@ -1,0 +1,577 @@
+"""The options of a build, by the names that command line, Python and files of options have for them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import os
+import re
+import shlex
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, fields
+from numbers import Integral, Real
+from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
+
+from beam_nifti.config import (
+    COMPLEX_PARTS,
+    COMPRESSIONS,
+    FRAMES,
+    MASK_DTYPES,
+    MISSING_LABELS,
+    RESCALE_METHODS,
+    SELECTIONS,
+    VOXEL_DTYPES,
+    BuildConfig,
+    Columns,
+    Percentile,
+    RecordConfig,
+    Sharding,
+    Splitting,
+    Window,
+    spell_steps,
+)
+from beam_nifti.errors import UsageError
+from beam_nifti.record.dataset_info import read_info
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.cells import as_float, parse_integer, parse_number
+from beam_nifti.support.outcomes import may_pass
+from beam_nifti.support.process import count_cores
+from beam_nifti.support.wording import one_line
+from beam_nifti.volume.user_function import call_of, name_of, source_sha256
+
+Names: TypeAlias = str | Sequence[str]
+"""One column, or several: a list of names, or a text with commas between them."""
+
+Numbers: TypeAlias = str | Sequence[SupportsFloat]
+StrPath: TypeAlias = str | os.PathLike[str]
+Preprocess: TypeAlias = str | Callable[..., Any] | Mapping[str, Any]
+"""A function that can be imported; a `functools.partial` of one with named arguments; its text, such as
+`package.module:function(threshold=3)`; or {"function": "package.module:function", "threshold": 3}."""
+
+Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
+"""A text such as "above:100", or its parts: ("above", 100)."""
+
+
+class BuildOptions(TypedDict, total=False):
+    """The options of `build` and `check`; None stands for one that is not given.
+
+    Each takes what the command line takes, as text, or a value of Python's; a number may be one of numpy's.
+
+    Attributes:
+        path_column: column of image paths; several are the channels of one record. Default: "path".
+        mask_column: column of label maps on the same voxel grid. Default: no masks.
+        label_column: NAME, or NAME:KIND with the kind float, class or string; several become features of
+            their own. Default: the column "label", if there is one.
+        missing_label: for rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
+        id_column: unique name of each example. Default: participant_id with session_id, else the path.
+        anonymous_ids: file of the key by which pseudonyms stand for ids and paths. Default: names are kept.
+        split: share of the participants by split, such as {"train": 0.8, "test": 0.2}. Default: the
+            manifest's column "split", or else all go to "train".
+        stratify: column within each of whose values the shares are kept. Default: none.
+        split_seed: of the draw. Default: 0.
+        examples_per_shard: largest number of examples in a shard. Default: for shards of 128 to 256 MB.
+        num_shards: shards in each split, in the place of `examples_per_shard`.
+        compression: "gzip" (default) or "none".
+        compression_level: of igzip, 0 (fastest) to 3. Default: 2.
+        shuffle_seed: shuffles the rows of each split. Default: the manifest's order.
+        rescale: "minmax" (default), "zscore", "none"; `Percentile`, `Window`, ("percentile", low, high),
+            ("window", low, high) or their text. A window is in the image's units.
+        rescale_within: voxels that are measured: "nonzero", "mask", or ("above", T) with T in the image's
+            units. Default: all.
+        clip: whether rescaled voxels outside of [0, 1] become 0 or 1. Default: False.
+        mask_dtype: "uint8" (default) or "uint16".
+        voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
+        frames: of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: they are refused.
+        complex: of complex images: "magnitude", "phase" (radians), "real-imag". Default: they are refused.
+        allow_mixed_shapes: whether volumes may have other shapes than the first. Default: False.
+        preprocess: function of Volume to Volume, which the workers can import, or several, in order.
+            Default: none.
+        orientation: three letters that axes are turned to, such as "RAS". Default: "native".
+        spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
+            Default: as it is.
+        crop_foreground: voxels whose bounding box is kept: as of `rescale_within`. Default: no crop.
+        shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: as it is.
+        max_bad_fraction: of the volumes that may fail, 0 to 1. Default: 0.
+        overwrite: whether to replace a dataset of other options or rows. Default: False.
+        recheck: whether to make every record again, and replace the shards that differ. Default: False.
+        workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores.
+        temp_location: folder or URL of temporary files. Default: in the output.
+        without: options of `like` and of the file of options that are not taken. Default: none.
+    """
+
+    path_column: Names | None
+    mask_column: str | None
+    label_column: Names | None
+    missing_label: str | None
+    id_column: str | None
+    anonymous_ids: StrPath | None
+    split: str | Mapping[str, SupportsFloat] | None
+    stratify: str | None
+    split_seed: str | SupportsIndex | None
+    examples_per_shard: str | SupportsIndex | None
+    num_shards: str | SupportsIndex | None
+    compression: str | None
+    compression_level: str | SupportsIndex | None
+    shuffle_seed: str | SupportsIndex | None
+    rescale: Rule | Percentile | Window | None
+    rescale_within: Rule | None
+    clip: bool | None
+    mask_dtype: str | None
+    voxel_dtype: str | None
+    frames: str | SupportsIndex | None
+    complex: str | None
+    allow_mixed_shapes: bool | None
+    preprocess: Preprocess | Sequence[Preprocess] | None
+    orientation: str | None
+    spacing: Numbers | SupportsFloat | None
+    crop_foreground: Rule | None
+    shape: str | Sequence[SupportsIndex] | None
+    max_bad_fraction: str | SupportsFloat | None
+    overwrite: bool | None
+    recheck: bool | None
+    workers: str | SupportsIndex | None
+    temp_location: StrPath | None
+    without: Names | None
+
+
+OPTIONS: Final = tuple(BuildOptions.__annotations__)
+"""The names of all options."""
+
+
+def flag_of(name: str) -> str:
+    """The flag of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def make_config(
+    manifest: str,
+    output: str,
+    given: Mapping[str, object],
+    *,
+    config: str | None = None,
+    like: str | None = None,
+) -> BuildConfig:
+    """The build that options ask for: those that are given, then those of a file, then those of a dataset.
+
+    Args:
+        manifest: path or URL of the table of images.
+        output: folder or URL of the dataset; "" for none.
+        given: values by the names of `BuildOptions`; None stands for one that is not given.
+        config: path or URL of a TOML file of further options, by the same names, with - or _; and of `like`.
+        like: folder or URL of a dataset whose content options are taken, too. A user's function and the key
+            of anonymous ids are never taken from it: whoever gives them again has them compared.
+
+    Raises:
+        UsageError: there is no such option, or no build can have the value, or not with the others; or the
+            file of options cannot be read; or the dataset's function or key is not given again, or another.
+        DatasetError: `like` is no complete dataset.
+        OSError: the file, the dataset or a key cannot be read now, but that may pass.
+    """
+    options = {name: _read(name, value) for name, value in given.items() if value is not None}
+    own = set(options)
+    if config is not None:
+        in_file = _read_file(config)
+        like = in_file.pop("like", None) if like is None else like
+        options = _beneath(options, in_file)
+    if like is not None:
+        options = _beneath(options, _options_like(like, options))
+    if "without" in own and config is None and like is None:
+        raise UsageError("--without leaves out options of --like or --config; give one of them, or drop it")
+    try:
+        return _assemble(manifest, output, options)
+    except UsageError as e:
+        inherited = set(map(flag_of, options.keys() - own))
+        flag = next((match[0] for match in _FLAG.finditer(str(e)) if match[0] in inherited), None)
+        if flag is None:
+            raise
+        raise UsageError(
+            f"{e} ({flag} is from --like or --config; --without {flag[2:]} leaves it out)"
+        ) from e
+
+
+def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
+    """Options, and those of a lower precedence that are neither given again nor in the way."""
+    left_out = set(options.get("without", ()))
+    for name, other in _INSTEAD:
+        left_out |= {other} if name in options else set()
+    if options.get("compression") == "none":
+        left_out.add("compression_level")
+    left_out |= {name for name, needed in _NEEDS.items() if needed in left_out}
+    kept = {name: value for name, value in lower.items() if name not in left_out}
+    without = (*options.get("without", ()), *lower.get("without", ()))
+    return {**kept, **options, "without": without}
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    """The options of a TOML file."""
+    try:
+        found = tomllib.loads(storage.read(storage.absolute(path)).decode())
+    except OSError as e:
+        if may_pass(e):
+            raise
+        reason = f"cannot be read: {e.strerror or e}"
+        raise UsageError(f"--config is {path}, which {reason}; give a TOML file of options") from e
+    except ValueError as e:
+        raise UsageError(f"--config is {path}, which is no TOML: {e}; repair it") from e
+    options = dict[str, Any]()
+    for key, value in found.items():
+        name = key.replace("-", "_")
+        try:
+            if name in options:
+                raise UsageError(f"{name} is given twice; give it once")
+            options[name] = _read_path("--like", value) if name == "like" else _read(name, value)
+        except UsageError as e:
+            raise UsageError(f"{path}: {e}") from e
+    return options
+
+
+def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content options of a dataset; its function and its key are compared with those that are given.
+
+    Args:
+        path: of the dataset.
+        options: that precede them.
+    """
+    info = read_info(storage.absolute(path))
+    without = options.get("without", ())
+    if "preprocess" in options:
+        _compare_functions(path, info.record_config, RecordConfig(preprocess=options["preprocess"]))
+    elif info.record_config.steps and "preprocess" not in without:
+        flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in info.record_config.steps)
+        raise UsageError(
+            f"--like is {path}, which was built with {flags}; a function is never taken from a dataset: give "
+            "it again, or leave it out with --without preprocess"
+        )
+    if "anonymous_ids" not in without:
+        _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
+    config = {**asdict(RecordConfig()), **info.config}
+    columns = {**asdict(Columns()), **config["columns"]}
+    drawn = config.get("splitting") or {}
+    found = {
+        **{name: config.get(name) for name in OPTIONS if name != "preprocess"},
+        **{f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")},
+        "missing_label": columns["missing_label"],
+        **config["sharding"],
+        "split": drawn.get("shares"),
+        "split_seed": drawn.get("seed"),
+        "stratify": drawn.get("stratify"),
+    }
+    if config["compression"] == "none":
+        del found["compression_level"]
+    return {
+        name: _read(name, value) for name, value in found.items() if value is not None and value is not False
+    }
+
+
+def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
+    """Refuse functions of a dataset that are given again and whose files have changed."""
+    digests = dict(record.steps)
+    for step, _ in given.steps:
+        if step in digests and (found := source_sha256(step)) != digests[step]:
+            raise UsageError(
+                f"--preprocess {step}: its file has sha256 {found}, and {path}, which --like names, was "
+                f"built with one of {digests[step]}; go back to that file, or drop --like"
+            )
+
+
+def _compare_key(path: str, check: str | None, given: str | None) -> None:
+    """Refuse to go without the key of a dataset's pseudonyms, or with another one."""
+    if check is None:
+        return
+    if given is None:
+        raise UsageError(
+            f"--like is {path}, whose ids are anonymous; its key is not in it: give it with --anonymous-ids, "
+            "or keep the names with --without anonymous-ids"
+        )
+    from beam_nifti.manifest.pseudonyms import read_pseudonyms  # which loads pyarrow
+
+    if read_pseudonyms(storage.absolute(given)).check != check:
+        raise UsageError(f"--anonymous-ids is {given}, not the key that {path} was built with; give that one")
+
+
+def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfig:
+    if "compression_level" in options and options.get("compression") == "none":
+        raise UsageError("--compression-level has no effect with --compression none; leave one of them out")
+    record = _chosen(options, RecordConfig)
+    if record.get("orientation") == "native":
+        del record["orientation"]
+    sizes = _chosen(options, Sharding)
+    columns = {f.name: options[f"{f.name}_column"] for f in fields(Columns) if f"{f.name}_column" in options}
+    return BuildConfig(
+        manifest=manifest,
+        output=output,
+        record=RecordConfig(**record),
+        columns=Columns(**columns, **_chosen(options, Columns)),
+        sharding=Sharding(**sizes) if sizes else None,
+        splitting=_splitting(options),
+        **{"workers": count_cores(), **_chosen(options, BuildConfig)},
+    )
+
+
+def _chosen(options: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """The options that are fields of a configuration under their own names."""
+    return {f.name: options[f.name] for f in fields(kind) if f.name in options}
+
+
+def _splitting(options: Mapping[str, Any]) -> Splitting | None:
+    if "split" in options:
+        return Splitting(options["split"], options.get("split_seed", 0), options.get("stratify"))
+    for name in ("stratify", "split_seed"):
+        if name in options:
+            raise UsageError(f"{flag_of(name)} needs --split, such as --split train=0.8,test=0.2")
+    return None
+
+
+def as_parameters(text: str) -> str:
+    """An error's text for a call in Python: it has the names of parameters in the place of flags.
+
+    >>> as_parameters("--clip cannot be used with --rescale minmax; drop it")
+    'clip=True cannot be used with rescale minmax; drop it'
+    """
+
+    def parameter(flag: re.Match[str]) -> str:
+        name = flag[1].replace("-", "_")
+        if name not in OPTIONS:
+            return flag[0]
+        return f"{name}=True" if _READERS[name] is _read_switch else name
+
+    return _FLAG.sub(parameter, text)
+
+
+_INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
+_NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
+"""Options that mean nothing without another one."""
+
+
+def _read(name: str, value: object) -> Any:
+    _require_known(name)
+    return _READERS[name](flag_of(name), value)
+
+
+def _require_known(name: str) -> None:
+    if name not in _READERS:
+        close = difflib.get_close_matches(name, OPTIONS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(OPTIONS)}"
+        raise UsageError(f"unknown option {name!r}; {hint}")
+
+
+def _refuse(flag: str, value: object, wanted: str) -> NoReturn:
+    raise UsageError(f"{flag} is {one_line(repr(value))}; {wanted}")
+
+
+def _read_text(flag: str, value: object, wanted: str = "give a text") -> str:
+    if not isinstance(value, str):
+        _refuse(flag, value, wanted)
+    if not value.strip():
+        raise UsageError(f"{flag} is empty; {wanted}, or leave it out")
+    return str(value)
+
+
+def _read_path(flag: str, value: object) -> str:
+    return _read_text(flag, os.fspath(value) if isinstance(value, os.PathLike) else value, "give a path")
+
+
+def _choice(choices: Iterable[str]) -> Callable[[str, object], str]:
+    wanted = f"choose one of: {', '.join(choices)}"
+    return lambda flag, value: _read_text(flag, value, wanted)
+
+
+def _read_names(flag: str, value: object) -> str:
+    wanted = "give the name of a column, or a list of them"
+    if isinstance(value, str):
+        return _read_text(flag, value, wanted)
+    names = _items(value)
+    if not names or not all(isinstance(name, str) and name.strip() and "," not in name for name in names):
+        _refuse(flag, value, wanted)
+    return ",".join(map(str, names))
+
+
+def _read_without(flag: str, value: object) -> tuple[str, ...]:
+    names = [name.strip().replace("-", "_") for name in _read_names(flag, value).split(",")]
+    for name in names:
+        _require_known(name)
+    return tuple(names)
+
+
+def _read_switch(flag: str, value: object) -> bool:
+    is_numpys = getattr(value, "dtype", None) == "bool" and getattr(value, "ndim", None) == 0
+    if not (isinstance(value, bool) or is_numpys):
+        _refuse(flag, value, "give True or False")
+    return bool(value)
+
+
+def _read_integer(flag: str, value: object, wanted: str = "give a whole number") -> int:
+    try:
+        return _integer(value)
+    except ValueError:
+        _refuse(flag, value, wanted)
+
+
+def _read_number(flag: str, value: object) -> float:
+    try:
+        return _number(value)
+    except ValueError:
+        _refuse(flag, value, "give a number")
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, str):
+        return parse_integer(value)
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError
+    return operator.index(value)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str):
+        return parse_number(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError
+    try:
+        number = as_float(value)
+    except OverflowError:
+        raise ValueError from None
+    if math.isnan(number):
+        raise ValueError
+    return number
+
+
+def _items(value: object) -> list[Any] | None:
+    """What a sequence or a one-dimensional array has; None where the value is none."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | Set):
+        return None
+    return list(value) if getattr(value, "ndim", 1) == 1 else None
+
+
+def _read_triple(flag: str, value: object, number: Callable[[object], Any], wanted: str) -> tuple[Any, ...]:
+    items = value.split(",") if isinstance(value, str) else _items(value)
+    try:
+        if items is None or len(items) != 3:
+            raise ValueError
+        return tuple(map(number, items))
+    except ValueError:
+        _refuse(flag, value, wanted)
+
+
+def _read_shape(flag: str, value: object) -> tuple[int, ...]:
+    wanted = "give three whole numbers of voxels, x,y,z without channels, such as 160,192,160"
+    return _read_triple(flag, value, _integer, wanted)
+
+
+def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
+    is_one = isinstance(value, Real) and not isinstance(value, bool)
+    wanted = "give three sizes in mm with commas, such as 1,1,1.5"
+    return _read_triple(flag, [value] * 3 if is_one else value, _number, wanted)
+
+
+def _rule(forms: Sequence[str]) -> Callable[[str, object], str]:
+    """Reads "window:LO,HI", or a name and numbers."""
+
+    def read(flag: str, value: object) -> str:
+        wanted = f"choose one of: {', '.join(forms)}"
+        if isinstance(value, str):
+            return _read_text(flag, value, wanted)
+        if isinstance(value, Percentile | Window):
+            parts: Sequence[Any] = [type(value).__name__.lower(), value.low, value.high]
+        else:
+            parts = _items(value) or [None]
+        name, *numbers = parts
+        try:
+            if not isinstance(name, str):
+                raise ValueError
+            cells = ",".join(repr(_number(number)) for number in numbers)
+        except ValueError:
+            _refuse(flag, value, wanted)
+        return f"{name}:{cells}" if numbers else str(name)
+
+    return read
+
+
+def _read_frames(flag: str, value: object) -> str:
+    wanted = f"choose one of: {', '.join(FRAMES)} (from 0)"
+    return str(value if isinstance(value, str) else _read_integer(flag, value, wanted))
+
+
+def _read_split(flag: str, value: object) -> dict[str, float]:
+    parts: list[tuple[Any, ...]] = list(value.items()) if isinstance(value, Mapping) else []
+    if isinstance(value, str):
+        parts = [part.strip().partition("=")[::2] for part in value.split(",")]
+    shares = dict[str, float]()
+    try:
+        if not parts:
+            raise ValueError
+        for name, share in parts:
+            if not isinstance(name, str) or name in shares:
+                raise ValueError
+            shares[name] = _number(share)
+    except ValueError:
+        wanted = "give each split once, with its share, such as train=0.8,validation=0.1,test=0.1"
+        _refuse(flag, value, wanted)
+    return shares
+
+
+def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[str, ...] | None:
+    """The functions of an option `preprocess`, as `RecordConfig.preprocess` has them.
+
+    Args:
+        value: one or several, each as text, a function, a `functools.partial` of one with named arguments, or
+            {"function": text, argument: value, …}; None for none.
+
+    Raises:
+        UsageError: there is something else among them, or a function that cannot be imported by its name, or
+            an argument that is no literal.
+    """
+    several = None if isinstance(value, str | Mapping) or callable(value) else _items(value)
+    return spell_steps([_read_step(step) for step in ([value] if several is None else several)])
+
+
+def _read_step(step: Any) -> str:
+    if not isinstance(step, Mapping):
+        return step if isinstance(step, str) else name_of(step)
+    arguments = dict(step)
+    name = arguments.pop("function", None)
+    if not isinstance(name, str):
+        _refuse("--preprocess", step, 'give the name of a function under "function"')
+    return call_of(name, arguments)
+
+
+_READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
+    "path_column": _read_names,
+    "mask_column": _read_text,
+    "label_column": _read_names,
+    "missing_label": _choice(MISSING_LABELS),
+    "id_column": _read_text,
+    "anonymous_ids": _read_path,
+    "split": _read_split,
+    "stratify": _read_text,
+    "split_seed": _read_integer,
+    "examples_per_shard": _read_integer,
+    "num_shards": _read_integer,
+    "compression": _choice(COMPRESSIONS),
+    "compression_level": _read_integer,
+    "shuffle_seed": _read_integer,
+    "rescale": _rule(RESCALE_METHODS),
+    "rescale_within": _rule(SELECTIONS),
+    "clip": _read_switch,
+    "mask_dtype": _choice(MASK_DTYPES),
+    "voxel_dtype": _choice(VOXEL_DTYPES),
+    "frames": _read_frames,
+    "complex": _choice(COMPLEX_PARTS),
+    "allow_mixed_shapes": _read_switch,
+    "preprocess": lambda _, value: read_steps(value),
+    "orientation": _read_text,
+    "spacing": _read_spacing,
+    "crop_foreground": _rule(SELECTIONS),
+    "shape": _read_shape,
+    "max_bad_fraction": _read_number,
+    "overwrite": _read_switch,
+    "recheck": _read_switch,
+    "workers": _read_integer,
+    "temp_location": _read_path,
+    "without": _read_without,
+}
+"""How the value of each option is read, by a function of its flag and the value."""
+
+_FLAG: Final = re.compile("(?<![a-z-])--([a-z-]*[a-z])")

@@ -1,0 +1,416 @@
+"""The steps between a manifest and its records: DoFns, and PTransforms that compose in anybody's pipeline.
+
+ReadManifest    VolumeRow
+LoadVolume      Volume
+Preprocess      Volume
+Rescale         Volume
+EncodeExample   Record
+
+The DoFns do the work, by plain functions; the PTransforms give them names, types and, on request, an output
+of failures. A build makes its own graph of the same DoFns (`pipeline.transforms`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import PBegin, TaggedOutput
+
+from beam_nifti.config import PREPARATIONS, Columns, RecordConfig, Splitting
+from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.manifest.concealment import concealing
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.manifest.reading import read_manifest
+from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
+from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.progress import METER
+from beam_nifti.pipeline.records import Record
+from beam_nifti.record.example import encode_volume
+from beam_nifti.record.index import IndexEntry
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.process import keep_buffers
+from beam_nifti.volume.notes import counter_name
+from beam_nifti.volume.preprocess import prepare_volume
+from beam_nifti.volume.user_function import load_functions
+from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
+
+send_whole_elements()
+
+FAILURES: Final = "failures"
+_PREPARED: Final = (*PREPARATIONS, "preprocess_sha256")
+_RESCALED: Final = ("rescale", "rescale_within", "clip", "voxel_dtype")
+_Values = beam.PCollection[Any]
+
+
+@contextlib.contextmanager
+def timed(distribution: Any) -> Iterator[None]:
+    """Add the milliseconds that the block takes to a distribution."""
+    start = time.perf_counter()
+    yield
+    distribution.update(round(1e3 * (time.perf_counter() - start)))
+
+
+def _joined(earlier: RecordConfig | None, config: RecordConfig, names: Iterable[str]) -> RecordConfig:
+    """What earlier steps were asked for, with what this one is: steps of one build have one configuration."""
+    if earlier is None or earlier == config:
+        return config
+    return replace(earlier, **{name: getattr(config, name) for name in names})
+
+
+class LoadVolumeFn(beam.DoFn):
+    """Read an image.
+
+    Args:
+        folder: what relative paths are relative to: the manifest's folder.
+        shape: that every record must have; None, or None for an axis, where shapes may differ.
+        dtype: that every volume must have on disk; None where dtypes may differ.
+        config: of the records that the volumes become.
+    """
+
+    def __init__(
+        self,
+        folder: str = "",
+        shape: tuple[int | None, ...] | None = None,
+        dtype: str | None = None,
+        config: RecordConfig | None = None,
+    ) -> None:
+        self._folder, self._shape, self._dtype = folder, shape, dtype
+        self._config = config or RecordConfig()
+        self._msec = Metrics.distribution(type(self), "load-msec")
+        self._loaded = Metrics.counter(type(self), "volumes-loaded")
+        self._bytes = Metrics.counter(type(self), "bytes-read")
+
+    def setup(self) -> None:
+        """Called once a thread."""
+        keep_buffers()
+
+    def process(self, row: VolumeRow) -> Iterable[Volume]:
+        """Yield the volume; or those of its frames, of which the next is made when it is asked for."""
+        arguments = row, self._folder, self._shape, self._dtype, self._config
+        with timed(self._msec):
+            is_split = self._config.frames == "each"
+            volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
+            volume = next(volumes)
+        self._loaded.inc(len(row.positions))
+        self._bytes.inc(sum(file.size for files in volume.source.files for file in files))
+        yield volume
+        yield from volumes
+
+
+class PreprocessFn(beam.DoFn):
+    """Do to a volume what it needs before its intensities are looked at: `prepare_volume`.
+
+    Args:
+        config: says what.
+        shape: that every record must have; None, or None for an axis, where shapes may differ.
+        release: whether no other step gets its volumes, so that it may empty them to save memory.
+    """
+
+    def __init__(
+        self, config: RecordConfig, shape: tuple[int | None, ...] | None = None, *, release: bool = False
+    ) -> None:
+        self._config, self._shape, self._release = config, shape, release
+        self._msec = Metrics.distribution(type(self), "preprocess-msec")
+
+    def setup(self) -> None:
+        """Find the user's functions: without them the build must stop, not lose every volume."""
+        load_functions(self._config)
+
+    def process(self, volume: Volume) -> Iterable[Volume]:
+        """Yield the prepared volume."""
+        with timed(self._msec):
+            config = _joined(volume.config, self._config, _PREPARED)
+            prepared = prepare_volume(volume, config, self._shape, release=self._release)
+        yield prepared
+
+
+class RescaleFn(beam.DoFn):
+    """Measure a volume's intensities and make its voxels what the record stores."""
+
+    def __init__(self, config: RecordConfig | None = None) -> None:
+        self._config = config or RecordConfig()
+        self._msec = Metrics.distribution(type(self), "rescale-msec")
+
+    def process(self, volume: Volume) -> Iterable[Volume]:
+        """Yield the rescaled volume."""
+        with timed(self._msec):
+            rescaled = rescale_volume(volume, _joined(volume.config, self._config, _RESCALED))
+        yield rescaled
+
+
+class EncodeExampleFn(beam.DoFn):
+    """Serialize a rescaled volume as a tf.train.Example, and count its notes."""
+
+    def __init__(self) -> None:
+        self._msec = Metrics.distribution(type(self), "encode-msec")
+        self._bytes = Metrics.counter(type(self), "bytes-encoded")
+
+    def process(self, volume: Volume) -> Iterable[Record]:
+        """Yield the record."""
+        if not volume.intensities:
+            raise VolumeError(
+                f"{volume.row.path}: was not rescaled; put Rescale() in front of EncodeExample, or "
+                'Rescale("none") to keep its units'
+            )
+        with timed(self._msec):
+            example = encode_volume(volume)
+        self._bytes.inc(len(example))
+        for note in volume.notes:
+            Metrics.counter(type(self), counter_name(note)).inc()
+        row = volume.row
+        yield Record(row.example_id, example, row.split, IndexEntry.of(volume), volume.config)
+
+
+class GuardedFn(beam.DoFn):
+    """Run a step; a VolumeError that it raises becomes (shard, Failure) on the output FAILURES.
+
+    Every other error leaves it: the runner tries again, or the build stops. Beam's
+    `with_exception_handling` would put the element itself, voxels and all, on that output.
+    A step may return further results lazily; none of these may fail.
+
+    Args:
+        step: that is run.
+        folder: what the rows' paths are relative to.
+        release: whether no other step receives its volumes: they are released once the step has returned its
+            first result.
+    """
+
+    def __init__(self, step: beam.DoFn, folder: str = "", *, release: bool = False) -> None:
+        self._step, self._folder, self._release = step, folder, release
+        self._stage = type(step).__name__.removesuffix("Fn")
+        self._failed = Metrics.counter(type(step), "volumes-failed")
+
+    def setup(self) -> None:
+        """Set the step up."""
+        self._step.setup()
+
+    def process(self, element: VolumeRow | Volume) -> Iterable[Any]:
+        """Yield the step's results, or the failure."""
+        row = element if isinstance(element, VolumeRow) else element.row
+        results = iter(self._step.process(element))
+        try:
+            with concealing(row, self._folder):
+                first = next(results)
+        except VolumeError as e:
+            self._failed.inc(len(row.positions))
+            METER.add(failed=len(row.positions))
+            failure = Failure(row, self._stage, type(e).__name__, str(e))
+            yield TaggedOutput(FAILURES, (row.shard, failure))
+        else:
+            if self._release and isinstance(element, Volume):
+                element.release()
+            yield first
+            del first  # frames are many, and this one is done with
+            yield from self._further(results, row)
+
+    def _further(self, results: Iterator[Any], row: VolumeRow) -> Iterator[Any]:
+        done = object()
+        while True:
+            with concealing(row, self._folder):
+                result = next(results, done)
+            if result is done:
+                return
+            yield result
+            del result
+
+
+def guarded(step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False) -> Any:
+    """A step with two outputs: `main`, of this type, and FAILURES, of (shard, Failure)."""
+    pardo = beam.ParDo(GuardedFn(step, folder, release=release))
+    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure]})
+    return typed.with_outputs(FAILURES, main="main")
+
+
+class Outcome(NamedTuple):
+    """What a step with an output of failures gives.
+
+    Attributes:
+        done: what became of the elements that did not fail.
+        failures: a `Failure` for each that did.
+    """
+
+    done: _Values
+    failures: _Values
+
+
+class _Step(beam.PTransform[Any, Any]):
+    """A PTransform around a DoFn, from one type to another."""
+
+    _takes: type
+    _gives: type
+    _has_failures = False
+
+    def with_failures(self) -> Any:
+        """The same step with two outputs, an `Outcome`: a volume that fails does not fail the pipeline."""
+        self._has_failures = True
+        return self
+
+    def expand(self, elements: _Values) -> Any:
+        """To what the DoFn yields; with failures, to an Outcome."""
+        if not self._has_failures:
+            pardo = beam.ParDo(self._make()).with_input_types(self._takes)
+            return elements | pardo.with_output_types(self._gives)
+        outputs = elements | guarded(self._make(), self._gives)
+        failures = outputs[FAILURES] | "Failures" >> beam.Values().with_output_types(Failure)
+        return Outcome(outputs.main, failures)
+
+    def _make(self) -> beam.DoFn:
+        raise NotImplementedError
+
+
+class _ReadRowsFn(beam.DoFn):
+    """Read a manifest where the pipeline runs, so that its rows are not in the job graph."""
+
+    def __init__(self, columns: Columns, splitting: Splitting | None) -> None:
+        self._columns, self._splitting = columns, splitting
+
+    def process(self, path: str) -> Iterable[VolumeRow]:
+        """Yield the rows that are in a split."""
+        manifest = read_manifest(path, self._columns, self._splitting)
+        extra_columns = tuple(manifest.extra_columns)
+        kept = manifest.kept_rows().tolist()
+        for start in range(0, len(kept), _ROWS_AT_A_TIME):
+            for row in manifest.rows(kept[start : start + _ROWS_AT_A_TIME]):
+                files = [storage.join(manifest.folder, file) for file in row.files]
+                yield replace(row, path=files[0], further=tuple(files[1:]), extra_columns=extra_columns)
+
+
+_ROWS_AT_A_TIME: Final = 1 << 12
+
+
+class ReadManifest(beam.PTransform[Any, Any]):
+    """Read a manifest: from a pipeline to its rows, `VolumeRow`, with absolute paths.
+
+    Args:
+        path: of the manifest, local or a URL.
+        columns: which of its columns mean what.
+        splitting: how participants are dealt to splits; None leaves that to the manifest.
+
+    Raises:
+        ManifestError: while the pipeline runs: it is no manifest.
+    """
+
+    def __init__(
+        self, path: str, *, columns: Columns | None = None, splitting: Splitting | None = None
+    ) -> None:
+        super().__init__()
+        self._path = storage.absolute(path)
+        self._arguments = columns or Columns(), splitting
+
+    def expand(self, pipeline: beam.Pipeline | PBegin) -> _Values:
+        """To VolumeRow."""
+        rows: _Values = (
+            pipeline
+            | "Create" >> beam.Create([self._path], reshuffle=False)  # str
+            | "ReadRows" >> beam.ParDo(_ReadRowsFn(*self._arguments)).with_output_types(VolumeRow)
+            | "Reshuffle" >> beam.Reshuffle().with_output_types(VolumeRow)  # VolumeRow
+        )
+        return rows
+
+
+class LoadVolume(_Step):
+    """Read images: from `VolumeRow` to `Volume`.
+
+    Args:
+        frames: of a 4-D image, as `RecordConfig.frames`; None refuses 4-D images. "each" is for builds.
+        complex: what becomes of complex voxels, as `RecordConfig.complex`; None refuses them.
+        channels: names of the columns of the images that are the channels of a record; None for one image.
+        mask_dtype: of the label map that every row has as its last file; None where rows have none.
+    """
+
+    _takes, _gives = VolumeRow, Volume
+
+    def __init__(
+        self,
+        *,
+        frames: str | None = None,
+        complex: str | None = None,
+        channels: tuple[str, ...] | None = None,
+        mask_dtype: str | None = None,
+    ) -> None:
+        super().__init__()
+        if frames == "each":
+            raise UsageError(
+                "frames is 'each', which makes several records of a row, and only a build can number these; "
+                "choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
+            )
+        self._config = RecordConfig(frames=frames, complex=complex, channels=channels, mask_dtype=mask_dtype)
+
+    def _make(self) -> beam.DoFn:
+        return LoadVolumeFn(config=self._config)
+
+
+class Preprocess(_Step):
+    """Turn, resample, crop and pad volumes, in this order: from `Volume` to `Volume`.
+
+    A function of your own is a step of its own: `beam.Map(function)`.
+
+    Args:
+        orientation: code, such as "RAS", that the axes are turned to.
+        spacing: voxel size along each axis, in mm, that volumes are resampled to.
+        crop_foreground: which voxels' bounding box to crop to, as `RecordConfig.crop_foreground`.
+        shape: (X, Y, Z) that volumes are cropped and padded to.
+    """
+
+    _takes, _gives = Volume, Volume
+
+    def __init__(
+        self,
+        *,
+        orientation: str | None = None,
+        spacing: tuple[float, float, float] | None = None,
+        crop_foreground: str | None = None,
+        shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self._config = RecordConfig(
+            orientation=orientation, spacing=spacing, crop_foreground=crop_foreground, shape=shape
+        )
+
+    def _make(self) -> beam.DoFn:
+        return PreprocessFn(self._config)
+
+
+class Rescale(_Step):
+    """Make voxels what a record stores: from `Volume` to `Volume`.
+
+    Args:
+        rescale: which intensities become 0 and 1, as `RecordConfig.rescale`.
+        within: which voxels tell that, as `RecordConfig.rescale_within`; None means all.
+        clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
+        voxel_dtype: as `RecordConfig.voxel_dtype`.
+    """
+
+    _takes, _gives = Volume, Volume
+
+    def __init__(
+        self,
+        rescale: str = "minmax",
+        *,
+        within: str | None = None,
+        clip: bool = False,
+        voxel_dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        self._config = RecordConfig(
+            rescale=rescale, rescale_within=within, clip=clip, voxel_dtype=voxel_dtype
+        )
+
+    def _make(self) -> beam.DoFn:
+        return RescaleFn(self._config)
+
+
+class EncodeExample(_Step):
+    """Serialize rescaled volumes: from `Volume` to `Record`, for `WriteToTFRecord`."""
+
+    _takes, _gives = Volume, Record
+
+    def _make(self) -> beam.DoFn:
+        return EncodeExampleFn()

@@ -1,0 +1,642 @@
+"""`WriteToTFRecord`: a dataset of whatever records a pipeline makes, in the order of their ids.
+
+WriteParts         _Placed, of each record; (None, _Key), of each record; (None, Traits), of each bundle
+Start              (None, _Started)
+Plan               _WritePlan           of the keys of all records: splits, shards, order
+ToShard            (shard, _Placed)
+CommitShards       (None, ShardInfo)
+WriteDatasetInfo   DatasetInfo
+
+Payloads go into part files where they are made; ids, places and rows of the index cross a shuffle.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Final
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import AsSingleton, TaggedOutput
+from apache_beam.transforms.window import GlobalWindow, GlobalWindows
+from apache_beam.utils.windowed_value import WindowedValue
+
+from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, BuildConfig, Columns, RecordConfig, Sharding
+from beam_nifti.errors import (
+    DatasetError,
+    NewerFormatError,
+    OutputBusyError,
+    OutputError,
+    PartsChangedError,
+    UsageError,
+)
+from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
+from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.build_note import WRITE_NOTE_NAME, BuildNote
+from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.merge import write_shard
+from beam_nifti.pipeline.parts import BUILD_FOLDER, PartFile, parts_folder, parts_root, remove_parts
+from beam_nifti.pipeline.plan import SHARD_BYTES
+from beam_nifti.pipeline.publish import (
+    files_of,
+    find_info,
+    last_revision,
+    remove_files,
+    require_writable_output,
+)
+from beam_nifti.pipeline.records import Traits, examine, to_record
+from beam_nifti.pipeline.resume import parts_roots
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
+from beam_nifti.record.index import schema_of
+from beam_nifti.record.sharding import Layout, ShardName
+from beam_nifti.record.tfrecord import encode_pieces
+from beam_nifti.record.versions import all_versions
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.json_types import hints_of, require_keys
+from beam_nifti.support.process import keep_buffers
+from beam_nifti.support.strict_json import dump_json, load_json
+from beam_nifti.support.wording import counted
+
+send_whole_elements()
+
+_TRAITS: Final = "traits"
+_KEYS: Final = "keys"
+_SHOWN: Final = 3
+_Values = beam.PCollection[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A record in a part file: its place, and its row of the index but for its place in a shard."""
+
+    id: str
+    split: str
+    part: str
+    offset: int
+    length: int
+    cells: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What decides a record's place in the dataset, and the bytes that it takes."""
+
+    id: str
+    split: str
+    length: int
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What was found in the output.
+
+    Attributes:
+        revision: of the dataset that is written.
+    """
+
+    revision: int
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a dataset is written, and how.
+
+    Attributes:
+        output: its folder, absolute, or a URL.
+        root: folder of the part files.
+        token: 16 hex digits that no other pipeline has.
+        sharding: how splits are cut; None derives it from the size of the records.
+        compression: as `RecordConfig`.
+        compression_level: as `RecordConfig`.
+        overwrite: whether a dataset that is there is replaced.
+    """
+
+    output: str
+    root: str
+    token: str
+    sharding: Sharding | None
+    compression: str
+    compression_level: int
+    overwrite: bool
+
+    @property
+    def folder(self) -> str:
+        """Of the part files."""
+        return parts_folder(self.root, self.token, "records", 0)
+
+    def refuse_published(self) -> DatasetInfo | None:
+        """The dataset that is there, if it may be replaced and can be read.
+
+        Raises:
+            OutputError: it may not.
+            DatasetError: it is damaged, or of a later format, which is not replaced either.
+        """
+        try:
+            published = find_info(self.output)
+        except NewerFormatError:
+            raise
+        except DatasetError:
+            if self.overwrite:
+                return None
+            raise
+        if published is not None and not self.overwrite:
+            raise OutputError(
+                f"{self.output}: holds a dataset; choose another output, or overwrite=True to replace it"
+            )
+        return published
+
+
+@dataclass(frozen=True)
+class _WriteNote:
+    """What a pipeline says of itself in its output, for its workers and for whoever writes there next.
+
+    Attributes:
+        token: `_Target.token`.
+        root: folder of its part files: absolute, or BUILD_FOLDER for the one in the output.
+        revision: of the dataset that it makes.
+        published: names of the shards, and of the list of failures, of the dataset that it replaces.
+        shards: names of the shards that it may have written; none before they are planned.
+    """
+
+    token: str
+    root: str
+    revision: int
+    published: tuple[str, ...] = ()
+    shards: tuple[str, ...] = ()
+
+    def write(self, output: str) -> None:
+        """Leave it in an output."""
+        text = dump_json(asdict(self))
+        storage.write(storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME), text.encode(), output)
+
+    @classmethod
+    def read(cls, output: str) -> _WriteNote | None:
+        """That of the pipeline that writes there, or has died; None where there is none, or a damaged one."""
+        try:
+            facts = load_json(storage.read(storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME)))
+            require_keys(facts, hints_of(cls), hints_of(cls), "")
+        except (FileNotFoundError, ValueError):
+            return None
+        names = {name: tuple(facts[name]) for name in ("published", "shards")}
+        note = cls(**facts | names)
+        is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
+        return note if is_own else None  # or files of others would be removed
+
+
+def _require_current(target: _Target) -> _WriteNote:
+    """The note of this pipeline.
+
+    Raises:
+        OutputBusyError: another build or pipeline has the output by now.
+    """
+    note = _WriteNote.read(target.output)
+    if note is None or note.token != target.token or BuildNote.read(target.output) is not None:
+        raise OutputBusyError(
+            f"{target.output}: another pipeline has started to write here, so this one stops; give each an "
+            "output of its own, or run one after the other"
+        )
+    return note
+
+
+class WritePartsFn(beam.DoFn):
+    """Write records into part files, one file a bundle, one record in memory."""
+
+    def __init__(self, target: _Target) -> None:
+        self._target = target
+        self._level = target.compression_level if target.compression == "gzip" else None
+        self._msec = Metrics.distribution(type(self), "write-msec")
+        self._bytes = Metrics.counter(type(self), "bytes-written")
+        self._count = Metrics.counter(type(self), "records-written")
+
+    def setup(self) -> None:
+        """Refuse an output that holds a dataset now, not after hours."""
+        keep_buffers()
+        self._target.refuse_published()
+
+    def start_bundle(self) -> None:
+        """Start without an open file."""
+        self._file: PartFile | None = None
+        self._traits: Traits | None = None
+
+    def process(self, element: Any) -> Iterable[Any]:
+        """Yield where the record is; on the output KEYS (None, _Key)."""
+        record = to_record(element)
+        traits, cells = examine(record)
+        self._traits = self._traits.joined(traits) if self._traits else traits
+        start = time.perf_counter()
+        if self._file is None:
+            self._file = PartFile(self._target.folder)
+        offset, length = self._file.write(*encode_pieces(record.example, self._level))
+        self._msec.update(round(1e3 * (time.perf_counter() - start)))
+        self._bytes.inc(length)
+        self._count.inc()
+        yield _Placed(record.id, record.split, self._file.path, offset, length, cells)
+        yield TaggedOutput(_KEYS, (None, _Key(record.id, record.split, length)))
+
+    def finish_bundle(self) -> Iterable[Any]:
+        """Close the part; yield (None, Traits) on the output TRAITS."""
+        if self._file is not None:
+            self._file.close()
+            window = GlobalWindow()
+            value = WindowedValue((None, self._traits), window.max_timestamp(), (window,))
+            yield TaggedOutput(_TRAITS, value)
+        self._file = self._traits = None
+
+
+class StartFn(beam.DoFn):
+    """Take the output: see what it holds, and remove what dead pipelines have left."""
+
+    def __init__(self, target: _Target) -> None:
+        self._target = target
+
+    def process(self, token: str) -> Iterable[tuple[None, _Started]]:
+        """Yield what was found; the same when it is asked again."""
+        target, output = self._target, self._target.output
+        require_writable_output(output)
+        with lock.hold(output):
+            note = _WriteNote.read(output)
+            if note is None or note.token != token:
+                note = self._take(target.refuse_published(), note)
+        yield None, _Started(note.revision)
+
+    def _take(self, published: DatasetInfo | None, dead: _WriteNote | None) -> _WriteNote:
+        target, output = self._target, self._target.output
+        kept = files_of(published) if published else ()
+        written = {*dead.published, *dead.shards} if dead else set[str]()
+        roots = {target.root, parts_root(output, None)}
+        if dead is not None and dead.root != BUILD_FOLDER:
+            roots.add(dead.root)
+        build = self._dead_build()
+        if build is not None:
+            written |= {*build.shard_names(), *build.published}
+            roots |= set(parts_roots(output, build))
+        elif dead is None and published is None:
+            self._refuse_foreign()
+        for root in roots:
+            remove_parts(root, keep=target.token)
+        remove_files(output, written, keep=kept)
+        if published is None:  # a damaged one, which is to be replaced
+            storage.delete(storage.join(output, FILE_NAME), output)
+        if published is not None:
+            revision = published.revision + 1
+        else:
+            revision = dead.revision if dead else last_revision(output) + 1
+        root = BUILD_FOLDER if target.root == parts_root(output, None) else target.root
+        note = _WriteNote(target.token, root, revision, kept)
+        if build is not None:
+            BuildNote.remove(output)
+        note.write(output)
+        return note
+
+    def _dead_build(self) -> BuildNote | None:
+        try:
+            build = BuildNote.read(self._target.output)
+        except OutputError:
+            if self._target.overwrite:
+                return None
+            raise
+        if build is not None and not self._target.overwrite:
+            raise OutputError(
+                f"{self._target.output}: holds an unfinished build; finish it, choose another output, or "
+                "overwrite=True to discard it"
+            )
+        return build
+
+    def _refuse_foreign(self) -> None:
+        names = storage.list_files(self._target.output, "*.tfrecord*")
+        foreign = next((name for name in names if ShardName.parse(name)), None)
+        if foreign is not None and not self._target.overwrite:
+            raise OutputError(
+                f"{self._target.output}: holds {foreign} but no {FILE_NAME}; choose another output, or "
+                "overwrite=True to replace it"
+            )
+
+
+@dataclass(frozen=True)
+class _WritePlan:
+    """Which records are in which shard.
+
+    Attributes:
+        layout: sizes of the splits, and how they are cut.
+        firsts: the first id of each shard, by split.
+        traits: of all records.
+        revision: of the dataset.
+        digest: of all ids with their splits.
+        compression: as `RecordConfig`.
+        compression_level: as `RecordConfig`.
+    """
+
+    layout: Layout
+    firsts: Mapping[str, tuple[str, ...]]
+    traits: Traits
+    revision: int
+    digest: str
+    compression: str
+    compression_level: int
+
+    @classmethod
+    def of(cls, target: _Target, keys: Iterable[_Key], traits: Traits, revision: int) -> _WritePlan:
+        """The plan of some records, in whatever order they come.
+
+        Raises:
+            UsageError: an id is there twice.
+        """
+        num_bytes, ids = 0, list[tuple[str, str]]()
+        for key in keys:
+            num_bytes += key.length
+            ids.append((key.id, key.split))
+        ids.sort()
+        twice = sorted({one[0] for one, other in itertools.pairwise(ids) if one[0] == other[0]})
+        if twice:
+            shown = ", ".join(map(repr, twice[:_SHOWN])) + (", …" if len(twice) > _SHOWN else "")
+            raise UsageError(
+                f"{target.output}: {counted(len(twice), 'id')} of more than one record: {shown}; give every "
+                "record an id of its own"
+            )
+        of_splits: dict[str, list[str]] = {}
+        for example_id, split in ids:
+            of_splits.setdefault(split, []).append(example_id)
+        of_splits = dict(sorted(of_splits.items()))
+        sharding = target.sharding or Sharding(max(1, round(SHARD_BYTES * len(ids) / num_bytes)))
+        layout = Layout({split: len(found) for split, found in of_splits.items()}, sharding)
+        firsts = {
+            split: tuple(found[positions.start] for positions in layout.ranges(split))
+            for split, found in of_splits.items()
+        }
+        digest = hashlib.sha256()
+        for pair in ids:
+            digest.update(dump_json(pair).encode())
+        return cls(
+            layout,
+            firsts,
+            traits,
+            revision,
+            digest.hexdigest(),
+            target.compression,
+            target.compression_level,
+        )
+
+    @property
+    def config(self) -> RecordConfig:
+        """Of the records, as far as it decides how they are read."""
+        made = self.traits.config
+        return replace(
+            made,
+            compression=self.compression,
+            compression_level=self.compression_level,
+            labels=None,
+            frames=None if made.frames == "each" else made.frames,
+            format_version=FORMAT_VERSION,
+        )
+
+    def name(self, split: str, index: int) -> ShardName:
+        """The name of a shard, by its number in its split."""
+        revision = self.revision if self.revision > 1 else 0
+        return ShardName(split, index, len(self.firsts[split]), self.compression == "gzip", revision)
+
+    @cached_property
+    def shards(self) -> Mapping[str, tuple[ShardName, range]]:
+        """Each shard, with the positions of its records, by file name."""
+        ranges = {split: self.layout.ranges(split) for split in self.firsts}
+        names = {
+            self.name(split, index): positions
+            for split in ranges
+            for index, positions in enumerate(ranges[split])
+        }
+        return {str(name): (name, positions) for name, positions in names.items()}
+
+    def describe(self, output: str, shards: Mapping[str, ShardInfo]) -> DatasetInfo:
+        """The dataset, of its shards by name."""
+        traits, config = self.traits, self.config
+        columns = Columns(
+            path=",".join(config.channels or ("path",)),
+            label="label" if traits.labelled else None,
+            mask="mask" if config.mask_dtype else None,
+        )
+        build = BuildConfig(
+            "",
+            output,
+            config,
+            columns,
+            self.layout.sharding,
+            allow_mixed_shapes=traits.shape is None,
+        )
+        num_rows = sum(self.layout.split_sizes.values())
+        return DatasetInfo(
+            config=build.as_dataset_config() | {"fingerprint": config.fingerprint},
+            manifest={"path": "", "num_rows": num_rows, "digest": self.digest, "columns": [*traits.columns]},
+            shape=traits.shape,
+            dtype=traits.dtype,
+            labelled=traits.labelled,
+            features=traits.features,
+            splits={
+                split: SplitInfo(tuple(shards[str(self.name(split, index))] for index in range(len(firsts))))
+                for split, firsts in self.firsts.items()
+            },
+            mask_labels=tuple(sorted(traits.mask_labels)) if config.mask_dtype else None,
+            revision=self.revision,
+            versions=all_versions(),
+            format_features=FORMAT_FEATURES,
+        )
+
+
+class PlanFn(beam.DoFn):
+    """Sort ids: they decide split, shard and order."""
+
+    def __init__(self, target: _Target) -> None:
+        self._target = target
+
+    def process(self, group: tuple[None, Iterable[_Started | Traits | _Key]]) -> Iterable[_WritePlan]:
+        """Yield the plan."""
+        target, traits, started = self._target, list[Traits](), list[_Started]()
+
+        def keys() -> Iterator[_Key]:
+            for item in group[1]:
+                if isinstance(item, _Key):
+                    yield item
+                elif isinstance(item, Traits):
+                    traits[:] = [traits[0].joined(item)] if traits else [item]
+                else:
+                    started.append(item)
+
+        found = list(keys())
+        if not found:
+            raise UsageError(
+                f"{target.output}: there are no records to write; look at what comes before WriteToTFRecord"
+            )
+        plan = _WritePlan.of(target, found, traits[0], started[0].revision)
+        note = _require_current(target)
+        replace(note, shards=tuple(plan.shards)).write(target.output)
+        yield plan
+
+
+def _to_shard(placed: _Placed, plan: _WritePlan) -> tuple[str, _Placed]:
+    """A record by the name of its shard."""
+    index = bisect.bisect_right(plan.firsts.get(placed.split, ()), placed.id) - 1
+    if index < 0:
+        raise PartsChangedError(
+            f"record {placed.id!r} of split {placed.split!r} was not there when all were counted; run the "
+            "pipeline again, and let every step give the same ids when it is tried again"
+        )
+    return str(plan.name(placed.split, index)), placed
+
+
+class CommitRecordsFn(beam.DoFn):
+    """Merge the records of a shard from their parts."""
+
+    def __init__(self, target: _Target) -> None:
+        self._target = target
+        self._msec = Metrics.distribution(type(self), "commit-msec")
+        self._committed = Metrics.counter(type(self), "shards-committed")
+
+    def process(
+        self, shard: tuple[str, Iterable[_Placed]], plan: _WritePlan
+    ) -> Iterable[tuple[None, ShardInfo]]:
+        """Yield (None, ShardInfo)."""
+        start = time.perf_counter()
+        name, positions = plan.shards[shard[0]]
+        records = sorted(shard[1], key=lambda placed: placed.id)
+        if len({placed.id for placed in records}) != len(positions) or len(records) != len(positions):
+            raise PartsChangedError(
+                f"{name}: has {counted(len(records), 'record')}, and {len(positions)} were counted; run the "
+                "pipeline again, and let every step give the same ids when it is tried again"
+            )
+        _require_current(self._target)
+        rows = [
+            {**placed.cells, "position": position, "offset": placed.offset, "length": placed.length}
+            for position, placed in zip(positions, records, strict=True)
+        ]
+        table = pa.Table.from_pylist(rows, schema=schema_of(plan.config, plan.traits.columns))
+        files = [placed.part for placed in records]
+        info = write_shard(self._target.output, name, table, files, plan.config.fingerprint)
+        self._msec.update(round(1e3 * (time.perf_counter() - start)))
+        self._committed.inc()
+        yield None, info
+
+
+class PublishFn(beam.DoFn):
+    """Write dataset_info.json, last of all, and remove what was needed only until then."""
+
+    def __init__(self, target: _Target) -> None:
+        self._target = target
+
+    def process(self, group: tuple[None, Iterable[ShardInfo]], plan: _WritePlan) -> Iterable[DatasetInfo]:
+        """Yield the dataset."""
+        target, output = self._target, self._target.output
+        shards = {shard.name: shard for shard in group[1]}
+        missing = plan.shards.keys() - shards.keys()
+        if missing:
+            raise PartsChangedError(f"{output}: {min(missing)} is missing; run the pipeline again")
+        info = plan.describe(output, shards)
+        with lock.hold(output):
+            if _WriteNote.read(output) is not None or find_info(output) != info:
+                note = _require_current(target)
+                storage.write(storage.join(output, FILE_NAME), info.to_json().encode(), output)
+                remove_files(output, {*note.published, *note.shards}, keep=files_of(info))
+                for root in {target.root, parts_root(output, None)}:
+                    remove_parts(root)
+                if target.root != parts_root(output, None):
+                    storage.delete_folder(target.root, storage.dirname(target.root))
+                BuildNote.remove(output)
+        yield info
+
+
+class WriteToTFRecord(beam.PTransform[Any, Any]):
+    """Write records as a dataset: stable shards of TFRecords, an index of each, `dataset_info.json`.
+
+    It does what `beam.io.WriteToTFRecord`, whose name it keeps, cannot: equal input gives equal bytes on
+    every runner; no payload crosses a shuffle; memory is that of one record a thread; `Dataset` and
+    `load_dataset` read the result. It takes `Record`, as `EncodeExample` gives them; or (id, Example), whose
+    Example is a tf.train.Example, its bytes, or a dictionary of arrays with "image" and perhaps "label",
+    "mask" and others: `docs/steps.md`. Each must have an image, and an id of its own: sorted, the ids decide
+    the order of the records of a split, and with it their shards. Windows of the input have no effect.
+
+    It gives one element, the `DatasetInfo` of what was written, once that is complete.
+
+    Args:
+        output: folder of the dataset, local or a URL that all workers reach.
+        examples_per_shard: records a shard.
+        num_shards: shards a split; without it and `examples_per_shard` shards have about 192 MiB.
+        compression: "gzip" or "none".
+        compression_level: of gzip, 0 (fastest) to 3.
+        overwrite: whether to replace a dataset that is there, which stays readable until then.
+        temp_location: folder of the part files, on a file system that all workers reach; None keeps them in
+            the output. They take as much as the shards.
+
+    Raises:
+        UsageError: an option is not one; or the input is unbounded. While the pipeline runs: two records have
+            one id, or there are none.
+        OutputError: while the pipeline runs: the output holds a dataset and may not be overwritten, or
+            another pipeline or build writes there.
+        VolumeError: while the pipeline runs: an element is no record, or one unlike the others.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        *,
+        examples_per_shard: int | None = None,
+        num_shards: int | None = None,
+        compression: str = "gzip",
+        compression_level: int = 2,
+        overwrite: bool = False,
+        temp_location: str | None = None,
+    ) -> None:
+        super().__init__()
+        RecordConfig(
+            compression=compression, compression_level=compression_level
+        )  # refuses what there is not
+        is_given = examples_per_shard is not None or num_shards is not None
+        sharding = Sharding(examples_per_shard, num_shards) if is_given else None
+        output = storage.absolute(output)
+        root = parts_root(output, storage.absolute(temp_location) if temp_location else None)
+        token = uuid.uuid4().hex[:16]
+        self._target = _Target(output, root, token, sharding, compression, compression_level, overwrite)
+
+    def expand(self, records: _Values) -> _Values:
+        """To one DatasetInfo."""
+        if not records.is_bounded:
+            raise UsageError(
+                f"{self._target.output}: WriteToTFRecord takes bounded input, as a dataset is complete only "
+                "at its end; read a bounded source"
+            )
+        target = self._target
+        parts = (
+            records
+            | "Global" >> beam.WindowInto(GlobalWindows())  # Record or (id, Example)
+            | "WriteParts"
+            >> beam.ParDo(WritePartsFn(target))
+            .with_output_types(_Placed, **{_KEYS: tuple[None, _Key], _TRAITS: tuple[None, Traits]})
+            .with_outputs(_KEYS, _TRAITS, main="placed")
+        )
+        started = (
+            records.pipeline
+            | "Create" >> beam.Create([target.token], reshuffle=False)  # str
+            | "Start" >> beam.ParDo(StartFn(target)).with_output_types(tuple[None, _Started])
+        )
+        plan = AsSingleton(
+            (started, parts[_KEYS], parts[_TRAITS])
+            | "Flatten" >> beam.Flatten()  # (None, _Started | _Key | Traits)
+            | "GatherKeys" >> beam.GroupByKey()  # (None, [_Started | _Key | Traits])
+            | "Plan" >> beam.ParDo(PlanFn(target)).with_output_types(_WritePlan)  # _WritePlan
+        )
+        info: _Values = (
+            parts.placed
+            | "ToShard"
+            >> beam.Map(_to_shard, plan).with_output_types(tuple[str, _Placed])  # (shard, _Placed)
+            | "GroupByShard" >> beam.GroupByKey()  # (shard, [_Placed])
+            | "CommitShards"
+            >> beam.ParDo(CommitRecordsFn(target), plan).with_output_types(tuple[None, ShardInfo])
+            | "Gather" >> beam.GroupByKey()  # (None, [ShardInfo])
+            | "WriteDatasetInfo"
+            >> beam.ParDo(PublishFn(target), plan).with_output_types(DatasetInfo)  # DatasetInfo
+        )
+        return info

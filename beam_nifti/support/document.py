@@ -1,0 +1,29 @@
+"""Results that are JSON documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Document(Mapping[str, Any]):
+    """A read-only mapping of names to values that JSON can hold; `dict(document)` is the JSON object.
+
+    Args:
+        facts: by name.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._facts = facts
+
+    def __getitem__(self, name: str) -> Any:
+        """A value by its name."""
+        return self._facts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._facts)
+
+    def __len__(self) -> int:
+        """How many names there are."""
+        return len(self._facts)
