@@ -54,7 +54,7 @@ from beam_nifti.pipeline.publish import (
 )
 from beam_nifti.pipeline.records import Traits, examine, to_record
 from beam_nifti.pipeline.resume import parts_roots
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
+from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.record.tfrecord import encode_pieces
@@ -181,7 +181,8 @@ class _WriteNote:
     def read(cls, output: str) -> _WriteNote | None:
         """That of the pipeline that writes there, or has died; None where there is none, or a damaged one."""
         try:
-            facts = load_json(storage.read(storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME)))
+            path = storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME)
+            facts = load_json(storage.read_bounded(path, MAX_INFO_BYTES))
             require_keys(facts, hints_of(cls), hints_of(cls), "")
         except (FileNotFoundError, ValueError):
             return None

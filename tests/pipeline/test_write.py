@@ -182,6 +182,15 @@ def record_of(example_id: str, split: str = "train", **features: Any) -> Record:
     )
 
 
+def test_nothing_of_a_volumes_size_crosses_a_shuffle(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 6, shape=(24, 24, 24))
+    options = make_options(runner="tests.test_invariants.WeighingRunner")
+    with beam.Pipeline(options=options) as p:
+        records = p | ReadManifest(str(manifest)) | LoadVolume() | Rescale() | EncodeExample()
+        records | WriteToTFRecord(str(tmp_path / "out"))
+    assert len(Dataset(tmp_path / "out")) == 6
+
+
 # What it takes
 
 
