@@ -54,7 +54,14 @@ from beam_nifti.pipeline.publish import (
 )
 from beam_nifti.pipeline.records import Traits, examine, to_record
 from beam_nifti.pipeline.resume import parts_roots
-from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, ShardInfo, SplitInfo
+from beam_nifti.record.dataset_info import (
+    FILE_NAME,
+    MAX_INFO_BYTES,
+    DatasetInfo,
+    ShardInfo,
+    SplitInfo,
+    is_failures_file,
+)
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.record.tfrecord import encode_pieces
@@ -188,8 +195,10 @@ class _WriteNote:
             return None
         names = {name: tuple(facts[name]) for name in ("published", "shards")}
         note = cls(**facts | names)
+        # Or files of others would be removed.
         is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
-        return note if is_own else None  # or files of others would be removed
+        is_own &= all(ShardName.parse(n) or is_failures_file(n) for n in (*note.published, *note.shards))
+        return note if is_own else None
 
 
 def _require_current(target: _Target) -> _WriteNote:
@@ -292,8 +301,7 @@ class StartFn(beam.DoFn):
             revision = dead.revision if dead else last_revision(output) + 1
         root = BUILD_FOLDER if target.root == parts_root(output, None) else target.root
         note = _WriteNote(target.token, root, revision, kept)
-        if build is not None:
-            BuildNote.remove(output)
+        BuildNote.remove(output)
         note.write(output)
         return note
 
