@@ -33,9 +33,11 @@ ONLY_IMPORTERS = {
     "tensorflow": {"read.reader", "read.columns", "read.sequential", "read.indexed", "read.layouts"},
     "apache_beam": {
         "pipeline.coders",
+        "pipeline.steps",
         "pipeline.transforms",
         "storage.beam_files",
         "storage.stores",
+        "pipeline.write",
         "storage.s3",
         "storage.gcs",
         "pipeline.local_runner",
