@@ -9,11 +9,11 @@ heading() {
   printf '\n== %s\n' "$*"
 }
 
-# Prints the command of a Python that the pins are made for.
+# Prints the command of a Python that the pins work with.
 find_python() {
   local candidate
-  for candidate in python3.11 python3.12 python3; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+  for candidate in python3.11 python3.12 python3.13 python3; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' \
       2>/dev/null; then
       "$candidate" -c 'import ensurepip, venv' 2>/dev/null ||
         die "$candidate has no venv module; on Debian: apt-get install python3-venv"
@@ -21,7 +21,7 @@ find_python() {
       return
     fi
   done
-  die "Python 3.11 or 3.12 is needed and none was found; on Debian: apt-get install python3 python3-venv"
+  die "Python 3.11, 3.12 or 3.13 is needed and none was found; on Debian: apt-get install python3 python3-venv"
 }
 
 # Prints the pins of file $1, in which the lines of file $2 replace those of the same names.

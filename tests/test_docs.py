@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from beam_nifti.cli import parser as options
-from beam_nifti.cli.build_options import WITHOUT_EFFECT
 from beam_nifti.config import RecordConfig
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
@@ -146,25 +145,6 @@ COMMANDS = (
     *("manifest bids", "manifest glob", "check", "build", "verify", "inspect", "diff", "extract", "view"),
     *("card", "report"),
 )
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_readme_explains_every_option(command: str) -> None:
-    section = README.read_text().split(f"### beam-nifti {command}")[1].split("\n### ")[0]
-    explained = {f"--{name}" for name in re.findall(r"^\| `--([\w-]+)", section, re.M)}
-    flags = _flags(command) - {"--help", "--log-format"}
-    if command == "check":  # what it shares with the build is explained there
-        flags -= _flags("build")
-        (sentence,) = re.findall(r"[^.]*have no effect on `check`", section)
-        (group,) = (g for g in _parser(command)._action_groups if g.title == WITHOUT_EFFECT)
-        assert re.findall(r"`(--[\w-]+)`", sentence) == [a.option_strings[0] for a in group._group_actions]
-    assert explained == flags
-
-
-def test_the_readme_explains_the_options_of_all_commands() -> None:
-    section = README.read_text().split("### All commands")[1].split("\n### ")[0]
-    assert set(re.findall(r"^\| `(--[\w-]+)", section, re.M)) == _flags("") - {"--help"}
-    assert all("--log-format" in _flags(command) for command in COMMANDS)
 
 
 def test_every_flag_in_the_documents_exists() -> None:

@@ -47,7 +47,7 @@ TRIED: dict[str, dict[str, str]] = {
     "`--frames first`": {"frames": "first"},
     "`--rescale none`": {"rescale": "none"},
 }
-"""What docs/images.md tries, in order, until there is a record."""
+"""What docs/corpus.md tries, in order, until there is a record."""
 
 
 def open_with_nibabel(path: Path) -> Any:
@@ -119,7 +119,7 @@ def load(path: Path) -> tuple[tuple[Volume, Volume] | None, str, int]:
 
 
 def told(name: str) -> str:
-    """The row of docs/images.md about an image."""
+    """The row of docs/corpus.md about an image."""
     title = name.replace("+", "/", 1).replace("__", ": ", 1).replace("__", "/")
     refusal = ""
     for option, fields in TRIED.items():
@@ -135,7 +135,7 @@ def told(name: str) -> str:
 
 
 def test_the_documents_say_what_becomes_of_each() -> None:
-    text = (Path(__file__).parents[2] / "docs/images.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/corpus.md").read_text()
     assert [row for row in map(told, FILES) if row not in text] == []
 
 
