@@ -606,7 +606,7 @@ def test_a_mask_of_another_shape_is_named(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.tsv", [{"path": "i.nii", "mask": "m.nii"}])
     output = tmp_path / "out"
     build(manifest, output, columns={"mask": "mask"})
-    assert Dataset(output, columns=["mask"])[0]["mask"].shape == SHAPE
+    assert Dataset(output, columns=["mask"])[0]["mask"].shape == (*SHAPE, 1)
     edit_record(output, 0, with_features(mask_raw=encode_tensor(np.ones((2, 2, 2), np.uint8))))
     with pytest.raises(DatasetError, match=r"its mask_raw is uint8 of \(2, 2, 2\)"):
         Dataset(output, columns=["mask"])[0]

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import DatasetError, ShardError
+from beam_nifti.errors import DatasetError, ShardError, unreadable
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.pseudonyms import hash_version
 from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES, DatasetInfo, ShardInfo, path_of
@@ -469,7 +469,7 @@ def read_shard_index(
     except FileNotFoundError as e:
         raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
     except (ShardError, OSError) as e:
-        raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
+        raise unreadable(f"{path}:", e) from e
     is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
     if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
         raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")

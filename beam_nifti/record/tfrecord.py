@@ -90,11 +90,6 @@ def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> b
     return bytes(decode_buffer(memoryview(data), compressed, most))
 
 
-def make_buffer(size: int) -> memoryview:
-    """Fresh memory of so many bytes."""
-    return memoryview(np.empty(size, np.uint8)).cast("B")
-
-
 def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD) -> memoryview:
     """As `decode_record`, without a copy.
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 from isal import igzip_lib, isal_zlib
 
 from beam_nifti.errors import VolumeError
+from beam_nifti.support.memory import make_buffer
 
 Bytes = bytes | memoryview
 
@@ -244,12 +244,12 @@ class Unpacker:
         """
         self.require(expected)
         size = 0
-        content = memoryview(np.empty(min(most, self._size * DEFLATE_RATIO), np.uint8)).cast("B")
+        content = make_buffer(min(most, self._size * DEFLATE_RATIO))
         while True:
             size += self.readinto(content[size:])
             if size < len(content) or size == most:
                 return content[:size]
-            larger = memoryview(np.empty(min(most, 2 * size), np.uint8)).cast("B")
+            larger = make_buffer(min(most, 2 * size))
             larger[:size] = content
             content = larger
 

@@ -269,6 +269,14 @@ def test_columns_of_the_manifest_named_like_those_of_records(tmp_path: Path) -> 
         Dataset(tmp_path / "out", where="image == 'T1'")
 
 
+def test_a_dataset_is_shown_in_one_line(dataset: Path) -> None:
+    records = Dataset(dataset, "train[1:]+test", channels_first=True, columns=["image", "age"])
+    text = f"<Dataset train+test: 11 of 12 records of image float32 (1, 6, 5, 4), age; {dataset}>"
+    assert repr(records) == text
+    assert repr(records[:1]) == text.replace("11", "1")
+    assert repr(Dataset(dataset, "test", columns=["id"])) == f"<Dataset test: 3 records of id; {dataset}>"
+
+
 def test_shards_without_records(tmp_path: Path) -> None:
     manifest = write_cohort(tmp_path, 3)
     (tmp_path / "sub-0001.nii.gz").write_bytes(b"damaged")
@@ -440,7 +448,7 @@ def test_channels_masks_and_labels(tmp_path: Path, rescale: str) -> None:
         assert element["label"] == labels["age"] == i / 2
         assert element["label/sex"] == labels["sex"] == (i == 1)
         assert element["sex"] == "FMF"[i]
-        assert np.array_equal(element["mask"], np.full((6, 5, 4), i))
+        assert np.array_equal(element["mask"], np.full((6, 5, 4, 1), i))
         assert element["max"].shape == (2,)
     assert Dataset(output, where="sex == 'F' and age > 0.5").ids == ["2_T1w.nii"]
 
