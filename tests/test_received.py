@@ -30,8 +30,9 @@ from beam_nifti.random_access import Dataset
 from beam_nifti.record import parquet_pages
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
-from beam_nifti.record.index import Limits, read_index, read_shard_index
+from beam_nifti.record.index import Limits, read_index
 from beam_nifti.record.parquet_pages import require_said_sizes
+from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.record.tfrecord import decode_record, encode_record
 from beam_nifti.reporting.summary import read_failures
 from tests.build_helpers import arrow_memory, build, make_config

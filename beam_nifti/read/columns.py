@@ -86,8 +86,13 @@ class Column:
         for axis in range(1, rank):
             lengths.append(tf.repeat(shapes[:, axis], rows))
             rows *= shapes[:, axis]
-        inner = tf.reshape(values, (-1, *self.shape[rank:]))
-        return tf.RaggedTensor.from_nested_row_lengths(inner, lengths, validate=False)
+        ragged = tf.reshape(values, (-1, *self.shape[rank:]))
+        for size, of_axis in zip(self.shape[rank - 1 :: -1], reversed(lengths), strict=True):
+            if size is None:
+                ragged = tf.RaggedTensor.from_row_lengths(ragged, of_axis, validate=False)
+            else:
+                ragged = tf.RaggedTensor.from_uniform_row_length(ragged, size, validate=False)
+        return ragged
 
 
 _OF_RECORDS: Final = {
@@ -122,14 +127,7 @@ def channels_of(info: DatasetInfo) -> int | None:
 def describe_columns(
     names: Sequence[str], info: DatasetInfo, num_channels: int | None, channels_first: bool
 ) -> list[Column]:
-    """Columns as TensorFlow sees them.
-
-    Args:
-        names: of them.
-        info: of the dataset.
-        num_channels: of its images; None where it differs between them.
-        channels_first: whether the axis of channels is the first one.
-    """
+    """Columns as TensorFlow sees them; `num_channels` is None where it differs between images."""
     return [_describe(name, info, num_channels, channels_first) for name in names]
 
 

@@ -63,11 +63,6 @@ def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) 
 def decode_mask(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[Any]:
     """The labels of a record's mask, of shape (X, Y, Z, 1), in the dtype in which they are stored.
 
-    Args:
-        features: as `decode_image`.
-        shape: of the voxels.
-        info: of the dataset.
-
     Raises:
         ShardError: they are not as `shape` and `info` say.
     """

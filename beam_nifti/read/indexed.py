@@ -92,16 +92,11 @@ os.register_at_fork(after_in_child=_gate.reset)  # which has none of the threads
 class _Steps:
     """What TensorFlow calls for the records of a step, from several threads at a time.
 
-    Args:
-        records: to read.
-        columns: of them.
-        order: of them.
-        batching: of them.
-        skips: whether to skip damaged records. A step is a batch then: of one record, perhaps, or of none.
+    A step is a batch, of one record, perhaps, or of none, also where single records are skipped if damaged.
 
     Attributes:
-        columns: as above.
-        batching: as above.
+        columns: of the records.
+        batching: of them.
     """
 
     def __init__(
@@ -183,10 +178,6 @@ class _Call:
 
     So this holds no index: the dataset holds its `_Steps`. TensorFlow may read on where Python has dropped
     the dataset, as in a graph that was made of it; then the records are opened again.
-
-    Args:
-        steps: of the dataset.
-        reopen: makes them again.
     """
 
     def __init__(self, steps: _Steps, reopen: Callable[[], _Steps]) -> None:

@@ -44,13 +44,6 @@ def read_files(
 ) -> tf.data.Dataset:
     """A dataset of X, or of X and y where records have labels, of unknown cardinality.
 
-    Args:
-        pattern: a glob, or the path of a file.
-        layout: one of `LAYOUTS`.
-        batching: of the examples. Volumes may differ in shape where it pads or is ragged.
-        passes: over them.
-        channels_first: whether the axis of channels is the first one of a volume.
-
     Raises:
         DatasetError: there is no such file, none of them holds a record, or the first record is not of the
             layout.

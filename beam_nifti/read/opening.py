@@ -14,7 +14,8 @@ import pyarrow as pa
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.record import dataset_info
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
-from beam_nifti.record.index import read_shard_index
+from beam_nifti.record.example import label_feature
+from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 
 T = TypeVar("T")
@@ -122,10 +123,6 @@ class Opened:
 
         Columns whose names mean something else of a record, such as "id", are called `manifest_NAME`.
 
-        Args:
-            shards: whose they are.
-            columns: to read, of those that there are; None means all.
-
         Raises:
             DatasetError: one cannot be read, or is not that of its shard.
         """
@@ -162,18 +159,32 @@ class Opened:
         choices = ", ".join(sorted(known))
         return UsageError(f"{self.path}: records have no column {name!r}; choose among {choices}{remedy}")
 
+    @property
+    def label_is_text(self) -> bool:
+        """Whether the first label is a string, so that no number stands for it."""
+        return bool(self.info.labels) and self.info.labels[0].kind == "string"
+
     def choose_columns(self, asked: Sequence[str] | None) -> tuple[str, ...]:
-        """The columns of an element: those that are asked for, each once, or the default."""
+        """The columns of an element: those that are asked for, each once, or the default.
+
+        Raises:
+            UsageError: the number of a label that is a text is among them: it would look like a missing one.
+        """
+        labels = [label_feature(column.name) for column in self.info.labels]
         if asked is None:
-            return tuple(name for name in _DEFAULT_COLUMNS if self.info.labelled or name != "label")
+            label = labels[0] if self.label_is_text else "label"
+            there = [name for name in _DEFAULT_COLUMNS if name in self.columns_of_records]
+            names = (label if name == "label" else name for name in there)
+            return tuple(name for name in names if self.info.labelled or name != "label")
+        if "label" in asked and self.label_is_text:
+            raise UsageError(
+                f"{self.path}: the first label is a string and no number; choose among {', '.join(labels)}"
+            )
         return tuple(dict.fromkeys(asked))
 
 
 def open_dataset(path: str) -> Opened:
-    """Open a complete dataset.
-
-    Args:
-        path: its folder, absolute, or its URL.
+    """Open a complete dataset, by its absolute path or its URL.
 
     Raises:
         DatasetError: there is none, it is damaged, or cannot be reached.

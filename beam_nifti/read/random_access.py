@@ -114,11 +114,7 @@ class Dataset:
         return [self[index] for index in indices]
 
     def lend(self, number: int) -> Element:
-        """As `dataset[number]`, to be copied: this thread's next read may overwrite its arrays.
-
-        Args:
-            number: of the record, from 0.
-        """
+        """As `dataset[number]`, to be copied: this thread's next read may overwrite its arrays."""
         return self._records.read(int(self._rows[number]), lent=True)
 
     def __iter__(self) -> Iterator[Element]:

@@ -24,7 +24,7 @@ from beam_nifti.record.example import decode_example, largest_payload
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.tfrecord import decode_buffer
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.memory import make_buffer
+from beam_nifti.volume.compression import make_buffer
 
 Element = dict[str, Any]
 Rows = range | npt.NDArray[np.int64]
@@ -98,11 +98,7 @@ class Records:
         return found[0] if len(found) == 1 else np.concatenate([np.asarray(r, np.int64) for r in found])
 
     def read(self, row: int, lent: bool = False) -> Element:
-        """The element of a row of the table.
-
-        Args:
-            row: of the table.
-            lent: as `Dataset.lend`.
+        """The element of a row of the table; `lent` as `Dataset.lend`.
 
         Raises:
             DatasetError: the record is missing or damaged.
@@ -144,7 +140,7 @@ class Records:
     def _cell(self, name: str, row: int) -> Any:
         """What the index says of a record."""
         cell = self.table["example_id" if name == "id" else name][row]
-        if isinstance(cell, pa.ListScalar):
+        if isinstance(cell, pa.ListScalar) and cell.is_valid:
             values = cell.values.fill_null("") if pa.types.is_string(cell.type.value_type) else cell.values
             array = values.to_numpy(zero_copy_only=False).copy()
             return array.reshape((4, 4) if name == "affine" else -1)
@@ -190,7 +186,7 @@ def select_records(
         table = table.append_column("id", table["example_id"])
         first = next(iter(opened.info.labels), None)  # of which `label` is the number
         texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
-        if first and first.kind == "string" and "label" in condition.columns:
+        if opened.label_is_text and "label" in condition.columns:
             raise UsageError(
                 f"where is {where!r}, but a label of the kind string is no number; ask {texts['label']}, "
                 "which has the text"
@@ -206,14 +202,7 @@ def open_records(
     channels_first: bool,
     asked: Collection[str] = (),
 ) -> Records:
-    """Read what is needed to find the records of some splits.
-
-    Args:
-        opened: the dataset.
-        parts: name the splits.
-        columns: of an element; None means the default.
-        channels_first: as `Dataset`.
-        asked: columns of the index, besides.
+    """Read what is needed to find the records of some splits, and of the index what is `asked` besides.
 
     Raises:
         DatasetError, UsageError: as `Dataset`.

@@ -87,14 +87,6 @@ def read_examples(
 ) -> tf.data.Dataset:
     """A dataset whose elements are tuples of tensors, one per column.
 
-    Args:
-        opened: the dataset, which is looked at again at the beginning of each epoch.
-        split: name of one.
-        names: of the columns.
-        batching: of the examples.
-        passes: over them.
-        channels_first: whether the axis of channels is the first one of a volume.
-
     Raises:
         DatasetError: there is no such split, or a shard is missing or cut off.
         UsageError: records have no such column, or examples of different shapes are to be batched.
@@ -108,13 +100,9 @@ def read_examples(
     columns = describe_columns(names, info, channels_of(info), channels_first)
     batching.check(opened.path, columns)
     files = {storage.join(opened.path, shard.name): shard.num_examples for shard in shards}
-    records = read_records(
-        list(files),
-        "GZIP" if info.config["compression"] == "gzip" else "",
-        passes,
-        counts=list(files.values()),
-        check=_rebuild_check(opened),
-    )
+    compression = "GZIP" if info.config["compression"] == "gzip" else ""
+    check = partial(_checked, opened)
+    records = read_records(list(files), compression, passes, list(files.values()), check)
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
     return finish(
         records, _parser(info, columns, channels_first), batching, passes, info.shape, tf.as_dtype(info.dtype)
@@ -129,16 +117,7 @@ def finish(
     shape: Sequence[int] | None,
     dtype: tf.DType,
 ) -> tf.data.Dataset:
-    """Shuffle and parse serialized Examples, and batch what they hold.
-
-    Args:
-        records: the Examples, of one epoch.
-        parse: makes cells of one.
-        batching: of the examples.
-        passes: over them.
-        shape: of every volume, None where shapes are mixed.
-        dtype: of its voxels.
-    """
+    """Shuffle and parse serialized Examples, and batch what they hold."""
     if passes.shuffle:
         records = records.shuffle(shuffle_window(shape, dtype.size), passes.seed)
     examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
@@ -149,9 +128,8 @@ def read_records(
     files: Sequence[str],
     compression: str,
     passes: Passes,
-    *,
     counts: Sequence[int] | None = None,
-    check: Callable[[], tf.Operation] | None = None,
+    check: Callable[[tf.data.Dataset], tf.data.Dataset] = lambda files: files,
 ) -> tf.data.Dataset:
     """The serialized Examples of some files: one of each of eight files in turn.
 
@@ -160,11 +138,9 @@ def read_records(
         compression: of all: "GZIP" or "".
         passes: over them.
         counts: of their records, to be checked.
-        check: makes the operation that is run at the beginning of each epoch.
+        check: adds to the dataset of the files what is done at the beginning of each epoch.
     """
-    is_first = [True, *[False] * (len(files) - 1)][: len(files)]
-    listed = (list(files), list(counts or [0] * len(files)), is_first)
-    places = tf.data.Dataset.from_tensor_slices(listed).map(partial(_place, check))
+    places = check(tf.data.Dataset.from_tensor_slices((list(files), list(counts or [0] * len(files)))))
     if passes.shuffle:
         places = places.shuffle(len(files), passes.seed)
 
@@ -178,29 +154,15 @@ def read_records(
     )
 
 
-def _place(
-    check: Callable[[], tf.Operation] | None, path: tf.Tensor, count: tf.Tensor, is_first: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Path and count of a file; of the first one once the check is made."""
-    if check is None:
-        return path, count
-    checked = tf.cond(is_first, lambda: _after(check(), path), lambda: tf.identity(path))
-    return checked, count
+def _checked(opened: Opened, files: tf.data.Dataset) -> tf.data.Dataset:
+    """The files, after a look whether the dataset was built again."""
 
+    def check(content: tf.Tensor) -> tf.Tensor:
+        is_same = tf.io.read_file(f"{opened.path}/{FILE_NAME}") == content
+        with tf.control_dependencies([tf.debugging.Assert(is_same, [f"{opened.path}: {REBUILT}"])]):
+            return tf.identity(is_same)
 
-def _after(operation: tf.Operation, tensor: tf.Tensor) -> tf.Tensor:
-    with tf.control_dependencies([operation]):
-        return tf.identity(tensor)
-
-
-def _rebuild_check(opened: Opened) -> Callable[[], tf.Operation]:
-    """What makes an operation that fails where dataset_info.json is not what it was."""
-
-    def check() -> tf.Operation:
-        is_same = tf.io.read_file(f"{opened.path}/{FILE_NAME}") == opened.content
-        return tf.debugging.Assert(is_same, [f"{opened.path}: {REBUILT}"])
-
-    return check
+    return tf.data.Dataset.from_tensors(opened.content).map(check).flat_map(lambda _: files)
 
 
 def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.Dataset:
@@ -230,12 +192,7 @@ def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.
 
 
 def shuffle_window(shape: Sequence[int] | None, itemsize: int) -> int:
-    """Examples that a shuffle draws from; the same on every machine.
-
-    Args:
-        shape: of every volume, None where shapes are mixed.
-        itemsize: bytes of a voxel.
-    """
+    """Examples that a shuffle draws from; the same on every machine."""
     if shape is None:
         return _SHUFFLE_BUFFER
     return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // (math.prod(shape) * itemsize)))

@@ -1,4 +1,4 @@
-"""Large buffers: made without being filled, and kept instead of being handed back to the kernel."""
+"""Keeping large buffers in the process instead of handing each back to the kernel."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import ctypes
 import ctypes.util
 import sys
 from typing import Final
-
-import numpy as np
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -30,8 +28,3 @@ def keep_buffers() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
-
-
-def make_buffer(size: int) -> memoryview:
-    """Fresh memory of so many bytes, whatever they are."""
-    return memoryview(np.empty(size, np.uint8)).cast("B")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
 from isal import igzip_lib, isal_zlib
 
 from beam_nifti.errors import VolumeError
-from beam_nifti.support.memory import make_buffer
 
 Bytes = bytes | memoryview
 
@@ -31,6 +31,11 @@ _DAMAGE: Final[tuple[type[Exception], ...]] = (
     igzip_lib.IsalError,  # type: ignore[assignment]  # isal's stub calls the class an instance
 )
 """What a damaged stream raises."""
+
+
+def make_buffer(size: int) -> memoryview:
+    """Fresh memory of so many bytes, whatever they are."""
+    return memoryview(np.empty(size, np.uint8)).cast("B")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,15 @@ from beam_nifti.errors import VolumeError, is_of_path
 from beam_nifti.manifest.image_names import HALF, PACKED
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
-from beam_nifti.support.memory import make_buffer
-from beam_nifti.volume.compression import Bytes, Unpacker, content_size, fill, packing_of, unpacked_head
+from beam_nifti.volume.compression import (
+    Bytes,
+    Unpacker,
+    content_size,
+    fill,
+    make_buffer,
+    packing_of,
+    unpacked_head,
+)
 from beam_nifti.volume.formats import HEAD_BYTES
 from beam_nifti.volume.header import VolumeHeader
 
