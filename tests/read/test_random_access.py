@@ -245,6 +245,16 @@ def test_without_labels(tmp_path: Path) -> None:
     assert np.isnan(Dataset(tmp_path / "out", columns=["label"])[0]["label"])
 
 
+def test_a_first_label_that_is_a_text(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.nii")
+    manifest = write_manifest(tmp_path / "manifest.tsv", [{"path": "a.nii", "name": "left"}])
+    build(manifest, tmp_path / "out", columns={"label": "name:string"})
+    assert list(Dataset(tmp_path / "out")[0]) == ["image", "label/name", "id", "affine", "zooms"]
+    assert Dataset(tmp_path / "out", columns=["label/name"])[0]["label/name"] == b"left"
+    with pytest.raises(UsageError, match="first label is a string and no number; choose among label/name"):
+        Dataset(tmp_path / "out", columns=["label"])
+
+
 def test_columns_of_the_manifest_named_like_those_of_records(tmp_path: Path) -> None:
     rows = [
         {
