@@ -224,6 +224,11 @@ class NewerFormatError(DatasetError):
     """A dataset of a format that a later version of this package has written."""
 
 
+def unreadable(what: str, error: Exception) -> DatasetError:
+    """The error where a file or a record of a dataset cannot be read, with its remedy."""
+    return DatasetError(f"{what} cannot be read ({error}); run beam-nifti verify")
+
+
 def is_of_path(error: OSError) -> bool:
     """Whether a file could not be read because of its path or its permissions.
 

@@ -38,7 +38,11 @@ def main() -> None:
 
     torch.manual_seed(0)
     records = Dataset(
-        options.dataset, options.split, where=options.where, columns=["image", "label", "id", "affine"]
+        options.dataset,
+        options.split,
+        where=options.where,
+        columns=["image", "label", "id", "affine"],
+        channels_first=True,
     )
     loader = DataLoader(
         records,
@@ -48,13 +52,13 @@ def main() -> None:
         multiprocessing_context=options.start_method if options.workers else None,
         persistent_workers=options.workers > 0,
     )
-    network = make_network(records[0]["image"].shape[-1])
+    network = make_network(records[0]["image"].shape[0])
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     for epoch in range(options.epochs):
         total = 0.0
         ids = list[str]()
         for batch in loader:
-            x = batch["image"].movedim(-1, 1)  # (B, X, Y, Z, C) to PyTorch's (B, C, X, Y, Z)
+            x = batch["image"]  # (B, C, X, Y, Z)
             loss = nn.functional.mse_loss(network(x)[:, 0], batch["label"])
             optimizer.zero_grad()
             loss.backward()

@@ -30,8 +30,9 @@ from beam_nifti.random_access import Dataset
 from beam_nifti.record import parquet_pages
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
-from beam_nifti.record.index import Limits, read_index, read_shard_index
+from beam_nifti.record.index import Limits, read_index
 from beam_nifti.record.parquet_pages import require_said_sizes
+from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.record.tfrecord import decode_record, encode_record
 from beam_nifti.reporting.summary import read_failures
 from tests.build_helpers import arrow_memory, build, make_config
@@ -679,7 +680,7 @@ def test_a_mask_of_another_shape_is_named(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "m.tsv", [{"path": "i.nii", "mask": "m.nii"}])
     output = tmp_path / "out"
     build(manifest, output, columns={"mask": "mask"})
-    assert Dataset(output, columns=["mask"])[0]["mask"].shape == SHAPE
+    assert Dataset(output, columns=["mask"])[0]["mask"].shape == (*SHAPE, 1)
     edit_record(output, 0, with_features(mask_raw=encode_tensor(np.ones((2, 2, 2), np.uint8))))
     with pytest.raises(DatasetError, match=r"its mask_raw is uint8 of \(2, 2, 2\)"):
         Dataset(output, columns=["mask"])[0]

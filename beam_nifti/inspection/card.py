@@ -12,7 +12,7 @@ from beam_nifti.inspection.croissant import make_croissant
 from beam_nifti.inspection.description import describe, format_description
 from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, DatasetInfo, path_of, read_info
 from beam_nifti.record.example import MASK_FEATURE, SCALING_FEATURES, split_kind
-from beam_nifti.record.index import read_shard_index
+from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import size_text

@@ -21,10 +21,11 @@ from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_failures_list, read_info
-from beam_nifti.record.index import extra_column, read_shard_index
+from beam_nifti.record.index import extra_column
+from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
-from beam_nifti.support.wording import counted, format_rows, size_text
+from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
@@ -308,10 +309,10 @@ def format_description(description: Mapping[str, Any]) -> str:
 def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     config, manifest, failures = d["config"], d["manifest"], d["failures"]
     yield "dataset", f"{d['path']}  (format {d['format_version']}, revision {d['revision']})"
-    yield "examples", f"{d['num_examples']:,} in {_bytes_text(d['num_bytes'])}"
+    yield "examples", f"{d['num_examples']:,} in {bytes_text(d['num_bytes'])}"
     for name, split in d["splits"].items():
         shards = counted(split["num_shards"], "shard")
-        yield f"  {name}", f"{split['num_examples']:,} in {shards}, {_bytes_text(split['num_bytes'])}"
+        yield f"  {name}", f"{split['num_examples']:,} in {shards}, {bytes_text(split['num_bytes'])}"
     if drawn := config.get("splitting"):
         shares = ", ".join(f"{name} {share:g}" for name, share in drawn["shares"].items())
         within = f", within each {drawn['stratify']}" if drawn["stratify"] else ""
@@ -405,12 +406,3 @@ def _numbers_text(numbers: Mapping[str, float | None]) -> str:
     if not numbers["count"]:
         return "none"
     return f"{numbers['min']:g} to {numbers['max']:g}, mean {numbers['mean']:g}"
-
-
-def _bytes_text(size: int) -> str:
-    value, unit = float(size), "bytes"
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{size:,} bytes" if unit == "bytes" else f"{value:.1f} {unit}"

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import DatasetError, ShardError, UsageError
+from beam_nifti.errors import ShardError, UsageError, unreadable
 from beam_nifti.inspection.description import describe_records
 from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_record
 from beam_nifti.manifest.image_names import stem_of
@@ -127,10 +127,7 @@ def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolu
         try:
             yield _read_record(path_of(output, cells["shard"]), cells, spec)
         except (ShardError, OSError) as e:
-            raise DatasetError(
-                f"{output}: record {cells['example_id']!r} of {cells['shard']} cannot be read ({e}); run "
-                "beam-nifti verify"
-            ) from e
+            raise unreadable(f"{output}: record {cells['example_id']!r} of {cells['shard']}", e) from e
 
 
 def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> StoredVolume:

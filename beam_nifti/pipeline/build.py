@@ -54,7 +54,7 @@ from beam_nifti.pipeline.publish import (
 )
 from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_list, read_info
-from beam_nifti.record.index import read_shard_index
+from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.record.sharding import ShardName, shard_ranges
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage

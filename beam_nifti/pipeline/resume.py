@@ -27,10 +27,11 @@ from beam_nifti.pipeline.parts import (
 )
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
-from beam_nifti.record.index import Limits, read_sound_index
+from beam_nifti.record.index import Limits
+from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import bytes_text, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +118,7 @@ class Work:
 
     def __str__(self) -> str:
         """Such as 1,200 finished examples (293.1 MB)."""
-        size = f"{self.num_bytes / 1e6:.1f} MB" if self.num_bytes >= 1e5 else f"{self.num_bytes:,} bytes"
-        return f"{counted(self.num_records, 'finished example')} ({size})"
+        return f"{counted(self.num_records, 'finished example')} ({bytes_text(self.num_bytes)})"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
 from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
-from beam_nifti.support.wording import counted, format_rows, size_text
+from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
 from beam_nifti.volume.notes import TEXTS
@@ -286,7 +286,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "images", f"{r['num_images']:,} in {r['source_bytes'] / 1e6:,.1f} MB: {r['manifest']}"
+    yield "images", f"{r['num_images']:,} in {bytes_text(r['source_bytes'])}: {r['manifest']}"
     for name in (*_FACTS, "records", "frames"):
         title = "spacings, mm" if name == "spacings" else name
         yield from _listed(title, [f"{kind}: {count:,}" for kind, count in r[name].items()])
@@ -302,10 +302,10 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     across = (" = ".join(f"{name} ({split})" for name, split in g.items()) for g in r["twins_across_splits"])
     yield from _listed("in two splits", list(across))
     examples, shards = counted(r["num_examples"], "example"), counted(r["num_shards"], "shard")
-    yield "would make", f"{examples}, {shards}, {r['record_bytes'] / 1e6:,.1f} MB"
+    yield "would make", f"{examples}, {shards}, {bytes_text(r['record_bytes'])}"
     if len(r["splits"]) > 1:
         yield "splits", ", ".join(f"{name} {count:,}" for name, count in r["splits"].items())
-    yield "memory", f"about {r['worker_bytes'] / 1e9:.1f} GB for a worker of one thread"
+    yield "memory", f"about {bytes_text(r['worker_bytes'])} for a worker of one thread"
     if r["suggested_flags"]:
         yield "suggestion", " ".join(["use", *r["suggested_flags"]])
     if (found := r["not_suggested"]) and found["flags"]:

@@ -1,4 +1,4 @@
-"""What the elements of `reader.load_dataset` are made of: columns, and batches of their cells."""
+"""What the elements of `reader.load_dataset` are made of: columns of cells."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import tensorflow as tf
 
-from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.read.order import whole_number
-from beam_nifti.read.random_access import Element
+from beam_nifti.errors import DatasetError
+from beam_nifti.read.records import Element
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import split_kind
 from beam_nifti.record.index import SOURCE_LISTS, schema_of
@@ -56,9 +55,7 @@ class Column:
     def cell(self, element: Element) -> Array:
         """An element's cell."""
         value = element[self.name]
-        if self.name == "mask":
-            value = value[..., np.newaxis]
-        elif self.dtype == tf.string:
+        if self.dtype == tf.string:
             value = np.array(value or b"", object)
         return np.asarray(value, self.dtype.as_numpy_dtype)
 
@@ -115,70 +112,23 @@ class Column:
         for axis in range(1, rank):
             lengths.append(tf.repeat(shapes[:, axis], rows))
             rows *= shapes[:, axis]
-        inner = tf.reshape(values, (-1, *self.shape[rank:]))
-        return tf.RaggedTensor.from_nested_row_lengths(inner, lengths, validate=False)
+        ragged = tf.reshape(values, (-1, *self.shape[rank:]))
+        for size, of_axis in zip(self.shape[rank - 1 :: -1], reversed(lengths), strict=True):
+            if size is None:
+                ragged = tf.RaggedTensor.from_row_lengths(ragged, of_axis, validate=False)
+            else:
+                ragged = tf.RaggedTensor.from_uniform_row_length(ragged, size, validate=False)
+        return ragged
 
 
-@dataclass(frozen=True, slots=True)
-class Batching:
-    """How examples become batches.
-
-    Attributes:
-        size: examples a batch; None leaves them single.
-        drop_remainder: leave out a last batch that is not full.
-        pad: fill cells of different shapes with zeros.
-        ragged: put cells of different shapes into ragged tensors.
-    """
-
-    size: int | None = None
-    drop_remainder: bool = False
-    pad: bool = False
-    ragged: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size is not None:
-            object.__setattr__(self, "size", whole_number("batch_size", self.size))
-            if self.size < 1:
-                raise UsageError(f"batch_size is {self.size}; it must be at least 1")
-        if self.drop_remainder and self.size is None:
-            raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")
-        if self.ragged and self.size is None:
-            raise UsageError("ragged is about batches, but there are none; give a batch_size")
-        if self.ragged and self.pad:
-            raise UsageError("pad and ragged are two ways to batch volumes of different shapes; choose one")
-
-    def makes_ragged(self, column: Column) -> bool:
-        """Whether batches of a column are ragged tensors."""
-        return self.ragged and column.varies
-
-    def check(self, folder: str, columns: Sequence[Column]) -> None:
-        """Refuse to put into a batch what has different shapes.
-
-        Raises:
-            UsageError: a column has them, and neither `pad` nor `ragged` says what to do.
-        """
-        varying = [column.name for column in columns if column.varies]
-        if varying and not (self.pad or self.ragged or self.size in (None, 1)):
-            what = "the volumes" if varying[0] in ("image", "mask") else varying[0]
-            raise UsageError(
-                f"batch_size is {self.size}, but {what} of {folder} have different shapes; use batch_size=1 "
-                "or None, or pad=True, or ragged=True"
-            )
-
-    def apply(self, examples: tf.data.Dataset) -> tf.data.Dataset:
-        """Batch a dataset of examples."""
-        if self.size is None:
-            return examples
-        if self.ragged:
-            return examples.ragged_batch(self.size, self.drop_remainder)
-        if self.pad:
-            return _with_bounded_padding(examples, self.size).padded_batch(
-                self.size, drop_remainder=self.drop_remainder
-            )
-        return examples.batch(self.size, drop_remainder=self.drop_remainder)
+_OF_RECORDS: Final = {
+    "label": Column("label", tf.float32),
+    "affine": Column("affine", tf.float64, (4, 4)),
+}
+"""Columns that the index has in another dtype or shape."""
 
 
-def _with_bounded_padding(examples: tf.data.Dataset, size: int) -> tf.data.Dataset:
+def with_bounded_padding(examples: tf.data.Dataset, size: int) -> tf.data.Dataset:
     """The same examples, up to one with which a padded batch would be what `Column.check_padding` refuses."""
     specs = tf.nest.flatten(examples.element_spec)
     varying = [at for at, spec in enumerate(specs) if not spec.shape.is_fully_defined()]
@@ -229,27 +179,20 @@ def channels_of(info: DatasetInfo) -> int | None:
     return None if info.config.get("frames") == "all" else 1
 
 
-def describe_columns(names: Sequence[str], info: DatasetInfo, num_channels: int | None) -> list[Column]:
-    """Columns as TensorFlow sees them.
-
-    Args:
-        names: of them.
-        info: of the dataset.
-        num_channels: of its images; None where it differs between them.
-    """
-    return [_describe(name, info, num_channels) for name in names]
+def describe_columns(
+    names: Sequence[str], info: DatasetInfo, num_channels: int | None, channels_first: bool
+) -> list[Column]:
+    """Columns as TensorFlow sees them; `num_channels` is None where it differs between images."""
+    return [_describe(name, info, num_channels, channels_first) for name in names]
 
 
-def _describe(name: str, info: DatasetInfo, num_channels: int | None) -> Column:
-    space = (info.shape or (None,) * 3)[:3]
-    known = {
-        "image": Column(name, tf.float32, (*space, num_channels)),
-        "mask": Column(name, tf.int32, (*space, 1)),
-        "label": Column(name, tf.float32),
-        "affine": Column(name, tf.float64, (4, 4)),
-    }
-    if name in known:
-        return known[name]
+def _describe(name: str, info: DatasetInfo, num_channels: int | None, channels_first: bool) -> Column:
+    if f"{name}_raw" in info.features:
+        dtype, channels = (tf.float32, num_channels) if name == "image" else (tf.int32, 1)
+        space = (info.shape or (None,) * 3)[:3]
+        return Column(name, dtype, (channels, *space) if channels_first else (*space, channels))
+    if name in _OF_RECORDS:
+        return _OF_RECORDS[name]
     fields = schema_of(info.record_config)
     if name in fields.names:
         return _describe_field(fields.field(name), info)

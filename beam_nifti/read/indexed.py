@@ -16,20 +16,23 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from beam_nifti.errors import DatasetError, ShardError, UsageError
-from beam_nifti.read.columns import Array, Batching, Column, channels_of, describe_columns
+from beam_nifti.read.columns import Array, Column, channels_of, describe_columns
+from beam_nifti.read.opening import REMOTE_READS, rebuilt
 from beam_nifti.read.order import Order
-from beam_nifti.read.random_access import Dataset, Element, rebuilt
+from beam_nifti.read.random_access import Dataset
+from beam_nifti.read.records import Element
+from beam_nifti.read.request import Batching
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import count_cores
 
-_REMOTE_READS: Final = 16
-"""Records that are read at a time where each is a request."""
+Cells: TypeAlias = tf.Tensor | tf.RaggedTensor
+"""Of a column."""
 
 _QUIET_SECONDS: Final = 0.1
 """Without a call until a pipeline counts as standing still. It takes microseconds from one to the next."""
@@ -89,13 +92,11 @@ os.register_at_fork(after_in_child=_gate.reset)  # which has none of the threads
 class _Steps:
     """What TensorFlow calls for the records of a step, from several threads at a time.
 
-    Args:
-        records: to read.
-        columns: of them.
-        order: of them.
+    A step is a batch, of one record, perhaps, or of none, also where single records are skipped if damaged.
+
+    Attributes:
+        columns: of the records.
         batching: of them.
-        is_batch: whether a step is a batch; a single record, without the axis B, otherwise.
-        skips: whether to skip damaged records, of a batch.
     """
 
     def __init__(
@@ -105,24 +106,30 @@ class _Steps:
         order: Order,
         batching: Batching,
         *,
-        is_batch: bool,
         skips: bool,
     ) -> None:
-        self._records, self._columns, self._order = records, columns, order
-        self._batching, self._is_batch, self._skips = batching, is_batch, skips
+        self._records, self.columns, self._order = records, columns, order
+        self.batching, self._skips = batching, skips
+        self._is_batch = batching.size is not None or skips
         self._skipped: set[int] = set()
         self._epoch = -1
         self._lock = threading.Lock()
+
+    @property
+    def lead(self) -> tuple[int | None, ...]:
+        """The axis of a batch, if there is one, and its size where that is known before it is read."""
+        is_full = self.batching.drop_remainder and not self._skips
+        return (self.batching.size if is_full else None,) if self._is_batch else ()
 
     def read(self, step: int) -> list[Array]:
         """The cells of a step's records, one array per column; two of a ragged one."""
         self._begin(step)
         numbers, pool = self._order.batch(step).tolist(), _threads(_count_reads(self._records.path))
-        if self._skips or any(column.varies for column in self._columns):
+        if self._skips or any(column.varies for column in self.columns):
             elements = list(filter(None, pool.map(self._read, numbers)))
-            arrays = [array for column in self._columns for array in self._join(column, elements)]
+            arrays = [array for column in self.columns for array in self._join(column, elements)]
         else:
-            arrays = [column.allocate((), len(numbers)) for column in self._columns]
+            arrays = [column.allocate((), len(numbers)) for column in self.columns]
             for done in [pool.submit(self._fill, arrays, *each) for each in enumerate(numbers)]:
                 done.result()
         return arrays if self._is_batch else [array.reshape(array.shape[1:]) for array in arrays]
@@ -138,12 +145,12 @@ class _Steps:
     def _fill(self, arrays: Sequence[Array], place: int, number: int) -> None:
         """Put a record where it belongs in a batch."""
         element = self._records.lend(number)
-        for column, array in zip(self._columns, arrays, strict=True):
+        for column, array in zip(self.columns, arrays, strict=True):
             column.put(element, array, place)
 
     def _join(self, column: Column, elements: Sequence[Element]) -> Sequence[Array]:
         """The arrays of a column whose cells may differ in shape, or in number."""
-        if self._batching.makes_ragged(column):
+        if self.batching.makes_ragged(column):
             return column.join(elements)
         column.check_padding(self._records.path, elements)
         array = column.allocate(elements, len(elements))
@@ -172,10 +179,6 @@ class _Call:
 
     So this holds no index: the dataset holds its `_Steps`. TensorFlow may read on where Python has dropped
     the dataset, as in a graph that was made of it; then the records are opened again.
-
-    Args:
-        steps: of the dataset.
-        reopen: makes them again.
     """
 
     def __init__(self, steps: _Steps, reopen: Callable[[], _Steps]) -> None:
@@ -199,7 +202,7 @@ class _Call:
 
 def _count_reads(path: str) -> int:
     """Records that are read at a time."""
-    return _REMOTE_READS if storage.is_remote(path) else count_cores()
+    return REMOTE_READS if storage.is_remote(path) else count_cores()
 
 
 @lru_cache
@@ -233,8 +236,8 @@ def read_indexed(
     Args:
         records: to read.
         order: of them.
-        reopen: opens the same records again; is held until the process ends.
         batching: of them; its size is that of `order`, or None for single records.
+        reopen: opens the same records again; is held until the process ends.
         repeat: how many epochs; None means without end.
         start: the first step, counted through all epochs.
         skips: whether to skip damaged records. The cardinality is unknown then.
@@ -242,19 +245,15 @@ def read_indexed(
     Raises:
         UsageError: there are fewer steps, or records of different shapes are to be batched.
     """
-    columns = describe_columns(records.columns, records.info, _count_channels(records))
+    columns = describe_columns(
+        records.columns, records.info, _count_channels(records), records.channels_first
+    )
     batching.check(records.path, columns)
-    steps = _count_steps(order, repeat, start)
+    numbers = _count_steps(order, repeat, start)
     threads = _count_reads(records.path)
     _threads(threads)  # are started here
-    # Enough that every thread has a record to read while the batch before is taken.
-    calls = -(-threads // order.batch_size) + 1
-    is_batched = batching.size is not None
-    is_batch = is_batched or skips  # of one record, perhaps, which is skipped as a batch of none
+    open_steps = partial(_Steps, columns=columns, order=order, batching=batching, skips=skips)
     digest = records.digest
-
-    def open_steps(records: Dataset) -> _Steps:
-        return _Steps(records, columns, order, batching, is_batch=is_batch, skips=skips)
 
     def open_again() -> _Steps:
         found = reopen()
@@ -262,24 +261,39 @@ def read_indexed(
             raise rebuilt(found.path)
         return open_steps(found)
 
-    held = open_steps(records)
-    read = _Call(held, open_again)
-    least = order.batch_size if batching.drop_remainder else 1
-    # Where records are skipped, a batch may be short until the filter has seen it.
-    lead: tuple[int | None, ...] = (None,) if is_batch else ()
-    if is_batched and batching.drop_remainder and not skips:
-        lead = (batching.size,)
+    steps = open_steps(records)
+    # Enough that every thread has a record to read while the batch before is taken.
+    calls = -(-threads // order.batch_size) + 1
+    call = _to_tensors(_Call(steps, open_again), steps)
+    elements = numbers.map(call, num_parallel_calls=calls, deterministic=True)
+    elements.beam_nifti_steps = steps  # every dataset that is made of this one holds this one
+    if skips:
+        elements = _without_skipped(elements, order.batch_size, batching)
+    options = tf.data.Options()
+    # There is nothing to tune here, and an iterator that ends may wait for the tuner's next round, which
+    # comes after as long a time as all rounds before it took.
+    options.autotune.enabled = False
+    if order.num_hosts > 1:  # or tf.distribute would split a host's share once more
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return elements.with_options(options)
+
+
+def _to_tensors(read: _Call, steps: _Steps) -> Callable[[tf.Tensor], tuple[Cells, ...]]:
+    """What makes of a step's number its cells, in TensorFlow's graph.
+
+    It sets shapes as well: TensorFlow drops a map that only sets shapes, and the shapes with it.
+    """
+    batching, lead = steps.batching, steps.lead
     dtypes = [
         dtype
-        for column in columns
+        for column in steps.columns
         for dtype in ([tf.int64, column.dtype] if batching.makes_ragged(column) else [column.dtype])
     ]
 
-    # One function: TensorFlow drops a map that only sets shapes, and the shapes with it.
-    def call(step: tf.Tensor) -> tuple[tf.Tensor | tf.RaggedTensor, ...]:
+    def call(step: tf.Tensor) -> tuple[Cells, ...]:
         rest = iter(tf.numpy_function(read, [step], dtypes))
         cells = []
-        for column in columns:
+        for column in steps.columns:
             tensor = next(rest)
             if batching.makes_ragged(column):
                 tensor.set_shape((*lead, len(column.shape)))
@@ -289,29 +303,23 @@ def read_indexed(
             cells.append(tensor)
         return tuple(cells)
 
-    elements = steps.map(call, num_parallel_calls=calls, deterministic=True)
-    elements.beam_nifti_steps = held  # every dataset that is made of this one holds this one
-    if skips:
-        elements = elements.filter(lambda first, *_: _count_rows(first) >= least)
-        if batching.drop_remainder:
-            elements = elements.map(partial(_with_rows, order.batch_size))
-    if skips and not is_batched:
-        elements = elements.unbatch()
-    options = tf.data.Options()
-    # There is nothing to tune here, and an iterator that ends may wait for the tuner's next round, which
-    # comes after as long a time as all rounds before it took.
-    options.autotune.enabled = False
-    if order.num_hosts > 1:  # or tf.distribute would split a host's share once more
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    elements = elements.with_options(options)
-    return elements
+    return call
 
 
-def _count_rows(cells: tf.Tensor | tf.RaggedTensor) -> tf.Tensor:
+def _without_skipped(elements: tf.data.Dataset, batch_size: int, batching: Batching) -> tf.data.Dataset:
+    """Drop batches of which nothing, or not all that there should be, is left."""
+    least = batch_size if batching.drop_remainder else 1
+    elements = elements.filter(lambda first, *_: _count_rows(first) >= least)
+    if batching.drop_remainder:
+        elements = elements.map(partial(_with_rows, batch_size))
+    return elements if batching.size is not None else elements.unbatch()
+
+
+def _count_rows(cells: Cells) -> tf.Tensor:
     return cells.nrows() if isinstance(cells, tf.RaggedTensor) else tf.shape(cells)[0]
 
 
-def _with_rows(size: int, *columns: tf.Tensor | tf.RaggedTensor) -> tuple[tf.Tensor | tf.RaggedTensor, ...]:
+def _with_rows(size: int, *columns: Cells) -> tuple[Cells, ...]:
     """The cells of a batch of `size` records, with that as their static shape."""
     return tuple(
         cells if isinstance(cells, tf.RaggedTensor) else tf.ensure_shape(cells, (size, *cells.shape[1:]))

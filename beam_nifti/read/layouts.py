@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from beam_nifti.errors import DatasetError, ShardError
-from beam_nifti.read.columns import Batching
-from beam_nifti.read.sequential import read_records, shuffle_window
+from beam_nifti.read.request import Batching, Passes
+from beam_nifti.read.sequential import finish, move_channels, read_records
 from beam_nifti.record.example import decode_example, decode_tensor
 from beam_nifti.record.tfrecord import HEADER_BYTES, is_record_header
 
@@ -40,17 +40,9 @@ class _Cell:
 
 
 def read_files(
-    pattern: str, layout: str, batching: Batching, *, shuffle: bool, seed: int | None, repeat: int | None
+    pattern: str, layout: str, batching: Batching, passes: Passes, channels_first: bool
 ) -> tf.data.Dataset:
     """A dataset of X, or of X and y where records have labels, of unknown cardinality.
-
-    Args:
-        pattern: a glob, or the path of a file.
-        layout: one of `LAYOUTS`.
-        batching: of the examples. Volumes may differ in shape where it pads or is ragged.
-        shuffle: whether to change their order.
-        seed: of that.
-        repeat: how many epochs; None means without end.
 
     Raises:
         DatasetError: there is no such file, none of them holds a record, or the first record is not of the
@@ -76,14 +68,11 @@ def read_files(
 
     def parse(record: tf.Tensor) -> tuple[tf.Tensor, ...]:
         features = tf.io.parse_single_example(record, wanted)
-        image, *label = (_finish(cell, cell.parse(features), varies) for cell in cells)
+        image, *label = (_finish(cell, cell.parse(features), varies, channels_first) for cell in cells)
         return tf.cast(image, tf.float32), *label
 
-    records = read_records(files, compression, shuffle=shuffle, seed=seed)
-    if shuffle:
-        records = records.shuffle(shuffle_window(None if varies else cells[0].shape, 4), seed)
-    examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
-    elements = batching.apply(examples).repeat(repeat).prefetch(tf.data.AUTOTUNE)
+    records = read_records(files, compression, passes)
+    elements = finish(records, parse, batching, passes, None if varies else cells[0].shape, tf.float32)
     return elements if len(cells) > 1 else elements.map(lambda image: image)
 
 
@@ -103,7 +92,7 @@ def _read_first(pattern: str, files: Sequence[str]) -> tuple[str, str, _Features
     raise DatasetError(f"{pattern}: none of the {len(files)} files holds a record; was writing them stopped?")
 
 
-def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool) -> tf.Tensor:
+def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool, channels_first: bool) -> tf.Tensor:
     """A tensor of the shape that a cell has, and of a volume with an axis of channels."""
     if varies:
         tensor = tf.ensure_shape(tensor, [None] * len(cell.shape))
@@ -115,7 +104,10 @@ def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool) -> tf.Tensor:
         )
         with tf.control_dependencies([same]):
             tensor = tf.ensure_shape(tf.identity(tensor), cell.shape)
-    return tf.expand_dims(tensor, 3) if len(cell.shape) == 3 else tensor
+    if len(cell.shape) not in (3, 4):
+        return tensor
+    volume = tensor[..., tf.newaxis] if len(cell.shape) == 3 else tensor
+    return move_channels(volume) if channels_first else volume
 
 
 def _describe_plain(first: _Features) -> list[_Cell]:

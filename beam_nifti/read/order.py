@@ -62,10 +62,7 @@ class Order:
         return -(-share // self.batch_size)
 
     def batch(self, step: int) -> Numbers:
-        """The numbers of the records of a step.
-
-        Args:
-            step: from 0, counted through all epochs.
+        """The numbers of the records of a step, counted from 0 through all epochs.
 
         >>> [Order(5, batch_size=2).batch(step).tolist() for step in range(4)]
         [[0, 1], [2, 3], [4], [0, 1]]
@@ -79,11 +76,6 @@ class Order:
 @lru_cache(maxsize=2)
 def shuffle(count: int, seed: int, epoch: int) -> Numbers:
     """The numbers below `count` in an order that seed and epoch decide, on every machine.
-
-    Args:
-        count: of the numbers.
-        seed: at least 0.
-        epoch: from 0.
 
     Returns:
         A permutation, not to be written to.

@@ -15,10 +15,11 @@ from typing import Final
 
 import tensorflow as tf
 
-from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.read import random_access
-from beam_nifti.read.columns import Batching, Column, channels_of, describe_columns, parse_kind
-from beam_nifti.read.random_access import REBUILT, check_label, check_shards, shards_of
+from beam_nifti.errors import DatasetError
+from beam_nifti.read import opening
+from beam_nifti.read.columns import Column, channels_of, describe_columns, parse_kind
+from beam_nifti.read.opening import REBUILT, Opened
+from beam_nifti.read.request import Batching, Passes
 from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, no_dataset
 from beam_nifti.record.example import ENDS_FEATURES, SCALING_FEATURES
 from beam_nifti.storage import paths as storage
@@ -50,126 +51,98 @@ _UNSIGNED: Final = {
 }
 
 
-def read_info(folder: str) -> tuple[DatasetInfo, bytes]:
-    """The dataset_info.json of a complete dataset, read by TensorFlow: what it says, and its bytes.
+def open_dataset(path: str) -> Opened:
+    """Open a complete dataset, by TensorFlow where it is in a store.
 
     Raises:
         DatasetError: there is none, it is damaged, or TensorFlow does not know the folder's scheme.
     """
-    if not storage.is_remote(folder):
-        content = random_access.read_content(folder)
-        return DatasetInfo.from_json(content, storage.join(folder, FILE_NAME)), content
-    path = f"{folder}/{FILE_NAME}"
+    if not storage.is_remote(path):
+        return opening.open_dataset(path)
+    name = f"{path}/{FILE_NAME}"
     try:
-        with tf.io.gfile.GFile(path, "rb") as handle:
-            text = handle.read(MAX_INFO_BYTES + 1)
+        with tf.io.gfile.GFile(name, "rb") as handle:
+            content = handle.read(MAX_INFO_BYTES + 1)
     except tf.errors.NotFoundError as e:
-        raise no_dataset(folder) from e
+        raise no_dataset(path) from e
     except tf.errors.UnimplementedError as e:
         raise DatasetError(
-            f"{folder}: TensorFlow has no such file system ({e.message}); leave engine out, or install "
+            f"{path}: TensorFlow has no such file system ({e.message}); leave engine out, or install "
             "beam-nifti[io] and import tensorflow_io first"
         ) from e
     except (tf.errors.OpError, RuntimeError) as e:  # the latter from tensorflow-io, of az://
-        raise DatasetError(f"{path}: TensorFlow cannot read it ({e}); engine='indexed' may say why") from e
-    if len(text) > MAX_INFO_BYTES:
-        raise DatasetError(f"{path}: has more than the {MAX_INFO_BYTES:,} bytes that it may have")
-    return DatasetInfo.from_json(text, path), text
+        raise DatasetError(f"{name}: TensorFlow cannot read it ({e}); engine='indexed' may say why") from e
+    if len(content) > MAX_INFO_BYTES:
+        raise DatasetError(f"{name}: has more than the {MAX_INFO_BYTES:,} bytes that it may have")
+    return Opened.of(path, content)
 
 
 def read_examples(
-    folder: str,
-    info: DatasetInfo,
-    content: bytes,
+    opened: Opened,
     split: str,
     names: Sequence[str],
     batching: Batching,
-    *,
-    shuffle: bool,
-    seed: int | None,
-    repeat: int | None,
+    passes: Passes,
+    channels_first: bool,
 ) -> tf.data.Dataset:
-    """A dataset whose elements are tuples of tensors, one a column.
-
-    Args:
-        folder: of the dataset.
-        info: of it.
-        content: of its dataset_info.json, which is compared at the beginning of each epoch.
-        split: name of one.
-        names: of the columns.
-        batching: of the examples.
-        shuffle: whether to change their order.
-        seed: of that.
-        repeat: how many epochs; None means without end.
+    """A dataset whose elements are tuples of tensors, one per column.
 
     Raises:
         DatasetError: there is no such split, or a shard is missing or cut off.
         UsageError: records have no such column, or examples of different shapes are to be batched.
     """
-    shards = shards_of(folder, info, split)
-    # Of a store one list, which has no sizes, instead of a request for each.
-    is_listed = storage.is_remote(folder) and storage.can_list(folder)
-    check_shards(folder, shards, set(tf.io.gfile.listdir(folder)) if is_listed else None)
-    _check_columns(folder, info, names)
-    columns = describe_columns(names, info, channels_of(info))
-    batching.check(folder, columns)
+    info, shards = opened.info, opened.shards_of([split])
+    opened.require_shards(shards, tf.io.gfile.listdir)
+    for name in names:
+        if name not in opened.columns_of_records:
+            remedy = ", or, for a column of the index, engine='indexed'"
+            raise opened.no_column(name, opened.columns_of_records, remedy)
+    columns = describe_columns(names, info, channels_of(info), channels_first)
+    batching.check(opened.path, columns)
+    files = {storage.join(opened.path, shard.name): shard.num_examples for shard in shards}
     compression = "GZIP" if info.config["compression"] == "gzip" else ""
-    files = {storage.join(folder, shard.name): shard.num_examples for shard in shards}
-    records = read_records(
-        list(files),
-        compression,
-        shuffle=shuffle,
-        seed=seed,
-        counts=list(files.values()),
-        check=_rebuild_check(folder, content),
-    )
+    check = partial(_checked, opened)
+    records = read_records(list(files), compression, passes, list(files.values()), check)
     records = records.apply(tf.data.experimental.assert_cardinality(info.splits[split].num_examples))
-    if shuffle:
-        records = records.shuffle(shuffle_window(info.shape, tf.as_dtype(info.dtype).size), seed)
-    examples = records.map(_parser(info, columns), num_parallel_calls=tf.data.AUTOTUNE)
-    return batching.apply(examples).repeat(repeat).prefetch(tf.data.AUTOTUNE)
+    return finish(
+        records, _parser(info, columns, channels_first), batching, passes, info.shape, tf.as_dtype(info.dtype)
+    )
 
 
-def _check_columns(folder: str, info: DatasetInfo, names: Sequence[str]) -> None:
-    """Refuse columns that records do not have.
-
-    Raises:
-        UsageError: there is such a one, or the number of a label that is a text.
-    """
-    check_label(folder, info, names)
-    known = sorted(name.removesuffix("_raw") for name in info.features)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UsageError(
-            f"{folder}: records have no column {unknown[0]!r}; choose among {', '.join(known)}, or, for a "
-            "column of the index, engine='indexed'"
-        )
+def finish(
+    records: tf.data.Dataset,
+    parse: Callable[[tf.Tensor], tuple[tf.Tensor, ...]],
+    batching: Batching,
+    passes: Passes,
+    shape: Sequence[int] | None,
+    dtype: tf.DType,
+) -> tf.data.Dataset:
+    """Shuffle and parse serialized Examples, and batch what they hold."""
+    if passes.shuffle:
+        records = records.shuffle(shuffle_window(shape, dtype.size), passes.seed)
+    examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+    return batching.apply(examples).repeat(passes.epochs).prefetch(tf.data.AUTOTUNE)
 
 
 def read_records(
     files: Sequence[str],
     compression: str,
-    *,
-    shuffle: bool,
-    seed: int | None,
+    passes: Passes,
     counts: Sequence[int] | None = None,
-    check: Callable[[], tf.Operation] | None = None,
+    check: Callable[[tf.data.Dataset], tf.data.Dataset] = lambda files: files,
 ) -> tf.data.Dataset:
     """The serialized Examples of some files: one of each of eight files in turn.
 
     Args:
         files: their paths.
         compression: of all: "GZIP" or "".
-        shuffle: whether to change the order of the files.
-        seed: of that.
+        passes: over them.
         counts: of their records, to be checked.
-        check: makes the operation that is run at the beginning of each epoch.
+        check: adds to the dataset of the files what is done at the beginning of each epoch.
     """
-    is_first = [True, *[False] * (len(files) - 1)][: len(files)]
-    listed = (list(files), list(counts or [0] * len(files)), is_first)
-    places = tf.data.Dataset.from_tensor_slices(listed).map(partial(_place, check))
-    if shuffle:
-        places = places.shuffle(len(files), seed)
+    places = check(tf.data.Dataset.from_tensor_slices((list(files), list(counts or [0] * len(files)))))
+    if passes.shuffle:
+        places = places.shuffle(len(files), passes.seed)
 
     def read(path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         if counts is None:
@@ -181,29 +154,15 @@ def read_records(
     )
 
 
-def _place(
-    check: Callable[[], tf.Operation] | None, path: tf.Tensor, count: tf.Tensor, is_first: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Path and count of a file; of the first one once the check is made."""
-    if check is None:
-        return path, count
-    checked = tf.cond(is_first, lambda: _after(check(), path), lambda: tf.identity(path))
-    return checked, count
+def _checked(opened: Opened, files: tf.data.Dataset) -> tf.data.Dataset:
+    """The files, after a look whether the dataset was built again."""
 
+    def check(content: tf.Tensor) -> tf.Tensor:
+        is_same = tf.io.read_file(f"{opened.path}/{FILE_NAME}") == content
+        with tf.control_dependencies([tf.debugging.Assert(is_same, [f"{opened.path}: {REBUILT}"])]):
+            return tf.identity(is_same)
 
-def _after(operation: tf.Operation, tensor: tf.Tensor) -> tf.Tensor:
-    with tf.control_dependencies([operation]):
-        return tf.identity(tensor)
-
-
-def _rebuild_check(folder: str, content: bytes) -> Callable[[], tf.Operation]:
-    """What makes an operation that fails where dataset_info.json is not what it was."""
-
-    def check() -> tf.Operation:
-        is_same = tf.io.read_file(f"{folder}/{FILE_NAME}") == content
-        return tf.debugging.Assert(is_same, [f"{folder}: {REBUILT}"])
-
-    return check
+    return tf.data.Dataset.from_tensors(opened.content).map(check).flat_map(lambda _: files)
 
 
 def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.Dataset:
@@ -233,35 +192,35 @@ def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.
 
 
 def shuffle_window(shape: Sequence[int] | None, itemsize: int) -> int:
-    """Examples that a shuffle draws from; the same on every machine.
-
-    Args:
-        shape: of every volume, None where shapes are mixed.
-        itemsize: bytes of a voxel.
-    """
+    """Examples that a shuffle draws from; the same on every machine."""
     if shape is None:
         return _SHUFFLE_BUFFER
     return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // (math.prod(shape) * itemsize)))
 
 
-def _parser(info: DatasetInfo, columns: Sequence[Column]) -> Callable[[tf.Tensor], tuple[tf.Tensor, ...]]:
+def _parser(
+    info: DatasetInfo, columns: Sequence[Column], channels_first: bool
+) -> Callable[[tf.Tensor], tuple[tf.Tensor, ...]]:
     """From a serialized Example to its cells."""
     wanted: dict[str, tf.io.FixedLenFeature] = {}
     for column in columns:
         wanted |= _features_of(column.name, info)
     rescale = _native_rescaler(info)
 
+    def place(volume: tf.Tensor, column: Column) -> tf.Tensor:
+        return tf.ensure_shape(move_channels(volume) if channels_first else volume, column.shape)
+
     def cell(column: Column, features: dict[str, tf.Tensor]) -> tf.Tensor:
         if column.name == "image":
-            image = _parse_image(features["image_raw"], info, column)
+            image = _parse_image(features["image_raw"], info)
             if info.config["voxel_dtype"] == "native":
-                return rescale(image, features)
+                return place(rescale(image, features), column)
             values = tf.cast(image, tf.float32)
-            return values / 255.0 if info.dtype == "uint8" else values
+            return place(values / 255.0 if info.dtype == "uint8" else values, column)
         if column.name == "mask":
             mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
-            mask = tf.ensure_shape(mask, column.shape[:3])
-            return tf.expand_dims(tf.cast(mask, tf.int32), 3)
+            mask = tf.ensure_shape(mask, (info.shape or (None,) * 3)[:3])
+            return place(tf.cast(mask, tf.int32)[..., tf.newaxis], column)
         value = features[column.name]
         if value.dtype == column.dtype == tf.string:
             return value
@@ -287,14 +246,21 @@ def _features_of(name: str, info: DatasetInfo) -> dict[str, tf.io.FixedLenFeatur
     return found
 
 
-def _parse_image(feature: tf.Tensor, info: DatasetInfo, column: Column) -> tf.Tensor:
+def move_channels(volume: tf.Tensor) -> tf.Tensor:
+    """A volume of shape (X, Y, Z, C) as one of shape (C, X, Y, Z)."""
+    if volume.shape[3] == 1:  # without a copy
+        return volume[..., 0][tf.newaxis]
+    return tf.transpose(volume, (3, 0, 1, 2))
+
+
+def _parse_image(feature: tf.Tensor, info: DatasetInfo) -> tf.Tensor:
     """Voxels as they are stored, with their axis of channels."""
     voxels = tf.io.parse_tensor(feature, tf.as_dtype(info.dtype))
     if info.shape is not None:
         voxels = tf.ensure_shape(voxels, info.shape)
     # They may be 3-D and 4-D side by side.
     image = tf.reshape(voxels, tf.concat([tf.shape(voxels)[:3], [-1]], 0))
-    return tf.ensure_shape(image, column.shape)
+    return tf.ensure_shape(image, (*(info.shape or (None,) * 3)[:3], channels_of(info)))
 
 
 def _decode_doubles(feature: tf.Tensor) -> tf.Tensor:

@@ -39,9 +39,6 @@ class SplitPart:
 
         A share is rounded to the nearest record, halves to even, so that `[:80%]` and `[80%:]` meet.
 
-        Args:
-            count: of the split's records.
-
         Raises:
             UsageError: a bound is beyond the split.
 
@@ -64,9 +61,6 @@ class SplitPart:
 
 def parse_split(spec: str) -> tuple[SplitPart, ...]:
     """The parts that are joined by `+`.
-
-    Args:
-        spec: names of splits, each with or without a slice.
 
     Raises:
         TypeError: it is no text.

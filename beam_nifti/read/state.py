@@ -19,15 +19,7 @@ _OF_DATASET: Final = frozenset(["dataset", "steps_per_epoch", "step"])
 def describe_state(
     info: DatasetInfo, split: str, where: str | None, order: Order, step: int
 ) -> dict[str, Any]:
-    """The state of a run that has consumed some steps.
-
-    Args:
-        info: of the dataset.
-        split: whose records are read.
-        where: a condition on them.
-        order: in which they are read.
-        step: how many were consumed, through all epochs.
-    """
+    """The state of a run that has consumed some steps, through all epochs."""
     parts = parse_split(split)
     return {
         "version": _VERSION,
@@ -51,12 +43,7 @@ def _digest(info: DatasetInfo, splits: list[str], selects: bool) -> str:
 
 
 def check_state(folder: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
-    """The step at which a state says to go on.
-
-    Args:
-        folder: of the dataset, for errors.
-        state: of the run that was interrupted.
-        expected: a state of the run that is to go on.
+    """The step at which a state says to go on; `expected` is one of the run that is to do it.
 
     Raises:
         UsageError: it is no state, or one of a run with other arguments.

@@ -60,9 +60,6 @@ class Condition:
     selects no record, with `not` neither. A comparison with such a text itself, as in `site == ''`, compares
     cells as they are written.
 
-    Args:
-        text: of the condition.
-
     Attributes:
         columns: the names of the columns that it asks.
 

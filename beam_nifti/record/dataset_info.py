@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final
 
@@ -288,12 +288,12 @@ class DatasetInfo:
 
     def to_json(self) -> str:
         """The content of dataset_info.json."""
-        facts = asdict(self)
+        facts = {f.name: getattr(self, f.name) for f in fields(self)}
         facts["splits"] = {
             name: {
                 "num_examples": split.num_examples,
                 "num_bytes": split.num_bytes,
-                "shards": [asdict(s) for s in split.shards],
+                "shards": list(map(vars, split.shards)),
             }
             for name, split in self.splits.items()
         }
@@ -388,7 +388,7 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
     require_keys(facts["manifest"], _MANIFEST_KINDS, _MANIFEST_REQUIRED, "manifest")
     mask_labels = facts.get("mask_labels")
     parsed = facts | {
-        "splits": {name: _split_of(name, said) for name, said in facts["splits"].items()},
+        "splits": {name: _split_of(name, said, facts) for name, said in facts["splits"].items()},
         "labels": tuple(_label_of(name, said) for name, said in facts.get("labels", {}).items()),
         "shape": None if facts["shape"] is None else tuple(facts["shape"]),
         "mask_labels": None if mask_labels is None else tuple(mask_labels),
@@ -405,13 +405,14 @@ def _config_kinds() -> dict[str, Any]:
     return {name: known[name] for name in BuildConfig("", "").as_dataset_config()} | {"fingerprint": str}
 
 
-def _split_of(name: str, said: Any) -> SplitInfo:
+def _split_of(name: str, said: Any, facts: Mapping[str, Any]) -> SplitInfo:
     at = f"splits.{name}"
     if not SPLIT_PATTERN.fullmatch(name):
         raise ValueError(f"splits has the name {name!r}, which no split can have")
     keys = {"num_examples": int, "num_bytes": int, "shards": tuple[ShardInfo, ...]}
     require_keys(said, keys, keys, at)
     split = SplitInfo(tuple(ShardInfo(**shard) for shard in said["shards"]))
+    compression, of_dataset = facts["config"]["compression"], facts.get("revision", 1)
     for number, shard in enumerate(split.shards):
         parsed = ShardName.parse(shard.name)
         revision, compressed = (parsed.revision, parsed.compressed) if parsed else (0, True)
@@ -420,6 +421,10 @@ def _split_of(name: str, said: Any) -> SplitInfo:
             raise ValueError(
                 f"shard {number} of split {name} is {shard.name} with {shard.index}, "
                 f"expected {expected} with {expected.index_file}"
+            )
+        if compressed != (compression == "gzip") or revision > of_dataset:
+            raise ValueError(
+                f"names {shard.name}, and is revision {of_dataset} with compression {compression}"
             )
         for key in ("sha256", "index_sha256"):
             if not _SHA256.fullmatch(getattr(shard, key)):
@@ -486,13 +491,6 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError(
             f"num_failures is {info.num_failures}, and manifest.num_rows {info.manifest['num_rows']}"
         )
-    compressed = record.compression == "gzip"
-    for shard in info.shards:
-        name = ShardName.parse(shard.name)
-        if name and (name.compressed != compressed or name.revision > info.revision):
-            raise ValueError(
-                f"names {name}, and is revision {info.revision} with compression {record.compression}"
-            )
     if info.failures is not None:
         match = _FAILURES_NAME.fullmatch(info.failures)
         if match is None or int(match["revision"] or 1) > info.revision:
@@ -568,9 +566,6 @@ def read_content(output: str) -> bytes:
 
 def read_info(output: str) -> DatasetInfo:
     """What the dataset_info.json of a complete dataset says.
-
-    Args:
-        output: the dataset's folder, local or a URL.
 
     Raises:
         DatasetError: there is none, or it is damaged, or `output` is a file.

@@ -6,9 +6,6 @@ Source: docs/format.md, "Index".
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
 import io
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -22,10 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import DatasetError, ShardError
+from beam_nifti.errors import ShardError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.pseudonyms import hash_version
-from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES, DatasetInfo, ShardInfo, path_of
+from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES
 from beam_nifti.record.parquet_pages import require_said_sizes
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.label_map import labels_of
@@ -131,11 +128,6 @@ class Limits:
     def check(self, metadata: pq.FileMetaData, data: bytes, columns: Collection[str] | None) -> list[str]:
         """Refuse what takes more memory than it may, before it is read.
 
-        Args:
-            metadata: of the index.
-            data: its bytes.
-            columns: that are read; None means all.
-
         Returns:
             Columns of texts that may still do so, where rows repeat a long one.
 
@@ -214,13 +206,7 @@ class IndexEntry:
 def file_cells(
     images: Sequence[Sequence[storage.Stat]], record: RecordConfig, version_key: str
 ) -> dict[str, object]:
-    """The part of an index row by which a change of one of its files is noticed.
-
-    Args:
-        images: `Source.files`.
-        record: configuration of the record.
-        version_key: `VolumeRow.version_key`.
-    """
+    """The part of an index row by which a change of one of its files is noticed."""
     files = list(itertools.chain.from_iterable(images))
     sizes = [file.size for file in files]
     if record.format_version == 1:
@@ -303,12 +289,7 @@ def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> 
 
 
 def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Schema:
-    """The schema of an index.
-
-    Args:
-        record: configuration of its records.
-        extra_columns: names of the manifest's further columns.
-    """
+    """The schema of an index, with the manifest's further columns."""
     fields = [*SCHEMA, *(_ENDS_SCHEMA if record.has_ends else ())]
     if record.format_version == 1:
         at = SCHEMA.get_field_index("source_sizes")
@@ -451,109 +432,6 @@ def _without_dictionary(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-@functools.lru_cache(maxsize=8)
-def known_columns(record: RecordConfig, columns: tuple[str, ...]) -> Mapping[str, pa.DataType]:
-    """Types of the columns that an index may have.
-
-    Args:
-        record: configuration of its records.
-        columns: names of all of the manifest's.
-    """
-    return {field.name: field.type for field in schema_of(record, columns)}
-
-
-def read_shard_index(
-    output: str, info: DatasetInfo, shard: ShardInfo, columns: Collection[str] | None = None
-) -> pa.Table:
-    """The index of a shard of a published dataset: sound, whoever wrote it.
-
-    Args:
-        output: the dataset's folder, local or a URL.
-        info: of the dataset.
-        shard: of it.
-        columns: to read, of those that it has; None means all.
-
-    Raises:
-        DatasetError: there is none, it is not the index of the shard, or it cannot be reached.
-    """
-    path = storage.join(output, shard.index)
-    try:
-        limits = limits_of(output, shard)
-        data = read_bytes(path_of(output, shard.index), limits)
-        table, facts = _sound(data, path, info, limits, columns)
-    except FileNotFoundError as e:
-        raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
-    except (ShardError, OSError) as e:
-        raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
-    is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
-    if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
-        raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
-    for problem in (*_find_outside(table, shard), *_find_others(table, info)):
-        raise DatasetError(f"{path}: {problem}; run beam-nifti verify")
-    return table
-
-
-def read_sound_index(
-    path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None = None
-) -> tuple[pa.Table, dict[str, str]]:
-    """As `read_index`, of columns that records of a dataset have, in their types and numbers of values.
-
-    Args:
-        path: of the index.
-        info: of the dataset.
-        limits: of what is read.
-        columns: to read, of those that it has; None means all.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ShardError: the file is no such index.
-    """
-    return _sound(read_bytes(path, limits), path, info, limits, columns)
-
-
-def _sound(
-    data: bytes, path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None
-) -> tuple[pa.Table, dict[str, str]]:
-    record, names = info.record_config, None if columns is None else sorted(columns)
-    known = known_columns(record, tuple(info.manifest["columns"]))
-    table, facts = parse_index(data, path, None, names, limits, known)
-    every = schema_of(record, [label.name for label in info.labels]).names
-    needed = [name for name in every if names is None or name in names]
-    for problem in check_table(table, needed, record, is_sparse=not info.has_manifest):
-        raise ShardError(f"{path}: not an index: {problem}")
-    return table, facts
-
-
-def limits_of(output: str, shard: ShardInfo) -> Limits:
-    """Those of the index of a published shard, whose file need not be there."""
-    size = 0
-    if not storage.is_remote(output):  # in a store this would be a request
-        with contextlib.suppress(OSError):
-            size = storage.stat(path_of(output, shard.name)).size
-    return Limits(shard.num_examples, size)
-
-
-def _find_outside(table: pa.Table, shard: ShardInfo) -> Iterator[str]:
-    """Find records that are not in their shard."""
-    if {"offset", "length"} <= set(table.column_names):
-        offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
-        size = shard.num_bytes
-        wrong = np.flatnonzero((offsets < 0) | (lengths <= 0) | (lengths > size) | (offsets > size - lengths))
-        if wrong.size:
-            at = int(wrong[0])
-            where = f"{lengths[at]} bytes at offset {offsets[at]}"
-            yield f"{record_name(at, table)} is said to take {where}, which are not in {shard.name}"
-
-
-def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
-    """Find records of another shape than the one that all have."""
-    if info.shape is not None and "shape" in table.column_names:
-        counts = pc.list_value_length(table["shape"]).to_numpy()
-        shapes = pc.list_flatten(table["shape"]).to_numpy()
-        if (counts != len(info.shape)).any() or (shapes.reshape(-1, len(info.shape)) != info.shape).any():
-            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} says"
-
-
 def check_table(
     table: pa.Table, columns: Collection[str], record: RecordConfig, *, is_sparse: bool = False
 ) -> Iterator[str]:
@@ -626,8 +504,10 @@ def record_name(ordinal: int, table: pa.Table) -> str:
 
 def _is_near(group: pq.RowGroupMetaData, positions: range | None) -> bool:
     """Whether some rows of a group may be at these positions."""
+    if positions is None:
+        return bool(group.num_rows)
     columns = (group.column(i) for i in range(group.num_columns))
     found = next((c.statistics for c in columns if c.path_in_schema == "position"), None)
-    if positions is None or found is None or not found.has_min_max:
+    if found is None or not found.has_min_max:
         return bool(group.num_rows)
     return bool(found.min < positions.stop and found.max >= positions.start)

@@ -108,11 +108,6 @@ def require_stored_size(size: int, most: int) -> None:
         raise ShardError(f"is said to take {size:,} bytes, and can take at most {bound:,}")
 
 
-def make_buffer(size: int) -> memoryview:
-    """Fresh memory of so many bytes."""
-    return memoryview(np.empty(size, np.uint8)).cast("B")
-
-
 def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD) -> memoryview:
     """As `decode_record`, without a copy.
 

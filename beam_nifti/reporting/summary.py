@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from beam_nifti.errors import DatasetError
+from beam_nifti.errors import unreadable
 from beam_nifti.record.dataset_info import DatasetInfo, read_failures_list
 from beam_nifti.reporting.appearance import SCHEMA
 from beam_nifti.reporting.outliers import Measure, Numbers, Ranking, rank
@@ -169,4 +169,4 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
         failures = list(map(load_json, itertools.islice(lines, MAX_FAILURES)))
         return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
     except (FileNotFoundError, ValueError, AttributeError) as e:
-        raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
+        raise unreadable(f"{path}:", e) from e

@@ -19,6 +19,7 @@ from typing import BinaryIO, Final
 
 from beam_nifti.errors import OutputError
 from beam_nifti.storage.names import is_remote, local_path
+from beam_nifti.support.wording import bytes_text
 
 _FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 """What the system reports where a file cannot become as large as it has to be."""
@@ -158,7 +159,7 @@ def naming(path: str) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(os.path.dirname(path)).free
-                e.strerror = f"{os.strerror(e.errno)} ({free / 1e6:.1f} MB free there)"
+                e.strerror = f"{os.strerror(e.errno)} ({bytes_text(free)} free there)"
         raise
 
 

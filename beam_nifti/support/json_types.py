@@ -39,7 +39,7 @@ def require_type(value: Any, kind: Any, name: str) -> None:
     Raises:
         ValueError: it is of another type, or has a key that the dataclass does not have, or lacks one.
     """
-    if type(value) is kind and kind is not str and kind is not float:
+    if _is_plain(value, kind):
         return
     if kind is str and type(value) is str:
         _require_text(value, name)
@@ -48,9 +48,7 @@ def require_type(value: Any, kind: Any, name: str) -> None:
         if type(value) not in (int, float) or not abs(value) <= math.ldexp(1, 1000):
             _refuse(value, kind, name)
     elif is_dataclass(kind):
-        hints = hints_of(kind)
-        required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-        require_keys(value, hints, required, name)
+        require_keys(value, hints_of(kind), _required_of(kind), name)
     elif (origin := typing.get_origin(kind)) in (types.UnionType, typing.Union):
         if value is not None:
             others = [a for a in typing.get_args(kind) if a is not types.NoneType]
@@ -81,12 +79,27 @@ def require_keys(value: Any, kinds: Mapping[str, Any], required: Collection[str]
     """
     require_type(value, dict, name or "it")
     within = f"{name} " if name else ""
-    if unknown := value.keys() - kinds.keys():
-        raise ValueError(f"{within}has a key {_SHOWN.repr(min(unknown))} that this format does not have")
-    if missing := set(required) - value.keys():
-        raise ValueError(f"{within}lacks the key {min(missing)!r}")
+    if value.keys() != kinds.keys():
+        if unknown := value.keys() - kinds.keys():
+            raise ValueError(f"{within}has a key {_SHOWN.repr(min(unknown))} that this format does not have")
+        if missing := set(required) - value.keys():
+            raise ValueError(f"{within}lacks the key {min(missing)!r}")
     for key, item in value.items():
-        require_type(item, kinds[key], f"{name}.{key}" if name else key)
+        if not _is_plain(item, kinds[key]):
+            require_type(item, kinds[key], f"{name}.{key}" if name else key)
+
+
+def _find_required(kind: Any) -> frozenset[str]:
+    return frozenset(f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
+
+
+_required_of: Final[Callable[[Any], frozenset[str]]] = functools.cache(_find_required)
+"""The fields of a dataclass that have no default."""
+
+
+def _is_plain(value: Any, kind: Any) -> bool:
+    """Whether a value needs no further look, as most do of which there are many."""
+    return type(value) is kind and kind is not float and (kind is not str or value.isascii())
 
 
 def _require_list(value: Any, kinds: tuple[Any, ...], name: str) -> None:

@@ -62,3 +62,17 @@ def size_text(sizes: Iterable[float]) -> str:
     ('91×109×91', '2×2×2.5')
     """
     return "×".join(str(size) if isinstance(size, int) else f"{size:g}" for size in sizes)
+
+
+def bytes_text(size: float) -> str:
+    """A number of bytes, in the unit that fits.
+
+    >>> bytes_text(999), bytes_text(1536), bytes_text(9.3e6)
+    ('999 bytes', '1.5 kB', '9.3 MB')
+    """
+    value, unit = float(size), "bytes"
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"

@@ -33,6 +33,11 @@ _DAMAGE: Final[tuple[type[Exception], ...]] = (
 """What a damaged stream raises."""
 
 
+def make_buffer(size: int) -> memoryview:
+    """Fresh memory of so many bytes, whatever they are."""
+    return memoryview(np.empty(size, np.uint8)).cast("B")
+
+
 @dataclass(frozen=True, slots=True)
 class Compression:
     """A compression format.
@@ -236,12 +241,12 @@ class Decompressor:
         """
         self.require(expected)
         size = 0
-        content = memoryview(np.empty(min(most, self._size * DEFLATE_RATIO), np.uint8)).cast("B")
+        content = make_buffer(min(most, self._size * DEFLATE_RATIO))
         while True:
             size += self.readinto(content[size:])
             if size < len(content) or size == most:
                 return content[:size]
-            larger = memoryview(np.empty(min(most, 2 * size), np.uint8)).cast("B")
+            larger = make_buffer(min(most, 2 * size))
             larger[:size] = content
             content = larger
 

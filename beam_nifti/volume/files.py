@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-import numpy as np
-
 from beam_nifti.errors import VolumeError, is_of_path
 from beam_nifti.manifest.image_names import COMPRESSED, HALF
 from beam_nifti.storage import paths as storage
@@ -25,6 +23,7 @@ from beam_nifti.volume.compression import (
     content_size,
     decompressed_head,
     fill,
+    make_buffer,
 )
 from beam_nifti.volume.formats import HEAD_BYTES
 from beam_nifti.volume.header import VolumeHeader
@@ -315,7 +314,7 @@ class Image:
         """All of the file."""
         if not self._is_large:
             return self._data
-        data = memoryview(np.empty(self._size, np.uint8)).cast("B")
+        data = make_buffer(self._size)
         data[: len(self._data)] = self._data
         with reading(self._name):
             return data[: len(self._data) + fill(self._handle, data[len(self._data) :])]
@@ -359,7 +358,7 @@ class Image:
             _check_size(self._name, self._size, self.header)
             reader = self._handle if self._is_large else io.BytesIO(self._data)
         at = 0
-        buffer = memoryview(np.empty(size, np.uint8)).cast("B")
+        buffer = make_buffer(size)
         for number in numbers:
             start = self.header.offset + number * size
             with reading(self._name):

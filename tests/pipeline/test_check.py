@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from beam_nifti.cli import main as cli
+from beam_nifti.support.wording import bytes_text
 from tests.build_helpers import build
 from tests.images import brain, nifti_bytes, write_cohort, write_image, write_manifest
 
@@ -214,7 +215,7 @@ def test_the_table_and_the_file_say_the_same(
     assert cli.main(["check", str(mixed), "--quiet", f"--out={tmp_path}/report.json"]) == 1
     table = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert f"images        13 in {report['source_bytes'] / 1e6:,.1f} MB" in table
+    assert f"images        13 in {bytes_text(report['source_bytes'])}" in table
     assert all(f"{kind}: {count}" in table for kind, count in report["shapes"].items())
     assert "would fail    row 7 (larger): larger.nii: " in table
     assert "duplicates?   copy = sub-0002" in table

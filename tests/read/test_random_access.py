@@ -245,6 +245,16 @@ def test_without_labels(tmp_path: Path) -> None:
     assert np.isnan(Dataset(tmp_path / "out", columns=["label"])[0]["label"])
 
 
+def test_a_first_label_that_is_a_text(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.nii")
+    manifest = write_manifest(tmp_path / "manifest.tsv", [{"path": "a.nii", "name": "left"}])
+    build(manifest, tmp_path / "out", columns={"label": "name:string"})
+    assert list(Dataset(tmp_path / "out")[0]) == ["image", "label/name", "id", "affine", "zooms"]
+    assert Dataset(tmp_path / "out", columns=["label/name"])[0]["label/name"] == b"left"
+    with pytest.raises(UsageError, match="first label is a string and no number; choose among label/name"):
+        Dataset(tmp_path / "out", columns=["label"])
+
+
 def test_columns_of_the_manifest_named_like_those_of_records(tmp_path: Path) -> None:
     rows = [
         {
@@ -267,6 +277,14 @@ def test_columns_of_the_manifest_named_like_those_of_records(tmp_path: Path) -> 
     assert Dataset(tmp_path / "out").index(["manifest_id"]).to_pydict() == {"manifest_id": ["x2", "x1", "x0"]}
     with pytest.raises(UsageError, match="has no column 'image'"):
         Dataset(tmp_path / "out", where="image == 'T1'")
+
+
+def test_a_dataset_is_shown_in_one_line(dataset: Path) -> None:
+    records = Dataset(dataset, "train[1:]+test", channels_first=True, columns=["image", "age"])
+    text = f"<Dataset train+test: 11 of 12 records of image float32 (1, 6, 5, 4), age; {dataset}>"
+    assert repr(records) == text
+    assert repr(records[:1]) == text.replace("11", "1")
+    assert repr(Dataset(dataset, "test", columns=["id"])) == f"<Dataset test: 3 records of id; {dataset}>"
 
 
 def test_shards_without_records(tmp_path: Path) -> None:
@@ -440,7 +458,7 @@ def test_channels_masks_and_labels(tmp_path: Path, rescale: str) -> None:
         assert element["label"] == labels["age"] == i / 2
         assert element["label/sex"] == labels["sex"] == (i == 1)
         assert element["sex"] == "FMF"[i]
-        assert np.array_equal(element["mask"], np.full((6, 5, 4), i))
+        assert np.array_equal(element["mask"], np.full((6, 5, 4, 1), i))
         assert element["max"].shape == (2,)
     assert Dataset(output, where="sex == 'F' and age > 0.5").ids == ["2_T1w.nii"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from beam_nifti.errors import UsageError
+from beam_nifti.random_access import Dataset
 from tests.build_helpers import build
 from tests.images import AFFINE, brain, random_voxels, write_image, write_manifest
 from tests.peak import peak_growth
@@ -123,6 +125,11 @@ ENDS = ["rescale_low", "rescale_high"]
             {"batch_size": 4, "ragged": True, "as_dict": True, "columns": ["id", "mask", "image"]},
         ),
         ("mixed colours", {"batch_size": 1}),
+        ("percentiles", {"channels_first": True, "batch_size": 2, "target": "mask"}),
+        ("native", {"channels_first": True, "as_dict": True}),
+        ("mixed channels", {"channels_first": True, "batch_size": 4, "pad": True, "target": "mask"}),
+        ("mixed", {"channels_first": True, "batch_size": 3, "ragged": True, "target": "mask"}),
+        ("mixed colours", {"channels_first": True}),
         ("mixed colours", {"batch_size": 5, "ragged": True}),
     ],
 )
@@ -143,6 +150,19 @@ def test_both_engines_give_the_same_elements(
             assert values_of(cell) == values_of(expected), column
         count += 1
     assert count == int(indexed.cardinality()) == int(sequential.cardinality())
+
+
+@pytest.mark.parametrize("name", ["native", "percentiles", "mixed channels", "mixed colours"])
+def test_channels_first_gives_the_same_numbers_in_another_order(datasets: dict[str, Path], name: str) -> None:
+    columns = ["image"] if name == "mixed colours" else ["image", "mask"]
+    last, first = (Dataset(datasets[name], columns=columns, channels_first=c) for c in (False, True))
+    read = load_dataset(datasets[name], as_dict=True, columns=columns, channels_first=True)
+    for element, expected, tensors in zip(first, last, read, strict=True):
+        for column, array in element.items():
+            assert array.flags.c_contiguous
+            np.testing.assert_array_equal(array, np.moveaxis(expected[column], -1, 0))
+            np.testing.assert_array_equal(array, tensors[column])
+    assert pickle.loads(pickle.dumps(first))[0]["image"].shape == first[0]["image"].shape
 
 
 def test_columns_of_the_index_are_for_the_indexed_engine(datasets: dict[str, Path]) -> None:

@@ -53,6 +53,10 @@ def with_manifest(**changes: Any) -> dict[str, Any]:
     return {"manifest": dict(INFO.manifest) | changes}
 
 
+def test_it_is_shown_in_one_line() -> None:
+    assert repr(INFO) == "<DatasetInfo: train 2; 1×2×3 float32, revision 1>"
+
+
 def test_it_comes_back() -> None:
     assert parse() == INFO
     facts = json.loads(INFO.to_json())

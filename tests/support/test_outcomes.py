@@ -332,7 +332,7 @@ def test_a_path_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_a_full_disk_may_have_room_later_and_names_the_file() -> None:
     with (
-        pytest.raises(OSError, match=r"No space left on device \(.* MB free there\): '/dev/full'") as caught,
+        pytest.raises(OSError, match=r"No space left on device \(.*B free there\): '/dev/full'") as caught,
         storage.naming("/dev/full"),
         open("/dev/full", "wb", buffering=0) as handle,
     ):

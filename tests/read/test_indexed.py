@@ -268,7 +268,6 @@ def test_dictionaries_of_columns(masked: Path, batch_size: int | None) -> None:
                 value = expected[name]
                 if name == "mask":
                     assert (cell.dtype, cell.shape) == (np.int32, (*SHAPE, 1))
-                    value = value[..., np.newaxis]
                 if isinstance(cell, bytes):
                     value, cell = value or "", cell.decode()
                 assert np.array_equal(cell, value), name
@@ -276,6 +275,13 @@ def test_dictionaries_of_columns(masked: Path, batch_size: int | None) -> None:
     assert seen == len(records) == 3
     assert elements.element_spec["image"].shape[-4:] == (*SHAPE, 1)
     assert elements.element_spec["affine"].shape[-2:] == (4, 4)
+
+
+def test_a_column_of_the_manifest_may_be_named_mask(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.nii")
+    build(write_manifest(tmp_path / "m.tsv", [{"path": "a.nii", "mask": "left"}]), tmp_path / "out")
+    ((element),) = load_dataset(tmp_path / "out", as_dict=True, columns=["mask"])
+    assert element["mask"].numpy() == b"left"
 
 
 def test_dictionaries_without_columns(dataset: Path) -> None:

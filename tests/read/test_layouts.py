@@ -68,6 +68,8 @@ def test_nobrainer_s_files_in_batches_and_epochs() -> None:
     assert [sorted(labels[:3]), sorted(labels[3:])] == [[0.5, 1.5, 2.5]] * 2
     (batch,) = nobrainer("volume", batch_size=2, drop_remainder=True)
     assert [cells.shape for cells in batch] == [(2, *SHAPE, 1)] * 2
+    (batch,) = nobrainer("volume", batch_size=2, drop_remainder=True, channels_first=True)
+    assert [cells.shape for cells in batch] == [(2, 1, *SHAPE)] * 2
 
 
 @pytest.mark.parametrize("name", ["a.tfrecords.gz", "a.tfrecords"])
@@ -86,6 +88,8 @@ def test_plain_files_of_other_kinds(tmp_path: Path) -> None:
     images = write_plain(tmp_path / "images", [(*SHAPE, 2)] * 2)
     (x,) = load_dataset(tmp_path / "images", batch_size=2, layout="plain")
     np.testing.assert_array_equal(x, images)
+    (x,) = load_dataset(tmp_path / "images", batch_size=2, layout="plain", channels_first=True)
+    np.testing.assert_array_equal(x, np.moveaxis(images, -1, 1))
 
 
 def test_volumes_of_different_shapes(tmp_path: Path) -> None:

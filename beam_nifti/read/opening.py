@@ -1,0 +1,213 @@
+"""A dataset that is opened to be read: its dataset_info.json, its shards and its indexes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, TypeVar
+
+import pyarrow as pa
+
+from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.record import dataset_info
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
+from beam_nifti.record.example import label_feature
+from beam_nifti.record.shard_index import read_shard_index
+from beam_nifti.storage import paths as storage
+
+T = TypeVar("T")
+
+REMOTE_READS: Final = 16
+"""Files or records that are read at a time where each is a request."""
+
+REBUILT: Final = "was built again after it was opened; open it again"
+"""Why a dataset is not read on."""
+
+_DEFAULT_COLUMNS: Final = ("image", "label", "id", "affine", "zooms")
+_TENSOR: Final = "_raw"
+"""How the names of features end that hold a tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A complete dataset, as it was when it was opened.
+
+    Attributes:
+        path: its folder, absolute, or its URL.
+        content: of its dataset_info.json.
+        info: what that says.
+    """
+
+    path: str
+    content: bytes
+    info: DatasetInfo
+
+    @classmethod
+    def of(cls, path: str, content: bytes) -> Opened:
+        """The dataset of a folder whose dataset_info.json was read.
+
+        Raises:
+            DatasetError: it is damaged.
+        """
+        return cls(path, content, DatasetInfo.from_json(content, storage.join(path, FILE_NAME)))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of dataset_info.json, in hex."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def require_current(self) -> None:
+        """Check that the dataset is the one that was opened.
+
+        Raises:
+            DatasetError: it was built again, or is gone.
+        """
+        if read_content(self.path) != self.content:
+            raise rebuilt(self.path)
+
+    def shards_of(self, splits: Iterable[str]) -> tuple[ShardInfo, ...]:
+        """The shards of some splits.
+
+        Raises:
+            DatasetError: there is no split of such a name.
+        """
+        try:
+            return tuple(shard for split in splits for shard in self.info.split(split).shards)
+        except DatasetError as e:
+            raise DatasetError(f"{self.path}: {e}") from None
+
+    def require_shards(
+        self, shards: Sequence[ShardInfo], list_names: Callable[[str], Iterable[str]] = storage.list_files
+    ) -> None:
+        """Find what is missing or cut off before training reaches it.
+
+        Args:
+            shards: that are to be read.
+            list_names: gives the names of the files of a folder in a store: one list, which has no sizes,
+                instead of a request for each.
+
+        Raises:
+            DatasetError: a shard is missing, cannot be reached, or has another size than dataset_info.json
+                says.
+        """
+        is_remote = storage.is_remote(self.path)
+        present = set(list_names(self.path)) if is_remote and storage.can_list(self.path) else None
+
+        def check(shard: ShardInfo) -> None:
+            path = storage.join(self.path, shard.name)
+            size = self._size_of(shard, path) if present is None else shard.num_bytes
+            if size is None or (present is not None and shard.name not in present):
+                raise DatasetError(f"{path}: the shard is missing; copy the dataset again, or build it again")
+            if size != shard.num_bytes:
+                raise DatasetError(
+                    f"{path}: the shard has {size} bytes, and {FILE_NAME} says {shard.num_bytes}; copy the "
+                    "dataset again, or delete the shard and its index and build again"
+                )
+
+        _for_each(check, shards, together=is_remote and present is None)
+
+    def _size_of(self, shard: ShardInfo, path: str) -> int | None:
+        """Bytes of a shard's file; None where there is none."""
+        try:
+            return storage.stat(path_of(self.path, shard.name)).size
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise DatasetError(f"{path}: cannot be reached ({e})") from e
+
+    def read_indexes(self, shards: Sequence[ShardInfo], columns: Collection[str] | None = None) -> pa.Table:
+        """The indexes of some shards, as one table.
+
+        Columns whose names mean something else of a record, such as "id", are called `manifest_NAME`.
+
+        Raises:
+            DatasetError: one cannot be read, or is not that of its shard.
+        """
+        names = None if columns is None else sorted(map(self._name_in_index, columns))
+        tables = _for_each(
+            lambda shard: read_shard_index(self.path, self.info, shard, names),
+            shards,
+            together=storage.is_remote(self.path),
+        )
+        table = pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()
+        return table.rename_columns(
+            [f"manifest_{name}" if self._is_of_record(name) else name for name in table.column_names]
+        )
+
+    def _name_in_index(self, name: str) -> str:
+        bare = name.removeprefix("manifest_")
+        return bare if bare != name and self._is_of_record(bare) else name
+
+    def _is_of_record(self, name: str) -> bool:
+        """Whether a column's name means something of a record, whatever the index has under it."""
+        return name == "id" or self.has_tensor(name)
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether a column of records holds tensors."""
+        return name + _TENSOR in self.info.features
+
+    @cached_property
+    def columns_of_records(self) -> frozenset[str]:
+        """The names of the columns that records themselves have."""
+        return frozenset(name.removesuffix(_TENSOR) for name in self.info.features)
+
+    def no_column(self, name: str, known: Collection[str], remedy: str = "") -> UsageError:
+        """The error where records have no column of a name."""
+        choices = ", ".join(sorted(known))
+        return UsageError(f"{self.path}: records have no column {name!r}; choose among {choices}{remedy}")
+
+    @property
+    def label_is_text(self) -> bool:
+        """Whether the first label is a string, so that no number stands for it."""
+        return bool(self.info.labels) and self.info.labels[0].kind == "string"
+
+    def choose_columns(self, asked: Sequence[str] | None) -> tuple[str, ...]:
+        """The columns of an element: those that are asked for, each once, or the default.
+
+        Raises:
+            UsageError: the number of a label that is a text is among them: it would look like a missing one.
+        """
+        labels = [label_feature(column.name) for column in self.info.labels]
+        if asked is None:
+            label = labels[0] if self.label_is_text else "label"
+            there = [name for name in _DEFAULT_COLUMNS if name in self.columns_of_records]
+            names = (label if name == "label" else name for name in there)
+            return tuple(name for name in names if self.info.labelled or name != "label")
+        if "label" in asked and self.label_is_text:
+            raise UsageError(
+                f"{self.path}: the first label is a string and no number; choose among {', '.join(labels)}"
+            )
+        return tuple(dict.fromkeys(asked))
+
+
+def open_dataset(path: str) -> Opened:
+    """Open a complete dataset, by its absolute path or its URL.
+
+    Raises:
+        DatasetError: there is none, it is damaged, or cannot be reached.
+    """
+    return Opened.of(path, read_content(path))
+
+
+def read_content(path: str) -> bytes:
+    """What `dataset_info.read_content` gives; a store that cannot be reached is a DatasetError, too."""
+    try:
+        return dataset_info.read_content(path)
+    except OSError as e:
+        raise DatasetError(f"{storage.join(path, FILE_NAME)}: cannot be reached ({e})") from e
+
+
+def rebuilt(path: str) -> DatasetError:
+    """The error where a dataset is no longer the one that was opened."""
+    return DatasetError(f"{path}: {REBUILT}")
+
+
+def _for_each(look: Callable[[ShardInfo], T], shards: Sequence[ShardInfo], together: bool) -> list[T]:
+    """What is found of each shard; several at a time if each look is a request."""
+    if not together:
+        return [look(shard) for shard in shards]
+    with ThreadPoolExecutor(REMOTE_READS) as pool:
+        return list(pool.map(look, shards))

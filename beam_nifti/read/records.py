@@ -1,0 +1,221 @@
+"""The records of some splits: where they lie, which of them are selected, and reading one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from beam_nifti.errors import ShardError, UsageError, VolumeError, unreadable
+from beam_nifti.read.decoding import Features, decode_feature, decode_image, decode_mask
+from beam_nifti.read.opening import Opened
+from beam_nifti.read.split_spec import SplitPart, parse_split
+from beam_nifti.read.where import Condition
+from beam_nifti.record.dataset_info import ShardInfo
+from beam_nifti.record.example import decode_example, largest_payload
+from beam_nifti.record.index import extra_column
+from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.compression import make_buffer
+
+Element = dict[str, Any]
+Rows = range | npt.NDArray[np.int64]
+
+_SCRATCH_BYTES: Final = 32 << 20
+"""The largest record for which a thread keeps a buffer, as fresh memory costs a page fault every 4 KiB."""
+
+_of_thread = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """All records of some splits, and where they lie: what the parts of a dataset share.
+
+    Attributes:
+        opened: the dataset.
+        splits: names of them.
+        table: of each record example_id, offset and length, and what was asked of the index besides.
+        columns: of an element.
+        channels_first: whether the axis of channels is the first one.
+    """
+
+    opened: Opened
+    splits: tuple[str, ...]
+    table: pa.Table
+    columns: tuple[str, ...]
+    channels_first: bool
+
+    @cached_property
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """Those of all splits, in the order of the table."""
+        return self.opened.shards_of(self.splits)
+
+    @cached_property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """The row of the table at which each shard begins."""
+        return np.cumsum([0, *(shard.num_examples for shard in self.shards)])[:-1]
+
+    @cached_property
+    def places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Offset and length of each record."""
+        return self.table["offset"].to_numpy(), self.table["length"].to_numpy()
+
+    @cached_property
+    def from_record(self) -> frozenset[str]:
+        """The columns for which a record has to be read."""
+        asked, known = set(self.columns) - {"id"}, set(self.table.column_names)
+        return frozenset(c for c in asked if self.opened.has_tensor(c) or c not in known)
+
+    def describe(self, name: str) -> str:
+        """The name of a column, and of a tensor its dtype and shape."""
+        info = self.opened.info
+        if not self.opened.has_tensor(name):
+            return name
+        dtype = "float32" if name == "image" else info.record_config.mask_dtype
+        if info.shape is None:
+            return f"{name} {dtype} of mixed shapes"
+        *space, channels = (*info.shape, 1)[:4] if name == "image" else (*info.shape[:3], 1)
+        return f"{name} {dtype} {(channels, *space) if self.channels_first else (*space, channels)}"
+
+    def rows_of(self, parts: Sequence[SplitPart]) -> Rows:
+        """The rows of the table that some parts of the splits take.
+
+        Raises:
+            UsageError: a part is beyond its split.
+        """
+        counts = {name: self.opened.info.splits[name].num_examples for name in self.splits}
+        starts = dict(zip(counts, itertools.accumulate([0, *counts.values()]), strict=False))
+        taken = [(starts[part.name], part.positions(counts[part.name])) for part in parts]
+        found = [range(start + rows.start, start + rows.stop) for start, rows in taken]
+        return found[0] if len(found) == 1 else np.concatenate([np.asarray(r, np.int64) for r in found])
+
+    def read(self, row: int, lent: bool = False) -> Element:
+        """The element of a row of the table; `lent` as `Dataset.lend`.
+
+        Raises:
+            DatasetError: the record is missing or damaged.
+        """
+        if not self.from_record:
+            return {name: self._cell(name, row) for name in self.columns}
+        example_id = self._cell("id", row)
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        path = storage.join(self.opened.path, self.shards[shard].name)
+        shape = self.opened.info.shape or tuple(self.table["shape"][row].as_py())
+        try:
+            features = decode_example(self._payload(path, row, shape, lent))
+            found = features.get("id")
+            if found != example_id.encode():
+                raise ShardError(f"it is the record of {bytes(found or b'').decode(errors='replace')!r}")
+            return {
+                name: self._value(name, features, shape, lent)
+                if name in self.from_record
+                else self._cell(name, row)
+                for name in self.columns
+            }
+        except (ShardError, VolumeError, OSError) as e:
+            self.opened.require_current()
+            number = row - self.starts[shard]
+            raise unreadable(f"{path}: record {example_id!r}, number {number} from 0,", e) from e
+
+    def _payload(self, path: str, row: int, shape: tuple[int, ...], lent: bool) -> memoryview:
+        info = self.opened.info
+        offsets, lengths = self.places
+        compressed, size = info.record_config.compression == "gzip", int(lengths[row])
+        most = largest_payload(shape, info.dtype, info.record_config.mask_dtype)
+        require_stored_size(size, most)
+        buffer = _scratch(size) if compressed or lent else make_buffer(size)
+        count = storage.read_into(path, int(offsets[row]), buffer)
+        if count < size:
+            raise ShardError(f"of its {size} bytes the file has {count}")
+        return decode_buffer(buffer, compressed, most)
+
+    def _cell(self, name: str, row: int) -> Any:
+        """What the index says of a record."""
+        cell = self.table["example_id" if name == "id" else name][row]
+        if isinstance(cell, pa.ListScalar) and cell.is_valid:
+            values = cell.values.fill_null("") if pa.types.is_string(cell.type.value_type) else cell.values
+            array = values.to_numpy(zero_copy_only=False).copy()
+            return array.reshape((4, 4) if name == "affine" else -1)
+        value = cell.as_py()
+        if name == "label":
+            with np.errstate(over="ignore"):  # as in the record
+                return np.float64(math.nan if value is None else value).astype(np.float32)
+        return value
+
+    def _value(self, name: str, features: Features, shape: tuple[int, ...], lent: bool) -> Any:
+        """What a record itself says."""
+        if not self.opened.has_tensor(name):
+            return decode_feature(features, name, self.opened.info)
+        decode = decode_image if name == "image" else decode_mask
+        tensor = decode(features, shape, self.opened.info)
+        if self.channels_first:
+            tensor = np.moveaxis(tensor, -1, 0)
+        return tensor if lent else np.ascontiguousarray(tensor)
+
+
+def _scratch(size: int) -> memoryview:
+    """A buffer of this thread's for what is needed only until its next read."""
+    if size > _SCRATCH_BYTES:
+        return make_buffer(size)
+    buffer: memoryview | None = getattr(_of_thread, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        buffer = _of_thread.buffer = make_buffer(size)
+    return buffer[:size]
+
+
+def select_records(
+    opened: Opened, split: str, where: str | None, columns: Sequence[str] | None, channels_first: bool
+) -> tuple[Records, Rows]:
+    """Records, and which of their rows `split` and `where` take; as `Dataset`."""
+    parts, condition = parse_split(split), None if where is None else Condition(where)
+    asked = {*condition.columns, "row"} if condition else ()
+    records = open_records(opened, parts, columns, channels_first, asked)
+    rows = records.rows_of(parts)
+    if condition:
+        rows, table = np.asarray(rows, np.int64), records.table
+        if not condition.columns <= {"id", *table.column_names}:  # the message has those that there are
+            table = opened.read_indexes(records.shards)
+        table = table.append_column("id", table["example_id"])
+        first = next(iter(opened.info.labels), None)  # of which `label` is the number
+        texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
+        if opened.label_is_text and "label" in condition.columns:
+            raise UsageError(
+                f"where is {where!r}, but a label of the kind string is no number; ask {texts['label']}, "
+                "which has the text"
+            )
+        rows = rows[condition.select(table.take(rows), texts)]
+    return records, rows
+
+
+def open_records(
+    opened: Opened,
+    parts: Sequence[SplitPart],
+    columns: Sequence[str] | None,
+    channels_first: bool,
+    asked: Collection[str] = (),
+) -> Records:
+    """Read what is needed to find the records of some splits, and of the index what is `asked` besides.
+
+    Raises:
+        DatasetError, UsageError: as `Dataset`.
+    """
+    splits = tuple(dict.fromkeys(part.name for part in parts))
+    shards = opened.shards_of(splits)
+    opened.require_shards(shards)
+    columns = opened.choose_columns(columns)
+    from_index = {name for name in columns if name != "id" and not opened.has_tensor(name)}
+    shape = () if opened.info.shape else ["shape"]
+    table = opened.read_indexes(shards, {"example_id", "offset", "length", *shape, *from_index, *asked})
+    unknown = from_index - {*table.column_names, *opened.columns_of_records}
+    if unknown:
+        known = {*opened.read_indexes(shards[:1]).column_names, *opened.columns_of_records}
+        raise opened.no_column(min(unknown), known)
+    return Records(opened, splits, table, columns, channels_first)

@@ -1,0 +1,220 @@
+"""What a caller of `reader.load_dataset` asks for: the arguments in groups, each checked by itself."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import tensorflow as tf
+
+from beam_nifti.errors import UsageError
+from beam_nifti.read.columns import Column, with_bounded_padding
+from beam_nifti.read.opening import Opened
+from beam_nifti.read.order import Order, whole_number
+from beam_nifti.record.example import label_feature
+
+Shard: TypeAlias = tuple[int, int] | tf.distribute.InputContext | None
+
+_SEED_BITS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """What elements are made of; the fields are `load_dataset`'s arguments."""
+
+    target: str = "label"
+    label: str | Sequence[str] | None = None
+    as_dict: bool = False
+    columns: Sequence[str] | None = None
+    channels_first: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("target", self.target, "label", "mask")
+        if self.columns is not None and not self.as_dict:
+            raise UsageError("columns requires as_dict=True")
+
+    def choose(self, opened: Opened) -> tuple[tuple[str, ...], Callable[..., Any]]:
+        """The columns of a dataset that are read, and what makes an element of their cells.
+
+        Raises:
+            UsageError: it has no such labels or masks.
+        """
+        if self.as_dict:
+            names = opened.choose_columns(self.columns)
+            return names, lambda *cells: dict(zip(names, cells, strict=True))
+        targets = self._targets(opened)
+        names = ("image", *targets.values())
+        if not targets:
+            return names, lambda image: image
+        if self.label is None or isinstance(self.label, str):
+            return names, lambda *cells: cells
+        return names, lambda image, *cells: (image, dict(zip(targets, cells, strict=True)))
+
+    def _targets(self, opened: Opened) -> dict[str, str]:
+        """What y is made of: by name the columns, or features, of the records."""
+        info, label = opened.info, self.label
+        if self.target == "mask":
+            if info.mask_labels is None:
+                raise UsageError(
+                    f"target is 'mask', but {opened.path} has no masks; build it with --mask-column"
+                )
+            if label is not None:
+                raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
+            return {"mask": "mask"}
+        if label is None:
+            if info.labels and info.labels[0].kind == "string":
+                raise UsageError(
+                    f"{opened.path}: the first label is a string and no number; choose y with label=, one "
+                    f"of: {', '.join(column.name for column in info.labels)}"
+                )
+            return {"label": "label"} if info.labelled else {}
+        known = {column.name: label_feature(column.name) for column in info.labels}
+        if info.labelled and not known:
+            known = {info.config["columns"]["label"]: "label"}
+        names = [label] if isinstance(label, str) else label
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            wanted = ", ".join(map(repr, unknown)) or "none"
+            raise UsageError(
+                f"{opened.path}: label is {wanted}; the dataset has {', '.join(known) or 'no labels'}"
+            )
+        return {name: known[name] for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How examples become batches.
+
+    Attributes:
+        size: examples a batch; None leaves them single.
+        drop_remainder: leave out a last batch that is not full.
+        pad: fill cells of different shapes with zeros.
+        ragged: put cells of different shapes into ragged tensors.
+    """
+
+    size: int | None = None
+    drop_remainder: bool = False
+    pad: bool = False
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            object.__setattr__(self, "size", whole_number("batch_size", self.size))
+            if self.size < 1:
+                raise UsageError(f"batch_size is {self.size}; it must be at least 1")
+        elif self.drop_remainder:
+            raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")
+        elif self.ragged:
+            raise UsageError("ragged is about batches, but there are none; give a batch_size")
+        if self.ragged and self.pad:
+            raise UsageError("pad and ragged are two ways to batch volumes of different shapes; choose one")
+
+    def makes_ragged(self, column: Column) -> bool:
+        """Whether batches of a column are ragged tensors."""
+        return self.ragged and column.varies
+
+    def check(self, folder: str, columns: Sequence[Column]) -> None:
+        """Refuse to put into a batch what has different shapes.
+
+        Raises:
+            UsageError: a column has them, and neither `pad` nor `ragged` says what to do.
+        """
+        varying = [column.name for column in columns if column.varies]
+        if varying and not (self.pad or self.ragged or self.size in (None, 1)):
+            what = "the volumes" if varying[0] in ("image", "mask") else varying[0]
+            raise UsageError(
+                f"batch_size is {self.size}, but {what} of {folder} have different shapes; use batch_size=1 "
+                "or None, or pad=True, or ragged=True"
+            )
+
+    def apply(self, examples: tf.data.Dataset) -> tf.data.Dataset:
+        """Batch a dataset of examples."""
+        if self.size is None:
+            return examples
+        if self.ragged:
+            return examples.ragged_batch(self.size, self.drop_remainder)
+        if self.pad:
+            examples = with_bounded_padding(examples, self.size)
+            return examples.padded_batch(self.size, drop_remainder=self.drop_remainder)
+        return examples.batch(self.size, drop_remainder=self.drop_remainder)
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """In which order examples come, and how often; the first four fields are `load_dataset`'s arguments.
+
+    Attributes:
+        epochs: how many there are; None where they have no end.
+        host: which host this is, from 0, and of how many.
+    """
+
+    shuffle: bool = False
+    seed: int | None = None
+    repeat: bool | int = False
+    shard: Shard = None
+    epochs: int | None = field(init=False)
+    host: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            if not self.shuffle:
+                raise UsageError(f"seed is {self.seed}, but nothing is shuffled; add shuffle=True")
+            object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        object.__setattr__(self, "epochs", _count_epochs(self.repeat))
+        object.__setattr__(self, "host", _place_of_host(self.shard))
+
+    def order(self, count: int, batching: Batching, resumes: str | None) -> Order:
+        """The order of so many records; `resumes` names the argument that needs to know it beforehand.
+
+        Raises:
+            UsageError: it is known only once it is drawn, as there is no seed.
+        """
+        host, num_hosts = self.host
+        if self.shuffle and self.seed is None and (resumes or num_hosts > 1):
+            raise UsageError(
+                f"{resumes or 'shard'} needs an order that is known beforehand; give a seed, the same in "
+                "every run and on every host"
+            )
+        seed = _choose_seed(self.seed) if self.shuffle else None
+        return Order(count, batching.size or 1, batching.drop_remainder, seed, host, num_hosts)
+
+
+def require_choice(name: str, value: str, *choices: str) -> None:
+    """Refuse an argument that is none of its choices.
+
+    Raises:
+        UsageError: it is not among them.
+    """
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}; choose {' or '.join(map(repr, choices))}")
+
+
+def _count_epochs(repeat: bool | int) -> int | None:
+    if isinstance(repeat, bool | np.bool_):
+        return None if repeat else 1
+    epochs = whole_number("repeat", repeat)
+    if epochs < 1:
+        raise UsageError(f"repeat is {epochs}; give a number of epochs from 1, or True for no end")
+    return epochs
+
+
+def _place_of_host(shard: Shard) -> tuple[int, int]:
+    if shard is None:
+        return 0, 1
+    if isinstance(shard, tf.distribute.InputContext):
+        return shard.input_pipeline_id, shard.num_input_pipelines
+    host, num_hosts = (whole_number("shard", number) for number in shard)
+    if not 0 <= host < num_hosts:
+        raise UsageError(f"shard is {shard}; give (i, n): host i, counted from 0, of n")
+    return host, num_hosts
+
+
+def _choose_seed(seed: int | None) -> int:
+    """A seed of at least 0; where none is given one that TensorFlow's global seed decides, if that is set."""
+    if seed is None:
+        found = tf.compat.v1.get_seed(None)
+        seed = secrets.randbits(_SEED_BITS) if found[0] is None else found[0] << 32 | found[1]
+    return seed % (1 << _SEED_BITS)

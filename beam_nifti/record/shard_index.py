@@ -1,0 +1,110 @@
+"""The indexes of a dataset that anybody may have written, read and found sound."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import DatasetError, ShardError, unreadable
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
+from beam_nifti.record.index import Limits, check_table, parse_index, read_bytes, record_name, schema_of
+from beam_nifti.storage import paths as storage
+
+
+@functools.lru_cache(maxsize=8)
+def known_columns(record: RecordConfig, columns: tuple[str, ...]) -> Mapping[str, pa.DataType]:
+    """Types of the columns that an index may have; `columns` are all of the manifest's."""
+    return {field.name: field.type for field in schema_of(record, columns)}
+
+
+def read_shard_index(
+    output: str, info: DatasetInfo, shard: ShardInfo, columns: Collection[str] | None = None
+) -> pa.Table:
+    """The index of a shard of a published dataset: sound, whoever wrote it.
+
+    Args:
+        output: the dataset's folder, local or a URL.
+        info: of the dataset.
+        shard: of it.
+        columns: to read, of those that it has; None means all.
+
+    Raises:
+        DatasetError: there is none, it is not the index of the shard, or it cannot be reached.
+    """
+    path = storage.join(output, shard.index)
+    try:
+        limits = limits_of(output, shard)
+        data = read_bytes(path_of(output, shard.index), limits)
+        table, facts = _sound(data, path, info, limits, columns)
+    except FileNotFoundError as e:
+        raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
+    except (ShardError, OSError) as e:
+        raise unreadable(f"{path}:", e) from e
+    is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
+    if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
+        raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
+    for problem in (*_find_outside(table, shard), *_find_others(table, info)):
+        raise DatasetError(f"{path}: {problem}; run beam-nifti verify")
+    return table
+
+
+def read_sound_index(
+    path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None = None
+) -> tuple[pa.Table, dict[str, str]]:
+    """As `read_index`, of columns that records of a dataset have, in their types and numbers of values.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ShardError: the file is no such index.
+    """
+    return _sound(read_bytes(path, limits), path, info, limits, columns)
+
+
+def _sound(
+    data: bytes, path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None
+) -> tuple[pa.Table, dict[str, str]]:
+    record, names = info.record_config, None if columns is None else sorted(columns)
+    known = known_columns(record, tuple(info.manifest["columns"]))
+    table, facts = parse_index(data, path, None, names, limits, known)
+    every = schema_of(record, [label.name for label in info.labels]).names
+    needed = [name for name in every if names is None or name in names]
+    for problem in check_table(table, needed, record, is_sparse=not info.has_manifest):
+        raise ShardError(f"{path}: not an index: {problem}")
+    return table, facts
+
+
+def limits_of(output: str, shard: ShardInfo) -> Limits:
+    """Those of the index of a published shard, whose file need not be there."""
+    size = 0
+    if not storage.is_remote(output):  # in a store this would be a request
+        with contextlib.suppress(OSError):
+            size = storage.stat(path_of(output, shard.name)).size
+    return Limits(shard.num_examples, size)
+
+
+def _find_outside(table: pa.Table, shard: ShardInfo) -> Iterator[str]:
+    """Find records that are not in their shard."""
+    if {"offset", "length"} <= set(table.column_names):
+        offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
+        size = shard.num_bytes
+        wrong = np.flatnonzero((offsets < 0) | (lengths <= 0) | (lengths > size) | (offsets > size - lengths))
+        if wrong.size:
+            at = int(wrong[0])
+            where = f"{lengths[at]} bytes at offset {offsets[at]}"
+            yield f"{record_name(at, table)} is said to take {where}, which are not in {shard.name}"
+
+
+def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
+    """Find records of another shape than the one that all have."""
+    if info.shape is not None and "shape" in table.column_names:
+        counts = pc.list_value_length(table["shape"]).to_numpy()
+        shapes = pc.list_flatten(table["shape"]).to_numpy()
+        if (counts != len(info.shape)).any() or (shapes.reshape(-1, len(info.shape)) != info.shape).any():
+            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} says"
