@@ -33,7 +33,9 @@ ONLY_IMPORTERS = {
     "tensorflow": {"read.reader", "read.columns", "read.sequential", "read.indexed", "read.layouts"},
     "apache_beam": {
         "pipeline.coders",
+        "pipeline.steps",
         "pipeline.transforms",
+        "pipeline.write",
         "storage.paths",
         "storage.object_store",
         "storage.s3",

@@ -1,7 +1,7 @@
 """`WriteToTFRecord`: a dataset of whatever records a pipeline makes, in the order of their ids.
 
 WriteParts         _Placed, of each record; (None, _Key), of each record; (None, Traits), of each bundle
-Start              (None, _Started)
+Start              (None, revision)
 Plan               _WritePlan           of the keys of all records: splits, shards, order
 ToShard            (shard, _Placed)
 CommitShards       (None, ShardInfo)
@@ -15,9 +15,10 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Final
@@ -54,7 +55,14 @@ from beam_nifti.pipeline.publish import (
 )
 from beam_nifti.pipeline.records import Traits, examine, to_record
 from beam_nifti.pipeline.resume import parts_roots
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
+from beam_nifti.record.dataset_info import (
+    FILE_NAME,
+    MAX_INFO_BYTES,
+    DatasetInfo,
+    ShardInfo,
+    SplitInfo,
+    is_failures_file,
+)
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.record.tfrecord import encode_pieces
@@ -92,17 +100,6 @@ class _Key:
     id: str
     split: str
     length: int
-
-
-@dataclass(frozen=True)
-class _Started:
-    """What was found in the output.
-
-    Attributes:
-        revision: of the dataset that is written.
-    """
-
-    revision: int
 
 
 @dataclass(frozen=True)
@@ -181,14 +178,17 @@ class _WriteNote:
     def read(cls, output: str) -> _WriteNote | None:
         """That of the pipeline that writes there, or has died; None where there is none, or a damaged one."""
         try:
-            facts = load_json(storage.read(storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME)))
+            path = storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME)
+            facts = load_json(storage.read_bounded(path, MAX_INFO_BYTES))
             require_keys(facts, hints_of(cls), hints_of(cls), "")
         except (FileNotFoundError, ValueError):
             return None
         names = {name: tuple(facts[name]) for name in ("published", "shards")}
         note = cls(**facts | names)
+        # Or files of others would be removed.
         is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
-        return note if is_own else None  # or files of others would be removed
+        is_own &= all(ShardName.parse(n) or is_failures_file(n) for n in (*note.published, *note.shards))
+        return note if is_own else None
 
 
 def _require_current(target: _Target) -> _WriteNote:
@@ -257,15 +257,15 @@ class StartFn(beam.DoFn):
     def __init__(self, target: _Target) -> None:
         self._target = target
 
-    def process(self, token: str) -> Iterable[tuple[None, _Started]]:
-        """Yield what was found; the same when it is asked again."""
+    def process(self, token: str) -> Iterable[tuple[None, int]]:
+        """Yield (None, revision of the dataset); the same when it is asked again."""
         target, output = self._target, self._target.output
         require_writable_output(output)
         with lock.hold(output):
             note = _WriteNote.read(output)
             if note is None or note.token != token:
                 note = self._take(target.refuse_published(), note)
-        yield None, _Started(note.revision)
+        yield None, note.revision
 
     def _take(self, published: DatasetInfo | None, dead: _WriteNote | None) -> _WriteNote:
         target, output = self._target, self._target.output
@@ -291,8 +291,7 @@ class StartFn(beam.DoFn):
             revision = dead.revision if dead else last_revision(output) + 1
         root = BUILD_FOLDER if target.root == parts_root(output, None) else target.root
         note = _WriteNote(target.token, root, revision, kept)
-        if build is not None:
-            BuildNote.remove(output)
+        BuildNote.remove(output)
         note.write(output)
         return note
 
@@ -343,16 +342,21 @@ class _WritePlan:
     compression_level: int
 
     @classmethod
-    def of(cls, target: _Target, keys: Iterable[_Key], traits: Traits, revision: int) -> _WritePlan:
-        """The plan of some records, in whatever order they come.
+    def of(
+        cls, target: _Target, ids: list[tuple[str, str]], num_bytes: int, traits: Traits, revision: int
+    ) -> _WritePlan:
+        """The plan of some records.
+
+        Args:
+            target: where they are written.
+            ids: id and split of each, in any order; sorted by this.
+            num_bytes: that they take.
+            traits: of all.
+            revision: of the dataset.
 
         Raises:
             UsageError: an id is there twice.
         """
-        num_bytes, ids = 0, list[tuple[str, str]]()
-        for key in keys:
-            num_bytes += key.length
-            ids.append((key.id, key.split))
         ids.sort()
         twice = sorted({one[0] for one, other in itertools.pairwise(ids) if one[0] == other[0]})
         if twice:
@@ -454,25 +458,23 @@ class PlanFn(beam.DoFn):
     def __init__(self, target: _Target) -> None:
         self._target = target
 
-    def process(self, group: tuple[None, Iterable[_Started | Traits | _Key]]) -> Iterable[_WritePlan]:
+    def process(self, group: tuple[None, Iterable[int | Traits | _Key]]) -> Iterable[_WritePlan]:
         """Yield the plan."""
-        target, traits, started = self._target, list[Traits](), list[_Started]()
-
-        def keys() -> Iterator[_Key]:
-            for item in group[1]:
-                if isinstance(item, _Key):
-                    yield item
-                elif isinstance(item, Traits):
-                    traits[:] = [traits[0].joined(item)] if traits else [item]
-                else:
-                    started.append(item)
-
-        found = list(keys())
-        if not found:
+        target, traits, revision = self._target, None, 0
+        num_bytes, ids = 0, list[tuple[str, str]]()
+        for item in group[1]:
+            if isinstance(item, _Key):
+                num_bytes += item.length
+                ids.append((item.id, sys.intern(item.split)))  # which a million records have in common
+            elif isinstance(item, Traits):
+                traits = item if traits is None else traits.joined(item)
+            else:
+                revision = item
+        if traits is None:
             raise UsageError(
                 f"{target.output}: there are no records to write; look at what comes before WriteToTFRecord"
             )
-        plan = _WritePlan.of(target, found, traits[0], started[0].revision)
+        plan = _WritePlan.of(target, ids, num_bytes, traits, revision)
         note = _require_current(target)
         replace(note, shards=tuple(plan.shards)).write(target.output)
         yield plan
@@ -620,12 +622,12 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         started = (
             records.pipeline
             | "Create" >> beam.Create([target.token], reshuffle=False)  # str
-            | "Start" >> beam.ParDo(StartFn(target)).with_output_types(tuple[None, _Started])
+            | "Start" >> beam.ParDo(StartFn(target)).with_output_types(tuple[None, int])  # (None, revision)
         )
         plan = AsSingleton(
             (started, parts[_KEYS], parts[_TRAITS])
-            | "Flatten" >> beam.Flatten()  # (None, _Started | _Key | Traits)
-            | "GatherKeys" >> beam.GroupByKey()  # (None, [_Started | _Key | Traits])
+            | "Flatten" >> beam.Flatten()  # (None, revision | _Key | Traits)
+            | "GatherKeys" >> beam.GroupByKey()  # (None, [revision | _Key | Traits])
             | "Plan" >> beam.ParDo(PlanFn(target)).with_output_types(_WritePlan)  # _WritePlan
         )
         info: _Values = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -180,6 +181,15 @@ def record_of(example_id: str, split: str = "train", **features: Any) -> Record:
     return Record(
         example_id, encode_example({"id": example_id.encode(), "image_raw": voxels, **features}), split
     )
+
+
+def test_nothing_of_a_volumes_size_crosses_a_shuffle(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 6, shape=(24, 24, 24))
+    options = make_options(runner="tests.test_invariants.WeighingRunner")
+    with beam.Pipeline(options=options) as p:
+        records = p | ReadManifest(str(manifest)) | LoadVolume() | Rescale() | EncodeExample()
+        records | WriteToTFRecord(str(tmp_path / "out"))
+    assert len(Dataset(tmp_path / "out")) == 6
 
 
 # What it takes
@@ -498,6 +508,21 @@ def test_the_later_of_two_pipelines_stops_the_earlier_one(tmp_path: Path) -> Non
     with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
         list(PlanFn(target).process((None, [started[1], key.value[1], traits.value.value[1]])))
     assert Dataset(target.output).ids == IDS[:4]
+
+
+@pytest.mark.parametrize("note", ["{", '{"token": 1}', None])
+def test_a_note_of_anybody_removes_no_file_of_others(
+    tmp_path: Path, reference: Path, note: str | None
+) -> None:
+    output = tmp_path / "out"
+    (output / ".build").mkdir(parents=True)
+    (output / "mine.txt").write_text("mine")
+    facts = {"token": "0" * 16, "root": str(tmp_path), "revision": 1, "published": [], "shards": ["mine.txt"]}
+    (output / ".build" / "write.json").write_text(note or json.dumps(facts))
+    (output / ".build" / "plan.json").write_text("{")
+    write_arrays(output, IDS, overwrite=True)
+    assert contents(output) == contents(reference)
+    assert stray_files(output) == {"mine.txt"}
 
 
 def test_parts_may_be_elsewhere(reference: Path, tmp_path: Path) -> None:

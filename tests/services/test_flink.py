@@ -11,6 +11,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +39,18 @@ RUN = SCRIPT.parents[1] / ".services" / "flink" / "run"
 TASK_MANAGERS = 3
 
 pytestmark = pytest.mark.timeout(600)
+
+_STEPS = """
+import sys
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from beam_nifti.transforms import EncodeExample, LoadVolume, ReadManifest, Rescale, WriteToTFRecord
+
+with beam.Pipeline(options=PipelineOptions(sys.argv[3:])) as pipeline:
+    records = pipeline | ReadManifest(sys.argv[1]) | LoadVolume() | Rescale() | EncodeExample()
+    records | WriteToTFRecord(sys.argv[2], examples_per_shard=5)
+"""
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,41 @@ def test_a_task_manager_dies_while_shards_are_committed(cluster: Cluster, tmp_pa
     assert len(set(watched.seen)) < shards, "the fault did not come midway"
     # Shards that were complete are not written again, so it is Flink that tells.
     assert any(s["attempt"] > 0 for s in cluster.subtasks("WithoutKey")), "the fault hit nobody"
+    assert content_of(output) == expected
+
+
+@pytest.mark.parametrize("phase", ["loaded", "committed"])
+def test_a_task_manager_dies_in_a_pipeline_of_steps(cluster: Cluster, tmp_path: Path, phase: str) -> None:
+    """While volumes are loaded and written into parts; and while shards are made of these."""
+    count, output = 300, tmp_path / "out"
+    manifest = write_rows(tmp_path / "cohort", count, 40, (48, 48, 48))
+    script = tmp_path / "steps.py"
+    script.write_text(_STEPS)
+    here = [sys.executable, str(script), str(manifest), str(tmp_path / "local"), *LOCAL]
+    subprocess.run(here, check=True, capture_output=True)
+    expected = content_of(tmp_path / "local")
+    output.mkdir()
+    if phase == "loaded":
+        watched = watch_build(
+            [str(manifest), str(output), *cluster.flags],
+            manifest.parent,
+            flags.OPEN,
+            ".nii.gz",
+            {count // 4: cluster.kill_writer},
+            program=(str(script),),
+        )
+        assert watched.events > count + 1, "nothing was loaded again"
+    else:
+        watched = watch_build(
+            [str(manifest), str(output), *cluster.flags],
+            output,
+            flags.MOVED_TO,
+            ".tfrecord.gz",
+            {5: lambda: cluster.kill_worker_of("CommitShards")},
+            program=(str(script),),
+        )
+    assert watched.code == 0, watched.printed
+    assert 0 < len(watched.seen) < (count if phase == "loaded" else count // 5), "the fault came too late"
     assert content_of(output) == expected
 
 

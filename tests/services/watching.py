@@ -43,8 +43,10 @@ def watch_build(
     mask: int,
     ending: str,
     faults: Mapping[int, Callable[[], None]],
+    *,
+    program: Sequence[str] = ("-m", "beam_nifti", "build"),
 ) -> Watched:
-    """Run `beam-nifti build` and call each fault once, at the moment of the event of its number.
+    """Run `beam-nifti build`, or another program, and call each fault once, at the event of its number.
 
     Args:
         arguments: of the build.
@@ -52,13 +54,14 @@ def watch_build(
         mask: of inotify: which events count.
         ending: of the names that count.
         faults: what to do, by the number of the event.
+        program: what the interpreter runs.
     """
     started, printed = time.monotonic(), folder.parent / f"{folder.name}.printed"
     events, due = list[str](), sorted(faults)
     seen: tuple[str, ...] = ()
     with INotify() as inotify, printed.open("w") as out:
         inotify.add_watch(folder, mask)
-        command = [sys.executable, "-m", "beam_nifti", "build", *arguments]
+        command = [sys.executable, *program, *arguments]
         with subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as build:
             try:
                 while build.poll() is None:
