@@ -78,6 +78,10 @@ _LEAST_SPACING: Final = 1e-6
 """A nanometre, in mm: below it quotients of sizes overflow."""
 
 
+_SHOWN_LENGTH: Final = 60
+"""Of a text in an error, which may be a dataset's."""
+
+
 def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
     if value not in allowed:
         choices = ", ".join(str(a) for a in allowed)
@@ -415,8 +419,9 @@ def spell_steps(given: str | Sequence[str] | None) -> str | tuple[str, ...] | No
         try:
             steps.append(format_call(*parse_call(step)))
         except ValueError as e:
+            shown = step if len(step) <= _SHOWN_LENGTH else f"{step[:_SHOWN_LENGTH]}…"
             raise UsageError(
-                f"--preprocess is {step!r}; write it as package.module:function, or with literals as "
+                f"--preprocess is {shown!r}; write it as package.module:function, or with literals as "
                 "arguments, such as package.module:function(threshold=3)"
             ) from e
     return _one_or_more(steps)

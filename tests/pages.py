@@ -50,7 +50,7 @@ LIBRARIES = ("tensorflow", "keras", "torch", "jax", "grain")
 
 CODE = ("bash", "console", "python")
 _MARK = re.compile("|".join(["", "output", *LIBRARIES, r"(file|not run|exit code): \S.*"]))
-_SHOWN = ("", "text", "json", "yaml", "dockerfile")
+_SHOWN = ("", "text", "json", "toml", "yaml", "dockerfile")
 _OURS = ("scripts/", "benchmarks/", "examples/", "pipelines/", "tests/")
 
 _FENCE = re.compile(
@@ -223,7 +223,7 @@ def _check_command(words: list[str], place: str) -> None:
         return
     try:
         given, _ = options.parse(words[1:])
-        if given.command in ("build", "check"):
+        if given.command in ("build", "check") and not (given.config or given.like):
             (build_config if given.command == "build" else check_config)(given)
     except (SystemExit, BeamNiftiError) as e:
         raise AssertionError(f"{place}: {shlex.join(words)}: {e}") from e

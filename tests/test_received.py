@@ -123,6 +123,28 @@ def test_a_function_that_the_dataset_was_not_made_with_is_not_imported(
         verify_dataset(str(dataset), manifest=manifest, deep=1, preprocess=named)
 
 
+@pytest.mark.parametrize(
+    ("preprocess", "digests"),
+    [
+        (["a:f", "a:g"], "0" * 64),
+        (["a:f", 3], ["0" * 64] * 2),
+        ({"function": "a:f"}, "0" * 64),
+        ("a:f(x=open('ran', 'w'))", "0" * 64),
+        (f"a:f(x={'[' * 1500}{']' * 1500})", "0" * 64),
+        (f"a:f(x={'-' * 4000}1)", "0" * 64),
+        (f"a:f(x={'9' * 5000})", "0" * 64),
+    ],
+)
+def test_functions_as_no_build_has_them_are_refused(
+    dataset: Path, preprocess: object, digests: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    edit_info(dataset, lambda i: i["config"].update(preprocess=preprocess, preprocess_sha256=digests))
+    with pytest.raises(DatasetError, match=r"not a dataset's info: .*preprocess.{,300}$"):
+        info_of(dataset)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_function_is_for_deep(dataset: Path, run: Callable[..., str]) -> None:
     assert "--preprocess is for --deep" in run("verify", dataset, "--preprocess=a:b", code=cli.USAGE)
 

@@ -494,7 +494,8 @@ RANDOM = st.tuples(
 )
 
 
-@settings(max_examples=8)
+@pytest.mark.slow
+@settings(max_examples=6)
 @given(groups=RANDOM)
 def test_a_build_like_another_writes_the_same_bytes(study: Path, groups: tuple[list[str], ...]) -> None:
     flags = list(dict.fromkeys(flag for group in groups for flag in group))
