@@ -597,8 +597,8 @@ class BuildConfig:
         workers: threads of the local runner; on a cluster, the least parallelism to cut units for.
         anonymous_ids: file of the key by which pseudonyms stand for ids and paths, local or a URL that the
             workers reach; None keeps the names.
-        rows: where workers read the rows, a Parquet file, of a table that `manifest` only names; None where
-            it is a file.
+        rows: where workers read the rows, a Parquet file, of a table that `manifest` only names; "" before
+            it is written; None where the manifest is a file.
     """
 
     manifest: str

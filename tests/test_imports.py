@@ -116,7 +116,10 @@ def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("", "build check verify inspect diff extract report Percentile Window TooManyFailures Dataset"),
+        (
+            "",
+            "build check verify inspect diff extract report Percentile Window TooManyFailures LoadVolume",
+        ),
         ("reader", "load_dataset get_batched_dataset state_after"),
         ("random_access", "Dataset"),
         (

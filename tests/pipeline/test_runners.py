@@ -20,6 +20,8 @@ from apache_beam.options.pipeline_options import (
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
 from beam_nifti.cli.build_options import build_config
+from beam_nifti.cli.run_summary import RunSummary
+from beam_nifti.cli.watching import CommandWatcher
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline import beam_flags, runners
 from beam_nifti.pipeline.build import plan_build
@@ -43,7 +45,8 @@ DATAFLOW = (
 def choose(*flags: str, manifest: str = "m.csv", output: str = "out") -> Engine:
     """The engine of `beam-nifti build`."""
     parsed, rest = options.parse(["build", manifest, output, *flags])
-    return beam_flags.choose_engine(build_config(parsed), rest, parsed.workers)
+    watcher = CommandWatcher(RunSummary("build"), parsed)
+    return beam_flags.choose_engine(build_config(parsed), rest, parsed.workers, watcher)
 
 
 def refusal(*flags: str, manifest: str = "m.csv", output: str = "out") -> str:
