@@ -75,7 +75,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "extract": lambda path: read_volume(path, "sub-0000"),
     "inspect": describe_dataset,
     "inspect --record": lambda path: describe_record(path, "sub-0000"),
-    "verify": verify_dataset,
+    "verify": lambda path: verify_dataset(path).problems,
 }
 """What reads a dataset, by how it is called."""
 
