@@ -80,8 +80,8 @@ def add_beam(command: argparse.ArgumentParser) -> None:
     """Document that Beam's flags may be given."""
     command.add_argument_group(
         "Apache Beam",
-        "Flags of Apache Beam are passed on. Write them in full, with their values after =, such as "
-        "--runner=FlinkRunner --flink_master=HOST:8081; flags that have no effect on the runner are refused.",
+        "Flags of Apache Beam are passed on. Write them in full, with their values after =, such as\n"
+        "--runner=FlinkRunner --flink_master=HOST:8081. Flags that have no effect on the runner are refused.",
     )
 
 
