@@ -107,7 +107,7 @@ def measure(case: Case, folder: Path, output: Path) -> tuple[float, float, int]:
 def table(cases: list[Case], folder: Path, output: Path) -> Iterator[str]:
     yield (
         "| image | options | file, MB | voxels as stored, MB | shard, MB | peak, MB | peak / stored "
-        "| peak less start-up / stored | CPU s |"
+        "| (peak - start-up) / stored | CPU s |"
     )
     yield "|---|---|" + "---:|" * 7
     start_up = 0.0

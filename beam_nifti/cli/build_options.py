@@ -1,4 +1,4 @@
-"""The options of `beam-nifti build` and `check`: what is made of a manifest."""
+"""The options of `beam-nifti build` and `check`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from beam_nifti.config import (
 from beam_nifti.pipeline.options import OPTIONS, flag_of, make_config
 
 WITHOUT_EFFECT = "without effect on check"
-"""Title of the flags that `check` takes only because `build` does."""
+"""Title of the flags that `check` accepts only because `build` does."""
 
 _BUILD_EXAMPLES = """\
 examples:
@@ -38,8 +38,8 @@ examples:
   beam-nifti build gs://lab/manifest.csv gs://lab/dataset --shuffle-seed 1 \\
       --runner=DataflowRunner --region=europe-west1 --temp-location=gs://lab/tmp
 
-A build that was stopped continues when the same command is given again. Rows that were appended to the
-manifest are added; volumes that failed are tried again.
+Run the same command again to continue a stopped build, to add rows that were appended to the manifest, and to
+retry volumes that failed.
 
 """
 
@@ -49,8 +49,8 @@ examples:
   beam-nifti check cohort/manifest.tsv --orientation RAS --spacing 1,1,1 --shape 192,224,192
   beam-nifti check cohort/manifest.tsv --json | jq '.problems[].example_id'
 
-Takes every flag of build, so that a script can give both the same. Reads 64 KB of each image. The exit code
-is that of a build with these flags, as far as headers tell.
+Accepts every flag of build, so a script can pass the same flags to both. Reads the first 64 KB of each image.
+The exit code is that of a build with these flags, as far as headers can show.
 
 """
 
@@ -61,23 +61,23 @@ _WHOLE: Final = {"type": int, "metavar": "N"}
 _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "config": {
         "metavar": "FILE",
-        "help": 'TOML file of options by their names, such as rescale = "zscore", spacing = [1, 1, 1] or '
+        "help": 'TOML file whose keys are option names, such as rescale = "zscore", spacing = [1, 1, 1] or '
         'like = "cohort/dataset"; default: none',
     },
     "like": {
         "metavar": "DATASET",
-        "help": "take the options that decided the content of this dataset; --preprocess and --anonymous-ids "
-        "must be given again, and are compared; default: none",
+        "help": "use the options that decided the content of this dataset; --preprocess and --anonymous-ids "
+        "must be given again, and are compared with the dataset's; default: none",
     },
     "without": {
         "metavar": "NAME,…",
-        "help": "options of --config and --like that are not taken, such as clip,spacing; default: none",
+        "help": "options of --config and --like to ignore, such as clip,spacing; default: none",
     },
     "path_column": {
         "metavar": "NAME",
-        "help": "column of image paths; several, separated by commas, such as T1w,T2w,FLAIR, become the "
-        "channels of one record: each is rescaled separately, and all must have the same voxel grid; "
-        "default: path",
+        "help": "column of image paths. The images of several comma-separated columns, such as "
+        "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have "
+        "the same voxel grid; default: path",
     },
     "mask_column": {
         "metavar": "NAME",
@@ -115,11 +115,12 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "stratify": {
         "metavar": "COLUMN",
-        "help": "keep these shares within each value of this column, such as site or diagnosis",
+        "help": "apply the shares of --split within each value of this column, such as site or diagnosis",
     },
     "split_seed": {
         **_WHOLE,
-        "help": "seed of the draw; change it for another draw, as in repeated cross-validation; default: 0",
+        "help": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
+        "default: 0",
     },
     "examples_per_shard": {
         **_WHOLE,
@@ -128,7 +129,7 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "num_shards": {
         **_WHOLE,
-        "help": "number of shards in each split, in the place of --examples-per-shard",
+        "help": "number of shards in each split, instead of --examples-per-shard",
     },
     "compression": {"choices": COMPRESSIONS, "help": "compression of the shards; default: gzip"},
     "shuffle_seed": {
@@ -139,7 +140,7 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "compression_level": {
         "type": int,
         "choices": COMPRESSION_LEVELS,
-        "help": "igzip level; default: 2, the smallest of the four on float32 voxels",
+        "help": "igzip level; default: 2, which compresses float32 voxels best",
     },
     "rescale": {
         "metavar": "METHOD",
@@ -182,14 +183,14 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "allow_mixed_shapes": {
         **_SWITCH,
-        "help": "accept volumes of another shape than the first image's",
+        "help": "accept volumes whose shape differs from the first image's",
     },
     "preprocess": {
         "action": "append",
         "metavar": "MODULE:FUNCTION",
-        "help": "a function of yours, Volume to Volume, that the workers can import, such as "
-        "mylab.brains:strip or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, for "
-        "several in this order",
+        "help": "your own function from Volume to Volume, which the workers must be able to import, such as "
+        "mylab.brains:strip or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, to "
+        "apply several functions in order",
     },
     "orientation": {
         "metavar": "CODE",
@@ -198,12 +199,13 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "spacing": {
         "metavar": "X,Y,Z",
-        "help": "resample to this voxel size in mm, such as 1,1,1, linearly and without smoothing first",
+        "help": "resample to this voxel size in mm, such as 1,1,1, with linear interpolation and no prior "
+        "smoothing",
     },
     "crop_foreground": {
         "metavar": "RULE",
-        "help": "crop to the bounding box of the voxels that are nonzero; above:T, in the image's units; or "
-        "mask, those with a label in the mask",
+        "help": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the image's "
+        "units; or mask, those with a label in the mask",
     },
     "shape": {
         "metavar": "X,Y,Z",
@@ -212,7 +214,8 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "json": {**_SWITCH, "help": "print the report as JSON"},
     "out": {
         "metavar": "FILE",
-        "help": "also write the report as JSON to FILE; required on a cluster, where workers must reach it",
+        "help": "also write the report as JSON to FILE; required on a cluster, where the workers must be "
+        "able to write to it",
     },
     "max_bad_fraction": {
         "type": float,
@@ -223,7 +226,7 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "recheck": {
         **_SWITCH,
         "help": "rebuild every record, and replace the shards that differ. Use it when files have changed "
-        "but kept their size and time; by default, such files are taken as unchanged",
+        "but kept their size and time; by default, such files are assumed to be unchanged",
     },
     "dry_run": {
         **_SWITCH,
@@ -239,7 +242,7 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
         "node_exporter: a local .prom file; not with --dry-run; default: none",
     },
 }
-"""What argparse is told of the options that no other command has."""
+"""Arguments of `add_argument` for the options that no other command has."""
 
 _SHARED: Final[Mapping[str, Callable[[argparse._ArgumentGroup], None]]] = {
     "overwrite": lambda group: add_overwrite(
@@ -253,11 +256,11 @@ _SHARED: Final[Mapping[str, Callable[[argparse._ArgumentGroup], None]]] = {
     "quiet": add_quiet,
     "summary_json": add_summary,
 }
-"""What adds the others."""
+"""Functions that add the other options."""
 
 _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
-    "options from elsewhere": (
-        "What the command line gives precedes --config, and that precedes --like.",
+    "options from a file or a dataset": (
+        "The command line overrides --config, and --config overrides --like.",
         ("config", "like", "without"),
     ),
     "manifest columns": (
@@ -278,7 +281,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         ),
     ),
     "preparation": (
-        "What is done to each volume between loading and rescaling, in this order; default: nothing.",
+        "Applied to each volume between loading and rescaling, in this order; default: none.",
         ("preprocess", "orientation", "spacing", "crop_foreground", "shape"),
     ),
     "running": (
@@ -302,15 +305,15 @@ def add_commands(commands: Commands) -> None:
     check = add_command(
         commands,
         "check",
-        "read the headers of a manifest's images, and report what a build would make of them",
+        "read the headers of a manifest's images and report what a build would do",
         _CHECK_EXAMPLES,
     )
-    check.add_argument("manifest", metavar="MANIFEST", help="as for build")
+    check.add_argument("manifest", metavar="MANIFEST", help="table of images, as for build")
     for title, (about, names) in _GROUPS.items():
         further = ("json", "out") if title == "running" else ()
         used = [name for name in (*further, *names) if name not in _UNUSED_BY_CHECK]
         _add_group(check, title, about, used)
-    about = "Their values are checked as build checks them, so that both can be given the same flags."
+    about = "Accepted and validated, so that check and build can be given the same flags."
     _add_group(check, WITHOUT_EFFECT, about, _UNUSED_BY_CHECK)
     add_beam(check)
 
@@ -319,12 +322,12 @@ def add_commands(commands: Commands) -> None:
         "manifest",
         metavar="MANIFEST",
         help="table of images: .csv, .tsv, .jsonl or .parquet with the columns path, label, "
-        "participant_id, session_id, split (all but path optional; further ones are kept in the index)",
+        "participant_id, session_id, split (only path is required; other columns are kept in the index)",
     )
     add_output(build)
     for title, (about_it, names) in _GROUPS.items():
         _add_group(build, title, about_it, names)
-    add_beam(build, "with their values after =, as --runner=FlinkRunner --flink_master=HOST:8081")
+    add_beam(build)
 
 
 def _add_group(command: argparse.ArgumentParser, title: str, about: str | None, names: Sequence[str]) -> None:
@@ -334,24 +337,24 @@ def _add_group(command: argparse.ArgumentParser, title: str, about: str | None, 
             _SHARED[name](group)
         else:
             group.add_argument(flag_of(name), **_ARGUMENTS[name])
-    # Their defaults are those of `make_config`, which gets the options that were typed.
+    # The defaults are in `make_config`, which receives only the options that were given.
     command.set_defaults(**dict.fromkeys(OPTIONS))
 
 
 def build_config(options: argparse.Namespace) -> BuildConfig:
-    """The build that the options ask for.
+    """The build that the options describe.
 
     Raises:
-        UsageError: a value that no build can have.
+        UsageError: a value is not valid for any build.
     """
     return _config(options, options.output)
 
 
 def check_config(options: argparse.Namespace) -> BuildConfig:
-    """The build that `check` looks ahead to; its output is the report, "" for none.
+    """The build that `check` predicts; its output is the report, "" for none.
 
     Raises:
-        UsageError: a value that no build can have.
+        UsageError: a value is not valid for any build.
     """
     return _config(options, options.out or "")
 

@@ -1,4 +1,4 @@
-"""What the options of several commands have in common."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from beam_nifti.support.logs import FORMATS as LOG_FORMATS
 from beam_nifti.support.process import count_cores
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""What commands are added to."""
+"""The subparsers that commands are added to."""
 
 EXIT_CODES = """\
 exit codes:
@@ -25,13 +25,13 @@ exit codes:
 
 
 def add_command(commands: Commands, name: str, summary: str, examples: str = "") -> argparse.ArgumentParser:
-    """Add a command, with what all of them have.
+    """Add a command, with the options and the exit codes that all commands share.
 
     Args:
         commands: to add it to.
         name: of the command.
         summary: what it does, for the list of commands and for its own help.
-        examples: that its help ends with.
+        examples: shown at the end of its help.
     """
     command = commands.add_parser(
         name,
@@ -41,7 +41,7 @@ def add_command(commands: Commands, name: str, summary: str, examples: str = "")
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_log_format(command, argparse.SUPPRESS)  # which leaves standing what was given before the command
+    add_log_format(command, argparse.SUPPRESS)  # keeps a value given before the command
     return command
 
 
@@ -57,37 +57,37 @@ def add_log_format(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_output(command: argparse.ArgumentParser, note: str = "") -> None:
-    """Add OUTPUT, with what its help says besides."""
+    """Add OUTPUT; its help ends with the note."""
     command.add_argument("output", metavar="OUTPUT", help=f"folder or URL of the dataset{note}")
 
 
 def add_overwrite(group: argparse._ActionsContainer, what: str = "FILE") -> None:
-    """Add `--overwrite`, which replaces what there is."""
+    """Add `--overwrite`, which replaces existing files."""
     group.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
 def add_workers(group: argparse._ActionsContainer, note: str = "") -> None:
-    """Add `--workers`, with what its help says besides; None where it is not given."""
+    """Add `--workers`; its help ends with the note. The value is None if it is not given."""
     group.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help=f"threads; default: all cores ({count_cores()} here){note}",
+        help=f"number of threads; default: all cores ({count_cores()} here){note}",
     )
 
 
-def add_beam(command: argparse.ArgumentParser, note: str = "as for build") -> None:
+def add_beam(command: argparse.ArgumentParser) -> None:
     """Document that Beam's flags may be given."""
     command.add_argument_group(
         "Apache Beam",
-        f"Flags of Apache Beam are passed on, {note}. Write them in full; flags that have no effect on the "
-        "runner are refused.",
+        "Flags of Apache Beam are passed on. Write them in full, with their values after =, such as\n"
+        "--runner=FlinkRunner --flink_master=HOST:8081. Flags that have no effect on the runner are refused.",
     )
 
 
 def add_quiet(group: argparse._ActionsContainer) -> None:
     """Add `--quiet`."""
-    group.add_argument("--quiet", action="store_true", help="no progress; results and errors only")
+    group.add_argument("--quiet", action="store_true", help="print only results and errors, no progress")
 
 
 def add_summary(group: argparse._ActionsContainer) -> None:
@@ -95,6 +95,6 @@ def add_summary(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--summary-json",
         metavar="FILE",
-        help="write how the command ended, also if it failed: status, counts, times, error; a .json file, or "
-        "its URL, outside of OUTPUT; docs/monitoring.md has the fields; default: none",
+        help="write the status, counts, times and error to this file at the end, even if the command fails: "
+        "a .json file or URL outside OUTPUT; docs/monitoring.md describes the fields; default: none",
     )

@@ -18,8 +18,8 @@ examples:
   beam-nifti diff monday/dataset tuesday/dataset
   beam-nifti diff monday/dataset tuesday/dataset --json | jq '.came[]'
 
-Reads dataset_info.json and index/ of each: of a dataset that is built on every night in one place, keep
-copies of these. Exits with 1 where anything is different.
+Reads only dataset_info.json and index/ of each dataset. If a dataset is rebuilt every night in one folder,
+copies of these are enough. The exit code is 1 if the datasets differ.
 
 """
 
@@ -28,8 +28,8 @@ examples:
   beam-nifti extract dataset --id sub-0003
   beam-nifti extract gs://lab/dataset --id sub-0003 --out /tmp/sub-0003.nii
 
-Voxels are in the image's units; those of --voxel-dtype native are the file's own. docs/extract.md says how
-close the others are to them.
+Voxels are in the image's units. With --voxel-dtype native they are exactly those of the file;
+docs/extract.md gives the precision of the other dtypes.
 
 """
 
@@ -38,7 +38,7 @@ examples:
   beam-nifti view dataset --id sub-0003 --open
   beam-nifti view gs://lab/dataset --id sub-0003 --mask --out /tmp/sub-0003.html
 
-The page is one file that loads nothing. Intensities are in the image's units. Needs beam-nifti[report].
+The page is one self-contained file. Intensities are in the image's units. Requires beam-nifti[report].
 
 """
 
@@ -47,7 +47,7 @@ examples:
   beam-nifti card cohort/dataset
   beam-nifti card gs://lab/dataset --name 'Brains of Lyon' --license CC-BY-4.0 --overwrite
 
-A build does not touch the files: give the command again after one that has changed the dataset.
+A build does not update these files: run the command again after a build that changed the dataset.
 
 """
 
@@ -56,14 +56,14 @@ examples:
   beam-nifti report cohort/dataset
   beam-nifti report gs://lab/dataset --out gs://lab/report.html --pictures 3000
 
-Reads every record once, and checks its bytes on the way. Needs beam-nifti[report]; on a cluster the workers
-do, too. Exits with 1, after the page is written, if a shard or a record is damaged.
+Reads every record once and checks its bytes. Requires beam-nifti[report], also on the workers of a cluster.
+If a shard or a record is damaged, the page is still written, and the exit code is 1.
 
 """
 
 
 def add_commands(commands: Commands) -> None:
-    """Add them all."""
+    """Add these commands."""
     _add_verify(commands)
     _add_inspect(commands)
     _add_diff(commands)
@@ -84,20 +84,21 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
-        help="the key that the dataset was built with; required for --deep, and to compare with --manifest",
+        help="key that the dataset was built with; required for --deep, and to compare with --manifest",
     )
     verify.add_argument(
         "--deep",
         metavar="N",
-        help="make N records (or: all) again from their images, and compare bit for bit; requires "
-        "--manifest, which names the images that are opened",
+        help="rebuild N records (or all) from their images and compare them bit for bit; requires "
+        "--manifest, which names the images to open",
     )
     verify.add_argument(
         "--preprocess",
         action="append",
         metavar="MODULE:FUNCTION",
-        help="for --deep, of a dataset that was built with it: the function to import and run, with its "
-        "arguments; one that only the dataset names is not run; may be repeated, for several",
+        help="for --deep, the function that the dataset was built with, to import and run, with its "
+        "arguments. A function that only the dataset names is never run; may be repeated, for several "
+        "functions",
     )
     add_workers(verify)
     add_quiet(verify)
@@ -105,19 +106,21 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _add_inspect(commands: Commands) -> None:
-    inspect = add_command(commands, "inspect", "print what is in a dataset, or in one of its records")
+    inspect = add_command(commands, "inspect", "print a description of a dataset or of one record")
     add_output(inspect)
-    inspect.add_argument("--record", metavar="ID", help="one record's metadata, by its example id")
-    inspect.add_argument("--json", action="store_true", help="as JSON")
+    inspect.add_argument(
+        "--record", metavar="ID", help="print the metadata of the record with this example id"
+    )
+    inspect.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def _add_diff(commands: Commands) -> None:
     diff = add_command(
-        commands, "diff", "report what came, went and changed between two datasets", _DIFF_EXAMPLES
+        commands, "diff", "report which examples and options differ between two datasets", _DIFF_EXAMPLES
     )
     diff.add_argument("before", metavar="BEFORE", help="folder or URL of a dataset")
     diff.add_argument("after", metavar="AFTER", help="folder or URL of another dataset")
-    diff.add_argument("--json", action="store_true", help="as JSON, with all ids")
+    diff.add_argument("--json", action="store_true", help="print as JSON, with all ids")
 
 
 def _add_extract(commands: Commands) -> None:
@@ -130,13 +133,13 @@ def _add_extract(commands: Commands) -> None:
         action="append",
         required=True,
         metavar="ID",
-        help="a record, by its example id; may be repeated",
+        help="example id of a record; may be repeated",
     )
     extract.add_argument(
         "--out",
         metavar="FILE",
-        help=".nii.gz or .nii; default: ID.nii.gz, or ID_mask.nii.gz with --mask, in this folder, with _ for "
-        "what a file name cannot hold",
+        help=".nii.gz or .nii file; default: ID.nii.gz, or ID_mask.nii.gz with --mask, in the current "
+        "folder; characters of ID that a file name cannot contain become _",
     )
     extract.add_argument(
         "--mask", action="store_true", help="write the records' masks instead of their images"
@@ -145,22 +148,23 @@ def _add_extract(commands: Commands) -> None:
 
 
 def _add_view(commands: Commands) -> None:
-    view = add_command(commands, "view", "make a page to walk through the volume of a record", _VIEW_EXAMPLES)
+    view = add_command(commands, "view", "make a web page to browse the volume of a record", _VIEW_EXAMPLES)
     add_output(view)
-    view.add_argument("--id", required=True, metavar="ID", help="the record, by its example id")
+    view.add_argument("--id", required=True, metavar="ID", help="example id of the record")
     view.add_argument(
-        "--mask", action="store_true", help="lay the labels of the record's mask over the image"
+        "--mask", action="store_true", help="overlay the labels of the record's mask on the image"
     )
     view.add_argument(
         "--channel",
         type=int,
         metavar="N",
-        help="the channel to show, from 0; needed where the record has several",
+        help="channel to show, counted from 0; required if the record has several",
     )
     view.add_argument(
         "--out",
         metavar="FILE",
-        help="the page; default: ID.html in this folder, with _ for what a file name cannot hold",
+        help=".html file; default: ID.html in the current folder; characters of ID that a file name cannot "
+        "contain become _",
     )
     view.add_argument("--open", action="store_true", help="open the page in the browser")
     add_overwrite(view)
@@ -170,15 +174,17 @@ def _add_card(commands: Commands) -> None:
     card = add_command(
         commands,
         "card",
-        "describe a dataset for others, in README.md and croissant.json",
+        "write a dataset card: README.md for people and croissant.json for programs",
         _CARD_EXAMPLES,
     )
-    add_output(card, "; the files go there")
-    card.add_argument("--name", metavar="TEXT", help="of the dataset; default: the name of its folder")
-    card.add_argument("--description", metavar="TEXT", help="what it is; default: none")
-    card.add_argument("--license", metavar="TEXT", help="its name or URL, such as CC-BY-4.0; default: none")
-    card.add_argument("--citation", metavar="TEXT", help="what to cite; default: none")
-    card.add_argument("--url", metavar="URL", help="a page about it; default: none")
+    add_output(card, ", to which the files are written")
+    card.add_argument("--name", metavar="TEXT", help="name of the dataset; default: the name of its folder")
+    card.add_argument("--description", metavar="TEXT", help="description of the dataset; default: none")
+    card.add_argument(
+        "--license", metavar="TEXT", help="name or URL of the license, such as CC-BY-4.0; default: none"
+    )
+    card.add_argument("--citation", metavar="TEXT", help="publication to cite; default: none")
+    card.add_argument("--url", metavar="URL", help="web page about the dataset; default: none")
     add_overwrite(card, "the files")
 
 
@@ -186,22 +192,22 @@ def _add_report(commands: Commands) -> None:
     report = add_command(
         commands,
         "report",
-        "make a page of pictures and distributions by which a dataset is judged",
+        "make a web page of pictures and distributions to review a dataset",
         _REPORT_EXAMPLES,
     )
     add_output(report)
     report.add_argument(
         "--out",
         metavar="FILE",
-        help="the page, replaced if it is there; default: report.html in this folder; required on a "
-        "cluster, where workers must be able to write to it",
+        help=".html file, replaced if it exists; default: report.html in the current folder; required on a "
+        "cluster, where the workers must be able to write to it",
     )
     report.add_argument(
         "--pictures",
         type=int,
         default=1000,
         metavar="N",
-        help="volumes to show besides the outliers, evenly spread; default: 1000; 5 KB each",
+        help="number of volumes to show besides the outliers, evenly spaced, 5 KB each; default: 1000",
     )
     run = report.add_argument_group("running")
     add_workers(run)

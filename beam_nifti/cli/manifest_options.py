@@ -1,4 +1,4 @@
-"""The options of `beam-nifti manifest`, which writes a manifest of the images that there are."""
+"""The options of `beam-nifti manifest`, which writes a manifest of existing images."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ examples:
   beam-nifti manifest bids study --suffix bold --all-images --out manifest.tsv
   beam-nifti build manifest.tsv dataset --id-column image_id
 
-The first takes the T1w image of everyone whose age participants.tsv has, and keeps sex in the index. The
-third takes those whose names have no acq-. Images, participants and sessions that are found and not used are
-named on standard error.
+The first selects the T1w image of every participant with an age in participants.tsv, and keeps sex in the
+index. The third selects images whose names have no acq-. Images, participants and sessions that are not used
+are reported on standard error.
 
 """
 
@@ -39,21 +39,19 @@ examples:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add `manifest` with its two sources."""
-    manifest = add_command(
-        commands, "manifest", "write the manifest of the images that there are", _MANIFEST_EXAMPLES
-    )
+    """Add `manifest` and its two sources."""
+    manifest = add_command(commands, "manifest", "write a manifest of existing images", _MANIFEST_EXAMPLES)
     sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_bids(sources)
     _add_glob(sources)
 
 
 def _add_bids(sources: Commands) -> None:
-    bids = add_command(sources, "bids", "write the manifest of a BIDS study", _BIDS_EXAMPLES)
+    bids = add_command(sources, "bids", "write a manifest of a BIDS study", _BIDS_EXAMPLES)
     bids.add_argument(
         "folder", metavar="DIR", help="folder or URL of the study, or of one of its derivatives"
     )
-    bids.add_argument("--suffix", required=True, metavar="NAME", help="of the images, such as T1w")
+    bids.add_argument("--suffix", required=True, metavar="NAME", help="suffix of the images, such as T1w")
     bids.add_argument(
         "--session",
         action="append",
@@ -64,8 +62,8 @@ def _add_bids(sources: Commands) -> None:
         "--entity",
         action="append",
         metavar="KEY=LABEL",
-        help="only images with this in their name, such as run=1; KEY= for those without KEY; may be "
-        "repeated, for several keys or several labels of one",
+        help="only images with this entity in their name, such as run=1; KEY= for images without KEY; may be "
+        "repeated, for several keys or several labels of one key",
     )
     bids.add_argument(
         "--label",
@@ -77,14 +75,14 @@ def _add_bids(sources: Commands) -> None:
         "--column",
         action="append",
         metavar="COLUMN",
-        help="of the same tables, to be kept in the manifest and in the index of the dataset; may be "
+        help="column of the same tables to keep in the manifest and in the index of the dataset; may be "
         "repeated; default: none",
     )
     _add_manifest_output(bids)
 
 
 def _add_glob(sources: Commands) -> None:
-    glob = add_command(sources, "glob", "write the manifest of all images that match", _GLOB_EXAMPLES)
+    glob = add_command(sources, "glob", "write a manifest of all images that match a pattern", _GLOB_EXAMPLES)
     glob.add_argument(
         "pattern",
         nargs="+",
@@ -99,23 +97,23 @@ def _add_manifest_output(source: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--all-images",
         action="store_true",
-        help="keep several images of a participant's session; they are named in a column image_id, for "
-        "build --id-column image_id; default: they are refused",
+        help="keep several images of a participant's session, each with a name in a column image_id, for "
+        "build --id-column image_id; default: several images are refused",
     )
     source.add_argument(
         "--out",
         metavar="FILE",
-        help=".tsv, .csv, .jsonl or .parquet; images in its folder are written relative to it; default: TSV "
-        "on standard output, with absolute paths",
+        help=".tsv, .csv, .jsonl or .parquet file; paths of images below its folder are relative; default: "
+        "TSV on standard output, with absolute paths",
     )
     add_overwrite(source)
 
 
 def chosen_entities(options: argparse.Namespace) -> dict[str, list[str]]:
-    """The labels that `manifest bids` is to choose images by, for each key.
+    """The labels by which `manifest bids` selects images, for each key.
 
     Raises:
-        UsageError: no KEY=LABEL.
+        UsageError: an entity is not KEY=LABEL.
     """
     chosen = dict[str, list[str]]()
     for label in options.session or ():

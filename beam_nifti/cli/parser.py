@@ -1,4 +1,4 @@
-"""The command line: from arguments to options. Neither this nor what it imports loads Beam or TensorFlow."""
+"""Parses the command line. Neither this module nor its imports load Beam or TensorFlow."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from beam_nifti.support.arguments import dashed, refuse_swallowed, suggest_flag,
 from beam_nifti.support.terminal import write_result
 
 BEAM_COMMANDS = ("build", "check", "report")
-"""Commands that run a pipeline, and so take Beam's flags."""
+"""Commands that run a pipeline, and therefore accept Beam's flags."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what argparse would print beside the usage of every flag, and ignores no value."""
+    """Raises errors instead of printing them with the usage, and ignores no value."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Versions(argparse.Action):
-    """`--version`; the libraries are looked up only when it is given."""
+    """`--version`; the libraries' versions are looked up only if it is given."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)
@@ -53,7 +53,7 @@ class _Versions(argparse.Action):
 
 
 class _Completion(argparse.Action):
-    """`--print-completion`; what makes it is loaded only when it is given."""
+    """`--print-completion`; the code that makes the script is loaded only if it is given."""
 
     def __call__(self, parser: argparse.ArgumentParser, _: object, shell: object, *__: object) -> None:
         from beam_nifti.cli.completion import make_completion
@@ -63,7 +63,7 @@ class _Completion(argparse.Action):
 
 
 _ENDINGS_OF_OUT: Final = {"check": ".json", "report": ".html", "view": ".html"}
-"""By command the ending of what it writes, so that a slip of the keyboard replaces no image and no table."""
+"""The file ending of each command's output, so that a typing error cannot replace an image or a table."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,13 +76,15 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--version", action=_Versions, help="show the version, and those of the libraries that decide bytes"
+        "--version",
+        action=_Versions,
+        help="print the versions of beam-nifti and of the libraries that affect the output",
     )
     parser.add_argument(
         "--print-completion",
         action=_Completion,
         choices=("bash", "zsh", "tcsh"),
-        help="print what makes a shell complete commands, flags, their values and paths; for bash: "
+        help="print a script with which the shell completes commands, flags, values and paths; for bash: "
         'eval "$(beam-nifti --print-completion bash)"',
     )
     add_log_format(parser, "text")
@@ -93,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def find_log_format(argv: Sequence[str]) -> str:
-    """The `--log-format` of a command line that may be wrong elsewhere."""
+    """The `--log-format` of a command line, even if its other arguments are invalid."""
     try:
         return _read_log_format(argv)
     except UsageError:
@@ -101,7 +103,7 @@ def find_log_format(argv: Sequence[str]) -> str:
 
 
 def _read_log_format(argv: Sequence[str]) -> str:
-    """Both `--log-format` before the command and the one after it, of which there may be one."""
+    """The `--log-format` before or after the command; it may be given once."""
     parser = _Parser(prog="beam-nifti", add_help=False, allow_abbrev=False)
     add_log_format(parser, "text")
     return str(parser.parse_known_args([dashed(a) for a in argv])[0].log_format)
@@ -114,12 +116,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         argv: without the program's name. Flags may be written with - or _.
 
     Returns:
-        Our options, and the flags that are for Beam (none but for `build`, `check` and `report`).
+        Our options, and the flags for Beam (only for `build`, `check` and `report`).
 
     Raises:
-        UsageError: an option that is malformed, empty or given twice; or an argument that is not the
-            command's, where Beam gets none.
-        SystemExit: argparse's own, after --help and --version.
+        UsageError: an option is malformed, empty or given twice; or an argument is unknown to a command
+            that passes no flags to Beam.
+        SystemExit: raised by argparse after --help and --version.
     """
     arguments = [dashed(a) for a in argv]
     known, rest = make_parser().parse_known_args(arguments)
@@ -134,24 +136,26 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _refuse_strays(arguments: Sequence[str], rest: Sequence[str]) -> None:
-    """Refuse values that are left over and are not those of a flag of Beam's.
+    """Refuse remaining values that do not belong to a flag of Beam's.
 
-    `--flag value MANIFEST OUTPUT` leaves `--flag OUTPUT`: argparse does not know that it has a value.
+    `--flag value MANIFEST OUTPUT` leaves `--flag OUTPUT`: argparse does not know that the flag has a value.
     """
     for before, argument in zip(("", *rest), rest, strict=False):
         follows = any(pair == (before, argument) for pair in itertools.pairwise(arguments))
         if argument.startswith("--") or (before.startswith("--") and "=" not in before and follows):
             continue
-        raise UsageError(f"unknown argument {argument}; write the value of a flag of Beam's as --flag=VALUE")
+        raise UsageError(
+            f"unknown argument {argument}; write the values of Apache Beam's flags as --flag=VALUE"
+        )
 
 
 def explain_unknown(argument: str, command: str, further: Iterable[str] = ()) -> str:
-    """Why a command does not take an argument.
+    """Explain why a command does not accept an argument.
 
     Args:
-        argument: that was given.
+        argument: the argument.
         command: such as "manifest bids".
-        further: flags that it takes besides its own.
+        further: flags that the command accepts besides its own.
     """
     if not argument.startswith("--"):
         return f"unknown argument {argument}; see `beam-nifti {command} --help`"
@@ -172,7 +176,7 @@ def flags_of_commands() -> Mapping[str, list[str]]:
 
 
 def commands() -> Iterable[tuple[str, argparse.ArgumentParser]]:
-    """Name and parser of every command; a command with subcommands is not one itself."""
+    """Name and parser of every command; a command with subcommands is replaced by these."""
     yield from _commands_of(make_parser(), "")
 
 
@@ -186,7 +190,7 @@ def _commands_of(parser: argparse.ArgumentParser, name: str) -> Iterable[tuple[s
 
 
 def _check_monitoring(options: argparse.Namespace) -> None:
-    """Refuse what would overwrite something else, or what nobody would find."""
+    """Refuse file names that would overwrite something else, or that nobody would find."""
     output, ending = getattr(options, "output", None), _ENDINGS_OF_OUT.get(options.command)
     if ending and options.out is not None and not options.out.endswith(ending):
         raise UsageError(f"--out is {options.out}; give a name that ends in {ending}")
@@ -197,6 +201,6 @@ def _check_monitoring(options: argparse.Namespace) -> None:
         if not path.endswith(ending):
             raise UsageError(f"{flag} is {path}; give a name that ends in {ending}")
         if output and storage.is_within(path, output):
-            raise UsageError(f"{flag} is {path}; keep it out of OUTPUT, which holds the dataset alone")
+            raise UsageError(f"{flag} is {path}; choose a path outside OUTPUT, which holds only the dataset")
         if name == "metrics_file" and storage.is_remote(path):
-            raise UsageError(f"{flag} is {path}; node_exporter reads files of its own machine: give a path")
+            raise UsageError(f"{flag} is {path}; node_exporter reads only local files: give a local path")

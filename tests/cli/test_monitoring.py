@@ -167,11 +167,11 @@ def test_a_summary_that_cannot_be_written_is_refused_before_the_work(
     ("flag", "says"),
     [
         ("--summary-json=summary.txt", "ends in .json"),
-        ("--summary-json=out/summary.json", "keep it out of OUTPUT"),
+        ("--summary-json=out/summary.json", "choose a path outside OUTPUT"),
         ("--summary-json=", "is empty"),
         ("--metrics-file=metrics.txt", "ends in .prom"),
-        ("--metrics-file=out/metrics.prom", "keep it out of OUTPUT"),
-        ("--metrics-file=s3://lab/metrics.prom", "its own machine"),
+        ("--metrics-file=out/metrics.prom", "choose a path outside OUTPUT"),
+        ("--metrics-file=s3://lab/metrics.prom", "only local files"),
     ],
 )
 def test_files_that_nobody_would_want_are_refused(

@@ -377,7 +377,7 @@ def test_no_argument_is_empty(value: str) -> None:
         (["verify", "out", "--manifes=x"], "did you mean --manifest?"),
         (
             ["build", "--parallelism", "3", "m.tsv", "out"],
-            "write the value of a flag of Beam's as --flag=VALUE",
+            "write the values of Apache Beam's flags as --flag=VALUE",
         ),
         (["--log-format=json", "inspect", "out", "--log-format=text"], "--log-format is given twice"),
         (["build", "m.tsv", "out", "--rescale=none", "--rescale", "minmax"], "--rescale is given twice"),
