@@ -1,7 +1,7 @@
-"""What `import beam_nifti` gives: the commands, as functions. Nothing heavy is loaded before one is called.
+"""The commands as functions, which `import beam_nifti` gives. Nothing heavy is loaded until one is called.
 
-Functions print nothing, except for a bar of progress, and log to the logger "beam_nifti". They may be called
-from any thread.
+Functions print nothing but a progress bar, and log to the logger "beam_nifti". They may be called from any
+thread.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|out|like|config|runner)(?![\w-])")
-"""What are parameters here, besides the options of a build."""
+"""Flags that are parameters of these functions, besides the options of a build."""
 
 _KEY: Final = "the key of --anonymous-ids"
 _NO_OUT: Final = "--out is missing; give a path that the workers can write to, such as gs://my-bucket/{}"
 
 
 def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Fit a function for Python, unless the command line calls it.
+    """Adapt a function for calls from Python; calls from the command line are not changed.
 
-    Errors name its parameters, and logging stays as the host has it.
+    Errors name parameters instead of flags, and the logging of the calling program is not changed.
     """
 
     @functools.wraps(function)
@@ -92,36 +92,35 @@ def build(
     progress: bool | Watcher = True,
     **options: Unpack[BuildOptions],
 ) -> DatasetInfo:
-    """Build the dataset that a manifest describes, or what is missing of it.
+    """Build the dataset that a manifest describes, or the missing part of it.
 
-    The same call continues a build that was stopped, adds rows that were appended, and tries failed volumes
-    again.
+    The same call continues an interrupted build, adds appended rows, and tries failed volumes again.
 
     Args:
-        manifest: path or URL of a .csv, .tsv, .jsonl or .parquet file; or a pandas DataFrame (its index is a
-            column where it has a name), an Arrow table, or an iterable of dicts, one per row. Relative image
-            paths of a file are relative to its folder, those of a table to the working directory.
+        manifest: path or URL of a .csv, .tsv, .jsonl or .parquet file; or a pandas DataFrame (its index
+            becomes a column if it has a name), an Arrow table, or an iterable of dicts, one per row. Image
+            paths in a file are relative to its folder, those in a table to the working directory.
         output: folder or URL of the dataset.
-        runner: of Apache Beam, such as "FlinkRunner". Default: threads of this process.
-        pipeline_options: Beam's options of the runner: a `PipelineOptions`, a dict, or a list of flags.
-            Those that have no effect on the runner are refused.
-        like: folder or URL of a dataset: the options that decided its content are taken where none are given
-            here. A function for `preprocess` and the key of `anonymous_ids` are never taken from it: give
-            them again, and they are compared.
-        config: path or URL of a TOML file of options, by their names; they precede those of `like`.
-        dry_run: whether only to plan; nothing is written.
-        progress: whether to show progress: a bar on a terminal and in a notebook, else a line in the log now
-            and then.
+        runner: runner of Apache Beam, such as "FlinkRunner". Default: threads of this process.
+        pipeline_options: Beam's options for the runner: a `PipelineOptions`, a dict, or a list of flags.
+            Options without effect on the runner are refused.
+        like: folder or URL of a dataset whose options are used unless they are given here. A function for
+            `preprocess` and the key of `anonymous_ids` are never taken from the dataset: give them again;
+            they are compared with the dataset's.
+        config: path or URL of a TOML file of options, by their names. They take precedence over `like`.
+        dry_run: whether to plan only, and write nothing.
+        progress: whether to show progress: a bar on a terminal and in a notebook, otherwise a line in the
+            log from time to time.
         **options: see `BuildOptions`.
 
     Returns:
-        The dataset. Of a dry run, and of a template for Dataflow, what is known before its shards are made.
+        The dataset. For a dry run or a Dataflow template: what is known before the shards are made.
 
     Raises:
-        UsageError: an option that no build can have.
-        ManifestError: the manifest cannot be built from; `problems` has every reason.
+        UsageError: an option is invalid.
+        ManifestError: the manifest cannot be used; `problems` has every reason.
         OutputError: the output holds something else, cannot be written, or is being written.
-        TooManyFailures: more volumes failed than `max_bad_fraction` allows; `failures` has each.
+        TooManyFailures: more volumes failed than `max_bad_fraction` allows; `failures` has all of them.
         EngineError: the runner or a worker failed.
         OSError: a disk or a store failed.
     """
@@ -151,24 +150,25 @@ def check(
     progress: bool | Watcher = True,
     **options: Unpack[BuildOptions],
 ) -> Survey:
-    """Read the headers of a manifest's images, and report what a build would make of them.
+    """Read the headers of a manifest's images, and report how a build would handle them.
 
     Args:
-        manifest: as of `build`.
-        out: also write the report to this .json file; required on a cluster, whose workers must reach it.
-        runner: as of `build`.
-        pipeline_options: as of `build`.
-        like: as of `build`.
-        config: as of `build`.
-        progress: as of `build`.
+        manifest: as for `build`.
+        out: also write the report to this .json file. Required on a cluster, whose workers must be able to
+            write it.
+        runner: as for `build`.
+        pipeline_options: as for `build`.
+        like: as for `build`.
+        config: as for `build`.
+        progress: as for `build`.
         **options: see `BuildOptions`.
 
     Returns:
-        What was found: false where the build would not be complete, as far as headers tell.
+        The findings. False if the build would not be complete, as far as headers show.
 
     Raises:
-        UsageError: an option that no build can have.
-        ManifestError: the manifest cannot be built from, whatever its images are.
+        UsageError: an option is invalid.
+        ManifestError: the manifest cannot be used, whatever its images contain.
         EngineError: the runner or a worker failed.
         OSError: a disk or a store failed.
     """
@@ -207,21 +207,21 @@ def verify(
     """Read a dataset back and check every byte of it.
 
     Args:
-        dataset: its folder or URL.
-        manifest: as of `build`: ids, labels, splits, paths and further columns are compared with it.
-        deep: records to make again from their images and to compare bit for bit, or "all". Needs
+        dataset: folder or URL of the dataset.
+        manifest: as for `build`. Ids, labels, splits, paths and further columns are compared with it.
+        deep: number of records to rebuild from their images and compare bit for bit, or "all". Requires
             `manifest`, which names the images that are opened.
-        preprocess: for `deep`, of a dataset that was built with it: as of `build`; what only the dataset
-            names is not run.
-        anonymous_ids: file of the key that the dataset was built with; `manifest` needs it.
-        workers: threads. Default: all cores.
-        progress: as of `build`.
+        preprocess: function of the dataset, as for `build`. `deep` requires it if the dataset was built with
+            one, because a function that only the dataset names is never run.
+        anonymous_ids: file of the key that the dataset was built with; required with `manifest`.
+        workers: number of threads. Default: all cores.
+        progress: as for `build`.
 
     Returns:
-        What was checked: false where something is wrong, and `problems` has what.
+        What was checked. False if something is wrong; `problems` lists it.
 
     Raises:
-        UsageError: records cannot be made again as asked.
+        UsageError: the records cannot be rebuilt with these arguments.
         DatasetError: there is no complete dataset.
         ManifestError: the manifest cannot be read.
         OSError: a disk or a store failed.
@@ -250,14 +250,14 @@ def verify(
 
 @_in_python
 def inspect(dataset: Path, record: str | None = None) -> Description:
-    """Describe a dataset, or one of its records, by dataset_info.json and the indexes.
+    """Describe a dataset or one of its records, from dataset_info.json and the indexes.
 
     Args:
-        dataset: its folder or URL.
-        record: example id of the record; None for the dataset.
+        dataset: folder or URL of the dataset.
+        record: example id of the record; None for the whole dataset.
 
     Raises:
-        DatasetError: there is no complete dataset, or no such record in it.
+        DatasetError: there is no complete dataset, or it has no such record.
     """
     from beam_nifti.inspection.description import Description, describe_dataset, describe_record
 
@@ -271,13 +271,13 @@ def diff(before: Path, after: Path) -> Difference:
 
     Args:
         before: folder or URL of a dataset.
-        after: of another.
+        after: folder or URL of another dataset.
 
     Returns:
-        What came, went and changed: false where nothing did.
+        The added, removed and changed records. False if there are none.
 
     Raises:
-        DatasetError: one of them is not complete.
+        DatasetError: one of the datasets is not complete.
     """
     from beam_nifti.inspection.diff import compare_datasets
 
@@ -289,14 +289,14 @@ def extract(dataset: Path, example_id: str) -> StoredVolume:
     """Read the volume of one record, in the image's units.
 
     Args:
-        dataset: its folder or URL.
-        example_id: names the record.
+        dataset: folder or URL of the dataset.
+        example_id: id of the record.
 
     Returns:
-        The volume, which `to_nibabel` makes an image of.
+        The volume. Its method `to_nibabel` makes an image of it.
 
     Raises:
-        DatasetError: there is no complete dataset, no such record in it, or the record is damaged.
+        DatasetError: there is no complete dataset, it has no such record, or the record is damaged.
     """
     from beam_nifti.inspection.extract import read_volume
 
@@ -314,23 +314,23 @@ def report(
     pipeline_options: BeamOptions = None,
     progress: bool | Watcher = True,
 ) -> ReportSummary:
-    """Make a page of pictures and distributions of a dataset; needs the extra `report`.
+    """Make a page of pictures and distributions of a dataset; requires the extra `report`.
 
     Args:
-        dataset: its folder or URL.
-        out: the page, a .html file, replaced if it is there. Default: report.html in the working directory;
-            required on a cluster, whose workers must reach it.
-        pictures: volumes to show besides the outliers, evenly spread.
-        workers: threads. Default: all cores.
-        runner: as of `build`.
-        pipeline_options: as of `build`.
-        progress: as of `build`.
+        dataset: folder or URL of the dataset.
+        out: path or URL of the page, an .html file. An existing file is replaced. Default: report.html in
+            the working directory; required on a cluster, whose workers must be able to write it.
+        pictures: number of volumes to show besides the outliers, evenly spread.
+        workers: number of threads. Default: all cores.
+        runner: as for `build`.
+        pipeline_options: as for `build`.
+        progress: as for `build`.
 
     Returns:
-        What the page says, in short; `problems` has what is damaged.
+        A summary of the page; `problems` lists what is damaged.
 
     Raises:
-        UsageError: an option that no report can have.
+        UsageError: an option is invalid.
         DatasetError: there is no complete dataset.
         OutputError: the page cannot be written.
         EngineError: the runner or a worker failed.
@@ -362,7 +362,7 @@ def report(
 
 
 def require_modules(*names: str) -> None:
-    """Refuse to go on without modules of the extra `report`.
+    """Require modules of the extra `report`.
 
     Raises:
         UsageError: one of them is not installed.
@@ -398,7 +398,7 @@ def _engine(config: BuildConfig, flags: Sequence[str], workers: int | None, watc
 
 
 def _rows_of(manifest: ManifestTable) -> tuple[str, bytes | None]:
-    """The path of a manifest; and the rows of one that is no file, as a Parquet file."""
+    """The path of a manifest; and its rows as a Parquet file, if it is not a file."""
     if isinstance(manifest, str | os.PathLike):
         return os.fspath(manifest), None
     from beam_nifti.manifest.in_memory import NAME, parquet_of
@@ -407,12 +407,12 @@ def _rows_of(manifest: ManifestTable) -> tuple[str, bytes | None]:
 
 
 def _for_rows(config: BuildConfig, rows: bytes | None) -> BuildConfig:
-    """The configuration of a build of rows that are in no file yet, or in the manifest."""
+    """The configuration of a build whose rows are in no file yet, or in the manifest."""
     return config if rows is None else replace(config, rows="")
 
 
 def _workers(config: BuildConfig, options: BuildOptions, file: Path | None) -> int | None:
-    """The number of workers that was asked for; None where the engine is to decide."""
+    """The number of workers that was requested; None if the engine decides."""
     is_of_file = file is not None and config.workers != _count_workers(None)
     return config.workers if options.get("workers") is not None or is_of_file else None
 

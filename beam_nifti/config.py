@@ -1,4 +1,4 @@
-"""What a build is asked to do, as checked values. No I/O."""
+"""The configuration of a build, as checked values. No I/O."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FORMAT_VERSION: Final = 2
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
 FORMAT_FEATURES: Final = ("sources", "digests")
-"""What datasets of this version have and a reader must know, by name: dataset_info.json lists them."""
+"""Names of the features of this version that a reader must know. dataset_info.json lists them."""
 CONTENT_REVISION: Final = 1
-"""Counts up when the same options give other records than before, beyond rounding: then nothing is added to
-datasets of the revisions before."""
+"""Increases when the same options give different records than before, beyond rounding. Builds do not add to
+datasets of earlier revisions."""
 
 VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
-"""Libraries whose versions may decide bytes of a dataset, and stand in dataset_info.json."""
+"""Libraries whose versions may affect the bytes of a dataset. dataset_info.json stores the versions."""
 
 RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
 SELECTIONS: Final = ("nonzero", "above:T", "mask")
@@ -62,24 +62,24 @@ LABEL_KINDS: Final = ("float", "class", "string")
 MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
-"""Fields of RecordConfig that say how a volume is prepared, in the order in which it is done."""
+"""Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
 
 ORIENTATIONS: Final = frozenset(
     "".join(letters)
     for axes in itertools.permutations(("RL", "AP", "SI"))
     for letters in itertools.product(*axes)
 )
-"""Codes of the 48 orientations: to where each of the three indices grows, as nibabel writes them."""
+"""Codes of the 48 orientations: the direction in which each of the three indices increases, as in nibabel."""
 
 _SHARES_TOLERANCE: Final = 1e-5
-"""Three times 0.333333 is a whole."""
+"""Shares such as three times 0.333333 count as a sum of 1."""
 
 _LEAST_SPACING: Final = 1e-6
-"""A nanometre, in mm: below it quotients of sizes overflow."""
+"""A nanometre, in mm. Quotients of smaller sizes overflow."""
 
 
 _SHOWN_LENGTH: Final = 60
-"""Of a text in an error, which may be a dataset's."""
+"""Characters of a text to show in an error. The text may come from a dataset."""
 
 
 def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
@@ -112,7 +112,7 @@ def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
 
 @dataclass(frozen=True)
 class Percentile:
-    """Two percentiles of a volume's intensities, for `rescale`: str() is what the command line has.
+    """Two percentiles of a volume's intensities, for `rescale`. str() gives the command line's value.
 
     >>> str(Percentile(0.5, 99))
     'percentile:0.5,99'
@@ -132,7 +132,7 @@ class Percentile:
 
 @dataclass(frozen=True)
 class Window:
-    """Two intensities in the image's units (CT: HU), for `rescale`: str() is what the command line has.
+    """Two intensities in the image's units (CT: HU), for `rescale`. str() gives the command line's value.
 
     >>> str(Window(-160, 240))
     'window:-160,240'
@@ -155,10 +155,10 @@ class LabelColumn:
     """A column of the manifest whose values are labels.
 
     Attributes:
-        name: of the column.
-        kind: "float", a number; "class", one of some values, stored as its number; "string"; None where the
-            values are to tell.
-        classes: of the kind "class": all its values, by number; None before the manifest was read.
+        name: name of the column.
+        kind: "float", a number; "class", one of several values, stored as its number; "string"; None to
+            derive the kind from the values.
+        classes: for the kind "class", all values by number; None before the manifest was read.
     """
 
     name: str
@@ -170,7 +170,7 @@ class LabelColumn:
         """From NAME or NAME:KIND.
 
         Raises:
-            UsageError: there is no such kind, or no name.
+            UsageError: the kind is unknown, or the name is empty.
         """
         name, colon, kind = text.partition(":")
         if not name:
@@ -188,39 +188,40 @@ class LabelColumn:
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """What decides the bytes of one record, apart from its row and its image.
+    """The options that decide the bytes of one record, apart from its row and its image.
 
     Attributes:
-        rescale: which intensities become 0 and 1: "minmax", each volume's least and largest;
+        rescale: which intensities become 0 and 1: "minmax", the minimum and maximum of each volume;
             "percentile:LO,HI", two of its percentiles; "window:LO,HI", two intensities in the image's
             units; "zscore", its mean and its mean plus one standard deviation; "none" keeps the units.
-        voxel_dtype: "float32", "float16", "bfloat16" and "uint8" (of [0, 1] only) store rescaled voxels;
-            "native" stores them as in the file, and the reader rescales.
-        compression: "gzip" (one member a record) or "none".
+        voxel_dtype: "float32", "float16", "bfloat16" and "uint8" (only for [0, 1]) store rescaled voxels;
+            "native" stores voxels as in the file, and the reader rescales.
+        compression: "gzip" (one member per record) or "none".
         compression_level: igzip level, 0 (fastest) to 3.
-        frames: "all" makes the time axis of a 4-D image the record's last axis; "each" makes a record of
-            every frame; "first", "mean" and a number, from 0, make one volume of it; None refuses 4-D images.
+        frames: "all" makes the time axis of a 4-D image the record's last axis; "each" makes one record per
+            frame; "first", "mean" and a number, from 0, reduce it to one volume; None refuses 4-D images.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
-        rescale_within: which voxels tell what `rescale` asks of a volume: "nonzero"; "above:T", those
-            above T in the image's units; "mask", those that the mask labels; None means all of them.
-        complex: what becomes of complex voxels: "magnitude"; "phase", in radians; "real-imag", two channels;
+        rescale_within: which voxels `rescale` measures: "nonzero"; "above:T", those above T in the image's
+            units; "mask", those that the mask labels; None means all voxels.
+        complex: how complex voxels are stored: "magnitude"; "phase", in radians; "real-imag", two channels;
             None refuses them.
         preprocess: the user's function from Volume to Volume, `package.module:function`, with or without
             literals as arguments, such as `lab.brains:strip(threshold=3)`; several in a tuple, in order.
-        preprocess_sha256: of the file that defines it, or of each in a tuple; set by the build.
-        orientation: code, such as "RAS", that the axes are turned to.
+        preprocess_sha256: sha256 of the file that defines the function, or a tuple of them; set by the build.
+        orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
         spacing: voxel size along each axis, in mm, that volumes are resampled to.
         crop_foreground: which voxels' bounding box to crop to: "nonzero"; "above:T", with T in the image's
             units; "mask", those that the mask labels.
         shape: (X, Y, Z) that volumes are cropped and padded to.
-        channels: the columns of the images that are the channels of a record, in their order; None where a
-            record has a single image. Set by the build.
-        mask_dtype: of the label map that every record has: "uint8" or "uint16"; None where there is none.
-        labels: columns whose values have features of their own, with their kinds and classes; set by the
-            build; None where there is only the feature `label`.
-        format_version: of the dataset; set by the build, which adds rows to a dataset in the format it has.
+        channels: columns of the images that are the channels of a record, in order; None if a record has a
+            single image. Set by the build.
+        mask_dtype: dtype of the label map of every record: "uint8" or "uint16"; None if there are no masks.
+        labels: columns whose values have features of their own, with kinds and classes; None if there is
+            only the feature `label`. Set by the build.
+        format_version: format version of the dataset. Set by the build, which adds rows to a dataset in the
+            format that it already has.
 
-    A preparation that is None is left out. docs/preparation.md has what they do, in their order.
+    A preparation that is None does not apply. docs/preparation.md describes the preparations in order.
     """
 
     rescale: str = "minmax"
@@ -243,7 +244,7 @@ class RecordConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Refuse values that no record can have; spell equal ones alike."""
+        """Refuse invalid values; give equal values the same spelling."""
         # Lists come from JSON; 1 and 1.0 are one spacing.
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
@@ -276,15 +277,15 @@ class RecordConfig:
             object.__setattr__(self, "frames", "first")
         if self.frames == "each" and self.channels is not None:
             raise UsageError(
-                "--frames each makes examples of the frames of one image, and --path-column names several; "
-                "choose frames with --frames first, mean or a number"
+                "--frames each makes examples of the frames of one image, but --path-column names several "
+                "images; use --frames first, mean or a number"
             )
         if self.complex is not None:
             _choose("--complex", self.complex, COMPLEX_PARTS)
         computed = "--frames mean" if self.frames == "mean" else self.complex and f"--complex {self.complex}"
         if computed and self.voxel_dtype == "native":
             raise UsageError(
-                f"--voxel-dtype native stores voxels as in the file, and {computed} computes others; use "
+                f"--voxel-dtype native stores voxels as in the file, but {computed} computes new ones; use "
                 "--voxel-dtype float32"
             )
         if (self.frames, self.complex) == ("mean", "phase"):
@@ -325,12 +326,12 @@ class RecordConfig:
 
     @property
     def has_ends(self) -> bool:
-        """Whether a record has to say which intensities became 0 and 1: its range does not tell."""
+        """Whether a record must store which intensities became 0 and 1: its range does not show them."""
         return self.method in ("percentile", "window", "zscore") or self.rescale_within is not None
 
     @property
     def rescaled_dtype(self) -> str:
-        """What rescaled voxels are rounded to; those of native records by the reader."""
+        """The dtype that rescaled voxels are rounded to; for native records, by the reader."""
         return "float32" if self.voxel_dtype == "native" else self.voxel_dtype
 
     @property
@@ -340,32 +341,32 @@ class RecordConfig:
 
     @property
     def num_channels(self) -> int:
-        """Images a record, each of which is rescaled by itself."""
+        """Images per record. Each is rescaled on its own."""
         return len(self.channels or (None,))
 
     @property
     def steps(self) -> tuple[tuple[str, str | None], ...]:
-        """The user's functions in their order, each with the sha256 of its file, if that is known."""
+        """The user's functions in order, each with the sha256 of its file, if known."""
         names, digests = _all_of(self.preprocess), _all_of(self.preprocess_sha256)
         return tuple(zip(names, digests or [None] * len(names), strict=True))
 
     @property
     def prepares(self) -> bool:
-        """Whether anything is done to a volume between loading and rescaling."""
+        """Whether a volume is changed between loading and rescaling."""
         return any(getattr(self, name) is not None for name in PREPARATIONS)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that differ wherever the same image would give other bytes."""
+        """16 hex digits that differ if the same image would give different bytes."""
         return self._fingerprint_at(CONTENT_REVISION)
 
     @property
     def earlier_fingerprints(self) -> tuple[str, ...]:
-        """What `fingerprint` was at each earlier revision of what these options make."""
+        """The `fingerprint` at each earlier content revision."""
         return tuple(map(self._fingerprint_at, range(1, CONTENT_REVISION)))
 
     def _fingerprint_at(self, content_revision: int) -> str:
-        # Without what is None, it is as it was before there was that choice.
+        # Options that are None are omitted, so a new option does not change the fingerprint of old datasets.
         facts = {name: value for name, value in asdict(self).items() if value is not None}
         if facts.pop("format_version") == 1:
             facts["format"] = 1
@@ -381,7 +382,7 @@ class RecordConfig:
 def _check_preparation(record: RecordConfig) -> None:
     num_steps, num_digests = len(_all_of(record.preprocess)), len(_all_of(record.preprocess_sha256))
     if num_steps and num_digests not in (0, num_steps):
-        raise UsageError(f"--preprocess has {num_steps} functions, and {num_digests} files that define them")
+        raise UsageError(f"--preprocess has {num_steps} functions, but {num_digests} digests of their files")
     if record.orientation is not None and record.orientation not in ORIENTATIONS:
         raise UsageError(
             f"--orientation is {record.orientation!r}; write native, or three letters, one of each pair "
@@ -403,16 +404,16 @@ def _check_preparation(record: RecordConfig) -> None:
         for name in ("preprocess", "spacing"):
             if getattr(record, name) is not None:
                 raise UsageError(
-                    f"--{name} makes other voxels than the file's, which --voxel-dtype native stores; "
+                    f"--{name} changes the voxels, but --voxel-dtype native stores them as in the file; "
                     "use --voxel-dtype float32"
                 )
 
 
 def spell_steps(given: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
-    """The one spelling of the functions of `RecordConfig.preprocess`.
+    """Give the functions of `RecordConfig.preprocess` their canonical spelling.
 
     Raises:
-        UsageError: one is no name of a function, or has arguments that are no literals.
+        UsageError: an entry does not name a function, or has arguments that are not literals.
     """
     steps = list[str]()
     for step in _all_of(given):
@@ -437,7 +438,7 @@ def _one_or_more(given: str | Sequence[str] | None) -> str | tuple[str, ...] | N
 
 
 def threshold_of(selection: str) -> float | None:
-    """The T of `above:T`; None for `nonzero`. The selection is one that RecordConfig has accepted."""
+    """The T of `above:T`; None for `nonzero`. RecordConfig must have accepted the selection."""
     return float(selection.partition(":")[2]) if ":" in selection else None
 
 
@@ -447,17 +448,17 @@ def _joined(numbers: tuple[float, ...]) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which manifest columns mean what.
+    """The roles of the manifest's columns.
 
     Attributes:
-        path: the image, relative to the manifest's folder, absolute, or a URL; several columns, with commas
-            between them, are the channels of an example.
-        label: NAME, of finite numbers or of texts; or NAME:KIND, or several of both with commas, as in
-            "age:float,sex"; None where no label was asked for and `label` may be absent.
-        id: what names an example; None means `participant_id` (with `session_id`), else the path.
-        mask: the image's label map, a path like that of the image; None where there is none.
-        missing_label: what becomes of a row without a value of a label: "nan" gives it NaN, the class -1, or
-            an empty string; "skip" skips the row; None refuses it.
+        path: column of image paths, relative to the manifest's folder, absolute, or URLs. Several columns,
+            separated by commas, are the channels of an example.
+        label: NAME or NAME:KIND of a column of finite numbers or texts, or several separated by commas, such
+            as "age:float,sex"; None uses the column `label` if there is one.
+        id: column of example ids; None means `participant_id` (with `session_id`), otherwise the path.
+        mask: column of paths of label maps; None if there are no masks.
+        missing_label: how to handle a row without a label: "nan" stores NaN, the class -1, or an empty
+            string; "skip" skips the row; None refuses it.
     """
 
     path: str = "path"
@@ -467,11 +468,11 @@ class Columns:
     missing_label: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse empty names, kinds that there are not, and a column that would mean two things."""
+        """Refuse empty names, unknown kinds, and a column with two roles."""
         files = self.files
         if "" in files:
             raise UsageError(
-                f"--path-column is {self.path!r}; give the names of columns, with commas, such as T1w,FLAIR"
+                f"--path-column is {self.path!r}; separate names of columns by commas, such as T1w,FLAIR"
             )
         for name in {name for name in files if files.count(name) > 1}:
             raise UsageError(f"column {name!r} is named twice by --path-column and --mask-column; drop one")
@@ -494,7 +495,7 @@ class Columns:
 
     @property
     def labels(self) -> tuple[LabelColumn, ...]:
-        """The columns of labels; none where no label was asked for."""
+        """The columns of labels; empty if no label was requested."""
         return tuple(map(LabelColumn.parse, self.label.split(","))) if self.label is not None else ()
 
     @property
@@ -505,18 +506,18 @@ class Columns:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the rows of a split are cut into shards. Exactly one of the two is set.
+    """How the rows of a split are divided into shards. Exactly one of the two is set.
 
     Attributes:
-        examples_per_shard: rows a shard (the last shard may hold fewer).
-        num_shards: shards a split, of sizes that differ by at most one row.
+        examples_per_shard: rows per shard (the last shard may hold fewer).
+        num_shards: shards per split. Their sizes differ by at most one row.
     """
 
     examples_per_shard: int | None = None
     num_shards: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse zero, negatives, and both or neither."""
+        """Refuse numbers below 1, and both or neither."""
         if (self.examples_per_shard is None) == (self.num_shards is None):
             raise UsageError("give one of --examples-per-shard and --num-shards, not both")
         name, value = (
@@ -530,13 +531,12 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Splitting:
-    """How participants are dealt to splits, where the manifest does not say.
+    """How participants are assigned to splits if the manifest does not assign them.
 
     Attributes:
-        shares: fraction of the participants, by the name of the split; their order makes no difference.
-        seed: another one gives another draw.
-        stratify: column within each of whose values the shares are held; None draws every participant on
-            its own.
+        shares: fraction of the participants by name of the split. The order has no effect.
+        seed: a different seed gives a different draw.
+        stratify: column whose values each keep the shares; None draws every participant independently.
     """
 
     shares: Mapping[str, float]
@@ -544,7 +544,7 @@ class Splitting:
     stratify: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse names that no split can have, and shares that do not make a whole."""
+        """Refuse invalid names of splits, and shares that do not sum to 1."""
         for name, share in self.shares.items():
             if not SPLIT_PATTERN.fullmatch(name):
                 raise UsageError(
@@ -558,7 +558,7 @@ class Splitting:
 
 
 def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
-    """The configuration of records whose images and mask are in these columns."""
+    """Complete the configuration of records with what the columns of images and masks decide."""
     if columns.mask is None:
         for flag, value in (
             ("--mask-dtype", record.mask_dtype),
@@ -566,7 +566,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
             ("--crop-foreground mask", record.crop_foreground == "mask"),
         ):
             if value:
-                raise UsageError(f"{flag} needs --mask-column, which says where the masks are")
+                raise UsageError(f"{flag} requires --mask-column, which names the column of the masks")
         mask_dtype = None
     else:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
@@ -576,29 +576,28 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Everything `beam-nifti build` was asked to do.
+    """All options of `beam-nifti build`.
 
     Attributes:
         manifest: path or URL of the table of images.
         output: folder or URL prefix of the dataset.
-        record: what decides a record's bytes.
-        columns: which manifest columns mean what.
-        sharding: how shards are cut; None derives it from the first image's header.
-        splitting: how participants are dealt to splits; None leaves that to the manifest.
+        record: options that decide a record's bytes.
+        columns: the roles of the manifest's columns.
+        sharding: how rows are divided into shards; None derives it from the first image's header.
+        splitting: how participants are assigned to splits; None uses the manifest.
         shuffle_seed: orders the rows of a split by a keyed hash of their ids; None keeps the
             manifest's order.
-        allow_mixed_shapes: accept volumes of other shapes than the first image's.
-        max_bad_fraction: the largest fraction of volumes, 0 to 1, that may fail.
-        overwrite: replace a dataset of other rows or another configuration.
-        recheck: make every record again, also where no file seems to have changed, and replace the shards
-            that differ.
-        temp_location: folder of what is needed only until the dataset is complete; None keeps it in
-            the output.
-        workers: threads of the local runner; on a cluster, the least parallelism to cut units for.
-        anonymous_ids: file of the key by which pseudonyms stand for ids and paths, local or a URL that the
-            workers reach; None keeps the names.
-        rows: where workers read the rows, a Parquet file, of a table that `manifest` only names; "" before
-            it is written; None where the manifest is a file.
+        allow_mixed_shapes: whether to accept volumes with other shapes than the first image's.
+        max_bad_fraction: largest fraction of volumes, 0 to 1, that may fail.
+        overwrite: whether to replace a dataset with different rows or options.
+        recheck: whether to rebuild every record, even if no file seems to have changed, and replace the
+            shards that differ.
+        temp_location: folder of temporary files; None keeps them in the output.
+        workers: threads of the local runner; on a cluster, the minimum parallelism to divide the work for.
+        anonymous_ids: file of the key that replaces ids and paths by pseudonyms, local or a URL that the
+            workers can read; None keeps the names.
+        rows: Parquet file from which workers read the rows if `manifest` is the name of a table in memory;
+            "" before it is written; None if `manifest` is a file.
     """
 
     manifest: str
@@ -618,7 +617,7 @@ class BuildConfig:
     rows: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse fractions outside [0, 1] and worker counts below 1; tell the record of its columns."""
+        """Refuse fractions outside [0, 1] and worker counts below 1; complete the record's configuration."""
         if not (math.isfinite(self.max_bad_fraction) and 0 <= self.max_bad_fraction <= 1):
             raise UsageError(
                 f"--max-bad-fraction is {self.max_bad_fraction}; it is a fraction between 0 and 1"
@@ -626,23 +625,23 @@ class BuildConfig:
         if self.workers < 1:
             raise UsageError(f"--workers is {self.workers}; it must be at least 1")
         if self.overwrite and self.recheck:
-            raise UsageError("--overwrite makes every record again; drop --recheck")
+            raise UsageError("--overwrite already rebuilds every record; drop --recheck")
         object.__setattr__(self, "record", _with_columns(self.record, self.columns))
 
     @property
     def makes_all(self) -> bool:
-        """Whether every record is made of its image, and none taken from a published dataset."""
+        """Whether every record is built from its image, and none is kept from a published dataset."""
         return self.overwrite or self.recheck
 
     def allows_failures(self, num_failed: int, num_volumes: int) -> bool:
-        """Whether a dataset is complete without so many of its volumes.
+        """Whether a dataset counts as complete without this many of its volumes.
 
-        The fraction is the decimal that was given: as floats, 0.29 * 100 is less than 29.
+        The calculation uses the decimal that was given, because 0.29 * 100 is less than 29 in floats.
         """
         return num_failed <= Fraction(str(self.max_bad_fraction)) * num_volumes
 
     def as_dataset_config(self) -> dict[str, Any]:
-        """The part of it that decides a dataset's content, as dataset_info.json records it."""
+        """The options that decide a dataset's content, as dataset_info.json stores them."""
         content = {
             **asdict(self.record),
             "columns": asdict(self.columns),

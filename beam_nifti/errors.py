@@ -20,11 +20,11 @@ _OF_PATHS: Final = frozenset(
         errno.ENXIO,
     ]
 )
-"""What the system, and a store, reports of a path that is wrong, missing or not for this user."""
+"""What the system or a store reports for a path that is wrong, missing or not accessible to this user."""
 
 
 class BeamNiftiError(Exception):
-    """The root: `except BeamNiftiError` catches what this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
     def reword(self, words: Callable[[str], str]) -> None:
         """Change every text of the error.
@@ -42,19 +42,19 @@ def _reworded(value: Any, words: Callable[[str], str]) -> Any:
 
 
 class UsageError(BeamNiftiError):
-    """An option or a combination of options that cannot be carried out."""
+    """An invalid option, or options that cannot be combined."""
 
 
 class ManifestError(BeamNiftiError):
-    """A manifest, or its first images, that cannot be built from, with every problem found (up to a limit).
+    """A manifest, or its first images, that no build can use, with every problem found (up to a limit).
 
     Args:
-        path: of the manifest.
-        problems: one sentence each.
-        what: the problems mean for the manifest.
+        path: path of the manifest.
+        problems: one sentence per problem.
+        what: what the problems mean for the manifest.
 
     Attributes:
-        path: of the manifest.
+        path: path of the manifest.
     """
 
     def __init__(self, path: str, problems: Sequence[str], what: str = "not usable as a manifest") -> None:
@@ -73,11 +73,11 @@ class ManifestError(BeamNiftiError):
 
 
 class ManifestChangedError(ManifestError):
-    """A manifest that changed while a build of it ran."""
+    """A manifest that changed during a build."""
 
 
 class OutputError(BeamNiftiError):
-    """An output folder that may not be written: it holds something else, or a build is running."""
+    """An output folder that may not be written: it holds something else, or another build is running."""
 
 
 class OutputBusyError(OutputError):
@@ -85,7 +85,7 @@ class OutputBusyError(OutputError):
 
 
 class VolumeError(BeamNiftiError):
-    """One image that cannot become a record."""
+    """An image that cannot become a record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,8 @@ class FailedVolume:
 
     Attributes:
         row: number of the row in the manifest, from 1.
-        example_id: of the image.
-        path: of the image, absolute; a pseudonym where ids are anonymous.
+        example_id: id of the example.
+        path: absolute path of the image; a pseudonym if ids are anonymous.
         stage: step that failed, such as "LoadVolume".
         error: class of the exception.
         message: text of the exception.
@@ -111,15 +111,15 @@ class FailedVolume:
 
 @dataclass(frozen=True, slots=True)
 class FailureGroup:
-    """Volumes that failed for one reason.
+    """Volumes that failed for the same reason.
 
     Attributes:
-        stage: the step that failed.
-        error: the exception's class.
-        message: what the messages have in common: "…" stands for names and numbers that differ.
-        num_volumes: how many.
-        examples: the first files that are at fault, by path; by row of the manifest where ids are anonymous.
-        num_images: how many.
+        stage: step that failed.
+        error: class of the exception.
+        message: common text of the messages, with "…" for names and numbers that differ.
+        num_volumes: number of failed volumes.
+        examples: the first files at fault: paths, or rows of the manifest if ids are anonymous.
+        num_images: number of files at fault.
     """
 
     stage: str
@@ -137,12 +137,12 @@ class BuildSummary:
     Attributes:
         num_written: records in the shards.
         num_failed: volumes that failed.
-        num_bytes: of the shards.
-        num_shards: of all splits.
+        num_bytes: size of the shards.
+        num_shards: number of shards of all splits.
         complete: whether the dataset was published.
-        failures_path: of the list of failed volumes; "" where there are none.
-        failures: volumes that failed, by step and then by the class of the error.
-        reasons: of the most frequent failures.
+        failures_path: path of the list of failed volumes; "" if none failed.
+        failures: volumes that failed, by step and then by class of the error.
+        reasons: the most frequent reasons of failures.
     """
 
     num_written: int
@@ -158,7 +158,7 @@ class BuildSummary:
 class TooManyFailures(BeamNiftiError):
     """More volumes failed than the build allows; the dataset is not published.
 
-    Nothing is lost: the next build of the same output loads only what failed.
+    Finished records are kept: the next build of the same output loads only the volumes that failed.
 
     Args:
         message: how many failed, and why.
@@ -180,18 +180,18 @@ class TooManyFailures(BeamNiftiError):
 
 
 class EngineError(BeamNiftiError):
-    """A pipeline that its runner or a worker stopped; the cause is the exception of the runner.
+    """A pipeline that was stopped by its runner or a worker; `__cause__` is the exception of the runner.
 
     Args:
-        what: was stopped, such as "the build stopped".
-        reason: why.
-        exit_code: of a command that ends with it; 75 for a failure that may pass.
-        is_explained: whether the reason is all there is to know.
+        what: what was stopped, such as "the build stopped".
+        reason: why it stopped.
+        exit_code: exit code of the command; 75 for a temporary failure.
+        is_explained: whether the reason is complete, so that a traceback would add nothing.
 
     Attributes:
-        what: was stopped.
-        exit_code: of a command that ends with it.
-        is_explained: whether the reason is all there is to know, so that a traceback would only hide it.
+        what: what was stopped.
+        exit_code: exit code of the command.
+        is_explained: whether the reason is complete, so that a traceback would add nothing.
     """
 
     def __init__(self, what: str, reason: str, exit_code: int, is_explained: bool) -> None:
@@ -209,7 +209,7 @@ class EngineError(BeamNiftiError):
 
 
 class ShardError(BeamNiftiError):
-    """A shard, part or index file that is not what it should be."""
+    """A shard, part or index file that is damaged or does not match the dataset."""
 
 
 class PartsChangedError(ShardError):
@@ -221,7 +221,7 @@ class DatasetError(BeamNiftiError):
 
 
 class NewerFormatError(DatasetError):
-    """A dataset of a format that a later version of this package has written."""
+    """A dataset in a format that a later version of this package wrote."""
 
 
 def unreadable(what: str, error: Exception) -> DatasetError:
@@ -232,17 +232,17 @@ def unreadable(what: str, error: Exception) -> DatasetError:
 def is_of_path(error: OSError) -> bool:
     """Whether a file could not be read because of its path or its permissions.
 
-    Everything else is no fault of the file: a store that does not answer or refuses the credentials, a full
-    disk, a failing device, too many open files. Another attempt may succeed.
+    All other errors are not a fault of the file: a store that does not answer or refuses the credentials, a
+    full disk, a failing device, too many open files. Another attempt may succeed.
     """
     kinds = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
     return isinstance(error, kinds) or error.errno in _OF_PATHS
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Whether foreign code, such as a user's function, failed for a reason that is not in its input.
+    """Whether foreign code, such as a user's function, failed for a reason other than its input.
 
-    An OSError without a number is what libraries raise for files that they cannot parse.
+    Libraries raise an OSError without a number for files that they cannot parse.
     """
     if isinstance(error, MemoryError | TimeoutError | ConnectionError):
         return True

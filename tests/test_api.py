@@ -318,7 +318,7 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.build(frame(), "o", runner="NoSuchRunner"), "NoSuchRunner"),
         (lambda: bn.build(frame(), "o", runner="FlinkRunner"), "--flink_master is missing"),
         (lambda: bn.build(frame(), "o", pipeline_options={"num_workers": 3}), "no effect without runner"),
-        (lambda: bn.build(frame(), "o", pipeline_options=["--rescle=none"]), "no flag of Apache Beam's"),
+        (lambda: bn.build(frame(), "o", pipeline_options=["--rescle=none"]), "is not a flag of Apache Beam"),
         (lambda: bn.build(frame(), "o", pipeline_options="--region=x"), "^pipeline_options is '--region=x'"),
         (lambda: bn.build(frame(), "o", pipeline_options={"streaming": True}), "finite manifest"),
         (lambda: bn.check(frame(), label_column="age:floot"), "^label_column gives age the kind 'floot'"),

@@ -458,7 +458,7 @@ def test_a_description_that_cannot_be_read_is_a_problem(
 def test_a_file_in_the_place_of_the_card_is_not_read(dataset: Path) -> None:
     (dataset / "README.md").touch()
     os.truncate(dataset / "README.md", 1 << 30)
-    with pytest.raises(OutputError, match=r"README\.md: is there already"):
+    with pytest.raises(OutputError, match=r"README\.md: already exists"):
         write_card(str(dataset), {}, overwrite=False)
 
 
@@ -754,7 +754,7 @@ def test_a_summary_that_no_build_has_written_ends_the_build(
     monkeypatch.setattr("beam_nifti.pipeline.publish._write_summary", lambda *_: put.write_bytes(content))
     put = tmp_path / "new/.build/summary.json"
     told = run("build", study / "manifest.tsv", tmp_path / "new", "--max-bad-fraction=0.5", code=cli.USAGE)
-    assert f"{put}: not what the pipeline has written" in told
+    assert f"{put}: differs from what the pipeline wrote" in told
 
 
 def test_a_report_of_a_check_that_no_pipeline_has_written_is_named(
@@ -763,14 +763,14 @@ def test_a_report_of_a_check_that_no_pipeline_has_written_is_named(
     out = tmp_path / "report.json"
     monkeypatch.setattr("beam_nifti.pipeline.check._write_report", lambda *_: out.write_bytes(b"[]"))
     told = run("check", study / "manifest.tsv", f"--out={out}", code=cli.USAGE)
-    assert f"{out}: not what the pipeline has written: it is [], expected an object" in told
+    assert f"{out}: differs from what the pipeline wrote: it is [], expected an object" in told
     out.unlink()
     large = tmp_path / "large"
     large.touch()
     os.truncate(large, 1 << 31)
     monkeypatch.setattr("beam_nifti.pipeline.check._write_report", lambda *_: large.rename(out))
     told = run("check", study / "manifest.tsv", f"--out={out}", code=cli.USAGE)
-    assert f"{out}: not what the pipeline has written: has more than the 67,129,344 bytes" in told
+    assert f"{out}: differs from what the pipeline wrote: has more than the 67,129,344 bytes" in told
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def view(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     out = options.out or file_name(options.id, ".html")
     path = storage.absolute(out)
     if options.open and storage.is_remote(path):
-        raise UsageError(f"--open is for a file of this machine, and --out is {out}; leave one of them out")
+        raise UsageError(f"--open requires a local file, but --out is {out}; drop one of them")
     require_out(out, overwrite=options.overwrite)
     volume = read_volume(options.output, options.id)
     page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()

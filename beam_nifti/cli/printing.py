@@ -30,7 +30,7 @@ def while_read() -> Iterator[None]:
             yield
     except UnwritableError as e:
         if not isinstance(e.__cause__, BrokenPipeError):
-            logs.LOGGER.warning("what was done could not be printed: %s", e)
+            logs.LOGGER.warning("the result could not be printed: %s", e)
 
 
 def print_line(text: str) -> None:

@@ -46,7 +46,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
     Raises:
         DatasetError: there is no complete dataset, or nothing in it.
-        OutputError: one of the files is there already, with other content, or cannot be written; none is
+        OutputError: one of the files already exists with different content, or cannot be written; none is
             written then.
         OSError: one of them is a link that leads out of the dataset, or no regular file.
         UsageError: a word is empty, or holds what is no text.
@@ -67,7 +67,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
     for path, content in files.items():
         storage.require_writable(path, "the file of the card")
         if not overwrite and storage.exists(path) and not storage.holds(path, content):
-            raise OutputError(f"{path}: is there already; --overwrite replaces it")
+            raise OutputError(f"{path}: already exists; --overwrite replaces it")
     for path, content in files.items():
         storage.write(path, content, output)
     return list(files)

@@ -278,7 +278,7 @@ def _read_records(
             where = " and ".join(filter(None, found))
             raise UsageError(
                 f"{path}: {where} is in two rows with different values; remove one of the rows, or add a "
-                "column session_id where they are sessions"
+                "column session_id if they are sessions"
             )
     return records, names
 

@@ -113,12 +113,12 @@ def _choose(
         like = [name for name in study.images if name.lower() == suffix.lower()]
         hint = f"; did you mean {like[0]}?" if like else ""
         if not (study.images or like) and study.misplaced:
-            hint = f"; {_named(study.misplaced, 'image')} outside of the folders of BIDS"
+            hint = f"; {_named(study.misplaced, 'image')} outside the folders of BIDS"
         raise UsageError(f"{study.root}: no {suffix} images; there are: {there}{hint}")
     images = [image for image in of_suffix if _is_chosen(image, entities)]
     if not images:
         reasons = "; ".join(_reason_for_none(key, entities[key], of_suffix) for key in entities)
-        raise UsageError(f"{study.root}: none of the {len(of_suffix)} {suffix} images is chosen: {reasons}")
+        raise UsageError(f"{study.root}: none of the {len(of_suffix)} {suffix} images is selected: {reasons}")
     chosen = sorted(images, key=lambda image: (image.session, image.path))
     return chosen, [*_notes_on_names(study, suffix), *_notes_on_choice(of_suffix, chosen)]
 
@@ -132,8 +132,8 @@ def _reason_for_none(key: str, labels: Sequence[str], images: Sequence[BidsImage
     wanted = " or ".join(f"{key}-{label}" if label else f"no {key}-" for label in labels)
     flag = "--session" if key == "ses" else f"--entity {key}"
     if not any(key in image.entities for image in images) and "" not in labels:
-        return f"{wanted} was asked for, but their names have no {key}-; leave {flag} out"
-    return f"{wanted} was asked for, and {key} is {_labels(key, images)}"
+        return f"{wanted} was requested, but their names have no {key}-; drop {flag}"
+    return f"{wanted} was requested, but {key} is {_labels(key, images)}"
 
 
 def _counts(images: Mapping[str, Sequence[BidsImage]]) -> str:
@@ -185,7 +185,7 @@ def _advise(groups: Sequence[Sequence[BidsImage]], differing: Sequence[str]) -> 
         if not left:
             break
     if left:
-        return "Choose among them with --entity KEY=LABEL (KEY= for those without KEY), or "
+        return "Choose with --entity KEY=LABEL (KEY= selects images without KEY), or "
     flags = " ".join(f"--entity {key}={label}" for key, labels in chosen.items() for label in labels)
     without = f", which leaves {lost} of {len(groups)} sessions without an image" if lost else ""
     return f"Choose with {flags}{without}, or "
@@ -225,11 +225,11 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
         notes.append(f"not used: images of other suffixes: {_counts(others)}")
     if misnamed := study.misnamed:
         notes.append(
-            f"not used: {_named(misnamed, 'image')} with names that are not of BIDS, or in the folder of "
+            f"not used: {_named(misnamed, 'image')} with names that do not follow BIDS, or in the folder of "
             "another participant or session"
         )
     if misplaced := study.misplaced:
-        notes.append(f"not used: {_named(misplaced, 'image')} outside of the folders of BIDS")
+        notes.append(f"not used: {_named(misplaced, 'image')} outside the folders of BIDS")
     if odd := study.odd_folders:
         notes.append(f"not used: {_named(odd, 'folder')}; folders of participants are named sub-LABEL")
     names = sorted({image.participant_id for image in study.images[suffix]}) + list(study.odd_folders)

@@ -160,7 +160,9 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
             return NO_CLASS if has_none else classes.index(cell)
     else:
         return "" if has_none else cell
-    raise ShardError(f"the index's {column.name} is {cell!r}, which {column} of dataset_info.json cannot be")
+    raise ShardError(
+        f"the index has {cell!r} in {column.name}, which does not match {column} in dataset_info.json"
+    )
 
 
 def name_classes(classes: Sequence[str], most: int) -> str:
@@ -193,9 +195,9 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
     """The different values of a column, in the order of their numbers."""
     if len(texts) > MAX_CLASSES:
         problems.add(
-            f"{name} has {len(texts):,} different values, such as {texts[0].as_py()!r}, and classes are at "
-            f"most {MAX_CLASSES:,}; make it {name}:string, or, where all should be numbers, {name}:float to "
-            "find those that are not"
+            f"{name} has {len(texts):,} different values, such as {texts[0].as_py()!r}, but at most "
+            f"{MAX_CLASSES:,} classes are possible; use {name}:string, or, if all should be numbers, "
+            f"{name}:float to find those that are not"
         )
         return ()
     classes = sorted(texts.to_pylist())
@@ -212,7 +214,9 @@ def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> N
             "they are the same class, spell them the same way"
         )
     for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:
-        problems.warn(f"{name} has a class {text!r}; write n/a, or nothing, where there is no value")
+        problems.warn(
+            f"{name} has a class {text!r}; if that means no value, write n/a or leave the cell empty"
+        )
 
 
 def _is_numeric(text: str) -> bool:

@@ -36,7 +36,7 @@ class Pseudonyms:
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled, so that no key gets into a job graph."""
-        raise TypeError("a key does not travel; send the path of its file")
+        raise TypeError("a key cannot be sent to workers; send the path of its file")
 
     @property
     def check(self) -> str:
@@ -101,7 +101,7 @@ def read_pseudonyms(path: str) -> Pseudonyms:
         raise UsageError(f"--anonymous-ids is {path}, which {reason}; give the file of the key") from e
     if len(secret) < _LEAST_BYTES:
         raise UsageError(
-            f"{path}: {len(secret)} bytes are too few for a key, which needs {_LEAST_BYTES}; make one with "
-            "`head -c 32 /dev/urandom`"
+            f"{path}: {len(secret)} bytes are too few for a key, which requires {_LEAST_BYTES}; make one "
+            "with `head -c 32 /dev/urandom`"
         )
     return Pseudonyms(secret)

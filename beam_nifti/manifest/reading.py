@@ -142,7 +142,7 @@ def _check_columns(
             remedy = _GIVE_THAT_OF_DATASET if is_of_dataset else f"choose one with {flag}"
             problems.add(f"no column {name!r}; the columns are: {present}; {remedy}")
     if splitting and "split" in table.column_names:
-        remedy = "leave --split out, or drop or rename the column"
+        remedy = "drop --split, or rename the column"
         problems.add(f"has a column 'split' already; {_GIVE_THAT_OF_DATASET if is_of_dataset else remedy}")
     for name, meant in _misspelled(table.column_names, columns):
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
@@ -182,7 +182,7 @@ def _labels(
     """The labels of each column, and which rows lack one of them; None where there are no labels."""
     if columns.missing_label is not None and not columns.labels:
         problems.add(
-            "--missing-label is for labels, and there is no column 'label'; name one with --label-column"
+            "--missing-label requires labels, but there is no column 'label'; name one with --label-column"
         )
     # A single column without a kind was numbers before there were kinds.
     default = None if columns.has_label_features else "float"
@@ -192,7 +192,10 @@ def _labels(
     lacks_label = np.any([of.is_missing for of in labels], axis=0) if labels else None
     if columns.missing_label == "skip" and lacks_label is not None and lacks_label.all():
         names = ", ".join(of.column.name for of in labels)
-        problems.add(f"every row lacks a label ({names}), and --missing-label skip would skip all of them")
+        problems.add(
+            f"every row lacks a label ({names}), so --missing-label skip would skip all rows; use "
+            "--missing-label nan"
+        )
     return labels, lacks_label
 
 

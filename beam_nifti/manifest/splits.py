@@ -58,8 +58,8 @@ def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) ->
                 elsewhere = f"{shown[first]} {elsewhere}, probably the same participant, is"
             problems.add(
                 f"row {i + 1}: participant {shown[i]} is in split {splits[i]}, and {elsewhere} in "
-                f"{splits[first]}; give all rows of a participant one split, or, where "
-                "participant_id does not name persons, rename that column"
+                f"{splits[first]}; give all rows of a participant one split; if "
+                "participant_id does not identify persons, rename that column"
             )
     return splits
 
@@ -77,7 +77,7 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
         participants = table["participant_id"].combine_chunks()
         nobody = pc.equal(participants, "").to_numpy(zero_copy_only=False)
         for i in np.flatnonzero(nobody):
-            problems.add(f"row {i + 1}: empty participant_id; --split needs to know whose image it is")
+            problems.add(f"row {i + 1}: empty participant_id; --split requires one in every row")
     if splitting.stratify is not None:
         categories = table[splitting.stratify].combine_chunks()
         for i, first in zip(*_find_disagreements(participants, categories), strict=True):

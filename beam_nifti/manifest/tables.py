@@ -224,7 +224,7 @@ def format_delimited(table: pa.Table, delimiter: str) -> str:
                 )
         if not any(cells):
             raise UsageError(
-                f"{where}: all cells are empty, which is read as no row; write .jsonl or .parquet"
+                f"{where}: all cells are empty, so readers would ignore the row; write .jsonl or .parquet"
             )
     lines = (
         delimiter.join('"' + c.replace('"', '""') + '"' if quoted.search(c) else c for c in cells)

@@ -149,7 +149,7 @@ def _objection(kinds: Counts, before: RecordConfig, after: RecordConfig) -> tupl
     usual = _most_frequent(tally(alike, now.__getitem__))
     for kind in alike:
         if now[kind] != usual:
-            return kind, "would be unlike the others, which it is like now"
+            return kind, "would differ from the others, which it matches now"
     return None, ""
 
 

@@ -337,7 +337,8 @@ def _published(config: BuildConfig) -> DatasetInfo | None:
         return find_info(config.output)
     except NewerFormatError as e:
         raise OutputError(
-            f"{e}; --overwrite does not replace it either, as this version does not know which files it has"
+            f"{e}; --overwrite does not replace it either, because this version does not know which "
+            "files it has"
         ) from e
     except DatasetError:
         if config.overwrite:
@@ -388,13 +389,13 @@ def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
     if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
         raise OutputError(
             f"{config.output}: holds a folder {BUILD_FOLDER} that is not from an unfinished build; choose "
-            "another OUTPUT, or use --overwrite to discard what builds have left there"
+            "another OUTPUT, or use --overwrite to discard the files of builds in it"
         )
     names = storage.list_files(config.output, "*.tfrecord*")
     foreign = next((name for name in names if ShardName.parse(name)), None)
     if foreign is not None and not has_published:
         raise OutputError(
-            f"{config.output}: holds {foreign} but no dataset_info.json; choose another OUTPUT, or "
+            f"{config.output}: holds {foreign} but no dataset_info.json; choose another OUTPUT, or use "
             "--overwrite to replace it"
         )
 
@@ -557,7 +558,7 @@ def _loss(
     if folder != was:
         reasons.append(f"the manifest was in {was}, now in {folder}, and paths are relative to it")
     if not reasons:
-        reasons.append("rows were appended, and --shuffle-seed or --split moves others")
+        reasons.append("rows were appended, and --shuffle-seed or --split moves other rows")
     # It may replace the dataset beside it, which only --overwrite may do.
     replaces = published is not None and dead.from_images and not dead.is_like(published)
     give = "its options, its rows and --overwrite" if replaces else "its options and rows"
@@ -623,8 +624,8 @@ def rows_for_workers(config: BuildConfig, rows: bytes | None, folder: str | None
     else:
         if config.anonymous_ids and config.output and storage.is_within(folder, config.output):
             raise UsageError(
-                "a table in memory has to be written for the workers, with the names that --anonymous-ids "
-                "keeps out of OUTPUT; give --temp-location, or a manifest that is a file"
+                "a table in memory is written to a file for the workers, and it has the names that "
+                "--anonymous-ids keeps out of OUTPUT; give --temp-location, or a manifest that is a file"
             )
         path, below = storage.join(folder, _ROWS_FILE), storage.dirname(folder)
         storage.write(path, rows, below)

@@ -58,7 +58,7 @@ def find_differences(
     differences = _option_differences(before, now.config)
     differences += _class_differences(was.labels, now.labels)
     if not differences and was.config["fingerprint"] != now.config["fingerprint"]:
-        differences.append("this version of beam-nifti makes other records of the same options")
+        differences.append("this version of beam-nifti makes different records from the same options")
     if None not in (was.shape, now.shape) and was.shape != now.shape:
         differences.append(f"the first image had shape {was.shape}, now {now.shape}")
     if was.num_frames and now.num_frames not in (None, was.num_frames):

@@ -215,7 +215,7 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
             list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells
         ]
     except ValueError as e:
-        raise ManifestError(listed.path, [f"column frames is no list of numbers: {e}"]) from e
+        raise ManifestError(listed.path, [f"column frames is not a list of numbers: {e}"]) from e
     if (total := sum(map(len, found))) > MAX_FAILED_FRAMES:
         raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
     return found

@@ -144,8 +144,8 @@ def _is_own(path: str, token: str) -> bool:
 
 def _lost(path: str) -> OutputBusyError:
     return OutputBusyError(
-        f"{storage.dirname(path)}: another build took this output, or its {LOCK_FILE} was removed; start one "
-        "at a time, and run this one again"
+        f"{storage.dirname(path)}: another build took this output, or its {LOCK_FILE} was removed; run one "
+        "build at a time, and run this one again"
     )
 
 

@@ -1,4 +1,4 @@
-"""The options of a build, by the names that command line, Python and files of options have for them."""
+"""The options of a build, by the names that the command line, Python and TOML files share."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from beam_nifti.support.wording import one_line
 from beam_nifti.volume.user_function import call_of, name_of, source_sha256
 
 Names: TypeAlias = str | Sequence[str]
-"""One column, or several: a list of names, or a text with commas between them."""
+"""One column, or several: a list of names, or a text with commas between the names."""
 
 Numbers: TypeAlias = str | Sequence[SupportsFloat]
 StrPath: TypeAlias = str | os.PathLike[str]
 Preprocess: TypeAlias = str | Callable[..., Any] | Mapping[str, Any]
-"""A function that can be imported; a `functools.partial` of one with named arguments; its text, such as
+"""A function that can be imported; a `functools.partial` of one with named arguments; a text such as
 `package.module:function(threshold=3)`; or {"function": "package.module:function", "threshold": 3}."""
 
 Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
@@ -55,50 +55,53 @@ Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
 
 
 class BuildOptions(TypedDict, total=False):
-    """The options of `build` and `check`; None stands for one that is not given.
+    """The options of `build` and `check`. None means that an option is not given.
 
-    Each takes what the command line takes, as text, or a value of Python's; a number may be one of numpy's.
+    Each accepts the text of the command line or a Python value. Numbers may be numpy's.
 
     Attributes:
-        path_column: column of image paths; several are the channels of one record. Default: "path".
-        mask_column: column of label maps on the same voxel grid. Default: no masks.
-        label_column: NAME, or NAME:KIND with the kind float, class or string; several become features of
-            their own. Default: the column "label", if there is one.
-        missing_label: for rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
-        id_column: unique name of each example. Default: participant_id with session_id, else the path.
-        anonymous_ids: file of the key by which pseudonyms stand for ids and paths. Default: names are kept.
+        path_column: column of image paths; several columns are the channels of one record. Default: "path".
+        mask_column: column of paths of label maps on the same voxel grid. Default: no masks.
+        label_column: NAME, or NAME:KIND with the kind float, class or string; each of several becomes a
+            feature of its own. Default: the column "label", if there is one.
+        missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
+        id_column: column of unique example ids. Default: participant_id with session_id, else the path.
+        anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
         split: share of the participants by split, such as {"train": 0.8, "test": 0.2}. Default: the
-            manifest's column "split", or else all go to "train".
-        stratify: column within each of whose values the shares are kept. Default: none.
-        split_seed: of the draw. Default: 0.
+            manifest's column "split", otherwise all rows go to "train".
+        stratify: column whose values each keep the shares of `split`. Default: none.
+        split_seed: seed of the draw. Default: 0.
         examples_per_shard: largest number of examples in a shard. Default: for shards of 128 to 256 MB.
-        num_shards: shards in each split, in the place of `examples_per_shard`.
+        num_shards: number of shards in each split, instead of `examples_per_shard`.
         compression: "gzip" (default) or "none".
-        compression_level: of igzip, 0 (fastest) to 3. Default: 2.
-        shuffle_seed: shuffles the rows of each split. Default: the manifest's order.
+        compression_level: level of igzip, 0 (fastest) to 3. Default: 2.
+        shuffle_seed: seed that shuffles the rows of each split. Default: the manifest's order.
         rescale: "minmax" (default), "zscore", "none"; `Percentile`, `Window`, ("percentile", low, high),
             ("window", low, high) or their text. A window is in the image's units.
-        rescale_within: voxels that are measured: "nonzero", "mask", or ("above", T) with T in the image's
-            units. Default: all.
-        clip: whether rescaled voxels outside of [0, 1] become 0 or 1. Default: False.
+        rescale_within: voxels that `rescale` measures: "nonzero", "mask", or ("above", T) with T in the
+            image's units. Default: all.
+        clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
-        frames: of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: they are refused.
-        complex: of complex images: "magnitude", "phase" (radians), "real-imag". Default: they are refused.
-        allow_mixed_shapes: whether volumes may have other shapes than the first. Default: False.
-        preprocess: function of Volume to Volume, which the workers can import, or several, in order.
+        frames: frames of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: 4-D images
+            are refused.
+        complex: how complex images are stored: "magnitude", "phase" (radians), "real-imag". Default: complex
+            images are refused.
+        allow_mixed_shapes: whether volumes may differ in shape from the first. Default: False.
+        preprocess: function from Volume to Volume that the workers can import; or several, in order.
             Default: none.
-        orientation: three letters that axes are turned to, such as "RAS". Default: "native".
+        orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
+            "native", which changes nothing.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
-            Default: as it is.
-        crop_foreground: voxels whose bounding box is kept: as of `rescale_within`. Default: no crop.
-        shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: as it is.
-        max_bad_fraction: of the volumes that may fail, 0 to 1. Default: 0.
-        overwrite: whether to replace a dataset of other options or rows. Default: False.
-        recheck: whether to make every record again, and replace the shards that differ. Default: False.
+            Default: no resampling.
+        crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
+        shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
+        max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
+        overwrite: whether to replace a dataset with different options or rows. Default: False.
+        recheck: whether to rebuild every record, and replace the shards that differ. Default: False.
         workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores.
         temp_location: folder or URL of temporary files. Default: in the output.
-        without: options of `like` and of the file of options that are not taken. Default: none.
+        without: options of `like` and `config` to ignore. Default: none.
     """
 
     path_column: Names | None
@@ -153,21 +156,21 @@ def make_config(
     config: str | None = None,
     like: str | None = None,
 ) -> BuildConfig:
-    """The build that options ask for: those that are given, then those of a file, then those of a dataset.
+    """Combine options into a configuration. Given options precede those of a file, then those of a dataset.
 
     Args:
         manifest: path or URL of the table of images.
         output: folder or URL of the dataset; "" for none.
-        given: values by the names of `BuildOptions`; None stands for one that is not given.
-        config: path or URL of a TOML file of further options, by the same names, with - or _; and of `like`.
-        like: folder or URL of a dataset whose content options are taken, too. A user's function and the key
-            of anonymous ids are never taken from it: whoever gives them again has them compared.
+        given: values by the names of `BuildOptions`; None means that an option is not given.
+        config: path or URL of a TOML file of options by the same names, with - or _. It may contain `like`.
+        like: folder or URL of a dataset whose content options are used. A user's function and the key of
+            anonymous ids are never taken from it; if they are given again, they are compared.
 
     Raises:
-        UsageError: there is no such option, or no build can have the value, or not with the others; or the
-            file of options cannot be read; or the dataset's function or key is not given again, or another.
-        DatasetError: `like` is no complete dataset.
-        OSError: the file, the dataset or a key cannot be read now, but that may pass.
+        UsageError: an option is unknown or invalid, or options cannot be combined; the file of options
+            cannot be read; the dataset's function or key is not given again, or differs.
+        DatasetError: `like` is not a complete dataset.
+        OSError: the file, the dataset or a key cannot be read, but another attempt may succeed.
     """
     options = {name: _read(name, value) for name, value in given.items() if value is not None}
     own = set(options)
@@ -178,7 +181,7 @@ def make_config(
     if like is not None:
         options = _beneath(options, _options_like(like, options))
     if "without" in own and config is None and like is None:
-        raise UsageError("--without leaves out options of --like or --config; give one of them, or drop it")
+        raise UsageError("--without ignores options of --like or --config; give one of these, or drop it")
     try:
         return _assemble(manifest, output, options)
     except UsageError as e:
@@ -187,12 +190,12 @@ def make_config(
         if flag is None:
             raise
         raise UsageError(
-            f"{e} ({flag} is from --like or --config; --without {flag[2:]} leaves it out)"
+            f"{e} ({flag} comes from --like or --config; --without {flag[2:]} ignores it)"
         ) from e
 
 
 def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, and those of a lower precedence that are neither given again nor in the way."""
+    """Options, and those of a lower precedence that are neither given again nor in conflict."""
     left_out = set(options.get("without", ()))
     for name, other in _INSTEAD:
         left_out |= {other} if name in options else set()
@@ -214,7 +217,7 @@ def _read_file(path: str) -> dict[str, Any]:
         reason = f"cannot be read: {e.strerror or e}"
         raise UsageError(f"--config is {path}, which {reason}; give a TOML file of options") from e
     except ValueError as e:
-        raise UsageError(f"--config is {path}, which is no TOML: {e}; repair it") from e
+        raise UsageError(f"--config is {path}, which is not valid TOML: {e}; correct it") from e
     options = dict[str, Any]()
     for key, value in found.items():
         name = key.replace("-", "_")
@@ -242,7 +245,7 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
         flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in info.record_config.steps)
         raise UsageError(
             f"--like is {path}, which was built with {flags}; a function is never taken from a dataset: give "
-            "it again, or leave it out with --without preprocess"
+            "it again, or drop it with --without preprocess"
         )
     if "anonymous_ids" not in without:
         _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
@@ -271,24 +274,24 @@ def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> 
     for step, _ in given.steps:
         if step in digests and (found := source_sha256(step)) != digests[step]:
             raise UsageError(
-                f"--preprocess {step}: its file has sha256 {found}, and {path}, which --like names, was "
-                f"built with one of {digests[step]}; go back to that file, or drop --like"
+                f"--preprocess {step}: its file has sha256 {found}, but {path}, which --like names, was "
+                f"built with sha256 {digests[step]}; restore that version of the file, or drop --like"
             )
 
 
 def _compare_key(path: str, check: str | None, given: str | None) -> None:
-    """Refuse to go without the key of a dataset's pseudonyms, or with another one."""
+    """Require the key of a dataset's pseudonyms, and no other."""
     if check is None:
         return
     if given is None:
         raise UsageError(
-            f"--like is {path}, whose ids are anonymous; its key is not in it: give it with --anonymous-ids, "
-            "or keep the names with --without anonymous-ids"
+            f"--like is {path}, whose ids are anonymous; the dataset does not contain its key: give it with "
+            "--anonymous-ids, or keep the names with --without anonymous-ids"
         )
     from beam_nifti.manifest.pseudonyms import read_pseudonyms  # which loads pyarrow
 
     if read_pseudonyms(storage.absolute(given)).check != check:
-        raise UsageError(f"--anonymous-ids is {given}, not the key that {path} was built with; give that one")
+        raise UsageError(f"--anonymous-ids is {given}, not the key that {path} was built with; give that key")
 
 
 def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfig:
@@ -320,12 +323,12 @@ def _splitting(options: Mapping[str, Any]) -> Splitting | None:
         return Splitting(options["split"], options.get("split_seed", 0), options.get("stratify"))
     for name in ("stratify", "split_seed"):
         if name in options:
-            raise UsageError(f"{flag_of(name)} needs --split, such as --split train=0.8,test=0.2")
+            raise UsageError(f"{flag_of(name)} requires --split, such as --split train=0.8,test=0.2")
     return None
 
 
 def as_parameters(text: str) -> str:
-    """An error's text for a call in Python: it has the names of parameters in the place of flags.
+    """An error's text for a call in Python, with names of parameters instead of flags.
 
     >>> as_parameters("--clip cannot be used with --rescale minmax; drop it")
     'clip=True cannot be used with rescale minmax; drop it'
@@ -342,7 +345,7 @@ def as_parameters(text: str) -> str:
 
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
 _NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
-"""Options that mean nothing without another one."""
+"""Options that have no meaning without another one."""
 
 
 def _read(name: str, value: object) -> Any:
@@ -439,7 +442,7 @@ def _number(value: object) -> float:
 
 
 def _items(value: object) -> list[Any] | None:
-    """What a sequence or a one-dimensional array has; None where the value is none."""
+    """The items of a sequence or a one-dimensional array; None if the value is neither."""
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | Set):
         return None
     return list(value) if getattr(value, "ndim", 1) == 1 else None
@@ -467,7 +470,7 @@ def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
 
 
 def _rule(forms: Sequence[str]) -> Callable[[str, object], str]:
-    """Reads "window:LO,HI", or a name and numbers."""
+    """Make a reader of values such as "window:LO,HI", or a name and numbers."""
 
     def read(flag: str, value: object) -> str:
         wanted = f"choose one of: {', '.join(forms)}"
@@ -520,8 +523,8 @@ def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[s
             {"function": text, argument: value, …}; None for none.
 
     Raises:
-        UsageError: there is something else among them, or a function that cannot be imported by its name, or
-            an argument that is no literal.
+        UsageError: an entry is something else, a function cannot be imported by its name, or an argument is
+            not a literal.
     """
     several = None if isinstance(value, str | Mapping) or callable(value) else _items(value)
     return spell_steps([_read_step(step) for step in ([value] if several is None else several)])

@@ -36,7 +36,7 @@ def read_result(path: str, most: int) -> dict[str, Any]:
         facts = load_json(storage.read_bounded(path, most))
         require_type(facts, dict, "it")
     except (storage.FileTooLargeError, ValueError) as e:
-        raise OutputError(f"{path}: not what the pipeline has written: {e}; run the command again") from e
+        raise OutputError(f"{path}: differs from what the pipeline wrote: {e}; run the command again") from e
     return dict(facts)
 
 
@@ -76,7 +76,7 @@ def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] 
     require_apart(path, "--out", inputs)
     storage.require_writable(storage.absolute(path), "--out")
     if not overwrite and storage.exists(storage.absolute(path)):
-        raise OutputError(f"{path}: is there already; choose another, or --overwrite to replace it")
+        raise OutputError(f"{path}: already exists; choose another, or use --overwrite to replace it")
 
 
 def refuse_own(manifest: str, output: str) -> None:

@@ -237,7 +237,9 @@ def take_summary(output: str) -> BuildSummary | None:
     except FileNotFoundError:
         return None
     except (KeyError, TypeError) as e:
-        raise OutputError(f"{path}: not what the pipeline has written: {e!r}; run the command again") from e
+        raise OutputError(
+            f"{path}: differs from what the pipeline wrote: {e!r}; run the command again"
+        ) from e
     storage.delete(path, output)
     return summary
 

@@ -1,4 +1,4 @@
-"""Records: what a writer takes, and what all of those of one dataset have in common."""
+"""Records as input of a writer, and what the records of a dataset have in common."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Record:
     """One record of a dataset, before it is written.
 
     Attributes:
-        id: unique in the dataset; equal to the feature `id` of the Example.
-        example: the serialized tf.train.Example.
-        split: that it belongs to.
-        entry: what the index says of it; None where that is only what the Example says.
-        config: what was asked of the steps that made it; None where it was made otherwise.
+        id: unique id in the dataset; equal to the feature `id` of the Example.
+        example: serialized tf.train.Example.
+        split: split that the record belongs to.
+        entry: entry of the index; None to derive it from the Example.
+        config: configuration of the steps that made the record; None if other steps made it.
     """
 
     id: str
@@ -51,17 +51,17 @@ class Record:
 
 @dataclass(frozen=True)
 class Traits:
-    """What the records of a dataset have in common, or all of them together.
+    """Properties that the records of a dataset share, or that are collected over all of them.
 
     Attributes:
-        id: of one of them, for messages.
-        config: that they were made with.
-        features: name to kind of every feature.
-        dtype: of the stored voxels.
-        shape: of the voxels; None where shapes differ.
-        labelled: whether any has a label.
-        mask_labels: those of all masks.
-        columns: of their manifest, but for those that mean something.
+        id: id of one of the records, for messages.
+        config: configuration that they were made with.
+        features: kind of every feature, by name.
+        dtype: dtype of the stored voxels.
+        shape: shape of the voxels; None if shapes differ.
+        labelled: whether any record has a label.
+        mask_labels: labels of all masks.
+        columns: further columns of their manifest.
     """
 
     id: str
@@ -74,21 +74,21 @@ class Traits:
     columns: tuple[str, ...] = ()
 
     def joined(self, other: Traits) -> Traits:
-        """The traits of both.
+        """The traits of both together.
 
         Raises:
-            VolumeError: they do not belong into one dataset.
+            VolumeError: the records cannot be in one dataset.
         """
         optional = dict.fromkeys(SCALING_FEATURES, "bytes")
         for what, ours, theirs in (
             ("options", self.config, other.config),
             ("features", self.features | optional, other.features | optional),
-            ("a dtype", self.dtype, other.dtype),
+            ("dtype", self.dtype, other.dtype),
         ):
             if ours != theirs:
                 raise VolumeError(
                     f"records {self.id!r} and {other.id!r} differ in {what} ({_difference(ours, theirs)}); "
-                    "all records of a dataset have the same: make them alike, or write two datasets"
+                    "all records of a dataset must have the same: make them equal, or write two datasets"
                 )
         return replace(
             self,
@@ -113,7 +113,7 @@ def _difference(ours: Any, theirs: Any) -> str:
 
 
 def to_record(element: Any) -> Record:
-    """A record, of a Record or of (id, Example), whose Example has the id.
+    """Make a record of an element, whose Example then has the id.
 
     Args:
         element: a Record; or an id with a tf.train.Example, its bytes, or a dictionary of features by name:
@@ -121,7 +121,7 @@ def to_record(element: Any) -> Record:
             (X, Y, Z, C), which become the tensors `image_raw` and `mask_raw`.
 
     Raises:
-        VolumeError: it is none of these.
+        VolumeError: the element is none of these.
     """
     if isinstance(element, Record):
         return element
@@ -170,10 +170,10 @@ def _feature(name: str, value: Any) -> tuple[str, FeatureValue]:
 
 
 def examine(record: Record) -> tuple[Traits, dict[str, object]]:
-    """What a record has in common with others, and its row of the index but for its place.
+    """A record's traits, and its row of the index without its position and offset.
 
     Raises:
-        VolumeError: no dataset can have it.
+        VolumeError: the record is invalid.
     """
     try:
         return _examine(record)
@@ -190,14 +190,14 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
     features = decode_example(record.example)
     found = features.get("id")
     if not isinstance(found, memoryview) or bytes(found) != record.id.encode():
-        raise VolumeError("its Example has another feature id; make them equal, or leave the feature out")
+        raise VolumeError("its Example has a different feature id; make them equal, or drop the feature")
     voxels = _tensor(features, _IMAGE)
     if voxels.ndim not in _AXES or voxels.size == 0:
         raise VolumeError(f"its image has the shape {voxels.shape}, expected (X, Y, Z) or (X, Y, Z, C)")
     kinds = {name: _kind(value) for name, value in features.items()}
     if kinds.get("label", "float") != "float":
         raise VolumeError(
-            f"its feature label is {kinds['label']}, expected one float; give another value another name"
+            f"its feature label is {kinds['label']}, expected one float; use another name for other values"
         )
     mask = _tensor(features, MASK_FEATURE) if MASK_FEATURE in features else None
     if mask is not None and (mask.shape != voxels.shape[:3] or mask.dtype.name not in MASK_DTYPES):
@@ -236,8 +236,8 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
 def _tensor(features: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
     if not isinstance(features.get(name), memoryview):
         raise VolumeError(
-            f"its Example has no feature {name}, a tensor as tf.io.serialize_tensor writes it; readers give "
-            "nothing without voxels"
+            f"its Example has no feature {name}, which is required; add a tensor as tf.io.serialize_tensor "
+            "writes it"
         )
     return decode_tensor(features[name])
 
@@ -252,7 +252,7 @@ def _kind(value: memoryview | npt.NDArray[Any]) -> str:
 def _cells_of(
     example_id: str, features: Mapping[str, Any], voxels: npt.NDArray[Any], label: float | None
 ) -> dict[str, object]:
-    """What an Example says for the index."""
+    """The cells of the index that an Example provides."""
     cells: dict[str, object] = {
         "example_id": example_id,
         "label": label,
@@ -270,7 +270,7 @@ def _cells_of(
 
 
 def _config_of(voxels: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> RecordConfig:
-    """A configuration by which readers give voxels of unknown making as they are."""
+    """A configuration with which readers return voxels unchanged, for records that other steps made."""
     is_float = voxels.dtype.name in ("float32", "float16", "bfloat16")
     return RecordConfig(
         rescale="none",

@@ -1,4 +1,4 @@
-"""The steps between a manifest and its records: DoFns, and PTransforms that compose in anybody's pipeline.
+"""The steps between a manifest and its records: DoFns, and PTransforms for any Beam pipeline.
 
 ReadManifest    VolumeRow
 LoadVolume      Volume
@@ -6,8 +6,8 @@ Preprocess      Volume
 Rescale         Volume
 EncodeExample   Record
 
-The DoFns do the work, by plain functions; the PTransforms give them names, types and, on request, an output
-of failures. A build makes its own graph of the same DoFns (`pipeline.transforms`).
+The DoFns call plain functions. The PTransforms give them names, types and, on request, an output of
+failures. A build makes its own graph of the same DoFns (`pipeline.transforms`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def timed(distribution: Any) -> Iterator[None]:
 
 
 def _joined(earlier: RecordConfig | None, config: RecordConfig, names: Iterable[str]) -> RecordConfig:
-    """What earlier steps were asked for, with what this one is: steps of one build have one configuration."""
+    """The configuration of earlier steps with the fields of this one. All steps of a build have the same."""
     if earlier is None or earlier == config:
         return config
     return replace(earlier, **{name: getattr(config, name) for name in names})
@@ -68,10 +68,10 @@ class LoadVolumeFn(beam.DoFn):
     """Read an image.
 
     Args:
-        folder: what relative paths are relative to: the manifest's folder.
-        shape: that every record must have; None, or None for an axis, where shapes may differ.
-        dtype: that every volume must have on disk; None where dtypes may differ.
-        config: of the records that the volumes become.
+        folder: folder that relative paths are relative to: the manifest's.
+        shape: required shape of every record; None if shapes may differ, or None for an axis that may.
+        dtype: required dtype of every volume on disk; None if dtypes may differ.
+        config: configuration of the records that the volumes become.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class LoadVolumeFn(beam.DoFn):
         self._bytes = Metrics.counter(type(self), "bytes-read")
 
     def setup(self) -> None:
-        """Called once a thread."""
+        """Prepare a thread."""
         keep_buffers()
 
     def process(self, row: VolumeRow) -> Iterable[Volume]:
-        """Yield the volume; or those of its frames, of which the next is made when it is asked for."""
+        """Yield the volume; or the volumes of its frames, each made when it is requested."""
         arguments = row, self._folder, self._shape, self._dtype, self._config
         with timed(self._msec):
             is_split = self._config.frames == "each"
@@ -105,12 +105,12 @@ class LoadVolumeFn(beam.DoFn):
 
 
 class PreprocessFn(beam.DoFn):
-    """Do to a volume what it needs before its intensities are looked at: `prepare_volume`.
+    """Prepare a volume before its intensities are measured: `prepare_volume`.
 
     Args:
-        config: says what.
-        shape: that every record must have; None, or None for an axis, where shapes may differ.
-        release: whether no other step gets its volumes, so that it may empty them to save memory.
+        config: configuration of the preparation.
+        shape: required shape of every record; None if shapes may differ, or None for an axis that may.
+        release: whether to empty the input volumes to save memory; only if no other step uses them.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class PreprocessFn(beam.DoFn):
         self._msec = Metrics.distribution(type(self), "preprocess-msec")
 
     def setup(self) -> None:
-        """Find the user's functions: without them the build must stop, not lose every volume."""
+        """Import the user's functions: without them the build must stop, instead of failing every volume."""
         load_functions(self._config)
 
     def process(self, volume: Volume) -> Iterable[Volume]:
@@ -132,7 +132,7 @@ class PreprocessFn(beam.DoFn):
 
 
 class RescaleFn(beam.DoFn):
-    """Measure a volume's intensities and make its voxels what the record stores."""
+    """Measure a volume's intensities and rescale its voxels for the record."""
 
     def __init__(self, config: RecordConfig | None = None) -> None:
         self._config = config or RecordConfig()
@@ -156,7 +156,7 @@ class EncodeExampleFn(beam.DoFn):
         """Yield the record."""
         if not volume.intensities:
             raise VolumeError(
-                f"{volume.row.path}: was not rescaled; put Rescale() in front of EncodeExample, or "
+                f"{volume.row.path}: was not rescaled; add Rescale() before EncodeExample, or "
                 'Rescale("none") to keep its units'
             )
         with timed(self._msec):
@@ -169,17 +169,17 @@ class EncodeExampleFn(beam.DoFn):
 
 
 class GuardedFn(beam.DoFn):
-    """Run a step; a VolumeError that it raises becomes (shard, Failure) on the output FAILURES.
+    """Run a step. A VolumeError that it raises becomes (shard, Failure) on the output FAILURES.
 
-    Every other error leaves it: the runner tries again, or the build stops. Beam's
-    `with_exception_handling` would put the element itself, voxels and all, on that output.
+    Any other error propagates: the runner tries again, or the build stops. Beam's
+    `with_exception_handling` would put the element itself, with its voxels, on that output.
     A step may return further results lazily; none of these may fail.
 
     Args:
-        step: that is run.
-        folder: what the rows' paths are relative to.
-        release: whether no other step receives its volumes: they are released once the step has returned its
-            first result.
+        step: step to run.
+        folder: folder that the rows' paths are relative to.
+        release: whether to release the input volume after the step's first result; only if no other step
+            uses it.
     """
 
     def __init__(self, step: beam.DoFn, folder: str = "", *, release: bool = False) -> None:
@@ -222,18 +222,18 @@ class GuardedFn(beam.DoFn):
 
 
 def guarded(step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False) -> Any:
-    """A step with two outputs: `main`, of this type, and FAILURES, of (shard, Failure)."""
+    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, Failure)."""
     pardo = beam.ParDo(GuardedFn(step, folder, release=release))
     typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure]})
     return typed.with_outputs(FAILURES, main="main")
 
 
 class Outcome(NamedTuple):
-    """What a step with an output of failures gives.
+    """The two outputs of a step `with_failures()`.
 
     Attributes:
-        done: what became of the elements that did not fail.
-        failures: a `Failure` for each that did.
+        done: results for the elements that did not fail.
+        failures: one `Failure` for each element that failed.
     """
 
     done: _Values
@@ -248,7 +248,7 @@ class _Step(beam.PTransform[Any, Any]):
     _has_failures = False
 
     def with_failures(self) -> Any:
-        """The same step with two outputs, an `Outcome`: a volume that fails does not fail the pipeline."""
+        """Give the step two outputs, an `Outcome`, so that a failed volume does not fail the pipeline."""
         self._has_failures = True
         return self
 
@@ -286,15 +286,15 @@ _ROWS_AT_A_TIME: Final = 1 << 12
 
 
 class ReadManifest(beam.PTransform[Any, Any]):
-    """Read a manifest: from a pipeline to its rows, `VolumeRow`, with absolute paths.
+    """Read a manifest: from a pipeline to `VolumeRow`, with absolute paths.
 
     Args:
-        path: of the manifest, local or a URL.
-        columns: which of its columns mean what.
-        splitting: how participants are dealt to splits; None leaves that to the manifest.
+        path: path of the manifest, local or a URL.
+        columns: the roles of the manifest's columns.
+        splitting: how participants are assigned to splits; None uses the manifest.
 
     Raises:
-        ManifestError: while the pipeline runs: it is no manifest.
+        ManifestError: while the pipeline runs: the manifest cannot be used.
     """
 
     def __init__(
@@ -319,10 +319,11 @@ class LoadVolume(_Step):
     """Read images: from `VolumeRow` to `Volume`.
 
     Args:
-        frames: of a 4-D image, as `RecordConfig.frames`; None refuses 4-D images. "each" is for builds.
-        complex: what becomes of complex voxels, as `RecordConfig.complex`; None refuses them.
+        frames: frames of 4-D images, as in `RecordConfig.frames`; None refuses 4-D images. "each" is only
+            for builds.
+        complex: how complex voxels are stored, as in `RecordConfig.complex`; None refuses them.
         channels: names of the columns of the images that are the channels of a record; None for one image.
-        mask_dtype: of the label map that every row has as its last file; None where rows have none.
+        mask_dtype: dtype of the label map that is each row's last file; None if rows have none.
     """
 
     _takes, _gives = VolumeRow, Volume
@@ -338,7 +339,7 @@ class LoadVolume(_Step):
         super().__init__()
         if frames == "each":
             raise UsageError(
-                "frames is 'each', which makes several records of a row, and only a build can number these; "
+                "frames is 'each', which makes several records per row, and only a build can number them; "
                 "choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
             )
         self._config = RecordConfig(frames=frames, complex=complex, channels=channels, mask_dtype=mask_dtype)
@@ -348,14 +349,14 @@ class LoadVolume(_Step):
 
 
 class Preprocess(_Step):
-    """Turn, resample, crop and pad volumes, in this order: from `Volume` to `Volume`.
+    """Reorient, resample, crop and pad volumes, in this order: from `Volume` to `Volume`.
 
-    A function of your own is a step of its own: `beam.Map(function)`.
+    To apply your own function, add a step: `beam.Map(function)`.
 
     Args:
-        orientation: code, such as "RAS", that the axes are turned to.
+        orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
         spacing: voxel size along each axis, in mm, that volumes are resampled to.
-        crop_foreground: which voxels' bounding box to crop to, as `RecordConfig.crop_foreground`.
+        crop_foreground: which voxels' bounding box to crop to, as in `RecordConfig.crop_foreground`.
         shape: (X, Y, Z) that volumes are cropped and padded to.
     """
 
@@ -379,13 +380,13 @@ class Preprocess(_Step):
 
 
 class Rescale(_Step):
-    """Make voxels what a record stores: from `Volume` to `Volume`.
+    """Rescale voxels to what a record stores: from `Volume` to `Volume`.
 
     Args:
-        rescale: which intensities become 0 and 1, as `RecordConfig.rescale`.
-        within: which voxels tell that, as `RecordConfig.rescale_within`; None means all.
+        rescale: which intensities become 0 and 1, as in `RecordConfig.rescale`.
+        within: which voxels are measured, as in `RecordConfig.rescale_within`; None means all.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
-        voxel_dtype: as `RecordConfig.voxel_dtype`.
+        voxel_dtype: as in `RecordConfig.voxel_dtype`.
     """
 
     _takes, _gives = Volume, Volume

@@ -291,7 +291,7 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         title = "spacings, mm" if name == "spacings" else name
         yield from _listed(title, [f"{kind}: {count:,}" for kind, count in r[name].items()])
     if "?" in r["records"]:
-        yield "", "?: headers do not tell the shape after --preprocess or --crop-foreground"
+        yield "", "?: headers do not determine the shape after --preprocess or --crop-foreground"
     bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]
     yield from _listed("would fail", bad, r["num_bad"])
     for noted in r["notes"].values():

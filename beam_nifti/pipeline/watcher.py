@@ -1,4 +1,4 @@
-"""What a program that runs a pipeline is told of it, and decides."""
+"""Hooks for a program that runs a pipeline."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """Follows a run: each method does nothing, and may be overridden.
+    """Follows a run. The `on_` methods do nothing by default; any method may be overridden.
 
     Args:
         has_progress: whether to show progress.
 
     Attributes:
         has_progress: whether to show progress.
-        flags: that the program has besides Beam's, to suggest in the place of one that has no effect.
+        flags: flags of the program besides Beam's, to suggest instead of an unknown one.
     """
 
     flags: Sequence[str] = ()
@@ -34,15 +34,15 @@ class Watcher:
         self.has_progress = has_progress
 
     def explain_unknown(self, argument: str, known: Iterable[str]) -> str:
-        """Why an argument is none of Beam's.
+        """Explain that an argument is not a flag of Beam.
 
         Args:
-            argument: that was given.
-            known: flags of Beam's that have an effect.
+            argument: argument that was given.
+            known: Beam's flags that have an effect.
         """
         flag = argument.partition("=")[0]
         hint = suggest_flag(dashed(flag), known) or "leave it out"
-        return f"{flag} is no flag of Apache Beam's; {hint}"
+        return f"{flag} is not a flag of Apache Beam; {hint}"
 
     def load_beam(self) -> None:
         """Load Beam."""
@@ -51,20 +51,20 @@ class Watcher:
         load_beam()
 
     def on_dataset(self, info: DatasetInfo) -> None:
-        """The dataset that is to be read."""
+        """Called with the dataset to read, before it is read."""
 
     def on_engine(self, engine: Engine) -> None:
-        """The engine is known; nothing was read or written."""
+        """Called when the engine is chosen, before anything is read or written."""
 
     def on_plan(self, plan: BuildPlan | CheckPlan) -> None:
-        """The run is decided; its pipeline starts now."""
+        """Called after planning, before the pipeline starts."""
 
     def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
-        """A dry run has decided this, and ends."""
+        """Called at the end of a dry run."""
 
     def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
-        """A build has ended, published or not."""
+        """Called when a build has ended, published or not."""
 
     def around(self, engine: Engine) -> contextlib.AbstractContextManager[object]:
-        """Entered while the pipeline runs."""
+        """Make a context that is entered while the pipeline runs."""
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""`WriteToTFRecord`: a dataset of whatever records a pipeline makes, in the order of their ids.
+"""`WriteToTFRecord`: a dataset of the records of any pipeline, in the order of their ids.
 
 WriteParts         _Placed, of each record; (None, _Key), of each record; (None, Traits), of each bundle
 Start              (None, revision)
@@ -7,7 +7,7 @@ ToShard            (shard, _Placed)
 CommitShards       (None, ShardInfo)
 WriteDatasetInfo   DatasetInfo
 
-Payloads go into part files where they are made; ids, places and rows of the index cross a shuffle.
+Payloads go to part files where they are made; only ids, offsets and rows of the index cross a shuffle.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _Values = beam.PCollection[Any]
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A record in a part file: its place, and its row of the index but for its place in a shard."""
+    """A record in a part file: where it is, and its row of the index without its offset in a shard."""
 
     id: str
     split: str
@@ -95,7 +95,7 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """What decides a record's place in the dataset, and the bytes that it takes."""
+    """The id and split, which decide a record's position in the dataset, and its size."""
 
     id: str
     split: str
@@ -107,13 +107,13 @@ class _Target:
     """Where a dataset is written, and how.
 
     Attributes:
-        output: its folder, absolute, or a URL.
+        output: folder of the dataset, absolute, or a URL.
         root: folder of the part files.
-        token: 16 hex digits that no other pipeline has.
-        sharding: how splits are cut; None derives it from the size of the records.
-        compression: as `RecordConfig`.
-        compression_level: as `RecordConfig`.
-        overwrite: whether a dataset that is there is replaced.
+        token: 16 hex digits, unique to this pipeline.
+        sharding: how splits are divided into shards; None derives it from the size of the records.
+        compression: as in `RecordConfig`.
+        compression_level: as in `RecordConfig`.
+        overwrite: whether to replace an existing dataset.
     """
 
     output: str
@@ -126,15 +126,15 @@ class _Target:
 
     @property
     def folder(self) -> str:
-        """Of the part files."""
+        """The folder of this pipeline's part files."""
         return parts_folder(self.root, self.token, "records", 0)
 
     def refuse_published(self) -> DatasetInfo | None:
-        """The dataset that is there, if it may be replaced and can be read.
+        """The existing dataset, if it may be replaced and can be read.
 
         Raises:
-            OutputError: it may not.
-            DatasetError: it is damaged, or of a later format, which is not replaced either.
+            OutputError: it may not be replaced.
+            DatasetError: it is damaged; or it has a later format, which is never replaced.
         """
         try:
             published = find_info(self.output)
@@ -146,21 +146,21 @@ class _Target:
             raise
         if published is not None and not self.overwrite:
             raise OutputError(
-                f"{self.output}: holds a dataset; choose another output, or overwrite=True to replace it"
+                f"{self.output}: holds a dataset; choose another output, or use overwrite=True to replace it"
             )
         return published
 
 
 @dataclass(frozen=True)
 class _WriteNote:
-    """What a pipeline says of itself in its output, for its workers and for whoever writes there next.
+    """A pipeline's description of itself in its output, for its workers and for the next writer.
 
     Attributes:
         token: `_Target.token`.
         root: folder of its part files: absolute, or BUILD_FOLDER for the one in the output.
-        revision: of the dataset that it makes.
+        revision: revision of the dataset that it makes.
         published: names of the shards, and of the list of failures, of the dataset that it replaces.
-        shards: names of the shards that it may have written; none before they are planned.
+        shards: names of the shards that it may have written; empty before they are planned.
     """
 
     token: str
@@ -170,13 +170,13 @@ class _WriteNote:
     shards: tuple[str, ...] = ()
 
     def write(self, output: str) -> None:
-        """Leave it in an output."""
+        """Write the note to an output."""
         text = dump_json(asdict(self))
         storage.write(storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME), text.encode(), output)
 
     @classmethod
     def read(cls, output: str) -> _WriteNote | None:
-        """That of the pipeline that writes there, or has died; None where there is none, or a damaged one."""
+        """Read the note of a running or dead pipeline; None if there is none, or it is damaged."""
         try:
             path = storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME)
             facts = load_json(storage.read_bounded(path, MAX_INFO_BYTES))
@@ -185,7 +185,7 @@ class _WriteNote:
             return None
         names = {name: tuple(facts[name]) for name in ("published", "shards")}
         note = cls(**facts | names)
-        # Or files of others would be removed.
+        # Otherwise files of others would be removed.
         is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
         is_own &= all(ShardName.parse(n) or is_failures_file(n) for n in (*note.published, *note.shards))
         return note if is_own else None
@@ -195,19 +195,19 @@ def _require_current(target: _Target) -> _WriteNote:
     """The note of this pipeline.
 
     Raises:
-        OutputBusyError: another build or pipeline has the output by now.
+        OutputBusyError: another build or pipeline has taken over the output.
     """
     note = _WriteNote.read(target.output)
     if note is None or note.token != target.token or BuildNote.read(target.output) is not None:
         raise OutputBusyError(
-            f"{target.output}: another pipeline has started to write here, so this one stops; give each an "
-            "output of its own, or run one after the other"
+            f"{target.output}: another pipeline has started to write here, so this one stops; give each its "
+            "own output, or run one after the other"
         )
     return note
 
 
 class WritePartsFn(beam.DoFn):
-    """Write records into part files, one file a bundle, one record in memory."""
+    """Write records to part files, one file per bundle, with one record in memory."""
 
     def __init__(self, target: _Target) -> None:
         self._target = target
@@ -217,7 +217,7 @@ class WritePartsFn(beam.DoFn):
         self._count = Metrics.counter(type(self), "records-written")
 
     def setup(self) -> None:
-        """Refuse an output that holds a dataset now, not after hours."""
+        """Refuse an output that holds a dataset before the work starts."""
         keep_buffers()
         self._target.refuse_published()
 
@@ -227,7 +227,7 @@ class WritePartsFn(beam.DoFn):
         self._traits: Traits | None = None
 
     def process(self, element: Any) -> Iterable[Any]:
-        """Yield where the record is; on the output KEYS (None, _Key)."""
+        """Yield where the record is; and (None, _Key) on the output KEYS."""
         record = to_record(element)
         traits, cells = examine(record)
         self._traits = self._traits.joined(traits) if self._traits else traits
@@ -252,13 +252,13 @@ class WritePartsFn(beam.DoFn):
 
 
 class StartFn(beam.DoFn):
-    """Take the output: see what it holds, and remove what dead pipelines have left."""
+    """Take over the output: check what it holds, and remove what dead pipelines left."""
 
     def __init__(self, target: _Target) -> None:
         self._target = target
 
     def process(self, token: str) -> Iterable[tuple[None, int]]:
-        """Yield (None, revision of the dataset); the same when it is asked again."""
+        """Yield (None, revision of the dataset); repeated calls yield the same."""
         target, output = self._target, self._target.output
         require_writable_output(output)
         with lock.hold(output):
@@ -304,7 +304,7 @@ class StartFn(beam.DoFn):
             raise
         if build is not None and not self._target.overwrite:
             raise OutputError(
-                f"{self._target.output}: holds an unfinished build; finish it, choose another output, or "
+                f"{self._target.output}: holds an unfinished build; finish it, choose another output, or use "
                 "overwrite=True to discard it"
             )
         return build
@@ -314,7 +314,7 @@ class StartFn(beam.DoFn):
         foreign = next((name for name in names if ShardName.parse(name)), None)
         if foreign is not None and not self._target.overwrite:
             raise OutputError(
-                f"{self._target.output}: holds {foreign} but no {FILE_NAME}; choose another output, or "
+                f"{self._target.output}: holds {foreign} but no {FILE_NAME}; choose another output, or use "
                 "overwrite=True to replace it"
             )
 
@@ -324,13 +324,13 @@ class _WritePlan:
     """Which records are in which shard.
 
     Attributes:
-        layout: sizes of the splits, and how they are cut.
+        layout: sizes of the splits, and how they are divided into shards.
         firsts: the first id of each shard, by split.
-        traits: of all records.
-        revision: of the dataset.
-        digest: of all ids with their splits.
-        compression: as `RecordConfig`.
-        compression_level: as `RecordConfig`.
+        traits: traits of all records.
+        revision: revision of the dataset.
+        digest: digest of all ids with their splits.
+        compression: as in `RecordConfig`.
+        compression_level: as in `RecordConfig`.
     """
 
     layout: Layout
@@ -349,13 +349,13 @@ class _WritePlan:
 
         Args:
             target: where they are written.
-            ids: id and split of each, in any order; sorted by this.
-            num_bytes: that they take.
-            traits: of all.
-            revision: of the dataset.
+            ids: id and split of each record, in any order. The list is sorted in place.
+            num_bytes: size of all records.
+            traits: traits of all records.
+            revision: revision of the dataset.
 
         Raises:
-            UsageError: an id is there twice.
+            UsageError: several records have the same id.
         """
         ids.sort()
         twice = sorted({one[0] for one, other in itertools.pairwise(ids) if one[0] == other[0]})
@@ -363,7 +363,7 @@ class _WritePlan:
             shown = ", ".join(map(repr, twice[:_SHOWN])) + (", …" if len(twice) > _SHOWN else "")
             raise UsageError(
                 f"{target.output}: {counted(len(twice), 'id')} of more than one record: {shown}; give every "
-                "record an id of its own"
+                "record a unique id"
             )
         of_splits: dict[str, list[str]] = {}
         for example_id, split in ids:
@@ -390,7 +390,7 @@ class _WritePlan:
 
     @property
     def config(self) -> RecordConfig:
-        """Of the records, as far as it decides how they are read."""
+        """The configuration of the records, as far as readers use it."""
         made = self.traits.config
         return replace(
             made,
@@ -418,7 +418,7 @@ class _WritePlan:
         return {str(name): (name, positions) for name, positions in names.items()}
 
     def describe(self, output: str, shards: Mapping[str, ShardInfo]) -> DatasetInfo:
-        """The dataset, of its shards by name."""
+        """Describe the dataset, given its shards by name."""
         traits, config = self.traits, self.config
         columns = Columns(
             path=",".join(config.channels or ("path",)),
@@ -453,7 +453,7 @@ class _WritePlan:
 
 
 class PlanFn(beam.DoFn):
-    """Sort ids: they decide split, shard and order."""
+    """Sort the ids of all records, and plan splits, shards and order."""
 
     def __init__(self, target: _Target) -> None:
         self._target = target
@@ -472,7 +472,7 @@ class PlanFn(beam.DoFn):
                 revision = item
         if traits is None:
             raise UsageError(
-                f"{target.output}: there are no records to write; look at what comes before WriteToTFRecord"
+                f"{target.output}: there are no records to write; check the steps before WriteToTFRecord"
             )
         plan = _WritePlan.of(target, ids, num_bytes, traits, revision)
         note = _require_current(target)
@@ -481,12 +481,12 @@ class PlanFn(beam.DoFn):
 
 
 def _to_shard(placed: _Placed, plan: _WritePlan) -> tuple[str, _Placed]:
-    """A record by the name of its shard."""
+    """A record, keyed by the name of its shard."""
     index = bisect.bisect_right(plan.firsts.get(placed.split, ()), placed.id) - 1
     if index < 0:
         raise PartsChangedError(
-            f"record {placed.id!r} of split {placed.split!r} was not there when all were counted; run the "
-            "pipeline again, and let every step give the same ids when it is tried again"
+            f"record {placed.id!r} of split {placed.split!r} was missing when the records were counted; run "
+            "the pipeline again, and make sure that every step gives the same ids when it is repeated"
         )
     return str(plan.name(placed.split, index)), placed
 
@@ -508,8 +508,8 @@ class CommitRecordsFn(beam.DoFn):
         records = sorted(shard[1], key=lambda placed: placed.id)
         if len({placed.id for placed in records}) != len(positions) or len(records) != len(positions):
             raise PartsChangedError(
-                f"{name}: has {counted(len(records), 'record')}, and {len(positions)} were counted; run the "
-                "pipeline again, and let every step give the same ids when it is tried again"
+                f"{name}: has {counted(len(records), 'record')}, but {len(positions)} were counted; run the "
+                "pipeline again, and make sure that every step gives the same ids when it is repeated"
             )
         _require_current(self._target)
         rows = [
@@ -525,7 +525,7 @@ class CommitRecordsFn(beam.DoFn):
 
 
 class PublishFn(beam.DoFn):
-    """Write dataset_info.json, last of all, and remove what was needed only until then."""
+    """Write dataset_info.json, last, and remove temporary files."""
 
     def __init__(self, target: _Target) -> None:
         self._target = target
@@ -554,31 +554,33 @@ class PublishFn(beam.DoFn):
 class WriteToTFRecord(beam.PTransform[Any, Any]):
     """Write records as a dataset: stable shards of TFRecords, an index of each, `dataset_info.json`.
 
-    It does what `beam.io.WriteToTFRecord`, whose name it keeps, cannot: equal input gives equal bytes on
-    every runner; no payload crosses a shuffle; memory is that of one record a thread; `Dataset` and
-    `load_dataset` read the result. It takes `Record`, as `EncodeExample` gives them; or (id, Example), whose
-    Example is a tf.train.Example, its bytes, or a dictionary of arrays with "image" and perhaps "label",
-    "mask" and others: `docs/steps.md`. Each must have an image, and an id of its own: sorted, the ids decide
-    the order of the records of a split, and with it their shards. Windows of the input have no effect.
+    In contrast to `beam.io.WriteToTFRecord`, equal input gives equal bytes on every runner, no payload
+    crosses a shuffle, each thread needs the memory of one record, and `Dataset` and `load_dataset` read the
+    result.
 
-    It gives one element, the `DatasetInfo` of what was written, once that is complete.
+    An input element is a `Record`, as `EncodeExample` gives it; or (id, Example), where the Example is a
+    tf.train.Example, its bytes, or a dictionary of arrays with "image" and optionally "label", "mask" and
+    others (`docs/steps.md`). Each requires an image and a unique id. The records of a split are sorted by id
+    and then divided into shards. Windows of the input have no effect.
+
+    The output is one element, the `DatasetInfo` of the dataset, once it is complete.
 
     Args:
-        output: folder of the dataset, local or a URL that all workers reach.
-        examples_per_shard: records a shard.
-        num_shards: shards a split; without it and `examples_per_shard` shards have about 192 MiB.
+        output: folder of the dataset, local or a URL that all workers can reach.
+        examples_per_shard: records per shard.
+        num_shards: shards per split. If neither is given, shards have about 192 MiB.
         compression: "gzip" or "none".
-        compression_level: of gzip, 0 (fastest) to 3.
-        overwrite: whether to replace a dataset that is there, which stays readable until then.
-        temp_location: folder of the part files, on a file system that all workers reach; None keeps them in
-            the output. They take as much as the shards.
+        compression_level: igzip level, 0 (fastest) to 3.
+        overwrite: whether to replace an existing dataset, which stays readable until then.
+        temp_location: folder of the part files, on a file system that all workers can reach; None keeps them
+            in the output. They take as much space as the shards.
 
     Raises:
-        UsageError: an option is not one; or the input is unbounded. While the pipeline runs: two records have
-            one id, or there are none.
-        OutputError: while the pipeline runs: the output holds a dataset and may not be overwritten, or
+        UsageError: an argument is invalid, or the input is unbounded. While the pipeline runs: two records
+            have the same id, or there are no records.
+        OutputError: while the pipeline runs: the output holds a dataset that may not be overwritten, or
             another pipeline or build writes there.
-        VolumeError: while the pipeline runs: an element is no record, or one unlike the others.
+        VolumeError: while the pipeline runs: an element is not a record, or does not match the others.
     """
 
     def __init__(
@@ -593,9 +595,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         temp_location: str | None = None,
     ) -> None:
         super().__init__()
-        RecordConfig(
-            compression=compression, compression_level=compression_level
-        )  # refuses what there is not
+        RecordConfig(compression=compression, compression_level=compression_level)  # refuses invalid values
         is_given = examples_per_shard is not None or num_shards is not None
         sharding = Sharding(examples_per_shard, num_shards) if is_given else None
         output = storage.absolute(output)
@@ -607,8 +607,8 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         """To one DatasetInfo."""
         if not records.is_bounded:
             raise UsageError(
-                f"{self._target.output}: WriteToTFRecord takes bounded input, as a dataset is complete only "
-                "at its end; read a bounded source"
+                f"{self._target.output}: WriteToTFRecord requires bounded input, because a dataset is "
+                "complete only at its end; read a bounded source"
             )
         target = self._target
         parts = (

@@ -227,9 +227,7 @@ def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
 
 def _refuse_changed(name: str, files: Iterable[str], opened: Iterable[tuple[BinaryIO, storage.Stat]]) -> None:
     if any(storage.has_changed(file, *each) for file, each in zip(files, opened, strict=True)):
-        raise VolumeError(
-            f"{name}: was written to while it was read; build again when nothing writes to it any more"
-        )
+        raise VolumeError(f"{name}: changed while it was read; build again once no program writes to it")
 
 
 def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeader) -> VolumeHeader:

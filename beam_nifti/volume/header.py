@@ -157,7 +157,7 @@ def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> Reco
         remedy = f"choose frames with {choices}, or " if choices and frame is None else ""
         raise VolumeError(
             f"{name}: shape {header.shape} of {header.dtype_name} has {' × '.join(map(str, numbers))} "
-            f"numbers a voxel, and a record has one axis for them; {remedy}extract one of the components"
+            f"numbers per voxel, but a record has one axis for them; {remedy}extract one of the components"
         )
     dtype = header.dtype.newbyteorder("=")
     if header.dtype.names:
@@ -182,7 +182,7 @@ def _numbers_of_voxel(header: VolumeHeader, record: RecordConfig, frame: int | s
 def _require_part(name: str, header: VolumeHeader, record: RecordConfig) -> None:
     if record.complex is None:
         raise VolumeError(
-            f"{name}: {header.dtype_name} voxels; choose what becomes of them with --complex magnitude, "
+            f"{name}: {header.dtype_name} voxels; choose how to store them with --complex magnitude, "
             "phase or real-imag"
         )
     if header.scaling.inter != 0:

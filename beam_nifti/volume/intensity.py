@@ -82,8 +82,8 @@ def find_ends(
         voxels = voxels[select_voxels(voxels, scaling, config.rescale_within, mask)]
         if voxels.size == 0:
             raise VolumeError(
-                f"no voxel is {describe_rule(config.rescale_within)}, so there is nothing that "
-                "--rescale-within could select; leave the image out, or select other voxels"
+                f"no voxel is {describe_rule(config.rescale_within)}, so --rescale-within "
+                "selects nothing; leave the image out, or select other voxels"
             )
     if config.method == "window":
         low, high = config.rescale_numbers

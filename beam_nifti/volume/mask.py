@@ -30,8 +30,8 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
     header = parse_header(name, head)
     if len(header.shape) > 3 or header.num_colours > 1 or header.is_complex:
         raise VolumeError(
-            f"{name}: shape {header.shape} of {header.dtype_name}: a mask has one number a voxel; extract "
-            "the volume that is meant"
+            f"{name}: shape {header.shape} of {header.dtype_name}: a mask must have one number per "
+            "voxel; extract the intended volume"
         )
     return header
 

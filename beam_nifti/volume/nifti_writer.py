@@ -79,7 +79,7 @@ def require_nifti_name(path: str) -> None:
         UsageError: it ends in neither .nii nor .nii.gz.
     """
     if not path.endswith((".nii", ".nii.gz")):
-        raise UsageError(f"{path}: not the name of a NIfTI image; let it end in .nii or .nii.gz")
+        raise UsageError(f"{path}: not the name of a NIfTI image; use a name that ends in .nii or .nii.gz")
 
 
 def _in_file_order(voxels: Voxels) -> Voxels:

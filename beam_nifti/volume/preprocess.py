@@ -115,7 +115,7 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
     try:
         made = function(own)
     except SystemExit as e:
-        raise UsageError(f"--preprocess {name} called sys.exit(); let it raise an exception") from e
+        raise UsageError(f"--preprocess {name} called sys.exit(); raise an exception instead") from e
     except Exception as e:
         if is_of_machine(e):
             raise

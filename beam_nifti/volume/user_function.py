@@ -51,8 +51,8 @@ def load_function(step: str, sha256: str | None = None) -> Function:
     function, found = _find(name)
     if sha256 not in (None, found):
         raise UsageError(
-            f"--preprocess {name}: the file that defines it differs from the one that the dataset is made "
-            "with; give launcher and workers the same version, or build the dataset again"
+            f"--preprocess {name}: the file that defines it differs from the one of this dataset; use "
+            "the same version on launcher and workers, or build the dataset again with --overwrite"
         )
     if not arguments:
         return function
@@ -140,7 +140,7 @@ def _find(name: str) -> tuple[Function, str]:
             "and on the workers, or put its folder on PYTHONPATH"
         ) from e
     if not callable(function):
-        raise UsageError(f"--preprocess {name}: is no function but a {type(function).__name__}")
+        raise UsageError(f"--preprocess {name}: is not a function but a {type(function).__name__}")
     inner = inspect.unwrap(function)
     # Where a package only passes a function on, its file is that of the module that it comes from.
     defined_in = inner.__module__ if inspect.isfunction(inner) else module

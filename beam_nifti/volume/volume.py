@@ -262,8 +262,8 @@ def _require_alike(row: VolumeRow, kinds: set[tuple[np.dtype[Any], Scaling]], re
     """Refuse images of an example that have several dtypes and scalings, where a record has one."""
     if len(kinds) > 1 and record.voxel_dtype == "native":
         raise VolumeError(
-            f"{row.path}: the images of this example have different dtypes or scalings, of which a record of "
-            "native voxels has one; use --voxel-dtype float32"
+            f"{row.path}: the images of this example have different dtypes or scalings, but a record "
+            "of native voxels has only one; use --voxel-dtype float32"
         )
 
 

@@ -177,7 +177,7 @@ def test_what_a_run_left_that_was_stopped_is_no_obstacle(dataset: Path, card: Ca
     card(dataset, "--name=A")
     whole = (dataset / "croissant.json").read_bytes()
     (dataset / "croissant.json").unlink()
-    assert "README.md: is there already" in card(dataset, "--name=B", code=cli.USAGE)
+    assert "README.md: already exists" in card(dataset, "--name=B", code=cli.USAGE)
     assert not (dataset / "croissant.json").exists()
     card(dataset, "--name=A")
     assert (dataset / "croissant.json").read_bytes() == whole
@@ -214,7 +214,7 @@ def test_it_is_the_same_every_time_and_replaces_nothing_unasked(
     dataset: Path, card: Callable[..., str]
 ) -> None:
     (dataset / "README.md").write_text("mine")
-    assert "README.md: is there already; --overwrite replaces it" in card(dataset, code=cli.USAGE)
+    assert "README.md: already exists; --overwrite replaces it" in card(dataset, code=cli.USAGE)
     assert (dataset / "README.md").read_text() == "mine"
     assert not (dataset / "croissant.json").exists()
     texts = []

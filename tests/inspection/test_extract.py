@@ -231,7 +231,7 @@ def test_nifti_2_where_nifti_1_would_change_a_value(tmp_path: Path) -> None:
 def test_an_image_that_is_there_stays(dataset: Path, extract: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "sub-0001.nii.gz").write_bytes(b"mine")
     ids = ("--id", "sub-0000", "--id", "sub-0001")
-    assert "sub-0001.nii.gz: is there already" in extract(dataset, *ids, code=cli.USAGE)
+    assert "sub-0001.nii.gz: already exists" in extract(dataset, *ids, code=cli.USAGE)
     assert [p.name for p in tmp_path.iterdir()] == ["sub-0001.nii.gz"]
     extract(dataset, *ids, "--overwrite")
     assert nib.load(tmp_path / "sub-0001.nii.gz").shape == (6, 5, 4)

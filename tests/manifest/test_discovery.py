@@ -141,7 +141,7 @@ def test_the_images_of_a_study_and_nothing_else_of_it(study: Path, capsys: Captu
     ]
     assert notes == [
         "not used: images of other suffixes: bold (1)",
-        "not used: 1 image (T1w.nii.gz) outside of the folders of BIDS",
+        "not used: 1 image (T1w.nii.gz) outside the folders of BIDS",
     ]
     rows, _ = rows_of(capsys, "bids", str(study), "--suffix=bold")
     assert [list(row) for row in rows] == [["participant_id", "path"]]
@@ -153,7 +153,7 @@ def test_images_outside_of_the_folders_of_bids_are_skipped(study: Path, folder: 
     touch(study, f"{folder}/{name}")
     rows, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w")
     assert [row["participant_id"] for row in rows] == ["sub-01", "sub-02", "sub-03"]
-    misplaced = f"2 images (T1w.nii.gz, {folder}/{name}) outside of the folders of BIDS"
+    misplaced = f"2 images (T1w.nii.gz, {folder}/{name}) outside the folders of BIDS"
     assert f"not used: {misplaced}" in notes
     for path in study.glob("sub-*/*/*_*.nii.gz"):
         path.unlink()
@@ -237,9 +237,9 @@ def test_what_is_left_out_is_told(study: Path, capsys: Capture) -> None:
         "1 participant (sub-03) with images, but not in participants.tsv",
         "1 participant (sub-09) in participants.tsv, but with no such image",
         "2 participants (sub-02, sub-03) left with no image",
-        "not used: 1 image (T1w.nii.gz) outside of the folders of BIDS",
+        "not used: 1 image (T1w.nii.gz) outside the folders of BIDS",
         "not used: 2 images (sub-01/anat/sub-01_mprage_T1w.nii.gz, sub-01/anat/sub-02_T1w.nii.gz) with names "
-        "that are not of BIDS, or in the folder of another participant or session",
+        "that do not follow BIDS, or in the folder of another participant or session",
         "not used: 2 images (sub-02_T1w, sub-03_T1w) without age",
         "not used: images of other suffixes: bold (1)",
     ]
@@ -295,9 +295,9 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
         (
             [],
             ["--entity=run=1"],
-            "none of the 3 T1w images is chosen: run-1 was asked for, but their names have no run-",
+            "none of the 3 T1w images is selected: run-1 was requested, but their names have no run-",
         ),
-        ([], ["--session=1"], "ses-1 was asked for, but their names have no ses-; leave --session out"),
+        ([], ["--session=1"], "ses-1 was requested, but their names have no ses-; drop --session"),
     ],
 )
 def test_errors_of_a_study(
@@ -513,7 +513,7 @@ def test_every_format_is_read_back(name: str, study: Path, capsys: Capture) -> N
     rows = read_table(out).to_pylist()
     assert rows[1] == {"participant_id": "sub-02", "path": "sub-02/anat/sub-02_T1w.nii.gz", "label": "42.5"}
     before = (study / name).read_bytes()
-    assert "is there already" in error_of(capsys, *arguments[1:])
+    assert "already exists" in error_of(capsys, *arguments[1:])
     assert (study / name).read_bytes() == before
     assert cli.main([*arguments, "--overwrite"]) == cli.SUCCESS
     assert (study / name).read_bytes() == before
@@ -571,7 +571,7 @@ def test_every_container_is_found_and_a_pair_once(tmp_path: Path, capsys: Captur
         rows, notes = rows_of(capsys, *command, "--all-images")
         assert names(rows) == wanted
         assert [Path(row["image_id"]).name for row in rows] == [f"sub-{i}_T1w" for i in range(1, 6)]
-        outside = "not used: 1 image (sub-6_T1w.HDR) outside of the folders of BIDS"
+        outside = "not used: 1 image (sub-6_T1w.HDR) outside the folders of BIDS"
         assert notes == ([outside] if command[0] == "bids" else [])
     for pattern, found in (("*.img*", ["sub-1_T1w.img", "sub-2_T1w.img.gz"]), ("*.hdr", ["sub-1_T1w.hdr"])):
         assert names(rows_of(capsys, "glob", f"{tmp_path}/**/{pattern}")[0]) == found

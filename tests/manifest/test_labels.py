@@ -316,7 +316,7 @@ def test_more_classes_than_there_may_be(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(label_module, "MAX_CLASSES", 2)
     (problem,) = problems_of(tmp_path, Columns(label="stage:class"))
     assert problem.startswith(
-        "stage has 3 different values, such as '10', and classes are at most 2; make it"
+        "stage has 3 different values, such as '10', but at most 2 classes are possible; use"
     )
 
 
@@ -344,7 +344,7 @@ def test_columns_that_tell_nothing(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, Columns(label="age", missing_label="skip"), age=blank)
     assert problem.startswith("every row lacks a label (age)")
     (problem,) = problems_of(tmp_path, Columns(missing_label="skip"))
-    assert problem.startswith("--missing-label is for labels, and there is no column 'label'")
+    assert problem.startswith("--missing-label requires labels, but there is no column 'label'")
     (problem,) = problems_of(tmp_path, Columns(label="age,sax", missing_label="nan"))
     assert problem.startswith("no column 'sax'; the columns are: participant_id, path")
 
@@ -496,7 +496,7 @@ def test_inspect_tells_kinds_and_counts(built: Path) -> None:
         ("age", "64", "label/age is 63.5, the index says 64"),
         ("age", "", "the index's label is 63.5, of its age it is None"),
         ("sex", "F", "label/sex is 1, the index says 0"),
-        ("sex", "X", "the index's sex is 'X', which sex:class of dataset_info.json cannot be"),
+        ("sex", "X", "the index has 'X' in sex, which does not match sex:class in dataset_info.json"),
         ("subtype", "b", "label/subtype is 'a', the index says 'b'"),
         ("label", 1.0, "the index's label is 1.0, of its age it is 63.5"),
     ],

@@ -410,7 +410,7 @@ def test_verify_says_which_image_the_manifest_lacks(tmp_path: Path, key: str) ->
 @pytest.mark.parametrize(
     ("secret", "flags", "message"),
     [
-        (b"fifteen bytes!!", [], "15 bytes are too few for a key, which needs 16; make one with"),
+        (b"fifteen bytes!!", [], "15 bytes are too few for a key, which requires 16; make one with"),
         (None, [], "key, which cannot be read: No such file"),
         (SECRET, ["--anonymous-ids="], "--anonymous-ids is empty"),
         (SECRET, ["--anonymous-ids=out/key"], "where it would be shared with the dataset; move it"),

@@ -149,8 +149,8 @@ def test_another_seed_is_another_draw_and_the_order_of_shares_is_none() -> None:
         (["--split", ""], "--split is empty"),
         (["--split", "my-train=0.8,test=0.2"], "--split names 'my-train'"),
         (["--split", "=1"], "--split names ''"),
-        (["--stratify", "site"], "--stratify needs --split"),
-        (["--split-seed", "0"], "--split-seed needs --split"),
+        (["--stratify", "site"], "--stratify requires --split"),
+        (["--split-seed", "0"], "--split-seed requires --split"),
     ],
 )
 def test_shares_that_are_none(
@@ -206,7 +206,7 @@ def test_rows_without_a_participant_leak_nothing(tmp_path: Path) -> None:
 
 def test_a_manifest_with_splits_is_not_split_again(tmp_path: Path) -> None:
     (problem,) = problems(tmp_path, "participant_id split", ["sub-1 train"], Splitting({"train": 1}))
-    assert "leave --split out" in problem
+    assert "drop --split" in problem
 
 
 def test_without_participants_every_example_is_drawn_by_its_id(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("split", {1: 1.0}, "--split is {1: 1.0}; give each split once"),
     ("split", {"train": 0.5}, "--split has shares that sum to 0.5"),
     ("split", 0.8, "--split is 0.8; give each split once"),
-    ("stratify", "site", "--stratify needs --split"),
+    ("stratify", "site", "--stratify requires --split"),
     ("anonymous_ids", b"key", "--anonymous-ids is b'key'; give a path"),
     ("preprocess", lambda volume: volume, "which has no name to import it by; define a function at the top"),
     ("preprocess", nested(), "nested.<locals>.step of tests.pipeline.test_build_options, which cannot be"),
@@ -364,7 +364,7 @@ def test_a_conflict_names_where_an_option_is_from(study: Path) -> None:
         of_command_line(f"--like={study / 'rescaled'}", "--rescale=zscore")
     assert str(e.value) == (
         "--clip cannot be used with --rescale zscore, only with percentile, window, or minmax with "
-        "--rescale-within; drop it (--clip is from --like or --config; --without clip leaves it out)"
+        "--rescale-within; drop it (--clip comes from --like or --config; --without clip ignores it)"
     )
     assert of_command_line(f"--like={study / 'rescaled'}", "--rescale=zscore", "--without=clip")
     with pytest.raises(UsageError, match=r"--workers is 0; it must be at least 1$"):
@@ -379,8 +379,11 @@ def test_a_conflict_names_where_an_option_is_from(study: Path) -> None:
         ("workers = true", "{}: --workers is True; give a whole number"),
         ("frames = 1979-05-27", "{}: --frames is datetime.date(1979, 5, 27); choose one of"),
         ("like = 3", "{}: --like is 3; give a path"),
-        ("rescale = ", "--config is {}, which is no TOML: Invalid value (at end of document); repair it"),
-        ("rescale = '\udcff'", "--config is {}, which is no TOML: 'utf-8' codec can't decode"),
+        (
+            "rescale = ",
+            "--config is {}, which is not valid TOML: Invalid value (at end of document); correct it",
+        ),
+        ("rescale = '\udcff'", "--config is {}, which is not valid TOML: 'utf-8' codec can't decode"),
         (None, "--config is {}, which cannot be read: No such file or directory; give a TOML file"),
     ],
 )
@@ -426,7 +429,7 @@ def test_another_version_of_a_function_is_refused(study: Path, tmp_path: Path) -
         make_config("m.tsv", "out", {"preprocess": own}, like=str(tmp_path / "out")).record.preprocess == own
     )
     with pytest.raises(
-        UsageError, match=f"{STEP}: its file has sha256 {digest}, and .*/out, .* of {'0' * 64};"
+        UsageError, match=f"{STEP}: its file has sha256 {digest}, but .*/out, .* sha256 {'0' * 64};"
     ):
         make_config("m.tsv", "out", {"preprocess": [own, STEP]}, like=str(tmp_path / "out"))
 
@@ -455,7 +458,7 @@ def test_the_key_of_pseudonyms_is_given_again(study: Path) -> None:
 
 
 def test_without_leaves_out_something_that_there_is() -> None:
-    with pytest.raises(UsageError, match=r"^--without leaves out options of --like or --config"):
+    with pytest.raises(UsageError, match=r"^--without ignores options of --like or --config"):
         make_config("m.tsv", "out", {"without": "clip"})
     with pytest.raises(UsageError, match=r"unknown option 'clipp'; did you mean clip\?"):
         make_config("m.tsv", "out", {"without": ["clipp"]})

@@ -380,5 +380,5 @@ def test_recheck_uses_nothing_of_another_build(own: Path, tmp_path: Path) -> Non
 
 
 def test_recheck_beside_overwrite_is_refused(own: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--overwrite makes every record again; drop --recheck"):
+    with pytest.raises(UsageError, match="--overwrite already rebuilds every record; drop --recheck"):
         make_config(own, tmp_path / "out", recheck=True, overwrite=True)

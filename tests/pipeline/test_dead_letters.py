@@ -175,7 +175,7 @@ def test_what_a_function_raises_is_the_fault_of_its_volume(run: Run, tmp_path: P
     assert all(f"--preprocess {FUNCTION} failed: {kinds[f['row']]}: " in f["message"] for f in failures)
 
 
-_EXITED = f"--preprocess {FUNCTION} called sys.exit(); let it raise an exception"
+_EXITED = f"--preprocess {FUNCTION} called sys.exit(); raise an exception instead"
 
 
 @pytest.mark.parametrize(

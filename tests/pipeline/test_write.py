@@ -329,7 +329,7 @@ IMAGE = np.ones((2, 2, 2), np.float32)
         ),
         ([("", {"image": IMAGE})], "record '': .*give every record an id"),
         ([record_of("a", "no split")], "record 'a': its split is 'no split'"),
-        ([dataclasses.replace(record_of("a"), id="b")], "record 'b': its Example has another feature id"),
+        ([dataclasses.replace(record_of("a"), id="b")], "record 'b': its Example has a different feature id"),
         (
             [("a", {"image": IMAGE}), ("b", {"image": IMAGE, "age": 3.0})],
             r"records '[ab]' and '[ab]' differ in features \(age: ",
@@ -340,14 +340,14 @@ IMAGE = np.ones((2, 2, 2), np.float32)
         ),
         (
             [("a", {"image": IMAGE.astype(np.int16)}), ("b", {"image": IMAGE.astype(np.int32)})],
-            r"records '[ab]' and '[ab]' differ in a dtype \(int",
+            r"records '[ab]' and '[ab]' differ in dtype \(int",
         ),
         (
             [record_of(i) for i in ("b", "a", "b")],
-            "1 id of more than one record: 'b'; give every record an id",
+            "1 id of more than one record: 'b'; give every record a unique id",
         ),
         ([record_of("a"), record_of("a", "test")], "1 id of more than one record: 'a'"),
-        ([], "there are no records to write; look at what comes before WriteToTFRecord"),
+        ([], "there are no records to write; check the steps before WriteToTFRecord"),
     ],
 )
 def test_what_is_no_dataset_is_refused(elements: list[Any], message: str, tmp_path: Path) -> None:
@@ -362,13 +362,13 @@ def test_a_volume_that_was_not_rescaled_is_refused(tmp_path: Path) -> None:
     manifest = write_cohort(tmp_path / "cohort", 1, shape=SHAPE)
     pipeline = beam.Pipeline(options=make_options())
     pipeline | ReadManifest(str(manifest)) | LoadVolume() | EncodeExample()
-    with pytest.raises(VolumeError, match=r"was not rescaled; put Rescale\(\) in front of EncodeExample"):
+    with pytest.raises(VolumeError, match=r"was not rescaled; add Rescale\(\) before EncodeExample"):
         pipeline.run()
 
 
 def test_unbounded_input_is_refused(tmp_path: Path) -> None:
     pipeline = beam.Pipeline()
-    with pytest.raises(UsageError, match="WriteToTFRecord takes bounded input"):
+    with pytest.raises(UsageError, match="WriteToTFRecord requires bounded input"):
         pipeline | test_stream.TestStream() | WriteToTFRecord(str(tmp_path / "out"))
 
 
@@ -438,7 +438,7 @@ def test_a_dataset_is_replaced_only_where_that_is_asked_for(reference: Path, tmp
     output = tmp_path / "out"
     write_arrays(output, IDS[:5])
     before = contents(output)
-    with pytest.raises(Exception, match="holds a dataset; choose another output, or overwrite=True"):
+    with pytest.raises(Exception, match="holds a dataset; choose another output, or use overwrite=True"):
         write_arrays(output, IDS)
     assert contents(output) == before
     assert stray_files(output) == set()

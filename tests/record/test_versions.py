@@ -137,7 +137,7 @@ def test_another_revision_of_content_is_refused(
     monkeypatch.setattr(config, "CONTENT_REVISION", 2)
     assert RecordConfig().fingerprint != before
     with pytest.raises(
-        OutputError, match="this version of beam-nifti makes other records of the same options"
+        OutputError, match="this version of beam-nifti makes different records from the same options"
     ):
         build(short, output, **SMALL)
 

@@ -209,8 +209,8 @@ def test_it_opens_the_page(dataset: Path, view: View, monkeypatch: pytest.Monkey
     [
         (["--id=rsa"], cli.FAILED, "no record 'rsa'; did you mean 'ras'?"),
         (["--id=ras", "--channel=0"], cli.USAGE, "record 'ras' has no channels; leave --channel out"),
-        (["--id=ras", "--open", "--out=s3://lab/a.html"], cli.USAGE, "--open is for a file of this machine"),
-        (["--id=ras", "--out=there.html"], cli.USAGE, "there.html: is there already"),
+        (["--id=ras", "--open", "--out=s3://lab/a.html"], cli.USAGE, "--open requires a local file"),
+        (["--id=ras", "--out=there.html"], cli.USAGE, "there.html: already exists"),
     ],
 )
 def test_refusals(dataset: Path, view: View, flags: list[str], code: int, says: str) -> None:

@@ -203,7 +203,7 @@ def test_frames_are_chosen_before_they_are_stacked(tmp_path: Path) -> None:
     row = row_of("a.nii", further=("b.nii",))
     volume = load_volume(row, str(tmp_path), record=RecordConfig(frames="first", channels=("a", "b")))
     assert np.array_equal(volume.voxels[..., 1], voxels[..., 0])
-    with pytest.raises(VolumeError, match=r"b\.nii: .*has 3 × 2 numbers a voxel.*--frames first"):
+    with pytest.raises(VolumeError, match=r"b\.nii: .*has 3 × 2 numbers per voxel.*--frames first"):
         load_volume(row, str(tmp_path), record=RecordConfig(frames="all", channels=("a", "b")))
 
 

@@ -494,9 +494,7 @@ def test_complex_images_are_refused_without_the_option_and_converted_with_it(tmp
             assert np.array_equal(volume.voxels, wanted)
             assert volume.scaling.is_identity
             assert volume.dtype == dtype
-        with pytest.raises(
-            VolumeError, match="choose what becomes of them with --complex magnitude, phase or"
-        ):
+        with pytest.raises(VolumeError, match="choose how to store them with --complex magnitude, phase or"):
             load_volume(row_of(path))
         with pytest.raises(VolumeError, match="no record can hold as they are; use --voxel-dtype float32"):
             load_volume(row_of(path), record=RecordConfig(voxel_dtype="native"))
@@ -521,7 +519,7 @@ def test_frames_of_complex_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(loaded("mean", "magnitude"), np.abs(z).mean(3), rtol=1e-14)
     parts = np.stack([z.real, z.imag], -1).mean(3)
     np.testing.assert_allclose(loaded("mean", "real-imag"), parts, rtol=1e-12, atol=1e-15)
-    with pytest.raises(VolumeError, match="has 6 × 2 numbers a voxel, and a record has one axis"):
+    with pytest.raises(VolumeError, match="has 6 × 2 numbers per voxel, but a record has one axis"):
         loaded("all", "real-imag")
 
 
@@ -632,7 +630,7 @@ def test_frames_of_vectors_and_of_colours_need_a_choice(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
-            VolumeError, match=f"has {count} numbers a voxel, .*; choose frames with --frames each, first"
+            VolumeError, match=f"has {count} numbers per voxel, .*; choose frames with --frames each, first"
         ):
             load_volume(row_of(tmp_path / name), record=RecordConfig(frames="all"))
         with pytest.raises(VolumeError, match="expected a 3-D image"):

@@ -233,7 +233,10 @@ def test_the_refusal_of_a_mask_has_all_digits_of_the_value(tmp_path: Path) -> No
         (labels().astype(np.int8) - 1, r"m\.nii: labels from -1 to 2 do not fit uint8; renumber them"),
         (labels().astype(np.int32) * 100, r"m\.nii: labels from 0 to 300 do not.*; use --mask-dtype uint16"),
         (labels().astype(np.int32) * 50000, r"labels from 0 to 150000 do not fit uint8; renumber them"),
-        (labels(shape=(6, 5, 4, 2)), r"m\.nii: shape \(6, 5, 4, 2\) of uint8: a mask has one number a voxel"),
+        (
+            labels(shape=(6, 5, 4, 2)),
+            r"m\.nii: shape \(6, 5, 4, 2\) of uint8: a mask must have one number per voxel",
+        ),
         (labels(shape=(6, 5, 3)), r"m\.nii: shape \(6, 5, 3\) where a\.nii has \(6, 5, 4\); resample it"),
     ],
 )
@@ -300,7 +303,7 @@ def test_cropping_to_the_mask(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_need_a_mask(options: dict[str, Any], flag: str) -> None:
-    with pytest.raises(UsageError, match=f"{flag} needs --mask-column"):
+    with pytest.raises(UsageError, match=f"{flag} requires --mask-column"):
         BuildConfig("m.tsv", "out", RecordConfig(**options))
 
 

@@ -96,13 +96,13 @@ def test_an_image_that_is_written_to_while_it_is_read_is_no_volume(tmp_path: Pat
             file.write(changed.read_bytes())
         os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 1_000_000))  # clocks of files are coarse
 
-    with pytest.raises(VolumeError, match=r"a\.nii: was written to while it was read"):
+    with pytest.raises(VolumeError, match=r"a\.nii: changed while it was read"):
         read_while(path, write)
 
 
 def test_a_torn_file_is_called_so_and_not_damaged(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.nii")
-    with pytest.raises(VolumeError, match="was written to while it was read"):
+    with pytest.raises(VolumeError, match="changed while it was read"):
         read_while(path, lambda: os.truncate(path, 400))
 
 

@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_refused(flag: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["preprocess", "spacing"])
 def test_native_voxels_are_the_files(name: str) -> None:
-    with pytest.raises(UsageError, match=f"^--{name} makes other voxels .*use --voxel-dtype float32"):
+    with pytest.raises(UsageError, match=f"^--{name} changes the voxels, .*use --voxel-dtype float32"):
         RecordConfig(voxel_dtype="native", **{name: GIVEN[name]})
     kept = {k: v for k, v in GIVEN.items() if k not in ("preprocess", "spacing")}
     assert RecordConfig(voxel_dtype="native", **kept).prepares
@@ -223,7 +223,7 @@ def test_a_function_is_told_apart_by_the_file_that_defines_it(
     [
         ("nowhere.at_all:f", "cannot be imported: ModuleNotFoundError: .*put its folder on PYTHONPATH"),
         ("json:no_such", "cannot be imported: AttributeError: "),
-        ("json:__doc__", "is no function but a str"),
+        ("json:__doc__", "is not a function but a str"),
         ("sys:exit", "sys has no file; define the function in a module"),
     ],
 )
