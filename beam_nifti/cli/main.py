@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import logging
 import sys
 import webbrowser
@@ -104,8 +105,20 @@ def _run_command(options: argparse.Namespace, beam_flags: list[str]) -> int:
     return code if is_told else code or FAILED
 
 
+_OUT_FILES: Final = {
+    "out": "--out",
+    "summary_json": "--summary-json",
+    "metrics_file": "--metrics-file",
+}
+"""Files that one command may write, by the names of their options."""
+
+
 def _require_reports_writable(options: argparse.Namespace) -> None:
     """Refuse local files that cannot be written; those of a store need the engine's flags first."""
+    named = {flag: path for name, flag in _OUT_FILES.items() if (path := getattr(options, name, None))}
+    for (flag, path), (other, same) in itertools.combinations(named.items(), 2):
+        if storage.is_same(path, same):
+            raise UsageError(f"{flag} and {other} are both {path}; choose another file for one of them")
     for name, flag in (("summary_json", "--summary-json"), ("metrics_file", "--metrics-file")):
         path = getattr(options, name, None)
         if path is not None and not storage.is_remote(path):
