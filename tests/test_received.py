@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -27,15 +28,23 @@ from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.build_note import BuildNote
 from beam_nifti.random_access import Dataset
-from beam_nifti.record import parquet_pages
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
 from beam_nifti.record.index import Limits, read_index, read_shard_index
-from beam_nifti.record.parquet_pages import require_said_sizes
 from beam_nifti.record.tfrecord import decode_record, encode_record
 from beam_nifti.reporting.summary import read_failures
+from beam_nifti.support import parquet_headers
+from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
 from tests.build_helpers import arrow_memory, build, make_config
-from tests.datasets import edit_index, edit_info, edit_record, info_of, replace_index, set_cell
+from tests.datasets import (
+    edit_index,
+    edit_info,
+    edit_record,
+    info_of,
+    nested_parquet,
+    replace_index,
+    set_cell,
+)
 from tests.images import write_cohort, write_image, write_manifest
 from tests.peak import peak_growth
 
@@ -338,11 +347,11 @@ def test_a_page_of_a_size_that_none_can_be_is_not_read(tmp_path: Path, field: st
     content = path.read_bytes()
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
     start = column.data_page_offset
-    header, end = parquet_pages._struct(content, start)
+    header, end = page_header(content, start)
     size = {"bytes": header[2], "compressed bytes": header[3], "values": header[5][1]}[field]
     assert content.count(varint(size), start, end) == 1
     changed = content[start:end].replace(varint(size), varint(less))
-    with pytest.raises(ShardError, match=f"column number has no usable header .*size or count is {less}"):
+    with pytest.raises(ValueError, match=f"column number has no usable header .*size or count is {less}"):
         require_said_sizes(content[:start] + changed + content[end:], column)
     require_said_sizes(content, column)
 
@@ -352,10 +361,10 @@ def test_a_field_of_a_page_that_is_there_twice_is_refused(tmp_path: Path) -> Non
     pq.write_table(pa.table({"number": np.arange(100)}), path, use_dictionary=False)
     content = path.read_bytes()
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
-    _, end = parquet_pages._struct(content, column.data_page_offset)
+    _, end = page_header(content, column.data_page_offset)
     for number in (2, 2 + (1 << 16)):  # a field's number has 16 bits
         again = b"\x05" + varint(number) + varint(1)
-        with pytest.raises(ShardError, match=f"it has field {number}"):
+        with pytest.raises(ValueError, match=f"it has field {number}"):
             require_said_sizes(content[: end - 1] + again + content[end - 1 :], column)
 
 
@@ -365,10 +374,53 @@ def test_a_dictionary_of_more_values_than_bytes_is_refused(tmp_path: Path) -> No
     content = path.read_bytes()
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
     start = column.dictionary_page_offset
-    header, end = parquet_pages._struct(content, start)
+    header, end = page_header(content, start)
     changed = content[start:end].replace(b"\x15" + varint(header[7][1]), b"\x15" + varint(1 << 30))
-    with pytest.raises(ShardError, match=f"a dictionary has {1 << 30} values in 15 bytes"):
+    with pytest.raises(ValueError, match=f"a dictionary has {1 << 30} values in 15 bytes"):
         require_said_sizes(content[:start] + changed + content[end:], column)
+
+
+@pytest.mark.parametrize("depth", [4, 50_000])
+def test_an_index_whose_columns_nest_does_not_end_the_process(dataset: Path, depth: int) -> None:
+    (dataset / INDEX).write_bytes(nested_parquet(depth))
+    told = [*problems(dataset)]
+    for name in ("Dataset", "diff", "inspect --record"):
+        with pytest.raises(DatasetError) as error:
+            READERS[name](str(dataset))
+        told.append(str(error.value))
+    assert sum("nested deeper than the 4 levels" in text and INDEX in text for text in told) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda footer: footer[:-1] + b"\x15", "is not usable"),
+        (lambda footer: footer[:-1] + b"\x09\x04\x0c\x00", "has field 2, or has it twice"),
+        (
+            lambda footer: footer[:-1] + b"\x19\x15\x00\x00",
+            "of type 9, of 5",
+        ),  # which Arrow takes for structs
+        (lambda footer: footer.replace(b"\x19\xfc", b"\x19\xf5", 1), "field 2 of type 9, of 5"),
+        (lambda footer: footer.replace(b"\x15\x02\x00", b"\x15\x01\x00", 1), "has -1 elements"),
+        (
+            lambda footer: footer[:-2] + b"\xfc\xff\xff\x7f" + b"\x00" * (1 << 21),
+            "more values than it can need",
+        ),
+    ],
+)
+def test_a_footer_that_arrow_may_read_otherwise_is_refused(
+    changed: Callable[[bytes], bytes], message: str
+) -> None:
+    footer = changed(nested_parquet(2)[4:-8])
+    content = b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    with pytest.raises(ValueError, match=message):
+        require_schema(io.BytesIO(content), 4, 1 << 20)
+
+
+def page_header(content: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """The fields of a page's header, and where it ends."""
+    reader = parquet_headers._Reader(content, at=at)
+    return reader.struct(0), reader.at
 
 
 def varint(number: int) -> bytes:

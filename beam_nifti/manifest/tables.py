@@ -24,6 +24,7 @@ from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.outcomes import may_pass
+from beam_nifti.support.parquet_headers import require_schema
 from beam_nifti.support.strict_json import dump_json
 
 MAX_PROBLEMS: Final = 20
@@ -34,6 +35,9 @@ _BATCH_ROWS: Final = 1 << 13
 
 _HEAD_BYTES: Final = 1 << 10
 """Of a file, by which it is told from a pointer to another one."""
+
+_DEEPEST: Final = 100
+"""Levels of the schema of a Parquet file; more than some thousand end the process."""
 
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
@@ -406,6 +410,11 @@ def _as_table(rows: list[dict[str, str]]) -> pa.Table:
 
 
 def _read_parquet(path: str, handle: BinaryIO, plain: Collection[str], problems: Problems) -> pa.Table:
+    try:
+        require_schema(handle, _DEEPEST)
+    except ValueError as e:
+        raise ManifestError(path, [f"not a table: {e}"]) from e
+    handle.seek(0)
     table = pyarrow.parquet.read_table(handle, use_threads=False)
     columns = list[pa.ChunkedArray]()
     for name, column in zip(table.column_names, table.columns, strict=True):

@@ -24,6 +24,7 @@ from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest import read_manifest
 from beam_nifti.manifest.tables import BLANKS, Problems, format_delimited, read_table, write_table
+from tests.datasets import nested_parquet
 
 CELL = st.text(st.sampled_from('ab"\t,;\n\r \xa0é') | st.characters(codec="utf-8"), max_size=6)
 NAME = st.text(st.sampled_from("abc d"), min_size=1, max_size=4).map(str.strip).filter(bool)
@@ -236,6 +237,12 @@ def test_a_key_that_a_line_has_twice(tmp_path: Path) -> None:
 
 
 # Types
+
+
+def test_a_parquet_file_whose_columns_nest_does_not_end_the_process(tmp_path: Path) -> None:
+    (tmp_path / "m.parquet").write_bytes(nested_parquet(50_000))
+    with pytest.raises(ManifestError, match="not a table: its columns are nested deeper than the 100 levels"):
+        read_table(str(tmp_path / "m.parquet"))
 
 
 def test_parquet_columns_are_the_texts_of_their_values(tmp_path: Path) -> None:
