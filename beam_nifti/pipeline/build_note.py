@@ -103,7 +103,7 @@ class BuildNote:
         """
         path = storage.join(output, _NOTE_FILE)
         try:
-            note = cls._parse(load_json(storage.read_bounded(path, MAX_INFO_BYTES)), path)
+            note = cls._parse(load_json(storage.read_bounded(path, MAX_INFO_BYTES, output)), path)
             foreign = [
                 root
                 for root in note.roots

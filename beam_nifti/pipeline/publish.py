@@ -228,7 +228,7 @@ def _write_failures(
     write_failures(path, failures, folder, config.columns, plan.extra_columns, output)
     if complete and published is not None and published.failures:
         known = storage.join(output, published.failures)
-        if storage.exists(known) and storage.holds(known, storage.read(path)):
+        if storage.exists(known) and storage.holds(known, storage.read(path, output), output):
             return known  # nothing has changed, so the dataset keeps its revision
     return path
 
@@ -255,7 +255,7 @@ def take_summary(output: str) -> BuildSummary | None:
     """How the last build in this output ended, if it got that far; forgets it."""
     path = storage.join(output, _SUMMARY_FILE)
     try:
-        facts = read_result(path, _MOST_SUMMARY)
+        facts = read_result(path, _MOST_SUMMARY, output)
         groups = (group | {"examples": tuple(group["examples"])} for group in facts["reasons"])
         summary = BuildSummary(**facts | {"reasons": tuple(FailureGroup(**group) for group in groups)})
     except FileNotFoundError:
@@ -317,8 +317,9 @@ def _is_indexed(output: str, name: str, indexes: Collection[str]) -> bool:
     if shard is None or f"{shard.stem}.parquet" not in indexes:
         return False
     try:
-        limits = Limits.of_data(storage.join(output, name))
-        _, facts = read_index(storage.join(output, shard.index_file), columns=[], limits=limits)
+        limits = Limits.of_data(storage.join(output, name), output)
+        path = storage.join(output, shard.index_file)
+        _, facts = read_index(path, columns=[], limits=limits, below=output)
     except (FileNotFoundError, ShardError):
         return False
     return "fingerprint" in facts and facts.get("num_bytes") == str(limits.data_bytes)

@@ -145,7 +145,8 @@ class UnfinishedBuild:
         """Splits, with the indexes of its parts and shards but for those that cannot be used."""
         for split, part in self._parts():
             with contextlib.suppress(FileNotFoundError, ShardError):
-                yield split, read_sound_index(part.index, self.note.info, Limits.of_data(part.data))[0]
+                limits = Limits.of_data(part.data, part.base)
+                yield split, read_sound_index(part.index, self.note.info, limits, part.base)[0]
 
     def work(self) -> Work:
         """All of its finished records."""
@@ -194,8 +195,8 @@ class UnfinishedBuild:
         sizes: dict[tuple[str, int], int] = {}
         for split, part in self._parts():
             try:
-                limits = Limits.of_data(part.data)
-                table, _ = read_sound_index(part.index, self.note.info, limits, ["position", "length"])
+                limits, columns = Limits.of_data(part.data, part.base), ("position", "length")
+                table, _ = read_sound_index(part.index, self.note.info, limits, part.base, columns)
             except (FileNotFoundError, ShardError):
                 continue
             lengths = dict(zip(table["position"].to_pylist(), table["length"].to_pylist(), strict=True))

@@ -372,7 +372,8 @@ class CommitShards(beam.DoFn):
         METER.add(shards=1)
         labels = frozenset[int]()
         if self._config.mask_dtype is not None:
-            labels = frozenset(mask_labels(read_index(storage.join(self._output, info.index))[0]))
+            index = storage.join(self._output, info.index)
+            labels = frozenset(mask_labels(read_index(index, below=self._output)[0]))
         yield ShardOutcome(info, tuple(failures.values()), labels)
 
 

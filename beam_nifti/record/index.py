@@ -125,14 +125,18 @@ class Limits:
     data_bytes: int
 
     @classmethod
-    def of_data(cls, path: str) -> Limits:
+    def of_data(cls, path: str, below: str) -> Limits:
         """Those of the index of a file of records.
+
+        Args:
+            path: of the file.
+            below: as of `storage.create`.
 
         Raises:
             FileNotFoundError: the file is not there.
             OSError: it cannot be reached.
         """
-        size = storage.stat(path).size
+        size = storage.stat(path, below).size
         return cls(size // LEAST_RECORD_BYTES, size)
 
     def check(self, metadata: pq.FileMetaData, data: bytes, columns: Collection[str] | None) -> list[str]:
@@ -353,6 +357,7 @@ def read_index(
     positions: range | None = None,
     columns: Sequence[str] | None = None,
     limits: Limits | None = None,
+    below: str | None = None,
 ) -> tuple[pa.Table, dict[str, str]]:
     """An index and the facts about the file that it describes.
 
@@ -361,20 +366,22 @@ def read_index(
         positions: in whose neighbourhood the records are wanted, with some others; None means all.
         columns: to read, of those that it has; None means all.
         limits: of what is read; None where this process wrote it.
+        below: as of `storage.create`.
 
     Raises:
         FileNotFoundError: there is none.
         ShardError: the file is no index, or beyond its limits.
     """
-    return parse_index(read_bytes(path, limits), path, positions, columns, limits)
+    return parse_index(read_bytes(path, limits, below), path, positions, columns, limits)
 
 
-def read_bytes(path: str, limits: Limits | None) -> bytes:
+def read_bytes(path: str, limits: Limits | None, below: str | None = None) -> bytes:
     """The bytes of an index; as `read_index`."""
     if limits is None:
-        return storage.read(path)
+        return storage.read(path, below)
+    most = min(_FREE_BYTES + _ROW_BYTES * limits.num_rows, _MOST_FILE_BYTES)
     try:
-        return storage.read_bounded(path, min(_FREE_BYTES + _ROW_BYTES * limits.num_rows, _MOST_FILE_BYTES))
+        return storage.read_bounded(path, most, below)
     except storage.FileTooLargeError as e:
         raise ShardError(f"{path}: not an index: {e}") from e
 
@@ -491,7 +498,7 @@ def read_shard_index(
 
 
 def read_sound_index(
-    path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None = None
+    path: str, info: DatasetInfo, limits: Limits, below: str, columns: Collection[str] | None = None
 ) -> tuple[pa.Table, dict[str, str]]:
     """As `read_index`, of columns that records of a dataset have, in their types and numbers of values.
 
@@ -499,13 +506,14 @@ def read_sound_index(
         path: of the index.
         info: of the dataset.
         limits: of what is read.
+        below: as of `storage.create`.
         columns: to read, of those that it has; None means all.
 
     Raises:
         FileNotFoundError: there is none.
         ShardError: the file is no such index.
     """
-    return _sound(read_bytes(path, limits), path, info, limits, columns)
+    return _sound(read_bytes(path, limits, below), path, info, limits, columns)
 
 
 def _sound(

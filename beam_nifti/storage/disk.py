@@ -150,16 +150,39 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
-def link(source: str, target: str, below: str | None = None) -> None:
+@contextlib.contextmanager
+def locate(path: str, below: str | None) -> Iterator[tuple[str, int | None]]:
+    """A name, and the descriptor of the folder that it starts from, by which to look at a file or open it.
+
+    Args:
+        path: of the file.
+        below: as of `create`; None gives the path itself, which may be a link.
+
+    Raises:
+        OutputError: a name below `below` is a symbolic link.
+        OSError: a folder cannot be opened.
+    """
+    if below is None:
+        yield path, None
+        return
+    parent, name = os.path.split(path)
+    with _open_folder(parent, below) as folder, _full_path(path, name), _refusing_link(name, path, folder):
+        if _is_link(name, folder):
+            raise linked(path)
+        yield name, folder
+
+
+def link(source: str, target: str, below: str | None = None, source_below: str | None = None) -> None:
     """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
-    with _replacing(target, below) as (temporary, folder):
+    with locate(source, source_below) as (name, origin), _replacing(target, below) as (temporary, folder):
         try:
-            os.link(source, temporary, dst_dir_fd=folder, follow_symlinks=False)
+            os.link(name, temporary, src_dir_fd=origin, dst_dir_fd=folder, follow_symlinks=False)
         except OSError:  # another device, or a file system without links
-            with open(source, "rb") as origin:
+            opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=origin)
+            with os.fdopen(opened, "rb") as content:
                 descriptor = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
                 with naming(target), os.fdopen(descriptor, "wb") as copy:
-                    shutil.copyfileobj(origin, copy)
+                    shutil.copyfileobj(content, copy)
         if _is_link(temporary, folder):
             raise linked(source)
 

@@ -272,15 +272,20 @@ def _translated(path: str, action: Callable[[], T]) -> T:
         raise OSError(f"{path}: {type(e).__name__}: {e}") from e
 
 
-def stat(path: str) -> Stat:
+def stat(path: str, below: str | None = None) -> Stat:
     """Size, time and version of a file.
+
+    Args:
+        path: of the file.
+        below: as of `create`.
 
     Raises:
         FileNotFoundError: there is none.
         OSError: it cannot be reached.
     """
     if not is_remote(path):
-        status = os.stat(path)
+        with disk.locate(path, below) as (name, folder):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=below is None)
         return Stat(status.st_size, status.st_mtime)
     if store := _store(path):
         return store.stat(path)
@@ -317,14 +322,19 @@ def exists(path: str) -> bool:
     return bool(_translated(path, lambda: _remote().match([f"{path}/**"], [1]))[0].metadata_list)
 
 
-def open_read(path: str) -> BinaryIO:
+def open_read(path: str, below: str | None = None) -> BinaryIO:
     """Open for reading; seekable; never decompressed, whatever the path ends in.
 
+    Args:
+        path: of the file.
+        below: as of `create`, in all functions that read what a build keeps in its output.
+
     Raises:
+        OutputError: a name below `below` is a symbolic link.
         OSError: the file is not there or cannot be reached.
     """
     if not is_remote(path):
-        return _open_regular(path)
+        return _open_regular(path, below)
     if store := _store(path):
         return io.BufferedReader(store.open(path), _BUFFER_BYTES)
     from apache_beam.io.filesystem import CompressionTypes
@@ -339,12 +349,14 @@ def open_read(path: str) -> BinaryIO:
     return cast(BinaryIO, handle)
 
 
-def _open_regular(path: str) -> BinaryIO:
+def _open_regular(path: str, below: str | None = None) -> BinaryIO:
     """Open a local file, but nothing that waits for a writer, never ends, or acts when it is opened."""
+    no_link = os.O_NOFOLLOW if below is not None else 0
 
-    def opener(name: str, flags: int) -> int:
-        _require_regular(path, os.stat(name).st_mode)
-        descriptor = os.open(name, flags | os.O_NONBLOCK)
+    def opener(_: str, flags: int) -> int:
+        with disk.locate(path, below) as (name, folder):
+            _require_regular(path, os.stat(name, dir_fd=folder).st_mode)
+            descriptor = os.open(name, flags | os.O_NONBLOCK | no_link, dir_fd=folder)
         try:
             _require_regular(path, os.fstat(descriptor).st_mode)  # another one may have come in between
         except OSError:
@@ -391,9 +403,9 @@ def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
     return handle, Stat(status.st_size, status.st_mtime)
 
 
-def read(path: str) -> bytes:
+def read(path: str, below: str | None = None) -> bytes:
     """The whole of a file."""
-    with open_read(path) as handle:
+    with open_read(path, below) as handle:
         return handle.read()
 
 
@@ -401,7 +413,7 @@ class FileTooLargeError(OSError):
     """A file that has more bytes than it can need."""
 
 
-def read_bounded(path: str, most: int) -> bytes:
+def read_bounded(path: str, most: int, below: str | None = None) -> bytes:
     """The whole of a file that has at most so many bytes; of a larger one nothing is kept.
 
     Raises:
@@ -412,7 +424,7 @@ def read_bounded(path: str, most: int) -> bytes:
         data = read_head(path, most + 1)
         size = len(data)
     else:
-        with _open_regular(path) as handle:
+        with _open_regular(path, below) as handle:
             size = os.fstat(handle.fileno()).st_size
             data = b"" if size > most else handle.read(size)
     if size > most:
@@ -420,14 +432,14 @@ def read_bounded(path: str, most: int) -> bytes:
     return data
 
 
-def holds(path: str, content: bytes) -> bool:
+def holds(path: str, content: bytes, below: str | None = None) -> bool:
     """Whether a file has this content; of a larger one nothing is kept.
 
     Raises:
         OSError: the file is not there or cannot be reached.
     """
     try:
-        return read_bounded(path, len(content)) == content
+        return read_bounded(path, len(content), below) == content
     except FileTooLargeError:
         return False
 
@@ -461,13 +473,14 @@ def read_head(path: str, size: int) -> bytes:
         return handle.read(size)
 
 
-def read_into(path: str, offset: int, buffer: memoryview) -> int:
+def read_into(path: str, offset: int, buffer: memoryview, below: str | None = None) -> int:
     """Fill a buffer from a place of a file; in one request, and with a descriptor of this call's own.
 
     Args:
         path: of the file.
         offset: of the first byte.
         buffer: of as many bytes as are wanted.
+        below: as of `create`.
 
     Returns:
         How many bytes there were: fewer where the file ends before.
@@ -478,7 +491,7 @@ def read_into(path: str, offset: int, buffer: memoryview) -> int:
     if is_remote(path) and (store := _store(path)):
         data = store.get_range(path, offset, len(buffer))
     else:
-        with open_read(path) as handle:
+        with open_read(path, below) as handle:
             handle.seek(offset)
             if not is_remote(path):
                 return handle.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
@@ -609,7 +622,7 @@ def write_if(path: str, data: bytes, version: str | None) -> None:
         write(path, data)
 
 
-def link(source: str, target: str, below: str | None = None) -> None:
+def link(source: str, target: str, below: str | None = None, source_below: str | None = None) -> None:
     """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
     if is_remote(source) or is_remote(target):
         if scheme_of(source) != scheme_of(target):
@@ -620,7 +633,7 @@ def link(source: str, target: str, below: str | None = None) -> None:
         else:
             _translated(target, lambda: _remote().copy([source], [target]))
         return
-    disk.link(source, target, below)
+    disk.link(source, target, below, source_below)
 
 
 def list_files(folder: str, pattern: str = "*") -> list[str]:
