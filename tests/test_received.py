@@ -10,6 +10,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_nifti.cli import main as cli
+from beam_nifti.config import Columns
 from beam_nifti.errors import BeamNiftiError, DatasetError, OutputError, ShardError, UsageError
 from beam_nifti.inspection.card import write_card
 from beam_nifti.inspection.description import describe_dataset, describe_record
@@ -51,6 +53,7 @@ from tests.peak import peak_growth
 SHARD = "train-00000-of-00002.tfrecord.gz"
 INDEX = "index/train-00000-of-00002.parquet"
 SHAPE = (4, 3, 2)
+COLUMNS = asdict(Columns())
 
 
 @pytest.fixture(scope="module")
@@ -459,6 +462,73 @@ def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
         assert re.search(f"{failures}: {message}", run(*command, code=cli.FAILED))
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
     assert problems(dataset) == ()
+
+
+def test_a_list_of_failures_is_bounded_whatever_the_dataset_says(
+    dataset: Path, run: Callable[..., str]
+) -> None:
+    os.truncate(dataset / "failures.jsonl", 1 << 29)
+    edit_info(dataset, lambda i: (i.update(num_failures=1 << 20), i["manifest"].update(num_rows=1 << 21)))
+    message = "failures.jsonl: has more than the 268,435,456 bytes"
+    assert message in run("inspect", dataset, "--record=nobody", code=cli.FAILED)
+    assert any(message in problem for problem in problems(dataset))
+
+
+def test_an_index_is_bounded_whatever_the_dataset_says(dataset: Path) -> None:
+    os.truncate(dataset / INDEX, 1 << 30)
+    os.truncate(dataset / SHARD, 1 << 24)
+
+    def many(info: dict[str, Any]) -> None:
+        shard = info["splits"]["train"]["shards"][0]
+        for name, value in (("num_examples", 1 << 20), ("num_bytes", 1 << 24)):
+            info["splits"]["train"][name] += value - shard[name]
+            shard[name] = value
+
+    edit_info(dataset, many)
+    with pytest.raises(DatasetError, match=f"{INDEX}: not an index: has more than the 536,870,912 bytes"):
+        Dataset(dataset)
+
+
+def test_a_list_of_failures_that_is_none_is_a_fault_of_the_dataset(
+    dataset: Path, run: Callable[..., str]
+) -> None:
+    (dataset / "failures.jsonl").write_text("no JSON\n")
+    told = run("inspect", dataset, "--record=nobody", code=cli.FAILED)
+    assert "failures.jsonl: cannot be read (" in told
+
+
+def test_a_dataset_info_of_many_small_values_is_not_parsed(dataset: Path) -> None:
+    text = (dataset / "dataset_info.json").read_text()
+    (dataset / "dataset_info.json").write_text(f'{{"x": [{"[]," * (10 << 20)}[]],{text[1:]}')
+    with peak_growth() as growth, pytest.raises(DatasetError, match="holds too many values for the length"):
+        describe_dataset(str(dataset))
+    assert growth() < 256 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"manifest": {"num_rows": 1 << 62}}, "manifest.num_rows is 4611686018427387904, expected 0 to"),
+        ({"manifest": {"num_skipped": -1}}, "manifest.num_skipped is -1, expected 0 to 5"),
+        ({"manifest": {"num_frames": 1 << 64}}, "manifest.num_frames is 18446744073709551616"),
+        ({"manifest": {"columns": ["path", ""]}}, "manifest.columns has an empty name"),
+        (
+            {"config": {"channels": ["path", ""]}, "shape": [4, 3, 2, 2]},
+            r"config.channels is \['path', ''\], of the columns 'path'",
+        ),
+        ({"config": {"columns": COLUMNS | {"id": ""}}}, "config.columns has an empty name"),
+        ({"features": {"": "float"}}, "features has an empty name"),
+        ({"num_failures": 6}, "num_failures is 6, expected 0 to 5"),
+    ],
+)
+def test_numbers_and_names_are_bounded(dataset: Path, change: dict[str, Any], message: str) -> None:
+    def edit(info: dict[str, Any]) -> None:
+        for name, value in change.items():
+            info[name] = {**info[name], **value} if isinstance(value, dict) else value
+
+    edit_info(dataset, edit)
+    with pytest.raises(DatasetError, match=message):
+        describe_dataset(str(dataset))
 
 
 def hollow(path: Path) -> None:

@@ -315,7 +315,7 @@ def read_manifest(
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
-    problems = Problems(path)
+    problems = Problems(path, hides_cells=pseudonyms is not None)
     table = read_table(path, _meaningful(columns, splitting), problems, list_content)
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
@@ -474,12 +474,13 @@ def _given_splits(table: pa.Table, people: pa.Array | None, problems: Problems) 
     for i, text in enumerate(splits.to_pylist() if bad else ()):
         if text in bad:
             problems.add(
-                f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
-                "first, such as train"
+                f"row {i + 1}: split is {problems.shown(text)}; use letters, digits, '_' and '.', a "
+                "letter or digit first, such as train"
             )
     for i, other in find_twins(splits):
         problems.add(
-            f"row {i + 1}: split is {splits[i].as_py()!r}, and {splits[other].as_py()!r} in row {other + 1}; "
+            f"row {i + 1}: split is {problems.shown(splits[i].as_py())}, and "
+            f"{problems.shown(splits[other].as_py())} in row {other + 1}; "
             "give them one spelling"
         )
     if people is not None:
@@ -489,9 +490,9 @@ def _given_splits(table: pa.Table, people: pa.Array | None, problems: Problems) 
             if people[i].as_py() != people[first].as_py():
                 elsewhere = f"{shown[first]} {elsewhere}, probably the same participant, is"
             problems.add(
-                f"row {i + 1}: participant {shown[i]} is in split {splits[i]}, and {elsewhere} in "
-                f"{splits[first]}; give all rows of a participant one split, or, where "
-                "participant_id does not name persons, rename that column"
+                f"row {i + 1}: participant {shown[i]} is in split {problems.plain(splits[i])}, and "
+                f"{elsewhere} in {problems.plain(splits[first])}; give all rows of a participant one split, "
+                "or, where participant_id does not name persons, rename that column"
             )
     return splits
 
@@ -508,8 +509,9 @@ def _refuse_shared_images(
     files = [paths[name] for name in columns.paths]
     for (column, row), (_, first) in find_shared_images(files, splits, folder):
         problems.add(
-            f"row {row + 1}: image {shown[columns.paths[column]][row]} is in split {splits[row]} and, in row "
-            f"{first + 1}, in {splits[first]}; keep one of the rows, or give both one split"
+            f"row {row + 1}: image {shown[columns.paths[column]][row]} is in split "
+            f"{problems.plain(splits[row])} and, in row {first + 1}, in {problems.plain(splits[first])}; "
+            "keep one of the rows, or give both one split"
         )
 
 
@@ -536,7 +538,8 @@ def _drawn_splits(
         for i, first in zip(*find_disagreements(participants, categories), strict=True):
             problems.add(
                 f"row {i + 1}: participant {participants[i]} has {splitting.stratify} "
-                f"{categories[i].as_py()!r} here and {categories[first].as_py()!r} in row {first + 1}; "
+                f"{problems.shown(categories[i].as_py())} here and "
+                f"{problems.shown(categories[first].as_py())} in row {first + 1}; "
                 "--stratify requires one value per participant"
             )
     # With the rows that are skipped, so that no one moves when their labels are filled in.

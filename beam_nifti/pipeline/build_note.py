@@ -103,7 +103,8 @@ class BuildNote:
         """
         path = storage.join(output, _NOTE_FILE)
         try:
-            note = cls._parse(load_json(storage.read_bounded(path, MAX_INFO_BYTES, output)), path)
+            text = storage.read_bounded(path, MAX_INFO_BYTES, output)
+            note = cls._parse(load_json(text, is_modest=True), path)
             foreign = [
                 root
                 for root in note.roots

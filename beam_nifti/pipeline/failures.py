@@ -241,15 +241,12 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
     """
     has_frames = "frames" in listed.table.column_names
     cells = listed.table["frames"].to_pylist() if has_frames else [""] * len(listed)
+    if (total := sum(cell.count(",") + 1 if cell else num_frames for cell in cells)) > MAX_FAILED_FRAMES:
+        raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
     try:
-        found: list[Sequence[int]] = [
-            list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells
-        ]
+        return [list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells]
     except ValueError as e:
         raise ManifestError(listed.path, [f"column frames is no list of numbers: {e}"]) from e
-    if (total := sum(map(len, found))) > MAX_FAILED_FRAMES:
-        raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
-    return found
 
 
 def _frames_cell(failures: Sequence[Failure]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from beam_nifti.errors import ShardError
+from beam_nifti.errors import OutputError, ShardError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.pipeline.build_note import BuildNote
 from beam_nifti.pipeline.parts import (
@@ -202,6 +202,22 @@ class UnfinishedBuild:
             lengths = dict(zip(table["position"].to_pylist(), table["length"].to_pylist(), strict=True))
             sizes |= {(split, position): lengths[position] for position in select(split, part, lengths)}
         return Work(len(sizes), sum(sizes.values()))
+
+
+def unfinished_names(output: str) -> set[str]:
+    """Shards and indexes that an unfinished build in an output may have written, by its note.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    try:
+        note = BuildNote.read(output)
+    except OutputError:  # it is damaged, or somebody else's
+        return set()
+    if note is None:
+        return set()
+    names = note.shard_names().union(note.published)
+    return names.union(shard.index_file for shard in map(ShardName.parse, names) if shard)
 
 
 def parts_roots(output: str, note: BuildNote) -> list[str]:

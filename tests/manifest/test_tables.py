@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
+import json
 import math
 import re
 import sys
@@ -237,6 +239,31 @@ def test_a_key_that_a_line_has_twice(tmp_path: Path) -> None:
 
 
 # Types
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("num_rows", "num_keys", "message"),
+    [
+        (8000, 6, r"10,086 different keys in its first 1,681 rows, and few of them in each"),
+        (1, 1 << 17, "more than 65,536 columns"),
+    ],
+)
+def test_json_lines_of_ever_other_keys_are_refused(
+    tmp_path: Path, num_rows: int, num_keys: int, message: str
+) -> None:
+    keys = iter(range(num_rows * num_keys))
+    rows = [{f"k{key}": "" for key in itertools.islice(keys, num_keys)} for _ in range(num_rows)]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(ManifestError, match=message):
+        read_table(str(path))
+
+
+def test_a_line_of_many_small_values_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(f'{{"path": [{"[]," * (1 << 19)}[]]}}')
+    with pytest.raises(ManifestError, match="row 1: not JSON: holds too many values for the length"):
+        read_table(str(tmp_path / "m.jsonl"))
 
 
 def test_a_parquet_file_whose_columns_nest_does_not_end_the_process(tmp_path: Path) -> None:
