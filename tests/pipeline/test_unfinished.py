@@ -178,7 +178,7 @@ def test_a_dry_run_prints_what_is_kept_rebuilt_and_deleted(
 @pytest.mark.parametrize("linked", ["part", "index", "folder"])
 def test_a_part_is_not_read_through_a_link(manifest: Path, output: Path, tmp_path: Path, linked: str) -> None:
     """A dataset from somebody else may hold an unfinished build, whose parts a build takes as they are."""
-    part = next(output.glob(".build/*/*/*.part"))
+    part = next(output.glob(".build/*/*/*.parquet")).with_suffix(".part")
     path = {"part": part, "index": part.with_suffix(".parquet"), "folder": part.parent}[linked]
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
