@@ -20,7 +20,7 @@ from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.support import logs
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing import TypeGuard, Unpack
 
     import pandas as pd
     import pyarrow as pa
@@ -129,8 +129,9 @@ def build(
 
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    path, rows = _rows_of(manifest)
+    path = _path_of(manifest)
     wanted = make_config(path, os.fspath(output), options, config=_text(config), like=_text(like))
+    rows = _rows_of(manifest, wanted.anonymous_ids)
     wanted = _for_rows(wanted, rows)
     if dry_run and not flags:  # sooner, as it needs no Beam
         return run_dry(wanted, rows, watcher)
@@ -176,9 +177,9 @@ def check(
 
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    path, rows = _rows_of(manifest)
-    report = _text(out)
+    path, report = _path_of(manifest), _text(out)
     wanted = make_config(path, report or "", options, config=_text(config), like=_text(like))
+    rows = _rows_of(manifest, wanted.anonymous_ids)
     wanted = _for_rows(wanted, rows)
     engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
     if not engine.is_local and report is None:
@@ -232,7 +233,8 @@ def verify(
     from beam_nifti.record.dataset_info import read_info
 
     watcher = _watcher(progress)
-    path, rows = (None, None) if manifest is None else _rows_of(manifest)
+    path = None if manifest is None else _path_of(manifest)
+    rows = None if manifest is None else _rows_of(manifest, _text(anonymous_ids))
     info = read_info(os.fspath(dataset))
     watcher.on_dataset(info)
     with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
@@ -397,13 +399,26 @@ def _engine(config: BuildConfig, flags: Sequence[str], workers: int | None, watc
     return engine
 
 
-def _rows_of(manifest: ManifestTable) -> tuple[str, bytes | None]:
-    """The path of a manifest; and its rows as a Parquet file, if it is not a file."""
-    if isinstance(manifest, str | os.PathLike):
-        return os.fspath(manifest), None
-    from beam_nifti.manifest.in_memory import NAME, parquet_of
+def _is_path(manifest: ManifestTable) -> TypeGuard[Path]:
+    return isinstance(manifest, str | os.PathLike)
 
-    return NAME, parquet_of(manifest)
+
+def _path_of(manifest: ManifestTable) -> str:
+    """The path of a manifest; of one that is no file, the one that it would have."""
+    if _is_path(manifest):
+        return os.fspath(manifest)
+    from beam_nifti.manifest.in_memory import NAME
+
+    return NAME
+
+
+def _rows_of(manifest: ManifestTable, anonymous_ids: str | None) -> bytes | None:
+    """The rows of a manifest that is no file, as a Parquet file; with anonymous ids errors show no cell."""
+    if _is_path(manifest):
+        return None
+    from beam_nifti.manifest.in_memory import parquet_of
+
+    return parquet_of(manifest, hides_cells=anonymous_ids is not None)
 
 
 def _for_rows(config: BuildConfig, rows: bytes | None) -> BuildConfig:

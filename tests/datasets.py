@@ -195,3 +195,16 @@ def read_without_beam_and_fork(url: str) -> None:
     command = [sys.executable, "-c", _READ_AND_FORK, url]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def nested_parquet(depth: int) -> bytes:
+    """A Parquet file without rows, of a column of so many groups, one in the other."""
+    group = b"\x35\x00\x18\x01g\x15\x02\x00"  # optional, its name, one child
+    root, leaf = b"\x48\x06schema\x15\x02\x00", b"\x15\x0c\x25\x00\x18\x01x\x00"
+    schema = b"\xfc" + _thrift_size(depth + 2) + root + group * depth + leaf
+    footer = b"\x15\x02\x19" + schema + b"\x16\x00\x19\x0c\x00"
+    return b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+def _thrift_size(size: int) -> bytes:
+    return bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14])

@@ -274,6 +274,20 @@ def test_rows_lie_beside_the_parts_for_workers_elsewhere_and_never_in_the_graph(
     assert not path.exists()
 
 
+def test_errors_of_rows_with_names_show_none_of_them(folder: Path) -> None:
+    (folder / "key").write_bytes(bytes(range(32)))
+    (folder / "options.toml").write_text("anonymous_ids = 'key'")
+    rows = [{"path": "a.nii", "participant_id": name} for name in ("Doe", 3)]
+    for call in (
+        lambda: bn.build(rows, "out", anonymous_ids="key"),
+        lambda: bn.build(rows, "out", config="options.toml"),
+        lambda: bn.check(rows, anonymous_ids="key"),
+    ):
+        with pytest.raises(bn.ManifestError, match=r"row 2: participant_id is \(hidden by ") as raised:
+            call()
+        assert "Doe" not in str(raised.value)
+
+
 def test_rows_with_names_are_not_written_into_an_output_of_pseudonyms(folder: Path) -> None:
     (folder / "key").write_bytes(bytes(range(32)))
     bn.build(frame(), "out", anonymous_ids="key", progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from beam_nifti.cli import main as cli
+from beam_nifti.config import Columns
 from beam_nifti.errors import BeamNiftiError, DatasetError, OutputError, ShardError, UsageError
 from beam_nifti.inspection.card import write_card
 from beam_nifti.inspection.description import describe_dataset, describe_record
@@ -27,22 +30,31 @@ from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.build_note import BuildNote
 from beam_nifti.random_access import Dataset
-from beam_nifti.record import parquet_pages
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
 from beam_nifti.record.index import Limits, read_index
-from beam_nifti.record.parquet_pages import require_said_sizes
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.record.tfrecord import decode_record, encode_record
 from beam_nifti.reporting.summary import read_failures
+from beam_nifti.support import parquet_headers
+from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
 from tests.build_helpers import arrow_memory, build, make_config
-from tests.datasets import edit_index, edit_info, edit_record, info_of, replace_index, set_cell
+from tests.datasets import (
+    edit_index,
+    edit_info,
+    edit_record,
+    info_of,
+    nested_parquet,
+    replace_index,
+    set_cell,
+)
 from tests.images import write_cohort, write_image, write_manifest
 from tests.peak import peak_growth
 
 SHARD = "train-00000-of-00002.tfrecord.gz"
 INDEX = "index/train-00000-of-00002.parquet"
 SHAPE = (4, 3, 2)
+COLUMNS = asdict(Columns())
 
 
 @pytest.fixture(scope="module")
@@ -361,11 +373,11 @@ def test_a_page_of_a_size_that_none_can_be_is_not_read(tmp_path: Path, field: st
     content = path.read_bytes()
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
     start = column.data_page_offset
-    header, end = parquet_pages._struct(content, start)
+    header, end = page_header(content, start)
     size = {"bytes": header[2], "compressed bytes": header[3], "values": header[5][1]}[field]
     assert content.count(varint(size), start, end) == 1
     changed = content[start:end].replace(varint(size), varint(less))
-    with pytest.raises(ShardError, match=f"column number has no usable header .*size or count is {less}"):
+    with pytest.raises(ValueError, match=f"column number has no usable header .*size or count is {less}"):
         require_said_sizes(content[:start] + changed + content[end:], column)
     require_said_sizes(content, column)
 
@@ -375,10 +387,10 @@ def test_a_field_of_a_page_that_is_there_twice_is_refused(tmp_path: Path) -> Non
     pq.write_table(pa.table({"number": np.arange(100)}), path, use_dictionary=False)
     content = path.read_bytes()
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
-    _, end = parquet_pages._struct(content, column.data_page_offset)
+    _, end = page_header(content, column.data_page_offset)
     for number in (2, 2 + (1 << 16)):  # a field's number has 16 bits
         again = b"\x05" + varint(number) + varint(1)
-        with pytest.raises(ShardError, match=f"it has field {number}"):
+        with pytest.raises(ValueError, match=f"it has field {number}"):
             require_said_sizes(content[: end - 1] + again + content[end - 1 :], column)
 
 
@@ -388,10 +400,53 @@ def test_a_dictionary_of_more_values_than_bytes_is_refused(tmp_path: Path) -> No
     content = path.read_bytes()
     column = pq.ParquetFile(path).metadata.row_group(0).column(0)
     start = column.dictionary_page_offset
-    header, end = parquet_pages._struct(content, start)
+    header, end = page_header(content, start)
     changed = content[start:end].replace(b"\x15" + varint(header[7][1]), b"\x15" + varint(1 << 30))
-    with pytest.raises(ShardError, match=f"a dictionary has {1 << 30} values in 15 bytes"):
+    with pytest.raises(ValueError, match=f"a dictionary has {1 << 30} values in 15 bytes"):
         require_said_sizes(content[:start] + changed + content[end:], column)
+
+
+@pytest.mark.parametrize("depth", [4, 50_000])
+def test_an_index_whose_columns_nest_does_not_end_the_process(dataset: Path, depth: int) -> None:
+    (dataset / INDEX).write_bytes(nested_parquet(depth))
+    told = [*problems(dataset)]
+    for name in ("Dataset", "diff", "inspect --record"):
+        with pytest.raises(DatasetError) as error:
+            READERS[name](str(dataset))
+        told.append(str(error.value))
+    assert sum("nested deeper than the 4 levels" in text and INDEX in text for text in told) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda footer: footer[:-1] + b"\x15", "is not usable"),
+        (lambda footer: footer[:-1] + b"\x09\x04\x0c\x00", "has field 2, or has it twice"),
+        (
+            lambda footer: footer[:-1] + b"\x19\x15\x00\x00",
+            "of type 9, of 5",
+        ),  # which Arrow takes for structs
+        (lambda footer: footer.replace(b"\x19\xfc", b"\x19\xf5", 1), "field 2 of type 9, of 5"),
+        (lambda footer: footer.replace(b"\x15\x02\x00", b"\x15\x01\x00", 1), "has -1 elements"),
+        (
+            lambda footer: footer[:-2] + b"\xfc\xff\xff\x7f" + b"\x00" * (1 << 21),
+            "more values than it can need",
+        ),
+    ],
+)
+def test_a_footer_that_arrow_may_read_otherwise_is_refused(
+    changed: Callable[[bytes], bytes], message: str
+) -> None:
+    footer = changed(nested_parquet(2)[4:-8])
+    content = b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    with pytest.raises(ValueError, match=message):
+        require_schema(io.BytesIO(content), 4, 1 << 20)
+
+
+def page_header(content: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """The fields of a page's header, and where it ends."""
+    reader = parquet_headers._Reader(content, at=at)
+    return reader.struct(0), reader.at
 
 
 def varint(number: int) -> bytes:
@@ -430,6 +485,73 @@ def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
         assert re.search(f"{failures}: {message}", run(*command, code=cli.FAILED))
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
     assert problems(dataset) == ()
+
+
+def test_a_list_of_failures_is_bounded_whatever_the_dataset_says(
+    dataset: Path, run: Callable[..., str]
+) -> None:
+    os.truncate(dataset / "failures.jsonl", 1 << 29)
+    edit_info(dataset, lambda i: (i.update(num_failures=1 << 20), i["manifest"].update(num_rows=1 << 21)))
+    message = "failures.jsonl: has more than the 268,435,456 bytes"
+    assert message in run("inspect", dataset, "--record=nobody", code=cli.FAILED)
+    assert any(message in problem for problem in problems(dataset))
+
+
+def test_an_index_is_bounded_whatever_the_dataset_says(dataset: Path) -> None:
+    os.truncate(dataset / INDEX, 1 << 30)
+    os.truncate(dataset / SHARD, 1 << 24)
+
+    def many(info: dict[str, Any]) -> None:
+        shard = info["splits"]["train"]["shards"][0]
+        for name, value in (("num_examples", 1 << 20), ("num_bytes", 1 << 24)):
+            info["splits"]["train"][name] += value - shard[name]
+            shard[name] = value
+
+    edit_info(dataset, many)
+    with pytest.raises(DatasetError, match=f"{INDEX}: not an index: has more than the 536,870,912 bytes"):
+        Dataset(dataset)
+
+
+def test_a_list_of_failures_that_is_none_is_a_fault_of_the_dataset(
+    dataset: Path, run: Callable[..., str]
+) -> None:
+    (dataset / "failures.jsonl").write_text("no JSON\n")
+    told = run("inspect", dataset, "--record=nobody", code=cli.FAILED)
+    assert "failures.jsonl: cannot be read (" in told
+
+
+def test_a_dataset_info_of_many_small_values_is_not_parsed(dataset: Path) -> None:
+    text = (dataset / "dataset_info.json").read_text()
+    (dataset / "dataset_info.json").write_text(f'{{"x": [{"[]," * (10 << 20)}[]],{text[1:]}')
+    with peak_growth() as growth, pytest.raises(DatasetError, match="holds too many values for the length"):
+        describe_dataset(str(dataset))
+    assert growth() < 256 << 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"manifest": {"num_rows": 1 << 62}}, "manifest.num_rows is 4611686018427387904, expected 0 to"),
+        ({"manifest": {"num_skipped": -1}}, "manifest.num_skipped is -1, expected 0 to 5"),
+        ({"manifest": {"num_frames": 1 << 64}}, "manifest.num_frames is 18446744073709551616"),
+        ({"manifest": {"columns": ["path", ""]}}, "manifest.columns has an empty name"),
+        (
+            {"config": {"channels": ["path", ""]}, "shape": [4, 3, 2, 2]},
+            r"config.channels is \['path', ''\], of the columns 'path'",
+        ),
+        ({"config": {"columns": COLUMNS | {"id": ""}}}, "config.columns has an empty name"),
+        ({"features": {"": "float"}}, "features has an empty name"),
+        ({"num_failures": 6}, "num_failures is 6, expected 0 to 5"),
+    ],
+)
+def test_numbers_and_names_are_bounded(dataset: Path, change: dict[str, Any], message: str) -> None:
+    def edit(info: dict[str, Any]) -> None:
+        for name, value in change.items():
+            info[name] = {**info[name], **value} if isinstance(value, dict) else value
+
+    edit_info(dataset, edit)
+    with pytest.raises(DatasetError, match=message):
+        describe_dataset(str(dataset))
 
 
 def hollow(path: Path) -> None:
@@ -703,7 +825,7 @@ def test_a_mask_of_another_shape_is_named(tmp_path: Path) -> None:
         (lambda t: t.drop_columns(["zooms"]), "column zooms is missing"),
         (
             lambda t: t.set_column(3, "label", pa.array([[{"a": 1}]] * t.num_rows)),
-            "column label is list<.*, expected double",
+            "columns are nested deeper than the 4 levels",
         ),
         (lambda t: t.append_column("label", t["label"]), "not an index"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -26,6 +27,14 @@ STATUSES: Final = {
     141: "cut short",
 }
 """By exit code."""
+
+
+_OUT_FILES: Final = {
+    "out": "--out",
+    "summary_json": "--summary-json",
+    "metrics_file": "--metrics-file",
+}
+"""Files that one command may write, by the names of their options."""
 
 
 def _now() -> datetime:
@@ -128,6 +137,10 @@ def require_reports_writable(options: argparse.Namespace) -> None:
         OutputError: it cannot be written.
         OSError: it cannot be written now.
     """
+    named = {flag: path for name, flag in _OUT_FILES.items() if (path := getattr(options, name, None))}
+    for (flag, path), (other, same) in itertools.combinations(named.items(), 2):
+        if storage.is_same(path, same):
+            raise UsageError(f"{flag} and {other} are both {path}; choose another file for one of them")
     for name, flag in (("summary_json", "--summary-json"), ("metrics_file", "--metrics-file")):
         path = getattr(options, name, None)
         if path is not None and not storage.is_remote(path):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
-from beam_nifti.errors import DatasetError
+from beam_nifti.errors import DatasetError, ManifestError
 from beam_nifti.manifest.labels import comparable
 from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
@@ -25,6 +25,7 @@ from beam_nifti.record.index import extra_column
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
+from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
 
 _STATISTICS: Final = ("min", "max", "mean")
@@ -178,19 +179,24 @@ def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.Chun
 
 
 def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) -> str | None:
-    columns = Columns(**info.config["columns"])
-    content = read_failures_list(output, info, file)
-    failures = read_manifest(storage.join(output, file), columns, list_content=content)
+    columns, path = Columns(**info.config["columns"]), storage.join(output, file)
+    try:
+        content = read_failures_list(output, info, file)
+        failures = read_manifest(path, columns, list_content=content)
+        failed = failed_frames(failures, info.num_frames) if info.num_frames else []
+    except (ManifestError, OSError) as e:
+        if may_pass(e):
+            raise
+        raise DatasetError(f"{path}: cannot be read ({e}); run beam-nifti verify") from e
     # Where paths are the ids, the list of failures holds them with the manifest's folder.
     in_folder = storage.join(storage.dirname(info.manifest["path"]), example_id)
     lines = {image_id: line for line, image_id in enumerate(failures.ids.to_pylist())}
-    if frames := info.num_frames:
-        failed = failed_frames(failures, frames)
+    if info.num_frames:
         lines = {frame_id(name, t): line for name, line in lines.items() for t in failed[line]}
     for wanted in (example_id, in_folder):
         if wanted in lines:
             cells = failures.table.slice(lines[wanted], 1).to_pylist()[0]
-            return f"{cells['stage']}: {cells['message']} (see {file})"
+            return f"{cells.get('stage')}: {cells.get('message')} (see {file})"
     return None
 
 

@@ -21,7 +21,7 @@ from beam_nifti.pipeline.failures import listed_cells
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo
 from beam_nifti.record.example import label_feature
 from beam_nifti.record.index import check_table, extra_column, record_name, schema_of
-from beam_nifti.record.sharding import ShardName
+from beam_nifti.storage.paths import temporary_of
 from beam_nifti.support.wording import counted
 
 ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
@@ -281,9 +281,15 @@ def _named(rows: pa.Table, columns: Sequence[str] = ()) -> str:
     return ", ".join(texts) + (", …" if rows.num_rows > _SHOWN else "")
 
 
-def find_strays(files: Collection[str], info: DatasetInfo) -> Iterator[str]:
-    """Find shards in the folder that do not belong to the dataset."""
-    known = {s.name for s in info.shards}
+def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[str]) -> Iterator[str]:
+    """Find files in the folder that do not belong to the dataset.
+
+    Args:
+        files: whose names look like those of shards or indexes to a glob.
+        info: of the dataset.
+        written: what an unfinished build in the folder may have written.
+    """
+    known = {name for shard in info.shards for name in (shard.name, shard.index)}
     for file in files:
-        if ShardName.parse(file) and file not in known:
+        if file not in known and (temporary_of(file) or file) not in written:
             yield f"{file}: not in {FILE_NAME}, but whoever reads all shards reads it too; delete it"

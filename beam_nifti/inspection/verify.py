@@ -44,7 +44,7 @@ from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
-from beam_nifti.pipeline.parts import BUILD_FOLDER
+from beam_nifti.pipeline.resume import unfinished_names
 from beam_nifti.record.dataset_info import (
     CROISSANT_FILE,
     FILE_NAME,
@@ -55,6 +55,7 @@ from beam_nifti.record.dataset_info import (
     read_info,
 )
 from beam_nifti.record.index import extra_column
+from beam_nifti.record.sharding import INDEX_FOLDER
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
@@ -341,9 +342,10 @@ class _Verifier:
         problems = list(check_info(self._info))
         if storage.can_list(self._output):
             files = storage.list_files(self._output, "*.tfrecord*")
+            indexes = storage.list_files(storage.join(self._output, INDEX_FOLDER), "*.parquet")
+            files += (f"{INDEX_FOLDER}/{name}" for name in indexes)
             # Looked for afterwards: a build that begins in between has made none of the files.
-            if not storage.exists(storage.join(self._output, BUILD_FOLDER)):
-                problems += find_strays(files, self._info)
+            problems += find_strays(files, self._info, unfinished_names(self._output))
         try:
             description = path_of(self._output, CROISSANT_FILE)
             if storage.exists(description):

@@ -27,19 +27,20 @@ _UNFIT: Final = (pa.ArrowException, ValueError, TypeError, OverflowError)
 """What Arrow raises for values that no column can hold."""
 
 
-def parquet_of(rows: Any) -> bytes:
+def parquet_of(rows: Any, *, hides_cells: bool = False) -> bytes:
     """A table as a Parquet file.
 
     Args:
         rows: a pandas DataFrame, whose index is a column where it has a name; a table of Arrow, or of a
             library that exports its tables to Arrow; or an iterable of dicts, one per row, of which a missing
             key, None and NaN are empty cells.
+        hides_cells: as of `Problems`.
 
     Raises:
         ManifestError: with every cell that no column of a Parquet file can hold, up to 20.
         UsageError: it is none of these.
     """
-    problems = Problems(storage.absolute(NAME))
+    problems = Problems(storage.absolute(NAME), hides_cells=hides_cells)
     if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
         table = _of_columns(_pandas_columns(rows), problems)
     elif hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
@@ -60,7 +61,7 @@ def parquet_of(rows: Any) -> bytes:
     try:
         pyarrow.parquet.write_table(table, sink)
     except _UNFIT as e:
-        problems.add(f"cannot be a Parquet file: {e}")
+        problems.add(f"cannot be a Parquet file: {problems.plain(e)}")
     problems.stop()
     return sink.getvalue()
 
@@ -92,7 +93,8 @@ def _of_columns(columns: Sequence[tuple[Any, Any]], problems: Problems) -> pa.Ta
             is_of_objects = getattr(values, "dtype", None) in (None, object)
             arrays.append(_array(list(map(_plain, values))) if is_of_objects else pa.array(values))
         except _UNFIT as e:
-            problems.add(_misfit(name, list(map(_plain, values))) or f"column {name!r}: {e}")
+            misfit = _misfit(name, list(map(_plain, values)), problems)
+            problems.add(misfit or f"column {name!r}: {problems.plain(e)}")
     problems.stop()
     return pa.table(arrays, names=[name for name, _ in columns])
 
@@ -108,7 +110,7 @@ def _array(values: Sequence[Any]) -> pa.Array:
         return pa.array([v.item() if hasattr(v, "dtype") and v.ndim == 0 else v for v in values])
 
 
-def _misfit(name: str, values: Sequence[Any]) -> str:
+def _misfit(name: str, values: Sequence[Any], problems: Problems) -> str:
     """Which cell keeps some values from being a column; "" where no prefix of them tells."""
 
     def is_unfit(count: int) -> bool:
@@ -122,7 +124,8 @@ def _misfit(name: str, values: Sequence[Any]) -> str:
     if row > len(values):
         return ""
     value = values[row - 1]
-    cell = f"row {row}: {name} is {one_line(reprlib.repr(value))}, of type {type(value).__name__}"
+    shown = problems.plain(one_line(reprlib.repr(value)))
+    cell = f"row {row}: {name} is {shown}, of type {type(value).__name__}"
     try:
         _array([value])
     except _UNFIT:

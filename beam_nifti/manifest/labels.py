@@ -125,13 +125,13 @@ def read_labels(
     if missing is None:
         for i in np.flatnonzero(lacks[codes]):
             problems.add(
-                f"row {i + 1}: {column.name} is {texts[codes[i]].as_py()!r}, a missing label; fill it in, "
-                "keep such rows with --missing-label nan, or skip them with --missing-label skip"
+                f"row {i + 1}: {column.name} is {problems.shown(texts[codes[i]].as_py())}, a missing label; "
+                "fill it in, keep such rows with --missing-label nan, or skip them with --missing-label skip"
             )
     if column.kind == "float":
         for i in np.flatnonzero(~(is_number | lacks)[codes]):
-            text = texts[codes[i]].as_py()
-            problems.add(f"row {i + 1}: {column.name} is {text!r}, not a finite number (of float32){remedy}")
+            text = problems.shown(texts[codes[i]].as_py())
+            problems.add(f"row {i + 1}: {column.name} is {text}, not a finite number (of float32){remedy}")
         _warn_of_rounding(column.name, texts, numbers, codes, problems)
         values = pa.array(numbers)
     elif column.kind == "class":
@@ -195,8 +195,8 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
     """The different values of a column, in the order of their numbers."""
     if len(texts) > MAX_CLASSES:
         problems.add(
-            f"{name} has {len(texts):,} different values, such as {texts[0].as_py()!r}, but at most "
-            f"{MAX_CLASSES:,} classes are possible; use {name}:string, or, if all should be numbers, "
+            f"{name} has {len(texts):,} different values, such as {problems.shown(texts[0].as_py())}, but at "
+            f"most {MAX_CLASSES:,} classes are possible; use {name}:string, or, if all should be numbers, "
             f"{name}:float to find those that are not"
         )
         return ()
@@ -210,8 +210,8 @@ def _classes(texts: pa.Array, name: str, problems: Problems) -> tuple[str, ...]:
 def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> None:
     for i, other in find_lookalikes(pa.array(classes, pa.string()))[:_SHOWN]:
         problems.warn(
-            f"{name} has the classes {classes[other]!r} and {classes[i]!r}, which differ {LIKENESS}; if "
-            "they are the same class, spell them the same way"
+            f"{name} has the classes {problems.shown(classes[other])} and {problems.shown(classes[i])}, "
+            f"which differ {LIKENESS}; if they are the same class, spell them the same way"
         )
     for text in [text for text in classes if text in _LIKE_MISSING][:_SHOWN]:
         problems.warn(
@@ -253,10 +253,11 @@ def _warn_of_rounding(
         others = "no other is affected"
         if rows.size > 1:
             others = f"{rows.size:,} labels are affected (rows {first_few((rows + 1).tolist(), _SHOWN)})"
+        text = problems.plain(f"{stored:f}" if abs(stored) > 1 else f"{stored:.6g}")
         problems.warn(
-            f"{name} is {texts[first].as_py()} in row {rows[0] + 1}, but records store float32, which rounds "
-            f"it to {f'{stored:f}' if abs(stored) > 1 else f'{stored:.6g}'}; {others}. To store "
-            f"them exactly, use --label-column {name}:class or {name}:string"
+            f"{name} is {problems.plain(texts[first])} in row {rows[0] + 1}, but records store float32, "
+            f"which rounds it to {text}; {others}. To store them exactly, use --label-column {name}:class "
+            f"or {name}:string"
         )
 
 

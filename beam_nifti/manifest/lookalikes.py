@@ -70,7 +70,7 @@ def warn_of_names(what: str, names: pa.Array, problems: Problems, folded: pa.Arr
         )
     at = pc.index(pc.match_substring_regex(names, _REWRITTEN), True).as_py()
     if at >= 0 and folded is None:
-        shown = "" if problems.hides_names else f" {names[at]}"
+        shown = "" if problems.hides_cells else f" {names[at]}"
         problems.warn(
             f"row {at + 1}: its {what}{shown} looks like a number that a spreadsheet or pandas has "
             "rewritten; store ids as text"
@@ -86,6 +86,6 @@ def refuse_lookalikes(names: pa.Array, problems: Problems) -> None:
 
 def _lookalike_text(what: str, names: pa.Array, row: int, other: int, problems: Problems) -> str:
     name, resembled = "", " that"
-    if not problems.hides_names:
+    if not problems.hides_cells:
         name, resembled = (f" {names[i].as_py()!r}" for i in (row, other))
     return f"row {row + 1}: its {what}{name} differs from{resembled} of row {other + 1} {LIKENESS}"

@@ -56,7 +56,7 @@ def read_manifest(
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
-    problems = Problems(path, hides_names=pseudonyms is not None)
+    problems = Problems(path, hides_cells=pseudonyms is not None)
     is_list = list_content is not None
     table = read_table(path, _meaningful(columns, splitting), problems, list_content if is_list else content)
     _check_columns(table, columns, splitting, problems, is_of_dataset=is_of_dataset, is_list=is_list)

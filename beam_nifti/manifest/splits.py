@@ -42,13 +42,13 @@ def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) ->
     for i, text in enumerate(splits.to_pylist() if bad else ()):
         if text in bad:
             problems.add(
-                f"row {i + 1}: split is {text!r}; use letters, digits, '_' and '.', a letter or digit "
-                "first, such as train"
+                f"row {i + 1}: split is {problems.shown(text)}; use letters, digits, '_' and '.', a "
+                "letter or digit first, such as train"
             )
     for i, other in find_lookalikes(splits):
         problems.add(
-            f"row {i + 1}: split is {splits[i].as_py()!r}, and {splits[other].as_py()!r} in row {other + 1}; "
-            "give them one spelling"
+            f"row {i + 1}: split is {problems.shown(splits[i].as_py())}, and "
+            f"{problems.shown(splits[other].as_py())} in row {other + 1}; give them one spelling"
         )
     if people is not None:
         shown = table["participant_id"].combine_chunks()
@@ -57,9 +57,9 @@ def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) ->
             if people[i].as_py() != people[first].as_py():
                 elsewhere = f"{shown[first]} {elsewhere}, probably the same participant, is"
             problems.add(
-                f"row {i + 1}: participant {shown[i]} is in split {splits[i]}, and {elsewhere} in "
-                f"{splits[first]}; give all rows of a participant one split; if "
-                "participant_id does not identify persons, rename that column"
+                f"row {i + 1}: participant {shown[i]} is in split {problems.plain(splits[i])}, and "
+                f"{elsewhere} in {problems.plain(splits[first])}; give all rows of a participant one split; "
+                "if participant_id does not identify persons, rename that column"
             )
     return splits
 
@@ -83,7 +83,8 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
         for i, first in zip(*_find_disagreements(participants, categories), strict=True):
             problems.add(
                 f"row {i + 1}: participant {participants[i]} has {splitting.stratify} "
-                f"{categories[i].as_py()!r} here and {categories[first].as_py()!r} in row {first + 1}; "
+                f"{problems.shown(categories[i].as_py())} here and "
+                f"{problems.shown(categories[first].as_py())} in row {first + 1}; "
                 "--stratify requires one value per participant"
             )
     return draw_splits(participants, splitting, categories).cast(pa.string())
@@ -166,8 +167,9 @@ def refuse_shared_images(
         column, row = divmod(i, len(splits))
         before = other % len(splits)
         problems.add(
-            f"row {row + 1}: image {shown[names[column]][row]} is in split {splits[row]} and, in row "
-            f"{before + 1}, in {splits[before]}; keep one of the rows, or give both one split"
+            f"row {row + 1}: image {shown[names[column]][row]} is in split {problems.plain(splits[row])} "
+            f"and, in row {before + 1}, in {problems.plain(splits[before])}; keep one of the rows, or give "
+            "both one split"
         )
 
 

@@ -24,7 +24,8 @@ from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.outcomes import may_pass
-from beam_nifti.support.strict_json import dump_json, unique_keys
+from beam_nifti.support.parquet_headers import require_schema
+from beam_nifti.support.strict_json import dump_json, require_modest, unique_keys
 
 MAX_PROBLEMS: Final = 20
 """Problems that are reported at once."""
@@ -32,7 +33,17 @@ MAX_PROBLEMS: Final = 20
 BATCH_ROWS: Final = 1 << 13
 """Rows that are held as Python objects at a time."""
 
+_HIDDEN: Final = "(hidden by --anonymous-ids)"
 _HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
+
+MAX_COLUMNS: Final = 1 << 16
+_FREE_CELLS: Final = 1 << 24
+_CELL_GROWTH: Final = 16
+"""What a table of JSON lines may have: so many cells, and so many times those that its lines give."""
+
+_DEEPEST: Final = 100
+"""Levels of the schema of a Parquet file; more than some thousand end the process."""
+
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
 
@@ -59,17 +70,25 @@ class Problems:
 
     Args:
         path: of the table, for the error.
-        hides_names: whether neither may name a participant.
+        hides_cells: whether neither may show the text of a cell, which may be the name of a person.
 
     Attributes:
         path: of the table.
-        hides_names: as given.
+        hides_cells: as given.
         warnings: what was reported by `warn`.
     """
 
-    def __init__(self, path: str, *, hides_names: bool = False) -> None:
-        self.path, self.hides_names = path, hides_names
+    def __init__(self, path: str, *, hides_cells: bool = False) -> None:
+        self.path, self.hides_cells = path, hides_cells
         self._found, self.warnings = list[str](), list[str]()
+
+    def shown(self, cell: object) -> str:
+        """A cell, for a message."""
+        return _HIDDEN if self.hides_cells else repr(cell)
+
+    def plain(self, cell: object) -> str:
+        """As `shown`, without quotes."""
+        return _HIDDEN if self.hides_cells else str(cell)
 
     def warn(self, warning: str) -> None:
         """Note what does not keep the table from being used."""
@@ -267,6 +286,7 @@ def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Probl
         raise ManifestError(path, ["not UTF-8 text (UTF-16, or no text at all); save it as UTF-8"])
     rows = _delimited_rows(path, data, delimiter)
     names = next(rows, [])
+    _require_few(path, len(names))
     if problem := _header_problem(names, delimiter):
         raise ManifestError(path, [problem])
     tables, batch = list[pa.Table](), list[list[str]]()
@@ -338,10 +358,12 @@ def _warn_of_cells(table: pa.Table, pattern: str, what: str, problems: Problems)
 
 def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], problems: Problems) -> pa.Table:
     rows, tables = list[dict[str, str]](), list[pa.Table]()
+    names, num_given = set[str](), 0
     lines = (text for line in handle for text in line.splitlines() if text.strip())
     for number, line in enumerate(lines, start=1):
         text = line.decode().removeprefix("\ufeff")
         try:
+            require_modest(text)
             cells = _DECODER.decode(text)
             if not isinstance(cells, dict):
                 problems.add(f'row {number}: not an object, such as {{"path": "a.nii"}}')
@@ -353,6 +375,12 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
         for name, value in cells.items():
             if isinstance(value, dict | list) and name.strip(BLANKS) in plain:
                 problems.add(f"row {number}: {name} is a list or an object; give it a text or a number")
+        names.update(row)
+        num_given += len(row)
+        _require_few(path, len(names))
+        if number * len(names) > _FREE_CELLS + _CELL_GROWTH * num_given:
+            problem = f"{len(names):,} different keys in its first {number:,} rows, and few of them in each"
+            raise ManifestError(path, [f"{problem}; give all rows the same keys"])
         rows.append(row)
         if len(rows) == BATCH_ROWS:
             tables.append(_as_table(rows))
@@ -360,6 +388,13 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
     problems.stop()
     table = pa.concat_tables([*tables, _as_table(rows)], promote_options="default")
     return _filled(table.columns, table.column_names)
+
+
+def _require_few(path: str, num_columns: int) -> None:
+    if num_columns > MAX_COLUMNS:
+        raise ManifestError(
+            path, [f"more than {MAX_COLUMNS:,} columns; drop those that the dataset does not need"]
+        )
 
 
 def _text(value: object) -> str:
@@ -389,7 +424,13 @@ def _as_table(rows: list[dict[str, str]]) -> pa.Table:
 
 
 def _read_parquet(path: str, handle: BinaryIO, plain: Collection[str], problems: Problems) -> pa.Table:
+    try:
+        require_schema(handle, _DEEPEST)
+    except ValueError as e:
+        raise ManifestError(path, [f"not a table: {e}"]) from e
+    handle.seek(0)
     table = pyarrow.parquet.read_table(handle, use_threads=False)
+    _require_few(path, table.num_columns)
     columns = list[pa.ChunkedArray]()
     for name, column in zip(table.column_names, table.columns, strict=True):
         try:

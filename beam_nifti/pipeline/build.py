@@ -686,7 +686,7 @@ def run_build(
     if on_end:
         on_end(summary, metrics)
     if not summary.complete:
-        raise too_many_failures(summary, plan.config.columns)
+        raise too_many_failures(summary, plan.config)
     _clean_up(plan)
     return summary, metrics
 

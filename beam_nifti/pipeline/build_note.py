@@ -1,4 +1,4 @@
-"""The note that a build leaves in its output: for its own workers, and for the build after it."""
+"""The notes that builds leave in their output: for their own workers, and for the build after them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,8 @@ SUMMARY_NAME: Final = "summary.json"
 
 _NOTE_NAME: Final = "plan.json"
 _NOTE_FILE: Final = f"{BUILD_FOLDER}/{_NOTE_NAME}"
-WRITE_NOTE_NAME: Final = "write.json"
-"""The file, in the same folder, in which `WriteToTFRecord` says what it is about."""
-
-_BESIDE: Final = (
-    SUMMARY_NAME,
-    FAILURES_FILE,
-    WRITE_NOTE_NAME,
-)  # names of files beside the note
+_WRITE_NOTE_NAME: Final = "write.json"
+_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE, _WRITE_NOTE_NAME)  # names of files beside the note
 
 _NOTE_VERSION: Final = 2
 _MOST_SHARDS: Final = 1 << 20  # of all layouts: a dataset_info.json has room for 180,000
@@ -83,7 +77,7 @@ class BuildNote:
         }
 
     def write(self, output: str) -> None:
-        """Leave it in an output."""
+        """Write the note to an output."""
         facts = asdict(self) | {"info": load_json(self.info.to_json())}
         text = dump_json({"note_version": _NOTE_VERSION, **facts})
         storage.write(storage.join(output, _NOTE_FILE), text.encode(), output)
@@ -108,7 +102,8 @@ class BuildNote:
         """
         path = storage.join(output, _NOTE_FILE)
         try:
-            note = cls._parse(load_json(storage.read_bounded(path, MAX_INFO_BYTES)), path)
+            text = storage.read_bounded(path, MAX_INFO_BYTES, output)
+            note = cls._parse(load_json(text, is_modest=True), path)
             foreign = [
                 root
                 for root in note.roots
@@ -116,7 +111,15 @@ class BuildNote:
             ]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError, DatasetError, UsageError) as e:
+        except (
+            storage.FileTooLargeError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            DatasetError,
+            UsageError,
+        ) as e:
             # A loss of power can leave an empty one.
             raise OutputError(
                 f"{path}: the plan of an unfinished build is damaged, or was written by another version of "
@@ -146,6 +149,50 @@ class BuildNote:
         info = DatasetInfo.from_json(dump_json(facts["info"]), path, is_complete=False)
         tuples = {name: tuple(facts[name]) for name in ("roots", "published")}
         return cls(**facts | tuples | {"info": info, "layouts": tuple(layouts)})
+
+
+@dataclass(frozen=True)
+class WriteNote:
+    """The description of a `WriteToTFRecord` in its output, for its workers and for the next writer.
+
+    Attributes:
+        token: 16 hex digits that identify the pipeline.
+        root: folder of its part files: absolute, or BUILD_FOLDER for the one in the output.
+        revision: revision of the dataset that it makes.
+        published: names of the shards, and of the list of failures, of the dataset that it replaces.
+        shards: names of the shards that it may have written; empty before they are planned.
+    """
+
+    token: str
+    root: str
+    revision: int
+    published: tuple[str, ...] = ()
+    shards: tuple[str, ...] = ()
+
+    def write(self, output: str) -> None:
+        """Leave it in an output."""
+        text = dump_json(asdict(self))
+        storage.write(storage.join(output, BUILD_FOLDER, _WRITE_NOTE_NAME), text.encode(), output)
+
+    @classmethod
+    def read(cls, output: str) -> WriteNote | None:
+        """Read the note of a running or dead pipeline; None if there is none, or it is damaged.
+
+        Raises:
+            OutputError: a symbolic link is in its place, or above it.
+        """
+        try:
+            path = storage.join(output, BUILD_FOLDER, _WRITE_NOTE_NAME)
+            facts = load_json(storage.read_bounded(path, MAX_INFO_BYTES, output), is_modest=True)
+            require_keys(facts, hints_of(cls), hints_of(cls), "")
+        except (FileNotFoundError, storage.FileTooLargeError, ValueError):
+            return None
+        names = {name: tuple(facts[name]) for name in ("published", "shards")}
+        note = cls(**facts | names)
+        # Otherwise files of others would be removed.
+        is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
+        is_own &= all(ShardName.parse(n) or is_failures_file(n) for n in (*note.published, *note.shards))
+        return note if is_own else None
 
 
 def _layout_of(facts: Mapping[str, Any]) -> Layout:

@@ -210,26 +210,24 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
     """
     has_frames = "frames" in listed.table.column_names
     cells = listed.table["frames"].to_pylist() if has_frames else [""] * len(listed)
+    if (total := sum(cell.count(",") + 1 if cell else num_frames for cell in cells)) > MAX_FAILED_FRAMES:
+        raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
     try:
-        found: list[Sequence[int]] = [
-            list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells
-        ]
+        return [list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells]
     except ValueError as e:
         raise ManifestError(listed.path, [f"column frames is not a list of numbers: {e}"]) from e
-    if (total := sum(map(len, found))) > MAX_FAILED_FRAMES:
-        raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
-    return found
 
 
-def read_failures(path: str, num_failed: int, columns: Columns) -> list[FailedVolume]:
+def read_failures(path: str, num_failed: int, columns: Columns, below: str) -> list[FailedVolume]:
     """The rows of a list of failures.
 
     Args:
         path: of the list.
         num_failed: volumes that it is of.
         columns: which manifest columns mean what.
+        below: as of `storage.create`.
     """
-    listed = read_manifest(path, columns, list_content=read_failures_of(path, num_failed))
+    listed = read_manifest(path, columns, list_content=read_failures_of(path, num_failed, below))
     cells = (
         listed.table[name].to_pylist() for name in ("row", columns.paths[0], "stage", "error", "message")
     )

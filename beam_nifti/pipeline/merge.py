@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import PartsChangedError, ShardError
-from beam_nifti.pipeline.parts import PART_ENDING, Part, base_of, file_facts, part_at
+from beam_nifti.pipeline.parts import PART_ENDING, Part, file_facts, part_at
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import Limits, read_index, schema_of, write_index
 from beam_nifti.record.sharding import ShardName
@@ -96,8 +96,8 @@ class _Merge:
         for part in (*self.parts, spare):
             # Another shard may need a part that an earlier build wrote for other shards.
             if part.data.endswith(PART_ENDING) and part.data not in records.shared:
-                storage.delete(part.index, base_of(part.data))
-                storage.delete(part.data, base_of(part.data))
+                storage.delete(part.index, part.base)
+                storage.delete(part.data, part.base)
         return _describe(self.output, name, len(self.expected), facts)
 
     def _at(self, name: ShardName) -> Part:
@@ -111,11 +111,11 @@ class _Merge:
         """What is known of the shard if another attempt at this merge has written it."""
         target = self._at(self.name)
         try:
-            table, facts = read_index(target.index, limits=Limits.of_data(target.data))
-            size = storage.stat(target.data).size
+            limits = Limits.of_data(target.data, self.output)
+            table, facts = read_index(target.index, limits=limits, below=self.output)
         except (FileNotFoundError, ShardError):
             return None
-        expected = {**self._making(records), "num_bytes": str(size)}
+        expected = {**self._making(records), "num_bytes": str(limits.data_bytes)}
         is_same = expected.items() <= facts.items()
         same_rows = is_same and table.replace_schema_metadata().equals(_placed(records))
         return facts if same_rows else None
@@ -132,7 +132,7 @@ class _Merge:
             facts |= _write_shard(target.data, self.output, records, source, known, self.name.compressed)
         except FileNotFoundError:
             # Another attempt has removed the parts, so its shard is whole, and we its index.
-            facts |= _facts_of_data(target.data, records)
+            facts |= _facts_of_data(target, records)
         write_index(target.index, _placed(records), facts, self.output)
         return facts
 
@@ -161,7 +161,7 @@ def write_shard(
 
 def _describe(output: str, name: ShardName, num_examples: int, facts: dict[str, str]) -> ShardInfo:
     """A shard whose file and index are written."""
-    index = storage.read(storage.join(output, name.index_file))
+    index = storage.read(storage.join(output, name.index_file), output)
     return ShardInfo(
         name=str(name),
         index=name.index_file,
@@ -186,9 +186,9 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
     if name is None or not name.is_same_place(published):
         return made
     try:
-        index = storage.read(storage.join(output, made.index))
-        is_same = storage.holds(storage.join(output, published.index_file), index)
-        if not is_same or _hash_file(storage.join(output, str(published)))[0] != made.sha256:
+        index = storage.read(storage.join(output, made.index), output)
+        is_same = storage.holds(storage.join(output, published.index_file), index, output)
+        if not is_same or _hash_file(storage.join(output, str(published)), output)[0] != made.sha256:
             return made
     except FileNotFoundError:
         return made
@@ -223,9 +223,9 @@ def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple
 
 def _extents_of(part: Part) -> dict[int, tuple[int, int]]:
     """Offset and length of each record, by position; of those that the file cannot have, of no bytes."""
-    limits = Limits.of_data(part.data)
+    limits = Limits.of_data(part.data, part.base)
     names = ["position", "offset", "length"]
-    table, _ = read_index(part.index, columns=names, limits=limits)
+    table, _ = read_index(part.index, columns=names, limits=limits, below=part.base)
     return {
         position: (offset, length)
         if 0 <= offset <= limits.data_bytes - length < limits.data_bytes
@@ -236,7 +236,7 @@ def _extents_of(part: Part) -> dict[int, tuple[int, int]]:
 
 def _bytes_at(part: Part, offset: int, length: int) -> bytearray:
     buffer = bytearray(length)
-    return buffer[: storage.read_into(part.data, offset, memoryview(buffer))]
+    return buffer[: storage.read_into(part.data, offset, memoryview(buffer), part.base)]
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:
@@ -253,10 +253,10 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
 
 
 def _write_part(part: Part, records: _Records, compressed: bool) -> None:
-    with storage.create(part.data, base_of(part.data)) as handle:
+    with storage.create(part.data, part.base) as handle:
         for chunk in _content(records, compressed):
             handle.write(chunk)
-    write_index(part.index, _placed(records), _versions_of(records), base_of(part.data))
+    write_index(part.index, _placed(records), _versions_of(records), part.base)
 
 
 def _versions_of(records: _Records) -> dict[str, str]:
@@ -289,7 +289,7 @@ def _select(parts: Sequence[Part], expected: Collection[int], name: ShardName, s
     tables, facts, shared = [], {}, set[str]()
     numbers = pa.array(sorted(expected), pa.int64())
     for part in parts:
-        table, facts[part.data] = read_index(part.index)
+        table, facts[part.data] = read_index(part.index, below=part.base)
         if not pc.all(pc.is_in(table["position"], numbers), min_count=0).as_py():
             shared.add(part.data)
         if part.positions is not None:
@@ -324,7 +324,7 @@ def _whole_file(records: _Records) -> Part | None:
             return None
         end += length
     (source,) = sources.values()
-    return source if storage.stat(source.data).size == end else None
+    return source if storage.stat(source.data, source.base).size == end else None
 
 
 def _extents(records: _Records) -> Iterator[tuple[int, int]]:
@@ -350,7 +350,7 @@ def _write_shard(
 ) -> dict[str, str]:
     """Write the shard's file; its sha256 and its size."""
     if source and "sha256" in known:
-        storage.link(source.data, target, output)
+        storage.link(source.data, target, output, source.base)
         return {k: known[k] for k in ("sha256", "num_bytes")}
     hasher, size = hashlib.sha256(), 0
     with contextlib.ExitStack() as stack:
@@ -363,24 +363,25 @@ def _write_shard(
             if handle:
                 handle.write(chunk)
     if source:
-        storage.link(source.data, target, output)
+        storage.link(source.data, target, output, source.base)
     return file_facts(hasher.hexdigest(), size)
 
 
-def _hash_file(path: str) -> tuple[str, int]:
+def _hash_file(path: str, below: str) -> tuple[str, int]:
     """The sha256 of a file, in hex, and its size."""
     hasher, size = hashlib.sha256(), 0
-    with storage.open_read(path) as handle:
+    with storage.open_read(path, below) as handle:
         while chunk := handle.read(_COPY_BYTES):
             hasher.update(chunk)
             size += len(chunk)
     return hasher.hexdigest(), size
 
 
-def _facts_of_data(path: str, records: _Records) -> dict[str, str]:
-    digest, size = _hash_file(path)
+def _facts_of_data(shard: Part, records: _Records) -> dict[str, str]:
+    digest, size = _hash_file(shard.data, shard.base)
     if size != sum(length for _, length in _extents(records)):
-        raise PartsChangedError(f"{path}: its parts were removed while they were merged; run the build again")
+        removed = f"{shard.data}: its parts were removed while they were merged"
+        raise PartsChangedError(f"{removed}; run the build again")
     return file_facts(digest, size)
 
 
@@ -391,7 +392,7 @@ def _content(records: _Records, compressed: bool) -> Iterator[bytes]:
         zip(records.sources, _extents(records), strict=True), key=lambda record: record[0]
     )
     for part, run in by_file:
-        with storage.open_read(part.data) as handle:
+        with storage.open_read(part.data, part.base) as handle:
             for start, stop in _runs(extent for _, extent in run):
                 handle.seek(start)
                 while start < stop:

@@ -210,13 +210,13 @@ def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, 
 def _read_file(path: str) -> dict[str, Any]:
     """The options of a TOML file."""
     try:
-        found = tomllib.loads(storage.read(storage.absolute(path)).decode())
+        found = tomllib.loads(storage.read_bounded(storage.absolute(path), _MOST_FILE_BYTES).decode())
     except OSError as e:
         if may_pass(e):
             raise
         reason = f"cannot be read: {e.strerror or e}"
         raise UsageError(f"--config is {path}, which {reason}; give a TOML file of options") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UsageError(f"--config is {path}, which is not valid TOML: {e}; correct it") from e
     options = dict[str, Any]()
     for key, value in found.items():
@@ -343,6 +343,7 @@ def as_parameters(text: str) -> str:
     return _FLAG.sub(parameter, text)
 
 
+_MOST_FILE_BYTES: Final = 1 << 20  # of a file of options
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
 _NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
 """Options that have no meaning without another one."""

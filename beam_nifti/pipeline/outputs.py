@@ -20,12 +20,13 @@ _FILES: Final = (FILE_NAME, LOCK_FILE, CARD_FILE, CROISSANT_FILE)
 _SHARD: Final = re.compile(r".+\.tfrecord(\.gz)?")
 
 
-def read_result(path: str, most: int) -> dict[str, Any]:
+def read_result(path: str, most: int, below: str | None = None) -> dict[str, Any]:
     """What the last step of a pipeline has written for the process that started it.
 
     Args:
         path: of the file, which others can write to where it is in a store.
         most: bytes that it has at most.
+        below: as of `storage.create`.
 
     Raises:
         FileNotFoundError: there is none.
@@ -33,7 +34,7 @@ def read_result(path: str, most: int) -> dict[str, Any]:
         OSError: it cannot be reached.
     """
     try:
-        facts = load_json(storage.read_bounded(path, most))
+        facts = load_json(storage.read_bounded(path, most, below))
         require_type(facts, dict, "it")
     except (storage.FileTooLargeError, ValueError) as e:
         raise OutputError(f"{path}: differs from what the pipeline wrote: {e}; run the command again") from e

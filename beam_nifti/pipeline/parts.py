@@ -62,6 +62,11 @@ class Part:
     index: str
     positions: tuple[int, ...] | None = None
 
+    @property
+    def base(self) -> str:
+        """The folder that the user has named, and below which none of its names may be a link."""
+        return base_of(self.data) if self.data.endswith(PART_ENDING) else storage.dirname(self.data)
+
 
 def part_at(stem: str) -> Part:
     """A part file and its index, by the name that they share."""
@@ -222,7 +227,8 @@ def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:
     """A finished shard of the same making, if there is one."""
     part = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
     try:
-        facts = read_index(part.index, columns=[], limits=Limits.of_data(part.data))[1]
+        limits = Limits.of_data(part.data, output)
+        facts = read_index(part.index, columns=[], limits=limits, below=output)[1]
     except (FileNotFoundError, ShardError):
         return None
     return part if facts.get("fingerprint") == fingerprint else None
@@ -257,9 +263,9 @@ def finished_rows(
         The part with its `positions` set; None where it holds none of them.
     """
     try:
-        limits, schema = Limits.of_data(part.data), schema_of(record, extra_columns)
+        limits, schema = Limits.of_data(part.data, part.base), schema_of(record, extra_columns)
         near = range(rows[0].position, rows[-1].position + 1)
-        table, facts = read_index(part.index, near, limits=limits)
+        table, facts = read_index(part.index, near, limits=limits, below=part.base)
     except (FileNotFoundError, ShardError):
         return None
     if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:

@@ -402,7 +402,7 @@ def read_build_manifest(path: str, config: BuildConfig, content: bytes | None = 
     key = config.anonymous_ids
     pseudonyms = read_pseudonyms(key) if key else None
     if content is None and config.rows is not None:
-        content = storage.read(config.rows)
+        content = storage.read(config.rows, storage.dirname(storage.dirname(config.rows)))
     return read_manifest(path, config.columns, config.splitting, pseudonyms, content=content)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Final
 
-from beam_nifti.config import Columns
+from beam_nifti.config import BuildConfig
 from beam_nifti.errors import (
     BuildSummary,
     FailureGroup,
@@ -58,18 +58,19 @@ _MOST_SUMMARY: Final = 1 << 24
 """Bytes of it: numbers, and a few reasons with the names of a few files."""
 
 
-def too_many_failures(summary: BuildSummary, columns: Columns) -> TooManyFailures:
+def too_many_failures(summary: BuildSummary, config: BuildConfig) -> TooManyFailures:
     """The error that says how many volumes of how many failed, why, and what would accept them.
 
     Args:
         summary: of a build that has left a list of failures.
-        columns: which columns of the manifest mean what.
+        config: of the build.
     """
     failed, total = summary.num_failed, summary.num_failed + summary.num_written
     head = f"{failed} of {counted(total, 'volume')} failed, more than --max-bad-fraction allows"
     accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
     message = "\n  ".join([f"{head}:", *format_groups(summary.reasons, failed), accept])
-    return TooManyFailures(message, summary, read_failures(summary.failures_path, failed, columns))
+    volumes = read_failures(summary.failures_path, failed, config.columns, config.output)
+    return TooManyFailures(message, summary, volumes)
 
 
 def find_info(output: str) -> DatasetInfo | None:
@@ -171,7 +172,9 @@ def publish_dataset(
         },
         num_failures=num_failed,
         failures=failures_path.rpartition("/")[2] or None,
-        failures_sha256=_digest_of(failures_path) if config.record.format_version > 1 else None,
+        failures_sha256=_digest_of(failures_path, config.output)
+        if config.record.format_version > 1
+        else None,
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         versions=all_versions(),
     )
@@ -184,9 +187,9 @@ def publish_dataset(
     return summary
 
 
-def _digest_of(path: str) -> str | None:
+def _digest_of(path: str, below: str) -> str | None:
     """sha256 of a file; None of ""."""
-    return hashlib.sha256(storage.read(path)).hexdigest() if path else None
+    return hashlib.sha256(storage.read(path, below)).hexdigest() if path else None
 
 
 def _write_failures(
@@ -204,7 +207,7 @@ def _write_failures(
     write_failures(path, failures, folder, config.columns, plan.extra_columns, output)
     if complete and published is not None and published.failures:
         known = storage.join(output, published.failures)
-        if storage.exists(known) and storage.holds(known, storage.read(path)):
+        if storage.exists(known) and storage.holds(known, storage.read(path, output), output):
             return known  # nothing has changed, so the dataset keeps its revision
     return path
 
@@ -231,7 +234,7 @@ def take_summary(output: str) -> BuildSummary | None:
     """How the last build in this output ended, if it got that far; forgets it."""
     path = storage.join(output, _SUMMARY_FILE)
     try:
-        facts = read_result(path, _MOST_SUMMARY)
+        facts = read_result(path, _MOST_SUMMARY, output)
         groups = (group | {"examples": tuple(group["examples"])} for group in facts["reasons"])
         summary = BuildSummary(**facts | {"reasons": tuple(FailureGroup(**group) for group in groups)})
     except FileNotFoundError:
@@ -295,8 +298,9 @@ def _is_indexed(output: str, name: str, indexes: Collection[str]) -> bool:
     if shard is None or f"{shard.stem}.parquet" not in indexes:
         return False
     try:
-        limits = Limits.of_data(storage.join(output, name))
-        _, facts = read_index(storage.join(output, shard.index_file), columns=[], limits=limits)
+        limits = Limits.of_data(storage.join(output, name), output)
+        path = storage.join(output, shard.index_file)
+        _, facts = read_index(path, columns=[], limits=limits, below=output)
     except (FileNotFoundError, ShardError):
         return False
     return "fingerprint" in facts and facts.get("num_bytes") == str(limits.data_bytes)

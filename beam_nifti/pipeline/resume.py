@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from beam_nifti.errors import ShardError
+from beam_nifti.errors import OutputError, ShardError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
-from beam_nifti.pipeline.build_note import BuildNote
+from beam_nifti.pipeline.build_note import BuildNote, WriteNote
 from beam_nifti.pipeline.parts import (
     BUILD_FOLDER,
     Part,
@@ -139,7 +139,8 @@ class UnfinishedBuild:
         """Splits, with the indexes of its parts and shards but for those that cannot be used."""
         for split, part in self._parts():
             with contextlib.suppress(FileNotFoundError, ShardError):
-                yield split, read_sound_index(part.index, self.note.info, Limits.of_data(part.data))[0]
+                limits = Limits.of_data(part.data, part.base)
+                yield split, read_sound_index(part.index, self.note.info, limits, part.base)[0]
 
     def work(self) -> Work:
         """All of its finished records."""
@@ -188,13 +189,28 @@ class UnfinishedBuild:
         sizes: dict[tuple[str, int], int] = {}
         for split, part in self._parts():
             try:
-                limits = Limits.of_data(part.data)
-                table, _ = read_sound_index(part.index, self.note.info, limits, ["position", "length"])
+                limits, columns = Limits.of_data(part.data, part.base), ("position", "length")
+                table, _ = read_sound_index(part.index, self.note.info, limits, part.base, columns)
             except (FileNotFoundError, ShardError):
                 continue
             lengths = dict(zip(table["position"].to_pylist(), table["length"].to_pylist(), strict=True))
             sizes |= {(split, position): lengths[position] for position in select(split, part, lengths)}
         return Work(len(sizes), sum(sizes.values()))
+
+
+def unfinished_names(output: str) -> set[str]:
+    """Shards and indexes that an unfinished build in an output may have written, by its note.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    names = set[str]()
+    with contextlib.suppress(OutputError):  # it is damaged, or somebody else's
+        if (build := BuildNote.read(output)) is not None:
+            names |= {*build.shard_names(), *build.published}
+        if (write := WriteNote.read(output)) is not None:
+            names |= {*write.shards, *write.published}
+    return names.union(shard.index_file for shard in map(ShardName.parse, names) if shard)
 
 
 def parts_roots(output: str, note: BuildNote) -> list[str]:

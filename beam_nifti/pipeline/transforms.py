@@ -211,7 +211,8 @@ class CommitShards(beam.DoFn):
         METER.add(shards=1)
         labels = frozenset[int]()
         if self._config.mask_dtype is not None:
-            labels = frozenset(mask_labels(read_index(storage.join(self._output, info.index))[0]))
+            index = storage.join(self._output, info.index)
+            labels = frozenset(mask_labels(read_index(index, below=self._output)[0]))
         yield ShardOutcome(info, tuple(failures.values()), labels)
 
 
@@ -275,7 +276,7 @@ class WriteDatasetInfo(beam.DoFn):
         labels = {label for o in outcomes for label in o.mask_labels}
         summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, labels)
         if self._is_judge and not summary.complete:
-            raise too_many_failures(summary, self._plan.config.columns)
+            raise too_many_failures(summary, self._plan.config)
         yield summary
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -41,7 +41,7 @@ from beam_nifti.errors import (
 )
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.build_note import WRITE_NOTE_NAME, BuildNote
+from beam_nifti.pipeline.build_note import BuildNote, WriteNote
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.merge import write_shard
 from beam_nifti.pipeline.parts import BUILD_FOLDER, PartFile, parts_folder, parts_root, remove_parts
@@ -57,20 +57,17 @@ from beam_nifti.pipeline.records import Traits, examine, to_record
 from beam_nifti.pipeline.resume import parts_roots
 from beam_nifti.record.dataset_info import (
     FILE_NAME,
-    MAX_INFO_BYTES,
     DatasetInfo,
     ShardInfo,
     SplitInfo,
-    is_failures_file,
 )
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.record.tfrecord import encode_pieces
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.json_types import hints_of, require_keys
 from beam_nifti.support.process import keep_buffers
-from beam_nifti.support.strict_json import dump_json, load_json
+from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted
 
 send_whole_elements()
@@ -151,53 +148,13 @@ class _Target:
         return published
 
 
-@dataclass(frozen=True)
-class _WriteNote:
-    """A pipeline's description of itself in its output, for its workers and for the next writer.
-
-    Attributes:
-        token: `_Target.token`.
-        root: folder of its part files: absolute, or BUILD_FOLDER for the one in the output.
-        revision: revision of the dataset that it makes.
-        published: names of the shards, and of the list of failures, of the dataset that it replaces.
-        shards: names of the shards that it may have written; empty before they are planned.
-    """
-
-    token: str
-    root: str
-    revision: int
-    published: tuple[str, ...] = ()
-    shards: tuple[str, ...] = ()
-
-    def write(self, output: str) -> None:
-        """Write the note to an output."""
-        text = dump_json(asdict(self))
-        storage.write(storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME), text.encode(), output)
-
-    @classmethod
-    def read(cls, output: str) -> _WriteNote | None:
-        """Read the note of a running or dead pipeline; None if there is none, or it is damaged."""
-        try:
-            path = storage.join(output, BUILD_FOLDER, WRITE_NOTE_NAME)
-            facts = load_json(storage.read_bounded(path, MAX_INFO_BYTES))
-            require_keys(facts, hints_of(cls), hints_of(cls), "")
-        except (FileNotFoundError, ValueError):
-            return None
-        names = {name: tuple(facts[name]) for name in ("published", "shards")}
-        note = cls(**facts | names)
-        # Otherwise files of others would be removed.
-        is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
-        is_own &= all(ShardName.parse(n) or is_failures_file(n) for n in (*note.published, *note.shards))
-        return note if is_own else None
-
-
-def _require_current(target: _Target) -> _WriteNote:
+def _require_current(target: _Target) -> WriteNote:
     """The note of this pipeline.
 
     Raises:
         OutputBusyError: another build or pipeline has taken over the output.
     """
-    note = _WriteNote.read(target.output)
+    note = WriteNote.read(target.output)
     if note is None or note.token != target.token or BuildNote.read(target.output) is not None:
         raise OutputBusyError(
             f"{target.output}: another pipeline has started to write here, so this one stops; give each its "
@@ -262,12 +219,12 @@ class StartFn(beam.DoFn):
         target, output = self._target, self._target.output
         require_writable_output(output)
         with lock.hold(output):
-            note = _WriteNote.read(output)
+            note = WriteNote.read(output)
             if note is None or note.token != token:
                 note = self._take(target.refuse_published(), note)
         yield None, note.revision
 
-    def _take(self, published: DatasetInfo | None, dead: _WriteNote | None) -> _WriteNote:
+    def _take(self, published: DatasetInfo | None, dead: WriteNote | None) -> WriteNote:
         target, output = self._target, self._target.output
         kept = files_of(published) if published else ()
         written = {*dead.published, *dead.shards} if dead else set[str]()
@@ -290,7 +247,7 @@ class StartFn(beam.DoFn):
         else:
             revision = dead.revision if dead else last_revision(output) + 1
         root = BUILD_FOLDER if target.root == parts_root(output, None) else target.root
-        note = _WriteNote(target.token, root, revision, kept)
+        note = WriteNote(target.token, root, revision, kept)
         BuildNote.remove(output)
         note.write(output)
         return note
@@ -539,7 +496,7 @@ class PublishFn(beam.DoFn):
             raise PartsChangedError(f"{output}: {min(missing)} is missing; run the pipeline again")
         info = plan.describe(output, shards)
         with lock.hold(output):
-            if _WriteNote.read(output) is not None or find_info(output) != info:
+            if WriteNote.read(output) is not None or find_info(output) != info:
                 note = _require_current(target)
                 storage.write(storage.join(output, FILE_NAME), info.to_json().encode(), output)
                 remove_files(output, {*note.published, *note.shards}, keep=files_of(info))

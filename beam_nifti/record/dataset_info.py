@@ -44,7 +44,8 @@ MAX_INFO_BYTES: Final = 1 << 26
 
 _FREE_FAILURES_BYTES: Final = 64 << 20
 _FAILURE_BYTES: Final = 64 << 10
-"""What a list of failures may take: so much, and so much a failure."""
+_MOST_FAILURES_BYTES: Final = 1 << 28
+"""What a list of failures may take: so much, and so much a failure, and at most so much."""
 
 LEAST_RECORD_BYTES: Final = 16
 """Of a record in its shard: what frames it, without what it holds."""
@@ -54,6 +55,7 @@ _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
 _LAST_REVISION: Final = 10**9 - 1
+_MOST_ROWS: Final = 1 << 31
 _NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest")
 _SINCE_THE_FIRST: Final = (
     "rescale",
@@ -324,7 +326,7 @@ class DatasetInfo:
                 does not know, or names files that no build has written.
         """
         try:
-            facts = load_json(text)
+            facts = load_json(text, is_modest=True)
             _require_known(facts, path)
             info = cls(**_parse(facts))
             _check(info, is_complete)
@@ -483,14 +485,13 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")
-    if (num_frames is not None) != (record.frames == "each") or not (num_frames is None or num_frames > 0):
+    is_count = num_frames is None or 0 < num_frames < 1 << 31
+    if (num_frames is not None) != (record.frames == "each") or not is_count:
         raise ValueError(f"manifest.num_frames is {num_frames}, and config.frames {record.frames!r}")
     if not 1 <= info.revision <= _LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {_LAST_REVISION}")
-    if info.num_failures < 0 or not 0 <= info.manifest["num_rows"] < 1 << 62:
-        raise ValueError(
-            f"num_failures is {info.num_failures}, and manifest.num_rows {info.manifest['num_rows']}"
-        )
+    _check_counts(info)
+    _check_names(info)
     if info.failures is not None:
         match = _FAILURES_NAME.fullmatch(info.failures)
         if match is None or int(match["revision"] or 1) > info.revision:
@@ -500,6 +501,35 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError(f"failures is {info.failures!r}, and failures_sha256 {info.failures_sha256!r}")
     if is_complete and (not info.shards or config["sharding"] is None):
         raise ValueError("names no shards, or not how they are cut")
+
+
+def _check_counts(info: DatasetInfo) -> None:
+    """Refuse numbers that no dataset can have, and with which none can be calculated."""
+    num_rows = info.manifest["num_rows"]
+    for name, count, most in (
+        ("manifest.num_rows", num_rows, _MOST_ROWS),
+        ("manifest.num_skipped", info.num_skipped, num_rows),
+        ("num_failures", info.num_failures, num_rows * (info.num_frames or 1)),
+        ("num_bytes of all splits", info.num_bytes, (1 << 63) - 1),
+        *(("mask_labels", label, (1 << 16) - 1) for label in info.mask_labels or ()),
+    ):
+        if not 0 <= count <= most:
+            raise ValueError(f"{name} is {count}, expected 0 to {most}")
+
+
+def _check_names(info: DatasetInfo) -> None:
+    """Refuse columns and features without a name, and channels of other columns than the images."""
+    columns, channels = info.config["columns"], info.record_config.channels
+    for what, names in {
+        "config.columns": [name for name in columns.values() if name is not None],
+        "manifest.columns": info.manifest["columns"],
+        "features": info.features,
+        "labels": [label.name for label in info.labels],
+    }.items():
+        if "" in names:
+            raise ValueError(f"{what} has an empty name")
+    if channels is not None and channels != Columns(**columns).paths:
+        raise ValueError(f"config.channels is {list(channels)}, of the columns {columns['path']!r}")
 
 
 def path_of(output: str, name: str) -> str:
@@ -538,14 +568,20 @@ def read_failures_list(output: str, info: DatasetInfo, name: str) -> bytes:
         ) from e
 
 
-def read_failures_of(path: str, num_failures: int) -> bytes:
+def read_failures_of(path: str, num_failures: int, below: str | None = None) -> bytes:
     """The bytes of a list of so many failures.
+
+    Args:
+        path: of the list.
+        num_failures: that it is of.
+        below: as of `storage.create`.
 
     Raises:
         FileTooLargeError: there are more than such a list can have.
         OSError: it is missing, or cannot be reached.
     """
-    return storage.read_bounded(path, _FREE_FAILURES_BYTES + _FAILURE_BYTES * num_failures)
+    most = min(_FREE_FAILURES_BYTES + _FAILURE_BYTES * num_failures, _MOST_FAILURES_BYTES)
+    return storage.read_bounded(path, most, below)
 
 
 def read_content(output: str) -> bytes:

@@ -23,8 +23,8 @@ from beam_nifti.errors import ShardError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.pseudonyms import hash_version
 from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES
-from beam_nifti.record.parquet_pages import require_said_sizes
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
 from beam_nifti.volume.label_map import labels_of
 from beam_nifti.volume.rescale import Ends, Intensity
 
@@ -101,6 +101,16 @@ _DATA_GROWTH: Final = 16
 """What an index may take: its file so much and so much a row; in memory so much, and so many times the bytes
 of its file and of its records; and beyond some rows a byte of its file for each."""
 
+_MOST_FILE_BYTES: Final = 1 << 29
+_MOST_BYTES: Final = 1 << 31
+"""What it may take at most, of several million records, as a file that is mostly a hole has any size."""
+
+_DEEPEST: Final = 4
+"""Levels of its schema: of a list the column, what repeats, and the value, below the root."""
+
+_MOST_FOOTER_VALUES: Final = 1 << 20
+"""Of its footer, which has some 20 for each column of a group of rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -115,14 +125,18 @@ class Limits:
     data_bytes: int
 
     @classmethod
-    def of_data(cls, path: str) -> Limits:
+    def of_data(cls, path: str, below: str) -> Limits:
         """Those of the index of a file of records.
+
+        Args:
+            path: of the file.
+            below: as of `storage.create`.
 
         Raises:
             FileNotFoundError: the file is not there.
             OSError: it cannot be reached.
         """
-        size = storage.stat(path).size
+        size = storage.stat(path, below).size
         return cls(size // LEAST_RECORD_BYTES, size)
 
     def check(self, metadata: pq.FileMetaData, data: bytes, columns: Collection[str] | None) -> list[str]:
@@ -158,7 +172,7 @@ class Limits:
             raise ShardError(f"has {num_bytes:,} bytes of values, more than it can have")
 
     def _most(self, file_bytes: int) -> int:
-        return _FREE_BYTES + _FILE_GROWTH * file_bytes + _DATA_GROWTH * self.data_bytes
+        return min(_FREE_BYTES + _FILE_GROWTH * file_bytes + _DATA_GROWTH * self.data_bytes, _MOST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +353,7 @@ def read_index(
     positions: range | None = None,
     columns: Sequence[str] | None = None,
     limits: Limits | None = None,
+    below: str | None = None,
 ) -> tuple[pa.Table, dict[str, str]]:
     """An index and the facts about the file that it describes.
 
@@ -347,20 +362,22 @@ def read_index(
         positions: in whose neighbourhood the records are wanted, with some others; None means all.
         columns: to read, of those that it has; None means all.
         limits: of what is read; None where this process wrote it.
+        below: as of `storage.create`.
 
     Raises:
         FileNotFoundError: there is none.
         ShardError: the file is no index, or beyond its limits.
     """
-    return parse_index(read_bytes(path, limits), path, positions, columns, limits)
+    return parse_index(read_bytes(path, limits, below), path, positions, columns, limits)
 
 
-def read_bytes(path: str, limits: Limits | None) -> bytes:
+def read_bytes(path: str, limits: Limits | None, below: str | None = None) -> bytes:
     """The bytes of an index; as `read_index`."""
     if limits is None:
-        return storage.read(path)
+        return storage.read(path, below)
+    most = min(_FREE_BYTES + _ROW_BYTES * limits.num_rows, _MOST_FILE_BYTES)
     try:
-        return storage.read_bounded(path, _FREE_BYTES + _ROW_BYTES * limits.num_rows)
+        return storage.read_bounded(path, most, below)
     except storage.FileTooLargeError as e:
         raise ShardError(f"{path}: not an index: {e}") from e
 
@@ -384,6 +401,8 @@ def parse_index(
         known: types of the columns that it may have; None takes any.
     """
     try:
+        if limits is not None:
+            require_schema(io.BytesIO(data), _DEEPEST, _MOST_FOOTER_VALUES)
         # By itself, as `read_table` starts threads, which can bring a short process down at its end.
         file = pq.ParquetFile(pa.BufferReader(data))
         if known is not None:
@@ -398,7 +417,7 @@ def parse_index(
             plain = [field.with_type(_without_dictionary(field.type)) for field in table.schema]
             table = table.cast(pa.schema(plain, table.schema.metadata))
         facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    except (pa.ArrowException, ShardError, OSError, UnicodeDecodeError) as e:
+    except (pa.ArrowException, ShardError, OSError, ValueError) as e:
         raise ShardError(f"{path}: not an index: {e}") from e
     return table, facts
 

@@ -56,15 +56,16 @@ def read_shard_index(
 
 
 def read_sound_index(
-    path: str, info: DatasetInfo, limits: Limits, columns: Collection[str] | None = None
+    path: str, info: DatasetInfo, limits: Limits, below: str, columns: Collection[str] | None = None
 ) -> tuple[pa.Table, dict[str, str]]:
     """As `read_index`, of columns that records of a dataset have, in their types and numbers of values.
 
     Raises:
+        OutputError: a name below `below` is a symbolic link.
         FileNotFoundError: there is none.
         ShardError: the file is no such index.
     """
-    return _sound(read_bytes(path, limits), path, info, limits, columns)
+    return _sound(read_bytes(path, limits, below), path, info, limits, columns)
 
 
 def _sound(

@@ -7,8 +7,12 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from beam_nifti.config import SPLIT_PATTERN, Sharding
+
+INDEX_FOLDER: Final = "index"
+"""Folder, in the dataset, of the indexes."""
 
 _NAME = re.compile(
     rf"(?P<split>{SPLIT_PATTERN.pattern})-(?P<index>\d{{5,}})-of-(?P<total>\d{{5,}})"
@@ -52,7 +56,7 @@ class ShardName:
     @property
     def index_file(self) -> str:
         """Path of the shard's index, relative to the dataset."""
-        return f"index/{self.stem}.parquet"
+        return f"{INDEX_FOLDER}/{self.stem}.parquet"
 
     def is_same_place(self, other: ShardName) -> bool:
         """Whether both are the same shard of the same split, but perhaps of another revision."""

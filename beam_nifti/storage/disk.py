@@ -163,16 +163,39 @@ def naming(path: str) -> Iterator[None]:
         raise
 
 
-def link(source: str, target: str, below: str | None = None) -> None:
+@contextlib.contextmanager
+def _locate(path: str, below: str | None) -> Iterator[tuple[str, int | None]]:
+    """A name, and the descriptor of the folder that it starts from, by which to look at a file or open it.
+
+    Args:
+        path: of the file.
+        below: as of `create`; None gives the path itself, which may be a link.
+
+    Raises:
+        OutputError: a name below `below` is a symbolic link.
+        OSError: a folder cannot be opened.
+    """
+    if below is None:
+        yield path, None
+        return
+    parent, name = os.path.split(path)
+    with _open_folder(parent, below) as folder, _full_path(path, name), _refusing_link(name, path, folder):
+        if _is_link(name, folder):
+            raise linked(path)
+        yield name, folder
+
+
+def link(source: str, target: str, below: str | None = None, source_below: str | None = None) -> None:
     """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
-    with _replacing(target, below) as (temporary, folder):
+    with _locate(source, source_below) as (name, origin), _replacing(target, below) as (temporary, folder):
         try:
-            os.link(source, temporary, dst_dir_fd=folder, follow_symlinks=False)
+            os.link(name, temporary, src_dir_fd=origin, dst_dir_fd=folder, follow_symlinks=False)
         except OSError:  # another device, or a file system without links
-            with open(source, "rb") as origin:
+            opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=origin)
+            with os.fdopen(opened, "rb") as content:
                 descriptor = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
                 with naming(target), os.fdopen(descriptor, "wb") as copy:
-                    shutil.copyfileobj(origin, copy)
+                    shutil.copyfileobj(content, copy)
         if _is_link(temporary, folder):
             raise linked(source)
 
@@ -252,16 +275,30 @@ def probe_folder(folder: str) -> None:
         pass
 
 
-def open_regular(path: str) -> BinaryIO:
+def stat_file(path: str, below: str | None = None) -> os.stat_result:
+    """What the system says of a file.
+
+    Raises:
+        OutputError: a name below `below` is a symbolic link.
+        OSError: it is not there, or cannot be reached.
+    """
+    with _locate(path, below) as (name, folder):
+        return os.stat(name, dir_fd=folder, follow_symlinks=below is None)
+
+
+def open_regular(path: str, below: str | None = None) -> BinaryIO:
     """Open for reading a file, but nothing that waits for a writer, never ends, or acts when it is opened.
 
     Raises:
+        OutputError: a name below `below` is a symbolic link.
         OSError: it is not there, is no regular file, or cannot be opened.
     """
+    no_link = os.O_NOFOLLOW if below is not None else 0
 
-    def opener(name: str, flags: int) -> int:
-        _require_regular(path, os.stat(name).st_mode)
-        descriptor = os.open(name, flags | os.O_NONBLOCK)
+    def opener(_: str, flags: int) -> int:
+        with _locate(path, below) as (name, folder):
+            _require_regular(path, os.stat(name, dir_fd=folder).st_mode)
+            descriptor = os.open(name, flags | os.O_NONBLOCK | no_link, dir_fd=folder)
         try:
             _require_regular(path, os.fstat(descriptor).st_mode)  # another one may have come in between
         except OSError:

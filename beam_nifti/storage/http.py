@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import http.client
 import io
 import json
 import os
@@ -28,6 +29,16 @@ _WEBHDFS_PORT: Final = 9870
 
 _DENIED: Final = frozenset(["AccessControlException", "AuthorizationException", "SecurityException"])
 """What WebHDFS says of missing rights, with the status 403 that it gives to most errors."""
+
+
+def _is_no_http(error: BaseException) -> bool:
+    """Whether an answer was no HTTP, such as an endless header; one that broke off may come whole later."""
+    causes = [error]
+    for cause in causes:
+        if isinstance(cause, http.client.HTTPException):
+            return not isinstance(cause, http.client.RemoteDisconnected | http.client.IncompleteRead)
+        causes += [inner for inner in cause.args if isinstance(inner, Exception) and inner not in causes]
+    return False
 
 
 class Http(RangeStore):
@@ -55,6 +66,8 @@ class Http(RangeStore):
         """Why an answer is of no use, without the server's words: they may be of other files and persons."""
         import requests.exceptions as known
 
+        if _is_no_http(error):
+            return "what the server answers is not HTTP; check the URL in a browser"
         if isinstance(error, io.UnsupportedOperation | EOFError):
             return str(error)
         if isinstance(error, known.TooManyRedirects):

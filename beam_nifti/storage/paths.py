@@ -49,15 +49,20 @@ ABSENT: Final = ""
 _BUFFER_BYTES: Final = 1 << 20
 
 
-def stat(path: str) -> Stat:
+def stat(path: str, below: str | None = None) -> Stat:
     """Size, time and version of a file.
 
+    Args:
+        path: of the file.
+        below: as of `create`.
+
     Raises:
+        OutputError: a name below `below` is a symbolic link.
         FileNotFoundError: there is none.
         OSError: it cannot be reached.
     """
     if not is_remote(path):
-        status = os.stat(path)
+        status = disk.stat_file(path, below)
         return Stat(status.st_size, status.st_mtime)
     return store_of(path).stat(path)
 
@@ -74,13 +79,18 @@ def exists(path: str) -> bool:
     return can_list(path) and any(store.find(f"{path}/", limit=1))
 
 
-def open_read(path: str) -> BinaryIO:
+def open_read(path: str, below: str | None = None) -> BinaryIO:
     """Open for reading; seekable; never decompressed, whatever the path ends in.
 
+    Args:
+        path: of the file.
+        below: as of `create`, in all functions that read what a build keeps in its output.
+
     Raises:
+        OutputError: a name below `below` is a symbolic link.
         OSError: the file is not there or cannot be reached.
     """
-    return open_with_stat(path)[0] if is_remote(path) else disk.open_regular(path)
+    return open_with_stat(path)[0] if is_remote(path) else disk.open_regular(path, below)
 
 
 def has_changed(path: str, handle: BinaryIO, before: Stat) -> bool:
@@ -108,9 +118,9 @@ def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
     return handle, Stat(status.st_size, status.st_mtime)
 
 
-def read(path: str) -> bytes:
+def read(path: str, below: str | None = None) -> bytes:
     """The whole of a file."""
-    with open_read(path) as handle:
+    with open_read(path, below) as handle:
         return handle.read()
 
 
@@ -118,7 +128,7 @@ class FileTooLargeError(OSError):
     """A file that has more bytes than it can need."""
 
 
-def read_bounded(path: str, most: int) -> bytes:
+def read_bounded(path: str, most: int, below: str | None = None) -> bytes:
     """The whole of a file that has at most so many bytes; of a larger one nothing is kept.
 
     Raises:
@@ -129,7 +139,7 @@ def read_bounded(path: str, most: int) -> bytes:
         data = read_head(path, most + 1)
         size = len(data)
     else:
-        with disk.open_regular(path) as handle:
+        with disk.open_regular(path, below) as handle:
             size = os.fstat(handle.fileno()).st_size
             data = b"" if size > most else handle.read(size)
     if size > most:
@@ -137,14 +147,14 @@ def read_bounded(path: str, most: int) -> bytes:
     return data
 
 
-def holds(path: str, content: bytes) -> bool:
+def holds(path: str, content: bytes, below: str | None = None) -> bool:
     """Whether a file has this content; of a larger one nothing is kept.
 
     Raises:
         OSError: the file is not there or cannot be reached.
     """
     try:
-        return read_bounded(path, len(content)) == content
+        return read_bounded(path, len(content), below) == content
     except FileTooLargeError:
         return False
 
@@ -158,13 +168,14 @@ def read_head(path: str, size: int) -> bytes:
         return handle.read(size)
 
 
-def read_into(path: str, offset: int, buffer: memoryview) -> int:
+def read_into(path: str, offset: int, buffer: memoryview, below: str | None = None) -> int:
     """Fill a buffer from a place of a file; in one request, and with a descriptor of this call's own.
 
     Args:
         path: of the file.
         offset: of the first byte.
         buffer: of as many bytes as are wanted.
+        below: as of `create`.
 
     Returns:
         How many bytes there were: fewer where the file ends before.
@@ -176,7 +187,7 @@ def read_into(path: str, offset: int, buffer: memoryview) -> int:
         data = store_of(path).get_range(path, offset, len(buffer))
         buffer[: len(data)] = data
         return len(data)
-    with open_read(path) as handle:
+    with open_read(path, below) as handle:
         handle.seek(offset)
         return handle.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
 
@@ -284,16 +295,16 @@ def write_if(path: str, data: bytes, version: str | None) -> None:
     writable_store_of(path).put(path, data, version)
 
 
-def link(source: str, target: str, below: str | None = None) -> None:
+def link(source: str, target: str, below: str | None = None, source_below: str | None = None) -> None:
     """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
     if is_remote(source) or is_remote(target):
         if scheme_of(source) != scheme_of(target):
-            with open_read(source) as origin, create(target, below) as copy:
+            with open_read(source, source_below) as origin, create(target, below) as copy:
                 shutil.copyfileobj(origin, copy, _BUFFER_BYTES)
         else:
             writable_store_of(target).copy(source, target)
         return
-    disk.link(source, target, below)
+    disk.link(source, target, below, source_below)
 
 
 def delete(path: str, below: str | None = None) -> None:

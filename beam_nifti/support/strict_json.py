@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
+
+_SIZES: Final = {"{": 256, "[": 80, ",": 64}
+"""Bytes that what follows a sign takes in Python, about: an object with a key, a list, a text or number."""
+
+_FREE_BYTES: Final = 16 << 20
+_GROWTH: Final = 4
+"""What JSON may take: so much, and so many times the length of its text; a dataset_info.json twice that."""
 
 
 def dump_json(value: Any, **options: Any) -> str:
@@ -28,14 +35,31 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def load_json(text: str | bytes) -> Any:
+def require_modest(text: str) -> None:
+    """Refuse JSON that takes far more memory than its text, before it is parsed: that of many small values.
+
+    Raises:
+        ValueError: it would.
+    """
+    most = _FREE_BYTES + _GROWTH * len(text)
+    if sum(size * text.count(sign) for sign, size in _SIZES.items()) > most:
+        raise ValueError("holds too many values for the length of its text")
+
+
+def load_json(text: str | bytes, *, is_modest: bool = False) -> Any:
     """Parse JSON that this package has written, and whoever has received it may have changed.
+
+    Args:
+        text: of it.
+        is_modest: whether to `require_modest`.
 
     Raises:
         ValueError: it is no JSON, not UTF-8, nested too deeply, or has a key twice or a number that is not
             finite.
     """
     decoded = text if isinstance(text, str) else text.decode()  # json.loads guesses other encodings
+    if is_modest:
+        require_modest(decoded)
     try:
         return json.loads(
             decoded, parse_constant=_refuse, parse_float=_finite_number, object_pairs_hook=unique_keys

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,34 @@ def test_files_that_nobody_would_want_are_refused(
 ) -> None:
     assert cli.main(["build", "m.tsv", "out", flag]) == cli.USAGE
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (("--out=r.json", "--summary-json=sub/../r.json"), "--out and --summary-json are both r.json"),
+        (
+            ("--summary-json=r.json", "--metrics-file=r.prom"),
+            "--summary-json and --metrics-file are both r.json",
+        ),
+        (("--out=r.json", "--metrics-file=r.prom"), "--out and --metrics-file are both r.json"),
+    ],
+)
+def test_one_file_for_two_results_is_refused(
+    cohort: Path,
+    tmp_path: Path,
+    flags: Sequence[str],
+    names: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "r.json").write_text("{}")
+    (tmp_path / "r.prom").symlink_to("r.json")
+    assert cli.main(["check", str(cohort), *flags]) == cli.USAGE
+    assert names in capsys.readouterr().err
+    assert (tmp_path / "r.json").read_text() == "{}"
 
 
 # Metrics

@@ -44,7 +44,10 @@ SHAPE = (48, 32, 32)
 
 MOST_SECONDS = 10.0
 MOST_GROWTH = 3.0
-"""What a changed dataset may take of time, and of memory in terms of the honest one."""
+"""The most CPU time that a changed dataset may take, and the most memory relative to the honest one."""
+
+FREE_BYTES = 16 << 20
+"""Memory that differs from one reading of the same dataset to the next: of threads and allocators."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "gzip": {"columns": {"mask": "mask", "label": "label:float,site:string"}, "allow_mixed_shapes": True},
@@ -254,7 +257,7 @@ def refused(folder: Path) -> Iterator[list[str]]:
         assert str(folder) in told[0], told
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Honest:
     """A dataset as it was built.
 
@@ -301,10 +304,10 @@ def test_a_changed_dataset_is_right_or_refused(
         change()
         is_damaged = change == changed.change_bytes and changed.is_changed
         with peak_growth() as growth:
-            started = time.monotonic()
+            started = time.process_time()  # CPU, whatever else this machine does
             read_in_all_ways(folder, honest[folder], is_damaged)
-            assert time.monotonic() - started < MOST_SECONDS
-        assert growth() < MOST_GROWTH * honest[folder].growth
+            assert time.process_time() - started < MOST_SECONDS
+        assert growth() < MOST_GROWTH * honest[folder].growth + FREE_BYTES
 
 
 def read_in_all_ways(folder: Path, honest: Honest, is_damaged: bool) -> None:

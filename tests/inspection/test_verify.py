@@ -380,6 +380,19 @@ def test_shard_of_another_dataset_in_the_folder(gzip: Path) -> None:
     only(problems(gzip), "train-00000-of-00009.tfrecord.gz: not in dataset_info.json")
 
 
+@pytest.mark.parametrize("note", [None, "{}"])
+@pytest.mark.parametrize(
+    "name", ["train-00000-of-00009.tfrecord.gz", "train-0.copy.tfrecord.gz", "x.tfrecord", "index/x.parquet"]
+)
+def test_whatever_a_glob_takes_is_the_datasets(gzip: Path, name: str, note: str | None) -> None:
+    """A folder of a build excuses only what a note in it names."""
+    (gzip / ".build").mkdir()
+    if note is not None:
+        (gzip / ".build/plan.json").write_text(note)
+    (gzip / name).touch()
+    only(problems(gzip), f"{name}: not in dataset_info.json")
+
+
 def test_a_dataset_that_is_rebuilt_meanwhile_is_not_judged(gzip: Path, tmp_path: Path) -> None:
     newer = shutil.copytree(gzip, tmp_path / "newer")
     edit_info(newer, lambda info: info.update(revision=2))

@@ -141,6 +141,23 @@ def test_what_is_no_manifest_is_refused(make: Callable[[], object], problem: str
     assert raised.value.problems == (problem,)
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (["Doe", object], f"row 2: x is (hidden by --anonymous-ids), of type type{NO_CELL}"),
+        (
+            ["Doe", 1],
+            f"row 2: x is (hidden by --anonymous-ids), of type int, and in row 1 of type str{OTHER_TYPE}",
+        ),
+        (["\ud800Doe"], f"row 1: x is (hidden by --anonymous-ids), of type str{NO_CELL}"),
+    ],
+)
+def test_problems_show_no_cell_of_rows_with_names(values: list[Any], problem: str) -> None:
+    with pytest.raises(ManifestError) as raised:
+        parquet_of([{"path": "a", "x": value} for value in values], hides_cells=True)
+    assert raised.value.problems == (problem,)
+
+
 def test_every_column_is_reported_at_once() -> None:
     with pytest.raises(ManifestError) as raised:
         parquet_of([{"path": object(), "x": 1}, {"path": "b", "x": "c"}])

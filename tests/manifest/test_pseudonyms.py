@@ -458,3 +458,39 @@ def test_the_configuration_and_the_voxels_are_those_of_the_names(
     ids = "Ada_second", f"{expected('Ada', 'participant_id')}_{expected('second', 'session_id')}"
     volumes = [read_volume(*place) for place in zip(outputs, ids, strict=True)]
     assert np.array_equal(volumes[0].voxels, volumes[1].voxels)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"label": "Doe"}, "row 2: label is {}, not a finite number"),
+        ({"label": "n/a"}, "row 2: label is {}, a missing label"),
+        ({"split": "Doe!"}, "row 2: split is {}; use letters"),
+        ({"split": "TRAIN"}, "row 2: split is {}, and {} in row 1; give them one spelling"),
+        ({"split": "Doe", "participant_id": "s0"}, "is in split {}, and in row 1 in {}; give all rows"),
+        ({"split": "Doe", "path": "0.nii"}, "is in split {} and, in row 1, in {}; keep one"),
+    ],
+)
+def test_problems_show_no_cell_of_a_manifest_with_names(
+    tmp_path: Path, cells: dict[str, str], message: str
+) -> None:
+    rows = [{"participant_id": f"s{i}", "path": f"{i}.nii", "label": "1", "split": "train"} for i in range(2)]
+    path = str(write_manifest(tmp_path / "m.tsv", [rows[0], rows[1] | cells]))
+    hidden = "(hidden by --anonymous-ids)"
+    with pytest.raises(ManifestError) as told:
+        read_manifest(path, pseudonyms=Pseudonyms(SECRET))
+    assert message.format(hidden, hidden) in str(told.value)
+    assert "Doe" not in str(told.value)
+    with pytest.raises(ManifestError) as told:
+        read_manifest(path)
+    assert hidden not in str(told.value)
+
+
+def test_warnings_show_no_cell_of_a_manifest_with_names(tmp_path: Path) -> None:
+    rows = [{"participant_id": f"s{i}", "path": f"{i}.nii", "label": f"1234567{i}1"} for i in range(2)]
+    path = str(write_manifest(tmp_path / "m.tsv", rows))
+    (plain,) = read_manifest(path).warnings
+    (warning,) = read_manifest(path, pseudonyms=Pseudonyms(SECRET)).warnings
+    assert "123456701" in plain
+    assert "1234567" not in warning
+    assert "label is (hidden by --anonymous-ids) in row 1, but records store float32" in warning

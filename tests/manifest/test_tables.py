@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
+import json
 import math
 import re
 import sys
@@ -24,6 +26,7 @@ from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest import read_manifest
 from beam_nifti.manifest.tables import BLANKS, Problems, format_delimited, read_table, write_table
+from tests.datasets import nested_parquet
 
 CELL = st.text(st.sampled_from('ab"\t,;\n\r \xa0é') | st.characters(codec="utf-8"), max_size=6)
 NAME = st.text(st.sampled_from("abc d"), min_size=1, max_size=4).map(str.strip).filter(bool)
@@ -236,6 +239,37 @@ def test_a_key_that_a_line_has_twice(tmp_path: Path) -> None:
 
 
 # Types
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("num_rows", "num_keys", "message"),
+    [
+        (8000, 6, r"10,086 different keys in its first 1,681 rows, and few of them in each"),
+        (1, 1 << 17, "more than 65,536 columns"),
+    ],
+)
+def test_json_lines_of_ever_other_keys_are_refused(
+    tmp_path: Path, num_rows: int, num_keys: int, message: str
+) -> None:
+    keys = iter(range(num_rows * num_keys))
+    rows = [{f"k{key}": "" for key in itertools.islice(keys, num_keys)} for _ in range(num_rows)]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(ManifestError, match=message):
+        read_table(str(path))
+
+
+def test_a_line_of_many_small_values_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(f'{{"path": [{"[]," * (1 << 19)}[]]}}')
+    with pytest.raises(ManifestError, match="row 1: not JSON: holds too many values for the length"):
+        read_table(str(tmp_path / "m.jsonl"))
+
+
+def test_a_parquet_file_whose_columns_nest_does_not_end_the_process(tmp_path: Path) -> None:
+    (tmp_path / "m.parquet").write_bytes(nested_parquet(50_000))
+    with pytest.raises(ManifestError, match="not a table: its columns are nested deeper than the 100 levels"):
+        read_table(str(tmp_path / "m.parquet"))
 
 
 def test_parquet_columns_are_the_texts_of_their_values(tmp_path: Path) -> None:

@@ -162,6 +162,21 @@ def test_a_dry_run_prints_what_is_kept_rebuilt_and_deleted(
     assert "rebuild  10 examples\ndelete   3 shards of revision 1 (" in said
 
 
+@pytest.mark.parametrize("linked", ["part", "index", "folder"])
+def test_a_part_is_not_read_through_a_link(manifest: Path, output: Path, tmp_path: Path, linked: str) -> None:
+    """A dataset from somebody else may hold an unfinished build, whose parts a build takes as they are."""
+    part = next(output.glob(".build/*/*/*.parquet")).with_suffix(".part")
+    path = {"part": part, "index": part.with_suffix(".parquet"), "folder": part.parent}[linked]
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Exception, match=f"{path.name}: is a symbolic link, which a build does not follow"):
+        build(manifest, output, **SMALL)
+    assert path.is_symlink()
+    path.unlink()
+    (tmp_path / "elsewhere").rename(path)
+    build(manifest, output, **SMALL)
+
+
 def test_rows_that_would_lose_finished_records_are_refused(manifest: Path, output: Path) -> None:
     before = snapshot(output)
     rows = rows_of(COUNT)

@@ -23,8 +23,10 @@ from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError, VolumeError
 from beam_nifti.inspection.extract import read_volume
+from beam_nifti.inspection.verify import verify_dataset
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build import open_build
+from beam_nifti.pipeline.build_note import WriteNote
 from beam_nifti.pipeline.write import PlanFn, StartFn, WritePartsFn, _Target
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import read_info
@@ -523,6 +525,30 @@ def test_a_note_of_anybody_removes_no_file_of_others(
     write_arrays(output, IDS, overwrite=True)
     assert contents(output) == contents(reference)
     assert stray_files(output) == {"mine.txt"}
+
+
+def test_a_note_is_not_read_through_a_link(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    write_arrays(output, IDS[:4])
+    (output / ".build").mkdir()
+    (output / ".build" / "write.json").symlink_to(tmp_path / "elsewhere.json")
+    (tmp_path / "elsewhere.json").write_text("{}")
+    with pytest.raises(Exception, match=r"write.json: is a symbolic link, which a build does not follow"):
+        write_arrays(output, IDS, overwrite=True)
+    assert Dataset(output).ids == IDS[:4]
+
+
+def test_verify_excuses_only_the_shards_that_an_unfinished_replacement_names(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    write_arrays(output, IDS[:4])
+    shard = "train-00000-of-00001-r2.tfrecord.gz"
+    WriteNote("0" * 16, ".build", 2, (), (shard,)).write(str(output))
+    for name in (shard, "index/train-00000-of-00001-r2.parquet", f"{shard}.{'0' * 32}.tmp"):
+        (output / name).touch()
+    assert verify_dataset(str(output)).problems == ()
+    (output / "x.tfrecord").touch()
+    (problem,) = verify_dataset(str(output)).problems
+    assert problem.startswith("x.tfrecord: not in dataset_info.json")
 
 
 def test_parts_may_be_elsewhere(reference: Path, tmp_path: Path) -> None:

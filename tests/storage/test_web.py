@@ -27,6 +27,7 @@ from beam_nifti.random_access import Dataset
 from beam_nifti.storage import object_store, paced
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.object_store import ATTEMPTS
+from beam_nifti.support.outcomes import may_pass
 from beam_nifti.volume import load_volume
 from tests.build_helpers import build
 from tests.datasets import read_without_beam_and_fork, records_of
@@ -347,6 +348,28 @@ def test_a_body_without_an_end_is_refused(announced: bytes) -> None:
         storage.read(answer_with(endless))
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 150 + b"\r\n",
+    ],
+    ids=["no status", "a long header", "many headers"],
+)
+def test_an_answer_that_is_no_http_is_not_asked_for_again(answer: bytes) -> None:
+    asked = []
+
+    def other(connection: socket.socket) -> None:
+        asked.append(connection)
+        connection.sendall(answer)
+
+    with pytest.raises(OSError, match="what the server answers is not HTTP") as error:
+        storage.read(answer_with(other))
+    assert len(asked) == 1
+    assert not may_pass(error.value)
+
+
 @pytest.mark.parametrize("announced", [b"Content-Length: 999999999999\r\n\r\n", b"Connection: close\r\n\r\n"])
 def test_the_body_of_a_redirect_is_not_read(server: FaultProxy, local: Path, announced: bytes) -> None:
     name = f"dataset/{SHARD}"
@@ -361,7 +384,7 @@ def test_the_body_of_a_redirect_is_not_read(server: FaultProxy, local: Path, ann
     assert storage.read_head(url, 100) == (local / SHARD).read_bytes()[:100]
 
 
-@pytest.mark.parametrize("begun", [b"", HEAD_OF_RANGE + b"Content-Length: 2000\r\n\r\n"])
+@pytest.mark.parametrize("begun", [b"HTTP/1.1 206 OK\r\n", HEAD_OF_RANGE + b"Content-Length: 2000\r\n\r\n"])
 def test_an_answer_in_drops_times_out(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each drop comes well within the time-out of the socket."""
     monkeypatch.setattr(paced, "SILENCE", 0.2)

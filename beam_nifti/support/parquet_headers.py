@@ -1,0 +1,225 @@
+"""What a Parquet file says of its schema and of the sizes of its pages, looked at before Arrow uses it.
+
+Arrow goes down a nested schema as deep as that is, and does not compare pages with the footer. Both are
+Thrift structs in the compact protocol. Source: parquet.apache.org/docs/file-format, and its parquet.thrift.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Final
+
+_UNCOMPRESSED: Final = 2
+_COMPRESSED: Final = 3
+_DATA_PAGES: Final = (5, 8)
+"""Fields of a page's header: two sizes, and what is said of a data page of version 1 or 2."""
+
+_DICTIONARY: Final = 7
+_NUM_VALUES: Final = 1
+_MOST: Final = 2**31 - 1
+"""A size or count is an int32; Arrow takes the low bits of a larger one."""
+
+_SCHEMA: Final = 2
+"""The field of a footer that lists the elements of the schema: each group, then what is in it."""
+
+_NUM_CHILDREN: Final = 5
+_MAGIC: Final = b"PAR1"
+_END_BYTES: Final = 8
+"""Of the file: the length of the footer, and the magic number."""
+
+_INTEGERS: Final = frozenset([4, 5, 6])
+_BYTES: Final = frozenset([8])
+_STRUCT: Final = 12
+_STRUCTS: Final = frozenset([_STRUCT])
+_LISTS: Final = {
+    **dict.fromkeys([(0, _SCHEMA), (0, 4), (0, 5), (0, 7), (1, 1), (1, 4), (3, 8), (3, 13)], _STRUCTS),
+    **dict.fromkeys([(3, 2), (4, 2), (4, 3)], _INTEGERS),
+    (3, 3): _BYTES,
+}
+"""Types of the values of a footer's lists, by depth and field: Arrow reads them so whatever the list says."""
+
+_MOST_FIELD: Final = 2**15 - 1
+_DEEPEST: Final = 8
+
+
+def require_schema(handle: BinaryIO, deepest: int, most_values: int | None = None) -> None:
+    """Refuse a schema that nests too deeply, which ends the process, or a footer that is too large.
+
+    Args:
+        handle: of the file.
+        deepest: levels that the schema has at most, the root included.
+        most_values: that the footer has at most, each of which takes memory; None does not count them.
+
+    Raises:
+        ValueError: it has more, or no usable footer.
+    """
+    before = handle.seek(0, io.SEEK_END) - _END_BYTES
+    handle.seek(max(before, 0))
+    end = handle.read(_END_BYTES)
+    size = int.from_bytes(end[:-4], "little")
+    if end[-4:] != _MAGIC or size > before:
+        return  # which Arrow refuses, and says why
+    handle.seek(before - size)
+    reader = _Reader(handle.read(size), most_values)
+    try:
+        for number, kind in reader.fields(0):
+            if number == _SCHEMA:
+                _require_depth(reader.items(kind, 0, number), reader, deepest)
+            else:
+                reader.skip(kind, 0, number)
+    except (IndexError, TypeError) as e:
+        raise ValueError(f"its footer is not usable ({e!r})") from e
+
+
+def _require_depth(elements: Iterator[int], reader: _Reader, deepest: int) -> None:
+    unread = list[int]()  # elements of each group that is open
+    for _ in elements:
+        count = reader.struct(1).get(_NUM_CHILDREN, 0)
+        if type(count) is not int or not 0 <= count <= _MOST:
+            raise ValueError(f"a group of its schema has {count} elements")
+        if unread:
+            unread[-1] -= 1
+        unread.append(count)
+        if len(unread) > deepest:
+            raise ValueError(f"its columns are nested deeper than the {deepest} levels that they can have")
+        while unread and unread[-1] == 0:
+            unread.pop()
+
+
+def require_said_sizes(data: bytes, column: Any) -> None:
+    """Compare the pages of a column chunk with what the footer says of it.
+
+    Args:
+        data: the file.
+        column: `pyarrow.parquet.ColumnChunkMetaData`.
+
+    Raises:
+        ValueError: its pages hold more bytes or values, or are not where they should be.
+    """
+    at = column.data_page_offset
+    if column.has_dictionary_page and column.dictionary_page_offset is not None:
+        at = min(at, column.dictionary_page_offset)
+    end = at + column.total_compressed_size
+    num_bytes = num_values = 0
+    try:
+        if at <= 0:
+            raise ValueError(f"it is at offset {at}")
+        reader = _Reader(data, at=at)
+        while reader.at < end:
+            header = reader.struct(0)
+            _require_sizes(header)
+            reader.at += header[_COMPRESSED]
+            num_bytes += header[_UNCOMPRESSED]
+            num_values += sum(header[page][_NUM_VALUES] for page in _DATA_PAGES if page in header)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"a page of column {column.path_in_schema} has no usable header ({e!r})") from e
+    if num_bytes > column.total_uncompressed_size or num_values > column.num_values:
+        raise ValueError(f"pages of column {column.path_in_schema} hold more than the file says")
+
+
+def _require_sizes(header: dict[int, Any]) -> None:
+    """Refuse sizes and counts that none can be: Arrow adds them up, or makes room for so many."""
+    pages = [header[page] for page in (*_DATA_PAGES, _DICTIONARY) if page in header]
+    numbers = [n for page in pages for n in page.values() if isinstance(n, int)]
+    for number in (header[_UNCOMPRESSED], header[_COMPRESSED], *numbers):
+        if not 0 <= number <= _MOST:
+            raise ValueError(f"a size or count is {number}")
+    num_values = header.get(_DICTIONARY, {}).get(_NUM_VALUES, 0)
+    if num_values > header[_UNCOMPRESSED]:  # a value takes a byte or more
+        raise ValueError(f"a dictionary has {num_values} values in {header[_UNCOMPRESSED]} bytes")
+
+
+class _Reader:
+    """Reads values one after the other, and keeps none that is not asked for.
+
+    Args:
+        data: bytes that hold them.
+        most: values that are read at most; None reads any number.
+        at: offset of the next one.
+    """
+
+    def __init__(self, data: bytes, most: int | None = None, at: int = 0) -> None:
+        self._data, self._left, self.at = data, most, at
+
+    def struct(self, depth: int) -> dict[int, Any]:
+        """The fields of a struct, by their numbers."""
+        return {number: self._value(kind, depth) for number, kind in self.fields(depth)}
+
+    def fields(self, depth: int) -> Iterator[tuple[int, int]]:
+        """Number and type of each field of a struct; its value is to be read, or skipped, before the next."""
+        if depth > _DEEPEST:
+            raise ValueError("it is nested too deeply")
+        seen, number = set[int](), 0
+        while kind := self._byte():
+            number = number + (kind >> 4) if kind >> 4 else self._integer()
+            if number in seen or not 0 <= number <= _MOST_FIELD:  # Arrow takes the low bits, and the last one
+                raise ValueError(f"it has field {number}, or has it twice")
+            seen.add(number)
+            self._count()
+            yield number, kind & 15
+
+    def items(self, kind: int, depth: int, number: int) -> Iterator[int]:
+        """The type of each value of a list, which is to be read, or skipped, before the next."""
+        head = self._byte()
+        size, inner = head >> 4, head & 15
+        if size == 15:
+            size = self._varint()
+        if kind != 9 or inner not in _LISTS.get((depth, number), ()):
+            raise ValueError(f"it has a field {number} of type {kind}, of {inner}")
+        for _ in range(size):
+            self._count()
+            yield inner
+
+    def skip(self, kind: int, depth: int, number: int) -> None:
+        """Pass over a value of a field."""
+        if kind == _STRUCT:
+            for inner_number, inner in self.fields(depth + 1):
+                self.skip(inner, depth + 1, inner_number)
+        elif kind == 9:
+            for inner in self.items(kind, depth, number):
+                self.skip(inner, depth, number)
+        else:
+            self._value(kind, depth)
+
+    def _value(self, kind: int, depth: int) -> Any:
+        match kind:
+            case 1 | 2:  # true, false
+                return kind == 1
+            case 3:
+                return self._byte()
+            case 4 | 5 | 6:  # integers of 16, 32 and 64 bits
+                return self._integer()
+            case 7:
+                self.at += 8
+                return None
+            case 8:  # bytes
+                size = self._varint()
+                self.at += size
+                return None
+            case 12:
+                return self.struct(depth + 1)
+        raise ValueError(f"it has a field of type {kind}")
+
+    def _count(self) -> None:
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                raise ValueError("its footer has more values than it can need")
+
+    def _byte(self) -> int:
+        self.at += 1
+        return self._data[self.at - 1]
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("it has a number of more than 64 bits")
