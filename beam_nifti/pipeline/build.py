@@ -171,7 +171,7 @@ def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
         ManifestError: the manifest cannot be built from, whatever its images are.
         UsageError: as `plan_build`.
     """
-    config, manifest = _read_manifest(config, rows)
+    config, manifest = _read_manifest(_with_absolute_paths(config), rows)
     num_rows, num_skipped = len(manifest) - manifest.num_skipped, manifest.num_skipped
     num_unlabelled = manifest.num_unlabelled
     try:
@@ -192,31 +192,38 @@ def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
 
 def _read_inputs(config: BuildConfig, rows: bytes | None) -> _Inputs:
     refuse_own(storage.absolute(config.manifest), storage.absolute(config.output))
+    config = _with_absolute_paths(config)
+    _require_output(config)
     config, manifest = _read_manifest(config, rows)
     return _Inputs(config, manifest, *_first_volume(config, manifest))
 
 
-def _read_manifest(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Manifest]:
-    """The configuration with absolute paths and what the manifest says of labels; and the manifest."""
-    config = replace(
+def _with_absolute_paths(config: BuildConfig) -> BuildConfig:
+    return replace(
         config,
         manifest=storage.absolute(config.manifest),
         output=config.output and storage.absolute(config.output),
         temp_location=config.temp_location and storage.absolute(config.temp_location),
         anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
     )
-    digests = tuple(source_sha256(step) for step, _ in config.record.steps)
-    config = replace(config, record=replace(config.record, preprocess_sha256=digests))
+
+
+def _require_output(config: BuildConfig) -> None:
     key = config.anonymous_ids
-    if key and config.output and storage.is_within(key, config.output):
+    if key and storage.is_within(key, config.output):
         raise UsageError(
             f"--anonymous-ids is {key}, inside OUTPUT, where it would be shared with the dataset; move it"
         )
-    for path, what in ((config.output, "OUTPUT"), (config.temp_location, "--temp-location")):
-        storage.refuse_read_only(path or "", what)
-    # To a store they would write, which is for `open_build`.
-    if not storage.is_remote(config.output):
+    storage.refuse_read_only(config.output, "OUTPUT")
+    if not storage.is_remote(config.output):  # to a store it would write, which is for `open_build`
         require_writable_output(config.output)
+
+
+def _read_manifest(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Manifest]:
+    """The configuration with what the manifest says of labels; and the manifest."""
+    digests = tuple(source_sha256(step) for step, _ in config.record.steps)
+    config = replace(config, record=replace(config.record, preprocess_sha256=digests))
+    storage.refuse_read_only(config.temp_location or "", "--temp-location")
     if config.temp_location and not storage.is_remote(config.temp_location):
         storage.require_writable(config.temp_location, "--temp-location", is_folder=True)
     manifest = read_build_manifest(config.manifest, config, rows)

@@ -70,6 +70,18 @@ def test_what_there_is_is_counted(mixed: Path, check: Check) -> None:
     )
 
 
+def test_a_report_is_replaced_and_no_dataset_is_sought_in_its_place(
+    tmp_path: Path, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 2)
+    (tmp_path / "index").touch()  # in OUTPUT it would be in the way
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        code, report = check(manifest, "--out=report.json")
+        assert code == 0
+        assert json.loads(Path("report.json").read_text()) == report
+
+
 def test_what_would_be_left_out_is_named(mixed: Path, check: Check) -> None:
     _, report = check(mixed)
     assert report["num_bad"] == 4
