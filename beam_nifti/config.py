@@ -597,7 +597,7 @@ class BuildConfig:
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms, local or a URL that the
             workers can read; None keeps the names.
         rows: Parquet file from which workers read the rows if `manifest` is the name of a table in memory;
-            None if `manifest` is a file.
+            "" before it is written; None if `manifest` is a file.
     """
 
     manifest: str
