@@ -381,7 +381,7 @@ def test_options_are_checked_at_once(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             WriteToTFRecord(str(tmp_path / "out"), **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="several records of a row"):
+    with pytest.raises(UsageError, match="several records per row"):
         LoadVolume(frames="each")
 
 
