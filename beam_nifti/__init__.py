@@ -1,6 +1,6 @@
 """Build sharded TFRecord datasets from NIfTI volumes with Apache Beam.
 
-Each name is loaded when it is used: `import beam_nifti` loads neither Beam nor TensorFlow, nor numpy.
+Each name is loaded on first use: `import beam_nifti` alone loads neither Beam, TensorFlow nor numpy.
 """
 
 import importlib

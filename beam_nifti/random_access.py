@@ -1,4 +1,4 @@
-"""Records by their number, without TensorFlow and Beam: docs/reading.md."""
+"""Records by number, without TensorFlow and Beam. See docs/reading.md."""
 
 from beam_nifti.read.random_access import Dataset
 

@@ -1,4 +1,4 @@
-"""Datasets as tf.data pipelines: docs/reading.md."""
+"""Datasets as tf.data pipelines. See docs/reading.md."""
 
 from beam_nifti.read.reader import get_batched_dataset, load_dataset, state_after
 

@@ -1,4 +1,4 @@
-"""Steps for pipelines of one's own, PTransforms, and the DoFns beneath: docs/steps.md."""
+"""The steps of a build as PTransforms and DoFns, for your own pipelines. See docs/steps.md."""
 
 from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.steps import (

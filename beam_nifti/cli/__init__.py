@@ -1,5 +1,5 @@
-"""The command line: arguments come in, text and an exit code go out.
+"""The command line. Input: arguments. Output: text and an exit code.
 
-`main` runs the commands, `parser` and the modules of options read the arguments, `beam_flags` those of
-Beam. No other folder imports from here.
+`main` runs the commands. `parser` and the modules of options read the arguments. No other folder imports
+from here.
 """

@@ -1,5 +1,5 @@
-"""Datasets that exist: one comes in, what is in it and what is wrong with it goes out.
+"""Existing datasets. Input: a dataset. Output: its contents and its problems.
 
-For other folders: `verify`, `description`, `diff`, `extract` and `card`, which are commands, and
-`shard_pass`, `record_checks` and `problems`, by which a report reads records.
+For other folders: the commands `verify`, `description`, `diff`, `extract` and `card`; and `shard_pass`,
+`record_checks` and `problems`, with which a report reads records.
 """

@@ -1,7 +1,7 @@
-"""The table of the cohort: a file, or the folders of images, come in, rows with labels and splits go out.
+"""The table of the cohort. Input: a file, or folders of images. Output: rows with labels and splits.
 
 For other folders: `manifest`, `reading`, `tables`, `labels`, `discovery`, `image_names`, `pseudonyms` and
-`concealment`. What users need is given here, and loaded when it is asked for.
+`concealment`. Users import the names below from here; each is loaded on first use.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The build: a manifest and a configuration come in, a published dataset goes out.
+"""The build. Input: a manifest and a configuration. Output: a published dataset.
 
-For other folders: `build`, `plan`, `publish`, `check`, `survey`, `runners` and `follow`, by which commands
-run; what is left of builds, in `failures`, `parts` and `resume`; and `local_runner`, `metrics`, `outputs`
-and `progress`. Of the steps themselves, in `transforms`, what users need is in `beam_nifti.transforms`.
+For other folders: `build`, `plan`, `publish`, `check`, `survey`, `runners` and `follow`, which run the
+commands; `failures`, `parts` and `resume`, which handle the results of earlier builds; and `local_runner`,
+`metrics`, `outputs` and `progress`. Users import the steps from `beam_nifti.transforms`.
 """

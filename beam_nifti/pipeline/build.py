@@ -525,7 +525,7 @@ def _is_continued(
         return True
     lost = unfinished.unusable(plan, manifest) if is_same else unfinished.work()
     if lost.num_records and (overwrite or (plan.config.recheck and makes_same and not differences)):
-        what, are = "discarded" if overwrite else "made again", "is" if lost.num_records == 1 else "are"
+        what, are = "discarded" if overwrite else "rebuilt", "is" if lost.num_records == 1 else "are"
         logs.LOGGER.warning("%s of an unfinished build %s %s", lost, "would be" if is_dry else are, what)
     elif lost.num_records:
         lost = _lost_to_overwrite(unfinished, plan, manifest)
@@ -569,12 +569,12 @@ def _loss(
     # It may replace the dataset beside it, which only --overwrite may do.
     replaces = published is not None and dead.from_images and not dead.is_like(published)
     give = "its options, its rows and --overwrite" if replaces else "its options and rows"
-    remedy = "it, and make every record of the dataset again" if published else "it"
+    remedy = "it, and rebuild every record of the dataset" if published else "it"
     return (
         f"{output}: holds an unfinished build with different options or rows:\n  "
         + "\n  ".join(reasons)
-        + f"\n{lost} would be lost; to continue that build, give {give}; else choose another OUTPUT, or "
-        f"use --overwrite to discard {remedy}"
+        + f"\n{lost} would be lost; to continue that build, use {give}; otherwise choose another OUTPUT, "
+        f"or use --overwrite to discard {remedy}"
     )
 
 

@@ -152,7 +152,7 @@ def _row_difference(
         if key_check is None:
             return "its ids are not anonymous, but --anonymous-ids was given"
         other = "another key" if manifest.key_check else "no key"
-        return f"its ids are anonymous, and {other} was given with --anonymous-ids"
+        return f"its ids are anonymous, but {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:
         return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
     then = _known_images(was, indexes)
@@ -170,7 +170,7 @@ def _row_difference(
             return found
     others = sorted({*range(1, known["num_rows"] + 1)}.difference(then["row"].to_pylist()))
     if len(others) == 1:
-        return f"row {others[0]} was changed, which had no record"
+        return f"row {others[0]}, which had no record, was changed"
     without = f"; {_rows(others)} had no record" if others else ""
     return f"some of the manifest's first {num_rows} were changed{without}"
 

@@ -1,5 +1,5 @@
-"""Files: a path or URL comes in, bytes go out, and back.
+"""Files. Reads and writes bytes by path or URL.
 
-For other folders: `paths`, which reaches every store, `disk`, for what only a local disk has, and
-`signatures`, which tells kinds of files by their first bytes.
+For other folders: `paths`, which works with every store; `disk`, for features that only a local disk has;
+and `signatures`, which recognizes kinds of files by their first bytes.
 """

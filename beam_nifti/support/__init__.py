@@ -1,4 +1,4 @@
-"""What has nothing to do with volumes: text for people, logs, JSON, threads, memory and exit codes.
+"""Everything unrelated to volumes: messages, logs, JSON, threads, memory and exit codes.
 
-All modules are for all folders.
+Other folders may import all modules.
 """

@@ -1,9 +1,9 @@
-"""One example: the row of a manifest comes in, voxels as a record stores them go out.
+"""One example. Input: a row of the manifest. Output: voxels as a record stores them.
 
-For other folders: `volume` puts an example together and `preprocess` and `rescale` change it; `header`,
-`grid` and `intensity` know what becomes of it beforehand. `formats`, `geometry`, `mask` and `voxels` are
-for this folder alone. What users need is given here, and loaded when it is asked for, as most modules need
-no nibabel.
+For other folders: `volume` assembles an example; `preprocess` and `rescale` change it; `header`, `grid` and
+`intensity` determine the result without the voxels. `formats`, `geometry`, `mask` and `voxels` are private
+to this folder. Users import the names below from here; each is loaded on first use, because most modules
+do not require nibabel.
 """
 
 from __future__ import annotations

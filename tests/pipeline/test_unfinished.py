@@ -109,7 +109,7 @@ def test_other_options_are_refused(
         build(manifest, output, **SMALL, **changes)
     assert message in str(raised.value)
     assert "finished examples (" in str(raised.value)
-    assert "would be lost; to continue that build, give its options" in str(raised.value)
+    assert "would be lost; to continue that build, use its options" in str(raised.value)
     assert "--overwrite to discard it" in str(raised.value)
     assert snapshot(output) == before
     build(manifest, output, **SMALL, overwrite=True, **changes)
@@ -228,7 +228,7 @@ def test_what_continues_a_killed_replacement_is_told(
     said = build_it(code=2)
     work = finished_in(said)
     assert "--rescale was none, now minmax" in said
-    assert "to continue that build, give its options, its rows and --overwrite; else" in said
+    assert "to continue that build, use its options, its rows and --overwrite; otherwise" in said
     said = build_it("--rescale=none", code=2)
     assert f"use --overwrite to replace it, which continues an unfinished build of {work}" in said
     said = build_it("--rescale=zscore", code=2)
@@ -282,7 +282,7 @@ def test_a_row_that_failed_and_was_dropped_is_told(folder: Path, tmp_path: Path)
     changed = "row 5 (sub-0004): path was 'no.nii', now 'sub-0004.nii.gz'"
     assert differences(wrong, output, rows) == [changed]
     (output / "failures.jsonl").unlink()
-    assert differences(wrong, output, rows) == ["row 5 was changed, which had no record"]
+    assert differences(wrong, output, rows) == ["row 5, which had no record, was changed"]
 
 
 def test_cells_that_were_changed_are_named(folder: Path, tmp_path: Path) -> None:

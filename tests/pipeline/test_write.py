@@ -317,7 +317,7 @@ IMAGE = np.ones((2, 2, 2), np.float32)
         ([7], "an element is int, expected a Record or"),
         ([("a", 7)], "record 'a': is int, expected an Example, bytes or a dictionary"),
         ([("a", b"\x07")], "record 'a': not an Example"),
-        ([("a", {"label": 1})], "record 'a': its Example has no feature image_raw, a tensor as"),
+        ([("a", {"label": 1})], "record 'a': its Example has no feature image_raw, which is required"),
         ([("a", {"image": IMAGE[0]})], r"record 'a': its image has the shape \(2, 2\), expected \(X, Y, Z\)"),
         ([("a", {"image": IMAGE.astype(complex)})], "record 'a': image is complex128, expected one of"),
         ([("a", {"image": IMAGE, "mask": IMAGE})], "record 'a': its mask is float32 of"),
@@ -383,7 +383,7 @@ def test_options_are_checked_at_once(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             WriteToTFRecord(str(tmp_path / "out"), **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="several records of a row"):
+    with pytest.raises(UsageError, match="several records per row"):
         LoadVolume(frames="each")
 
 

@@ -391,7 +391,7 @@ def test_steps_and_their_arguments_have_fingerprints_of_their_own() -> None:
     configs = [RecordConfig(preprocess=steps) for steps in given]
     configs += [RecordConfig(preprocess=["a:f", "a:g"], preprocess_sha256=list(d)) for d in ("ab", "ba")]
     assert len({config.fingerprint for config in configs}) == len(configs)
-    with pytest.raises(UsageError, match="--preprocess has 2 functions, and 1 files"):
+    with pytest.raises(UsageError, match="--preprocess has 2 functions, but 1 digests"):
         RecordConfig(preprocess=["a:f", "a:g"], preprocess_sha256="a")
 
 
