@@ -36,7 +36,7 @@ BATCH_ROWS: Final = 1 << 13
 _HIDDEN: Final = "(hidden by --anonymous-ids)"
 _HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
 
-MAX_COLUMNS: Final = 1 << 16
+_MAX_COLUMNS: Final = 1 << 16
 _FREE_CELLS: Final = 1 << 24
 _CELL_GROWTH: Final = 16
 """What a table of JSON lines may have: so many cells, and so many times those that its lines give."""
@@ -391,9 +391,9 @@ def _read_json_lines(path: str, handle: BinaryIO, plain: Collection[str], proble
 
 
 def _require_few(path: str, num_columns: int) -> None:
-    if num_columns > MAX_COLUMNS:
+    if num_columns > _MAX_COLUMNS:
         raise ManifestError(
-            path, [f"more than {MAX_COLUMNS:,} columns; drop those that the dataset does not need"]
+            path, [f"more than {_MAX_COLUMNS:,} columns; drop those that the dataset does not need"]
         )
 
 

@@ -76,8 +76,11 @@ def bases(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     early, late = (killed_at(manifest, tmp / str(share), share) for share in (0.5, 0.9))
     # A rebuild of the finished dataset, with more rows, that was killed.
     more = write_manifest(manifest.parent / "more.tsv", rows_of(COUNT + 2))
-    rebuilt = Path(shutil.copytree(tmp / "0.5" / "undisturbed", tmp / "rebuilt"))
-    assert build_apart(more, rebuilt, 75, **SMALL).was_killed
+    whole, rebuilt = (
+        shutil.copytree(tmp / "0.5" / "undisturbed", tmp / name) for name in ("whole", "rebuilt")
+    )
+    operations = build_apart(more, whole, **SMALL).operations
+    assert build_apart(more, rebuilt, operations // 2, **SMALL).was_killed
     return {"early": early, "late": late, "finished": tmp / "0.5" / "undisturbed", "rebuilt": rebuilt}
 
 
