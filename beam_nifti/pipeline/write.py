@@ -176,11 +176,18 @@ class WritePartsFn(beam.DoFn):
     def setup(self) -> None:
         """Refuse an output that holds a dataset before the work starts."""
         keep_buffers()
+        self._file: PartFile | None = None
         self._target.refuse_published()
+
+    def teardown(self) -> None:
+        """Remove the part of a bundle that failed."""
+        if self._file is not None:
+            self._file.discard()
+            self._file = None
 
     def start_bundle(self) -> None:
         """Start without an open file."""
-        self._file: PartFile | None = None
+        self._file = None
         self._traits: Traits | None = None
 
     def process(self, element: Any) -> Iterable[Any]:
