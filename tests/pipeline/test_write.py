@@ -29,7 +29,7 @@ from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.build_note import WriteNote
 from beam_nifti.pipeline.records import examine, to_record
-from beam_nifti.pipeline.steps import EncodeExampleFn
+from beam_nifti.pipeline.steps import EncodeExampleFn, PreprocessFn, RescaleFn
 from beam_nifti.pipeline.write import PlanFn, StartFn, WritePartsFn, _Target
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import read_info
@@ -474,11 +474,7 @@ def test_numbers_at_the_ends_of_their_range_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_record_that_disagrees_with_its_entry_is_refused(tmp_path: Path) -> None:
-    manifest = write_cohort(tmp_path / "cohort", 1, shape=SHAPE)
-    row = next(iter(read_manifest(str(manifest)).rows([0])))
-    (record,) = EncodeExampleFn().process(
-        rescale_volume(load_volume(row, str(manifest.parent)), RecordConfig())
-    )
+    (record,) = EncodeExampleFn().process(volume_of(tmp_path, RecordConfig()))
     examine(record)
     features: dict[str, Any] = decode_example(record.example)
     voxels = decode_tensor(features["image_raw"])
@@ -497,6 +493,102 @@ def test_a_record_that_disagrees_with_its_entry_is_refused(tmp_path: Path) -> No
     lacking = encode_example({name: f for name, f in kept.items() if name != "label"})
     with pytest.raises(VolumeError, match="the feature label is missing, but"):
         examine(dataclasses.replace(record, example=lacking))
+
+
+def volume_of(tmp_path: Path, rescale: RecordConfig | None = None) -> Volume:
+    manifest = write_cohort(tmp_path / "cohort", 1, shape=SHAPE)
+    row = next(iter(read_manifest(str(manifest)).rows([0])))
+    volume = load_volume(row, str(manifest.parent), record=rescale)
+    return rescale_volume(volume, rescale) if rescale else volume
+
+
+OWN_STEPS = [
+    ({"voxels": lambda v: v.astype(">f4")}, "in another order; return numpy.ascontiguousarray"),
+    ({"voxels": lambda v: v[::-1]}, "in another order; return numpy.ascontiguousarray"),
+    (
+        {"voxels": lambda v: np.ma.masked_less(v, 100)},
+        r"masked voxels; fill them, such as with voxels.filled",
+    ),
+    ({"voxels": lambda v: v.astype(np.complex64)}, "complex64 voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v.astype(object)}, "object voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v > 100}, "bool voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v.astype(np.float16)}, "float16 voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v.tolist()}, "voxels that are a list; return a numpy array"),
+    ({"voxels": lambda v: v[:0]}, r"voxels of shape \(0, "),
+    ({"affine": lambda a: a.tolist()}, r"an affine that is a list; return a finite \(4, 4\) array"),
+    ({"affine": lambda a: a * 0}, "the affine .* that is not singular"),
+    ({"scaling": lambda s: None}, "a scaling that is a NoneType; return the Scaling that it got"),
+    ({"mask": lambda m: np.ones(SHAPE, bool)}, "a mask of bool; return an array of uint8 or uint16"),
+    ({"mask": lambda m: np.ones((1, 1, 1), np.uint8)}, r"a mask of shape \(1, 1, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OWN_STEPS)
+@pytest.mark.parametrize(
+    "step", [PreprocessFn(RecordConfig(orientation="LPS")), RescaleFn(), EncodeExampleFn()]
+)
+def test_volumes_of_own_steps_are_checked(
+    tmp_path: Path, step: Any, change: dict[str, Any], message: str
+) -> None:
+    volume = volume_of(tmp_path, RecordConfig() if isinstance(step, EncodeExampleFn) else None)
+    if isinstance(step, EncodeExampleFn) and message.startswith("float16"):
+        message = "its voxels are float16, but Rescale made them float32; put steps that change voxels before"
+    changed = {name: make(getattr(volume, name)) for name, make in change.items()}
+    step.follows_any = True
+    with pytest.raises(VolumeError, match=message) as caught:
+        list(step.process(dataclasses.replace(volume, **changed)))
+    assert volume.row.path in str(caught.value)
+
+
+def test_voxel_sizes_follow_an_affine_that_an_own_step_changes(tmp_path: Path) -> None:
+    volume = volume_of(tmp_path)
+    step = RescaleFn()
+    step.follows_any = True
+    (rescaled,) = step.process(dataclasses.replace(volume, affine=np.diag([2, 3, 4, 1])))
+    assert rescaled.zooms == (2, 3, 4)
+    assert rescaled.affine.dtype == np.float64
+    (rescaled,) = step.process(volume)
+    assert rescaled.zooms == volume.zooms
+
+
+@pytest.mark.parametrize(
+    ("rescale", "change"),
+    [
+        (RecordConfig(), lambda v: v * 10),
+        (RecordConfig(), lambda v: v * np.float32(np.nan)),
+        (RecordConfig(rescale="zscore"), lambda v: v + 1),
+        (RecordConfig(voxel_dtype="native"), lambda v: v + 1),
+        (RecordConfig(voxel_dtype="bfloat16"), lambda v: v / 2),
+    ],
+)
+def test_voxels_that_change_after_rescaling_are_refused(
+    tmp_path: Path, rescale: RecordConfig, change: Any
+) -> None:
+    volume = volume_of(tmp_path, rescale)
+    step = EncodeExampleFn()
+    step.follows_any = True
+    assert len(list(step.process(volume))) == 1
+    with pytest.raises(VolumeError, match=r"but Rescale made them range from .* before Rescale"):
+        list(step.process(dataclasses.replace(volume, voxels=change(volume.voxels))))
+
+
+def fortran_if_odd(volume: Volume) -> Volume:
+    is_odd = volume.row.example_id[-1] in "13"
+    return dataclasses.replace(volume, voxels=np.asfortranarray(volume.voxels)) if is_odd else volume
+
+
+def test_a_volume_that_an_own_step_spoils_is_a_failure(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 4, shape=SHAPE)
+    with beam.Pipeline(options=make_options()) as pipeline:
+        volumes = pipeline | ReadManifest(str(manifest)) | LoadVolume() | beam.Map(fortran_if_odd)
+        rescaled = volumes | Rescale().with_failures()
+        rescaled.done | EncodeExample() | WriteToTFRecord(str(tmp_path / "out"))
+        texts = rescaled.failures | "Text" >> beam.Map(lambda f: f"{f.row.example_id} {f.stage} {f.message}")
+        texts | beam.io.WriteToText(str(tmp_path / "failures"), shard_name_template="")
+    assert Dataset(tmp_path / "out").ids == ["sub-0000", "sub-0002"]
+    lines = sorted((tmp_path / "failures").read_text().splitlines())
+    assert [line[:16] for line in lines] == ["sub-0001 Rescale", "sub-0003 Rescale"]
+    assert all("the step before Rescale returned voxels in another order" in line for line in lines)
 
 
 def test_a_volume_that_was_not_rescaled_is_refused(tmp_path: Path) -> None:
