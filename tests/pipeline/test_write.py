@@ -12,6 +12,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pytest
+from apache_beam.pipeline import PipelineVisitor
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing import test_stream
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
@@ -30,7 +31,7 @@ from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.build_note import WriteNote
 from beam_nifti.pipeline.records import examine, to_record
 from beam_nifti.pipeline.steps import EncodeExampleFn, PreprocessFn, RescaleFn
-from beam_nifti.pipeline.write import PlanFn, StartFn, WritePartsFn, _Target
+from beam_nifti.pipeline.write import CommitRecordsFn, PlanFn, StartFn, WritePartsFn, _Target
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
@@ -728,6 +729,14 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, reference: Path) -> No
     with pytest.raises(Exception, match=r"holds train-00000-of-00009.tfrecord.gz but no dataset_info.json"):
         write_arrays(tmp_path / "out", IDS)
     assert foreign.read_bytes() == b"mine"
+    foreign = tmp_path / "index-only" / "index" / "train-00000-of-00001.parquet"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"mine")
+    with pytest.raises(Exception, match=r"holds index/train-00000-of-00001.parquet but no dataset_info.json"):
+        write_arrays(tmp_path / "index-only", IDS)
+    assert foreign.read_bytes() == b"mine"
+    write_arrays(tmp_path / "index-only", IDS, overwrite=True)
+    assert Dataset(tmp_path / "index-only").ids == IDS
 
 
 def test_the_later_of_two_pipelines_stops_the_earlier_one(tmp_path: Path) -> None:
@@ -741,6 +750,54 @@ def test_the_later_of_two_pipelines_stops_the_earlier_one(tmp_path: Path) -> Non
     with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
         list(PlanFn(target).process((None, [started[1], key.value[1], traits.value.value[1]])))
     assert Dataset(target.output).ids == IDS[:4]
+
+
+def test_a_pipeline_whose_parts_another_one_removes_is_told_why(tmp_path: Path) -> None:
+    target = target_of(tmp_path / "out")
+    ((_, revision),) = StartFn(target).process(target.token)
+    writing, written = WritePartsFn(target), WritePartsFn(target)
+    for writer in (writing, written):
+        writer.start_bundle()
+        placed, key = writer.process(arrays_of("a"))
+    (traits,) = written.finish_bundle()
+    (plan,) = PlanFn(target).process((None, [revision, key.value[1], traits.value.value[1]]))
+    other = dataclasses.replace(target, token="1" * 16)
+    list(StartFn(other).process(other.token))
+    with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
+        list(writing.finish_bundle())
+    (shard,) = plan.shards
+    with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
+        list(CommitRecordsFn(target).process((shard, [placed]), plan))
+
+
+def test_no_part_is_written_before_the_parts_of_others_are_removed(tmp_path: Path) -> None:
+    """Otherwise each of two pipelines could remove the parts of the other."""
+    pipeline = beam.Pipeline()
+    pipeline | beam.Create([record_of("a")]) | WriteToTFRecord(str(tmp_path / "out"))
+    found = {}
+
+    class Visitor(PipelineVisitor):
+        def visit_transform(self, node: Any) -> None:
+            found[node.full_label] = [side.pvalue.producer.full_label for side in node.side_inputs]
+
+    pipeline.visit(Visitor())
+    (waits_for,) = (sides for label, sides in found.items() if label.endswith("ParDo(WritePartsFn)"))
+    assert waits_for == ["WriteToTFRecord/Start"]
+
+
+def test_one_pipeline_writes_an_output_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        pipeline = beam.Pipeline()
+        records = pipeline | beam.Create([record_of("a")])
+        records | WriteToTFRecord(str(tmp_path / "out"))
+        records | "other" >> WriteToTFRecord(str(tmp_path / "other"))
+        with pytest.raises(UsageError, match="this pipeline has two WriteToTFRecord into it; give each its"):
+            records | "again" >> WriteToTFRecord(f"{tmp_path}/out/")
+
+
+def test_the_root_of_the_file_system_is_refused() -> None:
+    with pytest.raises(UsageError, match="output is /, the root of the file system; choose a folder below"):
+        beam.Pipeline() | beam.Create([record_of("a")]) | WriteToTFRecord("/")
 
 
 @pytest.mark.parametrize("note", ["{", '{"token": 1}', None])
