@@ -162,7 +162,7 @@ def to_record(element: Any) -> Record:
         found = decode_example(content)
         if "id" not in found:
             content = encode_example({**{n: _kept(v) for n, v in found.items()}, "id": example_id.encode()})
-    except (ShardError, VolumeError) as e:
+    except (ShardError, UnicodeEncodeError, VolumeError) as e:
         raise VolumeError(f"record {example_id!r}: {e}") from e
     return Record(example_id, content)
 

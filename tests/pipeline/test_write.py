@@ -454,6 +454,11 @@ def test_an_example_that_would_be_read_otherwise_is_refused(features: dict[str, 
         examine(record_of("a", **features))
 
 
+def test_an_id_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(VolumeError, match=r"record '\\ud800': .*surrogates not allowed"):
+        to_record(("\ud800", {"image": IMAGE}))
+
+
 def test_an_empty_feature_is_named() -> None:
     entry = b"\x0a\x01q\x12\x00"
     with pytest.raises(VolumeError, match="record 'a': feature 'q': holds 0 kinds of values instead of 1"):
