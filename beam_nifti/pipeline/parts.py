@@ -147,6 +147,10 @@ class PartFile:
         """Publish it."""
         self._opened.__exit__(None, None, None)
 
+    def discard(self) -> None:
+        """Close and remove it."""
+        self._opened.__exit__(GeneratorExit, GeneratorExit(), None)
+
 
 class PartWriter:
     """Writes one part file of a build, and its index.

@@ -13,6 +13,7 @@ from beam_nifti.config import MASK_DTYPES, SPLIT_PATTERN, TENSOR_DTYPES, RecordC
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.manifest.manifest import DEFAULT_SPLIT
 from beam_nifti.record.example import (
+    ENDS_FEATURES,
     MASK_FEATURE,
     SCALING_FEATURES,
     FeatureValue,
@@ -22,12 +23,23 @@ from beam_nifti.record.example import (
     encode_tensor,
 )
 from beam_nifti.record.index import IndexEntry, entry_cells
+from beam_nifti.volume.grid import is_usable
+from beam_nifti.volume.header import COLOURS
 from beam_nifti.volume.label_map import labels_of
 
 _IMAGE: Final = "image_raw"
 _TENSORS: Final = {"image": _IMAGE, "mask": MASK_FEATURE}
 _AXES: Final = (3, 4)
-_AFFINE_SHAPE: Final = (4, 4)
+
+_PLACE: Final = {"affine": 16, "zooms": 3}
+"""Features that say where voxels lie, and how many numbers each has."""
+
+_DOUBLES: Final = (*SCALING_FEATURES, *ENDS_FEATURES)
+"""Features from which the units of voxels are computed."""
+
+_DOUBLE_BYTES: Final = 8
+_FLOATS: Final = {"label", "intensity_min", "intensity_max", *_PLACE}
+_INT64: Final = np.iinfo(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,7 @@ class Traits:
         labelled: whether any record has a label.
         mask_labels: labels of all masks.
         columns: further columns of their manifest.
+        num_axes: number of axes of the voxels, if other steps made the records; None if `config` says it.
     """
 
     id: str
@@ -72,6 +85,7 @@ class Traits:
     labelled: bool
     mask_labels: frozenset[int]
     columns: tuple[str, ...] = ()
+    num_axes: int | None = None
 
     def joined(self, other: Traits) -> Traits:
         """The traits of both together.
@@ -80,10 +94,14 @@ class Traits:
             VolumeError: the records cannot be in one dataset.
         """
         optional = dict.fromkeys(SCALING_FEATURES, "bytes")
+        options = ("options", self.config, other.config)
+        are_given = self.num_axes is None or other.num_axes is None
         for what, ours, theirs in (
-            ("options", self.config, other.config),
-            ("features", self.features | optional, other.features | optional),
+            *([options] if are_given else []),
             ("dtype", self.dtype, other.dtype),
+            ("number of axes", self.num_axes, other.num_axes),
+            ("features", self.features | optional, other.features | optional),
+            options,
         ):
             if ours != theirs:
                 raise VolumeError(
@@ -125,16 +143,18 @@ def to_record(element: Any) -> Record:
     """
     if isinstance(element, Record):
         return element
-    if not isinstance(element, tuple) or len(element) != 2 or not isinstance(element[0], str):
+    if not isinstance(element, tuple) or len(element) != 2:
         raise VolumeError(
             f"an element is {type(element).__name__}, expected a Record or (id, Example, bytes or dictionary)"
         )
     example_id, content = element
+    if not isinstance(example_id, str):
+        raise VolumeError(
+            f"an element has the id {example_id!r:.80}, which is {type(example_id).__name__}; make it a str"
+        )
     try:
         if isinstance(content, Mapping):
-            features = {"id": example_id.encode()}
-            features |= dict(_feature(str(name), value) for name, value in content.items())
-            return Record(example_id, encode_example(features))
+            return Record(example_id, encode_example(_features(example_id, content)))
         if hasattr(content, "SerializeToString"):
             content = content.SerializeToString(deterministic=True)
         if not isinstance(content, bytes):
@@ -142,7 +162,7 @@ def to_record(element: Any) -> Record:
         found = decode_example(content)
         if "id" not in found:
             content = encode_example({**{n: _kept(v) for n, v in found.items()}, "id": example_id.encode()})
-    except (ShardError, VolumeError) as e:
+    except (ShardError, UnicodeEncodeError, VolumeError) as e:
         raise VolumeError(f"record {example_id!r}: {e}") from e
     return Record(example_id, content)
 
@@ -151,22 +171,63 @@ def _kept(value: memoryview | npt.NDArray[Any]) -> FeatureValue:
     return (value,) if isinstance(value, memoryview) else value
 
 
-def _feature(name: str, value: Any) -> tuple[str, FeatureValue]:
-    """The feature of an entry of a dictionary."""
-    if name in _TENSORS:
-        voxels = np.ascontiguousarray(value)
-        if voxels.dtype.name not in TENSOR_DTYPES:
-            raise VolumeError(f"{name} is {voxels.dtype}, expected one of {', '.join(TENSOR_DTYPES)}")
-        return _TENSORS[name], encode_tensor(voxels.astype(voxels.dtype.newbyteorder("="), copy=False))
+def _features(example_id: str, content: Mapping[Any, Any]) -> dict[str, FeatureValue]:
+    """The features of a dictionary."""
+    features: dict[str, FeatureValue] = {}
+    for key, value in content.items():
+        name = _TENSORS.get(key, str(key))
+        if name in features:
+            raise VolumeError(f"the feature {name} is given twice; leave one out")
+        if name in _DOUBLES:
+            raise VolumeError(f"the name {name} is reserved for how voxels were scaled; choose another name")
+        if isinstance(value, np.ma.MaskedArray):
+            raise VolumeError(f"{key} is a masked array; fill it, such as with {key}.filled(0)")
+        try:
+            features[name] = _tensor_of(key, value) if key in _TENSORS else _feature(name, value)
+        except ValueError as e:  # a list of lists of several lengths, a text that is no Unicode
+            raise VolumeError(f"{key} cannot be stored: {e}") from e
+    return {"id": example_id.encode(), **features}
+
+
+def _tensor_of(name: str, value: Any) -> FeatureValue:
+    voxels = np.ascontiguousarray(value)
+    expected = MASK_DTYPES if name == "mask" else TENSOR_DTYPES
+    if voxels.dtype.name not in expected:
+        raise VolumeError(
+            f"{name} is {voxels.dtype}, expected one of {', '.join(expected)}; convert it with astype"
+        )
+    return encode_tensor(voxels.astype(voxels.dtype.newbyteorder("="), copy=False))
+
+
+def _feature(name: str, value: Any) -> FeatureValue:
     if isinstance(value, str | bytes):
-        return name, value.encode() if isinstance(value, str) else value
+        return value.encode() if isinstance(value, str) else value
     numbers = np.asarray(value).ravel()
-    if numbers.dtype.kind in "iub" and name != "label":
-        return name, numbers.astype(np.int64)
+    if isinstance(value, int | list | tuple) and numbers.dtype.kind in "fO":
+        # numpy makes floats, or objects, of integers that no integer dtype holds together.
+        items = np.asarray(value, object).ravel().tolist()
+        for item in items if all(isinstance(item, int | np.integer) for item in items) else ():
+            _require_int64(name, item)
+    if numbers.dtype.kind in "iub" and name not in _FLOATS:
+        if numbers.dtype == np.uint64 and numbers.size:
+            _require_int64(name, numbers.max())
+        return numbers.astype(np.int64)
     if numbers.dtype.kind not in "iubf":
         raise VolumeError(f"{name} is {type(value).__name__}, expected numbers, a text or bytes")
     with np.errstate(over="ignore"):
-        return name, numbers.astype(np.float32)
+        stored = numbers.astype(np.float32)
+    lost = numbers[np.isfinite(numbers) & np.isinf(stored)]
+    if lost.size:
+        raise VolumeError(f"{name} holds {lost[0]:g}, which is beyond the range of float32; rescale it")
+    return stored
+
+
+def _require_int64(name: str, number: int) -> None:
+    if not _INT64.min <= number <= _INT64.max:
+        raise VolumeError(
+            f"{name} holds {number}, but integers are stored as int64, from -2**63 to 2**63 - 1; store it as "
+            "a float or a text"
+        )
 
 
 def examine(record: Record) -> tuple[Traits, dict[str, object]]:
@@ -182,10 +243,12 @@ def examine(record: Record) -> tuple[Traits, dict[str, object]]:
 
 
 def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
-    if not record.id or not SPLIT_PATTERN.fullmatch(record.split):
+    if not record.id:
+        raise VolumeError("its id is empty; give every record a unique id")
+    if not SPLIT_PATTERN.fullmatch(record.split):
         raise VolumeError(
-            f"its split is {record.split!r}; give every record an id, and a split of letters, digits, '_' "
-            "and '.', a letter or digit first"
+            f"its split is {record.split!r}; give every record a split of letters, digits, '_' and '.', a "
+            "letter or digit first"
         )
     features = decode_example(record.example)
     found = features.get("id")
@@ -194,6 +257,9 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
     voxels = _tensor(features, _IMAGE)
     if voxels.ndim not in _AXES or voxels.size == 0:
         raise VolumeError(f"its image has the shape {voxels.shape}, expected (X, Y, Z) or (X, Y, Z, C)")
+    for name, value in features.items():
+        if isinstance(value, np.ndarray) and not value.size:
+            raise VolumeError(f"its feature {name} is empty; give it a value in every record, or drop it")
     kinds = {name: _kind(value) for name, value in features.items()}
     if kinds.get("label", "float") != "float":
         raise VolumeError(
@@ -207,10 +273,14 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         )
     label = features.get("label")
     number = None if label is None or np.isnan(label[0]) else float(label[0])
+    if number is not None and np.isinf(number):
+        raise VolumeError(f"its label is {number}; give a number of float32, or NaN if there is none")
     if record.entry is None:
+        _require_meaning(features, kinds, voxels)
         cells = _cells_of(record.id, features, voxels, number)
     else:
         row = record.entry.row
+        _require_entry(record.entry, features, voxels, record.config or RecordConfig())
         named = replace(row, extras=row.extras if row.extra_columns else ())
         entry = replace(record.entry, row=named)
         cells = entry_cells(entry, record.config or RecordConfig(), row.extra_columns)
@@ -229,8 +299,82 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         labelled=number is not None,
         mask_labels=labels,
         columns=record.entry.row.extra_columns if record.entry else (),
+        num_axes=voxels.ndim if record.config is None else None,
     )
     return traits, cells
+
+
+def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxels: npt.NDArray[Any]) -> None:
+    """Refuse features to which readers give a meaning that their values cannot have.
+
+    Raises:
+        VolumeError: one has another size or type; or voxels are beyond float32, in which they are read.
+    """
+    for name, count in _PLACE.items():
+        if name in kinds and kinds[name] != f"float[{count}]":
+            raise VolumeError(
+                f"its feature {name} is {kinds[name]}, expected float[{count}]; convert it, or drop it"
+            )
+    if "affine" in features and not is_usable(features["affine"].astype(np.float64).reshape(4, 4)):
+        raise VolumeError(
+            f"its affine is {features['affine'].tolist()}, which is singular or not finite; repair it, or "
+            "drop the feature"
+        )
+    doubles = [name for name in _DOUBLES if name in features]
+    for name in doubles:
+        if kinds[name] != "bytes" or len(features[name]) != _DOUBLE_BYTES:
+            raise VolumeError(
+                f"its feature {name} is reserved for {_DOUBLE_BYTES} bytes, a float64; use another name"
+            )
+    scaling = [name for name in SCALING_FEATURES if name in features]
+    if scaling and (len(scaling) == 1 or _config_of(voxels, None).voxel_dtype != "native"):
+        raise VolumeError(
+            f"its feature {scaling[0]} scales voxels that are stored as in a file, so it requires "
+            f"{' and '.join(SCALING_FEATURES)}, and integers or float64; apply the scaling, and drop it"
+        )
+    if voxels.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            for plane in voxels:
+                if (np.isfinite(plane) & np.isinf(plane.astype(np.float32))).any():
+                    raise VolumeError(
+                        "its image has voxels beyond the range of float32, in which they are read; rescale it"
+                    )
+
+
+def _require_entry(
+    entry: IndexEntry, features: Mapping[str, Any], voxels: npt.NDArray[Any], config: RecordConfig
+) -> None:
+    """Refuse a record whose Example was changed without its entry of the index.
+
+    Raises:
+        VolumeError: they disagree.
+    """
+    on_disk = "uint8" if entry.dtype in COLOURS.values() else entry.dtype
+    dtype = on_disk if config.voxel_dtype == "native" else config.voxel_dtype
+    label = np.nan if entry.row.label is None else entry.row.label
+    differences: list[tuple[str, object, object]] = []
+    if voxels.shape != entry.shape:
+        differences.append((f"shape of {_IMAGE}", voxels.shape, entry.shape))
+    if voxels.dtype.name != dtype:
+        differences.append((f"dtype of {_IMAGE}", voxels.dtype.name, dtype))
+    for name, said in (
+        ("label", [label]),
+        ("affine", entry.affine),
+        ("zooms", entry.zooms),
+        ("intensity_min", [i.min for i in entry.intensities]),
+        ("intensity_max", [i.max for i in entry.intensities]),
+    ):
+        with np.errstate(over="ignore"):
+            expected = np.array(said, np.float64).astype(np.float32)
+        found = features.get(name)
+        if not isinstance(found, np.ndarray) or not np.array_equal(found, expected, equal_nan=True):
+            shown = found.tolist() if isinstance(found, np.ndarray) else "missing"
+            differences.append((f"feature {name}", shown, expected.tolist()))
+    for what, is_now, was in differences:
+        raise VolumeError(
+            f"the {what} is {is_now}, but its entry of the index says {was}; change volumes before "
+            "EncodeExample, or give (id, Example) instead of a Record"
+        )
 
 
 def _tensor(features: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
@@ -239,7 +383,12 @@ def _tensor(features: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
             f"its Example has no feature {name}, which is required; add a tensor as tf.io.serialize_tensor "
             "writes it"
         )
-    return decode_tensor(features[name])
+    try:
+        return decode_tensor(features[name])
+    except ShardError as e:
+        raise VolumeError(
+            f"its feature {name} is not a tensor of real numbers as tf.io.serialize_tensor writes it: {e}"
+        ) from e
 
 
 def _kind(value: memoryview | npt.NDArray[Any]) -> str:

@@ -37,9 +37,9 @@ from beam_nifti.record.index import IndexEntry
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
 from beam_nifti.volume.notes import counter_name
-from beam_nifti.volume.preprocess import prepare_volume
+from beam_nifti.volume.preprocess import prepare_volume, require_volume
 from beam_nifti.volume.user_function import load_functions
-from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
+from beam_nifti.volume.volume import Volume, load_frames, load_volume, require_rescaled, rescale_volume
 
 send_whole_elements()
 
@@ -104,7 +104,20 @@ class LoadVolumeFn(beam.DoFn):
         yield from volumes
 
 
-class PreprocessFn(beam.DoFn):
+class _VolumeFn(beam.DoFn):
+    """A step that gets volumes.
+
+    Attributes:
+        follows_any: whether other steps than ours may have made the volumes, which are checked then.
+    """
+
+    follows_any = False
+
+    def _checked(self, volume: Volume) -> Volume:
+        return require_volume(volume, type(self).__name__.removesuffix("Fn")) if self.follows_any else volume
+
+
+class PreprocessFn(_VolumeFn):
     """Prepare a volume before its intensities are measured: `prepare_volume`.
 
     Args:
@@ -126,12 +139,13 @@ class PreprocessFn(beam.DoFn):
     def process(self, volume: Volume) -> Iterable[Volume]:
         """Yield the prepared volume."""
         with timed(self._msec):
+            volume = self._checked(volume)
             config = _joined(volume.config, self._config, _PREPARED)
             prepared = prepare_volume(volume, config, self._shape, release=self._release)
         yield prepared
 
 
-class RescaleFn(beam.DoFn):
+class RescaleFn(_VolumeFn):
     """Measure a volume's intensities and rescale its voxels for the record."""
 
     def __init__(self, config: RecordConfig | None = None) -> None:
@@ -141,11 +155,12 @@ class RescaleFn(beam.DoFn):
     def process(self, volume: Volume) -> Iterable[Volume]:
         """Yield the rescaled volume."""
         with timed(self._msec):
+            volume = self._checked(volume)
             rescaled = rescale_volume(volume, _joined(volume.config, self._config, _RESCALED))
         yield rescaled
 
 
-class EncodeExampleFn(beam.DoFn):
+class EncodeExampleFn(_VolumeFn):
     """Serialize a rescaled volume as a tf.train.Example, and count its notes."""
 
     def __init__(self) -> None:
@@ -154,12 +169,15 @@ class EncodeExampleFn(beam.DoFn):
 
     def process(self, volume: Volume) -> Iterable[Record]:
         """Yield the record."""
+        volume = self._checked(volume)
         if not volume.intensities:
             raise VolumeError(
                 f"{volume.row.path}: was not rescaled; add Rescale() before EncodeExample, or "
                 'Rescale("none") to keep its units'
             )
         with timed(self._msec):
+            if self.follows_any:
+                require_rescaled(volume)
             example = encode_volume(volume)
         self._bytes.inc(len(example))
         for note in volume.notes:
@@ -254,10 +272,13 @@ class _Step(beam.PTransform[Any, Any]):
 
     def expand(self, elements: _Values) -> Any:
         """To what the DoFn yields; with failures, to an Outcome."""
+        step = self._make()
+        if isinstance(step, _VolumeFn):
+            step.follows_any = True
         if not self._has_failures:
-            pardo = beam.ParDo(self._make()).with_input_types(self._takes)
+            pardo = beam.ParDo(step).with_input_types(self._takes)
             return elements | pardo.with_output_types(self._gives)
-        outputs = elements | guarded(self._make(), self._gives)
+        outputs = elements | guarded(step, self._gives)
         failures = outputs[FAILURES] | "Failures" >> beam.Values().with_output_types(Failure)
         return Outcome(outputs.main, failures)
 

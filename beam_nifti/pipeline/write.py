@@ -1,7 +1,7 @@
 """`WriteToTFRecord`: a dataset of the records of any pipeline, in the order of their ids.
 
-WriteParts         _Placed, of each record; (None, _Key), of each record; (None, Traits), of each bundle
 Start              (None, revision)
+WriteParts         _Placed, of each record; (None, _Key), of each record; (None, Traits), of each bundle
 Plan               _WritePlan           of the keys of all records: splits, shards, order
 ToShard            (shard, _Placed)
 CommitShards       (None, ShardInfo)
@@ -13,12 +13,14 @@ Payloads go to part files where they are made; only ids, offsets and rows of the
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
@@ -62,7 +64,7 @@ from beam_nifti.record.dataset_info import (
     SplitInfo,
 )
 from beam_nifti.record.index import schema_of
-from beam_nifti.record.sharding import Layout, ShardName
+from beam_nifti.record.sharding import INDEX_FOLDER, Layout, ShardName
 from beam_nifti.record.tfrecord import encode_pieces
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import paths as storage
@@ -163,6 +165,16 @@ def _require_current(target: _Target) -> WriteNote:
     return note
 
 
+@contextlib.contextmanager
+def _naming_the_other(target: _Target) -> Iterator[None]:
+    """Say of a part file that is gone which pipeline has removed it, if one has."""
+    try:
+        yield
+    except FileNotFoundError:
+        _require_current(target)
+        raise
+
+
 class WritePartsFn(beam.DoFn):
     """Write records to part files, one file per bundle, with one record in memory."""
 
@@ -176,22 +188,33 @@ class WritePartsFn(beam.DoFn):
     def setup(self) -> None:
         """Refuse an output that holds a dataset before the work starts."""
         keep_buffers()
+        self._file: PartFile | None = None
         self._target.refuse_published()
+
+    def teardown(self) -> None:
+        """Remove the part of a bundle that failed."""
+        if self._file is not None:
+            self._file.discard()
+            self._file = None
 
     def start_bundle(self) -> None:
         """Start without an open file."""
-        self._file: PartFile | None = None
+        self._file = None
         self._traits: Traits | None = None
 
-    def process(self, element: Any) -> Iterable[Any]:
-        """Yield where the record is; and (None, _Key) on the output KEYS."""
+    def process(self, element: Any, started: object = None) -> Iterable[Any]:
+        """Yield where the record is; and (None, _Key) on the output KEYS.
+
+        `started` is the output of `StartFn`, which removes the parts of all other pipelines.
+        """
         record = to_record(element)
         traits, cells = examine(record)
         self._traits = self._traits.joined(traits) if self._traits else traits
         start = time.perf_counter()
-        if self._file is None:
-            self._file = PartFile(self._target.folder)
-        offset, length = self._file.write(*encode_pieces(record.example, self._level))
+        with _naming_the_other(self._target):
+            if self._file is None:
+                self._file = PartFile(self._target.folder)
+            offset, length = self._file.write(*encode_pieces(record.example, self._level))
         self._msec.update(round(1e3 * (time.perf_counter() - start)))
         self._bytes.inc(length)
         self._count.inc()
@@ -201,7 +224,8 @@ class WritePartsFn(beam.DoFn):
     def finish_bundle(self) -> Iterable[Any]:
         """Close the part; yield (None, Traits) on the output TRAITS."""
         if self._file is not None:
-            self._file.close()
+            with _naming_the_other(self._target):
+                self._file.close()
             window = GlobalWindow()
             value = WindowedValue((None, self._traits), window.max_timestamp(), (window,))
             yield TaggedOutput(_TRAITS, value)
@@ -267,8 +291,13 @@ class StartFn(beam.DoFn):
         return build
 
     def _refuse_foreign(self) -> None:
-        names = storage.list_files(self._target.output, "*.tfrecord*")
+        output, index = self._target.output, storage.join(self._target.output, INDEX_FOLDER)
+        names = storage.list_files(output, "*.tfrecord*")
         foreign = next((name for name in names if ShardName.parse(name)), None)
+        if foreign is None:
+            names = [n.removesuffix(".parquet") for n in storage.list_files(index, "*.parquet")]
+            of_shards = (f"{INDEX_FOLDER}/{n}.parquet" for n in names if ShardName.parse(f"{n}.tfrecord"))
+            foreign = next(of_shards, None)
         if foreign is not None and not self._target.overwrite:
             raise OutputError(
                 f"{self._target.output}: holds {foreign} but no {FILE_NAME}; choose another output, or use "
@@ -475,7 +504,8 @@ class CommitRecordsFn(beam.DoFn):
         ]
         table = pa.Table.from_pylist(rows, schema=schema_of(plan.config, plan.traits.columns))
         files = [placed.part for placed in records]
-        info = write_shard(self._target.output, name, table, files, plan.config.fingerprint)
+        with _naming_the_other(self._target):
+            info = write_shard(self._target.output, name, table, files, plan.config.fingerprint)
         self._msec.update(round(1e3 * (time.perf_counter() - start)))
         self._committed.inc()
         yield None, info
@@ -568,18 +598,19 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
                 "complete only at its end; read a bounded source"
             )
         target = self._target
-        parts = (
-            records
-            | "Global" >> beam.WindowInto(GlobalWindows())  # Record or (id, Example)
-            | "WriteParts"
-            >> beam.ParDo(WritePartsFn(target))
-            .with_output_types(_Placed, **{_KEYS: tuple[None, _Key], _TRAITS: tuple[None, Traits]})
-            .with_outputs(_KEYS, _TRAITS, main="placed")
-        )
+        self._require_only_writer(records.pipeline)
         started = (
             records.pipeline
             | "Create" >> beam.Create([target.token], reshuffle=False)  # str
             | "Start" >> beam.ParDo(StartFn(target)).with_output_types(tuple[None, int])  # (None, revision)
+        )
+        parts = (
+            records
+            | "Global" >> beam.WindowInto(GlobalWindows())  # Record or (id, Example)
+            | "WriteParts"
+            >> beam.ParDo(WritePartsFn(target), AsSingleton(started))
+            .with_output_types(_Placed, **{_KEYS: tuple[None, _Key], _TRAITS: tuple[None, Traits]})
+            .with_outputs(_KEYS, _TRAITS, main="placed")
         )
         plan = AsSingleton(
             (started, parts[_KEYS], parts[_TRAITS])
@@ -599,3 +630,19 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
             >> beam.ParDo(PublishFn(target), plan).with_output_types(DatasetInfo)  # DatasetInfo
         )
         return info
+
+    def _require_only_writer(self, pipeline: beam.Pipeline) -> None:
+        output = self._target.output
+        if not output.strip("/"):
+            raise UsageError(f"output is {output}, the root of the file system; choose a folder below it")
+        outputs = _OUTPUTS.setdefault(pipeline, set())
+        if output in outputs:
+            raise UsageError(
+                f"{output}: this pipeline has two WriteToTFRecord into it; give each its own output, or join "
+                "their records with beam.Flatten"
+            )
+        outputs.add(output)
+
+
+_OUTPUTS: Final = weakref.WeakKeyDictionary[beam.Pipeline, set[str]]()
+"""The outputs of the pipelines of this process."""

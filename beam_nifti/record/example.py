@@ -325,12 +325,12 @@ def _parts(data: memoryview, tags: Collection[int]) -> dict[int, Any]:
 def _decode_feature(data: memoryview) -> memoryview | npt.NDArray[np.generic]:
     kinds = _parts(data, (_BYTES, _FLOATS, _INTEGERS))
     if len(kinds) != 1:
-        raise ShardError(f"a feature holds {len(kinds)} kinds of values instead of 1")
+        raise ShardError(f"holds {len(kinds)} kinds of values instead of 1")
     [(kind, content)] = kinds.items()
     if kind == _BYTES:
         items = list(_messages(content, _FIRST))
         if len(items) != 1:
-            raise ShardError(f"a bytes feature holds {len(items)} values instead of 1")
+            raise ShardError(f"holds {len(items)} values of bytes instead of 1")
         return items[0]
     packed = _parts(content, (_FIRST,)).get(_FIRST, memoryview(b""))
     if kind == _FLOATS:
@@ -361,7 +361,10 @@ def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArr
             name = bytes(parts[_FIRST]).decode()
             if name in features:
                 raise ShardError(f"not an Example: feature {name!r} is there twice")
-            features[name] = _decode_feature(parts[_SECOND])
+            try:
+                features[name] = _decode_feature(parts[_SECOND])
+            except ShardError as e:
+                raise ShardError(f"feature {name!r}: {e}") from e
     except (IndexError, KeyError, OverflowError, UnicodeDecodeError, ValueError, struct.error) as e:
         raise ShardError(f"not an Example: {e}") from e
     return features
@@ -377,7 +380,10 @@ def decode_tensor(data: bytes | memoryview) -> npt.NDArray[np.generic]:
         parts = _parts(memoryview(data), (_DTYPE, _SECOND, _CONTENT))
         sizes = _messages(parts.get(_SECOND, memoryview(b"")), _SECOND)
         shape = [_parts(size, (_AXIS_SIZE,)).get(_AXIS_SIZE, 0) for size in sizes]
-        dtype = numpy_dtype(_DTYPE_OF_ENUM[parts[_DTYPE]]).newbyteorder("<")
+        number = parts[_DTYPE]
+        if number not in _DTYPE_OF_ENUM:
+            raise ShardError(f"not a tensor: of another type than {', '.join(TENSOR_DTYPES)}")
+        dtype = numpy_dtype(_DTYPE_OF_ENUM[number]).newbyteorder("<")
         return np.frombuffer(parts.get(_CONTENT, b""), dtype).reshape(shape)
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as e:
         raise ShardError(f"not a tensor: {e}") from e

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError, is_of_machine
 from beam_nifti.manifest.concealment import describe
 from beam_nifti.volume.grid import (
     UNTURNED,
     Grid,
     Shape3,
+    agreed_zooms,
     axes_to,
     is_usable,
     respace,
@@ -34,6 +35,9 @@ from beam_nifti.volume.volume import Volume
 
 if TYPE_CHECKING:
     from scipy import sparse
+
+_STORED_DTYPES: Final = ("float16", "bfloat16")
+"""Of voxels that are rescaled, besides those that voxels may have before."""
 
 
 def prepare_volume(
@@ -121,7 +125,8 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
             raise
         said = describe(e, is_anonymous=bool(volume.row.pseudonyms))
         raise VolumeError(f"--preprocess {name} failed: {said}; repair it, or leave the image out") from e
-    problem = _wrong_with(made) or _wrong_beside(made, volume.mask, num_channels)
+    masks = () if volume.mask is None else (volume.mask.dtype.name,)
+    problem = _wrong_with(made) or _wrong_beside(made, masks, num_channels)
     if problem:
         raise VolumeError(f"--preprocess {name} {problem}")
     grid = Grid.of(made.voxels.shape, np.asarray(made.affine, np.float64))
@@ -135,18 +140,56 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
     )
 
 
-def _wrong_with(made: object) -> str | None:
+def require_volume(volume: Volume, step: str) -> Volume:
+    """Check what a user's own step gave to one of ours, as `apply_function` checks what a function returns.
+
+    Args:
+        volume: of a step of any pipeline. Its voxels are not copied.
+        step: name of the step that gets it, for errors.
+
+    Returns:
+        The volume, with an affine of float64 and the voxel sizes of that affine.
+
+    Raises:
+        VolumeError: it is not a volume, or voxels, affine or mask are not what a volume has.
+    """
+    name = f"the step before {step}"
+    if not isinstance(volume, Volume):
+        raise VolumeError(f"{name} {_wrong_with(volume)}")
+    config = volume.config or RecordConfig()
+    masks: Collection[str] = () if volume.mask is None else MASK_DTYPES
+    if config.mask_dtype is not None:
+        masks = (config.mask_dtype,)
+    num_channels = config.num_channels if config.channels else None
+    problem = _wrong_with(volume, _STORED_DTYPES if volume.intensities else ())
+    problem = problem or _wrong_beside(volume, masks, num_channels)
+    if problem:
+        raise VolumeError(f"{volume.row.path}: {name} {problem}")
+    affine = np.asarray(volume.affine, np.float64)
+    x, y, z = agreed_zooms(affine, volume.zooms).tolist()
+    if affine is volume.affine and (x, y, z) == volume.zooms:
+        return volume
+    return replace(volume, affine=affine, zooms=(x, y, z))
+
+
+def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
+    """What is wrong with a volume, whose voxels may also be of some further dtypes."""
     if not isinstance(made, Volume):
         return f"returned a {type(made).__name__}; return dataclasses.replace(volume, voxels=…)"
     voxels: object = made.voxels
     if not isinstance(voxels, np.ndarray):
         return f"returned voxels that are a {type(voxels).__name__}; return a numpy array"
-    if voxels.dtype.kind not in "iu" and voxels.dtype not in (np.float32, np.float64):
+    if isinstance(voxels, np.ma.MaskedArray):
+        return "returned masked voxels; fill them, such as with voxels.filled(0)"
+    if voxels.dtype.kind not in "iu" and voxels.dtype.name not in ("float32", "float64", *dtypes):
         return f"returned {voxels.dtype} voxels; return integers, float32 or float64"
     if voxels.ndim not in (3, 4) or voxels.size == 0:
         return f"returned voxels of shape {voxels.shape}; return (X, Y, Z) or (X, Y, Z, channels)"
     if not (voxels.flags.c_contiguous and voxels.dtype.isnative):
         return "returned voxels in another order; return numpy.ascontiguousarray of them, in native bytes"
+    scaling: object = made.scaling
+    if not isinstance(scaling, Scaling):
+        return f"returned a scaling that is a {type(scaling).__name__}; return the Scaling that it got"
     affine: object = made.affine
     if not isinstance(affine, np.ndarray):
         return f"returned an affine that is a {type(affine).__name__}; return a finite (4, 4) array"
@@ -159,16 +202,17 @@ def _wrong_with(made: object) -> str | None:
     return None
 
 
-def _wrong_beside(made: Volume, mask: Voxels | None, num_channels: int | None) -> str | None:
+def _wrong_beside(made: Volume, masks: Collection[str], num_channels: int | None = None) -> str | None:
+    """What is wrong with a volume's channels, and with its mask, which must have one of some dtypes."""
     shape = made.voxels.shape
     if num_channels not in (None, *shape[3:]):
         return f"returned voxels of shape {shape}; return all {num_channels} channels that it got"
     found: object = made.mask
-    if mask is None:
+    if not masks:
         return None
-    if not isinstance(found, np.ndarray) or found.dtype != mask.dtype:
+    if not isinstance(found, np.ndarray) or found.dtype.name not in masks or not found.dtype.isnative:
         what = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
-        return f"returned a mask of {what}; return an array of {mask.dtype}"
+        return f"returned a mask of {what}; return an array of {' or '.join(masks)}"
     if found.shape != shape[:3] or not found.flags.c_contiguous:
         return (
             f"returned a mask of shape {found.shape} for voxels of {shape}; transform both, and return "

@@ -330,6 +330,38 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
     )
 
 
+def require_rescaled(volume: Volume) -> None:
+    """Refuse a volume whose voxels are no longer those that `rescale_volume` made of it.
+
+    Their range is compared, as `verify` does: every rescaling keeps the order of voxels.
+
+    Raises:
+        VolumeError: they have another dtype, or another range than follows from the measured intensities.
+    """
+    config = volume.config or RecordConfig()
+    remedy = "put steps that change voxels before Rescale"
+    if config.voxel_dtype not in ("native", volume.voxels.dtype.name):
+        raise VolumeError(
+            f"{volume.row.path}: its voxels are {volume.voxels.dtype}, but Rescale made them "
+            f"{config.voxel_dtype}; {remedy}"
+        )
+    for number, voxels in enumerate(_images(volume, config)):
+        intensity = volume.intensities[number]
+        expected = np.array([intensity.min, intensity.max])
+        found = np.array([voxels.min(), voxels.max()])
+        if config.voxel_dtype == "native":
+            found = np.sort(volume.scaling.apply(found))
+        else:
+            ends = volume.ends[number] if volume.ends else None
+            with np.errstate(over="ignore"):
+                expected = rescale_voxels(expected, Scaling(), intensity, ends, config)
+        if not np.array_equal(found, expected):
+            raise VolumeError(
+                f"{volume.row.files[number]}: its voxels range from {found[0]:g} to {found[1]:g}, but "
+                f"Rescale made them range from {expected[0]:g} to {expected[1]:g}; {remedy}"
+            )
+
+
 def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
     """The voxels of each image, C order."""
     if config.channels is None:

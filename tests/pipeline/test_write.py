@@ -12,6 +12,7 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pytest
+from apache_beam.pipeline import PipelineVisitor
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing import test_stream
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
@@ -20,14 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
-from beam_nifti.config import Columns, Sharding
+from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError, VolumeError
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import verify_dataset
+from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.build_note import WriteNote
-from beam_nifti.pipeline.write import PlanFn, StartFn, WritePartsFn, _Target
+from beam_nifti.pipeline.records import examine, to_record
+from beam_nifti.pipeline.steps import EncodeExampleFn, PreprocessFn, RescaleFn
+from beam_nifti.pipeline.write import CommitRecordsFn, PlanFn, StartFn, WritePartsFn, _Target
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
@@ -42,6 +46,7 @@ from beam_nifti.transforms import (
     WriteToTFRecord,
 )
 from beam_nifti.volume import Volume
+from beam_nifti.volume.volume import load_volume, rescale_volume
 from tests.build_helpers import (
     CUTTING_RUNNER,
     PER_SHARD,
@@ -249,14 +254,15 @@ def test_readers_give_what_they_give_of_a_build(tmp_path: Path, voxel_dtype: str
 
 def test_examples_may_be_of_any_making(tmp_path: Path) -> None:
     image = random_voxels((4, 3, 2), "int16", 1)
-    features = {"image_raw": encode_tensor(image), "affine": np.arange(16, dtype=np.float32)}
+    affine = np.diag([2, 2, 3, 1]).astype(np.float32)
+    features = {"image_raw": encode_tensor(image), "affine": affine.ravel()}
     with_id = encode_example({**features, "id": b"b"})
     without = encode_example(features)
     output = write([("c", without), ("b", with_id)], tmp_path / "out")
     first, second = Dataset(output, columns=["image", "affine", "id"])
     assert (first["id"], second["id"]) == ("b", "c")
     assert np.array_equal(first["image"][..., 0], image)
-    assert np.array_equal(second["affine"], np.arange(16.0).reshape(4, 4))
+    assert np.array_equal(second["affine"], affine)
     payloads = [payload for _, payload in records_of(output)]
     assert payloads == [with_id, encode_example({**features, "id": b"c"})]
 
@@ -309,6 +315,9 @@ def test_shapes_may_differ(tmp_path: Path) -> None:
 
 
 IMAGE = np.ones((2, 2, 2), np.float32)
+MASK = np.ones((2, 2, 2), np.uint8)
+TENSOR = encode_tensor(IMAGE)
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @pytest.mark.parametrize(
@@ -317,10 +326,21 @@ IMAGE = np.ones((2, 2, 2), np.float32)
         ([7], "an element is int, expected a Record or"),
         ([("a", 7)], "record 'a': is int, expected an Example, bytes or a dictionary"),
         ([("a", b"\x07")], "record 'a': not an Example"),
-        ([("a", {"label": 1})], "record 'a': its Example has no feature image_raw, which is required"),
+        (
+            [("a", {"label": 1})],
+            "record 'a': its Example has no feature image_raw, which is required; add a tensor",
+        ),
         ([("a", {"image": IMAGE[0]})], r"record 'a': its image has the shape \(2, 2\), expected \(X, Y, Z\)"),
         ([("a", {"image": IMAGE.astype(complex)})], "record 'a': image is complex128, expected one of"),
-        ([("a", {"image": IMAGE, "mask": IMAGE})], "record 'a': its mask is float32 of"),
+        (
+            [("a", {"image": IMAGE, "mask": IMAGE})],
+            "record 'a': mask is float32, expected one of uint8, uint16",
+        ),
+        ([("a", {"image": IMAGE, "mask": IMAGE > 0})], "mask is bool, .*; convert it with astype"),
+        (
+            [("a", {"image": IMAGE, "mask": MASK[1:]})],
+            r"record 'a': its mask is uint8 of \(1, 2, 2\), expected",
+        ),
         (
             [("a", {"image": IMAGE, "x": None})],
             "record 'a': x is NoneType, expected numbers, a text or bytes",
@@ -329,7 +349,9 @@ IMAGE = np.ones((2, 2, 2), np.float32)
             [("a", {"image": IMAGE, "label": "ill"})],
             "record 'a': its feature label is bytes, expected one float",
         ),
-        ([("", {"image": IMAGE})], "record '': .*give every record an id"),
+        ([("", {"image": IMAGE})], "record '': its id is empty; give every record a unique id"),
+        ([(1, {"image": IMAGE})], "an element has the id 1, which is int; make it a str"),
+        ([(b"a", {"image": IMAGE})], "an element has the id b'a', which is bytes; make it a str"),
         ([record_of("a", "no split")], "record 'a': its split is 'no split'"),
         ([dataclasses.replace(record_of("a"), id="b")], "record 'b': its Example has a different feature id"),
         (
@@ -338,11 +360,15 @@ IMAGE = np.ones((2, 2, 2), np.float32)
         ),
         (
             [("a", {"image": IMAGE}), ("b", {"image": IMAGE.astype(np.float16)})],
-            r"records '[ab]' and '[ab]' differ in options \(voxel_dtype: float",
+            r"records '[ab]' and '[ab]' differ in dtype \(float",
         ),
         (
             [("a", {"image": IMAGE.astype(np.int16)}), ("b", {"image": IMAGE.astype(np.int32)})],
             r"records '[ab]' and '[ab]' differ in dtype \(int",
+        ),
+        (
+            [("a", {"image": IMAGE}), ("b", {"image": IMAGE[..., None]})],
+            r"records '[ab]' and '[ab]' differ in number of axes \([34], [34]\)",
         ),
         (
             [record_of(i) for i in ("b", "a", "b")],
@@ -358,6 +384,217 @@ def test_what_is_no_dataset_is_refused(elements: list[Any], message: str, tmp_pa
     assert not (tmp_path / "out" / "dataset_info.json").exists()
     write([record_of("a")], tmp_path / "out")
     assert stray_files(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        # What no feature holds
+        ({"x": 2**63 + 5}, r"x holds 9223372036854775813, but integers are stored as int64, from -2\*\*63"),
+        ({"x": np.uint64(2**63)}, "x holds 9223372036854775808, but"),
+        ({"x": [2**63, 1]}, "x holds 9223372036854775808, but"),
+        ({"x": [1, -(2**63) - 1]}, "x holds -9223372036854775809, but"),
+        ({"x": 2**70}, "x holds 1180591620717411303424, but"),
+        ({"x": [0.5, 1e300]}, r"x holds 1e\+300, which is beyond the range of float32"),
+        ({"x": []}, "its feature x is empty; give it a value in every record, or drop it"),
+        ({"x": [[1, 2], [3]]}, "x cannot be stored: .*inhomogeneous"),
+        ({"x": "\ud800"}, "x cannot be stored: .*surrogates"),
+        ({"x": np.ma.masked_less([1, 2], 2)}, r"x is a masked array; fill it, such as with x.filled\(0\)"),
+        ({"label": 1e300}, r"label holds 1e\+300, which is beyond the range of float32"),
+        ({"label": np.inf}, "its label is inf; give a number of float32, or NaN if there is none"),
+        ({"label": [1, 2]}, r"its feature label is float\[2\], expected one float"),
+        # What readers would read otherwise
+        ({"image": IMAGE.astype(np.float64) * 1e300}, "its image has voxels beyond the range of float32"),
+        ({"image": np.ma.masked_less(IMAGE, 2)}, "image is a masked array; fill it"),
+        ({"image": IMAGE > 0}, "image is bool, expected one of float32, .*; convert it with astype"),
+        ({"image_raw": b""}, "the feature image_raw is given twice; leave one out"),
+        (
+            {"scl_slope": 2.0},
+            "the name scl_slope is reserved for how voxels were scaled; choose another name",
+        ),
+        ({"rescale_low": b"12345678"}, "the name rescale_low is reserved"),
+        ({"affine": [2.0, 3.0]}, r"its feature affine is float\[2\], expected float\[16\]"),
+        ({"affine": np.zeros((4, 4))}, r"its affine is \[0.0, .*which is singular or not finite"),
+        ({"affine": np.diag([1, 1, np.nan, 1])}, "its affine is .*which is singular or not finite"),
+        ({"zooms": 1.0}, r"its feature zooms is float, expected float\[3\]"),
+    ],
+)
+def test_a_dictionary_that_would_be_read_otherwise_is_refused(features: dict[str, Any], message: str) -> None:
+    with pytest.raises(VolumeError, match=f"^record 'a': {message}"):
+        examine(to_record(("a", {"image": IMAGE, **features})))
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (
+            {"image_raw": IMAGE.tobytes()},
+            "its feature image_raw is not a tensor of real numbers as tf.io.seria",
+        ),
+        (
+            {"image_raw": b"\x08\x0a" + TENSOR[0][2:] + bytes(TENSOR[1])},
+            "image_raw is not a tensor .*of another type",
+        ),
+        ({"x": np.zeros(0, np.float32)}, "its feature x is empty"),
+        ({"label": np.array([1])}, "its feature label is int64, expected one float"),
+        ({"label": np.array([-np.inf], np.float32)}, "its label is -inf"),
+        ({"affine": np.arange(16, dtype=np.float32)}, "its affine is .*, which is singular"),
+        (
+            {"rescale_low": np.ones(1, np.float32)},
+            "its feature rescale_low is reserved for 8 bytes, a float64",
+        ),
+        (
+            {"scl_slope": bytes(8), "scl_inter": bytes(8)},
+            "scl_slope scales voxels that are stored as in a file",
+        ),
+    ],
+)
+def test_an_example_that_would_be_read_otherwise_is_refused(features: dict[str, Any], message: str) -> None:
+    with pytest.raises(VolumeError, match=f"^record 'a': .*{message}"):
+        examine(record_of("a", **features))
+
+
+def test_an_id_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(VolumeError, match=r"record '\\ud800': .*surrogates not allowed"):
+        to_record(("\ud800", {"image": IMAGE}))
+
+
+def test_an_empty_feature_is_named() -> None:
+    entry = b"\x0a\x01q\x12\x00"
+    with pytest.raises(VolumeError, match="record 'a': feature 'q': holds 0 kinds of values instead of 1"):
+        to_record(("a", b"\x0a" + bytes([len(entry) + 2]) + b"\x0a" + bytes([len(entry)]) + entry))
+
+
+def test_numbers_at_the_ends_of_their_range_are_kept(tmp_path: Path) -> None:
+    integers, floats = [-(2**63), 2**63 - 1], [-LARGEST, np.inf, np.nan]
+    given_ = {"image": IMAGE, "x": integers, "y": floats, "label": LARGEST, "affine": np.eye(4, dtype=int)}
+    output = write([("a", given_)], tmp_path / "out")
+    ((_, payload),) = records_of(output)
+    features: dict[str, Any] = decode_example(payload)
+    assert features["x"].tolist() == integers
+    assert np.array_equal(features["y"], floats, equal_nan=True)
+    (example,) = Dataset(output, columns=["image", "label", "affine"])
+    assert example["label"] == LARGEST
+    assert np.array_equal(example["affine"], np.eye(4))
+    assert verify_dataset(str(output)).problems == ()
+
+
+def test_a_record_that_disagrees_with_its_entry_is_refused(tmp_path: Path) -> None:
+    (record,) = EncodeExampleFn().process(volume_of(tmp_path, RecordConfig()))
+    examine(record)
+    features: dict[str, Any] = decode_example(record.example)
+    voxels = decode_tensor(features["image_raw"])
+    for changed, message in (
+        ({"label": np.array([99], np.float32)}, r"the feature label is \[99.0\], but its entry of the index"),
+        ({"image_raw": encode_tensor(voxels[:-1])}, r"the shape of image_raw is \(\d+, "),
+        ({"image_raw": encode_tensor(voxels.astype(np.float64))}, "the dtype of image_raw is float64, but"),
+        ({"affine": np.eye(4, dtype=np.float32).ravel()}, "the feature affine is"),
+        ({"zooms": np.full(3, 9, np.float32)}, "the feature zooms is"),
+        ({"intensity_max": np.zeros(1, np.float32)}, "the feature intensity_max is"),
+    ):
+        kept = {name: (f,) if isinstance(f, memoryview) else f for name, f in features.items()}
+        edited = dataclasses.replace(record, example=encode_example(kept | changed))
+        with pytest.raises(VolumeError, match=f"^record '{record.id}': {message}"):
+            examine(edited)
+    lacking = encode_example({name: f for name, f in kept.items() if name != "label"})
+    with pytest.raises(VolumeError, match="the feature label is missing, but"):
+        examine(dataclasses.replace(record, example=lacking))
+
+
+def volume_of(tmp_path: Path, rescale: RecordConfig | None = None) -> Volume:
+    manifest = write_cohort(tmp_path / "cohort", 1, shape=SHAPE)
+    row = next(iter(read_manifest(str(manifest)).rows([0])))
+    volume = load_volume(row, str(manifest.parent), record=rescale)
+    return rescale_volume(volume, rescale) if rescale else volume
+
+
+OWN_STEPS = [
+    ({"voxels": lambda v: v.astype(">f4")}, "in another order; return numpy.ascontiguousarray"),
+    ({"voxels": lambda v: v[::-1]}, "in another order; return numpy.ascontiguousarray"),
+    (
+        {"voxels": lambda v: np.ma.masked_less(v, 100)},
+        r"masked voxels; fill them, such as with voxels.filled",
+    ),
+    ({"voxels": lambda v: v.astype(np.complex64)}, "complex64 voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v.astype(object)}, "object voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v > 100}, "bool voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v.astype(np.float16)}, "float16 voxels; return integers, float32 or float64"),
+    ({"voxels": lambda v: v.tolist()}, "voxels that are a list; return a numpy array"),
+    ({"voxels": lambda v: v[:0]}, r"voxels of shape \(0, "),
+    ({"affine": lambda a: a.tolist()}, r"an affine that is a list; return a finite \(4, 4\) array"),
+    ({"affine": lambda a: a * 0}, "the affine .* that is not singular"),
+    ({"scaling": lambda s: None}, "a scaling that is a NoneType; return the Scaling that it got"),
+    ({"mask": lambda m: np.ones(SHAPE, bool)}, "a mask of bool; return an array of uint8 or uint16"),
+    ({"mask": lambda m: np.ones((1, 1, 1), np.uint8)}, r"a mask of shape \(1, 1, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OWN_STEPS)
+@pytest.mark.parametrize(
+    "step", [PreprocessFn(RecordConfig(orientation="LPS")), RescaleFn(), EncodeExampleFn()]
+)
+def test_volumes_of_own_steps_are_checked(
+    tmp_path: Path, step: Any, change: dict[str, Any], message: str
+) -> None:
+    volume = volume_of(tmp_path, RecordConfig() if isinstance(step, EncodeExampleFn) else None)
+    if isinstance(step, EncodeExampleFn) and message.startswith("float16"):
+        message = "its voxels are float16, but Rescale made them float32; put steps that change voxels before"
+    changed = {name: make(getattr(volume, name)) for name, make in change.items()}
+    step.follows_any = True
+    with pytest.raises(VolumeError, match=message) as caught:
+        list(step.process(dataclasses.replace(volume, **changed)))
+    assert volume.row.path in str(caught.value)
+
+
+def test_voxel_sizes_follow_an_affine_that_an_own_step_changes(tmp_path: Path) -> None:
+    volume = volume_of(tmp_path)
+    step = RescaleFn()
+    step.follows_any = True
+    (rescaled,) = step.process(dataclasses.replace(volume, affine=np.diag([2, 3, 4, 1])))
+    assert rescaled.zooms == (2, 3, 4)
+    assert rescaled.affine.dtype == np.float64
+    (rescaled,) = step.process(volume)
+    assert rescaled.zooms == volume.zooms
+
+
+@pytest.mark.parametrize(
+    ("rescale", "change"),
+    [
+        (RecordConfig(), lambda v: v * 10),
+        (RecordConfig(), lambda v: v * np.float32(np.nan)),
+        (RecordConfig(rescale="zscore"), lambda v: v + 1),
+        (RecordConfig(voxel_dtype="native"), lambda v: v + 1),
+        (RecordConfig(voxel_dtype="bfloat16"), lambda v: v / 2),
+    ],
+)
+def test_voxels_that_change_after_rescaling_are_refused(
+    tmp_path: Path, rescale: RecordConfig, change: Any
+) -> None:
+    volume = volume_of(tmp_path, rescale)
+    step = EncodeExampleFn()
+    step.follows_any = True
+    assert len(list(step.process(volume))) == 1
+    with pytest.raises(VolumeError, match=r"but Rescale made them range from .* before Rescale"):
+        list(step.process(dataclasses.replace(volume, voxels=change(volume.voxels))))
+
+
+def fortran_if_odd(volume: Volume) -> Volume:
+    is_odd = volume.row.example_id[-1] in "13"
+    return dataclasses.replace(volume, voxels=np.asfortranarray(volume.voxels)) if is_odd else volume
+
+
+def test_a_volume_that_an_own_step_spoils_is_a_failure(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 4, shape=SHAPE)
+    with beam.Pipeline(options=make_options()) as pipeline:
+        volumes = pipeline | ReadManifest(str(manifest)) | LoadVolume() | beam.Map(fortran_if_odd)
+        rescaled = volumes | Rescale().with_failures()
+        rescaled.done | EncodeExample() | WriteToTFRecord(str(tmp_path / "out"))
+        texts = rescaled.failures | "Text" >> beam.Map(lambda f: f"{f.row.example_id} {f.stage} {f.message}")
+        texts | beam.io.WriteToText(str(tmp_path / "failures"), shard_name_template="")
+    assert Dataset(tmp_path / "out").ids == ["sub-0000", "sub-0002"]
+    lines = sorted((tmp_path / "failures").read_text().splitlines())
+    assert [line[:16] for line in lines] == ["sub-0001 Rescale", "sub-0003 Rescale"]
+    assert all("the step before Rescale returned voxels in another order" in line for line in lines)
 
 
 def test_a_volume_that_was_not_rescaled_is_refused(tmp_path: Path) -> None:
@@ -497,6 +734,14 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, reference: Path) -> No
     with pytest.raises(Exception, match=r"holds train-00000-of-00009.tfrecord.gz but no dataset_info.json"):
         write_arrays(tmp_path / "out", IDS)
     assert foreign.read_bytes() == b"mine"
+    foreign = tmp_path / "index-only" / "index" / "train-00000-of-00001.parquet"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"mine")
+    with pytest.raises(Exception, match=r"holds index/train-00000-of-00001.parquet but no dataset_info.json"):
+        write_arrays(tmp_path / "index-only", IDS)
+    assert foreign.read_bytes() == b"mine"
+    write_arrays(tmp_path / "index-only", IDS, overwrite=True)
+    assert Dataset(tmp_path / "index-only").ids == IDS
 
 
 def test_the_later_of_two_pipelines_stops_the_earlier_one(tmp_path: Path) -> None:
@@ -510,6 +755,54 @@ def test_the_later_of_two_pipelines_stops_the_earlier_one(tmp_path: Path) -> Non
     with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
         list(PlanFn(target).process((None, [started[1], key.value[1], traits.value.value[1]])))
     assert Dataset(target.output).ids == IDS[:4]
+
+
+def test_a_pipeline_whose_parts_another_one_removes_is_told_why(tmp_path: Path) -> None:
+    target = target_of(tmp_path / "out")
+    ((_, revision),) = StartFn(target).process(target.token)
+    writing, written = WritePartsFn(target), WritePartsFn(target)
+    for writer in (writing, written):
+        writer.start_bundle()
+        placed, key = writer.process(arrays_of("a"))
+    (traits,) = written.finish_bundle()
+    (plan,) = PlanFn(target).process((None, [revision, key.value[1], traits.value.value[1]]))
+    other = dataclasses.replace(target, token="1" * 16)
+    list(StartFn(other).process(other.token))
+    with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
+        list(writing.finish_bundle())
+    (shard,) = plan.shards
+    with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
+        list(CommitRecordsFn(target).process((shard, [placed]), plan))
+
+
+def test_no_part_is_written_before_the_parts_of_others_are_removed(tmp_path: Path) -> None:
+    """Otherwise each of two pipelines could remove the parts of the other."""
+    pipeline = beam.Pipeline()
+    pipeline | beam.Create([record_of("a")]) | WriteToTFRecord(str(tmp_path / "out"))
+    found = {}
+
+    class Visitor(PipelineVisitor):
+        def visit_transform(self, node: Any) -> None:
+            found[node.full_label] = [side.pvalue.producer.full_label for side in node.side_inputs]
+
+    pipeline.visit(Visitor())
+    (waits_for,) = (sides for label, sides in found.items() if label.endswith("ParDo(WritePartsFn)"))
+    assert waits_for == ["WriteToTFRecord/Start"]
+
+
+def test_one_pipeline_writes_an_output_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        pipeline = beam.Pipeline()
+        records = pipeline | beam.Create([record_of("a")])
+        records | WriteToTFRecord(str(tmp_path / "out"))
+        records | "other" >> WriteToTFRecord(str(tmp_path / "other"))
+        with pytest.raises(UsageError, match="this pipeline has two WriteToTFRecord into it; give each its"):
+            records | "again" >> WriteToTFRecord(f"{tmp_path}/out/")
+
+
+def test_the_root_of_the_file_system_is_refused() -> None:
+    with pytest.raises(UsageError, match="output is /, the root of the file system; choose a folder below"):
+        beam.Pipeline() | beam.Create([record_of("a")]) | WriteToTFRecord("/")
 
 
 @pytest.mark.parametrize("note", ["{", '{"token": 1}', None])
