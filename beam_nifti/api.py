@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect as inspection  # `inspect` is a command
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,14 +57,19 @@ _NO_OUT: Final = "--out is missing; give a path that the workers can write to, s
 def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Adapt a function for calls from Python; calls from the command line are not changed.
 
-    Errors name parameters instead of flags, and the logging of the calling program is not changed.
+    An empty text is refused, as the command line refuses it. Errors name parameters instead of flags, and
+    the logging of the calling program is not changed.
     """
+    signature = inspection.signature(function)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         if isinstance(kwargs.get("progress"), Watcher):
             return function(*args, **kwargs)
         try:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if isinstance(value, str) and not value.strip():
+                    raise UsageError(f"{name} is empty; was a variable not set?")
             with logs.unconfigured():
                 return function(*args, **kwargs)
         except BeamNiftiError as e:
@@ -174,10 +180,12 @@ def check(
         OSError: a disk or a store failed.
     """
     from beam_nifti.pipeline.options import make_config
+    from beam_nifti.pipeline.outputs import require_ending, require_out
 
+    path, report = _path_of(manifest), _text(out)
+    require_ending(report, ".json")
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    path, report = _path_of(manifest), _text(out)
     wanted = make_config(path, report or "", options, config=_text(config), like=_text(like))
     rows = _rows_of(manifest, wanted.anonymous_ids)
     wanted = _for_rows(wanted, rows)
@@ -185,8 +193,6 @@ def check(
     if not engine.is_local and report is None:
         raise UsageError(_NO_OUT.format("check.json"))
     if report is not None:
-        from beam_nifti.pipeline.outputs import require_out
-
         inputs = {"the manifest": path if rows is None else None, _KEY: wanted.anonymous_ids}
         require_out(report, overwrite=True, inputs=inputs)
     from beam_nifti.pipeline.launch import run_check_on
@@ -320,8 +326,9 @@ def report(
 
     Args:
         dataset: folder or URL of the dataset.
-        out: path or URL of the page, an .html file. An existing file is replaced. Default: report.html in
-            the working directory; required on a cluster, whose workers must be able to write it.
+        out: path or URL of the page, an .html file that is no file of a dataset. An existing file is
+            replaced. Default: report.html in the working directory; required on a cluster, whose workers
+            must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.
         workers: number of threads. Default: all cores.
         runner: as for `build`.
@@ -339,8 +346,11 @@ def report(
         OSError: a disk or a store failed.
     """
     from beam_nifti.config import BuildConfig
+    from beam_nifti.pipeline.outputs import require_ending
     from beam_nifti.record.dataset_info import read_info
 
+    page = "report.html" if out is None else os.fspath(out)
+    require_ending(page, ".html")
     require_modules("jinja2", "matplotlib", "PIL")
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
@@ -359,7 +369,6 @@ def report(
 
     info = read_info(config.output)
     with running(engine, watcher, info.num_examples, "record", "the report stopped"):
-        page = _text(out) or "report.html"
         return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
 
 
