@@ -111,8 +111,9 @@ def build(
         pipeline_options: Beam's options for the runner: a `PipelineOptions`, a dict, or a list of flags.
             Options without effect on the runner are refused.
         like: folder or URL of a dataset whose options are used unless they are given here. A function for
-            `preprocess` and the key of `anonymous_ids` are never taken from the dataset: give them again;
-            they are compared with the dataset's.
+            `preprocess` and the key of `anonymous_ids` are never taken from the dataset: give them again.
+            Another key is refused, and so is a function of the same name whose file has changed. Another
+            function replaces the dataset's, with a warning.
         config: path or URL of a TOML file of options, by their names. They take precedence over `like`.
         dry_run: whether to plan only, and write nothing.
         progress: whether to show progress: a bar on a terminal and in a notebook, otherwise a line in the

@@ -35,6 +35,8 @@ from beam_nifti.config import (
 from beam_nifti.errors import UsageError
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
+from beam_nifti.support.calls import parse_call
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.process import count_cores
@@ -164,11 +166,12 @@ def make_config(
         given: values by the names of `BuildOptions`; None means that an option is not given.
         config: path or URL of a TOML file of options by the same names, with - or _. It may contain `like`.
         like: folder or URL of a dataset whose content options are used. A user's function and the key of
-            anonymous ids are never taken from it; if they are given again, they are compared.
+            anonymous ids are never taken from it and must be given. A function of the same name and the key
+            are compared with the dataset's; a function of another name replaces it, with a warning.
 
     Raises:
         UsageError: an option is unknown or invalid, or options cannot be combined; the file of options
-            cannot be read; the dataset's function or key is not given again, or differs.
+            cannot be read; the dataset's function or key is not given again, or its file or the key differs.
         DatasetError: `like` is not a complete dataset.
         OSError: the file, the dataset or a key cannot be read, but another attempt may succeed.
     """
@@ -269,14 +272,18 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
-    """Refuse functions of a dataset that are given again and whose files have changed."""
-    digests = dict(record.steps)
+    """Refuse functions of a dataset that are given again and whose files have changed; warn of others."""
+    digests = {parse_call(step)[0]: digest for step, digest in record.steps}
     for step, _ in given.steps:
-        if step in digests and (found := source_sha256(step)) != digests[step]:
+        wanted = digests.get(parse_call(step)[0])
+        if wanted is not None and (found := source_sha256(step)) != wanted:
             raise UsageError(
                 f"--preprocess {step}: its file has sha256 {found}, but {path}, which --like names, was "
-                f"built with sha256 {digests[step]}; restore that version of the file, or drop --like"
+                f"built with sha256 {wanted}; restore that version of the file, or drop --like"
             )
+    before, after = ([step for step, _ in each.steps] for each in (record, given))
+    if before and after and before != after:
+        logs.LOGGER.warning("%s replaces %s of %s", " ".join(after), " ".join(before), path)
 
 
 def _compare_key(path: str, check: str | None, given: str | None) -> None:
