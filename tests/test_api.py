@@ -141,6 +141,7 @@ def test_verify_finds_what_the_command_finds(built: Path, capsys: pytest.Capture
     assert not damaged
     assert cli.main(["verify", "out", "--manifest=manifest.tsv", "--deep=all", "--quiet"]) == cli.FAILED
     assert list(damaged.problems) == capsys.readouterr().err.splitlines()
+    assert str(damaged).splitlines() == [repr(damaged), *(f"  {problem}" for problem in damaged.problems)]
 
 
 def test_verify_runs_the_functions_that_are_named(folder: Path) -> None:

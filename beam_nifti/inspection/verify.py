@@ -77,7 +77,7 @@ class OnProgress(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What was checked and what is wrong; false where anything is.
+    """What was checked and what is wrong; false where anything is. `print(verification)` shows all of it.
 
     Attributes:
         num_examples: records checked.
@@ -109,6 +109,10 @@ class Verification:
         """On one line."""
         examples, shards = counted(self.num_examples, "example"), counted(self.num_shards, "shard")
         return f"<Verification of {examples} in {shards}: {counted(len(self.problems), 'problem')}>"
+
+    def __str__(self) -> str:
+        """One line per problem and per note, after the counts."""
+        return "\n".join([repr(self), *(f"  {line}" for line in (*self.problems, *self.notes))])
 
 
 def verify_dataset(
