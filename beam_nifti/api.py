@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
-from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar, cast
 
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.watcher import Watcher
@@ -57,8 +57,8 @@ _NO_OUT: Final = "--out is missing; give a path that the workers can write to, s
 def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Adapt a function for calls from Python; calls from the command line are not changed.
 
-    An empty text is refused, as the command line refuses it. Errors name parameters instead of flags, and
-    the logging of the calling program is not changed.
+    An empty text is refused, as the command line refuses it. Errors and the sentences of results name
+    parameters instead of flags, and the logging of the calling program is not changed.
     """
     signature = inspection.signature(function)
 
@@ -71,7 +71,8 @@ def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 if isinstance(value, str) and not value.strip():
                     raise UsageError(f"{name} is empty; was a variable not set?")
             with logs.unconfigured():
-                return function(*args, **kwargs)
+                result: Any = function(*args, **kwargs)
+            return cast("_T", result.reworded(_as_parameters) if hasattr(result, "reworded") else result)
         except BeamNiftiError as e:
             e.reword(_as_parameters)
             raise

@@ -324,7 +324,7 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: bn.build("manifest.tsv", "o", clip=True), "^clip=True cannot be used with rescale minmax"),
+        (lambda: bn.build("manifest.tsv", "o", clip=True), '^clip=True cannot be used with rescale="minmax"'),
         (lambda: bn.build("manifest.tsv", "o", num_shards=0), "^num_shards is 0; it must be at least 1"),
         (lambda: bn.build("manifest.tsv", "o", num_shard=2), "did you mean num_shards?"),
         (lambda: bn.build("manifest.tsv", "o", preprocess=lambda v: v), "^preprocess is a lambda"),
@@ -381,6 +381,22 @@ def test_errors_carry_their_data(folder: Path) -> None:
     assert failure.path == str(folder / "sub-0002.nii.gz")
     assert "No such file" in failure.message
     assert (failed.value.summary.num_failed, failed.value.summary.num_written) == (1, 5)
+
+
+def test_results_and_failures_name_parameters_and_files_name_flags(folder: Path) -> None:
+    write_image(folder / "sub-0001.nii.gz", np.zeros((6, 5, 3), np.int16))
+    survey = bn.check("manifest.tsv", out="check.json", progress=False)
+    assert "allow_mixed_shapes=True" in survey.problems[0]
+    assert "use shape=(6, 5, 4)" in str(survey)
+    assert "--" not in str(survey)
+    assert dict(survey) == json.loads(Path("check.json").read_text())
+    assert "--allow-mixed-shapes" in survey["problems"][0]["message"]
+    with pytest.raises(bn.TooManyFailures) as raised:
+        bn.build("manifest.tsv", "out", progress=False)
+    assert "allow_mixed_shapes=True" in raised.value.failures[0].message
+    assert "allow_mixed_shapes=True" in raised.value.summary.reasons[0].message
+    (listed,) = map(json.loads, Path("out/failures.jsonl").read_text().splitlines())
+    assert "--allow-mixed-shapes" in listed["message"]
 
 
 def test_a_failure_of_a_worker_has_its_reason_and_its_cause(folder: Path) -> None:

@@ -11,7 +11,7 @@ import itertools
 import shlex
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from operator import index
@@ -100,6 +100,15 @@ class Verification:
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
+
+    def reworded(self, words: Callable[[str], str]) -> Verification:
+        """It with every sentence changed.
+
+        Args:
+            words: maps a text to the one to show instead.
+        """
+        problems, notes = (tuple(map(words, each)) for each in (self.problems, self.notes))
+        return replace(self, problems=problems, notes=notes)
 
     def __bool__(self) -> bool:
         """Whether nothing is wrong."""

@@ -20,6 +20,7 @@ from beam_nifti.config import (
     FRAMES,
     MASK_DTYPES,
     MISSING_LABELS,
+    ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
     VOXEL_DTYPES,
@@ -338,8 +339,9 @@ def as_parameters(text: str) -> str:
     """An error's text for a call in Python, with names of parameters instead of flags.
 
     >>> as_parameters("--clip cannot be used with --rescale minmax; drop it")
-    'clip=True cannot be used with rescale minmax; drop it'
+    'clip=True cannot be used with rescale="minmax"; drop it'
     """
+    text = _ARGUMENT.sub(_assignment, _CALLS.sub(_assignment_of_calls, text))
 
     def parameter(flag: re.Match[str]) -> str:
         name = flag[1].replace("-", "_")
@@ -348,6 +350,26 @@ def as_parameters(text: str) -> str:
         return f"{name}=True" if _READERS[name] is _read_switch else name
 
     return _FLAG.sub(parameter, text)
+
+
+def _assignment(found: re.Match[str]) -> str:
+    """A flag and its value as Python assigns it; as it was, where the next word is none of its values."""
+    flag, word = found.groups()
+    name = flag[2:].replace("-", "_")
+    named = word.replace("-", "_").split(",")
+    if _NUMBERS.fullmatch(word):
+        return f"{flag}=({word.replace(',', ', ')})" if "," in word else f"{flag}={word}"
+    if name == "without" and set(named) <= set(OPTIONS):
+        return f'{flag}="{",".join(named)}"'
+    heads = {choice.partition(":")[0] for choice in _CHOICES.get(name, ())}
+    if word.partition(":")[0] in heads or (name == "split" and "=" in word):
+        return f'{flag}="{word}"'
+    return found[0]
+
+
+def _assignment_of_calls(found: re.Match[str]) -> str:
+    calls = [word for word in shlex.split(found[0]) if word != "--preprocess"]
+    return f"--preprocess={calls if calls[1:] else repr(calls[0])}"
 
 
 _MOST_FILE_BYTES: Final = 1 << 20  # of a file of options
@@ -585,4 +607,22 @@ _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
 }
 """How the value of each option is read, by a function of its flag and the value."""
 
+_CHOICES: Final[Mapping[str, Iterable[str]]] = {
+    "missing_label": MISSING_LABELS,
+    "compression": COMPRESSIONS,
+    "rescale": RESCALE_METHODS,
+    "rescale_within": SELECTIONS,
+    "mask_dtype": MASK_DTYPES,
+    "voxel_dtype": VOXEL_DTYPES,
+    "frames": FRAMES,
+    "complex": COMPLEX_PARTS,
+    "orientation": ("native", *ORIENTATIONS),
+    "crop_foreground": SELECTIONS,
+}
+"""Values by which a word after a flag is told from the next word of the sentence."""
+
 _FLAG: Final = re.compile("(?<![a-z-])--([a-z-]*[a-z])")
+_ARGUMENT: Final = re.compile(r"((?<![a-z-])--[a-z-]*[a-z]) ([^\s;-][^\s;]*(?<![.,:)]))")
+_NUMBERS: Final = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}")
+_CALL: Final = r"""--preprocess (?:(?:'[^']*'|"[^"]*")+|[\w.]+:\w+(?![\w(:]))"""  # as shlex.quote writes it
+_CALLS: Final = re.compile(f"{_CALL}(?: {_CALL})*")

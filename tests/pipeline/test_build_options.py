@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -261,7 +262,24 @@ def test_values_are_compared_with_each_other() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("--clip cannot be used with --rescale minmax; drop it", "clip=True cannot be used with rescale min"),
+        (
+            "--clip cannot be used with --rescale minmax; drop it",
+            'clip=True cannot be used with rescale="minmax"; drop',
+        ),
+        (
+            "--clip --rescale none, --frames 3 or --frames first.",
+            'clip=True rescale="none", frames=3 or frames="first".',
+        ),
+        ("--rescale percentile:1,99 (--shape 4,5,6)", 'rescale="percentile:1,99" (shape=(4, 5, 6))'),
+        ("--split would, or --split a=0.8,b=0.2; --spacing", 'split would, or split="a=0.8,b=0.2"; spacing'),
+        ("--without anonymous-ids ignores it", 'without="anonymous_ids" ignores it'),
+        ("--without --like or --max-bad-fraction 0.5", "without --like or max_bad_fraction=0.5"),
+        ("--preprocess a.b:c; a", "preprocess='a.b:c'; a"),
+        ("--preprocess a.b:c: its file", "preprocess a.b:c: its file"),
+        (
+            "--preprocess a.b:c --preprocess " + shlex.quote("a:f(x='y')") + " is",
+            """preprocess=['a.b:c', "a:f(x='y')"] is""",
+        ),
         ("--rescale-within is 'x'; see --rescale", "rescale_within is 'x'; see rescale"),
         ("--runner=Flink is not ours; a--clip, --", "--runner=Flink is not ours; a--clip, --"),
     ],
