@@ -81,8 +81,11 @@ def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def _as_parameters(text: str) -> str:
+    from beam_nifti.manifest.in_memory import NAME
     from beam_nifti.pipeline.options import as_parameters
+    from beam_nifti.storage import paths as storage
 
+    text = text.replace(storage.absolute(NAME), "the table in memory")
     return _FLAGS.sub(r"\1", as_parameters(text))
 
 
@@ -119,7 +122,18 @@ def build(
         dry_run: whether to plan only, and write nothing.
         progress: whether to show progress: a bar on a terminal and in a notebook, otherwise a line in the
             log from time to time.
-        **options: see `BuildOptions`.
+        **options: see `beam_nifti.BuildOptions`, which lists all of them. The most used are:
+            label_column: column of labels, or several; default: "label".
+            split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
+            rescale: "minmax" (default), "zscore", "none", or such as ("percentile", 1, 99).
+            orientation: such as "RAS".
+            spacing: voxel size in mm, such as (1, 1, 1).
+            shape: (x, y, z) in voxels, to crop and pad to.
+            preprocess: your own function from Volume to Volume.
+            voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
+            max_bad_fraction: fraction of volumes that may fail; default: 0.
+            workers: number of threads; default: all cores.
+            overwrite: whether to replace a dataset with different options or rows.
 
     Returns:
         The dataset. For a dry run or a Dataflow template: what is known before the shards are made.
@@ -170,7 +184,7 @@ def check(
         like: as for `build`.
         config: as for `build`.
         progress: as for `build`.
-        **options: see `BuildOptions`.
+        **options: see `beam_nifti.BuildOptions`.
 
     Returns:
         The findings. False if the build would not be complete, as far as headers show.

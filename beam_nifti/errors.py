@@ -67,6 +67,11 @@ class ManifestError(BeamNiftiError):
         problems: tuple[str, ...] = self.args[1]
         return problems
 
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Change every text of the error, and its path."""
+        super().reword(words)
+        self.path = self.args[0]
+
     def __str__(self) -> str:
         """The path, then one line per problem."""
         return "\n".join([f"{self.path}: {self.args[2]}", *(f"  {p}" for p in self.problems)])

@@ -368,6 +368,8 @@ def test_errors_carry_their_data(folder: Path) -> None:
     with pytest.raises(bn.ManifestError) as wrong:
         bn.build(table, "out", progress=False)
     assert [problem.split(":")[0] for problem in wrong.value.problems] == ["row 2", "row 4", "row 4"]
+    assert str(wrong.value).startswith("the table in memory: not usable as a manifest")
+    assert repr(bn.check(frame(), progress=False)).startswith("<Survey of the table in memory: 6 images")
     (folder / "sub-0002.nii.gz").unlink()
     with pytest.raises(bn.TooManyFailures) as failed:
         bn.build(frame(), "out", progress=False)
@@ -540,6 +542,7 @@ def test_a_script_without_a_guard_may_start_processes(folder: Path) -> None:
 
 def test_the_package_lists_what_it_gives() -> None:
     names = {"build", "check", "verify", "inspect", "diff", "extract", "report", "load_dataset", "Dataset"}
-    assert names <= set(dir(bn))
+    assert names | {"BuildOptions"} <= set(dir(bn))
+    assert "rescale" in bn.BuildOptions.__annotations__
     with pytest.raises(AttributeError, match="no attribute 'bild'"):
         bn.bild  # noqa: B018

@@ -286,7 +286,8 @@ class Survey(Document):
     def __repr__(self) -> str:
         """On one line."""
         images, examples = counted(self["num_images"], "image"), counted(self["num_examples"], "example")
-        return f"<Survey of {self['manifest']}: {images}, {self['num_bad']:,} would fail, {examples}>"
+        manifest = self._words(self["manifest"])
+        return f"<Survey of {manifest}: {images}, {self['num_bad']:,} would fail, {examples}>"
 
     def __str__(self) -> str:
         """As a table."""
