@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex,
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.support import logs
+from beam_nifti.support.process import ForkGuard
 
 if TYPE_CHECKING:
     from typing import TypeGuard, Unpack
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     from beam_nifti.config import BuildConfig
+    from beam_nifti.errors import BuildSummary
     from beam_nifti.inspection.description import Description
     from beam_nifti.inspection.diff import Difference
     from beam_nifti.inspection.extract import StoredVolume
     from beam_nifti.inspection.verify import Verification
+    from beam_nifti.pipeline.build import Estimate
+    from beam_nifti.pipeline.metrics import Metrics
     from beam_nifti.pipeline.options import BuildOptions, Preprocess
+    from beam_nifti.pipeline.plan import BuildPlan
     from beam_nifti.pipeline.runners import Engine
     from beam_nifti.pipeline.survey import Survey
     from beam_nifti.record.dataset_info import DatasetInfo
@@ -50,6 +55,7 @@ _T = TypeVar("_T")
 _FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|out|like|config|runner)(?![\w-])")
 """Flags that are parameters of these functions, besides the options of a build."""
 
+_BEAM: Final = ForkGuard()
 _KEY: Final = "the key of --anonymous-ids"
 _NO_OUT: Final = "--out is missing; give a path that the workers can write to, such as gs://my-bucket/{}"
 
@@ -399,8 +405,25 @@ def require_modules(*names: str) -> None:
         raise UsageError(f"not installed: {', '.join(missing)}; pip install 'beam-nifti[report]'")
 
 
+class _LogWatcher(Watcher):
+    """Logs the numbers that the command line prints, which the result of a build does not have."""
+
+    def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
+        """Log what would be done."""
+        reuse = estimate.reuse
+        kept = reuse.num_published + reuse.num_unfinished if reuse else 0
+        built = reuse.num_rebuilt if reuse else estimate.num_volumes
+        logs.LOGGER.info("would keep %d and build %d examples", kept, built)
+
+    def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
+        """Log what was done."""
+        kept = metrics.counters.get("volumes-skipped", 0)
+        built = summary.num_written - kept
+        logs.LOGGER.info("kept %d and built %d examples; %d failed", kept, built, summary.num_failed)
+
+
 def _watcher(progress: bool | Watcher) -> Watcher:
-    return progress if isinstance(progress, Watcher) else Watcher(has_progress=bool(progress))
+    return progress if isinstance(progress, Watcher) else _LogWatcher(has_progress=bool(progress))
 
 
 def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[str]:
@@ -416,6 +439,11 @@ def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[s
 
 
 def _engine(config: BuildConfig, flags: Sequence[str], workers: int | None, watcher: Watcher) -> Engine:
+    if not _BEAM.enter():
+        raise UsageError(
+            "this process was forked from one that has run Apache Beam, which would hang here; start it with "
+            'multiprocessing.get_context("spawn")'
+        )
     watcher.load_beam()
     from beam_nifti.pipeline.beam_flags import choose_engine
 

@@ -243,6 +243,20 @@ def test_a_table_is_built_as_the_same_table_in_a_file(folder: Path, kind: str) -
     assert stray_files(folder / "from_table") == set()
 
 
+def test_a_build_logs_what_is_kept_and_built(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "beam_nifti")
+    (folder / "sub-0004.nii.gz").rename("away")
+    bn.build(frame(), "out", max_bad_fraction=0.5, num_shards=1, progress=False)
+    Path("away").rename("sub-0004.nii.gz")
+    bn.build(frame(), "out", max_bad_fraction=0.5, num_shards=1, dry_run=True)
+    bn.build(frame(), "out", max_bad_fraction=0.5, num_shards=1, progress=False)
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+        "kept 0 and built 5 examples; 1 failed",
+        "would keep 5 and build 1 examples",
+        "kept 5 and built 1 examples; 0 failed",
+    ]
+
+
 def test_rows_of_a_table_are_appended_and_failures_tried_again(folder: Path) -> None:
     table = frame()
     first = bn.build(table[:4], "out", examples_per_shard=2, progress=False)
@@ -538,6 +552,40 @@ def test_a_script_without_a_guard_may_start_processes(folder: Path) -> None:
         check=True,
     )
     assert done.stdout == "6\n"
+
+
+FORKING = """
+import os
+import beam_nifti as bn
+
+def attempt():
+    child = os.fork()
+    if child == 0:
+        try:
+            bn.check("manifest.tsv", progress=False)
+        except bn.UsageError as e:
+            print(e, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+attempt()
+bn.check("manifest.tsv", progress=False)
+attempt()
+"""
+
+
+def test_a_process_forked_after_beam_has_run_is_told_to_be_spawned(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING],
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    (refusal,) = done.stdout.splitlines()
+    assert "forked" in refusal
+    assert 'get_context("spawn")' in refusal
 
 
 def test_the_package_lists_what_it_gives() -> None:
