@@ -404,7 +404,10 @@ def test_a_conflict_names_where_an_option_is_from(study: Path) -> None:
         ("rescale = '\udcff'", "--config is {}, which is not valid TOML: 'utf-8' codec can't decode"),
         (None, "--config is {}, which cannot be read: No such file or directory; give a TOML file"),
         (" " * (1 << 20) + "\n", "--config is {}, which cannot be read: has more than the 1,048,576 bytes"),
-        (f"rescale = {'[' * 100_000}", "--config is {}, which is no TOML: maximum recursion depth exceeded"),
+        (
+            f"rescale = {'[' * 100_000}",
+            "--config is {}, which is not valid TOML: maximum recursion depth exceeded",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_named(text: str | None, message: str, tmp_path: Path) -> None:
