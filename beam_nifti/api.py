@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect as inspection  # `inspect` is a command
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,19 +62,15 @@ _NO_OUT: Final = "--out is missing; give a path that the workers can write to, s
 def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Adapt a function for calls from Python; calls from the command line are not changed.
 
-    An empty text is refused, as the command line refuses it. Errors and the sentences of results name
-    parameters instead of flags, and the logging of the calling program is not changed.
+    Errors and the sentences of results name parameters instead of flags, and the logging of the calling
+    program is not changed.
     """
-    signature = inspection.signature(function)
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         if isinstance(kwargs.get("progress"), Watcher):
             return function(*args, **kwargs)
         try:
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
-                if isinstance(value, str) and not value.strip():
-                    raise UsageError(f"{name} is empty; was a variable not set?")
             with logs.unconfigured():
                 result: Any = function(*args, **kwargs)
             return cast("_T", result.reworded(_as_parameters) if hasattr(result, "reworded") else result)
