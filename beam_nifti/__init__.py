@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from beam_nifti.errors import TooManyFailures as TooManyFailures
     from beam_nifti.errors import UsageError as UsageError
     from beam_nifti.errors import VolumeError as VolumeError
+    from beam_nifti.pipeline.options import BuildOptions as BuildOptions
     from beam_nifti.random_access import Dataset as Dataset
     from beam_nifti.reader import load_dataset as load_dataset
     from beam_nifti.transforms import EncodeExample as EncodeExample
@@ -48,6 +49,7 @@ _NAMES_IN = {
     "transforms": "EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_IN.items() for name in names.split()}
+_MODULE_OF["BuildOptions"] = "pipeline.options"
 
 
 def __getattr__(name: str) -> Any:

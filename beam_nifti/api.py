@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import index
-from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar, cast
 
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.support import logs
+from beam_nifti.support.process import ForkGuard
 
 if TYPE_CHECKING:
     from typing import TypeGuard, Unpack
@@ -27,11 +28,15 @@ if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     from beam_nifti.config import BuildConfig
+    from beam_nifti.errors import BuildSummary
     from beam_nifti.inspection.description import Description
     from beam_nifti.inspection.diff import Difference
     from beam_nifti.inspection.extract import StoredVolume
     from beam_nifti.inspection.verify import Verification
+    from beam_nifti.pipeline.build import Estimate
+    from beam_nifti.pipeline.metrics import Metrics
     from beam_nifti.pipeline.options import BuildOptions, Preprocess
+    from beam_nifti.pipeline.plan import BuildPlan
     from beam_nifti.pipeline.runners import Engine
     from beam_nifti.pipeline.survey import Survey
     from beam_nifti.record.dataset_info import DatasetInfo
@@ -49,6 +54,7 @@ _T = TypeVar("_T")
 _FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|out|like|config|runner)(?![\w-])")
 """Flags that are parameters of these functions, besides the options of a build."""
 
+_BEAM: Final = ForkGuard()
 _KEY: Final = "the key of --anonymous-ids"
 _NO_OUT: Final = "--out is missing; give a path that the workers can write to, such as gs://my-bucket/{}"
 
@@ -56,7 +62,8 @@ _NO_OUT: Final = "--out is missing; give a path that the workers can write to, s
 def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Adapt a function for calls from Python; calls from the command line are not changed.
 
-    Errors name parameters instead of flags, and the logging of the calling program is not changed.
+    Errors and the sentences of results name parameters instead of flags, and the logging of the calling
+    program is not changed.
     """
 
     @functools.wraps(function)
@@ -65,7 +72,8 @@ def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
             return function(*args, **kwargs)
         try:
             with logs.unconfigured():
-                return function(*args, **kwargs)
+                result: Any = function(*args, **kwargs)
+            return cast("_T", result.reworded(_as_parameters) if hasattr(result, "reworded") else result)
         except BeamNiftiError as e:
             e.reword(_as_parameters)
             raise
@@ -74,8 +82,11 @@ def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def _as_parameters(text: str) -> str:
+    from beam_nifti.manifest.in_memory import NAME
     from beam_nifti.pipeline.options import as_parameters
+    from beam_nifti.storage import paths as storage
 
+    text = text.replace(storage.absolute(NAME), "the table in memory")
     return _FLAGS.sub(r"\1", as_parameters(text))
 
 
@@ -105,13 +116,25 @@ def build(
         pipeline_options: Beam's options for the runner: a `PipelineOptions`, a dict, or a list of flags.
             Options without effect on the runner are refused.
         like: folder or URL of a dataset whose options are used unless they are given here. A function for
-            `preprocess` and the key of `anonymous_ids` are never taken from the dataset: give them again;
-            they are compared with the dataset's.
+            `preprocess` and the key of `anonymous_ids` are never taken from the dataset: give them again.
+            Another key is refused, and so is a function of the same name whose file has changed. Another
+            function replaces the dataset's, with a warning.
         config: path or URL of a TOML file of options, by their names. They take precedence over `like`.
         dry_run: whether to plan only, and write nothing.
         progress: whether to show progress: a bar on a terminal and in a notebook, otherwise a line in the
             log from time to time.
-        **options: see `BuildOptions`.
+        **options: see `beam_nifti.BuildOptions`, which lists all of them. The most used are:
+            label_column: column of labels, or several; default: "label".
+            split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
+            rescale: "minmax" (default), "zscore", "none", or such as ("percentile", 1, 99).
+            orientation: such as "RAS".
+            spacing: voxel size in mm, such as (1, 1, 1).
+            shape: (x, y, z) in voxels, to crop and pad to.
+            preprocess: your own function from Volume to Volume.
+            voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
+            max_bad_fraction: fraction of volumes that may fail; default: 0.
+            workers: number of threads; default: all cores.
+            overwrite: whether to replace a dataset with different options or rows.
 
     Returns:
         The dataset. For a dry run or a Dataflow template: what is known before the shards are made.
@@ -162,7 +185,7 @@ def check(
         like: as for `build`.
         config: as for `build`.
         progress: as for `build`.
-        **options: see `BuildOptions`.
+        **options: see `beam_nifti.BuildOptions`.
 
     Returns:
         The findings. False if the build would not be complete, as far as headers show.
@@ -174,10 +197,12 @@ def check(
         OSError: a disk or a store failed.
     """
     from beam_nifti.pipeline.options import make_config
+    from beam_nifti.pipeline.outputs import require_ending, require_out
 
+    path, report = _path_of(manifest), _text(out)
+    require_ending(report, ".json")
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    path, report = _path_of(manifest), _text(out)
     wanted = make_config(path, report or "", options, config=_text(config), like=_text(like))
     rows = _rows_of(manifest, wanted.anonymous_ids)
     wanted = _for_rows(wanted, rows)
@@ -185,8 +210,6 @@ def check(
     if not engine.is_local and report is None:
         raise UsageError(_NO_OUT.format("check.json"))
     if report is not None:
-        from beam_nifti.pipeline.outputs import require_out
-
         inputs = {"the manifest": path if rows is None else None, _KEY: wanted.anonymous_ids}
         require_out(report, overwrite=True, inputs=inputs)
     from beam_nifti.pipeline.launch import run_check_on
@@ -320,8 +343,9 @@ def report(
 
     Args:
         dataset: folder or URL of the dataset.
-        out: path or URL of the page, an .html file. An existing file is replaced. Default: report.html in
-            the working directory; required on a cluster, whose workers must be able to write it.
+        out: path or URL of the page, an .html file that is no file of a dataset. An existing file is
+            replaced. Default: report.html in the working directory; required on a cluster, whose workers
+            must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.
         workers: number of threads. Default: all cores.
         runner: as for `build`.
@@ -339,8 +363,11 @@ def report(
         OSError: a disk or a store failed.
     """
     from beam_nifti.config import BuildConfig
+    from beam_nifti.pipeline.outputs import require_ending
     from beam_nifti.record.dataset_info import read_info
 
+    page = "report.html" if out is None else os.fspath(out)
+    require_ending(page, ".html")
     require_modules("jinja2", "matplotlib", "PIL")
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
@@ -359,7 +386,6 @@ def report(
 
     info = read_info(config.output)
     with running(engine, watcher, info.num_examples, "record", "the report stopped"):
-        page = _text(out) or "report.html"
         return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
 
 
@@ -374,8 +400,25 @@ def require_modules(*names: str) -> None:
         raise UsageError(f"not installed: {', '.join(missing)}; pip install 'beam-nifti[report]'")
 
 
+class _LogWatcher(Watcher):
+    """Logs the numbers that the command line prints, which the result of a build does not have."""
+
+    def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
+        """Log what would be done."""
+        reuse = estimate.reuse
+        kept = reuse.num_published + reuse.num_unfinished if reuse else 0
+        built = reuse.num_rebuilt if reuse else estimate.num_volumes
+        logs.LOGGER.info("would keep %d and build %d examples", kept, built)
+
+    def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
+        """Log what was done."""
+        kept = metrics.counters.get("volumes-skipped", 0)
+        built = summary.num_written - kept
+        logs.LOGGER.info("kept %d and built %d examples; %d failed", kept, built, summary.num_failed)
+
+
 def _watcher(progress: bool | Watcher) -> Watcher:
-    return progress if isinstance(progress, Watcher) else Watcher(has_progress=bool(progress))
+    return progress if isinstance(progress, Watcher) else _LogWatcher(has_progress=bool(progress))
 
 
 def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[str]:
@@ -391,6 +434,11 @@ def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[s
 
 
 def _engine(config: BuildConfig, flags: Sequence[str], workers: int | None, watcher: Watcher) -> Engine:
+    if not _BEAM.enter():
+        raise UsageError(
+            "this process was forked from one that has run Apache Beam, which would hang here; start it with "
+            'multiprocessing.get_context("spawn")'
+        )
     watcher.load_beam()
     from beam_nifti.pipeline.beam_flags import choose_engine
 

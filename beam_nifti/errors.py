@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 _OF_PATHS: Final = frozenset(
@@ -66,6 +66,11 @@ class ManifestError(BeamNiftiError):
         """One sentence per problem."""
         problems: tuple[str, ...] = self.args[1]
         return problems
+
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Change every text of the error, and its path."""
+        super().reword(words)
+        self.path = self.args[0]
 
     def __str__(self) -> str:
         """The path, then one line per problem."""
@@ -173,6 +178,14 @@ class TooManyFailures(BeamNiftiError):
     def __init__(self, message: str, summary: BuildSummary, failures: Sequence[FailedVolume]) -> None:
         super().__init__(message, summary, tuple(failures))
         self.summary, self.failures = summary, tuple(failures)
+
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Change every text of the error, and the messages of its failures."""
+        super().reword(words)
+        reasons = tuple(replace(group, message=words(group.message)) for group in self.summary.reasons)
+        self.summary = replace(self.summary, reasons=reasons)
+        self.failures = tuple(replace(each, message=words(each.message)) for each in self.failures)
+        self.args = (self.args[0], self.summary, self.failures)
 
     def __str__(self) -> str:
         """How many failed, and why."""

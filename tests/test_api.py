@@ -141,6 +141,7 @@ def test_verify_finds_what_the_command_finds(built: Path, capsys: pytest.Capture
     assert not damaged
     assert cli.main(["verify", "out", "--manifest=manifest.tsv", "--deep=all", "--quiet"]) == cli.FAILED
     assert list(damaged.problems) == capsys.readouterr().err.splitlines()
+    assert str(damaged).splitlines() == [repr(damaged), *(f"  {problem}" for problem in damaged.problems)]
 
 
 def test_verify_runs_the_functions_that_are_named(folder: Path) -> None:
@@ -242,6 +243,20 @@ def test_a_table_is_built_as_the_same_table_in_a_file(folder: Path, kind: str) -
     assert stray_files(folder / "from_table") == set()
 
 
+def test_a_build_logs_what_is_kept_and_built(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "beam_nifti")
+    (folder / "sub-0004.nii.gz").rename("away")
+    bn.build(frame(), "out", max_bad_fraction=0.5, num_shards=1, progress=False)
+    Path("away").rename("sub-0004.nii.gz")
+    bn.build(frame(), "out", max_bad_fraction=0.5, num_shards=1, dry_run=True)
+    bn.build(frame(), "out", max_bad_fraction=0.5, num_shards=1, progress=False)
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+        "kept 0 and built 5 examples; 1 failed",
+        "would keep 5 and build 1 examples",
+        "kept 5 and built 1 examples; 0 failed",
+    ]
+
+
 def test_rows_of_a_table_are_appended_and_failures_tried_again(folder: Path) -> None:
     table = frame()
     first = bn.build(table[:4], "out", examples_per_shard=2, progress=False)
@@ -323,7 +338,7 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: bn.build("manifest.tsv", "o", clip=True), "^clip=True cannot be used with rescale minmax"),
+        (lambda: bn.build("manifest.tsv", "o", clip=True), '^clip=True cannot be used with rescale="minmax"'),
         (lambda: bn.build("manifest.tsv", "o", num_shards=0), "^num_shards is 0; it must be at least 1"),
         (lambda: bn.build("manifest.tsv", "o", num_shard=2), "did you mean num_shards?"),
         (lambda: bn.build("manifest.tsv", "o", preprocess=lambda v: v), "^preprocess is a lambda"),
@@ -342,6 +357,10 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.inspect("out", "sub-000"), "no record 'sub-000'; did you mean"),
         (lambda: bn.extract("nowhere", "sub-0000"), "no complete dataset here"),
         (lambda: bn.diff("out", "nowhere"), "no complete dataset here"),
+        (lambda: bn.report("out", "notes.csv"), "^out is notes.csv; give a name that ends in .html"),
+        (lambda: bn.report("out", "out/index/page.html"), "^out is .*, a file of the dataset in "),
+        (lambda: bn.check(frame(), out="manifest.tsv"), "^out is manifest.tsv; .* ends in .json"),
+        (lambda: bn.check(frame(), out="out/dataset_info.json"), "^out is .*, a file of the dataset in "),
         (lambda: bn.report("out", "page.html", pictures=-1), "^pictures is -1; it must be at least 0"),
         (lambda: bn.report("out", "page.html", workers=0), "^workers is 0; it must be at least 1"),
     ],
@@ -361,6 +380,8 @@ def test_errors_carry_their_data(folder: Path) -> None:
     with pytest.raises(bn.ManifestError) as wrong:
         bn.build(table, "out", progress=False)
     assert [problem.split(":")[0] for problem in wrong.value.problems] == ["row 2", "row 4", "row 4"]
+    assert str(wrong.value).startswith("the table in memory: not usable as a manifest")
+    assert repr(bn.check(frame(), progress=False)).startswith("<Survey of the table in memory: 6 images")
     (folder / "sub-0002.nii.gz").unlink()
     with pytest.raises(bn.TooManyFailures) as failed:
         bn.build(frame(), "out", progress=False)
@@ -374,6 +395,22 @@ def test_errors_carry_their_data(folder: Path) -> None:
     assert failure.path == str(folder / "sub-0002.nii.gz")
     assert "No such file" in failure.message
     assert (failed.value.summary.num_failed, failed.value.summary.num_written) == (1, 5)
+
+
+def test_results_and_failures_name_parameters_and_files_name_flags(folder: Path) -> None:
+    write_image(folder / "sub-0001.nii.gz", np.zeros((6, 5, 3), np.int16))
+    survey = bn.check("manifest.tsv", out="check.json", progress=False)
+    assert "allow_mixed_shapes=True" in survey.problems[0]
+    assert "use shape=(6, 5, 4)" in str(survey)
+    assert "--" not in str(survey)
+    assert dict(survey) == json.loads(Path("check.json").read_text())
+    assert "--allow-mixed-shapes" in survey["problems"][0]["message"]
+    with pytest.raises(bn.TooManyFailures) as raised:
+        bn.build("manifest.tsv", "out", progress=False)
+    assert "allow_mixed_shapes=True" in raised.value.failures[0].message
+    assert "allow_mixed_shapes=True" in raised.value.summary.reasons[0].message
+    (listed,) = map(json.loads, Path("out/failures.jsonl").read_text().splitlines())
+    assert "--allow-mixed-shapes" in listed["message"]
 
 
 def test_a_failure_of_a_worker_has_its_reason_and_its_cause(folder: Path) -> None:
@@ -515,8 +552,43 @@ def test_a_script_without_a_guard_may_start_processes(folder: Path) -> None:
     assert done.stdout == "6\n"
 
 
+FORKING = """
+import os
+import beam_nifti as bn
+
+def attempt():
+    child = os.fork()
+    if child == 0:
+        try:
+            bn.check("manifest.tsv", progress=False)
+        except bn.UsageError as e:
+            print(e, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+attempt()
+bn.check("manifest.tsv", progress=False)
+attempt()
+"""
+
+
+def test_a_process_forked_after_beam_has_run_is_told_to_be_spawned(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING],
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    (refusal,) = done.stdout.splitlines()
+    assert "forked" in refusal
+    assert 'get_context("spawn")' in refusal
+
+
 def test_the_package_lists_what_it_gives() -> None:
     names = {"build", "check", "verify", "inspect", "diff", "extract", "report", "load_dataset", "Dataset"}
-    assert names <= set(dir(bn))
+    assert names | {"BuildOptions"} <= set(dir(bn))
+    assert "rescale" in bn.BuildOptions.__annotations__
     with pytest.raises(AttributeError, match="no attribute 'bild'"):
         bn.bild  # noqa: B018

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -50,7 +51,9 @@ def test_errors_are_reworded_in_all_their_texts() -> None:
     assert str(error).splitlines()[1:] == ["  choose one with id-column", "  clip"]
     failed = TooManyFailures("more than --max-bad-fraction", BuildSummary(1, 1, 10, 1, False), [FAILED])
     failed.reword(str.upper)
-    assert (str(failed), failed.failures) == ("MORE THAN --MAX-BAD-FRACTION", (FAILED,))
+    assert str(failed) == "MORE THAN --MAX-BAD-FRACTION"
+    assert failed.failures == failed.args[2] == (replace(FAILED, message=FAILED.message.upper()),)
+    assert pickle.loads(pickle.dumps(failed)).failures == failed.failures
 
 
 def test_manifest_error_prints_a_line_a_problem() -> None:

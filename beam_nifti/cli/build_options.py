@@ -67,7 +67,8 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "like": {
         "metavar": "DATASET",
         "help": "use the options that decided the content of this dataset; --preprocess and --anonymous-ids "
-        "must be given again, and are compared with the dataset's; default: none",
+        "must be given again: another key, or a changed file of the function, is refused; another function "
+        "replaces the dataset's; default: none",
     },
     "without": {
         "metavar": "NAME,…",

@@ -11,7 +11,7 @@ from beam_nifti.cli.printing import all_read, print_line, while_read
 from beam_nifti.cli.run_summary import RunSummary, forget_earlier
 from beam_nifti.cli.watching import CommandWatcher
 from beam_nifti.errors import UsageError
-from beam_nifti.pipeline.outputs import require_out
+from beam_nifti.pipeline.outputs import require_ending, require_out
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import FAILED, SUCCESS
@@ -116,6 +116,7 @@ def view(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     from beam_nifti.inspection.extract import file_name, read_volume
     from beam_nifti.reporting.view import make_view
 
+    require_ending(options.out, ".html")
     api.require_modules("jinja2", "nilearn")
     out = options.out or file_name(options.id, ".html")
     path = storage.absolute(out)

@@ -7,7 +7,7 @@ import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from beam_nifti import __version__
 from beam_nifti.cli import build_options, dataset_options, manifest_options
@@ -60,10 +60,6 @@ class _Completion(argparse.Action):
 
         write_result(make_completion(parser, str(shell)))
         parser.exit()
-
-
-_ENDINGS_OF_OUT: Final = {"check": ".json", "report": ".html", "view": ".html"}
-"""The file ending of each command's output, so that a typing error cannot replace an image or a table."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -191,9 +187,7 @@ def _commands_of(parser: argparse.ArgumentParser, name: str) -> Iterable[tuple[s
 
 def _check_monitoring(options: argparse.Namespace) -> None:
     """Refuse file names that would overwrite something else, or that nobody would find."""
-    output, ending = getattr(options, "output", None), _ENDINGS_OF_OUT.get(options.command)
-    if ending and options.out is not None and not options.out.endswith(ending):
-        raise UsageError(f"--out is {options.out}; give a name that ends in {ending}")
+    output = getattr(options, "output", None)
     for name, ending in (("summary_json", ".json"), ("metrics_file", ".prom")):
         path, flag = getattr(options, name, None), f"--{name.replace('_', '-')}"
         if path is None:

@@ -11,7 +11,7 @@ import itertools
 import shlex
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from operator import index
@@ -77,7 +77,7 @@ class OnProgress(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What was checked and what is wrong; false where anything is.
+    """What was checked and what is wrong; false where anything is. `print(verification)` shows all of it.
 
     Attributes:
         num_examples: records checked.
@@ -101,6 +101,15 @@ class Verification:
         """Whether nothing is wrong."""
         return not self.problems
 
+    def reworded(self, words: Callable[[str], str]) -> Verification:
+        """It with every sentence changed.
+
+        Args:
+            words: maps a text to the one to show instead.
+        """
+        problems, notes = (tuple(map(words, each)) for each in (self.problems, self.notes))
+        return replace(self, problems=problems, notes=notes)
+
     def __bool__(self) -> bool:
         """Whether nothing is wrong."""
         return self.ok
@@ -109,6 +118,10 @@ class Verification:
         """On one line."""
         examples, shards = counted(self.num_examples, "example"), counted(self.num_shards, "shard")
         return f"<Verification of {examples} in {shards}: {counted(len(self.problems), 'problem')}>"
+
+    def __str__(self) -> str:
+        """One line per problem and per note, after the counts."""
+        return "\n".join([repr(self), *(f"  {line}" for line in (*self.problems, *self.notes))])
 
 
 def verify_dataset(

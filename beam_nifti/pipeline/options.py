@@ -20,6 +20,7 @@ from beam_nifti.config import (
     FRAMES,
     MASK_DTYPES,
     MISSING_LABELS,
+    ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
     VOXEL_DTYPES,
@@ -35,6 +36,8 @@ from beam_nifti.config import (
 from beam_nifti.errors import UsageError
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
+from beam_nifti.support.calls import parse_call
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.process import count_cores
@@ -164,11 +167,12 @@ def make_config(
         given: values by the names of `BuildOptions`; None means that an option is not given.
         config: path or URL of a TOML file of options by the same names, with - or _. It may contain `like`.
         like: folder or URL of a dataset whose content options are used. A user's function and the key of
-            anonymous ids are never taken from it; if they are given again, they are compared.
+            anonymous ids are never taken from it and must be given. A function of the same name and the key
+            are compared with the dataset's; a function of another name replaces it, with a warning.
 
     Raises:
         UsageError: an option is unknown or invalid, or options cannot be combined; the file of options
-            cannot be read; the dataset's function or key is not given again, or differs.
+            cannot be read; the dataset's function or key is not given again, or its file or the key differs.
         DatasetError: `like` is not a complete dataset.
         OSError: the file, the dataset or a key cannot be read, but another attempt may succeed.
     """
@@ -269,14 +273,18 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
-    """Refuse functions of a dataset that are given again and whose files have changed."""
-    digests = dict(record.steps)
+    """Refuse functions of a dataset that are given again and whose files have changed; warn of others."""
+    digests = {parse_call(step)[0]: digest for step, digest in record.steps}
     for step, _ in given.steps:
-        if step in digests and (found := source_sha256(step)) != digests[step]:
+        wanted = digests.get(parse_call(step)[0])
+        if wanted is not None and (found := source_sha256(step)) != wanted:
             raise UsageError(
                 f"--preprocess {step}: its file has sha256 {found}, but {path}, which --like names, was "
-                f"built with sha256 {digests[step]}; restore that version of the file, or drop --like"
+                f"built with sha256 {wanted}; restore that version of the file, or drop --like"
             )
+    before, after = ([step for step, _ in each.steps] for each in (record, given))
+    if before and after and before != after:
+        logs.LOGGER.warning("%s replaces %s of %s", " ".join(after), " ".join(before), path)
 
 
 def _compare_key(path: str, check: str | None, given: str | None) -> None:
@@ -331,8 +339,9 @@ def as_parameters(text: str) -> str:
     """An error's text for a call in Python, with names of parameters instead of flags.
 
     >>> as_parameters("--clip cannot be used with --rescale minmax; drop it")
-    'clip=True cannot be used with rescale minmax; drop it'
+    'clip=True cannot be used with rescale="minmax"; drop it'
     """
+    text = _ARGUMENT.sub(_assignment, _CALLS.sub(_assignment_of_calls, text))
 
     def parameter(flag: re.Match[str]) -> str:
         name = flag[1].replace("-", "_")
@@ -341,6 +350,26 @@ def as_parameters(text: str) -> str:
         return f"{name}=True" if _READERS[name] is _read_switch else name
 
     return _FLAG.sub(parameter, text)
+
+
+def _assignment(found: re.Match[str]) -> str:
+    """A flag and its value as Python assigns it; as it was, where the next word is none of its values."""
+    flag, word = found.groups()
+    name = flag[2:].replace("-", "_")
+    named = word.replace("-", "_").split(",")
+    if _NUMBERS.fullmatch(word):
+        return f"{flag}=({word.replace(',', ', ')})" if "," in word else f"{flag}={word}"
+    if name == "without" and set(named) <= set(OPTIONS):
+        return f'{flag}="{",".join(named)}"'
+    heads = {choice.partition(":")[0] for choice in _CHOICES.get(name, ())}
+    if word.partition(":")[0] in heads or (name == "split" and "=" in word):
+        return f'{flag}="{word}"'
+    return found[0]
+
+
+def _assignment_of_calls(found: re.Match[str]) -> str:
+    calls = [word for word in shlex.split(found[0]) if word != "--preprocess"]
+    return f"--preprocess={calls if calls[1:] else repr(calls[0])}"
 
 
 _MOST_FILE_BYTES: Final = 1 << 20  # of a file of options
@@ -578,4 +607,22 @@ _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
 }
 """How the value of each option is read, by a function of its flag and the value."""
 
+_CHOICES: Final[Mapping[str, Iterable[str]]] = {
+    "missing_label": MISSING_LABELS,
+    "compression": COMPRESSIONS,
+    "rescale": RESCALE_METHODS,
+    "rescale_within": SELECTIONS,
+    "mask_dtype": MASK_DTYPES,
+    "voxel_dtype": VOXEL_DTYPES,
+    "frames": FRAMES,
+    "complex": COMPLEX_PARTS,
+    "orientation": ("native", *ORIENTATIONS),
+    "crop_foreground": SELECTIONS,
+}
+"""Values by which a word after a flag is told from the next word of the sentence."""
+
 _FLAG: Final = re.compile("(?<![a-z-])--([a-z-]*[a-z])")
+_ARGUMENT: Final = re.compile(r"((?<![a-z-])--[a-z-]*[a-z]) ([^\s;-][^\s;]*(?<![.,:)]))")
+_NUMBERS: Final = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}")
+_CALL: Final = r"""--preprocess (?:(?:'[^']*'|"[^"]*")+|[\w.]+:\w+(?![\w(:]))"""  # as shlex.quote writes it
+_CALLS: Final = re.compile(f"{_CALL}(?: {_CALL})*")

@@ -61,6 +61,20 @@ def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None 
         raise UsageError(f"{flag} is {path}, a file of the dataset in {dataset}; choose another file")
 
 
+def require_ending(path: str | None, ending: str) -> None:
+    """Refuse a name that has another ending, so that a typing error cannot replace an image or a table.
+
+    Args:
+        path: value of --out; None if it is not given.
+        ending: such as ".html".
+
+    Raises:
+        UsageError: it has another one.
+    """
+    if path is not None and not path.endswith(ending):
+        raise UsageError(f"--out is {path}; give a name that ends in {ending}")
+
+
 def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] | None = None) -> None:
     """Refuse, before any work, to write a file that is there, is in use otherwise, or cannot be written.
 

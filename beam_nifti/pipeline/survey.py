@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 from collections import Counter
@@ -246,7 +247,7 @@ def _reference(image: NamedImage) -> dict[str, Any]:
 class Survey(Document):
     """What images are, and what a build would make of them; `print(survey)` shows it as a table.
 
-    Its items are those of `beam-nifti check --json`.
+    Its items are those of `beam-nifti check --json`, whose texts name flags.
 
     Args:
         facts: of `make_report`.
@@ -264,7 +265,19 @@ class Survey(Document):
             f"row {p['row']} ({p['example_id']}): {p['message']}" for p in facts["problems"]
         )
         self.refusal = plan.refusal
+        self._words: Callable[[str], str] = str
         self.ok = not plan.refusal and plan.config.allows_failures(facts["num_bad"], facts["num_images"])
+
+    def reworded(self, words: Callable[[str], str]) -> Survey:
+        """It with its sentences and its table changed; the items stay those of the JSON.
+
+        Args:
+            words: maps a text to the one to show instead.
+        """
+        survey = copy.copy(self)
+        survey.problems, survey.refusal = tuple(map(words, self.problems)), words(self.refusal)
+        survey._words = words
+        return survey
 
     def __bool__(self) -> bool:
         """Whether the build would be complete."""
@@ -273,11 +286,12 @@ class Survey(Document):
     def __repr__(self) -> str:
         """On one line."""
         images, examples = counted(self["num_images"], "image"), counted(self["num_examples"], "example")
-        return f"<Survey of {self['manifest']}: {images}, {self['num_bad']:,} would fail, {examples}>"
+        manifest = self._words(self["manifest"])
+        return f"<Survey of {manifest}: {images}, {self['num_bad']:,} would fail, {examples}>"
 
     def __str__(self) -> str:
         """As a table."""
-        return format_report(self)
+        return self._words(format_report(self))
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
@@ -105,6 +105,14 @@ class ReportSummary:
     num_skipped: int
     problems: tuple[str, ...]
     num_bytes: int
+
+    def reworded(self, words: Callable[[str], str]) -> ReportSummary:
+        """It with every sentence changed.
+
+        Args:
+            words: maps a text to the one to show instead.
+        """
+        return replace(self, problems=tuple(map(words, self.problems)))
 
 
 def write_report(

@@ -1,4 +1,4 @@
-"""This process: its cores, its memory, and threads beside its main one."""
+"""This process: its cores, its memory, threads beside its main one, and whether it was forked."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def keep_buffers() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+
+
+class ForkGuard:
+    """Tells whether this process was forked from one that had used something that does not survive a fork."""
+
+    def __init__(self) -> None:
+        self._is_used = self._is_copy = False
+        os.register_at_fork(after_in_child=self._on_fork)
+
+    def _on_fork(self) -> None:
+        self._is_copy = self._is_used
+
+    def enter(self) -> bool:
+        """Note the use of it; False if it cannot be used here."""
+        self._is_used = True
+        return not self._is_copy
 
 
 @contextlib.contextmanager

@@ -54,15 +54,13 @@ def load_function(step: str, sha256: str | None = None) -> Function:
             f"--preprocess {name}: the file that defines it differs from the one of this dataset; use "
             "the same version on launcher and workers, or build the dataset again with --overwrite"
         )
-    if not arguments:
-        return function
     try:
         inspect.signature(function).bind(None, **arguments)
     except TypeError as e:
         raise UsageError(f"--preprocess {step}: {e}; give arguments that the function takes") from e
     except ValueError:  # a function of C may have no signature
         pass
-    return lambda volume: function(volume, **copy.deepcopy(arguments))
+    return (lambda volume: function(volume, **copy.deepcopy(arguments))) if arguments else function
 
 
 def load_functions(record: RecordConfig) -> list[tuple[str, Function]]:

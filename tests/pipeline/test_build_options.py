@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -261,7 +262,24 @@ def test_values_are_compared_with_each_other() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("--clip cannot be used with --rescale minmax; drop it", "clip=True cannot be used with rescale min"),
+        (
+            "--clip cannot be used with --rescale minmax; drop it",
+            'clip=True cannot be used with rescale="minmax"; drop',
+        ),
+        (
+            "--clip --rescale none, --frames 3 or --frames first.",
+            'clip=True rescale="none", frames=3 or frames="first".',
+        ),
+        ("--rescale percentile:1,99 (--shape 4,5,6)", 'rescale="percentile:1,99" (shape=(4, 5, 6))'),
+        ("--split would, or --split a=0.8,b=0.2; --spacing", 'split would, or split="a=0.8,b=0.2"; spacing'),
+        ("--without anonymous-ids ignores it", 'without="anonymous_ids" ignores it'),
+        ("--without --like or --max-bad-fraction 0.5", "without --like or max_bad_fraction=0.5"),
+        ("--preprocess a.b:c; a", "preprocess='a.b:c'; a"),
+        ("--preprocess a.b:c: its file", "preprocess a.b:c: its file"),
+        (
+            "--preprocess a.b:c --preprocess " + shlex.quote("a:f(x='y')") + " is",
+            """preprocess=['a.b:c', "a:f(x='y')"] is""",
+        ),
         ("--rescale-within is 'x'; see --rescale", "rescale_within is 'x'; see rescale"),
         ("--runner=Flink is not ours; a--clip, --", "--runner=Flink is not ours; a--clip, --"),
     ],
@@ -408,7 +426,9 @@ def test_relative_paths_of_a_file_start_where_the_command_does(
     assert make_config("m.tsv", "out", {}, config=config).anonymous_ids == "key"
 
 
-def test_a_function_is_given_again_or_left_out(study: Path, tmp_path: Path) -> None:
+def test_a_function_is_given_again_or_left_out(
+    study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     like = f"--like={study / 'stepped'}"
     for flags in ([], [f"--config={write_toml(tmp_path / 'o.toml', '')}"]):
         with pytest.raises(UsageError, match=f"stepped, which was built with --preprocess {STEP}; .*give it"):
@@ -421,8 +441,10 @@ def test_a_function_is_given_again_or_left_out(study: Path, tmp_path: Path) -> N
     assert (
         make_config("m.tsv", "out", {"preprocess": []}, like=str(study / "stepped")).record == RecordConfig()
     )
-    other = "tests.user_functions:change_all_in_place"
+    assert caplog.messages == []
+    other = "tests.user_functions:fail_as_named"
     assert of_command_line(like, f"--preprocess={other}").record == RecordConfig(preprocess=other)
+    assert caplog.messages == [f"{other} replaces {STEP} of {study / 'stepped'}"]
 
 
 def test_another_version_of_a_function_is_refused(study: Path, tmp_path: Path) -> None:
@@ -437,6 +459,9 @@ def test_another_version_of_a_function_is_refused(study: Path, tmp_path: Path) -
         UsageError, match=f"{STEP}: its file has sha256 {digest}, but .*/out, .* sha256 {'0' * 64};"
     ):
         make_config("m.tsv", "out", {"preprocess": [own, STEP]}, like=str(tmp_path / "out"))
+    edit_info(tmp_path / "out", lambda i: i["config"].update(preprocess=f"{own}(by=[3])"))
+    with pytest.raises(UsageError, match=f"{own}: its file has sha256"):
+        make_config("m.tsv", "out", {"preprocess": own}, like=str(tmp_path / "out"))
 
 
 def test_a_function_that_only_the_dataset_names_is_not_imported(study: Path, tmp_path: Path) -> None:

@@ -399,6 +399,8 @@ def test_an_argument_that_a_function_does_not_have(make_module: MakeModule) -> N
     module = make_module("def f(volume, x): return volume\n")
     with pytest.raises(UsageError, match=r"f\(y=1\): missing a required argument: 'x'; give arguments that"):
         source_sha256(f"{module}:f(y=1)")
+    with pytest.raises(UsageError, match=r"f: missing a required argument: 'x'; give arguments that"):
+        source_sha256(f"{module}:f")
 
 
 def test_a_function_that_cannot_be_imported_leaves_no_trace(run: Run, cohort: Path, tmp_path: Path) -> None:
