@@ -22,7 +22,7 @@ from beam_nifti.cli import parser
 from beam_nifti.cli.build_options import build_config
 from beam_nifti.config import BuildConfig, Percentile, RecordConfig, Sharding, Splitting, Window
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config
+from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config, naming_parameters
 from beam_nifti.volume.user_function import source_sha256
 from tests.build_helpers import contents
 from tests.datasets import edit_info, info_of
@@ -207,6 +207,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("split", 0.8, "--split is 0.8; give each split once"),
     ("stratify", "site", "--stratify requires --split"),
     ("anonymous_ids", b"key", "--anonymous-ids is b'key'; give a path"),
+    ("temp_location", 5, "--temp-location is 5; give a path"),
+    ("temp_location", "", "--temp-location is empty; was a variable not set?"),
+    ("temp_location", "a\0b", "--temp-location is 'a\\x00b', which has a NUL character"),
     ("preprocess", lambda volume: volume, "which has no name to import it by; define a function at the top"),
     ("preprocess", nested(), "nested.<locals>.step of tests.pipeline.test_build_options, which cannot be"),
     ("preprocess", Steps().method, "is Steps.method of tests.pipeline.test_build_options, which cannot"),
@@ -263,11 +266,18 @@ def test_values_are_compared_with_each_other() -> None:
     [
         ("--clip cannot be used with --rescale minmax; drop it", "clip=True cannot be used with rescale min"),
         ("--rescale-within is 'x'; see --rescale", "rescale_within is 'x'; see rescale"),
+        ("--overwrite is 5; give True or False", "overwrite is 5; give True or False"),
         ("--runner=Flink is not ours; a--clip, --", "--runner=Flink is not ours; a--clip, --"),
     ],
 )
 def test_errors_of_python_name_parameters(text: str, named: str) -> None:
     assert as_parameters(text).startswith(named)
+
+
+def test_parameters_may_have_names_of_their_own() -> None:
+    with pytest.raises(UsageError, match=r"^within has no effect on rescale none"):  # noqa: SIM117
+        with naming_parameters(rescale_within="within"):
+            make_config("m.tsv", "out", {"rescale": "none", "rescale_within": "nonzero"})
 
 
 # Options of a file and of a dataset
@@ -386,7 +396,10 @@ def test_a_conflict_names_where_an_option_is_from(study: Path) -> None:
         ("rescale = '\udcff'", "--config is {}, which is not valid TOML: 'utf-8' codec can't decode"),
         (None, "--config is {}, which cannot be read: No such file or directory; give a TOML file"),
         (" " * (1 << 20) + "\n", "--config is {}, which cannot be read: has more than the 1,048,576 bytes"),
-        (f"rescale = {'[' * 100_000}", "--config is {}, which is no TOML: maximum recursion depth exceeded"),
+        (
+            f"rescale = {'[' * 100_000}",
+            "--config is {}, which is not valid TOML: maximum recursion depth exceeded",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_is_named(text: str | None, message: str, tmp_path: Path) -> None:
