@@ -12,13 +12,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from operator import index
 from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar, cast
 
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.process import ForkGuard
+from beam_nifti.support.wording import one_line
 
 if TYPE_CHECKING:
     from typing import TypeGuard, Unpack
@@ -148,18 +149,18 @@ def build(
         OSError: a disk or a store failed.
     """
     from beam_nifti.pipeline.launch import run_build_on, run_dry
-    from beam_nifti.pipeline.options import make_config
+    from beam_nifti.pipeline.options import make_config, read_switch
 
-    watcher = _watcher(progress)
+    watcher, is_dry = _watcher(progress), read_switch("dry_run", dry_run)
     flags = _flags(runner, pipeline_options, watcher)
-    path = _path_of(manifest)
-    wanted = make_config(path, os.fspath(output), options, config=_text(config), like=_text(like))
+    path, target = _path_of(manifest), storage.path_text("output", output)
+    wanted = make_config(path, target, options, config=_text("config", config), like=_text("like", like))
     rows = _rows_of(manifest, wanted.anonymous_ids)
     wanted = _for_rows(wanted, rows)
-    if dry_run and not flags:  # sooner, as it needs no Beam
+    if is_dry and not flags:  # sooner, as it needs no Beam
         return run_dry(wanted, rows, watcher)
     engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
-    return run_dry(engine.config, rows, watcher) if dry_run else run_build_on(engine, rows, watcher)
+    return run_dry(engine.config, rows, watcher) if is_dry else run_build_on(engine, rows, watcher)
 
 
 @_in_python
@@ -199,11 +200,12 @@ def check(
     from beam_nifti.pipeline.options import make_config
     from beam_nifti.pipeline.outputs import require_ending, require_out
 
-    path, report = _path_of(manifest), _text(out)
+    path, report = _path_of(manifest), _text("out", out)
     require_ending(report, ".json")
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    wanted = make_config(path, report or "", options, config=_text(config), like=_text(like))
+    file, dataset = _text("config", config), _text("like", like)
+    wanted = make_config(path, report or "", options, config=file, like=dataset)
     rows = _rows_of(manifest, wanted.anonymous_ids)
     wanted = _for_rows(wanted, rows)
     engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
@@ -255,20 +257,21 @@ def verify(
     from beam_nifti.pipeline.progress import METER, no_progress, show_progress
     from beam_nifti.record.dataset_info import read_info
 
-    watcher = _watcher(progress)
+    watcher, num_workers = _watcher(progress), _count_workers(workers)
+    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
     path = None if manifest is None else _path_of(manifest)
-    rows = None if manifest is None else _rows_of(manifest, _text(anonymous_ids))
-    info = read_info(os.fspath(dataset))
+    rows = None if manifest is None else _rows_of(manifest, key)
+    info = read_info(output)
     watcher.on_dataset(info)
     with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
         return verify_dataset(
-            os.fspath(dataset),
+            output,
             manifest=path,
             rows=rows,
-            anonymous_ids=_text(anonymous_ids),
+            anonymous_ids=key,
             deep=deep,
             preprocess=None if preprocess is None else read_steps(preprocess),
-            workers=_count_workers(workers),
+            workers=num_workers,
             on_progress=METER.add,
         )
 
@@ -286,7 +289,7 @@ def inspect(dataset: Path, record: str | None = None) -> Description:
     """
     from beam_nifti.inspection.description import Description, describe_dataset, describe_record
 
-    path = os.fspath(dataset)
+    path = _dataset(dataset)
     return Description(describe_dataset(path) if record is None else describe_record(path, record))
 
 
@@ -306,7 +309,7 @@ def diff(before: Path, after: Path) -> Difference:
     """
     from beam_nifti.inspection.diff import compare_datasets
 
-    return compare_datasets(os.fspath(before), os.fspath(after))
+    return compare_datasets(_dataset(before, "before"), _dataset(after, "after"))
 
 
 @_in_python
@@ -325,7 +328,7 @@ def extract(dataset: Path, example_id: str) -> StoredVolume:
     """
     from beam_nifti.inspection.extract import read_volume
 
-    return read_volume(os.fspath(dataset), example_id)
+    return read_volume(_dataset(dataset), example_id)
 
 
 @_in_python
@@ -363,18 +366,20 @@ def report(
         OSError: a disk or a store failed.
     """
     from beam_nifti.config import BuildConfig
+    from beam_nifti.pipeline.options import read_integer
     from beam_nifti.pipeline.outputs import require_ending
     from beam_nifti.record.dataset_info import read_info
 
-    page = "report.html" if out is None else os.fspath(out)
+    page = _text("out", out) or "report.html"
     require_ending(page, ".html")
     require_modules("jinja2", "matplotlib", "PIL")
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    if (num_pictures := index(pictures)) < 0:
+    page = _text("out", out) or "report.html"
+    if (num_pictures := read_integer("--pictures", pictures)) < 0:
         raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
     # As engines know it: without a manifest, and with an output that workers must reach.
-    config = BuildConfig(manifest="", output=os.fspath(dataset), workers=_count_workers(workers))
+    config = BuildConfig(manifest="", output=_dataset(dataset), workers=_count_workers(workers))
     engine = _engine(config, flags, None if workers is None else config.workers, watcher)
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
@@ -418,11 +423,17 @@ class _LogWatcher(Watcher):
 
 
 def _watcher(progress: bool | Watcher) -> Watcher:
-    return progress if isinstance(progress, Watcher) else _LogWatcher(has_progress=bool(progress))
+    if isinstance(progress, Watcher):
+        return progress
+    from beam_nifti.pipeline.options import read_switch
+
+    return _LogWatcher(has_progress=read_switch("progress", progress))
 
 
 def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[str]:
     """Beam's flags, with underscores."""
+    if not isinstance(runner, str | None):
+        raise UsageError(f"--runner is {one_line(repr(runner))}; give its name, such as 'FlinkRunner'")
     flags = [] if runner is None else [f"--runner={runner}"]
     if options is None or options == []:
         return flags  # without loading Beam
@@ -454,7 +465,7 @@ def _is_path(manifest: ManifestTable) -> TypeGuard[Path]:
 def _path_of(manifest: ManifestTable) -> str:
     """The path of a manifest; of one that is no file, the one that it would have."""
     if _is_path(manifest):
-        return os.fspath(manifest)
+        return storage.path_text("manifest", manifest)
     from beam_nifti.manifest.in_memory import NAME
 
     return NAME
@@ -480,11 +491,16 @@ def _workers(config: BuildConfig, options: BuildOptions, file: Path | None) -> i
     return config.workers if options.get("workers") is not None or is_of_file else None
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else os.fspath(path)
+def _text(name: str, path: Path | None) -> str | None:
+    return None if path is None else storage.path_text(name, path)
+
+
+def _dataset(path: Path, name: str = "dataset") -> str:
+    return storage.absolute(storage.path_text(name, path))
 
 
 def _count_workers(workers: SupportsIndex | None) -> int:
+    from beam_nifti.pipeline.options import read_integer
     from beam_nifti.support.process import count_cores
 
-    return count_cores() if workers is None else index(workers)
+    return count_cores() if workers is None else read_integer("--workers", workers)

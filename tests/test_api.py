@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pytest
+from apache_beam.runners.direct import DirectRunner
 
 import beam_nifti as bn
 from beam_nifti.cli import main as cli
@@ -363,6 +364,30 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.check(frame(), out="out/dataset_info.json"), "^out is .*, a file of the dataset in "),
         (lambda: bn.report("out", "page.html", pictures=-1), "^pictures is -1; it must be at least 0"),
         (lambda: bn.report("out", "page.html", workers=0), "^workers is 0; it must be at least 1"),
+        (lambda: bn.report("out", "page.html", pictures=1.5), "^pictures is 1.5; give a whole number"),
+        (lambda: bn.report("out", ""), "^out is empty; was a variable not set"),
+        (lambda: bn.verify("out", workers="x"), "^workers is 'x'; give a whole number"),
+        (lambda: bn.verify(""), "^dataset is empty; was a variable not set"),
+        (lambda: bn.inspect(5), "^dataset is 5; give a path"),
+        (lambda: bn.extract("", "sub-0000"), "^dataset is empty; was a variable not set"),
+        (lambda: bn.diff("out", ""), "^after is empty; was a variable not set"),
+        (lambda: bn.Dataset(""), "^path is empty; was a variable not set"),
+        (lambda: bn.build("manifest.tsv", ""), "^output is empty; was a variable not set"),
+        (lambda: bn.build("manifest.tsv", None), "^output is None; give a path"),
+        (lambda: bn.build("manifest.tsv", b"o"), "^output is b'o'; give a path"),
+        (lambda: bn.build("", "o"), "^manifest is empty; was a variable not set"),
+        (lambda: bn.build("manifest.tsv", "o", like=""), "^like is empty; was a variable not set"),
+        (lambda: bn.build("manifest.tsv", "o", like=5), "^like is 5; give a path"),
+        (
+            lambda: bn.build("manifest.tsv", "o", config={"clip": True}),
+            "^config is {'clip': True}; give a path",
+        ),
+        (lambda: bn.build("manifest.tsv", "o", temp_location=""), "^temp_location is empty; was a variable"),
+        (lambda: bn.build("manifest.tsv", "o", dry_run="no"), "^dry_run is 'no'; give True or False"),
+        (lambda: bn.build("manifest.tsv", "o", dry_run=1), "^dry_run is 1; give True or False"),
+        (lambda: bn.build("manifest.tsv", "o", progress="x"), "^progress is 'x'; give True or False"),
+        (lambda: bn.build("manifest.tsv", "o", overwrite=5), "^overwrite is 5; give True or False"),
+        (lambda: bn.build("manifest.tsv", "o", runner=DirectRunner()), "^runner is <.*>; give its name"),
     ],
 )
 def test_errors_name_parameters(built: Path, call: Callable[[], object], text: str) -> None:
@@ -371,6 +396,21 @@ def test_errors_name_parameters(built: Path, call: Callable[[], object], text: s
     ours = "clip|rescale|num-shards|id-column|preprocess|deep|manifest|pictures|workers|runner"
     assert not any(f"--{name}" in str(raised.value) for name in ours.split("|"))
     assert not Path("o").exists()
+
+
+def test_a_tilde_is_the_home_folder_for_every_function(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(built))
+    bn.build("~/manifest.tsv", "~/new", like="~/out", dry_run=np.True_, progress=np.False_)
+    assert not (built / "new").exists()
+    bn.build("~/manifest.tsv", "~/new", like="~/out", progress=np.False_)
+    assert bn.verify("~/new", manifest="~/manifest.tsv", progress=False)
+    assert not bn.diff("~/new", "~/out")
+    assert str(bn.inspect("~/new")) == str(bn.inspect("new"))
+    assert np.array_equal(bn.extract("~/new", "sub-0000").voxels, bn.extract("out", "sub-0000").voxels)
+    assert bn.Dataset("~/new").ids == bn.Dataset("out").ids
+    bn.report("~/new", "~/page.html", progress=False)
+    assert (built / "page.html").exists()
+    assert not (built / "~").exists()
 
 
 def test_errors_carry_their_data(folder: Path) -> None:

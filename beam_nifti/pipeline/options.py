@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import operator
@@ -9,9 +10,10 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, fields
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from beam_nifti.config import (
@@ -33,7 +35,7 @@ from beam_nifti.config import (
     Window,
     spell_steps,
 )
-from beam_nifti.errors import UsageError
+from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
@@ -176,7 +178,7 @@ def make_config(
         DatasetError: `like` is not a complete dataset.
         OSError: the file, the dataset or a key cannot be read, but another attempt may succeed.
     """
-    options = {name: _read(name, value) for name, value in given.items() if value is not None}
+    options = _read_all(given)
     own = set(options)
     if config is not None:
         in_file = _read_file(config)
@@ -196,6 +198,27 @@ def make_config(
         raise UsageError(
             f"{e} ({flag} comes from --like or --config; --without {flag[2:]} ignores it)"
         ) from e
+
+
+def make_record_config(given: Mapping[str, object]) -> RecordConfig:
+    """Combine options into the configuration of records, for a step that has only some of these options.
+
+    Args:
+        given: values by the names of `BuildOptions`; None means that an option is not given. Several columns
+            of `path_column` are channels.
+
+    Raises:
+        UsageError: an option is unknown or invalid, or options cannot be combined.
+    """
+    return _record_of(_read_all(given))
+
+
+def _record_of(options: Mapping[str, Any]) -> RecordConfig:
+    record = _chosen(options, RecordConfig)
+    if record.get("orientation") == "native":
+        del record["orientation"]
+    paths = Columns(options.get("path_column", "path")).paths
+    return RecordConfig(**record, channels=paths if len(paths) > 1 else None)
 
 
 def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +251,7 @@ def _read_file(path: str) -> dict[str, Any]:
         try:
             if name in options:
                 raise UsageError(f"{name} is given twice; give it once")
-            options[name] = _read_path("--like", value) if name == "like" else _read(name, value)
+            options[name] = storage.path_text("--like", value) if name == "like" else _read(name, value)
         except UsageError as e:
             raise UsageError(f"{path}: {e}") from e
     return options
@@ -305,15 +328,12 @@ def _compare_key(path: str, check: str | None, given: str | None) -> None:
 def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfig:
     if "compression_level" in options and options.get("compression") == "none":
         raise UsageError("--compression-level has no effect with --compression none; leave one of them out")
-    record = _chosen(options, RecordConfig)
-    if record.get("orientation") == "native":
-        del record["orientation"]
     sizes = _chosen(options, Sharding)
     columns = {f.name: options[f"{f.name}_column"] for f in fields(Columns) if f"{f.name}_column" in options}
     return BuildConfig(
         manifest=manifest,
         output=output,
-        record=RecordConfig(**record),
+        record=_record_of(options),
         columns=Columns(**columns, **_chosen(options, Columns)),
         sharding=Sharding(**sizes) if sizes else None,
         splitting=_splitting(options),
@@ -335,11 +355,17 @@ def _splitting(options: Mapping[str, Any]) -> Splitting | None:
     return None
 
 
-def as_parameters(text: str) -> str:
+def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) -> str:
     """An error's text for a call in Python, with names of parameters instead of flags.
+
+    Args:
+        text: of the error.
+        names: names of parameters by option, where they differ.
 
     >>> as_parameters("--clip cannot be used with --rescale minmax; drop it")
     'clip=True cannot be used with rescale="minmax"; drop it'
+    >>> as_parameters("--clip is 5; give True or False")
+    'clip is 5; give True or False'
     """
     text = _ARGUMENT.sub(_assignment, _CALLS.sub(_assignment_of_calls, text))
 
@@ -347,7 +373,8 @@ def as_parameters(text: str) -> str:
         name = flag[1].replace("-", "_")
         if name not in OPTIONS:
             return flag[0]
-        return f"{name}=True" if _READERS[name] is _read_switch else name
+        is_on = _READERS[name] is read_switch and not text.startswith(" is ", flag.end())
+        return f"{names.get(name, name)}=True" if is_on else names.get(name, name)
 
     return _FLAG.sub(parameter, text)
 
@@ -372,10 +399,28 @@ def _assignment_of_calls(found: re.Match[str]) -> str:
     return f"--preprocess={calls if calls[1:] else repr(calls[0])}"
 
 
+@contextlib.contextmanager
+def naming_parameters(**names: str) -> Iterator[None]:
+    """Have errors of a block name parameters instead of flags.
+
+    Args:
+        **names: as of `as_parameters`.
+    """
+    try:
+        yield
+    except BeamNiftiError as e:
+        e.reword(lambda text: as_parameters(text, names))
+        raise
+
+
 _MOST_FILE_BYTES: Final = 1 << 20  # of a file of options
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
 _NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
 """Options that have no meaning without another one."""
+
+
+def _read_all(given: Mapping[str, object]) -> dict[str, Any]:
+    return {name: _read(name, value) for name, value in given.items() if value is not None}
 
 
 def _read(name: str, value: object) -> Any:
@@ -402,10 +447,6 @@ def _read_text(flag: str, value: object, wanted: str = "give a text") -> str:
     return str(value)
 
 
-def _read_path(flag: str, value: object) -> str:
-    return _read_text(flag, os.fspath(value) if isinstance(value, os.PathLike) else value, "give a path")
-
-
 def _choice(choices: Iterable[str]) -> Callable[[str, object], str]:
     wanted = f"choose one of: {', '.join(choices)}"
     return lambda flag, value: _read_text(flag, value, wanted)
@@ -428,14 +469,33 @@ def _read_without(flag: str, value: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_switch(flag: str, value: object) -> bool:
+def read_switch(flag: str, value: object) -> bool:
+    """The value of an option that is on or off: a bool, or numpy's.
+
+    Args:
+        flag: of the option, for errors.
+        value: of the option.
+
+    Raises:
+        UsageError: it is something else.
+    """
     is_numpys = getattr(value, "dtype", None) == "bool" and getattr(value, "ndim", None) == 0
     if not (isinstance(value, bool) or is_numpys):
         _refuse(flag, value, "give True or False")
     return bool(value)
 
 
-def _read_integer(flag: str, value: object, wanted: str = "give a whole number") -> int:
+def read_integer(flag: str, value: object, wanted: str = "give a whole number") -> int:
+    """The value of an option that is an integer, as text or as a number of Python or numpy.
+
+    Args:
+        flag: of the option, for errors.
+        value: of the option.
+        wanted: what to give instead, for errors.
+
+    Raises:
+        UsageError: it is something else.
+    """
     try:
         return _integer(value)
     except ValueError:
@@ -524,7 +584,7 @@ def _rule(forms: Sequence[str]) -> Callable[[str, object], str]:
 
 def _read_frames(flag: str, value: object) -> str:
     wanted = f"choose one of: {', '.join(FRAMES)} (from 0)"
-    return str(value if isinstance(value, str) else _read_integer(flag, value, wanted))
+    return str(value if isinstance(value, str) else read_integer(flag, value, wanted))
 
 
 def _read_split(flag: str, value: object) -> dict[str, float]:
@@ -576,33 +636,33 @@ _READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
     "label_column": _read_names,
     "missing_label": _choice(MISSING_LABELS),
     "id_column": _read_text,
-    "anonymous_ids": _read_path,
+    "anonymous_ids": storage.path_text,
     "split": _read_split,
     "stratify": _read_text,
-    "split_seed": _read_integer,
-    "examples_per_shard": _read_integer,
-    "num_shards": _read_integer,
+    "split_seed": read_integer,
+    "examples_per_shard": read_integer,
+    "num_shards": read_integer,
     "compression": _choice(COMPRESSIONS),
-    "compression_level": _read_integer,
-    "shuffle_seed": _read_integer,
+    "compression_level": read_integer,
+    "shuffle_seed": read_integer,
     "rescale": _rule(RESCALE_METHODS),
     "rescale_within": _rule(SELECTIONS),
-    "clip": _read_switch,
+    "clip": read_switch,
     "mask_dtype": _choice(MASK_DTYPES),
     "voxel_dtype": _choice(VOXEL_DTYPES),
     "frames": _read_frames,
     "complex": _choice(COMPLEX_PARTS),
-    "allow_mixed_shapes": _read_switch,
+    "allow_mixed_shapes": read_switch,
     "preprocess": lambda _, value: read_steps(value),
     "orientation": _read_text,
     "spacing": _read_spacing,
     "crop_foreground": _rule(SELECTIONS),
     "shape": _read_shape,
     "max_bad_fraction": _read_number,
-    "overwrite": _read_switch,
-    "recheck": _read_switch,
-    "workers": _read_integer,
-    "temp_location": _read_path,
+    "overwrite": read_switch,
+    "recheck": read_switch,
+    "workers": read_integer,
+    "temp_location": storage.path_text,
     "without": _read_without,
 }
 """How the value of each option is read, by a function of its flag and the value."""

@@ -12,6 +12,7 @@ from typing import Final
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import (
     BuildSummary,
+    DatasetError,
     FailureGroup,
     OutputError,
     PartsChangedError,
@@ -119,6 +120,28 @@ def _links(output: str) -> Iterator[str]:
         yield from (storage.join(folder, name) for name in storage.list_links(folder))
 
 
+def publish_info(info: DatasetInfo, output: str) -> None:
+    """Write dataset_info.json, if it is one that readers accept.
+
+    Args:
+        info: of the complete dataset.
+        output: folder of the dataset.
+
+    Raises:
+        OutputError: no reader would accept it. What was published stays as it is.
+        OSError: it cannot be written.
+    """
+    path, content = storage.join(output, FILE_NAME), info.to_json().encode()
+    try:
+        DatasetInfo.from_json(content, path)
+    except DatasetError as e:
+        raise OutputError(
+            f"{output}: the new dataset is not published, because no reader would accept its {FILE_NAME}: "
+            f"{e.__cause__ or e}; correct the options or records that this names, or report a bug"
+        ) from e
+    storage.write(path, content, output)
+
+
 def publish_dataset(
     plan: BuildPlan,
     shards: Sequence[ShardInfo],
@@ -179,7 +202,7 @@ def publish_dataset(
         versions=all_versions(),
     )
     if published is None or info != replace(published, revision=info.revision, versions=info.versions):
-        storage.write(storage.join(config.output, FILE_NAME), info.to_json().encode(), config.output)
+        publish_info(info, config.output)
     lists = {failures_file(plan.revision, config.record.format_version)}
     lists |= {published.failures} if published and published.failures else set()
     for name in lists - {info.failures}:

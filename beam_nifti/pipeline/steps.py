@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, SupportsFloat, SupportsIndex
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import PBegin, TaggedOutput
 
-from beam_nifti.config import PREPARATIONS, Columns, RecordConfig, Splitting
+from beam_nifti.config import PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.manifest import VolumeRow
@@ -30,12 +30,21 @@ from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.options import (
+    Names,
+    Numbers,
+    Rule,
+    StrPath,
+    make_record_config,
+    naming_parameters,
+)
 from beam_nifti.pipeline.progress import METER
 from beam_nifti.pipeline.records import Record
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import IndexEntry
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
+from beam_nifti.support.wording import one_line
 from beam_nifti.volume.notes import counter_name
 from beam_nifti.volume.preprocess import prepare_volume, require_volume
 from beam_nifti.volume.user_function import load_functions
@@ -315,14 +324,20 @@ class ReadManifest(beam.PTransform[Any, Any]):
         splitting: how participants are assigned to splits; None uses the manifest.
 
     Raises:
+        UsageError: an argument is invalid.
         ManifestError: while the pipeline runs: the manifest cannot be used.
     """
 
     def __init__(
-        self, path: str, *, columns: Columns | None = None, splitting: Splitting | None = None
+        self, path: StrPath, *, columns: Columns | None = None, splitting: Splitting | None = None
     ) -> None:
         super().__init__()
-        self._path = storage.absolute(path)
+        self._path = storage.absolute(storage.path_text("path", path))
+        for name, value, kind in (("columns", columns, Columns), ("splitting", splitting, Splitting)):
+            if not isinstance(value, kind | None):
+                raise UsageError(
+                    f"{name} is {one_line(repr(value))}; give a beam_nifti.config.{kind.__name__}"
+                )
         self._arguments = columns or Columns(), splitting
 
     def expand(self, pipeline: beam.Pipeline | PBegin) -> _Values:
@@ -340,11 +355,14 @@ class LoadVolume(_Step):
     """Read images: from `VolumeRow` to `Volume`.
 
     Args:
-        frames: frames of 4-D images, as in `RecordConfig.frames`; None refuses 4-D images. "each" is only
-            for builds.
-        complex: how complex voxels are stored, as in `RecordConfig.complex`; None refuses them.
+        frames: frames of 4-D images, as in `BuildOptions`; None refuses 4-D images. "each" is only for
+            builds.
+        complex: how complex voxels are stored, as in `BuildOptions`; None refuses them.
         channels: names of the columns of the images that are the channels of a record; None for one image.
         mask_dtype: dtype of the label map that is each row's last file; None if rows have none.
+
+    Raises:
+        UsageError: an argument is invalid.
     """
 
     _takes, _gives = VolumeRow, Volume
@@ -352,18 +370,20 @@ class LoadVolume(_Step):
     def __init__(
         self,
         *,
-        frames: str | None = None,
+        frames: str | SupportsIndex | None = None,
         complex: str | None = None,
-        channels: tuple[str, ...] | None = None,
+        channels: Names | None = None,
         mask_dtype: str | None = None,
     ) -> None:
         super().__init__()
-        if frames == "each":
+        given = {"frames": frames, "complex": complex, "path_column": channels, "mask_dtype": mask_dtype}
+        with naming_parameters(path_column="channels"):
+            self._config = make_record_config(given)
+        if self._config.frames == "each":
             raise UsageError(
                 "frames is 'each', which makes several records per row, and only a build can number them; "
                 "choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
             )
-        self._config = RecordConfig(frames=frames, complex=complex, channels=channels, mask_dtype=mask_dtype)
 
     def _make(self) -> beam.DoFn:
         return LoadVolumeFn(config=self._config)
@@ -376,9 +396,12 @@ class Preprocess(_Step):
 
     Args:
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
-        spacing: voxel size along each axis, in mm, that volumes are resampled to.
-        crop_foreground: which voxels' bounding box to crop to, as in `RecordConfig.crop_foreground`.
+        spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
+        crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
         shape: (X, Y, Z) that volumes are cropped and padded to.
+
+    Raises:
+        UsageError: an argument is invalid.
     """
 
     _takes, _gives = Volume, Volume
@@ -387,14 +410,19 @@ class Preprocess(_Step):
         self,
         *,
         orientation: str | None = None,
-        spacing: tuple[float, float, float] | None = None,
-        crop_foreground: str | None = None,
-        shape: tuple[int, int, int] | None = None,
+        spacing: Numbers | SupportsFloat | None = None,
+        crop_foreground: Rule | None = None,
+        shape: str | Sequence[SupportsIndex] | None = None,
     ) -> None:
         super().__init__()
-        self._config = RecordConfig(
-            orientation=orientation, spacing=spacing, crop_foreground=crop_foreground, shape=shape
-        )
+        given = {
+            "orientation": orientation,
+            "spacing": spacing,
+            "crop_foreground": crop_foreground,
+            "shape": shape,
+        }
+        with naming_parameters():
+            self._config = make_record_config(given)
 
     def _make(self) -> beam.DoFn:
         return PreprocessFn(self._config)
@@ -404,26 +432,29 @@ class Rescale(_Step):
     """Rescale voxels to what a record stores: from `Volume` to `Volume`.
 
     Args:
-        rescale: which intensities become 0 and 1, as in `RecordConfig.rescale`.
-        within: which voxels are measured, as in `RecordConfig.rescale_within`; None means all.
+        rescale: which intensities become 0 and 1, as in `BuildOptions`.
+        within: which voxels are measured, as `rescale_within` of `BuildOptions`; None means all.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
-        voxel_dtype: as in `RecordConfig.voxel_dtype`.
+        voxel_dtype: as in `BuildOptions`.
+
+    Raises:
+        UsageError: an argument is invalid.
     """
 
     _takes, _gives = Volume, Volume
 
     def __init__(
         self,
-        rescale: str = "minmax",
+        rescale: Rule | Percentile | Window | None = "minmax",
         *,
-        within: str | None = None,
-        clip: bool = False,
-        voxel_dtype: str = "float32",
+        within: Rule | None = None,
+        clip: bool | None = False,
+        voxel_dtype: str | None = "float32",
     ) -> None:
         super().__init__()
-        self._config = RecordConfig(
-            rescale=rescale, rescale_within=within, clip=clip, voxel_dtype=voxel_dtype
-        )
+        given = {"rescale": rescale, "rescale_within": within, "clip": clip, "voxel_dtype": voxel_dtype}
+        with naming_parameters(rescale_within="within"):
+            self._config = make_record_config(given)
 
     def _make(self) -> beam.DoFn:
         return RescaleFn(self._config)
@@ -433,6 +464,9 @@ class EncodeExample(_Step):
     """Serialize rescaled volumes: from `Volume` to `Record`, for `WriteToTFRecord`."""
 
     _takes, _gives = Volume, Record
+
+    def __init__(self) -> None:
+        super().__init__()  # not with Beam's label, for which a column of labels could be mistaken
 
     def _make(self) -> beam.DoFn:
         return EncodeExampleFn()

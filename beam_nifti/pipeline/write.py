@@ -23,7 +23,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, SupportsIndex
 
 import apache_beam as beam
 import pyarrow as pa
@@ -46,12 +46,14 @@ from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build_note import BuildNote, WriteNote
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.merge import write_shard
+from beam_nifti.pipeline.options import StrPath, make_config, naming_parameters
 from beam_nifti.pipeline.parts import BUILD_FOLDER, PartFile, parts_folder, parts_root, remove_parts
 from beam_nifti.pipeline.plan import SHARD_BYTES
 from beam_nifti.pipeline.publish import (
     files_of,
     find_info,
     last_revision,
+    publish_info,
     remove_files,
     require_writable_output,
 )
@@ -149,6 +151,21 @@ class _Target:
             )
         return published
 
+    def require_writable(self) -> None:
+        """Refuse local folders to which nothing can be written. It is called by every thread of the workers.
+
+        Raises:
+            OutputError: nothing can be written to the output or the folder of temporary files.
+            OSError: nothing can be written now, but that may pass.
+        """
+        folders = {"OUTPUT": self.output}
+        if self.root != parts_root(self.output, None):
+            folders["temp_location"] = storage.dirname(self.root)
+        for name, folder in folders.items():
+            storage.refuse_read_only(folder, name)
+            if not storage.is_remote(folder):
+                storage.require_writable(folder, name, is_folder=True)
+
 
 def _require_current(target: _Target) -> WriteNote:
     """The note of this pipeline.
@@ -186,9 +203,10 @@ class WritePartsFn(beam.DoFn):
         self._count = Metrics.counter(type(self), "records-written")
 
     def setup(self) -> None:
-        """Refuse an output that holds a dataset before the work starts."""
+        """Refuse an output that holds a dataset, or cannot be written, before the work starts."""
         keep_buffers()
         self._file: PartFile | None = None
+        self._target.require_writable()
         self._target.refuse_published()
 
     def teardown(self) -> None:
@@ -241,7 +259,9 @@ class StartFn(beam.DoFn):
     def process(self, token: str) -> Iterable[tuple[None, int]]:
         """Yield (None, revision of the dataset); repeated calls yield the same."""
         target, output = self._target, self._target.output
-        require_writable_output(output)
+        target.require_writable()
+        with naming_parameters():
+            require_writable_output(output)
         with lock.hold(output):
             note = WriteNote.read(output)
             if note is None or note.token != token:
@@ -528,7 +548,7 @@ class PublishFn(beam.DoFn):
         with lock.hold(output):
             if WriteNote.read(output) is not None or find_info(output) != info:
                 note = _require_current(target)
-                storage.write(storage.join(output, FILE_NAME), info.to_json().encode(), output)
+                publish_info(info, output)
                 remove_files(output, {*note.published, *note.shards}, keep=files_of(info))
                 for root in {target.root, parts_root(output, None)}:
                     remove_parts(root)
@@ -557,7 +577,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         examples_per_shard: records per shard.
         num_shards: shards per split. If neither is given, shards have about 192 MiB.
         compression: "gzip" or "none".
-        compression_level: igzip level, 0 (fastest) to 3.
+        compression_level: igzip level, 0 (fastest) to 3; None means 2.
         overwrite: whether to replace an existing dataset, which stays readable until then.
         temp_location: folder of the part files, on a file system that all workers can reach; None keeps them
             in the output. They take as much space as the shards.
@@ -572,23 +592,37 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
 
     def __init__(
         self,
-        output: str,
+        output: StrPath,
         *,
-        examples_per_shard: int | None = None,
-        num_shards: int | None = None,
-        compression: str = "gzip",
-        compression_level: int = 2,
-        overwrite: bool = False,
-        temp_location: str | None = None,
+        examples_per_shard: str | SupportsIndex | None = None,
+        num_shards: str | SupportsIndex | None = None,
+        compression: str | None = "gzip",
+        compression_level: str | SupportsIndex | None = None,
+        overwrite: bool | None = False,
+        temp_location: StrPath | None = None,
     ) -> None:
         super().__init__()
-        RecordConfig(compression=compression, compression_level=compression_level)  # refuses invalid values
-        is_given = examples_per_shard is not None or num_shards is not None
-        sharding = Sharding(examples_per_shard, num_shards) if is_given else None
-        output = storage.absolute(output)
-        root = parts_root(output, storage.absolute(temp_location) if temp_location else None)
-        token = uuid.uuid4().hex[:16]
-        self._target = _Target(output, root, token, sharding, compression, compression_level, overwrite)
+        given = {
+            "examples_per_shard": examples_per_shard,
+            "num_shards": num_shards,
+            "compression": compression,
+            "compression_level": compression_level,
+            "overwrite": overwrite,
+            "temp_location": temp_location,
+        }
+        with naming_parameters():
+            config = make_config("", storage.path_text("output", output), given)
+        folder = storage.absolute(config.output)
+        temporary = config.temp_location and storage.absolute(config.temp_location)
+        self._target = _Target(
+            folder,
+            parts_root(folder, temporary),
+            uuid.uuid4().hex[:16],
+            config.sharding,
+            config.record.compression,
+            config.record.compression_level,
+            config.overwrite,
+        )
 
     def expand(self, records: _Values) -> _Values:
         """To one DatasetInfo."""

@@ -79,7 +79,7 @@ class Dataset:
         columns: Sequence[str] | None = None,
         channels_first: bool = False,
     ) -> None:
-        opened = open_dataset(storage.absolute(os.fspath(path)))
+        opened = open_dataset(storage.absolute(storage.path_text("path", path)))
         self._records, self._rows = select_records(opened, split, where, columns, channels_first)
 
     def __len__(self) -> int:

@@ -92,7 +92,8 @@ def load_dataset(
             error of TensorFlow that quotes it, that a record is damaged.
         UsageError: arguments do not fit together or to the dataset; volumes of different shapes in a batch.
     """
-    source = _Source(storage.absolute(path), split, where, start, start_state, on_error, engine, layout)
+    folder = storage.absolute(storage.path_text("path", path))
+    source = _Source(folder, split, where, start, start_state, on_error, engine, layout)
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
         Batching(batch_size, drop_remainder, pad, ragged),

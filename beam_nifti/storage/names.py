@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from beam_nifti.errors import UsageError
+from beam_nifti.support.wording import one_line
 
 FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))(?P<path>/.*)", re.I | re.S)
 _BARE_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
@@ -60,6 +61,26 @@ def dirname(path: str) -> str:
     ('s3://bucket/study', '')
     """
     return path.rpartition("/")[0]
+
+
+def path_text(name: str, value: object) -> str:
+    """The text of a path or URL that a caller gives.
+
+    Args:
+        name: parameter or flag that it is given by, for errors.
+        value: text, or an `os.PathLike` of one.
+
+    Raises:
+        UsageError: it is something else, empty, or has a NUL character.
+    """
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str):
+        raise UsageError(f"{name} is {one_line(repr(value))}; give a path")
+    if not path.strip():
+        raise UsageError(f"{name} is empty; was a variable not set?")
+    if "\0" in path:
+        raise UsageError(f"{name} is {path!r}, which has a NUL character; give a path without one")
+    return str(path)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

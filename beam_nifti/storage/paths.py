@@ -32,6 +32,7 @@ from beam_nifti.storage.names import is_same as is_same
 from beam_nifti.storage.names import is_within as is_within
 from beam_nifti.storage.names import join as join
 from beam_nifti.storage.names import local_path as local_path
+from beam_nifti.storage.names import path_text as path_text
 from beam_nifti.storage.names import require_text as require_text
 from beam_nifti.storage.names import resolved as resolved
 from beam_nifti.storage.names import scheme_of as scheme_of

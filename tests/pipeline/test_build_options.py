@@ -23,7 +23,7 @@ from beam_nifti.cli import parser
 from beam_nifti.cli.build_options import build_config
 from beam_nifti.config import BuildConfig, Percentile, RecordConfig, Sharding, Splitting, Window
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config
+from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config, naming_parameters
 from beam_nifti.volume.user_function import source_sha256
 from tests.build_helpers import contents
 from tests.datasets import edit_info, info_of
@@ -208,6 +208,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("split", 0.8, "--split is 0.8; give each split once"),
     ("stratify", "site", "--stratify requires --split"),
     ("anonymous_ids", b"key", "--anonymous-ids is b'key'; give a path"),
+    ("temp_location", 5, "--temp-location is 5; give a path"),
+    ("temp_location", "", "--temp-location is empty; was a variable not set?"),
+    ("temp_location", "a\0b", "--temp-location is 'a\\x00b', which has a NUL character"),
     ("preprocess", lambda volume: volume, "which has no name to import it by; define a function at the top"),
     ("preprocess", nested(), "nested.<locals>.step of tests.pipeline.test_build_options, which cannot be"),
     ("preprocess", Steps().method, "is Steps.method of tests.pipeline.test_build_options, which cannot"),
@@ -281,11 +284,18 @@ def test_values_are_compared_with_each_other() -> None:
             """preprocess=['a.b:c', "a:f(x='y')"] is""",
         ),
         ("--rescale-within is 'x'; see --rescale", "rescale_within is 'x'; see rescale"),
+        ("--overwrite is 5; give True or False", "overwrite is 5; give True or False"),
         ("--runner=Flink is not ours; a--clip, --", "--runner=Flink is not ours; a--clip, --"),
     ],
 )
 def test_errors_of_python_name_parameters(text: str, named: str) -> None:
     assert as_parameters(text).startswith(named)
+
+
+def test_parameters_may_have_names_of_their_own() -> None:
+    with pytest.raises(UsageError, match=r"^within has no effect on rescale none"):  # noqa: SIM117
+        with naming_parameters(rescale_within="within"):
+            make_config("m.tsv", "out", {"rescale": "none", "rescale_within": "nonzero"})
 
 
 # Options of a file and of a dataset

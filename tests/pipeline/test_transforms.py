@@ -15,8 +15,8 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.config import RecordConfig
-from beam_nifti.errors import ManifestError, VolumeError
+from beam_nifti.config import Percentile, RecordConfig, Window
+from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.pipeline.build import open_build, plan_build
 from beam_nifti.pipeline.failures import Failure
@@ -25,10 +25,15 @@ from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
 from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.steps import (
     FAILURES,
+    EncodeExample,
     EncodeExampleFn,
     GuardedFn,
+    LoadVolume,
     LoadVolumeFn,
+    Preprocess,
     PreprocessFn,
+    ReadManifest,
+    Rescale,
     RescaleFn,
 )
 from beam_nifti.pipeline.transforms import (
@@ -139,6 +144,75 @@ def test_the_steps_work_without_a_build(tmp_path: Path) -> None:
     (volume,) = run_steps([LoadVolumeFn(), RescaleFn()], row)
     assert (volume.voxels.dtype, volume.voxels.shape) == (np.float32, SHAPE)
     assert (volume.voxels.min(), volume.voxels.max()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "wanted"),
+    [
+        (LoadVolume, {"frames": 0}, {"frames": "first"}),
+        (LoadVolume, {"frames": np.int64(3)}, {"frames": "3"}),
+        (LoadVolume, {"channels": "T1w"}, {}),
+        (LoadVolume, {"channels": ("T1w",)}, {}),
+        (LoadVolume, {"channels": "T1w,FLAIR"}, {"channels": ("T1w", "FLAIR")}),
+        (LoadVolume, {"channels": ["T1w", "FLAIR"]}, {"channels": ("T1w", "FLAIR")}),
+        (LoadVolume, {"mask_dtype": "uint16"}, {"mask_dtype": "uint16"}),
+        (Preprocess, {"orientation": "native"}, {}),
+        (Preprocess, {"spacing": 2}, {"spacing": (2.0, 2.0, 2.0)}),
+        (Preprocess, {"spacing": "1,1,1.5"}, {"spacing": (1.0, 1.0, 1.5)}),
+        (Preprocess, {"shape": "4,4,4"}, {"shape": (4, 4, 4)}),
+        (Preprocess, {"shape": np.array([4, 5, 6])}, {"shape": (4, 5, 6)}),
+        (Preprocess, {"crop_foreground": ("above", 3)}, {"crop_foreground": "above:3"}),
+        (Rescale, {"rescale": Percentile(1, 99)}, {"rescale": "percentile:1,99"}),
+        (Rescale, {"rescale": ("percentile", 1, 99)}, {"rescale": "percentile:1,99"}),
+        (Rescale, {"rescale": Window(0, 5), "clip": np.True_}, {"rescale": "window:0,5", "clip": True}),
+        (Rescale, {"within": ("above", 3)}, {"rescale_within": "above:3"}),
+        (Rescale, {"rescale": None, "within": None, "clip": None, "voxel_dtype": None}, {}),
+    ],
+)
+def test_steps_take_the_values_that_builds_take(step: Any, options: dict[str, Any], wanted: Any) -> None:
+    config = step(**options)._config
+    assert config == RecordConfig(**wanted)
+    RecordConfig(**dataclasses.asdict(config)).fingerprint  # noqa: B018  (of JSON values alone)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "message"),
+    [
+        (LoadVolume, {"frames": True}, "^frames is True; choose one of: all"),
+        (LoadVolume, {"frames": "each"}, "^frames is 'each', which makes several records per row"),
+        (LoadVolume, {"channels": ()}, r"^channels is \(\); give the name of a column"),
+        (LoadVolume, {"channels": "T1w,"}, "^channels is 'T1w,'; separate names"),
+        (LoadVolume, {"mask_dtype": np.uint8}, "^mask_dtype is .*; choose one of: uint8"),
+        (LoadVolume, {"complex": "x"}, "^complex is 'x'; choose one of"),
+        (Preprocess, {"spacing": "222"}, "^spacing is '222'; give three sizes"),
+        (Preprocess, {"spacing": (0, 1, 1)}, "^spacing is 0,1,1; give three sizes"),
+        (Preprocess, {"shape": (10.5, 10, 10)}, "^shape is .*; give three whole numbers"),
+        (Preprocess, {"shape": 4}, "^shape is 4; give three whole numbers"),
+        (Preprocess, {"orientation": "ras"}, "^orientation is 'ras'; write native"),
+        (Rescale, {"rescale": "percentile:10,90", "clip": "no"}, "^clip is 'no'; give True or False"),
+        (Rescale, {"rescale": 3}, "^rescale is 3; choose one of"),
+        (Rescale, {"rescale": "none", "clip": True}, "^clip=True cannot be used with rescale none"),
+        (Rescale, {"rescale": "none", "within": "mask"}, "^within has no effect on rescale none"),
+        (Rescale, {"within": "above:x"}, "^within is 'above:x'; write it as above:T"),
+        (Rescale, {"voxel_dtype": np.float32}, "^voxel_dtype is .*; choose one of"),
+        (ReadManifest, {"path": None}, "^path is None; give a path"),
+        (ReadManifest, {"path": ""}, "^path is empty; was a variable not set"),
+        (ReadManifest, {"path": "m.tsv", "columns": "label"}, "^columns is 'label'; give a .*Columns"),
+        (
+            ReadManifest,
+            {"path": "m.tsv", "splitting": {"a": 1}},
+            "^splitting is {'a': 1}; give a .*Splitting",
+        ),
+    ],
+)
+def test_steps_refuse_the_values_that_builds_refuse(step: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        step(**options)
+
+
+def test_a_column_is_not_taken_for_the_label_of_a_step() -> None:
+    with pytest.raises(TypeError):
+        EncodeExample("site")  # type: ignore[call-arg]
 
 
 def test_images_lie_relative_to_the_manifest(tmp_path: Path) -> None:

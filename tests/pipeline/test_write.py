@@ -29,6 +29,7 @@ from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.build_note import WriteNote
+from beam_nifti.pipeline.publish import publish_info
 from beam_nifti.pipeline.records import examine, to_record
 from beam_nifti.pipeline.steps import EncodeExampleFn, PreprocessFn, RescaleFn
 from beam_nifti.pipeline.write import CommitRecordsFn, PlanFn, StartFn, WritePartsFn, _Target
@@ -611,17 +612,43 @@ def test_unbounded_input_is_refused(tmp_path: Path) -> None:
         pipeline | test_stream.TestStream() | WriteToTFRecord(str(tmp_path / "out"))
 
 
-def test_options_are_checked_at_once(tmp_path: Path) -> None:
-    for options, message in (
-        ({"compression": "bzip2"}, "bzip2"),
-        ({"compression_level": 9}, "9"),
-        ({"examples_per_shard": 0}, "0"),
-        ({"examples_per_shard": 1, "num_shards": 1}, "not both"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            WriteToTFRecord(str(tmp_path / "out"), **options)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="several records per row"):
-        LoadVolume(frames="each")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": ""}, "^output is empty; was a variable not set"),
+        ({"output": "a\0b"}, "^output is .*which has a NUL character"),
+        ({"output": None}, "^output is None; give a path"),
+        ({"output": b"out"}, "^output is b'out'; give a path"),
+        ({"examples_per_shard": 0}, "^examples_per_shard is 0; it must be at least 1"),
+        ({"examples_per_shard": 1.5}, "^examples_per_shard is 1.5; give a whole number"),
+        ({"examples_per_shard": True}, "^examples_per_shard is True; give a whole number"),
+        ({"examples_per_shard": "x"}, "^examples_per_shard is 'x'; give a whole number"),
+        ({"num_shards": 2.0}, "^num_shards is 2.0; give a whole number"),
+        (
+            {"examples_per_shard": 1, "num_shards": 1},
+            "^give one of examples_per_shard and num_shards, not both",
+        ),
+        ({"compression": "bzip2"}, "^compression is 'bzip2'; choose one of: gzip, none"),
+        ({"compression_level": 9}, "^compression_level is 9; choose one of: 0, 1, 2, 3"),
+        (
+            {"compression": "none", "compression_level": 1},
+            "^compression_level has no effect with compression no",
+        ),
+        ({"overwrite": "false"}, "^overwrite is 'false'; give True or False"),
+        ({"overwrite": 1}, "^overwrite is 1; give True or False"),
+        ({"temp_location": ""}, "^temp_location is empty; was a variable not set"),
+        ({"temp_location": 5}, "^temp_location is 5; give a path"),
+    ],
+)
+def test_options_are_checked_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        WriteToTFRecord(**{"output": "out", **options})
+
+
+def test_options_may_be_of_numpy_or_text(tmp_path: Path, reference: Path) -> None:
+    options = {"examples_per_shard": np.int64(PER_SHARD), "compression_level": "2", "overwrite": np.False_}
+    write(map(arrays_of, IDS), tmp_path / "out", temp_location=tmp_path / "parts", **options)
+    assert_complete(tmp_path / "out", reference)
 
 
 def test_shards_have_a_size_of_their_own_where_none_is_asked_for(tmp_path: Path) -> None:
@@ -631,7 +658,8 @@ def test_shards_have_a_size_of_their_own_where_none_is_asked_for(tmp_path: Path)
 
 @pytest.mark.parametrize("compression", ["gzip", "none"])
 def test_level_and_compression_have_an_effect(tmp_path: Path, reference: Path, compression: str) -> None:
-    output = write(map(arrays_of, IDS), tmp_path / "out", compression=compression, compression_level=1)
+    level = {"compression_level": 1} if compression == "gzip" else {}
+    output = write(map(arrays_of, IDS), tmp_path / "out", compression=compression, **level)
     assert read_info(str(output)).record_config.compression == compression
     assert [p for _, p in records_of(output)] == [p for _, p in records_of(reference)]
     assert contents(output) != contents(reference)
@@ -685,6 +713,29 @@ def test_a_dataset_is_replaced_only_where_that_is_asked_for(reference: Path, tmp
     assert read_info(str(output)).revision == 2
     assert contents(output) == contents(reference)
     assert stray_files(output) == set()
+
+
+def test_what_no_reader_accepts_is_not_published(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    write_arrays(output, IDS[:5])
+    before = contents(output)
+    info = dataclasses.replace(read_info(str(output)), features={"x": "float[0]"})
+    with pytest.raises(
+        OutputError, match=r"not published, because no reader .*: features\.x is 'float\[0\]'"
+    ):
+        publish_info(info, str(output))
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize("name", ["file", "dangling", "file/below", "n" * 300, "/proc/out"])
+@pytest.mark.parametrize("parameter", ["output", "temp_location"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, parameter: str, name: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    paths = {"output": tmp_path / "out", parameter: tmp_path / name}
+    what = "OUTPUT" if parameter == "output" else "temp_location"
+    with pytest.raises(OutputError, match=f"^{what} is {paths[parameter]}, which cannot be written: "):
+        write(map(arrays_of, IDS[:2]), **paths)
 
 
 def test_a_dataset_stays_readable_where_its_replacement_fails(tmp_path: Path) -> None:
