@@ -372,6 +372,7 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.extract("", "sub-0000"), "^dataset is empty; was a variable not set"),
         (lambda: bn.diff("out", ""), "^after is empty; was a variable not set"),
         (lambda: bn.Dataset(""), "^path is empty; was a variable not set"),
+        (lambda: bn.load_dataset(""), "^path is empty; was a variable not set"),
         (lambda: bn.build("manifest.tsv", ""), "^output is empty; was a variable not set"),
         (lambda: bn.build("manifest.tsv", None), "^output is None; give a path"),
         (lambda: bn.build("manifest.tsv", b"o"), "^output is b'o'; give a path"),
