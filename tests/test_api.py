@@ -461,6 +461,7 @@ def test_a_failure_of_a_worker_has_its_reason_and_its_cause(folder: Path) -> Non
         bn.build(table, "out", preprocess=fail_as_named, progress=False)
     assert raised.value.__cause__ is not None
     assert raised.value.exit_code == 75
+    assert list(Path("out").rglob("*.tmp")) == [], "the part that was open is removed"
 
 
 # Options of Beam

@@ -192,6 +192,10 @@ class PartWriter:
         write_index(part.index, table, facts, self._file.base)
         return part
 
+    def discard(self) -> None:
+        """Close and remove the part."""
+        self._file.discard()
+
 
 def remove_parts(root: str, keep: str | None = None) -> None:
     """Remove the parts of all fingerprints but one from a folder of parts."""

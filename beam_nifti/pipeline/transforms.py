@@ -124,9 +124,19 @@ class WriteParts(beam.DoFn):
         self._msec = Metrics.distribution(type(self), "write-msec")
         self._bytes = Metrics.counter(type(self), "bytes-written")
 
-    def start_bundle(self) -> None:
+    def setup(self) -> None:
         """Start without an open file."""
         self._open: PartWriter | None = None
+
+    def teardown(self) -> None:
+        """Remove the part of a bundle that failed."""
+        if self._open is not None:
+            self._open.discard()
+            self._open = None
+
+    def start_bundle(self) -> None:
+        """Start without an open file."""
+        self._open = None
         self._unit: tuple[str, int] | None = None
 
     def process(self, record: Record) -> Iterable[tuple[str, Part]]:
