@@ -293,7 +293,7 @@ def test_errors_of_python_name_parameters(text: str, named: str) -> None:
 
 
 def test_parameters_may_have_names_of_their_own() -> None:
-    with pytest.raises(UsageError, match=r"^within has no effect on rescale none"):  # noqa: SIM117
+    with pytest.raises(UsageError, match=r"^within has no effect on rescale=\"none\""):  # noqa: SIM117
         with naming_parameters(rescale_within="within"):
             make_config("m.tsv", "out", {"rescale": "none", "rescale_within": "nonzero"})
 

@@ -632,7 +632,7 @@ def test_unbounded_input_is_refused(tmp_path: Path) -> None:
         ({"compression_level": 9}, "^compression_level is 9; choose one of: 0, 1, 2, 3"),
         (
             {"compression": "none", "compression_level": 1},
-            "^compression_level has no effect with compression no",
+            '^compression_level has no effect with compression="no',
         ),
         ({"overwrite": "false"}, "^overwrite is 'false'; give True or False"),
         ({"overwrite": 1}, "^overwrite is 1; give True or False"),
