@@ -436,7 +436,7 @@ def test_images_and_folders_out_of_place_are_named(study: Path, capsys: Capture)
     )
     _, notes = rows_of(capsys, "bids", str(study), "--suffix=T1w")
     assert notes[1:] == [
-        "not used: 2 images (T1w.nii.gz, sub-01/ses-1/anat/extra/sub-01_ses-1_T1w.nii.gz) outside of the "
+        "not used: 2 images (T1w.nii.gz, sub-01/ses-1/anat/extra/sub-01_ses-1_T1w.nii.gz) outside the "
         "folders of BIDS",
         "not used: 2 folders (SUB-04, sub5); folders of participants are named sub-LABEL",
     ]
@@ -491,7 +491,7 @@ def test_every_image_is_in_the_manifest_or_named(
     try:
         find_bids_images(str(root), "T1w", "")
     except UsageError as e:
-        flags = re.findall(r"--entity (\w+)=(\S*?)(?=[ ,])", str(e).partition("Choose with ")[2])
+        flags = re.findall(r"--entity (?!KEY=)(\w+)=(\S*?)(?=[ ,])", str(e).partition("Choose with ")[2])
         advised: dict[str, list[str]] = {}
         for key, label in flags:
             advised.setdefault(key, []).append(label)

@@ -203,7 +203,7 @@ def test_labels_are_what_a_plain_loop_makes_of_the_cells(cells: list[str], kind:
 
 def test_a_cell_of_an_index_that_is_no_label() -> None:
     for cell, column in (("x", LabelColumn("sex", "class", ("F",))), ("x", LabelColumn("age", "float"))):
-        with pytest.raises(ShardError, match=f"the index's {column.name} is 'x'"):
+        with pytest.raises(ShardError, match=f"the index has 'x' in {column.name}, which"):
             label_of(cell, column)
 
 

@@ -144,7 +144,7 @@ def test_classes_that_are_probably_one_are_reported(tmp_path: Path) -> None:
     assert manifest.label_columns[0].classes == ("F", "Male", "NA", "male")
     stripped, missing, lookalikes = sorted(manifest.warnings)
     assert stripped.startswith("1 cell was read without the white space at the ends")
-    assert missing.startswith("sex has a class 'NA'; write n/a")
+    assert missing.startswith("sex has a class 'NA'; if that means no value, write n/a")
     assert lookalikes.startswith("sex has the classes 'Male' and 'male', which differ only in letter case")
 
 

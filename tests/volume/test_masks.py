@@ -276,7 +276,9 @@ def test_rescaling_within_the_mask(tmp_path: Path) -> None:
     expected = (values - inside.mean()) / inside.std()
     assert np.allclose(rescale_volume(volume, record).voxels, expected, rtol=1e-6, atol=1e-6)
     nothing = load(tmp_path, np.zeros(SHAPE, np.uint8), record)
-    with pytest.raises(VolumeError, match="no voxel is labelled by the mask, so there is nothing"):
+    with pytest.raises(
+        VolumeError, match="no voxel is labelled by the mask, so --rescale-within selects nothing"
+    ):
         rescale_volume(nothing, record)
 
 

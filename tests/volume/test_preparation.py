@@ -366,7 +366,7 @@ def test_functions_are_called_in_order_with_their_arguments(
     run("build", cohort, output, *steps, "--rescale=none")
     config = info_of(output).config
     assert config["preprocess"] == [step.removeprefix("--preprocess=") for step in steps]
-    assert config["preprocess_sha256"] == [source_sha256(f"{module}:times")] * 2
+    assert config["preprocess_sha256"] == [source_sha256(config["preprocess"][1])] * 2
     for cells in index_of(output):
         voxels = np.asanyarray(nib.load(cohort.parent / cells["source"]).dataobj)
         assert (cells["min"], cells["max"]) == ((voxels.min() + 3) * 2, (voxels.max() + 3) * 2)
