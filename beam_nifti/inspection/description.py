@@ -182,7 +182,7 @@ def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) 
     columns, path = Columns(**info.config["columns"]), storage.join(output, file)
     try:
         content = read_failures_list(output, info, file)
-        failures = read_manifest(path, columns, list_content=content)
+        failures = read_manifest(path, columns, content=content, is_list=True)
         failed = failed_frames(failures, info.num_frames) if info.num_frames else []
     except (ManifestError, OSError) as e:
         if may_pass(e):

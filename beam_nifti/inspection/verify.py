@@ -483,7 +483,7 @@ class _Verifier:
             content = read_failures_list(self._output, self._info, name)
             if self._info.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
-            listed = read_manifest(path, columns, list_content=content)
+            listed = read_manifest(path, columns, content=content, is_list=True)
             folder = storage.dirname(self._info.manifest["path"])
             found = failure_rows(listed, self._spec.config, [*self._cells], wanted, folder)
             if frames:

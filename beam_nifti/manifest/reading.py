@@ -37,7 +37,7 @@ def read_manifest(
     *,
     content: bytes | None = None,
     is_of_dataset: bool = False,
-    list_content: bytes | None = None,
+    is_list: bool = False,
 ) -> Manifest:
     """Read and check a manifest.
 
@@ -49,16 +49,14 @@ def read_manifest(
             shuffle included, which would tell them otherwise; None keeps the names.
         content: as of `read_table`.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
-        list_content: bytes of the file, where it is a dataset's list of failures: that may have pseudonyms in
-            the place of paths.
+        is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
     problems = Problems(path, hides_cells=pseudonyms is not None)
-    is_list = list_content is not None
-    table = read_table(path, _meaningful(columns, splitting), problems, list_content if is_list else content)
+    table = read_table(path, _meaningful(columns, splitting), problems, content)
     _check_columns(table, columns, splitting, problems, is_of_dataset=is_of_dataset, is_list=is_list)
     problems.stop()
     if columns.label is None and "label" in table.column_names:

@@ -464,7 +464,8 @@ def _read_failures(output: str, published: DatasetInfo) -> Manifest | None:
     columns = Columns(**published.config["columns"])
     try:
         content = read_failures_list(output, published, published.failures)
-        return read_manifest(storage.join(output, published.failures), columns, list_content=content)
+        path = storage.join(output, published.failures)
+        return read_manifest(path, columns, content=content, is_list=True)
     except (BeamNiftiError, OSError):  # which only leaves the difference with less detail
         return None
 

@@ -227,7 +227,8 @@ def read_failures(path: str, num_failed: int, columns: Columns, below: str) -> l
         columns: which manifest columns mean what.
         below: as of `storage.create`.
     """
-    listed = read_manifest(path, columns, list_content=read_failures_of(path, num_failed, below))
+    content = read_failures_of(path, num_failed, below)
+    listed = read_manifest(path, columns, content=content, is_list=True)
     cells = (
         listed.table[name].to_pylist() for name in ("row", columns.paths[0], "stage", "error", "message")
     )
