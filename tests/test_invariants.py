@@ -23,6 +23,7 @@ from beam_nifti.pipeline.plan import ShardTask, WorkUnit
 from beam_nifti.pipeline.transforms import BuildDataset, ShardOutcome
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor
+from beam_nifti.transforms import EncodeExample, LoadVolume, ReadManifest, Rescale, WriteToTFRecord
 from tests.build_helpers import (
     CUTTING_RUNNER,
     SHAPE,
@@ -216,6 +217,24 @@ def test_the_job_graph_does_not_grow_with_the_manifest(tmp_path: Path) -> None:
         pipeline = pipeline_of(manifest, tmp_path / "out")
         sizes.append(len(pipeline.to_runner_api().SerializeToString()))
     assert abs(sizes[1] - sizes[0]) < 100
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_collections_are_joined_only_where_they_have_one_coder(tmp_path: Path, steps: bool) -> None:
+    """Flink refuses others."""
+    manifest = write_cohort(tmp_path / "cohort", 1)
+    if steps:
+        pipeline = beam.Pipeline()
+        loaded = pipeline | ReadManifest(str(manifest)) | LoadVolume()
+        loaded | Rescale() | EncodeExample() | WriteToTFRecord(str(tmp_path / "out"))
+    else:
+        pipeline = pipeline_of(manifest, tmp_path / "out")
+    graph = pipeline.to_runner_api().components
+    joined = [t for t in graph.transforms.values() if t.spec.urn == "beam:transform:flatten:v1"]
+    for transform in joined:
+        coders = {graph.pcollections[name].coder_id for name in transform.inputs.values()}
+        assert len(coders) == 1, transform.unique_name
+    assert joined
 
 
 # 3: memory

@@ -350,9 +350,10 @@ class BuildDataset(beam.PTransform[Any, Any]):
             EncodeExampleFn(), Record, folder, release=True
         )  # Record
         outcomes = (
-            (manifest[SHARDS], units[FINISHED], *(s[FAILURES] for s in (*steps, rescaled, encoded)))
-            | "Outcomes" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
-        )
+            manifest[SHARDS],
+            units[FINISHED],
+            *(s[FAILURES] for s in (*steps, rescaled, encoded)),
+        ) | "Outcomes" >> beam.Flatten().with_output_types(tuple[str, ShardTask | Part | Failure])
         summary: _Values = (
             {"records": encoded.main, "outcomes": outcomes}
             | "WriteShards"

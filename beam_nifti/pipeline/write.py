@@ -103,6 +103,11 @@ class _Key:
     length: int
 
 
+_Noted = int | _Key | Traits
+"""What is planned with: the revision, keys and traits. They are of one type, because Flink joins only
+collections of the same coder."""
+
+
 @dataclass(frozen=True)
 class _Target:
     """Where a dataset is written, and how.
@@ -464,7 +469,7 @@ class PlanFn(beam.DoFn):
     def __init__(self, target: _Target) -> None:
         self._target = target
 
-    def process(self, group: tuple[None, Iterable[int | Traits | _Key]]) -> Iterable[_WritePlan]:
+    def process(self, group: tuple[None, Iterable[_Noted]]) -> Iterable[_WritePlan]:
         """Yield the plan."""
         target, traits, revision = self._target, None, 0
         num_bytes, ids = 0, list[tuple[str, str]]()
@@ -636,14 +641,15 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         started = (
             records.pipeline
             | "Create" >> beam.Create([target.token], reshuffle=False)  # str
-            | "Start" >> beam.ParDo(StartFn(target)).with_output_types(tuple[None, int])  # (None, revision)
+            | "Start"
+            >> beam.ParDo(StartFn(target)).with_output_types(tuple[None, _Noted])  # (None, revision)
         )
         parts = (
             records
             | "Global" >> beam.WindowInto(GlobalWindows())  # Record or (id, Example)
             | "WriteParts"
             >> beam.ParDo(WritePartsFn(target), AsSingleton(started))
-            .with_output_types(_Placed, **{_KEYS: tuple[None, _Key], _TRAITS: tuple[None, Traits]})
+            .with_output_types(_Placed, **dict.fromkeys((_KEYS, _TRAITS), tuple[None, _Noted]))
             .with_outputs(_KEYS, _TRAITS, main="placed")
         )
         plan = AsSingleton(
