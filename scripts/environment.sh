@@ -34,6 +34,24 @@ merge_pins() {
   ' "$2" "$1"
 }
 
+# Prints the lower bounds that pyproject.toml gives for the package and the extras $@, as pins.
+oldest_pins() {
+  "$(find_python)" - "$@" <<'PYTHON'
+import re, sys, tomllib
+
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+requirements = [*project["dependencies"]]
+for extra in sys.argv[1:]:
+    requirements += project["optional-dependencies"][extra]
+for requirement in requirements:
+    bound = re.match(r"([\w.-]+)>=([\d.]+)", requirement)
+    if not bound:
+        sys.exit(f"error: {requirement} in pyproject.toml has no lower bound; write it as NAME>=VERSION")
+    print(f"{bound[1]}=={bound[2]}")
+PYTHON
+}
+
 # make_environment DIR PINS REQUIREMENT...: a virtual environment DIR with the REQUIREMENTs, pinned
 # by the file PINS. Nothing is done where the same was installed from the same files before.
 make_environment() {

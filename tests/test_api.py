@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -46,12 +47,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort as that of `folder`, with a dataset `out` and another one, `other`; only to be copied."""
+    made = tmp_path_factory.mktemp("datasets")
+    manifest = write_cohort(made, 6, split=["train", "train", "test"])
+    bn.build(manifest, made / "out", progress=False)
+    bn.build(manifest, made / "other", rescale="zscore", progress=False)
+    return made
+
+
 @pytest.fixture
-def built(folder: Path) -> Path:
-    """The working directory, with a dataset `out` and another one, `other`."""
-    bn.build("manifest.tsv", "out", progress=False)
-    bn.build("manifest.tsv", "other", rescale="zscore", progress=False)
-    return folder
+def built(datasets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a copy of `datasets`."""
+    shutil.copytree(datasets, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def digests(info: DatasetInfo) -> list[tuple[str, str, str]]:
