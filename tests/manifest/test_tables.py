@@ -285,7 +285,7 @@ def test_parquet_columns_are_the_texts_of_their_values(tmp_path: Path) -> None:
         "half": pa.array(np.array([1.5, 2], np.float16)),
         "nothing": pa.nulls(2),
         "tags": pa.array([["é", None], None]),
-        "scan": pa.array([{"te": 3.5, "raw": b"\xff"}, None]),
+        "scan": pa.array([(3.5, b"\xff"), None], pa.struct({"te": pa.float64(), "raw": pa.binary()})),
         "picture": pa.array([b"\xff\xd8", None]),
     }
     pq.write_table(pa.table(columns), tmp_path / "m.parquet")
