@@ -38,6 +38,7 @@ from beam_nifti.pipeline.write import WriteToTFRecord
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
 from beam_nifti.record.sharding import ShardName
+from tests import quick_beam
 from tests.images import random_voxels
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -520,6 +521,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    quick_beam.install()
     _serve()
 
 

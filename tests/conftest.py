@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from tests.images import write_cohort
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.register_profile("nightly", deadline=None, database=None, max_examples=10_000)
 settings.load_profile("suite")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Make small builds quicker, once a module of tests has loaded Beam; real engines get the real one."""
+    if "apache_beam" in sys.modules and "services" not in item.path.parts:
+        from tests import quick_beam
+
+        quick_beam.install()
 
 
 @pytest.fixture
