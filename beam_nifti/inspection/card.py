@@ -74,13 +74,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
 
 def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
-    """The content of README.md, with the header that Hugging Face's hub reads.
-
-    Args:
-        output: absolute path or URL of the dataset.
-        info: of the dataset.
-        about: as of `write_card`, with a "name".
-    """
+    """The content of README.md, with the header that Hugging Face's hub reads."""
     name, split = about["name"], next(iter(info.splits))
     folder = output.rpartition("/")[2]
     header = {"pretty_name": name, "tags": ["nifti", "tfrecord"]}

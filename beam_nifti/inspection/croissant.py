@@ -40,12 +40,7 @@ _SPLIT_OF_INDEX: Final = r"index/(.+)-\d+-of-\d+(?:-r\d+)?\.parquet$"
 
 
 def check_croissant(text: bytes, info: DatasetInfo) -> Iterator[str]:
-    """Find out whether croissant.json is still of this dataset; after a build files have other checksums.
-
-    Args:
-        text: its content.
-        info: of the dataset.
-    """
+    """Find out whether croissant.json is still of this dataset; after a build files have other checksums."""
     try:
         facts = load_json(text, is_modest=True)
         version, files = facts["version"], facts["distribution"]
@@ -71,11 +66,6 @@ def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]
     Every file is in it with its sha256. What its record set describes is the index: a row of text and
     numbers for each record, which any reader of Parquet can load. The voxels are in the shards, whose
     format Croissant has no words for.
-
-    Args:
-        info: of the dataset.
-        index: schema of its indexes.
-        about: what only people know: "name", and if given "description", "license", "url", "citeAs".
     """
     indexes = [shard.index for shard in info.shards]
     facts = {

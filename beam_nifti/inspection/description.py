@@ -59,9 +59,6 @@ class Description(Document):
 def describe_dataset(output: str) -> dict[str, Any]:
     """What a dataset holds, as values that JSON can hold.
 
-    Args:
-        output: folder or URL of the dataset.
-
     Returns:
         Among others `splits` (examples, shards and bytes of each), `shape` (None where shapes are
         mixed; `shapes` counts them), `labels` (None where there are none), `label_columns` (of each label
@@ -76,10 +73,6 @@ def describe_dataset(output: str) -> dict[str, Any]:
 
 def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
     """What a dataset holds, as `describe_dataset`.
-
-    Args:
-        output: absolute path or URL of the dataset.
-        info: of the dataset.
 
     Raises:
         DatasetError: an index of it cannot be read.
@@ -125,10 +118,6 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
     """What the index says of one record: where it lies, what it was made of.
 
-    Args:
-        output: folder or URL of the dataset.
-        example_id: names the record.
-
     Raises:
         DatasetError: there is no complete dataset, or no such record in it.
     """
@@ -137,10 +126,6 @@ def describe_record(output: str, example_id: str) -> dict[str, Any]:
 
 def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, Any]]:
     """What the indexes say of some records; each index is read once, and none after the last was found.
-
-    Args:
-        output: folder or URL of the dataset.
-        example_ids: name the records.
 
     Returns:
         As `describe_record`, in the order of the names.

@@ -97,10 +97,6 @@ class StoredVolume:
 def read_volume(output: str, example_id: str) -> StoredVolume:
     """Read one record of a dataset.
 
-    Args:
-        output: folder or URL of the dataset.
-        example_id: names the record.
-
     Raises:
         DatasetError: there is no complete dataset, no such record in it, or the record is damaged.
     """
@@ -164,10 +160,7 @@ def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> 
 def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") -> list[str]:
     """Where to write the images of some records.
 
-    Args:
-        example_ids: each once.
-        out: of the only one; None names each file after its id.
-        suffix: that follows the id there.
+    `out` is the path for a single id; None names each file after its id and the suffix.
 
     Raises:
         UsageError: two images would have one name, or `out` is no name of a NIfTI image.

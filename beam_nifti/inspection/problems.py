@@ -31,10 +31,7 @@ class Problems:
     def add(self, scope: Scope, problem: str, *place: int) -> None:
         """Add a problem.
 
-        Args:
-            scope: what it concerns.
-            problem: a sentence that names it.
-            place: numbers that order it among others of its scope, such as shard and record.
+        `place` orders problems of one scope, such as by shard and record.
         """
         with self._lock:
             self._total += 1

@@ -106,11 +106,6 @@ class RecordSpec:
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
     """Find what is wrong with one record.
 
-    Args:
-        payload: the serialized Example.
-        cells: the record's row of the index.
-        spec: of the dataset.
-
     Raises:
         ShardError: the payload is no Example, or `image_raw` no tensor.
     """
@@ -333,14 +328,8 @@ def check_source(
 ) -> Iterator[str]:
     """Make a record again from its image and find where it differs.
 
-    Args:
-        payload: the serialized Example.
-        cells: the record's row of the index.
-        row: the record's row of the manifest.
-        folder: what relative image paths are relative to.
-        config: that the record was made with.
-        versions: how those of the software that made it differ from the ones here, in words; then a
-            difference in rounding is a RoundingNote.
+    `cells` is its row of the index, and `versions` describes how the versions of the software that made it
+    differ from those here; a difference in rounding is then a RoundingNote.
 
     Raises:
         OSError: the disk, the network or a store failed, which says nothing about the record.

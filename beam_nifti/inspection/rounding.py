@@ -23,13 +23,7 @@ _Feature = memoryview | npt.NDArray[np.generic]
 
 
 def differ_in_rounding(one: Mapping[str, _Feature], other: Mapping[str, _Feature], names: list[str]) -> bool:
-    """Whether some features of two records differ by no more than the last digit of what they store.
-
-    Args:
-        one: the features of a record.
-        other: those of the other record.
-        names: of the features that differ.
-    """
+    """Whether some features of two records differ by no more than the last digit of what they store."""
     return all(name in one and name in other and _is_close(name, one[name], other[name]) for name in names)
 
 

@@ -50,15 +50,6 @@ class ShardPass:
 
     Threads may take in turn; the one that reads holds the others up, so the file is read in order.
 
-    Args:
-        output: folder of the dataset.
-        shard: as dataset_info.json describes it.
-        split: that it belongs to.
-        number: of the shard in the dataset.
-        spec: of the dataset.
-        problems: where to tell what is wrong.
-        cells: further columns to compare with a manifest's, and what they are in the index.
-
     Attributes:
         rows: id, labels, split and these cells of its records, once it was read.
         numbers: of their rows in the manifest.

@@ -94,13 +94,9 @@ def read_labels(
 ) -> Labels:
     """Make labels of a column's cells.
 
-    Args:
-        cells: strings.
-        column: where it has no kind, the cells tell it: "float" if all are finite numbers of float32, "class"
-            if none is a number.
-        missing: `Columns.missing_label`.
-        problems: where to report cells that are no labels.
-        default: kind of a column without a kind and without any value; None makes it a problem.
+    A column without a kind is "float" if all its values are finite float32 numbers, "class" if none is a
+    number, and `default` if all are missing; without a default that is a problem. `missing` is
+    `Columns.missing_label`.
 
     Raises:
         ManifestError: there are too many problems.

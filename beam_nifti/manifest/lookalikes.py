@@ -34,9 +34,7 @@ def fold(names: pa.Array) -> pa.Array:
 def find_lookalikes(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[int, int]]:
     """Find names that are probably those of earlier rows, written in another way.
 
-    Args:
-        names: one per row; "" is nobody's.
-        folded: what is equal for lookalikes, one per row; `fold` of the names by default.
+    The name "" is nobody's. `folded` has equal texts for lookalikes; by default it is `fold` of the names.
 
     Returns:
         The first row of each such name, ascending, and the first row of the name that it resembles.

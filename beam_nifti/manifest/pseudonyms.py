@@ -25,11 +25,7 @@ _CHECK_BYTES: Final = 8
 
 
 class Pseudonyms:
-    """What stands for the names of one key.
-
-    Args:
-        secret: the key; any bytes.
-    """
+    """What stands for the names of one key."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = hashlib.sha256(secret).digest()
@@ -51,9 +47,7 @@ class Pseudonyms:
     def of(self, name: str, kind: str) -> str:
         """What stands for a name; "", which is nobody's, for "".
 
-        Args:
-            name: any text.
-            kind: of name, at most 16 letters; equal names of two kinds have nothing in common.
+        Equal names of two kinds (at most 16 letters) have different pseudonyms.
         """
         return self._hash(name, kind, _DIGEST_BYTES) if name else ""
 
@@ -76,9 +70,7 @@ class Pseudonyms:
 def hash_version(version: str | None, version_key: str) -> str | None:
     """What stands for a store's version of a file, which may hold its name; None where there is none.
 
-    Args:
-        version: such as an ETag.
-        version_key: of `Pseudonyms`; "" where ids are not anonymous, so that the version stays.
+    Without `Pseudonyms.version_key`, because ids are not anonymous, the version itself.
     """
     if version is None or not version_key:
         return version

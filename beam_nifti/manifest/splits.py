@@ -104,11 +104,8 @@ def draw_splits(
 ) -> pa.DictionaryArray:
     """Draw a split for every row; docs/manifest.md says which.
 
-    Args:
-        participants: a name a row; rows of one name get one split.
-        splitting: names and shares of the splits, and the seed.
-        categories: a text a row, the same for all rows of a participant; the shares are then held within
-            each of them. None draws every participant on its own.
+    Rows of one participant get one split. With categories, one text per participant, the shares hold within
+    each category; without, every participant is drawn independently.
     """
     people = participants.dictionary_encode()
     of_row = people.indices.to_numpy()

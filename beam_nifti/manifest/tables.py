@@ -68,9 +68,7 @@ _DECODER = json.JSONDecoder(
 class Problems:
     """Collects what is wrong with a table, gives up at the limit; and what is only suspicious.
 
-    Args:
-        path: of the table, for the error.
-        hides_cells: whether neither may show the text of a cell, which may be the name of a person.
+    With `hides_cells`, messages do not show cells, which may be names of persons.
 
     Attributes:
         path: of the table.

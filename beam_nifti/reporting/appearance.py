@@ -64,11 +64,6 @@ def label_columns(spec: RecordSpec) -> dict[str, str]:
 def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
     """The row of one sound record.
 
-    Args:
-        payload: the serialized Example.
-        cells: the record's row of the index.
-        spec: of the dataset.
-
     Returns:
         A row of SCHEMA. Of several channels or frames the numbers are over all; grid and picture have the
         first.

@@ -23,11 +23,6 @@ INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}
 def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, log: bool = False) -> bytes:
     """A histogram of the numbers of each split, of their shares, on a transparent ground.
 
-    Args:
-        series: numbers, not all of them none, by split.
-        ink: colour of text and axes.
-        log: whether the shares are on a logarithmic scale.
-
     Returns:
         An SVG without a date, whose letters are outlines.
     """

@@ -69,11 +69,7 @@ class Ranking:
 
 
 def rank(values: Mapping[Measure, Numbers]) -> Ranking:
-    """Compare volumes by the median and the MAD of each measure, which outliers do not move.
-
-    Args:
-        values: of each measure, one number a volume, all finite.
-    """
+    """Compare volumes by the median and the MAD of each measure, which outliers do not move."""
     deviations = {measure: _deviations(numbers, measure.floor) for measure, numbers in values.items()}
     suspicions = [_suspicion(measure, numbers) for measure, numbers in deviations.items()]
     return Ranking(np.max(suspicions, axis=0), deviations)

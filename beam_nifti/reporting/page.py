@@ -38,15 +38,7 @@ _PERCENTILES: Final = (0, 5, 50, 95, 100)
 def make_page(
     name: str, info: DatasetInfo, spec: RecordSpec, summary: Summary, failures: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The HTML of a report. The same dataset gives the same text.
-
-    Args:
-        name: of the dataset.
-        info: of the dataset.
-        spec: of its records.
-        summary: of its records.
-        failures: as `read_failures` gives them.
-    """
+    """The HTML of a report. The same dataset gives the same text."""
     environment = load_templates()
     environment.policies["json.dumps_function"] = dump_json
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

@@ -20,14 +20,7 @@ _ROWS: Final = 256
 
 
 def write_sheets(folder: str, shard: int, split: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the rows of a shard's records, some at a time.
-
-    Args:
-        folder: local or a URL.
-        shard: number of the shard in the dataset.
-        split: that it belongs to.
-        rows: of `appearance.SCHEMA`, in order.
-    """
+    """Write the rows of a shard's records, some at a time."""
     schema, left = SCHEMA.with_metadata({"split": split}), iter(rows)
     for number in itertools.count():
         if not (some := list(itertools.islice(left, _ROWS))):

@@ -63,12 +63,7 @@ class Summary:
 
 
 def summarize(folder: str, num_pictures: int) -> Summary:
-    """Read the sheets of a dataset.
-
-    Args:
-        folder: of the sheets.
-        num_pictures: records to show besides the outliers, evenly spread.
-    """
+    """Read the sheets of a dataset."""
     rows, mean = _mean_volume(folder)
     measures = _measures(rows, _correlations(folder, mean))
     ranking = rank(measures)

@@ -33,10 +33,6 @@ _WEBP: Final[dict[str, Any]] = {"quality": 80, "method": 4}
 def block_means(volume: Voxels, size: int = GRID) -> npt.NDArray[np.float64]:
     """The means of `size` blocks along each axis; along a shorter axis voxels are repeated.
 
-    Args:
-        volume: (X, Y, Z), any real dtype and any strides. No copy of it is made.
-        size: of the grid.
-
     Returns:
         float64 (size, size, size).
     """

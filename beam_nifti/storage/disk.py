@@ -53,11 +53,8 @@ def linked(path: str) -> OutputError:
 def _open_folder(path: str, below: str | None, *, make: bool = False) -> Iterator[int]:
     """The descriptor of a folder.
 
-    Args:
-        path: of the folder.
-        below: the folder above it that the user has named; no name of `path` that follows may be a link. None
-            where the user has named `path` itself.
-        make: whether to create what is missing.
+    No name of `path` after `below`, which the user has named, may be a link; None if the user has named
+    `path`. With `make`, missing folders are created.
 
     Raises:
         OutputError: a name is a symbolic link.
@@ -167,10 +164,6 @@ def naming(path: str) -> Iterator[None]:
 def _locate(path: str, below: str | None) -> Iterator[tuple[str, int | None]]:
     """A name, and the descriptor of the folder that it starts from, by which to look at a file or open it.
 
-    Args:
-        path: of the file.
-        below: as of `create`; None gives the path itself, which may be a link.
-
     Raises:
         OutputError: a name below `below` is a symbolic link.
         OSError: a folder cannot be opened.
@@ -241,10 +234,6 @@ def delete_tree(path: str, below: str | None = None) -> None:
 
 def open_lock(path: str, *, make: bool = True) -> int:
     """The descriptor of a lock file, whose folder the user has named.
-
-    Args:
-        path: of the file.
-        make: whether to create what is missing.
 
     Raises:
         OutputError: it is a symbolic link.

@@ -19,10 +19,6 @@ _VERSIONS = ("etag", "ETag", "generation")
 class Fsspec(RangeStore):
     """A scheme that fsspec serves.
 
-    Args:
-        options: Beam's, of the pipeline that runs here.
-        scheme: "az".
-
     Raises:
         ImportError: fsspec, or what it needs for the scheme, is missing, or it does not know the scheme.
     """

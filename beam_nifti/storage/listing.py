@@ -48,10 +48,7 @@ def list_folders(folder: str) -> list[str]:
 def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
     """Paths, relative to a folder, of the files below those of its folders that begin alike.
 
-    Args:
-        folder: local or a URL.
-        prefix: of the names of its folders.
-        depth: folders below `folder` that a path has at most.
+    Only folders whose names begin with `prefix` are entered, down to `depth` folders.
 
     Yields:
         In no order. Files and folders whose names begin with a dot are left out.

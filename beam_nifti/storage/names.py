@@ -66,9 +66,7 @@ def dirname(path: str) -> str:
 def path_text(name: str, value: object) -> str:
     """The text of a path or URL that a caller gives.
 
-    Args:
-        name: parameter or flag that it is given by, for errors.
-        value: text, or an `os.PathLike` of one.
+    `name` is the parameter or flag that the path is given by.
 
     Raises:
         UsageError: it is something else, empty, or has a NUL character.

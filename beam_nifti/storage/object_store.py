@@ -87,10 +87,6 @@ class Stat:
 class Reader(io.RawIOBase):
     """An object, opened for reading.
 
-    Args:
-        store: that holds it.
-        path: of the object.
-
     Attributes:
         size: of what is read of the object, in bytes.
         stat: of the object; of its head alone, where only that was opened.
@@ -164,12 +160,7 @@ class Pieces(abc.ABC):
 
 
 class Writer(io.BufferedIOBase):
-    """An object that is being written. It appears only with `finish`.
-
-    Args:
-        store: that shall hold it.
-        path: of the object.
-    """
+    """An object that is being written. It appears only with `finish`."""
 
     def __init__(self, store: ObjectStore, path: str) -> None:
         self._store, self._path = store, path
@@ -217,11 +208,7 @@ class Writer(io.BufferedIOBase):
 
 
 class Store(abc.ABC):
-    """What can be read. Everything it raises is an OSError.
-
-    Args:
-        options: Beam's, of the pipeline that runs here; None where there is none.
-    """
+    """What can be read. Everything it raises is an OSError."""
 
     _lost: tuple[type[Exception], ...]
     """What its client raises when a connection breaks or a server keeps silent."""
@@ -333,10 +320,7 @@ class Store(abc.ABC):
     ) -> tuple[list[str], list[str]]:
         """Paths that begin with a prefix.
 
-        Args:
-            prefix: of paths; without `deep` it ends in "/".
-            deep: whether to list what lies in folders below.
-            limit: give no more than about so many.
+        Without `deep`, the prefix ends in "/". About `limit` paths are enough.
 
         Returns:
             Paths of objects, and, unless `deep`, of folders, which end in "/".
@@ -368,14 +352,7 @@ class RangeStore(Store):
 
 
 class RangeReader(Reader):
-    """A request for what the file is, and one for each range of it that is wanted.
-
-    Args:
-        store: that holds the file.
-        path: of the file.
-        head: bytes of it to read; None for all.
-        request_range: an attempt at bytes of a path, by the first and their number.
-    """
+    """A request for what the file is, and one for each range of it that is wanted."""
 
     def __init__(
         self, store: Store, path: str, head: int | None, request_range: Callable[[str, int, int], bytes]
@@ -407,10 +384,7 @@ class ObjectStore(Store):
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
         """Write an object whole.
 
-        Args:
-            path: of the object.
-            data: all of it.
-            version: only if the object has this one, or, if "", only if there is none.
+        With a version, only if the object has that version; with "", only if it does not exist.
         """
 
     @abc.abstractmethod

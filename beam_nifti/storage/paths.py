@@ -53,10 +53,6 @@ _BUFFER_BYTES: Final = 1 << 20
 def stat(path: str, below: str | None = None) -> Stat:
     """Size, time and version of a file.
 
-    Args:
-        path: of the file.
-        below: as of `create`.
-
     Raises:
         OutputError: a name below `below` is a symbolic link.
         FileNotFoundError: there is none.
@@ -83,9 +79,7 @@ def exists(path: str) -> bool:
 def open_read(path: str, below: str | None = None) -> BinaryIO:
     """Open for reading; seekable; never decompressed, whatever the path ends in.
 
-    Args:
-        path: of the file.
-        below: as of `create`, in all functions that read what a build keeps in its output.
+    `below` is as for `create`, in all functions that read what a build keeps in its output.
 
     Raises:
         OutputError: a name below `below` is a symbolic link.
@@ -172,12 +166,6 @@ def read_head(path: str, size: int) -> bytes:
 def read_into(path: str, offset: int, buffer: memoryview, below: str | None = None) -> int:
     """Fill a buffer from a place of a file; in one request, and with a descriptor of this call's own.
 
-    Args:
-        path: of the file.
-        offset: of the first byte.
-        buffer: of as many bytes as are wanted.
-        below: as of `create`.
-
     Returns:
         How many bytes there were: fewer where the file ends before.
 
@@ -215,10 +203,7 @@ def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
 def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
     """Refuse, before any work, a path to which nothing can be written; leaves nothing behind.
 
-    Args:
-        path: absolute path or URL. Folders above it may be missing: writing makes them.
-        what: the option or argument that gives it, for the message.
-        is_folder: whether it is a folder for files rather than a file.
+    `what` is the option or argument that gives the path. Missing folders above it are no problem.
 
     Raises:
         OutputError: it cannot be written as it stands.
@@ -283,10 +268,7 @@ def read_version(path: str, size: int) -> tuple[bytes, str | None]:
 def write_if(path: str, data: bytes, version: str | None) -> None:
     """Write a remote file in place of one version of it; in place of any if the version is None.
 
-    Args:
-        path: of the file.
-        data: all of it.
-        version: as `read_version` gave it, or ABSENT if there shall be none yet.
+    The version is that of `read_version`, or ABSENT if the file must not exist.
 
     Raises:
         FileExistsError: there is another version.

@@ -86,10 +86,6 @@ def writable_store_of(path: str) -> ObjectStore:
 def refuse_read_only(path: str, what: str) -> None:
     """Refuse a URL to which nothing can ever be written, by its scheme.
 
-    Args:
-        path: absolute path or URL.
-        what: the option or argument that gives it, for the message.
-
     Raises:
         OutputError: it can only be read.
     """

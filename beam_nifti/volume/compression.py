@@ -152,10 +152,7 @@ class Decompressor:
     Bytes after the last stream that do not begin another one, such as padding or text, are ignored, as by
     gunzip and nibabel.
 
-    Args:
-        name: the image's path, for errors.
-        data: the file, or as much of its start as is needed.
-        compression: of the file.
+    `data` is the file, or as much of its start as is needed.
 
     Attributes:
         trailing: how many bytes after the streams were ignored, so far as they have been met.
@@ -232,9 +229,7 @@ class Decompressor:
     def read(self, expected: int, most: int) -> memoryview:
         """All that is left, into one buffer, which is not grown beyond what the file can hold.
 
-        Args:
-            expected: bytes that the header promises.
-            most: bytes to stop at.
+        The header promises `expected` bytes; reading stops at `most`.
 
         Raises:
             VolumeError: the file is damaged, or so small that the header's promise is a lie.

@@ -341,8 +341,7 @@ class Image:
         Of a file that is not compressed only they are read. A compressed one is read to its end, so that
         damage behind them does not go unnoticed.
 
-        Args:
-            numbers: rising; component v of frame t has number v * T + t.
+        The numbers ascend; component v of frame t has number v * T + t.
 
         Raises:
             VolumeError: as `read_all`.
