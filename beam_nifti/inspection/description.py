@@ -63,20 +63,13 @@ def describe_dataset(output: str) -> dict[str, Any]:
         Among others `splits` (examples, shards and bytes of each), `shape` (None where shapes are
         mixed; `shapes` counts them), `labels` (None where there are none), `label_columns` (of each label
         with a feature of its own) and `intensities`, in the images' units.
-
-    Raises:
-        DatasetError: there is no complete dataset, or an index of it cannot be read.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
 
 
 def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
-    """What a dataset holds, as `describe_dataset`.
-
-    Raises:
-        DatasetError: an index of it cannot be read.
-    """
+    """What a dataset holds, as `describe_dataset`."""
     totals = _Totals(tuple(info.config.get("channels") or ("",)))
     of_labels = [_LabelTotals(column) for column in info.labels]
     for _, _, table in read_indexes(output, info):
@@ -116,11 +109,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
 
 
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
-    """What the index says of one record: where it lies, what it was made of.
-
-    Raises:
-        DatasetError: there is no complete dataset, or no such record in it.
-    """
+    """What the index says of one record: where it lies, what it was made of."""
     return describe_records(output, [example_id])[0]
 
 
@@ -186,11 +175,7 @@ def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) 
 
 
 def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
-    """The index of each shard, with its split.
-
-    Raises:
-        DatasetError: one cannot be read.
-    """
+    """The index of each shard, with its split."""
     for split, found in info.splits.items():
         for shard in found.shards:
             yield split, shard, read_shard_index(output, info, shard)

@@ -80,9 +80,6 @@ def compare_datasets(before: str, after: str) -> Difference:
 
     Voxels count as changed where what the index says of them did: no shard is read. Of datasets of different
     format versions the sizes of files are compared, and not their times.
-
-    Raises:
-        DatasetError: one of them is not complete, or an index of it cannot be read.
     """
     before, after = storage.absolute(before), storage.absolute(after)
     (old_info, old), (new_info, new) = _read(before), _read(after)

@@ -84,22 +84,14 @@ class StoredVolume:
         write_nifti(storage.absolute(path), self.voxels, self.scaling, self.affine, self.zooms)
 
     def of_mask(self) -> StoredVolume:
-        """Its mask, as a volume.
-
-        Raises:
-            UsageError: it has none.
-        """
+        """The mask as a volume. A record without a mask is a UsageError."""
         if self.mask is None:
             raise UsageError(f"record {self.example_id!r} has no mask; leave --mask out")
         return replace(self, voxels=self.mask, scaling=Scaling())
 
 
 def read_volume(output: str, example_id: str) -> StoredVolume:
-    """Read one record of a dataset.
-
-    Raises:
-        DatasetError: there is no complete dataset, no such record in it, or the record is damaged.
-    """
+    """Read one record of a dataset."""
     (volume,) = read_volumes(output, [example_id])
     return volume
 

@@ -140,28 +140,8 @@ def verify_dataset(
     Nothing of the dataset is run, and it does not decide which other files are opened: the images are those
     of `manifest`, and the function that records were prepared with is `preprocess`.
 
-    Args:
-        output: folder or URL of the dataset.
-        manifest: a table whose rows the dataset must have been built from: ids, labels, splits, paths and
-            further columns are compared; relative image paths are then relative to its folder.
-        rows: of a manifest that `manifest` only names, as a Parquet file; None where it is a file.
-        anonymous_ids: file of the key by which ids and paths of the dataset became pseudonyms, if it has
-            any; `manifest` and `deep` need both it and the manifest then.
-        deep: how many records, spread evenly, to make again from their images and to compare bit for
-            bit; ALL or "all" for every one. Needs `manifest`.
-        preprocess: the function that the records were prepared with, `package.module:function`, with its
-            arguments; or all of them, in order. `deep` needs them where there were any.
-        workers: threads; each holds one record.
-        on_progress: called for every record.
-
-    Raises:
-        DatasetError: there is no complete dataset of a known format.
-        ManifestError: the manifest cannot be read.
-        OSError: the disk, the network or a store failed while images were read.
-        OutputBusyError: a build has replaced the dataset meanwhile.
-        UsageError: `deep` or `workers` is out of range; or records are to be made again without the manifest,
-            or without the function that they were made with, or with another one, or from before the same
-            options made other records; or the key is not the dataset's.
+    Arguments, result and errors are those of `beam_nifti.verify`. `rows` is the Parquet file of a manifest
+    that is a table in memory, and `on_progress` is called for every record.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -233,11 +213,7 @@ def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]
 
 
 def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
-    """Import the functions of a dataset's records, which are run only where the user names them.
-
-    Raises:
-        UsageError: others are named, or none; or the source of one is another.
-    """
+    """Import the functions of a dataset's records, which are run only where the user names them."""
     if named == record.preprocess:
         load_functions(record)
         return

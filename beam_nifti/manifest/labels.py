@@ -97,9 +97,6 @@ def read_labels(
     A column without a kind is "float" if all its values are finite float32 numbers, "class" if none is a
     number, and `default` if all are missing; without a default that is a problem. `missing` is
     `Columns.missing_label`.
-
-    Raises:
-        ManifestError: there are too many problems.
     """
     encoded = cells.combine_chunks().dictionary_encode()
     texts, codes = encoded.dictionary, encoded.indices.to_numpy()

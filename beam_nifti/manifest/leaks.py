@@ -88,8 +88,7 @@ class _Names:
 def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
     """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for.
 
-    Raises:
-        ManifestError: there are such columns; it does not show the names.
+    The problems do not show the names.
     """
     kinds: dict[str | None, Kind] = {columns.id: "id", "participant_id": "id", "session_id": "session"}
     kinds |= dict.fromkeys(columns.files, "path")

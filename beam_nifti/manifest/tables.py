@@ -93,22 +93,14 @@ class Problems:
         self.warnings.append(warning)
 
     def add(self, problem: str) -> None:
-        """Note one problem.
-
-        Raises:
-            ManifestError: it is one too many.
-        """
+        """Note one problem."""
         if len(self._found) == MAX_PROBLEMS:
             self._found.append("(and more)")
             self.stop()
         self._found.append(problem)
 
     def stop(self) -> None:
-        """Go no further if there was any problem.
-
-        Raises:
-            ManifestError: with all of them.
-        """
+        """Go no further if there was any problem."""
         if self._found:
             raise ManifestError(self.path, self._found)
 
@@ -220,11 +212,7 @@ def write_table(path: str, table: pa.Table) -> None:
 
 
 def format_delimited(table: pa.Table, delimiter: str) -> str:
-    """The text of a .csv file, or with a tab as the delimiter of a .tsv file.
-
-    Raises:
-        UsageError: a cell that the format cannot hold.
-    """
+    """The text of a .csv file, or with a tab as the delimiter of a .tsv file."""
     _require_visible(table)
     if problem := _header_problem(table.column_names, delimiter):
         raise UsageError(f"the table cannot be written: {problem}")
@@ -312,8 +300,7 @@ def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Probl
 def _delimited_rows(path: str, data: bytes, delimiter: str) -> Iterator[list[str]]:
     """The header and the rows of a text; without lines that are blank but for delimiters.
 
-    Raises:
-        ManifestError: with the row in which a quote is opened, where that is not closed as it should be.
+    A quote that is not closed as it should be is reported with its row.
     """
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
     reader = csv.reader(

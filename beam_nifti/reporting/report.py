@@ -120,19 +120,7 @@ def write_report(
 ) -> ReportSummary:
     """Look at every record of a dataset and write a page about it.
 
-    Args:
-        output: folder or URL of the dataset.
-        info: of the dataset.
-        out: path or URL of the page; replaced if it is there. On a cluster the workers must reach it, as
-            they write beside it.
-        options: Beam's.
-        num_pictures: records to show besides the outliers, evenly spread.
-
-    Raises:
-        DatasetError: its configuration is not one that this version knows, or its list of failures is missing
-            or damaged.
-        OutputError: the page cannot be written.
-        OSError: the page cannot be written now, or a file cannot be read, but that may pass.
+    `output`, `out` and errors are as for `beam_nifti.report`, `options` are Beam's.
     """
     output, out = storage.absolute(output), storage.absolute(out)
     spec = RecordSpec.of(info)

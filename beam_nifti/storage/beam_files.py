@@ -32,11 +32,7 @@ class BeamFiles(ObjectStore):
         self._error = BeamIOError
 
     def attempt(self, path: str, request: Callable[[], T]) -> T:
-        """Make a request once.
-
-        Raises:
-            OSError: it failed.
-        """
+        """Make a request once."""
         try:
             return request()
         except Exception as e:  # a client library has errors of its own

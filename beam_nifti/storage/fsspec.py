@@ -17,11 +17,7 @@ _VERSIONS = ("etag", "ETag", "generation")
 
 
 class Fsspec(RangeStore):
-    """A scheme that fsspec serves.
-
-    Raises:
-        ImportError: fsspec, or what it needs for the scheme, is missing, or it does not know the scheme.
-    """
+    """A scheme that fsspec serves."""
 
     _lost = ()
 

@@ -104,11 +104,7 @@ class Http(RangeStore):
 
     @staticmethod
     def _body(response: Any, most: int) -> bytes:
-        """The body of an answer, as it was sent: to some servers .gz is an encoding of what it unpacks to.
-
-        Raises:
-            UnsupportedOperation: it has more than `most` bytes.
-        """
+        """The body of an answer, as it was sent: to some servers .gz is an encoding of what it unpacks to."""
         pieces, left = list[bytes](), most
         # The last reading, of nothing, is where urllib3 notices an answer that broke off.
         while piece := response.raw.read(left or 1, decode_content=False):

@@ -52,10 +52,6 @@ def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
 
     Yields:
         In no order. Files and folders whose names begin with a dot are left out.
-
-    Raises:
-        FileNotFoundError: there is no such folder on the local disk.
-        OSError: a folder cannot be listed.
     """
     if not is_remote(folder):
         with os.scandir(folder) as entries:
@@ -84,9 +80,6 @@ def glob(pattern: str) -> list[str]:
 
     Names that begin with a dot match only where the pattern has the dot. An encoded character of a file://
     URL stands for itself. On the local disk `**` follows symbolic links, but enters every folder once.
-
-    Raises:
-        OSError: a folder below `**` cannot be listed.
     """
     if FILE_URL.fullmatch(pattern):
         pattern = local_path(_ENCODED_MAGIC.sub(lambda match: f"[{match[0]}]", pattern))

@@ -67,9 +67,6 @@ def path_text(name: str, value: object) -> str:
     """The text of a path or URL that a caller gives.
 
     `name` is the parameter or flag that the path is given by.
-
-    Raises:
-        UsageError: it is something else, empty, or has a NUL character.
     """
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str):

@@ -1,6 +1,8 @@
 """Files, local or remote, by their paths. The only module by which other folders read and write them.
 
-The local disk is `disk`'s; `stores` says what serves a URL. What is written appears whole or not at all.
+`disk` serves local paths, and `stores` finds the store of a URL. A written file appears whole or not at all.
+All functions raise FileNotFoundError for a missing file, another OSError for one that cannot be reached, and
+an OutputError if a name of a local path after `below` is a symbolic link.
 """
 
 from __future__ import annotations
@@ -51,13 +53,7 @@ _BUFFER_BYTES: Final = 1 << 20
 
 
 def stat(path: str, below: str | None = None) -> Stat:
-    """Size, time and version of a file.
-
-    Raises:
-        OutputError: a name below `below` is a symbolic link.
-        FileNotFoundError: there is none.
-        OSError: it cannot be reached.
-    """
+    """Size, time and version of a file."""
     if not is_remote(path):
         status = disk.stat_file(path, below)
         return Stat(status.st_size, status.st_mtime)
@@ -80,10 +76,6 @@ def open_read(path: str, below: str | None = None) -> BinaryIO:
     """Open for reading; seekable; never decompressed, whatever the path ends in.
 
     `below` is as for `create`, in all functions that read what a build keeps in its output.
-
-    Raises:
-        OutputError: a name below `below` is a symbolic link.
-        OSError: the file is not there or cannot be reached.
     """
     return open_with_stat(path)[0] if is_remote(path) else disk.open_regular(path, below)
 
@@ -100,11 +92,7 @@ def has_changed(path: str, handle: BinaryIO, before: Stat) -> bool:
 
 
 def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
-    """Open for reading, and say what `stat` says of the file; on S3 and Cloud Storage in one request.
-
-    Raises:
-        OSError: the file is not there or cannot be reached.
-    """
+    """Open for reading, and say what `stat` says of the file; on S3 and Cloud Storage in one request."""
     if is_remote(path):
         reader = store_of(path).open(path)
         return io.BufferedReader(reader, _BUFFER_BYTES), reader.stat
@@ -126,9 +114,7 @@ class FileTooLargeError(OSError):
 def read_bounded(path: str, most: int, below: str | None = None) -> bytes:
     """The whole of a file that has at most so many bytes; of a larger one nothing is kept.
 
-    Raises:
-        FileTooLargeError: it has more.
-        OSError: the file is not there or cannot be reached.
+    A larger file is a FileTooLargeError.
     """
     if is_remote(path):
         data = read_head(path, most + 1)
@@ -143,11 +129,7 @@ def read_bounded(path: str, most: int, below: str | None = None) -> bytes:
 
 
 def holds(path: str, content: bytes, below: str | None = None) -> bool:
-    """Whether a file has this content; of a larger one nothing is kept.
-
-    Raises:
-        OSError: the file is not there or cannot be reached.
-    """
+    """Whether a file has this content; of a larger one nothing is kept."""
     try:
         return read_bounded(path, len(content), below) == content
     except FileTooLargeError:
@@ -168,9 +150,6 @@ def read_into(path: str, offset: int, buffer: memoryview, below: str | None = No
 
     Returns:
         How many bytes there were: fewer where the file ends before.
-
-    Raises:
-        OSError: the file is not there or cannot be reached.
     """
     if is_remote(path):
         data = store_of(path).get_range(path, offset, len(buffer))
@@ -185,11 +164,8 @@ def read_into(path: str, offset: int, buffer: memoryview, below: str | None = No
 def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
     """Write a file that appears under its name whole, when the block ends well, or not at all.
 
-    Args:
-        path: of the file.
-        below: as in all functions that write or delete, the folder that the user has named and that holds
-            `path`; below it no name may be a symbolic link. None where the user has named `path`. Without
-            meaning for remote paths.
+    In all functions that write or delete, no name of `path` after `below`, the folder that the user has
+    named, may be a symbolic link; None if the user has named `path`. Remote paths have no links.
     """
     if is_remote(path):
         with Writer(writable_store_of(path), path) as writer:
@@ -256,12 +232,7 @@ def write(path: str, data: bytes, below: str | None = None) -> None:
 
 
 def read_version(path: str, size: int) -> tuple[bytes, str | None]:
-    """As `read_head` of a remote file, and its version for `write_if`; None where the store keeps none.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be reached.
-    """
+    """As `read_head` of a remote file, and its version for `write_if`; None where the store keeps none."""
     return writable_store_of(path).get_version(path, size)
 
 
@@ -270,10 +241,7 @@ def write_if(path: str, data: bytes, version: str | None) -> None:
 
     The version is that of `read_version`, or ABSENT if the file must not exist.
 
-    Raises:
-        FileExistsError: there is another version.
-        FileNotFoundError: it is gone.
-        OSError: it cannot be reached.
+    Another version is a FileExistsError, and an absent file a FileNotFoundError.
     """
     writable_store_of(path).put(path, data, version)
 

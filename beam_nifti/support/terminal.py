@@ -111,11 +111,7 @@ def _open_closed_descriptors() -> None:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Make Screens of the standard streams while the block runs.
-
-    Raises:
-        SystemExit: in the place of an exception that leaves the block, whose traceback is printed.
-    """
+    """Make Screens of the standard streams while the block runs."""
     _open_closed_descriptors()
     out, err = Screen(sys.stdout, is_strict=True), Screen(sys.stderr, is_strict=False)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -131,11 +127,7 @@ def guarded_streams() -> Iterator[None]:
 
 
 def write_result(text: str) -> None:
-    """Print the result of a command, such as a table. A file or a pipe gets it byte for byte.
-
-    Raises:
-        UnwritableError: standard output cannot be written.
-    """
+    """Print the result of a command, such as a table. A file or a pipe gets it byte for byte."""
     if isinstance(sys.stdout, Screen):
         sys.stdout.write_result(text)
     else:

@@ -136,9 +136,6 @@ def require_volume(volume: Volume, step: str) -> Volume:
 
     Returns:
         The volume, with an affine of float64 and the voxel sizes of that affine.
-
-    Raises:
-        VolumeError: it is not a volume, or voxels, affine or mask are not what a volume has.
     """
     name = f"the step before {step}"
     if not isinstance(volume, Volume):
@@ -209,11 +206,7 @@ def _wrong_beside(made: Volume, masks: Collection[str], num_channels: int | None
 
 
 def orient(volume: Volume, code: str) -> Volume:
-    """Reorder and flip the axes to an orientation, exactly; an oblique image stays oblique.
-
-    Raises:
-        VolumeError: the affine does not tell where an axis points.
-    """
+    """Reorder and flip the axes to an orientation, exactly; an oblique image stays oblique."""
     grid = Grid.of(volume.voxels.shape, volume.affine)
     turns = axes_to(grid, code)
     if np.array_equal(turns, UNTURNED):
@@ -305,11 +298,7 @@ def interpolation_weights(old_size: int, new_size: int, start: float, step: floa
 
 
 def crop_foreground(volume: Volume, rule: str) -> Volume:
-    """Crop to the bounding box of the foreground, of all frames together.
-
-    Raises:
-        VolumeError: there is no foreground.
-    """
+    """Crop to the bounding box of the foreground, of all frames together."""
     shape, mask = volume.voxels.shape[:3], volume.mask
     along = [np.zeros(size, bool) for size in shape]
     for x, slice_ in enumerate(volume.voxels):

@@ -59,11 +59,7 @@ def load_function(step: str, sha256: str | None = None) -> Function:
 
 
 def load_functions(record: RecordConfig) -> list[tuple[str, Function]]:
-    """Import all functions of a configuration, in their order, each with its text.
-
-    Raises:
-        UsageError: as `load_function`.
-    """
+    """Import all functions of a configuration, in their order, each with its text."""
     return [(step, load_function(step, sha256)) for step, sha256 in record.steps]
 
 
@@ -105,11 +101,7 @@ def name_of(function: object) -> str:
 
 
 def call_of(name: str, arguments: Mapping[str, Any]) -> str:
-    """The text of a function with arguments.
-
-    Raises:
-        UsageError: one is no literal.
-    """
+    """The text of a function with arguments."""
     try:
         return format_call(name, arguments)
     except ValueError as e:

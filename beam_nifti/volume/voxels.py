@@ -26,11 +26,7 @@ _PARTS: Final[dict[str | None, _Part]] = {
 
 
 def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = None) -> Voxels:
-    """What a record of this layout requires of an open image's voxels, in C order and native byte order.
-
-    Raises:
-        VolumeError: the file is damaged, or does not hold what its header promises.
-    """
+    """What a record of this layout requires of an open image's voxels, in C order and native byte order."""
     part = _PARTS.get(complex_part)
     header, frame = image.header, layout.frame
     if frame is None:
