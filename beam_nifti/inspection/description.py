@@ -30,13 +30,10 @@ from beam_nifti.support.wording import bytes_text, counted, format_rows, size_te
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
-_COMPARED_IDS: Final = 50_000
-"""Ids that are searched for one that resembles an unknown one: about a second."""
-
+_COMPARED_IDS: Final = 50_000  # ids to compare with an unknown one, which takes about a second
 _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
-_SHOWN_CLASSES: Final = 10
-"""Classes of a label."""
+_SHOWN_CLASSES: Final = 10  # classes of a label to show
 
 
 class Description(Document):

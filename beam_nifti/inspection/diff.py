@@ -13,7 +13,7 @@ from beam_nifti.inspection.description import read_indexes
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.wording import counted, format_rows
+from beam_nifti.support.wording import counted, first_few, format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 """Columns that say where a record stands, and not what it is."""
@@ -23,8 +23,7 @@ _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
 """Names that a comparison prints, and that the index leaves to further columns."""
 
-_SHOWN: Final = 5
-"""Ids of a kind that a text names."""
+_SHOWN: Final = 5  # ids to show of each kind
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,7 +71,8 @@ class Difference:
 
     def __str__(self) -> str:
         """As a table."""
-        return format_diff(self)
+        rows = list(_lines(self))
+        return format_rows(rows, max(10, *(len(name) + 2 for name, _ in rows)))
 
 
 def compare_datasets(before: str, after: str) -> Difference:
@@ -156,19 +156,12 @@ def diff_as_json(diff: Difference) -> dict[str, Any]:
     }
 
 
-def format_diff(diff: Difference) -> str:
-    """A comparison as text for the screen."""
-    rows = list(_lines(diff))
-    return format_rows(rows, max(10, *(len(name) + 2 for name, _ in rows)))
-
-
 def _lines(diff: Difference) -> Iterator[tuple[str, str]]:
     yield "before", f"{counted(diff.num_before, 'example')}: {diff.before}"
     yield "after", f"{counted(diff.num_after, 'example')}: {diff.after}"
     for name, ids in (("came", diff.came), ("went", diff.went), *diff.changed.items()):
-        more = f" and {len(ids) - _SHOWN:,} more" if len(ids) > _SHOWN else ""
         if ids:
-            yield name, f"{len(ids):,}: {', '.join(ids[:_SHOWN])}{more}"
+            yield name, f"{len(ids):,}: {first_few(ids, _SHOWN)}"
     for number, (name, (was, now)) in enumerate(diff.config.items()):
         yield "" if number else "config", f"{name.replace('_', '-')} was {was!r}, now {now!r}"
     if diff.is_empty:

@@ -23,7 +23,7 @@ from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_rec
 from beam_nifti.manifest.image_names import stem_of
 from beam_nifti.record.dataset_info import path_of, read_info
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.record.tfrecord import decode_record, require_stored_size
+from beam_nifti.record.tfrecord import require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import agreed_zooms
@@ -119,12 +119,11 @@ def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolu
 
 
 def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> StoredVolume:
-    most = spec.most_bytes(cells["shape"])
-    require_stored_size(cells["length"], most)
+    require_stored_size(cells["length"], spec.most_bytes(cells))
     with storage.open_read(path) as handle:
         handle.seek(cells["offset"])
         data = handle.read(cells["length"])
-    payload = decode_record(data, spec.config.compression == "gzip", most)
+    payload = spec.unpack(data, cells)
     for problem in check_record(payload, cells, spec):
         raise ShardError(problem)
     features = decode_example(payload)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
-from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.inspection.record_checks import RecordSpec, check_record
 from beam_nifti.inspection.table_checks import check_index, check_people, check_places, index_rows, no_rows
 from beam_nifti.record.dataset_info import FILE_NAME, ShardInfo, path_of
 from beam_nifti.record.index import mask_labels, parse_index, read_bytes
@@ -43,6 +44,33 @@ class StoredRecord:
     data: bytes
     cells: Mapping[str, Any]
     name: str
+
+    def check(
+        self,
+        spec: RecordSpec,
+        tell: Callable[[str], None],
+        further: Callable[[bytes], Iterable[str]] = lambda _: (),
+    ) -> bytes | None:
+        """Report what is wrong with the record, and what another check of its payload finds.
+
+        Returns:
+            The serialized Example; None if it cannot be checked.
+
+        Raises:
+            OSError: the other check cannot reach a file, which says nothing about the record.
+        """
+        try:
+            payload = spec.unpack(self.data, self.cells)
+            for problem in itertools.chain(check_record(payload, self.cells, spec), further(payload)):
+                tell(problem)
+            return payload
+        except OSError:
+            raise
+        except ShardError as e:
+            tell(str(e))
+        except Exception as e:  # whatever a parser raises, the other records are still read
+            tell(f"cannot be checked: {e!r}")
+        return None
 
 
 class ShardPass:
@@ -152,7 +180,7 @@ class ShardPass:
                 self._problems.add(Scope.RECORD, problem, self._number, ordinal)
                 continue
             try:
-                require_stored_size(length, self._spec.most_bytes(cells["shape"]))
+                require_stored_size(length, self._spec.most_bytes(cells))
             except ShardError as e:
                 self._problems.add(Scope.RECORD, f"{name}: {e}", self._number, ordinal)
                 if in_order:

@@ -26,10 +26,8 @@ from beam_nifti.support.wording import counted
 
 ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
 """The remedy where a manifest is not that of a dataset."""
-_CELL: Final = "manifest/"
-"""Before the names of further columns of a manifest, which may be those of labels."""
-_SHOWN: Final = 3
-"""Examples named in a problem that concerns many."""
+_CELL: Final = "manifest/"  # prefix of extra columns, whose names may be those of labels
+_SHOWN: Final = 3  # examples to name in a problem
 
 
 def check_info(info: DatasetInfo) -> Iterator[str]:

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from beam_nifti.config import Columns, RecordConfig, Splitting, spell_steps
-from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
+from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
-from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_record, check_source
+from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_source
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.inspection.table_checks import (
     ANEW,
@@ -56,7 +56,6 @@ from beam_nifti.record.dataset_info import (
 )
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.sharding import INDEX_FOLDER
-from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
@@ -296,7 +295,6 @@ class _Verifier:
         cells: Mapping[str, str],
     ) -> None:
         self._output, self._info, self._spec, self._cells = output, info, spec, cells
-        self._compressed = spec.config.compression == "gzip"
         self._on_progress = on_progress
         self._problems = Problems()
         self._passes = list[ShardPass]()
@@ -376,27 +374,18 @@ class _Verifier:
 
     def _check(self, record: StoredRecord, shard: int, images: _Images | None) -> None:
         def tell(problem: str) -> None:
-            self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
+            if isinstance(problem, RoundingNote):
+                with self._lock:
+                    self._num_rounded[shard] += 1
+            else:
+                self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
 
-        try:
-            most = self._spec.most_bytes(record.cells["shape"])
-            payload = decode_record(record.data, self._compressed, most)
-            for problem in check_record(payload, record.cells, self._spec):
-                tell(problem)
+        def rebuild(payload: bytes) -> Iterator[str]:
             if images is not None:
                 versions = self._versions_of(shard)
-                for problem in images.check(payload, record.cells, self._spec.config, versions):
-                    if isinstance(problem, RoundingNote):
-                        with self._lock:
-                            self._num_rounded[shard] += 1
-                    else:
-                        tell(problem)
-        except ShardError as e:
-            tell(str(e))
-        except OSError:  # the images cannot be reached, which says nothing about the record
-            raise
-        except Exception as e:  # whatever a parser trips over, the other records are still read
-            tell(f"cannot be checked: {e!r}")
+                yield from images.check(payload, record.cells, self._spec.config, versions)
+
+        record.check(self._spec, tell, rebuild)
         with self._lock:
             self._num_examples += 1
             self._num_bytes += len(record.data)

@@ -26,7 +26,6 @@ _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 _LISTED_DEPTH: Final = 6  # folders that are listed, to find images that lie deeper
 _PARTICIPANTS: Final = "participants.tsv"
 _PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
-
 _STEM = re.compile(r"(?P<entities>(?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)(?P<suffix>[A-Za-z0-9]+)")
 _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
 

@@ -28,7 +28,6 @@ _ENDING: Final = f"(?i){ENDING}$"
 _PREFIX: Final = "(?i)^(sub|ses)[-_]?"
 _NUMBER: Final = "^[0-9]*$"
 _LONG_NUMBER: Final = f"^[0-9]{{{_LEAST_DIGITS},}}$"
-
 _REMEDY: Final = "which --anonymous-ids does not replace there; drop the column, or replace its values"
 
 

@@ -35,14 +35,12 @@ BATCH_ROWS: Final = 1 << 13
 
 _HIDDEN: Final = "(hidden by --anonymous-ids)"
 _HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
-
 _MAX_COLUMNS: Final = 1 << 16
 _FREE_CELLS: Final = 1 << 24
 _CELL_GROWTH: Final = 16
 """What a table of JSON lines may have: so many cells, and so many times those that its lines give."""
 
-_DEEPEST: Final = 100
-"""Levels of the schema of a Parquet file; more than some thousand end the process."""
+_DEEPEST: Final = 100  # levels of the schema of a Parquet file; more than some thousand end the process
 
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""

@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 _BINS: Final = 40
-_RANGE: Final = (0.5, 99.5)
-"""Percentiles between which the bins lie; what is beyond is in the outermost ones."""
-
+_RANGE: Final = (0.5, 99.5)  # percentiles that the bins span; the outermost ones include what is beyond
 _INCHES: Final = (3.6, 2.1)
 _COLOURS: Final = ("#0a7abf", "#d9822b", "#1a9e77", "#b5539c", "#8a7f00", "#d1495b")
 _STYLES: Final = ("-", "--", ":", "-.")

@@ -20,8 +20,7 @@ Of a normal distribution 5 MADs are 3.4 standard deviations: 7 in 10,000 volumes
 FEWEST: Final = 10
 """Volumes below which a median and a MAD say too little."""
 
-_SHOWN: Final = 100.0
-"""MADs above which a number says no more."""
+_SHOWN: Final = 100.0  # MADs above which the number is not shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,15 +23,9 @@ from beam_nifti.reporting.thumbnail import CELL
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted
 
-_WORST: Final = 12
-"""Outliers that head the page."""
-
-_MOST_KINDS: Final = 8
-"""Lines of a table of counts; further kinds are added up."""
-
-_FEW_VALUES: Final = 12
-"""Different numbers of a label up to which they are counted instead of drawn."""
-
+_WORST: Final = 12  # outliers at the top of the page
+_MOST_KINDS: Final = 8  # lines of a table of counts; the rest are added up
+_FEW_VALUES: Final = 12  # largest number of values of a label that are counted instead of drawn
 _PERCENTILES: Final = (0, 5, 50, 95, 100)
 
 

@@ -15,8 +15,7 @@ from beam_nifti.reporting.appearance import SCHEMA
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
-_ROWS: Final = 256
-"""Of a sheet: 5 MB."""
+_ROWS: Final = 256  # rows of a sheet, which take 5 MB
 
 
 def write_sheets(folder: str, shard: int, split: str, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from beam_nifti.reporting.sheets import read_problems, read_sheets
 from beam_nifti.reporting.thumbnail import GRID, draw_slices
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import load_json
+from beam_nifti.support.wording import counted
 
 MAX_OUTLIERS: Final = 1000
 """Outliers that are shown; all are counted."""
@@ -85,8 +86,7 @@ def summarize(folder: str, num_pictures: int) -> Summary:
 
 def _first(problems: list[str]) -> tuple[str, ...]:
     more = len(problems) - MAX_PROBLEMS
-    plural = "s" if more > 1 else ""
-    return (*problems[:MAX_PROBLEMS], f"and {more} more problem{plural}") if more > 0 else tuple(problems)
+    return (*problems[:MAX_PROBLEMS], *([f"and {counted(more, 'more problem')}"] if more > 0 else []))
 
 
 def _mean_volume(folder: str) -> tuple[pa.Table, npt.NDArray[np.float64]]:

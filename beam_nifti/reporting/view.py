@@ -18,12 +18,8 @@ from beam_nifti.inspection.extract import StoredVolume
 from beam_nifti.reporting.templates import load_templates
 from beam_nifti.support.wording import size_text
 
-_WINDOW: Final = (0.5, 99.5)
-"""Percentiles of the voxels that are drawn black and white."""
-
-_WIDTH: Final = 900
-"""Pixels of the three slices together."""
-
+_WINDOW: Final = (0.5, 99.5)  # percentiles of the voxels that are drawn black and white
+_WIDTH: Final = 900  # pixels of the three slices together
 _MOST_GROWTH: Final = 64
 _MOST_VOXELS: Final = 1 << 26
 _LONGEST_AXIS: Final = 32767
@@ -32,9 +28,7 @@ volumes in all; and along an axis, by the header of NIfTI-1."""
 
 _MASK_OPACITY: Final = 0.6
 _MASK_COLOURS: Final = "tab20"
-_NUM_COLOURS: Final = 20
-"""Of these. The first is left out, as it stands for no label."""
-
+_NUM_COLOURS: Final = 20  # the first is omitted, because it means no label
 _SHOWN_LABELS: Final = 12
 
 

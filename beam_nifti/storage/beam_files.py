@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from beam_nifti.storage.object_store import ObjectStore, Pieces, RangeReader, Reader, Stat
+from beam_nifti.storage.object_store import Listing, ObjectStore, Pieces, RangeReader, Reader, Stat
 
 T = TypeVar("T")
 
@@ -90,9 +90,7 @@ class BeamFiles(ObjectStore):
             if self._exists(path):
                 self.attempt(path, functools.partial(self.files.delete, [path]))
 
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
         limits = [limit] if limit else None
         (found,) = self.attempt(prefix, lambda: self.files.match([f"{prefix}**"], limits))
         paths = [each.path for each in found.metadata_list]

@@ -36,7 +36,6 @@ _KINDS: Final = {
 """What a path may be besides a file and a folder."""
 
 _TEMPORARY: Final = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
-
 _FOLDER: Final = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 

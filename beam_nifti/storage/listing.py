@@ -16,8 +16,7 @@ from beam_nifti.storage import disk
 from beam_nifti.storage.names import FILE_URL, is_remote, local_path
 from beam_nifti.storage.stores import store_of
 
-_ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
-"""The characters *, ? and [ in a URL."""
+_ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)  # the characters *, ? and [ in a URL
 
 
 def list_files(folder: str, pattern: str = "*") -> list[str]:

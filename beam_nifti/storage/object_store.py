@@ -26,6 +26,8 @@ from typing import Any, Final, TypeVar
 from beam_nifti.support import logs
 
 T = TypeVar("T")
+Listing = tuple[list[str], list[str]]
+"""Paths of objects, and of folders, which end in "/"."""
 
 ATTEMPTS: Final = 8
 FIRST_WAIT: Final = 1.0
@@ -315,9 +317,7 @@ class Store(abc.ABC):
         """Bytes of an object, in one request; fewer where it ends before."""
 
     @abc.abstractmethod
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
         """Paths that begin with a prefix.
 
         Without `deep`, the prefix ends in "/". About `limit` paths are enough.
@@ -338,6 +338,10 @@ class RangeStore(Store):
     def request_range(self, path: str, start: int, length: int) -> bytes:
         """Bytes of a file, fewer where it ends before; an attempt at them."""
 
+    @abc.abstractmethod
+    def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
+        """Paths in a folder, each with whether it is a folder; with `deep` perhaps files in folders below."""
+
     def stat(self, path: str) -> Stat:
         """What a file is."""
         return self.attempt(path, lambda: self.request_stat(path))
@@ -349,6 +353,19 @@ class RangeStore(Store):
     def get_range(self, path: str, start: int, length: int) -> bytes:
         """Bytes of a file, in one request; fewer where it ends before."""
         return self.attempt(path, lambda: self.request_range(path, start, length))
+
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
+        """Paths that begin with a prefix."""
+        folder = prefix.rpartition("/")[0]
+        try:
+            found = self.attempt(folder, lambda: self.request_list(folder, deep=deep))
+        except FileNotFoundError:
+            return [], []
+        objects = [path for path, is_folder in found if not is_folder and path.startswith(prefix)]
+        folders = [f"{path}/" for path, is_folder in found if is_folder and path.startswith(prefix)]
+        if not deep:
+            return objects, folders
+        return objects + [path for each in folders for path in self.find(each, deep=True)[0]], []
 
 
 class RangeReader(Reader):
@@ -447,6 +464,19 @@ def _system_error(error: BaseException | None) -> OSError | None:
 def _cause(error: BaseException) -> BaseException:
     """What a client's error about its own attempts is about."""
     return getattr(error, "cause", None) or error
+
+
+def broken_connections() -> tuple[type[Exception], ...]:
+    """What requests raises when a connection breaks or a server does not answer."""
+    import requests
+    import urllib3
+
+    return (
+        requests.ConnectionError,
+        requests.Timeout,
+        requests.exceptions.ChunkedEncodingError,
+        urllib3.exceptions.HTTPError,
+    )
 
 
 def split_path(path: str) -> tuple[str, str]:

@@ -38,7 +38,6 @@ _REMEDY: Final = (
 )
 
 _WRITE_ELSEWHERE: Final = "is read-only; write to the local disk, s3:// or gs://"
-
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
 

@@ -17,17 +17,14 @@ _DATA_PAGES: Final = (5, 8)
 
 _DICTIONARY: Final = 7
 _NUM_VALUES: Final = 1
-_MOST: Final = 2**31 - 1
-"""A size or count is an int32; Arrow takes the low bits of a larger one."""
+_MOST: Final = 2**31 - 1  # a size or count is an int32; Arrow takes the low bits of a larger one
 
 _SCHEMA: Final = 2
 """The field of a footer that lists the elements of the schema: each group, then what is in it."""
 
 _NUM_CHILDREN: Final = 5
 _MAGIC: Final = b"PAR1"
-_END_BYTES: Final = 8
-"""Of the file: the length of the footer, and the magic number."""
-
+_END_BYTES: Final = 8  # of the file: the length of the footer, and the magic number
 _INTEGERS: Final = frozenset([4, 5, 6])
 _BYTES: Final = frozenset([8])
 _STRUCT: Final = 12

@@ -151,3 +151,15 @@ def rescale_voxels(
     if config.method == "none":
         return keep_units(voxels, scaling, config.rescaled_dtype)
     return rescale_minmax(voxels, intensity, scaling, config.rescaled_dtype)
+
+
+def stored_range(intensity: Intensity, ends: Ends | None, config: RecordConfig) -> npt.NDArray[np.generic]:
+    """The least and the largest voxel that a record stores; the range in the image's units for native voxels.
+
+    Every rescaling keeps the order of voxels.
+    """
+    found = np.array([intensity.min, intensity.max])
+    if config.voxel_dtype == "native":
+        return found
+    with np.errstate(over="ignore"):
+        return rescale_voxels(found, Scaling(), intensity, ends, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,13 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
-
-LARGEST: Final[Mapping[str, float]] = {
-    "float32": float(np.finfo(np.float32).max),
-    "float16": float(np.finfo(np.float16).max),
-    "bfloat16": (2 - 2.0**-7) * 2.0**127,
-}
-"""Largest value of a dtype that voxels outside [0, 1] may be stored in."""
 
 UINT8_LEVELS: Final = 255
 """What 1.0 is stored as in uint8."""
@@ -79,6 +72,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
     return np.dtype(name)
+
+
+def float_limits(name: str) -> Any:
+    """As `numpy.finfo`, of a dtype by name, also of "bfloat16"."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.finfo(name)  # type: ignore[no-untyped-call]
+    return np.finfo(name)
 
 
 def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
@@ -260,7 +262,7 @@ def require_range(intensity: Intensity, ends: Ends | None, dtype: str) -> None:
     if ends is not None:
         with np.errstate(over="ignore"):
             low, high = ((np.array([low, high]) - ends.low) / (ends.high - ends.low)).tolist()
-    if max(abs(low), abs(high)) > LARGEST[dtype]:
+    if max(abs(low), abs(high)) > float(float_limits(dtype).max):
         what = "intensities" if ends is None else "rescaled intensities"
         where = ", which training reads" if dtype == "float32" else ""
         raise VolumeError(f"{what} from {low:g} to {high:g} do not fit {dtype}{where}; use --rescale minmax")
@@ -301,7 +303,7 @@ def restore_units(stored: Voxels, ends: Ends | None) -> Voxels:
         return values
 
     largest = np.abs(restore(np.array([stored.min(), stored.max()]))).max()
-    fits = largest == 0 or np.finfo(np.float32).tiny <= largest <= LARGEST["float32"]
+    fits = largest == 0 or np.finfo(np.float32).tiny <= largest <= np.finfo(np.float32).max
     out = np.empty(stored.shape, np.float32 if fits else np.float64)
     source, target = stored.reshape(-1), out.reshape(-1)
     for start in range(0, source.size, _CHUNK):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_ends, rescale_voxels
+from beam_nifti.volume.intensity import find_ends, rescale_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, constant_image, measure, require_range
@@ -118,21 +118,8 @@ def load_volume(
         images.append(_LoadedImage(header, voxels, scaling, image.stats))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
-    files = [*images, *([mask] if mask else [])]
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
-    dtypes = [image.header.dtype_name for image in images]
-    return Volume(
-        row=row,
-        voxels=voxels,
-        scaling=scaling,
-        affine=first.header.affine,
-        zooms=first.header.zooms,
-        dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
-        source=_source(first.header, [file.stats for file in files]),
-        mask=mask.voxels if mask else None,
-        notes=join_notes(file.header.notes for file in files),
-        config=record,
-    )
+    return _assemble(row, images, mask, voxels, scaling, record)
 
 
 def load_frames(
@@ -162,22 +149,12 @@ def load_frames(
         require_frames(row.path, header, row.num_frames)
         content = image.read_all()
     mask = _load_mask(row, folder, record, header)
-    source = _source(header, [image.stats, *([mask.stats] if mask else [])])
-    notes = join_notes([header.notes, *([mask.header.notes] if mask else [])])
+    scaling = Scaling() if header.is_complex else header.scaling
+    loaded = _LoadedImage(header, np.empty(0), scaling, image.stats)
 
     def of_frame(frame: int) -> Volume:
-        return Volume(
-            row=row.of_frame(frame),
-            voxels=cut_frame(content, frame, header, layout, record.complex),
-            scaling=Scaling() if header.is_complex else header.scaling,
-            affine=header.affine,
-            zooms=header.zooms,
-            dtype=header.dtype_name,
-            source=source,
-            mask=mask.voxels if mask else None,
-            notes=notes,
-            config=record,
-        )
+        voxels = cut_frame(content, frame, header, layout, record.complex)
+        return _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
 
     return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
 
@@ -202,8 +179,30 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
     return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), stats)
 
 
-def _source(first: VolumeHeader, files: Iterable[FileStats]) -> Source:
-    return Source(tuple(files), first.shape, tuple(first.affine.ravel().tolist()))
+def _assemble(
+    row: VolumeRow,
+    images: list[_LoadedImage],
+    mask: _LoadedImage | None,
+    voxels: Voxels,
+    scaling: Scaling,
+    record: RecordConfig,
+) -> Volume:
+    """The volume of these voxels, which were loaded from the files of an example."""
+    header, files = images[0].header, [*images, *([mask] if mask else [])]
+    dtypes = [image.header.dtype_name for image in images]
+    stats, affine = tuple(file.stats for file in files), tuple(header.affine.ravel().tolist())
+    return Volume(
+        row=row,
+        voxels=voxels,
+        scaling=scaling,
+        affine=header.affine,
+        zooms=header.zooms,
+        dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
+        source=Source(stats, header.shape, affine),
+        mask=mask.voxels if mask else None,
+        notes=join_notes(file.header.notes for file in files),
+        config=record,
+    )
 
 
 def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
@@ -347,14 +346,10 @@ def require_rescaled(volume: Volume) -> None:
         )
     for number, voxels in enumerate(_images(volume, config)):
         intensity = volume.intensities[number]
-        expected = np.array([intensity.min, intensity.max])
         found = np.array([voxels.min(), voxels.max()])
         if config.voxel_dtype == "native":
             found = np.sort(volume.scaling.apply(found))
-        else:
-            ends = volume.ends[number] if volume.ends else None
-            with np.errstate(over="ignore"):
-                expected = rescale_voxels(expected, Scaling(), intensity, ends, config)
+        expected = stored_range(intensity, volume.ends[number] if volume.ends else None, config)
         if not np.array_equal(found, expected):
             raise VolumeError(
                 f"{volume.row.files[number]}: its voxels range from {found[0]:g} to {found[1]:g}, but "

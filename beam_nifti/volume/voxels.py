@@ -16,7 +16,6 @@ from beam_nifti.volume.rescale import Voxels
 _TILE: Final = 32
 _TILE_ROWS: Final = 8
 _TILE_FRAMES: Final = 16
-
 _Part = Callable[[npt.NDArray[np.complex128]], npt.NDArray[np.float64]]
 _PARTS: Final[dict[str | None, _Part]] = {
     "magnitude": np.abs,
