@@ -64,14 +64,9 @@ _DECODER = json.JSONDecoder(
 
 
 class Problems:
-    """Collects what is wrong with a table, gives up at the limit; and what is only suspicious.
+    """Collects problems of a table, up to a limit, and warnings.
 
     With `hides_cells`, messages do not show cells, which may be names of persons.
-
-    Attributes:
-        path: of the table.
-        hides_cells: as given.
-        warnings: what was reported by `warn`.
     """
 
     def __init__(self, path: str, *, hides_cells: bool = False) -> None:
@@ -87,18 +82,18 @@ class Problems:
         return _HIDDEN if self.hides_cells else str(cell)
 
     def warn(self, warning: str) -> None:
-        """Note what does not keep the table from being used."""
+        """Note something suspicious that does not make the table unusable."""
         self.warnings.append(warning)
 
     def add(self, problem: str) -> None:
-        """Note one problem."""
+        """Note a problem; a ManifestError at the limit."""
         if len(self._found) == MAX_PROBLEMS:
             self._found.append("(and more)")
             self.stop()
         self._found.append(problem)
 
     def stop(self) -> None:
-        """Go no further if there was any problem."""
+        """Raise a ManifestError if there was any problem."""
         if self._found:
             raise ManifestError(self.path, self._found)
 
@@ -146,7 +141,7 @@ def read_table(
 
 
 def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
-    """The table without what nobody sees: blanks at the ends of cells and names, columns of nothing."""
+    """The table without invisible characters at the ends of cells and names, and without empty columns."""
     names = [name.strip(BLANKS) for name in table.column_names]
     for name, bare in zip(table.column_names, names, strict=True):
         if bare and name != bare:
@@ -178,17 +173,16 @@ def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
 
 
 def strings(column: pa.Array | pa.ChunkedArray) -> Iterator[str]:
-    """The texts of a column; only some are Python objects at a time, as they take ten times the memory."""
+    """The texts of a column, as Python objects in batches, because they take ten times the memory."""
     for start in range(0, len(column), BATCH_ROWS):
         yield from column.slice(start, BATCH_ROWS).to_pylist()
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write a table of strings, which `read_table` gives back, in the format that the path ends in.
+    """Write a table of strings in the format of the path's ending; `read_table` returns the same table.
 
     Raises:
-        UsageError: another ending; or a cell that the format cannot hold.
-        OSError: it cannot be written.
+        UsageError: the ending is unknown, or the format cannot hold a cell.
     """
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
@@ -210,7 +204,7 @@ def write_table(path: str, table: pa.Table) -> None:
 
 
 def format_delimited(table: pa.Table, delimiter: str) -> str:
-    """The text of a .csv file, or with a tab as the delimiter of a .tsv file."""
+    """The text of a .csv or, with a tab as delimiter, a .tsv file; a UsageError if it cannot hold a cell."""
     _require_visible(table)
     if problem := _header_problem(table.column_names, delimiter):
         raise UsageError(f"the table cannot be written: {problem}")
@@ -248,7 +242,7 @@ def _require_visible(table: pa.Table) -> None:
 
 
 def _header_problem(names: Sequence[str], delimiter: str) -> str | None:
-    """Why names are those of no table, or of one in another format; None where they are not."""
+    """Why the names are not those of a table of this format; None if they are."""
     if not any(name.strip(BLANKS) for name in names):
         return "not a table: the first line is empty; it must name the columns"
     other = next((d for d in _DELIMITERS if d != delimiter and len(names) == 1 and d in names[0]), None)
@@ -296,10 +290,7 @@ def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Probl
 
 
 def _delimited_rows(path: str, data: bytes, delimiter: str) -> Iterator[list[str]]:
-    """The header and the rows of a text; without lines that are blank but for delimiters.
-
-    A quote that is not closed as it should be is reported with its row.
-    """
+    """The header and the rows of a text, without lines that are blank except for delimiters."""
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
     reader = csv.reader(
         text,

@@ -50,10 +50,10 @@ def linked(path: str) -> OutputError:
 
 @contextlib.contextmanager
 def _open_folder(path: str, below: str | None, *, make: bool = False) -> Iterator[int]:
-    """The descriptor of a folder.
+    """The descriptor of a folder; with `make`, missing folders are created.
 
     No name of `path` after `below`, which the user has named, may be a link; None if the user has named
-    `path`. With `make`, missing folders are created.
+    `path`.
     """
     base = path if below is None else below
     names = [] if below is None else path.removeprefix(below).strip("/").split("/")
@@ -196,7 +196,7 @@ def delete_folder(path: str, below: str | None = None) -> None:
 
 
 def delete_tree(path: str, below: str | None = None) -> None:
-    """Remove a folder and all in it; one that is not there, or is written to meanwhile, is no error."""
+    """Remove a folder with its contents. It may be absent, or be written to at the same time."""
     parent, name = os.path.split(path)
     with contextlib.suppress(FileNotFoundError), _open_folder(parent, below) as folder:
         for _ in range(_TREE_ATTEMPTS):

@@ -75,10 +75,10 @@ def _list_below(folder: str, relative: str, depth: int) -> Iterator[str]:
 
 
 def glob(pattern: str) -> list[str]:
-    """Files whose paths match, sorted: `*`, `?` and `[…]` stand for parts of one name, `**` for any folders.
+    """Files that match a pattern, sorted: `*`, `?` and `[…]` match within one name, and `**` any folders.
 
-    Names that begin with a dot match only where the pattern has the dot. An encoded character of a file://
-    URL stands for itself. On the local disk `**` follows symbolic links, but enters every folder once.
+    Hidden names match only explicitly. An encoded character of a file:// URL is literal. On the local disk,
+    `**` follows symbolic links, but enters every folder once.
     """
     if FILE_URL.fullmatch(pattern):
         pattern = local_path(_ENCODED_MAGIC.sub(lambda match: f"[{match[0]}]", pattern))
@@ -111,7 +111,7 @@ def _glob_local(pattern: str) -> Iterator[str]:
 
 
 def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, str]]:
-    """Files below folders, as (folder, path below it): each of the same folder on the disk once."""
+    """Files below folders, as (folder, path below it). Every folder on the disk is entered once."""
     waiting = collections.deque((folder, "") for folder in folders)
     linked = collections.deque[tuple[str, str]]()  # later, so that a folder is found by its own path
     seen = set[tuple[int, int]]()
@@ -133,7 +133,7 @@ def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, s
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; a link that leads to itself is none."""
+    """Whether an entry is a folder or a link to one; not a link to itself."""
     try:
         return entry.is_dir()
     except OSError as e:
