@@ -68,6 +68,8 @@ def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]
     format Croissant has no words for.
     """
     indexes = [shard.index for shard in info.shards]
+    split = _described("split", pa.string(), {"fileProperty": "fullpath"})
+    split["source"]["transform"] = {"regex": _SPLIT_OF_INDEX}
     facts = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -92,7 +94,7 @@ def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]
                 "@id": _RECORDS,
                 "name": _RECORDS,
                 "description": "What is known of each record besides its voxels.",
-                "field": [_split_field(), *map(_field, index)],
+                "field": [split, *map(_field, index)],
             }
         ],
     }
@@ -119,12 +121,6 @@ def _field(column: pa.Field) -> dict[str, Any]:
         **_described(column.name, column.type.value_type if is_list else column.type, extract),
         **({"repeated": True} if is_list else {}),
     }
-
-
-def _split_field() -> dict[str, Any]:
-    field = _described("split", pa.string(), {"fileProperty": "fullpath"})
-    field["source"]["transform"] = {"regex": _SPLIT_OF_INDEX}
-    return field
 
 
 def _described(name: str, kind: pa.DataType, extract: Mapping[str, str]) -> dict[str, Any]:

@@ -43,13 +43,11 @@ class Description(Document):
     """
 
     def __repr__(self) -> str:
-        """On one line."""
         if "example_id" in self:
             return f"<Description of record {self['example_id']!r} in {self['shard']}>"
         return f"<Description of {self['path']}: {counted(self['num_examples'], 'example')}>"
 
     def __str__(self) -> str:
-        """As a table."""
         return format_description(self)
 
 

@@ -21,7 +21,7 @@ _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
-"""Names that a comparison prints, and that the index leaves to further columns."""
+"""Names that a comparison prints, and that the index leaves to extra columns."""
 
 _SHOWN: Final = 5  # ids to show of each kind
 
@@ -41,7 +41,7 @@ class Difference:
         went: ids of records that only the one has.
         changed: ids of records that both have, by what is different: "split", "label", "source" (path, size
             or time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the
-            mask), or the name of a further column, as `manifest_{name}` where a comparison prints that
+            mask), or the name of an extra column, as `manifest_{name}` where a comparison prints that
             name for something else, such as "voxels".
         config: what decided the records and is different, by its name: before, after.
     """
@@ -61,16 +61,13 @@ class Difference:
         return not (self.came or self.went or self.changed or self.config)
 
     def __bool__(self) -> bool:
-        """Whether anything is different."""
         return not self.is_empty
 
     def __repr__(self) -> str:
-        """On one line."""
         names = ", ".join([*self.changed, *(f"config {name}" for name in self.config)]) or "nothing"
         return f"<Difference: {len(self.came):,} came, {len(self.went):,} went, changed: {names}>"
 
     def __str__(self) -> str:
-        """As a table."""
         rows = list(_lines(self))
         return format_rows(rows, max(10, *(len(name) + 2 for name, _ in rows)))
 
@@ -95,7 +92,8 @@ def compare_datasets(before: str, after: str) -> Difference:
     for column in ours | others:
         if column in _PLACES:
             continue
-        now, then = (_cells(cells.get(column), len(both)) for cells in (ours, others))
+        missing = pa.nulls(len(both))
+        now, then = (cells.get(column, missing).to_pylist() for cells in (ours, others))
         differs = [a != b for a, b in zip(now, then, strict=True)]
         kind = _kind_of(column)
         known = changed.get(kind, [False] * len(differs))
@@ -124,10 +122,6 @@ def _read(output: str) -> tuple[DatasetInfo, pa.Table]:
     ]
     joined = pa.concat_tables(tables, promote_options="default").combine_chunks()
     return info, joined.replace_schema_metadata()
-
-
-def _cells(column: pa.ChunkedArray | None, count: int) -> list[Any]:
-    return [None] * count if column is None else column.to_pylist()
 
 
 def _kind_of(column: str) -> str:

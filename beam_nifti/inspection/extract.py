@@ -28,7 +28,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import agreed_zooms
 from beam_nifti.volume.nifti_writer import make_image, require_nifti_name, write_nifti
-from beam_nifti.volume.rescale import Ends, Scaling, Voxels, restore_units
+from beam_nifti.volume.rescale import RescaleRange, Scaling, Voxels, restore_units
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -62,7 +62,6 @@ class StoredVolume:
     mask: Voxels | None = None
 
     def __repr__(self) -> str:
-        """On one line."""
         voxels = f"{size_text(self.voxels.shape)} {self.voxels.dtype}"
         mask = "" if self.mask is None else ", with a mask"
         return f"<StoredVolume {self.example_id!r}: {voxels}, {size_text(self.zooms)} mm{mask}>"
@@ -140,10 +139,10 @@ def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> 
     """The values in the units of the image, or of each of several."""
     if config.method == "none":
         return restore_units(voxels, None)
-    names = ("rescale_low", "rescale_high") if config.has_ends else ("min", "max")
+    names = ("rescale_low", "rescale_high") if config.has_range else ("min", "max")
     if config.channels is None:
-        return restore_units(voxels, Ends(*(cells[name] for name in names)))
-    ends = itertools.starmap(Ends, zip(*(cells[name] for name in names), strict=True))
+        return restore_units(voxels, RescaleRange(*(cells[name] for name in names)))
+    ends = itertools.starmap(RescaleRange, zip(*(cells[name] for name in names), strict=True))
     images = (np.ascontiguousarray(voxels[..., number]) for number in range(voxels.shape[3]))
     return np.stack(list(map(restore_units, images, ends)), -1)
 

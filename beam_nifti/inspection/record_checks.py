@@ -12,13 +12,13 @@ import numpy.typing as npt
 
 from beam_nifti.config import VOXEL_DTYPES, LabelColumn, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
-from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.labels import LabelValue, label_of, number_of
 from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.manifest.redaction import redacting
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
-    ENDS_FEATURES,
     MASK_FEATURE,
+    RANGE_FEATURES,
     SCALING_FEATURES,
     decode_doubles,
     decode_example,
@@ -35,7 +35,7 @@ from beam_nifti.volume.header import COLOURS
 from beam_nifti.volume.intensity import stored_range
 from beam_nifti.volume.label_map import labels_of
 from beam_nifti.volume.preprocess import prepare_volume
-from beam_nifti.volume.rescale import Ends, Intensity, float_limits
+from beam_nifti.volume.rescale import Intensity, RescaleRange, float_limits
 from beam_nifti.volume.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
@@ -181,14 +181,14 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
     required = spec.features.keys() - _SCALING
     if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
         required |= _SCALING
-    if spec.config.has_ends:
-        required |= ENDS_FEATURES.keys()
+    if spec.config.has_range:
+        required |= RANGE_FEATURES.keys()
     for name in sorted(required - features.keys()):
         yield f"feature {name} is missing"
     for name in sorted(features.keys() - required):
         yield f"feature {name} is not one that dataset_info.json names"
     sizes = dict.fromkeys(_SCALING, _DOUBLE_BYTES)
-    sizes |= dict.fromkeys(ENDS_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
+    sizes |= dict.fromkeys(RANGE_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
     for name in sorted(required & features.keys()):
         kind, value = spec.features.get(name, "none"), features[name]
         found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
@@ -272,48 +272,50 @@ def _check_intensities(
     number: int = 0,
 ) -> Iterator[str]:
     """Find where the voxels of one image, of that number in its record, are not what they must be."""
-    # One NaN makes both ends NaN: two passes find every bad voxel.
-    ends = np.array([voxels.min(), voxels.max()])
-    if not np.isfinite(ends).all():
+    # One NaN makes both NaN: two passes find every bad voxel.
+    extremes = np.array([voxels.min(), voxels.max()])
+    if not np.isfinite(extremes).all():
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         yield f"{bad} of {voxels.size} voxels are NaN or infinite"
         return
-    statistics = (_of_images(cells[name])[number] for name in ("min", "max", "mean", "std"))
-    intensity = Intensity(*map(float, statistics))
-    said = np.array([intensity.min, intensity.max])
-    if config.method == "minmax" and not intensity.min < intensity.max:
-        yield f"the index says an intensity range from {said[0]:g} to {said[1]:g}, which cannot be rescaled"
+    intensity = Intensity(*(float(_of_images(cells[n])[number]) for n in ("min", "max", "mean", "std")))
+    least, largest = intensity.min, intensity.max
+    if config.method == "minmax" and not least < largest:
+        yield f"the index says an intensity range from {least:g} to {largest:g}, which cannot be rescaled"
         return
-    becomes = None
-    if config.has_ends:
-        becomes = Ends(*(decode_doubles(features[name])[number] for name in ("rescale_low", "rescale_high")))
-        said_ends = [_of_images(cells.get(name))[number] for name in ("rescale_low", "rescale_high")]
-        wrong = list(_check_ends(becomes, said_ends, intensity, config))
+    rescale_range = None
+    if config.has_range:
+        names = ("rescale_low", "rescale_high")
+        low, high = (decode_doubles(features[name])[number] for name in names)
+        indexed = [_of_images(cells.get(name))[number] for name in names]
+        wrong = list(_check_rescale_range(low, high, indexed, intensity, config))
         yield from wrong
         if wrong:
             return
-    expected = stored_range(intensity, becomes, config).astype(np.float64)
+        rescale_range = RescaleRange(low, high)
+    expected = stored_range(intensity, rescale_range, config).astype(np.float64)
     if config.voxel_dtype == "native":
-        name, found = "voxels, scaled,", np.sort(scaling_of(features).apply(ends))
+        name, found = "voxels, scaled,", np.sort(scaling_of(features).apply(extremes))
     else:
-        name, found = "voxels" if config.method == "none" else "rescaled voxels", ends.astype(np.float64)
+        name, found = "voxels" if config.method == "none" else "rescaled voxels", extremes.astype(np.float64)
     if not np.array_equal(found, expected):
-        ends_text = f"{found[0]:g} to {found[1]:g}, expected {expected[0]:g} to {expected[1]:g}"
-        yield f"{name} range from {ends_text}"
+        yield (f"{name} range from {found[0]:g} to {found[1]:g}, expected {expected[0]:g} to {expected[1]:g}")
 
 
-def _check_ends(ends: Ends, said: Sequence[Any], intensity: Intensity, config: RecordConfig) -> Iterator[str]:
+def _check_rescale_range(
+    low: float, high: float, said: Sequence[Any], intensity: Intensity, config: RecordConfig
+) -> Iterator[str]:
     """Find where what became 0 and 1 is not what the index and the configuration say."""
-    for name, stored, cell in zip(("rescale_low", "rescale_high"), (ends.low, ends.high), said, strict=True):
+    for name, stored, cell in zip(("rescale_low", "rescale_high"), (low, high), said, strict=True):
         if stored != cell:
             yield f"{name} is {stored!r}, the index says {cell!r}"
-    if not ends.low < ends.high:
-        yield f"rescale_low is {ends.low:g} and rescale_high {ends.high:g}, which is no range"
+    if not low < high:
+        yield f"rescale_low is {low:g} and rescale_high {high:g}, which is no range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
     if config.method == "zscore" and config.rescale_within is None:
         expected = (intensity.mean, intensity.mean + intensity.std)
-    if expected and (ends.low, ends.high) != expected:
-        yield f"{ends.low:g} and {ends.high:g} became 0 and 1, expected {expected[0]:g} and {expected[1]:g}"
+    if expected and (low, high) != expected:
+        yield f"{low:g} and {high:g} became 0 and 1, expected {expected[0]:g} and {expected[1]:g}"
 
 
 class RoundingNote(str):
@@ -340,7 +342,7 @@ def check_source(
     if config.frames == "each":
         config = replace(config, frames=str(cells["frame"]))
     try:
-        with concealing(row, folder):
+        with redacting(row, folder):
             volume = load_volume(row, folder, record=config)
             volume = rescale_volume(prepare_volume(volume, config, release=True), config)
     except VolumeError as e:
@@ -395,7 +397,7 @@ def _is_close(name: str, one: _Feature, other: _Feature) -> bool:
     if name == "image_raw":
         voxels = (decode_tensor(feature) for feature in (one, other))  # type: ignore[arg-type]
         return _are_voxels_close(*voxels)
-    if name in ENDS_FEATURES:
+    if name in RANGE_FEATURES:
         return _are_close(np.array(decode_doubles(one)), np.array(decode_doubles(other)), _NOISE)
     a, b = np.asarray(one), np.asarray(other)
     is_number = a.dtype == b.dtype == np.float32 and a.shape == b.shape

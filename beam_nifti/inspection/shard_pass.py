@@ -49,19 +49,19 @@ class StoredRecord:
         self,
         spec: RecordSpec,
         tell: Callable[[str], None],
-        further: Callable[[bytes], Iterable[str]] = lambda _: (),
+        rebuild: Callable[[bytes], Iterable[str]] = lambda _: (),
     ) -> bytes | None:
-        """Report what is wrong with the record, and what another check of its payload finds.
+        """Report what is wrong with the record, and what differs in a rebuilt one.
 
         Returns:
             The serialized Example; None if it cannot be checked.
 
         Raises:
-            OSError: the other check cannot reach a file, which says nothing about the record.
+            OSError: its images cannot be reached, which says nothing about the record.
         """
         try:
             payload = spec.unpack(self.data, self.cells)
-            for problem in itertools.chain(check_record(payload, self.cells, spec), further(payload)):
+            for problem in itertools.chain(check_record(payload, self.cells, spec), rebuild(payload)):
                 tell(problem)
             return payload
         except OSError:
@@ -172,7 +172,8 @@ class ShardPass:
         in_order = not problems
         if not in_order:
             _hash(handle, hasher, size)
-        for ordinal, cells in _rows_of(table):
+        batches = (batch.to_pylist() for batch in table.to_batches(max_chunksize=_BATCH_ROWS))
+        for ordinal, cells in enumerate(itertools.chain.from_iterable(batches)):
             offset, length = cells["offset"], cells["length"]
             name = f"{shard.name}: record {ordinal} ({cells['example_id']})"
             if not 0 <= offset < offset + length <= size:
@@ -199,11 +200,6 @@ class ShardPass:
         if (found := hasher.hexdigest()) != shard.sha256:
             said = f"{FILE_NAME} says {shard.sha256}: one of the files was changed"
             self._tell(shard.name, f"sha256 is {found}, {said}; {_RESTORE}")
-
-
-def _rows_of(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
-    for start in range(0, table.num_rows, _BATCH_ROWS):
-        yield from enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), start)
 
 
 def _hash(handle: BinaryIO, hasher: hashlib._Hash, most: int) -> None:

@@ -110,16 +110,13 @@ class Verification:
         return replace(self, problems=problems, notes=notes)
 
     def __bool__(self) -> bool:
-        """Whether nothing is wrong."""
         return self.ok
 
     def __repr__(self) -> str:
-        """On one line."""
         examples, shards = counted(self.num_examples, "example"), counted(self.num_shards, "shard")
         return f"<Verification of {examples} in {shards}: {counted(len(self.problems), 'problem')}>"
 
     def __str__(self) -> str:
-        """One line per problem and per note, after the counts."""
         return "\n".join([repr(self), *(f"  {line}" for line in (*self.problems, *self.notes))])
 
 
@@ -273,8 +270,8 @@ class _Images:
         self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig, versions: str
     ) -> Iterator[str]:
         """Make a record again from its image; as `check_source`."""
-        further = (cells[extra_column(name)] for name in self.columns.files[1:])
-        row = self.manifest.row_of((cells["source"], *further))
+        others = (cells[extra_column(name)] for name in self.columns.files[1:])
+        row = self.manifest.row_of((cells["source"], *others))
         if row is None:
             yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
             return

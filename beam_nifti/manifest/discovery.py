@@ -64,7 +64,7 @@ def find_bids_images(
         entities: by key, the labels of which an image must have one; "" is an image without the key.
         label: column of participants.tsv, or of the sessions.tsv, that is the label: numbers, or texts.
             Images without a value there are skipped.
-        columns: further ones that are copied.
+        columns: of the study's tables to copy.
         all_images: keep several images of a session, and name each in a column `image_id`.
 
     Raises:

@@ -36,7 +36,7 @@ def make_page(
     environment = load_templates()
     environment.policies["json.dumps_function"] = dump_json
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters |= {"number": format_number, "count": _format_count, "counted": counted}
+    environment.filters |= {"number": format_number, "count": "{:,}".format, "counted": counted}
     style, script = (environment.get_template(f"report.{kind}").render() for kind in ("css", "js"))
     splits = summary.rows["split"].to_numpy(zero_copy_only=False)
     cards = [_card(number, summary) for number in summary.pictures]
@@ -85,10 +85,6 @@ def format_number(value: float) -> str:
     if 1000 <= size < 1e6 or not size:
         return f"{value:,.0f}"
     return f"{value:#.3g}".removesuffix(".")
-
-
-def _format_count(value: int) -> str:
-    return f"{value:,}"
 
 
 def _card(number: int, summary: Summary) -> dict[str, Any]:

@@ -73,20 +73,22 @@ def summarize(folder: str, num_pictures: int) -> Summary:
     # Exactly num_pictures of the numbers below total, evenly spread.
     shown = {n for n in range(total) if n * num_pictures % total < num_pictures}
     shown.update(outliers[:MAX_OUTLIERS].tolist())
+    mean_picture = None
+    if total:
+        extents = np.median(rows["extents"].to_pylist(), axis=0)
+        mean_picture = draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
+    problems = tuple(read_problems(folder))
+    if (more := len(problems) - MAX_PROBLEMS) > 0:
+        problems = (*problems[:MAX_PROBLEMS], f"and {counted(more, 'more problem')}")
     return Summary(
         rows=rows,
         measures=measures,
         ranking=ranking,
         outliers=outliers,
         pictures=_pictures(folder, shown),
-        mean_picture=_draw_mean(mean, rows) if total else None,
-        problems=_first(read_problems(folder)),
+        mean_picture=mean_picture,
+        problems=problems,
     )
-
-
-def _first(problems: list[str]) -> tuple[str, ...]:
-    more = len(problems) - MAX_PROBLEMS
-    return (*problems[:MAX_PROBLEMS], *([f"and {counted(more, 'more problem')}"] if more > 0 else []))
 
 
 def _mean_volume(folder: str) -> tuple[pa.Table, npt.NDArray[np.float64]]:
@@ -143,11 +145,6 @@ def _pictures(folder: str, shown: set[int]) -> dict[int, bytes]:
         pictures |= {number: table["picture"][number - start].as_py() for number in here}
         start += table.num_rows
     return pictures
-
-
-def _draw_mean(mean: npt.NDArray[np.float64], rows: pa.Table) -> bytes:
-    extents = np.median(rows["extents"].to_pylist(), axis=0)
-    return draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
 
 
 def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:

@@ -176,11 +176,6 @@ class _Reader(Reader):
         self._window = _download(self._blob, start, length, self.generation)
         self._start = start
 
-    def _from_position(self) -> bytes:
-        """What the window has from the position on."""
-        ahead = self._position - self._start
-        return self._window[ahead:] if ahead else self._window
-
     def _read_some(self, view: memoryview) -> int:
         if not self._start <= self._position < self._start + len(self._window):
             self._request(self._position, _WINDOW_BYTES)
@@ -192,7 +187,8 @@ class _Reader(Reader):
         return len(piece)
 
     def _read_rest(self) -> bytes:
-        data = self._from_position() if self._start <= self._position else b""
+        ahead = self._position - self._start
+        data = self._window[ahead:] if ahead > 0 else b"" if ahead else self._window  # without a copy of all
         if missing := self.size - self._position - len(data):
             self._request(self.size - missing, missing)
             data += self._window

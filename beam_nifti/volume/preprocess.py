@@ -12,7 +12,7 @@ import numpy as np
 
 from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError, is_of_machine
-from beam_nifti.manifest.concealment import describe
+from beam_nifti.manifest.redaction import describe
 from beam_nifti.volume.grid import (
     UNTURNED,
     Grid,

@@ -23,10 +23,18 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_ends, rescale_voxels, stored_range
+from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
-from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, constant_image, measure, require_range
+from beam_nifti.volume.rescale import (
+    Intensity,
+    RescaleRange,
+    Scaling,
+    Voxels,
+    constant_image,
+    measure,
+    require_range,
+)
 from beam_nifti.volume.voxels import cut_frame, take_voxels
 
 
@@ -48,7 +56,7 @@ class Volume:
             has no masks.
         intensities: range, mean and standard deviation in the image's units, of each image; none until
             measured.
-        ends: what becomes 0 and 1 of each image; none where their ranges say it.
+        rescale_ranges: what becomes 0 and 1 of each image; none where their ranges say it.
         notes: what a user should know of its files and of what was done to them, as keys of `notes.TEXTS`;
             a build counts them.
         config: what was asked of the steps that it went through, as the configuration of its record; None
@@ -64,7 +72,7 @@ class Volume:
     source: Source
     mask: Voxels | None = None
     intensities: tuple[Intensity, ...] = ()
-    ends: tuple[Ends, ...] = ()
+    rescale_ranges: tuple[RescaleRange, ...] = ()
     notes: tuple[str, ...] = ()
     config: RecordConfig | None = None
 
@@ -304,7 +312,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: it has NaN or infinite voxels, or no range where one is needed, or its voxels would
             be beyond what their dtype holds.
     """
-    intensities, ends, stored = list[Intensity](), list[Ends](), volume.voxels
+    intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
     is_native = config.voxel_dtype == "native"
     for number, voxels in enumerate(_images(volume, config)):
         try:
@@ -312,7 +320,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
         intensities.append(intensity)
-        ends += [found] if found else []
+        ranges += [found] if found else []
         if config.channels is None:
             stored = rescaled
         elif not is_native:
@@ -324,7 +332,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         voxels=stored,
         scaling=volume.scaling if is_native else Scaling(),
         intensities=tuple(intensities),
-        ends=tuple(ends),
+        rescale_ranges=tuple(ranges),
         config=config,
     )
 
@@ -349,7 +357,9 @@ def require_rescaled(volume: Volume) -> None:
         found = np.array([voxels.min(), voxels.max()])
         if config.voxel_dtype == "native":
             found = np.sort(volume.scaling.apply(found))
-        expected = stored_range(intensity, volume.ends[number] if volume.ends else None, config)
+        expected = stored_range(
+            intensity, volume.rescale_ranges[number] if volume.rescale_ranges else None, config
+        )
         if not np.array_equal(found, expected):
             raise VolumeError(
                 f"{volume.row.files[number]}: its voxels range from {found[0]:g} to {found[1]:g}, but "
@@ -366,14 +376,16 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
         yield np.ascontiguousarray(volume.voxels[..., number])
 
 
-def _rescale(voxels: Voxels, volume: Volume, config: RecordConfig) -> tuple[Intensity, Ends | None, Voxels]:
+def _rescale(
+    voxels: Voxels, volume: Volume, config: RecordConfig
+) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
     intensity = measure(voxels, scaling)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)
-    ends = find_ends(voxels, scaling, intensity, config, volume.mask)
+    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask)
     if not config.is_bounded:
-        require_range(intensity, ends, config.rescaled_dtype)
+        require_range(intensity, rescale_range, config.rescaled_dtype)
     if config.voxel_dtype == "native":
-        return intensity, ends, voxels
-    return intensity, ends, rescale_voxels(voxels, scaling, intensity, ends, config)
+        return intensity, rescale_range, voxels
+    return intensity, rescale_range, rescale_voxels(voxels, scaling, intensity, rescale_range, config)
