@@ -234,7 +234,7 @@ def verify(
 
     Args:
         dataset: folder or URL of the dataset.
-        manifest: as for `build`. Ids, labels, splits, paths and further columns are compared with it.
+        manifest: as for `build`. Ids, labels, splits, paths and extra columns are compared with it.
         deep: number of records to rebuild from their images and compare bit for bit, or "all". Requires
             `manifest`, which names the images that are opened.
         preprocess: function of the dataset, as for `build`. `deep` requires it if the dataset was built with

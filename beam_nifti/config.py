@@ -111,7 +111,17 @@ def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class Percentile:
+class _Range:
+    """Two numbers of a method of `rescale`, which is named as the class is, in lower case."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return _join_numbers(type(self).__name__.lower(), (float(self.low), float(self.high)))
+
+
+class Percentile(_Range):
     """Two percentiles of a volume's intensities, for `rescale`. str() gives the command line's value.
 
     >>> str(Percentile(0.5, 99))
@@ -122,16 +132,8 @@ class Percentile:
         high: percentile that becomes 1, above `low`.
     """
 
-    low: float
-    high: float
 
-    def __str__(self) -> str:
-        """As it is written on the command line."""
-        return _join_numbers("percentile", (float(self.low), float(self.high)))
-
-
-@dataclass(frozen=True)
-class Window:
+class Window(_Range):
     """Two intensities in the image's units (CT: HU), for `rescale`. str() gives the command line's value.
 
     >>> str(Window(-160, 240))
@@ -141,13 +143,6 @@ class Window:
         low: intensity that becomes 0.
         high: intensity that becomes 1, above `low`.
     """
-
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """As it is written on the command line."""
-        return _join_numbers("window", (float(self.low), float(self.high)))
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,6 @@ class LabelColumn:
         return cls(name, kind if colon else None)
 
     def __str__(self) -> str:
-        """As it is written on the command line."""
         return f"{self.name}:{self.kind}" if self.kind else self.name
 
 
@@ -308,7 +302,7 @@ class RecordConfig:
                     f"--rescale-within has no effect on --rescale {self.rescale}, which does not depend on "
                     "the voxels; leave it out"
                 )
-        if self.clip and (method in ("zscore", "none") or not self.has_ends):
+        if self.clip and (method in ("zscore", "none") or not self.has_range):
             raise UsageError(
                 f"--clip cannot be used with --rescale {self.rescale}, only with percentile, window, or "
                 "minmax with --rescale-within; drop it"
@@ -325,7 +319,7 @@ class RecordConfig:
         return _parse_numbers("--rescale", self.rescale, RESCALE_METHODS)[1]
 
     @property
-    def has_ends(self) -> bool:
+    def has_range(self) -> bool:
         """Whether a record must store which intensities became 0 and 1: its range does not show them."""
         return self.method in ("percentile", "window", "zscore") or self.rescale_within is not None
 
@@ -337,7 +331,7 @@ class RecordConfig:
     @property
     def is_bounded(self) -> bool:
         """Whether all rescaled voxels are in [0, 1]."""
-        return self.clip or (self.method == "minmax" and not self.has_ends)
+        return self.clip or (self.method == "minmax" and not self.has_range)
 
     @property
     def num_channels(self) -> int:

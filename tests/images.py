@@ -169,7 +169,7 @@ def write_cohort(
         first: number of the first image; rows of earlier ones are written, but not their images.
 
     Returns:
-        The manifest. Labels are the images' numbers; `age` is a further column.
+        The manifest. Labels are the images' numbers; `age` is an extra column.
     """
     rows = []
     for i in range(first + count):

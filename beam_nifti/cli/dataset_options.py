@@ -79,7 +79,7 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--manifest",
         metavar="MANIFEST",
-        help="compare ids, labels, splits, paths and further columns with this table",
+        help="compare ids, labels, splits, paths and extra columns with this table",
     )
     verify.add_argument(
         "--anonymous-ids",

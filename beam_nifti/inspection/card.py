@@ -74,18 +74,13 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
 
 def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
-    """The content of README.md, with the header that Hugging Face's hub reads.
-
-    Args:
-        output: absolute path or URL of the dataset.
-        info: of the dataset.
-        about: as of `write_card`, with a "name".
-    """
+    """The content of README.md, with the header that Hugging Face's hub reads."""
     name, split = about["name"], next(iter(info.splits))
     folder = output.rpartition("/")[2]
     header = {"pretty_name": name, "tags": ["nifti", "tfrecord"]}
     header |= _license(about["license"]) if "license" in about else {}
-    header |= {"size_categories": [size]} if (size := _size(info.num_examples)) else {}
+    sizes = [size for limit, size in _SIZES.items() if info.num_examples < limit]
+    header |= {"size_categories": sizes[:1]} if sizes else {}
     # JSON is YAML, whatever a name holds.
     yaml = "".join(f"{key}: {dump_json(value, ensure_ascii=False)}\n" for key, value in header.items())
     paragraphs = [
@@ -106,10 +101,6 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         *(f"{title}: {_as_text(about[key])}" for key, title in _FURTHER.items() if key in about),
     ]
     return "\n\n".join(paragraphs) + "\n"
-
-
-def _size(num_examples: int) -> str | None:
-    return next((size for limit, size in _SIZES.items() if num_examples < limit), None)
 
 
 def _license(words: str) -> dict[str, str]:

@@ -40,12 +40,7 @@ _SPLIT_OF_INDEX: Final = r"index/(.+)-\d+-of-\d+(?:-r\d+)?\.parquet$"
 
 
 def check_croissant(text: bytes, info: DatasetInfo) -> Iterator[str]:
-    """Find out whether croissant.json is still of this dataset; after a build files have other checksums.
-
-    Args:
-        text: its content.
-        info: of the dataset.
-    """
+    """Find out whether croissant.json is still of this dataset; after a build files have other checksums."""
     try:
         facts = load_json(text, is_modest=True)
         version, files = facts["version"], facts["distribution"]
@@ -71,13 +66,10 @@ def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]
     Every file is in it with its sha256. What its record set describes is the index: a row of text and
     numbers for each record, which any reader of Parquet can load. The voxels are in the shards, whose
     format Croissant has no words for.
-
-    Args:
-        info: of the dataset.
-        index: schema of its indexes.
-        about: what only people know: "name", and if given "description", "license", "url", "citeAs".
     """
     indexes = [shard.index for shard in info.shards]
+    split = _described("split", pa.string(), {"fileProperty": "fullpath"})
+    split["source"]["transform"] = {"regex": _SPLIT_OF_INDEX}
     facts = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -102,7 +94,7 @@ def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]
                 "@id": _RECORDS,
                 "name": _RECORDS,
                 "description": "What is known of each record besides its voxels.",
-                "field": [_split_field(), *map(_field, index)],
+                "field": [split, *map(_field, index)],
             }
         ],
     }
@@ -129,12 +121,6 @@ def _field(column: pa.Field) -> dict[str, Any]:
         **_described(column.name, column.type.value_type if is_list else column.type, extract),
         **({"repeated": True} if is_list else {}),
     }
-
-
-def _split_field() -> dict[str, Any]:
-    field = _described("split", pa.string(), {"fileProperty": "fullpath"})
-    field["source"]["transform"] = {"regex": _SPLIT_OF_INDEX}
-    return field
 
 
 def _described(name: str, kind: pa.DataType, extract: Mapping[str, str]) -> dict[str, Any]:

@@ -30,13 +30,10 @@ from beam_nifti.support.wording import bytes_text, counted, format_rows, size_te
 
 _STATISTICS: Final = ("min", "max", "mean")
 _SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
-_COMPARED_IDS: Final = 50_000
-"""Ids that are searched for one that resembles an unknown one: about a second."""
-
+_COMPARED_IDS: Final = 50_000  # ids to compare with an unknown one, which takes about a second
 _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
-_SHOWN_CLASSES: Final = 10
-"""Classes of a label."""
+_SHOWN_CLASSES: Final = 10  # classes of a label to show
 
 
 class Description(Document):
@@ -46,44 +43,28 @@ class Description(Document):
     """
 
     def __repr__(self) -> str:
-        """On one line."""
         if "example_id" in self:
             return f"<Description of record {self['example_id']!r} in {self['shard']}>"
         return f"<Description of {self['path']}: {counted(self['num_examples'], 'example')}>"
 
     def __str__(self) -> str:
-        """As a table."""
         return format_description(self)
 
 
 def describe_dataset(output: str) -> dict[str, Any]:
     """What a dataset holds, as values that JSON can hold.
 
-    Args:
-        output: folder or URL of the dataset.
-
     Returns:
         Among others `splits` (examples, shards and bytes of each), `shape` (None where shapes are
         mixed; `shapes` counts them), `labels` (None where there are none), `label_columns` (of each label
         with a feature of its own) and `intensities`, in the images' units.
-
-    Raises:
-        DatasetError: there is no complete dataset, or an index of it cannot be read.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
 
 
 def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
-    """What a dataset holds, as `describe_dataset`.
-
-    Args:
-        output: absolute path or URL of the dataset.
-        info: of the dataset.
-
-    Raises:
-        DatasetError: an index of it cannot be read.
-    """
+    """What a dataset holds, as `describe_dataset`."""
     totals = _Totals(tuple(info.config.get("channels") or ("",)))
     of_labels = [_LabelTotals(column) for column in info.labels]
     for _, _, table in read_indexes(output, info):
@@ -123,24 +104,12 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
 
 
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
-    """What the index says of one record: where it lies, what it was made of.
-
-    Args:
-        output: folder or URL of the dataset.
-        example_id: names the record.
-
-    Raises:
-        DatasetError: there is no complete dataset, or no such record in it.
-    """
+    """What the index says of one record: where it lies, what it was made of."""
     return describe_records(output, [example_id])[0]
 
 
 def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, Any]]:
     """What the indexes say of some records; each index is read once, and none after the last was found.
-
-    Args:
-        output: folder or URL of the dataset.
-        example_ids: name the records.
 
     Returns:
         As `describe_record`, in the order of the names.
@@ -201,11 +170,7 @@ def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) 
 
 
 def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
-    """The index of each shard, with its split.
-
-    Raises:
-        DatasetError: one cannot be read.
-    """
+    """The index of each shard, with its split."""
     for split, found in info.splits.items():
         for shard in found.shards:
             yield split, shard, read_shard_index(output, info, shard)

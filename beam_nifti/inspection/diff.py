@@ -13,7 +13,7 @@ from beam_nifti.inspection.description import read_indexes
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.wording import counted, format_rows
+from beam_nifti.support.wording import counted, first_few, format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 """Columns that say where a record stands, and not what it is."""
@@ -21,10 +21,9 @@ _PLACES: Final = ("example_id", "position", "offset", "length", "row")
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
-"""Names that a comparison prints, and that the index leaves to further columns."""
+"""Names that a comparison prints, and that the index leaves to extra columns."""
 
-_SHOWN: Final = 5
-"""Ids of a kind that a text names."""
+_SHOWN: Final = 5  # ids to show of each kind
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +41,7 @@ class Difference:
         went: ids of records that only the one has.
         changed: ids of records that both have, by what is different: "split", "label", "source" (path, size
             or time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the
-            mask), or the name of a further column, as `manifest_{name}` where a comparison prints that
+            mask), or the name of an extra column, as `manifest_{name}` where a comparison prints that
             name for something else, such as "voxels".
         config: what decided the records and is different, by its name: before, after.
     """
@@ -62,17 +61,15 @@ class Difference:
         return not (self.came or self.went or self.changed or self.config)
 
     def __bool__(self) -> bool:
-        """Whether anything is different."""
         return not self.is_empty
 
     def __repr__(self) -> str:
-        """On one line."""
         names = ", ".join([*self.changed, *(f"config {name}" for name in self.config)]) or "nothing"
         return f"<Difference: {len(self.came):,} came, {len(self.went):,} went, changed: {names}>"
 
     def __str__(self) -> str:
-        """As a table."""
-        return format_diff(self)
+        rows = list(_lines(self))
+        return format_rows(rows, max(10, *(len(name) + 2 for name, _ in rows)))
 
 
 def compare_datasets(before: str, after: str) -> Difference:
@@ -80,13 +77,6 @@ def compare_datasets(before: str, after: str) -> Difference:
 
     Voxels count as changed where what the index says of them did: no shard is read. Of datasets of different
     format versions the sizes of files are compared, and not their times.
-
-    Args:
-        before: folder or URL of a dataset.
-        after: of another.
-
-    Raises:
-        DatasetError: one of them is not complete, or an index of it cannot be read.
     """
     before, after = storage.absolute(before), storage.absolute(after)
     (old_info, old), (new_info, new) = _read(before), _read(after)
@@ -102,7 +92,8 @@ def compare_datasets(before: str, after: str) -> Difference:
     for column in ours | others:
         if column in _PLACES:
             continue
-        now, then = (_cells(cells.get(column), len(both)) for cells in (ours, others))
+        missing = pa.nulls(len(both))
+        now, then = (cells.get(column, missing).to_pylist() for cells in (ours, others))
         differs = [a != b for a, b in zip(now, then, strict=True)]
         kind = _kind_of(column)
         known = changed.get(kind, [False] * len(differs))
@@ -133,10 +124,6 @@ def _read(output: str) -> tuple[DatasetInfo, pa.Table]:
     return info, joined.replace_schema_metadata()
 
 
-def _cells(column: pa.ChunkedArray | None, count: int) -> list[Any]:
-    return [None] * count if column is None else column.to_pylist()
-
-
 def _kind_of(column: str) -> str:
     if column in _SOURCE:
         return "source"
@@ -163,19 +150,12 @@ def diff_as_json(diff: Difference) -> dict[str, Any]:
     }
 
 
-def format_diff(diff: Difference) -> str:
-    """A comparison as text for the screen."""
-    rows = list(_lines(diff))
-    return format_rows(rows, max(10, *(len(name) + 2 for name, _ in rows)))
-
-
 def _lines(diff: Difference) -> Iterator[tuple[str, str]]:
     yield "before", f"{counted(diff.num_before, 'example')}: {diff.before}"
     yield "after", f"{counted(diff.num_after, 'example')}: {diff.after}"
     for name, ids in (("came", diff.came), ("went", diff.went), *diff.changed.items()):
-        more = f" and {len(ids) - _SHOWN:,} more" if len(ids) > _SHOWN else ""
         if ids:
-            yield name, f"{len(ids):,}: {', '.join(ids[:_SHOWN])}{more}"
+            yield name, f"{len(ids):,}: {first_few(ids, _SHOWN)}"
     for number, (name, (was, now)) in enumerate(diff.config.items()):
         yield "" if number else "config", f"{name.replace('_', '-')} was {was!r}, now {now!r}"
     if diff.is_empty:

@@ -23,12 +23,12 @@ from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_rec
 from beam_nifti.manifest.image_names import stem_of
 from beam_nifti.record.dataset_info import path_of, read_info
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.record.tfrecord import decode_record, require_stored_size
+from beam_nifti.record.tfrecord import require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import agreed_zooms
 from beam_nifti.volume.nifti_writer import make_image, require_nifti_name, write_nifti
-from beam_nifti.volume.rescale import Ends, Scaling, Voxels, restore_units
+from beam_nifti.volume.rescale import RescaleRange, Scaling, Voxels, restore_units
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -62,7 +62,6 @@ class StoredVolume:
     mask: Voxels | None = None
 
     def __repr__(self) -> str:
-        """On one line."""
         voxels = f"{size_text(self.voxels.shape)} {self.voxels.dtype}"
         mask = "" if self.mask is None else ", with a mask"
         return f"<StoredVolume {self.example_id!r}: {voxels}, {size_text(self.zooms)} mm{mask}>"
@@ -84,26 +83,14 @@ class StoredVolume:
         write_nifti(storage.absolute(path), self.voxels, self.scaling, self.affine, self.zooms)
 
     def of_mask(self) -> StoredVolume:
-        """Its mask, as a volume.
-
-        Raises:
-            UsageError: it has none.
-        """
+        """The mask as a volume. A record without a mask is a UsageError."""
         if self.mask is None:
             raise UsageError(f"record {self.example_id!r} has no mask; leave --mask out")
         return replace(self, voxels=self.mask, scaling=Scaling())
 
 
 def read_volume(output: str, example_id: str) -> StoredVolume:
-    """Read one record of a dataset.
-
-    Args:
-        output: folder or URL of the dataset.
-        example_id: names the record.
-
-    Raises:
-        DatasetError: there is no complete dataset, no such record in it, or the record is damaged.
-    """
+    """Read one record of a dataset."""
     (volume,) = read_volumes(output, [example_id])
     return volume
 
@@ -131,12 +118,11 @@ def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolu
 
 
 def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> StoredVolume:
-    most = spec.most_bytes(cells["shape"])
-    require_stored_size(cells["length"], most)
+    require_stored_size(cells["length"], spec.most_bytes(cells))
     with storage.open_read(path) as handle:
         handle.seek(cells["offset"])
         data = handle.read(cells["length"])
-    payload = decode_record(data, spec.config.compression == "gzip", most)
+    payload = spec.unpack(data, cells)
     for problem in check_record(payload, cells, spec):
         raise ShardError(problem)
     features = decode_example(payload)
@@ -153,10 +139,10 @@ def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> 
     """The values in the units of the image, or of each of several."""
     if config.method == "none":
         return restore_units(voxels, None)
-    names = ("rescale_low", "rescale_high") if config.has_ends else ("min", "max")
+    names = ("rescale_low", "rescale_high") if config.has_range else ("min", "max")
     if config.channels is None:
-        return restore_units(voxels, Ends(*(cells[name] for name in names)))
-    ends = itertools.starmap(Ends, zip(*(cells[name] for name in names), strict=True))
+        return restore_units(voxels, RescaleRange(*(cells[name] for name in names)))
+    ends = itertools.starmap(RescaleRange, zip(*(cells[name] for name in names), strict=True))
     images = (np.ascontiguousarray(voxels[..., number]) for number in range(voxels.shape[3]))
     return np.stack(list(map(restore_units, images, ends)), -1)
 
@@ -164,10 +150,7 @@ def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> 
 def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") -> list[str]:
     """Where to write the images of some records.
 
-    Args:
-        example_ids: each once.
-        out: of the only one; None names each file after its id.
-        suffix: that follows the id there.
+    `out` is the path for a single id; None names each file after its id and the suffix.
 
     Raises:
         UsageError: two images would have one name, or `out` is no name of a NIfTI image.

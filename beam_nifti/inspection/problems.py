@@ -7,6 +7,8 @@ import threading
 from enum import IntEnum
 from typing import Final
 
+from beam_nifti.support.wording import counted
+
 MAX_PROBLEMS: Final = 20
 """Problems that are told one by one; the rest are counted."""
 
@@ -31,10 +33,7 @@ class Problems:
     def add(self, scope: Scope, problem: str, *place: int) -> None:
         """Add a problem.
 
-        Args:
-            scope: what it concerns.
-            problem: a sentence that names it.
-            place: numbers that order it among others of its scope, such as shard and record.
+        `place` orders problems of one scope, such as by shard and record.
         """
         with self._lock:
             self._total += 1
@@ -45,4 +44,4 @@ class Problems:
         """The problems kept, and one more sentence where there were more."""
         more = self._total - len(self._kept)
         texts = tuple(text for _, text in self._kept)
-        return (*texts, f"and {more} more problem{'s' if more > 1 else ''}") if more else texts
+        return (*texts, f"and {counted(more, 'more problem')}") if more else texts

@@ -10,16 +10,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import LabelColumn, RecordConfig
+from beam_nifti.config import VOXEL_DTYPES, LabelColumn, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
-from beam_nifti.inspection.rounding import differ_in_rounding
-from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.labels import LabelValue, label_of, number_of
 from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.manifest.redaction import redacting
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
-    ENDS_FEATURES,
     MASK_FEATURE,
+    RANGE_FEATURES,
     SCALING_FEATURES,
     decode_doubles,
     decode_example,
@@ -30,12 +29,13 @@ from beam_nifti.record.example import (
     scaling_of,
 )
 from beam_nifti.record.index import extra_column, file_cells
+from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.volume.grid import is_usable
 from beam_nifti.volume.header import COLOURS
-from beam_nifti.volume.intensity import rescale_voxels
+from beam_nifti.volume.intensity import stored_range
 from beam_nifti.volume.label_map import labels_of
 from beam_nifti.volume.preprocess import prepare_volume
-from beam_nifti.volume.rescale import Ends, Intensity, Scaling
+from beam_nifti.volume.rescale import Intensity, RescaleRange, float_limits
 from beam_nifti.volume.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
@@ -48,6 +48,11 @@ _STATISTICS_TOLERANCE: Final = 1e-6
 
 _REMAKE: Final = "run the build again with --recheck"
 """The remedy where a build would find nothing that has changed."""
+
+_NOISE: Final = 1e-9
+"""Of float64 arithmetic, relative to the largest number: sums of millions of voxels differ by less."""
+
+_BLOCK: Final = 1 << 20  # voxels that are compared at a time
 
 _Feature = memoryview | npt.NDArray[np.generic]
 
@@ -98,18 +103,17 @@ class RecordSpec:
             is_sparse=not info.has_manifest,
         )
 
-    def most_bytes(self, shape: Sequence[int]) -> int:
-        """Of the payload of a record whose index says that shape: it bounds what is decompressed."""
-        return largest_payload(self.shape or shape, self.dtype, self.config.mask_dtype)
+    def most_bytes(self, cells: Mapping[str, Any]) -> int:
+        """The largest payload of a record with this row of the index. It bounds what is decompressed."""
+        return largest_payload(self.shape or cells["shape"], self.dtype, self.config.mask_dtype)
+
+    def unpack(self, data: bytes, cells: Mapping[str, Any]) -> bytes:
+        """The serialized Example of a stored record; a ShardError if it is damaged or too large."""
+        return decode_record(data, self.config.compression == "gzip", self.most_bytes(cells))
 
 
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
     """Find what is wrong with one record.
-
-    Args:
-        payload: the serialized Example.
-        cells: the record's row of the index.
-        spec: of the dataset.
 
     Raises:
         ShardError: the payload is no Example, or `image_raw` no tensor.
@@ -177,14 +181,14 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
     required = spec.features.keys() - _SCALING
     if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
         required |= _SCALING
-    if spec.config.has_ends:
-        required |= ENDS_FEATURES.keys()
+    if spec.config.has_range:
+        required |= RANGE_FEATURES.keys()
     for name in sorted(required - features.keys()):
         yield f"feature {name} is missing"
     for name in sorted(features.keys() - required):
         yield f"feature {name} is not one that dataset_info.json names"
     sizes = dict.fromkeys(_SCALING, _DOUBLE_BYTES)
-    sizes |= dict.fromkeys(ENDS_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
+    sizes |= dict.fromkeys(RANGE_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
     for name in sorted(required & features.keys()):
         kind, value = spec.features.get(name, "none"), features[name]
         found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
@@ -268,55 +272,50 @@ def _check_intensities(
     number: int = 0,
 ) -> Iterator[str]:
     """Find where the voxels of one image, of that number in its record, are not what they must be."""
-    # One NaN makes both ends NaN: two passes find every bad voxel.
-    ends = np.array([voxels.min(), voxels.max()])
-    if not np.isfinite(ends).all():
+    # One NaN makes both NaN: two passes find every bad voxel.
+    extremes = np.array([voxels.min(), voxels.max()])
+    if not np.isfinite(extremes).all():
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         yield f"{bad} of {voxels.size} voxels are NaN or infinite"
         return
-    statistics = (_of_images(cells[name])[number] for name in ("min", "max", "mean", "std"))
-    intensity = Intensity(*map(float, statistics))
-    said = np.array([intensity.min, intensity.max])
-    if config.method == "minmax" and not intensity.min < intensity.max:
-        yield f"the index says an intensity range from {said[0]:g} to {said[1]:g}, which cannot be rescaled"
+    intensity = Intensity(*(float(_of_images(cells[n])[number]) for n in ("min", "max", "mean", "std")))
+    least, largest = intensity.min, intensity.max
+    if config.method == "minmax" and not least < largest:
+        yield f"the index says an intensity range from {least:g} to {largest:g}, which cannot be rescaled"
         return
-    becomes = None
-    if config.has_ends:
-        becomes = Ends(*(decode_doubles(features[name])[number] for name in ("rescale_low", "rescale_high")))
-        said_ends = [_of_images(cells.get(name))[number] for name in ("rescale_low", "rescale_high")]
-        wrong = list(_check_ends(becomes, said_ends, intensity, config))
+    rescale_range = None
+    if config.has_range:
+        names = ("rescale_low", "rescale_high")
+        low, high = (decode_doubles(features[name])[number] for name in names)
+        indexed = [_of_images(cells.get(name))[number] for name in names]
+        wrong = list(_check_rescale_range(low, high, indexed, intensity, config))
         yield from wrong
         if wrong:
             return
+        rescale_range = RescaleRange(low, high)
+    expected = stored_range(intensity, rescale_range, config).astype(np.float64)
     if config.voxel_dtype == "native":
-        name, found, expected = "voxels, scaled,", _native_range(ends, features), said
+        name, found = "voxels, scaled,", np.sort(scaling_of(features).apply(extremes))
     else:
-        # Every rescaling keeps the order of voxels, so the ends of the range stay its ends.
-        name, found = "voxels" if config.method == "none" else "rescaled voxels", ends.astype(np.float64)
-        with np.errstate(over="ignore"):
-            expected = rescale_voxels(said, Scaling(), intensity, becomes, config).astype(np.float64)
+        name, found = "voxels" if config.method == "none" else "rescaled voxels", extremes.astype(np.float64)
     if not np.array_equal(found, expected):
-        ends_text = f"{found[0]:g} to {found[1]:g}, expected {expected[0]:g} to {expected[1]:g}"
-        yield f"{name} range from {ends_text}"
+        yield (f"{name} range from {found[0]:g} to {found[1]:g}, expected {expected[0]:g} to {expected[1]:g}")
 
 
-def _check_ends(ends: Ends, said: Sequence[Any], intensity: Intensity, config: RecordConfig) -> Iterator[str]:
+def _check_rescale_range(
+    low: float, high: float, said: Sequence[Any], intensity: Intensity, config: RecordConfig
+) -> Iterator[str]:
     """Find where what became 0 and 1 is not what the index and the configuration say."""
-    for name, stored, cell in zip(("rescale_low", "rescale_high"), (ends.low, ends.high), said, strict=True):
+    for name, stored, cell in zip(("rescale_low", "rescale_high"), (low, high), said, strict=True):
         if stored != cell:
             yield f"{name} is {stored!r}, the index says {cell!r}"
-    if not ends.low < ends.high:
-        yield f"rescale_low is {ends.low:g} and rescale_high {ends.high:g}, which is no range"
+    if not low < high:
+        yield f"rescale_low is {low:g} and rescale_high {high:g}, which is no range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
     if config.method == "zscore" and config.rescale_within is None:
         expected = (intensity.mean, intensity.mean + intensity.std)
-    if expected and (ends.low, ends.high) != expected:
-        yield f"{ends.low:g} and {ends.high:g} became 0 and 1, expected {expected[0]:g} and {expected[1]:g}"
-
-
-def _native_range(ends: npt.NDArray[Any], features: Mapping[str, _Feature]) -> npt.NDArray[np.float64]:
-    """The range in the image's units."""
-    return np.sort(scaling_of(features).apply(ends))
+    if expected and (low, high) != expected:
+        yield f"{low:g} and {high:g} became 0 and 1, expected {expected[0]:g} and {expected[1]:g}"
 
 
 class RoundingNote(str):
@@ -333,14 +332,8 @@ def check_source(
 ) -> Iterator[str]:
     """Make a record again from its image and find where it differs.
 
-    Args:
-        payload: the serialized Example.
-        cells: the record's row of the index.
-        row: the record's row of the manifest.
-        folder: what relative image paths are relative to.
-        config: that the record was made with.
-        versions: how those of the software that made it differ from the ones here, in words; then a
-            difference in rounding is a RoundingNote.
+    `cells` is its row of the index, and `versions` describes how the versions of the software that made it
+    differ from those here; a difference in rounding is then a RoundingNote.
 
     Raises:
         OSError: the disk, the network or a store failed, which says nothing about the record.
@@ -349,7 +342,7 @@ def check_source(
     if config.frames == "each":
         config = replace(config, frames=str(cells["frame"]))
     try:
-        with concealing(row, folder):
+        with redacting(row, folder):
             volume = load_volume(row, folder, record=config)
             volume = rescale_volume(prepare_volume(volume, config, release=True), config)
     except VolumeError as e:
@@ -393,3 +386,42 @@ def _same(one: Mapping[str, _Feature], other: Mapping[str, _Feature], name: str)
         return False
     # memoryview and float32 arrays both hand out their bytes; NaN labels compare equal so.
     return bytes(memoryview(one[name]).cast("B")) == bytes(memoryview(other[name]).cast("B"))
+
+
+def differ_in_rounding(one: Mapping[str, _Feature], other: Mapping[str, _Feature], names: list[str]) -> bool:
+    """Whether the named features of two records differ by at most the last digit of what they store."""
+    return all(name in one and name in other and _is_close(name, one[name], other[name]) for name in names)
+
+
+def _is_close(name: str, one: _Feature, other: _Feature) -> bool:
+    if name == "image_raw":
+        voxels = (decode_tensor(feature) for feature in (one, other))  # type: ignore[arg-type]
+        return _are_voxels_close(*voxels)
+    if name in RANGE_FEATURES:
+        return _are_close(np.array(decode_doubles(one)), np.array(decode_doubles(other)), _NOISE)
+    a, b = np.asarray(one), np.asarray(other)
+    is_number = a.dtype == b.dtype == np.float32 and a.shape == b.shape
+    return is_number and _are_close(a, b, float(float_limits("float32").eps))
+
+
+def _are_voxels_close(one: npt.NDArray[np.generic], other: npt.NDArray[np.generic]) -> bool:
+    dtype = one.dtype.name
+    # Other dtypes are stored as they are in the image, without rounding.
+    if (one.shape, dtype) != (other.shape, other.dtype.name) or dtype not in VOXEL_DTYPES:
+        return False
+    blocks = [slice(start, start + _BLOCK) for start in range(0, one.size, _BLOCK)]
+    a, b = one.reshape(-1), other.reshape(-1)
+    absolute = 1.0
+    if dtype != "uint8":
+        largest = (np.abs(v[block].astype(np.float64)).max() for v in (a, b) for block in blocks)
+        absolute = _NOISE * float(max(largest))
+    relative = 0.0 if dtype == "uint8" else float(float_limits(dtype).eps)
+    return all(_are_close(a[block], b[block], relative, absolute) for block in blocks)
+
+
+def _are_close(
+    one: npt.NDArray[np.generic], other: npt.NDArray[np.generic], relative: float, absolute: float = 0.0
+) -> bool:
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    allowed = np.maximum(relative * np.maximum(np.abs(a), np.abs(b)), absolute)
+    return bool(np.all((np.abs(a - b) <= allowed) | (np.isnan(a) & np.isnan(b))))

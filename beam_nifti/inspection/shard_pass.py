@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 
 from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
-from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.inspection.record_checks import RecordSpec, check_record
 from beam_nifti.inspection.table_checks import check_index, check_people, check_places, index_rows, no_rows
 from beam_nifti.record.dataset_info import FILE_NAME, ShardInfo, path_of
 from beam_nifti.record.index import mask_labels, parse_index, read_bytes
@@ -44,20 +45,38 @@ class StoredRecord:
     cells: Mapping[str, Any]
     name: str
 
+    def check(
+        self,
+        spec: RecordSpec,
+        tell: Callable[[str], None],
+        rebuild: Callable[[bytes], Iterable[str]] = lambda _: (),
+    ) -> bytes | None:
+        """Report what is wrong with the record, and what differs in a rebuilt one.
+
+        Returns:
+            The serialized Example; None if it cannot be checked.
+
+        Raises:
+            OSError: its images cannot be reached, which says nothing about the record.
+        """
+        try:
+            payload = spec.unpack(self.data, self.cells)
+            for problem in itertools.chain(check_record(payload, self.cells, spec), rebuild(payload)):
+                tell(problem)
+            return payload
+        except OSError:
+            raise
+        except ShardError as e:
+            tell(str(e))
+        except Exception as e:  # whatever a parser raises, the other records are still read
+            tell(f"cannot be checked: {e!r}")
+        return None
+
 
 class ShardPass:
     """Hands the records of a shard to whoever asks next, and finds what is wrong with its files.
 
     Threads may take in turn; the one that reads holds the others up, so the file is read in order.
-
-    Args:
-        output: folder of the dataset.
-        shard: as dataset_info.json describes it.
-        split: that it belongs to.
-        number: of the shard in the dataset.
-        spec: of the dataset.
-        problems: where to tell what is wrong.
-        cells: further columns to compare with a manifest's, and what they are in the index.
 
     Attributes:
         rows: id, labels, split and these cells of its records, once it was read.
@@ -153,7 +172,8 @@ class ShardPass:
         in_order = not problems
         if not in_order:
             _hash(handle, hasher, size)
-        for ordinal, cells in _rows_of(table):
+        batches = (batch.to_pylist() for batch in table.to_batches(max_chunksize=_BATCH_ROWS))
+        for ordinal, cells in enumerate(itertools.chain.from_iterable(batches)):
             offset, length = cells["offset"], cells["length"]
             name = f"{shard.name}: record {ordinal} ({cells['example_id']})"
             if not 0 <= offset < offset + length <= size:
@@ -161,7 +181,7 @@ class ShardPass:
                 self._problems.add(Scope.RECORD, problem, self._number, ordinal)
                 continue
             try:
-                require_stored_size(length, self._spec.most_bytes(cells["shape"]))
+                require_stored_size(length, self._spec.most_bytes(cells))
             except ShardError as e:
                 self._problems.add(Scope.RECORD, f"{name}: {e}", self._number, ordinal)
                 if in_order:
@@ -180,11 +200,6 @@ class ShardPass:
         if (found := hasher.hexdigest()) != shard.sha256:
             said = f"{FILE_NAME} says {shard.sha256}: one of the files was changed"
             self._tell(shard.name, f"sha256 is {found}, {said}; {_RESTORE}")
-
-
-def _rows_of(table: pa.Table) -> Iterator[tuple[int, dict[str, Any]]]:
-    for start in range(0, table.num_rows, _BATCH_ROWS):
-        yield from enumerate(table.slice(start, _BATCH_ROWS).to_pylist(), start)
 
 
 def _hash(handle: BinaryIO, hasher: hashlib._Hash, most: int) -> None:

@@ -26,10 +26,8 @@ from beam_nifti.support.wording import counted
 
 ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
 """The remedy where a manifest is not that of a dataset."""
-_CELL: Final = "manifest/"
-"""Before the names of further columns of a manifest, which may be those of labels."""
-_SHOWN: Final = 3
-"""Examples named in a problem that concerns many."""
+_CELL: Final = "manifest/"  # prefix of extra columns, whose names may be those of labels
+_SHOWN: Final = 3  # examples to name in a problem
 
 
 def check_info(info: DatasetInfo) -> Iterator[str]:
@@ -66,15 +64,7 @@ def check_index(
     *,
     is_sparse: bool = False,
 ) -> Iterator[str]:
-    """Find what is wrong with an index as such; nothing can be checked by it then.
-
-    Args:
-        table: as `parse_index` gives it.
-        facts: about the shard file, kept with the index.
-        shard: the shard that it should describe.
-        record: configuration of the shard's records.
-        is_sparse: as of `check_table`.
-    """
+    """Find what is wrong with an index as such; nothing can be checked by it then."""
     labels = [label.name for label in record.labels or ()]
     yield from check_table(table, schema_of(record, labels).names, record, is_sparse=is_sparse)
     if facts.get("sha256") != shard.sha256:
@@ -82,11 +72,7 @@ def check_index(
 
 
 def check_people(table: pa.Table) -> Iterator[str]:
-    """Find records of an index whose ids are not those of their participant, session and frame.
-
-    Args:
-        table: the index, sound by `check_index`, of a dataset whose ids are made of these.
-    """
+    """Find records of an index whose ids are not those of their participant, session and frame."""
     people, sessions = table["participant_id"], table["session_id"]
     both = pc.binary_join_element_wise(people, sessions, "_")
     ids = pc.if_else(pc.equal(sessions, ""), people, both)
@@ -103,10 +89,7 @@ def check_people(table: pa.Table) -> Iterator[str]:
 def check_numbers(numbers: npt.NDArray[np.int64], num_rows: int, *, are_unique: bool) -> Iterator[str]:
     """Find rows of the manifest that it does not have, or of which there are two records.
 
-    Args:
-        numbers: the column `row` of all indexes.
-        num_rows: of the manifest.
-        are_unique: whether each row is of one record.
+    `numbers` is the column `row` of all indexes. Unless `are_unique`, several records may be of one row.
     """
     wrong = numbers[(numbers < 1) | (numbers > num_rows)]
     if wrong.size:
@@ -118,12 +101,7 @@ def check_numbers(numbers: npt.NDArray[np.int64], num_rows: int, *, are_unique: 
 
 
 def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
-    """Find where the rows of an index do not tile the shard's file, one after the other.
-
-    Args:
-        table: the index, sound by `check_index`; not empty.
-        file_bytes: size of the shard's file.
-    """
+    """Find where the rows of an index do not tile the shard's file, one after the other."""
     offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
     ends = np.concatenate([[0], np.cumsum(lengths)])
     wrong = np.flatnonzero((offsets != ends[:-1]) | (lengths <= 0))
@@ -151,14 +129,7 @@ def no_rows(record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
 
 
 def index_rows(table: pa.Table, split: str, record: RecordConfig, cells: Mapping[str, str]) -> pa.Table:
-    """Id, labels and split of the records of a shard; the rest of the index may be forgotten.
-
-    Args:
-        table: the index, sound by `check_index`.
-        split: that the shard belongs to.
-        record: configuration of the shard's records.
-        cells: further columns to compare with a manifest's, and what they are in the index.
-    """
+    """Id, labels and split of the records of a shard; the rest of the index may be forgotten."""
     columns = [comparable(table[extra_column(c.name)], c) for c in record.labels or ()]
     columns = columns or [table["label"]]
     splits = pa.array([split] * table.num_rows, pa.string())
@@ -168,13 +139,7 @@ def index_rows(table: pa.Table, split: str, record: RecordConfig, cells: Mapping
 
 
 def manifest_rows(manifest: Manifest, record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
-    """Id, labels and split of the rows of a manifest, but for those that lack a label and are skipped.
-
-    Args:
-        manifest: of the same columns as the records'.
-        record: configuration of the records that it is compared with.
-        cells: further columns to compare.
-    """
+    """Id, labels and split of the rows of a manifest, but for those that lack a label and are skipped."""
     return _rows_with(manifest, record, {name: pc.fill_null(manifest.table[name], "") for name in cells})
 
 
@@ -193,15 +158,7 @@ def _rows_with(manifest: Manifest, record: RecordConfig, texts: Mapping[str, pa.
 def failure_rows(
     listed: Manifest, record: RecordConfig, cells: Sequence[str], manifest: Manifest | None, folder: str
 ) -> pa.Table:
-    """As `manifest_rows`, of failed rows; cells that their list does not have as they were written are null.
-
-    Args:
-        listed: the list of failures, read as a manifest.
-        record: as `manifest_rows`.
-        cells: as `manifest_rows`; none without a manifest.
-        manifest: that they are to be compared with.
-        folder: what the paths of failed rows were relative to.
-    """
+    """As `manifest_rows`, of failed rows; cells that their list does not hold unchanged are null."""
     unknown = pa.nulls(len(listed), pa.string())
     known = {name: listed_cells(listed, name, manifest, folder) for name in cells if manifest is not None}
     return _rows_with(listed, record, {n: unknown if c is None else c for n, c in known.items()})
@@ -234,12 +191,7 @@ def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None)
 
 
 def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
-    """Find where a dataset and a manifest disagree.
-
-    Args:
-        known: id, labels and split of the dataset's records and failures, and further cells of its records.
-        wanted: those of the manifest's rows.
-    """
+    """Find where a dataset and a manifest disagree."""
     at = pc.index_in(known["id"], value_set=wanted["id"].combine_chunks())
     surplus = known.filter(pc.is_null(at))
     if surplus.num_rows:
@@ -284,10 +236,7 @@ def _named(rows: pa.Table, columns: Sequence[str] = ()) -> str:
 def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[str]) -> Iterator[str]:
     """Find files in the folder that do not belong to the dataset.
 
-    Args:
-        files: whose names look like those of shards or indexes to a glob.
-        info: of the dataset.
-        written: what an unfinished build in the folder may have written.
+    `files` look like shards or indexes to a glob; those in `written` may be from an unfinished build.
     """
     known = {name for shard in info.shards for name in (shard.name, shard.index)}
     for file in files:

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from beam_nifti.config import Columns, RecordConfig, Splitting, spell_steps
-from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, ShardError, UsageError
+from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
-from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_record, check_source
+from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_source
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.inspection.table_checks import (
     ANEW,
@@ -56,7 +56,6 @@ from beam_nifti.record.dataset_info import (
 )
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.sharding import INDEX_FOLDER
-from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
@@ -111,16 +110,13 @@ class Verification:
         return replace(self, problems=problems, notes=notes)
 
     def __bool__(self) -> bool:
-        """Whether nothing is wrong."""
         return self.ok
 
     def __repr__(self) -> str:
-        """On one line."""
         examples, shards = counted(self.num_examples, "example"), counted(self.num_shards, "shard")
         return f"<Verification of {examples} in {shards}: {counted(len(self.problems), 'problem')}>"
 
     def __str__(self) -> str:
-        """One line per problem and per note, after the counts."""
         return "\n".join([repr(self), *(f"  {line}" for line in (*self.problems, *self.notes))])
 
 
@@ -140,28 +136,8 @@ def verify_dataset(
     Nothing of the dataset is run, and it does not decide which other files are opened: the images are those
     of `manifest`, and the function that records were prepared with is `preprocess`.
 
-    Args:
-        output: folder or URL of the dataset.
-        manifest: a table whose rows the dataset must have been built from: ids, labels, splits, paths and
-            further columns are compared; relative image paths are then relative to its folder.
-        rows: of a manifest that `manifest` only names, as a Parquet file; None where it is a file.
-        anonymous_ids: file of the key by which ids and paths of the dataset became pseudonyms, if it has
-            any; `manifest` and `deep` need both it and the manifest then.
-        deep: how many records, spread evenly, to make again from their images and to compare bit for
-            bit; ALL or "all" for every one. Needs `manifest`.
-        preprocess: the function that the records were prepared with, `package.module:function`, with its
-            arguments; or all of them, in order. `deep` needs them where there were any.
-        workers: threads; each holds one record.
-        on_progress: called for every record.
-
-    Raises:
-        DatasetError: there is no complete dataset of a known format.
-        ManifestError: the manifest cannot be read.
-        OSError: the disk, the network or a store failed while images were read.
-        OutputBusyError: a build has replaced the dataset meanwhile.
-        UsageError: `deep` or `workers` is out of range; or records are to be made again without the manifest,
-            or without the function that they were made with, or with another one, or from before the same
-            options made other records; or the key is not the dataset's.
+    Arguments, result and errors are those of `beam_nifti.verify`. `rows` is the Parquet file of a manifest
+    that is a table in memory, and `on_progress` is called for every record.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -233,11 +209,7 @@ def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]
 
 
 def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
-    """Import the functions of a dataset's records, which are run only where the user names them.
-
-    Raises:
-        UsageError: others are named, or none; or the source of one is another.
-    """
+    """Import the functions of a dataset's records, which are run only where the user names them."""
     if named == record.preprocess:
         load_functions(record)
         return
@@ -298,8 +270,8 @@ class _Images:
         self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig, versions: str
     ) -> Iterator[str]:
         """Make a record again from its image; as `check_source`."""
-        further = (cells[extra_column(name)] for name in self.columns.files[1:])
-        row = self.manifest.row_of((cells["source"], *further))
+        others = (cells[extra_column(name)] for name in self.columns.files[1:])
+        row = self.manifest.row_of((cells["source"], *others))
         if row is None:
             yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
             return
@@ -320,7 +292,6 @@ class _Verifier:
         cells: Mapping[str, str],
     ) -> None:
         self._output, self._info, self._spec, self._cells = output, info, spec, cells
-        self._compressed = spec.config.compression == "gzip"
         self._on_progress = on_progress
         self._problems = Problems()
         self._passes = list[ShardPass]()
@@ -400,27 +371,18 @@ class _Verifier:
 
     def _check(self, record: StoredRecord, shard: int, images: _Images | None) -> None:
         def tell(problem: str) -> None:
-            self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
+            if isinstance(problem, RoundingNote):
+                with self._lock:
+                    self._num_rounded[shard] += 1
+            else:
+                self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
 
-        try:
-            most = self._spec.most_bytes(record.cells["shape"])
-            payload = decode_record(record.data, self._compressed, most)
-            for problem in check_record(payload, record.cells, self._spec):
-                tell(problem)
+        def rebuild(payload: bytes) -> Iterator[str]:
             if images is not None:
                 versions = self._versions_of(shard)
-                for problem in images.check(payload, record.cells, self._spec.config, versions):
-                    if isinstance(problem, RoundingNote):
-                        with self._lock:
-                            self._num_rounded[shard] += 1
-                    else:
-                        tell(problem)
-        except ShardError as e:
-            tell(str(e))
-        except OSError:  # the images cannot be reached, which says nothing about the record
-            raise
-        except Exception as e:  # whatever a parser trips over, the other records are still read
-            tell(f"cannot be checked: {e!r}")
+                yield from images.check(payload, record.cells, self._spec.config, versions)
+
+        record.check(self._spec, tell, rebuild)
         with self._lock:
             self._num_examples += 1
             self._num_bytes += len(record.data)

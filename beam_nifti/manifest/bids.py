@@ -26,7 +26,6 @@ _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 _LISTED_DEPTH: Final = 6  # folders that are listed, to find images that lie deeper
 _PARTICIPANTS: Final = "participants.tsv"
 _PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
-
 _STEM = re.compile(r"(?P<entities>(?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)(?P<suffix>[A-Za-z0-9]+)")
 _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
 
@@ -108,11 +107,10 @@ class Study:
 
     @classmethod
     def scan(cls, root: str) -> Study:
-        """List the files of a study; reads none of them. Hidden files and folders are skipped.
+        """List the files of a study without reading them. Hidden files and folders are skipped.
 
         Raises:
             UsageError: there are no folders sub-*.
-            OSError: a folder cannot be listed.
         """
         found, misplaced, session_tables = list[str](), list[str](), dict[str, str]()
         path = ""
@@ -209,10 +207,9 @@ class Records:
         return rows if any(rows.values()) else self._of_participant.get(participant, {})
 
     def cell(self, image: BidsImage, column: str) -> str:
-        """What is known of an image: of its session, else of its participant, else MISSING.
+        """The value for an image: that of its session, otherwise that of its participant, otherwise MISSING.
 
-        If a participant's own table of sessions has the column, only that table counts: a session
-        without a row in it has no value.
+        If a participant's own table of sessions has the column, a session without a row in it has no value.
         """
         of_session = self._of_session.get(image.participant_id, {})
         if image.session_id and any(column in cells for cells in of_session.values()):
@@ -227,9 +224,9 @@ class Records:
 
 
 def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mapping[str, str], list[str]]:
-    """The folder of a study's tables, its sessions.tsv by participant, and a note where it is another's.
+    """The folder of a study's tables, its sessions.tsv by participant, and a note if it is another study's.
 
-    A derivative seldom has tables: those of the dataset that it was made of are taken.
+    Derivatives seldom have tables; those of their source dataset are used.
     """
     above, _, name = study.root.rpartition("/")
     raw = storage.dirname(above)
@@ -243,7 +240,7 @@ def _find_tables(study: Study, participants: Iterable[str]) -> tuple[str, Mappin
 
 
 def _has_content(path: str) -> bool:
-    """Whether a file is there; an error if it is a link to nothing, as git-annex has it."""
+    """Whether a file exists. A link to a missing file, as in git-annex, is an error."""
     if what := storage.broken_link(path):
         raise UsageError(f"{path}: {what}")
     return storage.exists(path)

@@ -64,7 +64,7 @@ def find_bids_images(
         entities: by key, the labels of which an image must have one; "" is an image without the key.
         label: column of participants.tsv, or of the sessions.tsv, that is the label: numbers, or texts.
             Images without a value there are skipped.
-        columns: further ones that are copied.
+        columns: of the study's tables to copy.
         all_images: keep several images of a session, and name each in a column `image_id`.
 
     Raises:
@@ -128,7 +128,7 @@ def _is_chosen(image: BidsImage, entities: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _reason_for_none(key: str, labels: Sequence[str], images: Sequence[BidsImage]) -> str:
-    """What of an entity was asked for, and what there is."""
+    """What was requested of an entity, and what exists."""
     wanted = " or ".join(f"{key}-{label}" if label else f"no {key}-" for label in labels)
     flag = "--session" if key == "ses" else f"--entity {key}"
     if not any(key in image.entities for image in images) and "" not in labels:
@@ -169,7 +169,7 @@ def _refuse_several(root: str, images: Sequence[BidsImage]) -> None:
 
 
 def _advise(groups: Sequence[Sequence[BidsImage]], differing: Sequence[str]) -> str:
-    """Flags that leave one image of each session, with as few sessions as can be left without any."""
+    """Flags that select one image of each session, with as few sessions as possible left without an image."""
     chosen = dict[str, list[str]]()
 
     def score(entities: Mapping[str, Sequence[str]]) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def _advise(groups: Sequence[Sequence[BidsImage]], differing: Sequence[str]) -> 
 
 
 def _varying(images: Sequence[BidsImage]) -> dict[str, list[str]]:
-    """Labels of the entities that are not the same for all images, "" for none; without sub and ses."""
+    """Labels of the entities that differ between images, "" for none; without sub and ses."""
     keys = dict.fromkeys(key for image in images for key in image.entities if key not in ("sub", "ses"))
     columns = {key: [image.entities.get(key, "") for image in images] for key in keys}
     return {key: labels for key, labels in columns.items() if len(set(labels)) > 1}
@@ -201,7 +201,7 @@ def _varying(images: Sequence[BidsImage]) -> dict[str, list[str]]:
 def _with_label(
     root: str, images: Sequence[BidsImage], records: Records, label: str
 ) -> tuple[list[BidsImage], list[str]]:
-    """The images that have one, and notes on the others."""
+    """The images that have a label, and notes on the others."""
     labelled = [image for image in images if records.cell(image, label) != MISSING]
     if not labelled:
         why = "; ".join(_notes_on_records(records, images)) or f"all values of {label} are missing"
@@ -219,7 +219,7 @@ def _with_label(
 
 
 def _notes_on_names(study: Study, suffix: str) -> list[str]:
-    """Notes on all images that are found and cannot be chosen."""
+    """Notes on all images that cannot be selected."""
     notes = []
     if others := {name: found for name, found in study.images.items() if name != suffix}:
         notes.append(f"not used: images of other suffixes: {_counts(others)}")
@@ -244,7 +244,7 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
 def _notes_on_choice(
     images: Sequence[BidsImage], chosen: Sequence[BidsImage], why: str = " excluded by --entity or --session"
 ) -> list[str]:
-    """Notes on the images that were not chosen, and on whom that leaves without any."""
+    """Notes on images that were not selected, and on participants and sessions without any image."""
     kept = {image.path for image in chosen}
     dropped = [image for image in images if image.path not in kept]
     if not dropped:
@@ -262,7 +262,7 @@ def _notes_on_choice(
 
 
 def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str]:
-    """Notes on participants and sessions that only names or only tables have."""
+    """Notes on participants and sessions that occur only in names or only in tables."""
     with_images = {image.participant_id for image in images}
     unknown = sorted(with_images - records.participants)
     without = sorted(records.participants - with_images - {""})
@@ -301,7 +301,7 @@ def _bare(name: str) -> str:
 
 
 def _notes_on_content(paths: Sequence[str]) -> list[str]:
-    """Name the images of which only a pointer is here, such as in a clone of a DataLad repository."""
+    """Name the images that are only pointers, as in a clone of a DataLad repository."""
     found = defaultdict[str, list[str]](list)
     for path in itertools.filterfalse(storage.is_remote, paths):
         what = storage.broken_link(path)

@@ -130,9 +130,5 @@ def _misfit(name: str, values: Sequence[Any], problems: Problems) -> str:
         _array([value])
     except _UNFIT:
         return f"{cell}; give texts, numbers, dates or paths"
-    first = next(i for i, other in enumerate(values, start=1) if not _is_missing(other))
+    first = next(i for i, other in enumerate(values, start=1) if not _array([other]).null_count)
     return f"{cell}, and in row {first} of type {type(values[first - 1]).__name__}; give a column one type"
-
-
-def _is_missing(value: Any) -> bool:
-    return bool(_array([value]).null_count)

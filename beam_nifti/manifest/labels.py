@@ -56,12 +56,12 @@ LabelValue = float | int | str
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of one column, a row of the manifest each.
+    """The labels of one column, one per row of the manifest.
 
     Attributes:
         column: with its kind and its classes.
-        values: float64, NaN where a row has none; int64, NO_CLASS where it has none; or string, "".
-        is_missing: which rows have none.
+        values: float64, NaN if missing; int64, NO_CLASS if missing; or string, "" if missing.
+        is_missing: which rows have no label.
     """
 
     column: LabelColumn
@@ -77,7 +77,7 @@ class Labels:
 
 
 def parse_label(text: str) -> float:
-    """The number that a cell is; NaN where it is none, or none of float32."""
+    """The number in a cell; NaN if it is not a number, or not a float32."""
     try:
         value = parse_number(text)
     except ValueError:
@@ -94,16 +94,9 @@ def read_labels(
 ) -> Labels:
     """Make labels of a column's cells.
 
-    Args:
-        cells: strings.
-        column: where it has no kind, the cells tell it: "float" if all are finite numbers of float32, "class"
-            if none is a number.
-        missing: `Columns.missing_label`.
-        problems: where to report cells that are no labels.
-        default: kind of a column without a kind and without any value; None makes it a problem.
-
-    Raises:
-        ManifestError: there are too many problems.
+    A column without a kind is "float" if all its values are finite float32 numbers, "class" if none is a
+    number, and `default` if all are missing; without a default that is a problem. `missing` is
+    `Columns.missing_label`.
     """
     encoded = cells.combine_chunks().dictionary_encode()
     texts, codes = encoded.dictionary, encoded.indices.to_numpy()
@@ -144,10 +137,9 @@ def read_labels(
 
 
 def label_of(cell: str, column: LabelColumn) -> LabelValue:
-    """The label that a cell of an index stands for.
+    """The label in a cell of an index.
 
-    Raises:
-        ShardError: it is none of the column's kind, or none of its classes.
+    A ShardError if it is not of the column's kind, or not one of its classes.
     """
     has_none = is_missing(cell)
     if column.kind == "float":
@@ -166,7 +158,7 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
 
 
 def name_classes(classes: Sequence[str], most: int) -> str:
-    """Classes for people to read: the first ones, where there are more than `most`."""
+    """The first classes, for people to read."""
     return first_few([one_line(name) for name in classes], most)
 
 
@@ -176,7 +168,7 @@ def number_of(label: LabelValue) -> float | None:
 
 
 def comparable(cells: pa.ChunkedArray, column: LabelColumn) -> pa.Array:
-    """Cells as values that are equal where the labels are: float64 or string, null where there is none."""
+    """Cells as values that are equal if the labels are: float64 or string, null if missing."""
     encoded = cells.combine_chunks().dictionary_encode()
     texts = encoded.dictionary
     values = pa.array(_numbers(texts)) if column.kind == "float" else texts
@@ -220,7 +212,7 @@ def _warn_of_classes(name: str, classes: Sequence[str], problems: Problems) -> N
 
 
 def _is_numeric(text: str) -> bool:
-    """Whether a cell looks like a number, be it one that no label can be."""
+    """Whether a cell looks like a number, including one that cannot be a label."""
     plain = _MINUS.sub("-", unicodedata.normalize("NFKC", text)).strip()
     try:
         float(plain)

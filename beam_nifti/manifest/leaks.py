@@ -1,4 +1,4 @@
-"""Leaks: names for which pseudonyms stand, in columns that are kept as they are."""
+"""Detects names that pseudonyms replace in columns that are kept unchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ _ENDING: Final = f"(?i){ENDING}$"
 _PREFIX: Final = "(?i)^(sub|ses)[-_]?"
 _NUMBER: Final = "^[0-9]*$"
 _LONG_NUMBER: Final = f"^[0-9]{{{_LEAST_DIGITS},}}$"
-
 _REMEDY: Final = "which --anonymous-ids does not replace there; drop the column, or replace its values"
 
 
@@ -88,8 +87,7 @@ class _Names:
 def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
     """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for.
 
-    Raises:
-        ManifestError: there are such columns; it does not show the names.
+    The problems do not show the names.
     """
     kinds: dict[str | None, Kind] = {columns.id: "id", "participant_id": "id", "session_id": "session"}
     kinds |= dict.fromkeys(columns.files, "path")
@@ -104,12 +102,12 @@ def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
 
 
 def _refuse_names(column: str, cells: pa.Array, names: Sequence[_Names], problems: Problems) -> None:
-    """Refuse a column that would give names away where pseudonyms stand for them.
+    """Refuse a column that would reveal names that pseudonyms replace.
 
-    That is one with a cell that is one of the names, or the name of an image's file, however spelled, or has
-    that of its own row in it as a word; or with the names in every row. What may be chance is a warning:
-    short numbers in every row, short names of files, and names of sessions without a digit. Other short
-    names, and numbers of other rows, are not noticed.
+    It has a cell that is a name or an image's file name, in any spelling, or that contains a name of its own
+    row as a word; or it has the name of every row. What may be chance is a warning: short numbers in every
+    row, short file names, and names of sessions without a digit. Other short names, and numbers of other
+    rows, are not detected.
     """
     what = "the name of a participant, a session or an image"
     spellings = _Spellings(cells)
@@ -144,7 +142,7 @@ def _refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[_Names],
 
 
 class _Spellings:
-    """By what the texts of a column may be known, each text once."""
+    """The texts of a column in the forms that are compared with names, each text once."""
 
     def __init__(self, cells: pa.Array) -> None:
         encoded = cells.dictionary_encode()
@@ -162,7 +160,7 @@ class _Spellings:
 
 
 def _find_copy(cells: pa.Array, spellings: _Spellings, names: _Names) -> int | None:
-    """The first row whose cell surely has a name in it."""
+    """The first row whose cell certainly contains a name."""
     is_file = pc.match_substring_regex(spellings.texts, _ENDING)
     is_of_file = pc.and_(is_file, pc.is_in(spellings.keys, value_set=names.files))
     found = [spellings.first_in(names.certain), spellings.first(is_of_file)]
@@ -215,19 +213,19 @@ def _bare(keys: pa.Array) -> pa.Array:
 
 
 def _letters(keys: pa.Array, least: int) -> pa.Array:
-    """Those that are of so many characters and no number."""
+    """Those that have at least so many characters and are not numbers."""
     is_number = pc.match_substring_regex(keys, _NUMBER)
     return keys.filter(pc.and_not(pc.greater_equal(pc.utf8_length(keys), least), is_number))
 
 
 def _words(texts: pa.Array, least: int = _LEAST_LETTERS) -> pa.Array:
-    """The texts that are long enough to be looked for in others, "" in the place of the rest."""
+    """The texts that are long enough to be searched for in others; "" replaces the rest."""
     needed = pc.if_else(pc.match_substring_regex(texts, _NUMBER), _LEAST_DIGITS, least)
     return pc.if_else(pc.greater_equal(pc.utf8_length(texts), needed), texts, "")
 
 
 def _has_word(text: str, word: str) -> bool:
-    """Whether a text has a word that no letter or digit goes on with, in any case."""
+    """Whether a text contains a word, in any case, that no letter or digit continues."""
     text, word = text.lower(), word.lower()
     # Most texts do not have it at all, and to compile a pattern takes a hundred times longer.
     return word in text and re.search(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", text) is not None

@@ -1,4 +1,4 @@
-"""Lookalikes: names that are probably one, written in two ways."""
+"""Detects two spellings of one name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHOWN: Final = 3  # lookalikes that are named in warnings
 
 
 def fold(names: pa.Array) -> pa.Array:
-    """What is equal for names that are probably one.
+    """A text that is equal for names that are probably the same.
 
     >>> fold(pa.array(["Sub-007", "sub-7", '"SUB-7"', "sub 7", "7.0"])).to_pylist()
     ['sub-7', 'sub-7', 'sub-7', 'sub7', '7']
@@ -32,11 +32,9 @@ def fold(names: pa.Array) -> pa.Array:
 
 
 def find_lookalikes(names: pa.Array, folded: pa.Array | None = None) -> list[tuple[int, int]]:
-    """Find names that are probably those of earlier rows, written in another way.
+    """Find names (not "") that are probably another spelling of an earlier name.
 
-    Args:
-        names: one per row; "" is nobody's.
-        folded: what is equal for lookalikes, one per row; `fold` of the names by default.
+    `folded` has equal texts for lookalikes; by default it is `fold` of the names.
 
     Returns:
         The first row of each such name, ascending, and the first row of the name that it resembles.
@@ -78,7 +76,7 @@ def warn_of_names(what: str, names: pa.Array, problems: Problems, folded: pa.Arr
 
 
 def refuse_lookalikes(names: pa.Array, problems: Problems) -> None:
-    """Make problems of names that are probably one, where each would be drawn a split of its own."""
+    """Refuse names that are probably the same, because each would be drawn a split of its own."""
     for row, other in find_lookalikes(names):
         text = _lookalike_text("name", names, row, other, problems)
         problems.add(f"{text}, and --split would treat them as two; spell them alike, or rename one")

@@ -37,10 +37,10 @@ class VolumeRow:
         session_id: "" where the manifest has none.
         split: such as "train".
         position: 0-based place in its split; of the first of its records where there are several.
-        extras: values of the manifest's further columns, in the order of `Manifest.extra_columns`.
+        extras: values of the manifest's extra columns, in the order of `Manifest.extra_columns`.
         shard: file name of the shard that it belongs to.
         unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
-        further: the other files of the example, as the manifest says them: its further images, then its mask.
+        other_files: paths of the other images of the example, then of its mask, as in the manifest.
         pseudonyms: what is written in the place of each of its paths; none where those are written.
         labels: name and value of each label that has a feature of its own.
         num_frames: frames of the image, where each becomes a record; None where the image is one.
@@ -62,7 +62,7 @@ class VolumeRow:
     extras: tuple[str, ...] = ()
     shard: str = ""
     unit: int = 0
-    further: tuple[str, ...] = ()
+    other_files: tuple[str, ...] = ()
     pseudonyms: tuple[str, ...] = ()
     labels: tuple[tuple[str, LabelValue], ...] = ()
     num_frames: int | None = None
@@ -75,7 +75,7 @@ class VolumeRow:
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of the images, and of the mask if there is one."""
-        return (self.path, *self.further)
+        return (self.path, *self.other_files)
 
     @property
     def source(self) -> str:
@@ -166,7 +166,6 @@ class Manifest:
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """Number of rows."""
         return int(self.table.num_rows)
 
     @property
@@ -249,7 +248,7 @@ class Manifest:
                 extras=extras[i],
                 shard=shard,
                 unit=unit,
-                further=files[i][1:],
+                other_files=files[i][1:],
                 pseudonyms=written[i],
                 labels=labels[i],
                 num_frames=num_frames,
@@ -261,9 +260,9 @@ class Manifest:
 
     def row_of(self, files: Sequence[str]) -> VolumeRow | None:
         """The row of an example by what is written of its files; None where it is none of this manifest's."""
-        first, *further = self.columns.files
+        first, *others = self.columns.files
         is_same = pc.equal(self.table[first], files[0])
-        for name, text in zip(further, files[1:], strict=True):
+        for name, text in zip(others, files[1:], strict=True):
             is_same = pc.and_(is_same, pc.equal(self.table[name], text))
         at = pc.index(is_same, True).as_py()
         return None if at < 0 else self.rows([at])[0]

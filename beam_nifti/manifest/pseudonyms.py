@@ -25,11 +25,7 @@ _CHECK_BYTES: Final = 8
 
 
 class Pseudonyms:
-    """What stands for the names of one key.
-
-    Args:
-        secret: the key; any bytes.
-    """
+    """The pseudonyms of one key."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = hashlib.sha256(secret).digest()
@@ -40,30 +36,28 @@ class Pseudonyms:
 
     @property
     def check(self) -> str:
-        """16 hex digits that differ from key to key and do not give the key away."""
+        """16 hex digits that identify the key without revealing it."""
         return self._hash("", "check", _CHECK_BYTES)
 
     @property
     def version_key(self) -> str:
-        """The key of what `hash_version` gives. Unlike that of names it travels, with the rows."""
+        """The key of `hash_version`. Unlike that of names, it is sent to workers."""
         return self.of("key", "version")
 
     def of(self, name: str, kind: str) -> str:
         """What stands for a name; "", which is nobody's, for "".
 
-        Args:
-            name: any text.
-            kind: of name, at most 16 letters; equal names of two kinds have nothing in common.
+        Equal names of two kinds (at most 16 letters) have different pseudonyms.
         """
         return self._hash(name, kind, _DIGEST_BYTES) if name else ""
 
     def of_path(self, path: str) -> str:
-        """What stands for a path: its folder and its name each have a pseudonym."""
+        """The pseudonym of a path: its folder and its name each have one."""
         folder, _, name = path.rpartition("/")
         return f"{self.of(folder, 'path')}/{self.of(name, 'path')}"
 
     def of_column(self, column: pa.ChunkedArray, kind: str) -> pa.Array:
-        """What stands for the names of a column."""
+        """The pseudonyms of a column of names."""
         names = column.combine_chunks().dictionary_encode()
         hashed = (self.of(name, kind) for name in strings(names.dictionary))
         return pa.array(hashed, pa.string(), size=len(names.dictionary)).take(names.indices)
@@ -76,9 +70,7 @@ class Pseudonyms:
 def hash_version(version: str | None, version_key: str) -> str | None:
     """What stands for a store's version of a file, which may hold its name; None where there is none.
 
-    Args:
-        version: such as an ETag.
-        version_key: of `Pseudonyms`; "" where ids are not anonymous, so that the version stays.
+    Without `Pseudonyms.version_key`, because ids are not anonymous, the version itself.
     """
     if version is None or not version_key:
         return version
@@ -86,11 +78,11 @@ def hash_version(version: str | None, version_key: str) -> str | None:
 
 
 def read_pseudonyms(path: str) -> Pseudonyms:
-    """The pseudonyms of the key in a file, of which every byte counts.
+    """The pseudonyms of the key in a file.
 
     Raises:
-        UsageError: the file cannot be read, or the key is too short to keep anything secret.
-        OSError: the file cannot be read now, but that may pass.
+        UsageError: the file cannot be read, or the key is too short.
+        OSError: the file cannot be read at present.
     """
     try:
         secret = storage.read(path)

@@ -86,7 +86,7 @@ def read_manifest(
     _check_ids(ids, problems)
     refuse_shared_images({name: paths[name] for name in columns.paths}, table, splits, problems)
     problems.stop()
-    # Cells of labels that have features are kept in the index, and in failures.jsonl, as further columns are.
+    # Cells of labels that have features are kept in the index, and in failures.jsonl, as extra columns are.
     has_features = columns.has_label_features or any(of.column.kind == "class" for of in labels)
     used, labelled = {columns.paths[0], columns.id, *_OWN}, {of.column.name for of in labels}
     used = used - labelled if has_features else used | labelled
@@ -198,7 +198,7 @@ def _labels(
 
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
-    """Columns that are ours but for case, which would be taken for further ones."""
+    """Columns that are ours but for case, which would be taken for extra columns."""
     labels = [column.name for column in columns.labels] or ["label"]
     wanted = {*_OWN, *columns.files, *labels} - set(names)
     for name in names:

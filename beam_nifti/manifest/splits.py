@@ -1,4 +1,4 @@
-"""Which split a row is in: that of the table, or drawn by a keyed hash, the same on every machine."""
+"""Splits: those of the table, or drawn by a keyed hash, the same on every machine."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ Programming, volume 3, section 6.4."""
 
 
 def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) -> pa.Array:
-    """The splits that a manifest gives; DEFAULT_SPLIT for each row where it gives none.
+    """The splits of a manifest; DEFAULT_SPLIT if it has none.
 
-    The table may have pseudonyms; `people` has the names of the participants, if it has any.
+    `people` has the names of the participants, if any.
     """
     if "split" not in table.column_names:
         return pa.array([DEFAULT_SPLIT]).take(pa.array(np.zeros(table.num_rows, np.int64)))
@@ -65,9 +65,9 @@ def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) ->
 
 
 def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, problems: Problems) -> pa.Array:
-    """Draw the split of every row of a manifest, as `draw_splits`, by its participants or else by its ids.
+    """Draw the split of every row of a manifest by participant, or by id.
 
-    Rows that are skipped are drawn too, so that no one moves when their labels are filled in.
+    Skipped rows are drawn too, so that no split changes when their labels are filled in.
     """
     names = sorted(splitting.shares)
     for at, other in find_lookalikes(pa.array(names, pa.string())):
@@ -102,13 +102,10 @@ def refuse_empty_splits(splits: pa.Array, splitting: Splitting, problems: Proble
 def draw_splits(
     participants: pa.Array, splitting: Splitting, categories: pa.Array | None = None
 ) -> pa.DictionaryArray:
-    """Draw a split for every row; docs/manifest.md says which.
+    """Draw a split for every row; docs/manifest.md specifies the draw.
 
-    Args:
-        participants: a name a row; rows of one name get one split.
-        splitting: names and shares of the splits, and the seed.
-        categories: a text a row, the same for all rows of a participant; the shares are then held within
-            each of them. None draws every participant on its own.
+    Rows of one participant get one split. With categories, one text per participant, the shares hold within
+    each category; without, every participant is drawn independently.
     """
     people = participants.dictionary_encode()
     of_row = people.indices.to_numpy()
@@ -137,10 +134,7 @@ def _find_disagreements(participants: pa.Array, values: pa.Array) -> tuple[_Rows
 def refuse_shared_images(
     paths: Mapping[str, pa.ChunkedArray], shown: pa.Table, splits: pa.Array, problems: Problems
 ) -> None:
-    """Refuse images whose paths are in several splits; links are not followed.
-
-    `paths` are given by column; the table that is shown may have pseudonyms in their place.
-    """
+    """Refuse images whose paths, by column, are in several splits. Links are not followed."""
     if len(pc.unique(splits.drop_null())) < 2:
         return
     # Paths of one image end alike: few are left of which the whole counts.
@@ -174,7 +168,7 @@ def refuse_shared_images(
 
 
 def _image_key(folder: str, path: str) -> str:
-    """What is equal for paths of one image; of a pair, for those of both files."""
+    """A text that is equal for all paths of one image, and for both files of a pair."""
     path = storage.join(folder, path)
     if match := HALF.fullmatch(path):
         path = f"{match['stem']}img{match['compressed']}"
@@ -196,7 +190,7 @@ def _hash_points(names: pa.Array, seed: int) -> npt.NDArray[np.uint64]:
 
 
 def _spread_points(categories: pa.Array, seed: int) -> npt.NDArray[np.uint64]:
-    """Points that are spread evenly within each category, from an origin that is its hash."""
+    """Points that are spread evenly within each category, starting at its hash."""
     encoded = categories.dictionary_encode()
     codes = encoded.indices.to_numpy()
     sizes = np.bincount(codes)

@@ -35,14 +35,12 @@ BATCH_ROWS: Final = 1 << 13
 
 _HIDDEN: Final = "(hidden by --anonymous-ids)"
 _HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
-
 _MAX_COLUMNS: Final = 1 << 16
 _FREE_CELLS: Final = 1 << 24
 _CELL_GROWTH: Final = 16
 """What a table of JSON lines may have: so many cells, and so many times those that its lines give."""
 
-_DEEPEST: Final = 100
-"""Levels of the schema of a Parquet file; more than some thousand end the process."""
+_DEEPEST: Final = 100  # levels of the schema of a Parquet file; more than some thousand end the process
 
 _DELIMITERS: Final = (";", "\t", ",")
 """What stands between cells; the first one where spreadsheets write numbers with a comma."""
@@ -66,16 +64,9 @@ _DECODER = json.JSONDecoder(
 
 
 class Problems:
-    """Collects what is wrong with a table, gives up at the limit; and what is only suspicious.
+    """Collects problems of a table, up to a limit, and warnings.
 
-    Args:
-        path: of the table, for the error.
-        hides_cells: whether neither may show the text of a cell, which may be the name of a person.
-
-    Attributes:
-        path: of the table.
-        hides_cells: as given.
-        warnings: what was reported by `warn`.
+    With `hides_cells`, messages do not show cells, which may be names of persons.
     """
 
     def __init__(self, path: str, *, hides_cells: bool = False) -> None:
@@ -91,26 +82,18 @@ class Problems:
         return _HIDDEN if self.hides_cells else str(cell)
 
     def warn(self, warning: str) -> None:
-        """Note what does not keep the table from being used."""
+        """Note something suspicious that does not make the table unusable."""
         self.warnings.append(warning)
 
     def add(self, problem: str) -> None:
-        """Note one problem.
-
-        Raises:
-            ManifestError: it is one too many.
-        """
+        """Note a problem; a ManifestError at the limit."""
         if len(self._found) == MAX_PROBLEMS:
             self._found.append("(and more)")
             self.stop()
         self._found.append(problem)
 
     def stop(self) -> None:
-        """Go no further if there was any problem.
-
-        Raises:
-            ManifestError: with all of them.
-        """
+        """Raise a ManifestError if there was any problem."""
         if self._found:
             raise ManifestError(self.path, self._found)
 
@@ -158,7 +141,7 @@ def read_table(
 
 
 def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
-    """The table without what nobody sees: blanks at the ends of cells and names, columns of nothing."""
+    """The table without invisible characters at the ends of cells and names, and without empty columns."""
     names = [name.strip(BLANKS) for name in table.column_names]
     for name, bare in zip(table.column_names, names, strict=True):
         if bare and name != bare:
@@ -190,17 +173,16 @@ def _cleaned(table: pa.Table, problems: Problems) -> pa.Table:
 
 
 def strings(column: pa.Array | pa.ChunkedArray) -> Iterator[str]:
-    """The texts of a column; only some are Python objects at a time, as they take ten times the memory."""
+    """The texts of a column, as Python objects in batches, because they take ten times the memory."""
     for start in range(0, len(column), BATCH_ROWS):
         yield from column.slice(start, BATCH_ROWS).to_pylist()
 
 
 def write_table(path: str, table: pa.Table) -> None:
-    """Write a table of strings, which `read_table` gives back, in the format that the path ends in.
+    """Write a table of strings in the format of the path's ending; `read_table` returns the same table.
 
     Raises:
-        UsageError: another ending; or a cell that the format cannot hold.
-        OSError: it cannot be written.
+        UsageError: the ending is unknown, or the format cannot hold a cell.
     """
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
@@ -222,11 +204,7 @@ def write_table(path: str, table: pa.Table) -> None:
 
 
 def format_delimited(table: pa.Table, delimiter: str) -> str:
-    """The text of a .csv file, or with a tab as the delimiter of a .tsv file.
-
-    Raises:
-        UsageError: a cell that the format cannot hold.
-    """
+    """The text of a .csv or, with a tab as delimiter, a .tsv file; a UsageError if it cannot hold a cell."""
     _require_visible(table)
     if problem := _header_problem(table.column_names, delimiter):
         raise UsageError(f"the table cannot be written: {problem}")
@@ -264,7 +242,7 @@ def _require_visible(table: pa.Table) -> None:
 
 
 def _header_problem(names: Sequence[str], delimiter: str) -> str | None:
-    """Why names are those of no table, or of one in another format; None where they are not."""
+    """Why the names are not those of a table of this format; None if they are."""
     if not any(name.strip(BLANKS) for name in names):
         return "not a table: the first line is empty; it must name the columns"
     other = next((d for d in _DELIMITERS if d != delimiter and len(names) == 1 and d in names[0]), None)
@@ -312,11 +290,7 @@ def _read_delimited(path: str, handle: BinaryIO, delimiter: str, problems: Probl
 
 
 def _delimited_rows(path: str, data: bytes, delimiter: str) -> Iterator[list[str]]:
-    """The header and the rows of a text; without lines that are blank but for delimiters.
-
-    Raises:
-        ManifestError: with the row in which a quote is opened, where that is not closed as it should be.
-    """
+    """The header and the rows of a text, without lines that are blank except for delimiters."""
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
     reader = csv.reader(
         text,

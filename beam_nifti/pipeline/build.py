@@ -20,9 +20,9 @@ from beam_nifti.errors import (
     UsageError,
     VolumeError,
 )
-from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.reading import read_manifest
+from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build_note import BuildNote, require_current
 from beam_nifti.pipeline.differences import find_differences, image_folder
@@ -369,7 +369,7 @@ def _first_volume(
     problems, are_missing = list[str](), False
     for row in manifest.rows(manifest.kept_rows()[:_IMAGES_TRIED].tolist()):
         try:
-            with concealing(row, manifest.folder):
+            with redacting(row, manifest.folder):
                 header = load_header(row, manifest.folder, config.record)
                 layout = record_layout(row.path, header, config.record)
                 return header, layout, layout.stored_shape or _prepared_shape(row, layout, manifest, config)

@@ -47,7 +47,7 @@ def merge_parts(
         expected: the positions that the shard must hold.
         parts: what was written or found; several may hold the same position, with the same bytes.
         record: configuration that made the records.
-        extra_columns: names of the manifest's further columns.
+        extra_columns: names of the manifest's extra columns.
         folder: `parts_folder` of the shard.
 
     Raises:

@@ -13,8 +13,8 @@ from beam_nifti.config import MASK_DTYPES, SPLIT_PATTERN, TENSOR_DTYPES, RecordC
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.manifest.manifest import DEFAULT_SPLIT
 from beam_nifti.record.example import (
-    ENDS_FEATURES,
     MASK_FEATURE,
+    RANGE_FEATURES,
     SCALING_FEATURES,
     FeatureValue,
     decode_example,
@@ -34,7 +34,7 @@ _AXES: Final = (3, 4)
 _PLACE: Final = {"affine": 16, "zooms": 3}
 """Features that say where voxels lie, and how many numbers each has."""
 
-_DOUBLES: Final = (*SCALING_FEATURES, *ENDS_FEATURES)
+_DOUBLES: Final = (*SCALING_FEATURES, *RANGE_FEATURES)
 """Features from which the units of voxels are computed."""
 
 _DOUBLE_BYTES: Final = 8
@@ -73,7 +73,7 @@ class Traits:
         shape: shape of the voxels; None if shapes differ.
         labelled: whether any record has a label.
         mask_labels: labels of all masks.
-        columns: further columns of their manifest.
+        columns: extra columns of their manifest.
         num_axes: number of axes of the voxels, if other steps made the records; None if `config` says it.
     """
 

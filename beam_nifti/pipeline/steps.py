@@ -24,9 +24,9 @@ from apache_beam.pvalue import PBegin, TaggedOutput
 
 from beam_nifti.config import PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
 from beam_nifti.errors import UsageError, VolumeError
-from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.reading import read_manifest
+from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
@@ -223,7 +223,7 @@ class GuardedFn(beam.DoFn):
         row = element if isinstance(element, VolumeRow) else element.row
         results = iter(self._step.process(element))
         try:
-            with concealing(row, self._folder):
+            with redacting(row, self._folder):
                 first = next(results)
         except VolumeError as e:
             self._failed.inc(len(row.positions))
@@ -240,7 +240,7 @@ class GuardedFn(beam.DoFn):
     def _further(self, results: Iterator[Any], row: VolumeRow) -> Iterator[Any]:
         done = object()
         while True:
-            with concealing(row, self._folder):
+            with redacting(row, self._folder):
                 result = next(results, done)
             if result is done:
                 return
@@ -309,7 +309,7 @@ class _ReadRowsFn(beam.DoFn):
         for start in range(0, len(kept), _ROWS_AT_A_TIME):
             for row in manifest.rows(kept[start : start + _ROWS_AT_A_TIME]):
                 files = [storage.join(manifest.folder, file) for file in row.files]
-                yield replace(row, path=files[0], further=tuple(files[1:]), extra_columns=extra_columns)
+                yield replace(row, path=files[0], other_files=tuple(files[1:]), extra_columns=extra_columns)
 
 
 _ROWS_AT_A_TIME: Final = 1 << 12

@@ -13,8 +13,8 @@ from typing import Any, Final, NamedTuple
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
-from beam_nifti.manifest.concealment import concealing
 from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
 from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
 from beam_nifti.storage import paths as storage
@@ -145,12 +145,12 @@ def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, s
     found, record = Tally(num_images=1), plan.config.record
     header = None
     try:
-        with concealing(row, folder):
+        with redacting(row, folder):
             header = _require_usable(row, folder, plan)
     except VolumeError as e:
         found.bad = NamedImages(1, [NamedImage(row.row, row.example_id, str(e))])
     try:
-        with concealing(row, folder), reading(row.path):
+        with redacting(row, folder), reading(row.path):
             # An image that the build would make with other options counts too.
             header = header or load_header(row, folder, record, is_any=True)
             examined = [image_files(storage.join(folder, path)) for path in row.files]

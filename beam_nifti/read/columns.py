@@ -196,7 +196,7 @@ def _describe(name: str, info: DatasetInfo, num_channels: int | None, channels_f
     fields = schema_of(info.record_config)
     if name in fields.names:
         return _describe_field(fields.field(name), info)
-    # What is in neither is a further column of the manifest.
+    # What is in neither is an extra column of the manifest.
     return Column(name, *parse_kind(info.features.get(name, "bytes")))
 
 

@@ -24,7 +24,7 @@ from beam_nifti.record.example import (
     split_kind,
 )
 from beam_nifti.volume.intensity import rescale_voxels
-from beam_nifti.volume.rescale import UINT8_LEVELS, Ends, Intensity, Scaling, Voxels
+from beam_nifti.volume.rescale import UINT8_LEVELS, Intensity, RescaleRange, Scaling, Voxels
 
 Features = Mapping[str, memoryview | npt.NDArray[np.generic]]
 
@@ -111,9 +111,11 @@ def _tensor(features: Features, name: str) -> npt.NDArray[Any]:
 def _rescale(voxels: Voxels, features: Features, config: RecordConfig) -> Voxels:
     """What a float32 dataset would hold of voxels that were stored as in the image's file."""
     scaling, count = scaling_of(features), config.num_channels
-    ends: list[Ends] | list[None] = [None] * count
-    if config.has_ends:
-        ends = list(map(Ends, *(_doubles(features, name, count) for name in ("rescale_low", "rescale_high"))))
+    ends: list[RescaleRange] | list[None] = [None] * count
+    if config.has_range:
+        ends = list(
+            map(RescaleRange, *(_doubles(features, name, count) for name in ("rescale_low", "rescale_high")))
+        )
     if config.channels is None:
         return _rescale_image(voxels, scaling, ends[0], config)
     images = (np.ascontiguousarray(voxels[..., number]) for number in range(count))
@@ -127,7 +129,9 @@ def _doubles(features: Features, name: str, count: int) -> list[float]:
     return numbers
 
 
-def _rescale_image(voxels: Voxels, scaling: Scaling, ends: Ends | None, config: RecordConfig) -> Voxels:
+def _rescale_image(
+    voxels: Voxels, scaling: Scaling, ends: RescaleRange | None, config: RecordConfig
+) -> Voxels:
     low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
     # Nothing asks for mean and deviation, which would take another pass.
     return rescale_voxels(voxels, scaling, Intensity(low, high, math.nan, math.nan), ends, config)

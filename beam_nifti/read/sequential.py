@@ -21,7 +21,7 @@ from beam_nifti.read.columns import Column, channels_of, describe_columns, parse
 from beam_nifti.read.opening import REBUILT, Opened
 from beam_nifti.read.request import Batching, Passes
 from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, no_dataset
-from beam_nifti.record.example import ENDS_FEATURES, SCALING_FEATURES
+from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES
 from beam_nifti.storage import paths as storage
 
 _OPEN_SHARDS: Final = 8
@@ -238,7 +238,7 @@ def _features_of(name: str, info: DatasetInfo) -> dict[str, tf.io.FixedLenFeatur
     """The features of which a column is made."""
     needed = [f"{name}_raw" if name in ("image", "mask") else name]
     if name == "image" and info.config["voxel_dtype"] == "native":
-        needed += [feature for feature in (*SCALING_FEATURES, *ENDS_FEATURES) if feature in info.features]
+        needed += [feature for feature in (*SCALING_FEATURES, *RANGE_FEATURES) if feature in info.features]
     found = {}
     for feature in needed:
         dtype, shape = parse_kind(info.features[feature])
@@ -271,10 +271,10 @@ def _decode_doubles(feature: tf.Tensor) -> tf.Tensor:
 def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Tensor]], tf.Tensor]:
     """From voxels as they are in the file, and the features beside them, to X."""
     channels = info.config.get("channels")
-    has_ends = "rescale_low" in info.features
+    has_range = "rescale_low" in info.features
 
     def rescale_image(voxels: tf.Tensor, doubles: dict[str, tf.Tensor]) -> tf.Tensor:
-        if has_ends:
+        if has_range:
             return _rescale_between(_to_float64(voxels), **doubles, clip=info.config.get("clip", False))
         return _rescale(voxels, **doubles, method=info.config["rescale"])
 
@@ -283,7 +283,7 @@ def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Ten
             name: _decode_doubles(tf.where(features[name] == b"", none, features[name]))[0]
             for name, none in _NO_SCALING.items()
         }
-        ends = {name: _decode_doubles(features[name]) for name in (ENDS_FEATURES if has_ends else ())}
+        ends = {name: _decode_doubles(features[name]) for name in (RANGE_FEATURES if has_range else ())}
         if channels is None:
             return rescale_image(voxels, scaling | {name: numbers[0] for name, numbers in ends.items()})
         images = [

@@ -36,7 +36,7 @@ FEATURES: Final[Mapping[str, str]] = {
 `scl_*` stand only where native voxels need them: 8 bytes, a little-endian float64, as in NIfTI-2.
 """
 
-ENDS_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low": "bytes"}
+RANGE_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low": "bytes"}
 """Further features where a record's range does not say what became 0 and 1: float64, like `scl_*`."""
 
 SCALING_FEATURES: Final = ("scl_slope", "scl_inter")
@@ -178,7 +178,7 @@ def _pack_integers(numbers: npt.NDArray[np.generic]) -> bytes:
 
 def feature_kinds(record: RecordConfig) -> dict[str, str]:
     """Every feature that a record of a configuration can have and its kind, by name."""
-    kinds = {**FEATURES, **(ENDS_FEATURES if record.has_ends else {})}
+    kinds = {**FEATURES, **(RANGE_FEATURES if record.has_range else {})}
     if record.channels is not None:
         kinds |= dict.fromkeys(("intensity_min", "intensity_max"), f"float[{record.num_channels}]")
     if record.mask_dtype is not None:
@@ -235,10 +235,10 @@ def encode_volume(volume: Volume) -> bytes:
         else:
             number = np.array([label], np.int64) if isinstance(label, int) else floats(label)
             features[label_feature(name)] = number
-    if volume.ends:
-        doubles = struct.Struct(f"<{len(volume.ends)}d")
-        features["rescale_low"] = doubles.pack(*(e.low for e in volume.ends))
-        features["rescale_high"] = doubles.pack(*(e.high for e in volume.ends))
+    if volume.rescale_ranges:
+        doubles = struct.Struct(f"<{len(volume.rescale_ranges)}d")
+        features["rescale_low"] = doubles.pack(*(e.low for e in volume.rescale_ranges))
+        features["rescale_high"] = doubles.pack(*(e.high for e in volume.rescale_ranges))
     if volume.mask is not None:
         features[MASK_FEATURE] = encode_tensor(volume.mask)
     try:

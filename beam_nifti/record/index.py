@@ -26,7 +26,7 @@ from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
 from beam_nifti.volume.label_map import labels_of
-from beam_nifti.volume.rescale import Ends, Intensity
+from beam_nifti.volume.rescale import Intensity, RescaleRange
 
 if TYPE_CHECKING:
     from beam_nifti.volume.files import Source
@@ -58,7 +58,7 @@ SCHEMA: Final = pa.schema(
         ("std", pa.float64()),
     ]
 )
-"""Columns of every index; the manifest's further columns follow as strings."""
+"""Columns of every index; the manifest's extra columns follow as strings."""
 
 SOURCE_LISTS: Final = ("source_sizes", "source_mtimes", "source_versions")
 """Columns that have a value for each file of an example."""
@@ -68,7 +68,7 @@ _SOURCE_SCHEMA_1: Final = pa.schema([("source_size", pa.int64()), ("source_mtime
 """What stands in their place in format version 1: the sum of all sizes, and the mean of the images' times,
 that of a pair being the mean of its two."""
 
-_ENDS_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
+_RANGE_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
 """Columns that stand between them where records have the features of these names."""
 
 _MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
@@ -77,12 +77,12 @@ _MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
 _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 """Likewise where each frame of an image became a record."""
 
-_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_ENDS_SCHEMA.names])
+_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names])
 """Columns that are lists, a number an image, where a record has several images."""
 
 OWN_NAMES: Final = frozenset(
     name
-    for schema in (SCHEMA, _SOURCE_SCHEMA_1, _ENDS_SCHEMA, _MASK_SCHEMA, _FRAME_SCHEMA)
+    for schema in (SCHEMA, _SOURCE_SCHEMA_1, _RANGE_SCHEMA, _MASK_SCHEMA, _FRAME_SCHEMA)
     for name in schema.names
 )
 
@@ -187,7 +187,7 @@ class IndexEntry:
         zooms: voxel size along each axis.
         affine: 16 numbers, row by row.
         intensities: of each image, in its units.
-        ends: what became 0 and 1 of each image, in its units; none where the ranges say it.
+        rescale_ranges: what became 0 and 1 of each image, in its units; none where the ranges say it.
         mask_labels: the labels that its mask has, ascending; None where there are no masks.
     """
 
@@ -198,7 +198,7 @@ class IndexEntry:
     zooms: tuple[float, ...]
     affine: tuple[float, ...]
     intensities: tuple[Intensity, ...]
-    ends: tuple[Ends, ...] = ()
+    rescale_ranges: tuple[RescaleRange, ...] = ()
     mask_labels: tuple[int, ...] | None = None
 
     @classmethod
@@ -212,7 +212,7 @@ class IndexEntry:
             zooms=volume.zooms,
             affine=tuple(volume.affine.ravel().tolist()),
             intensities=volume.intensities,
-            ends=volume.ends,
+            rescale_ranges=volume.rescale_ranges,
             mask_labels=None if volume.mask is None else tuple(labels_of(volume.mask)),
         )
 
@@ -232,7 +232,7 @@ def file_cells(
 
 
 def extra_column(name: str) -> str:
-    """Under which name the index keeps a further column of the manifest."""
+    """Under which name the index keeps an extra column of the manifest."""
     taken = name in OWN_NAMES or name.startswith("manifest_")
     return f"manifest_{name}" if taken else name
 
@@ -260,7 +260,7 @@ def make_table(
     Args:
         entries: entry, offset and length in bytes, in the order of the file.
         record: their configuration.
-        extra_columns: names of the manifest's further columns.
+        extra_columns: names of the manifest's extra columns.
     """
     rows = [
         {**entry_cells(entry, record, extra_columns), "offset": offset, "length": length}
@@ -277,7 +277,7 @@ def entry_cells(
     Args:
         entry: of the record.
         record: its configuration.
-        extra_columns: names of the manifest's further columns.
+        extra_columns: names of the manifest's extra columns.
     """
     row = entry.row
     return {
@@ -290,7 +290,7 @@ def entry_cells(
         "zooms": entry.zooms,
         "affine": entry.affine,
         **_of_images([asdict(i) for i in entry.intensities], record),
-        **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.ends], record),
+        **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.rescale_ranges], record),
         "mask_labels": entry.mask_labels,
     }
 
@@ -303,8 +303,8 @@ def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> 
 
 
 def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Schema:
-    """The schema of an index, with the manifest's further columns."""
-    fields = [*SCHEMA, *(_ENDS_SCHEMA if record.has_ends else ())]
+    """The schema of an index, with the manifest's extra columns."""
+    fields = [*SCHEMA, *(_RANGE_SCHEMA if record.has_range else ())]
     if record.format_version == 1:
         at = SCHEMA.get_field_index("source_sizes")
         fields[at : at + len(_SOURCE_SCHEMA)] = _SOURCE_SCHEMA_1

@@ -42,9 +42,7 @@ of the volume's box, right, anterior and superior; `grid` is the volume in the s
 from its least block to its largest; `picture` is a WebP."""
 
 _QUANTILES: Final = np.linspace(0, 1, 33)
-_SAMPLE: Final = 1 << 16
-"""Voxels of a volume by which its quantiles and its foreground are told."""
-
+_SAMPLE: Final = 1 << 16  # voxels of a volume from which to estimate quantiles and foreground
 _BINS: Final = 256
 
 
@@ -63,11 +61,6 @@ def label_columns(spec: RecordSpec) -> dict[str, str]:
 
 def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
     """The row of one sound record.
-
-    Args:
-        payload: the serialized Example.
-        cells: the record's row of the index.
-        spec: of the dataset.
 
     Returns:
         A row of SCHEMA. Of several channels or frames the numbers are over all; grid and picture have the

@@ -10,9 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 _BINS: Final = 40
-_RANGE: Final = (0.5, 99.5)
-"""Percentiles between which the bins lie; what is beyond is in the outermost ones."""
-
+_RANGE: Final = (0.5, 99.5)  # percentiles that the bins span; the outermost ones include what is beyond
 _INCHES: Final = (3.6, 2.1)
 _COLOURS: Final = ("#0a7abf", "#d9822b", "#1a9e77", "#b5539c", "#8a7f00", "#d1495b")
 _STYLES: Final = ("-", "--", ":", "-.")
@@ -22,11 +20,6 @@ INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}
 
 def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, log: bool = False) -> bytes:
     """A histogram of the numbers of each split, of their shares, on a transparent ground.
-
-    Args:
-        series: numbers, not all of them none, by split.
-        ink: colour of text and axes.
-        log: whether the shares are on a logarithmic scale.
 
     Returns:
         An SVG without a date, whose letters are outlines.

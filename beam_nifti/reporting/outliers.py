@@ -20,8 +20,7 @@ Of a normal distribution 5 MADs are 3.4 standard deviations: 7 in 10,000 volumes
 FEWEST: Final = 10
 """Volumes below which a median and a MAD say too little."""
 
-_SHOWN: Final = 100.0
-"""MADs above which a number says no more."""
+_SHOWN: Final = 100.0  # MADs above which the number is not shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +68,7 @@ class Ranking:
 
 
 def rank(values: Mapping[Measure, Numbers]) -> Ranking:
-    """Compare volumes by the median and the MAD of each measure, which outliers do not move.
-
-    Args:
-        values: of each measure, one number a volume, all finite.
-    """
+    """Compare volumes by the median and the MAD of each measure, which outliers do not move."""
     deviations = {measure: _deviations(numbers, measure.floor) for measure, numbers in values.items()}
     suspicions = [_suspicion(measure, numbers) for measure, numbers in deviations.items()]
     return Ranking(np.max(suspicions, axis=0), deviations)

@@ -23,34 +23,20 @@ from beam_nifti.reporting.thumbnail import CELL
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted
 
-_WORST: Final = 12
-"""Outliers that head the page."""
-
-_MOST_KINDS: Final = 8
-"""Lines of a table of counts; further kinds are added up."""
-
-_FEW_VALUES: Final = 12
-"""Different numbers of a label up to which they are counted instead of drawn."""
-
+_WORST: Final = 12  # outliers at the top of the page
+_MOST_KINDS: Final = 8  # lines of a table of counts; the rest are added up
+_FEW_VALUES: Final = 12  # largest number of values of a label that are counted instead of drawn
 _PERCENTILES: Final = (0, 5, 50, 95, 100)
 
 
 def make_page(
     name: str, info: DatasetInfo, spec: RecordSpec, summary: Summary, failures: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The HTML of a report. The same dataset gives the same text.
-
-    Args:
-        name: of the dataset.
-        info: of the dataset.
-        spec: of its records.
-        summary: of its records.
-        failures: as `read_failures` gives them.
-    """
+    """The HTML of a report. The same dataset gives the same text."""
     environment = load_templates()
     environment.policies["json.dumps_function"] = dump_json
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters |= {"number": format_number, "count": _format_count, "counted": counted}
+    environment.filters |= {"number": format_number, "count": "{:,}".format, "counted": counted}
     style, script = (environment.get_template(f"report.{kind}").render() for kind in ("css", "js"))
     splits = summary.rows["split"].to_numpy(zero_copy_only=False)
     cards = [_card(number, summary) for number in summary.pictures]
@@ -99,10 +85,6 @@ def format_number(value: float) -> str:
     if 1000 <= size < 1e6 or not size:
         return f"{value:,.0f}"
     return f"{value:#.3g}".removesuffix(".")
-
-
-def _format_count(value: int) -> str:
-    return f"{value:,}"
 
 
 def _card(number: int, summary: Summary) -> dict[str, Any]:

@@ -18,15 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 
-from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
-from beam_nifti.inspection.record_checks import RecordSpec, check_record
+from beam_nifti.inspection.record_checks import RecordSpec
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import require_apart
 from beam_nifti.pipeline.progress import METER
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
-from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.reporting.appearance import look_at_record
 from beam_nifti.reporting.page import make_page
 from beam_nifti.reporting.sheets import write_problems, write_sheets
@@ -73,17 +71,11 @@ class LookAtShard(beam.DoFn):
                 yield row
 
     def _look_at(self, record: StoredRecord, problems: Problems, number: int) -> dict[str, Any] | None:
-        try:
-            most = self._spec.most_bytes(record.cells["shape"])
-            payload = decode_record(record.data, self._spec.config.compression == "gzip", most)
-            wrong = list(check_record(payload, record.cells, self._spec))
-        except ShardError as e:
-            wrong = [str(e)]
-        except Exception as e:  # whatever a parser trips over, the other records are still read
-            wrong = [f"cannot be checked: {e!r}"]
+        wrong = list[str]()
+        payload = record.check(self._spec, wrong.append)
         for problem in wrong:
             problems.add(Scope.RECORD, f"{record.name}: {problem}", number, record.ordinal)
-        return None if wrong else look_at_record(payload, record.cells, self._spec)
+        return None if wrong or payload is None else look_at_record(payload, record.cells, self._spec)
 
 
 @dataclass(frozen=True)
@@ -120,19 +112,7 @@ def write_report(
 ) -> ReportSummary:
     """Look at every record of a dataset and write a page about it.
 
-    Args:
-        output: folder or URL of the dataset.
-        info: of the dataset.
-        out: path or URL of the page; replaced if it is there. On a cluster the workers must reach it, as
-            they write beside it.
-        options: Beam's.
-        num_pictures: records to show besides the outliers, evenly spread.
-
-    Raises:
-        DatasetError: its configuration is not one that this version knows, or its list of failures is missing
-            or damaged.
-        OutputError: the page cannot be written.
-        OSError: the page cannot be written now, or a file cannot be read, but that may pass.
+    `output`, `out` and errors are as for `beam_nifti.report`, `options` are Beam's.
     """
     output, out = storage.absolute(output), storage.absolute(out)
     spec = RecordSpec.of(info)

@@ -23,6 +23,7 @@ from beam_nifti.reporting.sheets import read_problems, read_sheets
 from beam_nifti.reporting.thumbnail import GRID, draw_slices
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import load_json
+from beam_nifti.support.wording import counted
 
 MAX_OUTLIERS: Final = 1000
 """Outliers that are shown; all are counted."""
@@ -63,12 +64,7 @@ class Summary:
 
 
 def summarize(folder: str, num_pictures: int) -> Summary:
-    """Read the sheets of a dataset.
-
-    Args:
-        folder: of the sheets.
-        num_pictures: records to show besides the outliers, evenly spread.
-    """
+    """Read the sheets of a dataset."""
     rows, mean = _mean_volume(folder)
     measures = _measures(rows, _correlations(folder, mean))
     ranking = rank(measures)
@@ -77,21 +73,22 @@ def summarize(folder: str, num_pictures: int) -> Summary:
     # Exactly num_pictures of the numbers below total, evenly spread.
     shown = {n for n in range(total) if n * num_pictures % total < num_pictures}
     shown.update(outliers[:MAX_OUTLIERS].tolist())
+    mean_picture = None
+    if total:
+        extents = np.median(rows["extents"].to_pylist(), axis=0)
+        mean_picture = draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
+    problems = tuple(read_problems(folder))
+    if (more := len(problems) - MAX_PROBLEMS) > 0:
+        problems = (*problems[:MAX_PROBLEMS], f"and {counted(more, 'more problem')}")
     return Summary(
         rows=rows,
         measures=measures,
         ranking=ranking,
         outliers=outliers,
         pictures=_pictures(folder, shown),
-        mean_picture=_draw_mean(mean, rows) if total else None,
-        problems=_first(read_problems(folder)),
+        mean_picture=mean_picture,
+        problems=problems,
     )
-
-
-def _first(problems: list[str]) -> tuple[str, ...]:
-    more = len(problems) - MAX_PROBLEMS
-    plural = "s" if more > 1 else ""
-    return (*problems[:MAX_PROBLEMS], f"and {more} more problem{plural}") if more > 0 else tuple(problems)
 
 
 def _mean_volume(folder: str) -> tuple[pa.Table, npt.NDArray[np.float64]]:
@@ -148,11 +145,6 @@ def _pictures(folder: str, shown: set[int]) -> dict[int, bytes]:
         pictures |= {number: table["picture"][number - start].as_py() for number in here}
         start += table.num_rows
     return pictures
-
-
-def _draw_mean(mean: npt.NDArray[np.float64], rows: pa.Table) -> bytes:
-    extents = np.median(rows["extents"].to_pylist(), axis=0)
-    return draw_slices(mean.reshape(GRID, GRID, GRID), (extents / GRID).tolist())
 
 
 def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:

@@ -23,19 +23,13 @@ GRID: Final = 24
 _PLANES: Final = ((0, 1), (0, 2), (1, 2))
 """The axes that run to the right and up on an axial, a coronal and a sagittal slice."""
 
-_WINDOW: Final = (0.5, 99.5)
-"""Percentiles of the slices that are drawn black and white."""
-
+_WINDOW: Final = (0.5, 99.5)  # percentiles of the slices that are drawn black and white
 _MASK_COLOUR: Final = (255, 140, 0)
 _WEBP: Final[dict[str, Any]] = {"quality": 80, "method": 4}
 
 
 def block_means(volume: Voxels, size: int = GRID) -> npt.NDArray[np.float64]:
     """The means of `size` blocks along each axis; along a shorter axis voxels are repeated.
-
-    Args:
-        volume: (X, Y, Z), any real dtype and any strides. No copy of it is made.
-        size: of the grid.
 
     Returns:
         float64 (size, size, size).

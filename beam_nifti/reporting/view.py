@@ -16,14 +16,10 @@ import numpy.typing as npt
 from beam_nifti.errors import UsageError
 from beam_nifti.inspection.extract import StoredVolume
 from beam_nifti.reporting.templates import load_templates
-from beam_nifti.support.wording import size_text
+from beam_nifti.support.wording import first_few, size_text
 
-_WINDOW: Final = (0.5, 99.5)
-"""Percentiles of the voxels that are drawn black and white."""
-
-_WIDTH: Final = 900
-"""Pixels of the three slices together."""
-
+_WINDOW: Final = (0.5, 99.5)  # percentiles of the voxels that are drawn black and white
+_WIDTH: Final = 900  # pixels of the three slices together
 _MOST_GROWTH: Final = 64
 _MOST_VOXELS: Final = 1 << 26
 _LONGEST_AXIS: Final = 32767
@@ -32,9 +28,7 @@ volumes in all; and along an axis, by the header of NIfTI-1."""
 
 _MASK_OPACITY: Final = 0.6
 _MASK_COLOURS: Final = "tab20"
-_NUM_COLOURS: Final = 20
-"""Of these. The first is left out, as it stands for no label."""
-
+_NUM_COLOURS: Final = 20  # the first is omitted, because it means no label
 _SHOWN_LABELS: Final = 12
 
 
@@ -63,7 +57,7 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
         size_text(volume.zooms) + " mm",
         f"channel {channel} of {volume.voxels.shape[3]}" if channel is not None else "",
         f"{values.min():g} to {values.max():g}",
-        f"mask labels {_listed(np.unique(labels).tolist())}" if labels is not None else "",
+        f"mask labels {first_few(np.unique(labels).tolist(), _SHOWN_LABELS)}" if labels is not None else "",
     ]
     return (
         load_templates()
@@ -88,11 +82,6 @@ def _require_drawable(volume: StoredVolume) -> None:
             f"record {volume.example_id!r} has voxels of {size_text(volume.zooms)} mm, which are too unlike "
             "cubes to be drawn; write its image with `beam-nifti extract`"
         )
-
-
-def _listed(labels: list[int]) -> str:
-    more = len(labels) - _SHOWN_LABELS
-    return " ".join(map(str, labels[:_SHOWN_LABELS])) + (f" and {more} more" if more > 0 else "")
 
 
 def _channel(volume: StoredVolume, channel: int | None) -> npt.NDArray[Any]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from beam_nifti.storage.object_store import ObjectStore, Pieces, RangeReader, Reader, Stat
+from beam_nifti.storage.object_store import Listing, ObjectStore, Pieces, RangeReader, Reader, Stat
 
 T = TypeVar("T")
 
@@ -32,11 +32,7 @@ class BeamFiles(ObjectStore):
         self._error = BeamIOError
 
     def attempt(self, path: str, request: Callable[[], T]) -> T:
-        """Make a request once.
-
-        Raises:
-            OSError: it failed.
-        """
+        """Make a request once."""
         try:
             return request()
         except Exception as e:  # a client library has errors of its own
@@ -94,9 +90,7 @@ class BeamFiles(ObjectStore):
             if self._exists(path):
                 self.attempt(path, functools.partial(self.files.delete, [path]))
 
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
         limits = [limit] if limit else None
         (found,) = self.attempt(prefix, lambda: self.files.match([f"{prefix}**"], limits))
         paths = [each.path for each in found.metadata_list]

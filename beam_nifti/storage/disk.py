@@ -1,7 +1,7 @@
 """Files of the local disk. The only module that creates, replaces or removes any.
 
 Folders are opened one name at a time, below a folder that the user has named, and files by names relative to
-an open folder. A symbolic link below that folder is refused, also one that appears between two steps.
+an open folder. A symbolic link below that folder is an OutputError, also one that appears between two steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 """What the system reports where a file cannot become as large as it has to be."""
 
 _TREE_ATTEMPTS: Final = 3
-"""At removing a folder into which a worker that outlives its job may still write."""
+"""Attempts at removing a folder into which a worker that outlives its job may still write."""
 
 _KINDS: Final = {
     stat.S_ISFIFO: "FIFO",
@@ -36,7 +36,6 @@ _KINDS: Final = {
 """What a path may be besides a file and a folder."""
 
 _TEMPORARY: Final = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
-
 _FOLDER: Final = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
 _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -51,17 +50,10 @@ def linked(path: str) -> OutputError:
 
 @contextlib.contextmanager
 def _open_folder(path: str, below: str | None, *, make: bool = False) -> Iterator[int]:
-    """The descriptor of a folder.
+    """The descriptor of a folder; with `make`, missing folders are created.
 
-    Args:
-        path: of the folder.
-        below: the folder above it that the user has named; no name of `path` that follows may be a link. None
-            where the user has named `path` itself.
-        make: whether to create what is missing.
-
-    Raises:
-        OutputError: a name is a symbolic link.
-        OSError: the folder cannot be opened.
+    No name of `path` after `below`, which the user has named, may be a link; None if the user has named
+    `path`.
     """
     base = path if below is None else below
     names = [] if below is None else path.removeprefix(below).strip("/").split("/")
@@ -94,7 +86,7 @@ def _is_link(name: str, folder: int) -> bool:
 
 @contextlib.contextmanager
 def _refusing_link(name: str, path: str, folder: int) -> Iterator[None]:
-    """Turn the error of opening a link into one that names it."""
+    """Replace the error of opening a link by one that names it."""
     try:
         yield
     except OSError as e:
@@ -105,7 +97,7 @@ def _refusing_link(name: str, path: str, folder: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_path(path: str, *names: str) -> Iterator[None]:
-    """Put the whole path into errors of calls that are given one of these names and an open folder."""
+    """Put the whole path into errors of calls that get one of these names and an open folder."""
     try:
         yield
     except OSError as e:
@@ -131,17 +123,7 @@ def _replacing(path: str, below: str | None) -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name whole, when the block ends without an error, or not at all.
-
-    Args:
-        path: of the file. Missing folders are created.
-        below: as in all functions here, the folder below which no name may be a symbolic link; None for a
-            path that the user has named.
-
-    Raises:
-        OutputError: a folder of the path is a symbolic link.
-        OSError: it cannot be written.
-    """
+    """Write a file, which appears whole when the block ends without an error, or not at all."""
     with _replacing(path, below) as (temporary, folder):
         descriptor = os.open(temporary, _NEW_FILE, 0o666, dir_fd=folder)
         with naming(path), os.fdopen(descriptor, "wb") as handle:
@@ -150,7 +132,7 @@ def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Add to an error the file that was being written when there was no room left, and how much there is."""
+    """Add to an error of a full disk the file that was written, and the free space."""
     try:
         yield
     except OSError as e:
@@ -165,16 +147,7 @@ def naming(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locate(path: str, below: str | None) -> Iterator[tuple[str, int | None]]:
-    """A name, and the descriptor of the folder that it starts from, by which to look at a file or open it.
-
-    Args:
-        path: of the file.
-        below: as of `create`; None gives the path itself, which may be a link.
-
-    Raises:
-        OutputError: a name below `below` is a symbolic link.
-        OSError: a folder cannot be opened.
-    """
+    """A name, and the descriptor of the folder that it starts from, by which to look at a file or open it."""
     if below is None:
         yield path, None
         return
@@ -223,7 +196,7 @@ def delete_folder(path: str, below: str | None = None) -> None:
 
 
 def delete_tree(path: str, below: str | None = None) -> None:
-    """Remove a folder and all in it; one that is not there, or is written to meanwhile, is no error."""
+    """Remove a folder with its contents. It may be absent, or be written to at the same time."""
     parent, name = os.path.split(path)
     with contextlib.suppress(FileNotFoundError), _open_folder(parent, below) as folder:
         for _ in range(_TREE_ATTEMPTS):
@@ -240,16 +213,7 @@ def delete_tree(path: str, below: str | None = None) -> None:
 
 
 def open_lock(path: str, *, make: bool = True) -> int:
-    """The descriptor of a lock file, whose folder the user has named.
-
-    Args:
-        path: of the file.
-        make: whether to create what is missing.
-
-    Raises:
-        OutputError: it is a symbolic link.
-        OSError: it cannot be opened.
-    """
+    """The descriptor of a lock file, whose folder the user has named."""
     parent, name = os.path.split(path)
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if make else 0)
     with (
@@ -276,23 +240,13 @@ def probe_folder(folder: str) -> None:
 
 
 def stat_file(path: str, below: str | None = None) -> os.stat_result:
-    """What the system says of a file.
-
-    Raises:
-        OutputError: a name below `below` is a symbolic link.
-        OSError: it is not there, or cannot be reached.
-    """
+    """What the system says of a file."""
     with _locate(path, below) as (name, folder):
         return os.stat(name, dir_fd=folder, follow_symlinks=below is None)
 
 
 def open_regular(path: str, below: str | None = None) -> BinaryIO:
-    """Open for reading a file, but nothing that waits for a writer, never ends, or acts when it is opened.
-
-    Raises:
-        OutputError: a name below `below` is a symbolic link.
-        OSError: it is not there, is no regular file, or cannot be opened.
-    """
+    """Open for reading a file, but nothing that waits for a writer, never ends, or acts when it is opened."""
     no_link = os.O_NOFOLLOW if below is not None else 0
 
     def opener(_: str, flags: int) -> int:
@@ -318,7 +272,7 @@ def _require_regular(path: str, mode: int) -> None:
 
 
 def broken_link(path: str) -> str | None:
-    """What a symbolic link to a file that is not there is, and the remedy; None for other paths.
+    """What a symbolic link to a missing file is, and the remedy; None for other paths.
 
     In a clone of a git-annex or DataLad repository every file is such a link until its content is fetched.
     """
@@ -330,12 +284,9 @@ def broken_link(path: str) -> str | None:
 
 
 def require_inside(path: str, folder: str) -> None:
-    """Refuse what a folder names and does not hold: links that lead out of it, and what is no regular file.
+    """Refuse, with an OSError, links that lead out of their folder, and files that are not regular.
 
-    A file that is not there is none of these. In stores there are no links.
-
-    Raises:
-        OSError: it is one of these.
+    Missing files are accepted. Stores have no links.
     """
     if is_remote(path):
         return
@@ -350,7 +301,7 @@ def require_inside(path: str, folder: str) -> None:
 
 
 def temporary_of(name: str) -> str | None:
-    """The file that a temporary one, left by a process that died, was to become; None for others.
+    """The file that a temporary file of a killed process was to become; None for other names.
 
     >>> temporary_of(f"failures.jsonl.{'0' * 32}.tmp")
     'failures.jsonl'

@@ -12,20 +12,11 @@ from beam_nifti.storage.object_store import RangeStore, Stat
 _TIMES = ("last_modified", "mtime", "LastModified", "modified")
 """What the packages call the time at which a file was written, of which fsspec says nothing."""
 
-_VERSIONS = ("etag", "ETag", "generation")
-"""Likewise, what they call the version of an object."""
+_VERSIONS = ("etag", "ETag", "generation")  # names of the version of an object
 
 
 class Fsspec(RangeStore):
-    """A scheme that fsspec serves.
-
-    Args:
-        options: Beam's, of the pipeline that runs here.
-        scheme: "az".
-
-    Raises:
-        ImportError: fsspec, or what it needs for the scheme, is missing, or it does not know the scheme.
-    """
+    """A scheme that fsspec serves."""
 
     _lost = ()
 
@@ -61,21 +52,9 @@ class Fsspec(RangeStore):
         data: bytes = filesystem.cat_file(name, start=start, end=start + length)
         return data
 
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
-        folder = prefix.rpartition("/")[0]
-
-        def request() -> list[tuple[str, str]]:
-            filesystem, root = self._locate(folder)
-            filesystem.invalidate_cache()
-            found = filesystem.find(root, detail=True).values() if deep else filesystem.ls(root, detail=True)
-            below = ((each["name"].strip("/")[len(root.strip("/")) :], each["type"]) for each in found)
-            return [(f"{folder}{path}", kind) for path, kind in below if path.startswith("/")]
-
-        try:
-            found = self.attempt(folder, request)
-        except FileNotFoundError:
-            return [], []
-        objects = [path for path, kind in found if kind == "file" and path.startswith(prefix)]
-        return objects, [f"{path}/" for path, kind in found if kind != "file" and path.startswith(prefix)]
+    def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
+        filesystem, root = self._locate(folder)
+        filesystem.invalidate_cache()
+        found = filesystem.find(root, detail=True).values() if deep else filesystem.ls(root, detail=True)
+        below = ((each["name"].strip("/")[len(root.strip("/")) :], each["type"]) for each in found)
+        return [(f"{folder}{path}", kind != "file") for path, kind in below if path.startswith("/")]

@@ -14,16 +14,16 @@ from beam_nifti.storage.object_store import (
     FIRST_WAIT,
     LONGEST_WAIT,
     PIECE_BYTES,
+    Listing,
     ObjectStore,
     Pieces,
     Reader,
     Stat,
+    broken_connections,
     split_path,
 )
 
-_WINDOW_BYTES: Final = 64 << 20
-"""Bytes of a Cloud Storage object that are read at once."""
-
+_WINDOW_BYTES: Final = 64 << 20  # bytes of a Cloud Storage object that are read at once
 _CONTENT_TYPE: Final = "application/octet-stream"
 
 
@@ -31,20 +31,11 @@ class Gcs(ObjectStore):
     """Cloud Storage."""
 
     def __init__(self, options: Any) -> None:
-        import requests
-        import urllib3
         from google.api_core.retry import Retry
         from google.auth.exceptions import TransportError
         from google.cloud.storage import Client
 
-        self._lost = (
-            ConnectionError,
-            TransportError,
-            requests.ConnectionError,
-            requests.Timeout,
-            requests.exceptions.ChunkedEncodingError,
-            urllib3.exceptions.HTTPError,
-        )
+        self._lost = (ConnectionError, TransportError, *broken_connections())
         # Or it would ask for the bucket's properties too, which tracing wants and the user may not read.
         os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
         if "STORAGE_EMULATOR_HOST" in os.environ:  # which asks for no credentials; the look-up is slow
@@ -128,12 +119,10 @@ class Gcs(ObjectStore):
             with contextlib.suppress(FileNotFoundError):
                 self.attempt(path, functools.partial(self.blob(path).delete, retry=None))
 
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
         bucket, key = split_path(prefix)
 
-        def request() -> tuple[list[str], list[str]]:
+        def request() -> Listing:
             found = self.client.list_blobs(
                 bucket, prefix=key, delimiter=None if deep else "/", max_results=limit, retry=None
             )
@@ -187,11 +176,6 @@ class _Reader(Reader):
         self._window = _download(self._blob, start, length, self.generation)
         self._start = start
 
-    def _from_position(self) -> bytes:
-        """What the window has from the position on."""
-        ahead = self._position - self._start
-        return self._window[ahead:] if ahead else self._window
-
     def _read_some(self, view: memoryview) -> int:
         if not self._start <= self._position < self._start + len(self._window):
             self._request(self._position, _WINDOW_BYTES)
@@ -203,7 +187,8 @@ class _Reader(Reader):
         return len(piece)
 
     def _read_rest(self) -> bytes:
-        data = self._from_position() if self._start <= self._position else b""
+        ahead = self._position - self._start
+        data = self._window[ahead:] if ahead > 0 else b"" if ahead else self._window  # without a copy of all
         if missing := self.size - self._position - len(data):
             self._request(self.size - missing, missing)
             data += self._window

@@ -15,17 +15,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
-from beam_nifti.storage.object_store import SILENCE, RangeStore, Stat, split_path
+from beam_nifti.storage.object_store import SILENCE, RangeStore, Stat, broken_connections, split_path
 
 _CONNECTIONS: Final = 64
-_MOST_JSON: Final = 1 << 30
-"""Bytes of what WebHDFS answers to questions, such as which files a folder has."""
-
-_MOST_REASON: Final = 1 << 20
-"""Bytes of what it says of an error."""
-
-_WEBHDFS_PORT: Final = 9870
-"""Of a NameNode, where the URL names none."""
+_MOST_JSON: Final = 1 << 30  # bytes of an answer of WebHDFS, such as a list of files
+_MOST_REASON: Final = 1 << 20  # bytes of the text of an error
+_WEBHDFS_PORT: Final = 9870  # of a NameNode, if the URL has no port
 
 _DENIED: Final = frozenset(["AccessControlException", "AuthorizationException", "SecurityException"])
 """What WebHDFS says of missing rights, with the status 403 that it gives to most errors."""
@@ -46,16 +41,10 @@ class Http(RangeStore):
 
     def __init__(self, options: Any) -> None:
         import requests
-        import urllib3
 
         from beam_nifti.storage.paced import PacedAdapter
 
-        self._lost = (
-            requests.ConnectionError,
-            requests.Timeout,
-            requests.exceptions.ChunkedEncodingError,
-            urllib3.exceptions.HTTPError,
-        )
+        self._lost = broken_connections()
         self._error = requests.HTTPError
         self._session = requests.Session()
         self._session.hooks["response"].append(_close_redirect)
@@ -104,11 +93,7 @@ class Http(RangeStore):
 
     @staticmethod
     def _body(response: Any, most: int) -> bytes:
-        """The body of an answer, as it was sent: to some servers .gz is an encoding of what it unpacks to.
-
-        Raises:
-            UnsupportedOperation: it has more than `most` bytes.
-        """
+        """The body of an answer, as it was sent: to some servers .gz is an encoding of what it unpacks to."""
         pieces, left = list[bytes](), most
         # The last reading, of nothing, is where urllib3 notices an answer that broke off.
         while piece := response.raw.read(left or 1, decode_content=False):
@@ -139,10 +124,8 @@ class Http(RangeStore):
                 raise
             return b""  # the file ends before the first of them
 
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
-        raise io.UnsupportedOperation(f"{prefix}: a web server does not say which files it has")
+    def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
+        raise io.UnsupportedOperation("a web server does not say which files it has")
 
 
 def _close_redirect(response: Any, *_: Any, **__: Any) -> None:
@@ -208,24 +191,7 @@ class WebHdfs(Http):
                 raise
             return b""  # the file ends before the first of them
 
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
-        folder = prefix.rpartition("/")[0]
-
-        def request() -> list[dict[str, Any]]:
-            found: list[dict[str, Any]] = self._ask_json(self._url(folder, "LISTSTATUS"))["FileStatuses"][
-                "FileStatus"
-            ]
-            return found
-
-        try:
-            found = self.attempt(folder, request)
-        except FileNotFoundError:
-            return [], []
-        named = [(f"{folder}/{each['pathSuffix']}", each["type"]) for each in found if each["pathSuffix"]]
-        objects = [path for path, kind in named if kind == "FILE" and path.startswith(prefix)]
-        folders = [f"{path}/" for path, kind in named if kind != "FILE" and path.startswith(prefix)]
-        if not deep:
-            return objects, folders
-        return objects + [path for each in folders for path in self.find(each, deep=True)[0]], []
+    def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
+        found = self._ask_json(self._url(folder, "LISTSTATUS"))["FileStatuses"]["FileStatus"]
+        named = ((each["pathSuffix"], each["type"] != "FILE") for each in found)
+        return [(f"{folder}/{name}", is_folder) for name, is_folder in named if name]

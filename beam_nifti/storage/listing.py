@@ -16,8 +16,7 @@ from beam_nifti.storage import disk
 from beam_nifti.storage.names import FILE_URL, is_remote, local_path
 from beam_nifti.storage.stores import store_of
 
-_ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)
-"""The characters *, ? and [ in a URL."""
+_ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)  # the characters *, ? and [ in a URL
 
 
 def list_files(folder: str, pattern: str = "*") -> list[str]:
@@ -48,17 +47,10 @@ def list_folders(folder: str) -> list[str]:
 def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
     """Paths, relative to a folder, of the files below those of its folders that begin alike.
 
-    Args:
-        folder: local or a URL.
-        prefix: of the names of its folders.
-        depth: folders below `folder` that a path has at most.
+    Only folders whose names begin with `prefix` are entered, down to `depth` folders.
 
     Yields:
         In no order. Files and folders whose names begin with a dot are left out.
-
-    Raises:
-        FileNotFoundError: there is no such folder on the local disk.
-        OSError: a folder cannot be listed.
     """
     if not is_remote(folder):
         with os.scandir(folder) as entries:
@@ -83,13 +75,10 @@ def _list_below(folder: str, relative: str, depth: int) -> Iterator[str]:
 
 
 def glob(pattern: str) -> list[str]:
-    """Files whose paths match, sorted: `*`, `?` and `[…]` stand for parts of one name, `**` for any folders.
+    """Files that match a pattern, sorted: `*`, `?` and `[…]` match within one name, and `**` any folders.
 
-    Names that begin with a dot match only where the pattern has the dot. An encoded character of a file://
-    URL stands for itself. On the local disk `**` follows symbolic links, but enters every folder once.
-
-    Raises:
-        OSError: a folder below `**` cannot be listed.
+    Hidden names match only explicitly. An encoded character of a file:// URL is literal. On the local disk,
+    `**` follows symbolic links, but enters every folder once.
     """
     if FILE_URL.fullmatch(pattern):
         pattern = local_path(_ENCODED_MAGIC.sub(lambda match: f"[{match[0]}]", pattern))
@@ -122,7 +111,7 @@ def _glob_local(pattern: str) -> Iterator[str]:
 
 
 def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, str]]:
-    """Files below folders, as (folder, path below it): each of the same folder on the disk once."""
+    """Files below folders, as (folder, path below it). Every folder on the disk is entered once."""
     waiting = collections.deque((folder, "") for folder in folders)
     linked = collections.deque[tuple[str, str]]()  # later, so that a folder is found by its own path
     seen = set[tuple[int, int]]()
@@ -144,7 +133,7 @@ def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, s
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; a link that leads to itself is none."""
+    """Whether an entry is a folder or a link to one; not a link to itself."""
     try:
         return entry.is_dir()
     except OSError as e:

@@ -27,9 +27,9 @@ def local_path(path: str) -> str:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path names an object store or cluster file system rather than the local disk.
+    """Whether a path is not on the local disk.
 
-    Paths of other computers, which nothing can reach, count as remote: they are refused when they are opened.
+    Paths of other computers count as remote: opening them is refused.
 
     >>> is_remote("s3://bucket/a.nii.gz"), is_remote("/data/a.nii.gz"), is_remote("file:///data/a.nii.gz")
     (True, False, False)
@@ -38,7 +38,7 @@ def is_remote(path: str) -> bool:
 
 
 def join(base: str, *parts: str) -> str:
-    """Append to a folder; a part that is absolute or a URL starts afresh, and one of file:// becomes a path.
+    """Append to a folder. An absolute part or a URL replaces it, and a file:// URL becomes a path.
 
     >>> join("s3://bucket/study", "sub-01/T1w.nii.gz")
     's3://bucket/study/sub-01/T1w.nii.gz'
@@ -64,15 +64,7 @@ def dirname(path: str) -> str:
 
 
 def path_text(name: str, value: object) -> str:
-    """The text of a path or URL that a caller gives.
-
-    Args:
-        name: parameter or flag that it is given by, for errors.
-        value: text, or an `os.PathLike` of one.
-
-    Raises:
-        UsageError: it is something else, empty, or has a NUL character.
-    """
+    """The text of a path or URL that a caller gives; `name` is the parameter or flag."""
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str):
         raise UsageError(f"{name} is {one_line(repr(value))}; give a path")
@@ -84,7 +76,7 @@ def path_text(name: str, value: object) -> str:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """A path that means the same from every working folder: `~` is the home folder, a file:// URL a path.
+    """A path that does not depend on the working folder: `~` is expanded, and a file:// URL becomes a path.
 
     Raises:
         UsageError: it is a URL that ends after its scheme.
@@ -124,12 +116,12 @@ def is_same(path: str, other: str) -> bool:
 
 
 def scheme_of(path: str) -> str:
-    """What a URL begins with: "s3"."""
+    """The scheme of a URL, such as "s3"."""
     return path.partition("://")[0]
 
 
 def require_text(paths: Iterable[str]) -> None:
-    """Refuse names that our files, which are UTF-8, cannot hold."""
+    """Refuse names that are not Unicode text, because dataset files are UTF-8."""
     for path in paths:
         try:
             path.encode()
@@ -140,7 +132,7 @@ def require_text(paths: Iterable[str]) -> None:
 
 
 def wrong_with(path: str) -> str | None:
-    """What is wrong with a path that looks like a URL and is none of a store."""
+    """Why a path that looks like a URL is not a URL of a store; None if it is."""
     if _WINDOWS.match(path):
         return "a Windows path; give the path at which this computer has the file"
     if scheme_of(path).lower() == "file":

@@ -26,6 +26,8 @@ from typing import Any, Final, TypeVar
 from beam_nifti.support import logs
 
 T = TypeVar("T")
+Listing = tuple[list[str], list[str]]
+"""Paths of objects, and of folders, which end in "/"."""
 
 ATTEMPTS: Final = 8
 FIRST_WAIT: Final = 1.0
@@ -87,13 +89,9 @@ class Stat:
 class Reader(io.RawIOBase):
     """An object, opened for reading.
 
-    Args:
-        store: that holds it.
-        path: of the object.
-
     Attributes:
-        size: of what is read of the object, in bytes.
-        stat: of the object; of its head alone, where only that was opened.
+        size: bytes that can be read.
+        stat: of the object; if only its head was opened, of that.
     """
 
     stat: Stat
@@ -131,7 +129,7 @@ class Reader(io.RawIOBase):
         return count
 
     def readall(self) -> bytes:
-        """Read what is left; if it breaks off, all of it again."""
+        """Read the rest; after an error, all of it again."""
         if self._position >= self.size:
             return b""
         data = self._store.attempt(self._path, self._read_rest)
@@ -160,16 +158,11 @@ class Pieces(abc.ABC):
 
     @abc.abstractmethod
     def abort(self) -> None:
-        """Forget what was sent."""
+        """Discard what was sent."""
 
 
 class Writer(io.BufferedIOBase):
-    """An object that is being written. It appears only with `finish`.
-
-    Args:
-        store: that shall hold it.
-        path: of the object.
-    """
+    """An object that is being written. It appears only with `finish`."""
 
     def __init__(self, store: ObjectStore, path: str) -> None:
         self._store, self._path = store, path
@@ -181,7 +174,7 @@ class Writer(io.BufferedIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Take bytes, and send what has come together."""
+        """Buffer bytes, and send full pieces."""
         view = memoryview(data)
         self._buffer += view
         if len(self._buffer) >= PIECE_BYTES:
@@ -217,17 +210,13 @@ class Writer(io.BufferedIOBase):
 
 
 class Store(abc.ABC):
-    """What can be read. Everything it raises is an OSError.
-
-    Args:
-        options: Beam's, of the pipeline that runs here; None where there is none.
-    """
+    """A readable store. All errors are OSErrors. The options are Beam's, of the running pipeline, or None."""
 
     _lost: tuple[type[Exception], ...]
-    """What its client raises when a connection breaks or a server keeps silent."""
+    """What the client raises when a connection breaks or a server does not answer."""
 
     def _unusable(self, error: BaseException) -> str | None:
-        """Why a server's answer about this one path is of no use, in words of ours; None for other errors."""
+        """Why a server's answer about this path is unusable; None for other errors."""
         return None
 
     @abc.abstractmethod
@@ -258,11 +247,11 @@ class Store(abc.ABC):
             time.sleep(wait * random.uniform(0.5, 1.0))
 
     def _host(self, path: str) -> str:
-        """Which server a path is asked of, as people know it."""
+        """The server of a path, as people know it."""
         return split_path(path)[0].rpartition("@")[2]  # a URL may have a password
 
     def _reason_of(self, error: BaseException) -> tuple[str, float]:
-        """Why a request failed, without a word of the server's; and for how long it is tried again."""
+        """Why a request failed, without the server's words, and for how many seconds it is repeated."""
         status, _ = self._answer(error)
         if status:
             return f"fails (HTTP {status})", ALL_WAITS
@@ -275,7 +264,7 @@ class Store(abc.ABC):
         return f"cannot be reached ({reason})", ALL_WAITS
 
     def is_transient(self, error: BaseException) -> bool:
-        """Whether a request that failed so may succeed later."""
+        """Whether a failed request may succeed later."""
         error = _cause(error)
         if self._unusable(error):
             return False
@@ -325,22 +314,11 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def get_range(self, path: str, start: int, length: int) -> bytes:
-        """Bytes of an object, in one request; fewer where it ends before."""
+        """Bytes of an object, in one request; fewer at its end."""
 
     @abc.abstractmethod
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
-        """Paths that begin with a prefix.
-
-        Args:
-            prefix: of paths; without `deep` it ends in "/".
-            deep: whether to list what lies in folders below.
-            limit: give no more than about so many.
-
-        Returns:
-            Paths of objects, and, unless `deep`, of folders, which end in "/".
-        """
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
+        """Paths that begin with a prefix, which ends in "/" unless `deep`. About `limit` paths are enough."""
 
 
 class RangeStore(Store):
@@ -348,11 +326,15 @@ class RangeStore(Store):
 
     @abc.abstractmethod
     def request_stat(self, path: str) -> Stat:
-        """What a file is; an attempt at it."""
+        """The Stat of a file; one attempt."""
 
     @abc.abstractmethod
     def request_range(self, path: str, start: int, length: int) -> bytes:
-        """Bytes of a file, fewer where it ends before; an attempt at them."""
+        """Bytes of a file, fewer at its end; one attempt."""
+
+    @abc.abstractmethod
+    def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
+        """Paths in a folder, each with whether it is a folder; with `deep` perhaps files in folders below."""
 
     def stat(self, path: str) -> Stat:
         """What a file is."""
@@ -366,16 +348,22 @@ class RangeStore(Store):
         """Bytes of a file, in one request; fewer where it ends before."""
         return self.attempt(path, lambda: self.request_range(path, start, length))
 
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
+        """Paths that begin with a prefix."""
+        folder = prefix.rpartition("/")[0]
+        try:
+            found = self.attempt(folder, lambda: self.request_list(folder, deep=deep))
+        except FileNotFoundError:
+            return [], []
+        objects = [path for path, is_folder in found if not is_folder and path.startswith(prefix)]
+        folders = [f"{path}/" for path, is_folder in found if is_folder and path.startswith(prefix)]
+        if not deep:
+            return objects, folders
+        return objects + [path for each in folders for path in self.find(each, deep=True)[0]], []
+
 
 class RangeReader(Reader):
-    """A request for what the file is, and one for each range of it that is wanted.
-
-    Args:
-        store: that holds the file.
-        path: of the file.
-        head: bytes of it to read; None for all.
-        request_range: an attempt at bytes of a path, by the first and their number.
-    """
+    """Reads the Stat of a file first, and then each requested range."""
 
     def __init__(
         self, store: Store, path: str, head: int | None, request_range: Callable[[str, int, int], bytes]
@@ -401,21 +389,18 @@ class RangeReader(Reader):
 
 
 class ObjectStore(Store):
-    """A store that is written to, too."""
+    """A writable store."""
 
     @abc.abstractmethod
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
         """Write an object whole.
 
-        Args:
-            path: of the object.
-            data: all of it.
-            version: only if the object has this one, or, if "", only if there is none.
+        With a version, only if the object has that version; with "", only if it does not exist.
         """
 
     @abc.abstractmethod
     def get_version(self, path: str, size: int) -> tuple[bytes, str | None]:
-        """The first `size` bytes of an object, and what `put` calls its version; None where it has none."""
+        """The first `size` bytes of an object, and its version for `put`; None if it has none."""
 
     @abc.abstractmethod
     def begin(self, path: str) -> Pieces:
@@ -427,7 +412,7 @@ class ObjectStore(Store):
 
     @abc.abstractmethod
     def delete(self, paths: Iterable[str]) -> None:
-        """Remove objects; those that are not there are no error."""
+        """Remove objects, which may be absent."""
 
 
 _hides_hosts: ContextVar[bool] = ContextVar("hides_hosts", default=False)
@@ -435,7 +420,7 @@ _hides_hosts: ContextVar[bool] = ContextVar("hides_hosts", default=False)
 
 @contextlib.contextmanager
 def hiding_hosts(is_hidden: bool) -> Iterator[None]:
-    """Whether warnings of the block do not name servers, as a server's name may be that of a person."""
+    """Whether warnings of the block omit servers, whose names may be those of persons."""
     token = _hides_hosts.set(is_hidden)
     try:
         yield
@@ -450,7 +435,7 @@ _telling = threading.Lock()
 
 
 def _tell_once(host: str, what: str, seconds: float) -> None:
-    """Report that a server fails, but not for each of the requests that fail with it."""
+    """Report that a server fails, once for concurrent requests."""
     with _telling:
         now = time.monotonic()
         if now - _told.get(host, -seconds) < seconds:
@@ -461,7 +446,7 @@ def _tell_once(host: str, what: str, seconds: float) -> None:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The error of the system, or of looking a name up, that a client's error is about."""
+    """The system error, or the error of a name lookup, that caused a client's error."""
     found = None
     while error is not None:
         if isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno):
@@ -471,8 +456,21 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a client's error about its own attempts is about."""
+    """The error that caused a client's error about its own attempts."""
     return getattr(error, "cause", None) or error
+
+
+def broken_connections() -> tuple[type[Exception], ...]:
+    """What requests raises when a connection breaks or a server does not answer."""
+    import requests
+    import urllib3
+
+    return (
+        requests.ConnectionError,
+        requests.Timeout,
+        requests.exceptions.ChunkedEncodingError,
+        urllib3.exceptions.HTTPError,
+    )
 
 
 def split_path(path: str) -> tuple[str, str]:

@@ -1,6 +1,8 @@
 """Files, local or remote, by their paths. The only module by which other folders read and write them.
 
-The local disk is `disk`'s; `stores` says what serves a URL. What is written appears whole or not at all.
+`disk` serves local paths, and `stores` finds the store of a URL. A written file appears whole or not at all.
+All functions raise FileNotFoundError for a missing file, another OSError for one that cannot be reached, and
+an OutputError if a name of a local path after `below` is a symbolic link.
 """
 
 from __future__ import annotations
@@ -51,17 +53,7 @@ _BUFFER_BYTES: Final = 1 << 20
 
 
 def stat(path: str, below: str | None = None) -> Stat:
-    """Size, time and version of a file.
-
-    Args:
-        path: of the file.
-        below: as of `create`.
-
-    Raises:
-        OutputError: a name below `below` is a symbolic link.
-        FileNotFoundError: there is none.
-        OSError: it cannot be reached.
-    """
+    """Size, time and version of a file."""
     if not is_remote(path):
         status = disk.stat_file(path, below)
         return Stat(status.st_size, status.st_mtime)
@@ -81,23 +73,14 @@ def exists(path: str) -> bool:
 
 
 def open_read(path: str, below: str | None = None) -> BinaryIO:
-    """Open for reading; seekable; never decompressed, whatever the path ends in.
-
-    Args:
-        path: of the file.
-        below: as of `create`, in all functions that read what a build keeps in its output.
-
-    Raises:
-        OutputError: a name below `below` is a symbolic link.
-        OSError: the file is not there or cannot be reached.
-    """
+    """Open for reading: seekable and never decompressed. `below` is as for `create`."""
     return open_with_stat(path)[0] if is_remote(path) else disk.open_regular(path, below)
 
 
 def has_changed(path: str, handle: BinaryIO, before: Stat) -> bool:
-    """Whether a local file was written to since `open_with_stat`, which gave the other two.
+    """Whether a local file was written to since `open_with_stat`, whose results are the other two arguments.
 
-    `s3://` and `gs://` read one version of an object; of other URLs it is not known.
+    `s3://` and `gs://` read one version of an object; for other URLs it is unknown.
     """
     if is_remote(path):
         return False
@@ -106,11 +89,7 @@ def has_changed(path: str, handle: BinaryIO, before: Stat) -> bool:
 
 
 def open_with_stat(path: str) -> tuple[BinaryIO, Stat]:
-    """Open for reading, and say what `stat` says of the file; on S3 and Cloud Storage in one request.
-
-    Raises:
-        OSError: the file is not there or cannot be reached.
-    """
+    """Open for reading, and return the file's `stat`; on S3 and Cloud Storage in one request."""
     if is_remote(path):
         reader = store_of(path).open(path)
         return io.BufferedReader(reader, _BUFFER_BYTES), reader.stat
@@ -130,12 +109,7 @@ class FileTooLargeError(OSError):
 
 
 def read_bounded(path: str, most: int, below: str | None = None) -> bytes:
-    """The whole of a file that has at most so many bytes; of a larger one nothing is kept.
-
-    Raises:
-        FileTooLargeError: it has more.
-        OSError: the file is not there or cannot be reached.
-    """
+    """The whole of a file of at most `most` bytes; a larger file is a FileTooLargeError."""
     if is_remote(path):
         data = read_head(path, most + 1)
         size = len(data)
@@ -149,11 +123,7 @@ def read_bounded(path: str, most: int, below: str | None = None) -> bytes:
 
 
 def holds(path: str, content: bytes, below: str | None = None) -> bool:
-    """Whether a file has this content; of a larger one nothing is kept.
-
-    Raises:
-        OSError: the file is not there or cannot be reached.
-    """
+    """Whether a file has this content."""
     try:
         return read_bounded(path, len(content), below) == content
     except FileTooLargeError:
@@ -170,19 +140,10 @@ def read_head(path: str, size: int) -> bytes:
 
 
 def read_into(path: str, offset: int, buffer: memoryview, below: str | None = None) -> int:
-    """Fill a buffer from a place of a file; in one request, and with a descriptor of this call's own.
-
-    Args:
-        path: of the file.
-        offset: of the first byte.
-        buffer: of as many bytes as are wanted.
-        below: as of `create`.
+    """Fill a buffer from an offset of a file, in one request or with a descriptor of its own.
 
     Returns:
-        How many bytes there were: fewer where the file ends before.
-
-    Raises:
-        OSError: the file is not there or cannot be reached.
+        The number of bytes, smaller at the end of the file.
     """
     if is_remote(path):
         data = store_of(path).get_range(path, offset, len(buffer))
@@ -195,13 +156,10 @@ def read_into(path: str, offset: int, buffer: memoryview, below: str | None = No
 
 @contextlib.contextmanager
 def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name whole, when the block ends well, or not at all.
+    """Write a file, which appears whole when the block ends without an error, or not at all.
 
-    Args:
-        path: of the file.
-        below: as in all functions that write or delete, the folder that the user has named and that holds
-            `path`; below it no name may be a symbolic link. None where the user has named `path`. Without
-            meaning for remote paths.
+    In all functions that write or delete, no name of `path` after `below`, the folder that the user has
+    named, may be a symbolic link; None if the user has named `path`. Remote paths have no links.
     """
     if is_remote(path):
         with Writer(writable_store_of(path), path) as writer:
@@ -213,16 +171,13 @@ def create(path: str, below: str | None = None) -> Iterator[BinaryIO]:
 
 
 def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
-    """Refuse, before any work, a path to which nothing can be written; leaves nothing behind.
+    """Refuse, before any work, a path that cannot be written to; leaves nothing behind.
 
-    Args:
-        path: absolute path or URL. Folders above it may be missing: writing makes them.
-        what: the option or argument that gives it, for the message.
-        is_folder: whether it is a folder for files rather than a file.
+    `what` is the option or argument that gives the path. Folders above it may be missing.
 
     Raises:
-        OutputError: it cannot be written as it stands.
-        OSError: it cannot be written now, but that may pass.
+        OutputError: it cannot be written.
+        OSError: it cannot be written at present.
     """
     refuse_read_only(path, what)
     try:
@@ -232,7 +187,7 @@ def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
 
 
 def unwritable(path: str, what: str, error: OSError, *, is_folder: bool = False) -> OutputError | OSError:
-    """What `require_writable` raises for an error of writing."""
+    """The error of `require_writable` for a failed write."""
     kind = "folder" if is_folder else "file"
     reason = f"{what} is {path}, which cannot be written: {error.strerror or error}; choose another {kind}"
     # A broken connection may come without a number, by which alone this one says that it may pass.
@@ -271,33 +226,21 @@ def write(path: str, data: bytes, below: str | None = None) -> None:
 
 
 def read_version(path: str, size: int) -> tuple[bytes, str | None]:
-    """As `read_head` of a remote file, and its version for `write_if`; None where the store keeps none.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be reached.
-    """
+    """As `read_head` of a remote file, and its version for `write_if`; None if the store has no versions."""
     return writable_store_of(path).get_version(path, size)
 
 
 def write_if(path: str, data: bytes, version: str | None) -> None:
-    """Write a remote file in place of one version of it; in place of any if the version is None.
+    """Replace one version of a remote file, as of `read_version`, or create it if the version is ABSENT.
 
-    Args:
-        path: of the file.
-        data: all of it.
-        version: as `read_version` gave it, or ABSENT if there shall be none yet.
-
-    Raises:
-        FileExistsError: there is another version.
-        FileNotFoundError: it is gone.
-        OSError: it cannot be reached.
+    Without a version, any is replaced. Another version is a FileExistsError, and an absent file a
+    FileNotFoundError.
     """
     writable_store_of(path).put(path, data, version)
 
 
 def link(source: str, target: str, below: str | None = None, source_below: str | None = None) -> None:
-    """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
+    """Give a file a second name, replacing any file of that name; a copy if links are not possible."""
     if is_remote(source) or is_remote(target):
         if scheme_of(source) != scheme_of(target):
             with open_read(source, source_below) as origin, create(target, below) as copy:
@@ -317,13 +260,13 @@ def delete(path: str, below: str | None = None) -> None:
 
 
 def delete_folder(folder: str, below: str | None = None) -> None:
-    """Remove a folder if it is empty; an object store has none that are."""
+    """Remove an empty folder; object stores have none."""
     if not is_remote(folder):
         disk.delete_folder(folder, below)
 
 
 def delete_tree(folder: str, below: str | None = None) -> None:
-    """Remove a folder and all in it; one that is not there, or is written to meanwhile, is no error."""
+    """Remove a folder with its contents. It may be absent, or be written to at the same time."""
     if not is_remote(folder):
         disk.delete_tree(folder, below)
         return

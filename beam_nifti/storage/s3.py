@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from beam_nifti.storage.object_store import SILENCE, ObjectStore, Pieces, Reader, Stat, split_path
+from beam_nifti.storage.object_store import SILENCE, Listing, ObjectStore, Pieces, Reader, Stat, split_path
 
 _CONNECTIONS: Final = 64
 _TOO_LARGE_TO_COPY: Final = ((400, "InvalidRequest"), (400, "EntityTooLarge"))
@@ -114,14 +114,12 @@ class S3(ObjectStore):
             bucket, key = split_path(path)
             self.attempt(path, functools.partial(self.client.delete_object, Bucket=bucket, Key=key))
 
-    def find(
-        self, prefix: str, *, deep: bool = False, limit: int | None = None
-    ) -> tuple[list[str], list[str]]:
+    def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
         bucket, key = split_path(prefix)
         where = {"Bucket": bucket, "Prefix": key} | ({} if deep else {"Delimiter": "/"})
         paging = {"MaxItems": limit, "PageSize": limit} if limit else {}
 
-        def request() -> tuple[list[str], list[str]]:
+        def request() -> Listing:
             pages = self.client.get_paginator("list_objects_v2").paginate(**where, PaginationConfig=paging)
             objects, folders = list[str](), list[str]()
             for page in pages:

@@ -68,9 +68,6 @@ _PATTERNS: Final = _compiled(_STAND_INS | _OTHERS)
 def stand_in(head: bytes) -> str | None:
     """What a file is that stands for another one, and the remedy; None for all other files.
 
-    Args:
-        head: its first bytes, or all of it.
-
     >>> stand_in(b"version https://git-lfs.github.com/spec/v1")
     'a Git LFS pointer; run `git lfs pull`'
     """
@@ -79,9 +76,6 @@ def stand_in(head: bytes) -> str | None:
 
 def other_format(head: bytes) -> str | None:
     """What a file is that is no image of a format that is read, and the remedy; None if that is unknown.
-
-    Args:
-        head: the first HEAD_BYTES of its content, or all of it.
 
     >>> other_format(b"NRRD0004")
     'an NRRD image; convert it to .nii.gz'

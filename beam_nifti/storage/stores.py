@@ -38,17 +38,12 @@ _REMEDY: Final = (
 )
 
 _WRITE_ELSEWHERE: Final = "is read-only; write to the local disk, s3:// or gs://"
-
 _stores: dict[str, tuple[int, Any, Store]] = {}
 _stores_lock = threading.Lock()
 
 
 def store_of(path: str) -> Store:
-    """What serves a URL.
-
-    Raises:
-        OSError: nothing does; the message has the remedy.
-    """
+    """What serves a URL."""
     if problem := wrong_with(path):
         raise OSError(errno.EINVAL, problem, path)
     scheme = scheme_of(path)
@@ -72,11 +67,7 @@ def store_of(path: str) -> Store:
 
 
 def writable_store_of(path: str) -> ObjectStore:
-    """What a URL is written by.
-
-    Raises:
-        OSError: it can only be read, or nothing serves it.
-    """
+    """What a URL is written by."""
     store = store_of(path)
     if isinstance(store, ObjectStore):
         return store
@@ -84,15 +75,7 @@ def writable_store_of(path: str) -> ObjectStore:
 
 
 def refuse_read_only(path: str, what: str) -> None:
-    """Refuse a URL to which nothing can ever be written, by its scheme.
-
-    Args:
-        path: absolute path or URL.
-        what: the option or argument that gives it, for the message.
-
-    Raises:
-        OutputError: it can only be read.
-    """
+    """Refuse a URL to which nothing can ever be written, by its scheme."""
     scheme = scheme_of(path)
     if is_remote(path) and scheme not in ("s3", "gs") and _maker(scheme) is not BeamFiles:
         raise OutputError(f"{what} is {path}: {wrong_with(path) or f'{scheme}:// {_WRITE_ELSEWHERE}'}")

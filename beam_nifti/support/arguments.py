@@ -12,26 +12,16 @@ from beam_nifti.errors import UsageError
 from beam_nifti.support.cells import parse_integer, parse_number
 
 _SECRET: Final = re.compile("secret|token|access.key|connection.string")
-"""What is in the names of flags whose values no message shows."""
+"""Matches names of flags whose values are never shown."""
 
 
 class StoreOnce(argparse._StoreAction):
-    """Store a value that is not empty: of two different ones, one would be ignored."""
+    """Store a value once: an empty value, or a second and different one, is a UsageError."""
 
     _first: object = None
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        flag: str | None = None,
-    ) -> None:
-        """Store it.
-
-        Raises:
-            UsageError: it is empty, or there is another one already.
-        """
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
+        """Store it."""
         _refuse_empty(self, values)
         if flag is not None and self._first not in (None, values):
             both = "" if _SECRET.search(flag) else f", as {self._first} and {values}"
@@ -41,20 +31,10 @@ class StoreOnce(argparse._StoreAction):
 
 
 class AppendFilled(argparse._AppendAction):
-    """Append a value that is not empty."""
+    """Append a value; an empty one is a UsageError."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        flag: str | None = None,
-    ) -> None:
-        """Append it.
-
-        Raises:
-            UsageError: it is empty.
-        """
+    def __call__(self, parser: Any, namespace: Any, values: Any, flag: str | None = None) -> None:
+        """Append it."""
         _refuse_empty(self, values)
         super().__call__(parser, namespace, values, flag)
 
@@ -76,12 +56,7 @@ def refuse_swallowed(parser: argparse.ArgumentParser) -> None:
 
 
 def suggest_flag(flag: str, known: Iterable[str]) -> str:
-    """A hint that names the flag that was probably meant; "" if none is similar.
-
-    Args:
-        flag: that was given.
-        known: those that there are.
-    """
+    """A hint that names the known flag that was probably meant; "" if none is similar."""
     known = [each for each in known if each != "--help"]
     longer = [each for each in known if each.startswith(f"{flag}-")]
     close = longer or difflib.get_close_matches(flag, known, n=1, cutoff=0.75)

@@ -12,19 +12,19 @@ from typing import Any, Final
 from beam_nifti.support.cells import as_float
 
 _MOST: Final = 4096
-"""Characters of a call: Python's parser has no limit of its own that spares memory and stack."""
+"""Largest number of characters of a call: Python's parser has no limit that protects memory and stack."""
 
 _CALL: Final = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*)(\(.*\))?", re.DOTALL)
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the arguments of a call. Nothing is evaluated but literals.
+    """The name and the arguments of a call, which are literals. Nothing is executed.
 
     >>> parse_call("lab.brains:strip(threshold=3)")
     ('lab.brains:strip', {'threshold': 3})
 
     Raises:
-        ValueError: it is no call, or an argument has no name, or has one twice, or is no literal.
+        ValueError: the text is not such a call.
     """
     match = _CALL.fullmatch(text.strip()) if len(text) <= _MOST else None
     if match is None:
@@ -43,13 +43,13 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def format_call(name: str, arguments: Mapping[str, Any]) -> str:
-    """The one spelling of a call.
+    """The canonical text of a call.
 
     >>> format_call("lab.brains:strip", {"mode": "x", "by": (1, 2.5)})
     "lab.brains:strip(by=(1, 2.5), mode='x')"
 
     Raises:
-        ValueError: the value of an argument is no literal.
+        ValueError: an argument is not a literal.
     """
     words = [f"{word}={_literal(value)}" for word, value in sorted(arguments.items())]
     return f"{name}({', '.join(words)})" if words else name

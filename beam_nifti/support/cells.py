@@ -1,6 +1,7 @@
-"""What a text means, be it a cell of a table or the value of an option: a number, or nothing.
+"""Texts as numbers or missing values, for cells of tables and values of options.
 
-A number is what every program reads alike. Python would also take 1_0, and digits of other scripts.
+Only numbers that every program reads alike are accepted. Python alone would also accept 1_0 and the digits of
+other scripts.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ def is_missing(text: str) -> bool:
 
 
 def parse_number(text: str) -> float:
-    """The number that a text is, or infinity; `Decimal` takes it, too.
+    """The number that a text spells, or infinity; `Decimal` accepts the same texts.
 
-    Raises:
-        ValueError: it is none.
+    Other texts are a ValueError.
     """
     if not _NUMBER.fullmatch(text.strip()):
         raise ValueError(f"{text!r} is not a number")
@@ -36,20 +36,12 @@ def parse_number(text: str) -> float:
 
 
 def as_float(number: Real) -> float:
-    """A number as a float: one of numpy's is what it prints, so that float32's 0.7 is 0.7.
-
-    Raises:
-        OverflowError: it is too large.
-    """
+    """A number as a float. A numpy number becomes the float that it prints, so that float32's 0.7 is 0.7."""
     return float(str(number) if hasattr(number, "dtype") else number)
 
 
 def parse_integer(text: str) -> int:
-    """The integer that a text is.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """The integer that a text spells. Other texts are a ValueError."""
     if not _INTEGER.fullmatch(text.strip()):
         raise ValueError(f"{text!r} is not an integer")
     return int(text)

@@ -7,23 +7,16 @@ from typing import Any
 
 
 class Document(Mapping[str, Any]):
-    """A read-only mapping of names to values that JSON can hold; `dict(document)` is the JSON object.
-
-    Args:
-        facts: by name.
-    """
+    """A read-only mapping of names to JSON values; `dict(document)` is the JSON object."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self._facts = facts
 
     def __getitem__(self, name: str) -> Any:
-        """A value by its name."""
         return self._facts[name]
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
         return iter(self._facts)
 
     def __len__(self) -> int:
-        """How many names there are."""
         return len(self._facts)

@@ -1,4 +1,4 @@
-"""Values that JSON held, compared with the types that annotations state."""
+"""Checks JSON values against type annotations."""
 
 from __future__ import annotations
 
@@ -20,24 +20,20 @@ _WORDS: Final[Mapping[Any, str]] = {
     str: "text",
 }
 hints_of: Final[Callable[[Any], Mapping[str, Any]]] = functools.cache(typing.get_type_hints)
-"""The annotations of a dataclass's fields, evaluated."""
+"""The evaluated annotations of a dataclass's fields."""
 
 _SHOWN: Final = Repr()
 _SHOWN.maxother = _SHOWN.maxstring = 60
 
 
 def require_type(value: Any, kind: Any, name: str) -> None:
-    """Compare a value with an annotation.
+    """Check a value of `json.loads` against an annotation; `name` names the value in the error.
 
-    That is a scalar, `X | None`, `str | X | None`, a tuple, a Mapping of text, or a dataclass.
-
-    Args:
-        value: as `json.loads` gives it, so that a list stands for a tuple and an object for a dataclass.
-        kind: the annotation.
-        name: of the value, for the error.
+    The annotation is a scalar, `X | None`, `str | X | None`, a tuple (in JSON a list), a Mapping of text, or
+    a dataclass (in JSON an object).
 
     Raises:
-        ValueError: it is of another type, or has a key that the dataclass does not have, or lacks one.
+        ValueError: the value has another type, or its keys are not those of the dataclass.
     """
     if _is_plain(value, kind):
         return
@@ -98,7 +94,7 @@ _required_of: Final[Callable[[Any], frozenset[str]]] = functools.cache(_find_req
 
 
 def _is_plain(value: Any, kind: Any) -> bool:
-    """Whether a value needs no further look, as most do of which there are many."""
+    """Whether a value needs no further check, which is true of most values."""
     return type(value) is kind and kind is not float and (kind is not str or value.isascii())
 
 

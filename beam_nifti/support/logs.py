@@ -1,7 +1,7 @@
-"""What commands say on standard error: as lines for people, or as JSON lines for what collects logs.
+"""Logging on standard error: as lines for people, or as JSON lines for log collectors.
 
-Levels keep participants out of logs: what is said at INFO names none of them, no image and no path of one;
-warnings and errors may, as they have to say what is wrong.
+Messages at INFO name no participant, image or path. Warnings and errors may, because they have to name the
+cause.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LOGGER: Final = logging.getLogger("beam_nifti")
 
 
 def fields(**values: Any) -> dict[str, Any]:
-    """For `extra=`: what a record says besides its message, as keys of its JSON."""
+    """The argument `extra=` of a log call: keys of the JSON line besides the message."""
     return {"fields": values}
 
 
 class _Text(logging.Formatter):
-    """Plain sentences; before an error the program's name, as other commands have it."""
+    """Plain sentences. Errors begin with the program's name, as those of other commands."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
@@ -58,7 +58,7 @@ class _Json(logging.Formatter):
 
 
 class _Lines(io.TextIOBase):
-    """A standard error each of whose lines becomes a record, whoever writes it."""
+    """A replacement of standard error that logs each line."""
 
     def __init__(self) -> None:
         self._begun = ""
@@ -77,14 +77,11 @@ class _Lines(io.TextIOBase):
 
 @contextlib.contextmanager
 def on_stderr(log_format: str) -> Iterator[None]:
-    """Send records to standard error while the block runs.
+    """Log to standard error while the block runs.
 
-    Args:
-        log_format: "text": those of this package; all others as Python does it, from warnings on. "json":
-            those of every library, and whatever is written on standard error besides.
-
-    Raises:
-        SystemExit: with "json", in the place of an exception that leaves the block.
+    With "text" these are the messages of this package, and warnings and errors of others as Python prints
+    them. With "json" these are the messages of every library, and everything else that is written to standard
+    error; an exception that leaves the block is logged, and SystemExit is raised instead.
     """
     handler = logging.StreamHandler(sys.stderr)
     if log_format == "json":
@@ -109,7 +106,7 @@ def on_stderr(log_format: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handling(logger: logging.Logger, handler: logging.Handler) -> Iterator[None]:
-    """Let a handler alone have what reaches a logger, from INFO on."""
+    """Give a logger's messages, from INFO on, to this handler only."""
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -123,12 +120,9 @@ def _handling(logger: logging.Logger, handler: logging.Handler) -> Iterator[None
 
 
 class shared:  # noqa: N801
-    """Makes of a context manager, which changes something of the process, one that threads share.
+    """Lets threads share a context manager that changes the process.
 
-    The first of them to enter changes it, and the last one to leave changes it back.
-
-    Args:
-        change: gives the context manager.
+    The first thread to enter makes the change, and the last one to leave reverts it.
     """
 
     def __init__(self, change: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
@@ -137,7 +131,7 @@ class shared:  # noqa: N801
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Have it changed while the block runs."""
+        """Have the change while the block runs."""
         with self._lock:
             if self._count == 0:
                 self._stack.enter_context(self._change())
@@ -154,7 +148,7 @@ class shared:  # noqa: N801
 @shared
 @contextlib.contextmanager
 def unconfigured() -> Iterator[None]:
-    """Leave logging to the host: Beam would set it up where nobody has, for good."""
+    """Leave the configuration of logging to the host program; Beam would configure it permanently."""
     root, default = logging.getLogger(), logging.lastResort
     if root.handlers or default is None:
         yield

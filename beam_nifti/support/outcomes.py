@@ -80,12 +80,9 @@ _END_OF_ERROR = re.compile(r"\s+at [\w.$]+\(|Traceback |Caused by: ")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command ends that an error has stopped.
+    """How a failed command ends: its exit code, and the reason to print.
 
-    Attributes:
-        code: the exit code.
-        reason: what to print.
-        is_explained: whether the reason is all there is to know, so that a traceback would only hide it.
+    If `is_explained`, the reason is complete, and a traceback would add nothing.
     """
 
     code: int
@@ -94,9 +91,9 @@ class Outcome:
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a command that an error of this process ends.
+    """The exit code of a command that fails with this error.
 
-    A store that keeps failing may be the cause of an error about a dataset or a manifest.
+    An error about a dataset or a manifest may be caused by a store that keeps failing.
     """
     if isinstance(error, EngineError):
         return error.exit_code
@@ -112,22 +109,22 @@ def exit_code(error: BaseException) -> int:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same may succeed at another time, without anybody's doing."""
+    """Whether a later attempt may succeed although nobody changed anything."""
     return exit_code(error) == TEMPORARY
 
 
 def reason_of(error: OSError) -> str:
-    """What an error of the system has to say, without its number."""
+    """The text of a system error, without its number."""
     if error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def engine_outcome(error: Exception) -> Outcome | None:
-    """How a command ends whose pipeline raised an error; None for an error that no engine raises.
+    """How a command ends whose pipeline failed; None if no engine raised the error.
 
-    A runner brings a worker's exception back as the text of a RuntimeError. Its last traceback, if there
-    is one, ends with the exception that counts.
+    Runners return a worker's exception as the text of a RuntimeError. If the text has tracebacks, the last
+    one ends with the relevant exception.
     """
     if (outcome := _of_service(error)) is not None:
         return outcome
@@ -168,7 +165,7 @@ def _last_error(text: str) -> str:
 
 
 def _named_error(text: str) -> tuple[type[BaseException], int]:
-    """The class of a traceback's last lines, as far as this process knows it, and its exit code."""
+    """The class that the last lines of a traceback name, if it is loaded here, and its exit code."""
     found = _ERROR.match(text)
     module, _, name = found["name"].rpartition(".") if found else ("", "", "")
     kind = getattr(sys.modules.get(module) if module else builtins, name, None)
@@ -179,7 +176,7 @@ def _named_error(text: str) -> tuple[type[BaseException], int]:
 
 
 def _of_service(error: Exception) -> Outcome | None:
-    """How a command ends for what a job service answers, by gRPC or HTTP, or for its silence."""
+    """How a command ends if a job service refuses a request, by gRPC or HTTP, or does not answer."""
     if type(error).__module__.partition(".")[0] == "grpc":
         if not callable(code := getattr(error, "code", None)):
             return Outcome(TEMPORARY, "the job server does not answer", is_explained=True)

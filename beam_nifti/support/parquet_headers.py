@@ -1,7 +1,7 @@
-"""What a Parquet file says of its schema and of the sizes of its pages, looked at before Arrow uses it.
+"""Checks of the schema and the page sizes of a Parquet file, before Arrow reads it.
 
-Arrow goes down a nested schema as deep as that is, and does not compare pages with the footer. Both are
-Thrift structs in the compact protocol. Source: parquet.apache.org/docs/file-format, and its parquet.thrift.
+Arrow recurses into schemas of any depth, and does not compare pages with the footer. Both are Thrift structs
+in the compact protocol. Source: parquet.apache.org/docs/file-format, and its parquet.thrift.
 """
 
 from __future__ import annotations
@@ -13,21 +13,18 @@ from typing import Any, BinaryIO, Final
 _UNCOMPRESSED: Final = 2
 _COMPRESSED: Final = 3
 _DATA_PAGES: Final = (5, 8)
-"""Fields of a page's header: two sizes, and what is said of a data page of version 1 or 2."""
+"""Fields of a page's header: two sizes, and the headers of data pages of version 1 and 2."""
 
 _DICTIONARY: Final = 7
 _NUM_VALUES: Final = 1
-_MOST: Final = 2**31 - 1
-"""A size or count is an int32; Arrow takes the low bits of a larger one."""
+_MOST: Final = 2**31 - 1  # a size or count is an int32; Arrow takes the low bits of a larger one
 
 _SCHEMA: Final = 2
 """The field of a footer that lists the elements of the schema: each group, then what is in it."""
 
 _NUM_CHILDREN: Final = 5
 _MAGIC: Final = b"PAR1"
-_END_BYTES: Final = 8
-"""Of the file: the length of the footer, and the magic number."""
-
+_END_BYTES: Final = 8  # of the file: the length of the footer, and the magic number
 _INTEGERS: Final = frozenset([4, 5, 6])
 _BYTES: Final = frozenset([8])
 _STRUCT: Final = 12
@@ -46,10 +43,8 @@ _DEEPEST: Final = 8
 def require_schema(handle: BinaryIO, deepest: int, most_values: int | None = None) -> None:
     """Refuse a schema that nests too deeply, which ends the process, or a footer that is too large.
 
-    Args:
-        handle: of the file.
-        deepest: levels that the schema has at most, the root included.
-        most_values: that the footer has at most, each of which takes memory; None does not count them.
+    The schema may have `deepest` levels, root included, and the footer `most_values` values, each of which
+    takes memory; None does not count them.
 
     Raises:
         ValueError: it has more, or no usable footer.
@@ -88,14 +83,10 @@ def _require_depth(elements: Iterator[int], reader: _Reader, deepest: int) -> No
 
 
 def require_said_sizes(data: bytes, column: Any) -> None:
-    """Compare the pages of a column chunk with what the footer says of it.
-
-    Args:
-        data: the file.
-        column: `pyarrow.parquet.ColumnChunkMetaData`.
+    """Compare the pages of a column chunk with its metadata (`pyarrow.parquet.ColumnChunkMetaData`).
 
     Raises:
-        ValueError: its pages hold more bytes or values, or are not where they should be.
+        ValueError: the pages hold more bytes or values than stated, or are not where they should be.
     """
     at = column.data_page_offset
     if column.has_dictionary_page and column.dictionary_page_offset is not None:
@@ -119,7 +110,7 @@ def require_said_sizes(data: bytes, column: Any) -> None:
 
 
 def _require_sizes(header: dict[int, Any]) -> None:
-    """Refuse sizes and counts that none can be: Arrow adds them up, or makes room for so many."""
+    """Refuse impossible sizes and counts, because Arrow adds them up or allocates memory for them."""
     pages = [header[page] for page in (*_DATA_PAGES, _DICTIONARY) if page in header]
     numbers = [n for page in pages for n in page.values() if isinstance(n, int)]
     for number in (header[_UNCOMPRESSED], header[_COMPRESSED], *numbers):
@@ -133,10 +124,7 @@ def _require_sizes(header: dict[int, Any]) -> None:
 class _Reader:
     """Reads values one after the other, and keeps none that is not asked for.
 
-    Args:
-        data: bytes that hold them.
-        most: values that are read at most; None reads any number.
-        at: offset of the next one.
+    At most `most` values are read; None reads any number.
     """
 
     def __init__(self, data: bytes, most: int | None = None, at: int = 0) -> None:
@@ -147,7 +135,10 @@ class _Reader:
         return {number: self._value(kind, depth) for number, kind in self.fields(depth)}
 
     def fields(self, depth: int) -> Iterator[tuple[int, int]]:
-        """Number and type of each field of a struct; its value is to be read, or skipped, before the next."""
+        """Number and type of each field of a struct.
+
+        The caller reads or skips its value before the next field.
+        """
         if depth > _DEEPEST:
             raise ValueError("it is nested too deeply")
         seen, number = set[int](), 0
@@ -160,7 +151,7 @@ class _Reader:
             yield number, kind & 15
 
     def items(self, kind: int, depth: int, number: int) -> Iterator[int]:
-        """The type of each value of a list, which is to be read, or skipped, before the next."""
+        """The type of each value of a list. The caller reads or skips the value before the next one."""
         head = self._byte()
         size, inner = head >> 4, head & 15
         if size == 15:

@@ -1,4 +1,4 @@
-"""This process: its cores, its memory, threads beside its main one, and whether it was forked."""
+"""This process: cores, memory, background threads and forks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ def count_cores() -> int:
 
 
 def keep_buffers() -> None:
-    """Let glibc reuse buffers of up to 32 MiB.
+    """Let glibc reuse buffers of up to 32 MiB; without effect where the C library is not glibc.
 
-    By default it maps every buffer of a volume's size afresh and gives it back after use, so that each
-    volume pays for a page fault every 4 KiB: a fifth of a build's CPU (docs/adr/0004-memory.md).
-    Does nothing where the C library is not glibc.
+    By default, glibc maps every buffer of a volume's size anew and returns it after use, so each volume costs
+    a page fault every 4 KiB: a fifth of a build's CPU (docs/adr/0004-memory.md).
     """
     if not sys.platform.startswith("linux"):
         return
@@ -39,7 +38,7 @@ def keep_buffers() -> None:
 
 
 class ForkGuard:
-    """Tells whether this process was forked from one that had used something that does not survive a fork."""
+    """Detects that this process was forked after it had used something that does not survive a fork."""
 
     def __init__(self) -> None:
         self._is_used = self._is_copy = False
@@ -49,19 +48,16 @@ class ForkGuard:
         self._is_copy = self._is_used
 
     def enter(self) -> bool:
-        """Note the use of it; False if it cannot be used here."""
+        """Note its use; False if it cannot be used in this process."""
         self._is_used = True
         return not self._is_copy
 
 
 @contextlib.contextmanager
 def in_background(work: Iterable[float], name: str) -> Iterator[None]:
-    """Go on with some work while the block runs.
+    """Run a generator in a thread of this name while the block runs.
 
-    Args:
-        work: gives, each time that it has done something, the seconds to sleep before it is asked to go on;
-            that is where it ends with the block, which waits for it.
-        name: of the thread.
+    It yields the seconds to sleep until it continues, and is stopped there when the block ends.
     """
     stop = threading.Event()
 

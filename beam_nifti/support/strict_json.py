@@ -1,4 +1,4 @@
-"""JSON as its standard has it: no token for NaN or infinity, which parsers in other languages refuse."""
+"""Standard JSON: without NaN and Infinity, which parsers in other languages refuse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GROWTH: Final = 4
 
 
 def dump_json(value: Any, **options: Any) -> str:
-    """As `json.dumps`; numbers that are not finite become null.
+    """As `json.dumps`, with null for numbers that are not finite.
 
     >>> dump_json({"zooms": [2.0, float("nan")]})
     '{"zooms": [2.0, null]}'
@@ -78,11 +78,7 @@ def _finite_number(text: str) -> float:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for `object_pairs_hook`.
-
-    Raises:
-        ValueError: it has a key twice.
-    """
+    """An object of JSON, for `object_pairs_hook`; a duplicate key is a ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)

@@ -1,8 +1,8 @@
-"""Standard output and standard error, whatever they are and whatever is printed.
+"""Output on standard output and standard error.
 
-Names, paths, answers of servers and texts of exceptions may hold characters that control a terminal, so all
-text passes through here. And a stream may be closed, full, or unable to hold a character: that does not stop
-a command, and only a command whose text is its result fails for it.
+Names, paths, answers of servers and texts of exceptions may contain control characters, so all text passes
+through here. A stream may be closed, full, or unable to encode a character. Only a command whose result is
+text fails then.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ class UnwritableError(Exception):
 
 
 class Screen(io.TextIOBase):
-    """A standard stream that shows control characters as Python writes them, but for line breaks and tabs.
+    """A standard stream (None if it is closed) that escapes control characters except line breaks and tabs.
 
-    Args:
-        stream: that it writes to; None for a closed one.
-        is_strict: raise errors of writing once, as UnwritableError; otherwise they are ignored. After an
-            error all further text is dropped.
+    After an error, further text is dropped. If the screen is strict, the first error is an UnwritableError.
     """
 
     def __init__(self, stream: TextIO | None, *, is_strict: bool) -> None:
@@ -97,14 +94,14 @@ class Screen(io.TextIOBase):
 
 
 def _replace_by_null(descriptor: int) -> None:
-    """Let what is still buffered go nowhere: Python flushes at its end, and would exit with 120."""
+    """Send what is still buffered to the null device: Python flushes at exit, and would exit with 120."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
 
 
 def _open_closed_descriptors() -> None:
-    """Keep the numbers of standard streams from files: libraries write to these numbers."""
+    """Keep the descriptors of standard streams from becoming files: libraries write to these numbers."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -114,11 +111,7 @@ def _open_closed_descriptors() -> None:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Make Screens of the standard streams while the block runs.
-
-    Raises:
-        SystemExit: in the place of an exception that leaves the block, whose traceback is printed.
-    """
+    """Make Screens of the standard streams while the block runs."""
     _open_closed_descriptors()
     out, err = Screen(sys.stdout, is_strict=True), Screen(sys.stderr, is_strict=False)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -134,11 +127,7 @@ def guarded_streams() -> Iterator[None]:
 
 
 def write_result(text: str) -> None:
-    """Print what a command is for, such as a table, so that a file or a pipe gets it byte for byte.
-
-    Raises:
-        UnwritableError: standard output cannot be written.
-    """
+    """Print the result of a command, such as a table. A file or a pipe gets it byte for byte."""
     if isinstance(sys.stdout, Screen):
         sys.stdout.write_result(text)
     else:
@@ -146,5 +135,5 @@ def write_result(text: str) -> None:
 
 
 def under_screen(stream: TextIO) -> TextIO:
-    """The stream below a Screen, for what moves the cursor itself."""
+    """The stream below a Screen, for code that moves the cursor."""
     return stream.stream if isinstance(stream, Screen) and stream.stream is not None else stream

@@ -1,4 +1,4 @@
-"""How what is known of data is written for people: rows, lines and sizes."""
+"""Texts for people: rows, counts, lists and sizes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}  # verbs in the sing
 _CONTROL: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""Control characters, separators of lines, marks of the direction of text, and bytes that are no UTF-8.
+"""Control characters, line separators, marks of text direction, and bytes that are not UTF-8.
 
 Source: Unicode's categories Cc, Zl, Zp and Cs, and its property Bidi_Control.
 """
 
 
 def format_rows(rows: Iterable[tuple[str, str]], width: int) -> str:
-    """Rows of a name and a text as lines, one line per row, whatever its text holds."""
+    """Format rows of a name and a text, one line per row."""
     return "\n".join(f"{one_line(name):<{width}}{one_line(text)}".rstrip() for name, text in rows)
 
 
 def one_line(text: str) -> str:
-    r"""A text, such as a cell of a table, with line breaks and control characters as Python writes them.
+    r"""Escape line breaks and control characters, as Python does.
 
     >>> print(one_line("left\nright"))
     left\nright
@@ -31,12 +31,12 @@ def one_line(text: str) -> str:
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """A text with control characters as Python writes them, but for those that are kept."""
+    """Escape control characters, as Python does, except those in `keep`."""
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 def counted(number: int, noun: str, verb: str = "") -> str:
-    """A number of things, and what they do, in the singular where it is one.
+    """A number of things, with an optional verb, in the singular or plural.
 
     >>> counted(1, "row"), counted(1200, "row"), counted(1, "example", "have"), counted(0, "image", "are")
     ('1 row', '1,200 rows', '1 example has', '0 images are')
@@ -47,7 +47,7 @@ def counted(number: int, noun: str, verb: str = "") -> str:
 
 
 def first_few(items: Sequence[object], most: int) -> str:
-    """The first items of a list, and whether there are more.
+    """The first items of a list, followed by "…" if there are more.
 
     >>> first_few(["a", "b"], 2), first_few([1, 2, 3], 2)
     ('a, b', '1, 2, …')
@@ -56,7 +56,7 @@ def first_few(items: Sequence[object], most: int) -> str:
 
 
 def size_text(sizes: Iterable[float]) -> str:
-    """A size along some axes, such as a shape or voxel sizes.
+    """A size along several axes, such as a shape or voxel sizes.
 
     >>> size_text((91, 109, 91)), size_text((2.0, 2.0, 2.5))
     ('91×109×91', '2×2×2.5')

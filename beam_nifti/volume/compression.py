@@ -1,4 +1,7 @@
-"""How a file is compressed: gzip, bzip2 or zstd, told by its first bytes and decompressed from memory."""
+"""Decompression of gzip, bzip2 and zstd files in memory. The first bytes of a file tell its compression.
+
+Damage is a VolumeError.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ _DAMAGE: Final[tuple[type[Exception], ...]] = (
 
 
 def make_buffer(size: int) -> memoryview:
-    """Fresh memory of so many bytes, whatever they are."""
+    """Uninitialized memory of so many bytes."""
     return memoryview(np.empty(size, np.uint8)).cast("B")
 
 
@@ -44,11 +47,11 @@ class Compression:
 
     Attributes:
         name: of the format.
-        magic: matches what each of its streams begins with.
+        magic: matches the beginning of each stream.
         open: from a file's bytes to an object with `readinto`.
-        find_end: from a file's bytes to the end of its last complete stream; 0 where none is complete.
+        find_end: from a file's bytes to the end of its last complete stream; 0 if none is complete.
         head_bytes: of a file, from which its first kilobyte can be decompressed.
-        ratio: the most bytes that one compressed byte can stand for; None where that is no useful bound.
+        ratio: most bytes that a compressed byte can become; None if there is no useful bound.
     """
 
     name: str
@@ -152,10 +155,7 @@ class Decompressor:
     Bytes after the last stream that do not begin another one, such as padding or text, are ignored, as by
     gunzip and nibabel.
 
-    Args:
-        name: the image's path, for errors.
-        data: the file, or as much of its start as is needed.
-        compression: of the file.
+    `data` is the file, or as much of its start as is needed.
 
     Attributes:
         trailing: how many bytes after the streams were ignored, so far as they have been met.
@@ -170,7 +170,7 @@ class Decompressor:
 
     @property
     def trailing_text(self) -> str:
-        """What there is after the streams, for errors; "" for nothing."""
+        """What follows the streams, for errors; "" for nothing."""
         return f", and {self.trailing} bytes after the {self._compression.name} data" if self.trailing else ""
 
     def _checked(self, action: Callable[[], Any]) -> Any:
@@ -209,21 +209,13 @@ class Decompressor:
         return not left
 
     def peek(self, size: int) -> bytes:
-        """The next bytes, fewer at the end, which are read again.
-
-        Raises:
-            VolumeError: the file is damaged.
-        """
+        """The next bytes, fewer at the end, which are read again."""
         buffer = bytearray(size)
         self._peeked = memoryview(buffer)[: self.readinto(memoryview(buffer))]
         return bytes(self._peeked)
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill a buffer, as far as there is content; the number of bytes.
-
-        Raises:
-            VolumeError: the file is damaged.
-        """
+        """Fill a buffer as far as there is content; returns the number of bytes."""
         size = min(len(self._peeked), len(buffer))
         buffer[:size] = self._peeked[:size]
         self._peeked = self._peeked[size:]
@@ -232,12 +224,7 @@ class Decompressor:
     def read(self, expected: int, most: int) -> memoryview:
         """All that is left, into one buffer, which is not grown beyond what the file can hold.
 
-        Args:
-            expected: bytes that the header promises.
-            most: bytes to stop at.
-
-        Raises:
-            VolumeError: the file is damaged, or so small that the header's promise is a lie.
+        The header promises `expected` bytes; reading stops at `most`.
         """
         self.require(expected)
         size = 0
@@ -251,11 +238,7 @@ class Decompressor:
             content = larger
 
     def require(self, expected: int) -> None:
-        """Refuse a promise of more bytes than the file can hold.
-
-        Raises:
-            VolumeError: it cannot hold as many.
-        """
+        """Refuse a promise of more bytes than the file can hold."""
         if self._compression.ratio is not None and expected > self._compression.ratio * self._size:
             raise VolumeError(
                 f"{self._name}: the header promises {expected} bytes, more than {self._size} bytes of "
@@ -263,11 +246,7 @@ class Decompressor:
             )
 
     def skip(self, size: int) -> int:
-        """Pass over bytes; how many there were.
-
-        Raises:
-            VolumeError: the file is damaged.
-        """
+        """Skip bytes; returns how many there were."""
         scratch = memoryview(bytearray(min(size, _SCRATCH_BYTES)))
         passed = 0
         while passed < size and (count := self.readinto(scratch[: size - passed])):
@@ -284,20 +263,12 @@ def fill(reader: Any, buffer: memoryview) -> int:
 
 
 def content_size(name: str, data: Bytes, most: int) -> int:
-    """How many bytes a file holds, or `most` if it holds more.
-
-    Raises:
-        VolumeError: the file is damaged.
-    """
+    """The number of bytes that a file holds, at most `most`."""
     compression = compression_of(data)
     return Decompressor(name, data, compression).skip(most) if compression else min(len(data), most)
 
 
 def decompressed_head(name: str, head: Bytes, size: int) -> bytes:
-    """The first `size` bytes of what a file holds, from its own first bytes.
-
-    Raises:
-        VolumeError: the file is damaged.
-    """
+    """The first `size` bytes of what a file holds, from its own first bytes."""
     compression = compression_of(head)
     return Decompressor(name, head, compression).peek(size) if compression else bytes(head[:size])

@@ -91,11 +91,7 @@ def _files_to_read(name: str, path: str) -> tuple[str, ...]:
 
 
 def stat_image(path: str) -> FileStats:
-    """What each file of an image is; of a pair, the header first.
-
-    Raises:
-        OSError: the path cannot be reached.
-    """
+    """What each file of an image is; of a pair, the header first."""
     return tuple(map(storage.stat, image_files(path)))
 
 
@@ -318,11 +314,7 @@ class Image:
             return data[: len(self._data) + fill(self._handle, data[len(self._data) :])]
 
     def read_all(self) -> memoryview:
-        """The bytes of all voxels; what was read for them is let go of.
-
-        Raises:
-            VolumeError: the file is damaged, or does not hold what its header promises.
-        """
+        """The bytes of all voxels; what was read for them is let go of."""
         data = self._read_rest()
         self._data = b""
         if self._compression:
@@ -341,11 +333,7 @@ class Image:
         Of a file that is not compressed only they are read. A compressed one is read to its end, so that
         damage behind them does not go unnoticed.
 
-        Args:
-            numbers: rising; component v of frame t has number v * T + t.
-
-        Raises:
-            VolumeError: as `read_all`.
+        The numbers ascend; component v of frame t has number v * T + t.
         """
         size = self.header.frame_bytes
         if self._compression:

@@ -31,9 +31,7 @@ _VECTOR_INTENTS: Final = frozenset([1004, 1005, 1006, 1007])
 """Matrix, symmetric matrix, displacement, vector: the fifth axis holds their components. Source: nifti1.h."""
 
 _CIFTI_INTENTS: Final = range(3000, 3100)
-
 _NIFTI1: Final = {b"n+1\0": nib.Nifti1Header, b"ni1\0": nib.Nifti1Pair.header_class}  # by magic string
-
 _quiet = logging.getLogger(f"{__name__}.nibabel")
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False

@@ -15,7 +15,7 @@ import numpy as np
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.volume.grid import Affine, Grid, prepared_shape
-from beam_nifti.volume.rescale import Scaling
+from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16
 """Most bytes of voxels in a record: with the rest of it they must stay below protobuf's 2 GiB."""
@@ -238,23 +238,21 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> R
 
 def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record: RecordConfig) -> None:
     """Refuse a prepared volume of a shape and dtype whose voxels take more bytes than a record can hold."""
-    count = math.prod(shape)
-    exact = {"float32": 4 * count, "native": dtype.itemsize * count}
-    sizes = {**exact, "float16": 2 * count, "bfloat16": 2 * count, "uint8": count}
-    size = sizes[record.voxel_dtype]
+    stored = dtype if record.voxel_dtype == "native" else numpy_dtype(record.voxel_dtype)
+    size = math.prod(shape) * stored.itemsize
     if size <= MAX_VOLUME_BYTES:
         return
+    exact = {"float32": 4 * math.prod(shape), "native": math.prod(shape) * dtype.itemsize}
     remedies = [
-        f"use --voxel-dtype {other}, which takes {exact[other]:,}"
-        for other in exact
-        if exact[other] <= MAX_VOLUME_BYTES
+        f"use --voxel-dtype {other}, which takes {num_bytes:,}"
+        for other, num_bytes in exact.items()
+        if num_bytes <= MAX_VOLUME_BYTES
     ]
     if len(shape) > 3:
         remedies.append("split the image along time, with fslroi, say")
     remedies.append("crop or resample it with --shape or --spacing")
-    stored = dtype.name if record.voxel_dtype == "native" else record.voxel_dtype
     raise VolumeError(
-        f"{name}: shape {shape} takes {size:,} bytes as {stored}, more than a record can hold "
+        f"{name}: shape {shape} takes {size:,} bytes as {stored.name}, more than a record can hold "
         f"({MAX_VOLUME_BYTES:,}: protobuf ends at 2 GiB); {', or '.join(remedies)}"
     )
 

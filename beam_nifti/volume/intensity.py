@@ -15,8 +15,8 @@ import numpy.typing as npt
 from beam_nifti.config import RecordConfig, threshold_of
 from beam_nifti.errors import VolumeError
 from beam_nifti.volume.rescale import (
-    Ends,
     Intensity,
+    RescaleRange,
     Scaling,
     Voxels,
     keep_units,
@@ -56,13 +56,13 @@ def select_voxels(
     return selection
 
 
-def find_ends(
+def find_rescale_range(
     voxels: Voxels,
     scaling: Scaling,
     intensity: Intensity,
     config: RecordConfig,
     mask: Voxels | None = None,
-) -> Ends | None:
+) -> RescaleRange | None:
     """Which intensities of a volume become 0 and 1, by the method of a configuration.
 
     The method asks the voxels that the configuration selects, which may be those of the mask.
@@ -75,7 +75,7 @@ def find_ends(
 
     Source: docs/format.md, "Intensity".
     """
-    if not config.has_ends:
+    if not config.has_range:
         return None
     is_part = config.rescale_within is not None
     if config.rescale_within is not None:
@@ -99,7 +99,7 @@ def find_ends(
             f"--rescale {config.rescale} would map {low:g} onto 0 and {high:g} onto 1, which is no range to "
             "rescale; leave the image out, or use another --rescale"
         )
-    return Ends(low, high)
+    return RescaleRange(low, high)
 
 
 def find_percentiles(
@@ -140,14 +140,32 @@ def _order_statistics(flat: Voxels, places: npt.NDArray[np.int64], overwrite: bo
 
 
 def rescale_voxels(
-    voxels: Voxels, scaling: Scaling, intensity: Intensity, ends: Ends | None, config: RecordConfig
+    voxels: Voxels,
+    scaling: Scaling,
+    intensity: Intensity,
+    rescale_range: RescaleRange | None,
+    config: RecordConfig,
 ) -> Voxels:
     """Make voxels what a record stores, unless it stores them as they are.
 
-    `intensity` and `ends` are those of the volume, within `require_range`.
+    `intensity` and `rescale_range` are those of the volume, within `require_range`.
     """
-    if ends is not None:
-        return rescale_between(voxels, ends, scaling, clip=config.clip, dtype=config.rescaled_dtype)
+    if rescale_range is not None:
+        return rescale_between(voxels, rescale_range, scaling, clip=config.clip, dtype=config.rescaled_dtype)
     if config.method == "none":
         return keep_units(voxels, scaling, config.rescaled_dtype)
     return rescale_minmax(voxels, intensity, scaling, config.rescaled_dtype)
+
+
+def stored_range(
+    intensity: Intensity, rescale_range: RescaleRange | None, config: RecordConfig
+) -> npt.NDArray[np.generic]:
+    """The least and the largest voxel that a record stores; the range in the image's units for native voxels.
+
+    Every rescaling keeps the order of voxels.
+    """
+    found = np.array([intensity.min, intensity.max])
+    if config.voxel_dtype == "native":
+        return found
+    with np.errstate(over="ignore"):
+        return rescale_voxels(found, Scaling(), intensity, rescale_range, config)

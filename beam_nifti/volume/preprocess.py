@@ -12,7 +12,7 @@ import numpy as np
 
 from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError, is_of_machine
-from beam_nifti.manifest.concealment import describe
+from beam_nifti.manifest.redaction import describe
 from beam_nifti.volume.grid import (
     UNTURNED,
     Grid,
@@ -49,12 +49,8 @@ def prepare_volume(
 ) -> Volume:
     """Prepare a volume as a configuration says.
 
-    Args:
-        volume: as loaded.
-        record: says what is done.
-        shape: that the result must have; None accepts any.
-        release: whether to take the volume's voxels over, so that there are never more than two copies of
-            them. The volume is empty then.
+    The result must have `shape`; None accepts any. With `release` the voxels are taken from the volume, which
+    is empty then, so that there are never more than two copies of them.
 
     Raises:
         VolumeError: the volume cannot be prepared so, or not to that shape, or has then no place in a
@@ -99,13 +95,8 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
 
     Voxels, scaling, affine and mask of the result are taken from it, voxel sizes from its affine.
 
-    Args:
-        volume: that the function gets. It may change the voxels, which are used for nothing else. Of mask and
-            affine it gets copies, as frames of an image share them.
-        function: from Volume to Volume.
-        name: of the function, for errors.
-        num_channels: images that the volume has as channels, and that the result must have; None allows any
-            number of them.
+    The function may change the voxels, which are used for nothing else. It gets copies of mask and affine,
+    which frames of an image share. The result must have `num_channels` channels; None accepts any number.
 
     Raises:
         VolumeError: it raised an exception, or returned what cannot be a volume.
@@ -143,15 +134,8 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
 def require_volume(volume: Volume, step: str) -> Volume:
     """Check what a user's own step gave to one of ours, as `apply_function` checks what a function returns.
 
-    Args:
-        volume: of a step of any pipeline. Its voxels are not copied.
-        step: name of the step that gets it, for errors.
-
     Returns:
         The volume, with an affine of float64 and the voxel sizes of that affine.
-
-    Raises:
-        VolumeError: it is not a volume, or voxels, affine or mask are not what a volume has.
     """
     name = f"the step before {step}"
     if not isinstance(volume, Volume):
@@ -222,15 +206,7 @@ def _wrong_beside(made: Volume, masks: Collection[str], num_channels: int | None
 
 
 def orient(volume: Volume, code: str) -> Volume:
-    """Reorder and flip the axes to an orientation, exactly; an oblique image stays oblique.
-
-    Args:
-        volume: voxels of any dtype, which they keep, with their scaling.
-        code: to where each index grows, such as "RAS".
-
-    Raises:
-        VolumeError: the affine does not tell where an axis points.
-    """
+    """Reorder and flip the axes to an orientation, exactly; an oblique image stays oblique."""
     grid = Grid.of(volume.voxels.shape, volume.affine)
     turns = axes_to(grid, code)
     if np.array_equal(turns, UNTURNED):
@@ -253,10 +229,6 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
 
     Outside of the outermost voxel centres the nearest voxel counts. Frames are resampled one by one. A mask
     has the label of the nearest voxel.
-
-    Args:
-        volume: of any dtype.
-        spacing: voxel size along each axis, in mm.
 
     Returns:
         float32 voxels in the image's units. Where every axis has that voxel size already, the voxels as
@@ -307,11 +279,7 @@ def _require_grid(shape: Shape3, channels: tuple[int, ...], spacing: Sequence[fl
 def interpolation_weights(old_size: int, new_size: int, start: float, step: float) -> sparse.csr_array:
     """The matrix by which linear interpolation multiplies a line of voxels.
 
-    Args:
-        old_size: voxels of the line.
-        new_size: voxels that are made.
-        start: index of the first of these in the line.
-        step: index from one to the next.
+    `start` is the index in the line of the first new voxel, and `step` the distance to the next one.
 
     Returns:
         float64 (new_size, old_size), with at most two weights a row: those of `numpy.interp`, bit for bit.
@@ -330,16 +298,7 @@ def interpolation_weights(old_size: int, new_size: int, start: float, step: floa
 
 
 def crop_foreground(volume: Volume, rule: str) -> Volume:
-    """Crop to the bounding box of the foreground, of all frames together.
-
-    Args:
-        volume: voxels of any dtype, which they keep, with their scaling.
-        rule: which voxels are foreground: `nonzero` or `above:T`, by their value in the image's units, as
-            float64; `mask`, by their label.
-
-    Raises:
-        VolumeError: there is no foreground.
-    """
+    """Crop to the bounding box of the foreground, of all frames together."""
     shape, mask = volume.voxels.shape[:3], volume.mask
     along = [np.zeros(size, bool) for size in shape]
     for x, slice_ in enumerate(volume.voxels):
@@ -377,11 +336,6 @@ def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
     """Crop and pad each axis around its centre; where that is uneven, one voxel more at the end.
 
     Padding has the volume's own least value, so its range stays; that of a mask is 0.
-
-    Args:
-        volume: voxels of any dtype, which they keep, with their scaling.
-        shape: (X, Y, Z) of the result.
-        each: whether each channel is an image of its own, with a least value of its own.
     """
     old = Grid.of(volume.voxels.shape, volume.affine)
     if old.shape == shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,13 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
-
-LARGEST: Final[Mapping[str, float]] = {
-    "float32": float(np.finfo(np.float32).max),
-    "float16": float(np.finfo(np.float16).max),
-    "bfloat16": (2 - 2.0**-7) * 2.0**127,
-}
-"""Largest value of a dtype that voxels outside [0, 1] may be stored in."""
 
 UINT8_LEVELS: Final = 255
 """What 1.0 is stored as in uint8."""
@@ -64,7 +57,7 @@ class Intensity:
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
+class RescaleRange:
     """The intensities, in the image's units, that become 0 and 1: low < high."""
 
     low: float
@@ -81,6 +74,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+def float_limits(name: str) -> Any:
+    """As `numpy.finfo`, of a dtype by name, also of "bfloat16"."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.finfo(name)  # type: ignore[no-untyped-call]
+    return np.finfo(name)
+
+
 def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
     """A volume's range, mean and standard deviation.
 
@@ -94,8 +96,8 @@ def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
         VolumeError: a voxel is NaN or infinite, before or after scaling.
     """
     # min and max of a float array are NaN if any voxel is: two passes find every bad voxel.
-    ends = scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype))
-    if not np.isfinite(ends).all():
+    extremes = scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype))
+    if not np.isfinite(extremes).all():
         if voxels.dtype.kind == "f":
             bad = int(np.count_nonzero(~np.isfinite(scaling.apply(voxels))))
             raise VolumeError(
@@ -117,8 +119,8 @@ def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
     mean = total / flat.size
     spread = math.sqrt(max(squares / flat.size - mean * mean, 0.0))
     return Intensity(
-        min=float(min(ends)),
-        max=float(max(ends)),
+        min=float(min(extremes)),
+        max=float(max(extremes)),
         mean=scaling.slope * ((mean + origin) / shrink) + scaling.inter,
         std=abs(scaling.slope) * (spread / shrink),
     )
@@ -162,11 +164,16 @@ def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling, dtype
         return _rescale_integers(voxels, dtype)
     if intensity.min == intensity.max:
         raise constant_image(intensity.min)
-    return rescale_between(voxels, Ends(intensity.min, intensity.max), scaling, dtype=dtype)
+    return rescale_between(voxels, RescaleRange(intensity.min, intensity.max), scaling, dtype=dtype)
 
 
 def rescale_between(
-    voxels: Voxels, ends: Ends, scaling: Scaling, *, clip: bool = False, dtype: str = "float32"
+    voxels: Voxels,
+    rescale_range: RescaleRange,
+    scaling: Scaling,
+    *,
+    clip: bool = False,
+    dtype: str = "float32",
 ) -> Voxels:
     """Map two intensities linearly onto 0 and 1: `(v - low) / (high - low)`.
 
@@ -174,7 +181,7 @@ def rescale_between(
 
     Args:
         voxels: any shape, real dtype, C order, as stored. Not modified.
-        ends: what becomes 0 and 1.
+        rescale_range: what becomes 0 and 1.
         scaling: from stored voxels to the image's units.
         clip: whether to set what is below `low` to 0, and what is above `high` to 1.
         dtype: what the float32 results are rounded to, as in `quantize`.
@@ -183,7 +190,7 @@ def rescale_between(
         The same shape, C order.
     """
     # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
-    low, high = ends.low or -0.0, ends.high
+    low, high = rescale_range.low or -0.0, rescale_range.high
     if math.isinf(high - low):  # the range of float64 itself: halve everything, which is exact up here
         low, high, scaling = low / 2, high / 2, Scaling(scaling.slope / 2, scaling.inter / 2)
 
@@ -251,17 +258,19 @@ def _rescale_integers(voxels: Voxels, dtype: str) -> Voxels:
     return _in_chunks(voxels, dtype, fill)
 
 
-def require_range(intensity: Intensity, ends: Ends | None, dtype: str) -> None:
+def require_range(intensity: Intensity, rescale_range: RescaleRange | None, dtype: str) -> None:
     """Refuse a volume whose voxels the dtype of the records cannot hold.
 
-    `ends` is what becomes 0 and 1, without clipping; None for voxels in the image's units.
+    `rescale_range` is what becomes 0 and 1, without clipping; None for voxels in the image's units.
     """
     low, high = intensity.min, intensity.max
-    if ends is not None:
+    if rescale_range is not None:
         with np.errstate(over="ignore"):
-            low, high = ((np.array([low, high]) - ends.low) / (ends.high - ends.low)).tolist()
-    if max(abs(low), abs(high)) > LARGEST[dtype]:
-        what = "intensities" if ends is None else "rescaled intensities"
+            low, high = (
+                (np.array([low, high]) - rescale_range.low) / (rescale_range.high - rescale_range.low)
+            ).tolist()
+    if max(abs(low), abs(high)) > float(float_limits(dtype).max):
+        what = "intensities" if rescale_range is None else "rescaled intensities"
         where = ", which training reads" if dtype == "float32" else ""
         raise VolumeError(f"{what} from {low:g} to {high:g} do not fit {dtype}{where}; use --rescale minmax")
 
@@ -275,23 +284,25 @@ def keep_units(voxels: Voxels, scaling: Scaling, dtype: str = "float32") -> Voxe
     return _in_chunks(voxels, dtype, fill)
 
 
-def restore_units(stored: Voxels, ends: Ends | None) -> Voxels:
+def restore_units(stored: Voxels, rescale_range: RescaleRange | None) -> Voxels:
     """The values in the image's units: `low + x * (high - low)`, the inverse of `rescale_between`.
 
     In float64, rounded once. What was clipped comes back as the end at which it was clipped.
 
     Args:
         stored: any shape, C order, as a record holds rescaled voxels: x, or as uint8 255 times x.
-        ends: what became 0 and 1; None for voxels that are in the image's units.
+        rescale_range: what became 0 and 1; None for voxels that are in the image's units.
 
     Returns:
         float32 of the same shape; float64 where float32 cannot hold the largest of the values.
     """
-    if ends is None:
+    if rescale_range is None:
         return stored.astype(np.float32, copy=False)
     levels = UINT8_LEVELS if stored.dtype == np.uint8 else 1
-    factor = 0.5 if math.isinf(ends.high - ends.low) else 1.0  # the range of float64 itself, as above
-    low, width = ends.low * factor, ends.high * factor - ends.low * factor
+    factor = (
+        0.5 if math.isinf(rescale_range.high - rescale_range.low) else 1.0
+    )  # the range of float64 itself, as above
+    low, width = rescale_range.low * factor, rescale_range.high * factor - rescale_range.low * factor
 
     def restore(chunk: Voxels) -> npt.NDArray[np.float64]:
         values = chunk.astype(np.float64)
@@ -301,7 +312,7 @@ def restore_units(stored: Voxels, ends: Ends | None) -> Voxels:
         return values
 
     largest = np.abs(restore(np.array([stored.min(), stored.max()]))).max()
-    fits = largest == 0 or np.finfo(np.float32).tiny <= largest <= LARGEST["float32"]
+    fits = largest == 0 or np.finfo(np.float32).tiny <= largest <= np.finfo(np.float32).max
     out = np.empty(stored.shape, np.float32 if fits else np.float64)
     source, target = stored.reshape(-1), out.reshape(-1)
     for start in range(0, source.size, _CHUNK):

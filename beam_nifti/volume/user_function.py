@@ -24,9 +24,6 @@ def source_sha256(step: str) -> str:
 
     What that file imports does not count.
 
-    Args:
-        step: `package.module:function`, with or without arguments.
-
     Raises:
         UsageError: the function cannot be imported here, or has no file, or does not take the arguments.
     """
@@ -37,9 +34,7 @@ def source_sha256(step: str) -> str:
 def load_function(step: str, sha256: str | None = None) -> Function:
     """Import a function.
 
-    Args:
-        step: `package.module:function`, with or without arguments.
-        sha256: that its `source_sha256` must be; None takes any.
+    Its `source_sha256` must be `sha256`; None accepts any.
 
     Returns:
         The function, which gets a volume, and its arguments anew with each.
@@ -64,19 +59,14 @@ def load_function(step: str, sha256: str | None = None) -> Function:
 
 
 def load_functions(record: RecordConfig) -> list[tuple[str, Function]]:
-    """Import all functions of a configuration, in their order, each with its text.
-
-    Raises:
-        UsageError: as `load_function`.
-    """
+    """Import all functions of a configuration, in their order, each with its text."""
     return [(step, load_function(step, sha256)) for step, sha256 in record.steps]
 
 
 def name_of(function: object) -> str:
     """The text by which workers can import a function.
 
-    Args:
-        function: at the top of a module; or a `functools.partial` of one with named arguments.
+    It is at the top of a module, or a `functools.partial` of one with named arguments.
 
     Returns:
         `package.module:function`, with its arguments.
@@ -111,11 +101,7 @@ def name_of(function: object) -> str:
 
 
 def call_of(name: str, arguments: Mapping[str, Any]) -> str:
-    """The text of a function with arguments.
-
-    Raises:
-        UsageError: one is no literal.
-    """
+    """The text of a function with arguments."""
     try:
         return format_call(name, arguments)
     except ValueError as e:

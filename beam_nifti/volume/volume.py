@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +23,18 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_ends, rescale_voxels
+from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
-from beam_nifti.volume.rescale import Ends, Intensity, Scaling, Voxels, constant_image, measure, require_range
+from beam_nifti.volume.rescale import (
+    Intensity,
+    RescaleRange,
+    Scaling,
+    Voxels,
+    constant_image,
+    measure,
+    require_range,
+)
 from beam_nifti.volume.voxels import cut_frame, take_voxels
 
 
@@ -48,7 +56,7 @@ class Volume:
             has no masks.
         intensities: range, mean and standard deviation in the image's units, of each image; none until
             measured.
-        ends: what becomes 0 and 1 of each image; none where their ranges say it.
+        rescale_ranges: what becomes 0 and 1 of each image; none where their ranges say it.
         notes: what a user should know of its files and of what was done to them, as keys of `notes.TEXTS`;
             a build counts them.
         config: what was asked of the steps that it went through, as the configuration of its record; None
@@ -64,7 +72,7 @@ class Volume:
     source: Source
     mask: Voxels | None = None
     intensities: tuple[Intensity, ...] = ()
-    ends: tuple[Ends, ...] = ()
+    rescale_ranges: tuple[RescaleRange, ...] = ()
     notes: tuple[str, ...] = ()
     config: RecordConfig | None = None
 
@@ -118,21 +126,8 @@ def load_volume(
         images.append(_LoadedImage(header, voxels, scaling, image.stats))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
-    files = [*images, *([mask] if mask else [])]
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
-    dtypes = [image.header.dtype_name for image in images]
-    return Volume(
-        row=row,
-        voxels=voxels,
-        scaling=scaling,
-        affine=first.header.affine,
-        zooms=first.header.zooms,
-        dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
-        source=_source(first.header, [file.stats for file in files]),
-        mask=mask.voxels if mask else None,
-        notes=join_notes(file.header.notes for file in files),
-        config=record,
-    )
+    return _assemble(row, images, mask, voxels, scaling, record)
 
 
 def load_frames(
@@ -162,22 +157,12 @@ def load_frames(
         require_frames(row.path, header, row.num_frames)
         content = image.read_all()
     mask = _load_mask(row, folder, record, header)
-    source = _source(header, [image.stats, *([mask.stats] if mask else [])])
-    notes = join_notes([header.notes, *([mask.header.notes] if mask else [])])
+    scaling = Scaling() if header.is_complex else header.scaling
+    loaded = _LoadedImage(header, np.empty(0), scaling, image.stats)
 
     def of_frame(frame: int) -> Volume:
-        return Volume(
-            row=row.of_frame(frame),
-            voxels=cut_frame(content, frame, header, layout, record.complex),
-            scaling=Scaling() if header.is_complex else header.scaling,
-            affine=header.affine,
-            zooms=header.zooms,
-            dtype=header.dtype_name,
-            source=source,
-            mask=mask.voxels if mask else None,
-            notes=notes,
-            config=record,
-        )
+        voxels = cut_frame(content, frame, header, layout, record.complex)
+        return _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
 
     return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
 
@@ -202,8 +187,30 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
     return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), stats)
 
 
-def _source(first: VolumeHeader, files: Iterable[FileStats]) -> Source:
-    return Source(tuple(files), first.shape, tuple(first.affine.ravel().tolist()))
+def _assemble(
+    row: VolumeRow,
+    images: list[_LoadedImage],
+    mask: _LoadedImage | None,
+    voxels: Voxels,
+    scaling: Scaling,
+    record: RecordConfig,
+) -> Volume:
+    """The volume of these voxels, which were loaded from the files of an example."""
+    header, files = images[0].header, [*images, *([mask] if mask else [])]
+    dtypes = [image.header.dtype_name for image in images]
+    stats, affine = tuple(file.stats for file in files), tuple(header.affine.ravel().tolist())
+    return Volume(
+        row=row,
+        voxels=voxels,
+        scaling=scaling,
+        affine=header.affine,
+        zooms=header.zooms,
+        dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
+        source=Source(stats, header.shape, affine),
+        mask=mask.voxels if mask else None,
+        notes=join_notes(file.header.notes for file in files),
+        config=record,
+    )
 
 
 def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
@@ -305,7 +312,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: it has NaN or infinite voxels, or no range where one is needed, or its voxels would
             be beyond what their dtype holds.
     """
-    intensities, ends, stored = list[Intensity](), list[Ends](), volume.voxels
+    intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
     is_native = config.voxel_dtype == "native"
     for number, voxels in enumerate(_images(volume, config)):
         try:
@@ -313,7 +320,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
         intensities.append(intensity)
-        ends += [found] if found else []
+        ranges += [found] if found else []
         if config.channels is None:
             stored = rescaled
         elif not is_native:
@@ -325,7 +332,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         voxels=stored,
         scaling=volume.scaling if is_native else Scaling(),
         intensities=tuple(intensities),
-        ends=tuple(ends),
+        rescale_ranges=tuple(ranges),
         config=config,
     )
 
@@ -347,14 +354,12 @@ def require_rescaled(volume: Volume) -> None:
         )
     for number, voxels in enumerate(_images(volume, config)):
         intensity = volume.intensities[number]
-        expected = np.array([intensity.min, intensity.max])
         found = np.array([voxels.min(), voxels.max()])
         if config.voxel_dtype == "native":
             found = np.sort(volume.scaling.apply(found))
-        else:
-            ends = volume.ends[number] if volume.ends else None
-            with np.errstate(over="ignore"):
-                expected = rescale_voxels(expected, Scaling(), intensity, ends, config)
+        expected = stored_range(
+            intensity, volume.rescale_ranges[number] if volume.rescale_ranges else None, config
+        )
         if not np.array_equal(found, expected):
             raise VolumeError(
                 f"{volume.row.files[number]}: its voxels range from {found[0]:g} to {found[1]:g}, but "
@@ -371,14 +376,16 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
         yield np.ascontiguousarray(volume.voxels[..., number])
 
 
-def _rescale(voxels: Voxels, volume: Volume, config: RecordConfig) -> tuple[Intensity, Ends | None, Voxels]:
+def _rescale(
+    voxels: Voxels, volume: Volume, config: RecordConfig
+) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
     intensity = measure(voxels, scaling)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)
-    ends = find_ends(voxels, scaling, intensity, config, volume.mask)
+    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask)
     if not config.is_bounded:
-        require_range(intensity, ends, config.rescaled_dtype)
+        require_range(intensity, rescale_range, config.rescaled_dtype)
     if config.voxel_dtype == "native":
-        return intensity, ends, voxels
-    return intensity, ends, rescale_voxels(voxels, scaling, intensity, ends, config)
+        return intensity, rescale_range, voxels
+    return intensity, rescale_range, rescale_voxels(voxels, scaling, intensity, rescale_range, config)

@@ -16,7 +16,6 @@ from beam_nifti.volume.rescale import Voxels
 _TILE: Final = 32
 _TILE_ROWS: Final = 8
 _TILE_FRAMES: Final = 16
-
 _Part = Callable[[npt.NDArray[np.complex128]], npt.NDArray[np.float64]]
 _PARTS: Final[dict[str | None, _Part]] = {
     "magnitude": np.abs,
@@ -26,11 +25,7 @@ _PARTS: Final[dict[str | None, _Part]] = {
 
 
 def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = None) -> Voxels:
-    """What a record of this layout requires of an open image's voxels, in C order and native byte order.
-
-    Raises:
-        VolumeError: the file is damaged, or does not hold what its header promises.
-    """
+    """What a record of this layout requires of an open image's voxels, in C order and native byte order."""
     part = _PARTS.get(complex_part)
     header, frame = image.header, layout.frame
     if frame is None:

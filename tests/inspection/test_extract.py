@@ -19,7 +19,7 @@ from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.inspection.extract import file_name, read_volume, read_volumes
 from beam_nifti.volume import load_volume, rescale_volume
 from beam_nifti.volume.nifti_writer import write_nifti
-from beam_nifti.volume.rescale import Ends, Scaling, restore_units
+from beam_nifti.volume.rescale import RescaleRange, Scaling, restore_units
 from tests.datasets import build_dataset, edit_record, info_of
 from tests.images import (
     AFFINE,
@@ -132,10 +132,14 @@ def test_what_goes_in_again_is_the_same_record(native: Path, tmp_path: Path) -> 
         assert np.allclose(again.affine, volume.affine, rtol=1e-7)
 
 
-def restored(path: Path, config: RecordConfig) -> tuple[Array, Ends | None]:
+def restored(path: Path, config: RecordConfig) -> tuple[Array, RescaleRange | None]:
     """What comes back of an image, and what became 0 and 1 on the way."""
     volume = rescale_volume(load_volume(row_of(path)), config)
-    ends = volume.ends[0] if volume.ends else Ends(volume.intensities[0].min, volume.intensities[0].max)
+    ends = (
+        volume.rescale_ranges[0]
+        if volume.rescale_ranges
+        else RescaleRange(volume.intensities[0].min, volume.intensities[0].max)
+    )
     ends_or_none = None if config.method == "none" else ends
     return restore_units(volume.voxels, ends_or_none), ends_or_none
 
@@ -174,7 +178,7 @@ def test_integers_of_16_bits_come_back_exactly(dtype: str, seed: int) -> None:
     voxels = random_voxels((5, 4, 3), dtype, seed)
     low, high = int(voxels.min()), int(voxels.max())
     stored = ((voxels.astype(np.float64) - low) / (high - low)).astype(np.float32)
-    assert np.array_equal(np.rint(restore_units(stored, Ends(low, high))), voxels)
+    assert np.array_equal(np.rint(restore_units(stored, RescaleRange(low, high))), voxels)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_integers_of_16_bits_come_back_exactly(dtype: str, seed: int) -> None:
 )
 def test_float64_where_float32_cannot_hold_the_values(low: float, high: float, dtype: type) -> None:
     stored = np.array([0.0, 0.25, 1.0], np.float32)
-    found = restore_units(stored, Ends(low, high))
+    found = restore_units(stored, RescaleRange(low, high))
     assert found.dtype == dtype
     expected = np.array([low, low / 2 + (low / 4 + high / 4), high])
     assert np.allclose(found, expected, rtol=1e-6, atol=0)

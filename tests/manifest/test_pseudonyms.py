@@ -37,7 +37,7 @@ def expected(name: str, kind: str) -> str:
 
 
 def write_study(folder: Path, names: tuple[str, ...] = NAMES) -> Path:
-    """Two sessions of everybody; the manifest. Names are in paths, too, and sites are a further column."""
+    """Two sessions of everybody; the manifest. Names are in paths, too, and sites are an extra column."""
     rows = []
     for name in names:
         for session in SESSIONS:
@@ -212,7 +212,7 @@ NAMED = ("sub-01", "sub-02", "sub-03", "sub-04")
 def read_anonymous(
     tmp_path: Path, key: str, names: Sequence[str], column: str, cells: Sequence[str]
 ) -> Manifest:
-    """A manifest of these participants with a further column, read with the key."""
+    """A manifest of these participants with an extra column, read with the key."""
     rows = [
         {"participant_id": name, "path": f"images/{i}.nii", column: cell}
         for i, (name, cell) in enumerate(zip(names, cells, strict=True))

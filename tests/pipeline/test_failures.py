@@ -155,19 +155,19 @@ def test_reasons_are_counted_without_the_names_and_numbers_in_them() -> None:
 
 def test_the_file_at_fault_is_named() -> None:
     """It may be a mask or a further channel; a name is shown where all messages of a group have it."""
-    files = {"further": ("t2/1.nii", "mask/1.nii")}
+    files = {"other_files": ("t2/1.nii", "mask/1.nii")}
     found = [
         failure(1, "mask/1.nii: shape (9, 9, 10) where 1.nii has (8, 9, 10)", **files),
-        failure(2, "t2/2.nii: not found", further=("t2/2.nii",)),
-        failure(3, "t2/3.nii: not found", further=("t2/3.nii",)),
-        failure(4, "4.nii: not found", further=("t2/4.nii",)),
+        failure(2, "t2/2.nii: not found", other_files=("t2/2.nii",)),
+        failure(3, "t2/3.nii: not found", other_files=("t2/3.nii",)),
+        failure(4, "4.nii: not found", other_files=("t2/4.nii",)),
     ]
     assert format_groups(group_failures(found), 4) == [
         "3 × LoadVolume VolumeError: not found (t2/2.nii, t2/3.nii, 4.nii)",
         "1 × LoadVolume VolumeError: shape (9, 9, 10) where 1.nii has (8, 9, 10) (mask/1.nii)",
     ]
     found.append(
-        failure(5, "mask/5.nii: shape (9, 9, 9) where 5.nii has (8, 9, 10)", further=("mask/5.nii",))
+        failure(5, "mask/5.nii: shape (9, 9, 9) where 5.nii has (8, 9, 10)", other_files=("mask/5.nii",))
     )
     assert format_groups(group_failures(found), 5)[1] == (
         "2 × LoadVolume VolumeError: shape (9, 9, …) where … has (8, 9, 10) (mask/1.nii, mask/5.nii)"

@@ -278,7 +278,7 @@ PUBLIC_STEPS = [
 def test_a_step_leaves_its_input_as_it_is(tmp_path: Path, step: beam.DoFn) -> None:
     image = write_image(tmp_path / "a.nii.gz", brain(SHAPE))
     mask = write_image(tmp_path / "m.nii.gz", (brain(SHAPE) > 500).astype(np.uint8))
-    row = row_of(image, further=(str(mask),))
+    row = row_of(image, other_files=(str(mask),))
     (volume,) = LoadVolumeFn(config=RecordConfig(mask_dtype="uint8")).process(row)
     before = pickle.dumps(volume)
     first, second = list(step.process(volume)), list(step.process(volume))

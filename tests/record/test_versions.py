@@ -13,7 +13,7 @@ import pytest
 from beam_nifti import config
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import OutputError, UsageError
-from beam_nifti.inspection.rounding import differ_in_rounding
+from beam_nifti.inspection.record_checks import differ_in_rounding
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import open_build, run_build
 from beam_nifti.record import versions

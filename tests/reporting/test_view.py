@@ -150,7 +150,7 @@ def test_labels_of_any_numbers_have_colours_of_their_own() -> None:
         mask[number + 1] = label
     page = make_view(made(brain(SHAPE), mask=mask), with_mask=True)
     voxels, _ = drawn(page, "overlayImg")
-    assert "mask labels 0 1 2 2035 9000" in page
+    assert "mask labels 0, 1, 2, 2035, 9000" in page
     assert len({int(voxels[number + 1, 5, 5]) for number in range(4)}) == 4
 
 

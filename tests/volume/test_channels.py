@@ -61,7 +61,7 @@ def test_each_channel_is_what_its_image_would_be_alone(tmp_path: Path, options: 
     def made(row: VolumeRow, record: RecordConfig) -> Volume:
         return rescale_volume(prepare_volume(load_volume(row, str(tmp_path), record=record), record), record)
 
-    row = row_of(paths[0], further=tuple(paths[1:]))
+    row = row_of(paths[0], other_files=tuple(paths[1:]))
     stacked = made(row, RecordConfig(**options, channels=NAMES))
     for number, path in enumerate(paths):
         alone = made(row_of(path), RecordConfig(**options))
@@ -142,7 +142,7 @@ def test_other_channels_are_other_records() -> None:
 def grids(folder: Path, affine: Array, shape: tuple[int, ...] = SHAPE) -> Any:
     write_image(folder / "a.nii")
     write_image(folder / "b.nii", brain(shape, seed=1), affine=affine)
-    row = row_of("a.nii", further=("b.nii",))
+    row = row_of("a.nii", other_files=("b.nii",))
     return row, str(folder), RecordConfig(channels=("a", "b"))
 
 
@@ -193,14 +193,14 @@ def test_native_voxels_have_one_dtype_and_scaling(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii")
     write_image(tmp_path / "b.nii", slope=2.0)
     with pytest.raises(VolumeError, match=r"different dtypes or scalings.*--voxel-dtype float32"):
-        load_volume(row_of("a.nii", further=("b.nii",)), str(tmp_path), record=record)
+        load_volume(row_of("a.nii", other_files=("b.nii",)), str(tmp_path), record=record)
 
 
 def test_frames_are_chosen_before_they_are_stacked(tmp_path: Path) -> None:
     voxels = random_voxels((6, 5, 4, 3))
     write_image(tmp_path / "a.nii")
     write_image(tmp_path / "b.nii", voxels)
-    row = row_of("a.nii", further=("b.nii",))
+    row = row_of("a.nii", other_files=("b.nii",))
     volume = load_volume(row, str(tmp_path), record=RecordConfig(frames="first", channels=("a", "b")))
     assert np.array_equal(volume.voxels[..., 1], voxels[..., 0])
     with pytest.raises(VolumeError, match=r"b\.nii: .*has 3 × 2 numbers per voxel.*--frames first"):
@@ -217,7 +217,7 @@ def test_padding_keeps_the_range_of_each_channel(tmp_path: Path) -> None:
     write_image(tmp_path / "b.nii", np.full(SHAPE, -90, np.int16) + np.arange(4, dtype=np.int16))
     record = RecordConfig(shape=(8, 8, 8), channels=("a", "b"))
     volume = prepare_volume(
-        load_volume(row_of("a.nii", further=("b.nii",)), str(tmp_path), record=record), record
+        load_volume(row_of("a.nii", other_files=("b.nii",)), str(tmp_path), record=record), record
     )
     assert volume.voxels[0, 0, 0].tolist() == [5, -90]
     intensities = rescale_volume(volume, record).intensities
@@ -228,7 +228,7 @@ def test_a_constant_channel_is_named(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii")
     write_image(tmp_path / "b.nii", np.ones(SHAPE, np.int16))
     record = RecordConfig(channels=("a", "b"))
-    volume = load_volume(row_of("a.nii", further=("b.nii",)), str(tmp_path), record=record)
+    volume = load_volume(row_of("a.nii", other_files=("b.nii",)), str(tmp_path), record=record)
     with pytest.raises(VolumeError, match=r"^b\.nii: all voxels are 1"):
         rescale_volume(volume, record)
 

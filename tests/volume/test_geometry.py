@@ -302,8 +302,8 @@ def test_flipped_images_of_one_grid_are_one_example(
         write_image(tmp_path / f"straight_{name}.nii", voxels, affine=affine)
     record = RecordConfig(orientation=wanted, channels=("a", "b"), mask_dtype="uint8")
     made, expected = (
-        prepare_volume(load_volume(row_of("a.nii", further=further), str(tmp_path), record=record), record)
-        for further in (("b.nii", "m.nii"), ("straight_b.nii", "straight_m.nii"))
+        prepare_volume(load_volume(row_of("a.nii", other_files=files), str(tmp_path), record=record), record)
+        for files in (("b.nii", "m.nii"), ("straight_b.nii", "straight_m.nii"))
     )
     assert np.array_equal(made.voxels, expected.voxels)
     assert np.array_equal(made.mask, expected.mask)  # type: ignore[arg-type]

@@ -93,7 +93,7 @@ def test_every_method_follows_its_law(
     voxels = small_voxels(dtype, seed)
     values = voxels.astype(np.float64) * scaling.slope + scaling.inter
     volume = rescaled(tmp_path_factory.mktemp("v") / "a.nii", voxels, scaling, **options)
-    (ends,) = volume.ends
+    (ends,) = volume.rescale_ranges
     expected = oracle_ends(values, options["rescale"], options.get("rescale_within"))
     if options["rescale"] == "zscore":  # sums of floats depend on their order
         assert (ends.low, ends.high) == pytest.approx(expected, rel=1e-12, abs=1e-12)
@@ -137,7 +137,7 @@ def test_the_law_is_invertible(tmp_path: Path, method: str) -> None:
     within = "nonzero" if method == "minmax" else None
     voxels = brain()
     volume = rescaled(tmp_path / "a.nii", voxels, rescale=method, rescale_within=within)
-    low, high = volume.ends[0].low, volume.ends[0].high
+    low, high = volume.rescale_ranges[0].low, volume.rescale_ranges[0].high
     np.testing.assert_allclose(low + volume.voxels * (high - low), voxels, atol=1e-3)
 
 
@@ -189,13 +189,13 @@ def test_tensors_of_the_dtypes_are_those_of_tensorflow(tmp_path: Path, dtype: st
 def test_a_record_says_what_became_0_and_1_where_its_range_does_not(tmp_path: Path) -> None:
     plain = rescaled(tmp_path / "a.nii", brain())
     assert not {"rescale_low", "rescale_high"} & decode_example(encode_volume(plain)).keys()
-    assert IndexEntry.of(plain).ends == ()
+    assert IndexEntry.of(plain).rescale_ranges == ()
     for options in METHODS:
         volume = rescaled(tmp_path / "a.nii", brain(), **options)
         features = decode_example(encode_volume(volume))
         found = [np.frombuffer(features[n], "<f8")[0] for n in ("rescale_low", "rescale_high")]
-        assert found == [volume.ends[0].low, volume.ends[0].high]
-        assert IndexEntry.of(volume).ends == volume.ends
+        assert found == [volume.rescale_ranges[0].low, volume.rescale_ranges[0].high]
+        assert IndexEntry.of(volume).rescale_ranges == volume.rescale_ranges
 
 
 # What cannot be rescaled

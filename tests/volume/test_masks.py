@@ -62,7 +62,7 @@ def load(folder: Path, mask: Array, record: RecordConfig = MASKED, **header: Any
     """An image with this mask."""
     write_image(folder / "a.nii")
     write_image(folder / "m.nii", mask, **header)
-    return load_volume(row_of("a.nii", further=("m.nii",)), str(folder), record=record)
+    return load_volume(row_of("a.nii", other_files=("m.nii",)), str(folder), record=record)
 
 
 def test_a_dataset_with_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +182,7 @@ def test_labels_that_nibabel_has_scaled_are_recovered(
     image.set_data_dtype(dtype)
     nib.save(image, folder / "m.nii")
     write_image(folder / "a.nii")
-    row, record = row_of("a.nii", further=("m.nii",)), RecordConfig(mask_dtype="uint16")
+    row, record = row_of("a.nii", other_files=("m.nii",)), RecordConfig(mask_dtype="uint16")
     assert np.array_equal(load_volume(row, str(folder), record=record).mask, mask)
 
 
@@ -249,7 +249,7 @@ def test_a_mask_elsewhere_is_refused_by_its_header(tmp_path: Path) -> None:
     affine = AFFINE @ np.diag([-1, 1, 1, 1])
     with pytest.raises(VolumeError, match=r"m\.nii: its voxels are up to 20 mm away from those of a\.nii"):
         load(tmp_path, labels(), affine=affine)
-    row = row_of("a.nii", further=("m.nii",))
+    row = row_of("a.nii", other_files=("m.nii",))
     with pytest.raises(VolumeError, match=r"m\.nii: its voxels are up to"):
         load_header(row, str(tmp_path), MASKED)
     (tmp_path / "m.nii").unlink()

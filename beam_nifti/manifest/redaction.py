@@ -1,6 +1,6 @@
 """What errors may tell where ids are anonymous: nothing of whose image it was.
 
-Messages of this package name an image by its path, which `conceal` replaces by its pseudonym. The text of any
+Messages of this package name an image by its path, which `redact` replaces by its pseudonym. The text of any
 other exception may hold whatever foreign code has read, so only its class and its line of code are kept.
 """
 
@@ -28,7 +28,7 @@ _SHORTEST: Final = 3  # letters of a name that is replaced also where nothing sa
 _SHORTEST_ID: Final = 4
 """The same of an id, of letters or digits alone: "1" and "all" are words of messages, too."""
 
-_NOT_OURS: Final = (
+_LIBRARIES: Final = (
     sysconfig.get_path("purelib"),
     sysconfig.get_path("platlib"),
     sysconfig.get_path("stdlib"),
@@ -37,7 +37,7 @@ _NOT_OURS: Final = (
 _HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
 
 
-def conceal(text: str, row: VolumeRow, folder: str) -> str:
+def redact(text: str, row: VolumeRow, folder: str) -> str:
     """Replace the paths of a row's files, the names in them, and its ids, by their pseudonyms, if it has any.
 
     Its paths are relative to the folder.
@@ -105,19 +105,14 @@ def describe(error: BaseException, *, is_anonymous: bool) -> str:
     kind = type(error).__name__
     if not is_anonymous:
         return f"{kind}: {error}"
-    place = _place(error)
-    return f"{kind} at {place}" if place else kind
-
-
-def _place(error: BaseException) -> str | None:
-    """The last line of code before that of libraries."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(_NOT_OURS)] or frames
-    return f"{PurePath(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else None
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames
+    places = [f" at {PurePath(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in own[-1:]]
+    return "".join([kind, *places])
 
 
 @contextlib.contextmanager
-def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
+def redacting(row: VolumeRow, folder: str) -> Iterator[None]:
     """Where ids are anonymous, let no exception or warning of the block name a file of a row or its server.
 
     The row is that which the block is about; its paths are relative to the folder.
@@ -132,19 +127,19 @@ def concealing(row: VolumeRow, folder: str) -> Iterator[None]:
     except Exception as e:
         if not row.pseudonyms:
             raise
-        raise _concealed(e, row, folder) from None
+        raise _redacted(e, row, folder) from None
 
 
-def _concealed(error: Exception, row: VolumeRow, folder: str) -> Exception:
+def _redacted(error: Exception, row: VolumeRow, folder: str) -> Exception:
     if isinstance(error, VolumeError | UsageError):
-        return type(error)(conceal(str(error), row, folder))
+        return type(error)(redact(str(error), row, folder))
     about = f"row {row.row} of the manifest"
     if isinstance(error, OSError) and error.errno is not None:
         said = _HTTP.search(error.strerror or "")
-        reason = os.strerror(error.errno) + (f" ({conceal(said[0], row, folder)})" if said else "")
+        reason = os.strerror(error.errno) + (f" ({redact(said[0], row, folder)})" if said else "")
         return OSError(error.errno, f"{reason}, in {about}")
     if isinstance(error, OSError) and isinstance(error.__cause__, ImportError):
-        return OSError(f"{conceal(str(error), row, folder)}, in {about}")  # names what is to be installed
+        return OSError(f"{redact(str(error), row, folder)}, in {about}")  # names what is to be installed
     kinds = (MemoryError, TimeoutError, ConnectionError, OSError)
     kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
     return kind(f"{describe(error, is_anonymous=True)}, in {about}")

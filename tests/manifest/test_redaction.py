@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
 from beam_nifti.errors import VolumeError
-from beam_nifti.manifest.concealment import conceal, concealing, describe
+from beam_nifti.manifest.redaction import describe, redact, redacting
 from beam_nifti.storage import object_store, stores
 from beam_nifti.storage import paths as storage
 from tests.datasets import decompressed_files, failures_of
@@ -48,21 +48,21 @@ def test_no_spelling_of_a_path_is_left(names: list[str], ending: str, data: st.D
     said = data.draw(st.sampled_from([path, whole, other, whole.rpartition("/")[0], *names]))
     spelled = data.draw(st.sampled_from(_SPELL))(said)
     assume(said.upper().lower() == said.lower())  # not so for ß and the like
-    assert MARK not in conceal(f"{spelled}: truncated: see ({spelled}) twice", row, folder).lower()
+    assert MARK not in redact(f"{spelled}: truncated: see ({spelled}) twice", row, folder).lower()
 
 
 def test_the_pseudonym_stands_for_the_path_and_the_rest_stays() -> None:
-    row = row_of("scans of/Ada/first.nii", further=("masks/2.nii",), pseudonyms=("aa11", "bb22"))
+    row = row_of("scans of/Ada/first.nii", other_files=("masks/2.nii",), pseudonyms=("aa11", "bb22"))
     said = "scans of/Ada/first.nii: the images and masks of (2, 3) voxels; first of masks/2.nii"
-    assert conceal(said, row, "/study") == "aa11: the images and masks of (2, 3) voxels; first of bb22"
-    assert conceal("/study/scans of/Ada/first.mat, /study/scans%20of/Ada", row, "/study") == "aa11.mat, …"
+    assert redact(said, row, "/study") == "aa11: the images and masks of (2, 3) voxels; first of bb22"
+    assert redact("/study/scans of/Ada/first.mat, /study/scans%20of/Ada", row, "/study") == "aa11.mat, …"
     absolute = row_of("/scans/Ada/1.nii", pseudonyms=("aa11",))
     assert (
-        conceal("/scans/Ada/1.nii: 1 of 2 files in /scans/Ada", absolute, "/study")
+        redact("/scans/Ada/1.nii: 1 of 2 files in /scans/Ada", absolute, "/study")
         == "aa11: 1 of 2 files in …"
     )
     named = row_of("scans of/Ada/first.nii")
-    assert conceal(said, named, "/study") == said
+    assert redact(said, named, "/study") == said
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_the_pseudonym_stands_for_the_path_and_the_rest_stays() -> None:
 def test_ids_are_replaced_where_they_are_whole_words(said: str, shown: str) -> None:
     names = (("Mueller", "p1"), ("base", "s1"), ("José-1", "i1"), ("1", "x1"), ("", ""))
     row = row_of("a.nii", pseudonyms=("0123abcd",), names=names)
-    assert conceal(said, row, "/study") == shown
+    assert redact(said, row, "/study") == shown
 
 
 def test_of_foreign_errors_only_class_and_line_are_kept() -> None:
@@ -88,7 +88,7 @@ def test_of_foreign_errors_only_class_and_line_are_kept() -> None:
         error = e
     assert describe(error, is_anonymous=False).endswith(f"{MARK!r}")
     told = describe(error, is_anonymous=True)
-    assert told.startswith("ValueError at test_concealment.py:")
+    assert told.startswith("ValueError at test_redaction.py:")
     assert told.endswith(" in test_of_foreign_errors_only_class_and_line_are_kept")
 
 
@@ -107,20 +107,20 @@ def test_of_foreign_errors_only_class_and_line_are_kept() -> None:
             r"timed out \(HTTP 503 SlowDown\), in row 1",
         ),
         (MemoryError(MARK), MemoryError, "in row 1 of the manifest"),
-        (TimeoutError(MARK), TimeoutError, "TimeoutError at test_concealment.py:.*, in row 1"),
-        (KeyError(MARK), RuntimeError, "KeyError at test_concealment.py:.*, in row 1 of the manifest"),
+        (TimeoutError(MARK), TimeoutError, "TimeoutError at test_redaction.py:.*, in row 1"),
+        (KeyError(MARK), RuntimeError, "KeyError at test_redaction.py:.*, in row 1 of the manifest"),
     ],
 )
 def test_errors_keep_their_kind_and_lose_their_names(error: Exception, kind: type, said: str) -> None:
     with (
         pytest.raises(kind, match=said) as raised,
-        concealing(row_of(f"{MARK}1.nii", pseudonyms=("0123abcd",)), "/d"),
+        redacting(row_of(f"{MARK}1.nii", pseudonyms=("0123abcd",)), "/d"),
     ):
         raise error from ValueError(MARK)
     assert raised.value.__cause__ is None
     assert raised.value.__suppress_context__
     assert MARK not in str(raised.value)
-    with pytest.raises(type(error)) as same, concealing(row_of(f"{MARK}1.nii"), "/d"):
+    with pytest.raises(type(error)) as same, redacting(row_of(f"{MARK}1.nii"), "/d"):
         raise error
     assert same.value is error
 
@@ -132,7 +132,7 @@ def test_what_has_to_be_installed_for_a_store_is_told(monkeypatch: pytest.Monkey
     monkeypatch.setitem(stores._STORES, "s3", make)
     monkeypatch.setattr(stores, "_stores", {})
     row = row_of(f"s3://{MARK}/{MARK}1.nii", pseudonyms=("0123abcd",))
-    with pytest.raises(OSError, match="in row 1 of the manifest") as raised, concealing(row, "/d"):
+    with pytest.raises(OSError, match="in row 1 of the manifest") as raised, redacting(row, "/d"):
         storage.stat(row.path)
     assert str(raised.value).startswith(
         "0123abcd: nothing here serves s3:// (No module named 'boto3'); install beam-nifti[aws]"
