@@ -28,7 +28,7 @@ from beam_nifti.inspection.diff import compare_datasets
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import plan_build
-from beam_nifti.pipeline.build_note import BuildNote
+from beam_nifti.pipeline.saved_plan import SavedPlan
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
@@ -920,9 +920,9 @@ def test_the_note_of_an_unfinished_build_is_checked(study: Path, edit: Callable[
     output = study / "new"
     config = make_config(study / "manifest.tsv", output)
     plan, _ = plan_build(config)
-    note = BuildNote(plan.describe(), (plan.layout,), (".build",), plan.identity, False)
+    note = SavedPlan(plan.describe(), (plan.layout,), (".build",), plan.identity, False)
     note.write(str(output))
-    assert BuildNote.read(str(output)) == note
+    assert SavedPlan.read(str(output)) == note
     path = output / ".build/plan.json"
     facts = json.loads(path.read_text())
     edit(facts)

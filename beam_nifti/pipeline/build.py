@@ -15,7 +15,6 @@ from beam_nifti.errors import (
     BuildSummary,
     DatasetError,
     ManifestError,
-    NewerFormatError,
     OutputError,
     UsageError,
     VolumeError,
@@ -24,7 +23,6 @@ from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.build_note import BuildNote, require_current
 from beam_nifti.pipeline.differences import find_differences, image_folder
 from beam_nifti.pipeline.metrics import Distribution, Metrics
 from beam_nifti.pipeline.outputs import refuse_own
@@ -43,19 +41,23 @@ from beam_nifti.pipeline.plan import (
     stored_itemsize,
 )
 from beam_nifti.pipeline.publish import (
+    ROWS_FILE,
+    clean_up,
     files_of,
-    find_info,
+    find_replaceable,
     forget_summary,
     last_revision,
+    refuse_foreign,
     remove_files,
     require_writable_output,
     take_summary,
     too_many_failures,
 )
-from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, parts_roots, preview_reuse
+from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, preview_reuse
+from beam_nifti.pipeline.saved_plan import SavedPlan, require_current
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_list, read_info
 from beam_nifti.record.shard_index import read_shard_index
-from beam_nifti.record.sharding import ShardName, shard_ranges
+from beam_nifti.record.sharding import shard_ranges
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
@@ -74,7 +76,6 @@ if TYPE_CHECKING:
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
-_ROWS_FILE: Final = "rows.parquet"
 _VERSION_1: Final = (
     "%s: the dataset has format version 1 and keeps it. Version 1 records only the total size and the mean "
     "time of an example's files, so swapping two files may go unnoticed; if you swap files, build with "
@@ -240,21 +241,21 @@ class _Decision:
     Attributes:
         plan: of the build.
         published: the dataset that the output holds.
-        dead: the note of an unfinished build in the output.
+        dead: the plan of an unfinished build in the output.
         is_continued: whether the build goes on with what that one has done.
     """
 
     plan: BuildPlan
     published: DatasetInfo | None
-    dead: BuildNote | None
+    dead: SavedPlan | None
     is_continued: bool
 
-    def note(self) -> BuildNote:
-        """What the build leaves in its output."""
+    def to_save(self) -> SavedPlan:
+        """What the build saves in its output."""
         plan, layout = self.plan, self.plan.layout
         roots = self.dead.roots if self.dead and self.is_continued else ()
         own_root = plan.parts_root if plan.config.temp_location else BUILD_FOLDER
-        return BuildNote(
+        return SavedPlan(
             info=plan.describe(),
             layouts=(*(earlier for earlier in plan.earlier if earlier != layout), layout),
             roots=tuple(dict.fromkeys((own_root, *roots))),
@@ -266,7 +267,7 @@ class _Decision:
 
 def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
     config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
-    published = _published(config)
+    published = find_replaceable(config.output, overwrite=config.overwrite)
     itemsize, num_voxels, frames = inputs.itemsize, math.prod(inputs.shape), inputs.num_frames or 1
     image_bytes = frames * num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
     sharding = config.sharding
@@ -277,9 +278,9 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
     config = replace(config, sharding=sharding, columns=manifest.columns)
     if published and not config.overwrite:
         config = replace(config, record=replace(config.record, format_version=published.format_version))
-    dead = _read_note(config)
+    dead = _read_saved_plan(config)
     if dead is None and not config.overwrite:
-        _refuse_foreign(config, published is not None)
+        _refuse_foreign(config.output, published)
     plan = BuildPlan(
         config=config,
         num_rows=len(manifest),
@@ -318,7 +319,7 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         plan,
         reuse_published=reuse_published,
         earlier=continued.layouts if continued else (),
-        earlier_roots=tuple(parts_roots(config.output, continued)) if continued else (),
+        earlier_roots=tuple(continued.parts_roots(config.output)) if continued else (),
     )
     return _Decision(plan, published, dead, continued is not None)
 
@@ -339,21 +340,7 @@ def _estimate(inputs: _Inputs, decision: _Decision) -> Estimate:
     )
 
 
-def _published(config: BuildConfig) -> DatasetInfo | None:
-    try:
-        return find_info(config.output)
-    except NewerFormatError as e:
-        raise OutputError(
-            f"{e}; --overwrite does not replace it either, because this version does not know which "
-            "files it has"
-        ) from e
-    except DatasetError:
-        if config.overwrite:
-            return None  # nothing can be read by it, so there is nothing to keep readable
-        raise
-
-
-def _next_revision(output: str, published: DatasetInfo | None, dead: BuildNote | None) -> int:
+def _next_revision(output: str, published: DatasetInfo | None, dead: SavedPlan | None) -> int:
     """The revision to make: a later one than any whose files the output holds or has held."""
     if published is not None:
         return published.revision + 1
@@ -391,24 +378,19 @@ def _prepared_shape(
     return prepare_volume(volume, config.record, release=True).voxels.shape
 
 
-def _refuse_foreign(config: BuildConfig, has_published: bool) -> None:
-    """An output without a note must not hold files that this build would replace."""
-    if storage.list_folders(storage.join(config.output, BUILD_FOLDER)):
+def _refuse_foreign(output: str, published: DatasetInfo | None) -> None:
+    """An output without an unfinished build must not hold files that this build would replace."""
+    if storage.list_folders(storage.join(output, BUILD_FOLDER)):
         raise OutputError(
-            f"{config.output}: holds a folder {BUILD_FOLDER} that is not from an unfinished build; choose "
-            "another OUTPUT, or use --overwrite to discard the files of builds in it"
+            f"{output}: holds a folder {BUILD_FOLDER} that is not from an unfinished build; choose another "
+            "OUTPUT, or use --overwrite to discard the files of builds in it"
         )
-    names = storage.list_files(config.output, "*.tfrecord*")
-    foreign = next((name for name in names if ShardName.parse(name)), None)
-    if foreign is not None and not has_published:
-        raise OutputError(
-            f"{config.output}: holds {foreign} but no dataset_info.json; choose another OUTPUT, or use "
-            "--overwrite to replace it"
-        )
+    if published is None:
+        refuse_foreign(output)
 
 
 def _refuse_other(
-    published: DatasetInfo, dead: BuildNote | None, plan: BuildPlan, manifest: Manifest
+    published: DatasetInfo, dead: SavedPlan | None, plan: BuildPlan, manifest: Manifest
 ) -> None:
     """A dataset that was built with other options or rows is refused, saying what differs."""
     output = plan.config.output
@@ -438,7 +420,7 @@ def _refuse_other(
 
 def _lost_to_overwrite(unfinished: UnfinishedBuild, plan: BuildPlan, manifest: Manifest) -> Work:
     """The finished records of an unfinished build that a plan would discard with --overwrite."""
-    dead, config = unfinished.note, plan.config
+    dead, config = unfinished.saved, plan.config
     record = replace(config.record, format_version=RecordConfig.format_version)
     plan = replace(plan, config=replace(config, record=record))  # whatever version the dataset has
     is_kept = _makes_same_records(dead.info, plan.describe()) and dead.from_images
@@ -470,10 +452,10 @@ def _read_failures(output: str, published: DatasetInfo) -> Manifest | None:
         return None
 
 
-def _read_note(config: BuildConfig) -> BuildNote | None:
-    """The note of an unfinished build; with --overwrite one that cannot be read is none."""
+def _read_saved_plan(config: BuildConfig) -> SavedPlan | None:
+    """The plan of an unfinished build; with --overwrite one that cannot be read is none."""
     try:
-        return BuildNote.read(config.output)
+        return SavedPlan.read(config.output)
     except OutputError as e:
         if not config.overwrite:
             raise
@@ -482,7 +464,7 @@ def _read_note(config: BuildConfig) -> BuildNote | None:
 
 
 def _is_continued(
-    dead: BuildNote,
+    dead: SavedPlan,
     plan: BuildPlan,
     now: DatasetInfo,
     manifest: Manifest,
@@ -546,7 +528,7 @@ def _makes_same_records(was: DatasetInfo, now: DatasetInfo) -> bool:
     return one == other
 
 
-def _moves_rows(dead: BuildNote, plan: BuildPlan) -> bool:
+def _moves_rows(dead: SavedPlan, plan: BuildPlan) -> bool:
     """Whether rows that were appended may move others."""
     is_drawn = plan.config.shuffle_seed is not None or plan.config.splitting is not None
     return is_drawn and plan.num_rows != dead.info.manifest["num_rows"]
@@ -556,7 +538,7 @@ def _loss(
     output: str,
     lost: Work,
     differences: Sequence[str],
-    dead: BuildNote,
+    dead: SavedPlan,
     plan: BuildPlan,
     published: DatasetInfo | None,
 ) -> str:
@@ -635,7 +617,7 @@ def rows_for_workers(config: BuildConfig, rows: bytes | None, folder: str | None
                 "a table in memory is written to a file for the workers, and it has the names that "
                 "--anonymous-ids keeps out of OUTPUT; give --temp-location, or a manifest that is a file"
             )
-        path, below = storage.join(folder, _ROWS_FILE), storage.dirname(folder)
+        path, below = storage.join(folder, ROWS_FILE), storage.dirname(folder)
         storage.write(path, rows, below)
         try:
             yield replace(config, rows=path)
@@ -645,20 +627,19 @@ def rows_for_workers(config: BuildConfig, rows: bytes | None, folder: str | None
 
 
 def _prepare(decision: _Decision) -> None:
-    """Remove what this build cannot use of unfinished ones, and leave its note."""
-    plan, dead, note = decision.plan, decision.dead, decision.note()
-    output = plan.config.output
-    for root in {*plan.parts_roots, parts_root(output, None), *(parts_roots(output, dead) if dead else ())}:
-        remove_parts(root, keep=note.fingerprint if decision.is_continued else None)
-    published = decision.published
+    """Remove what this build cannot use of unfinished ones, and save its plan."""
+    plan, dead, saved = decision.plan, decision.dead, decision.to_save()
+    output, published = plan.config.output, decision.published
+    roots = {*plan.parts_roots, parts_root(output, None), *(dead.parts_roots(output) if dead else ())}
+    for root in roots:
+        remove_parts(root, keep=saved.fingerprint if decision.is_continued else None)
     has_ended = dead is not None and published is not None and dead.is_of(published)
     if has_ended or not decision.is_continued:
-        written = {*dead.shard_names(), *dead.published} if dead else set[str]()
-        remove_files(output, written, keep=note.published)
+        remove_files(output, dead.written if dead else (), keep=saved.published)
     if not plan.has_published:  # a damaged one, which --overwrite was given for
         storage.delete(storage.join(output, FILE_NAME), output)
     forget_summary(output)
-    note.write(output)
+    saved.write(output)
 
 
 def run_build(
@@ -695,7 +676,8 @@ def run_build(
         on_end(summary, metrics)
     if not summary.complete:
         raise too_many_failures(summary, plan.config)
-    _clean_up(plan)
+    output = plan.config.output
+    clean_up(output, require_current(output, plan.identity), read_info(output))
     return summary, metrics
 
 
@@ -718,17 +700,3 @@ def _metrics(result: PipelineResult) -> Metrics:
 def _is_ours(found: MetricResult) -> bool:
     namespace = found.key.metric.namespace
     return namespace is not None and namespace.startswith("beam_nifti.")
-
-
-def _clean_up(plan: BuildPlan) -> None:
-    """Remove the parts, and the shards of the dataset that this one replaces."""
-    output, build_folder = plan.config.output, parts_root(plan.config.output, None)
-    note = require_current(output, plan.identity)
-    remove_files(output, {*note.shard_names(), *note.published}, keep=files_of(read_info(output)))
-    for root in {*plan.parts_roots, build_folder}:
-        remove_parts(root)
-        storage.delete(storage.join(root, _ROWS_FILE), storage.dirname(root))
-        if root != build_folder:
-            storage.delete_folder(root, storage.dirname(root))
-    # The note is the last to go: without it nothing tells whose the parts are.
-    note.remove(output)

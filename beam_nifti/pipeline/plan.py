@@ -16,8 +16,8 @@ from beam_nifti.errors import ManifestChangedError
 from beam_nifti.manifest.manifest import WHOLE_SHARD, Manifest, VolumeRow
 from beam_nifti.manifest.pseudonyms import read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.pipeline.build_note import require_current
 from beam_nifti.pipeline.parts import parts_root
+from beam_nifti.pipeline.saved_plan import require_current
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import feature_kinds
 from beam_nifti.record.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
@@ -94,7 +94,7 @@ class BuildPlan:
         source_dtype: dtype on disk of the first image, such as "int16" or "rgb24".
         loaded_dtype: of its voxels as they are loaded.
         unit_rows: rows of a work unit, at most.
-        has_published: whether the output holds a dataset; `BuildNote.published` names its shards.
+        has_published: whether the output holds a dataset; `SavedPlan.published` names its shards.
         reuse_published: whether records may be taken from them.
         versions: of the software that makes its records, where it was planned.
         earlier: how the unfinished builds that it continues cut their rows into shards.
@@ -222,7 +222,7 @@ class BuildPlan:
 
         Args:
             split: its name.
-            published: `BuildNote.published`.
+            published: `SavedPlan.published`.
         """
         ranges = self.shard_ranges(split)
         names = self.layout.names(
@@ -301,7 +301,7 @@ class BuildPlan:
         Args:
             manifest: that was planned for.
             split: a name of `split_sizes`.
-            published: `BuildNote.published`.
+            published: `SavedPlan.published`.
         """
         indices = self.row_order(manifest, split)
         frames = self.num_frames or 1

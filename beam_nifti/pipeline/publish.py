@@ -14,12 +14,12 @@ from beam_nifti.errors import (
     BuildSummary,
     DatasetError,
     FailureGroup,
+    NewerFormatError,
     OutputError,
     PartsChangedError,
     ShardError,
     TooManyFailures,
 )
-from beam_nifti.pipeline.build_note import SUMMARY_NAME
 from beam_nifti.pipeline.failures import (
     Failure,
     accepting_fraction,
@@ -30,8 +30,9 @@ from beam_nifti.pipeline.failures import (
 )
 from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.pipeline.outputs import read_result
-from beam_nifti.pipeline.parts import BUILD_FOLDER
+from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.plan import BuildPlan
+from beam_nifti.pipeline.saved_plan import SUMMARY_NAME, SavedPlan, SavedWrite
 from beam_nifti.record.dataset_info import (
     FAILURES_FILE,
     FILE_NAME,
@@ -44,14 +45,16 @@ from beam_nifti.record.dataset_info import (
     read_info,
 )
 from beam_nifti.record.index import Limits, read_index
-from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.sharding import INDEX_FOLDER, ShardName
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import disk
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted
 
-_INDEX: Final = "index"
+ROWS_FILE: Final = "rows.parquet"
+"""Beside the parts: the rows of a manifest that is a table in memory, for workers on other machines."""
+
 _REVISION: Final = re.compile(r"-r(\d{1,9})\.")
 _REVISION_KEY: Final = re.compile(r'"revision": *(\d{1,9})\b')
 _SUMMARY_FILE: Final = f"{BUILD_FOLDER}/{SUMMARY_NAME}"
@@ -60,12 +63,7 @@ _MOST_SUMMARY: Final = 1 << 24
 
 
 def too_many_failures(summary: BuildSummary, config: BuildConfig) -> TooManyFailures:
-    """The error that says how many volumes of how many failed, why, and what would accept them.
-
-    Args:
-        summary: of a build that has left a list of failures.
-        config: of the build.
-    """
+    """The error that reports how many volumes of how many failed, why, and what would accept them."""
     failed, total = summary.num_failed, summary.num_failed + summary.num_written
     head = f"{failed} of {counted(total, 'volume')} failed, more than --max-bad-fraction allows"
     accept = f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
@@ -85,6 +83,46 @@ def find_info(output: str) -> DatasetInfo | None:
     return read_info(output)
 
 
+def find_replaceable(output: str, *, overwrite: bool) -> DatasetInfo | None:
+    """As `find_info`, but a damaged dataset is none if it may be overwritten.
+
+    Raises:
+        OutputError: it has a later format, whose files this version does not know.
+        DatasetError: it is damaged.
+    """
+    try:
+        return find_info(output)
+    except NewerFormatError as e:
+        raise OutputError(
+            f"{e}; --overwrite does not replace it either, because this version does not know which "
+            "files it has"
+        ) from e
+    except DatasetError:
+        if overwrite:
+            return None
+        raise
+
+
+def refuse_foreign(output: str) -> None:
+    """Refuse an output without a dataset or an unfinished build that holds files with the names of shards.
+
+    Raises:
+        OutputError: it holds one.
+    """
+    files = storage.list_files(output, "*.tfrecord*")
+    stems = (
+        n.removesuffix(".parquet")
+        for n in storage.list_files(storage.join(output, INDEX_FOLDER), "*.parquet")
+    )
+    found = [*filter(ShardName.parse, files)]
+    found += [f"{INDEX_FOLDER}/{stem}.parquet" for stem in stems if ShardName.parse(f"{stem}.tfrecord")]
+    if found:
+        raise OutputError(
+            f"{output}: holds {found[0]} but no {FILE_NAME}; choose another OUTPUT, or use --overwrite to "
+            "replace it"
+        )
+
+
 def require_writable_output(output: str) -> None:
     """Refuse, before any work, a local folder that cannot take the files of a dataset.
 
@@ -93,7 +131,7 @@ def require_writable_output(output: str) -> None:
             or a symbolic link is where a file or folder of a build must go.
         OSError: it cannot be written now, but that may pass.
     """
-    for name in ("", _INDEX, BUILD_FOLDER):
+    for name in ("", INDEX_FOLDER, BUILD_FOLDER):
         storage.require_writable(
             storage.join(output, name).rstrip("/"), f"OUTPUT/{name}".rstrip("/"), is_folder=True
         )
@@ -102,7 +140,9 @@ def require_writable_output(output: str) -> None:
     files = [FILE_NAME, FAILURES_FILE]
     files += filter(ShardName.parse, storage.list_folders(output))
     files += (
-        f"{_INDEX}/{n}" for n in storage.list_folders(storage.join(output, _INDEX)) if n.endswith(".parquet")
+        f"{INDEX_FOLDER}/{n}"
+        for n in storage.list_folders(storage.join(output, INDEX_FOLDER))
+        if n.endswith(".parquet")
     )
     for name in files:
         storage.require_writable(storage.join(output, name), f"OUTPUT/{name}")
@@ -111,10 +151,10 @@ def require_writable_output(output: str) -> None:
 def _links(output: str) -> Iterator[str]:
     """Symbolic links in an output that have names of files or folders of a build."""
     for name in storage.list_links(output):
-        is_ours = name in (_INDEX, BUILD_FOLDER, LOCK_FILE, FILE_NAME) or is_failures_file(name)
+        is_ours = name in (INDEX_FOLDER, BUILD_FOLDER, LOCK_FILE, FILE_NAME) or is_failures_file(name)
         if is_ours or ShardName.parse(name):
             yield storage.join(output, name)
-    index, parts = storage.join(output, _INDEX), storage.join(output, BUILD_FOLDER)
+    index, parts = storage.join(output, INDEX_FOLDER), storage.join(output, BUILD_FOLDER)
     yield from (storage.join(index, name) for name in storage.list_links(index) if name.endswith(".parquet"))
     for folder in (parts, *(storage.join(parts, name) for name in storage.list_folders(parts))):
         yield from (storage.join(folder, name) for name in storage.list_links(folder))
@@ -123,13 +163,8 @@ def _links(output: str) -> Iterator[str]:
 def publish_info(info: DatasetInfo, output: str) -> None:
     """Write dataset_info.json, if it is one that readers accept.
 
-    Args:
-        info: of the complete dataset.
-        output: folder of the dataset.
-
     Raises:
         OutputError: no reader would accept it. What was published stays as it is.
-        OSError: it cannot be written.
     """
     path, content = storage.join(output, FILE_NAME), info.to_json().encode()
     try:
@@ -152,11 +187,7 @@ def publish_dataset(
 
     If they are not, nothing is lost by it: the next run loads only what failed.
 
-    Args:
-        plan: of the build.
-        shards: every shard, in any order.
-        failures: every volume, or image whose frames are the volumes, that failed, in any order.
-        mask_labels: those of all masks.
+    Their order has no effect. One failure may be of an image whose frames are volumes.
 
     Raises:
         PartsChangedError: a shard or a row is unaccounted for.
@@ -277,7 +308,7 @@ def files_of(info: DatasetInfo) -> tuple[str, ...]:
 
 def last_revision(output: str) -> int:
     """The last revision of which an output has files or a damaged dataset_info.json; 0 where it has none."""
-    names = [*storage.list_files(output), *storage.list_files(storage.join(output, _INDEX))]
+    names = [*storage.list_files(output), *storage.list_files(storage.join(output, INDEX_FOLDER))]
     found = [int(match[1]) for match in map(_REVISION.search, names) if match]
     found += [1 for name in names if ShardName.parse(name)]
     with contextlib.suppress(FileNotFoundError):
@@ -298,7 +329,7 @@ def remove_files(output: str, written: Collection[str], keep: Collection[str]) -
         keep: names of files that stay.
     """
     keep = frozenset(keep)
-    index = storage.join(output, _INDEX)
+    index = storage.join(output, INDEX_FOLDER)
     at_top, indexes = storage.list_files(output), set(storage.list_files(index))
     ours = {*written, *keep}
     ours |= {name for name in at_top if name not in ours and _is_indexed(output, name, indexes)}
@@ -313,6 +344,18 @@ def remove_files(output: str, written: Collection[str], keep: Collection[str]) -
         whole = storage.temporary_of(name)
         if whole in {FILE_NAME, *ours} or (name in ours and name not in keep):
             storage.delete(storage.join(output, name), output)
+
+
+def clean_up(output: str, saved: SavedPlan | SavedWrite, info: DatasetInfo) -> None:
+    """Remove what only a build needed, and the files of the dataset that it has replaced."""
+    remove_files(output, saved.written, keep=files_of(info))
+    own_root = parts_root(output, None)
+    for root in {*saved.parts_roots(output), own_root}:
+        remove_parts(root)
+        storage.delete(storage.join(root, ROWS_FILE), storage.dirname(root))
+        if root != own_root:
+            storage.delete_folder(root, storage.dirname(root))
+    SavedPlan.remove(output)  # last, because it names the folders of the parts
 
 
 def _is_indexed(output: str, name: str, indexes: Collection[str]) -> bool:

@@ -14,9 +14,7 @@ import pyarrow as pa
 
 from beam_nifti.errors import OutputError, ShardError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
-from beam_nifti.pipeline.build_note import BuildNote, WriteNote
 from beam_nifti.pipeline.parts import (
-    BUILD_FOLDER,
     Part,
     find_parts,
     find_shard,
@@ -26,6 +24,7 @@ from beam_nifti.pipeline.parts import (
     parts_folder,
 )
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
+from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.index import Limits
 from beam_nifti.record.shard_index import read_sound_index
@@ -123,16 +122,16 @@ class Work:
 
 @dataclass(frozen=True)
 class UnfinishedBuild:
-    """A build that left its note in an output and did not end.
+    """A build that did not end.
 
     Attributes:
-        output: where.
-        note: that it left.
+        output: folder of the dataset.
+        saved: its plan, in the output.
         published: shards of the dataset that the output holds besides.
     """
 
     output: str
-    note: BuildNote
+    saved: SavedPlan
     published: frozenset[str]
 
     def indexes(self) -> Iterator[tuple[str, pa.Table]]:
@@ -140,7 +139,7 @@ class UnfinishedBuild:
         for split, part in self._parts():
             with contextlib.suppress(FileNotFoundError, ShardError):
                 limits = Limits.of_data(part.data, part.base)
-                yield split, read_sound_index(part.index, self.note.info, limits, part.base)[0]
+                yield split, read_sound_index(part.index, self.saved.info, limits, part.base)[0]
 
     def work(self) -> Work:
         """All of its finished records."""
@@ -171,8 +170,8 @@ class UnfinishedBuild:
 
     def _parts(self) -> Iterator[tuple[str, Part]]:
         """Split, and part or shard."""
-        for root in parts_roots(self.output, self.note):
-            top = storage.join(root, self.note.fingerprint)
+        for root in self.saved.parts_roots(self.output):
+            top = storage.join(root, self.saved.fingerprint)
             for name in storage.list_folders(top):
                 folder = storage.join(top, name)
                 for stem in part_stems(folder):
@@ -180,7 +179,7 @@ class UnfinishedBuild:
         for file in storage.list_files(self.output, "*.tfrecord*"):
             shard = ShardName.parse(file)
             found = shard and file not in self.published
-            part = find_shard(self.output, shard, self.note.fingerprint) if shard and found else None
+            part = find_shard(self.output, shard, self.saved.fingerprint) if shard and found else None
             if shard and part:
                 yield shard.split, part
 
@@ -190,7 +189,7 @@ class UnfinishedBuild:
         for split, part in self._parts():
             try:
                 limits, columns = Limits.of_data(part.data, part.base), ("position", "length")
-                table, _ = read_sound_index(part.index, self.note.info, limits, part.base, columns)
+                table, _ = read_sound_index(part.index, self.saved.info, limits, part.base, columns)
             except (FileNotFoundError, ShardError):
                 continue
             lengths = dict(zip(table["position"].to_pylist(), table["length"].to_pylist(), strict=True))
@@ -199,23 +198,12 @@ class UnfinishedBuild:
 
 
 def unfinished_names(output: str) -> set[str]:
-    """Shards and indexes that an unfinished build in an output may have written, by its note.
-
-    Raises:
-        OSError: it cannot be reached.
-    """
+    """Shards and indexes that an unfinished build in an output may have written, by its saved plan."""
     names = set[str]()
     with contextlib.suppress(OutputError):  # it is damaged, or somebody else's
-        if (build := BuildNote.read(output)) is not None:
-            names |= {*build.shard_names(), *build.published}
-        if (write := WriteNote.read(output)) is not None:
-            names |= {*write.shards, *write.published}
+        for saved in (SavedPlan.read(output), SavedWrite.read(output)):
+            names |= saved.written if saved else set()
     return names.union(shard.index_file for shard in map(ShardName.parse, names) if shard)
-
-
-def parts_roots(output: str, note: BuildNote) -> list[str]:
-    """Folders in which the parts of an unfinished build may be."""
-    return [storage.join(output, root) if root == BUILD_FOLDER else root for root in note.roots]
 
 
 @dataclass(frozen=True)

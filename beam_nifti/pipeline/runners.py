@@ -306,7 +306,7 @@ def write_template(plan: BuildPlan, options: PipelineOptions) -> None:
     from beam_nifti.pipeline.transforms import BuildDataset
 
     pipeline = beam.Pipeline(options=options)
-    pipeline | "BuildDataset" >> BuildDataset(plan, is_judge=True)
+    pipeline | "BuildDataset" >> BuildDataset(plan, enforces_limit=True)
     pipeline.run()
 
 

@@ -21,6 +21,8 @@ from typing import Any, Final, NamedTuple, SupportsFloat, SupportsIndex
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import PBegin, TaggedOutput
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
 
 from beam_nifti.config import PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
 from beam_nifti.errors import UsageError, VolumeError
@@ -38,6 +40,7 @@ from beam_nifti.pipeline.options import (
     make_record_config,
     naming_parameters,
 )
+from beam_nifti.pipeline.parts import PartFile, PartWriter
 from beam_nifti.pipeline.progress import METER
 from beam_nifti.pipeline.records import Record
 from beam_nifti.record.example import encode_volume
@@ -64,6 +67,28 @@ def timed(distribution: Any) -> Iterator[None]:
     start = time.perf_counter()
     yield
     distribution.update(round(1e3 * (time.perf_counter() - start)))
+
+
+def at_end(value: Any) -> WindowedValue:
+    """What `finish_bundle` yields, without a window of its own."""
+    window = GlobalWindow()
+    return WindowedValue(value, window.max_timestamp(), (window,))
+
+
+class PartsFn(beam.DoFn):
+    """A step that has one part file open at a time, no longer than a bundle lasts."""
+
+    _open: PartFile | PartWriter | None = None
+
+    def teardown(self) -> None:
+        """Remove the part of a bundle that failed."""
+        if self._open is not None:
+            self._open.discard()
+            self._open = None
+
+    def start_bundle(self) -> None:
+        """Start without an open file."""
+        self._open = None
 
 
 def _joined(earlier: RecordConfig | None, config: RecordConfig, names: Iterable[str]) -> RecordConfig:

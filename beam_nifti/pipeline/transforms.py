@@ -9,7 +9,8 @@ LoadVolume           Volume            ┐ with --frames each several a row
 Preprocess           Volume            │ only where a preparation is asked for
 Rescale              Volume            │ each with (shard, Failure)
 EncodeExample        Record            ┘
-WriteShards          ShardOutcome
+WriteParts           (shard, Part)
+CommitShards         ShardOutcome
 WriteDatasetInfo     BuildSummary
 
 The steps from LoadVolume to EncodeExample are in `pipeline.steps`.
@@ -24,14 +25,11 @@ from typing import Any, Final, cast
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import PBegin, TaggedOutput
-from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.config import RecordConfig
 from beam_nifti.errors import BuildSummary
 from beam_nifti.manifest.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.build_note import require_current
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.merge import count_differing, keep_if_same, merge_parts
 from beam_nifti.pipeline.parts import Part, PartWriter, parts_folder
@@ -40,12 +38,15 @@ from beam_nifti.pipeline.progress import METER
 from beam_nifti.pipeline.publish import publish_dataset, too_many_failures
 from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.resume import find_finished
+from beam_nifti.pipeline.saved_plan import require_current
 from beam_nifti.pipeline.steps import (
     FAILURES,
     EncodeExampleFn,
     LoadVolumeFn,
+    PartsFn,
     PreprocessFn,
     RescaleFn,
+    at_end,
     guarded,
     timed,
 )
@@ -112,31 +113,25 @@ def _still_missing(rows: Iterable[VolumeRow], missing: Iterable[VolumeRow]) -> I
             yield row if is_whole else replace(row, wanted=tuple(wanted[row.row]))
 
 
-class WriteParts(beam.DoFn):
+class WriteParts(PartsFn):
     """Write records into part files, one file open and one volume in memory.
 
     A part ends where the unit or the bundle ends, so a unit that a runner cuts in two becomes two.
     """
 
-    def __init__(self, root: str, config: RecordConfig, extra_columns: tuple[str, ...]) -> None:
-        self._root, self._config, self._extra_columns = root, config, extra_columns
-        self._level = config.compression_level if config.compression == "gzip" else None
+    def __init__(self, plan: BuildPlan) -> None:
+        self._root, self._config, self._extra_columns = (
+            plan.parts_root,
+            plan.config.record,
+            plan.extra_columns,
+        )
+        self._level = self._config.compression_level if self._config.compression == "gzip" else None
         self._msec = Metrics.distribution(type(self), "write-msec")
         self._bytes = Metrics.counter(type(self), "bytes-written")
 
-    def setup(self) -> None:
-        """Start without an open file."""
-        self._open: PartWriter | None = None
-
-    def teardown(self) -> None:
-        """Remove the part of a bundle that failed."""
-        if self._open is not None:
-            self._open.discard()
-            self._open = None
-
     def start_bundle(self) -> None:
         """Start without an open file."""
-        self._open = None
+        super().start_bundle()
         self._unit: tuple[str, int] | None = None
 
     def process(self, record: Record) -> Iterable[tuple[str, Part]]:
@@ -155,9 +150,7 @@ class WriteParts(beam.DoFn):
 
     def finish_bundle(self) -> Iterable[WindowedValue]:
         """Yield the bundle's last part."""
-        window = GlobalWindow()
-        for part in self._close():
-            yield WindowedValue(part, window.max_timestamp(), (window,))
+        yield from map(at_end, self._close())
 
     def _start(self, row: VolumeRow) -> None:
         name = ShardName.parse(row.shard)
@@ -169,23 +162,15 @@ class WriteParts(beam.DoFn):
 
     def _close(self) -> Iterator[tuple[str, Part]]:
         if self._open is not None and self._unit is not None:
-            yield self._unit[0], self._open.close()
+            yield self._unit[0], cast(PartWriter, self._open).close()
             self._open = self._unit = None
 
 
 class CommitShards(beam.DoFn):
     """Merge the parts of a shard and publish it."""
 
-    def __init__(
-        self,
-        output: str,
-        root: str,
-        config: RecordConfig,
-        extra_columns: tuple[str, ...],
-        identity: str | None = None,
-    ) -> None:
-        self._output, self._root, self._config = output, root, config
-        self._extra_columns, self._identity = extra_columns, identity
+    def __init__(self, plan: BuildPlan) -> None:
+        self._plan = plan
         self._msec = Metrics.distribution(type(self), "commit-msec")
         self._committed = Metrics.counter(type(self), "shards-committed")
         self._compared = Metrics.counter(type(self), "examples-compared")
@@ -193,77 +178,29 @@ class CommitShards(beam.DoFn):
 
     def process(self, shard: tuple[str, Iterable[ShardTask | Part | Failure]]) -> Iterable[ShardOutcome]:
         """Yield what became of the shard's rows."""
+        plan, output, record = self._plan, self._plan.config.output, self._plan.config.record
         outcomes = list(shard[1])
         (task,) = {o for o in outcomes if isinstance(o, ShardTask)}
         parts = [o for o in outcomes if isinstance(o, Part)]
         failures = {o.row.position: o for o in outcomes if isinstance(o, Failure)}
         failed = {position for failure in failures.values() for position in failure.row.positions}
         name, expected = task.name, set(task.positions) - failed
-        if self._identity is not None:
-            require_current(self._output, self._identity)
+        require_current(output, plan.identity)
         with timed(self._msec):
-            info = merge_parts(
-                self._output,
-                name,
-                expected,
-                parts,
-                self._config,
-                self._extra_columns,
-                parts_folder(self._root, self._config.fingerprint, name.split, name.index),
-            )
+            folder = parts_folder(plan.parts_root, record.fingerprint, name.split, name.index)
+            info = merge_parts(output, name, expected, parts, record, plan.extra_columns, folder)
             if task.compared is not None and info.name != str(task.compared):
-                info = keep_if_same(self._output, task.compared, info)
+                info = keep_if_same(output, task.compared, info)
             if task.compared is not None and task.published is None:  # made anew to be compared
-                num_compared, num_differing = count_differing(self._output, task.compared, info)
+                num_compared, num_differing = count_differing(output, task.compared, info)
                 self._compared.inc(num_compared)
                 self._differing.inc(num_differing)
         self._committed.inc()
         METER.add(shards=1)
         labels = frozenset[int]()
-        if self._config.mask_dtype is not None:
-            index = storage.join(self._output, info.index)
-            labels = frozenset(mask_labels(read_index(index, below=self._output)[0]))
+        if record.mask_dtype is not None:
+            labels = frozenset(mask_labels(read_index(storage.join(output, info.index), below=output)[0]))
         yield ShardOutcome(info, tuple(failures.values()), labels)
-
-
-class WriteShards(beam.PTransform[Any, Any]):
-    """Write the records of a plan as shards, without sending them through a shuffle.
-
-    Args:
-        output: folder of the dataset.
-        temp_location: folder of the part files.
-        config: compression and its level, with whatever else decides a record's bytes.
-        extra_columns: names of the manifest's extra columns, which the index keeps.
-        identity: `BuildPlan.identity`, where the folder may become another build's; None where it cannot.
-    """
-
-    def __init__(
-        self,
-        output: str,
-        temp_location: str,
-        config: RecordConfig,
-        extra_columns: tuple[str, ...] = (),
-        identity: str | None = None,
-    ) -> None:
-        super().__init__()
-        self._output, self._root, self._identity = output, temp_location, identity
-        self._arguments = (config, extra_columns)
-
-    def expand(self, inputs: dict[str, _Values]) -> _Values:
-        """From `records`, and (shard, ShardTask | Part | Failure) in `outcomes`, to ShardOutcome."""
-        written = inputs["records"] | "WriteParts" >> beam.ParDo(
-            WriteParts(self._root, *self._arguments)
-        ).with_output_types(tuple[str, Part])
-        committed: _Values = (
-            (written, inputs["outcomes"])
-            | "Flatten" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
-            | "GroupByKey" >> beam.GroupByKey()  # (shard, [ShardTask | Part | Failure])
-            | "CommitShards"
-            >> beam.ParDo(
-                CommitShards(self._output, self._root, *self._arguments, self._identity)
-            ).with_output_types(ShardOutcome)  # ShardOutcome
-        )
-        return committed
 
 
 class WriteDatasetInfo(beam.DoFn):
@@ -271,11 +208,11 @@ class WriteDatasetInfo(beam.DoFn):
 
     Args:
         plan: of the build.
-        is_judge: whether too many failed volumes fail the pipeline. A runner would try that again.
+        enforces_limit: whether too many failed volumes fail the pipeline. A runner would try that again.
     """
 
-    def __init__(self, plan: BuildPlan, is_judge: bool = False) -> None:
-        self._plan, self._is_judge = plan, is_judge
+    def __init__(self, plan: BuildPlan, enforces_limit: bool = False) -> None:
+        self._plan, self._enforces_limit = plan, enforces_limit
 
     def process(self, group: tuple[None, Iterable[ShardOutcome]]) -> Iterable[BuildSummary]:
         """Yield how the build ended."""
@@ -285,7 +222,7 @@ class WriteDatasetInfo(beam.DoFn):
         lock.require_held(self._plan.config.output)
         labels = {label for o in outcomes for label in o.mask_labels}
         summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, labels)
-        if self._is_judge and not summary.complete:
+        if self._enforces_limit and not summary.complete:
             raise too_many_failures(summary, self._plan.config)
         yield summary
 
@@ -303,13 +240,13 @@ class BuildDataset(beam.PTransform[Any, Any]):
 
     Args:
         plan: what to build.
-        is_judge: whether too many failed volumes fail the pipeline; else whoever runs it must look at the
-            summary.
+        enforces_limit: whether too many failed volumes fail the pipeline; otherwise, who runs it must check
+            the summary.
     """
 
-    def __init__(self, plan: BuildPlan, is_judge: bool = False) -> None:
+    def __init__(self, plan: BuildPlan, enforces_limit: bool = False) -> None:
         super().__init__()
-        self._plan, self._is_judge = plan, is_judge
+        self._plan, self._enforces_limit = plan, enforces_limit
 
     def expand(self, pipeline: beam.Pipeline | PBegin) -> _Values:
         """To one BuildSummary."""
@@ -349,20 +286,18 @@ class BuildDataset(beam.PTransform[Any, Any]):
         encoded = rescaled.main | "EncodeExample" >> guarded(
             EncodeExampleFn(), Record, folder, release=True
         )  # Record
-        outcomes = (
-            manifest[SHARDS],
-            units[FINISHED],
-            *(s[FAILURES] for s in (*steps, rescaled, encoded)),
-        ) | "Outcomes" >> beam.Flatten().with_output_types(tuple[str, ShardTask | Part | Failure])
+        written = encoded.main | "WriteParts" >> beam.ParDo(WriteParts(plan)).with_output_types(
+            tuple[str, Part]
+        )  # (shard, Part)
+        outcomes = (manifest[SHARDS], units[FINISHED], written)
         summary: _Values = (
-            {"records": encoded.main, "outcomes": outcomes}
-            | "WriteShards"
-            >> WriteShards(
-                config.output, plan.parts_root, config.record, plan.extra_columns, plan.identity
-            )  # ShardOutcome
+            (*outcomes, *(s[FAILURES] for s in (*steps, rescaled, encoded)))
+            | "Flatten" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
+            | "GroupByKey" >> beam.GroupByKey()  # (shard, [ShardTask | Part | Failure])
+            | "CommitShards" >> beam.ParDo(CommitShards(plan)).with_output_types(ShardOutcome)  # ShardOutcome
             | "WithoutKey"
             >> beam.Map(_without_key).with_output_types(tuple[None, ShardOutcome])  # (None, ShardOutcome)
             | "Gather" >> beam.GroupByKey()  # (None, [ShardOutcome])
-            | "WriteDatasetInfo" >> beam.ParDo(WriteDatasetInfo(plan, self._is_judge))  # BuildSummary
+            | "WriteDatasetInfo" >> beam.ParDo(WriteDatasetInfo(plan, self._enforces_limit))  # BuildSummary
         )
         return summary

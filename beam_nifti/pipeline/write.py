@@ -17,68 +17,59 @@ import contextlib
 import hashlib
 import itertools
 import sys
-import time
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final, SupportsIndex
+from typing import Any, Final, SupportsIndex, cast
 
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsSingleton, TaggedOutput
-from apache_beam.transforms.window import GlobalWindow, GlobalWindows
-from apache_beam.utils.windowed_value import WindowedValue
+from apache_beam.transforms.window import GlobalWindows
 
 from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, BuildConfig, Columns, RecordConfig, Sharding
-from beam_nifti.errors import (
-    DatasetError,
-    NewerFormatError,
-    OutputBusyError,
-    OutputError,
-    PartsChangedError,
-    UsageError,
-)
-from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
+from beam_nifti.errors import OutputBusyError, OutputError, PartsChangedError, UsageError
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.build_note import BuildNote, WriteNote
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.merge import write_shard
 from beam_nifti.pipeline.options import StrPath, make_config, naming_parameters
 from beam_nifti.pipeline.parts import BUILD_FOLDER, PartFile, parts_folder, parts_root, remove_parts
 from beam_nifti.pipeline.plan import SHARD_BYTES
 from beam_nifti.pipeline.publish import (
+    clean_up,
     files_of,
     find_info,
+    find_replaceable,
     last_revision,
     publish_info,
+    refuse_foreign,
     remove_files,
     require_writable_output,
 )
 from beam_nifti.pipeline.records import Traits, examine, to_record
-from beam_nifti.pipeline.resume import parts_roots
-from beam_nifti.record.dataset_info import (
-    FILE_NAME,
-    DatasetInfo,
-    ShardInfo,
-    SplitInfo,
-)
+from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
+from beam_nifti.pipeline.steps import PartsFn, at_end, timed
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.index import schema_of
-from beam_nifti.record.sharding import INDEX_FOLDER, Layout, ShardName
+from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.record.tfrecord import encode_pieces
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
 from beam_nifti.support.strict_json import dump_json
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import counted, first_few
 
 send_whole_elements()
 
 _TRAITS: Final = "traits"
 _KEYS: Final = "keys"
 _SHOWN: Final = 3
+_SAME_IDS: Final = (
+    "run the pipeline again, and make sure that every step gives the same ids when it is repeated"
+)
 _Values = beam.PCollection[Any]
 
 
@@ -135,21 +126,14 @@ class _Target:
         """The folder of this pipeline's part files."""
         return parts_folder(self.root, self.token, "records", 0)
 
-    def refuse_published(self) -> DatasetInfo | None:
+    def find_published(self) -> DatasetInfo | None:
         """The existing dataset, if it may be replaced and can be read.
 
         Raises:
             OutputError: it may not be replaced.
-            DatasetError: it is damaged; or it has a later format, which is never replaced.
+            DatasetError: it is damaged.
         """
-        try:
-            published = find_info(self.output)
-        except NewerFormatError:
-            raise
-        except DatasetError:
-            if self.overwrite:
-                return None
-            raise
+        published = find_replaceable(self.output, overwrite=self.overwrite)
         if published is not None and not self.overwrite:
             raise OutputError(
                 f"{self.output}: holds a dataset; choose another output, or use overwrite=True to replace it"
@@ -157,12 +141,7 @@ class _Target:
         return published
 
     def require_writable(self) -> None:
-        """Refuse local folders to which nothing can be written. It is called by every thread of the workers.
-
-        Raises:
-            OutputError: nothing can be written to the output or the folder of temporary files.
-            OSError: nothing can be written now, but that may pass.
-        """
+        """Refuse local folders to which nothing can be written."""
         folders = {"OUTPUT": self.output}
         if self.root != parts_root(self.output, None):
             folders["temp_location"] = storage.dirname(self.root)
@@ -171,33 +150,31 @@ class _Target:
             if not storage.is_remote(folder):
                 storage.require_writable(folder, name, is_folder=True)
 
+    def require_current(self) -> SavedWrite:
+        """The saved plan of this pipeline.
 
-def _require_current(target: _Target) -> WriteNote:
-    """The note of this pipeline.
+        Raises:
+            OutputBusyError: another build or pipeline has taken over the output.
+        """
+        saved = SavedWrite.read(self.output)
+        if saved is None or saved.token != self.token or SavedPlan.read(self.output) is not None:
+            raise OutputBusyError(
+                f"{self.output}: another pipeline has started to write here, so this one stops; give each "
+                "its own output, or run one after the other"
+            )
+        return saved
 
-    Raises:
-        OutputBusyError: another build or pipeline has taken over the output.
-    """
-    note = WriteNote.read(target.output)
-    if note is None or note.token != target.token or BuildNote.read(target.output) is not None:
-        raise OutputBusyError(
-            f"{target.output}: another pipeline has started to write here, so this one stops; give each its "
-            "own output, or run one after the other"
-        )
-    return note
-
-
-@contextlib.contextmanager
-def _naming_the_other(target: _Target) -> Iterator[None]:
-    """Say of a part file that is gone which pipeline has removed it, if one has."""
-    try:
-        yield
-    except FileNotFoundError:
-        _require_current(target)
-        raise
+    @contextlib.contextmanager
+    def reading_parts(self) -> Iterator[None]:
+        """If a part file is gone during the block, name the pipeline that has removed it, if one has."""
+        try:
+            yield
+        except FileNotFoundError:
+            self.require_current()
+            raise
 
 
-class WritePartsFn(beam.DoFn):
+class WritePartsFn(PartsFn):
     """Write records to part files, one file per bundle, with one record in memory."""
 
     def __init__(self, target: _Target) -> None:
@@ -210,19 +187,13 @@ class WritePartsFn(beam.DoFn):
     def setup(self) -> None:
         """Refuse an output that holds a dataset, or cannot be written, before the work starts."""
         keep_buffers()
-        self._file: PartFile | None = None
         self._target.require_writable()
-        self._target.refuse_published()
-
-    def teardown(self) -> None:
-        """Remove the part of a bundle that failed."""
-        if self._file is not None:
-            self._file.discard()
-            self._file = None
+        with naming_parameters():
+            self._target.find_published()
 
     def start_bundle(self) -> None:
         """Start without an open file."""
-        self._file = None
+        super().start_bundle()
         self._traits: Traits | None = None
 
     def process(self, element: Any, started: object = None) -> Iterable[Any]:
@@ -233,26 +204,22 @@ class WritePartsFn(beam.DoFn):
         record = to_record(element)
         traits, cells = examine(record)
         self._traits = self._traits.joined(traits) if self._traits else traits
-        start = time.perf_counter()
-        with _naming_the_other(self._target):
-            if self._file is None:
-                self._file = PartFile(self._target.folder)
-            offset, length = self._file.write(*encode_pieces(record.example, self._level))
-        self._msec.update(round(1e3 * (time.perf_counter() - start)))
+        with timed(self._msec), self._target.reading_parts():
+            part = cast(PartFile, self._open or PartFile(self._target.folder))
+            self._open = part
+            offset, length = part.write(*encode_pieces(record.example, self._level))
         self._bytes.inc(length)
         self._count.inc()
-        yield _Placed(record.id, record.split, self._file.path, offset, length, cells)
+        yield _Placed(record.id, record.split, part.path, offset, length, cells)
         yield TaggedOutput(_KEYS, (None, _Key(record.id, record.split, length)))
 
     def finish_bundle(self) -> Iterable[Any]:
         """Close the part; yield (None, Traits) on the output TRAITS."""
-        if self._file is not None:
-            with _naming_the_other(self._target):
-                self._file.close()
-            window = GlobalWindow()
-            value = WindowedValue((None, self._traits), window.max_timestamp(), (window,))
-            yield TaggedOutput(_TRAITS, value)
-        self._file = self._traits = None
+        if self._open is not None:
+            with self._target.reading_parts():
+                self._open.close()
+            yield TaggedOutput(_TRAITS, at_end((None, self._traits)))
+        self._open = self._traits = None
 
 
 class StartFn(beam.DoFn):
@@ -267,43 +234,37 @@ class StartFn(beam.DoFn):
         target.require_writable()
         with naming_parameters():
             require_writable_output(output)
-        with lock.hold(output):
-            note = WriteNote.read(output)
-            if note is None or note.token != token:
-                note = self._take(target.refuse_published(), note)
-        yield None, note.revision
+            with lock.hold(output):
+                saved = SavedWrite.read(output)
+                if saved is None or saved.token != token:
+                    saved = self._take(target.find_published(), saved)
+        yield None, saved.revision
 
-    def _take(self, published: DatasetInfo | None, dead: WriteNote | None) -> WriteNote:
+    def _take(self, published: DatasetInfo | None, dead: SavedWrite | None) -> SavedWrite:
         target, output = self._target, self._target.output
         kept = files_of(published) if published else ()
-        written = {*dead.published, *dead.shards} if dead else set[str]()
-        roots = {target.root, parts_root(output, None)}
-        if dead is not None and dead.root != BUILD_FOLDER:
-            roots.add(dead.root)
-        build = self._dead_build()
-        if build is not None:
-            written |= {*build.shard_names(), *build.published}
-            roots |= set(parts_roots(output, build))
-        elif dead is None and published is None:
-            self._refuse_foreign()
-        for root in roots:
+        unfinished = [saved for saved in (dead, self._dead_build()) if saved is not None]
+        if not (unfinished or published or target.overwrite):
+            refuse_foreign(output)
+        own_root = parts_root(output, None)
+        for root in {target.root, own_root}.union(*(saved.parts_roots(output) for saved in unfinished)):
             remove_parts(root, keep=target.token)
-        remove_files(output, written, keep=kept)
+        remove_files(output, set[str]().union(*(saved.written for saved in unfinished)), keep=kept)
         if published is None:  # a damaged one, which is to be replaced
             storage.delete(storage.join(output, FILE_NAME), output)
         if published is not None:
             revision = published.revision + 1
         else:
             revision = dead.revision if dead else last_revision(output) + 1
-        root = BUILD_FOLDER if target.root == parts_root(output, None) else target.root
-        note = WriteNote(target.token, root, revision, kept)
-        BuildNote.remove(output)
-        note.write(output)
-        return note
+        root = BUILD_FOLDER if target.root == own_root else target.root
+        saved = SavedWrite(target.token, root, revision, kept)
+        SavedPlan.remove(output)
+        saved.write(output)
+        return saved
 
-    def _dead_build(self) -> BuildNote | None:
+    def _dead_build(self) -> SavedPlan | None:
         try:
-            build = BuildNote.read(self._target.output)
+            build = SavedPlan.read(self._target.output)
         except OutputError:
             if self._target.overwrite:
                 return None
@@ -315,55 +276,32 @@ class StartFn(beam.DoFn):
             )
         return build
 
-    def _refuse_foreign(self) -> None:
-        output, index = self._target.output, storage.join(self._target.output, INDEX_FOLDER)
-        names = storage.list_files(output, "*.tfrecord*")
-        foreign = next((name for name in names if ShardName.parse(name)), None)
-        if foreign is None:
-            names = [n.removesuffix(".parquet") for n in storage.list_files(index, "*.parquet")]
-            of_shards = (f"{INDEX_FOLDER}/{n}.parquet" for n in names if ShardName.parse(f"{n}.tfrecord"))
-            foreign = next(of_shards, None)
-        if foreign is not None and not self._target.overwrite:
-            raise OutputError(
-                f"{self._target.output}: holds {foreign} but no {FILE_NAME}; choose another output, or use "
-                "overwrite=True to replace it"
-            )
-
 
 @dataclass(frozen=True)
 class _WritePlan:
     """Which records are in which shard.
 
     Attributes:
+        target: where they are written.
         layout: sizes of the splits, and how they are divided into shards.
         firsts: the first id of each shard, by split.
         traits: traits of all records.
         revision: revision of the dataset.
         digest: digest of all ids with their splits.
-        compression: as in `RecordConfig`.
-        compression_level: as in `RecordConfig`.
     """
 
+    target: _Target
     layout: Layout
     firsts: Mapping[str, tuple[str, ...]]
     traits: Traits
     revision: int
     digest: str
-    compression: str
-    compression_level: int
 
     @classmethod
     def of(
         cls, target: _Target, ids: list[tuple[str, str]], num_bytes: int, traits: Traits, revision: int
     ) -> _WritePlan:
-        """The plan of some records.
-
-        Args:
-            target: where they are written.
-            ids: id and split of each record, in any order. The list is sorted in place.
-            num_bytes: size of all records.
-            traits: traits of all records.
-            revision: revision of the dataset.
+        """The plan of records with these ids and splits, in any order. The list is sorted in place.
 
         Raises:
             UsageError: several records have the same id.
@@ -371,7 +309,7 @@ class _WritePlan:
         ids.sort()
         twice = sorted({one[0] for one, other in itertools.pairwise(ids) if one[0] == other[0]})
         if twice:
-            shown = ", ".join(map(repr, twice[:_SHOWN])) + (", …" if len(twice) > _SHOWN else "")
+            shown = first_few([*map(repr, twice)], _SHOWN)
             raise UsageError(
                 f"{target.output}: {counted(len(twice), 'id')} of more than one record: {shown}; give every "
                 "record a unique id"
@@ -389,15 +327,7 @@ class _WritePlan:
         digest = hashlib.sha256()
         for pair in ids:
             digest.update(dump_json(pair).encode())
-        return cls(
-            layout,
-            firsts,
-            traits,
-            revision,
-            digest.hexdigest(),
-            target.compression,
-            target.compression_level,
-        )
+        return cls(target, layout, firsts, traits, revision, digest.hexdigest())
 
     @property
     def config(self) -> RecordConfig:
@@ -405,8 +335,8 @@ class _WritePlan:
         made = self.traits.config
         return replace(
             made,
-            compression=self.compression,
-            compression_level=self.compression_level,
+            compression=self.target.compression,
+            compression_level=self.target.compression_level,
             labels=None,
             frames=None if made.frames == "each" else made.frames,
             format_version=FORMAT_VERSION,
@@ -415,7 +345,7 @@ class _WritePlan:
     def name(self, split: str, index: int) -> ShardName:
         """The name of a shard, by its number in its split."""
         revision = self.revision if self.revision > 1 else 0
-        return ShardName(split, index, len(self.firsts[split]), self.compression == "gzip", revision)
+        return ShardName(split, index, len(self.firsts[split]), self.target.compression == "gzip", revision)
 
     @cached_property
     def shards(self) -> Mapping[str, tuple[ShardName, range]]:
@@ -428,7 +358,7 @@ class _WritePlan:
         }
         return {str(name): (name, positions) for name, positions in names.items()}
 
-    def describe(self, output: str, shards: Mapping[str, ShardInfo]) -> DatasetInfo:
+    def describe(self, shards: Mapping[str, ShardInfo]) -> DatasetInfo:
         """Describe the dataset, given its shards by name."""
         traits, config = self.traits, self.config
         columns = Columns(
@@ -438,7 +368,7 @@ class _WritePlan:
         )
         build = BuildConfig(
             "",
-            output,
+            self.target.output,
             config,
             columns,
             self.layout.sharding,
@@ -486,8 +416,7 @@ class PlanFn(beam.DoFn):
                 f"{target.output}: there are no records to write; check the steps before WriteToTFRecord"
             )
         plan = _WritePlan.of(target, ids, num_bytes, traits, revision)
-        note = _require_current(target)
-        replace(note, shards=tuple(plan.shards)).write(target.output)
+        replace(target.require_current(), shards=tuple(plan.shards)).write(target.output)
         yield plan
 
 
@@ -496,8 +425,8 @@ def _to_shard(placed: _Placed, plan: _WritePlan) -> tuple[str, _Placed]:
     index = bisect.bisect_right(plan.firsts.get(placed.split, ()), placed.id) - 1
     if index < 0:
         raise PartsChangedError(
-            f"record {placed.id!r} of split {placed.split!r} was missing when the records were counted; run "
-            "the pipeline again, and make sure that every step gives the same ids when it is repeated"
+            f"record {placed.id!r} of split {placed.split!r} was missing when the records were counted; "
+            f"{_SAME_IDS}"
         )
     return str(plan.name(placed.split, index)), placed
 
@@ -514,24 +443,23 @@ class CommitRecordsFn(beam.DoFn):
         self, shard: tuple[str, Iterable[_Placed]], plan: _WritePlan
     ) -> Iterable[tuple[None, ShardInfo]]:
         """Yield (None, ShardInfo)."""
-        start = time.perf_counter()
         name, positions = plan.shards[shard[0]]
-        records = sorted(shard[1], key=lambda placed: placed.id)
-        if len({placed.id for placed in records}) != len(positions) or len(records) != len(positions):
-            raise PartsChangedError(
-                f"{name}: has {counted(len(records), 'record')}, but {len(positions)} were counted; run the "
-                "pipeline again, and make sure that every step gives the same ids when it is repeated"
-            )
-        _require_current(self._target)
-        rows = [
-            {**placed.cells, "position": position, "offset": placed.offset, "length": placed.length}
-            for position, placed in zip(positions, records, strict=True)
-        ]
-        table = pa.Table.from_pylist(rows, schema=schema_of(plan.config, plan.traits.columns))
-        files = [placed.part for placed in records]
-        with _naming_the_other(self._target):
-            info = write_shard(self._target.output, name, table, files, plan.config.fingerprint)
-        self._msec.update(round(1e3 * (time.perf_counter() - start)))
+        with timed(self._msec):
+            records = sorted(shard[1], key=lambda placed: placed.id)
+            if len({placed.id for placed in records}) != len(positions) or len(records) != len(positions):
+                raise PartsChangedError(
+                    f"{name}: has {counted(len(records), 'record')}, but {len(positions)} were counted; "
+                    f"{_SAME_IDS}"
+                )
+            self._target.require_current()
+            rows = [
+                {**placed.cells, "position": position, "offset": placed.offset, "length": placed.length}
+                for position, placed in zip(positions, records, strict=True)
+            ]
+            table = pa.Table.from_pylist(rows, schema=schema_of(plan.config, plan.traits.columns))
+            files = [placed.part for placed in records]
+            with self._target.reading_parts():
+                info = write_shard(self._target.output, name, table, files, plan.config.fingerprint)
         self._committed.inc()
         yield None, info
 
@@ -544,22 +472,17 @@ class PublishFn(beam.DoFn):
 
     def process(self, group: tuple[None, Iterable[ShardInfo]], plan: _WritePlan) -> Iterable[DatasetInfo]:
         """Yield the dataset."""
-        target, output = self._target, self._target.output
+        output = self._target.output
         shards = {shard.name: shard for shard in group[1]}
         missing = plan.shards.keys() - shards.keys()
         if missing:
             raise PartsChangedError(f"{output}: {min(missing)} is missing; run the pipeline again")
-        info = plan.describe(output, shards)
+        info = plan.describe(shards)
         with lock.hold(output):
-            if WriteNote.read(output) is not None or find_info(output) != info:
-                note = _require_current(target)
+            if SavedWrite.read(output) is not None or find_info(output) != info:
+                saved = self._target.require_current()
                 publish_info(info, output)
-                remove_files(output, {*note.published, *note.shards}, keep=files_of(info))
-                for root in {target.root, parts_root(output, None)}:
-                    remove_parts(root)
-                if target.root != parts_root(output, None):
-                    storage.delete_folder(target.root, storage.dirname(target.root))
-                BuildNote.remove(output)
+                clean_up(output, saved, info)
         yield info
 
 

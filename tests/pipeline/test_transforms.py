@@ -23,6 +23,7 @@ from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
 from beam_nifti.pipeline.records import Record
+from beam_nifti.pipeline.saved_plan import SavedPlan
 from beam_nifti.pipeline.steps import (
     FAILURES,
     EncodeExample,
@@ -45,7 +46,6 @@ from beam_nifti.pipeline.transforms import (
     ShardOutcome,
     SkipFinished,
     WriteParts,
-    WriteShards,
 )
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
@@ -115,7 +115,7 @@ def test_a_second_attempt_of_a_fresh_build_skips_what_the_first_finished(plan: B
     first, second, *_ = units_of(plan)
     folder = str(Path(plan.config.manifest).parent)
     steps = (LoadVolumeFn(folder), RescaleFn(), EncodeExampleFn())
-    writer = WriteParts(plan.parts_root, plan.config.record, plan.extra_columns)
+    writer = WriteParts(plan)
     writer.start_bundle()
     for row in first.rows:
         (record,) = run_steps(steps, row)
@@ -304,7 +304,7 @@ def test_two_steps_may_take_the_same_volumes(tmp_path: Path) -> None:
 
 def write_bundles(plan: BuildPlan, bundles: Iterable[Iterable[Any]]) -> list[tuple[str, Part]]:
     """Send records through WriteParts, as bundles of one worker."""
-    writer = WriteParts(plan.parts_root, plan.config.record, plan.extra_columns)
+    writer = WriteParts(plan)
     written = []
     for bundle in bundles:
         writer.start_bundle()
@@ -317,7 +317,8 @@ def write_bundles(plan: BuildPlan, bundles: Iterable[Iterable[Any]]) -> list[tup
 
 
 def commit(plan: BuildPlan, written: Iterable[tuple[str, Any]]) -> list[ShardOutcome]:
-    step = CommitShards(plan.config.output, plan.parts_root, plan.config.record, plan.extra_columns)
+    SavedPlan(plan.describe(), (plan.layout,), (".build",), plan.identity, False).write(plan.config.output)
+    step = CommitShards(plan)
     outcomes = []
     for task in plan.tasks("train"):
         parts = [value for key, value in written if key == str(task.name)]
@@ -359,25 +360,6 @@ def test_failures_leave_their_positions_out(plan: BuildPlan) -> None:
     first, second = commit(plan, written)
     assert (first.shard.num_examples, first.failures) == (PER_SHARD - 1, (failure,))
     assert (second.shard.num_examples, second.failures) == (COUNT - PER_SHARD, ())
-
-
-def test_records_may_come_from_elsewhere(plan: BuildPlan, tmp_path: Path) -> None:
-    """WriteShards on records that another pipeline made."""
-    output = str(tmp_path / "alone")
-    outcomes = [(str(task.name), task) for task in plan.tasks("train")]
-    with beam.Pipeline(options=make_options()) as pipeline:
-        shards = {
-            "records": pipeline | "Records" >> beam.Create(records_of(plan)),
-            "outcomes": pipeline | "Tasks" >> beam.Create(outcomes),
-        } | WriteShards(output, f"{output}/.build", RecordConfig(), plan.extra_columns)
-        shards | beam.Map(lambda o: o.shard.num_examples) | beam.combiners.ToList() | beam.Map(_check)
-    build(plan.config.manifest, plan.config.output)
-    for shard in read_info(plan.config.output).shards:
-        assert Path(output, shard.name).read_bytes() == Path(plan.config.output, shard.name).read_bytes()
-
-
-def _check(sizes: list[int]) -> None:
-    assert sorted(sizes) == [COUNT - PER_SHARD, PER_SHARD]
 
 
 def test_every_step_counts(tmp_path: Path) -> None:

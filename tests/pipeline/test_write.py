@@ -28,9 +28,9 @@ from beam_nifti.inspection.verify import verify_dataset
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.build import open_build
-from beam_nifti.pipeline.build_note import WriteNote
 from beam_nifti.pipeline.publish import publish_info
 from beam_nifti.pipeline.records import examine, to_record
+from beam_nifti.pipeline.saved_plan import SavedWrite
 from beam_nifti.pipeline.steps import EncodeExampleFn, PreprocessFn, RescaleFn
 from beam_nifti.pipeline.write import CommitRecordsFn, PlanFn, StartFn, WritePartsFn, _Target
 from beam_nifti.random_access import Dataset
@@ -886,7 +886,7 @@ def test_verify_excuses_only_the_shards_that_an_unfinished_replacement_names(tmp
     output = tmp_path / "out"
     write_arrays(output, IDS[:4])
     shard = "train-00000-of-00001-r2.tfrecord.gz"
-    WriteNote("0" * 16, ".build", 2, (), (shard,)).write(str(output))
+    SavedWrite("0" * 16, ".build", 2, (), (shard,)).write(str(output))
     for name in (shard, "index/train-00000-of-00001-r2.parquet", f"{shard}.{'0' * 32}.tmp"):
         (output / name).touch()
     assert verify_dataset(str(output)).problems == ()

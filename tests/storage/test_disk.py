@@ -406,7 +406,7 @@ _OF_PATHS = """write_text write_bytes unlink mkdir rmdir rename touch symlink_to
     write_to_textfile to_filename tofile"""
 _METHODS = frozenset(_OF_PATHS.split())
 _FORBIDDEN = {"os": frozenset(_OF_OS.split()), "shutil": frozenset(_OF_SHUTIL.split())}
-_BELOW = {"build", "build_note", "failures", "index", "merge", "parts", "publish", "card"}
+_BELOW = {"build", "saved_plan", "failures", "index", "merge", "parts", "publish", "card"}
 """Modules that write into OUTPUT, and therefore name the folder below which no link may be."""
 
 _POSITIONS = {"create": 1, "write": 2, "delete": 1, "delete_tree": 1, "delete_folder": 1, "link": 2}

@@ -1,4 +1,4 @@
-"""The notes that builds leave in their output: for their own workers, and for the build after them."""
+"""What a build saves of its plan in its output: for its own workers, and for the build after it."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ from beam_nifti.support.strict_json import dump_json, load_json
 SUMMARY_NAME: Final = "summary.json"
 """The file, in the folder of a build, in which it says how it ended."""
 
-_NOTE_NAME: Final = "plan.json"
-_NOTE_FILE: Final = f"{BUILD_FOLDER}/{_NOTE_NAME}"
-_WRITE_NOTE_NAME: Final = "write.json"
-_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE, _WRITE_NOTE_NAME)  # names of files beside the note
+_PLAN_NAME: Final = "plan.json"
+_WRITE_NAME: Final = "write.json"
+_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE, _WRITE_NAME)
 
-_NOTE_VERSION: Final = 2
+_VERSION: Final = 2
 _MOST_SHARDS: Final = 1 << 20  # of all layouts: a dataset_info.json has room for 180,000
 
 
-@dataclass(frozen=True)
-class BuildNote:
-    """What a build says of itself in its output.
+_DAMAGED: Final = (
+    *(storage.FileTooLargeError, ValueError, KeyError, TypeError, AttributeError),
+    *(DatasetError, UsageError),
+)
+"""What a file raises that is no plan of this version."""
 
-    It holds what would make the job graph large.
+
+@dataclass(frozen=True)
+class SavedPlan:
+    """The plan of a build, in its output. It contains what would make the job graph large.
 
     Attributes:
-        info: of the dataset that it makes, without its shards; `versions` are those that make records.
-        layouts: how this build, and the unfinished ones that it continues, cut the rows into shards.
+        info: the dataset that it makes, without its shards; `versions` are those that make records.
+        layouts: how this build, and the unfinished ones that it continues, divide the rows into shards.
         roots: folders of their part files: absolute, or BUILD_FOLDER for the one in the output.
-        identity: of this build.
-        from_images: whether it makes every record from its image and takes none of a published dataset.
+        identity: `BuildPlan.identity`.
+        from_images: whether every record is made from its image, and none is taken from a published dataset.
         published: names of the shards, and of the list of failures, of the dataset that the output holds,
-            which stay untouched.
+            which are not modified.
     """
 
     info: DatasetInfo
@@ -66,10 +70,15 @@ class BuildNote:
         )
         return wanted == found
 
-    def shard_names(self) -> set[str]:
-        """Names of the shards that this build, and those that it continues, may have written."""
+    def parts_roots(self, output: str) -> list[str]:
+        """Folders in which there may be parts of it."""
+        return [_folder(output, root) for root in self.roots]
+
+    @property
+    def written(self) -> set[str]:
+        """Names of files that this build, and those that it continues, may have written or will replace."""
         compressed = self.info.config["compression"] == "gzip"
-        return {
+        return {*self.published} | {
             str(name)
             for layout in self.layouts
             for split in layout.split_sizes
@@ -77,49 +86,38 @@ class BuildNote:
         }
 
     def write(self, output: str) -> None:
-        """Write the note to an output."""
+        """Save it in an output."""
         facts = asdict(self) | {"info": load_json(self.info.to_json())}
-        text = dump_json({"note_version": _NOTE_VERSION, **facts})
-        storage.write(storage.join(output, _NOTE_FILE), text.encode(), output)
+        text = dump_json({"note_version": _VERSION, **facts})
+        storage.write(storage.join(output, BUILD_FOLDER, _PLAN_NAME), text.encode(), output)
 
     @staticmethod
     def remove(output: str) -> None:
-        """Remove it, with what else is in the folder of a build; files of other programs stay."""
+        """Remove it, and other files of builds that are beside it; files of other programs stay."""
         folder = storage.join(output, BUILD_FOLDER)
         for name in storage.list_files(folder):
-            if name in _BESIDE or storage.temporary_of(name) in {*_BESIDE, _NOTE_NAME}:
+            if name in _BESIDE or storage.temporary_of(name) in {*_BESIDE, _PLAN_NAME}:
                 storage.delete(storage.join(folder, name), output)
-        storage.delete(storage.join(folder, _NOTE_NAME), output)
+        storage.delete(storage.join(folder, _PLAN_NAME), output)
         storage.delete_folder(folder, output)
 
     @classmethod
-    def read(cls, output: str) -> BuildNote | None:
-        """The note of an unfinished build, if there is one.
+    def read(cls, output: str) -> SavedPlan | None:
+        """The plan of an unfinished build, if there is one.
 
         Raises:
             OutputError: it is damaged, or of another version of this package, or names a folder in which no
                 build of this output keeps its parts.
         """
-        path = storage.join(output, _NOTE_FILE)
+        path = storage.join(output, BUILD_FOLDER, _PLAN_NAME)
         try:
-            text = storage.read_bounded(path, MAX_INFO_BYTES, output)
-            note = cls._parse(load_json(text, is_modest=True), path)
-            foreign = [
-                root
-                for root in note.roots
-                if root not in (BUILD_FOLDER, parts_root(output, storage.dirname(root)))
-            ]
+            saved = cls._parse(
+                load_json(storage.read_bounded(path, MAX_INFO_BYTES, output), is_modest=True), path
+            )
+            foreign = [root for root in saved.roots if not _is_own(output, root)]
         except FileNotFoundError:
             return None
-        except (
-            storage.FileTooLargeError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            DatasetError,
-            UsageError,
-        ) as e:
+        except _DAMAGED as e:
             # A loss of power can leave an empty one.
             raise OutputError(
                 f"{path}: the plan of an unfinished build is damaged, or was written by another version of "
@@ -132,11 +130,11 @@ class BuildNote:
                 f"{output}; move OUTPUT back if it was moved, choose another OUTPUT, or --overwrite to "
                 "discard what is unfinished"
             )
-        return note
+        return saved
 
     @classmethod
-    def _parse(cls, facts: dict[str, Any], path: str) -> BuildNote:
-        if facts.pop("note_version") != _NOTE_VERSION:
+    def _parse(cls, facts: dict[str, Any], path: str) -> SavedPlan:
+        if facts.pop("note_version") != _VERSION:
             raise ValueError("of another version")
         kinds = {**hints_of(cls), "info": dict}
         require_keys(facts, kinds, kinds, "")
@@ -152,8 +150,8 @@ class BuildNote:
 
 
 @dataclass(frozen=True)
-class WriteNote:
-    """The description of a `WriteToTFRecord` in its output, for its workers and for the next writer.
+class SavedWrite:
+    """The plan of a `WriteToTFRecord`, in its output.
 
     Attributes:
         token: 16 hex digits that identify the pipeline.
@@ -169,30 +167,45 @@ class WriteNote:
     published: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
 
+    def parts_roots(self, output: str) -> list[str]:
+        """As of `SavedPlan`."""
+        return [_folder(output, self.root)]
+
+    @property
+    def written(self) -> set[str]:
+        """As of `SavedPlan`."""
+        return {*self.published, *self.shards}
+
     def write(self, output: str) -> None:
-        """Leave it in an output."""
-        text = dump_json(asdict(self))
-        storage.write(storage.join(output, BUILD_FOLDER, _WRITE_NOTE_NAME), text.encode(), output)
+        """Save it in an output."""
+        path = storage.join(output, BUILD_FOLDER, _WRITE_NAME)
+        storage.write(path, dump_json(asdict(self)).encode(), output)
 
     @classmethod
-    def read(cls, output: str) -> WriteNote | None:
-        """Read the note of a running or dead pipeline; None if there is none, or it is damaged.
+    def read(cls, output: str) -> SavedWrite | None:
+        """The plan of a running or dead pipeline; None if there is none, or it is damaged.
 
         Raises:
             OutputError: a symbolic link is in its place, or above it.
         """
         try:
-            path = storage.join(output, BUILD_FOLDER, _WRITE_NOTE_NAME)
+            path = storage.join(output, BUILD_FOLDER, _WRITE_NAME)
             facts = load_json(storage.read_bounded(path, MAX_INFO_BYTES, output), is_modest=True)
             require_keys(facts, hints_of(cls), hints_of(cls), "")
         except (FileNotFoundError, storage.FileTooLargeError, ValueError):
             return None
-        names = {name: tuple(facts[name]) for name in ("published", "shards")}
-        note = cls(**facts | names)
+        saved = cls(**facts | {name: tuple(facts[name]) for name in ("published", "shards")})
         # Otherwise files of others would be removed.
-        is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
-        is_own &= all(ShardName.parse(n) or is_failures_file(n) for n in (*note.published, *note.shards))
-        return note if is_own else None
+        are_own = all(ShardName.parse(n) or is_failures_file(n) for n in saved.written)
+        return saved if are_own and _is_own(output, saved.root) else None
+
+
+def _folder(output: str, root: str) -> str:
+    return storage.join(output, root) if root == BUILD_FOLDER else root
+
+
+def _is_own(output: str, root: str) -> bool:
+    return root in (BUILD_FOLDER, parts_root(output, storage.dirname(root)))
 
 
 def _layout_of(facts: Mapping[str, Any]) -> Layout:
@@ -216,18 +229,18 @@ def _num_shards(layout: Layout) -> int:
     return sum(-(-size // max(1, per_shard // layout.num_frames)) for size in sizes)
 
 
-def require_current(output: str, identity: str) -> BuildNote:
-    """The note of the build with this identity, which an output must be that of.
+def require_current(output: str, identity: str) -> SavedPlan:
+    """The plan in an output, which must be that of the build with this identity.
 
     Raises:
-        OutputBusyError: the output is another build's by now. A cluster's job can outlive its launcher, whose
-            lock is gone with it.
+        OutputBusyError: another build has taken the output. A cluster's job can outlive its launcher, and
+            with it the launcher's lock.
     """
-    note = BuildNote.read(output)
-    if note is None or note.identity != identity:
-        what = "the build here has ended" if note is None else "another build has started here"
+    saved = SavedPlan.read(output)
+    if saved is None or saved.identity != identity:
+        what = "the build here has ended" if saved is None else "another build has started here"
         raise OutputBusyError(
             f"{output}: {what}, so this one stops. Before the next build, cancel any jobs that a stopped "
             "command left running"
         )
-    return note
+    return saved
