@@ -67,7 +67,8 @@ from beam_nifti.record.dataset_info import (
 )
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import INDEX_FOLDER, Layout, ShardName
-from beam_nifti.record.tfrecord import encode_pieces
+from beam_nifti.record.tfrecord import encode_members
+from beam_nifti.record.tiles import find_cuts
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
@@ -237,10 +238,13 @@ class WritePartsFn(beam.DoFn):
         with _naming_the_other(self._target):
             if self._file is None:
                 self._file = PartFile(self._target.folder)
-            offset, length = self._file.write(*encode_pieces(record.example, self._level))
+            cuts = find_cuts(record.example, compressed=self._level is not None)
+            encoded = encode_members(record.example, self._level, cuts)
+            offset, length = self._file.write(*encoded.pieces)
         self._msec.update(round(1e3 * (time.perf_counter() - start)))
         self._bytes.inc(length)
         self._count.inc()
+        cells["member_lengths"] = encoded.lengths
         yield _Placed(record.id, record.split, self._file.path, offset, length, cells)
         yield TaggedOutput(_KEYS, (None, _Key(record.id, record.split, length)))
 
@@ -410,6 +414,7 @@ class _WritePlan:
             labels=None,
             frames=None if made.frames == "each" else made.frames,
             format_version=FORMAT_VERSION,
+            format_features=FORMAT_FEATURES,
         )
 
     def name(self, split: str, index: int) -> ShardName:
@@ -459,7 +464,6 @@ class _WritePlan:
             mask_labels=tuple(sorted(traits.mask_labels)) if config.mask_dtype else None,
             revision=self.revision,
             versions=all_versions(),
-            format_features=FORMAT_FEATURES,
         )
 
 
