@@ -21,8 +21,11 @@ from beam_nifti.support.strict_json import dump_json
 FORMAT_VERSION: Final = 2
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
-FORMAT_FEATURES: Final = ("sources", "digests")
+FORMAT_FEATURES: Final = ("sources", "digests", "members")
 """Names of the features of this version that a reader must know. dataset_info.json lists them."""
+
+OPTIONAL_FEATURES: Final = ("members",)
+"""Those that a dataset of this version may lack."""
 CONTENT_REVISION: Final = 1
 """Increases when the same options give different records than before, beyond rounding. Builds do not add to
 datasets of earlier revisions."""
@@ -214,6 +217,7 @@ class RecordConfig:
             only the feature `label`. Set by the build.
         format_version: format version of the dataset. Set by the build, which adds rows to a dataset in the
             format that it already has.
+        format_features: likewise, its features.
 
     A preparation that is None does not apply. docs/preparation.md describes the preparations in order.
     """
@@ -236,6 +240,7 @@ class RecordConfig:
     mask_dtype: str | None = None
     labels: tuple[LabelColumn, ...] | None = None
     format_version: int = FORMAT_VERSION
+    format_features: tuple[str, ...] = FORMAT_FEATURES
 
     def __post_init__(self) -> None:
         """Refuse invalid values; give equal values the same spelling."""
@@ -309,6 +314,11 @@ class RecordConfig:
             )
 
     @property
+    def has_members(self) -> bool:
+        """Whether records are cut so that a patch can be read, and the index says where."""
+        return self.format_version > 1 and "members" in self.format_features
+
+    @property
     def method(self) -> str:
         """The method of `rescale`, without its numbers."""
         return self.rescale.partition(":")[0]
@@ -362,6 +372,7 @@ class RecordConfig:
     def _fingerprint_at(self, content_revision: int) -> str:
         # Options that are None are omitted, so a new option does not change the fingerprint of old datasets.
         facts = {name: value for name, value in asdict(self).items() if value is not None}
+        del facts["format_features"]
         if facts.pop("format_version") == 1:
             facts["format"] = 1
         if content_revision > 1:
@@ -644,6 +655,7 @@ class BuildConfig:
             "shuffle_seed": self.shuffle_seed,
             "allow_mixed_shapes": self.allow_mixed_shapes,
         }
-        del content["labels"], content["format_version"]  # which have fields of their own
+        for name in ("labels", "format_version", "format_features"):  # which have fields of their own
+            del content[name]
         as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

@@ -277,7 +277,12 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         sharding = inputs.choose_sharding()
     config = replace(config, sharding=sharding, columns=manifest.columns)
     if published and not config.overwrite:
-        config = replace(config, record=replace(config.record, format_version=published.format_version))
+        record = replace(
+            config.record,
+            format_version=published.format_version,
+            format_features=published.format_features,
+        )
+        config = replace(config, record=record)
     dead = _read_saved_plan(config)
     if dead is None and not config.overwrite:
         _refuse_foreign(config.output, published)
@@ -421,7 +426,11 @@ def _refuse_other(
 def _lost_to_overwrite(unfinished: UnfinishedBuild, plan: BuildPlan, manifest: Manifest) -> Work:
     """The finished records of an unfinished build that a plan would discard with --overwrite."""
     dead, config = unfinished.saved, plan.config
-    record = replace(config.record, format_version=RecordConfig.format_version)
+    record = replace(
+        config.record,
+        format_version=RecordConfig.format_version,
+        format_features=RecordConfig.format_features,
+    )
     plan = replace(plan, config=replace(config, record=record))  # whatever version the dataset has
     is_kept = _makes_same_records(dead.info, plan.describe()) and dead.from_images
     is_kept = is_kept and dead.info.versions == plan.versions

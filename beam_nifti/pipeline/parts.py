@@ -32,6 +32,7 @@ from beam_nifti.record.index import (
     write_index,
 )
 from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.tfrecord import EncodedRecord
 from beam_nifti.record.versions import is_written_here, versions_fact
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.files import stat_image
@@ -132,7 +133,7 @@ class PartFile:
         """Where it is once it is closed."""
         return f"{self.stem}{PART_ENDING}"
 
-    def write(self, *pieces: bytes) -> tuple[int, int]:
+    def write(self, *pieces: bytes | memoryview) -> tuple[int, int]:
         """Append one encoded record; its offset and length."""
         start = self.size
         with storage.naming(self.path):
@@ -173,13 +174,14 @@ class PartWriter:
         is_shard: bool = False,
     ) -> None:
         self._record, self._extra_columns = record, extra_columns
-        self._entries: list[tuple[IndexEntry, int, int]] = []
+        self._entries: list[tuple[IndexEntry, int, Sequence[int]]] = []
         self._hasher = hashlib.sha256() if is_shard else None
         self._file = PartFile(folder, f"{first:010d}-", self._hasher)
 
-    def write(self, entry: IndexEntry, *pieces: bytes) -> None:
+    def write(self, entry: IndexEntry, encoded: EncodedRecord) -> None:
         """Append one encoded record."""
-        self._entries.append((entry, *self._file.write(*pieces)))
+        offset, _ = self._file.write(*encoded.pieces)
+        self._entries.append((entry, offset, encoded.lengths))
 
     def close(self) -> Part:
         """Publish the part, then its index."""

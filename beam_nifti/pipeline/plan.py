@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import FORMAT_FEATURES, BuildConfig, RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestChangedError
 from beam_nifti.manifest.manifest import WHOLE_SHARD, Manifest, VolumeRow
 from beam_nifti.manifest.pseudonyms import read_pseudonyms
@@ -179,7 +179,8 @@ class BuildPlan:
         """
         facts: list[Any] = [self.config.as_dataset_config(), storage.dirname(self.config.manifest)]
         facts += [self.digest, self.shape, self.num_frames, self.source_dtype, self.revision, self.versions]
-        facts += [self.config.record.format_version, self.config.recheck]
+        record = self.config.record
+        facts += [record.format_version, record.format_features, self.config.recheck]
         text = dump_json(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -206,7 +207,7 @@ class BuildPlan:
             revision=self.revision,
             versions=self.versions,
             format_version=config.record.format_version,
-            format_features=() if config.record.format_version == 1 else FORMAT_FEATURES,
+            format_features=config.record.format_features,
         )
 
     def shard_totals(self) -> dict[str, int]:

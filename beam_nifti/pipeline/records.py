@@ -21,8 +21,9 @@ from beam_nifti.record.example import (
     decode_tensor,
     encode_example,
     encode_tensor,
+    scaling_of,
 )
-from beam_nifti.record.index import IndexEntry, entry_cells
+from beam_nifti.record.index import IndexEntry, entry_cells, scaling_cells
 from beam_nifti.volume.grid import is_usable
 from beam_nifti.volume.header import COLOURS
 from beam_nifti.volume.label_map import labels_of
@@ -357,6 +358,8 @@ def _require_entry(
         differences.append((f"shape of {_IMAGE}", voxels.shape, entry.shape))
     if voxels.dtype.name != dtype:
         differences.append((f"dtype of {_IMAGE}", voxels.dtype.name, dtype))
+    if (found_scaling := scaling_of(features)) != entry.scaling:
+        differences.append(("scaling", found_scaling, entry.scaling))
     for name, said in (
         ("label", [label]),
         ("affine", entry.affine),
@@ -407,6 +410,7 @@ def _cells_of(
         "label": label,
         "shape": voxels.shape,
         "dtype": voxels.dtype.name,
+        **scaling_cells(scaling_of(features)),
     }
     for name, count in (("affine", 16), ("zooms", 3)):
         value = features.get(name)

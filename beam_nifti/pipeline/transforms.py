@@ -53,7 +53,8 @@ from beam_nifti.pipeline.steps import (
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import IndexEntry, mask_labels, read_index
 from beam_nifti.record.sharding import ShardName
-from beam_nifti.record.tfrecord import encode_pieces
+from beam_nifti.record.tfrecord import encode_members
+from beam_nifti.record.tiles import find_cuts
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.volume import Volume
 
@@ -142,9 +143,10 @@ class WriteParts(PartsFn):
             yield from self._close()
             self._start(entry.row)
         with timed(self._msec):
-            pieces = encode_pieces(example, self._level)
-            cast(PartWriter, self._open).write(entry, *pieces)
-        size = sum(map(len, pieces))
+            cuts = find_cuts(example, self._level is not None) if self._config.has_members else ()
+            encoded = encode_members(example, self._level, cuts)
+            cast(PartWriter, self._open).write(entry, encoded)
+        size = sum(encoded.lengths)
         self._bytes.inc(size)
         METER.add(volumes=1, num_bytes=size)
 

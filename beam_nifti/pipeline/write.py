@@ -55,7 +55,8 @@ from beam_nifti.pipeline.steps import PartsFn, at_end, timed
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import Layout, ShardName
-from beam_nifti.record.tfrecord import encode_pieces
+from beam_nifti.record.tfrecord import encode_members
+from beam_nifti.record.tiles import find_cuts
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
@@ -207,9 +208,12 @@ class WritePartsFn(PartsFn):
         with timed(self._msec), self._target.reading_parts():
             part = cast(PartFile, self._open or PartFile(self._target.folder))
             self._open = part
-            offset, length = part.write(*encode_pieces(record.example, self._level))
+            cuts = find_cuts(record.example, compressed=self._level is not None)
+            encoded = encode_members(record.example, self._level, cuts)
+            offset, length = part.write(*encoded.pieces)
         self._bytes.inc(length)
         self._count.inc()
+        cells["member_lengths"] = encoded.lengths
         yield _Placed(record.id, record.split, part.path, offset, length, cells)
         yield TaggedOutput(_KEYS, (None, _Key(record.id, record.split, length)))
 
@@ -340,6 +344,7 @@ class _WritePlan:
             labels=None,
             frames=None if made.frames == "each" else made.frames,
             format_version=FORMAT_VERSION,
+            format_features=FORMAT_FEATURES,
         )
 
     def name(self, split: str, index: int) -> ShardName:
@@ -389,7 +394,6 @@ class _WritePlan:
             mask_labels=tuple(sorted(traits.mask_labels)) if config.mask_dtype else None,
             revision=self.revision,
             versions=all_versions(),
-            format_features=FORMAT_FEATURES,
         )
 
 

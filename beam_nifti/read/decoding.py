@@ -6,7 +6,7 @@ Source: docs/format.md, "Intensity".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,44 @@ def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) 
         raise ShardError(
             f"it holds {stored.dtype.name} of {stored.shape}, and {by} says {info.dtype} of {shape}"
         )
-    if config.channels is not None and stored.shape[3:] != (config.num_channels,):
-        raise ShardError(
-            f"it holds voxels of shape {stored.shape}, and there are {config.num_channels} channels"
-        )
+    require_channels(shape, config)
+    scaling, ends, count = Scaling(), None, config.num_channels
     if config.voxel_dtype == "native":
-        image = _rescale(stored, features, config)
+        scaling = scaling_of(features)
+        if config.has_range:
+            lows, highs = (_doubles(features, name, count) for name in ("rescale_low", "rescale_high"))
+            ends = list(map(RescaleRange, lows, highs))
+    return restore_image(stored, config, scaling, ends)
+
+
+def require_channels(shape: tuple[int, ...], config: RecordConfig) -> None:
+    """Refuse voxels of a shape that has not a channel for each of several images.
+
+    Raises:
+        ShardError: it has not.
+    """
+    if config.channels is not None and shape[3:] != (config.num_channels,):
+        raise ShardError(f"it holds voxels of shape {shape}, and there are {config.num_channels} channels")
+
+
+def restore_image(
+    stored: Voxels,
+    config: RecordConfig,
+    scaling: Scaling,
+    ends: Sequence[RescaleRange] | None,
+    ranges: Sequence[Intensity] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Voxels as `reader.load_dataset` gives them, of shape (X, Y, Z, C).
+
+    Args:
+        stored: as records hold them, in C order.
+        config: of the records.
+        scaling: of native voxels to the image's units.
+        ends: of native voxels, of each image, what became 0 and 1; None where the range of each says it.
+        ranges: of native voxels, the range of each image; None where `stored` has all of its voxels.
+    """
+    if config.voxel_dtype == "native":
+        image = _rescale(stored, config, scaling, ends, ranges)
     elif stored.dtype == np.uint8:
         image = np.divide(stored, UINT8_LEVELS, dtype=np.float32)
     else:
@@ -108,18 +140,21 @@ def _tensor(features: Features, name: str) -> npt.NDArray[Any]:
     return tensor
 
 
-def _rescale(voxels: Voxels, features: Features, config: RecordConfig) -> Voxels:
+def _rescale(
+    voxels: Voxels,
+    config: RecordConfig,
+    scaling: Scaling,
+    ends: Sequence[RescaleRange] | None,
+    ranges: Sequence[Intensity] | None,
+) -> Voxels:
     """What a float32 dataset would hold of voxels that were stored as in the image's file."""
-    scaling, count = scaling_of(features), config.num_channels
-    ends: list[RescaleRange] | list[None] = [None] * count
-    if config.has_range:
-        ends = list(
-            map(RescaleRange, *(_doubles(features, name, count) for name in ("rescale_low", "rescale_high")))
-        )
+    none = [None] * config.num_channels
+    of_images = list(zip(ends or none, ranges or none, strict=True))
     if config.channels is None:
-        return _rescale_image(voxels, scaling, ends[0], config)
-    images = (np.ascontiguousarray(voxels[..., number]) for number in range(count))
-    return np.stack([_rescale_image(i, scaling, e, config) for i, e in zip(images, ends, strict=True)], -1)
+        return _rescale_image(voxels, scaling, *of_images[0], config)
+    images = (np.ascontiguousarray(voxels[..., number]) for number in range(config.num_channels))
+    rescaled = [_rescale_image(i, scaling, *e, config) for i, e in zip(images, of_images, strict=True)]
+    return np.stack(rescaled, -1)
 
 
 def _doubles(features: Features, name: str, count: int) -> list[float]:
@@ -130,8 +165,9 @@ def _doubles(features: Features, name: str, count: int) -> list[float]:
 
 
 def _rescale_image(
-    voxels: Voxels, scaling: Scaling, ends: RescaleRange | None, config: RecordConfig
+    voxels: Voxels, scaling: Scaling, ends: RescaleRange | None, found: Intensity | None, config: RecordConfig
 ) -> Voxels:
-    low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
-    # Nothing asks for mean and deviation, which would take another pass.
-    return rescale_voxels(voxels, scaling, Intensity(low, high, math.nan, math.nan), ends, config)
+    if found is None:
+        low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
+        found = Intensity(low, high, math.nan, math.nan)  # nothing asks for mean and deviation
+    return rescale_voxels(voxels, scaling, found, ends, config)

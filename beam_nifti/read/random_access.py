@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read.opening import Opened, open_dataset, rebuilt
+from beam_nifti.read.patches import Box, read_patch
 from beam_nifti.read.records import Element, Records, Rows, open_records, select_records
 from beam_nifti.read.split_spec import SplitPart
 from beam_nifti.record.dataset_info import DatasetInfo
@@ -106,9 +107,12 @@ class Dataset:
             number = operator.index(index)
         except TypeError:
             return self._of(self._records, np.asarray(self._rows, np.int64)[self._numbers(index)])
+        return self._records.read(self._row(number))
+
+    def _row(self, number: int) -> int:
         if not -len(self) <= number < len(self):
             raise IndexError(f"there is no record {number}: the dataset has {len(self)}")
-        return self._records.read(int(self._rows[number]))
+        return int(self._rows[number])
 
     def __getitems__(self, indices: Iterable[int]) -> list[Element]:
         """Several records, read: what PyTorch's `DataLoader` asks for the records of a batch."""
@@ -178,6 +182,30 @@ class Dataset:
         """The ids of the records, in their order."""
         ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows, np.int64)).to_pylist()
         return ids
+
+    def patch(
+        self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
+    ) -> Element:
+        """A box of a record's voxels: as `dataset[index]`, with the image and the mask cropped.
+
+        Of a compressed record, only the gzip members that the box touches are read and decompressed, and each
+        is checked by its CRC-32; of an uncompressed one, only the rows that it touches. From a store, each
+        volume is one request. Records without such members are read as a whole: those of small volumes, and
+        those of datasets without the format feature "members".
+
+        Args:
+            index: number of the record, as of `dataset[index]`.
+            corner: index of the first voxel of the box along x, y and z. The box may reach beyond the volume;
+                it is padded there with the least value of the volume (of several images, of each), and a mask
+                with 0.
+            shape: number of voxels along x, y and z.
+
+        Raises:
+            IndexError: there are fewer records.
+            UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1.
+            DatasetError: the record is missing or damaged; says which it is.
+        """
+        return read_patch(self._records, self._row(operator.index(index)), Box.of(corner, shape))
 
     def by_id(self, example_id: str) -> Element:
         """The record of an id.

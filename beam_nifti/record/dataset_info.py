@@ -16,6 +16,7 @@ from beam_nifti.config import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
+    OPTIONAL_FEATURES,
     SPLIT_PATTERN,
     TENSOR_DTYPES,
     BuildConfig,
@@ -266,7 +267,12 @@ class DatasetInfo:
         """
         known = {f.name for f in fields(RecordConfig)}
         given = {k: v for k, v in self.config.items() if k in known}
-        return RecordConfig(**given, labels=self.labels or None, format_version=self.format_version)
+        return RecordConfig(
+            **given,
+            labels=self.labels or None,
+            format_version=self.format_version,
+            format_features=self.format_features,
+        )
 
     def split(self, name: str) -> SplitInfo:
         """A split by name.
@@ -362,7 +368,8 @@ def _require_known(facts: Any, path: str) -> None:
                 f"{path}: the dataset has the format feature {feature!r}, which this beam_nifti does not "
                 "know; install a newer one"
             )
-    if version > 1 and sorted(features) != sorted(FORMAT_FEATURES):
+    required = set(FORMAT_FEATURES) - set(OPTIONAL_FEATURES)
+    if version > 1 and not (required <= set(features) and len(set(features)) == len(features)):
         raise ValueError(f"format_features is {features}, expected {list(FORMAT_FEATURES)}")
 
 

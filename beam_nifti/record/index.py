@@ -26,7 +26,7 @@ from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
 from beam_nifti.volume.label_map import labels_of
-from beam_nifti.volume.rescale import Intensity, RescaleRange
+from beam_nifti.volume.rescale import NO_SCALING, Intensity, RescaleRange, Scaling
 
 if TYPE_CHECKING:
     from beam_nifti.volume.files import Source
@@ -68,6 +68,12 @@ _SOURCE_SCHEMA_1: Final = pa.schema([("source_size", pa.int64()), ("source_mtime
 """What stands in their place in format version 1: the sum of all sizes, and the mean of the images' times,
 that of a pair being the mean of its two."""
 
+_MEMBERS_SCHEMA: Final = pa.schema([("member_lengths", pa.list_(pa.uint32()))])
+"""Columns that stand between them where records are cut; each record's members, which make up its length."""
+
+_SCALING_SCHEMA: Final = pa.schema([("scl_slope", pa.float64()), ("scl_inter", pa.float64())])
+"""Likewise, where voxels are native too; empty where the header does not scale."""
+
 _RANGE_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
 """Columns that stand between them where records have the features of these names."""
 
@@ -82,11 +88,14 @@ _OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names
 
 OWN_NAMES: Final = frozenset(
     name
-    for schema in (SCHEMA, _SOURCE_SCHEMA_1, _RANGE_SCHEMA, _MASK_SCHEMA, _FRAME_SCHEMA)
+    for schema in (
+        *(SCHEMA, _SOURCE_SCHEMA_1, _MEMBERS_SCHEMA, _SCALING_SCHEMA),
+        *(_RANGE_SCHEMA, _MASK_SCHEMA, _FRAME_SCHEMA),
+    )
     for name in schema.names
 )
 
-_PLACES: Final = ("example_id", "position", "offset", "length", "shape")
+_PLACES: Final = ("example_id", "position", "offset", "length", *_MEMBERS_SCHEMA.names, "shape")
 """Columns by which a record is found and read."""
 
 _GROUP_ROWS: Final = 1 << 14
@@ -189,6 +198,7 @@ class IndexEntry:
         intensities: of each image, in its units.
         rescale_ranges: what became 0 and 1 of each image, in its units; none where the ranges say it.
         mask_labels: the labels that its mask has, ascending; None where there are no masks.
+        scaling: from its voxels as they are stored to its units, where they are native.
     """
 
     row: VolumeRow
@@ -200,6 +210,7 @@ class IndexEntry:
     intensities: tuple[Intensity, ...]
     rescale_ranges: tuple[RescaleRange, ...] = ()
     mask_labels: tuple[int, ...] | None = None
+    scaling: Scaling = NO_SCALING
 
     @classmethod
     def of(cls, volume: Volume) -> IndexEntry:
@@ -214,6 +225,7 @@ class IndexEntry:
             intensities=volume.intensities,
             rescale_ranges=volume.rescale_ranges,
             mask_labels=None if volume.mask is None else tuple(labels_of(volume.mask)),
+            scaling=volume.scaling,
         )
 
 
@@ -253,18 +265,21 @@ def row_cells(row: VolumeRow, extra_columns: Sequence[str]) -> dict[str, object]
 
 
 def make_table(
-    entries: Sequence[tuple[IndexEntry, int, int]], record: RecordConfig, extra_columns: Sequence[str]
+    entries: Sequence[tuple[IndexEntry, int, Sequence[int]]],
+    record: RecordConfig,
+    extra_columns: Sequence[str],
 ) -> pa.Table:
     """The index of some records.
 
     Args:
-        entries: entry, offset and length in bytes, in the order of the file.
+        entries: entry, offset and lengths of its members in bytes, in the order of the file.
         record: their configuration.
         extra_columns: names of the manifest's extra columns.
     """
     rows = [
-        {**entry_cells(entry, record, extra_columns), "offset": offset, "length": length}
-        for entry, offset, length in entries
+        entry_cells(entry, record, extra_columns)
+        | {"offset": offset, "length": sum(lengths), "member_lengths": lengths}
+        for entry, offset, lengths in entries
     ]
     return pa.Table.from_pylist(rows, schema=schema_of(record, extra_columns))
 
@@ -292,7 +307,14 @@ def entry_cells(
         **_of_images([asdict(i) for i in entry.intensities], record),
         **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.rescale_ranges], record),
         "mask_labels": entry.mask_labels,
+        **scaling_cells(entry.scaling),
     }
+
+
+def scaling_cells(scaling: Scaling) -> dict[str, object]:
+    """The part of an index row that says how a header scales native voxels."""
+    is_none = scaling.is_identity
+    return {f"scl_{name}": None if is_none else getattr(scaling, name) for name in ("slope", "inter")}
 
 
 def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> Mapping[str, object]:
@@ -304,7 +326,9 @@ def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> 
 
 def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Schema:
     """The schema of an index, with the manifest's extra columns."""
-    fields = [*SCHEMA, *(_RANGE_SCHEMA if record.has_range else ())]
+    fields = [*SCHEMA, *(_MEMBERS_SCHEMA if record.has_members else ())]
+    fields += _SCALING_SCHEMA if record.has_members and record.voxel_dtype == "native" else ()
+    fields += _RANGE_SCHEMA if record.has_range else ()
     if record.format_version == 1:
         at = SCHEMA.get_field_index("source_sizes")
         fields[at : at + len(_SOURCE_SCHEMA)] = _SOURCE_SCHEMA_1
@@ -472,8 +496,24 @@ def check_table(
         if name not in table.column_names:
             yield f"column {name} is missing"
     for name in table.column_names:
-        may_lack = name not in _PLACES if is_sparse else name == "label"
+        may_lack = name not in _PLACES if is_sparse else name in ("label", *_SCALING_SCHEMA.names)
         yield from _check_column(table, name, record, may_lack=may_lack)
+    if {"length", "member_lengths"} <= set(table.column_names):
+        yield from _check_members(table)
+
+
+def _check_members(table: pa.Table) -> Iterator[str]:
+    """Find records whose members do not make up their length."""
+    column = table["member_lengths"]
+    counts = pc.list_value_length(column).fill_null(0).to_numpy()
+    if table.num_rows and counts.min() and not column.null_count:
+        lengths = pc.list_flatten(column).cast(pa.int64()).to_numpy()
+        sums = np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]]))
+        wrong = np.flatnonzero(sums != table["length"].to_numpy())
+        if wrong.size:
+            at = int(wrong[0])
+            name, length = record_name(at, table), table["length"][at]
+            yield f"the members of {name} have {sums[at]} bytes, and it has {length}"
 
 
 def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack: bool) -> Iterator[str]:
@@ -510,6 +550,7 @@ def _expected_counts(name: str, counts: npt.NDArray[np.int64], record: RecordCon
         "zooms": (3, 3),
         "affine": (16, 16),
         "source_affine": (16, 16),
+        "member_lengths": (1, None),
     }
     low, high = bounds.get(name, (0, None))
     return counts.clip(low, high)

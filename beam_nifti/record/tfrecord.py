@@ -1,14 +1,17 @@
 """TFRecord framing, CRCs and gzip members, without TensorFlow.
 
 A record is `length (uint64) | masked CRC32C of the length | payload | masked CRC32C of the payload`,
-all little-endian; a compressed shard is a chain of gzip members, one a record.
-Source: docs/format.md, "Shards".
+all little-endian; a compressed shard is a chain of gzip members, one or several a record. Where a record has
+several, each says its own length in its header. Source: docs/format.md, "Shards".
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import deflate
@@ -17,10 +20,11 @@ import numpy as np
 from isal import isal_zlib
 
 from beam_nifti.errors import ShardError
-from beam_nifti.volume.compression import DEFLATE_RATIO
+from beam_nifti.volume.compression import DEFLATE_RATIO, make_buffer
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
+_SIZE = struct.Struct("<I")
 _GZIP_FOOTER = struct.Struct("<II")
 _MASK_DELTA: Final = 0xA282EAD8
 _GZIP_WBITS: Final = 31
@@ -30,14 +34,41 @@ FOOTER_BYTES: Final = 4
 EMPTY_MEMBER: Final = gzip.compress(b"", mtime=0)
 """A gzip member of nothing: the file of a compressed shard without records."""
 
+TILE_BYTES: Final = 72 << 10
+"""About what a member of voxels holds. Measured in docs/adr/0022-members.md."""
+
+_MEMBER_HEAD: Final = struct.Struct("<10sH2sHI")
+_MEMBER_START: Final = _MEMBER_HEAD.pack(b"\x1f\x8b\x08\x04" + bytes(5) + b"\xff", 8, b"BN", 4, 0)[:-4]
+"""How each of several members begins, before its length: RFC 1952 with one extra field, and no time."""
+
+_GZIP_HEAD_BYTES: Final = 10
+"""Of a member's header without an extra field, as igzip writes it."""
+
 _MOST_PAYLOAD: Final = 1 << 31
 """Where nothing better is known: more than any Example has."""
 
 _LENGTH_BYTES: Final = 8
+_WRONG_BOUNDS: Final = "gzip member is truncated, or its bounds are wrong"
+
+_FREE_MEMBERS: Final = 16
+"""Members that a record may have whatever it holds; beyond, two for each TILE_BYTES."""
 
 _FREE_STORED_BYTES: Final = 64 << 10
 _STORED_RATIO: Final = 2
 """What a record may take in its file: so much, and so many times its payload. No compression adds as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecord:
+    """A record as it is to be written.
+
+    Attributes:
+        pieces: its bytes, to be written one after the other.
+        lengths: bytes of each of its members; of an uncompressed record, of what lies between its cuts.
+    """
+
+    pieces: tuple[bytes | memoryview, ...]
+    lengths: tuple[int, ...]
 
 
 def _masked_crc(data: bytes | memoryview) -> bytes:
@@ -57,27 +88,42 @@ def frame(payload: bytes) -> tuple[bytes, bytes, bytes]:
     return length + _masked_crc(length), payload, _masked_crc(payload)
 
 
-def encode_pieces(payload: bytes, level: int | None) -> tuple[bytes, ...]:
-    """One framed record, as one gzip member, in pieces to be written one after the other.
+def encode_members(payload: bytes, level: int | None, cuts: Sequence[int] = ()) -> EncodedRecord:
+    """One framed record, as one gzip member or as several.
 
     Args:
         payload: a serialized Example.
         level: igzip level 0 to 3; None for an uncompressed shard, whose payload is not copied.
+        cuts: offsets in the payload at which a member begins, ascending; none for a single member.
 
     Returns:
-        The bytes of the record; equal for equal arguments (the member's header holds no time).
+        The record; equal for equal arguments (a member's header holds no time).
     """
-    pieces = frame(payload)
+    header, _, footer = pieces = frame(payload)
     if level is None:
-        return pieces
-    packer = isal_zlib.compressobj(level, wbits=_GZIP_WBITS)
-    # The payload goes in at one go: where igzip's input is cut, its output may differ.
-    return (*map(packer.compress, pieces), packer.flush())
+        ends = [0, *(HEADER_BYTES + cut for cut in cuts), sum(map(len, pieces))]
+        return EncodedRecord(pieces, tuple(end - start for start, end in itertools.pairwise(ends)))
+    if not cuts:
+        packer = isal_zlib.compressobj(level, wbits=_GZIP_WBITS)
+        # The payload goes in at one go: where igzip's input is cut, its output may differ.
+        packed = (*map(packer.compress, pieces), packer.flush())
+        return EncodedRecord(packed, (sum(map(len, packed)),))
+    view, members, lengths = memoryview(payload), list[bytes | memoryview](), list[int]()
+    for start, end in itertools.pairwise([0, *cuts, len(payload)]):
+        content: bytes | memoryview = view[start:end]
+        if start == 0:
+            content = header + content
+        if end == len(payload):
+            content = bytes(content) + footer
+        member = memoryview(isal_zlib.compress(content, level, wbits=_GZIP_WBITS))
+        lengths.append(_MEMBER_HEAD.size - _GZIP_HEAD_BYTES + len(member))
+        members += [_MEMBER_START + _SIZE.pack(lengths[-1]), member[_GZIP_HEAD_BYTES:]]
+    return EncodedRecord(tuple(members), tuple(lengths))
 
 
 def encode_record(payload: bytes, level: int | None) -> bytes:
-    """One framed record in one piece; else as `encode_pieces`."""
-    return b"".join(encode_pieces(payload, level))
+    """One framed record in one member; else as `encode_members`."""
+    return b"".join(encode_members(payload, level).pieces)
 
 
 def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> bytes:
@@ -85,7 +131,7 @@ def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> b
 
     Args:
         data: the record's bytes, exactly, as an index locates them.
-        compressed: whether they are a gzip member.
+        compressed: whether they are gzip members.
         most: bytes that the payload has at most.
 
     Raises:
@@ -113,7 +159,7 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
 
     Args:
         data: the record's bytes, exactly, as an index locates them.
-        compressed: whether they are a gzip member.
+        compressed: whether they are gzip members.
         most: as `decode_record`.
 
     Returns:
@@ -137,21 +183,80 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
     return payload
 
 
-def _inflate(member: memoryview, most: int) -> memoryview:
-    """What a gzip member holds: libdeflate needs three quarters of igzip's time, and all of it in memory."""
-    bounds = ShardError("gzip member is truncated, or its bounds are wrong")
+def _inflate(data: memoryview, most: int) -> memoryview:
+    """What the gzip members of a record hold."""
+    lengths = member_lengths(data, most)
+    bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    members = [data[start:end] for start, end in bounds]
+    sizes = [_said_size(member) for member in members]
+    if (total := sum(sizes)) > most:
+        raise ShardError(f"the record's gzip holds {total:,} bytes, and the record has at most {most:,}")
+    if len(members) == 1:
+        return memoryview(inflate_member(members[0], sizes[0]))
+    content, at = make_buffer(total), 0
+    for member, size in zip(members, sizes, strict=True):
+        content[at : at + size] = inflate_member(member, size)
+        at += size
+    return content
+
+
+def member_lengths(data: memoryview, most: int = _MOST_PAYLOAD) -> list[int]:
+    """Bytes of each gzip member of a record.
+
+    Args:
+        data: the record's bytes, exactly.
+        most: bytes that it holds at most.
+
+    Raises:
+        ShardError: a member reaches beyond the record, or there are too many.
+    """
+    lengths, at, start = list[int](), 0, len(_MEMBER_START)
+    if data[:start] != _MEMBER_START:
+        return [len(data)]
+    while at < len(data):
+        head = data[at : at + _MEMBER_HEAD.size]
+        if head[:start] != _MEMBER_START or len(head) < _MEMBER_HEAD.size:
+            raise ShardError(f"byte {at} of the record begins no gzip member")
+        (length,) = _SIZE.unpack_from(head, start)
+        if not _MEMBER_HEAD.size + _GZIP_FOOTER.size < length <= len(data) - at:
+            raise ShardError(
+                f"the gzip member at byte {at} of the record says {length} bytes, which it cannot have"
+            )
+        lengths.append(length)
+        at += length
+        if len(lengths) > _FREE_MEMBERS + 2 * most // TILE_BYTES:
+            raise ShardError(f"the record has more than {len(lengths) - 1} gzip members")
+    return lengths
+
+
+def _said_size(member: memoryview) -> int:
+    """Bytes that a member says it holds."""
     if len(member) < _GZIP_FOOTER.size:
-        raise bounds
-    checksum, size = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)
+        raise ShardError(_WRONG_BOUNDS)
+    size: int = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)[1]
     if not 0 < size <= DEFLATE_RATIO * len(member):
-        raise bounds
-    if size > most:
-        raise ShardError(f"gzip member holds {size:,} bytes, and the record has at most {most:,}")
+        raise ShardError(_WRONG_BOUNDS)
+    return size
+
+
+def inflate_member(member: memoryview, size: int) -> bytearray:
+    """What a gzip member holds: libdeflate needs three quarters of igzip's time, and all of it in memory.
+
+    Args:
+        member: its bytes, exactly.
+        size: bytes that it must hold.
+
+    Raises:
+        ShardError: it is damaged, or holds another number of bytes.
+    """
+    if _said_size(member) != size:
+        raise ShardError(_WRONG_BOUNDS)
     try:
-        content = deflate.gzip_decompress(member, size)
+        content: bytearray = deflate.gzip_decompress(member, size)
     except deflate.DeflateError as e:
         raise ShardError(f"gzip member is damaged ({e})") from e
     # What follows a member is passed over; but then this is not its own checksum.
+    checksum = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)[0]
     if len(content) != size or isal_zlib.crc32(content) != checksum:
-        raise bounds
-    return memoryview(content)
+        raise ShardError(_WRONG_BOUNDS)
+    return content

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Final, cast
 
 from beam_nifti.errors import OutputError
@@ -152,6 +153,37 @@ def read_into(path: str, offset: int, buffer: memoryview, below: str | None = No
     with open_read(path, below) as handle:
         handle.seek(offset)
         return handle.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+
+
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> list[memoryview]:
+    """Several ranges of a file; remote ones in one request, which also takes what lies between them.
+
+    Args:
+        path: of the file.
+        ranges: offset and size of each, ascending.
+        buffer: of as many bytes as all ranges have, which may be filled with them.
+
+    Raises:
+        EOFError: the file ends before one of them does.
+        OSError: the file is not there or cannot be reached.
+    """
+    start, stop = ranges[0][0], sum(ranges[-1])
+    if is_remote(path):
+        data = memoryview(store_of(path).get_range(path, start, stop - start))
+        if len(data) < stop - start:
+            raise EOFError(f"ends before byte {stop}")
+        return [data[offset - start :][:size] for offset, size in ranges]
+    ends = list(itertools.accumulate(size for _, size in ranges))
+    with open_read(path) as handle:
+        begin, at = 0, start
+        for end, (offset, size), (following, _) in zip(ends, ranges, (*ranges[1:], (-1, 0)), strict=True):
+            if offset + size == following:
+                continue  # they are read together
+            handle.seek(at)
+            if handle.readinto(buffer[begin:end]) < end - begin:  # type: ignore[attr-defined]
+                raise EOFError(f"ends before byte {offset + size}")
+            begin, at = end, following
+    return [buffer[end - size : end] for end, (_, size) in zip(ends, ranges, strict=True)]
 
 
 @contextlib.contextmanager

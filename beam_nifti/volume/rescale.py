@@ -46,6 +46,9 @@ class Scaling:
         return values
 
 
+NO_SCALING: Final = Scaling()
+
+
 @dataclass(frozen=True, slots=True)
 class Intensity:
     """A volume's intensities in the image's units: range, mean, standard deviation."""
@@ -161,7 +164,9 @@ def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling, dtype
     Source: docs/format.md, "Intensity".
     """
     if voxels.dtype.kind in "iu" and scaling.is_identity:
-        return _rescale_integers(voxels, dtype)
+        if voxels.dtype.itemsize < np.dtype(np.float64).itemsize:
+            return _rescale_integers(voxels, int(intensity.min), int(intensity.max), dtype)
+        return _rescale_integers(voxels, int(voxels.min()), int(voxels.max()), dtype)
     if intensity.min == intensity.max:
         raise constant_image(intensity.min)
     return rescale_between(voxels, RescaleRange(intensity.min, intensity.max), scaling, dtype=dtype)
@@ -242,8 +247,7 @@ def constant_image(value: float) -> VolumeError:
     )
 
 
-def _rescale_integers(voxels: Voxels, dtype: str) -> Voxels:
-    low, high = int(voxels.min()), int(voxels.max())
+def _rescale_integers(voxels: Voxels, low: int, high: int, dtype: str) -> Voxels:
     if low == high:
         raise constant_image(low)
     # Modular subtraction of unsigned integers is exact where the signed one would overflow.

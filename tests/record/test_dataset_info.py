@@ -61,7 +61,7 @@ def test_it_comes_back() -> None:
     assert parse() == INFO
     facts = json.loads(INFO.to_json())
     assert facts["format_version"] == 2
-    assert facts["format_features"] == ["sources", "digests"]
+    assert facts["format_features"] == ["sources", "digests", "members"]
     assert facts["digest"] == content_digest(facts)
 
 
@@ -69,10 +69,11 @@ def test_it_comes_back() -> None:
     ("changes", "message"),
     [
         (
-            {"format_features": ["sources", "digests", "members"]},
-            "the format feature 'members', which .* install a newer",
+            {"format_features": ["sources", "digests", "tiles"]},
+            "the format feature 'tiles', which .* install a newer",
         ),
-        ({"format_features": ["members"], "tiles": 1}, "the format feature 'members'"),
+        ({"format_features": ["tiles"], "tiles": 1}, "the format feature 'tiles'"),
+        ({"format_features": ["members"]}, r"format_features is \['members'\], expected"),
         ({"format_features": ["sources"]}, r"format_features is \['sources'\], expected"),
         (
             {"format_version": 3, "tiles": 1},

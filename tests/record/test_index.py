@@ -32,7 +32,9 @@ def entry(tmp_path: Path) -> IndexEntry:
 
 def test_an_entry_comes_back(tmp_path: Path, entry: IndexEntry) -> None:
     unlabelled = replace(entry, row=replace(entry.row, label=None, position=1, row=9))
-    table = make_table([(entry, 0, 100), (unlabelled, 100, 2**40)], RecordConfig(), ["site", "min"])
+    table = make_table(
+        [(entry, 0, [60, 40]), (unlabelled, 100, [2**31, 2**31])], RecordConfig(), ["site", "min"]
+    )
     write_index(str(tmp_path / "a" / "i.parquet"), table, {"sha256": "ab", "num_bytes": "7"})
     again, facts = read_index(str(tmp_path / "a" / "i.parquet"))
     assert facts == {"sha256": "ab", "num_bytes": "7"}
@@ -60,10 +62,11 @@ def test_an_entry_comes_back(tmp_path: Path, entry: IndexEntry) -> None:
         "max": entry.intensities[0].max,
         "mean": entry.intensities[0].mean,
         "std": entry.intensities[0].std,
+        "member_lengths": [60, 40],
         "site": "Zürich",
         "manifest_min": "x",
     }
-    assert (second["label"], second["length"], second["row"]) == (None, 2**40, 9)
+    assert (second["label"], second["length"], second["row"]) == (None, 2**32, 9)
 
 
 def test_an_index_without_records_has_all_columns(tmp_path: Path) -> None:
@@ -85,7 +88,7 @@ def test_an_index_without_records_has_all_columns(tmp_path: Path) -> None:
 def test_pandas_reads_it(tmp_path: Path, entry: IndexEntry) -> None:
     pytest.importorskip("pandas")
     write_index(
-        str(tmp_path / "i.parquet"), make_table([(entry, 0, 1)], RecordConfig(), ["a", "b"]), {"x": "y"}
+        str(tmp_path / "i.parquet"), make_table([(entry, 0, [1])], RecordConfig(), ["a", "b"]), {"x": "y"}
     )
     frame = pq.read_table(tmp_path / "i.parquet").to_pandas()
     assert frame.loc[0, "participant_id"] == "007"
@@ -101,7 +104,9 @@ def test_further_columns_never_share_a_name() -> None:
 
 def test_equal_entries_give_equal_bytes(tmp_path: Path, entry: IndexEntry) -> None:
     for name in "ab":
-        write_index(str(tmp_path / name), make_table([(entry, 0, 1)], RecordConfig(), ["s", "t"]), {"x": "y"})
+        write_index(
+            str(tmp_path / name), make_table([(entry, 0, [1])], RecordConfig(), ["s", "t"]), {"x": "y"}
+        )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -109,7 +114,7 @@ def test_what_is_no_index(tmp_path: Path, entry: IndexEntry) -> None:
     path = tmp_path / "i.parquet"
     with pytest.raises(FileNotFoundError):
         read_index(str(path))
-    write_index(str(path), make_table([(entry, 0, 1)], RecordConfig(), ["s", "t"]), {})
+    write_index(str(path), make_table([(entry, 0, [1])], RecordConfig(), ["s", "t"]), {})
     data = path.read_bytes()
     for size in [*range(0, len(data), 97), len(data) - 1]:
         path.write_bytes(data[:size])

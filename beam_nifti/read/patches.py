@@ -1,0 +1,260 @@
+"""Patches of records: of the voxels, only the tiles that a patch touches are read and decompressed."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import ShardError, UsageError
+from beam_nifti.read.decoding import require_channels, restore_image
+from beam_nifti.read.records import Element, Records, scratch
+from beam_nifti.record.example import largest_payload
+from beam_nifti.record.tfrecord import inflate_member, require_stored_size
+from beam_nifti.record.tiles import Tiles, tiles_of
+from beam_nifti.storage import paths as storage
+from beam_nifti.volume.intensity import rescale_voxels
+from beam_nifti.volume.rescale import UINT8_LEVELS, Intensity, RescaleRange, Scaling, numpy_dtype
+
+Array = npt.NDArray[Any]
+
+_SPACE: Final = 3
+"""Axes of space, before that of channels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box of voxels, which may reach beyond the volume.
+
+    Attributes:
+        corner: index of its first voxel along x, y and z.
+        shape: its number of voxels along each.
+    """
+
+    corner: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]) -> Box:
+        """A box of what a user gives.
+
+        Raises:
+            UsageError: one of them is not three integers, or the shape has one below 1.
+        """
+        return cls(_integers("corner", corner), _integers("shape", shape, least=1))
+
+    def inside(self, volume: Sequence[int]) -> tuple[slice, ...]:
+        """The part of it that is in a volume of this shape, in the volume's indices; it may be empty."""
+        starts = [min(max(corner, 0), size) for corner, size in zip(self.corner, volume, strict=False)]
+        stops = map(operator.add, self.corner, self.shape)
+        return tuple(
+            slice(start, max(start, min(stop, size)))
+            for start, stop, size in zip(starts, stops, volume, strict=False)
+        )
+
+    def pad(self, part: Array, inside: Sequence[slice], padding: Array) -> Array:
+        """The voxels of the box.
+
+        Args:
+            part: those that are inside the volume, with an axis of channels.
+            inside: which these are.
+            padding: the others, of each channel or of all.
+        """
+        if part.shape[:_SPACE] == self.shape:
+            return np.ascontiguousarray(part)
+        out = np.empty((*self.shape, part.shape[_SPACE]), part.dtype)
+        out[...] = padding
+        out[tuple(slice(s.start - c, s.stop - c) for s, c in zip(inside, self.corner, strict=True))] = part
+        return out
+
+
+def _integers(name: str, given: Sequence[SupportsIndex], least: int | None = None) -> tuple[int, ...]:
+    try:
+        numbers = tuple(map(operator.index, given))
+    except TypeError:
+        numbers = ()
+    if len(numbers) != _SPACE or (least is not None and min(numbers) < least):
+        which = "" if least is None else f" of at least {least}"
+        raise UsageError(f"{name} is {given!r}; give three integers{which}, along x, y and z")
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the index says of a record's intensities.
+
+    Attributes:
+        scaling: of native voxels to the image's units.
+        ranges: of each image, in its units; None where it does not say it.
+        ends: of each image, what became 0 and 1; None where the ranges say it.
+    """
+
+    scaling: Scaling
+    ranges: list[Intensity] | None
+    ends: list[RescaleRange] | None
+
+    @classmethod
+    def of(cls, cells: Mapping[str, Any], config: RecordConfig) -> _Facts:
+        """Those of a row of the index."""
+        slope, inter = cells.get("scl_slope"), cells.get("scl_inter")
+        lows, highs = _numbers(cells["min"]), _numbers(cells["max"])
+        ranges = [Intensity(low, high, math.nan, math.nan) for low, high in zip(lows, highs, strict=True)]
+        lows, highs = (
+            _numbers(cells[n]) if config.has_range else [] for n in ("rescale_low", "rescale_high")
+        )
+        return cls(
+            Scaling() if slope is None or inter is None else Scaling(slope, inter),
+            ranges or None,
+            list(map(RescaleRange, lows, highs)) if config.has_range else None,
+        )
+
+    def padding(self, config: RecordConfig) -> Array | None:
+        """What the least value of each image was stored as, for reading; None where it is not known."""
+        if self.ranges is None:
+            return None
+        no_ends: list[RescaleRange | None] = [None] * len(self.ranges)
+        of_images = zip(self.ranges, self.ends or no_ends, strict=True)
+        least = [rescale_voxels(np.array([r.min]), Scaling(), r, ends, config)[0] for r, ends in of_images]
+        stored = np.array(least, least[0].dtype).astype(np.float32)
+        return stored / np.float32(UINT8_LEVELS) if config.voxel_dtype == "uint8" else stored
+
+    def suffice(self, config: RecordConfig, dtype: np.dtype[Any]) -> bool:
+        """Whether a part of the voxels can be rescaled without the others."""
+        if config.voxel_dtype != "native" or config.has_range or config.method == "none":
+            return True
+        # The range of wider integers is not exact as float64.
+        return self.ranges is not None and not (
+            dtype.kind in "iu" and dtype.itemsize > np.dtype(np.int32).itemsize
+        )
+
+
+def _numbers(cell: Any) -> list[float]:
+    """The numbers of a cell, one for each image."""
+    return cell if isinstance(cell, list) else [] if cell is None else [cell]
+
+
+def read_patch(records: Records, row: int, box: Box) -> Element:
+    """The element of a row of the table, with its volumes cropped to a box, and padded beyond them.
+
+    Raises:
+        DatasetError: the record is missing or damaged.
+    """
+    names = [name for name in records.columns if records.opened.has_tensor(name)]
+    element = {name: records.cell(name, row) for name in records.columns if name not in records.from_record}
+    patches = _from_tiles(records, row, names, box)
+    if patches is None:
+        element = records.read(row)
+        patches = {name: _from_volume(records, row, name, element[name], box) for name in names}
+    if records.channels_first:
+        patches = {name: np.ascontiguousarray(np.moveaxis(p, -1, 0)) for name, p in patches.items()}
+    return {name: patches[name] if name in patches else element[name] for name in records.columns}
+
+
+def _from_volume(records: Records, row: int, name: str, volume: Array, box: Box) -> Array:
+    """A patch of a volume that was read as a whole."""
+    if records.channels_first:
+        volume = np.moveaxis(volume, 0, -1)
+    config = records.opened.info.record_config
+    inside = box.inside(volume.shape)
+    if name == "image":
+        padding = np.fmin.reduce(volume, axis=None if config.channels is None else (0, 1, 2))
+    else:
+        padding = np.zeros(1, volume.dtype)
+    return box.pad(volume[inside], inside, padding)
+
+
+def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> dict[str, Array] | None:
+    """The patches of some tensors; None where the whole record has to be read."""
+    table, info = records.patch_table, records.opened.info
+    if table is None or not records.from_record <= set(names):
+        return None
+    config, is_compressed = info.record_config, info.record_config.compression == "gzip"
+    with records.reading(row) as (path, shape):
+        if min(shape) < 1:
+            raise ShardError(f"the index says that its shape is {shape}")
+        require_channels(shape, config)
+        found, count = tiles_of(shape, info.dtype, config.mask_dtype, compressed=is_compressed)
+        cells = {name: table[name][row].as_py() for name in table.column_names if name != "member_lengths"}
+        facts, lengths = _Facts.of(cells, config), table["member_lengths"][row].values.to_numpy()
+        least = facts.padding(config)
+        is_cut = len(lengths) > 1 and all(f"{name}_raw" in found for name in names)
+        if not is_cut or least is None or not facts.suffice(config, numpy_dtype(info.dtype)):
+            return None
+        if len(lengths) != count:
+            raise ShardError(f"the index says that it has {len(lengths)} members, expected {count}")
+        require_stored_size(cells["length"], largest_payload(shape, info.dtype, config.mask_dtype))
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths + records.places[0][row]
+        patches = {}
+        for name in names:
+            number, tiles = found[f"{name}_raw"]
+            dtype = numpy_dtype(info.dtype if name == "image" else str(config.mask_dtype)).newbyteorder("<")
+            inside = box.inside(shape)
+            part = np.empty([*(s.stop - s.start for s in inside), *tiles.shape[_SPACE:]], dtype)
+            if part.size:
+                members = starts[number:], lengths[number:]
+                _fill(part, path, tiles, *members, inside, is_compressed=is_compressed)
+            if name == "image":
+                part = restore_image(part, config, facts.scaling, facts.ends, facts.ranges)
+            elif part.ndim == _SPACE:
+                part = part[..., np.newaxis]
+            patches[name] = box.pad(part, inside, least if name == "image" else np.zeros(1, part.dtype))
+    return patches
+
+
+def _fill(
+    out: Array,
+    path: str,
+    tiles: Tiles,
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.uint32],
+    inside: Sequence[slice],
+    *,
+    is_compressed: bool,
+) -> None:
+    """Read the voxels of a part of a volume, which is not empty.
+
+    Args:
+        out: to fill with them.
+        path: of the shard.
+        tiles: of the tensor.
+        starts: offset in the shard of each member from its first tile on.
+        lengths: bytes of each.
+        inside: which part.
+        is_compressed: whether the members are.
+
+    Raises:
+        ShardError, EOFError: the file is damaged.
+        OSError: it cannot be reached.
+    """
+    xs, ys, zs = inside
+    blocks = list[tuple[int, int, int, int]]()  # x, y, planes, rows
+    ranges = list[tuple[int, int]]()
+    if is_compressed:
+        for x in range(xs.start - xs.start % tiles.planes, xs.stop, tiles.planes):
+            for y in range(ys.start - ys.start % tiles.rows, ys.stop, tiles.rows):
+                number = x // tiles.planes * tiles.columns + y // tiles.rows
+                ranges.append((int(starts[number]), int(lengths[number])))
+                size = min(tiles.planes, tiles.shape[0] - x), min(tiles.rows, tiles.shape[1] - y)
+                blocks.append((x, y, *size))
+    else:
+        if lengths[0] != math.prod(tiles.shape) * tiles.itemsize:
+            raise ShardError(f"the index says that its voxels have {lengths[0]} bytes")
+        num_rows = ys.stop - ys.start
+        for x in range(xs.start, xs.stop):
+            offset = (x * tiles.shape[1] + ys.start) * tiles.row_bytes
+            ranges.append((int(starts[0]) + offset, num_rows * tiles.row_bytes))
+            blocks.append((x, ys.start, 1, num_rows))
+    parts = storage.read_ranges(path, ranges, scratch(sum(size for _, size in ranges)))
+    for (x, y, planes, rows), part in zip(blocks, parts, strict=True):
+        content = inflate_member(part, planes * rows * tiles.row_bytes) if is_compressed else part
+        block = np.frombuffer(content, out.dtype).reshape(planes, rows, *tiles.shape[2:])
+        left, right = max(x, xs.start), min(x + planes, xs.stop)
+        low, high = max(y, ys.start), min(y + rows, ys.stop)
+        target = out[left - xs.start : right - xs.start, low - ys.start : high - ys.start]
+        target[...] = block[left - x : right - x, low - y : high - y, zs]

@@ -1,0 +1,138 @@
+"""How a record is cut so that a patch of its voxels can be read without the rest.
+
+A compressed record has a gzip member for what stands before its voxels, one for each tile of them, one for
+what follows, and likewise for its mask. A tile is some planes along x, or some rows along y of one. The
+voxels of an uncompressed record are one tile. Source: docs/format.md, "Members".
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor
+from beam_nifti.record.tfrecord import TILE_BYTES
+from beam_nifti.volume.rescale import numpy_dtype
+
+_TENSORS: Final = ("image_raw", MASK_FEATURE)
+"""Features that are cut, in their order in a record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The tiles of a tensor, in C order.
+
+    Attributes:
+        shape: of the tensor, (X, Y, Z) or (X, Y, Z, C).
+        itemsize: bytes of a voxel.
+        planes: of a tile along x, at most.
+        rows: of a tile along y, at most; all of them unless `planes` is 1.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    planes: int
+    rows: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], itemsize: int, *, compressed: bool) -> Tiles | None:
+        """The tiles of a tensor; None where it is too small to be cut.
+
+        >>> Tiles.of((91, 109, 91), 4, compressed=True)
+        Tiles(shape=(91, 109, 91), itemsize=4, planes=2, rows=109)
+        >>> Tiles.of((512, 512, 256), 2, compressed=True)
+        Tiles(shape=(512, 512, 256), itemsize=2, planes=1, rows=128)
+        """
+        planes, rows = shape[:2]
+        if not compressed:
+            return cls(shape, itemsize, planes, rows)
+        size = math.prod(shape[1:]) * itemsize
+        if (parts := _divide(size, TILE_BYTES)) > 1:
+            tiles = cls(shape, itemsize, 1, -(-rows // min(parts, rows)))
+        else:
+            tiles = cls(shape, itemsize, max(1, _divide(TILE_BYTES, size)), rows)
+        return tiles if tiles.count > 1 else None
+
+    @property
+    def columns(self) -> int:
+        """Tiles along y."""
+        return -(-self.shape[1] // self.rows)
+
+    @property
+    def count(self) -> int:
+        """Tiles of the tensor."""
+        return -(-self.shape[0] // self.planes) * self.columns
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the voxels of one x and y."""
+        return math.prod(self.shape[2:]) * self.itemsize
+
+    def sizes(self) -> list[int]:
+        """Bytes of each tile."""
+        planes, rows = self.shape[:2]
+        return [
+            min(self.planes, planes - x) * min(self.rows, rows - y) * self.row_bytes
+            for x in range(0, planes, self.planes)
+            for y in range(0, rows, self.rows)
+        ]
+
+
+def _divide(number: int, by: int) -> int:
+    """The nearest integer to the quotient, halves up."""
+    return (2 * number + by) // (2 * by)
+
+
+def find_cuts(payload: bytes, compressed: bool) -> list[int]:
+    """Where a record is cut.
+
+    Args:
+        payload: a serialized Example with an `image_raw`.
+        compressed: whether it is compressed.
+
+    Returns:
+        Offsets in the payload, ascending; none where it stays whole: it is small, or its mask stands before
+        its image.
+    """
+    features = decode_example(payload)
+    begin = np.frombuffer(payload, np.uint8).ctypes.data
+    cuts = list[int]()
+    for name in _TENSORS:
+        if name not in features:
+            continue
+        tensor = decode_tensor(features[name])  # type: ignore[arg-type]  # else examine has refused it
+        tiles = Tiles.of(tensor.shape, tensor.itemsize, compressed=compressed)
+        if tiles is not None:
+            start = tensor.ctypes.data - begin
+            cuts += itertools.accumulate(tiles.sizes(), initial=start)
+    return cuts if cuts == sorted(cuts) else []
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_of(
+    shape: tuple[int, ...], dtype: str, mask_dtype: str | None, *, compressed: bool
+) -> tuple[dict[str, tuple[int, Tiles]], int]:
+    """Which members of a record that is cut hold its voxels.
+
+    Args:
+        shape: of the voxels.
+        dtype: of the voxels as they are stored.
+        mask_dtype: of the mask; None where there is none.
+        compressed: whether the record is compressed.
+
+    Returns:
+        By feature, the number of its first tile among the members and its tiles, of those that are cut; and
+        how many members the record has.
+    """
+    found, number = dict[str, tuple[int, Tiles]](), 1
+    for name, axes, kind in zip(_TENSORS, (shape, shape[:3]), (dtype, mask_dtype), strict=True):
+        tiles = Tiles.of(axes, numpy_dtype(kind).itemsize, compressed=compressed) if kind else None
+        if tiles is not None:
+            found[name] = number, tiles
+            number += tiles.count + 1
+    return found, number
