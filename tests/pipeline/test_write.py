@@ -954,7 +954,7 @@ def test_a_record_without_an_affine_is_no_image(reference: Path, tmp_path: Path)
 def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
     """Of further records only ids, places and rows of the index are kept."""
     megabyte, peaks = 1 << 20, []
-    for count in (20, 140):
+    for count in (60, 180):
         ended = fork_server().run(
             "write_large", folder=tmp_path, output=tmp_path / f"out-{count}", count=count
         )
