@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -339,7 +340,8 @@ def test_an_interrupted_build_exits_with_130_and_continues(tmp_path: Path) -> No
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, ours)
     while process.poll() is None and not list(output.glob(".build/*/*/*.part*")):
-        pass
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == cli.INTERRUPTED
