@@ -22,14 +22,13 @@ import pytest
 from beam_nifti import __version__
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
-from beam_nifti.cli.build_options import build_config
 from beam_nifti.inspection.description import describe_dataset, format_description
 from beam_nifti.pipeline import lock
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor
 from beam_nifti.support import outcomes
 from pipelines import build_dataset
-from tests.build_helpers import assert_intact
+from tests.build_helpers import assert_intact, build_config
 from tests.datasets import records_of
 from tests.images import write_cohort, write_image, write_manifest
 
