@@ -116,6 +116,25 @@ def test_a_build_like_another_takes_its_options_and_those_of_a_file(built: Path)
     assert digests(info) == digests(read_info("by_command"))
 
 
+def test_the_dataset_of_like_is_reached_as_the_flags_of_its_store_say(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import S3Options
+
+    from tests.object_store import MemoryFileSystem
+
+    given = list[Any]()
+    monkeypatch.setattr(FileSystems, "_pipeline_options", None)
+    monkeypatch.setattr(
+        MemoryFileSystem, "__init__", lambda _, pipeline_options: given.append(pipeline_options)
+    )
+    flags = ["--s3_endpoint_url=http://store"]
+    with pytest.raises(bn.DatasetError, match="no complete dataset"):
+        bn.check("manifest.tsv", like="memory://lab/dataset", pipeline_options=flags, progress=False)
+    assert given[0].view_as(S3Options).s3_endpoint_url == "http://store"
+
+
 def test_a_file_of_options_may_state_the_number_of_cores(folder: Path) -> None:
     Path("options.toml").write_text(f"workers = {count_cores()}\n")
     engines = list[Engine]()
