@@ -117,11 +117,9 @@ class ShardMerge:
 
     def _write(self, records: _Records, source: Part | None, known: dict[str, str]) -> dict[str, str]:
         target = self._at(self.name)
-        # Between these two no index stands beside a shard file that it does not describe.
-        storage.delete(target.index, self.output)
         facts = self._making(records)
         try:
-            facts |= _write_shard(target.data, self.output, records, source, known, self.name.compressed)
+            facts |= _write_shard(target, self.output, records, source, known, self.name.compressed)
         except FileNotFoundError:
             # Another attempt has removed the parts, so its shard is whole, and we its index.
             facts |= _facts_of_data(target, records)
@@ -138,10 +136,10 @@ def write_shard(
     the name. The table is the index of the records in their order, and `files` the part file of each.
     """
     records = _Records(table, [Part(file, "") for file in files], {}, frozenset())
-    target, index = storage.join(output, str(name)), storage.join(output, name.index_file)
+    target = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
     facts = {"fingerprint": fingerprint, **versions_fact()}
     facts |= _write_shard(target, output, records, None, {}, name.compressed)
-    write_index(index, _placed(records), facts, output)
+    write_index(target.index, _placed(records), facts, output)
     return _describe(output, name, table.num_rows, facts)
 
 
@@ -316,25 +314,44 @@ def _placed(records: _Records) -> pa.Table:
 
 
 def _write_shard(
-    target: str, output: str, records: _Records, source: Part | None, known: dict[str, str], compressed: bool
+    target: Part, output: str, records: _Records, source: Part | None, known: dict[str, str], compressed: bool
 ) -> dict[str, str]:
     """Write the shard's file; its sha256 and its size."""
     if source and "sha256" in known:
-        storage.link(source.data, target, output, source.base)
-        return {k: known[k] for k in ("sha256", "num_bytes")}
-    hasher, size = hashlib.sha256(), 0
-    with contextlib.ExitStack() as stack:
-        # One part that is the shard is published without a copy. It is read to be hashed, as it was not
-        # written to be a whole shard: the rows that fill it may have failed in the others.
-        handle = None if source else stack.enter_context(storage.create(target, output))
-        for chunk in _content(records, compressed):
-            hasher.update(chunk)
-            size += len(chunk)
+        facts = {k: known[k] for k in ("sha256", "num_bytes")}
+    else:
+        hasher, size = hashlib.sha256(), 0
+        with contextlib.ExitStack() as stack:
+            # One part that is the shard is published without a copy. It is read to be hashed, as it was not
+            # written to be a whole shard: the rows that fill it may have failed in the others.
+            handle = None if source else stack.enter_context(storage.create(target.data, output))
+            for chunk in _content(records, compressed):
+                hasher.update(chunk)
+                size += len(chunk)
+                if handle:
+                    handle.write(chunk)
+            facts = file_facts(hasher.hexdigest(), size)
             if handle:
-                handle.write(chunk)
+                _remove_other_index(target, output, facts)
     if source:
-        storage.link(source.data, target, output, source.base)
-    return file_facts(hasher.hexdigest(), size)
+        _remove_other_index(target, output, facts)
+        storage.link(source.data, target.data, output, source.base)
+    return facts
+
+
+def _remove_other_index(shard: Part, output: str, facts: dict[str, str]) -> None:
+    """Remove an index that does not describe the file that the shard is about to get.
+
+    That of another attempt does, and may already be part of a dataset.
+    """
+    try:
+        is_same = facts.items() <= read_index(shard.index, columns=[], below=output)[1].items()
+    except FileNotFoundError:
+        return
+    except ShardError:
+        is_same = False
+    if not is_same:
+        storage.delete(shard.index, output)
 
 
 def _hash_file(path: str, below: str) -> tuple[str, int]:

@@ -219,16 +219,17 @@ def test_a_second_attempt_at_a_merge_at_the_same_moment(
         parts = [place.write([5, 1, 0, 4]), place.write([2, 3, 7, 6])]
         if is_replaced:  # by a shard with more records
             place.merge([place.write([0, 1])], [0, 1])
-        count, busy = 0, False
+        count, busy, is_done = 0, False, False
 
         def hooked(step: str) -> Callable[..., Any]:
             def call(*arguments: Any) -> Any:
-                nonlocal count, busy
+                nonlocal count, busy, is_done
                 if not busy:
+                    assert is_replaced or not is_done or (place.output / SHARD.index_file).exists()
                     if count == moment:
                         busy = True
                         place.merge(parts)
-                        busy = False
+                        busy, is_done = False, True
                     count += 1
                 return originals[step](*arguments)
 
