@@ -6,11 +6,13 @@ thread.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar, cast
 
@@ -18,11 +20,11 @@ from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
-from beam_nifti.support.process import ForkGuard
+from beam_nifti.support.process import ForkGuard, count_cores
 from beam_nifti.support.wording import one_line
 
 if TYPE_CHECKING:
-    from typing import TypeGuard, Unpack
+    from typing import Unpack
 
     import pandas as pd
     import pyarrow as pa
@@ -63,8 +65,8 @@ _NO_OUT: Final = "--out is missing; give a path that the workers can write to, s
 def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Adapt a function for calls from Python; calls from the command line are not changed.
 
-    Errors and the sentences of results name parameters instead of flags, and the logging of the calling
-    program is not changed.
+    Errors, records of the log and the sentences of results name parameters instead of flags, and the logging
+    of the calling program is not changed.
     """
 
     @functools.wraps(function)
@@ -72,7 +74,7 @@ def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
         if isinstance(kwargs.get("progress"), Watcher):
             return function(*args, **kwargs)
         try:
-            with logs.unconfigured():
+            with logs.unconfigured(), _rewording_logs():
                 result: Any = function(*args, **kwargs)
             return cast("_T", result.reworded(_as_parameters) if hasattr(result, "reworded") else result)
         except BeamNiftiError as e:
@@ -82,10 +84,23 @@ def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return call
 
 
+@logs.shared
+@contextlib.contextmanager
+def _rewording_logs() -> Iterator[None]:
+    def reword(record: logging.LogRecord) -> bool:
+        record.msg, record.args = _as_parameters(record.getMessage()), ()
+        return True
+
+    logs.LOGGER.addFilter(reword)
+    try:
+        yield
+    finally:
+        logs.LOGGER.removeFilter(reword)
+
+
 def _as_parameters(text: str) -> str:
     from beam_nifti.manifest.in_memory import NAME
     from beam_nifti.pipeline.options import as_parameters
-    from beam_nifti.storage import paths as storage
 
     text = text.replace(storage.absolute(NAME), "the table in memory")
     return _FLAGS.sub(r"\1", as_parameters(text))
@@ -149,17 +164,15 @@ def build(
         OSError: a disk or a store failed.
     """
     from beam_nifti.pipeline.launch import run_build_on, run_dry
-    from beam_nifti.pipeline.options import make_config, read_switch
+    from beam_nifti.pipeline.options import read_switch
 
     watcher, is_dry = _watcher(progress), read_switch("dry_run", dry_run)
     flags = _flags(runner, pipeline_options, watcher)
-    path, target = _path_of(manifest), storage.path_text("output", output)
-    wanted = make_config(path, target, options, config=_text("config", config), like=_text("like", like))
-    rows = _rows_of(manifest, wanted.anonymous_ids)
-    wanted = _for_rows(wanted, rows)
+    target = storage.path_text("output", output)
+    wanted, rows = _configure(manifest, target, options, config, like, flags, watcher)
     if is_dry and not flags:  # sooner, as it needs no Beam
         return run_dry(wanted, rows, watcher)
-    engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
+    engine = _engine(wanted, flags, watcher)
     return run_dry(engine.config, rows, watcher) if is_dry else run_build_on(engine, rows, watcher)
 
 
@@ -197,22 +210,17 @@ def check(
         EngineError: the runner or a worker failed.
         OSError: a disk or a store failed.
     """
-    from beam_nifti.pipeline.options import make_config
     from beam_nifti.pipeline.outputs import require_ending, require_out
 
-    path, report = _path_of(manifest), _text("out", out)
+    report, watcher = _text("out", out), _watcher(progress)
     require_ending(report, ".json")
-    watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    file, dataset = _text("config", config), _text("like", like)
-    wanted = make_config(path, report or "", options, config=file, like=dataset)
-    rows = _rows_of(manifest, wanted.anonymous_ids)
-    wanted = _for_rows(wanted, rows)
-    engine = _engine(wanted, flags, _workers(wanted, options, config), watcher)
+    wanted, rows = _configure(manifest, report or "", options, config, like, flags, watcher)
+    engine = _engine(wanted, flags, watcher)
     if not engine.is_local and report is None:
         raise UsageError(_NO_OUT.format("check.json"))
     if report is not None:
-        inputs = {"the manifest": path if rows is None else None, _KEY: wanted.anonymous_ids}
+        inputs = {"the manifest": wanted.manifest if rows is None else None, _KEY: wanted.anonymous_ids}
         require_out(report, overwrite=True, inputs=inputs)
     from beam_nifti.pipeline.launch import run_check_on
 
@@ -253,14 +261,14 @@ def verify(
         OSError: a disk or a store failed.
     """
     from beam_nifti.inspection.verify import verify_dataset
-    from beam_nifti.pipeline.options import read_steps
+    from beam_nifti.pipeline.options import read_integer, read_steps
     from beam_nifti.pipeline.progress import METER, no_progress, show_progress
     from beam_nifti.record.dataset_info import read_info
 
-    watcher, num_workers = _watcher(progress), _count_workers(workers)
+    watcher = _watcher(progress)
+    num_workers = count_cores() if workers is None else read_integer("--workers", workers)
     output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
-    path = None if manifest is None else _path_of(manifest)
-    rows = None if manifest is None else _rows_of(manifest, key)
+    path, rows = (None, None) if manifest is None else (_path_of(manifest), _rows_of(manifest, key))
     info = read_info(output)
     watcher.on_dataset(info)
     with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
@@ -375,12 +383,12 @@ def report(
     require_modules("jinja2", "matplotlib", "PIL")
     watcher = _watcher(progress)
     flags = _flags(runner, pipeline_options, watcher)
-    page = _text("out", out) or "report.html"
     if (num_pictures := read_integer("--pictures", pictures)) < 0:
         raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
     # As engines know it: without a manifest, and with an output that workers must reach.
-    config = BuildConfig(manifest="", output=_dataset(dataset), workers=_count_workers(workers))
-    engine = _engine(config, flags, None if workers is None else config.workers, watcher)
+    threads = None if workers is None else read_integer("--workers", workers)
+    config = BuildConfig(manifest="", output=_dataset(dataset), workers=threads)
+    engine = _engine(config, flags, watcher)
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and out is None:
@@ -412,7 +420,7 @@ class _LogWatcher(Watcher):
         """Log what would be done."""
         reuse = estimate.reuse
         kept = reuse.num_published + reuse.num_unfinished if reuse else 0
-        built = reuse.num_rebuilt if reuse else estimate.num_volumes
+        built = reuse.num_rebuilt if reuse else plan.num_examples
         logs.LOGGER.info("would keep %d and build %d examples", kept, built)
 
     def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
@@ -444,7 +452,7 @@ def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[s
     return [*flags, *flags_of(options)]
 
 
-def _engine(config: BuildConfig, flags: Sequence[str], workers: int | None, watcher: Watcher) -> Engine:
+def _engine(config: BuildConfig, flags: Sequence[str], watcher: Watcher) -> Engine:
     if not _BEAM.enter():
         raise UsageError(
             "this process was forked from one that has run Apache Beam, which would hang here; start it with "
@@ -453,18 +461,37 @@ def _engine(config: BuildConfig, flags: Sequence[str], workers: int | None, watc
     watcher.load_beam()
     from beam_nifti.pipeline.beam_flags import choose_engine
 
-    engine = choose_engine(config, flags, workers, watcher)
+    engine = choose_engine(config, flags, watcher)
     watcher.on_engine(engine)
     return engine
 
 
-def _is_path(manifest: ManifestTable) -> TypeGuard[Path]:
-    return isinstance(manifest, str | os.PathLike)
+def _configure(
+    manifest: ManifestTable,
+    output: str,
+    options: BuildOptions,
+    config: Path | None,
+    like: Path | None,
+    flags: Sequence[str],
+    watcher: Watcher,
+) -> tuple[BuildConfig, bytes | None]:
+    """The configuration of a build, and the rows of a manifest that is no file, as a Parquet file."""
+    from beam_nifti.pipeline.options import make_config
+
+    if flags and not (config is None and like is None):
+        watcher.load_beam()
+        from beam_nifti.pipeline.beam_flags import set_stores
+
+        set_stores(flags)
+    file, dataset = _text("config", config), _text("like", like)
+    wanted = make_config(_path_of(manifest), output, options, config=file, like=dataset)
+    rows = _rows_of(manifest, wanted.anonymous_ids)
+    return wanted if rows is None else replace(wanted, rows=""), rows
 
 
 def _path_of(manifest: ManifestTable) -> str:
     """The path of a manifest; of one that is no file, the one that it would have."""
-    if _is_path(manifest):
+    if isinstance(manifest, str | os.PathLike):
         return storage.path_text("manifest", manifest)
     from beam_nifti.manifest.in_memory import NAME
 
@@ -473,22 +500,11 @@ def _path_of(manifest: ManifestTable) -> str:
 
 def _rows_of(manifest: ManifestTable, anonymous_ids: str | None) -> bytes | None:
     """The rows of a manifest that is no file, as a Parquet file; with anonymous ids errors show no cell."""
-    if _is_path(manifest):
+    if isinstance(manifest, str | os.PathLike):
         return None
     from beam_nifti.manifest.in_memory import parquet_of
 
     return parquet_of(manifest, hides_cells=anonymous_ids is not None)
-
-
-def _for_rows(config: BuildConfig, rows: bytes | None) -> BuildConfig:
-    """The configuration of a build whose rows are in no file yet, or in the manifest."""
-    return config if rows is None else replace(config, rows="")
-
-
-def _workers(config: BuildConfig, options: BuildOptions, file: Path | None) -> int | None:
-    """The number of workers that was requested; None if the engine decides."""
-    is_of_file = file is not None and config.workers != _count_workers(None)
-    return config.workers if options.get("workers") is not None or is_of_file else None
 
 
 def _text(name: str, path: Path | None) -> str | None:
@@ -497,10 +513,3 @@ def _text(name: str, path: Path | None) -> str | None:
 
 def _dataset(path: Path, name: str = "dataset") -> str:
     return storage.absolute(storage.path_text(name, path))
-
-
-def _count_workers(workers: SupportsIndex | None) -> int:
-    from beam_nifti.pipeline.options import read_integer
-    from beam_nifti.support.process import count_cores
-
-    return count_cores() if workers is None else read_integer("--workers", workers)

@@ -187,39 +187,18 @@ class LabelColumn:
 class RecordConfig:
     """The options that decide the bytes of one record, apart from its row and its image.
 
-    Attributes:
-        rescale: which intensities become 0 and 1: "minmax", the minimum and maximum of each volume;
-            "percentile:LO,HI", two of its percentiles; "window:LO,HI", two intensities in the image's
-            units; "zscore", its mean and its mean plus one standard deviation; "none" keeps the units.
-        voxel_dtype: "float32", "float16", "bfloat16" and "uint8" (only for [0, 1]) store rescaled voxels;
-            "native" stores voxels as in the file, and the reader rescales.
-        compression: "gzip" (one member per record) or "none".
-        compression_level: igzip level, 0 (fastest) to 3.
-        frames: "all" makes the time axis of a 4-D image the record's last axis; "each" makes one record per
-            frame; "first", "mean" and a number, from 0, reduce it to one volume; None refuses 4-D images.
-        clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
-        rescale_within: which voxels `rescale` measures: "nonzero"; "above:T", those above T in the image's
-            units; "mask", those that the mask labels; None means all voxels.
-        complex: how complex voxels are stored: "magnitude"; "phase", in radians; "real-imag", two channels;
-            None refuses them.
-        preprocess: the user's function from Volume to Volume, `package.module:function`, with or without
-            literals as arguments, such as `lab.brains:strip(threshold=3)`; several in a tuple, in order.
-        preprocess_sha256: sha256 of the file that defines the function, or a tuple of them; set by the build.
-        orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
-        spacing: voxel size along each axis, in mm, that volumes are resampled to.
-        crop_foreground: which voxels' bounding box to crop to: "nonzero"; "above:T", with T in the image's
-            units; "mask", those that the mask labels.
-        shape: (X, Y, Z) that volumes are cropped and padded to.
-        channels: columns of the images that are the channels of a record, in order; None if a record has a
-            single image. Set by the build.
-        mask_dtype: dtype of the label map of every record: "uint8" or "uint16"; None if there are no masks.
-        labels: columns whose values have features of their own, with kinds and classes; None if there is
-            only the feature `label`. Set by the build.
-        format_version: format version of the dataset. Set by the build, which adds rows to a dataset in the
-            format that it already has.
-        format_features: likewise, its features.
+    The fields are those of `BuildOptions`, as text, numbers or tuples; a preparation that is None does not
+    apply. docs/preparation.md describes the preparations in order. The build sets the others:
 
-    A preparation that is None does not apply. docs/preparation.md describes the preparations in order.
+    Attributes:
+        preprocess_sha256: sha256 of the file that defines the function of `preprocess`, or a tuple of them.
+        channels: columns of the images that are the channels of a record, in order; None if a record has a
+            single image.
+        mask_dtype: dtype of the label map of every record; None if there are no masks.
+        labels: columns whose values have features of their own, with kinds and classes; None if there is
+            only the feature `label`.
+        format_version: format version of the dataset: rows are added to a dataset in the format that it
+            already has.
     """
 
     rescale: str = "minmax"
@@ -247,12 +226,11 @@ class RecordConfig:
         # Lists come from JSON; 1 and 1.0 are one spacing.
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
-        if self.shape is not None:
-            object.__setattr__(self, "shape", tuple(self.shape))
+        for name in ("shape", "channels"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "preprocess", spell_steps(self.preprocess))
         object.__setattr__(self, "preprocess_sha256", _one_or_more(self.preprocess_sha256))
-        if self.channels is not None:
-            object.__setattr__(self, "channels", tuple(self.channels))
         if self.mask_dtype is not None:
             _choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
         self._check_rescaling()
@@ -305,7 +283,7 @@ class RecordConfig:
             if method in ("window", "none"):
                 raise UsageError(
                     f"--rescale-within has no effect on --rescale {self.rescale}, which does not depend on "
-                    "the voxels; leave it out"
+                    "the voxels; drop it"
                 )
         if self.clip and (method in ("zscore", "none") or not self.has_range):
             raise UsageError(
@@ -484,7 +462,7 @@ class Columns:
         labels = [column.name for column in self.labels]
         for name in labels:
             if labels.count(name) > 1:
-                raise UsageError(f"--label-column names {name!r} twice; leave one out")
+                raise UsageError(f"--label-column names {name!r} twice; drop one")
         if self.missing_label is not None:
             _choose("--missing-label", self.missing_label, MISSING_LABELS)
 
@@ -590,19 +568,12 @@ class BuildConfig:
         columns: the roles of the manifest's columns.
         sharding: how rows are divided into shards; None derives it from the first image's header.
         splitting: how participants are assigned to splits; None uses the manifest.
-        shuffle_seed: orders the rows of a split by a keyed hash of their ids; None keeps the
-            manifest's order.
-        allow_mixed_shapes: whether to accept volumes with other shapes than the first image's.
-        max_bad_fraction: largest fraction of volumes, 0 to 1, that may fail.
-        overwrite: whether to replace a dataset with different rows or options.
-        recheck: whether to rebuild every record, even if no file seems to have changed, and replace the
-            shards that differ.
-        temp_location: folder of temporary files; None keeps them in the output.
-        workers: threads of the local runner; on a cluster, the minimum parallelism to divide the work for.
-        anonymous_ids: file of the key that replaces ids and paths by pseudonyms, local or a URL that the
-            workers can read; None keeps the names.
+        workers: threads of the local runner; on a cluster, the minimum parallelism to divide the work for;
+            None for what the engine has.
         rows: Parquet file from which workers read the rows if `manifest` is the name of a table in memory;
             "" before it is written; None if `manifest` is a file.
+
+    The other fields are those of `BuildOptions`.
     """
 
     manifest: str
@@ -617,7 +588,7 @@ class BuildConfig:
     overwrite: bool = False
     recheck: bool = False
     temp_location: str | None = None
-    workers: int = 1
+    workers: int | None = None
     anonymous_ids: str | None = None
     rows: str | None = None
 
@@ -627,7 +598,7 @@ class BuildConfig:
             raise UsageError(
                 f"--max-bad-fraction is {self.max_bad_fraction}; it is a fraction between 0 and 1"
             )
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers is {self.workers}; it must be at least 1")
         if self.overwrite and self.recheck:
             raise UsageError("--overwrite already rebuilds every record; drop --recheck")

@@ -6,6 +6,7 @@ that it is sent, so that a test pays for the imports once.
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import dataclasses
@@ -32,7 +33,9 @@ from apache_beam.transforms.core import _MultiParDo
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import BuildSummary
 from beam_nifti.pipeline.build import open_build, run_build
-from beam_nifti.pipeline.merge import merge_parts
+from beam_nifti.pipeline.merge import ShardMerge
+from beam_nifti.pipeline.options import OPTIONS
+from beam_nifti.pipeline.options import make_config as combine
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.write import WriteToTFRecord
 from beam_nifti.record.dataset_info import read_info
@@ -58,6 +61,21 @@ def make_config(manifest: Path | str, output: Path | str, **changes: Any) -> Bui
     if "num_shards" in changes:
         sharding = Sharding(num_shards=changes.pop("num_shards"))
     return BuildConfig(str(manifest), str(output), record=record, sharding=sharding, **changes)
+
+
+def build_config(options: argparse.Namespace) -> BuildConfig:
+    """The configuration of a parsed `beam-nifti build`."""
+    return _config_of(options, options.output)
+
+
+def check_config(options: argparse.Namespace) -> BuildConfig:
+    """The configuration of a parsed `beam-nifti check`, whose output is the report."""
+    return _config_of(options, options.out or "")
+
+
+def _config_of(options: argparse.Namespace, output: str) -> BuildConfig:
+    given = {name: getattr(options, name) for name in OPTIONS}
+    return combine(options.manifest, output, given, config=options.config, like=options.like)
 
 
 def make_options(
@@ -427,7 +445,7 @@ def _merge_task(
     output: str, parts_folder: str, parts: Iterable[tuple[str, str, list[int] | None]], count: int
 ) -> str:
     """Merge parts into the only shard of an output."""
-    merged = merge_parts(
+    merge = ShardMerge(
         output,
         ShardName("train", 0, 1),
         range(count),
@@ -436,7 +454,7 @@ def _merge_task(
         (),
         parts_folder,
     )
-    return merged.sha256
+    return merge.run().sha256
 
 
 def arrays_of(example_id: str) -> tuple[str, dict[str, Any]]:

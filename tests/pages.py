@@ -37,8 +37,8 @@ import numpy as np
 
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
-from beam_nifti.cli.build_options import build_config, check_config
 from beam_nifti.errors import BeamNiftiError
+from tests.build_helpers import build_config, check_config
 from tests.images import brain, write_image, write_manifest
 
 ROOT = Path(__file__).parent.parent

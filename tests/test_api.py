@@ -31,7 +31,10 @@ from beam_nifti.manifest.in_memory import NAME, parquet_of
 from beam_nifti.pipeline.beam_flags import flags_of
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.options import make_config
+from beam_nifti.pipeline.runners import Engine
+from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
+from beam_nifti.support.process import count_cores
 from tests.build_helpers import stray_files
 from tests.images import write_cohort, write_image
 from tests.user_functions import fail_as_named, scale
@@ -122,6 +125,46 @@ def test_a_build_like_another_takes_its_options_and_those_of_a_file(built: Path)
     info = bn.build("manifest.tsv", "by_call", like="other", config="options.toml", shuffle_seed=4)
     assert info.config["rescale"] == "zscore"
     assert digests(info) == digests(read_info("by_command"))
+
+
+def test_the_dataset_of_like_is_reached_as_the_flags_of_its_store_say(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import S3Options
+
+    from tests.object_store import MemoryFileSystem
+
+    given = list[Any]()
+    monkeypatch.setattr(FileSystems, "_pipeline_options", None)
+    monkeypatch.setattr(
+        MemoryFileSystem, "__init__", lambda _, pipeline_options: given.append(pipeline_options)
+    )
+    flags = ["--s3_endpoint_url=http://store"]
+    with pytest.raises(bn.DatasetError, match="no complete dataset"):
+        bn.check("manifest.tsv", like="memory://lab/dataset", pipeline_options=flags, progress=False)
+    assert given[0].view_as(S3Options).s3_endpoint_url == "http://store"
+
+
+def test_a_file_of_options_may_state_the_number_of_cores(folder: Path) -> None:
+    Path("options.toml").write_text(f"workers = {count_cores()}\n")
+    engines = list[Engine]()
+
+    class Noting(Watcher):
+        def on_engine(self, engine: Engine) -> None:
+            engines.append(engine)
+
+    flags, watcher = ["--direct_num_workers=1"], Noting(has_progress=False)
+    bn.check("manifest.tsv", pipeline_options=flags, progress=watcher, config="options.toml")
+    bn.check("manifest.tsv", pipeline_options=flags, progress=watcher)
+    assert [engine.config.workers for engine in engines] == [count_cores(), 1]
+
+
+def test_the_log_names_parameters(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "out/.build").mkdir(parents=True)
+    (folder / "out/.build/plan.json").touch()
+    bn.build("manifest.tsv", "out", overwrite=True, progress=False)
+    assert "or use overwrite=True to discard the unfinished build" in caplog.text
 
 
 def test_a_dry_run_tells_what_would_be_built_and_writes_nothing(folder: Path) -> None:

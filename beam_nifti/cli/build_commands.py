@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from beam_nifti import api
 from beam_nifti.cli.printing import complain, print_line, while_read
@@ -18,11 +17,10 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import FAILED, SUCCESS
 from beam_nifti.support.strict_json import dump_json
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import bytes_text, counted, size_text
 
 if TYPE_CHECKING:
     from beam_nifti.pipeline.build import Estimate
-    from beam_nifti.pipeline.metrics import Metrics
     from beam_nifti.pipeline.options import BuildOptions
     from beam_nifti.pipeline.plan import BuildPlan, CheckPlan
     from beam_nifti.pipeline.resume import Reuse
@@ -37,7 +35,7 @@ def build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
     """`beam-nifti build`."""
     manifest, output = storage.absolute(options.manifest), storage.absolute(options.output)
     run.know(dry_run=options.dry_run, manifest=manifest, output=output)
-    watcher = BuildWatcher(run, options)
+    watcher = CommandWatcher(run, options)
     try:
         api.build(
             options.manifest,
@@ -71,7 +69,7 @@ def build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
 
 def check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
     """`beam-nifti check`."""
-    watcher = BuildWatcher(run, options)
+    watcher = CommandWatcher(run, options)
     survey = api.check(
         options.manifest,
         out=options.out,
@@ -100,55 +98,6 @@ def _given(options: argparse.Namespace) -> BuildOptions:
     return cast("BuildOptions", {name: getattr(options, name) for name in OPTIONS})
 
 
-class BuildWatcher(CommandWatcher):
-    """Notes what a build or a check does.
-
-    Attributes:
-        plan: of the run, once it is known.
-        estimate: of a dry run.
-        summary: of a build that has ended.
-    """
-
-    plan: Any
-    estimate: Estimate | None = None
-    summary: BuildSummary | None = None
-
-    def on_plan(self, plan: BuildPlan | CheckPlan) -> None:
-        """Note what is to be made."""
-        from beam_nifti.pipeline.plan import CheckPlan
-
-        self.plan = plan
-        self.run.know(fingerprint=plan.config.record.fingerprint)
-        if isinstance(plan, CheckPlan):
-            self.run.know(manifest=plan.config.manifest)
-            return
-        splits = {split: size * (plan.num_frames or 1) for split, size in plan.split_sizes.items()}
-        self.run.know(num_volumes=plan.num_examples, splits=splits)
-        if self.engine and self.engine.is_template:
-            self.run.dry_run = True
-
-    def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
-        """Note what a dry run says."""
-        self.estimate = estimate
-        self.run.know(num_shards=estimate.num_shards, num_bytes=estimate.num_bytes)
-
-    def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
-        """Note how a build has ended."""
-        self.summary = summary
-        self.run.know(
-            num_examples=summary.num_written,
-            num_kept=metrics.counters.get("volumes-skipped", 0),
-            num_failed=summary.num_failed,
-            failures=summary.failures,
-            failure_reasons=[asdict(group) for group in summary.reasons],
-            failures_path=summary.failures_path or None,
-            num_shards=summary.num_shards,
-            num_bytes=summary.num_bytes,
-            counters=metrics.counters,
-            distributions=metrics.distributions,
-        )
-
-
 def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int]) -> None:
     from beam_nifti.record.dataset_info import read_info
 
@@ -162,7 +111,7 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
         print_line(f"compared {counted(num_compared, 'example')} with their images: {found}")
     print_line(
         f"{'dataset' if summary.complete else 'so far '}  {counted(summary.num_written, 'example')}, "
-        f"{counted(summary.num_shards, 'shard')}, {summary.num_bytes / 1e6:.1f} MB: {output}"
+        f"{counted(summary.num_shards, 'shard')}, {bytes_text(summary.num_bytes)}: {output}"
     )
     if summary.num_failed:
         print_line(f"failed   {counted(summary.num_failed, 'volume')}, listed in {summary.failures_path}")
@@ -198,12 +147,12 @@ def _print_unlabelled(plan: BuildPlan | CheckPlan) -> None:
 
 
 def _print_estimate(plan: BuildPlan, estimate: Estimate) -> None:
-    shape = "×".join(map(str, estimate.shape))
-    splits = ", ".join(f"{name} {count}" for name, count in estimate.splits.items())
+    splits = ", ".join(f"{name} {count}" for name, count in plan.split_examples.items())
+    most = max(len(positions) for split in plan.split_sizes for positions in plan.shard_ranges(split))
     print_line(f"would write to {plan.config.output}")
-    print_line(f"volumes  {estimate.num_volumes} of {shape} voxels ({splits})")
-    print_line(f"shards   {estimate.num_shards} of up to {counted(estimate.examples_per_shard, 'example')}")
-    print_line(f"bytes    about {estimate.num_bytes / 1e6:.1f} MB, estimated from the first image's header")
+    print_line(f"volumes  {plan.num_examples} of {size_text(estimate.shape)} voxels ({splits})")
+    print_line(f"shards   {plan.num_shards} of up to {counted(most, 'example')}")
+    print_line(f"bytes    about {bytes_text(estimate.num_bytes)}, estimated from the first image's header")
     if estimate.reuse:
         _print_reuse(estimate.reuse)
     _print_labels(plan)
@@ -216,11 +165,9 @@ def _print_reuse(reuse: Reuse) -> None:
             print_line(f"keep     {counted(number, 'example')} from {what}{unless}")
     print_line(f"rebuild  {counted(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
-        size = sum(shard.num_bytes for shard in reuse.replaced) / 1e6
+        size = bytes_text(sum(shard.num_bytes for shard in reuse.replaced))
         shards = counted(len(reuse.replaced), "shard")
-        print_line(
-            f"delete   {shards} of revision {reuse.revision} ({size:.1f} MB), once the new ones are complete"
-        )
+        print_line(f"delete   {shards} of revision {reuse.revision} ({size}), once the new ones are complete")
 
 
 def _leak_warning(across: Sequence[Mapping[str, str]]) -> str:

@@ -16,17 +16,8 @@ from beam_nifti.cli.common_options import (
     add_summary,
     add_workers,
 )
-from beam_nifti.config import (
-    COMPLEX_PARTS,
-    COMPRESSION_LEVELS,
-    COMPRESSIONS,
-    FRAMES,
-    MASK_DTYPES,
-    MISSING_LABELS,
-    VOXEL_DTYPES,
-    BuildConfig,
-)
-from beam_nifti.pipeline.options import OPTIONS, flag_of, make_config
+from beam_nifti.config import COMPRESSION_LEVELS
+from beam_nifti.pipeline.options import OPTIONS, flag_of, read_integer, read_number, read_switch
 
 WITHOUT_EFFECT = "without effect on check"
 """Title of the flags that `check` accepts only because `build` does."""
@@ -55,195 +46,98 @@ The exit code is that of a build with these flags, as far as headers can show.
 """
 
 
-_SWITCH: Final = {"action": "store_true"}
-_WHOLE: Final = {"type": int, "metavar": "N"}
-
-_ARGUMENTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "config": {
-        "metavar": "FILE",
-        "help": 'TOML file whose keys are option names, such as rescale = "zscore", spacing = [1, 1, 1] or '
-        'like = "cohort/dataset"; default: none',
-    },
-    "like": {
-        "metavar": "DATASET",
-        "help": "use the options that decided the content of this dataset; --preprocess and --anonymous-ids "
-        "must be given again: another key, or a changed file of the function, is refused; another function "
-        "replaces the dataset's; default: none",
-    },
-    "without": {
-        "metavar": "NAME,…",
-        "help": "options of --config and --like to ignore, such as clip,spacing; default: none",
-    },
-    "path_column": {
-        "metavar": "NAME",
-        "help": "column of image paths. The images of several comma-separated columns, such as "
-        "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have "
-        "the same voxel grid; default: path",
-    },
-    "mask_column": {
-        "metavar": "NAME",
-        "help": "column of label maps: images of whole numbers on the same voxel grid as the images. They "
-        "are prepared like the images, by nearest neighbour, and stored without rescaling; default: none",
-    },
-    "label_column": {
-        "metavar": "NAME[:KIND],…",
-        "help": "column of labels: numbers, or the names of classes; or several columns, such as "
-        "age,sex:class,subtype, each stored in its own feature label/NAME. KIND is float, class (stored as "
-        "the number of the class) or string; without it, float if all values are numbers, and class if none "
-        "is. Default: the column label, if there is one",
-    },
-    "missing_label": {
-        "choices": MISSING_LABELS,
-        "help": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, or an "
-        "empty string; skip: skip and count these rows; default: report an error",
-    },
-    "id_column": {
-        "metavar": "NAME",
-        "help": "unique name of each example; default: participant_id, joined with session_id, else the path",
-    },
-    "anonymous_ids": {
-        "metavar": "KEYFILE",
-        "help": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must hold at "
-        "least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able to "
-        "read it; default: names are kept",
-    },
-    "split": {
-        "metavar": "NAME=SHARE,…",
-        "help": "assign participants to splits at random, in these shares, such as "
-        "train=0.8,validation=0.1,test=0.1; all images of a participant_id go to one split, which does not "
-        "change when other participants are added; default: the manifest's column split, or else all go to "
-        "train",
-    },
-    "stratify": {
-        "metavar": "COLUMN",
-        "help": "apply the shares of --split within each value of this column, such as site or diagnosis",
-    },
-    "split_seed": {
-        **_WHOLE,
-        "help": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
-        "default: 0",
-    },
-    "examples_per_shard": {
-        **_WHOLE,
-        "help": "largest number of examples in a shard; with --frames each, a shard still holds at least one "
-        "whole image; default: chosen from the first image's header, for shards of 128 to 256 MB",
-    },
-    "num_shards": {
-        **_WHOLE,
-        "help": "number of shards in each split, instead of --examples-per-shard",
-    },
-    "compression": {"choices": COMPRESSIONS, "help": "compression of the shards; default: gzip"},
-    "shuffle_seed": {
-        **_WHOLE,
-        "help": "shuffle the rows of each split; the same N gives the same order on every machine; default: "
-        "the manifest's order",
-    },
-    "compression_level": {
-        "type": int,
-        "choices": COMPRESSION_LEVELS,
-        "help": "igzip level; default: 2, which compresses float32 voxels best",
-    },
-    "rescale": {
-        "metavar": "METHOD",
-        "help": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
-        "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright "
-        "outliers; window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; "
-        "zscore: the mean, and one standard deviation above it; none: keep the image's units",
-    },
-    "rescale_within": {
-        "metavar": "VOXELS",
-        "help": "compute range, percentiles, mean and standard deviation from these voxels only: nonzero; "
-        "above:T, those above T in the image's units; or mask, those with a label in the mask; default: all",
-    },
-    "clip": {
-        **_SWITCH,
-        "help": "set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax "
-        "with --rescale-within; default: keep them as they are",
-    },
-    "mask_dtype": {
-        "choices": MASK_DTYPES,
-        "help": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
-        "65535",
-    },
-    "voxel_dtype": {
-        "choices": VOXEL_DTYPES,
-        "help": "float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: a "
-        "quarter, 256 levels of [0, 1]; native: as in the file; the reader rescales them to exactly the "
-        "values of float32",
-    },
-    "frames": {
-        "metavar": "|".join(FRAMES),
-        "help": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
-        "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
-        "frame; mean: the mean of the frames; default: 4-D images are refused",
-    },
-    "complex": {
-        "choices": COMPLEX_PARTS,
-        "help": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
-        "channels; default: complex images are refused",
-    },
-    "allow_mixed_shapes": {
-        **_SWITCH,
-        "help": "accept volumes whose shape differs from the first image's",
-    },
-    "preprocess": {
-        "action": "append",
-        "metavar": "MODULE:FUNCTION",
-        "help": "your own function from Volume to Volume, which the workers must be able to import, such as "
-        "mylab.brains:strip or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, to "
-        "apply several functions in order",
-    },
-    "orientation": {
-        "metavar": "CODE",
-        "help": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
-        "anterior, superior) or LPS; default: native, as in the file",
-    },
-    "spacing": {
-        "metavar": "X,Y,Z",
-        "help": "resample to this voxel size in mm, such as 1,1,1, with linear interpolation and no prior "
-        "smoothing",
-    },
-    "crop_foreground": {
-        "metavar": "RULE",
-        "help": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the image's "
-        "units; or mask, those with a label in the mask",
-    },
-    "shape": {
-        "metavar": "X,Y,Z",
-        "help": "crop and pad around the centre to this many voxels, such as 160,192,160",
-    },
-    "json": {**_SWITCH, "help": "print the report as JSON"},
-    "out": {
-        "metavar": "FILE",
-        "help": "also write the report as JSON to FILE; required on a cluster, where the workers must be "
-        "able to write to it",
-    },
-    "max_bad_fraction": {
-        "type": float,
-        "metavar": "F",
-        "help": "complete the dataset if at most this fraction of the volumes (with --frames each, of all "
-        "frames) failed; default: 0",
-    },
-    "recheck": {
-        **_SWITCH,
-        "help": "rebuild every record, and replace the shards that differ. Use it when files have changed "
-        "but kept their size and time; by default, such files are assumed to be unchanged",
-    },
-    "dry_run": {
-        **_SWITCH,
-        "help": "print what would be written, kept, rebuilt and deleted; write nothing",
-    },
-    "temp_location": {
-        "metavar": "PATH",
-        "help": "folder or URL for temporary files of the build; default: in OUTPUT",
-    },
-    "metrics_file": {
-        "metavar": "FILE",
-        "help": "write the contents of --summary-json as Prometheus metrics, for the textfile collector of "
-        "node_exporter: a local .prom file; not with --dry-run; default: none",
-    },
+_HELP: Final[Mapping[str, str]] = {
+    "config": 'TOML file whose keys are option names, such as rescale = "zscore", spacing = [1, 1, 1] or '
+    'like = "cohort/dataset"; default: none',
+    "like": "use the options that decided the content of this dataset; --preprocess and --anonymous-ids "
+    "must be given again: another key, or a changed file of the function, is refused; another function "
+    "replaces the dataset's; default: none",
+    "without": "options of --config and --like to ignore, such as clip,spacing; default: none",
+    "path_column": "column of image paths. The images of several comma-separated columns, such as "
+    "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have the "
+    "same voxel grid; default: path",
+    "mask_column": "column of label maps: images of whole numbers on the same voxel grid as the images. "
+    "They are prepared like the images, by nearest neighbour, and stored without rescaling; default: none",
+    "label_column": "column of labels: numbers, or the names of classes; or several columns, such as "
+    "age,sex:class,subtype, each stored in its own feature label/NAME. KIND is float, class (stored as the "
+    "number of the class) or string; without it, float if all values are numbers, and class if none is. "
+    "Default: the column label, if there is one",
+    "missing_label": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, "
+    "or an empty string; skip: skip and count these rows; default: report an error",
+    "id_column": "unique name of each example; default: participant_id, joined with session_id, else the "
+    "path",
+    "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must "
+    "hold at least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able "
+    "to read it; default: names are kept",
+    "split": "assign participants to splits at random, in these shares, such as "
+    "train=0.8,validation=0.1,test=0.1; all images of a participant_id go to one split, which does not "
+    "change when other participants are added; default: the manifest's column split, or else all go to "
+    "train",
+    "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis",
+    "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
+    "default: 0",
+    "examples_per_shard": "largest number of examples in a shard; with --frames each, a shard still holds "
+    "at least one whole image; default: chosen from the first image's header, for shards of 128 to 256 MB",
+    "num_shards": "number of shards in each split, instead of --examples-per-shard",
+    "compression": "compression of the shards; default: gzip",
+    "shuffle_seed": "shuffle the rows of each split; the same N gives the same order on every machine; "
+    "default: the manifest's order",
+    "compression_level": "igzip level; default: 2, which compresses float32 voxels best",
+    "rescale": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
+    "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
+    "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: the "
+    "mean, and one standard deviation above it; none: keep the image's units",
+    "rescale_within": "compute range, percentiles, mean and standard deviation from these voxels only: "
+    "nonzero; above:T, those above T in the image's units; or mask, those with a label in the mask; "
+    "default: all",
+    "clip": "set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax with "
+    "--rescale-within; default: keep them as they are",
+    "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
+    "65535",
+    "voxel_dtype": "float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: "
+    "a quarter, 256 levels of [0, 1]; native: as in the file; the reader rescales them to exactly the "
+    "values of float32",
+    "frames": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
+    "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
+    "frame; mean: the mean of the frames; default: 4-D images are refused",
+    "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
+    "channels; default: complex images are refused",
+    "allow_mixed_shapes": "accept volumes whose shape differs from the first image's",
+    "preprocess": "your own function from Volume to Volume, which the workers must be able to import, such "
+    "as mylab.brains:strip or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, to "
+    "apply several functions in order",
+    "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
+    "anterior, superior) or LPS; default: native, as in the file",
+    "spacing": "resample to this voxel size in mm, such as 1,1,1, with linear interpolation and no prior "
+    "smoothing",
+    "crop_foreground": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the "
+    "image's units; or mask, those with a label in the mask",
+    "shape": "crop and pad around the centre to this many voxels, such as 160,192,160",
+    "json": "print the report as JSON",
+    "out": "also write the report as JSON to FILE; required on a cluster, where the workers must be able to "
+    "write to it",
+    "max_bad_fraction": "complete the dataset if at most this fraction of the volumes (with --frames each, "
+    "of all frames) failed; default: 0",
+    "recheck": "rebuild every record, and replace the shards that differ. Use it when files have changed "
+    "but kept their size and time; by default, such files are assumed to be unchanged",
+    "dry_run": "print what would be written, kept, rebuilt and deleted; write nothing",
+    "temp_location": "folder or URL for temporary files of the build; default: in OUTPUT",
+    "metrics_file": "write the contents of --summary-json as Prometheus metrics, for the textfile collector "
+    "of node_exporter: a local .prom file; not with --dry-run; default: none",
 }
-"""Arguments of `add_argument` for the options that no other command has."""
+"""Descriptions of the options that no other command has."""
+
+_OF_COMMANDS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "config": {"metavar": "FILE"},
+    "like": {"metavar": "DATASET"},
+    "json": {"action": "store_true"},
+    "out": {"metavar": "FILE"},
+    "dry_run": {"action": "store_true"},
+    "metrics_file": {"metavar": "FILE"},
+    "compression_level": {"type": int, "choices": COMPRESSION_LEVELS},
+    "preprocess": {"action": "append"},
+}
+"""Arguments of `add_argument` that do not follow from OPTIONS."""
 
 _SHARED: Final[Mapping[str, Callable[[argparse._ArgumentGroup], None]]] = {
     "overwrite": lambda group: add_overwrite(
@@ -264,10 +158,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         "The command line overrides --config, and --config overrides --like.",
         ("config", "like", "without"),
     ),
-    "manifest columns": (
-        None,
-        ("path_column", "mask_column", "label_column", "missing_label", "id_column"),
-    ),
+    "manifest columns": (None, ("path_column", "mask_column", "label_column", "missing_label", "id_column")),
     "privacy": (None, ("anonymous_ids",)),
     "splits": (None, ("split", "stratify", "split_seed")),
     "shards": (
@@ -337,29 +228,18 @@ def _add_group(command: argparse.ArgumentParser, title: str, about: str | None, 
         if name in _SHARED:
             _SHARED[name](group)
         else:
-            group.add_argument(flag_of(name), **_ARGUMENTS[name])
+            group.add_argument(flag_of(name), help=_HELP[name], **_arguments(name))
     # The defaults are in `make_config`, which receives only the options that were given.
     command.set_defaults(**dict.fromkeys(OPTIONS))
 
 
-def build_config(options: argparse.Namespace) -> BuildConfig:
-    """The build that the options describe.
-
-    Raises:
-        UsageError: a value is not valid for any build.
-    """
-    return _config(options, options.output)
-
-
-def check_config(options: argparse.Namespace) -> BuildConfig:
-    """The build that `check` predicts; its output is the report, "" for none.
-
-    Raises:
-        UsageError: a value is not valid for any build.
-    """
-    return _config(options, options.out or "")
-
-
-def _config(options: argparse.Namespace, output: str) -> BuildConfig:
-    given = {name: getattr(options, name) for name in OPTIONS}
-    return make_config(options.manifest, output, given, config=options.config, like=options.like)
+def _arguments(name: str) -> dict[str, Any]:
+    arguments = dict(_OF_COMMANDS.get(name, {}))
+    if name in OPTIONS and "choices" not in arguments:
+        option = OPTIONS[name]
+        if option.read is read_switch:
+            return {"action": "store_true"}
+        arguments |= {"metavar": option.metavar} if option.metavar else {"choices": option.choices}
+        if option.read in (read_integer, read_number):
+            arguments["type"] = int if option.read is read_integer else float
+    return arguments

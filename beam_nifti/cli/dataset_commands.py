@@ -16,7 +16,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import FAILED, SUCCESS
 from beam_nifti.support.strict_json import dump_json
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import bytes_text, counted, size_text
 
 
 def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -47,7 +47,7 @@ def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     with while_read():
         print_line(
             f"{'right' if report.ok else 'WRONG'}    {counted(report.num_examples, 'example')}, "
-            f"{counted(report.num_shards, 'shard')}, {report.num_bytes / 1e6:.1f} MB{made_again}: "
+            f"{counted(report.num_shards, 'shard')}, {bytes_text(report.num_bytes)}{made_again}: "
             f"{options.output}"
         )
     return SUCCESS if report.ok else FAILED
@@ -83,8 +83,7 @@ def extract(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
         with while_read():
-            shape = "×".join(map(str, written.voxels.shape))
-            print_line(f"image    {shape} {written.voxels.dtype}: {path}")
+            print_line(f"image    {size_text(written.voxels.shape)} {written.voxels.dtype}: {path}")
     return SUCCESS
 
 
@@ -106,7 +105,7 @@ def report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
         failed, skipped = counted(summary.num_failures, "volume"), counted(summary.num_skipped, "row")
         print_line(
             f"report   {examples}, {outliers}, {failed} failed, {skipped} skipped, "
-            f"{summary.num_bytes / 1e6:.1f} MB: {options.out or 'report.html'}"
+            f"{bytes_text(summary.num_bytes)}: {options.out or 'report.html'}"
         )
     return FAILED if summary.problems else SUCCESS
 
@@ -127,7 +126,7 @@ def view(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     page = make_view(volume, channel=options.channel, with_mask=options.mask).encode()
     storage.write(path, page)
     with while_read():
-        print_line(f"view     {len(page) / 1e6:.1f} MB: {out}")
+        print_line(f"view     {bytes_text(len(page))}: {out}")
     if options.open:
         webbrowser.open(Path(path).as_uri())
     return SUCCESS

@@ -129,11 +129,7 @@ def _add_extract(commands: Commands) -> None:
     )
     add_output(extract)
     extract.add_argument(
-        "--id",
-        action="append",
-        required=True,
-        metavar="ID",
-        help="example id of a record; may be repeated",
+        "--id", action="append", required=True, metavar="ID", help="example id of a record; may be repeated"
     )
     extract.add_argument(
         "--out",

@@ -53,10 +53,7 @@ def _add_bids(sources: Commands) -> None:
     )
     bids.add_argument("--suffix", required=True, metavar="NAME", help="suffix of the images, such as T1w")
     bids.add_argument(
-        "--session",
-        action="append",
-        metavar="LABEL",
-        help="only images of this session; may be repeated",
+        "--session", action="append", metavar="LABEL", help="only images of this session; may be repeated"
     )
     bids.add_argument(
         "--entity",

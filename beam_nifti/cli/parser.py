@@ -14,7 +14,6 @@ from beam_nifti.cli import build_options, dataset_options, manifest_options
 from beam_nifti.cli.common_options import EXIT_CODES, add_log_format
 from beam_nifti.config import VERSIONED
 from beam_nifti.errors import UsageError
-from beam_nifti.storage import paths as storage
 from beam_nifti.support.arguments import dashed, refuse_swallowed, suggest_flag, underscored
 from beam_nifti.support.terminal import write_result
 
@@ -122,7 +121,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     arguments = [dashed(a) for a in argv]
     known, rest = make_parser().parse_known_args(arguments)
     _read_log_format(argv)
-    _check_monitoring(known)
     if known.command in BEAM_COMMANDS:
         _refuse_strays(arguments, rest)
     elif rest:
@@ -146,20 +144,14 @@ def _refuse_strays(arguments: Sequence[str], rest: Sequence[str]) -> None:
 
 
 def explain_unknown(argument: str, command: str, further: Iterable[str] = ()) -> str:
-    """Explain why a command does not accept an argument.
-
-    Args:
-        argument: the argument.
-        command: such as "manifest bids".
-        further: flags that the command accepts besides its own.
-    """
+    """Explain why a command, such as "manifest bids", refuses an argument; Beam may have further flags."""
     if not argument.startswith("--"):
         return f"unknown argument {argument}; see `beam-nifti {command} --help`"
     flag = dashed(argument.partition("=")[0])
     known = flags_of_commands()
     others = [name for name, flags in known.items() if flag in flags]
     if others:
-        return f"{flag} is an option of {' and '.join(others)}, not of {command}; leave it out"
+        return f"{flag} is an option of {' and '.join(others)}, not of {command}; drop it"
     hint = suggest_flag(flag, [*known[command], *further]) or f"see `beam-nifti {command} --help`"
     return f"unknown flag {flag}; {hint}"
 
@@ -183,18 +175,3 @@ def _commands_of(parser: argparse.ArgumentParser, name: str) -> Iterable[tuple[s
     for group in groups:
         for word, command in group.choices.items():
             yield from _commands_of(command, f"{name} {word}".strip())
-
-
-def _check_monitoring(options: argparse.Namespace) -> None:
-    """Refuse file names that would overwrite something else, or that nobody would find."""
-    output = getattr(options, "output", None)
-    for name, ending in (("summary_json", ".json"), ("metrics_file", ".prom")):
-        path, flag = getattr(options, name, None), f"--{name.replace('_', '-')}"
-        if path is None:
-            continue
-        if not path.endswith(ending):
-            raise UsageError(f"{flag} is {path}; give a name that ends in {ending}")
-        if output and storage.is_within(path, output):
-            raise UsageError(f"{flag} is {path}; choose a path outside OUTPUT, which holds only the dataset")
-        if name == "metrics_file" and storage.is_remote(path):
-            raise UsageError(f"{flag} is {path}; node_exporter reads only local files: give a local path")

@@ -12,6 +12,7 @@ from typing import Any, Final
 from beam_nifti import __version__
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline.metrics import Distribution
+from beam_nifti.pipeline.options import flag_of
 from beam_nifti.pipeline.outputs import require_apart
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
@@ -29,12 +30,8 @@ STATUSES: Final = {
 """By exit code."""
 
 
-_OUT_FILES: Final = {
-    "out": "--out",
-    "summary_json": "--summary-json",
-    "metrics_file": "--metrics-file",
-}
-"""Files that one command may write, by the names of their options."""
+_ENDINGS: Final = {"summary_json": ".json", "metrics_file": ".prom"}
+"""Of the reports on a run, by the names of their options."""
 
 
 def _now() -> datetime:
@@ -43,34 +40,9 @@ def _now() -> datetime:
 
 @dataclass
 class RunSummary:
-    """What is known of a run so far; None for what is not known, or is nothing of the command's.
+    """What is known of a run so far; None for what is not known, or does not concern the command.
 
-    Attributes:
-        command: such as "build".
-        status: a value of STATUSES; "crashed" until the end.
-        exit_code: of the process.
-        error: what was complained of, as `type` and `message`.
-        dry_run: whether it was only planned.
-        runner: Beam's name of the engine.
-        manifest: absolute path or URL.
-        output: absolute path or URL.
-        fingerprint: of the configuration that makes the records.
-        num_volumes: records, if no volume fails; of `check`, images.
-        splits: those of each split.
-        num_examples: records in the shards.
-        num_kept: those of them that an earlier run had made.
-        num_failed: volumes that are no records.
-        failures: volumes that failed, by step and then by the class of the error.
-        failure_reasons: the most frequent ones, each with its step, class, message, count and first images.
-        failures_path: of their list.
-        num_shards: of all splits.
-        num_bytes: of the shards.
-        num_deep: records that `verify` made again from their images.
-        num_problems: that `verify` found.
-        counters: Beam's, by name.
-        distributions: Beam's, by name.
-        started: when the command began.
-        ended: when it ended.
+    docs/monitoring.md describes the fields. The status is "crashed" until the end.
     """
 
     command: str
@@ -130,23 +102,34 @@ class RunSummary:
 
 
 def require_reports_writable(options: argparse.Namespace) -> None:
-    """Refuse local files that cannot be written; those of a store need the engine's flags first.
+    """Refuse reports that would overwrite something else, that nobody would find, or that cannot be written.
+
+    Those of a store are written to once the engine's flags are known.
 
     Raises:
-        UsageError: a file is in use otherwise, or its folder is not there.
+        UsageError: a name is wrong, a file is in use otherwise, or its folder does not exist.
         OutputError: it cannot be written.
         OSError: it cannot be written now.
     """
-    named = {flag: path for name, flag in _OUT_FILES.items() if (path := getattr(options, name, None))}
+    named = {flag_of(name): path for name in ("out", *_ENDINGS) if (path := getattr(options, name, None))}
+    for name, ending in _ENDINGS.items():
+        flag, output = flag_of(name), getattr(options, "output", None)
+        if (path := named.get(flag)) is None:
+            continue
+        if not path.endswith(ending):
+            raise UsageError(f"{flag} is {path}; give a name that ends in {ending}")
+        if output and storage.is_within(path, output):
+            raise UsageError(f"{flag} is {path}; choose a path outside OUTPUT, which holds only the dataset")
+        if name == "metrics_file" and storage.is_remote(path):
+            raise UsageError(f"{flag} is {path}; node_exporter reads only local files: give a local path")
     for (flag, path), (other, same) in itertools.combinations(named.items(), 2):
         if storage.is_same(path, same):
             raise UsageError(f"{flag} and {other} are both {path}; choose another file for one of them")
-    for name, flag in (("summary_json", "--summary-json"), ("metrics_file", "--metrics-file")):
-        path = getattr(options, name, None)
-        if path is not None and not storage.is_remote(path):
+    for flag, path in named.items():
+        if flag != "--out" and not storage.is_remote(path):
             require_apart(path, flag, _inputs(options))
             storage.require_writable(storage.absolute(path), flag)
-    if metrics := getattr(options, "metrics_file", None):
+    if metrics := named.get("--metrics-file"):
         folder = storage.dirname(storage.absolute(metrics))
         if not storage.exists(folder):
             raise UsageError(f"--metrics-file is {metrics}: there is no folder {folder}; create it")

@@ -6,13 +6,18 @@ import argparse
 import contextlib
 import io
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from beam_nifti.cli.parser import explain_unknown, flags_of_commands
 from beam_nifti.cli.run_summary import RunSummary, forget_earlier
 from beam_nifti.pipeline.watcher import Watcher
 
 if TYPE_CHECKING:
+    from beam_nifti.errors import BuildSummary
+    from beam_nifti.pipeline.build import Estimate
+    from beam_nifti.pipeline.metrics import Metrics
+    from beam_nifti.pipeline.plan import BuildPlan, CheckPlan
     from beam_nifti.pipeline.runners import Engine
     from beam_nifti.record.dataset_info import DatasetInfo
 
@@ -20,15 +25,18 @@ if TYPE_CHECKING:
 class CommandWatcher(Watcher):
     """Follows the run of a command.
 
-    Args:
-        run: where facts are noted.
-        options: of the command.
-
     Attributes:
-        run: where facts are noted.
-        engine: that the command runs on, once it is known.
-        noise: what a local runner has written on standard error.
+        run: gets the facts.
+        engine: engine of the command, once it is known.
+        noise: what a local runner has written to standard error.
+        plan: plan of a build or a check, once it is known.
+        estimate: estimate of a dry run.
+        summary: how a build has ended.
     """
+
+    plan: Any
+    estimate: Estimate | None = None
+    summary: BuildSummary | None = None
 
     def __init__(self, run: RunSummary, options: argparse.Namespace) -> None:
         super().__init__(has_progress=not options.quiet)
@@ -56,6 +64,40 @@ class CommandWatcher(Watcher):
         self.engine, self.run.runner = engine, engine.runner
         if not self.run.dry_run:
             forget_earlier(self._options)
+
+    def on_plan(self, plan: BuildPlan | CheckPlan) -> None:
+        """Note what is to be made."""
+        from beam_nifti.pipeline.plan import CheckPlan
+
+        self.plan = plan
+        self.run.know(fingerprint=plan.config.record.fingerprint)
+        if isinstance(plan, CheckPlan):
+            self.run.know(manifest=plan.config.manifest)
+            return
+        self.run.know(num_volumes=plan.num_examples, splits=plan.split_examples)
+        if self.engine and self.engine.is_template:
+            self.run.dry_run = True
+
+    def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
+        """Note what a dry run says."""
+        self.estimate = estimate
+        self.run.know(num_shards=plan.num_shards, num_bytes=estimate.num_bytes)
+
+    def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
+        """Note how a build has ended."""
+        self.summary = summary
+        self.run.know(
+            num_examples=summary.num_written,
+            num_kept=metrics.counters.get("volumes-skipped", 0),
+            num_failed=summary.num_failed,
+            failures=summary.failures,
+            failure_reasons=[asdict(group) for group in summary.reasons],
+            failures_path=summary.failures_path or None,
+            num_shards=summary.num_shards,
+            num_bytes=summary.num_bytes,
+            counters=metrics.counters,
+            distributions=metrics.distributions,
+        )
 
     @contextlib.contextmanager
     def around(self, engine: Engine) -> Iterator[None]:

@@ -29,12 +29,7 @@ _DIRECTIONS: Final = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S":
 class ImageKind(NamedTuple):
     """What decides which record an image becomes, as far as its header tells.
 
-    Attributes:
-        shape: on disk.
-        dtype: on disk, in native byte order.
-        zooms: voxel size along each axis, in mm, to 7 digits.
-        orientation: such as "RAS".
-        is_vector: as `VolumeHeader.is_vector`.
+    Shape and dtype, in native byte order, are those on disk; the voxel size is in mm, to 7 digits.
     """
 
     shape: tuple[int, ...]
@@ -82,10 +77,9 @@ class Advice(NamedTuple):
     """Flags for a cohort, and those that would be among them but for one image.
 
     Attributes:
-        flags: with which `build` accepts every image that can be made to match the others.
-        dropped: that are not suggested.
-        against: the first kind of image that stands against `dropped`; None where there are none.
-        reason: what would become of it, such as "would fail: …"; "" where there are none.
+        flags: flags with which `build` accepts every image that can be made to match the others.
+        dropped: flags that are not suggested because of the kind of image `against`, if any.
+        reason: what would become of it, such as "would fail: …".
     """
 
     flags: list[str]

@@ -30,7 +30,7 @@ _STORES: Final = frozenset(
 _HERE: Final = frozenset(
     {
         *("runner", "direct_num_workers", "direct_running_mode", "pickle_library"),
-        *("direct_runner_bundle_repeat", "direct_test_splits", "runtime_type_check"),
+        *("direct_runner_bundle_repeat", "direct_test_splits"),
         *("profile_cpu", "profile_memory", "profile_location", "profile_sample_rate"),
     }
 )
@@ -65,19 +65,8 @@ _RUNNERS: Final = {
 """Runners that use the options of a group; those of the other groups are for every cluster."""
 
 
-def choose_engine(
-    config: BuildConfig,
-    flags: Sequence[str],
-    workers: int | None = None,
-    watcher: Watcher | None = None,
-) -> Engine:
-    """The engine that Beam's flags ask for.
-
-    Args:
-        config: of the build.
-        flags: Beam's, written with underscores.
-        workers: value of --workers; None where it was not given.
-        watcher: of the run; it words the errors.
+def choose_engine(config: BuildConfig, flags: Sequence[str], watcher: Watcher | None = None) -> Engine:
+    """The engine that Beam's flags, written with underscores, ask for. The watcher words the errors.
 
     Raises:
         UsageError: a flag is unknown, malformed, missing, given twice or without effect, or a path is out
@@ -85,17 +74,27 @@ def choose_engine(
     """
     known, unknown = parse_beam_flags(flags)
     refuse_ineffective(flags, unknown, runners.runner_name(known.runner), watcher or Watcher())
-    return runners.make_engine(config, flags, known, workers)
+    return runners.make_engine(config, flags, known)
+
+
+def set_stores(flags: Sequence[str]) -> None:
+    """Have stores reached as Beam's flags say, for what is read before the engine is chosen.
+
+    Raises:
+        UsageError: as `parse_beam_flags`.
+    """
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    given = vars(parse_beam_flags(flags)[0])
+    FileSystems.set_options(PipelineOptions([], **{name: given[name] for name in _STORES & given.keys()}))
 
 
 def flags_of(options: PipelineOptions | Mapping[str, Any] | Sequence[str]) -> list[str]:
-    """Beam's options as flags, written with underscores.
-
-    Args:
-        options: an object of Beam's, of which those count that are not defaults; values by option; or flags.
+    """Beam's options as flags, written with underscores; of an object of Beam's, those that are not defaults.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: they are neither such an object, values by option, nor flags.
     """
     if isinstance(options, list | tuple) and all(isinstance(flag, str) for flag in options):
         return list(map(underscored, options))
@@ -150,19 +149,10 @@ def _make_parser(groups: Iterable[str] | None = None) -> argparse.ArgumentParser
     return parser
 
 
-def refuse_ineffective(
-    flags: Sequence[str],
-    unknown: Sequence[str],
-    runner: str,
-    watcher: Watcher,
-) -> None:
-    """Refuse flags that have no effect on a runner.
+def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str, watcher: Watcher) -> None:
+    """Refuse flags that have no effect on a runner, which is "" for the default.
 
-    Args:
-        flags: Beam's, written with underscores.
-        unknown: those of them that Beam's Python SDK does not know.
-        runner: Beam's name of it, or "" for the default.
-        watcher: words the errors.
+    Of the flags, which are written with underscores, Beam's Python SDK does not know the `unknown` ones.
 
     Raises:
         UsageError: naming the flag, and what was probably meant.
@@ -174,9 +164,7 @@ def refuse_ineffective(
     for flag in (f for f in given if options.get(f) in unused):
         is_local = runner in local_runner.NAMES
         where = f"with {runner}" if runner and not is_local else "without --runner"
-        remedy = (
-            "name the runner that it is for with --runner, or leave it out" if is_local else "leave it out"
-        )
+        remedy = "name the runner that it is for with --runner, or drop it" if is_local else "drop it"
         raise UsageError(
             f"{flag} is an Apache Beam flag that has no effect {where}; "
             f"{_hint(dashed(flag), watcher.flags) or remedy}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -30,15 +30,12 @@ from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.plan import (
     BuildPlan,
     CheckPlan,
-    Expected,
     choose_unit_rows,
     default_sharding,
-    estimated_itemsize,
     read_build_manifest,
     record_bytes,
-    required_dtype,
-    required_shape,
     stored_itemsize,
+    with_absolute_paths,
 )
 from beam_nifti.pipeline.publish import (
     ROWS_FILE,
@@ -57,7 +54,6 @@ from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, preview_reu
 from beam_nifti.pipeline.saved_plan import SavedPlan, require_current
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_list, read_info
 from beam_nifti.record.shard_index import read_shard_index
-from beam_nifti.record.sharding import shard_ranges
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
@@ -88,21 +84,13 @@ class Estimate:
     """What a build would write.
 
     Attributes:
-        num_volumes: records, if no volume fails.
-        num_shards: of all splits.
-        num_bytes: of the shards, roughly.
-        examples_per_shard: volumes of the largest shard.
+        num_bytes: size of the shards, roughly.
         shape: (X, Y, Z) or (X, Y, Z, C) of the first image's record.
-        splits: volumes of each split.
-        reuse: what is taken from what the output holds; None where it holds nothing.
+        reuse: what is taken from what the output holds; None if it holds nothing.
     """
 
-    num_volumes: int
-    num_shards: int
     num_bytes: int
-    examples_per_shard: int
     shape: tuple[int, ...]
-    splits: Mapping[str, int]
     reuse: Reuse | None = None
 
 
@@ -112,10 +100,9 @@ class _Inputs:
 
     Attributes:
         config: with absolute paths.
-        manifest: checked.
-        header: of the first image.
-        layout: of it as it is loaded.
-        shape: of its record.
+        header: header of the first image.
+        layout: how the first image is loaded.
+        shape: shape of its record.
     """
 
     config: BuildConfig
@@ -131,22 +118,40 @@ class _Inputs:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a voxel that the size of a record is estimated by."""
-        return estimated_itemsize(self.config.record, self.layout.dtype.itemsize)
+        """Bytes of a voxel as it is loaded."""
+        return self.layout.dtype.itemsize
 
     def choose_sharding(self) -> Sharding:
-        """How the splits are cut, where no dataset is there yet."""
+        """How the splits are divided into shards, if no dataset is there yet."""
+        if self.config.sharding is not None:
+            return self.config.sharding
         num_voxels, frames = math.prod(self.shape), self.num_frames or 1
-        default = default_sharding(num_voxels, self.itemsize, self.config.record, frames)
-        return self.config.sharding or default
+        return default_sharding(num_voxels, self.itemsize, self.config.record, frames)
+
+    def plan(self, config: BuildConfig) -> BuildPlan:
+        """The plan of a build into an empty output."""
+        manifest = self.manifest
+        return BuildPlan(
+            config=replace(config, columns=manifest.columns),
+            num_rows=len(manifest),
+            column_names=tuple(manifest.table.column_names),
+            extra_columns=manifest.extra_columns,
+            split_sizes=manifest.split_sizes(),
+            shape=None if config.allow_mixed_shapes else self.shape,
+            source_dtype=self.header.dtype_name,
+            loaded_dtype=self.layout.dtype.name,
+            key_check=manifest.key_check,
+            manifest_name=manifest.name,
+            num_skipped=manifest.num_skipped,
+            num_unlabelled=manifest.num_unlabelled,
+            num_frames=self.num_frames,
+        )
 
 
 def plan_build(config: BuildConfig, rows: bytes | None = None) -> tuple[BuildPlan, Estimate]:
     """Read the manifest and the first header, look at the output, and decide. Writes nothing.
 
-    Args:
-        config: of the build.
-        rows: of a manifest that `config` only names, as a Parquet file; None where it is a file.
+    `rows` are those of a manifest that `config` only names, as a Parquet file; None if it is a file.
 
     Raises:
         ManifestError: the manifest cannot be built from.
@@ -162,51 +167,32 @@ def plan_build(config: BuildConfig, rows: bytes | None = None) -> tuple[BuildPla
 
 
 def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
-    """Read the manifest and the first header as a build does. Nothing is known of its output.
+    """Read the manifest and the first header as a build does, apart from its output.
 
-    Args:
-        config: of the build; its output is the report, "" for none.
-        rows: as of `plan_build`.
+    The output of `config` is the report, "" for none.
 
     Raises:
         ManifestError: the manifest cannot be built from, whatever its images are.
         UsageError: as `plan_build`.
     """
-    config, manifest = _read_manifest(_with_absolute_paths(config), rows)
-    num_rows, num_skipped = len(manifest) - manifest.num_skipped, manifest.num_skipped
-    num_unlabelled = manifest.num_unlabelled
+    config, manifest = _read_manifest(with_absolute_paths(config), rows)
+    num_skipped = manifest.num_skipped
+    plan = CheckPlan(
+        config, len(manifest) - num_skipped, num_skipped, None, num_unlabelled=manifest.num_unlabelled
+    )
     try:
         inputs = _Inputs(config, manifest, *_first_volume(config, manifest))
     except ManifestError as e:
-        return CheckPlan(config, num_rows, num_skipped, None, str(e), num_unlabelled)
-    sharding, frames, record = inputs.choose_sharding(), inputs.num_frames or 1, config.record
-    sizes = manifest.split_sizes()
-    expected = Expected(
-        shape=required_shape(record, None if config.allow_mixed_shapes else inputs.shape),
-        dtype=required_dtype(record, inputs.header.dtype_name),
-        num_frames=inputs.num_frames,
-        num_shards=sum(len(shard_ranges(size, sharding, frames)) for size in sizes.values()),
-        splits=tuple(sizes),
-    )
-    return CheckPlan(config, num_rows, num_skipped, expected, num_unlabelled=num_unlabelled)
+        return replace(plan, refusal=str(e))
+    return replace(plan, build=inputs.plan(replace(config, sharding=inputs.choose_sharding())))
 
 
 def _read_inputs(config: BuildConfig, rows: bytes | None) -> _Inputs:
     refuse_own(storage.absolute(config.manifest), storage.absolute(config.output))
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     _require_output(config)
     config, manifest = _read_manifest(config, rows)
     return _Inputs(config, manifest, *_first_volume(config, manifest))
-
-
-def _with_absolute_paths(config: BuildConfig) -> BuildConfig:
-    return replace(
-        config,
-        manifest=storage.absolute(config.manifest),
-        output=config.output and storage.absolute(config.output),
-        temp_location=config.temp_location and storage.absolute(config.temp_location),
-        anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
-    )
 
 
 def _require_output(config: BuildConfig) -> None:
@@ -239,10 +225,10 @@ class _Decision:
     """What a build does with its output.
 
     Attributes:
-        plan: of the build.
-        published: the dataset that the output holds.
-        dead: the plan of an unfinished build in the output.
-        is_continued: whether the build goes on with what that one has done.
+        plan: plan of the build.
+        published: dataset that the output holds.
+        dead: saved plan of an unfinished build in the output.
+        is_continued: whether the build continues that one.
     """
 
     plan: BuildPlan
@@ -266,47 +252,33 @@ class _Decision:
 
 
 def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
-    config, manifest, layout = inputs.config, inputs.manifest, inputs.layout
+    config, manifest = inputs.config, inputs.manifest
     published = find_replaceable(config.output, overwrite=config.overwrite)
-    itemsize, num_voxels, frames = inputs.itemsize, math.prod(inputs.shape), inputs.num_frames or 1
-    image_bytes = frames * num_voxels * stored_itemsize(config.record.voxel_dtype, itemsize)
-    sharding = config.sharding
-    if sharding is None and published and not config.overwrite:
-        sharding = Sharding(**published.config["sharding"])
-    if sharding is None:
-        sharding = inputs.choose_sharding()
-    config = replace(config, sharding=sharding, columns=manifest.columns)
-    if published and not config.overwrite:
+    keeps_published = published is not None and not config.overwrite
+    sharding = inputs.choose_sharding()
+    if published and keeps_published:
+        sharding = config.sharding or Sharding(**published.config["sharding"])
         record = replace(
             config.record,
             format_version=published.format_version,
             format_features=published.format_features,
         )
         config = replace(config, record=record)
+    config = replace(config, sharding=sharding)
     dead = _read_saved_plan(config)
     if dead is None and not config.overwrite:
         _refuse_foreign(config.output, published)
-    plan = BuildPlan(
-        config=config,
-        num_rows=len(manifest),
+    voxel_bytes = stored_itemsize(config.record.voxel_dtype, inputs.itemsize)
+    image_bytes = (inputs.num_frames or 1) * math.prod(inputs.shape) * voxel_bytes
+    plan = replace(
+        inputs.plan(config),
         digest=manifest.digest(),
-        column_names=tuple(manifest.table.column_names),
-        extra_columns=manifest.extra_columns,
-        split_sizes=manifest.split_sizes(),
-        shape=None if config.allow_mixed_shapes else inputs.shape,
-        source_dtype=inputs.header.dtype_name,
-        loaded_dtype=layout.dtype.name,
-        unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers),
+        unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers or 1),
         has_published=published is not None,
         versions=record_versions(),
         revision=_next_revision(config.output, published, dead),
-        key_check=manifest.key_check,
-        manifest_name=manifest.name,
-        num_skipped=manifest.num_skipped,
-        num_unlabelled=manifest.num_unlabelled,
-        num_frames=inputs.num_frames,
     )
-    if published and not config.overwrite:
+    if published and keeps_published:
         _refuse_other(published, dead, plan, manifest)
         if published.format_version == 1:
             logs.LOGGER.warning(_VERSION_1, config.output)
@@ -330,17 +302,12 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
 
 
 def _estimate(inputs: _Inputs, decision: _Decision) -> Estimate:
-    plan, itemsize = decision.plan, inputs.itemsize
-    each = record_bytes(math.prod(inputs.shape), itemsize, plan.config.record)
-    ranges = [r for split in plan.split_sizes for r in plan.shard_ranges(split)]
+    plan = decision.plan
+    each = record_bytes(math.prod(inputs.shape), inputs.itemsize, plan.config.record)
     holds_something = decision.published or decision.is_continued
     return Estimate(
-        num_volumes=plan.num_examples,
-        num_shards=len(ranges),
         num_bytes=round(plan.num_examples * each),
-        examples_per_shard=max(map(len, ranges)),
         shape=inputs.shape,
-        splits={split: (plan.num_frames or 1) * size for split, size in plan.split_sizes.items()},
         reuse=preview_reuse(plan, inputs.manifest, decision.published) if holds_something else None,
     )
 
@@ -481,15 +448,7 @@ def _is_continued(
     *,
     is_dry: bool,
 ) -> bool:
-    """Whether a build goes on with what an unfinished one has done.
-
-    Args:
-        dead: the unfinished one.
-        plan: of the build.
-        now: the dataset that it makes, with the options that were given.
-        manifest: that it reads.
-        published: the dataset that the output holds.
-        is_dry: whether it is only planned.
+    """Whether a build continues an unfinished one. `now` is what it makes with the options that were given.
 
     Raises:
         OutputError: finished records would be lost.
@@ -576,10 +535,7 @@ def open_build(
 ) -> Iterator[BuildPlan]:
     """Plan a build and prepare its output, which no other build can write to during the block.
 
-    Args:
-        config: of the build.
-        rows: as of `plan_build`; workers reach them during the block.
-        is_local: whether the workers reach this machine's disk.
+    Workers reach the `rows` of `plan_build` during the block; `is_local` is whether they reach this disk.
 
     Raises:
         ManifestError: as `plan_build`.
@@ -602,12 +558,9 @@ def open_build(
 
 @contextlib.contextmanager
 def rows_for_workers(config: BuildConfig, rows: bytes | None, folder: str | None) -> Iterator[BuildConfig]:
-    """The configuration of a build, whose workers can read rows during the block that are in no file.
+    """The configuration of a build whose workers can read the `rows` of `plan_build` during the block.
 
-    Args:
-        config: of the build.
-        rows: as of `plan_build`.
-        folder: to write them to; None for a temporary one of this machine.
+    They are in the folder, or in a temporary one of this machine.
 
     Raises:
         UsageError: they would lie in the output with the names that it is to have pseudonyms of.
@@ -652,19 +605,11 @@ def _prepare(decision: _Decision) -> None:
 
 
 def run_build(
-    plan: BuildPlan,
-    options: PipelineOptions,
-    on_end: Callable[[BuildSummary, Metrics], None] | None = None,
+    plan: BuildPlan, options: PipelineOptions, on_end: Callable[[BuildSummary, Metrics], None] | None = None
 ) -> tuple[BuildSummary, Metrics]:
     """Run the pipeline and remove what only the build needed.
 
-    Args:
-        plan: of the build.
-        options: Beam's.
-        on_end: called with what is returned, also where too many volumes failed.
-
-    Returns:
-        How it ended, and what its steps counted.
+    `on_end` gets what is returned, also if too many volumes failed.
 
     Raises:
         TooManyFailures: the dataset is not published; the next run loads only what failed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import Columns, LabelColumn, RecordConfig
+from beam_nifti.config import Columns, LabelColumn
 from beam_nifti.manifest.labels import name_classes
 from beam_nifti.manifest.manifest import Manifest, frame_id
 from beam_nifti.pipeline.failures import PEOPLE, listed_cells
+from beam_nifti.pipeline.options import content_options, flag_of
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
@@ -39,16 +40,16 @@ def find_differences(
     indexes: Iterable[tuple[str, pa.Table]],
     failed: Callable[[], Manifest | None] = lambda: None,
 ) -> list[str]:
-    """What differs between two builds of one output, a text each.
+    """What differs between two builds of one output, one text for each difference.
 
     Rows that were appended to the manifest are no difference.
 
     Args:
         was: the earlier dataset, finished or not.
-        now: the dataset that is to be built.
-        manifest: of which it is to be built.
+        now: the dataset to build.
+        manifest: manifest of that.
         indexes: split and table of each index of what the earlier build has finished.
-        failed: reads the list of its failures, where it has one that can be read.
+        failed: reads the list of its failures, if it has one that can be read.
     """
     before = was.config
     if not manifest.lacks_labels(was.manifest["num_rows"]):
@@ -86,34 +87,15 @@ def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def _flags(config: Mapping[str, Any]) -> dict[str, str]:
-    """The options of a dataset, by flag; those that were not given are left out.
-
-    A dataset that was built before there was an option has its default.
-    """
-    given = {**asdict(RecordConfig()), **config}
-    columns = {**asdict(Columns()), **given.pop("columns")}
-    splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
-    shares = sorted(splitting.get("shares", {}).items())  # their order makes no difference
-    values = {
-        **{name: value for name, value in given.items() if name not in _SAID_OTHERWISE},
-        **{f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")},
-        "missing_label": columns["missing_label"],
-        "split": ",".join(f"{name}={_value(share)}" for name, share in shares) or None,
-        "split_seed": splitting.get("seed"),
-        "stratify": splitting.get("stratify"),
-        **sharding,
-    }
-    return {
-        _flag(name): _value(value)
-        for name, value in values.items()
-        if value is not None and value is not False
-    }
+    """The options of a dataset that were given, by flag."""
+    values = content_options(config)
+    if "split" in values:  # the order of the shares makes no difference
+        values["split"] = [f"{name}={_value(share)}" for name, share in sorted(values["split"].items())]
+    return {_flag(name): _value(value) for name, value in values.items() if name not in _SAID_OTHERWISE}
 
 
 def _flag(name: str) -> str:
-    if name == "preprocess_sha256":
-        return "sha256 of the file of --preprocess"
-    return f"--{name.replace('_', '-')}"
+    return "sha256 of the file of --preprocess" if name == "preprocess_sha256" else flag_of(name)
 
 
 def _value(value: Any) -> str:
@@ -192,13 +174,9 @@ def _known_images(was: DatasetInfo, indexes: Iterable[tuple[str, pa.Table]]) -> 
 
 
 def _failed_rows(listed: Manifest, manifest: Manifest, num_rows: int, folder: str) -> pa.Table:
-    """What a list of failures has of rows of the manifest, like `_known_images`.
+    """What a list of failures has of the first `num_rows` rows of the manifest, like `_known_images`.
 
-    Args:
-        listed: the list, read as a manifest.
-        manifest: that has as many rows now.
-        num_rows: of the earlier one.
-        folder: what its paths were relative to.
+    Its paths were relative to `folder`.
     """
     table, as_they_were = listed.table, {"split", *(column.name for column in listed.columns.labels)}
     texts = table["row"].to_pylist() if "row" in table.column_names else []

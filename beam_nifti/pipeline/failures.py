@@ -39,9 +39,9 @@ class Failure:
 
     Attributes:
         row: its row of the manifest, or that of the image.
-        stage: the step that failed, such as "LoadVolume".
-        error: the exception's class.
-        message: what it said; where ids are anonymous, as `redaction` leaves it.
+        stage: step that failed, such as "LoadVolume".
+        error: class of the exception.
+        message: text of the exception, without names if ids are anonymous.
     """
 
     row: VolumeRow
@@ -65,8 +65,7 @@ class _Words:
     """The message of a failure, on one line.
 
     Attributes:
-        failure: whose it is.
-        file: the one that is at fault, with whose name messages begin; by row where ids are anonymous.
+        file: the file at fault, with whose name messages begin; its row if ids are anonymous.
         pieces: the rest of the message; every second one is the name of a file of the row, or a number.
     """
 
@@ -133,17 +132,10 @@ def write_failures(
     extra_columns: Sequence[str],
     below: str | None = None,
 ) -> None:
-    """Write a list of failures: a line an image, which `build` accepts as the manifest of a retry.
+    """Write a list of failures: a line for each image, which `build` accepts as the manifest of a retry.
 
-    Where ids are anonymous the lines have no paths either, and `read_manifest` refuses them.
-
-    Args:
-        path: where to.
-        failures: in any order; written in the manifest's.
-        folder: what relative image paths are relative to; the lines hold absolute ones.
-        columns: which manifest columns mean what.
-        extra_columns: names of the manifest's extra columns.
-        below: as of `storage.create`.
+    Lines are in the order of the manifest. Their paths, which may be relative to `folder`, become absolute.
+    If ids are anonymous, the lines have no paths, and `read_manifest` refuses them.
     """
     labels = {column.name for column in columns.labels}
     named = {*columns.files, columns.id, *labels}  # are keys as they are
@@ -181,13 +173,10 @@ def write_failures(
 
 
 def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str) -> pa.Array | None:
-    """A column of the manifest of whose failures a list is, as it was written; None where the list lacks it.
+    """A column of the manifest as a list of its failures has it; None if the list lacks it.
 
-    Args:
-        listed: the file, read as a manifest.
-        column: of the manifest, neither of labels nor the split.
-        manifest: with which it is to be compared.
-        folder: what relative paths were relative to; the list holds absolute ones.
+    The column is neither of labels nor the split. The list, read as a manifest, holds absolute paths; the
+    relative ones were relative to `folder`.
     """
     columns = listed.columns
     named = {columns.id, *columns.files, *(label.name for label in columns.labels)}
@@ -219,14 +208,7 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
 
 
 def read_failures(path: str, num_failed: int, columns: Columns, below: str) -> list[FailedVolume]:
-    """The rows of a list of failures.
-
-    Args:
-        path: of the list.
-        num_failed: volumes that it is of.
-        columns: which manifest columns mean what.
-        below: as of `storage.create`.
-    """
+    """The rows of a list of failures, which is of `num_failed` volumes."""
     content = read_failures_of(path, num_failed, below)
     listed = read_manifest(path, columns, content=content, is_list=True)
     cells = (

@@ -27,12 +27,12 @@ _NAMES_A_REQUEST: Final = 1000  # of S3 and Cloud Storage
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """What was there at one look.
+    """What there was at one look.
 
     Attributes:
-        num_volumes: of the units of work that have left a part, and of the complete shards.
-        num_shards: that are complete.
-        num_requests: that a store takes for such a look.
+        num_volumes: volumes of the units that have left a part, and of the complete shards.
+        num_shards: complete shards.
+        num_requests: requests to a store that such a look takes.
     """
 
     num_volumes: int
@@ -50,9 +50,6 @@ class BuildWatcher:
 
     A unit counts as a whole once it has left a part with its index, as the names tell where a part begins,
     and to open the indexes would cost a request for each. So volumes that failed count with their unit.
-
-    Args:
-        plan: of the build, which has the output.
     """
 
     def __init__(self, plan: BuildPlan) -> None:
@@ -67,11 +64,7 @@ class BuildWatcher:
         }
 
     def look(self) -> BuildProgress:
-        """List the parts, then the shards: so a shard whose parts are removed meanwhile is not missed.
-
-        Raises:
-            OSError: the storage cannot be reached.
-        """
+        """List the parts, then the shards: so a shard whose parts are removed meanwhile is not missed."""
         parts = list[str]()
         # On the local disk there is no folder before the first part, and one in it may just be gone.
         with contextlib.suppress(FileNotFoundError):
@@ -114,7 +107,8 @@ def follow_build(plan: BuildPlan) -> Iterator[None]:
         except OSError:  # what is wrong with the storage, the build itself will say
             return _PAUSE_AFTER_ERROR
         kept = seen.num_volumes if kept is None else kept
-        meter.reset(max(meter.volumes, seen.num_volumes - kept), kept, seen.num_shards)
+        volumes = max(meter.volumes, seen.num_volumes - kept)
+        meter.reset(volumes=volumes, kept=kept, shards=seen.num_shards)
         return seen.pause
 
     def watch() -> Iterator[float]:

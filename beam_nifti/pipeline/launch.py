@@ -48,12 +48,12 @@ def running(
     """Run a pipeline in the block: with its progress, and without what a local runner logs.
 
     Args:
-        engine: that it runs on.
-        watcher: of the run.
-        total: of what is counted.
+        engine: the engine that it runs on.
+        watcher: follows the run.
+        total: number of what is counted.
         unit: what is counted.
-        what: to report where it stops, such as "the build stopped".
-        plan: of a build, which is followed on a cluster by what appears in its storage.
+        what: what to report if it stops, such as "the build stopped".
+        plan: plan of a build, which is followed on a cluster by what appears in its storage.
 
     Raises:
         EngineError: the engine or a worker failed.
@@ -86,16 +86,9 @@ def run_dry(config: BuildConfig, rows: bytes | None, watcher: Watcher) -> Datase
 
 
 def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> DatasetInfo:
-    """Build a dataset.
+    """Build a dataset on an engine, whose configuration is that of the build.
 
-    Args:
-        engine: that it runs on, with the configuration of the build.
-        rows: of a manifest that the configuration only names, as a Parquet file; None where it is a file.
-        watcher: of the run.
-
-    Returns:
-        The dataset; of a template, whose job is started by somebody else, what is known of it, without
-        shards.
+    `rows` are as of `plan_build`. Of a template, whose job somebody else starts, the result has no shards.
 
     Raises:
         TooManyFailures: the dataset is not published.
@@ -126,16 +119,7 @@ def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> Datase
 
 
 def run_check_on(engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher) -> Survey:
-    """Check the images of a manifest.
-
-    Args:
-        engine: as of `run_build_on`.
-        rows: as of `run_build_on`.
-        out: file of the report; None for none.
-        watcher: of the run.
-
-    Returns:
-        What was found.
+    """Check the images of a manifest, as `run_build_on`; `out` is the file of the report, if any.
 
     Raises:
         EngineError: the engine or a worker failed.

@@ -27,21 +27,14 @@ _COPY_BYTES: Final = 1 << 20
 """Small enough to stay in a core's cache between being read, hashed and written."""
 
 
-def merge_parts(
-    output: str,
-    name: ShardName,
-    expected: Collection[int],
-    parts: Iterable[Part],
-    record: RecordConfig,
-    extra_columns: Sequence[str],
-    folder: str,
-) -> ShardInfo:
-    """Merge parts into a finished shard, in the order of positions, and write the shard's index.
+@dataclass(frozen=True)
+class ShardMerge:
+    """The merge of parts into a finished shard, in the order of positions.
 
     Doing it again with the same parts gives the same result, also when they are gone by then, and also
     while another attempt, which the runner gave up too early, is still at it.
 
-    Args:
+    Attributes:
         output: folder of the dataset.
         name: the shard's file name.
         expected: the positions that the shard must hold.
@@ -49,35 +42,34 @@ def merge_parts(
         record: configuration that made the records.
         extra_columns: names of the manifest's extra columns.
         folder: `parts_folder` of the shard.
-
-    Raises:
-        PartsChangedError: the parts do not hold exactly the expected positions.
     """
-    merge = _Merge(output, name, expected, _joined(parts), record, extra_columns, folder)
-    try:
-        return merge.run()
-    except FileNotFoundError:
-        # Another attempt was faster: it has removed the parts, as their records are in the shard.
-        return merge.run()
-
-
-@dataclass(frozen=True)
-class _Merge:
-    """The arguments of `merge_parts`; one part a file."""
 
     output: str
     name: ShardName
     expected: Collection[int]
-    parts: list[Part]
+    parts: Iterable[Part]
     record: RecordConfig
     extra_columns: Sequence[str]
     folder: str
 
     def run(self) -> ShardInfo:
+        """Write the shard and its index.
+
+        Raises:
+            PartsChangedError: the parts do not hold exactly the expected positions.
+        """
+        parts = _joined(self.parts)
+        try:
+            return self._run(parts)
+        except FileNotFoundError:
+            # Another attempt was faster: it has removed the parts, as their records are in the shard.
+            return self._run(parts)
+
+    def _run(self, parts: list[Part]) -> ShardInfo:
         name, target = self.name, self._at(self.name)
-        spare = part_at(storage.join(self.folder, hashlib.sha256(repr(self.parts).encode()).hexdigest()))
-        present = [part for part in self.parts if storage.exists(part.index)]
-        if len(present) < len(self.parts):
+        spare = part_at(storage.join(self.folder, hashlib.sha256(repr(parts).encode()).hexdigest()))
+        present = [part for part in parts if storage.exists(part.index)]
+        if len(present) < len(parts):
             # An earlier attempt removed them once their records were in the shard, or in its spare.
             held = tuple(sorted(self.expected))
             present += [replace(p, positions=held) for p in (spare, target) if storage.exists(p.index)]
@@ -93,7 +85,7 @@ class _Merge:
             name, facts = kept, known  # unchanged: it keeps its file
         else:
             facts = self._finished(records) or self._write(records, source, known)
-        for part in (*self.parts, spare):
+        for part in (*parts, spare):
             # Another shard may need a part that an earlier build wrote for other shards.
             if part.data.endswith(PART_ENDING) and part.data not in records.shared:
                 storage.delete(part.index, part.base)
@@ -125,11 +117,9 @@ class _Merge:
 
     def _write(self, records: _Records, source: Part | None, known: dict[str, str]) -> dict[str, str]:
         target = self._at(self.name)
-        # Between these two no index stands beside a shard file that it does not describe.
-        storage.delete(target.index, self.output)
         facts = self._making(records)
         try:
-            facts |= _write_shard(target.data, self.output, records, source, known, self.name.compressed)
+            facts |= _write_shard(target, self.output, records, source, known, self.name.compressed)
         except FileNotFoundError:
             # Another attempt has removed the parts, so its shard is whole, and we its index.
             facts |= _facts_of_data(target, records)
@@ -142,20 +132,14 @@ def write_shard(
 ) -> ShardInfo:
     """Write a shard of records that lie anywhere in part files, and its index.
 
-    Doing it again gives the same bytes, also while another attempt is still at it.
-
-    Args:
-        output: folder of the dataset.
-        name: the shard's file name, which no published dataset has.
-        table: the index of the records in their order, with their places in the part files.
-        files: the part file of each.
-        fingerprint: of the configuration of the records.
+    Doing it again gives the same bytes, also while another attempt is still at it. No published dataset has
+    the name. The table is the index of the records in their order, and `files` the part file of each.
     """
     records = _Records(table, [Part(file, "") for file in files], {}, frozenset())
-    target, index = storage.join(output, str(name)), storage.join(output, name.index_file)
+    target = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
     facts = {"fingerprint": fingerprint, **versions_fact()}
     facts |= _write_shard(target, output, records, None, {}, name.compressed)
-    write_index(index, _placed(records), facts, output)
+    write_index(target.index, _placed(records), facts, output)
     return _describe(output, name, table.num_rows, facts)
 
 
@@ -176,11 +160,6 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
     """The published shard, if its file and its index hold what was just made; else the one that was made.
 
     Both files are read again, so a damaged one does not stay.
-
-    Args:
-        output: folder of the dataset.
-        published: name of the shard that may stay.
-        made: the shard that would take its place.
     """
     name = ShardName.parse(made.name)
     if name is None or not name.is_same_place(published):
@@ -196,13 +175,7 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
 
 
 def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple[int, int]:
-    """How many records of a published shard a shard that was made has too, and how many of them differ.
-
-    Args:
-        output: folder of the dataset.
-        published: name of the published shard.
-        made: the shard that was made of the same rows.
-    """
+    """How many records of a published shard were made again, and how many of them differ."""
     new = Part(storage.join(output, made.name), storage.join(output, made.index))
     old = Part(storage.join(output, str(published)), storage.join(output, published.index_file))
     if old == new:
@@ -274,9 +247,9 @@ class _Records:
 
     Attributes:
         table: their index.
-        sources: the part that each lies in.
-        facts: what the index of a part says of its file, by the path of that.
-        shared: paths of the parts that hold records of other shards too.
+        sources: the part that holds each of them.
+        facts: metadata of the index of each part, by the path of the part.
+        shared: paths of parts that also hold records of other shards.
     """
 
     table: pa.Table
@@ -341,30 +314,44 @@ def _placed(records: _Records) -> pa.Table:
 
 
 def _write_shard(
-    target: str,
-    output: str,
-    records: _Records,
-    source: Part | None,
-    known: dict[str, str],
-    compressed: bool,
+    target: Part, output: str, records: _Records, source: Part | None, known: dict[str, str], compressed: bool
 ) -> dict[str, str]:
     """Write the shard's file; its sha256 and its size."""
     if source and "sha256" in known:
-        storage.link(source.data, target, output, source.base)
-        return {k: known[k] for k in ("sha256", "num_bytes")}
-    hasher, size = hashlib.sha256(), 0
-    with contextlib.ExitStack() as stack:
-        # One part that is the shard is published without a copy. It is read to be hashed, as it was not
-        # written to be a whole shard: the rows that fill it may have failed in the others.
-        handle = None if source else stack.enter_context(storage.create(target, output))
-        for chunk in _content(records, compressed):
-            hasher.update(chunk)
-            size += len(chunk)
+        facts = {k: known[k] for k in ("sha256", "num_bytes")}
+    else:
+        hasher, size = hashlib.sha256(), 0
+        with contextlib.ExitStack() as stack:
+            # One part that is the shard is published without a copy. It is read to be hashed, as it was not
+            # written to be a whole shard: the rows that fill it may have failed in the others.
+            handle = None if source else stack.enter_context(storage.create(target.data, output))
+            for chunk in _content(records, compressed):
+                hasher.update(chunk)
+                size += len(chunk)
+                if handle:
+                    handle.write(chunk)
+            facts = file_facts(hasher.hexdigest(), size)
             if handle:
-                handle.write(chunk)
+                _remove_other_index(target, output, facts)
     if source:
-        storage.link(source.data, target, output, source.base)
-    return file_facts(hasher.hexdigest(), size)
+        _remove_other_index(target, output, facts)
+        storage.link(source.data, target.data, output, source.base)
+    return facts
+
+
+def _remove_other_index(shard: Part, output: str, facts: dict[str, str]) -> None:
+    """Remove an index that does not describe the file that the shard is about to get.
+
+    That of another attempt does, and may already be part of a dataset.
+    """
+    try:
+        is_same = facts.items() <= read_index(shard.index, columns=[], below=output)[1].items()
+    except FileNotFoundError:
+        return
+    except ShardError:
+        is_same = False
+    if not is_same:
+        storage.delete(shard.index, output)
 
 
 def _hash_file(path: str, below: str) -> tuple[str, int]:

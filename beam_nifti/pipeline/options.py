@@ -11,7 +11,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
@@ -42,7 +42,6 @@ from beam_nifti.support import logs
 from beam_nifti.support.calls import parse_call
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.outcomes import may_pass
-from beam_nifti.support.process import count_cores
 from beam_nifti.support.wording import one_line
 from beam_nifti.volume.user_function import call_of, name_of, source_sha256
 
@@ -144,8 +143,19 @@ class BuildOptions(TypedDict, total=False):
     without: Names | None
 
 
-OPTIONS: Final = tuple(BuildOptions.__annotations__)
-"""The names of all options."""
+@dataclass(frozen=True)
+class Option:
+    """An option of `BuildOptions`.
+
+    Attributes:
+        read: checks a value, given the flag and the value, and makes it one of a configuration.
+        choices: its values, or forms of them such as "window:LO,HI"; empty if there are other values.
+        metavar: stands for a value in the help of the command line; "" shows the choices.
+    """
+
+    read: Callable[[str, Any], Any]
+    choices: tuple[str, ...] = ()
+    metavar: str = ""
 
 
 def flag_of(name: str) -> str:
@@ -192,7 +202,8 @@ def make_config(
         return _assemble(manifest, output, options)
     except UsageError as e:
         inherited = set(map(flag_of, options.keys() - own))
-        flag = next((match[0] for match in _FLAG.finditer(str(e)) if match[0] in inherited), None)
+        flags = (f"--{match[1]}" for match in _FLAG.finditer(str(e)))
+        flag = next((flag for flag in flags if flag in inherited), None)
         if flag is None:
             raise
         raise UsageError(
@@ -201,11 +212,7 @@ def make_config(
 
 
 def make_record_config(given: Mapping[str, object]) -> RecordConfig:
-    """Combine options into the configuration of records, for a step that has only some of these options.
-
-    Args:
-        given: values by the names of `BuildOptions`; None means that an option is not given. Several columns
-            of `path_column` are channels.
+    """As `make_config`, for a step that has only some of the options. Several paths are channels.
 
     Raises:
         UsageError: an option is unknown or invalid, or options cannot be combined.
@@ -258,12 +265,7 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The content options of a dataset; its function and its key are compared with those that are given.
-
-    Args:
-        path: of the dataset.
-        options: that precede them.
-    """
+    """The content options of a dataset; its function and its key are compared with those that are given."""
     info = read_info(storage.absolute(path))
     without = options.get("without", ())
     if "preprocess" in options:
@@ -276,23 +278,25 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
         )
     if "anonymous_ids" not in without:
         _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
-    config = {**asdict(RecordConfig()), **info.config}
-    columns = {**asdict(Columns()), **config["columns"]}
-    drawn = config.get("splitting") or {}
-    found = {
-        **{name: config.get(name) for name in OPTIONS if name != "preprocess"},
-        **{f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")},
-        "missing_label": columns["missing_label"],
-        **config["sharding"],
-        "split": drawn.get("shares"),
-        "split_seed": drawn.get("seed"),
-        "stratify": drawn.get("stratify"),
-    }
-    if config["compression"] == "none":
+    found = content_options(info.config)
+    if found["compression"] == "none":
         del found["compression_level"]
-    return {
-        name: _read(name, value) for name, value in found.items() if value is not None and value is not False
-    }
+    return {n: _read(n, value) for n, value in found.items() if n in OPTIONS and n != "preprocess"}
+
+
+def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a dataset that were given, by name, and what the build has set besides.
+
+    Args:
+        config: of its dataset_info.json. Options that did not exist when it was built have their defaults.
+    """
+    given = {**asdict(RecordConfig()), **config}
+    columns = {**asdict(Columns()), **given.pop("columns")}
+    splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
+    given |= {f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")}
+    given |= {"missing_label": columns["missing_label"], "split": splitting.get("shares")}
+    given |= {"split_seed": splitting.get("seed"), "stratify": splitting.get("stratify"), **sharding}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
@@ -327,7 +331,7 @@ def _compare_key(path: str, check: str | None, given: str | None) -> None:
 
 def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfig:
     if "compression_level" in options and options.get("compression") == "none":
-        raise UsageError("--compression-level has no effect with --compression none; leave one of them out")
+        raise UsageError("--compression-level has no effect with --compression none; drop one of them")
     sizes = _chosen(options, Sharding)
     columns = {f.name: options[f"{f.name}_column"] for f in fields(Columns) if f"{f.name}_column" in options}
     return BuildConfig(
@@ -337,7 +341,7 @@ def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfi
         columns=Columns(**columns, **_chosen(options, Columns)),
         sharding=Sharding(**sizes) if sizes else None,
         splitting=_splitting(options),
-        **{"workers": count_cores(), **_chosen(options, BuildConfig)},
+        **_chosen(options, BuildConfig),
     )
 
 
@@ -356,42 +360,36 @@ def _splitting(options: Mapping[str, Any]) -> Splitting | None:
 
 
 def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) -> str:
-    """An error's text for a call in Python, with names of parameters instead of flags.
-
-    Args:
-        text: of the error.
-        names: names of parameters by option, where they differ.
+    """An error's text for a call in Python: parameters, which may have other names, replace flags.
 
     >>> as_parameters("--clip cannot be used with --rescale minmax; drop it")
     'clip=True cannot be used with rescale="minmax"; drop it'
     >>> as_parameters("--clip is 5; give True or False")
     'clip is 5; give True or False'
     """
-    text = _ARGUMENT.sub(_assignment, _CALLS.sub(_assignment_of_calls, text))
 
-    def parameter(flag: re.Match[str]) -> str:
-        name = flag[1].replace("-", "_")
-        if name not in OPTIONS:
-            return flag[0]
-        is_on = _READERS[name] is read_switch and not text.startswith(" is ", flag.end())
-        return f"{names.get(name, name)}=True" if is_on else names.get(name, name)
+    def parameter(found: re.Match[str]) -> str:
+        name, word = found[1].replace("-", "_"), found[2]
+        value = _literal(name, word) if word else None
+        shown = names.get(name, name) if name in OPTIONS else f"--{found[1]}"
+        if value is not None:
+            return f"{shown}={value}"
+        is_on = name in OPTIONS and OPTIONS[name].read is read_switch and word != "is"
+        return f"{shown}{'=True' if is_on else ''}{f' {word}' if word else ''}"
 
-    return _FLAG.sub(parameter, text)
+    return _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text))
 
 
-def _assignment(found: re.Match[str]) -> str:
-    """A flag and its value as Python assigns it; as it was, where the next word is none of its values."""
-    flag, word = found.groups()
-    name = flag[2:].replace("-", "_")
-    named = word.replace("-", "_").split(",")
+def _literal(name: str, word: str) -> str | None:
+    """The word after a flag as Python writes it; None if it is no value of the option."""
     if _NUMBERS.fullmatch(word):
-        return f"{flag}=({word.replace(',', ', ')})" if "," in word else f"{flag}={word}"
-    if name == "without" and set(named) <= set(OPTIONS):
-        return f'{flag}="{",".join(named)}"'
-    heads = {choice.partition(":")[0] for choice in _CHOICES.get(name, ())}
-    if word.partition(":")[0] in heads or (name == "split" and "=" in word):
-        return f'{flag}="{word}"'
-    return found[0]
+        return f"({word.replace(',', ', ')})" if "," in word else word
+    named = word.replace("-", "_").split(",")
+    if name == "without" and set(named) <= OPTIONS.keys():
+        return f'"{",".join(named)}"'
+    heads = {choice.partition(":")[0] for choice in OPTIONS[name].choices} if name in OPTIONS else ()
+    is_value = word.partition(":")[0] in heads or (name == "split" and "=" in word)
+    return f'"{word}"' if is_value else None
 
 
 def _assignment_of_calls(found: re.Match[str]) -> str:
@@ -401,11 +399,7 @@ def _assignment_of_calls(found: re.Match[str]) -> str:
 
 @contextlib.contextmanager
 def naming_parameters(**names: str) -> Iterator[None]:
-    """Have errors of a block name parameters instead of flags.
-
-    Args:
-        **names: as of `as_parameters`.
-    """
+    """Have errors of a block name parameters instead of flags, as of `as_parameters`."""
     try:
         yield
     except BeamNiftiError as e:
@@ -425,11 +419,11 @@ def _read_all(given: Mapping[str, object]) -> dict[str, Any]:
 
 def _read(name: str, value: object) -> Any:
     _require_known(name)
-    return _READERS[name](flag_of(name), value)
+    return OPTIONS[name].read(flag_of(name), value)
 
 
 def _require_known(name: str) -> None:
-    if name not in _READERS:
+    if name not in OPTIONS:
         close = difflib.get_close_matches(name, OPTIONS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(OPTIONS)}"
         raise UsageError(f"unknown option {name!r}; {hint}")
@@ -443,13 +437,13 @@ def _read_text(flag: str, value: object, wanted: str = "give a text") -> str:
     if not isinstance(value, str):
         _refuse(flag, value, wanted)
     if not value.strip():
-        raise UsageError(f"{flag} is empty; {wanted}, or leave it out")
+        raise UsageError(f"{flag} is empty; {wanted}, or drop it")
     return str(value)
 
 
-def _choice(choices: Iterable[str]) -> Callable[[str, object], str]:
+def _one_of(choices: tuple[str, ...]) -> Option:
     wanted = f"choose one of: {', '.join(choices)}"
-    return lambda flag, value: _read_text(flag, value, wanted)
+    return Option(lambda flag, value: _read_text(flag, value, wanted), choices)
 
 
 def _read_names(flag: str, value: object) -> str:
@@ -470,15 +464,7 @@ def _read_without(flag: str, value: object) -> tuple[str, ...]:
 
 
 def read_switch(flag: str, value: object) -> bool:
-    """The value of an option that is on or off: a bool, or numpy's.
-
-    Args:
-        flag: of the option, for errors.
-        value: of the option.
-
-    Raises:
-        UsageError: it is something else.
-    """
+    """The value of an option that is on or off: a bool, or numpy's. A UsageError names the flag."""
     is_numpys = getattr(value, "dtype", None) == "bool" and getattr(value, "ndim", None) == 0
     if not (isinstance(value, bool) or is_numpys):
         _refuse(flag, value, "give True or False")
@@ -488,13 +474,8 @@ def read_switch(flag: str, value: object) -> bool:
 def read_integer(flag: str, value: object, wanted: str = "give a whole number") -> int:
     """The value of an option that is an integer, as text or as a number of Python or numpy.
 
-    Args:
-        flag: of the option, for errors.
-        value: of the option.
-        wanted: what to give instead, for errors.
-
     Raises:
-        UsageError: it is something else.
+        UsageError: it is something else; the text `wanted` follows the flag and the value.
     """
     try:
         return _integer(value)
@@ -502,7 +483,8 @@ def read_integer(flag: str, value: object, wanted: str = "give a whole number") 
         _refuse(flag, value, wanted)
 
 
-def _read_number(flag: str, value: object) -> float:
+def read_number(flag: str, value: object) -> float:
+    """As `read_integer`, of an option that is a number."""
     try:
         return _number(value)
     except ValueError:
@@ -559,8 +541,8 @@ def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
     return _read_triple(flag, [value] * 3 if is_one else value, _number, wanted)
 
 
-def _rule(forms: Sequence[str]) -> Callable[[str, object], str]:
-    """Make a reader of values such as "window:LO,HI", or a name and numbers."""
+def _rule(forms: tuple[str, ...], metavar: str) -> Option:
+    """An option whose values are such as "window:LO,HI", or a name and numbers."""
 
     def read(flag: str, value: object) -> str:
         wanted = f"choose one of: {', '.join(forms)}"
@@ -579,7 +561,7 @@ def _rule(forms: Sequence[str]) -> Callable[[str, object], str]:
             _refuse(flag, value, wanted)
         return f"{name}:{cells}" if numbers else str(name)
 
-    return read
+    return Option(read, forms, metavar)
 
 
 def _read_frames(flag: str, value: object) -> str:
@@ -608,12 +590,8 @@ def _read_split(flag: str, value: object) -> dict[str, float]:
 def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[str, ...] | None:
     """The functions of an option `preprocess`, as `RecordConfig.preprocess` has them.
 
-    Args:
-        value: one or several, each as text, a function, a `functools.partial` of one with named arguments, or
-            {"function": text, argument: value, …}; None for none.
-
     Raises:
-        UsageError: an entry is something else, a function cannot be imported by its name, or an argument is
+        UsageError: an entry is no `Preprocess`, a function cannot be imported by its name, or an argument is
             not a literal.
     """
     several = None if isinstance(value, str | Mapping) or callable(value) else _items(value)
@@ -630,59 +608,46 @@ def _read_step(step: Any) -> str:
     return call_of(name, arguments)
 
 
-_READERS: Final[Mapping[str, Callable[[str, Any], Any]]] = {
-    "path_column": _read_names,
-    "mask_column": _read_text,
-    "label_column": _read_names,
-    "missing_label": _choice(MISSING_LABELS),
-    "id_column": _read_text,
-    "anonymous_ids": storage.path_text,
-    "split": _read_split,
-    "stratify": _read_text,
-    "split_seed": read_integer,
-    "examples_per_shard": read_integer,
-    "num_shards": read_integer,
-    "compression": _choice(COMPRESSIONS),
-    "compression_level": read_integer,
-    "shuffle_seed": read_integer,
-    "rescale": _rule(RESCALE_METHODS),
-    "rescale_within": _rule(SELECTIONS),
-    "clip": read_switch,
-    "mask_dtype": _choice(MASK_DTYPES),
-    "voxel_dtype": _choice(VOXEL_DTYPES),
-    "frames": _read_frames,
-    "complex": _choice(COMPLEX_PARTS),
-    "allow_mixed_shapes": read_switch,
-    "preprocess": lambda _, value: read_steps(value),
-    "orientation": _read_text,
-    "spacing": _read_spacing,
-    "crop_foreground": _rule(SELECTIONS),
-    "shape": _read_shape,
-    "max_bad_fraction": _read_number,
-    "overwrite": read_switch,
-    "recheck": read_switch,
-    "workers": read_integer,
-    "temp_location": storage.path_text,
-    "without": _read_without,
+OPTIONS: Final[Mapping[str, Option]] = {
+    "path_column": Option(_read_names, metavar="NAME"),
+    "mask_column": Option(_read_text, metavar="NAME"),
+    "label_column": Option(_read_names, metavar="NAME[:KIND],…"),
+    "missing_label": _one_of(MISSING_LABELS),
+    "id_column": Option(_read_text, metavar="NAME"),
+    "anonymous_ids": Option(storage.path_text, metavar="KEYFILE"),
+    "split": Option(_read_split, metavar="NAME=SHARE,…"),
+    "stratify": Option(_read_text, metavar="COLUMN"),
+    "split_seed": Option(read_integer, metavar="N"),
+    "examples_per_shard": Option(read_integer, metavar="N"),
+    "num_shards": Option(read_integer, metavar="N"),
+    "compression": _one_of(COMPRESSIONS),
+    "compression_level": Option(read_integer),
+    "shuffle_seed": Option(read_integer, metavar="N"),
+    "rescale": _rule(RESCALE_METHODS, "METHOD"),
+    "rescale_within": _rule(SELECTIONS, "VOXELS"),
+    "clip": Option(read_switch),
+    "mask_dtype": _one_of(MASK_DTYPES),
+    "voxel_dtype": _one_of(VOXEL_DTYPES),
+    "frames": Option(_read_frames, FRAMES, metavar="|".join(FRAMES)),
+    "complex": _one_of(COMPLEX_PARTS),
+    "allow_mixed_shapes": Option(read_switch),
+    "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
+    "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
+    "spacing": Option(_read_spacing, metavar="X,Y,Z"),
+    "crop_foreground": _rule(SELECTIONS, "RULE"),
+    "shape": Option(_read_shape, metavar="X,Y,Z"),
+    "max_bad_fraction": Option(read_number, metavar="F"),
+    "overwrite": Option(read_switch),
+    "recheck": Option(read_switch),
+    "workers": Option(read_integer),
+    "temp_location": Option(storage.path_text, metavar="PATH"),
+    "without": Option(_read_without, metavar="NAME,…"),
 }
-"""How the value of each option is read, by a function of its flag and the value."""
+"""The options of `BuildOptions`: flags, keys of TOML files and parameters in Python."""
 
-_CHOICES: Final[Mapping[str, Iterable[str]]] = {
-    "missing_label": MISSING_LABELS,
-    "compression": COMPRESSIONS,
-    "rescale": RESCALE_METHODS,
-    "rescale_within": SELECTIONS,
-    "mask_dtype": MASK_DTYPES,
-    "voxel_dtype": VOXEL_DTYPES,
-    "frames": FRAMES,
-    "complex": COMPLEX_PARTS,
-    "orientation": ("native", *ORIENTATIONS),
-    "crop_foreground": SELECTIONS,
-}
-"""Values by which a word after a flag is told from the next word of the sentence."""
+_FLAG: Final = re.compile(r"(?<![a-z-])--([a-z-]*[a-z])(?: ([^\s;-][^\s;]*(?<![.,:)])))?")
+"""A flag, and the word after it."""
 
-_FLAG: Final = re.compile("(?<![a-z-])--([a-z-]*[a-z])")
-_ARGUMENT: Final = re.compile(r"((?<![a-z-])--[a-z-]*[a-z]) ([^\s;-][^\s;]*(?<![.,:)]))")
 _NUMBERS: Final = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}")
 _CALL: Final = r"""--preprocess (?:(?:'[^']*'|"[^"]*")+|[\w.]+:\w+(?![\w(:]))"""  # as shlex.quote writes it
 _CALLS: Final = re.compile(f"{_CALL}(?: {_CALL})*")

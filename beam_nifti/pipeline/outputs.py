@@ -23,15 +23,9 @@ _SHARD: Final = re.compile(r".+\.tfrecord(\.gz)?")
 def read_result(path: str, most: int, below: str | None = None) -> dict[str, Any]:
     """What the last step of a pipeline has written for the process that started it.
 
-    Args:
-        path: of the file, which others can write to where it is in a store.
-        most: bytes that it has at most.
-        below: as of `storage.create`.
-
     Raises:
-        FileNotFoundError: there is none.
-        OutputError: it is too large, or no object of JSON.
-        OSError: it cannot be reached.
+        FileNotFoundError: there is no such file.
+        OutputError: it has more than `most` bytes, or is no JSON object: others can write to a store, too.
     """
     try:
         facts = load_json(storage.read_bounded(path, most, below))
@@ -45,13 +39,12 @@ def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None 
     """Refuse to write a file that would replace an input, or a file of a dataset.
 
     Args:
-        path: of the file.
-        flag: that gives it, for the message.
-        inputs: paths that the command reads, by what they are, such as "the manifest"; None where not given.
+        path: path of the file.
+        flag: flag that gives it, for the message.
+        inputs: paths that the command reads, by what they are, such as "the manifest".
 
     Raises:
         UsageError: it would.
-        OSError: a store cannot be reached.
     """
     for what, known in (inputs or {}).items():
         if known is not None and storage.is_same(path, known):
@@ -62,30 +55,21 @@ def require_apart(path: str, flag: str, inputs: Mapping[str, str | None] | None 
 
 
 def require_ending(path: str | None, ending: str) -> None:
-    """Refuse a name that has another ending, so that a typing error cannot replace an image or a table.
-
-    Args:
-        path: value of --out; None if it is not given.
-        ending: such as ".html".
+    """Refuse a name with another ending for --out, so that a typing error cannot replace an image or a table.
 
     Raises:
-        UsageError: it has another one.
+        UsageError: it has another ending.
     """
     if path is not None and not path.endswith(ending):
         raise UsageError(f"--out is {path}; give a name that ends in {ending}")
 
 
 def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] | None = None) -> None:
-    """Refuse, before any work, to write a file that is there, is in use otherwise, or cannot be written.
-
-    Args:
-        path: value of --out.
-        overwrite: whether it may be replaced.
-        inputs: as of `require_apart`.
+    """Refuse, before any work, to write a file that exists, is in use otherwise, or cannot be written.
 
     Raises:
         UsageError: as `require_apart`.
-        OutputError: it is there, or cannot be written.
+        OutputError: it exists and may not be overwritten, or cannot be written.
         OSError: it cannot be written now.
     """
     require_apart(path, "--out", inputs)
@@ -111,10 +95,8 @@ def refuse_own(manifest: str, output: str) -> None:
 def dataset_of(path: str, output: str | None = None) -> str | None:
     """The folder of the dataset to which a file belongs by name; None for other files.
 
-    Args:
-        path: of the file.
-        output: the one folder that may be it, whether there is a dataset or not; None for any that has one,
-            complete or not.
+    `output` is the one folder that it may be, with or without a dataset; None for any that has one, complete
+    or not.
     """
     folder = storage.resolved(path)
     below: list[str] = []

@@ -6,37 +6,26 @@ is closed, so a part counts only where its index is there.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import ShardError, VolumeError
-from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.errors import ShardError
 from beam_nifti.record.index import (
     IndexEntry,
     Limits,
-    check_table,
-    file_cells,
     make_table,
     read_index,
-    row_cells,
-    schema_of,
     write_index,
 )
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EncodedRecord
-from beam_nifti.record.versions import is_written_here, versions_fact
+from beam_nifti.record.versions import versions_fact
 from beam_nifti.storage import paths as storage
-from beam_nifti.volume.files import stat_image
-from beam_nifti.volume.header import require_shape
 
 BUILD_FOLDER: Final = ".build"
 """Folder, in the output, of what a build needs only until it is complete."""
@@ -94,27 +83,20 @@ def base_of(part: str) -> str:
 
 
 def parts_folder(root: str, fingerprint: str, split: str, shard_index: int) -> str:
-    """Where the parts of a shard lie; the same however many shards the split has.
-
-    Args:
-        root: `BuildPlan.parts_root`.
-        fingerprint: of the configuration that makes the records.
-        split: of the shard.
-        shard_index: of the shard in its split.
-    """
+    """Where the parts of a shard lie; the same however many shards the split has."""
     return storage.join(root, fingerprint, f"{split}-{shard_index:05d}")
 
 
 class PartFile:
-    """A part file that is written, a record at a time.
+    """A part file that is written one record at a time.
 
     Args:
-        folder: that it is in.
-        prefix: of its name.
-        hasher: takes all that is written; None where nobody asks for it.
+        folder: folder of the file.
+        prefix: beginning of its name.
+        hasher: gets all that is written; None if no hash is needed.
 
     Attributes:
-        stem: its path without ending, of which no attempt has the same.
+        stem: its path without ending, unique to this attempt.
         base: OUTPUT or the temporary folder.
         size: bytes written.
     """
@@ -154,15 +136,9 @@ class PartFile:
 
 
 class PartWriter:
-    """Writes one part file of a build, and its index.
+    """Writes one part file of a build, whose first record has the position `first`, and its index.
 
-    Args:
-        folder: `parts_folder` of the shard.
-        first: position of the first record.
-        record: configuration of the records.
-        extra_columns: names of the manifest's extra columns.
-        is_shard: whether the part will be a whole shard, which is then published as it is, without being
-            read again for its sha256.
+    If the part will be a whole shard, it is published as it is later, without being read for its sha256.
     """
 
     def __init__(
@@ -218,12 +194,10 @@ def part_stems(folder: str) -> list[str]:
 
 
 def find_parts(folder: str, positions: range) -> list[Part]:
-    """The complete parts of a shard that an earlier attempt left, as far as they concern a unit.
+    """The complete parts of a shard that an earlier attempt left, as far as they concern positions of a unit.
 
-    Args:
-        folder: `parts_folder` of the shard.
-        positions: of the unit. Left out are parts that begin behind it, and before it all but those that
-            begin last: so a shard of many units costs each of them the reading of a few.
+    Not among them are parts that begin after the unit and, of those that begin before it, all but the last:
+    each unit of a large shard opens only a few.
     """
     stems = part_stems(folder)
     firsts = {stem: int(stem.partition("-")[0]) for stem in stems if "-" in stem}
@@ -242,88 +216,3 @@ def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:
     except (FileNotFoundError, ShardError):
         return None
     return part if facts.get("fingerprint") == fingerprint else None
-
-
-def finished_rows(
-    part: Part,
-    rows: Sequence[VolumeRow],
-    record: RecordConfig,
-    extra_columns: Sequence[str],
-    folder: str,
-    shape: tuple[int | None, ...] | None = None,
-    dtype: str | None = None,
-    *,
-    any_versions: bool = False,
-    check_images: bool = True,
-) -> Part | None:
-    """Which of `rows` a part holds as this build would make them.
-
-    Args:
-        part: of the same fingerprint as this build's.
-        rows: of one shard, one for each record, in the order of their positions; at least one.
-        record: this build's.
-        extra_columns: names of the manifest's extra columns.
-        folder: what relative image paths are relative to.
-        shape: that every record must have; None, or None for an axis, where shapes may differ.
-        dtype: that every volume must have on disk; None where dtypes may differ.
-        any_versions: whether software of other versions may have made them, as in a published dataset.
-        check_images: whether the images must be what they were when they were read.
-
-    Returns:
-        The part with its `positions` set; None where it holds none of them.
-    """
-    try:
-        limits, schema = Limits.of_data(part.data, part.base), schema_of(record, extra_columns)
-        near = range(rows[0].position, rows[-1].position + 1)
-        table, facts = read_index(part.index, near, limits=limits, below=part.base)
-    except (FileNotFoundError, ShardError):
-        return None
-    if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:
-        return None
-    if any(check_table(table, (), record)) or pc.min(table["length"]).as_py() <= 0:
-        return None
-    ends = pc.add(table["offset"], table["length"])
-    if pc.min(table["offset"]).as_py() < 0 or limits.data_bytes < pc.max(ends).as_py():
-        return None
-    if not (any_versions or _is_written_here(facts)):
-        return None
-    now = functools.cache(_file_cells)  # frames of one image follow one another
-    of_files = [name for name in table.column_names if name.startswith("source_")]
-    compared = dict.fromkeys([*row_cells(rows[0], extra_columns), "shape", "dtype", *of_files])
-    by_position = {row.position: row for row in rows}
-    positions = []
-    ours = table.filter(pc.is_in(table["position"], pa.array(list(by_position), pa.int64())))
-    for found in ours.select(list(compared)).to_pylist():
-        row = by_position[found["position"]]
-        same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
-        if not (same and _fits(tuple(found["shape"]), shape) and dtype in (None, found["dtype"])):
-            continue
-        if check_images:
-            files = now(tuple(storage.join(folder, path) for path in row.files), record, row.version_key)
-            if files is None or not files.items() <= found.items():
-                continue
-        positions.append(row.position)
-    return Part(part.data, part.index, tuple(positions)) if positions else None
-
-
-def _is_written_here(facts: Mapping[str, str]) -> bool:
-    try:
-        return is_written_here(facts)
-    except ShardError:
-        return False
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
-    try:
-        require_shape("", shape, wanted)
-    except VolumeError:
-        return False
-    return True
-
-
-def _file_cells(paths: Sequence[str], record: RecordConfig, version_key: str) -> dict[str, object] | None:
-    try:
-        with storage.hiding_hosts(bool(version_key)):
-            return file_cells(list(map(stat_image, paths)), record, version_key)
-    except (OSError, VolumeError):
-        return None  # loading it again says what is wrong

@@ -84,49 +84,45 @@ class BuildPlan:
 
     Attributes:
         config: with absolute paths, and `sharding` and `columns.label` set.
-        num_rows: rows of the manifest.
-        num_skipped: those of them that are skipped, as they lack a label.
-        digest: of the manifest's content.
-        column_names: of the manifest.
-        extra_columns: those of them that are only kept in the index.
+        num_rows: rows of the manifest; of these, `num_skipped` are skipped because they lack a label.
+        column_names: columns of the manifest; `extra_columns` are those that are only kept in the index.
         split_sizes: rows of each split.
-        shape: that every record must have; None where shapes may differ.
+        shape: required shape of every record; None if shapes may differ.
         source_dtype: dtype on disk of the first image, such as "int16" or "rgb24".
-        loaded_dtype: of its voxels as they are loaded.
-        unit_rows: rows of a work unit, at most.
+        loaded_dtype: dtype of its voxels as they are loaded.
+        key_check, manifest_name, num_unlabelled: as of `Manifest`.
+        num_frames: frames of the first image if each frame of an image becomes a record; else None.
+        digest: digest of the manifest's content.
+        unit_rows: largest number of rows of a work unit.
         has_published: whether the output holds a dataset; `SavedPlan.published` names its shards.
         reuse_published: whether records may be taken from them.
-        versions: of the software that makes its records, where it was planned.
-        earlier: how the unfinished builds that it continues cut their rows into shards.
+        versions: versions of the software that makes the records, where the build was planned.
+        earlier: how the unfinished builds that it continues divide their rows into shards.
         earlier_roots: folders of their parts.
-        revision: of the dataset that this build makes.
-        key_check: `Manifest.key_check`.
-        manifest_name: `Manifest.name`.
-        num_unlabelled: `Manifest.num_unlabelled`.
-        num_frames: frames of the first image, where each frame of an image becomes a record; else None.
+        revision: revision of the dataset.
     """
 
     config: BuildConfig
     num_rows: int
-    digest: str
     column_names: tuple[str, ...]
     extra_columns: tuple[str, ...]
     split_sizes: Mapping[str, int]
     shape: tuple[int, ...] | None
     source_dtype: str
     loaded_dtype: str
-    unit_rows: int
+    key_check: str | None = None
+    manifest_name: str = ""
+    num_skipped: int = 0
+    num_unlabelled: int = 0
+    num_frames: int | None = None
+    digest: str = ""
+    unit_rows: int = 1
     has_published: bool = False
     reuse_published: bool = True
     versions: Mapping[str, str] = field(default_factory=dict)
     earlier: tuple[Layout, ...] = ()
     earlier_roots: tuple[str, ...] = ()
     revision: int = 1
-    key_check: str | None = None
-    manifest_name: str = ""
-    num_skipped: int = 0
-    num_unlabelled: int = 0
-    num_frames: int | None = None
 
     @property
     def num_examples(self) -> int:
@@ -162,13 +158,19 @@ class BuildPlan:
 
     @property
     def required_shape(self) -> tuple[int | None, ...] | None:
-        """Shape that every image must be loaded with; None for what may differ."""
-        return required_shape(self.config.record, self.shape)
+        """Shape that every image must be loaded with; None, or None for an axis, if it may differ."""
+        record = self.config.record
+        if self.shape is None and record.channels is not None:
+            return (None, None, None, record.num_channels)
+        if self.shape is None and record.frames != "all":
+            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
+            return (None, None, None)
+        return self.shape
 
     @property
     def required_dtype(self) -> str | None:
-        """Dtype that every image must have on disk; None where dtypes may differ."""
-        return required_dtype(self.config.record, self.source_dtype)
+        """Dtype that every image must have on disk; None if dtypes may differ."""
+        return self.source_dtype if self.config.record.voxel_dtype == "native" else None
 
     @property
     def identity(self) -> str:
@@ -214,17 +216,22 @@ class BuildPlan:
         """Shards of each split."""
         return {split: len(self.shard_ranges(split)) for split in self.split_sizes}
 
+    @property
+    def num_shards(self) -> int:
+        """Shards of all splits."""
+        return sum(self.shard_totals().values())
+
+    @property
+    def split_examples(self) -> dict[str, int]:
+        """Records of each split, if no volume fails."""
+        return {split: size * (self.num_frames or 1) for split, size in self.split_sizes.items()}
+
     def shard_ranges(self, split: str) -> list[range]:
         """Positions of the records of each shard of a split."""
         return self.layout.ranges(split)
 
     def tasks(self, split: str, published: Collection[str] = ()) -> list[ShardTask]:
-        """The shards of a split.
-
-        Args:
-            split: its name.
-            published: `SavedPlan.published`.
-        """
+        """The shards of a split, given `SavedPlan.published`."""
         ranges = self.shard_ranges(split)
         names = self.layout.names(
             split, compressed=self.config.record.compression == "gzip", revision=self.revision
@@ -297,13 +304,7 @@ class BuildPlan:
     def split_units(
         self, manifest: Manifest, split: str, published: Collection[str]
     ) -> Iterator[ShardTask | WorkUnit]:
-        """Each shard's task, followed by its units.
-
-        Args:
-            manifest: that was planned for.
-            split: a name of `split_sizes`.
-            published: `SavedPlan.published`.
-        """
+        """Each shard's task, followed by its units, given `SavedPlan.published`."""
         indices = self.row_order(manifest, split)
         frames = self.num_frames or 1
         for task in self.tasks(split, published):
@@ -316,11 +317,7 @@ class BuildPlan:
                 yield WorkUnit(task, tuple(rows))
 
     def unit_ranges(self, positions: range) -> list[range]:
-        """Positions of the records of each work unit of a shard.
-
-        Args:
-            positions: of the shard's records.
-        """
+        """Positions of the records of each work unit of a shard, given those of the shard."""
         frames = self.num_frames or 1
         num_images = len(positions) // frames
         units = Sharding(num_shards=math.ceil(num_images / self.unit_rows))
@@ -329,72 +326,41 @@ class BuildPlan:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What the first image of a build makes the others have in common with it.
-
-    Attributes:
-        shape: as `required_shape`.
-        dtype: as `required_dtype`.
-        num_frames: as `BuildPlan.num_frames`.
-        num_shards: of all splits.
-        splits: their names.
-    """
-
-    shape: tuple[int | None, ...] | None
-    dtype: str | None
-    num_frames: int | None
-    num_shards: int
-    splits: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class CheckPlan:
     """What a check compares the images of a manifest with.
 
     Attributes:
-        config: of the build, with absolute paths.
-        num_rows: of the manifest, without those that are skipped.
+        config: configuration of the build, with absolute paths.
+        num_rows: rows of the manifest, without those that are skipped.
         num_skipped: rows without a label that are skipped.
-        expected: of the images; None where no build would get as far as them.
-        refusal: why not; "" where one would.
+        build: plan of the build into an empty output; None if it would be refused before it starts.
+        refusal: why it would be refused; "" if it would not.
         num_unlabelled: `Manifest.num_unlabelled`.
     """
 
     config: BuildConfig
     num_rows: int
     num_skipped: int
-    expected: Expected | None
+    build: BuildPlan | None
     refusal: str = ""
     num_unlabelled: int = 0
 
 
-def required_shape(record: RecordConfig, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
-    """Shape that every image must be loaded with; None for what may differ.
-
-    Args:
-        record: the configuration.
-        shape: of the first image's record; None where shapes may differ.
-    """
-    if shape is None and record.channels is not None:
-        return (None, None, None, record.num_channels)
-    if shape is None and record.frames != "all":
-        # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
-        return (None, None, None)
-    return shape
-
-
-def required_dtype(record: RecordConfig, source_dtype: str) -> str | None:
-    """Dtype that every image must have on disk; None where dtypes may differ."""
-    return source_dtype if record.voxel_dtype == "native" else None
+def with_absolute_paths(config: BuildConfig) -> BuildConfig:
+    """A configuration whose paths do not depend on the working directory."""
+    return replace(
+        config,
+        manifest=storage.absolute(config.manifest),
+        output=config.output and storage.absolute(config.output),
+        temp_location=config.temp_location and storage.absolute(config.temp_location),
+        anonymous_ids=config.anonymous_ids and storage.absolute(config.anonymous_ids),
+    )
 
 
 def read_build_manifest(path: str, config: BuildConfig, content: bytes | None = None) -> Manifest:
-    """The manifest of a build: with its splits, and with pseudonyms where ids are anonymous.
+    """The manifest of a build: with its splits, and with pseudonyms if ids are anonymous.
 
-    Args:
-        path: of the manifest.
-        config: of the build.
-        content: as of `read_table`; None reads `BuildConfig.rows`, or the manifest itself.
+    `content` is as of `read_table`; None reads `BuildConfig.rows`, or the manifest itself.
 
     Raises:
         ManifestError: it cannot be built from.
@@ -408,41 +374,28 @@ def read_build_manifest(path: str, config: BuildConfig, content: bytes | None = 
 
 
 def stored_itemsize(voxel_dtype: str, source_itemsize: int) -> int:
-    """Bytes of a voxel in a record, uncompressed.
-
-    Args:
-        voxel_dtype: `RecordConfig.voxel_dtype`.
-        source_itemsize: bytes of a voxel on disk.
-    """
+    """Bytes of a voxel in a record, uncompressed, given its bytes on disk."""
     return {"float16": 2, "bfloat16": 2, "uint8": 1, "native": source_itemsize}.get(voxel_dtype, 4)
 
 
 def default_sharding(
     num_voxels: int, source_itemsize: int, record: RecordConfig, num_frames: int = 1
 ) -> Sharding:
-    """Shards of about SHARD_BYTES, from what the first image's header says.
-
-    Args:
-        num_voxels: of a volume.
-        source_itemsize: bytes of a voxel on disk.
-        record: dtype and compression of what is stored.
-        num_frames: records of an image, which stay in one shard.
-    """
+    """Shards of about SHARD_BYTES, as `record_bytes` estimates; all frames of an image are in one shard."""
     each = num_frames * record_bytes(num_voxels, source_itemsize, record)
     return Sharding(examples_per_shard=num_frames * max(1, round(SHARD_BYTES / each)))
 
 
-def estimated_itemsize(record: RecordConfig, source_itemsize: int) -> int:
-    """Bytes of a voxel that tell how well a record compresses: computed voxels do like a float32 image."""
-    return 4 if record.spacing is not None or record.preprocess is not None else source_itemsize
-
-
 def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) -> float:
-    """Bytes that one record is expected to take in a shard."""
+    """Bytes that one record is expected to take in a shard, given the bytes of a voxel on disk."""
     each: float = stored_itemsize(record.voxel_dtype, source_itemsize)
     if record.compression == "gzip":
-        # What gzip finds in float32 voxels made of narrow integers, it cannot find in the integers again.
-        packed = _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
+        # Computed voxels compress like a float32 image. What gzip finds in float32 voxels made of narrow
+        # integers, it cannot find in the integers again.
+        is_computed = record.spacing is not None or record.preprocess is not None
+        packed = (
+            _ASSUMED_BYTES_WIDE if is_computed else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
+        )
         each = min(each, packed * _ASSUMED_SHARE.get(record.voxel_dtype, 1.0))
     return num_voxels * each + _RECORD_OVERHEAD
 
@@ -451,12 +404,7 @@ def choose_unit_rows(num_rows: int, image_bytes: int, workers: int) -> int:
     """Most rows of a work unit.
 
     Enough units for every worker to have several, and no more: a shard that is one unit is published
-    without a copy.
-
-    Args:
-        num_rows: of the manifest.
-        image_bytes: of the voxels of all records of an image.
-        workers: threads, or the parallelism to cut for.
+    without a copy. `image_bytes` is the size of the voxels of all records of an image.
     """
     by_bytes = max(1, UNIT_BYTES // image_bytes)
     by_workers = num_rows if workers == 1 else math.ceil(num_rows / (UNITS_PER_WORKER * workers))

@@ -17,18 +17,19 @@ from typing import Final
 from beam_nifti.support import logs
 from beam_nifti.support.process import in_background
 from beam_nifti.support.terminal import under_screen
+from beam_nifti.support.wording import bytes_text, counted
 
 
 @dataclass
 class Meter:
-    """What was done so far; safe to add to from many threads.
+    """What a pipeline has done so far; safe to add to from many threads.
 
     Attributes:
-        volumes: that became records.
-        failed: volumes that did not.
+        volumes: volumes that became records.
+        failed: volumes that failed.
         kept: records of an earlier run.
-        num_bytes: of the records.
-        shards: that are complete.
+        num_bytes: size of the records.
+        shards: complete shards.
     """
 
     volumes: int = 0
@@ -38,22 +39,17 @@ class Meter:
     shards: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(
-        self, volumes: int = 0, failed: int = 0, kept: int = 0, num_bytes: int = 0, shards: int = 0
-    ) -> None:
-        """Count some more."""
+    def add(self, **counts: int) -> None:
+        """Add to attributes."""
         with self._lock:
-            self.volumes += volumes
-            self.failed += failed
-            self.kept += kept
-            self.num_bytes += num_bytes
-            self.shards += shards
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
 
-    def reset(self, volumes: int = 0, kept: int = 0, shards: int = 0) -> None:
-        """Count afresh, from these."""
+    def reset(self, **counts: int) -> None:
+        """Set attributes, the others to 0."""
         with self._lock:
-            self.volumes, self.kept, self.shards = volumes, kept, shards
-            self.failed = self.num_bytes = 0
+            self.__dict__.update(volumes=0, failed=0, kept=0, num_bytes=0, shards=0)
+            self.__dict__.update(counts)
 
     @property
     def done(self) -> int:
@@ -75,15 +71,10 @@ def no_progress() -> Iterator[None]:
 
 @contextmanager
 def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Iterator[None]:
-    """Show what a meter says while the block runs.
+    """Show what a meter counts while the block runs, from nothing to a total.
 
     A terminal, by standard error, and a notebook get a bar with the rate and the time left; a log gets a line
     every 30 seconds.
-
-    Args:
-        total: of what is counted.
-        unit: what is counted.
-        meter: is set to nothing first.
     """
     from tqdm.auto import tqdm
 
@@ -123,11 +114,11 @@ def _is_notebook() -> bool:
 def _facts(meter: Meter, elapsed: float) -> Iterator[str]:
     """What there is to say besides the number of volumes."""
     if meter.num_bytes:
-        yield f"{meter.num_bytes / 1e6 / elapsed:.1f} MB/s"
+        yield f"{bytes_text(meter.num_bytes / elapsed)}/s"
     if meter.failed:
         yield f"{meter.failed:,} failed"
     if meter.shards:
-        yield f"{meter.shards:,} shard{'' if meter.shards == 1 else 's'} complete"
+        yield f"{counted(meter.shards, 'shard')} complete"
 
 
 def _log_line(meter: Meter, total: int, unit: str, elapsed: float) -> None:

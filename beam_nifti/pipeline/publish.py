@@ -232,13 +232,25 @@ def publish_dataset(
         mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
         versions=all_versions(),
     )
-    if published is None or info != replace(published, revision=info.revision, versions=info.versions):
+    if published is None or not _is_same(info, published):
         publish_info(info, config.output)
     lists = {failures_file(plan.revision, config.record.format_version)}
     lists |= {published.failures} if published and published.failures else set()
     for name in lists - {info.failures}:
         storage.delete(storage.join(config.output, name), config.output)
     return summary
+
+
+def _is_same(info: DatasetInfo, published: DatasetInfo) -> bool:
+    """Whether a dataset is the published one, whatever the manifest's file is called in the same folder."""
+    names = [storage.dirname(each.manifest["path"]) for each in (info, published)]
+    known = replace(
+        published,
+        revision=info.revision,
+        versions=info.versions,
+        manifest={**published.manifest, "path": info.manifest["path"]},
+    )
+    return info == known and names[0] == names[1]
 
 
 def _digest_of(path: str, below: str) -> str | None:
@@ -321,12 +333,8 @@ def remove_files(output: str, written: Collection[str], keep: Collection[str]) -
     """Remove shards, their indexes, and lists of failures that are not among `keep`.
 
     Files of other programs stay, whatever they are called. The temporary files of dead processes go too.
-
-    Args:
-        output: folder of the dataset.
-        written: names of files that builds of this output have written, or may have. A shard is also known
-            by its index.
-        keep: names of files that stay.
+    `written` has the names of files that builds of this output have written, or may have. A shard is also
+    known by its index.
     """
     keep = frozenset(keep)
     index = storage.join(output, INDEX_FOLDER)

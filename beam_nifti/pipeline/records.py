@@ -178,7 +178,7 @@ def _features(example_id: str, content: Mapping[Any, Any]) -> dict[str, FeatureV
     for key, value in content.items():
         name = _TENSORS.get(key, str(key))
         if name in features:
-            raise VolumeError(f"the feature {name} is given twice; leave one out")
+            raise VolumeError(f"the feature {name} is given twice; drop one")
         if name in _DOUBLES:
             raise VolumeError(f"the name {name} is reserved for how voxels were scaled; choose another name")
         if isinstance(value, np.ma.MaskedArray):

@@ -6,19 +6,21 @@ A record is taken only where a build of an empty output would make the same one.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from beam_nifti.errors import OutputError, ShardError
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import OutputError, ShardError, VolumeError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.pipeline.parts import (
     Part,
     find_parts,
     find_shard,
-    finished_rows,
     part_at,
     part_stems,
     parts_folder,
@@ -26,21 +28,19 @@ from beam_nifti.pipeline.parts import (
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
-from beam_nifti.record.index import Limits
+from beam_nifti.record.index import Limits, check_table, file_cells, read_index, row_cells, schema_of
 from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.versions import is_written_here
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import bytes_text, counted
+from beam_nifti.volume.files import stat_image
+from beam_nifti.volume.header import require_shape
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Records of a work unit that are already there.
-
-    Attributes:
-        part: holds them; its `positions` are set.
-        is_published: whether it is a shard of a published dataset.
-    """
+    """A part that holds records of a work unit; it may be a shard of a published dataset."""
 
     part: Part
     is_published: bool
@@ -58,7 +58,7 @@ def find_finished(
     for part, is_published in _candidates(plan, unit):
         if not missing:
             break
-        usable = _usable_rows(plan, part, missing, any_versions=is_published, check_images=check_images)
+        usable = finished_rows(plan, part, missing, any_versions=is_published, check_images=check_images)
         if usable is not None:
             done = set(usable.positions or ())
             missing = [record for record in missing if record.position not in done]
@@ -66,26 +66,90 @@ def find_finished(
     return found, missing
 
 
-def _usable_rows(
+def finished_rows(
     plan: BuildPlan,
     part: Part,
-    rows: list[VolumeRow],
+    rows: Sequence[VolumeRow],
     *,
     any_versions: bool = False,
     check_images: bool = True,
 ) -> Part | None:
-    """`finished_rows` of a plan."""
-    return finished_rows(
-        part,
-        rows,
+    """Which of `rows` a part of the same fingerprint holds as a build would make them.
+
+    Args:
+        plan: plan of the build.
+        part: holds records.
+        rows: at least one row of a shard, one for each record, in the order of their positions.
+        any_versions: whether software of other versions may have made them, as in a published dataset.
+        check_images: whether the images must be unchanged since they were read.
+
+    Returns:
+        The part with its `positions` set; None if it holds none of them.
+    """
+    record, extra_columns, folder = (
         plan.config.record,
         plan.extra_columns,
         storage.dirname(plan.config.manifest),
-        plan.required_shape,
-        plan.required_dtype,
-        any_versions=any_versions,
-        check_images=check_images,
     )
+    try:
+        limits, schema = Limits.of_data(part.data, part.base), schema_of(record, extra_columns)
+        near = range(rows[0].position, rows[-1].position + 1)
+        table, facts = read_index(part.index, near, limits=limits, below=part.base)
+    except (FileNotFoundError, ShardError):
+        return None
+    if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:
+        return None
+    if any(check_table(table, (), record)) or pc.min(table["length"]).as_py() <= 0:
+        return None
+    ends = pc.add(table["offset"], table["length"])
+    if pc.min(table["offset"]).as_py() < 0 or limits.data_bytes < pc.max(ends).as_py():
+        return None
+    if not (any_versions or _is_written_here(facts)):
+        return None
+    now = functools.cache(_file_cells)  # frames of one image follow one another
+    of_files = [name for name in table.column_names if name.startswith("source_")]
+    compared = dict.fromkeys([*row_cells(rows[0], extra_columns), "shape", "dtype", *of_files])
+    by_position = {row.position: row for row in rows}
+    positions = []
+    ours = table.filter(pc.is_in(table["position"], pa.array(list(by_position), pa.int64())))
+    for found in ours.select(list(compared)).to_pylist():
+        row = by_position[found["position"]]
+        same = all(found.get(k) == v for k, v in row_cells(row, extra_columns).items())
+        if not (
+            same
+            and _fits(tuple(found["shape"]), plan.required_shape)
+            and plan.required_dtype in (None, found["dtype"])
+        ):
+            continue
+        if check_images:
+            files = now(tuple(storage.join(folder, path) for path in row.files), record, row.version_key)
+            if files is None or not files.items() <= found.items():
+                continue
+        positions.append(row.position)
+    return Part(part.data, part.index, tuple(positions)) if positions else None
+
+
+def _is_written_here(facts: Mapping[str, str]) -> bool:
+    try:
+        return is_written_here(facts)
+    except ShardError:
+        return False
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
+    try:
+        require_shape("", shape, wanted)
+    except VolumeError:
+        return False
+    return True
+
+
+def _file_cells(paths: Sequence[str], record: RecordConfig, version_key: str) -> dict[str, object] | None:
+    try:
+        with storage.hiding_hosts(bool(version_key)):
+            return file_cells(list(map(stat_image, paths)), record, version_key)
+    except (OSError, VolumeError):
+        return None  # loading it again says what is wrong
 
 
 def _candidates(plan: BuildPlan, unit: WorkUnit) -> Iterator[tuple[Part, bool]]:
@@ -105,12 +169,7 @@ def _candidates(plan: BuildPlan, unit: WorkUnit) -> Iterator[tuple[Part, bool]]:
 
 @dataclass(frozen=True)
 class Work:
-    """Some finished records.
-
-    Attributes:
-        num_records: how many.
-        num_bytes: of them, in their files.
-    """
+    """Some finished records, and their size in their files."""
 
     num_records: int = 0
     num_bytes: int = 0
@@ -122,13 +181,7 @@ class Work:
 
 @dataclass(frozen=True)
 class UnfinishedBuild:
-    """A build that did not end.
-
-    Attributes:
-        output: folder of the dataset.
-        saved: its plan, in the output.
-        published: shards of the dataset that the output holds besides.
-    """
+    """A build that did not end, and the shards of the dataset that its output holds besides."""
 
     output: str
     saved: SavedPlan
@@ -163,7 +216,7 @@ class UnfinishedBuild:
 
         def not_usable(split: str, part: Part, positions: Collection[int]) -> Collection[int]:
             rows = list(rows_at(split, positions))
-            usable = _usable_rows(plan, part, rows, any_versions=True, check_images=False) if rows else None
+            usable = finished_rows(plan, part, rows, any_versions=True, check_images=False) if rows else None
             return set(positions).difference(usable.positions or () if usable else ())
 
         return self._work(not_usable)
@@ -215,8 +268,8 @@ class Reuse:
         num_unfinished: records taken from an unfinished build.
         num_rebuilt: records made from their images.
         replaced: shards of the published dataset that are removed once the new one is complete.
-        revision: of the published dataset; None where there is none.
-        is_checked: whether it was looked whether images have changed.
+        revision: revision of the published dataset, if there is one.
+        is_checked: whether images were compared with what they were.
     """
 
     num_published: int

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 UNUSABLE: Final = {
     "save_main_session": "nothing that a worker runs is defined in the main program",
+    "runtime_type_check": "it takes the other outputs of a step, such as failures, for its main one",
     "streaming": "a build reads a finite manifest, so it runs as a batch job",
     "no_wait_until_finish": "the command publishes and cleans up when the pipeline has ended",
 }
@@ -50,9 +51,8 @@ class Engine:
     """A runner, and what is known of it.
 
     Attributes:
-        options: Beam's.
-        config: of the build, with the workers that it has here: threads on this machine; on a cluster,
-            the least parallelism to cut the work for.
+        options: Beam's options.
+        config: configuration of the build, with the number of workers.
         is_local: whether it is Beam's in-process runner.
         in_processes: whether that one starts a process for each worker.
         is_template: whether the job is only described, to be started by somebody else.
@@ -67,16 +67,8 @@ class Engine:
     runner: str = "DirectRunner"
 
 
-def make_engine(
-    config: BuildConfig, flags: Sequence[str], known: argparse.Namespace, workers: int | None
-) -> Engine:
-    """The engine that Beam's flags ask for.
-
-    Args:
-        config: of the build.
-        flags: Beam's, written with underscores.
-        known: what Beam's Python SDK understands of them.
-        workers: value of --workers; None where it was not given.
+def make_engine(config: BuildConfig, flags: Sequence[str], known: argparse.Namespace) -> Engine:
+    """The engine that Beam's flags ask for, given what Beam's Python SDK understands of them.
 
     Raises:
         UsageError: a flag is missing or refused by Beam, or a path is out of the workers' reach. Nothing
@@ -86,7 +78,7 @@ def make_engine(
     is_local = name in local_runner.NAMES
     config = replace(config, temp_location=config.temp_location or known.temp_location)
     given = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
-    problems = [f"--{flag}: {why}; leave it out" for flag, why in UNUSABLE.items() if flag in given]
+    problems = [f"--{flag}: {why}; drop it" for flag, why in UNUSABLE.items() if flag in given]
     problems += _CHECKS[name](known, given, config) if name in _CHECKS else ()
     if problems:
         raise UsageError("\n  ".join([f"{name or 'this build'} cannot run with these options:", *problems]))
@@ -96,12 +88,12 @@ def make_engine(
     if not is_local:
         return Engine(
             options=_accepted(flags),
-            config=replace(config, workers=workers or _cluster_workers(name, known)),
+            config=replace(config, workers=config.workers or _cluster_workers(name, known)),
             is_local=False,
             is_template=known.template_location is not None,
             runner=name,
         )
-    threads = workers or count_cores()
+    threads = config.workers or count_cores()
     if "direct_num_workers" in given:
         threads = known.direct_num_workers or count_cores()
     mode = known.direct_running_mode if "direct_running_mode" in given else "multi_threading"
@@ -112,7 +104,7 @@ def make_engine(
     ]
     return Engine(
         options=_accepted(flags),
-        config=replace(config, workers=workers or threads),
+        config=replace(config, workers=config.workers or threads),
         is_local=True,
         in_processes=mode == "multi_processing",
     )

@@ -32,14 +32,7 @@ from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
-from beam_nifti.pipeline.options import (
-    Names,
-    Numbers,
-    Rule,
-    StrPath,
-    make_record_config,
-    naming_parameters,
-)
+from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath, make_record_config, naming_parameters
 from beam_nifti.pipeline.parts import PartFile, PartWriter
 from beam_nifti.pipeline.progress import METER
 from beam_nifti.pipeline.records import Record
@@ -297,6 +290,7 @@ class _Step(beam.PTransform[Any, Any]):
 
     _takes: type
     _gives: type
+    _step: beam.DoFn
     _has_failures = False
 
     def with_failures(self) -> Any:
@@ -306,18 +300,14 @@ class _Step(beam.PTransform[Any, Any]):
 
     def expand(self, elements: _Values) -> Any:
         """To what the DoFn yields; with failures, to an Outcome."""
-        step = self._make()
-        if isinstance(step, _VolumeFn):
-            step.follows_any = True
+        if isinstance(self._step, _VolumeFn):
+            self._step.follows_any = True
         if not self._has_failures:
-            pardo = beam.ParDo(step).with_input_types(self._takes)
+            pardo = beam.ParDo(self._step).with_input_types(self._takes)
             return elements | pardo.with_output_types(self._gives)
-        outputs = elements | guarded(step, self._gives)
+        outputs = elements | guarded(self._step, self._gives)
         failures = outputs[FAILURES] | "Failures" >> beam.Values().with_output_types(Failure)
         return Outcome(outputs.main, failures)
-
-    def _make(self) -> beam.DoFn:
-        raise NotImplementedError
 
 
 class _ReadRowsFn(beam.DoFn):
@@ -403,15 +393,13 @@ class LoadVolume(_Step):
         super().__init__()
         given = {"frames": frames, "complex": complex, "path_column": channels, "mask_dtype": mask_dtype}
         with naming_parameters(path_column="channels"):
-            self._config = make_record_config(given)
-        if self._config.frames == "each":
+            config = make_record_config(given)
+        if config.frames == "each":
             raise UsageError(
                 "frames is 'each', which makes several records per row, and only a build can number them; "
                 "choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
             )
-
-    def _make(self) -> beam.DoFn:
-        return LoadVolumeFn(config=self._config)
+        self._step = LoadVolumeFn(config=config)
 
 
 class Preprocess(_Step):
@@ -447,10 +435,7 @@ class Preprocess(_Step):
             "shape": shape,
         }
         with naming_parameters():
-            self._config = make_record_config(given)
-
-    def _make(self) -> beam.DoFn:
-        return PreprocessFn(self._config)
+            self._step = PreprocessFn(make_record_config(given))
 
 
 class Rescale(_Step):
@@ -479,10 +464,7 @@ class Rescale(_Step):
         super().__init__()
         given = {"rescale": rescale, "rescale_within": within, "clip": clip, "voxel_dtype": voxel_dtype}
         with naming_parameters(rescale_within="within"):
-            self._config = make_record_config(given)
-
-    def _make(self) -> beam.DoFn:
-        return RescaleFn(self._config)
+            self._step = RescaleFn(make_record_config(given))
 
 
 class EncodeExample(_Step):
@@ -492,6 +474,4 @@ class EncodeExample(_Step):
 
     def __init__(self) -> None:
         super().__init__()  # not with Beam's label, for which a column of labels could be mistaken
-
-    def _make(self) -> beam.DoFn:
-        return EncodeExampleFn()
+        self._step = EncodeExampleFn()

@@ -16,7 +16,7 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
-from beam_nifti.pipeline.plan import CheckPlan, estimated_itemsize, record_bytes, stored_itemsize
+from beam_nifti.pipeline.plan import CheckPlan, record_bytes, stored_itemsize
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
 from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
@@ -46,13 +46,7 @@ _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
 
 
 class NamedImage(NamedTuple):
-    """An image that a report names.
-
-    Attributes:
-        row: of the manifest, from 1.
-        example_id: of its example.
-        message: what is wrong with it, and what to do; "" where nothing is.
-    """
+    """An image that a report names, by its row from 1, and what is wrong with it."""
 
     row: int
     example_id: str
@@ -61,12 +55,7 @@ class NamedImage(NamedTuple):
 
 @dataclass
 class NamedImages:
-    """Images of a survey that have something in common.
-
-    Attributes:
-        num: how many.
-        first: the first MAX_PROBLEMS of them, by row.
-    """
+    """Images of a survey that have something in common; the first MAX_PROBLEMS of them, by row, are named."""
 
     num: int = 0
     first: list[NamedImage] = field(default_factory=list)
@@ -82,19 +71,17 @@ class Tally:
     """Counts over some images. Those of disjoint rows add up.
 
     Attributes:
-        num_images: looked at.
-        bad: those that the build would skip, as far as headers tell.
-        kinds: of the first images of examples, on disk; also of those that the build would make only
-            with other options.
+        num_images: all images.
+        bad: images that the build would skip, as far as headers tell.
+        kinds: kinds on disk of the first images of examples, also of those that other options would accept.
         first: the first image of each kind.
-        records: shapes of the records; "?" where headers cannot tell; also of images that the build would
-            make only with other options, as they are unlike the first one.
-        frames: numbers of them an image, where each becomes a record; of the same images.
+        records: shapes of the records of the same images; "?" if headers do not determine them.
+        frames: numbers of frames of the same images, if each becomes a record.
         num_examples: records of the images that would not fail.
-        splits: those of each split.
-        source_bytes: of the files.
-        record_bytes: that the records are expected to take in shards.
-        largest_bytes: of the voxels of the largest volume, on disk or stored, uncompressed.
+        splits: records of each split.
+        source_bytes: size of the files.
+        record_bytes: expected size of the records in shards.
+        largest_bytes: size of the voxels of the largest volume, on disk or stored, uncompressed.
         notes: what a user should know of some images, by the keys of `notes.TEXTS`.
     """
 
@@ -130,14 +117,9 @@ class Tally:
 def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, str | None]:
     """Look at one example: the first 64 KB of each of its files.
 
-    Args:
-        row: names them.
-        folder: what a relative path is relative to.
-        plan: of the build that its image would be part of.
-
     Returns:
-        Its survey, of the first image where there are several; and what it shares with copies of it, None if
-        it cannot be read.
+        Its survey, of the first image if there are several; and what it shares with copies of it, None if it
+        cannot be read.
 
     Raises:
         OSError: the disk, the network or a store failed, which says nothing about the image.
@@ -174,12 +156,12 @@ def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, s
 
 def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeader:
     """Refuse an image that the build would refuse by its header."""
-    record, expected = plan.config.record, plan.expected
-    if expected is None:
+    record, build = plan.config.record, plan.build
+    if build is None:
         return load_header(row, folder, record)
-    header = load_header(row, folder, record, expected.shape, expected.dtype)
+    header = load_header(row, folder, record, build.required_shape, build.required_dtype)
     if record.frames == "each":
-        require_frames(row.path, header, expected.num_frames)
+        require_frames(row.path, header, build.num_frames)
     return header
 
 
@@ -193,7 +175,7 @@ def _count_records(found: Tally, header: VolumeHeader, layout: RecordLayout, rec
     if found.bad.num:
         return
     found.num_examples = header.num_frames if layout.frame == "each" else 1
-    each = record_bytes(voxels, estimated_itemsize(record, itemsize), record)
+    each = record_bytes(voxels, itemsize, record)
     found.record_bytes = found.num_examples * each
     on_disk = header.num_bytes * record.num_channels
     found.largest_bytes = max(voxels * stored_itemsize(record.voxel_dtype, itemsize), on_disk)
@@ -206,7 +188,7 @@ def make_report(
 
     `copies` are the ids and splits of images that are probably one, in groups.
     """
-    expected = plan.expected
+    build = plan.build
     kinds = {kind: survey.kinds[kind] for kind in sorted(survey.first, key=lambda kind: survey.first[kind])}
     advice = suggest_flags(kinds, plan.config.record)
     not_suggested = None
@@ -220,10 +202,10 @@ def make_report(
         "problems": [image._asdict() for image in survey.bad.first],
         "records": dict(survey.records.most_common()),
         "frames": dict(survey.frames.most_common()),
-        "num_examples": survey.num_examples if expected else 0,
-        "splits": {name: survey.splits[name] for name in expected.splits} if expected else {},
+        "num_examples": survey.num_examples if build else 0,
+        "splits": {name: survey.splits[name] for name in build.split_sizes} if build else {},
         "source_bytes": survey.source_bytes,
-        "record_bytes": round(survey.record_bytes) if expected else 0,
+        "record_bytes": round(survey.record_bytes) if build else 0,
         "largest_bytes": survey.largest_bytes,
         "notes": {
             note: {"message": text, "num_images": of.num, "images": [*map(_reference, of.first)]}
@@ -231,7 +213,7 @@ def make_report(
             if (of := survey.notes.get(note))
         },
         **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
-        "num_shards": expected.num_shards if expected else 0,
+        "num_shards": build.num_shards if build else 0,
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [[name for name, _ in group] for group in copies],
         "twins_across_splits": [dict(group) for group in copies if len({split for _, split in group}) > 1],
@@ -249,13 +231,9 @@ class Survey(Document):
 
     Its items are those of `beam-nifti check --json`, whose texts name flags.
 
-    Args:
-        facts: of `make_report`.
-        plan: that they were made with.
-
     Attributes:
         problems: a sentence for each of the first images that the build would skip.
-        refusal: why the build would write nothing; "" where it would write a dataset.
+        refusal: why the build would write nothing; "" if it would write a dataset.
         ok: whether the build would be complete, as far as headers tell; so is the survey's truth.
     """
 
@@ -269,11 +247,7 @@ class Survey(Document):
         self.ok = not plan.refusal and plan.config.allows_failures(facts["num_bad"], facts["num_images"])
 
     def reworded(self, words: Callable[[str], str]) -> Survey:
-        """It with its sentences and its table changed; the items stay those of the JSON.
-
-        Args:
-            words: maps a text to the one to show instead.
-        """
+        """The survey with its sentences and its table changed; the items stay those of the JSON."""
         survey = copy.copy(self)
         survey.problems, survey.refusal = tuple(map(words, self.problems)), words(self.refusal)
         survey._words = words

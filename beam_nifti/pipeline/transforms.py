@@ -31,7 +31,7 @@ from beam_nifti.errors import BuildSummary
 from beam_nifti.manifest.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.failures import Failure
-from beam_nifti.pipeline.merge import count_differing, keep_if_same, merge_parts
+from beam_nifti.pipeline.merge import ShardMerge, count_differing, keep_if_same
 from beam_nifti.pipeline.parts import Part, PartWriter, parts_folder
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.pipeline.progress import METER
@@ -190,7 +190,7 @@ class CommitShards(beam.DoFn):
         require_current(output, plan.identity)
         with timed(self._msec):
             folder = parts_folder(plan.parts_root, record.fingerprint, name.split, name.index)
-            info = merge_parts(output, name, expected, parts, record, plan.extra_columns, folder)
+            info = ShardMerge(output, name, expected, parts, record, plan.extra_columns, folder).run()
             if task.compared is not None and info.name != str(task.compared):
                 info = keep_if_same(output, task.compared, info)
             if task.compared is not None and task.published is None:  # made anew to be compared

@@ -41,7 +41,7 @@ class Watcher:
             known: Beam's flags that have an effect.
         """
         flag = argument.partition("=")[0]
-        hint = suggest_flag(dashed(flag), known) or "leave it out"
+        hint = suggest_flag(dashed(flag), known) or "drop it"
         return f"{flag} is not a flag of Apache Beam; {hint}"
 
     def load_beam(self) -> None:

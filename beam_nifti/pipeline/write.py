@@ -37,7 +37,7 @@ from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.merge import write_shard
 from beam_nifti.pipeline.options import StrPath, make_config, naming_parameters
 from beam_nifti.pipeline.parts import BUILD_FOLDER, PartFile, parts_folder, parts_root, remove_parts
-from beam_nifti.pipeline.plan import SHARD_BYTES
+from beam_nifti.pipeline.plan import SHARD_BYTES, with_absolute_paths
 from beam_nifti.pipeline.publish import (
     clean_up,
     files_of,
@@ -105,22 +105,22 @@ class _Target:
     """Where a dataset is written, and how.
 
     Attributes:
-        output: folder of the dataset, absolute, or a URL.
-        root: folder of the part files.
+        config: configuration of the dataset, as far as it is given, with absolute paths.
         token: 16 hex digits, unique to this pipeline.
-        sharding: how splits are divided into shards; None derives it from the size of the records.
-        compression: as in `RecordConfig`.
-        compression_level: as in `RecordConfig`.
-        overwrite: whether to replace an existing dataset.
     """
 
-    output: str
-    root: str
+    config: BuildConfig
     token: str
-    sharding: Sharding | None
-    compression: str
-    compression_level: int
-    overwrite: bool
+
+    @property
+    def output(self) -> str:
+        """The folder of the dataset."""
+        return self.config.output
+
+    @property
+    def root(self) -> str:
+        """The folder of all part files."""
+        return parts_root(self.output, self.config.temp_location)
 
     @property
     def folder(self) -> str:
@@ -134,8 +134,8 @@ class _Target:
             OutputError: it may not be replaced.
             DatasetError: it is damaged.
         """
-        published = find_replaceable(self.output, overwrite=self.overwrite)
-        if published is not None and not self.overwrite:
+        published = find_replaceable(self.output, overwrite=self.config.overwrite)
+        if published is not None and not self.config.overwrite:
             raise OutputError(
                 f"{self.output}: holds a dataset; choose another output, or use overwrite=True to replace it"
             )
@@ -180,7 +180,8 @@ class WritePartsFn(PartsFn):
 
     def __init__(self, target: _Target) -> None:
         self._target = target
-        self._level = target.compression_level if target.compression == "gzip" else None
+        record = target.config.record
+        self._level = record.compression_level if record.compression == "gzip" else None
         self._msec = Metrics.distribution(type(self), "write-msec")
         self._bytes = Metrics.counter(type(self), "bytes-written")
         self._count = Metrics.counter(type(self), "records-written")
@@ -248,7 +249,7 @@ class StartFn(beam.DoFn):
         target, output = self._target, self._target.output
         kept = files_of(published) if published else ()
         unfinished = [saved for saved in (dead, self._dead_build()) if saved is not None]
-        if not (unfinished or published or target.overwrite):
+        if not (unfinished or published or target.config.overwrite):
             refuse_foreign(output)
         own_root = parts_root(output, None)
         for root in {target.root, own_root}.union(*(saved.parts_roots(output) for saved in unfinished)):
@@ -270,10 +271,10 @@ class StartFn(beam.DoFn):
         try:
             build = SavedPlan.read(self._target.output)
         except OutputError:
-            if self._target.overwrite:
+            if self._target.config.overwrite:
                 return None
             raise
-        if build is not None and not self._target.overwrite:
+        if build is not None and not self._target.config.overwrite:
             raise OutputError(
                 f"{self._target.output}: holds an unfinished build; finish it, choose another output, or use "
                 "overwrite=True to discard it"
@@ -322,7 +323,7 @@ class _WritePlan:
         for example_id, split in ids:
             of_splits.setdefault(split, []).append(example_id)
         of_splits = dict(sorted(of_splits.items()))
-        sharding = target.sharding or Sharding(max(1, round(SHARD_BYTES * len(ids) / num_bytes)))
+        sharding = target.config.sharding or Sharding(max(1, round(SHARD_BYTES * len(ids) / num_bytes)))
         layout = Layout({split: len(found) for split, found in of_splits.items()}, sharding)
         firsts = {
             split: tuple(found[positions.start] for positions in layout.ranges(split))
@@ -339,8 +340,8 @@ class _WritePlan:
         made = self.traits.config
         return replace(
             made,
-            compression=self.target.compression,
-            compression_level=self.target.compression_level,
+            compression=self.target.config.record.compression,
+            compression_level=self.target.config.record.compression_level,
             labels=None,
             frames=None if made.frames == "each" else made.frames,
             format_version=FORMAT_VERSION,
@@ -350,7 +351,9 @@ class _WritePlan:
     def name(self, split: str, index: int) -> ShardName:
         """The name of a shard, by its number in its split."""
         revision = self.revision if self.revision > 1 else 0
-        return ShardName(split, index, len(self.firsts[split]), self.target.compression == "gzip", revision)
+        return ShardName(
+            split, index, len(self.firsts[split]), self.target.config.record.compression == "gzip", revision
+        )
 
     @cached_property
     def shards(self) -> Mapping[str, tuple[ShardName, range]]:
@@ -544,17 +547,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
         }
         with naming_parameters():
             config = make_config("", storage.path_text("output", output), given)
-        folder = storage.absolute(config.output)
-        temporary = config.temp_location and storage.absolute(config.temp_location)
-        self._target = _Target(
-            folder,
-            parts_root(folder, temporary),
-            uuid.uuid4().hex[:16],
-            config.sharding,
-            config.record.compression,
-            config.record.compression_level,
-            config.overwrite,
-        )
+        self._target = _Target(with_absolute_paths(config), uuid.uuid4().hex[:16])
 
     def expand(self, records: _Values) -> _Values:
         """To one DatasetInfo."""

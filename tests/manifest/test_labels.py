@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
-from beam_nifti.cli.build_options import build_config
 from beam_nifti.cli.parser import parse
 from beam_nifti.config import BuildConfig, Columns, LabelColumn, RecordConfig, Splitting
 from beam_nifti.errors import DatasetError, ManifestError, OutputError, ShardError, UsageError
@@ -34,7 +33,7 @@ from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.failures import Failure, write_failures
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.example import decode_example, encode_example
-from tests.build_helpers import build, contents
+from tests.build_helpers import build, build_config, contents
 from tests.datasets import build_dataset, edit_index, edit_info, edit_record, info_of, records_of, set_cell
 from tests.images import brain, write_image, write_manifest
 

@@ -20,12 +20,11 @@ from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser
-from beam_nifti.cli.build_options import build_config
 from beam_nifti.config import BuildConfig, Percentile, RecordConfig, Sharding, Splitting, Window
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config, naming_parameters
 from beam_nifti.volume.user_function import source_sha256
-from tests.build_helpers import contents
+from tests.build_helpers import build_config, contents
 from tests.datasets import edit_info, info_of
 from tests.golden.make_builds import write_inputs
 from tests.images import write_manifest
@@ -199,7 +198,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("path_column", 3, "--path-column is 3; give the name of a column, or a list of them"),
     ("path_column", [], "--path-column is []; give the name"),
     ("path_column", ["a,b"], "--path-column is ['a,b']; give the name"),
-    ("id_column", "", "--id-column is empty; give a text, or leave it out"),
+    ("id_column", "", "--id-column is empty; give a text, or drop it"),
     ("id_column", ["a"], "--id-column is ['a']; give a text"),
     ("split", {}, "--split is {}; give each split once, with its share"),
     ("split", {"train": True}, "--split is {'train': True}; give each split once"),

@@ -296,6 +296,14 @@ def test_a_file_of_the_same_size_that_is_half_a_microsecond_younger_is_noticed(
     assert build(manifest, output).read == {image.name}
 
 
+def test_a_manifest_of_another_name_with_equal_rows_changes_nothing(own: Path, tmp_path: Path) -> None:
+    build(own, tmp_path / "out")
+    before = (tmp_path / "out/dataset_info.json").read_bytes()
+    again = build(own.rename(own.with_name("renamed.tsv")), tmp_path / "out")
+    assert again.read == frozenset()
+    assert (tmp_path / "out/dataset_info.json").read_bytes() == before
+
+
 def test_recheck_replaces_what_differs_and_keeps_the_rest(own: Path, tmp_path: Path) -> None:
     manifest, output = as_nii(own), tmp_path / "out"
     build(manifest, output, examples_per_shard=2)

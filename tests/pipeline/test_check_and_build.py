@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
-from beam_nifti.cli.build_options import build_config
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import BeamNiftiError, ManifestError
 from beam_nifti.manifest import VolumeRow
@@ -29,7 +28,7 @@ from beam_nifti.transforms import EncodeExampleFn, LoadVolumeFn, PreprocessFn, R
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.grid import orientation_of
 from beam_nifti.volume.preprocess import prepare_volume
-from tests.build_helpers import run_steps
+from tests.build_helpers import build_config, run_steps
 from tests.images import random_voxels, write_image, write_manifest
 
 SPACINGS = (

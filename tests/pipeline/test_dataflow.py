@@ -19,7 +19,6 @@ from apache_beam.transforms.environments import DockerEnvironment, python_sdk_de
 
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
-from beam_nifti.cli.build_options import build_config
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.pipeline import beam_flags, runners
 from beam_nifti.pipeline.build import open_build, plan_build
@@ -29,6 +28,7 @@ from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.sharding import ShardName, shard_ranges
 from beam_nifti.transforms import BuildDataset
 from pipelines.flex_template import launch
+from tests.build_helpers import build_config
 from tests.images import brain, write_image
 
 ROOT = Path(__file__).parents[2]

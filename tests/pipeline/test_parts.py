@@ -16,11 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import ShardError
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.pipeline.merge import merge_parts
-from beam_nifti.pipeline.parts import Part, PartWriter, find_parts, find_shard, finished_rows, parts_folder
+from beam_nifti.pipeline.merge import ShardMerge
+from beam_nifti.pipeline.parts import Part, PartWriter, find_parts, find_shard, parts_folder
+from beam_nifti.pipeline.plan import BuildPlan
+from beam_nifti.pipeline.resume import finished_rows
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import IndexEntry, read_index
 from beam_nifti.record.sharding import ShardName
@@ -59,6 +61,15 @@ def entry_of(folder: Path, position: int) -> IndexEntry:
     )
 
 
+def usable(
+    part: Part, rows: Sequence[VolumeRow], folder: Path, extra_columns: tuple[str, ...] = ()
+) -> Part | None:
+    """Which rows a part holds as a build of the images in a folder would make them."""
+    config = BuildConfig(str(folder / "manifest.tsv"), "", RECORD)
+    plan = BuildPlan(config, COUNT, (), extra_columns, {"train": COUNT}, None, "int16", "int16")
+    return finished_rows(plan, part, rows)
+
+
 class Place:
     """An output and its folder of parts."""
 
@@ -75,7 +86,7 @@ class Place:
         return writer.close()
 
     def merge(self, parts: Sequence[Part], positions: Sequence[int] = range(COUNT)) -> ShardInfo:
-        return merge_parts(str(self.output), SHARD, positions, parts, RECORD, (), str(self.parts))
+        return ShardMerge(str(self.output), SHARD, positions, parts, RECORD, (), str(self.parts)).run()
 
     def found(self) -> list[Part]:
         """What the next run would merge."""
@@ -83,7 +94,7 @@ class Place:
         rows = [entry_of(self.images, position).row for position in range(COUNT)]
         selected = []
         for part in ([shard] if shard else []) + find_parts(str(self.parts), range(COUNT)):
-            held = finished_rows(part, rows, RECORD, (), str(self.images)) if rows else None
+            held = usable(part, rows, self.images) if rows else None
             if held is not None:
                 done = set(held.positions or ())
                 rows = [row for row in rows if row.position not in done]
@@ -208,16 +219,17 @@ def test_a_second_attempt_at_a_merge_at_the_same_moment(
         parts = [place.write([5, 1, 0, 4]), place.write([2, 3, 7, 6])]
         if is_replaced:  # by a shard with more records
             place.merge([place.write([0, 1])], [0, 1])
-        count, busy = 0, False
+        count, busy, is_done = 0, False, False
 
         def hooked(step: str) -> Callable[..., Any]:
             def call(*arguments: Any) -> Any:
-                nonlocal count, busy
+                nonlocal count, busy, is_done
                 if not busy:
+                    assert is_replaced or not is_done or (place.output / SHARD.index_file).exists()
                     if count == moment:
                         busy = True
                         place.merge(parts)
-                        busy = False
+                        busy, is_done = False, True
                     count += 1
                 return originals[step](*arguments)
 
@@ -262,7 +274,7 @@ def test_missing_and_surplus_records_are_refused(place: Place, positions: list[i
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_shard_without_records_is_a_readable_file(place: Place, compressed: bool) -> None:
     name = replace(SHARD, compressed=compressed)
-    info = merge_parts(str(place.output), name, (), (), RECORD, (), str(place.parts))
+    info = ShardMerge(str(place.output), name, (), (), RECORD, (), str(place.parts)).run()
     written = (place.output / str(name)).read_bytes()
     assert (gzip.decompress(written) if compressed else written) == b""
     assert bool(written) == compressed  # an empty file is no gzip file
@@ -272,18 +284,18 @@ def test_a_shard_without_records_is_a_readable_file(place: Place, compressed: bo
 def test_a_part_that_lost_its_end_is_not_used(place: Place) -> None:
     part = place.write([0, 1, 2])
     rows = [entry_of(place.images, p).row for p in range(3)]
-    assert finished_rows(part, rows, RECORD, (), str(place.images)) is not None
+    assert usable(part, rows, place.images) is not None
     os.truncate(part.data, Path(part.data).stat().st_size - 1)
-    assert finished_rows(part, rows, RECORD, (), str(place.images)) is None
+    assert usable(part, rows, place.images) is None
     Path(part.data).unlink()
-    assert finished_rows(part, rows, RECORD, (), str(place.images)) is None
+    assert usable(part, rows, place.images) is None
 
 
 def test_a_damaged_index_is_as_none(place: Place) -> None:
     part = place.write([0, 1])
     rows = [entry_of(place.images, p).row for p in range(2)]
     Path(part.index).write_bytes(b"PAR1 and then nothing")
-    assert finished_rows(part, rows, RECORD, (), str(place.images)) is None
+    assert usable(part, rows, place.images) is None
     place.merge([place.write(range(COUNT))])
     (place.output / SHARD.index_file).write_bytes(b"")
     assert find_shard(str(place.output), SHARD, FINGERPRINT) is None
@@ -310,9 +322,9 @@ def test_a_shard_of_another_fingerprint_is_not_found(place: Place) -> None:
 def test_only_the_same_row_is_finished(place: Place, change: dict[str, object]) -> None:
     part = place.write([0, 1])
     rows = [entry_of(place.images, p).row for p in range(2)]
-    whole = finished_rows(part, rows, RECORD, (), str(place.images))
+    whole = usable(part, rows, place.images)
     assert whole == replace(part, positions=(0, 1))
-    half = finished_rows(part, [rows[0], replace(rows[1], **change)], RECORD, (), str(place.images))
+    half = usable(part, [rows[0], replace(rows[1], **change)], place.images)
     assert half == replace(part, positions=(0,))
 
 
@@ -322,14 +334,14 @@ def test_only_an_unchanged_image_is_finished(place: Place) -> None:
     (place.images / "1.nii").write_bytes(b"a longer image")
     os.utime(place.images / "2.nii", (1, 1))
     (place.images / "3.nii").unlink()
-    found = finished_rows(part, rows, RECORD, (), str(place.images))
+    found = usable(part, rows, place.images)
     assert found == replace(part, positions=(0,))
 
 
 def test_other_further_columns_are_not_finished(place: Place) -> None:
     part = place.write([0])
     row = entry_of(place.images, 0).row
-    assert finished_rows(part, [replace(row, extras=("7",))], RECORD, ("age",), str(place.images)) is None
+    assert usable(part, [replace(row, extras=("7",))], place.images, ("age",)) is None
 
 
 def test_a_part_that_is_published_twice_leaves_nothing(place: Place) -> None:

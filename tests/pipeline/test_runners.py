@@ -19,7 +19,6 @@ from apache_beam.options.pipeline_options import (
 
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
-from beam_nifti.cli.build_options import build_config
 from beam_nifti.cli.run_summary import RunSummary
 from beam_nifti.cli.watching import CommandWatcher
 from beam_nifti.errors import UsageError
@@ -28,6 +27,7 @@ from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.local_runner import RUNNER
 from beam_nifti.pipeline.runners import CLUSTER_WORKERS, Engine
 from beam_nifti.support.process import count_cores
+from tests.build_helpers import build_config
 from tests.images import write_cohort
 
 CORES = count_cores()
@@ -46,7 +46,7 @@ def choose(*flags: str, manifest: str = "m.csv", output: str = "out") -> Engine:
     """The engine of `beam-nifti build`."""
     parsed, rest = options.parse(["build", manifest, output, *flags])
     watcher = CommandWatcher(RunSummary("build"), parsed)
-    return beam_flags.choose_engine(build_config(parsed), rest, parsed.workers, watcher)
+    return beam_flags.choose_engine(build_config(parsed), rest, watcher)
 
 
 def refusal(*flags: str, manifest: str = "m.csv", output: str = "out") -> str:
@@ -136,6 +136,7 @@ def test_dataflow_needs_its_extra() -> None:
         (["--runner=PortableRunner"], "--job_endpoint is missing"),
         (["--runner=PortableRunner", "--job-endpoint=h:8099"], "--environment_config is missing"),
         ([*FLINK, *POOL, "--save-main-session"], "--save_main_session: nothing that a worker runs"),
+        (["--runtime-type-check"], "--runtime_type_check: it takes the other outputs of a step"),
         (["--streaming"], "--streaming: a build reads a finite manifest, so it runs as a batch job"),
         (["--no-wait-until-finish"], "--no_wait_until_finish"),
         ([*FLINK, *POOL, "--parallelism=many"], "--parallelism: invalid int value: 'many'"),
@@ -162,7 +163,7 @@ def test_dataflow_needs_its_extra() -> None:
         (["--num-workers=3"], "did you mean --workers?"),
         (["--region=x"], "has no effect without --runner; name the runner that it is for with --runner, or"),
         (["--disk-type=ssd"], "without --runner; name the runner"),
-        ([*FLINK, *POOL, "--region=x"], "has no effect with FlinkRunner; leave it out"),
+        ([*FLINK, *POOL, "--region=x"], "has no effect with FlinkRunner; drop it"),
         (["--parallelism=3"], "--parallelism is an Apache Beam flag that has no effect without --runner"),
         (["--runner=DirectRunner", "--setup-file=setup.py"], "--setup_file is an Apache Beam flag"),
         (["--surprise"], "unknown flag --surprise"),

@@ -170,7 +170,7 @@ def test_the_steps_work_without_a_build(tmp_path: Path) -> None:
     ],
 )
 def test_steps_take_the_values_that_builds_take(step: Any, options: dict[str, Any], wanted: Any) -> None:
-    config = step(**options)._config
+    config = step(**options)._step._config
     assert config == RecordConfig(**wanted)
     RecordConfig(**dataclasses.asdict(config)).fingerprint  # noqa: B018  (of JSON values alone)
 

@@ -520,16 +520,16 @@ def test_any_change_gives_the_bytes_of_a_fresh_build_or_is_refused(
         before = snapshot(output)
         published = read_info(str(output)) if (output / "dataset_info.json").exists() else None
         try:
-            estimate = plan_build(config)[1]
+            plan, estimate = plan_build(config)
             built = build(manifest, output, **options)
         except OutputError:
             assert snapshot(output) == before
             return
         kept = built.counters.get("volumes-skipped", 0)
-        reuse = estimate.reuse or Reuse(0, 0, estimate.num_volumes)
+        reuse = estimate.reuse or Reuse(0, 0, plan.num_examples)
         assert (reuse.num_published + reuse.num_unfinished, reuse.num_rebuilt) == (
             kept,
-            estimate.num_volumes - kept,
+            plan.num_examples - kept,
         )
         gone = {s for s in (published.shards if published else ()) if not (output / s.name).exists()}
         assert set(reuse.replaced) == gone

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.cli import main as cli
-from beam_nifti.config import Columns, RecordConfig, Sharding
+from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError, VolumeError
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import verify_dataset
@@ -133,7 +133,7 @@ def test_windows_have_no_effect(reference: Path, tmp_path: Path) -> None:
 
 
 def target_of(output: Path) -> _Target:
-    return _Target(str(output), f"{output}/.build", "0" * 16, Sharding(PER_SHARD), "gzip", 2, False)
+    return _Target(BuildConfig("", str(output), sharding=Sharding(PER_SHARD)), "0" * 16)
 
 
 def test_an_attempt_that_dies_leaves_no_record(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_what_is_no_dataset_is_refused(elements: list[Any], message: str, tmp_pa
         ({"image": IMAGE.astype(np.float64) * 1e300}, "its image has voxels beyond the range of float32"),
         ({"image": np.ma.masked_less(IMAGE, 2)}, "image is a masked array; fill it"),
         ({"image": IMAGE > 0}, "image is bool, expected one of float32, .*; convert it with astype"),
-        ({"image_raw": b""}, "the feature image_raw is given twice; leave one out"),
+        ({"image_raw": b""}, "the feature image_raw is given twice; drop one"),
         (
             {"scl_slope": 2.0},
             "the name scl_slope is reserved for how voxels were scaled; choose another name",

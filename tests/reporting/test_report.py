@@ -335,7 +335,7 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     said = run("report", output, "--workers", 2)
     assert re.fullmatch(
-        r"report   12 examples, \d+ outliers?, 0 volumes failed, 0 rows skipped, 0\.\d MB: report.html\n",
+        r"report   12 examples, \d+ outliers?, 0 volumes failed, 0 rows skipped, [\d.]+ [kM]B: report.html\n",
         said,
     )
     assert (tmp_path / "report.html").read_bytes().startswith(b"<!DOCTYPE html>")
