@@ -32,14 +32,7 @@ _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
 
 @dataclass(frozen=True, slots=True)
 class BidsImage:
-    """An image and what its name says.
-
-    Attributes:
-        path: relative to the study, such as "sub-01/anat/sub-01_run-1_T1w.nii.gz".
-        stem: the name without its ending.
-        entities: label by key, such as {"sub": "01", "run": "1"}.
-        suffix: such as "T1w".
-    """
+    """An image of a study, with its path, and its name's stem, entities (label by key) and suffix."""
 
     path: str
     stem: str
@@ -249,9 +242,9 @@ def _has_content(path: str) -> bool:
 def _read_records(
     path: str, keys: Sequence[str], columns: Collection[str], notes: list[str]
 ) -> tuple[dict[tuple[str, ...], _Cells], list[str]]:
-    """Some columns of a table by its keys, of which it must have the first, and the names of all others.
+    """Some columns of a table by its keys, and the names of all columns but the keys.
 
-    What is suspicious in the table is added to the notes.
+    The first key is required.
     """
     problems = Problems(path)
     try:

@@ -34,12 +34,7 @@ _SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9+]+)(?=[/_.])")
 
 @dataclass(frozen=True)
 class FoundImages:
-    """A manifest and what its reader should know of it.
-
-    Attributes:
-        table: columns of strings, rows in the order of participants, sessions and paths.
-        notes: a sentence on everything that was found and not used, or is not as expected.
-    """
+    """A manifest as a table of strings, by participant, session and path, and notes on what was not used."""
 
     table: pa.Table
     notes: tuple[str, ...]

@@ -228,10 +228,7 @@ def _warn_of_rounding(
     codes: npt.NDArray[np.int32],
     problems: Problems,
 ) -> None:
-    """Warn of labels from which their float32 differs by a half or more, as by another integer, or by digits.
-
-    Digits are lost of numbers so near to 0 that float32 has fewer for them, or rounds them to 0.
-    """
+    """Warn of labels that float32 changes to another integer, or to fewer digits near 0."""
     is_other = np.zeros(len(texts), np.bool_)
     for i in np.flatnonzero(np.abs(numbers) > _FLOAT32_INTEGERS):
         is_other[i] = abs(Decimal(texts[int(i)].as_py()) - _stored(numbers[i])) >= Decimal("0.5")

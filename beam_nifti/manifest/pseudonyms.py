@@ -45,10 +45,7 @@ class Pseudonyms:
         return self.of("key", "version")
 
     def of(self, name: str, kind: str) -> str:
-        """What stands for a name; "", which is nobody's, for "".
-
-        Equal names of two kinds (at most 16 letters) have different pseudonyms.
-        """
+        """The pseudonym of a name; "" for "". Kinds, of at most 16 letters, have nothing in common."""
         return self._hash(name, kind, _DIGEST_BYTES) if name else ""
 
     def of_path(self, path: str) -> str:
@@ -68,10 +65,7 @@ class Pseudonyms:
 
 
 def hash_version(version: str | None, version_key: str) -> str | None:
-    """What stands for a store's version of a file, which may hold its name; None where there is none.
-
-    Without `Pseudonyms.version_key`, because ids are not anonymous, the version itself.
-    """
+    """The pseudonym of a store's version of a file, which may contain its name; unchanged without a key."""
     if version is None or not version_key:
         return version
     return Pseudonyms(version_key.encode()).of(version, "version")

@@ -45,12 +45,9 @@ def list_folders(folder: str) -> list[str]:
 
 
 def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
-    """Paths, relative to a folder, of the files below those of its folders that begin alike.
+    """Relative paths of files up to `depth` folders below the folders of `folder` that begin with `prefix`.
 
-    Only folders whose names begin with `prefix` are entered, down to `depth` folders.
-
-    Yields:
-        In no order. Files and folders whose names begin with a dot are left out.
+    Hidden files and folders are omitted. The order is arbitrary.
     """
     if not is_remote(folder):
         with os.scandir(folder) as entries:

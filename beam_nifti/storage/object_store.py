@@ -393,10 +393,7 @@ class ObjectStore(Store):
 
     @abc.abstractmethod
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
-        """Write an object whole.
-
-        With a version, only if the object has that version; with "", only if it does not exist.
-        """
+        """Write an object; given a version only over that version, and given "" only if there is none."""
 
     @abc.abstractmethod
     def get_version(self, path: str, size: int) -> tuple[bytes, str | None]:

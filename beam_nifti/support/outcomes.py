@@ -155,7 +155,7 @@ def _code_of(kind: type[BaseException], number: int | None) -> int:
 
 
 def _last_error(text: str) -> str:
-    """The exception, by class and message, that the last traceback of a text ends with; "" without one."""
+    """Class and message of the exception at the end of a text's last traceback; "" without one."""
     lines = text.splitlines()
     frame = max((i for i, line in enumerate(lines) if _FRAME.match(line)), default=len(lines))
     start = next((i for i in range(frame, len(lines)) if lines[i][:1].strip()), len(lines))

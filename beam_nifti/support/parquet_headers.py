@@ -41,13 +41,12 @@ _DEEPEST: Final = 8
 
 
 def require_schema(handle: BinaryIO, deepest: int, most_values: int | None = None) -> None:
-    """Refuse a schema that nests too deeply, which ends the process, or a footer that is too large.
+    """Refuse a schema of more than `deepest` levels, which would end the process, or a large footer.
 
-    The schema may have `deepest` levels, root included, and the footer `most_values` values, each of which
-    takes memory; None does not count them.
+    `most_values` limits the values of the footer, each of which takes memory.
 
     Raises:
-        ValueError: it has more, or no usable footer.
+        ValueError: the file exceeds a limit, or its footer is unusable.
     """
     before = handle.seek(0, io.SEEK_END) - _END_BYTES
     handle.seek(max(before, 0))
@@ -122,10 +121,7 @@ def _require_sizes(header: dict[int, Any]) -> None:
 
 
 class _Reader:
-    """Reads values one after the other, and keeps none that is not asked for.
-
-    At most `most` values are read; None reads any number.
-    """
+    """Reads at most `most` Thrift values one after the other, without keeping those that are skipped."""
 
     def __init__(self, data: bytes, most: int | None = None, at: int = 0) -> None:
         self._data, self._left, self.at = data, most, at

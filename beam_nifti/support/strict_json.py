@@ -36,11 +36,7 @@ def _finite(value: Any) -> Any:
 
 
 def require_modest(text: str) -> None:
-    """Refuse JSON that takes far more memory than its text, before it is parsed: that of many small values.
-
-    Raises:
-        ValueError: it would.
-    """
+    """Refuse, with a ValueError, JSON of many small values, which takes far more memory than its text."""
     most = _FREE_BYTES + _GROWTH * len(text)
     if sum(size * text.count(sign) for sign, size in _SIZES.items()) > most:
         raise ValueError("holds too many values for the length of its text")

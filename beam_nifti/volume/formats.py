@@ -39,11 +39,7 @@ _quiet.propagate = False
 
 @np.errstate(all="ignore")  # numpy warns of a NaN in a field, which is said below
 def parse_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first HEAD_BYTES of an uncompressed image, or of the header of a pair, say.
-
-    Raises:
-        VolumeError: they are not a header that is known, of a 3-D to 5-D image.
-    """
+    """Parse the header in the first HEAD_BYTES of an uncompressed file of an image of 3 to 5 dimensions."""
     kind = _header_class(name, head)
     is_mgh = kind is MGHHeader
     try:

@@ -37,13 +37,9 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
 
 
 def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[VolumeHeader, Voxels, FileStats]:
-    """Read a mask; arguments as of `open_image`, and the dtype of its labels.
+    """Read a mask: its header, its labels (X, Y, Z) in C order, and the Stats of its files.
 
-    Returns:
-        Its header; the labels, of shape (X, Y, Z), C order; and what its files are.
-
-    Raises:
-        VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.
+    Other voxels than whole numbers of the dtype are a VolumeError.
     """
     with open_image(name, path, parse) as image:
         voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
@@ -66,11 +62,11 @@ def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxel
 
 
 def _whole_numbers(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> tuple[float, float, Voxels]:
-    """The least and the largest label of a mask, and its labels, which may be wrong where they do not fit.
+    """The smallest and largest label of a mask, and its labels, which are wrong if they do not fit.
 
-    A program that stores the labels 0, 1, 2 and 4 as scaled integers cannot store each of them exactly: of
-    256 integers with a slope of 4/255, number 64 is the nearest to 1, and its value is 1.0039. A value is
-    rounded to a label where half the slope and the precision of float32 explain their distance.
+    Scaled integers cannot store the labels 0, 1, 2 and 4 exactly: of 256 integers with a slope of 4/255,
+    number 64 is the nearest to 1, and its value is 1.0039. A value is rounded to a label if half the slope
+    and the precision of float32 explain the difference.
     """
     labels = np.empty(voxels.shape, dtype)
     source, target = voxels.reshape(-1), labels.reshape(-1)

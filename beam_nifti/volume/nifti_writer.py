@@ -31,22 +31,18 @@ def write_nifti(
     affine: Affine,
     zooms: tuple[float, float, float],
 ) -> None:
-    """Write a single-file NIfTI image, whole or not at all.
+    """Write a single-file NIfTI image, which appears whole or not at all.
 
-    NIfTI-1, unless that would change a value: NIfTI-2 where an axis has more than 32,767 voxels, or the
-    scaling does not fit float32.
+    The format is NIfTI-1, or NIfTI-2 if an axis has more than 32,767 voxels or the scaling does not fit
+    float32. The affine becomes the sform, and also the qform if it has no shears and the voxel sizes `zooms`
+    (mm).
 
     Args:
         path: ends in .nii or .nii.gz; local or a URL.
         voxels: (X, Y, Z) or (X, Y, Z, T), any real dtype of NIfTI.
-        scaling: from `voxels` to the image's units; goes into the header.
-        affine: (4, 4), voxel indices to millimetres in RAS+. It becomes the sform, and, where it has no
-            shears and the sizes of `zooms`, the qform too.
+        scaling: from `voxels` to the image's units.
+        affine: (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel sizes in millimetres.
-
-    Raises:
-        UsageError: the path has another ending.
-        OSError: it cannot be written.
     """
     require_nifti_name(path)
     in_file_order = _in_file_order(voxels)
@@ -73,11 +69,7 @@ def make_image(
 
 
 def require_nifti_name(path: str) -> None:
-    """Refuse to write an image under a name by which no program would know it.
-
-    Raises:
-        UsageError: it ends in neither .nii nor .nii.gz.
-    """
+    """Refuse, with a UsageError, a file name that does not end in .nii or .nii.gz."""
     if not path.endswith((".nii", ".nii.gz")):
         raise UsageError(f"{path}: not the name of a NIfTI image; use a name that ends in .nii or .nii.gz")
 
