@@ -1,4 +1,4 @@
-"""What is in a dataset, or in one of its records: from dataset_info.json and the indexes alone."""
+"""Describes a dataset or a record from dataset_info.json and the indexes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SHOWN_CLASSES: Final = 10  # classes of a label to show
 
 
 class Description(Document):
-    """What is in a dataset, or in one of its records; `print(description)` shows it as a table.
+    """A description of a dataset or of a record; `print(description)` shows it as a table.
 
     Its items are those of `beam-nifti inspect --json`.
     """
@@ -52,19 +52,18 @@ class Description(Document):
 
 
 def describe_dataset(output: str) -> dict[str, Any]:
-    """What a dataset holds, as values that JSON can hold.
+    """The contents of a dataset as JSON values.
 
-    Returns:
-        Among others `splits` (examples, shards and bytes of each), `shape` (None where shapes are
-        mixed; `shapes` counts them), `labels` (None where there are none), `label_columns` (of each label
-        with a feature of its own) and `intensities`, in the images' units.
+    Among them are `splits` (examples, shards and bytes of each), `shape` (None if shapes are mixed; `shapes`
+    counts them), `labels` (None if there are none), `label_columns` (of labels with features of their own)
+    and `intensities`, in the images' units.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
 
 
 def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
-    """What a dataset holds, as `describe_dataset`."""
+    """As `describe_dataset`, for an absolute path and its info."""
     totals = _Totals(tuple(info.config.get("channels") or ("",)))
     of_labels = [_LabelTotals(column) for column in info.labels]
     for _, _, table in read_indexes(output, info):
@@ -104,18 +103,18 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
 
 
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
-    """What the index says of one record: where it lies, what it was made of."""
+    """The index's row of one record, with its split, shard and ordinal."""
     return describe_records(output, [example_id])[0]
 
 
 def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """What the indexes say of some records; each index is read once, and none after the last was found.
+    """As `describe_record`, for several records; each index is read once, until all records are found.
 
     Returns:
-        As `describe_record`, in the order of the names.
+        The descriptions in the order of the ids.
 
     Raises:
-        DatasetError: there is no complete dataset, or one of the records is not in it.
+        DatasetError: there is no complete dataset, or it lacks one of the records.
     """
     output = storage.absolute(output)
     info = read_info(output)
@@ -170,7 +169,7 @@ def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) 
 
 
 def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
-    """The index of each shard, with its split."""
+    """The split, the shard and the index of each shard."""
     for split, found in info.splits.items():
         for shard in found.shards:
             yield split, shard, read_shard_index(output, info, shard)
@@ -178,7 +177,7 @@ def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInf
 
 @dataclass
 class _Numbers:
-    """Count, ends and mean of numbers that come in portions."""
+    """Count, range and mean of numbers, added column by column."""
 
     count: int = 0
     total: float = 0.0
@@ -202,7 +201,7 @@ class _Numbers:
 
 @dataclass
 class _LabelTotals:
-    """What all indexes say of one label."""
+    """Totals of one label over all indexes."""
 
     column: LabelColumn
     numbers: _Numbers = field(default_factory=_Numbers)
@@ -219,7 +218,7 @@ class _LabelTotals:
             self.values.update({c["values"]: c["counts"] for c in counts})
 
     def summary(self) -> dict[str, Any]:
-        """Of a float as `_Numbers`; of a class how many each class has; of a string how many there are."""
+        """Of a float as `_Numbers`; of a class the count of each class; of a string the number of values."""
         kind = self.column.kind
         if kind == "float":
             found: dict[str, Any] = self.numbers.summary()
@@ -232,15 +231,7 @@ class _LabelTotals:
 
 @dataclass
 class _Totals:
-    """What all indexes say together.
-
-    Attributes:
-        channels: names of the images of a record; "" of a single one.
-        labels: of the records.
-        statistics: of each image, by its name and that of the statistic.
-        dtypes: on disk.
-        shapes: of the records.
-    """
+    """Totals over all indexes, with statistics by image and name. The channel of a single image is ""."""
 
     channels: tuple[str, ...]
     labels: _Numbers = field(default_factory=_Numbers)
@@ -327,7 +318,7 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _option_text(name: str, value: str | Sequence[str | float]) -> str:
-    """As it is written on the command line."""
+    """An option as on the command line."""
     text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
     return f"{name.replace('_', '-')} {text}"
 

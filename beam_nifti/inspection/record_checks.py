@@ -1,4 +1,4 @@
-"""What one record must be. Bytes and its row of the index in, sentences out."""
+"""Checks of a single record against its row of the index and dataset_info.json."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from beam_nifti.volume.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
 _SCALING: Final = frozenset(SCALING_FEATURES)
-"""Features that stand only beside native voxels whose header scales them."""
+"""Features of native voxels that have a scaling in their header, and only of those."""
 
 _DOUBLE_BYTES: Final = 8
 _STATISTICS_TOLERANCE: Final = 1e-6
-"""Relative; sums of the same voxels differ in their last bits between processors."""
+"""Relative; sums of the same voxels differ in the last bits between processors."""
 
 _REMAKE: Final = "run the build again with --recheck"
-"""The remedy where a build would find nothing that has changed."""
+"""The remedy if a build would find nothing changed."""
 
 _NOISE: Final = 1e-9
 """Of float64 arithmetic, relative to the largest number: sums of millions of voxels differ by less."""
@@ -62,16 +62,15 @@ class RecordSpec:
     """What every record of a dataset must be.
 
     Attributes:
-        config: what decided its bytes.
-        features: name to kind, such as "float[16]".
-        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
+        config: that its bytes depend on.
+        features: kind by name, such as "float[16]".
+        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None if shapes are mixed.
         dtype: of the stored voxels.
-        labelled: whether records have a label; without, every label is NaN.
-        may_lack: whether some of a labelled dataset may lack it.
+        labelled: whether records have a label; otherwise every label is NaN.
+        may_lack: whether some records of a labelled dataset may lack the label.
         columns: names of all columns of the manifest.
-        ids_of_people: whether ids are made of participants and sessions.
-        is_sparse: whether records may lack features, and their rows of the index cells, as where no manifest
-            says what is in them.
+        ids_of_people: whether ids consist of participants and sessions.
+        is_sparse: whether records may lack features and cells, because no manifest describes them.
     """
 
     config: RecordConfig
@@ -154,11 +153,7 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
 
 
 def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    """Voxel indices of a record to millimetres, by its row of the index.
-
-    Raises:
-        ShardError: the record has none, as it was not made of an image.
-    """
+    """The affine of a record, by its row of the index; a ShardError if it was not made from an image."""
     if cells["affine"] is None:
         raise ShardError(
             f"record {cells['example_id']!r} has no affine, without which nothing says where its voxels lie; "
@@ -234,7 +229,7 @@ def _check_metadata(
 def _labels_in(
     cells: Mapping[str, Any], columns: Sequence[LabelColumn]
 ) -> tuple[tuple[str, LabelValue], ...]:
-    """The labels that a row of the index says; as `VolumeRow.labels`."""
+    """The labels in a row of the index, as `VolumeRow.labels`."""
     return tuple((c.name, label_of(cells[extra_column(c.name)], c)) for c in columns)
 
 
@@ -251,7 +246,7 @@ def _check_label(feature: _Feature, name: str, said: LabelValue) -> Iterator[str
 
 
 def _of_images(cell: Any) -> list[float]:
-    """What the index says of the images of a record, which may be a single one."""
+    """The cell of the index for each image of a record."""
     return cell if isinstance(cell, list) else [cell]
 
 
@@ -271,7 +266,7 @@ def _check_intensities(
     config: RecordConfig,
     number: int = 0,
 ) -> Iterator[str]:
-    """Find where the voxels of one image, of that number in its record, are not what they must be."""
+    """Find where the voxels of image `number` of a record are not what they must be."""
     # One NaN makes both NaN: two passes find every bad voxel.
     extremes = np.array([voxels.min(), voxels.max()])
     if not np.isfinite(extremes).all():
@@ -305,7 +300,7 @@ def _check_intensities(
 def _check_rescale_range(
     low: float, high: float, said: Sequence[Any], intensity: Intensity, config: RecordConfig
 ) -> Iterator[str]:
-    """Find where what became 0 and 1 is not what the index and the configuration say."""
+    """Find where the rescale range is not that of the index and the configuration."""
     for name, stored, cell in zip(("rescale_low", "rescale_high"), (low, high), said, strict=True):
         if stored != cell:
             yield f"{name} is {stored!r}, the index says {cell!r}"
@@ -319,7 +314,7 @@ def _check_rescale_range(
 
 
 class RoundingNote(str):
-    """A remark that a record differs in rounding from what this software makes. It is no problem."""
+    """A note, not a problem: a record differs by rounding from what this software makes."""
 
 
 def check_source(
@@ -330,10 +325,10 @@ def check_source(
     config: RecordConfig,
     versions: str = "",
 ) -> Iterator[str]:
-    """Make a record again from its image and find where it differs.
+    """Rebuild a record from its image and find where it differs.
 
-    `cells` is its row of the index, and `versions` describes how the versions of the software that made it
-    differ from those here; a difference in rounding is then a RoundingNote.
+    `cells` is its row of the index. `versions` describes how the versions of the software that built it
+    differ from those here; a difference by rounding is then a RoundingNote.
 
     Raises:
         OSError: the disk, the network or a store failed, which says nothing about the record.

@@ -1,7 +1,7 @@
-"""Read a dataset back and compare: files with their checksums, records with the index and the info.
+"""Verifies a dataset: files against checksums, and records against the index and dataset_info.json.
 
-Shards are read front to back, once: the bytes that are hashed are the bytes that are parsed. Each
-thread holds one record; several may take records of the same shard in turn.
+Shards are read front to back, once. Each thread holds one record; several may take records of one shard in
+turn.
 """
 
 from __future__ import annotations
@@ -101,11 +101,7 @@ class Verification:
         return not self.problems
 
     def reworded(self, words: Callable[[str], str]) -> Verification:
-        """It with every sentence changed.
-
-        Args:
-            words: maps a text to the one to show instead.
-        """
+        """A copy with every sentence changed by a function."""
         problems, notes = (tuple(map(words, each)) for each in (self.problems, self.notes))
         return replace(self, problems=problems, notes=notes)
 
@@ -131,13 +127,10 @@ def verify_dataset(
     workers: int = 1,
     on_progress: OnProgress | None = None,
 ) -> Verification:
-    """Check every byte of a dataset.
+    """Check every byte of a dataset, as `beam_nifti.verify`, which documents arguments, result and errors.
 
-    Nothing of the dataset is run, and it does not decide which other files are opened: the images are those
-    of `manifest`, and the function that records were prepared with is `preprocess`.
-
-    Arguments, result and errors are those of `beam_nifti.verify`. `rows` is the Parquet file of a manifest
-    that is a table in memory, and `on_progress` is called for every record.
+    Nothing of the dataset is executed, and only images that `manifest` names are opened. `rows` is the
+    Parquet file of a manifest in memory, and `on_progress` is called for every record.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -196,7 +189,7 @@ def _number_of(deep: SupportsIndex | str | None) -> int | None:
 
 
 def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> dict[str, str]:
-    """Columns that a dataset's manifest and another have, other than ids, labels and splits; in the index."""
+    """Columns of both manifests other than ids, labels and splits, with their names in the index."""
     others = {columns.id, *_labels_and_split(columns, info.record_config)}
     names = [n for n in info.manifest["columns"] if n in wanted.table.column_names and n not in others]
     own = {name: name for name in ("participant_id", "session_id")} | {columns.files[0]: "source"}
@@ -204,12 +197,12 @@ def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> di
 
 
 def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]:
-    """The columns of a manifest that are compared by what they mean, not as they are written."""
+    """Columns of a manifest that are compared by meaning, not as written."""
     return {columns.label, "split", *(label.name for label in record.labels or ())}
 
 
 def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
-    """Import the functions of a dataset's records, which are run only where the user names them."""
+    """Import the functions of a dataset's records, which run only if the user names them."""
     if named == record.preprocess:
         load_functions(record)
         return
@@ -227,7 +220,7 @@ def _require_functions(output: str, record: RecordConfig, named: str | tuple[str
 
 
 def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
-    """Report nothing of a dataset that was replaced meanwhile: the build moved what seems wrong."""
+    """Refuse a dataset that was replaced meanwhile, because the build explains apparent problems."""
     try:
         is_same = read_info(output) == info
     except DatasetError:
@@ -239,7 +232,7 @@ def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
 def _read_pseudonyms(
     output: str, info: DatasetInfo, manifest: str | None, key: str | None, deep: int | None
 ) -> Pseudonyms | None:
-    """The pseudonyms of the dataset, where it has some and a manifest is to be compared with it."""
+    """The pseudonyms of a dataset, if it has any and is compared with a manifest."""
     check = info.manifest.get("key_check")
     if check is None and key is not None:
         raise UsageError(f"{output}: its ids are not anonymous; leave --anonymous-ids out")
@@ -256,12 +249,7 @@ def _read_pseudonyms(
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of a dataset, as a manifest of the user's names them.
-
-    Attributes:
-        columns: of the manifest.
-        manifest: names the files that may be opened.
-    """
+    """The images of a dataset, as the user's manifest names them."""
 
     columns: Columns
     manifest: Manifest
@@ -269,7 +257,7 @@ class _Images:
     def check(
         self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig, versions: str
     ) -> Iterator[str]:
-        """Make a record again from its image; as `check_source`."""
+        """Rebuild a record from its image, as `check_source`."""
         others = (cells[extra_column(name)] for name in self.columns.files[1:])
         row = self.manifest.row_of((cells["source"], *others))
         if row is None:
@@ -315,7 +303,7 @@ class _Verifier:
         )
 
     def _versions_of(self, shard: int) -> str:
-        """How the versions that made a shard's records differ from the ones here, in words."""
+        """How the versions that built a shard's records differ from those here, in words."""
         now = record_versions()
         # A dataset from before shards had versions has those of its last build.
         found = [v or {k: self._info.versions.get(k, "") for k in now} for v in self._passes[shard].versions]
@@ -426,7 +414,7 @@ class _Verifier:
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
     def check_columns(self, columns: Columns, wanted: Manifest) -> None:
-        """The columns of a manifest, but for labels and splits, which are compared by their cells."""
+        """Compare the columns of a manifest, except labels and splits."""
         was, now = ({*names} for names in (self._info.manifest["columns"], wanted.table.column_names))
         compared = {wanted.columns.label, *_labels_and_split(columns, self._spec.config)}
         for what, names in (("lacks columns", was - now), ("has new columns", now - was)):
@@ -435,7 +423,7 @@ class _Verifier:
                 self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
     def _read_failures(self, columns: Columns, wanted: Manifest | None) -> pa.Table:
-        """Id, labels, split and these cells of failed volumes; without rows where they cannot be read."""
+        """Id, labels, split and cells of failed volumes; without rows if they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
         found, problems = no_rows(self._spec.config, [*self._cells]), []
         if name is None:

@@ -19,11 +19,7 @@ INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}
 
 
 def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, log: bool = False) -> bytes:
-    """A histogram of the numbers of each split, of their shares, on a transparent ground.
-
-    Returns:
-        An SVG without a date, whose letters are outlines.
-    """
+    """Draw a histogram of the shares of each split, without a background, as an SVG without a date."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
