@@ -252,7 +252,7 @@ class _Totals:
         self.shapes.update(map(size_text, table["shape"].to_pylist()))
 
     def intensities(self) -> dict[str, dict[str, float | None]]:
-        """Over the volumes: of each one's least, largest and mean intensity, of each of its images."""
+        """Range and mean over the volumes of each one's min, max and mean, by image."""
         return {name: numbers.summary() for name, numbers in self.statistics.items()}
 
 

@@ -112,11 +112,7 @@ class RecordSpec:
 
 
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
-    """Find what is wrong with one record.
-
-    Raises:
-        ShardError: the payload is no Example, or `image_raw` no tensor.
-    """
+    """Find what is wrong with one record. A ShardError if it, or `image_raw`, cannot be parsed."""
     features = decode_example(payload)
     wrong = list(_check_schema(features, spec))
     yield from wrong

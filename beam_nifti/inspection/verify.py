@@ -76,16 +76,15 @@ class OnProgress(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What was checked and what is wrong; false where anything is. `print(verification)` shows all of it.
+    """What was checked and what is wrong; false if anything is. `print(verification)` shows all of it.
 
     Attributes:
         num_examples: records checked.
         num_shards: shards named by dataset_info.json.
         num_bytes: of the records checked.
-        num_deep: records that were made again from their images.
-        problems: a sentence each, those of whole files first; none for a sound dataset.
-        notes: a sentence for each shard whose records were made by software of other versions and differ
-            from what is made here in rounding only.
+        num_deep: records rebuilt from their images.
+        problems: one sentence per problem, those of whole files first.
+        notes: one sentence per shard that differs only by rounding, as other versions of software built it.
     """
 
     num_examples: int

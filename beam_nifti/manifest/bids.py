@@ -80,15 +80,15 @@ class BidsImage:
 
 @dataclass(frozen=True)
 class Study:
-    """The files of a study below its folders sub-*.
+    """The files of a study in its folders sub-*.
 
     Attributes:
         root: folder or URL of the study.
-        images: every image with a name of BIDS, by suffix.
-        misnamed: paths of images whose names are none, or are those of another folder.
+        images: by suffix, every image with a BIDS name.
+        misnamed: paths of images with other names, or names for another folder.
         misplaced: paths of images that are not in sub-*/FOLDER or sub-*/ses-*/FOLDER.
-        odd_folders: names of folders that are like sub-* but for case or the hyphen.
-        session_tables: path of its sessions.tsv, by participant_id.
+        odd_folders: folders that differ from sub-* in case or the hyphen.
+        session_tables: path of the sessions.tsv, by participant_id.
     """
 
     root: str
@@ -195,7 +195,7 @@ class Records:
                 self.imageless[participant] = rest
 
     def _table_of(self, participant: str) -> Mapping[str, _Cells]:
-        """Rows by session, of the participant's own table or of participants.tsv."""
+        """Rows by session, from the participant's own table or from participants.tsv."""
         rows = self._of_session.get(participant, {})
         return rows if any(rows.values()) else self._of_participant.get(participant, {})
 
@@ -274,7 +274,7 @@ def _read_records(
 
 
 def _with_prefix(text: str, prefix: str) -> str:
-    """An id as names of files have it."""
+    """An id as in file names."""
     text = "" if is_missing(text) else text.strip()
     # In another case it is another id, which is named as the table writes it.
     return text if not text or text.lower().startswith(prefix) else f"{prefix}{text}"

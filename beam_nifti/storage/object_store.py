@@ -334,7 +334,7 @@ class RangeStore(Store):
 
     @abc.abstractmethod
     def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
-        """Paths in a folder, each with whether it is a folder; with `deep` perhaps files in folders below."""
+        """Paths in a folder, each with whether it is a folder; if `deep`, perhaps of lower folders, too."""
 
     def stat(self, path: str) -> Stat:
         """What a file is."""
