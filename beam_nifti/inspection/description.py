@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,8 +28,6 @@ from beam_nifti.support.document import Document
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
 
-_STATISTICS: Final = ("min", "max", "mean")
-_SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
 _COMPARED_IDS: Final = 50_000  # ids to compare with an unknown one, which takes about a second
 _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
@@ -64,12 +62,19 @@ def describe_dataset(output: str) -> dict[str, Any]:
 
 def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
     """As `describe_dataset`, for an absolute path and its info."""
-    totals = _Totals(tuple(info.config.get("channels") or ("",)))
-    of_labels = [_LabelTotals(column) for column in info.labels]
+    channels = info.config.get("channels") or ("",)
+    labels, of_labels = _Numbers(), [_LabelTotals(column) for column in info.labels]
+    intensities = defaultdict[str, _Numbers](_Numbers)
+    dtypes, shapes = Counter[str](), Counter[str]()
     for _, _, table in read_indexes(output, info):
-        totals.add(table.select(_SUMMARIZED))
+        labels.add(table["label"])
         for of_label in of_labels:
             of_label.add(table)
+        for (number, channel), name in itertools.product(enumerate(channels), ("min", "max", "mean")):
+            column = pc.list_element(table[name], number) if channel and len(table) else table[name]
+            intensities[f"{channel} {name}".strip()].add(column)
+        dtypes.update(table["dtype"].to_pylist())
+        shapes.update(map(size_text, table["shape"].to_pylist()))
     return {
         "path": output,
         "format_version": info.format_version,
@@ -85,12 +90,12 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
             for name, split in info.splits.items()
         },
         "shape": None if info.shape is None else list(info.shape),
-        "shapes": _counted(totals.shapes),
+        "shapes": dict(shapes.most_common()),
         "dtype": info.dtype,
-        "source_dtypes": _counted(totals.dtypes),
-        "labels": totals.labels.summary() if info.labelled else None,
+        "source_dtypes": dict(dtypes.most_common()),
+        "labels": labels.summary() if info.labelled else None,
         "label_columns": {of.column.name: of.summary() for of in of_labels},
-        "intensities": totals.intensities(),
+        "intensities": {name: numbers.summary() for name, numbers in intensities.items()},
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
         "failures": {
             "count": info.num_failures,
@@ -229,42 +234,12 @@ class _LabelTotals:
         return {"kind": kind, **found, "missing": self.missing}
 
 
-@dataclass
-class _Totals:
-    """Totals over all indexes, with statistics by image and name. The channel of a single image is ""."""
-
-    channels: tuple[str, ...]
-    labels: _Numbers = field(default_factory=_Numbers)
-    statistics: dict[str, _Numbers] = field(default_factory=dict)
-    dtypes: Counter[str] = field(default_factory=Counter)
-    shapes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, table: pa.Table) -> None:
-        self.labels.add(table["label"])
-        for (number, channel), statistic in itertools.product(enumerate(self.channels), _STATISTICS):
-            column = table[statistic]
-            if channel:
-                column = (
-                    pc.list_element(column, number) if len(column) else pa.chunked_array([], pa.float64())
-                )
-            self.statistics.setdefault(f"{channel} {statistic}".strip(), _Numbers()).add(column)
-        self.dtypes.update(table["dtype"].to_pylist())
-        self.shapes.update(map(size_text, table["shape"].to_pylist()))
-
-    def intensities(self) -> dict[str, dict[str, float | None]]:
-        """Range and mean over the volumes of each one's min, max and mean, by image."""
-        return {name: numbers.summary() for name, numbers in self.statistics.items()}
-
-
-def _counted(counter: Counter[str]) -> dict[str, int]:
-    return dict(counter.most_common())
-
-
 def format_description(description: Mapping[str, Any]) -> str:
     """A description, of a dataset or of a record, as text for the screen."""
     if "example_id" in description:
-        width = max(len(name) + 2 for name in description)
-        return format_rows(_record_rows(description), max(width, _NAME_WIDTH))
+        width = max(_NAME_WIDTH, *(len(name) + 2 for name in description))
+        lines = ((name, enumerate(_value_lines(name, value))) for name, value in description.items())
+        return format_rows((("" if i else name, text) for name, texts in lines for i, text in texts), width)
     return format_rows(_dataset_rows(description), _NAME_WIDTH)
 
 
@@ -321,12 +296,6 @@ def _option_text(name: str, value: str | Sequence[str | float]) -> str:
     """An option as on the command line."""
     text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
     return f"{name.replace('_', '-')} {text}"
-
-
-def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in d.items():
-        for number, text in enumerate(_value_lines(name, value)):
-            yield "" if number else name, text
 
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:

@@ -17,12 +17,7 @@ from beam_nifti.manifest.leaks import refuse_leaks
 from beam_nifti.manifest.lookalikes import fold, refuse_lookalikes, warn_of_names
 from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
-from beam_nifti.manifest.splits import (
-    draw_from_table,
-    read_splits,
-    refuse_empty_splits,
-    refuse_shared_images,
-)
+from beam_nifti.manifest.splits import draw_from_table, read_splits, refuse_empty_splits, refuse_shared_images
 from beam_nifti.manifest.tables import Problems, read_table, strings
 
 _OWN: Final = ("participant_id", "session_id", "split")

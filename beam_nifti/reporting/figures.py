@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -36,14 +36,12 @@ def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, l
             colour = _COLOURS[number % len(_COLOURS)]
             shares = counts / max(len(values), 1)
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.15)
-            axes.stairs(
-                shares,
-                edges,
-                color=colour,
-                linewidth=1.4,
-                linestyle=_STYLES[number % len(_STYLES)],
-                label=name,
-            )
+            style: dict[str, Any] = {
+                "color": colour,
+                "linewidth": 1.4,
+                "linestyle": _STYLES[number % len(_STYLES)],
+            }
+            axes.stairs(shares, edges, label=name, **style)
         if log:
             axes.set_yscale("log")
         else:

@@ -49,11 +49,7 @@ def _blocks(length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[
 
 
 def draw_slices(
-    volume: Voxels,
-    zooms: Sequence[float],
-    scaling: Scaling | None = None,
-    *,
-    mask: Voxels | None = None,
+    volume: Voxels, zooms: Sequence[float], scaling: Scaling | None = None, *, mask: Voxels | None = None
 ) -> bytes:
     """A picture of the three middle slices, side by side: axial, coronal, sagittal, on one scale.
 

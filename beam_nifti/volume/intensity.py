@@ -56,11 +56,7 @@ def select_voxels(
 
 
 def find_rescale_range(
-    voxels: Voxels,
-    scaling: Scaling,
-    intensity: Intensity,
-    config: RecordConfig,
-    mask: Voxels | None = None,
+    voxels: Voxels, scaling: Scaling, intensity: Intensity, config: RecordConfig, mask: Voxels | None = None
 ) -> RescaleRange | None:
     """The intensities of a volume that become 0 and 1; None if its range tells them, or nothing is rescaled.
 

@@ -25,11 +25,7 @@ _ZOOMS_TOLERANCE: Final = 1e-4  # relative; beyond it a header's voxel sizes are
 
 
 def write_nifti(
-    path: str,
-    voxels: Voxels,
-    scaling: Scaling,
-    affine: Affine,
-    zooms: tuple[float, float, float],
+    path: str, voxels: Voxels, scaling: Scaling, affine: Affine, zooms: tuple[float, float, float]
 ) -> None:
     """Write a single-file NIfTI image, which appears whole or not at all.
 
