@@ -109,7 +109,7 @@ def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolu
         DatasetError: as `read_volume`. Names that no record has are found before any is read.
     """
     output = storage.absolute(output)
-    spec = RecordSpec.of(read_info(output))
+    spec = RecordSpec(read_info(output))
     for cells in describe_records(output, example_ids):
         try:
             yield _read_record(path_of(output, cells["shard"]), cells, spec)

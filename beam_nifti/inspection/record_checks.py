@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -57,54 +57,37 @@ _BLOCK: Final = 1 << 20  # voxels that are compared at a time
 _Feature = memoryview | npt.NDArray[np.generic]
 
 
-@dataclass(frozen=True)
 class RecordSpec:
     """What every record of a dataset must be.
 
     Attributes:
-        config: that its bytes depend on.
-        features: kind by name, such as "float[16]".
-        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None if shapes are mixed.
-        dtype: of the stored voxels.
-        labelled: whether records have a label; otherwise every label is NaN.
-        may_lack: whether some records of a labelled dataset may lack the label.
-        columns: names of all columns of the manifest.
-        ids_of_people: whether ids consist of participants and sessions.
-        is_sparse: whether records may lack features and cells, because no manifest describes them.
+        info: of the dataset, without its shards, so that it is small.
+        config: the options that decide a record's bytes.
     """
 
-    config: RecordConfig
-    features: Mapping[str, str]
-    shape: tuple[int, ...] | None
-    dtype: str
-    labelled: bool
-    may_lack: bool = False
-    columns: tuple[str, ...] = ()
-    ids_of_people: bool = False
-    is_sparse: bool = False
+    def __init__(self, info: DatasetInfo) -> None:
+        self.info, self.config = replace(info, splits={}), info.record_config
 
-    @classmethod
-    def of(cls, info: DatasetInfo) -> RecordSpec:
-        """The spec of a dataset."""
-        is_string = bool(info.labels) and info.labels[0].kind == "string"
-        return cls(
-            info.record_config,
-            info.features,
-            info.shape,
-            info.dtype,
-            info.labelled,
-            may_lack=is_string
-            or not info.has_manifest
-            or info.config["columns"].get("missing_label") == "nan",
-            columns=tuple(info.manifest["columns"]),
-            ids_of_people=info.config["columns"].get("id") is None
-            and "participant_id" in info.manifest["columns"],
-            is_sparse=not info.has_manifest,
-        )
+    @property
+    def may_lack(self) -> bool:
+        """Whether some records of a labelled dataset may lack the label."""
+        is_string = bool(self.info.labels) and self.info.labels[0].kind == "string"
+        return is_string or self.is_sparse or self.info.config["columns"].get("missing_label") == "nan"
+
+    @property
+    def ids_of_people(self) -> bool:
+        """Whether ids consist of participants and sessions."""
+        manifest, columns = self.info.manifest, self.info.config["columns"]
+        return columns.get("id") is None and "participant_id" in manifest["columns"]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether records may lack features, and their rows cells, because no manifest describes them."""
+        return not self.info.has_manifest
 
     def most_bytes(self, cells: Mapping[str, Any]) -> int:
         """The largest payload of a record with this row of the index. It bounds what is decompressed."""
-        return largest_payload(self.shape or cells["shape"], self.dtype, self.config.mask_dtype)
+        return largest_payload(self.info.shape or cells["shape"], self.info.dtype, self.config.mask_dtype)
 
     def unpack(self, data: bytes, cells: Mapping[str, Any]) -> bytes:
         """The serialized Example of a stored record; a ShardError if it is damaged or too large."""
@@ -123,14 +106,14 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     shape = tuple(cells["shape"])
     if voxels.shape != shape:
         yield f"shape is {voxels.shape}, the index says {shape}"
-    if spec.shape is not None and voxels.shape != spec.shape:
-        yield f"shape is {voxels.shape}, dataset_info.json says {spec.shape}"
-    if voxels.dtype.name != spec.dtype:
-        yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.dtype}"
+    if spec.info.shape is not None and voxels.shape != spec.info.shape:
+        yield f"shape is {voxels.shape}, dataset_info.json says {spec.info.shape}"
+    if voxels.dtype.name != spec.info.dtype:
+        yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.info.dtype}"
     native = spec.config.voxel_dtype == "native"
     on_disk = "uint8" if cells["dtype"] in COLOURS.values() else cells["dtype"]
-    if native and on_disk != spec.dtype:
-        yield f"voxels are {spec.dtype} as in the image's file, the index says {cells['dtype']}"
+    if native and on_disk != spec.info.dtype:
+        yield f"voxels are {spec.info.dtype} as in the image's file, the index says {cells['dtype']}"
     if voxels.size == 0:
         yield "there are no voxels"
         return
@@ -169,7 +152,7 @@ def _check_mask(
 
 
 def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterator[str]:
-    required = spec.features.keys() - _SCALING
+    required = spec.info.features.keys() - _SCALING
     if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
         required |= _SCALING
     if spec.config.has_range:
@@ -181,7 +164,7 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
     sizes = dict.fromkeys(_SCALING, _DOUBLE_BYTES)
     sizes |= dict.fromkeys(RANGE_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
     for name in sorted(required & features.keys()):
-        kind, value = spec.features.get(name, "none"), features[name]
+        kind, value = spec.info.features.get(name, "none"), features[name]
         found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
         found = found.replace("float32", "float")
         if found != (f"{kind}[1]" if kind in ("float", "int64") else kind):
@@ -197,8 +180,8 @@ def _check_metadata(
     if stored_id != cells["example_id"]:
         yield f"id is {stored_id!r}, the index says {cells['example_id']!r}"
     label = cells["label"]
-    if (label is None) == spec.labelled and not (label is None and spec.may_lack):
-        yield f"the index's label is {label}, and dataset_info.json says labelled: {spec.labelled}"
+    if (label is None) == spec.info.labelled and not (label is None and spec.may_lack):
+        yield f"the index's label is {label}, and dataset_info.json says labelled: {spec.info.labelled}"
     expected = {
         "label": [np.nan if label is None else label],
         "affine": cells["affine"],

@@ -133,7 +133,7 @@ class ShardPass:
         """The shard's index; without rows if they cannot be used."""
         shard = self._shard
         path, limits = storage.join(self._output, shard.index), limits_of(self._output, shard)
-        known = known_columns(self._record, self._spec.columns)
+        known = known_columns(self._record, tuple(self._spec.info.manifest["columns"]))
         try:
             data = read_bytes(path_of(self._output, shard.index), limits)
             if hashlib.sha256(data).hexdigest() != shard.index_sha256:

@@ -11,7 +11,7 @@ import itertools
 import shlex
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from operator import index
@@ -140,14 +140,14 @@ def verify_dataset(
     info = read_info(output)
     columns, drawn = Columns(**info.config["columns"]), info.config.get("splitting")
     splitting = Splitting(**drawn) if drawn else None
-    spec = RecordSpec.of(info)
+    record = info.record_config
     if deep:
-        if info.config["fingerprint"] in spec.config.earlier_fingerprints:
+        if info.config["fingerprint"] in record.earlier_fingerprints:
             raise UsageError(
                 f"--deep makes records again, and {output} was built by a version of beam-nifti that makes "
                 "other records of the same options; use that version, or leave --deep out"
             )
-        _require_functions(output, spec.config, spell_steps(preprocess))
+        _require_functions(output, record, spell_steps(preprocess))
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
         raise UsageError(
@@ -158,18 +158,15 @@ def verify_dataset(
     if manifest is not None:
         built_from = storage.absolute(manifest)
         wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
-        if wanted.labels and not spec.config.labels:
+        if wanted.labels and not record.labels:
             problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
-    cells = _compared_cells(info, columns, wanted) if wanted is not None else {}
-    verifier = _Verifier(output, info, spec, on_progress, cells)
+    verifier = _Verifier(output, info, columns, wanted, on_progress)
     keep_buffers()
     verifier.check_files()
-    images = _Images(columns, wanted) if wanted is not None else None
-    verifier.check_shards(workers, min(deep or 0, info.num_examples), images)
-    verifier.check_tables(columns, wanted)
-    if wanted is not None:
-        verifier.check_columns(columns, wanted)
+    verifier.check_shards(workers, min(deep or 0, info.num_examples))
+    verifier.check_tables()
+    verifier.check_columns()
     _refuse_rebuilt(output, info)
     return verifier.report()
 
@@ -246,27 +243,6 @@ def _read_pseudonyms(
     return pseudonyms
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The images of a dataset, as the user's manifest names them."""
-
-    columns: Columns
-    manifest: Manifest
-
-    def check(
-        self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig, versions: str
-    ) -> Iterator[str]:
-        """Rebuild a record from its image, as `check_source`."""
-        others = (cells[extra_column(name)] for name in self.columns.files[1:])
-        row = self.manifest.row_of((cells["source"], *others))
-        if row is None:
-            yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
-            return
-        # The id may be that of one of its frames; another label is reported by `compare_rows`.
-        row = replace(row, example_id=cells["example_id"], label=cells["label"])
-        yield from check_source(payload, cells, row, self.manifest.folder, config, versions)
-
-
 class _Verifier:
     """One run of `verify_dataset`."""
 
@@ -274,12 +250,13 @@ class _Verifier:
         self,
         output: str,
         info: DatasetInfo,
-        spec: RecordSpec,
+        columns: Columns,
+        wanted: Manifest | None,
         on_progress: OnProgress | None,
-        cells: Mapping[str, str],
     ) -> None:
-        self._output, self._info, self._spec, self._cells = output, info, spec, cells
-        self._on_progress = on_progress
+        self._output, self._info, self._spec = output, info, RecordSpec(info)
+        self._columns, self._wanted, self._on_progress = columns, wanted, on_progress
+        self._cells = {} if wanted is None else _compared_cells(info, columns, wanted)
         self._problems = Problems()
         self._passes = list[ShardPass]()
         self._lock = threading.Lock()
@@ -329,7 +306,7 @@ class _Verifier:
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)
 
-    def check_shards(self, workers: int, num_deep: int, images: _Images | None) -> None:
+    def check_shards(self, workers: int, num_deep: int) -> None:
         """Every shard, its index and its records."""
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
@@ -346,7 +323,7 @@ class _Verifier:
                     at = starts[number] + record.ordinal
                     # Exactly num_deep of the numbers below num_examples, evenly spread.
                     is_deep = at * num_deep % max(info.num_examples, 1) < num_deep
-                    self._check(record, number, images if is_deep else None)
+                    self._check(record, number, is_deep=is_deep)
 
         with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
             try:
@@ -356,7 +333,7 @@ class _Verifier:
             finally:
                 stop.set()
 
-    def _check(self, record: StoredRecord, shard: int, images: _Images | None) -> None:
+    def _check(self, record: StoredRecord, shard: int, *, is_deep: bool) -> None:
         def tell(problem: str) -> None:
             if isinstance(problem, RoundingNote):
                 with self._lock:
@@ -364,26 +341,37 @@ class _Verifier:
             else:
                 self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
 
-        def rebuild(payload: bytes) -> Iterator[str]:
-            if images is not None:
-                versions = self._versions_of(shard)
-                yield from images.check(payload, record.cells, self._spec.config, versions)
+        def rebuild(payload: bytes) -> Iterable[str]:
+            return self._rebuild(payload, record.cells, shard) if is_deep else ()
 
         record.check(self._spec, tell, rebuild)
         with self._lock:
             self._num_examples += 1
             self._num_bytes += len(record.data)
-            self._num_deep += images is not None
+            self._num_deep += is_deep
         if self._on_progress:
             self._on_progress(volumes=1, num_bytes=len(record.data))
 
-    def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
+    def _rebuild(self, payload: bytes, cells: Mapping[str, Any], shard: int) -> Iterator[str]:
+        """Rebuild a record from its image, as `check_source`."""
+        assert self._wanted is not None
+        others = (cells[extra_column(name)] for name in self._columns.files[1:])
+        row = self._wanted.row_of((cells["source"], *others))
+        if row is None:
+            yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
+            return
+        # The id may be that of one of its frames; another label is reported by `compare_rows`.
+        row = replace(row, example_id=cells["example_id"], label=cells["label"])
+        versions = self._versions_of(shard)
+        yield from check_source(payload, cells, row, self._wanted.folder, self._spec.config, versions)
+
+    def check_tables(self) -> None:
         """All indexes and the list of failures together; and the manifest, if there is one to compare."""
-        info = self._info
+        info, columns, wanted = self._info, self._columns, self._wanted
         cells = [*self._cells]
         nothing = no_rows(self._spec.config, cells)
         records = pa.concat_tables([nothing, *(found.rows for found in self._passes)])
-        failures = self._read_failures(columns, wanted)
+        failures = self._read_failures()
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
@@ -412,16 +400,18 @@ class _Verifier:
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
-    def check_columns(self, columns: Columns, wanted: Manifest) -> None:
-        """Compare the columns of a manifest, except labels and splits."""
+    def check_columns(self) -> None:
+        """Compare the columns of a manifest, if any, except labels and splits."""
+        if (wanted := self._wanted) is None:
+            return
         was, now = ({*names} for names in (self._info.manifest["columns"], wanted.table.column_names))
-        compared = {wanted.columns.label, *_labels_and_split(columns, self._spec.config)}
+        compared = {wanted.columns.label, *_labels_and_split(self._columns, self._spec.config)}
         for what, names in (("lacks columns", was - now), ("has new columns", now - was)):
             if names - compared:
                 named = ", ".join(sorted(names - compared))
                 self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
-    def _read_failures(self, columns: Columns, wanted: Manifest | None) -> pa.Table:
+    def _read_failures(self) -> pa.Table:
         """Id, labels, split and cells of failed volumes; without rows if they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
         found, problems = no_rows(self._spec.config, [*self._cells]), []
@@ -432,9 +422,9 @@ class _Verifier:
             content = read_failures_list(self._output, self._info, name)
             if self._info.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
-            listed = read_manifest(path, columns, content=content, is_list=True)
+            listed = read_manifest(path, self._columns, content=content, is_list=True)
             folder = storage.dirname(self._info.manifest["path"])
-            found = failure_rows(listed, self._spec.config, [*self._cells], wanted, folder)
+            found = failure_rows(listed, self._spec.config, [*self._cells], self._wanted, folder)
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))
             if found.num_rows != count:

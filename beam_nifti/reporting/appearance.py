@@ -59,7 +59,7 @@ def label_columns(spec: RecordSpec) -> dict[str, str]:
     """The column of the index of each label."""
     if spec.config.labels:
         return {column.name: extra_column(column.name) for column in spec.config.labels}
-    return {"label": "label"} if spec.labelled else {}
+    return {"label": "label"} if spec.info.labelled else {}
 
 
 def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:

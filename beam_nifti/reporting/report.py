@@ -111,7 +111,7 @@ def write_report(
     Arguments and errors are those of `beam_nifti.report`; `options` are Beam's.
     """
     output, out = storage.absolute(output), storage.absolute(out)
-    spec = RecordSpec.of(info)
+    spec = RecordSpec(info)
     require_apart(out, "--out")
     storage.require_writable(out, "--out")
     failures = read_failures(output, info)

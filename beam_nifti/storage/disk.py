@@ -224,15 +224,6 @@ def open_lock(path: str, *, make: bool = True) -> int:
         return os.open(name, flags, 0o666, dir_fd=folder)
 
 
-def list_links(folder: str) -> list[str]:
-    """Names of the symbolic links in a folder, sorted; none where there is no folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_symlink())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def probe_folder(folder: str) -> None:
     """Try to write to a folder; leaves nothing behind."""
     with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system knows such files
