@@ -20,12 +20,8 @@ from beam_nifti.support.wording import size_text
 _SIZES: Final = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}
 """Hugging Face's names of numbers of examples below these."""
 
-_ID: Final = re.compile(r"[\w.+-]+")
-"""An SPDX id of a license, rather than its URL or a name of several words."""
-
-_ITEM: Final = re.compile(r"^(\d*)([-.])")
-"""What Markdown may read as an item of a list."""
-
+_ID: Final = re.compile(r"[\w.+-]+")  # an SPDX id of a license, not its URL or a name of several words
+_ITEM: Final = re.compile(r"^(\d*)([-.])")  # an item of a list in Markdown
 _FURTHER: Final = {"license": "License", "citeAs": "Please cite", "url": "More"}
 
 

@@ -33,8 +33,7 @@ from beam_nifti.volume.rescale import RescaleRange, Scaling, Voxels, restore_uni
 if TYPE_CHECKING:
     import nibabel as nib
 
-_UNFIT: Final = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
-"""Characters that file names cannot have on Linux or elsewhere."""
+_UNFIT: Final = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # characters that file names cannot have
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -9,8 +9,7 @@ from typing import Final
 
 from beam_nifti.support.wording import counted
 
-MAX_PROBLEMS: Final = 20
-"""Number of problems to report; the rest are counted."""
+MAX_PROBLEMS: Final = 20  # problems to report; the rest are counted
 
 
 class Scope(IntEnum):

@@ -39,21 +39,12 @@ from beam_nifti.volume.rescale import Intensity, RescaleRange, float_limits
 from beam_nifti.volume.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
-_SCALING: Final = frozenset(SCALING_FEATURES)
-"""Features of native voxels that have a scaling in their header, and only of those."""
-
+_SCALING: Final = frozenset(SCALING_FEATURES)  # features of native voxels with a scaling
 _DOUBLE_BYTES: Final = 8
-_STATISTICS_TOLERANCE: Final = 1e-6
-"""Relative; sums of the same voxels differ in the last bits between processors."""
-
-_REMAKE: Final = "run the build again with --recheck"
-"""The remedy if a build would find nothing changed."""
-
-_NOISE: Final = 1e-9
-"""Of float64 arithmetic, relative to the largest number: sums of millions of voxels differ by less."""
-
+_STATISTICS_TOLERANCE: Final = 1e-6  # relative; last bits of sums differ between processors
+_REMAKE: Final = "run the build again with --recheck"  # because no file changed
+_NOISE: Final = 1e-9  # of float64 sums, relative to the largest number
 _BLOCK: Final = 1 << 20  # voxels that are compared at a time
-
 _Feature = memoryview | npt.NDArray[np.generic]
 
 

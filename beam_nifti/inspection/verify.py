@@ -63,8 +63,7 @@ from beam_nifti.support.process import keep_buffers
 from beam_nifti.support.wording import counted
 from beam_nifti.volume.user_function import load_functions
 
-ALL: Final = 2**63 - 1
-"""For `deep`: every record."""
+ALL: Final = 2**63 - 1  # for `deep`: every record
 
 
 class OnProgress(Protocol):

@@ -17,8 +17,7 @@ from beam_nifti.manifest.tables import Problems, read_table
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import is_missing
 
-MISSING: Final = "n/a"
-"""What a table says of a value that is not known."""
+MISSING: Final = "n/a"  # an unknown value in a table
 
 _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 """Paths of images in a study, such as sub-01/ses-01/anat/NAME."""

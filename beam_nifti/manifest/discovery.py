@@ -23,9 +23,7 @@ from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.wording import counted, first_few
 
 _IMAGE_ID: Final = "image_id"
-_OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
-"""Columns that are not copied from a study's tables."""
-
+_OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])  # not copied
 _POINTER_BYTES: Final = 1 << 10  # most bytes of a file that may be a pointer to another one
 _SHOWN: Final = 3  # names in a note that concerns many
 _PARTICIPANT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9+]+)(?=[/_.])")

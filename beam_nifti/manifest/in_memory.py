@@ -20,8 +20,7 @@ from beam_nifti.manifest.tables import Problems
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import one_line
 
-NAME: Final = "in-memory-table.parquet"
-"""The name of the file, in the folder that relative paths of the table refer to."""
+NAME: Final = "in-memory-table.parquet"  # in the folder that relative paths refer to
 
 _UNFIT: Final = (pa.ArrowException, ValueError, TypeError, OverflowError)
 """What Arrow raises for values that a column cannot hold."""

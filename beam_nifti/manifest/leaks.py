@@ -21,9 +21,7 @@ Kind = Literal["id", "session", "path"]
 
 _LEAST_LETTERS: Final = 3
 _LEAST_DIGITS: Final = 5
-_LEAST_OF_FILE: Final = 6
-"""Characters of a name, or of a file's, below which other texts may be equal to it by chance."""
-
+_LEAST_OF_FILE: Final = 6  # characters of a name or a file's; shorter texts may be equal by chance
 _ENDING: Final = f"(?i){ENDING}$"
 _PREFIX: Final = "(?i)^(sub|ses)[-_]?"
 _NUMBER: Final = "^[0-9]*$"

@@ -20,8 +20,7 @@ from beam_nifti.manifest.tables import BATCH_ROWS
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 
-WHOLE_SHARD: Final = -1
-"""`VolumeRow.unit` if a shard is a single work unit."""
+WHOLE_SHARD: Final = -1  # `VolumeRow.unit` if a shard is a single work unit
 
 
 @dataclass(frozen=True, slots=True)

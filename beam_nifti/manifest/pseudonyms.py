@@ -18,9 +18,7 @@ from beam_nifti.support.outcomes import may_pass
 
 _LEAST_BYTES: Final = 16
 _DIGEST_BYTES: Final = 16
-PATTERN: Final = f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$"
-"""Of every pseudonym."""
-
+PATTERN: Final = f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$"  # of every pseudonym
 _CHECK_BYTES: Final = 8
 
 

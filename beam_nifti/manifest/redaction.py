@@ -25,8 +25,7 @@ from beam_nifti.support.strict_json import dump_json
 
 _FOLDER: Final = "…"  # stands for a folder
 _SHORTEST: Final = 3  # letters of a name that is replaced also where nothing says that it is part of a path
-_SHORTEST_ID: Final = 4
-"""The same of an id, of letters or digits alone: "1" and "all" are words of messages, too."""
+_SHORTEST_ID: Final = 4  # likewise of an id of letters or digits: "1" and "all" are also words of messages
 
 _LIBRARIES: Final = (
     sysconfig.get_path("purelib"),

@@ -27,23 +27,15 @@ from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.parquet_headers import require_schema
 from beam_nifti.support.strict_json import dump_json, require_modest, unique_keys
 
-MAX_PROBLEMS: Final = 20
-"""Problems that are reported at once."""
-
-BATCH_ROWS: Final = 1 << 13
-"""Rows that are held as Python objects at a time."""
-
+MAX_PROBLEMS: Final = 20  # problems to report at once
+BATCH_ROWS: Final = 1 << 13  # rows that are Python objects at a time
 _HIDDEN: Final = "(hidden by --anonymous-ids)"
 _HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
 _MAX_COLUMNS: Final = 1 << 16
 _FREE_CELLS: Final = 1 << 24
-_CELL_GROWTH: Final = 16
-"""What a table of JSON lines may have: so many cells, and so many times those that its lines give."""
-
+_CELL_GROWTH: Final = 16  # JSON lines may have so many cells, and so many times those that they give
 _DEEPEST: Final = 100  # levels of the schema of a Parquet file; more than some thousand end the process
-
-_DELIMITERS: Final = (";", "\t", ",")
-"""Characters between cells; ";" where spreadsheets write decimal commas."""
+_DELIMITERS: Final = (";", "\t", ",")  # ";" is used where spreadsheets write decimal commas
 
 BLANKS: Final = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"

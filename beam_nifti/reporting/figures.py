@@ -14,8 +14,7 @@ _RANGE: Final = (0.5, 99.5)  # percentiles that the bins span; the outermost one
 _INCHES: Final = (3.6, 2.1)
 _COLOURS: Final = ("#0a7abf", "#d9822b", "#1a9e77", "#b5539c", "#8a7f00", "#d1495b")
 _STYLES: Final = ("-", "--", ":", "-.")
-INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}
-"""Of text and axes, for each theme."""
+INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}  # of text and axes, by theme
 
 
 def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, log: bool = False) -> bytes:

@@ -17,9 +17,7 @@ LIMIT: Final = 5.0
 Of a normal distribution 5 MADs are 3.4 standard deviations: 7 in 10,000 volumes are beyond.
 """
 
-FEWEST: Final = 10
-"""Number of volumes below which median and MAD are not meaningful."""
-
+FEWEST: Final = 10  # volumes for which median and MAD are meaningful
 _SHOWN: Final = 100.0  # MADs above which the number is not shown
 
 

@@ -25,19 +25,12 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import load_json
 from beam_nifti.support.wording import counted
 
-MAX_OUTLIERS: Final = 1000
-"""Outliers to show; all are counted."""
-
-MAX_FAILURES: Final = 500
-"""Failures to list; all are counted."""
-
-MAX_PROBLEMS: Final = 200
-"""Problems of all shards to list; all are counted."""
-
+MAX_OUTLIERS: Final = 1000  # outliers to show; all are counted
+MAX_FAILURES: Final = 500  # failures to list; all are counted
+MAX_PROBLEMS: Final = 200  # problems to list, of all shards; all are counted
 _SHOWN_OF_FAILURE: Final = ("row", "participant_id", "stage", "message")
 _HEAVY: Final = ("grid", "picture")
-_FLOOR: Final = 0.001
-"""Negligible deviation of foreground and correlation; of mean and std, times the median std."""
+_FLOOR: Final = 0.001  # negligible deviation of a share; of mean and std, times the median std
 
 
 @dataclass(frozen=True, eq=False)

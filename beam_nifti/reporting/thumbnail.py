@@ -11,15 +11,9 @@ import numpy.typing as npt
 
 from beam_nifti.volume.rescale import Scaling, Voxels
 
-CELL: Final = 96
-"""Pixels of the square around each slice."""
-
-GRID: Final = 24
-"""Blocks along each axis of the small grid."""
-
-_PLANES: Final = ((0, 1), (0, 2), (1, 2))
-"""The axes that run to the right and up on an axial, a coronal and a sagittal slice."""
-
+CELL: Final = 96  # pixels of the square around each slice
+GRID: Final = 24  # blocks along each axis of the small grid
+_PLANES: Final = ((0, 1), (0, 2), (1, 2))  # axes to the right and up: axial, coronal, sagittal
 _WINDOW: Final = (0.5, 99.5)  # percentiles of the slices that are drawn black and white
 _MASK_COLOUR: Final = (255, 140, 0)
 _WEBP: Final[dict[str, Any]] = {"quality": 80, "method": 4}

@@ -21,11 +21,8 @@ from beam_nifti.errors import OutputError
 from beam_nifti.storage.names import is_remote, local_path
 from beam_nifti.support.wording import bytes_text
 
-_FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-"""What the system reports where a file cannot become as large as it has to be."""
-
-_TREE_ATTEMPTS: Final = 3
-"""Attempts at removing a folder into which a worker that outlives its job may still write."""
+_FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])  # a file cannot grow
+_TREE_ATTEMPTS: Final = 3  # at removing a folder to which a worker may still write
 
 _KINDS: Final = {
     stat.S_ISFIFO: "FIFO",

@@ -29,8 +29,7 @@ _STORES: Final[dict[str, Callable[[Any], Store]]] = {
 }
 """Stores by scheme; Beam or fsspec serves other schemes."""
 
-_EXTRAS: Final = {"s3": "aws", "gs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}
-"""The extra of this package that a scheme requires."""
+_EXTRAS: Final = {"s3": "aws", "gs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}  # by scheme
 
 _REMEDY: Final = (
     "use the local disk, s3:// (install beam-nifti[aws]), gs:// (beam-nifti[gcp]), "

@@ -27,11 +27,9 @@ from beam_nifti.errors import (
 SUCCESS: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
-TEMPORARY: Final = 75
-"""EX_TEMPFAIL of sysexits.h: the same command may succeed when a scheduler tries again."""
+TEMPORARY: Final = 75  # EX_TEMPFAIL of sysexits.h: a retry may succeed
 INTERRUPTED: Final = 130
-CUT_SHORT: Final = 141
-"""128 + SIGPIPE, as a shell reports of `git log` whose reader has gone."""
+CUT_SHORT: Final = 141  # 128 + SIGPIPE, as of `git log` whose reader has ended
 
 _PASSING_ERRNOS: Final = frozenset(
     getattr(errno, name, None)  # not every system has all of them

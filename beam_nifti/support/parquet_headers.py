@@ -12,16 +12,11 @@ from typing import Any, BinaryIO, Final
 
 _UNCOMPRESSED: Final = 2
 _COMPRESSED: Final = 3
-_DATA_PAGES: Final = (5, 8)
-"""Fields of a page's header: two sizes, and the headers of data pages of version 1 and 2."""
-
+_DATA_PAGES: Final = (5, 8)  # headers of data pages of version 1 and 2 in that of a page
 _DICTIONARY: Final = 7
 _NUM_VALUES: Final = 1
 _MOST: Final = 2**31 - 1  # a size or count is an int32; Arrow takes the low bits of a larger one
-
-_SCHEMA: Final = 2
-"""The field of a footer that lists the elements of the schema: each group, then what is in it."""
-
+_SCHEMA: Final = 2  # field of the footer: the schema, each group before its children
 _NUM_CHILDREN: Final = 5
 _MAGIC: Final = b"PAR1"
 _END_BYTES: Final = 8  # of the file: the length of the footer, and the magic number

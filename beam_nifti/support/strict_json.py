@@ -11,8 +11,7 @@ _SIZES: Final = {"{": 256, "[": 80, ",": 64}
 """Bytes that what follows a sign takes in Python, about: an object with a key, a list, a text or number."""
 
 _FREE_BYTES: Final = 16 << 20
-_GROWTH: Final = 4
-"""What JSON may take: so much, and so many times the length of its text; a dataset_info.json twice that."""
+_GROWTH: Final = 4  # JSON may take so many bytes, and so many times the length of its text
 
 
 def dump_json(value: Any, **options: Any) -> str:

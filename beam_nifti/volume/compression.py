@@ -19,12 +19,8 @@ from beam_nifti.errors import VolumeError
 
 Bytes = bytes | memoryview
 
-DEFLATE_RATIO: Final = 1032
-"""No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
-
-_BLOCKS_HEAD_BYTES: Final = 1 << 20
-"""`Compression.head_bytes` where blocks are decompressed as a whole; those of bzip2 have up to 900 kB."""
-
+DEFLATE_RATIO: Final = 1032  # at most. Source: zlib's technical notes
+_BLOCKS_HEAD_BYTES: Final = 1 << 20  # `head_bytes` of formats with blocks; those of bzip2 have up to 900 kB
 _SCRATCH_BYTES: Final = 1 << 16
 
 _DAMAGE: Final[tuple[type[Exception], ...]] = (

@@ -30,13 +30,9 @@ from beam_nifti.volume.formats import HEAD_BYTES
 from beam_nifti.volume.header import VolumeHeader
 
 ReadHeader = Callable[[bytes], VolumeHeader]
-FileStats = tuple[storage.Stat, ...]
-"""Of an image: of its one file, or of the header and the voxels of a pair."""
-
+FileStats = tuple[storage.Stat, ...]  # of the file of an image, or of header and voxels of a pair
 _LARGE_FILE: Final = 64 << 20  # bytes of a file from which on its header is looked at before the rest is read
-_HEAD_OF_FILE: Final = 1 << 16
-"""Bytes of a file in which its header is looked for, unless its compression needs more of them."""
-
+_HEAD_OF_FILE: Final = 1 << 16  # bytes in which the header is, unless the compression needs more
 _LARGEST_HALF: Final = 1 << 20  # bytes of the header's file of a pair
 _LARGEST_HEADER: Final = 64 << 20  # bytes of a header and its extensions
 

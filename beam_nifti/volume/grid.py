@@ -19,26 +19,21 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.volume.rescale import Voxels
 
 Shape3 = tuple[int, int, int]
-Affine = npt.NDArray[np.float64]
-"""(4, 4), voxel indices to millimetres in RAS+."""
-
-_SAME_SPACING: Final = 1e-4
-"""Relative difference of voxel sizes up to which they are one size: headers hold float32."""
+Affine = npt.NDArray[np.float64]  # (4, 4), voxel indices to millimetres in RAS+
+_SAME_SPACING: Final = 1e-4  # relative difference of voxel sizes by rounding: headers hold float32
 
 _KEPT_SPACING: Final = 1e-3
 """Relative difference from a requested spacing up to which an axis is not resampled: people and programs
 round voxel sizes, 0.9375 mm to 0.938, and resampling to that would only blur."""
 
-_SINGULAR: Final = 1e-4
-"""Volume of a voxel as a fraction of what its edges would have at right angles, below which it has none."""
+_SINGULAR: Final = 1e-4  # smallest volume of a voxel relative to that of a box with its edges
 
 SAME_PLACE: Final = 0.1
 """Distance of voxel centres, in voxels, up to which two images lie in one place: headers round affines,
 each program its own way."""
 
 
-UNTURNED: Final = ((0, 1), (1, 1), (2, 1))
-"""Turns, as of `axes_to`, that leave all axes as they are."""
+UNTURNED: Final = ((0, 1), (1, 1), (2, 1))  # turns, as of `axes_to`, that change nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,14 +17,12 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.volume.grid import Affine, Grid, prepared_shape
 from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
-MAX_VOLUME_BYTES: Final = 2**31 - 2**16
-"""Most bytes of voxels in a record: with the rest of it they must stay below protobuf's 2 GiB."""
+MAX_VOLUME_BYTES: Final = 2**31 - 2**16  # of voxels in a record, which protobuf limits to 2 GiB
 
 COLOURS: Final = {3: "rgb24", 4: "rgba32"}
 """By bytes a voxel, the names of the dtypes of colours; numpy knows them as structures."""
 
-PADDING_BYTES: Final = 4096
-"""Bytes after the voxels that are taken for padding; more is not what the header promises."""
+PADDING_BYTES: Final = 4096  # most bytes of padding after the voxels
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,9 @@ from beam_nifti.volume.voxels import take_voxels
 
 _RECORD: Final = RecordConfig()  # by which the voxels of a mask are loaded: as they are in the file
 _CHUNK: Final = 1 << 16  # voxels that are looked at at a time
-_LARGEST_STEP: Final = 1 / 8
-"""Between two stored integers, up to which the value nearest to a label may stand for it."""
-
+_LARGEST_STEP: Final = 1 / 8  # between two stored integers, of which the nearest may represent a label
 _LARGEST_ERROR: Final = _LARGEST_STEP / 2  # distance from a whole number that is taken for rounding at most
-_RELATIVE_ERROR: Final = 2.0**-22
-"""Of slope, intercept, and arithmetic in float32: two units in the last place of its 24 bits."""
+_RELATIVE_ERROR: Final = 2.0**-22  # of arithmetic in float32: two units in the last place
 
 
 def parse_mask_header(name: str, head: bytes) -> VolumeHeader:

@@ -14,9 +14,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.volume.grid import Affine
 from beam_nifti.volume.rescale import Scaling, Voxels
 
-_ALIGNED: Final = 2
-"""NIFTI_XFORM_ALIGNED_ANAT, the code of an affine whose space has no name: what nibabel gives a new image."""
-
+_ALIGNED: Final = 2  # NIFTI_XFORM_ALIGNED_ANAT, as nibabel sets it in new images
 _MAX_NIFTI1_AXIS: Final = 2**15 - 1
 _GZIP_LEVEL: Final = 2
 _GZIP_WBITS: Final = 31

@@ -36,8 +36,7 @@ from beam_nifti.volume.volume import Volume
 if TYPE_CHECKING:
     from scipy import sparse
 
-_STORED_DTYPES: Final = ("float16", "bfloat16")
-"""Of voxels that are rescaled, besides those that voxels may have before."""
+_STORED_DTYPES: Final = ("float16", "bfloat16")  # only of rescaled voxels
 
 
 def prepare_volume(

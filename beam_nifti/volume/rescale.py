@@ -12,9 +12,7 @@ import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
 
-UINT8_LEVELS: Final = 255
-"""What 1.0 is stored as in uint8."""
-
+UINT8_LEVELS: Final = 255  # 1.0 in uint8
 Voxels = npt.NDArray[Any]
 _CHUNK: Final = 1 << 15  # voxels a chunk of float64 arithmetic: 256 KiB, which stays in a core's cache
 _FLOAT32_EXACT: Final = 1 << 24  # integers up to here are exact in float32
