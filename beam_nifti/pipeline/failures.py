@@ -39,9 +39,9 @@ class Failure:
 
     Attributes:
         row: its row of the manifest, or that of the image.
-        stage: the step that failed, such as "LoadVolume".
-        error: the exception's class.
-        message: what it said; where ids are anonymous, as `redaction` leaves it.
+        stage: step that failed, such as "LoadVolume".
+        error: class of the exception.
+        message: text of the exception, without names if ids are anonymous.
     """
 
     row: VolumeRow
@@ -142,7 +142,7 @@ def write_failures(
         failures: in any order; written in the manifest's.
         folder: what relative image paths are relative to; the lines hold absolute ones.
         columns: which manifest columns mean what.
-        extra_columns: names of the manifest's extra columns.
+        extra_columns: names of the manifest's further columns.
         below: as of `storage.create`.
     """
     labels = {column.name for column in columns.labels}
@@ -254,7 +254,7 @@ def _messages(failures: Sequence[Failure]) -> str:
 
 
 def _extra_key(column: str, named: Container[str | None]) -> str:
-    """Under which key an extra column of the manifest is kept: as in the index, a clash is renamed."""
+    """Under which key a further column of the manifest is kept: as in the index, a clash is renamed."""
     key = f"manifest_{column}" if column in _OWN_KEYS or column.startswith("manifest_") else column
     while key in named:
         key = f"manifest_{key}"

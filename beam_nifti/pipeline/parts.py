@@ -159,7 +159,7 @@ class PartWriter:
         folder: `parts_folder` of the shard.
         first: position of the first record.
         record: configuration of the records.
-        extra_columns: names of the manifest's extra columns.
+        extra_columns: names of the manifest's further columns.
         is_shard: whether the part will be a whole shard, which is then published as it is, without being
             read again for its sha256.
     """
@@ -260,7 +260,7 @@ def finished_rows(
         part: of the same fingerprint as this build's.
         rows: of one shard, one for each record, in the order of their positions; at least one.
         record: this build's.
-        extra_columns: names of the manifest's extra columns.
+        extra_columns: names of the manifest's further columns.
         folder: what relative image paths are relative to.
         shape: that every record must have; None, or None for an axis, where shapes may differ.
         dtype: that every volume must have on disk; None where dtypes may differ.

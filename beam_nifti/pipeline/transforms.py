@@ -233,7 +233,7 @@ class WriteShards(beam.PTransform[Any, Any]):
         output: folder of the dataset.
         temp_location: folder of the part files.
         config: compression and its level, with whatever else decides a record's bytes.
-        extra_columns: names of the manifest's extra columns, which the index keeps.
+        extra_columns: names of the manifest's further columns, which the index keeps.
         identity: `BuildPlan.identity`, where the folder may become another build's; None where it cannot.
     """
 
