@@ -39,18 +39,8 @@ SELECTIONS: Final = ("nonzero", "above:T", "mask")
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 TENSOR_DTYPES: Final[Mapping[str, int]] = {
-    "float32": 1,
-    "float64": 2,
-    "int32": 3,
-    "uint8": 4,
-    "int16": 5,
-    "int8": 6,
-    "int64": 9,
-    "bfloat16": 14,
-    "uint16": 17,
-    "float16": 19,
-    "uint32": 22,
-    "uint64": 23,
+    **{"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int16": 5, "int8": 6, "int64": 9},
+    **{"bfloat16": 14, "uint16": 17, "float16": 19, "uint32": 22, "uint64": 23},
 }
 """Dtypes of tensors in records, with their numbers. Source: tensorflow/core/framework/types.proto"""
 
@@ -503,13 +493,9 @@ class Sharding:
         """Refuse numbers below 1, and both or neither."""
         if (self.examples_per_shard is None) == (self.num_shards is None):
             raise UsageError("give one of --examples-per-shard and --num-shards, not both")
-        name, value = (
-            ("--examples-per-shard", self.examples_per_shard)
-            if self.examples_per_shard is not None
-            else ("--num-shards", self.num_shards)
-        )
-        if value is None or value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1")
+        for flag, value in vars(self).items():
+            if value is not None and value < 1:
+                raise UsageError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,8 @@ from typing import Any, Final
 
 _OF_PATHS: Final = frozenset(
     [
-        errno.ENOENT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EISDIR,
-        errno.ENOTDIR,
-        errno.ENAMETOOLONG,
-        errno.ELOOP,
-        errno.EINVAL,
-        errno.ENXIO,
+        *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+        *(errno.ELOOP, errno.EINVAL, errno.ENXIO),
     ]
 )
 """What the system or a store reports for a path that is wrong, missing or not accessible to this user."""
@@ -52,9 +45,6 @@ class ManifestError(BeamNiftiError):
         path: path of the manifest.
         problems: one sentence per problem.
         what: what the problems mean for the manifest.
-
-    Attributes:
-        path: path of the manifest.
     """
 
     def __init__(self, path: str, problems: Sequence[str], what: str = "not usable as a manifest") -> None:
@@ -165,11 +155,6 @@ class TooManyFailures(BeamNiftiError):
 
     Finished records are kept: the next build of the same output loads only the volumes that failed.
 
-    Args:
-        message: how many failed, and why.
-        summary: how the build ended.
-        failures: every row that failed, in the manifest's order.
-
     Attributes:
         summary: how the build ended.
         failures: every row that failed, in the manifest's order.
@@ -199,11 +184,6 @@ class EngineError(BeamNiftiError):
         what: what was stopped, such as "the build stopped".
         reason: why it stopped.
         exit_code: exit code of the command; 75 for a temporary failure.
-        is_explained: whether the reason is complete, so that a traceback would add nothing.
-
-    Attributes:
-        what: what was stopped.
-        exit_code: exit code of the command.
         is_explained: whether the reason is complete, so that a traceback would add nothing.
     """
 

@@ -28,10 +28,10 @@ FINAL_EXIT_CODES: Final = {
     "or the problems",
     2: "a wrong option, manifest or output, or a path that cannot be read or written",
 }
-"""Those of `beam-nifti` that stay as they are when the task is tried again, and what they say."""
+"""Exit codes of `beam-nifti` for which a retry of the task is useless, and their meaning."""
 
 _PLACE: Final = r"^(/|[a-z][a-z0-9+.-]*://)"
-"""A task has no working folder that a relative path could mean."""
+"""Absolute paths and URLs, because a task has no working folder."""
 
 PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "manifest": {
@@ -42,7 +42,7 @@ PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
     "output": {
         "type": "string",
         "pattern": _PLACE,
-        "description": "Folder of the dataset: absolute path or URL. The same one again extends it.",
+        "description": "Folder of the dataset: absolute path or URL. An existing dataset is extended.",
     },
     "runner": {
         "default": "DirectRunner",
@@ -54,59 +54,59 @@ PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
             "PrismRunner",
             "DataflowRunner",
         ],
-        "description": "The engine: DirectRunner is the task's machine; where the others are, flags say.",
+        "description": "Beam runner. DirectRunner runs in the task; others need flags, such as an address.",
     },
     "container_image": {
         "default": None,
         "type": ["null", "string"],
         "minLength": 1,
-        "description": "Image of the workers: beam-nifti:0.1.0. Not for DirectRunner.",
+        "description": "Container image of the workers, such as beam-nifti:0.1.0. Not for DirectRunner.",
     },
     "examples_per_shard": {
         "default": None,
         "type": ["null", "integer"],
         "minimum": 1,
-        "description": "Default: shards of 128 to 256 MB.",
+        "description": "Records per shard. Default: shards of 128 to 256 MB.",
     },
     "num_shards": {
         "default": None,
         "type": ["null", "integer"],
         "minimum": 1,
-        "description": "Shards of each split, instead of the former.",
+        "description": "Number of shards per split. Give this or examples_per_shard.",
     },
     "max_bad_fraction": {
         "default": 0,
         "type": "number",
         "minimum": 0,
         "maximum": 1,
-        "description": "Complete the dataset if at most this fraction of the volumes failed.",
+        "description": "Largest fraction of volumes, 0 to 1, that may fail.",
     },
     "anonymous_ids": {
         "default": None,
         "type": ["null", "string"],
         "pattern": _PLACE,
-        "description": "File of the key by which hashes replace ids and paths.",
+        "description": "File of the key that replaces ids and paths by pseudonyms.",
     },
     "flags": {
         "default": [],
         "type": "array",
         "items": {"type": "string", "pattern": "^--[a-z]"},
-        "description": "Further flags of `beam-nifti build`, its engine's too, one a line: --rescale=zscore.",
+        "description": "Other flags of `beam-nifti build` and its runner, one per line, such as --clip.",
     },
     "verify_deep": {
         "default": 2,
         "type": "integer",
         "minimum": 0,
-        "description": "Records to make again from their images after the build, and to compare bit for bit.",
+        "description": "Records to rebuild from their images after the build and compare bit for bit.",
     },
     "report": {
         "default": None,
         "type": ["null", "string"],
         "pattern": _PLACE,
-        "description": "Page of pictures and outliers to write, such as /data/report.html; needs [report].",
+        "description": "Page to write, such as /data/report.html. Requires beam-nifti[report].",
     },
 }
-"""What a run is asked for: `airflow.sdk.Param`s, refused before the run starts where they do not fit."""
+"""Parameters of a run, as `airflow.sdk.Param`s: invalid values are refused before the run starts."""
 
 
 def build_arguments(params: Mapping[str, Any]) -> list[str]:

@@ -622,15 +622,21 @@ assert "tensorflow" not in sys.modules
 """A plain script: nothing of it stands behind `if __name__ == "__main__"`."""
 
 
-def test_a_plain_script_is_left_as_it_was(folder: Path) -> None:
-    Path("script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder)},
+def run_python(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter with no environment but the package."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(home)},
         capture_output=True,
         text=True,
         check=False,
+        timeout=240,
     )
+
+
+def test_a_plain_script_is_left_as_it_was(folder: Path) -> None:
+    Path("script.py").write_text(SCRIPT)
+    done = run_python("script.py", home=folder)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -638,14 +644,7 @@ def test_a_script_without_a_guard_may_start_processes(folder: Path) -> None:
     options = {"direct_running_mode": "multi_processing"}
     call = f"bn.build('manifest.tsv', 'out', workers=2, pipeline_options={options}, progress=False)"
     Path("script.py").write_text(f"import beam_nifti as bn\nprint({call}.num_examples)\n")
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "6\n"
+    assert run_python("script.py", home=folder).stdout == "6\n"
 
 
 FORKING = """
@@ -669,15 +668,7 @@ attempt()
 
 
 def test_a_process_forked_after_beam_has_run_is_told_to_be_spawned(folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING],
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    (refusal,) = done.stdout.splitlines()
+    (refusal,) = run_python("-c", FORKING, home=folder).stdout.splitlines()
     assert "forked" in refusal
     assert 'get_context("spawn")' in refusal
 

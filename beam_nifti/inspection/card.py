@@ -1,4 +1,4 @@
-"""`beam-nifti card`: a dataset described for others: README.md for people, croissant.json for programs."""
+"""`beam-nifti card` describes a dataset for others: README.md for people, croissant.json for programs."""
 
 from __future__ import annotations
 
@@ -20,36 +20,31 @@ from beam_nifti.support.wording import size_text
 _SIZES: Final = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}
 """Hugging Face's names of numbers of examples below these."""
 
-_ID: Final = re.compile(r"[\w.+-]+")
-"""A license's id, as SPDX has them, rather than its URL or a name of several words."""
-
-_ITEM: Final = re.compile(r"^(\d*)([-.])")
-"""What Markdown may take for an item of a list, besides what it takes for something elsewhere, too."""
-
+_ID: Final = re.compile(r"[\w.+-]+")  # an SPDX id of a license, not its URL or a name of several words
+_ITEM: Final = re.compile(r"^(\d*)([-.])")  # an item of a list in Markdown
 _FURTHER: Final = {"license": "License", "citeAs": "Please cite", "url": "More"}
 
 
 def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False) -> list[str]:
     """Describe a complete dataset in two files beside its dataset_info.json.
 
-    The same dataset and words give the same bytes; so files that a run which was stopped has left are no
-    obstacle to the next. croissant.json is written last: where it is of the dataset's revision, as `verify`
-    finds out, README.md is, too.
+    The same dataset and words give the same bytes, so files of an interrupted run are no obstacle.
+    croissant.json is written last: if it is of the dataset's revision, which `verify` checks, README.md is,
+    too.
 
     Args:
         output: folder or URL of the dataset.
-        about: what only people know: "name", "description", "license", "url", "citeAs"; all may be missing.
-        overwrite: replace the files where they are there.
+        about: "name", "description", "license", "url", "citeAs"; all are optional.
+        overwrite: replace existing files.
 
     Returns:
         The paths of the files.
 
     Raises:
-        DatasetError: there is no complete dataset, or nothing in it.
-        OutputError: one of the files already exists with different content, or cannot be written; none is
-            written then.
-        OSError: one of them is a link that leads out of the dataset, or no regular file.
-        UsageError: a word is empty, or holds what is no text.
+        DatasetError: there is no complete dataset, or it is empty.
+        OutputError: a file exists with different content, or cannot be written; none is written then.
+        OSError: a file is a link that leads out of the dataset, or not regular.
+        UsageError: a word is empty, or not printable text.
     """
     for key, words in about.items():
         if not words.strip() or not words.isprintable():
@@ -74,7 +69,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
 
 def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
-    """The content of README.md, with the header that Hugging Face's hub reads."""
+    """The content of README.md, with the header that Hugging Face's hub reads. `about` has a "name"."""
     name, split = about["name"], next(iter(info.splits))
     folder = output.rpartition("/")[2]
     header = {"pretty_name": name, "tags": ["nifti", "tfrecord"]}
@@ -104,7 +99,7 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
 
 
 def _license(words: str) -> dict[str, str]:
-    """As the hub has licenses: one of its ids, which are in lower case, or another's name or page."""
+    """A license as in the hub: one of its lower-case ids, or the name or page of another license."""
     if _ID.fullmatch(words):
         return {"license": words.lower()}
     return {"license": "other", "license_link" if "://" in words else "license_name": words}
@@ -130,7 +125,7 @@ def _feature_rows(info: DatasetInfo) -> Iterator[str]:
 
 
 def _describe(output: str, info: DatasetInfo, folder: str) -> str:
-    """What `beam-nifti inspect` says, without the places that files have on this machine."""
+    """The text of `beam-nifti inspect`, without the folders of files on this machine."""
     description = describe(output, info) | {"path": folder}
     for name in ("manifest", "failures"):
         path = description[name]["path"]
@@ -139,7 +134,7 @@ def _describe(output: str, info: DatasetInfo, folder: str) -> str:
 
 
 def _as_text(words: str) -> str:
-    """Words in which Markdown and HTML find nothing to do."""
+    """Words with the characters escaped that Markdown and HTML interpret."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|~$" else c for c in " ".join(words.split()))
     escaped = _ITEM.sub(r"\1\\\2", escaped)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -33,14 +33,14 @@ _CONTEXT: Final = {
     "sc": "https://schema.org/",
     **{term: f"cr:{term}" for term in _TERMS},
 }
-"""The one that the specification requires in every file."""
+"""The context that the specification requires in every file."""
 
 _RECORDS, _INDEXES = "records", "indexes"
 _SPLIT_OF_INDEX: Final = r"index/(.+)-\d+-of-\d+(?:-r\d+)?\.parquet$"
 
 
 def check_croissant(text: bytes, info: DatasetInfo) -> Iterator[str]:
-    """Find out whether croissant.json is still of this dataset; after a build files have other checksums."""
+    """Report a croissant.json that is not of this dataset: after a build, files have other checksums."""
     try:
         facts = load_json(text, is_modest=True)
         version, files = facts["version"], facts["distribution"]
@@ -56,16 +56,15 @@ def check_croissant(text: bytes, info: DatasetInfo) -> Iterator[str]:
 
 
 def _version(info: DatasetInfo) -> str:
-    """The dataset's revision, as the specification has versions."""
+    """The dataset's revision in the form that the specification requires."""
     return f"{info.revision}.0.0"
 
 
 def make_croissant(info: DatasetInfo, index: pa.Schema, about: Mapping[str, str]) -> str:
-    """The content of croissant.json.
+    """The content of croissant.json: every file with its sha256, and the columns of the index.
 
-    Every file is in it with its sha256. What its record set describes is the index: a row of text and
-    numbers for each record, which any reader of Parquet can load. The voxels are in the shards, whose
-    format Croissant has no words for.
+    The record set describes the index, which any reader of Parquet can load. Croissant cannot describe the
+    format of the shards. `about` has the keys of `write_card`.
     """
     indexes = [shard.index for shard in info.shards]
     split = _described("split", pa.string(), {"fileProperty": "fullpath"})

@@ -1,11 +1,11 @@
-"""What is in a dataset, or in one of its records: from dataset_info.json and the indexes alone."""
+"""Describes a dataset or a record from dataset_info.json and the indexes."""
 
 from __future__ import annotations
 
 import difflib
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,8 +28,6 @@ from beam_nifti.support.document import Document
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
 
-_STATISTICS: Final = ("min", "max", "mean")
-_SUMMARIZED: Final = ("label", "dtype", "shape", *_STATISTICS)
 _COMPARED_IDS: Final = 50_000  # ids to compare with an unknown one, which takes about a second
 _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
@@ -37,7 +35,7 @@ _SHOWN_CLASSES: Final = 10  # classes of a label to show
 
 
 class Description(Document):
-    """What is in a dataset, or in one of its records; `print(description)` shows it as a table.
+    """A description of a dataset or of a record; `print(description)` shows it as a table.
 
     Its items are those of `beam-nifti inspect --json`.
     """
@@ -52,25 +50,31 @@ class Description(Document):
 
 
 def describe_dataset(output: str) -> dict[str, Any]:
-    """What a dataset holds, as values that JSON can hold.
+    """The contents of a dataset as JSON values.
 
-    Returns:
-        Among others `splits` (examples, shards and bytes of each), `shape` (None where shapes are
-        mixed; `shapes` counts them), `labels` (None where there are none), `label_columns` (of each label
-        with a feature of its own) and `intensities`, in the images' units.
+    Among them are `splits` (examples, shards and bytes of each), `shape` (None if shapes are mixed; `shapes`
+    counts them), `labels` (None if there are none), `label_columns` (of labels with features of their own)
+    and `intensities`, in the images' units.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
 
 
 def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
-    """What a dataset holds, as `describe_dataset`."""
-    totals = _Totals(tuple(info.config.get("channels") or ("",)))
-    of_labels = [_LabelTotals(column) for column in info.labels]
+    """As `describe_dataset`, for an absolute path and its info."""
+    channels = info.config.get("channels") or ("",)
+    labels, of_labels = _Numbers(), [_LabelTotals(column) for column in info.labels]
+    intensities = defaultdict[str, _Numbers](_Numbers)
+    dtypes, shapes = Counter[str](), Counter[str]()
     for _, _, table in read_indexes(output, info):
-        totals.add(table.select(_SUMMARIZED))
+        labels.add(table["label"])
         for of_label in of_labels:
             of_label.add(table)
+        for (number, channel), name in itertools.product(enumerate(channels), ("min", "max", "mean")):
+            column = pc.list_element(table[name], number) if channel and len(table) else table[name]
+            intensities[f"{channel} {name}".strip()].add(column)
+        dtypes.update(table["dtype"].to_pylist())
+        shapes.update(map(size_text, table["shape"].to_pylist()))
     return {
         "path": output,
         "format_version": info.format_version,
@@ -86,12 +90,12 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
             for name, split in info.splits.items()
         },
         "shape": None if info.shape is None else list(info.shape),
-        "shapes": _counted(totals.shapes),
+        "shapes": dict(shapes.most_common()),
         "dtype": info.dtype,
-        "source_dtypes": _counted(totals.dtypes),
-        "labels": totals.labels.summary() if info.labelled else None,
+        "source_dtypes": dict(dtypes.most_common()),
+        "labels": labels.summary() if info.labelled else None,
         "label_columns": {of.column.name: of.summary() for of in of_labels},
-        "intensities": totals.intensities(),
+        "intensities": {name: numbers.summary() for name, numbers in intensities.items()},
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
         "failures": {
             "count": info.num_failures,
@@ -104,18 +108,18 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
 
 
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
-    """What the index says of one record: where it lies, what it was made of."""
+    """The index's row of one record, with its split, shard and ordinal."""
     return describe_records(output, [example_id])[0]
 
 
 def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """What the indexes say of some records; each index is read once, and none after the last was found.
+    """As `describe_record`, for several records; each index is read once, until all records are found.
 
     Returns:
-        As `describe_record`, in the order of the names.
+        The descriptions in the order of the ids.
 
     Raises:
-        DatasetError: there is no complete dataset, or one of the records is not in it.
+        DatasetError: there is no complete dataset, or it lacks one of the records.
     """
     output = storage.absolute(output)
     info = read_info(output)
@@ -170,7 +174,7 @@ def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) 
 
 
 def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInfo, pa.Table]]:
-    """The index of each shard, with its split."""
+    """The split, the shard and the index of each shard."""
     for split, found in info.splits.items():
         for shard in found.shards:
             yield split, shard, read_shard_index(output, info, shard)
@@ -178,7 +182,7 @@ def read_indexes(output: str, info: DatasetInfo) -> Iterator[tuple[str, ShardInf
 
 @dataclass
 class _Numbers:
-    """Count, ends and mean of numbers that come in portions."""
+    """Count, range and mean of numbers, added column by column."""
 
     count: int = 0
     total: float = 0.0
@@ -202,7 +206,7 @@ class _Numbers:
 
 @dataclass
 class _LabelTotals:
-    """What all indexes say of one label."""
+    """Totals of one label over all indexes."""
 
     column: LabelColumn
     numbers: _Numbers = field(default_factory=_Numbers)
@@ -219,7 +223,7 @@ class _LabelTotals:
             self.values.update({c["values"]: c["counts"] for c in counts})
 
     def summary(self) -> dict[str, Any]:
-        """Of a float as `_Numbers`; of a class how many each class has; of a string how many there are."""
+        """Of a float as `_Numbers`; of a class the count of each class; of a string the number of values."""
         kind = self.column.kind
         if kind == "float":
             found: dict[str, Any] = self.numbers.summary()
@@ -230,50 +234,12 @@ class _LabelTotals:
         return {"kind": kind, **found, "missing": self.missing}
 
 
-@dataclass
-class _Totals:
-    """What all indexes say together.
-
-    Attributes:
-        channels: names of the images of a record; "" of a single one.
-        labels: of the records.
-        statistics: of each image, by its name and that of the statistic.
-        dtypes: on disk.
-        shapes: of the records.
-    """
-
-    channels: tuple[str, ...]
-    labels: _Numbers = field(default_factory=_Numbers)
-    statistics: dict[str, _Numbers] = field(default_factory=dict)
-    dtypes: Counter[str] = field(default_factory=Counter)
-    shapes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, table: pa.Table) -> None:
-        self.labels.add(table["label"])
-        for (number, channel), statistic in itertools.product(enumerate(self.channels), _STATISTICS):
-            column = table[statistic]
-            if channel:
-                column = (
-                    pc.list_element(column, number) if len(column) else pa.chunked_array([], pa.float64())
-                )
-            self.statistics.setdefault(f"{channel} {statistic}".strip(), _Numbers()).add(column)
-        self.dtypes.update(table["dtype"].to_pylist())
-        self.shapes.update(map(size_text, table["shape"].to_pylist()))
-
-    def intensities(self) -> dict[str, dict[str, float | None]]:
-        """Over the volumes: of each one's least, largest and mean intensity, of each of its images."""
-        return {name: numbers.summary() for name, numbers in self.statistics.items()}
-
-
-def _counted(counter: Counter[str]) -> dict[str, int]:
-    return dict(counter.most_common())
-
-
 def format_description(description: Mapping[str, Any]) -> str:
     """A description, of a dataset or of a record, as text for the screen."""
     if "example_id" in description:
-        width = max(len(name) + 2 for name in description)
-        return format_rows(_record_rows(description), max(width, _NAME_WIDTH))
+        width = max(_NAME_WIDTH, *(len(name) + 2 for name in description))
+        lines = ((name, enumerate(_value_lines(name, value))) for name, value in description.items())
+        return format_rows((("" if i else name, text) for name, texts in lines for i, text in texts), width)
     return format_rows(_dataset_rows(description), _NAME_WIDTH)
 
 
@@ -327,15 +293,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _option_text(name: str, value: str | Sequence[str | float]) -> str:
-    """As it is written on the command line."""
+    """An option as on the command line."""
     text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
     return f"{name.replace('_', '-')} {text}"
-
-
-def _record_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in d.items():
-        for number, text in enumerate(_value_lines(name, value)):
-            yield "" if number else name, text
 
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:

@@ -15,13 +15,11 @@ from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, first_few, format_rows
 
-_PLACES: Final = ("example_id", "position", "offset", "length", "row")
-"""Columns that say where a record stands, and not what it is."""
-
+_PLACES: Final = ("example_id", "position", "offset", "length", "row")  # not compared
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
-"""Names that a comparison prints, and that the index leaves to extra columns."""
+"""Names that a comparison prints, and that may also be names of extra columns."""
 
 _SHOWN: Final = 5  # ids to show of each kind
 
@@ -73,10 +71,9 @@ class Difference:
 
 
 def compare_datasets(before: str, after: str) -> Difference:
-    """Compare two datasets; of each, dataset_info.json and index/ are enough.
+    """Compare two datasets by dataset_info.json and the indexes, without reading a shard.
 
-    Voxels count as changed where what the index says of them did: no shard is read. Of datasets of different
-    format versions the sizes of files are compared, and not their times.
+    If their format versions differ, sizes of files are compared, but not their times.
     """
     before, after = storage.absolute(before), storage.absolute(after)
     (old_info, old), (new_info, new) = _read(before), _read(after)
@@ -142,7 +139,7 @@ def _config_differences(before: DatasetInfo, after: DatasetInfo) -> dict[str, tu
 
 
 def diff_as_json(diff: Difference) -> dict[str, Any]:
-    """A comparison as values that JSON can hold."""
+    """A comparison as JSON values."""
     return {
         **vars(diff),
         "changed": dict(diff.changed),

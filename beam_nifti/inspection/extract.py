@@ -1,7 +1,7 @@
-"""From a record back to an image: its voxels in the image's units, and where they lie.
+"""Extracts records as images, in the image's units.
 
-A record is read by the place that the index gives, without the others of its shard, and is held to all that
-`verify` asks of it before anything is made of it. Source: docs/extract.md.
+A record is read at its offset in the index, and passes all checks of `verify` before it is used. Source:
+docs/extract.md.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ from beam_nifti.volume.rescale import RescaleRange, Scaling, Voxels, restore_uni
 if TYPE_CHECKING:
     import nibabel as nib
 
-_UNFIT: Final = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')
-"""What a file name cannot hold, on Linux or elsewhere."""
+_UNFIT: Final = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]')  # characters that file names cannot have
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -67,14 +66,14 @@ class StoredVolume:
         return f"<StoredVolume {self.example_id!r}: {voxels}, {size_text(self.zooms)} mm{mask}>"
 
     def to_nibabel(self) -> nib.Nifti1Image | nib.Nifti2Image:
-        """It as an image of nibabel, with the header that `save` writes."""
+        """An image of nibabel with the header that `save` writes."""
         return make_image(self.voxels, self.scaling, self.affine, self.zooms)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a NIfTI image.
+        """Write the volume as a NIfTI image, replacing any file of that name.
 
         Args:
-            path: ends in .nii or .nii.gz; local or a URL; replaced if it is there.
+            path: ends in .nii or .nii.gz; local or a URL.
 
         Raises:
             UsageError: the path has another ending.
@@ -90,7 +89,7 @@ class StoredVolume:
 
 
 def read_volume(output: str, example_id: str) -> StoredVolume:
-    """Read one record of a dataset."""
+    """As `read_volumes`, for a single record."""
     (volume,) = read_volumes(output, [example_id])
     return volume
 
@@ -109,7 +108,7 @@ def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolu
         DatasetError: as `read_volume`. Names that no record has are found before any is read.
     """
     output = storage.absolute(output)
-    spec = RecordSpec.of(read_info(output))
+    spec = RecordSpec(read_info(output))
     for cells in describe_records(output, example_ids):
         try:
             yield _read_record(path_of(output, cells["shard"]), cells, spec)
@@ -136,7 +135,7 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
 
 
 def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> Voxels:
-    """The values in the units of the image, or of each of several."""
+    """The values in the units of the image, or of each channel."""
     if config.method == "none":
         return restore_units(voxels, None)
     names = ("rescale_low", "rescale_high") if config.has_range else ("min", "max")
@@ -148,12 +147,10 @@ def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> 
 
 
 def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") -> list[str]:
-    """Where to write the images of some records.
-
-    `out` is the path for a single id; None names each file after its id and the suffix.
+    """The paths for the images of some records: `out` for a single one, or else each id and the suffix.
 
     Raises:
-        UsageError: two images would have one name, or `out` is no name of a NIfTI image.
+        UsageError: two images would have one path, or `out` is not the name of a NIfTI image.
     """
     if out is not None:
         if len(example_ids) > 1:
@@ -176,7 +173,7 @@ def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") 
 
 
 def file_name(example_id: str, ending: str) -> str:
-    r"""The name of a file about a record: its id, with `_` for what a file name cannot hold, and an ending.
+    r"""The name of a file for a record: its id, with `_` for invalid characters, and an ending.
 
     >>> file_name("sub-01_ses-2", "_mask.nii.gz"), file_name("scans/sub-01/T1w.nii.gz", ".html")
     ('sub-01_ses-2_mask.nii.gz', 'scans_sub-01_T1w.html')

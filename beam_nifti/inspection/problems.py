@@ -1,4 +1,4 @@
-"""What a check found wrong, collected by many threads and told in one order."""
+"""Problems that concurrent checks find, collected in the order of the dataset."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Final
 
 from beam_nifti.support.wording import counted
 
-MAX_PROBLEMS: Final = 20
-"""Problems that are told one by one; the rest are counted."""
+MAX_PROBLEMS: Final = 20  # problems to report; the rest are counted
 
 
 class Scope(IntEnum):
-    """What a problem concerns. The most bytes come first."""
+    """What a problem concerns, in the order of reporting."""
 
     DATASET = 0
     SHARD = 1
@@ -23,7 +22,7 @@ class Scope(IntEnum):
 
 
 class Problems:
-    """Keeps the first MAX_PROBLEMS in the order of the dataset, whoever finds them first."""
+    """The first MAX_PROBLEMS problems in the order of the dataset."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,17 +30,14 @@ class Problems:
         self._total = 0
 
     def add(self, scope: Scope, problem: str, *place: int) -> None:
-        """Add a problem.
-
-        `place` orders problems of one scope, such as by shard and record.
-        """
+        """Add a problem. `place` orders problems of one scope, such as by shard and record."""
         with self._lock:
             self._total += 1
             bisect.insort(self._kept, ((scope, *place), problem), key=lambda kept: kept[0])
             del self._kept[MAX_PROBLEMS:]
 
     def texts(self) -> tuple[str, ...]:
-        """The problems kept, and one more sentence where there were more."""
+        """The problems kept, and one more sentence if there were more."""
         more = self._total - len(self._kept)
         texts = tuple(text for _, text in self._kept)
         return (*texts, f"and {counted(more, 'more problem')}") if more else texts

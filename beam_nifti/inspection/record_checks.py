@@ -1,10 +1,10 @@
-"""What one record must be. Bytes and its row of the index in, sentences out."""
+"""Checks of a single record against its row of the index and dataset_info.json."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -39,73 +39,46 @@ from beam_nifti.volume.rescale import Intensity, RescaleRange, float_limits
 from beam_nifti.volume.volume import load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
-_SCALING: Final = frozenset(SCALING_FEATURES)
-"""Features that stand only beside native voxels whose header scales them."""
-
+_SCALING: Final = frozenset(SCALING_FEATURES)  # features of native voxels with a scaling
 _DOUBLE_BYTES: Final = 8
-_STATISTICS_TOLERANCE: Final = 1e-6
-"""Relative; sums of the same voxels differ in their last bits between processors."""
-
-_REMAKE: Final = "run the build again with --recheck"
-"""The remedy where a build would find nothing that has changed."""
-
-_NOISE: Final = 1e-9
-"""Of float64 arithmetic, relative to the largest number: sums of millions of voxels differ by less."""
-
+_STATISTICS_TOLERANCE: Final = 1e-6  # relative; last bits of sums differ between processors
+_REMAKE: Final = "run the build again with --recheck"  # because no file changed
+_NOISE: Final = 1e-9  # of float64 sums, relative to the largest number
 _BLOCK: Final = 1 << 20  # voxels that are compared at a time
-
 _Feature = memoryview | npt.NDArray[np.generic]
 
 
-@dataclass(frozen=True)
 class RecordSpec:
     """What every record of a dataset must be.
 
     Attributes:
-        config: what decided its bytes.
-        features: name to kind, such as "float[16]".
-        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
-        dtype: of the stored voxels.
-        labelled: whether records have a label; without, every label is NaN.
-        may_lack: whether some of a labelled dataset may lack it.
-        columns: names of all columns of the manifest.
-        ids_of_people: whether ids are made of participants and sessions.
-        is_sparse: whether records may lack features, and their rows of the index cells, as where no manifest
-            says what is in them.
+        info: of the dataset, without its shards, so that it is small.
+        config: the options that decide a record's bytes.
     """
 
-    config: RecordConfig
-    features: Mapping[str, str]
-    shape: tuple[int, ...] | None
-    dtype: str
-    labelled: bool
-    may_lack: bool = False
-    columns: tuple[str, ...] = ()
-    ids_of_people: bool = False
-    is_sparse: bool = False
+    def __init__(self, info: DatasetInfo) -> None:
+        self.info, self.config = replace(info, splits={}), info.record_config
 
-    @classmethod
-    def of(cls, info: DatasetInfo) -> RecordSpec:
-        """The spec of a dataset."""
-        is_string = bool(info.labels) and info.labels[0].kind == "string"
-        return cls(
-            info.record_config,
-            info.features,
-            info.shape,
-            info.dtype,
-            info.labelled,
-            may_lack=is_string
-            or not info.has_manifest
-            or info.config["columns"].get("missing_label") == "nan",
-            columns=tuple(info.manifest["columns"]),
-            ids_of_people=info.config["columns"].get("id") is None
-            and "participant_id" in info.manifest["columns"],
-            is_sparse=not info.has_manifest,
-        )
+    @property
+    def may_lack(self) -> bool:
+        """Whether some records of a labelled dataset may lack the label."""
+        is_string = bool(self.info.labels) and self.info.labels[0].kind == "string"
+        return is_string or self.is_sparse or self.info.config["columns"].get("missing_label") == "nan"
+
+    @property
+    def ids_of_people(self) -> bool:
+        """Whether ids consist of participants and sessions."""
+        manifest, columns = self.info.manifest, self.info.config["columns"]
+        return columns.get("id") is None and "participant_id" in manifest["columns"]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether records may lack features, and their rows cells, because no manifest describes them."""
+        return not self.info.has_manifest
 
     def most_bytes(self, cells: Mapping[str, Any]) -> int:
         """The largest payload of a record with this row of the index. It bounds what is decompressed."""
-        return largest_payload(self.shape or cells["shape"], self.dtype, self.config.mask_dtype)
+        return largest_payload(self.info.shape or cells["shape"], self.info.dtype, self.config.mask_dtype)
 
     def unpack(self, data: bytes, cells: Mapping[str, Any]) -> bytes:
         """The serialized Example of a stored record; a ShardError if it is damaged or too large."""
@@ -113,11 +86,7 @@ class RecordSpec:
 
 
 def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
-    """Find what is wrong with one record.
-
-    Raises:
-        ShardError: the payload is no Example, or `image_raw` no tensor.
-    """
+    """Find what is wrong with one record. A ShardError if it, or `image_raw`, cannot be parsed."""
     features = decode_example(payload)
     wrong = list(_check_schema(features, spec))
     yield from wrong
@@ -128,14 +97,14 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     shape = tuple(cells["shape"])
     if voxels.shape != shape:
         yield f"shape is {voxels.shape}, the index says {shape}"
-    if spec.shape is not None and voxels.shape != spec.shape:
-        yield f"shape is {voxels.shape}, dataset_info.json says {spec.shape}"
-    if voxels.dtype.name != spec.dtype:
-        yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.dtype}"
+    if spec.info.shape is not None and voxels.shape != spec.info.shape:
+        yield f"shape is {voxels.shape}, dataset_info.json says {spec.info.shape}"
+    if voxels.dtype.name != spec.info.dtype:
+        yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.info.dtype}"
     native = spec.config.voxel_dtype == "native"
     on_disk = "uint8" if cells["dtype"] in COLOURS.values() else cells["dtype"]
-    if native and on_disk != spec.dtype:
-        yield f"voxels are {spec.dtype} as in the image's file, the index says {cells['dtype']}"
+    if native and on_disk != spec.info.dtype:
+        yield f"voxels are {spec.info.dtype} as in the image's file, the index says {cells['dtype']}"
     if voxels.size == 0:
         yield "there are no voxels"
         return
@@ -154,11 +123,7 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
 
 
 def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    """Voxel indices of a record to millimetres, by its row of the index.
-
-    Raises:
-        ShardError: the record has none, as it was not made of an image.
-    """
+    """The affine of a record, by its row of the index; a ShardError if it was not made from an image."""
     if cells["affine"] is None:
         raise ShardError(
             f"record {cells['example_id']!r} has no affine, without which nothing says where its voxels lie; "
@@ -178,7 +143,7 @@ def _check_mask(
 
 
 def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterator[str]:
-    required = spec.features.keys() - _SCALING
+    required = spec.info.features.keys() - _SCALING
     if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
         required |= _SCALING
     if spec.config.has_range:
@@ -190,7 +155,7 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
     sizes = dict.fromkeys(_SCALING, _DOUBLE_BYTES)
     sizes |= dict.fromkeys(RANGE_FEATURES, _DOUBLE_BYTES * spec.config.num_channels)
     for name in sorted(required & features.keys()):
-        kind, value = spec.features.get(name, "none"), features[name]
+        kind, value = spec.info.features.get(name, "none"), features[name]
         found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
         found = found.replace("float32", "float")
         if found != (f"{kind}[1]" if kind in ("float", "int64") else kind):
@@ -206,8 +171,8 @@ def _check_metadata(
     if stored_id != cells["example_id"]:
         yield f"id is {stored_id!r}, the index says {cells['example_id']!r}"
     label = cells["label"]
-    if (label is None) == spec.labelled and not (label is None and spec.may_lack):
-        yield f"the index's label is {label}, and dataset_info.json says labelled: {spec.labelled}"
+    if (label is None) == spec.info.labelled and not (label is None and spec.may_lack):
+        yield f"the index's label is {label}, and dataset_info.json says labelled: {spec.info.labelled}"
     expected = {
         "label": [np.nan if label is None else label],
         "affine": cells["affine"],
@@ -234,7 +199,7 @@ def _check_metadata(
 def _labels_in(
     cells: Mapping[str, Any], columns: Sequence[LabelColumn]
 ) -> tuple[tuple[str, LabelValue], ...]:
-    """The labels that a row of the index says; as `VolumeRow.labels`."""
+    """The labels in a row of the index, as `VolumeRow.labels`."""
     return tuple((c.name, label_of(cells[extra_column(c.name)], c)) for c in columns)
 
 
@@ -251,7 +216,7 @@ def _check_label(feature: _Feature, name: str, said: LabelValue) -> Iterator[str
 
 
 def _of_images(cell: Any) -> list[float]:
-    """What the index says of the images of a record, which may be a single one."""
+    """The cell of the index for each image of a record."""
     return cell if isinstance(cell, list) else [cell]
 
 
@@ -271,7 +236,7 @@ def _check_intensities(
     config: RecordConfig,
     number: int = 0,
 ) -> Iterator[str]:
-    """Find where the voxels of one image, of that number in its record, are not what they must be."""
+    """Find where the voxels of image `number` of a record are not what they must be."""
     # One NaN makes both NaN: two passes find every bad voxel.
     extremes = np.array([voxels.min(), voxels.max()])
     if not np.isfinite(extremes).all():
@@ -305,7 +270,7 @@ def _check_intensities(
 def _check_rescale_range(
     low: float, high: float, said: Sequence[Any], intensity: Intensity, config: RecordConfig
 ) -> Iterator[str]:
-    """Find where what became 0 and 1 is not what the index and the configuration say."""
+    """Find where the rescale range is not that of the index and the configuration."""
     for name, stored, cell in zip(("rescale_low", "rescale_high"), (low, high), said, strict=True):
         if stored != cell:
             yield f"{name} is {stored!r}, the index says {cell!r}"
@@ -319,7 +284,7 @@ def _check_rescale_range(
 
 
 class RoundingNote(str):
-    """A remark that a record differs in rounding from what this software makes. It is no problem."""
+    """A note, not a problem: a record differs by rounding from what this software makes."""
 
 
 def check_source(
@@ -330,10 +295,10 @@ def check_source(
     config: RecordConfig,
     versions: str = "",
 ) -> Iterator[str]:
-    """Make a record again from its image and find where it differs.
+    """Rebuild a record from its image and find where it differs.
 
-    `cells` is its row of the index, and `versions` describes how the versions of the software that made it
-    differ from those here; a difference in rounding is then a RoundingNote.
+    `cells` is its row of the index. `versions` describes how the versions of the software that built it
+    differ from those here; a difference by rounding is then a RoundingNote.
 
     Raises:
         OSError: the disk, the network or a store failed, which says nothing about the record.

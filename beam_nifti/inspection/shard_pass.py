@@ -1,4 +1,4 @@
-"""One pass over a shard's file: hashed and cut into records in the same reading."""
+"""One pass over a shard: the bytes that are hashed are the bytes that are parsed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StoredRecord:
         ordinal: 0-based number in the shard.
         data: its bytes.
         cells: its row of the index.
-        name: how problems call it.
+        name: in problems.
     """
 
     ordinal: int
@@ -74,15 +74,15 @@ class StoredRecord:
 
 
 class ShardPass:
-    """Hands the records of a shard to whoever asks next, and finds what is wrong with its files.
+    """Reads the records of a shard for several threads, in order, and reports what is wrong with its files.
 
-    Threads may take in turn; the one that reads holds the others up, so the file is read in order.
+    `cells` are extra columns to compare with a manifest, with their names in the index.
 
     Attributes:
         rows: id, labels, split and these cells of its records, once it was read.
         numbers: of their rows in the manifest.
         mask_labels: those of their masks.
-        versions: of the software that wrote them, as its index names them.
+        versions: of the software that wrote them, according to the index.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ShardPass:
         self.versions: list[dict[str, str]] = []
 
     def take(self) -> StoredRecord | None:
-        """The next record; None when there is no more."""
+        """The next record; None at the end."""
         with self._lock:
             return next(self._records, None)
 
@@ -130,10 +130,10 @@ class ShardPass:
             self._tell(name, f"cannot be read: {e}; {_RESTORE}")
 
     def _read_index(self) -> pa.Table:
-        """The shard's index; without rows where they cannot be used."""
+        """The shard's index; without rows if they cannot be used."""
         shard = self._shard
         path, limits = storage.join(self._output, shard.index), limits_of(self._output, shard)
-        known = known_columns(self._record, self._spec.columns)
+        known = known_columns(self._record, tuple(self._spec.info.manifest["columns"]))
         try:
             data = read_bytes(path_of(self._output, shard.index), limits)
             if hashlib.sha256(data).hexdigest() != shard.index_sha256:
@@ -203,7 +203,7 @@ class ShardPass:
 
 
 def _hash(handle: BinaryIO, hasher: hashlib._Hash, most: int) -> None:
-    """Hash what follows in a file, up to so many bytes, without holding it."""
+    """Hash the next bytes of a file, at most so many, without keeping them."""
     while chunk := handle.read(min(most, _READ_BYTES)):
         hasher.update(chunk)
         most -= len(chunk)

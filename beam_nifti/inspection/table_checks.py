@@ -1,6 +1,6 @@
-"""What the tables of a dataset must be: dataset_info.json, indexes, the list of failures, the manifest.
+"""Checks of the tables of a dataset: dataset_info.json, indexes, the list of failures, the manifest.
 
-Every check takes what was read and yields a sentence a problem.
+Every check yields one sentence per problem.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from beam_nifti.storage.paths import temporary_of
 from beam_nifti.support.wording import counted
 
 ANEW: Final = "give the manifest that it was built from, or run the build again with --overwrite"
-"""The remedy where a manifest is not that of a dataset."""
+"""The remedy if a manifest is not that of a dataset."""
 _CELL: Final = "manifest/"  # prefix of extra columns, whose names may be those of labels
 _SHOWN: Final = 3  # examples to name in a problem
 
 
 def check_info(info: DatasetInfo) -> Iterator[str]:
-    """Find where dataset_info.json disagrees with itself."""
+    """Find where dataset_info.json contradicts itself."""
     said, record = info.config["fingerprint"], info.record_config
     expected = record.fingerprint
     if said not in (expected, *record.earlier_fingerprints):
@@ -51,7 +51,7 @@ def check_info(info: DatasetInfo) -> Iterator[str]:
 
 
 def check_mask_labels(found: Collection[int], info: DatasetInfo) -> Iterator[str]:
-    """Find where dataset_info.json does not name the labels that the indexes have."""
+    """Find where the labels in dataset_info.json are not those of the indexes."""
     if info.mask_labels is not None and set(info.mask_labels) != set(found):
         yield f"{FILE_NAME}: mask_labels are {list(info.mask_labels)}, of the indexes {sorted(found)}"
 
@@ -64,7 +64,7 @@ def check_index(
     *,
     is_sparse: bool = False,
 ) -> Iterator[str]:
-    """Find what is wrong with an index as such; nothing can be checked by it then."""
+    """Find what makes an index unusable: its columns, or the shard that it describes."""
     labels = [label.name for label in record.labels or ()]
     yield from check_table(table, schema_of(record, labels).names, record, is_sparse=is_sparse)
     if facts.get("sha256") != shard.sha256:
@@ -72,7 +72,7 @@ def check_index(
 
 
 def check_people(table: pa.Table) -> Iterator[str]:
-    """Find records of an index whose ids are not those of their participant, session and frame."""
+    """Find records of a sound index whose ids do not consist of their participant, session and frame."""
     people, sessions = table["participant_id"], table["session_id"]
     both = pc.binary_join_element_wise(people, sessions, "_")
     ids = pc.if_else(pc.equal(sessions, ""), people, both)
@@ -87,10 +87,7 @@ def check_people(table: pa.Table) -> Iterator[str]:
 
 
 def check_numbers(numbers: npt.NDArray[np.int64], num_rows: int, *, are_unique: bool) -> Iterator[str]:
-    """Find rows of the manifest that it does not have, or of which there are two records.
-
-    `numbers` is the column `row` of all indexes. Unless `are_unique`, several records may be of one row.
-    """
+    """Find rows that the manifest does not have, or, if `are_unique`, that are in the indexes twice."""
     wrong = numbers[(numbers < 1) | (numbers > num_rows)]
     if wrong.size:
         yield f"index: row {wrong[0]} is not one of the manifest's {num_rows}"
@@ -101,7 +98,7 @@ def check_numbers(numbers: npt.NDArray[np.int64], num_rows: int, *, are_unique: 
 
 
 def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
-    """Find where the rows of an index do not tile the shard's file, one after the other."""
+    """Find where the rows of a sound index, which is not empty, do not tile the shard's file."""
     offsets, lengths = table["offset"].to_numpy(), table["length"].to_numpy()
     ends = np.concatenate([[0], np.cumsum(lengths)])
     wrong = np.flatnonzero((offsets != ends[:-1]) | (lengths <= 0))
@@ -119,7 +116,7 @@ def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
 
 
 def no_rows(record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
-    """The rows of nothing, with a column of each label and of each of these columns of a manifest."""
+    """An empty table of ids, labels, splits and these columns of a manifest."""
     labels = {
         label_feature(c.name): pa.float64() if c.kind == "float" else pa.string() for c in record.labels or ()
     }
@@ -129,7 +126,7 @@ def no_rows(record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
 
 
 def index_rows(table: pa.Table, split: str, record: RecordConfig, cells: Mapping[str, str]) -> pa.Table:
-    """Id, labels and split of the records of a shard; the rest of the index may be forgotten."""
+    """Id, labels, split and cells of the records of a shard, from its sound index."""
     columns = [comparable(table[extra_column(c.name)], c) for c in record.labels or ()]
     columns = columns or [table["label"]]
     splits = pa.array([split] * table.num_rows, pa.string())
@@ -139,7 +136,7 @@ def index_rows(table: pa.Table, split: str, record: RecordConfig, cells: Mapping
 
 
 def manifest_rows(manifest: Manifest, record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
-    """Id, labels and split of the rows of a manifest, but for those that lack a label and are skipped."""
+    """Id, labels, split and cells of the rows of a manifest, without those that are skipped."""
     return _rows_with(manifest, record, {name: pc.fill_null(manifest.table[name], "") for name in cells})
 
 
@@ -165,7 +162,7 @@ def failure_rows(
 
 
 def frame_rows(rows: pa.Table, frames: Sequence[Sequence[int]]) -> pa.Table:
-    """A row for each of these frames of each image: id, label and split of its record."""
+    """A row for each of these frames of each image: id, labels and split of its record."""
     counts = [len(numbers) for numbers in frames]
     repeated = rows.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
     ids = map(frame_id, repeated["id"].to_pylist(), itertools.chain.from_iterable(frames))
@@ -173,14 +170,14 @@ def frame_rows(rows: pa.Table, frames: Sequence[Sequence[int]]) -> pa.Table:
 
 
 def relative_ids(rows: pa.Table, folder: str) -> pa.Table:
-    """The same rows with the folder taken off ids that are paths in it."""
+    """The same rows without the folder in ids that are paths in it."""
     ids, prefix = rows["id"], f"{folder}/"
     cut = pc.utf8_slice_codeunits(ids, len(prefix))
     return rows.set_column(0, "id", pc.if_else(pc.starts_with(ids, prefix), cut, ids))
 
 
 def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None) -> Iterator[str]:
-    """Find ids that stand twice in the dataset, or both in it and among its failures, of a file."""
+    """Find ids that occur twice in the dataset, or both in it and in its file of failures."""
     counts = pa.Table.from_struct_array(pc.value_counts(records["id"].combine_chunks()))
     twice = counts.filter(pc.greater(counts["counts"], 1)).rename_columns(["id", "times"])
     if twice.num_rows:
@@ -191,7 +188,7 @@ def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None)
 
 
 def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
-    """Find where a dataset and a manifest disagree."""
+    """Find where the rows of a dataset and of a manifest differ."""
     at = pc.index_in(known["id"], value_set=wanted["id"].combine_chunks())
     surplus = known.filter(pc.is_null(at))
     if surplus.num_rows:
@@ -234,10 +231,7 @@ def _named(rows: pa.Table, columns: Sequence[str] = ()) -> str:
 
 
 def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[str]) -> Iterator[str]:
-    """Find files in the folder that do not belong to the dataset.
-
-    `files` look like shards or indexes to a glob; those in `written` may be from an unfinished build.
-    """
+    """Find files in the folder that are neither the dataset's nor an unfinished build's (`written`)."""
     known = {name for shard in info.shards for name in (shard.name, shard.index)}
     for file in files:
         if file not in known and (temporary_of(file) or file) not in written:

@@ -1,7 +1,7 @@
-"""Read a dataset back and compare: files with their checksums, records with the index and the info.
+"""Verifies a dataset: files against checksums, and records against the index and dataset_info.json.
 
-Shards are read front to back, once: the bytes that are hashed are the bytes that are parsed. Each
-thread holds one record; several may take records of the same shard in turn.
+Shards are read front to back, once. Each thread holds one record; several may take records of one shard in
+turn.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import shlex
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from operator import index
@@ -63,8 +63,7 @@ from beam_nifti.support.process import keep_buffers
 from beam_nifti.support.wording import counted
 from beam_nifti.volume.user_function import load_functions
 
-ALL: Final = 2**63 - 1
-"""For `deep`: every record."""
+ALL: Final = 2**63 - 1  # for `deep`: every record
 
 
 class OnProgress(Protocol):
@@ -76,16 +75,15 @@ class OnProgress(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What was checked and what is wrong; false where anything is. `print(verification)` shows all of it.
+    """What was checked and what is wrong; false if anything is. `print(verification)` shows all of it.
 
     Attributes:
         num_examples: records checked.
         num_shards: shards named by dataset_info.json.
         num_bytes: of the records checked.
-        num_deep: records that were made again from their images.
-        problems: a sentence each, those of whole files first; none for a sound dataset.
-        notes: a sentence for each shard whose records were made by software of other versions and differ
-            from what is made here in rounding only.
+        num_deep: records rebuilt from their images.
+        problems: one sentence per problem, those of whole files first.
+        notes: one sentence per shard that differs only by rounding, as other versions of software built it.
     """
 
     num_examples: int
@@ -101,11 +99,7 @@ class Verification:
         return not self.problems
 
     def reworded(self, words: Callable[[str], str]) -> Verification:
-        """It with every sentence changed.
-
-        Args:
-            words: maps a text to the one to show instead.
-        """
+        """A copy with every sentence changed by a function."""
         problems, notes = (tuple(map(words, each)) for each in (self.problems, self.notes))
         return replace(self, problems=problems, notes=notes)
 
@@ -131,13 +125,10 @@ def verify_dataset(
     workers: int = 1,
     on_progress: OnProgress | None = None,
 ) -> Verification:
-    """Check every byte of a dataset.
+    """Check every byte of a dataset, as `beam_nifti.verify`, which documents arguments, result and errors.
 
-    Nothing of the dataset is run, and it does not decide which other files are opened: the images are those
-    of `manifest`, and the function that records were prepared with is `preprocess`.
-
-    Arguments, result and errors are those of `beam_nifti.verify`. `rows` is the Parquet file of a manifest
-    that is a table in memory, and `on_progress` is called for every record.
+    Nothing of the dataset is executed, and only images that `manifest` names are opened. `rows` is the
+    Parquet file of a manifest in memory, and `on_progress` is called for every record.
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1")
@@ -148,14 +139,14 @@ def verify_dataset(
     info = read_info(output)
     columns, drawn = Columns(**info.config["columns"]), info.config.get("splitting")
     splitting = Splitting(**drawn) if drawn else None
-    spec = RecordSpec.of(info)
+    record = info.record_config
     if deep:
-        if info.config["fingerprint"] in spec.config.earlier_fingerprints:
+        if info.config["fingerprint"] in record.earlier_fingerprints:
             raise UsageError(
                 f"--deep makes records again, and {output} was built by a version of beam-nifti that makes "
                 "other records of the same options; use that version, or leave --deep out"
             )
-        _require_functions(output, spec.config, spell_steps(preprocess))
+        _require_functions(output, record, spell_steps(preprocess))
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
         raise UsageError(
@@ -166,18 +157,15 @@ def verify_dataset(
     if manifest is not None:
         built_from = storage.absolute(manifest)
         wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
-        if wanted.labels and not spec.config.labels:
+        if wanted.labels and not record.labels:
             problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
-    cells = _compared_cells(info, columns, wanted) if wanted is not None else {}
-    verifier = _Verifier(output, info, spec, on_progress, cells)
+    verifier = _Verifier(output, info, columns, wanted, on_progress)
     keep_buffers()
     verifier.check_files()
-    images = _Images(columns, wanted) if wanted is not None else None
-    verifier.check_shards(workers, min(deep or 0, info.num_examples), images)
-    verifier.check_tables(columns, wanted)
-    if wanted is not None:
-        verifier.check_columns(columns, wanted)
+    verifier.check_shards(workers, min(deep or 0, info.num_examples))
+    verifier.check_tables()
+    verifier.check_columns()
     _refuse_rebuilt(output, info)
     return verifier.report()
 
@@ -196,7 +184,7 @@ def _number_of(deep: SupportsIndex | str | None) -> int | None:
 
 
 def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> dict[str, str]:
-    """Columns that a dataset's manifest and another have, other than ids, labels and splits; in the index."""
+    """Columns of both manifests other than ids, labels and splits, with their names in the index."""
     others = {columns.id, *_labels_and_split(columns, info.record_config)}
     names = [n for n in info.manifest["columns"] if n in wanted.table.column_names and n not in others]
     own = {name: name for name in ("participant_id", "session_id")} | {columns.files[0]: "source"}
@@ -204,12 +192,12 @@ def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> di
 
 
 def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]:
-    """The columns of a manifest that are compared by what they mean, not as they are written."""
+    """Columns of a manifest that are compared by meaning, not as written."""
     return {columns.label, "split", *(label.name for label in record.labels or ())}
 
 
 def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
-    """Import the functions of a dataset's records, which are run only where the user names them."""
+    """Import the functions of a dataset's records, which run only if the user names them."""
     if named == record.preprocess:
         load_functions(record)
         return
@@ -227,7 +215,7 @@ def _require_functions(output: str, record: RecordConfig, named: str | tuple[str
 
 
 def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
-    """Report nothing of a dataset that was replaced meanwhile: the build moved what seems wrong."""
+    """Refuse a dataset that was replaced meanwhile, because the build explains apparent problems."""
     try:
         is_same = read_info(output) == info
     except DatasetError:
@@ -239,7 +227,7 @@ def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
 def _read_pseudonyms(
     output: str, info: DatasetInfo, manifest: str | None, key: str | None, deep: int | None
 ) -> Pseudonyms | None:
-    """The pseudonyms of the dataset, where it has some and a manifest is to be compared with it."""
+    """The pseudonyms of a dataset, if it has any and is compared with a manifest."""
     check = info.manifest.get("key_check")
     if check is None and key is not None:
         raise UsageError(f"{output}: its ids are not anonymous; leave --anonymous-ids out")
@@ -254,32 +242,6 @@ def _read_pseudonyms(
     return pseudonyms
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The images of a dataset, as a manifest of the user's names them.
-
-    Attributes:
-        columns: of the manifest.
-        manifest: names the files that may be opened.
-    """
-
-    columns: Columns
-    manifest: Manifest
-
-    def check(
-        self, payload: bytes, cells: Mapping[str, Any], config: RecordConfig, versions: str
-    ) -> Iterator[str]:
-        """Make a record again from its image; as `check_source`."""
-        others = (cells[extra_column(name)] for name in self.columns.files[1:])
-        row = self.manifest.row_of((cells["source"], *others))
-        if row is None:
-            yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
-            return
-        # The id may be that of one of its frames; another label is reported by `compare_rows`.
-        row = replace(row, example_id=cells["example_id"], label=cells["label"])
-        yield from check_source(payload, cells, row, self.manifest.folder, config, versions)
-
-
 class _Verifier:
     """One run of `verify_dataset`."""
 
@@ -287,12 +249,13 @@ class _Verifier:
         self,
         output: str,
         info: DatasetInfo,
-        spec: RecordSpec,
+        columns: Columns,
+        wanted: Manifest | None,
         on_progress: OnProgress | None,
-        cells: Mapping[str, str],
     ) -> None:
-        self._output, self._info, self._spec, self._cells = output, info, spec, cells
-        self._on_progress = on_progress
+        self._output, self._info, self._spec = output, info, RecordSpec(info)
+        self._columns, self._wanted, self._on_progress = columns, wanted, on_progress
+        self._cells = {} if wanted is None else _compared_cells(info, columns, wanted)
         self._problems = Problems()
         self._passes = list[ShardPass]()
         self._lock = threading.Lock()
@@ -315,7 +278,7 @@ class _Verifier:
         )
 
     def _versions_of(self, shard: int) -> str:
-        """How the versions that made a shard's records differ from the ones here, in words."""
+        """How the versions that built a shard's records differ from those here, in words."""
         now = record_versions()
         # A dataset from before shards had versions has those of its last build.
         found = [v or {k: self._info.versions.get(k, "") for k in now} for v in self._passes[shard].versions]
@@ -342,7 +305,7 @@ class _Verifier:
         for problem in problems:
             self._problems.add(Scope.DATASET, problem)
 
-    def check_shards(self, workers: int, num_deep: int, images: _Images | None) -> None:
+    def check_shards(self, workers: int, num_deep: int) -> None:
         """Every shard, its index and its records."""
         info = self._info
         shards = [(split, s) for split, found in info.splits.items() for s in found.shards]
@@ -359,7 +322,7 @@ class _Verifier:
                     at = starts[number] + record.ordinal
                     # Exactly num_deep of the numbers below num_examples, evenly spread.
                     is_deep = at * num_deep % max(info.num_examples, 1) < num_deep
-                    self._check(record, number, images if is_deep else None)
+                    self._check(record, number, is_deep=is_deep)
 
         with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
             try:
@@ -369,7 +332,7 @@ class _Verifier:
             finally:
                 stop.set()
 
-    def _check(self, record: StoredRecord, shard: int, images: _Images | None) -> None:
+    def _check(self, record: StoredRecord, shard: int, *, is_deep: bool) -> None:
         def tell(problem: str) -> None:
             if isinstance(problem, RoundingNote):
                 with self._lock:
@@ -377,26 +340,37 @@ class _Verifier:
             else:
                 self._problems.add(Scope.RECORD, f"{record.name}: {problem}", shard, record.ordinal)
 
-        def rebuild(payload: bytes) -> Iterator[str]:
-            if images is not None:
-                versions = self._versions_of(shard)
-                yield from images.check(payload, record.cells, self._spec.config, versions)
+        def rebuild(payload: bytes) -> Iterable[str]:
+            return self._rebuild(payload, record.cells, shard) if is_deep else ()
 
         record.check(self._spec, tell, rebuild)
         with self._lock:
             self._num_examples += 1
             self._num_bytes += len(record.data)
-            self._num_deep += images is not None
+            self._num_deep += is_deep
         if self._on_progress:
             self._on_progress(volumes=1, num_bytes=len(record.data))
 
-    def check_tables(self, columns: Columns, wanted: Manifest | None) -> None:
+    def _rebuild(self, payload: bytes, cells: Mapping[str, Any], shard: int) -> Iterator[str]:
+        """Rebuild a record from its image, as `check_source`."""
+        assert self._wanted is not None
+        others = (cells[extra_column(name)] for name in self._columns.files[1:])
+        row = self._wanted.row_of((cells["source"], *others))
+        if row is None:
+            yield f"its image, {cells['source']}, is not in the manifest; give the one it was built from"
+            return
+        # The id may be that of one of its frames; another label is reported by `compare_rows`.
+        row = replace(row, example_id=cells["example_id"], label=cells["label"])
+        versions = self._versions_of(shard)
+        yield from check_source(payload, cells, row, self._wanted.folder, self._spec.config, versions)
+
+    def check_tables(self) -> None:
         """All indexes and the list of failures together; and the manifest, if there is one to compare."""
-        info = self._info
+        info, columns, wanted = self._info, self._columns, self._wanted
         cells = [*self._cells]
         nothing = no_rows(self._spec.config, cells)
         records = pa.concat_tables([nothing, *(found.rows for found in self._passes)])
-        failures = self._read_failures(columns, wanted)
+        failures = self._read_failures()
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         for problem in check_mask_labels(mask_labels, info):
             self._problems.add(Scope.DATASET, problem)
@@ -425,17 +399,19 @@ class _Verifier:
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
-    def check_columns(self, columns: Columns, wanted: Manifest) -> None:
-        """The columns of a manifest, but for labels and splits, which are compared by their cells."""
+    def check_columns(self) -> None:
+        """Compare the columns of a manifest, if any, except labels and splits."""
+        if (wanted := self._wanted) is None:
+            return
         was, now = ({*names} for names in (self._info.manifest["columns"], wanted.table.column_names))
-        compared = {wanted.columns.label, *_labels_and_split(columns, self._spec.config)}
+        compared = {wanted.columns.label, *_labels_and_split(self._columns, self._spec.config)}
         for what, names in (("lacks columns", was - now), ("has new columns", now - was)):
             if names - compared:
                 named = ", ".join(sorted(names - compared))
                 self._problems.add(Scope.DATASET, f"{wanted.path}: {what}: {named}; {ANEW}")
 
-    def _read_failures(self, columns: Columns, wanted: Manifest | None) -> pa.Table:
-        """Id, labels, split and these cells of failed volumes; without rows where they cannot be read."""
+    def _read_failures(self) -> pa.Table:
+        """Id, labels, split and cells of failed volumes; without rows if they cannot be read."""
         name, count, frames = self._info.failures, self._info.num_failures, self._info.num_frames
         found, problems = no_rows(self._spec.config, [*self._cells]), []
         if name is None:
@@ -445,9 +421,9 @@ class _Verifier:
             content = read_failures_list(self._output, self._info, name)
             if self._info.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
-            listed = read_manifest(path, columns, content=content, is_list=True)
+            listed = read_manifest(path, self._columns, content=content, is_list=True)
             folder = storage.dirname(self._info.manifest["path"])
-            found = failure_rows(listed, self._spec.config, [*self._cells], wanted, folder)
+            found = failure_rows(listed, self._spec.config, [*self._cells], self._wanted, folder)
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))
             if found.num_rows != count:

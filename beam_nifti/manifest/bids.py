@@ -17,8 +17,7 @@ from beam_nifti.manifest.tables import Problems, read_table
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import is_missing
 
-MISSING: Final = "n/a"
-"""What a table says of a value that is not known."""
+MISSING: Final = "n/a"  # an unknown value in a table
 
 _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 """Paths of images in a study, such as sub-01/ses-01/anat/NAME."""
@@ -32,14 +31,7 @@ _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
 
 @dataclass(frozen=True, slots=True)
 class BidsImage:
-    """An image and what its name says.
-
-    Attributes:
-        path: relative to the study, such as "sub-01/anat/sub-01_run-1_T1w.nii.gz".
-        stem: the name without its ending.
-        entities: label by key, such as {"sub": "01", "run": "1"}.
-        suffix: such as "T1w".
-    """
+    """An image of a study, with its path, and its name's stem, entities (label by key) and suffix."""
 
     path: str
     stem: str
@@ -87,15 +79,15 @@ class BidsImage:
 
 @dataclass(frozen=True)
 class Study:
-    """The files of a study below its folders sub-*.
+    """The files of a study in its folders sub-*.
 
     Attributes:
         root: folder or URL of the study.
-        images: every image with a name of BIDS, by suffix.
-        misnamed: paths of images whose names are none, or are those of another folder.
+        images: by suffix, every image with a BIDS name.
+        misnamed: paths of images with other names, or names for another folder.
         misplaced: paths of images that are not in sub-*/FOLDER or sub-*/ses-*/FOLDER.
-        odd_folders: names of folders that are like sub-* but for case or the hyphen.
-        session_tables: path of its sessions.tsv, by participant_id.
+        odd_folders: folders that differ from sub-* in case or the hyphen.
+        session_tables: path of the sessions.tsv, by participant_id.
     """
 
     root: str
@@ -202,7 +194,7 @@ class Records:
                 self.imageless[participant] = rest
 
     def _table_of(self, participant: str) -> Mapping[str, _Cells]:
-        """Rows by session, of the participant's own table or of participants.tsv."""
+        """Rows by session, from the participant's own table or from participants.tsv."""
         rows = self._of_session.get(participant, {})
         return rows if any(rows.values()) else self._of_participant.get(participant, {})
 
@@ -249,9 +241,9 @@ def _has_content(path: str) -> bool:
 def _read_records(
     path: str, keys: Sequence[str], columns: Collection[str], notes: list[str]
 ) -> tuple[dict[tuple[str, ...], _Cells], list[str]]:
-    """Some columns of a table by its keys, of which it must have the first, and the names of all others.
+    """Some columns of a table by its keys, and the names of all columns but the keys.
 
-    What is suspicious in the table is added to the notes.
+    The first key is required.
     """
     problems = Problems(path)
     try:
@@ -281,7 +273,7 @@ def _read_records(
 
 
 def _with_prefix(text: str, prefix: str) -> str:
-    """An id as names of files have it."""
+    """An id as in file names."""
     text = "" if is_missing(text) else text.strip()
     # In another case it is another id, which is named as the table writes it.
     return text if not text or text.lower().startswith(prefix) else f"{prefix}{text}"

@@ -1,4 +1,4 @@
-"""A manifest from the files that there are: of a BIDS study, or of a pattern."""
+"""Finds the images for a manifest: those of a BIDS study, or of a pattern."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.wording import counted, first_few
 
 _IMAGE_ID: Final = "image_id"
-_OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])
-"""Columns that are not copied from a study's tables."""
-
+_OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])  # not copied
 _POINTER_BYTES: Final = 1 << 10  # most bytes of a file that may be a pointer to another one
 _SHOWN: Final = 3  # names in a note that concerns many
 _PARTICIPANT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9+]+)(?=[/_.])")
@@ -34,12 +32,7 @@ _SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9+]+)(?=[/_.])")
 
 @dataclass(frozen=True)
 class FoundImages:
-    """A manifest and what its reader should know of it.
-
-    Attributes:
-        table: columns of strings, rows in the order of participants, sessions and paths.
-        notes: a sentence on everything that was found and not used, or is not as expected.
-    """
+    """A manifest as a table of strings, by participant, session and path, and notes on what was not used."""
 
     table: pa.Table
     notes: tuple[str, ...]
@@ -55,21 +48,20 @@ def find_bids_images(
     columns: Sequence[str] = (),
     all_images: bool = False,
 ) -> FoundImages:
-    """The images of a BIDS study.
+    """The images of a BIDS study, or of one of its derivatives.
 
     Args:
-        root: folder or URL of the study, or of one of its derivatives.
+        root: folder or URL of the study.
         suffix: such as "T1w".
-        folder: that the manifest will be in; paths in it are made relative. "" for none.
-        entities: by key, the labels of which an image must have one; "" is an image without the key.
-        label: column of participants.tsv, or of the sessions.tsv, that is the label: numbers, or texts.
-            Images without a value there are skipped.
+        folder: of the manifest; paths in it become relative. "" for none.
+        entities: by key, the labels of the images to select; "" selects images without the key.
+        label: column of participants.tsv or sessions.tsv with the label. Images without a value are skipped.
         columns: of the study's tables to copy.
         all_images: keep several images of a session, and name each in a column `image_id`.
 
     Raises:
-        UsageError: there are no such images, or several of a session, or no such column.
-        ManifestError: labels of which only some are numbers.
+        UsageError: there are no such images, or several per session, or no such column.
+        ManifestError: only some of the labels are numbers.
     """
     root = storage.absolute(root)
     for name in columns:
@@ -287,7 +279,7 @@ def _notes_on_records(records: Records, images: Iterable[BidsImage]) -> list[str
 
 
 def _notes_on_lookalikes(of_images: Iterable[str], of_tables: Iterable[str]) -> list[str]:
-    """A note on ids that are probably meant to be the same."""
+    """A note on ids that are probably meant to be equal."""
     known = {_bare(name): name for name in of_tables}
     lookalikes = [f"{known[_bare(name)]} for {name}" for name in of_images if _bare(name) in known]
     shown = first_few(lookalikes, _SHOWN)
@@ -296,7 +288,7 @@ def _notes_on_lookalikes(of_images: Iterable[str], of_tables: Iterable[str]) -> 
 
 
 def _bare(name: str) -> str:
-    """An id without its case, and without the zeros before its numbers."""
+    """An id without case and leading zeros."""
     return re.sub(r"0*(\d+)", lambda match: str(int(match[1])), name.casefold())
 
 

@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-COMPRESSED: Final = (".gz", ".bz2", ".zst")
-"""What follows the ending of a compressed file."""
-
+COMPRESSED: Final = (".gz", ".bz2", ".zst")  # after the ending of a compressed file
 _COMPRESSED: Final = "|".join(map(re.escape, COMPRESSED))
 ENDING: Final = rf"\.(?:(?:nii|hdr|img|mgh)(?:{_COMPRESSED})?|mgz)"
 """Of an image's name, in lower case; a pattern of Python and of Arrow."""

@@ -1,6 +1,6 @@
-"""Tables that are no files: DataFrames, Arrow tables and dicts, as the Parquet file that they would be.
+"""Manifests in memory (DataFrames, Arrow tables and dicts) as Parquet files.
 
-So their cells mean what they mean in a file, for the launcher and for workers.
+So the launcher and the workers read them as they read files.
 """
 
 from __future__ import annotations
@@ -20,24 +20,21 @@ from beam_nifti.manifest.tables import Problems
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import one_line
 
-NAME: Final = "in-memory-table.parquet"
-"""In the place of a file's name; in the folder that relative paths of the table start from."""
+NAME: Final = "in-memory-table.parquet"  # in the folder that relative paths refer to
 
 _UNFIT: Final = (pa.ArrowException, ValueError, TypeError, OverflowError)
-"""What Arrow raises for values that no column can hold."""
+"""What Arrow raises for values that a column cannot hold."""
 
 
 def parquet_of(rows: Any, *, hides_cells: bool = False) -> bytes:
     """A table as a Parquet file.
 
-    Args:
-        rows: a pandas DataFrame, whose index is a column where it has a name; a table of Arrow, or of a
-            library that exports its tables to Arrow; or an iterable of dicts, one per row, of which a missing
-            key, None and NaN are empty cells.
-        hides_cells: as of `Problems`.
+    It is a pandas DataFrame, whose index becomes a column if it has a name; a table of Arrow, or one that
+    exports to Arrow; or an iterable of dicts, one per row, in which a missing key, None and NaN are empty
+    cells.
 
     Raises:
-        ManifestError: with every cell that no column of a Parquet file can hold, up to 20.
+        ManifestError: with every cell that no column can hold, up to 20.
         UsageError: it is none of these.
     """
     problems = Problems(storage.absolute(NAME), hides_cells=hides_cells)
@@ -111,7 +108,7 @@ def _array(values: Sequence[Any]) -> pa.Array:
 
 
 def _misfit(name: str, values: Sequence[Any], problems: Problems) -> str:
-    """Which cell keeps some values from being a column; "" where no prefix of them tells."""
+    """Why some values cannot be a column; "" if no prefix of them explains it."""
 
     def is_unfit(count: int) -> bool:
         try:

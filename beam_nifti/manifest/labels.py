@@ -25,32 +25,23 @@ from beam_nifti.manifest.tables import Problems, strings
 from beam_nifti.support.cells import is_missing, parse_number
 from beam_nifti.support.wording import first_few, one_line
 
-NO_CLASS: Final = -1
-"""Number of the class of a row that has none."""
-
-MAX_CLASSES: Final = 1 << 14
-"""Of a column; all of them stand in dataset_info.json and in the job graph."""
+NO_CLASS: Final = -1  # number of the class of a row without one
+MAX_CLASSES: Final = 1 << 14  # of a column; all are in dataset_info.json and in the job graph
 
 _LIKE_MISSING: Final = frozenset(["NA", "#N/A", "<NA>", "NaT", "null", "NULL", "None"])
 """What other programs write where there is no value; it may also be the name of a class."""
 
 _INTEGER: Final = re.compile(r"[+-]?\d{1,18}", re.ASCII)
-_FLOAT32_END: Final = float(np.finfo(np.float32).max) * (1 + 2.0**-25)
-"""Up to which numbers round to a finite float32."""
+_FLOAT32_END: Final = float(np.finfo(np.float32).max) * (1 + 2.0**-25)  # larger numbers round to infinity
 
 _NUMBER_LIKE: Final = re.compile(r"[+-]?\s*\d+([.,]\d+|[\s'’]\d{3}(?!\d))*\s*%?")
 """Numbers as spreadsheets and documents write them, with a decimal comma, separators or a percent sign."""
 
-_MINUS: Final = re.compile("[\u2010-\u2015\u2212]")
-"""What documents write in the place of a minus sign: hyphens, dashes and the sign of mathematics."""
-
+_MINUS: Final = re.compile("[\u2010-\u2015\u2212]")  # dashes that documents write as minus signs
 _FLOAT32_INTEGERS: Final = 1 << 24  # up to which float32 has every integer
 _FLOAT32_NORMAL: Final = 2.0**-126  # below which float32 has fewer digits, down to none
-_FLOAT32_ERROR: Final = Decimal(2) ** -24
-"""By which fraction of itself rounding to float32 changes a number, at most, where it has all digits."""
-
+_FLOAT32_ERROR: Final = Decimal(2) ** -24  # largest relative error of normal numbers
 _SHOWN: Final = 3  # rows and classes named in a warning
-
 LabelValue = float | int | str
 
 
@@ -228,10 +219,7 @@ def _warn_of_rounding(
     codes: npt.NDArray[np.int32],
     problems: Problems,
 ) -> None:
-    """Warn of labels from which their float32 differs by a half or more, as by another integer, or by digits.
-
-    Digits are lost of numbers so near to 0 that float32 has fewer for them, or rounds them to 0.
-    """
+    """Warn of labels that float32 changes to another integer, or to fewer digits near 0."""
     is_other = np.zeros(len(texts), np.bool_)
     for i in np.flatnonzero(np.abs(numbers) > _FLOAT32_INTEGERS):
         is_other[i] = abs(Decimal(texts[int(i)].as_py()) - _stored(numbers[i])) >= Decimal("0.5")

@@ -21,9 +21,7 @@ Kind = Literal["id", "session", "path"]
 
 _LEAST_LETTERS: Final = 3
 _LEAST_DIGITS: Final = 5
-_LEAST_OF_FILE: Final = 6
-"""Characters of a name, or of a file's, below which other texts may be equal to it by chance."""
-
+_LEAST_OF_FILE: Final = 6  # characters of a name or a file's; shorter texts may be equal by chance
 _ENDING: Final = f"(?i){ENDING}$"
 _PREFIX: Final = "(?i)^(sub|ses)[-_]?"
 _NUMBER: Final = "^[0-9]*$"
@@ -85,10 +83,7 @@ class _Names:
 
 
 def refuse_leaks(table: pa.Table, columns: Columns, problems: Problems) -> None:
-    """Refuse columns that are kept as they are, and have names that pseudonyms shall stand for.
-
-    The problems do not show the names.
-    """
+    """Refuse kept columns that contain names that pseudonyms replace. The problems do not show the names."""
     kinds: dict[str | None, Kind] = {columns.id: "id", "participant_id": "id", "session_id": "session"}
     kinds |= dict.fromkeys(columns.files, "path")
     at = {name: number for number, name in enumerate(table.column_names, 1)}
@@ -182,7 +177,7 @@ def _find_copy(cells: pa.Array, spellings: _Spellings, names: _Names) -> int | N
 
 
 def _copies_all(spellings: _Spellings, names: _Names) -> bool | None:
-    """Whether the names that are all cells with a value are more than short numbers; None if they are not."""
+    """Whether the names are more than short numbers, if they are all values of the column; otherwise None."""
     is_missing = pc.is_in(spellings.folded, value_set=pa.array(MISSING_TEXTS)).take(spellings.rows)
     bare = spellings.bare.take(spellings.rows)
     told, own = (texts.filter(pc.invert(is_missing)) for texts in (bare, names.bare))

@@ -52,10 +52,9 @@ def find_lookalikes(names: pa.Array, folded: pa.Array | None = None) -> list[tup
 
 
 def warn_of_names(what: str, names: pa.Array, problems: Problems, folded: pa.Array | None = None) -> None:
-    """Warn of names that are probably one, and of names that a spreadsheet has rewritten.
+    """Warn of names that are probably the same, and of numbers that a spreadsheet rewrote.
 
-    `what` says what the names are; `folded` is as for `find_lookalikes`, for names that are made of others,
-    which are checked by themselves.
+    `folded` is as for `find_lookalikes`; numbers are not checked then.
     """
     lookalikes = find_lookalikes(names, folded)
     for row, other in lookalikes[:_SHOWN]:

@@ -20,8 +20,7 @@ from beam_nifti.manifest.tables import BATCH_ROWS
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 
-WHOLE_SHARD: Final = -1
-"""`VolumeRow.unit` where a shard is a single work unit."""
+WHOLE_SHARD: Final = -1  # `VolumeRow.unit` if a shard is a single work unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +28,26 @@ class VolumeRow:
     """One row of the manifest, with its place in the dataset.
 
     Attributes:
-        row: 1-based number of the row in the manifest, its header not counted.
-        example_id: what names the example, unique in the manifest.
-        path: the image, as the manifest says it; of several the first.
-        label: the number of its first label; None where it has none.
-        participant_id: "" where the manifest has none.
-        session_id: "" where the manifest has none.
+        row: 1-based number of the row, without the header.
+        example_id: unique id of the example.
+        path: of the image, or the first of several, as in the manifest.
+        label: number of its first label; None if missing.
+        participant_id: "" if the manifest has none.
+        session_id: "" if the manifest has none.
         split: such as "train".
-        position: 0-based place in its split; of the first of its records where there are several.
-        extras: values of the manifest's extra columns, in the order of `Manifest.extra_columns`.
-        shard: file name of the shard that it belongs to.
-        unit: number of the work unit in its shard; WHOLE_SHARD where it is the only one.
+        position: 0-based place in its split; if it has several records, of the first.
+        extras: values of the extra columns, in the order of `Manifest.extra_columns`.
+        shard: file name of its shard.
+        unit: number of its work unit in the shard; WHOLE_SHARD if there is only one.
         other_files: paths of the other images of the example, then of its mask, as in the manifest.
-        pseudonyms: what is written in the place of each of its paths; none where those are written.
-        labels: name and value of each label that has a feature of its own.
-        num_frames: frames of the image, where each becomes a record; None where the image is one.
-        wanted: those of them, from 0, whose records are still to be made; None for all.
-        frame: the one of them that this record is of; None where it is not of one.
-        names: its ids with what is written in the place of each; none where those are written.
-        version_key: `Pseudonyms.version_key`; "" where ids are not anonymous.
-        extra_columns: names of `extras`; none in a build, whose plan has them.
+        pseudonyms: of each of its paths, if ids are anonymous.
+        labels: name and value of each label with a feature of its own.
+        num_frames: frames of the image, if each becomes a record; otherwise None.
+        wanted: 0-based frames whose records are still to be built; None for all.
+        frame: frame of the record; None if the record is not a frame.
+        names: its ids with their pseudonyms, if ids are anonymous.
+        version_key: `Pseudonyms.version_key`; "" if ids are not anonymous.
+        extra_columns: names of `extras`; empty in a build, whose plan has them.
     """
 
     row: int
@@ -79,24 +78,24 @@ class VolumeRow:
 
     @property
     def source(self) -> str:
-        """What is written of where the image is."""
+        """The written path of the image: a pseudonym if ids are anonymous."""
         return self.pseudonyms[0] if self.pseudonyms else self.path
 
     @property
     def image_id(self) -> str:
-        """What names the image in the manifest, also where the example is one of its frames."""
+        """The id of the image in the manifest, also if the example is one of its frames."""
         return (
             self.example_id if self.frame is None else self.example_id.removesuffix(frame_id("", self.frame))
         )
 
     @property
     def frames(self) -> Sequence[int]:
-        """Whose records are still to be made; 0 where the image is one record."""
+        """Frames whose records are still to be built; 0 if the image is one record."""
         return range(self.num_frames or 1) if self.wanted is None else self.wanted
 
     @property
     def positions(self) -> list[int]:
-        """Of the records that are still to be made, in their split."""
+        """Positions, in their split, of the records that are still to be built."""
         return [self.position + frame for frame in self.frames]
 
     def of_frame(self, frame: int) -> VolumeRow:
@@ -115,7 +114,7 @@ class VolumeRow:
         )
 
     def records(self) -> list[VolumeRow]:
-        """A row for each record that is still to be made, in the order of their positions."""
+        """A row for each record that is still to be built, by position."""
         return [self] if self.num_frames is None else [self.of_frame(frame) for frame in self.frames]
 
 
@@ -126,27 +125,24 @@ def frame_id(image_id: str, frame: int) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest, held as Arrow columns (about 100 bytes a row).
+    """A checked manifest, held as Arrow columns (about 100 bytes per row).
 
     Attributes:
-        path: where it was read from.
-        table: every column as strings, in the manifest's order; where ids are anonymous, with pseudonyms in
-            the place of ids and paths.
-        paths: the images and masks, as the manifest says it, by column.
-        columns: which of them mean what; its `label` is None in an unlabelled manifest, and has the kinds of
-            labels that have features of their own.
-        numbers: of the feature `label`, float64 of shape (rows,), NaN where a row has none; None in an
-            unlabelled manifest.
-        labels: the labels that have features of their own.
+        path: of its file.
+        table: every column as strings, with pseudonyms for ids and paths if ids are anonymous.
+        paths: of the images and masks, as in the manifest, by column.
+        columns: their roles; `label` is None without labels, and has the kinds of labels with own features.
+        numbers: of the feature `label`, float64 of shape (rows,), NaN if missing; None without labels.
+        labels: the labels with features of their own.
         ids: example id of each row.
-        splits: split of each row; null where the row is skipped, as it lacks a label.
+        splits: split of each row; null if it is skipped because it lacks a label.
         extra_columns: names of the columns that are only kept in the index.
-        key_check: `Pseudonyms.check` where ids are anonymous; else None.
-        name: what is written of `path`: itself, or its pseudonym where ids are anonymous.
-        names: where ids are anonymous, the ids as the manifest says them, by column; else none.
-        version_key: `Pseudonyms.version_key` where ids are anonymous; else "".
-        lacks_label: which rows lack one of the labels; None in an unlabelled manifest.
-        warnings: what is suspicious, or was changed, in it.
+        key_check: `Pseudonyms.check` if ids are anonymous; otherwise None.
+        name: written form of `path`: its pseudonym if ids are anonymous.
+        names: ids as in the manifest, by column, if ids are anonymous.
+        version_key: `Pseudonyms.version_key` if ids are anonymous; otherwise "".
+        lacks_label: rows that lack one of the labels; None without labels.
+        warnings: about suspicious or changed contents.
     """
 
     path: str
@@ -175,7 +171,7 @@ class Manifest:
 
     @property
     def num_skipped(self) -> int:
-        """Rows that are skipped, as they lack a label."""
+        """Rows that are skipped because they lack a label."""
         return int(self.splits.null_count)
 
     @property
@@ -259,7 +255,7 @@ class Manifest:
         ]
 
     def row_of(self, files: Sequence[str]) -> VolumeRow | None:
-        """The row of an example by what is written of its files; None where it is none of this manifest's."""
+        """The row of an example with these written paths; None if there is no such row."""
         first, *others = self.columns.files
         is_same = pc.equal(self.table[first], files[0])
         for name, text in zip(others, files[1:], strict=True):
@@ -272,12 +268,12 @@ class Manifest:
         return self.lacks_label is not None and bool(self.lacks_label[:num_rows].any())
 
     def log_warnings(self) -> None:
-        """Report what is suspicious in it; once a command, as it is read several times."""
+        """Log the warnings, once per command, because a manifest is read several times."""
         for warning in self.warnings:
             logs.LOGGER.warning("%s: %s", self.path, warning)
 
     def digest(self, num_rows: int | None = None) -> str:
-        """sha256 of the column names and the first `num_rows` rows, whatever the file's format."""
+        """sha256 of the column names and the first `num_rows` rows, independent of the file's format."""
         hasher = hashlib.sha256("\x1f".join(self.table.column_names).encode())
         for batch in self.table.slice(0, num_rows).to_batches(max_chunksize=BATCH_ROWS):
             columns = [batch.column(i).to_pylist() for i in range(batch.num_columns)]

@@ -18,9 +18,7 @@ from beam_nifti.support.outcomes import may_pass
 
 _LEAST_BYTES: Final = 16
 _DIGEST_BYTES: Final = 16
-PATTERN: Final = f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$"
-"""Of every pseudonym."""
-
+PATTERN: Final = f"^[0-9a-f]{{{2 * _DIGEST_BYTES}}}$"  # of every pseudonym
 _CHECK_BYTES: Final = 8
 
 
@@ -45,10 +43,7 @@ class Pseudonyms:
         return self.of("key", "version")
 
     def of(self, name: str, kind: str) -> str:
-        """What stands for a name; "", which is nobody's, for "".
-
-        Equal names of two kinds (at most 16 letters) have different pseudonyms.
-        """
+        """The pseudonym of a name; "" for "". Kinds, of at most 16 letters, have nothing in common."""
         return self._hash(name, kind, _DIGEST_BYTES) if name else ""
 
     def of_path(self, path: str) -> str:
@@ -68,10 +63,7 @@ class Pseudonyms:
 
 
 def hash_version(version: str | None, version_key: str) -> str | None:
-    """What stands for a store's version of a file, which may hold its name; None where there is none.
-
-    Without `Pseudonyms.version_key`, because ids are not anonymous, the version itself.
-    """
+    """The pseudonym of a store's version of a file, which may contain its name; unchanged without a key."""
     if version is None or not version_key:
         return version
     return Pseudonyms(version_key.encode()).of(version, "version")

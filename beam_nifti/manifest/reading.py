@@ -17,12 +17,7 @@ from beam_nifti.manifest.leaks import refuse_leaks
 from beam_nifti.manifest.lookalikes import fold, refuse_lookalikes, warn_of_names
 from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
-from beam_nifti.manifest.splits import (
-    draw_from_table,
-    read_splits,
-    refuse_empty_splits,
-    refuse_shared_images,
-)
+from beam_nifti.manifest.splits import draw_from_table, read_splits, refuse_empty_splits, refuse_shared_images
 from beam_nifti.manifest.tables import Problems, read_table, strings
 
 _OWN: Final = ("participant_id", "session_id", "split")
@@ -112,7 +107,7 @@ def read_manifest(
 
 
 def _meaningful(columns: Columns, splitting: Splitting | None) -> set[str]:
-    """The columns whose cells mean something to a build."""
+    """The columns that a build interprets."""
     labels = {column.name for column in columns.labels} or {"label"}
     by = (columns.id, splitting.stratify if splitting else None)
     return {*columns.files, *labels, *_OWN, *filter(None, by)}
@@ -162,7 +157,7 @@ def _refuse_empty_paths(paths: Mapping[str, pa.ChunkedArray], columns: Columns, 
 
 
 def _warn_of_names(table: pa.Table, columns: Columns, people: pa.Array | None, problems: Problems) -> None:
-    """Warn of participants and ids that are probably one, and of ids that a spreadsheet has rewritten."""
+    """Warn of participants and ids that are probably the same, and of ids that a spreadsheet rewrote."""
     if people is not None:
         warn_of_names("participant_id", people, problems)
     if people is None or columns.id is not None:
@@ -177,7 +172,7 @@ def _warn_of_names(table: pa.Table, columns: Columns, people: pa.Array | None, p
 def _labels(
     table: pa.Table, columns: Columns, problems: Problems
 ) -> tuple[tuple[Labels, ...], npt.NDArray[np.bool_] | None]:
-    """The labels of each column, and which rows lack one of them; None where there are no labels."""
+    """The labels of each column, and which rows lack one of them; None without labels."""
     if columns.missing_label is not None and not columns.labels:
         problems.add(
             "--missing-label requires labels, but there is no column 'label'; name one with --label-column"
@@ -198,7 +193,7 @@ def _labels(
 
 
 def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, str]]:
-    """Columns that are ours but for case, which would be taken for extra columns."""
+    """Columns that differ only in case from those with a role, and would become extra columns."""
     labels = [column.name for column in columns.labels] or ["label"]
     wanted = {*_OWN, *columns.files, *labels} - set(names)
     for name in names:
@@ -207,7 +202,7 @@ def _misspelled(names: Sequence[str], columns: Columns) -> Iterator[tuple[str, s
 
 
 def _has_pseudonyms(table: pa.Table, columns: Columns) -> bool:
-    """Whether it is a list of failures without paths; with them, they are absolute."""
+    """Whether it is a list of failures with pseudonyms for paths; otherwise paths are absolute."""
     paths = [table[name] for name in columns.files if name in table.column_names]
     is_list = {"row", "stage", "error", "message"} <= {*table.column_names}
     return (

@@ -1,7 +1,7 @@
-"""What errors may tell where ids are anonymous: nothing of whose image it was.
+"""Errors of builds with anonymous ids, without anything that identifies an image or a person.
 
-Messages of this package name an image by its path, which `redact` replaces by its pseudonym. The text of any
-other exception may hold whatever foreign code has read, so only its class and its line of code are kept.
+Messages of this package name an image by its path, which `redact` replaces by its pseudonym. Other exceptions
+may quote what foreign code has read, so only their class and line of code are kept.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from beam_nifti.support.strict_json import dump_json
 
 _FOLDER: Final = "…"  # stands for a folder
 _SHORTEST: Final = 3  # letters of a name that is replaced also where nothing says that it is part of a path
-_SHORTEST_ID: Final = 4
-"""The same of an id, of letters or digits alone: "1" and "all" are words of messages, too."""
+_SHORTEST_ID: Final = 4  # likewise of an id of letters or digits: "1" and "all" are also words of messages
 
 _LIBRARIES: Final = (
     sysconfig.get_path("purelib"),
@@ -38,7 +37,7 @@ _HTTP: Final = re.compile(r"HTTP \d{3}(?: \w+)?")
 
 
 def redact(text: str, row: VolumeRow, folder: str) -> str:
-    """Replace the paths of a row's files, the names in them, and its ids, by their pseudonyms, if it has any.
+    """Replace the paths of a row's files, names in them, and its ids by their pseudonyms, if it has any.
 
     Its paths are relative to the folder.
     """
@@ -59,7 +58,7 @@ def redact(text: str, row: VolumeRow, folder: str) -> str:
 
 
 def _names(path: str, folder: str) -> Iterator[tuple[str, str | None]]:
-    """What of a path must not be shown, and what to show in place of it; None for the pseudonym."""
+    """Parts of a path to hide, and their replacements; None for the pseudonym."""
     for whole in {storage.join(folder, path), path}:
         yield whole, None
         yield stem_of(whole) or whole, None
@@ -75,7 +74,7 @@ def _names(path: str, folder: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _spellings(name: str) -> set[str]:
-    """A name as it is, percent-encoded as servers repeat it, and escaped as `repr` and JSON do."""
+    """A name as it is, percent-encoded as by servers, and escaped as by `repr` and JSON."""
     forms = {name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
     spell: tuple[Callable[[str], str], ...] = (
         str,
@@ -89,7 +88,7 @@ def _spellings(name: str) -> set[str]:
 
 
 def _pattern(name: str, *, is_id: bool) -> str:
-    """A path anywhere; a name or an id where it is a whole word, a plain or short one only in a path."""
+    """Matches a path anywhere, and a name or an id as a whole word; plain or short ones only in a path."""
     escaped = re.escape(name)
     if "/" in name or "%2F" in name:
         return escaped

@@ -27,23 +27,15 @@ from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.parquet_headers import require_schema
 from beam_nifti.support.strict_json import dump_json, require_modest, unique_keys
 
-MAX_PROBLEMS: Final = 20
-"""Problems that are reported at once."""
-
-BATCH_ROWS: Final = 1 << 13
-"""Rows that are held as Python objects at a time."""
-
+MAX_PROBLEMS: Final = 20  # problems to report at once
+BATCH_ROWS: Final = 1 << 13  # rows that are Python objects at a time
 _HIDDEN: Final = "(hidden by --anonymous-ids)"
 _HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to another one
 _MAX_COLUMNS: Final = 1 << 16
 _FREE_CELLS: Final = 1 << 24
-_CELL_GROWTH: Final = 16
-"""What a table of JSON lines may have: so many cells, and so many times those that its lines give."""
-
+_CELL_GROWTH: Final = 16  # JSON lines may have so many cells, and so many times those that they give
 _DEEPEST: Final = 100  # levels of the schema of a Parquet file; more than some thousand end the process
-
-_DELIMITERS: Final = (";", "\t", ",")
-"""What stands between cells; the first one where spreadsheets write numbers with a comma."""
+_DELIMITERS: Final = (";", "\t", ",")  # ";" is used where spreadsheets write decimal commas
 
 BLANKS: Final = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
@@ -51,7 +43,7 @@ BLANKS: Final = (
     "\xad\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064\u2066"
     "\u2067\u2068\u2069\ufeff"  # of no width
 )
-"""Characters that nobody sees at the ends of a cell."""
+"""Invisible characters."""
 
 
 class _Number(str):
@@ -101,20 +93,20 @@ class Problems:
 def read_table(
     path: str, plain: Collection[str] = (), problems: Problems | None = None, content: bytes | None = None
 ) -> pa.Table:
-    """Read a table, every cell as a string, an absent one as an empty string.
+    """Read a table as strings; an absent cell is an empty string.
 
-    White space and characters of no width are removed from the ends of cells and column names. Columns
-    without a name are dropped where all their cells are empty, and so are such rows of a CSV or TSV. A cell
-    that is a list or an object becomes its JSON text; a column of bytes that are not all text becomes base64.
+    White space and invisible characters are removed from the ends of cells and column names. Columns without
+    a name are dropped if they are empty, and so are empty rows of a CSV or TSV. A list or an object becomes
+    its JSON text; a column of bytes that are not all text becomes base64.
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
-        plain: columns in which there may be no lists, objects or bytes.
-        problems: where to report what was changed.
-        content: of the file, where that was read already, or is nowhere else.
+        plain: columns in which lists, objects and bytes are problems.
+        problems: collects problems and warnings.
+        content: of the file, if it was already read.
 
     Raises:
-        ManifestError: it is not there, or not a table; with row numbers where rows are to blame.
+        ManifestError: it is absent, or not a table; with row numbers where possible.
     """
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
     if suffix not in _READERS:
@@ -376,7 +368,7 @@ def _text(value: object) -> str:
 
 
 def _json_text(value: object) -> str:
-    """A value as JSON: numbers as written, those that are not finite by name in quotes, bytes as base64."""
+    """A value as JSON: numbers as written, those that are not finite as text, bytes as base64."""
     match value:
         case dict():
             pairs = (f"{_json_text(str(key))}: {_json_text(item)}" for key, item in value.items())

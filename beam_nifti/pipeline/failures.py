@@ -236,7 +236,7 @@ def _messages(failures: Sequence[Failure]) -> str:
 
 
 def _extra_key(column: str, named: Container[str | None]) -> str:
-    """Under which key an extra column of the manifest is kept: as in the index, a clash is renamed."""
+    """Under which key a further column of the manifest is kept: as in the index, a clash is renamed."""
     key = f"manifest_{column}" if column in _OWN_KEYS or column.startswith("manifest_") else column
     while key in named:
         key = f"manifest_{key}"

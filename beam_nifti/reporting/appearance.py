@@ -1,4 +1,4 @@
-"""What one record looks like: a few numbers, a small grid and a picture."""
+"""What one record looks like: numbers, a small grid and a picture."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ SCHEMA: Final = pa.schema(
         ("picture", pa.binary()),
     ]
 )
-"""Of the rows. Numbers are of the voxels as stored, in the unit that `unit_of` says. `extents` are the sides
-of the volume's box, right, anterior and superior; `grid` is the volume in the same order of axes, GRID³ bytes
-from its least block to its largest; `picture` is a WebP."""
+"""Schema of the rows.
+
+Numbers are of the stored voxels, in the unit of `unit_of`. `extents` are the sides of the volume's box,
+right, anterior and superior; `grid` is the volume in the same order of axes, GRID³ bytes from its darkest
+block to its brightest; `picture` is a WebP.
+"""
 
 _QUANTILES: Final = np.linspace(0, 1, 33)
 _SAMPLE: Final = 1 << 16  # voxels of a volume from which to estimate quantiles and foreground
@@ -47,27 +50,23 @@ _BINS: Final = 256
 
 
 def unit_of(spec: RecordSpec) -> str:
-    """What the numbers of a row are in."""
+    """The unit of the numbers in a row."""
     kept = spec.config.voxel_dtype == "native" or spec.config.method == "none"
     return "the images' units" if kept else f"rescaled by {spec.config.rescale}"
 
 
 def label_columns(spec: RecordSpec) -> dict[str, str]:
-    """What `labels` has: the name of each label, and its column of the index."""
+    """The column of the index of each label."""
     if spec.config.labels:
         return {column.name: extra_column(column.name) for column in spec.config.labels}
-    return {"label": "label"} if spec.labelled else {}
+    return {"label": "label"} if spec.info.labelled else {}
 
 
 def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
-    """The row of one sound record.
+    """The row, of SCHEMA, of one sound record.
 
-    Returns:
-        A row of SCHEMA. Of several channels or frames the numbers are over all; grid and picture have the
-        first.
-
-    Raises:
-        VolumeError: a voxel is NaN or infinite.
+    If there are several channels or frames, numbers are over all of them, and grid and picture show the
+    first. NaN or infinite voxels are a VolumeError.
     """
     features = decode_example(payload)
     voxels = decode_tensor(features["image_raw"])  # type: ignore[arg-type]
@@ -105,7 +104,7 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
 
 
 def _spread(voxels: Voxels) -> Voxels:
-    """Voxels from all over a volume, the same ones every time."""
+    """A deterministic sample of a volume's voxels."""
     step = max(1, voxels.size // _SAMPLE)
     while math.gcd(step, voxels.size) > 1:  # else it may pick the same few places of every row
         step += 1
@@ -113,11 +112,11 @@ def _spread(voxels: Voxels) -> Voxels:
 
 
 def otsu_threshold(values: npt.NDArray[np.float64]) -> float:
-    """The value that best parts a volume's foreground from its background.
+    """The threshold between a volume's foreground and background.
 
-    Of the thresholds between the bins of a histogram the one with the largest variance between the two
-    classes. The brightest half percent counts as one brightness. Source: Otsu 1979, IEEE Transactions on
-    Systems, Man, and Cybernetics 9(1).
+    Of the thresholds between the bins of a histogram, it has the largest variance between the two classes.
+    The brightest half percent counts as one brightness. Source: Otsu 1979, IEEE Transactions on Systems, Man,
+    and Cybernetics 9(1).
     """
     low, high = float(values.min()), float(np.quantile(values, 0.995))
     if not low < high:

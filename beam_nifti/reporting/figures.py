@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,16 +14,11 @@ _RANGE: Final = (0.5, 99.5)  # percentiles that the bins span; the outermost one
 _INCHES: Final = (3.6, 2.1)
 _COLOURS: Final = ("#0a7abf", "#d9822b", "#1a9e77", "#b5539c", "#8a7f00", "#d1495b")
 _STYLES: Final = ("-", "--", ":", "-.")
-INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}
-"""Of text and axes, for each theme."""
+INKS: Final = {"light": "#3c4650", "dark": "#c3ccd5"}  # of text and axes, by theme
 
 
 def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, log: bool = False) -> bytes:
-    """A histogram of the numbers of each split, of their shares, on a transparent ground.
-
-    Returns:
-        An SVG without a date, whose letters are outlines.
-    """
+    """Draw a histogram of the shares of each split, without a background, as an SVG without a date."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -40,14 +35,12 @@ def draw_histogram(series: Mapping[str, npt.NDArray[np.float64]], ink: str, *, l
             colour = _COLOURS[number % len(_COLOURS)]
             shares = counts / max(len(values), 1)
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.15)
-            axes.stairs(
-                shares,
-                edges,
-                color=colour,
-                linewidth=1.4,
-                linestyle=_STYLES[number % len(_STYLES)],
-                label=name,
-            )
+            style: dict[str, Any] = {
+                "color": colour,
+                "linewidth": 1.4,
+                "linestyle": _STYLES[number % len(_STYLES)],
+            }
+            axes.stairs(shares, edges, label=name, **style)
         if log:
             axes.set_yscale("log")
         else:

@@ -1,4 +1,4 @@
-"""Which of many volumes are unlike the others, and in what: robust, and in words."""
+"""Finds volumes that differ from the others, robustly, and says in what."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ LIMIT: Final = 5.0
 Of a normal distribution 5 MADs are 3.4 standard deviations: 7 in 10,000 volumes are beyond.
 """
 
-FEWEST: Final = 10
-"""Volumes below which a median and a MAD say too little."""
-
+FEWEST: Final = 10  # volumes for which median and MAD are meaningful
 _SHOWN: Final = 100.0  # MADs above which the number is not shown
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A number that every volume has.
+    """A number of every volume.
 
     Attributes:
         name: in sentences.
-        floor: a deviation that is none, in the measure's unit: where most volumes are alike, their MAD is 0.
+        floor: deviation that is negligible, in the measure's unit: if most volumes are alike, their MAD is 0.
         only_low: whether only low values are suspicious.
     """
 
@@ -43,22 +41,22 @@ class Ranking:
     """How unusual each volume is.
 
     Attributes:
-        scores: of each volume, its largest deviation of all measures, in MADs.
-        deviations: of each measure and volume, in MADs, above 0 where the value is above the median.
+        scores: largest deviation of each volume over all measures, in MADs.
+        deviations: of each measure and volume, in MADs, positive above the median.
     """
 
     scores: Numbers
     deviations: Mapping[Measure, Numbers]
 
     def outliers(self) -> npt.NDArray[np.int64]:
-        """The numbers of the outliers, the most unusual first."""
+        """Numbers of the outliers, the most unusual first."""
         if len(self.scores) < FEWEST:
             return np.zeros(0, np.int64)
         order = np.argsort(-self.scores, kind="stable")
         return order[self.scores[order] > LIMIT]
 
     def reasons(self, number: int) -> list[str]:
-        """Why a volume is an outlier, the largest deviation first; empty for one that is none."""
+        """Why a volume is an outlier, the largest deviation first; empty if it is not."""
         if len(self.scores) < FEWEST:
             return []
         found = [
@@ -68,7 +66,7 @@ class Ranking:
 
 
 def rank(values: Mapping[Measure, Numbers]) -> Ranking:
-    """Compare volumes by the median and the MAD of each measure, which outliers do not move."""
+    """Compare volumes by the median and the MAD of each measure, which outliers hardly change."""
     deviations = {measure: _deviations(numbers, measure.floor) for measure, numbers in values.items()}
     suspicions = [_suspicion(measure, numbers) for measure, numbers in deviations.items()]
     return Ranking(np.max(suspicions, axis=0), deviations)

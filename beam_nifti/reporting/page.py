@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file with all in it, which loads nothing and runs its own script only."""
+"""The page of a report: a single HTML file that loads nothing and runs only its own script."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def make_page(
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy requires it."""
+    """A digest in the form that a Content-Security-Policy requires."""
     return f"sha256-{_base64(hashlib.sha256(text.encode()).digest())}"
 
 
@@ -88,7 +88,7 @@ def format_number(value: float) -> str:
 
 
 def _card(number: int, summary: Summary) -> dict[str, Any]:
-    """What the page says of a record that it shows."""
+    """The description of a record on the page."""
     row = summary.rows.slice(number, 1).to_pylist()[0]
     return {
         "id": row["example_id"],
@@ -110,7 +110,7 @@ def _card(number: int, summary: Summary) -> dict[str, Any]:
 def _figures(
     spec: RecordSpec, summary: Summary, splits: npt.NDArray[Any]
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """The title of each histogram, and its SVG for each theme."""
+    """The title of each histogram, and its SVG by theme."""
     quantiles = pc.list_flatten(summary.rows["quantiles"]).to_numpy().reshape(len(splits), -1)
     drawn = {"voxels, logarithmic": quantiles}
     drawn |= {measure.name: values for measure, values in summary.measures.items()}
@@ -136,7 +136,7 @@ def _label_title(name: str) -> str:
 
 
 def _is_drawn(name: str, texts: Iterable[str | None], spec: RecordSpec) -> bool:
-    """Whether a label is a number, of too many values to count each."""
+    """Whether a label is a number with too many values to count each."""
     kinds = {column.name: column.kind for column in spec.config.labels or ()}
     return kinds.get(name, "float") == "float" and len(set(texts) - {None}) > _FEW_VALUES
 
@@ -144,7 +144,7 @@ def _is_drawn(name: str, texts: Iterable[str | None], spec: RecordSpec) -> bool:
 def _statistics(
     summary: Summary, splits: npt.NDArray[Any], names: Iterable[str]
 ) -> Iterator[tuple[str, str, list[float]]]:
-    """Measure, split, and percentiles of the one over the other."""
+    """Measure, split, and percentiles of the measure in the split."""
     for measure, values in summary.measures.items():
         for name in names:
             if (of_split := values[splits == name]).size:
@@ -154,7 +154,7 @@ def _statistics(
 def _kinds(
     spec: RecordSpec, summary: Summary, splits: npt.NDArray[Any]
 ) -> Iterator[tuple[str, list[tuple[str, list[int]]]]]:
-    """Of each property, its values, and how many records of each split have them."""
+    """Each property with its values, and the number of records of each split that have them."""
     columns = {
         title: summary.rows[name].to_pylist()
         for title, name in (
@@ -181,7 +181,7 @@ def _kinds(
 
 
 def _settings(info: DatasetInfo) -> Iterator[tuple[str, dict[str, str]]]:
-    """What dataset_info.json says of how the dataset was made."""
+    """The facts in dataset_info.json about how the dataset was built."""
     config = {key: value for key, value in info.config.items() if value is not None and value is not False}
     yield "Configuration", {key: _show(value) for key, value in config.items()}
     yield "Manifest", {key: _show(value) for key, value in info.manifest.items()}

@@ -1,9 +1,9 @@
-"""`beam-nifti report`: every record of a dataset is looked at, on any runner, and a page made of it.
+"""`beam-nifti report`: reads every record of a dataset, on any runner, and makes a page.
 
 Create([output])     str
 CutShards            (number, split, ShardInfo)
 Reshuffle            (number, split, ShardInfo)
-LookAtShard          nothing: what was seen goes into sheets, files of some rows each
+LookAtShard          nothing: workers write sheets, files of some rows each
 
 Then this process reads the sheets, one at a time.
 """
@@ -52,7 +52,7 @@ class LookAtShard(beam.DoFn):
         self._output, self._spec, self._folder = output, spec, folder
 
     def setup(self) -> None:
-        """Keep the buffers of one record for the next."""
+        """Reuse the buffers of one record for the next."""
         keep_buffers()
 
     def process(self, element: tuple[int, str, ShardInfo]) -> None:
@@ -80,14 +80,14 @@ class LookAtShard(beam.DoFn):
 
 @dataclass(frozen=True)
 class ReportSummary:
-    """What a report says, in short.
+    """Summary of a report.
 
     Attributes:
-        num_examples: records that were looked at.
+        num_examples: records shown.
         num_outliers: of these.
         num_failures: volumes that failed in the build.
-        num_skipped: rows that were skipped, as they lack a label.
-        problems: sentences about what is damaged; none for a sound dataset.
+        num_skipped: rows that were skipped because they lack a label.
+        problems: one sentence per problem; none for a sound dataset.
         num_bytes: of the page.
     """
 
@@ -99,23 +99,19 @@ class ReportSummary:
     num_bytes: int
 
     def reworded(self, words: Callable[[str], str]) -> ReportSummary:
-        """It with every sentence changed.
-
-        Args:
-            words: maps a text to the one to show instead.
-        """
+        """A copy with every sentence changed by a function."""
         return replace(self, problems=tuple(map(words, self.problems)))
 
 
 def write_report(
     output: str, info: DatasetInfo, out: str, options: PipelineOptions, *, num_pictures: int
 ) -> ReportSummary:
-    """Look at every record of a dataset and write a page about it.
+    """Write a page about all records of a dataset.
 
-    `output`, `out` and errors are as for `beam_nifti.report`, `options` are Beam's.
+    Arguments and errors are those of `beam_nifti.report`; `options` are Beam's.
     """
     output, out = storage.absolute(output), storage.absolute(out)
-    spec = RecordSpec.of(info)
+    spec = RecordSpec(info)
     require_apart(out, "--out")
     storage.require_writable(out, "--out")
     failures = read_failures(output, info)

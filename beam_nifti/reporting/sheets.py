@@ -47,7 +47,7 @@ def read_sheets(folder: str, columns: Sequence[str]) -> Iterator[tuple[str, pa.T
         path = f"{folder}/{name}"
         try:
             table = _parse(storage.read_bounded(path, _MOST_BYTES), columns)
-            split = table.schema.metadata[b"split"].decode()
+            split = (table.schema.metadata or {})[b"split"].decode()
         except (storage.FileTooLargeError, pa.ArrowException, ValueError, KeyError, TypeError) as e:
             raise _foreign(path, e) from e
         yield split, table.replace_schema_metadata(None)

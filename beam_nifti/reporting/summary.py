@@ -1,7 +1,7 @@
-"""What a report says: from the sheets of a dataset's records, one sheet at a time.
+"""Summarizes the sheets of a dataset's records, one sheet at a time.
 
-Three passes: over the grids for the mean volume, over the grids for the correlation of each with it, and
-over the pictures for those that are shown. What stays of a record is a row of numbers, about 1 KB.
+There are three passes: over the grids for the mean volume, over the grids for the correlation of each with
+it, and over the pictures to show. About 1 KB is kept per record.
 """
 
 from __future__ import annotations
@@ -25,33 +25,26 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import load_json
 from beam_nifti.support.wording import counted
 
-MAX_OUTLIERS: Final = 1000
-"""Outliers that are shown; all are counted."""
-
-MAX_FAILURES: Final = 500
-"""Failures that are listed; all are counted."""
-
-MAX_PROBLEMS: Final = 200
-"""Problems that are told one by one, of all shards; the rest are counted."""
-
+MAX_OUTLIERS: Final = 1000  # outliers to show; all are counted
+MAX_FAILURES: Final = 500  # failures to list; all are counted
+MAX_PROBLEMS: Final = 200  # problems to list, of all shards; all are counted
 _SHOWN_OF_FAILURE: Final = ("row", "participant_id", "stage", "message")
 _HEAVY: Final = ("grid", "picture")
-_FLOOR: Final = 0.001
-"""What is no deviation: of foreground and correlation; of mean and std times the median std."""
+_FLOOR: Final = 0.001  # negligible deviation of a share; of mean and std, times the median std
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """All that is said of the records.
+    """Summary of the records.
 
     Attributes:
-        rows: of every record, as `appearance.SCHEMA` without grid and picture, and its split.
-        measures: numbers of each record, by what they are.
+        rows: of every record, as `appearance.SCHEMA` without grid and picture, with its split.
+        measures: values of each measure by record.
         ranking: how unusual each record is.
-        outliers: numbers of the records that are outliers, the most unusual first.
-        pictures: WebPs of the records that are shown, by their numbers, in the dataset's order.
+        outliers: numbers of outliers, the most unusual first.
+        pictures: WebPs of the records to show, by number.
         mean_picture: of the mean volume; None without records.
-        problems: what is damaged; records that are have no row.
+        problems: of damaged records, which have no row.
     """
 
     rows: pa.Table
@@ -106,7 +99,7 @@ def _mean_volume(folder: str) -> tuple[pa.Table, npt.NDArray[np.float64]]:
 
 
 def _correlations(folder: str, mean: npt.NDArray[np.float64]) -> Numbers:
-    """Pearson's, of each record's grid with the mean volume; 0 for a volume without contrast."""
+    """Pearson's correlation of each record's grid with the mean volume; 0 for a volume without contrast."""
     direction = _unit_deviation(mean[np.newaxis])[0] / mean.size
     found = [_standardized(table["grid"]) @ direction for _, table in read_sheets(folder, ["grid"])]
     return np.concatenate([np.zeros(0), *found])
@@ -118,7 +111,7 @@ def _standardized(grids: pa.ChunkedArray) -> npt.NDArray[np.float64]:
 
 
 def _unit_deviation(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Each row shifted to mean 0 and scaled to standard deviation 1; a constant one becomes 0."""
+    """Each row with mean 0 and standard deviation 1; a constant one becomes 0."""
     values = values - values.mean(1, keepdims=True)
     deviation = values.std(1, keepdims=True)
     deviation[deviation == 0] = 1
@@ -148,10 +141,10 @@ def _pictures(folder: str, shown: set[int]) -> dict[int, bytes]:
 
 
 def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
-    """The first MAX_FAILURES of a dataset's failures: row, participant_id, stage and message.
+    """Row, participant, stage and message of the first MAX_FAILURES failures of a dataset.
 
     Raises:
-        DatasetError: the list of them is missing, damaged or too large.
+        DatasetError: their list is missing, damaged or too large.
     """
     if info.failures is None:
         return []

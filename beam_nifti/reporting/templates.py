@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def load_templates() -> jinja2.Environment:
-    """All of them; whatever they are given is escaped, and a name that they are not given is an error."""
+    """All templates; they escape values, and unknown names are errors."""
     import jinja2
 
     return jinja2.Environment(

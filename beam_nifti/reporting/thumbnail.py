@@ -1,7 +1,4 @@
-"""Small views of a volume: a picture of its three middle slices, and a grid of block means.
-
-Both show the volume as it lies in space, whatever order its axes are stored in.
-"""
+"""Small views of a volume in anatomical orientation: a picture of its middle slices, and block means."""
 
 from __future__ import annotations
 
@@ -14,25 +11,19 @@ import numpy.typing as npt
 
 from beam_nifti.volume.rescale import Scaling, Voxels
 
-CELL: Final = 96
-"""Pixels of the square around each slice."""
-
-GRID: Final = 24
-"""Blocks along each axis of the small grid."""
-
-_PLANES: Final = ((0, 1), (0, 2), (1, 2))
-"""The axes that run to the right and up on an axial, a coronal and a sagittal slice."""
-
+CELL: Final = 96  # pixels of the square around each slice
+GRID: Final = 24  # blocks along each axis of the small grid
+_PLANES: Final = ((0, 1), (0, 2), (1, 2))  # axes to the right and up: axial, coronal, sagittal
 _WINDOW: Final = (0.5, 99.5)  # percentiles of the slices that are drawn black and white
 _MASK_COLOUR: Final = (255, 140, 0)
 _WEBP: Final[dict[str, Any]] = {"quality": 80, "method": 4}
 
 
 def block_means(volume: Voxels, size: int = GRID) -> npt.NDArray[np.float64]:
-    """The means of `size` blocks along each axis; along a shorter axis voxels are repeated.
+    """The means of `size` blocks along each axis, float64 (size, size, size).
 
-    Returns:
-        float64 (size, size, size).
+    The volume is (X, Y, Z), of any real dtype and strides, and is not copied. Along a shorter axis voxels are
+    repeated.
     """
     starts, counts = _blocks(volume.shape[0], size)
     slabs = zip(starts.tolist(), counts.tolist(), strict=True)
@@ -46,28 +37,24 @@ def block_means(volume: Voxels, size: int = GRID) -> npt.NDArray[np.float64]:
 
 
 def _blocks(length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where the blocks of an axis start, and how many voxels each has, at least one."""
+    """The start of each block of an axis, and its number of voxels, at least one."""
     starts = np.arange(size) * length // size
     return starts, np.maximum(np.diff(starts, append=length), 1)
 
 
 def draw_slices(
-    volume: Voxels,
-    zooms: Sequence[float],
-    scaling: Scaling | None = None,
-    *,
-    mask: Voxels | None = None,
+    volume: Voxels, zooms: Sequence[float], scaling: Scaling | None = None, *, mask: Voxels | None = None
 ) -> bytes:
-    """A picture of the three middle slices, side by side: axial, coronal, sagittal.
+    """A picture of the three middle slices, side by side: axial, coronal, sagittal, on one scale.
 
     The patient's left is on the left, anterior is up on the axial slice and right on the sagittal one, and
-    superior is up on the other two. All three have the same scale.
+    superior is up on the other two.
 
     Args:
         volume: (X, Y, Z), or (X, Y, Z, 3) for colours, whose axes point right, anterior and superior.
         zooms: voxel size along each axis, above 0.
-        scaling: of the voxels; none where they are the values.
-        mask: (X, Y, Z); the outline of what is not 0 is drawn.
+        scaling: of the voxels; None if they are the values.
+        mask: (X, Y, Z), to draw the outline of what is not 0.
 
     Returns:
         A WebP of 3 · CELL × CELL pixels.

@@ -1,7 +1,7 @@
-"""`beam-nifti view`: a page to walk through the volume of one record, by nilearn's viewer.
+"""`beam-nifti view`: a page to walk through the volume of a record, with nilearn's viewer.
 
-The viewer's own page asks a server for an icon and does not escape its title, so it stands within a page of
-ours, whose policy lets nothing be loaded. Source: docs/view.md.
+The viewer's own page loads an icon from a server and does not escape its title, so it is embedded in a page
+whose policy allows no loading. Source: docs/view.md.
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ _SHOWN_LABELS: Final = 12
 
 
 def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bool = False) -> str:
-    """The HTML of a page with three slices through a volume, which are moved with the mouse.
+    """The HTML of a page with three slices through a volume, which the mouse moves.
 
     Args:
         volume: of a record.
-        channel: of its last axis, from 0; needed where there are several.
-        with_mask: lay the labels of its mask over it.
+        channel: of its last axis, from 0; required if there are several.
+        with_mask: overlay the labels of its mask.
 
     Raises:
-        UsageError: there is no such channel or no mask, or the voxels are beyond float32; or the viewer's
-            grid would be too large, as some voxel sizes are a small part of others.
+        UsageError: there is no such channel or no mask, or the volume cannot be drawn.
     """
     _require_drawable(volume)
     values = volume.scaling.apply(_channel(volume, channel))
@@ -73,7 +72,7 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
 
 
 def _require_drawable(volume: StoredVolume) -> None:
-    """Refuse volumes that take too much memory in cubes of their smallest voxel size, as they are drawn."""
+    """Refuse volumes that take too much memory as cubes of their smallest voxel size, as they are drawn."""
     shape = np.array(volume.voxels.shape[:3])
     extent = np.abs(volume.affine[:3, :3]) @ (shape - 1)
     grid = extent / nib.affines.voxel_sizes(volume.affine).min() + 1
@@ -144,7 +143,7 @@ def _draw(
 
 
 def _colours(labels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The number of the colour of each label, whatever numbers the labels are; 0 where there is none."""
+    """The number of the colour of each label; 0 for no label."""
     known = np.unique(labels[labels != 0])
     numbers = np.searchsorted(known, labels) % (_NUM_COLOURS - 1) + 1
     colours: npt.NDArray[np.float32] = np.where(labels == 0, 0, numbers).astype(np.float32)

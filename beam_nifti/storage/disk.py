@@ -21,11 +21,8 @@ from beam_nifti.errors import OutputError
 from beam_nifti.storage.names import is_remote, local_path
 from beam_nifti.support.wording import bytes_text
 
-_FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-"""What the system reports where a file cannot become as large as it has to be."""
-
-_TREE_ATTEMPTS: Final = 3
-"""Attempts at removing a folder into which a worker that outlives its job may still write."""
+_FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])  # a file cannot grow
+_TREE_ATTEMPTS: Final = 3  # at removing a folder to which a worker may still write
 
 _KINDS: Final = {
     stat.S_ISFIFO: "FIFO",
@@ -147,7 +144,7 @@ def naming(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locate(path: str, below: str | None) -> Iterator[tuple[str, int | None]]:
-    """A name, and the descriptor of the folder that it starts from, by which to look at a file or open it."""
+    """The name of a file, and the descriptor of its folder; or the path itself and None."""
     if below is None:
         yield path, None
         return
@@ -224,15 +221,6 @@ def open_lock(path: str, *, make: bool = True) -> int:
         return os.open(name, flags, 0o666, dir_fd=folder)
 
 
-def list_links(folder: str) -> list[str]:
-    """Names of the symbolic links in a folder, sorted; none where there is no folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_symlink())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def probe_folder(folder: str) -> None:
     """Try to write to a folder; leaves nothing behind."""
     with tempfile.TemporaryFile(dir=folder):  # without a name, where the file system knows such files
@@ -246,7 +234,7 @@ def stat_file(path: str, below: str | None = None) -> os.stat_result:
 
 
 def open_regular(path: str, below: str | None = None) -> BinaryIO:
-    """Open for reading a file, but nothing that waits for a writer, never ends, or acts when it is opened."""
+    """Open a regular file for reading. Others may wait for a writer, never end, or act when opened."""
     no_link = os.O_NOFOLLOW if below is not None else 0
 
     def opener(_: str, flags: int) -> int:
@@ -272,10 +260,7 @@ def _require_regular(path: str, mode: int) -> None:
 
 
 def broken_link(path: str) -> str | None:
-    """What a symbolic link to a missing file is, and the remedy; None for other paths.
-
-    In a clone of a git-annex or DataLad repository every file is such a link until its content is fetched.
-    """
+    """What a symbolic link to a missing file is, as in git-annex, and the remedy; None for other paths."""
     if is_remote(path) or not os.path.islink(path) or os.path.exists(path):
         return None
     if "annex/objects/" in os.readlink(path):
@@ -284,10 +269,7 @@ def broken_link(path: str) -> str | None:
 
 
 def require_inside(path: str, folder: str) -> None:
-    """Refuse, with an OSError, links that lead out of their folder, and files that are not regular.
-
-    Missing files are accepted. Stores have no links.
-    """
+    """Refuse, with an OSError, a link that leads out of its folder, or a file that is not regular."""
     if is_remote(path):
         return
     target = os.path.realpath(path)

@@ -9,10 +9,9 @@ import glob as local_glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
-from beam_nifti.storage import disk
 from beam_nifti.storage.names import FILE_URL, is_remote, local_path
 from beam_nifti.storage.stores import store_of
 
@@ -20,37 +19,38 @@ _ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)  # the characters *, 
 
 
 def list_files(folder: str, pattern: str = "*") -> list[str]:
-    """Names of the files in a folder that match a glob, sorted; none where there is no folder."""
+    """Names of the files in a folder that match a glob, sorted; none if there is no folder."""
     if not is_remote(folder):
-        try:
-            with os.scandir(folder) as entries:
-                names = [e.name for e in entries if e.is_file()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(fnmatch.filter(names, pattern))
+        return fnmatch.filter(_local_names(folder, os.DirEntry.is_file), pattern)
     objects, _ = store_of(folder).find(f"{folder}/")
     return sorted(fnmatch.filter((path[len(folder) + 1 :] for path in objects), pattern))
 
 
 def list_folders(folder: str) -> list[str]:
-    """Names of the folders in a folder, sorted; none where there is no folder."""
+    """Names of the folders in a folder, sorted; none if there is no folder."""
     if not is_remote(folder):
-        try:
-            with os.scandir(folder) as entries:
-                return sorted(e.name for e in entries if _is_folder(e))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        return _local_names(folder, _is_folder)
     _, folders = store_of(folder).find(f"{folder}/")
     return sorted(path[len(folder) + 1 : -1] for path in folders)
 
 
+def list_links(folder: str) -> list[str]:
+    """Names of the symbolic links in a folder, sorted; object stores have none."""
+    return [] if is_remote(folder) else _local_names(folder, os.DirEntry.is_symlink)
+
+
+def _local_names(folder: str, is_listed: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if is_listed(entry))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
-    """Paths, relative to a folder, of the files below those of its folders that begin alike.
+    """Relative paths of files up to `depth` folders below the folders of `folder` that begin with `prefix`.
 
-    Only folders whose names begin with `prefix` are entered, down to `depth` folders.
-
-    Yields:
-        In no order. Files and folders whose names begin with a dot are left out.
+    Hidden files and folders are omitted. The order is arbitrary.
     """
     if not is_remote(folder):
         with os.scandir(folder) as entries:
@@ -152,8 +152,3 @@ def _is_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
     if patterns[0] == "**":
         return _is_match(names[1:], patterns)
     return fnmatch.fnmatchcase(names[0], patterns[0]) and _is_match(names[1:], patterns[1:])
-
-
-def list_links(folder: str) -> list[str]:
-    """Names of the symbolic links in a folder, sorted; an object store has none."""
-    return [] if is_remote(folder) else disk.list_links(folder)

@@ -90,11 +90,9 @@ def absolute(path: str | os.PathLike[str]) -> str:
 def resolved(path: str) -> str:
     """A path as `absolute` makes it, without symbolic links in its folders; the file itself may be one."""
     path = absolute(path)
-    return (
-        path
-        if is_remote(path)
-        else os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    )
+    if is_remote(path):
+        return path
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def is_within(path: str, folder: str) -> bool:

@@ -35,9 +35,7 @@ LONGEST_WAIT: Final = 16.0
 ALL_WAITS: Final = 63.0
 """Seconds between the attempts at a request: 1, 2, 4, 8, 16, 16, 16, each cut by up to half at random."""
 
-SILENCE: Final = 60.0
-"""Seconds after which a server that says nothing counts as one that did not answer."""
-
+SILENCE: Final = 60.0  # seconds without a byte after which a server counts as silent
 _TRANSIENT_STATUS: Final = frozenset([408, 429, 500, 502, 503, 504])
 _TRANSIENT_CODES: Final = frozenset(
     [
@@ -60,14 +58,9 @@ _CREDENTIALS_CODES: Final = frozenset(
 )
 """What the stores say where it is not the object that is denied, but whoever asks."""
 
-_NOT_OF_PATHS: Final = frozenset([404, 407])
-"""Of the 400s: an unknown user, as an unknown path has another code; and a proxy that asks for a password."""
-
-_NOT_ACCEPTED: Final = errno.EPROTO
-"""The client or its credentials are at fault, and not the path; another attempt fails in the same way."""
-
-PIECE_BYTES: Final = 16 << 20
-"""Bytes that are sent at once. What is shorter is sent in one request."""
+_NOT_OF_PATHS: Final = frozenset([404, 407])  # unknown users, and proxies that require a password
+_NOT_ACCEPTED: Final = errno.EPROTO  # the client or its credentials are at fault, so a retry fails
+PIECE_BYTES: Final = 16 << 20  # bytes to send at once; less is sent in one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +327,7 @@ class RangeStore(Store):
 
     @abc.abstractmethod
     def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
-        """Paths in a folder, each with whether it is a folder; with `deep` perhaps files in folders below."""
+        """Paths in a folder, each with whether it is a folder; if `deep`, perhaps of lower folders, too."""
 
     def stat(self, path: str) -> Stat:
         """What a file is."""
@@ -393,10 +386,7 @@ class ObjectStore(Store):
 
     @abc.abstractmethod
     def put(self, path: str, data: bytes, version: str | None = None) -> None:
-        """Write an object whole.
-
-        With a version, only if the object has that version; with "", only if it does not exist.
-        """
+        """Write an object; given a version only over that version, and given "" only if there is none."""
 
     @abc.abstractmethod
     def get_version(self, path: str, size: int) -> tuple[bytes, str | None]:

@@ -17,8 +17,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from beam_nifti.storage.object_store import SILENCE
 
-SLOWEST: Final = 8192
-"""Bytes a second, on average, below which an answer counts as none; its first SILENCE seconds are free."""
+SLOWEST: Final = 8192  # bytes per second, on average, after the first SILENCE seconds
 
 
 class PacedAdapter(HTTPAdapter):

@@ -47,9 +47,7 @@ from beam_nifti.storage.stores import refuse_read_only as refuse_read_only
 from beam_nifti.storage.stores import store_of, writable_store_of
 from beam_nifti.support.outcomes import may_pass
 
-ABSENT: Final = ""
-"""The version of a file that is not there."""
-
+ABSENT: Final = ""  # the version of a missing file
 _BUFFER_BYTES: Final = 1 << 20
 
 

@@ -11,8 +11,7 @@ from typing import Any, Final
 from beam_nifti.storage.object_store import SILENCE, Listing, ObjectStore, Pieces, Reader, Stat, split_path
 
 _CONNECTIONS: Final = 64
-_TOO_LARGE_TO_COPY: Final = ((400, "InvalidRequest"), (400, "EntityTooLarge"))
-"""How S3 answers when it is to copy more than 5 GiB at once."""
+_TOO_LARGE_TO_COPY: Final = ((400, "InvalidRequest"), (400, "EntityTooLarge"))  # more than 5 GiB
 
 
 class S3(ObjectStore):

@@ -27,10 +27,9 @@ _STORES: Final[dict[str, Callable[[Any], Store]]] = {
     "hdfs": WebHdfs,
     **{scheme: functools.partial(Fsspec, scheme=scheme) for scheme in ("az", "abfs", "abfss")},
 }
-"""By scheme what serves it; Beam or fsspec the others."""
+"""Stores by scheme; Beam or fsspec serves other schemes."""
 
-_EXTRAS: Final = {"s3": "aws", "gs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}
-"""By scheme the extra of this package that it needs."""
+_EXTRAS: Final = {"s3": "aws", "gs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure"}  # by scheme
 
 _REMEDY: Final = (
     "use the local disk, s3:// (install beam-nifti[aws]), gs:// (beam-nifti[gcp]), "
@@ -43,7 +42,7 @@ _stores_lock = threading.Lock()
 
 
 def store_of(path: str) -> Store:
-    """What serves a URL."""
+    """The store of a URL; an OSError with the remedy if there is none."""
     if problem := wrong_with(path):
         raise OSError(errno.EINVAL, problem, path)
     scheme = scheme_of(path)
@@ -67,7 +66,7 @@ def store_of(path: str) -> Store:
 
 
 def writable_store_of(path: str) -> ObjectStore:
-    """What a URL is written by."""
+    """The store to write a URL with; an OSError if it is read-only."""
     store = store_of(path)
     if isinstance(store, ObjectStore):
         return store
@@ -75,14 +74,14 @@ def writable_store_of(path: str) -> ObjectStore:
 
 
 def refuse_read_only(path: str, what: str) -> None:
-    """Refuse a URL to which nothing can ever be written, by its scheme."""
+    """Refuse a URL of a read-only store; `what` is the option or argument that gives it."""
     scheme = scheme_of(path)
     if is_remote(path) and scheme not in ("s3", "gs") and _maker(scheme) is not BeamFiles:
         raise OutputError(f"{what} is {path}: {wrong_with(path) or f'{scheme}:// {_WRITE_ELSEWHERE}'}")
 
 
 def can_list(folder: str) -> bool:
-    """Whether files can be looked for in a folder; a web server does not say what it has."""
+    """Whether files can be listed; web servers have no listing."""
     return _STORES.get(scheme_of(folder)) is not Http
 
 

@@ -47,7 +47,7 @@ def _refuse_empty(action: argparse.Action, values: Any) -> None:
 
 
 def refuse_swallowed(parser: argparse.ArgumentParser) -> None:
-    """Have a parser refuse empty values, all but one value of an option that takes one, and loose numbers."""
+    """Make a parser refuse empty values, second values of options that take one, and numbers such as 1_0."""
     parser.register("action", None, StoreOnce)
     parser.register("action", "store", StoreOnce)
     parser.register("action", "append", AppendFilled)

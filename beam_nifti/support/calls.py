@@ -11,9 +11,7 @@ from typing import Any, Final
 
 from beam_nifti.support.cells import as_float
 
-_MOST: Final = 4096
-"""Largest number of characters of a call: Python's parser has no limit that protects memory and stack."""
-
+_MOST: Final = 4096  # characters: Python's parser has no limit that protects memory and stack
 _CALL: Final = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*)(\(.*\))?", re.DOTALL)
 
 

@@ -27,11 +27,9 @@ from beam_nifti.errors import (
 SUCCESS: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
-TEMPORARY: Final = 75
-"""EX_TEMPFAIL of sysexits.h: the same command may succeed when a scheduler tries again."""
+TEMPORARY: Final = 75  # EX_TEMPFAIL of sysexits.h: a retry may succeed
 INTERRUPTED: Final = 130
-CUT_SHORT: Final = 141
-"""128 + SIGPIPE, as a shell reports of `git log` whose reader has gone."""
+CUT_SHORT: Final = 141  # 128 + SIGPIPE, as of `git log` whose reader has ended
 
 _PASSING_ERRNOS: Final = frozenset(
     getattr(errno, name, None)  # not every system has all of them
@@ -155,7 +153,7 @@ def _code_of(kind: type[BaseException], number: int | None) -> int:
 
 
 def _last_error(text: str) -> str:
-    """The exception, by class and message, that the last traceback of a text ends with; "" without one."""
+    """Class and message of the exception at the end of a text's last traceback; "" without one."""
     lines = text.splitlines()
     frame = max((i for i, line in enumerate(lines) if _FRAME.match(line)), default=len(lines))
     start = next((i for i in range(frame, len(lines)) if lines[i][:1].strip()), len(lines))

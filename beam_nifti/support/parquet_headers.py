@@ -12,16 +12,11 @@ from typing import Any, BinaryIO, Final
 
 _UNCOMPRESSED: Final = 2
 _COMPRESSED: Final = 3
-_DATA_PAGES: Final = (5, 8)
-"""Fields of a page's header: two sizes, and the headers of data pages of version 1 and 2."""
-
+_DATA_PAGES: Final = (5, 8)  # headers of data pages of version 1 and 2 in that of a page
 _DICTIONARY: Final = 7
 _NUM_VALUES: Final = 1
 _MOST: Final = 2**31 - 1  # a size or count is an int32; Arrow takes the low bits of a larger one
-
-_SCHEMA: Final = 2
-"""The field of a footer that lists the elements of the schema: each group, then what is in it."""
-
+_SCHEMA: Final = 2  # field of the footer: the schema, each group before its children
 _NUM_CHILDREN: Final = 5
 _MAGIC: Final = b"PAR1"
 _END_BYTES: Final = 8  # of the file: the length of the footer, and the magic number
@@ -41,13 +36,12 @@ _DEEPEST: Final = 8
 
 
 def require_schema(handle: BinaryIO, deepest: int, most_values: int | None = None) -> None:
-    """Refuse a schema that nests too deeply, which ends the process, or a footer that is too large.
+    """Refuse a schema of more than `deepest` levels, which would end the process, or a large footer.
 
-    The schema may have `deepest` levels, root included, and the footer `most_values` values, each of which
-    takes memory; None does not count them.
+    `most_values` limits the values of the footer, each of which takes memory.
 
     Raises:
-        ValueError: it has more, or no usable footer.
+        ValueError: the file exceeds a limit, or its footer is unusable.
     """
     before = handle.seek(0, io.SEEK_END) - _END_BYTES
     handle.seek(max(before, 0))
@@ -122,10 +116,7 @@ def _require_sizes(header: dict[int, Any]) -> None:
 
 
 class _Reader:
-    """Reads values one after the other, and keeps none that is not asked for.
-
-    At most `most` values are read; None reads any number.
-    """
+    """Reads at most `most` Thrift values one after the other, without keeping those that are skipped."""
 
     def __init__(self, data: bytes, most: int | None = None, at: int = 0) -> None:
         self._data, self._left, self.at = data, most, at

@@ -12,9 +12,7 @@ from typing import Final
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
-_MMAP_THRESHOLD: Final = 32 << 20
-"""The largest value that glibc accepts on 64-bit machines. Source: mallopt(3)."""
-
+_MMAP_THRESHOLD: Final = 32 << 20  # glibc's largest value on 64-bit machines. Source: mallopt(3)
 _TRIM_THRESHOLD: Final = 128 << 20
 
 

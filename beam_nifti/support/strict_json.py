@@ -11,8 +11,7 @@ _SIZES: Final = {"{": 256, "[": 80, ",": 64}
 """Bytes that what follows a sign takes in Python, about: an object with a key, a list, a text or number."""
 
 _FREE_BYTES: Final = 16 << 20
-_GROWTH: Final = 4
-"""What JSON may take: so much, and so many times the length of its text; a dataset_info.json twice that."""
+_GROWTH: Final = 4  # JSON may take so many bytes, and so many times the length of its text
 
 
 def dump_json(value: Any, **options: Any) -> str:
@@ -36,11 +35,7 @@ def _finite(value: Any) -> Any:
 
 
 def require_modest(text: str) -> None:
-    """Refuse JSON that takes far more memory than its text, before it is parsed: that of many small values.
-
-    Raises:
-        ValueError: it would.
-    """
+    """Refuse, with a ValueError, JSON of many small values, which takes far more memory than its text."""
     most = _FREE_BYTES + _GROWTH * len(text)
     if sum(size * text.count(sign) for sign, size in _SIZES.items()) > most:
         raise ValueError("holds too many values for the length of its text")

@@ -55,7 +55,7 @@ class Screen(io.TextIOBase):
         return len(text)
 
     def write_result(self, text: str) -> None:
-        """Write a table or a script for other programs: as it is and in UTF-8, unless to a terminal."""
+        """Write a table or a script for other programs, unchanged and in UTF-8 unless to a terminal."""
         buffer = getattr(self.stream, "buffer", None)
         if self.isatty():
             self.write(text)
@@ -111,7 +111,10 @@ def _open_closed_descriptors() -> None:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Make Screens of the standard streams while the block runs."""
+    """Replace the standard streams by Screens while the block runs.
+
+    An exception is printed and becomes SystemExit.
+    """
     _open_closed_descriptors()
     out, err = Screen(sys.stdout, is_strict=True), Screen(sys.stderr, is_strict=False)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

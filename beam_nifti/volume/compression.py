@@ -19,12 +19,8 @@ from beam_nifti.errors import VolumeError
 
 Bytes = bytes | memoryview
 
-DEFLATE_RATIO: Final = 1032
-"""No deflate stream inflates to more than 1,032 times its size. Source: zlib's technical notes."""
-
-_BLOCKS_HEAD_BYTES: Final = 1 << 20
-"""`Compression.head_bytes` where blocks are decompressed as a whole; those of bzip2 have up to 900 kB."""
-
+DEFLATE_RATIO: Final = 1032  # at most. Source: zlib's technical notes
+_BLOCKS_HEAD_BYTES: Final = 1 << 20  # `head_bytes` of formats with blocks; those of bzip2 have up to 900 kB
 _SCRATCH_BYTES: Final = 1 << 16
 
 _DAMAGE: Final[tuple[type[Exception], ...]] = (
@@ -195,7 +191,7 @@ class Decompressor:
         return size
 
     def _drop_trailing(self) -> bool:
-        """Read on without what follows the streams; False where that begins a stream, so there is damage."""
+        """Continue without what follows the streams; False if that begins a stream, and so is damage."""
         end = self._compression.find_end(self._data)
         starts_another = self._compression.magic.match(self._data, _skip_zeros(self._data, end))
         if self.trailing or not 0 < end < len(self._data) or starts_another:
@@ -222,9 +218,9 @@ class Decompressor:
         return size + int(self._checked(lambda: self._fill(buffer[size:])))
 
     def read(self, expected: int, most: int) -> memoryview:
-        """All that is left, into one buffer, which is not grown beyond what the file can hold.
+        """The rest in one buffer, of at most `most` bytes, of which the header promises `expected`.
 
-        The header promises `expected` bytes; reading stops at `most`.
+        The buffer never grows beyond what the file can hold.
         """
         self.require(expected)
         size = 0

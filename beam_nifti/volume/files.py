@@ -1,7 +1,8 @@
-"""The files of an image: which they are, and the bytes of its voxels.
+"""The files of an image, and the bytes of its voxels.
 
-`name` is the image's path as the manifest says it, for errors; `path` is where it is; and `parse` makes a
-header of the first HEAD_BYTES of what its file holds, before anything large is read or allocated.
+In errors, `name` is the image's path as in the manifest; `path` is its location. `parse` makes a header from
+the first HEAD_BYTES of a file's content, before anything large is read or allocated. A path or a file that
+cannot be used is a VolumeError, and a failure of the disk, the network or the store an OSError.
 """
 
 from __future__ import annotations
@@ -29,24 +30,20 @@ from beam_nifti.volume.formats import HEAD_BYTES
 from beam_nifti.volume.header import VolumeHeader
 
 ReadHeader = Callable[[bytes], VolumeHeader]
-FileStats = tuple[storage.Stat, ...]
-"""Of an image: of its one file, or of the header and the voxels of a pair."""
-
+FileStats = tuple[storage.Stat, ...]  # of the file of an image, or of header and voxels of a pair
 _LARGE_FILE: Final = 64 << 20  # bytes of a file from which on its header is looked at before the rest is read
-_HEAD_OF_FILE: Final = 1 << 16
-"""Bytes of a file in which its header is looked for, unless its compression needs more of them."""
-
+_HEAD_OF_FILE: Final = 1 << 16  # bytes in which the header is, unless the compression needs more
 _LARGEST_HALF: Final = 1 << 20  # bytes of the header's file of a pair
 _LARGEST_HEADER: Final = 64 << 20  # bytes of a header and its extensions
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What an example was made of.
+    """The files that an example was made from.
 
     Attributes:
-        files: of each image, then of the mask, what its files were when they were read.
-        shape: of the first image, as `VolumeHeader` has it.
+        files: Stats of each image, then of the mask, when they were read.
+        shape: `VolumeHeader.shape` of the first image.
         affine: of the first image, 16 numbers, row by row.
     """
 
@@ -56,14 +53,10 @@ class Source:
 
 
 def image_files(path: str) -> tuple[str, ...]:
-    """The files of an image: its one, or the header and the voxels of a pair, whichever of them is named.
+    """The files of an image: one, or the header and the voxels of a pair, whichever of them is named.
 
-    The other half of a pair may be compressed otherwise. A half without the other one is taken for a single
-    file, which some programs call .img.
-
-    Raises:
-        VolumeError: the path has a NUL character, which no file's has.
-        OSError: the path cannot be reached.
+    The other half of a pair may be compressed differently. A half without the other counts as a single file,
+    because some programs name images .img.
     """
     if "\0" in path:
         raise VolumeError(f"{path!r}: not a path: it has a NUL character; repair the manifest")
@@ -91,18 +84,12 @@ def _files_to_read(name: str, path: str) -> tuple[str, ...]:
 
 
 def stat_image(path: str) -> FileStats:
-    """What each file of an image is; of a pair, the header first."""
+    """The Stat of each file of an image; of a pair, the header first."""
     return tuple(map(storage.stat, image_files(path)))
 
 
 def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
-    """The header of an image, from the first kilobytes of its file; and what the sizes of its files show.
-
-    Raises:
-        VolumeError: its path cannot be read, or `parse` refuses it, or its voxels cannot be in a file of
-            that size.
-        OSError: as `reading`.
-    """
+    """The header of an image, from its first kilobytes, checked against the sizes of its files."""
     with reading(name):
         files = _files_to_read(name, path)
         head = storage.read_head(files[0], _HEAD_OF_FILE)
@@ -130,7 +117,7 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
 
 
 def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeader) -> None:
-    """Refuse an .img file of this size, beginning so, that cannot hold the voxels of its header."""
+    """Refuse an .img file of this size and beginning that cannot hold the voxels of its header."""
     if size < header.end and (what := stand_in(bytes(head[:HEAD_BYTES]))):
         raise VolumeError(f"{name}: its .img file is {what}")
     if file.lower().endswith(COMPRESSED) and compression_of(head) is None:
@@ -138,7 +125,7 @@ def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeade
 
 
 def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") -> None:
-    """Refuse a file, uncompressed, that holds less than its header promises, or more."""
+    """Refuse an uncompressed file that holds fewer bytes than its header promises, or more."""
     if size < header.end:
         raise VolumeError(
             f"{name}: truncated: {size} bytes where shape {header.shape} of {header.dtype_name} needs "
@@ -149,7 +136,7 @@ def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") 
 
 
 def _refuse_oversized(name: str, size: int, header: VolumeHeader, *, is_compressed: bool) -> None:
-    """Spare the memory of a large file that its header disowns, such as a wrong download."""
+    """Refuse a large file that does not match its header, such as a wrong download, before reading it."""
     # What cannot be compressed is stored, by deflate with 5 bytes a block of 16 KiB, by bzip2 with 1 %.
     allowance = header.end // (50 if is_compressed else 1000)
     if size > header.end + allowance + _LARGE_FILE // 2:
@@ -166,7 +153,7 @@ def _disowned(name: str, header: VolumeHeader) -> VolumeError:
 def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) -> None:
     """Refuse a header whose voxels cannot be in these files.
 
-    The files decide where voxels are, as in nibabel, and not the magic string of a NIfTI header.
+    As in nibabel, the files decide where voxels are, not the magic string of a NIfTI header.
     """
     is_inside = header.offset < header.header_bytes
     if len(files) == 1:
@@ -195,13 +182,7 @@ def _check_container(name: str, files: tuple[str, ...], header: VolumeHeader) ->
 
 @contextlib.contextmanager
 def open_image(name: str, path: str, parse: ReadHeader) -> Iterator[Image]:
-    """Open an image to read its voxels.
-
-    Raises:
-        VolumeError: its path cannot be read, or `parse` refuses it, or it is larger than its header says; or,
-            at the end of the block, it was written to meanwhile.
-        OSError: as `reading`.
-    """
+    """Open an image to read its voxels; a file that changes in the meantime is a VolumeError at the end."""
     with contextlib.ExitStack() as stack:
         with reading(name):
             opened = []
@@ -239,7 +220,7 @@ def _read_half(name: str, handle: BinaryIO, stat: storage.Stat, parse: ReadHeade
 
 
 def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
-    """Refuse an .hdr file that holds voxels itself: those of the .img file may be of another image."""
+    """Refuse an .hdr file that holds voxels, because those of the .img file may be of another image."""
     if header.is_pair or header.offset < header.header_bytes:
         return
     if content_size(name, data, header.offset + 1) > header.offset:
@@ -249,20 +230,11 @@ def _refuse_whole_image(name: str, data: Bytes, header: VolumeHeader) -> None:
 
 
 class Image:
-    """An image that is open for reading.
+    """An image that is open for reading, with the Stats of its files and its header.
 
-    Args:
-        name: its path in errors.
-        handle: of the file of its voxels.
-        stats: of its files; that of the voxels is the last.
-        parse: makes its header.
-        header: of a pair; None where it stands before the voxels.
-        file: path of that file: where it says that the file of a pair is compressed it has to be, as nothing
-            else would tell damage to its first bytes from voxels.
-
-    Attributes:
-        stats: of its files.
-        header: what it says.
+    The last Stat is that of `handle`, the file of the voxels. `header` is that of a pair; None if it precedes
+    the voxels. If `file`, its path, says that it is compressed, it must be: otherwise, damage to its first
+    bytes could not be distinguished from voxels.
     """
 
     def __init__(
@@ -294,7 +266,7 @@ class Image:
             _refuse_oversized(name, self._size, self.header, is_compressed=self._compression is not None)
 
     def _read_start(self) -> bytes:
-        """All of a small file, the head of a large one."""
+        """All of a small file, or the beginning of a large one."""
         with reading(self._name):
             if self._is_large:
                 head = self._handle.read(_HEAD_OF_FILE)
@@ -314,7 +286,7 @@ class Image:
             return data[: len(self._data) + fill(self._handle, data[len(self._data) :])]
 
     def read_all(self) -> memoryview:
-        """The bytes of all voxels; what was read for them is let go of."""
+        """The bytes of all voxels. The image keeps nothing of the file."""
         data = self._read_rest()
         self._data = b""
         if self._compression:
@@ -328,12 +300,10 @@ class Image:
         return content[self.header.offset : self.header.end]
 
     def read_frames(self, numbers: Iterable[int]) -> Iterator[memoryview]:
-        """The bytes of single components of frames, each gone with the next one.
+        """The bytes of single components of frames; each buffer is valid until the next one.
 
-        Of a file that is not compressed only they are read. A compressed one is read to its end, so that
-        damage behind them does not go unnoticed.
-
-        The numbers ascend; component v of frame t has number v * T + t.
+        The numbers ascend; component v of frame t has number v * T + t. A compressed file is read to its end,
+        so that damage behind the frames is detected.
         """
         size = self.header.frame_bytes
         if self._compression:
@@ -365,12 +335,7 @@ class Image:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn the error of a path that cannot be read into a VolumeError.
-
-    Raises:
-        VolumeError: there is no such file, it is a folder, or it may not be read.
-        OSError: the disk, the network or the store failed, which is no fault of the image.
-    """
+    """Turn the error of a missing or unreadable path into a VolumeError."""
     try:
         yield
     except OSError as e:

@@ -19,13 +19,10 @@ from beam_nifti.volume.geometry import place_voxels, stated_sizes
 from beam_nifti.volume.header import PADDING_BYTES, VolumeHeader
 from beam_nifti.volume.rescale import Scaling
 
-HEAD_BYTES: Final = 544
-"""Enough for every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544."""
-
+HEAD_BYTES: Final = 544  # of every header: NIfTI-1 has 352 bytes with its extension flag, NIfTI-2 has 544
 _MAX_OFFSET: Final = 64 << 20  # largest start of the voxels: header and its extensions
 _MGH_MAGIC: Final = b"\x00\x00\x00\x01"
-_MGH_FOOTER: Final = 1 << 20
-"""Most bytes of an MGH footer: commands that made the image, and a table of colours."""
+_MGH_FOOTER: Final = 1 << 20  # bytes of commands and a table of colours, at most
 
 _VECTOR_INTENTS: Final = frozenset([1004, 1005, 1006, 1007])
 """Matrix, symmetric matrix, displacement, vector: the fifth axis holds their components. Source: nifti1.h."""
@@ -39,11 +36,7 @@ _quiet.propagate = False
 
 @np.errstate(all="ignore")  # numpy warns of a NaN in a field, which is said below
 def parse_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first HEAD_BYTES of an uncompressed image, or of the header of a pair, say.
-
-    Raises:
-        VolumeError: they are not a header that is known, of a 3-D to 5-D image.
-    """
+    """Parse the header in the first HEAD_BYTES of an uncompressed file of an image of 3 to 5 dimensions."""
     kind = _header_class(name, head)
     is_mgh = kind is MGHHeader
     try:

@@ -1,4 +1,4 @@
-"""Where a header places its voxels: affine, voxel sizes and spatial unit. All other code uses these."""
+"""Affine, voxel sizes and spatial unit of a header."""
 
 from __future__ import annotations
 
@@ -38,17 +38,11 @@ def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
 def place_voxels(
     name: str, header: Any, sizes: npt.NDArray[np.float64], shape: Sequence[int]
 ) -> tuple[Affine, tuple[float, float, float], tuple[str, ...]]:
-    """Where a header of nibabel's, with its defects repaired, places the voxels of a shape.
+    """Affine, voxel sizes in mm and notes of a nibabel header, whose defects are repaired.
 
-    The sform counts where it is set, then the qform, then the voxel sizes (of `stated_sizes`) alone, as in
-    nibabel; one that is singular or not finite is passed over.
-
-    Returns:
-        The affine, finite and not singular; voxel sizes in millimetres, which are the header's own where
-        these are the affine's but for rounding, and those of the affine elsewhere; and keys of `notes.TEXTS`.
-
-    Raises:
-        VolumeError: nothing in the header places the voxels.
+    As in nibabel, the sform takes precedence over the qform, and that over the voxel sizes (of
+    `stated_sizes`). One that is singular or not finite is ignored. The affine is finite and not singular.
+    Voxel sizes are those of the affine, or the stated ones if these differ only by rounding.
     """
     if "sform_code" in header:
         affine, notes = _nifti_affine(name, header, sizes, shape)
@@ -122,7 +116,7 @@ def _refuse(name: str, affine: Affine, fields: str) -> NoReturn:
 
 
 def _unit_of(header: Any) -> tuple[float, list[str]]:
-    """The header's spatial unit in millimetres, and what is to be noted of it."""
+    """The header's spatial unit in millimetres, and notes."""
     if "xyzt_units" in header:
         unit = _NIFTI_UNITS.get(int(header["xyzt_units"]) & _SPATIAL)
     elif "vox_units" in header:

@@ -1,7 +1,6 @@
-"""Where the voxels of a volume lie, and where preparation puts them.
+"""The positions of voxels in space, before and after preparation.
 
-The shape that a header and a configuration promise is computed by the functions that make it, so that
-no volume gets another one.
+The functions that prepare a volume also compute the shape that its header promises, so the two agree.
 """
 
 from __future__ import annotations
@@ -20,36 +19,26 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.volume.rescale import Voxels
 
 Shape3 = tuple[int, int, int]
-Affine = npt.NDArray[np.float64]
-"""(4, 4), voxel indices to millimetres in RAS+."""
-
-_SAME_SPACING: Final = 1e-4
-"""Relative difference of voxel sizes up to which they are one size: headers hold float32."""
+Affine = npt.NDArray[np.float64]  # (4, 4), voxel indices to millimetres in RAS+
+_SAME_SPACING: Final = 1e-4  # relative difference of voxel sizes by rounding: headers hold float32
 
 _KEPT_SPACING: Final = 1e-3
 """Relative difference from a requested spacing up to which an axis is not resampled: people and programs
 round voxel sizes, 0.9375 mm to 0.938, and resampling to that would only blur."""
 
-_SINGULAR: Final = 1e-4
-"""Volume of a voxel as a fraction of what its edges would have at right angles, below which it has none."""
+_SINGULAR: Final = 1e-4  # smallest volume of a voxel relative to that of a box with its edges
 
 SAME_PLACE: Final = 0.1
 """Distance of voxel centres, in voxels, up to which two images lie in one place: headers round affines,
 each program its own way."""
 
 
-UNTURNED: Final = ((0, 1), (1, 1), (2, 1))
-"""Turns, as of `axes_to`, that leave all axes as they are."""
+UNTURNED: Final = ((0, 1), (1, 1), (2, 1))  # turns, as of `axes_to`, that change nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """Voxel centres in space.
-
-    Attributes:
-        shape: (X, Y, Z).
-        affine: of the voxel indices.
-    """
+    """Voxel centres in space, of (X, Y, Z) voxels."""
 
     shape: Shape3
     affine: Affine
@@ -67,21 +56,21 @@ class Grid:
         return x, y, z
 
     def part(self, starts: Sequence[float], shape: Shape3, steps: Sequence[float] = (1.0, 1.0, 1.0)) -> Grid:
-        """The grid whose voxel i lies where voxel `starts + steps · i` of this one does."""
+        """The grid whose voxel i is at voxel `starts + steps · i` of this one."""
         affine = self.affine.copy()
         affine[:3, :3] *= steps
         affine[:3, 3] += self.affine[:3, :3] @ np.asarray(starts, np.float64)
         return Grid(shape, affine)
 
     def distance(self, other: Grid) -> float:
-        """How far apart the voxel centres of two grids of one shape are at most, in millimetres."""
+        """Largest distance of the voxel centres of two grids of one shape, in millimetres."""
         corners = list(itertools.product(*((0, size - 1) for size in self.shape)))
         apart = nib.affines.apply_affine(self.affine - other.affine, corners)
         return float(np.linalg.norm(apart, axis=1).max())
 
 
 def is_usable(affine: Affine) -> bool:
-    """Whether an affine places voxels: it is finite, and gives a voxel a volume, so it is not singular."""
+    """Whether an affine is finite and gives voxels a volume, so that it is not singular."""
     edges = affine[:3, :3]
     sizes = nib.affines.voxel_sizes(affine)
     if not (np.isfinite(affine).all() and np.isfinite(sizes).all() and sizes.min() > 0):
@@ -90,7 +79,7 @@ def is_usable(affine: Affine) -> bool:
 
 
 def agreed_zooms(affine: Affine, stated: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """The voxel sizes of an affine: along an axis the stated one, where it is the same but for rounding."""
+    """The voxel sizes of an affine, or the stated ones along axes where they differ only by rounding."""
     sizes = nib.affines.voxel_sizes(affine)
     zooms: npt.NDArray[np.float64] = np.where(np.isclose(stated, sizes, _SAME_SPACING, 0), stated, sizes)
     return zooms
@@ -99,13 +88,9 @@ def agreed_zooms(affine: Affine, stated: npt.ArrayLike) -> npt.NDArray[np.float6
 def require_same_grid(
     name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool, is_mask: bool = False
 ) -> None:
-    """Refuse an image whose voxels are not those of the first one, whose path and grid are given besides.
+    """Refuse an image whose voxels are elsewhere than the first one's, by a tenth of its smallest voxel size.
 
-    With `may_turn` its axes may be flipped or in another order. Labels of a mask must not be interpolated.
-
-    Raises:
-        VolumeError: they have other shapes, or voxel centres that are further apart than a tenth of the
-            first one's smallest voxel size; or their axes have to be turned, and may not be.
+    With `may_turn` its axes may be flipped or in another order.
     """
     turns = turns_between(grid, first)
     how = ' with interpolation="nearest"' if is_mask else ""
@@ -131,11 +116,7 @@ def require_same_grid(
 
 
 def turns_between(grid: Grid, first: Grid) -> npt.NDArray[Any] | None:
-    """How the axes of a grid have to be turned so that its voxels are those of another one.
-
-    Returns:
-        As `axes_to`; UNTURNED where they are already; None where they are others, however turned.
-    """
+    """How to turn the axes of a grid onto another one, as `axes_to`; None if that is impossible."""
     if _is_same(grid, first):
         return np.array(UNTURNED)
     turns: npt.NDArray[Any] = nib.orientations.io_orientation(np.linalg.inv(first.affine) @ grid.affine)
@@ -147,19 +128,15 @@ def _is_same(grid: Grid, first: Grid) -> bool:
 
 
 def orientation_of(affine: Affine) -> str:
-    """To where each index grows, such as "RAS"; "?" for an axis whose direction the affine does not tell."""
+    """The directions of the indices, such as "RAS"; "?" for a direction that the affine does not give."""
     return "".join(letter or "?" for letter in nib.aff2axcodes(affine))
 
 
 def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
-    """How the axes have to be turned to an orientation, such as "RAS".
+    """How to turn the axes to an orientation, such as "RAS", or the nearest of an oblique grid.
 
     Returns:
-        For each axis its new place, and 1 or -1 where it is flipped. Of an oblique grid the nearest
-        orientation counts.
-
-    Raises:
-        VolumeError: the affine does not tell where an axis points.
+        For each axis its new place, and 1, or -1 if it is flipped.
     """
     found = nib.orientations.io_orientation(grid.affine)
     if np.isnan(found).any():
@@ -195,16 +172,10 @@ def keeps_spacing(zooms: npt.ArrayLike, spacing: npt.ArrayLike) -> npt.NDArray[n
 
 
 def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], list[float]]:
-    """A grid of another voxel size around the same centre.
+    """A grid of another voxel size around the same centre, and its starts and steps as a part of this one.
 
-    Along an axis of n voxels of size z it has `max(1, round(n · z / spacing))` of them. An axis whose
-    voxel size is within a thousandth of the spacing stays as it is.
-
-    Returns:
-        The grid; and the starts and steps by which it is a part of the former one.
-
-    Raises:
-        VolumeError: the affine gives the voxels no size along an axis.
+    Along an axis of n voxels of size z it has `max(1, round(n · z / spacing))` voxels. An axis whose voxel
+    size is within a thousandth of the spacing is kept.
     """
     if not min(grid.zooms) > 0:
         raise VolumeError("the affine gives the voxels no size; repair its sform or qform")
@@ -222,14 +193,7 @@ def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], li
 
 
 def prepared_shape(shape: tuple[int, ...], affine: Affine, record: RecordConfig) -> tuple[int, ...] | None:
-    """The shape of a volume after its preparation, from its shape and its affine as loaded.
-
-    Returns:
-        None where only the voxels or the user's function can tell.
-
-    Raises:
-        VolumeError: the affine does not allow the preparation.
-    """
+    """The shape of a volume after preparation; None if it depends on voxels or on the user's function."""
     if record.preprocess is not None:  # which may even add channels
         return None
     channels = shape[3:]

@@ -1,6 +1,6 @@
-"""What an image's header says of its voxels, and what a record of a configuration will hold of them.
+"""What an image's header says of its voxels, and what a record will contain.
 
-`name` is the image's path, for errors, which are VolumeErrors.
+In errors, which are VolumeErrors, `name` is the image's path.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.volume.grid import Affine, Grid, prepared_shape
 from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
-MAX_VOLUME_BYTES: Final = 2**31 - 2**16
-"""Most bytes of voxels in a record: with the rest of it they must stay below protobuf's 2 GiB."""
+MAX_VOLUME_BYTES: Final = 2**31 - 2**16  # of voxels in a record, which protobuf limits to 2 GiB
 
 COLOURS: Final = {3: "rgb24", 4: "rgba32"}
 """By bytes a voxel, the names of the dtypes of colours; numpy knows them as structures."""
 
-PADDING_BYTES: Final = 4096
-"""Bytes after the voxels that are taken for padding; more is not what the header promises."""
+PADDING_BYTES: Final = 4096  # most bytes of padding after the voxels
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +30,18 @@ class VolumeHeader:
     """What an image's header says of its voxels.
 
     Attributes:
-        shape: (X, Y, Z), (X, Y, Z, T) or (X, Y, Z, T, V), the file's own axis order; the last of more than
-            three is at least 2.
+        shape: (X, Y, Z), (X, Y, Z, T) or (X, Y, Z, T, V), in the file's axis order, without trailing ones.
         dtype: of the voxels on disk, with its byte order.
         offset: byte at which the voxels start.
         scaling: from stored voxels to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+; never singular.
-        zooms: voxel size along each axis, in millimetres; those of the affine.
-        is_vector: whether the header declares that the fifth axis holds the components of a voxel.
-        is_pair: whether the header declares that the voxels are in a file of their own.
+        zooms: voxel size along each axis, in millimetres, according to the affine.
+        is_vector: whether the fifth axis holds the components of a voxel.
+        is_pair: whether the header says that the voxels are in a file of their own.
         header_bytes: at the start of a single file, in which no voxels can be.
         is_analyze: whether it is an ANALYZE header, which cannot hold a rotation.
-        max_trailing: bytes after the voxels that may be there, of padding or of a footer.
-        notes: what a user should know of it, as keys of `notes.TEXTS`.
+        max_trailing: bytes of padding or a footer that may follow the voxels.
+        notes: keys of `notes.TEXTS`.
     """
 
     shape: tuple[int, ...]
@@ -67,12 +64,12 @@ class VolumeHeader:
 
     @property
     def end(self) -> int:
-        """Byte at which the voxels end: the least size of the file, uncompressed."""
+        """Byte at which the voxels end: the smallest size of the uncompressed file."""
         return self.offset + self.num_bytes
 
     @property
     def size_limit(self) -> int:
-        """The least size of the file, uncompressed, at which it holds more than the header promises."""
+        """Smallest size of an uncompressed file that holds more than the header promises."""
         return self.end + self.max_trailing + 1
 
     @property
@@ -119,14 +116,13 @@ class VolumeHeader:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """What is loaded of an image for a record of a configuration, and the shape that the record will have.
+    """How an image is loaded for a record, and the shape of the record.
 
     Attributes:
-        shape: of the voxels: (X, Y, Z), or (X, Y, Z, C) where a voxel has several numbers.
-        dtype: of the voxels as they are loaded.
-        frame: number of the frame that is taken; "mean" of all frames; "each" of them by itself; None takes
-            the image whole.
-        stored_shape: of the voxels once they are prepared; None where the header cannot tell.
+        shape: of the loaded voxels: (X, Y, Z), or (X, Y, Z, C) if a voxel has several numbers.
+        dtype: of the loaded voxels.
+        frame: number of the frame to load; "mean" of all frames; "each" by itself; None for the whole image.
+        stored_shape: after preparation; None if the header does not determine it.
     """
 
     shape: tuple[int, ...]
@@ -136,12 +132,7 @@ class RecordLayout:
 
 
 def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
-    """What is loaded of an image for its record, and the shape that the record will have.
-
-    Raises:
-        VolumeError: the configuration does not say what to make of the image's frames or numbers, or the
-            affine does not allow the preparation.
-    """
+    """How an image is loaded for its record, and the shape of the record."""
     is_wide = header.dtype.kind == "f" and header.dtype.itemsize > 8
     if record.voxel_dtype == "native" and (is_wide or header.is_complex):
         raise VolumeError(
@@ -216,7 +207,7 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
 
 
 def _frame_choices(header: VolumeHeader, record: RecordConfig) -> str:
-    """What of --frames a record has room for; "" where there is none, as one frame has too much."""
+    """The values of --frames that a record has room for; "" if one frame is too much."""
     numbers = [n for n in _numbers_of_voxel(header, record, "first") if n > 1]
     if len(numbers) > 1:
         return ""
@@ -229,7 +220,7 @@ def _frame_choices(header: VolumeHeader, record: RecordConfig) -> str:
 
 
 def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> RecordLayout:
-    """Refuse an image that no record of a configuration can hold; else say what one will."""
+    """Refuse an image that a record of a configuration cannot hold; otherwise return its layout."""
     layout = record_layout(name, header, record)
     if layout.stored_shape is not None:
         require_size(name, layout.stored_shape, layout.dtype, record)
@@ -237,7 +228,7 @@ def require_storable(name: str, header: VolumeHeader, record: RecordConfig) -> R
 
 
 def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record: RecordConfig) -> None:
-    """Refuse a prepared volume of a shape and dtype whose voxels take more bytes than a record can hold."""
+    """Refuse a prepared volume of more bytes than a record can hold."""
     stored = dtype if record.voxel_dtype == "native" else numpy_dtype(record.voxel_dtype)
     size = math.prod(shape) * stored.itemsize
     if size <= MAX_VOLUME_BYTES:
@@ -258,10 +249,7 @@ def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record
 
 
 def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> None:
-    """Refuse a prepared volume of another shape than the dataset's first.
-
-    `wanted` is the shape that all share, None for axes along which they may differ; None accepts any.
-    """
+    """Refuse a prepared volume of another shape than the dataset's, in which None is any length."""
     if wanted is None:
         return
     if None in wanted and len(shape) != len(wanted):
@@ -280,7 +268,7 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
 
 
 def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:
-    """Refuse an image that has not the number of frames of the dataset's first."""
+    """Refuse an image that does not have the number of frames of the dataset's first image."""
     if header.num_frames != num_frames:
         raise VolumeError(
             f"{name}: number of frames is {header.num_frames} where the first image has {num_frames}, and "
@@ -290,7 +278,7 @@ def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> N
 
 
 def require_dtype(name: str, header: VolumeHeader, dtype: str | None) -> None:
-    """Refuse an image that has not the dtype of the dataset's first on disk; None accepts any."""
+    """Refuse an image that does not have the dtype on disk of the dataset's first image; None accepts any."""
     if dtype is not None and header.dtype_name != dtype:
         raise VolumeError(
             f"{name}: {header.dtype_name} voxels where the first image has {dtype}; use --voxel-dtype float32"

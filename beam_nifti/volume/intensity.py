@@ -29,17 +29,16 @@ _CHUNK: Final = 1 << 17  # voxels that are selected or counted at a time
 
 
 def describe_rule(rule: str | None) -> str:
-    """What a voxel is that a rule selects, for errors."""
+    """What a voxel selected by a rule is, for errors."""
     return "labelled by the mask" if rule == "mask" else (rule or "").replace(":", " ")
 
 
 def select_voxels(
     voxels: Voxels, scaling: Scaling, rule: str, mask: Voxels | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Which voxels a rule selects, in an array of their shape.
+    """Which voxels a rule selects, as bool of their shape. The mask has no axis of channels.
 
-    `nonzero`; `above:T`, with T in the image's units; or `mask`, those that have a label. The mask lacks the
-    axis of channels that voxels may have.
+    The rules are `nonzero`, `above:T`, with T in the image's units, and `mask`, for labelled voxels.
     """
     if rule == "mask":
         assert mask is not None
@@ -57,18 +56,11 @@ def select_voxels(
 
 
 def find_rescale_range(
-    voxels: Voxels,
-    scaling: Scaling,
-    intensity: Intensity,
-    config: RecordConfig,
-    mask: Voxels | None = None,
+    voxels: Voxels, scaling: Scaling, intensity: Intensity, config: RecordConfig, mask: Voxels | None = None
 ) -> RescaleRange | None:
-    """Which intensities of a volume become 0 and 1, by the method of a configuration.
+    """The intensities of a volume that become 0 and 1; None if its range tells them, or nothing is rescaled.
 
-    The method asks the voxels that the configuration selects, which may be those of the mask.
-
-    Returns:
-        None where the range of the volume says it: for plain minmax, and where nothing is rescaled.
+    They are measured in the voxels that the configuration selects.
 
     Raises:
         VolumeError: no voxel is selected, or the two are equal.
@@ -105,9 +97,9 @@ def find_rescale_range(
 def find_percentiles(
     voxels: Voxels, scaling: Scaling, percentiles: Sequence[float], *, overwrite: bool = False
 ) -> list[float]:
-    """What `numpy.percentile` gives for the values in the image's units, as float64, to the bit.
+    """The result of `numpy.percentile` for the values in the image's units, as float64, bit for bit.
 
-    With `overwrite` the voxels may be reordered, which spares a copy of them.
+    With `overwrite` the voxels may be reordered, which saves a copy.
     """
     flat = voxels.reshape(-1)
     last = flat.size - 1
@@ -146,10 +138,7 @@ def rescale_voxels(
     rescale_range: RescaleRange | None,
     config: RecordConfig,
 ) -> Voxels:
-    """Make voxels what a record stores, unless it stores them as they are.
-
-    `intensity` and `rescale_range` are those of the volume, within `require_range`.
-    """
+    """The voxels that a record stores, unless it stores them natively; `intensity` is that of the volume."""
     if rescale_range is not None:
         return rescale_between(voxels, rescale_range, scaling, clip=config.clip, dtype=config.rescaled_dtype)
     if config.method == "none":

@@ -17,12 +17,9 @@ from beam_nifti.volume.voxels import take_voxels
 
 _RECORD: Final = RecordConfig()  # by which the voxels of a mask are loaded: as they are in the file
 _CHUNK: Final = 1 << 16  # voxels that are looked at at a time
-_LARGEST_STEP: Final = 1 / 8
-"""Between two stored integers, up to which the value nearest to a label may stand for it."""
-
+_LARGEST_STEP: Final = 1 / 8  # between two stored integers, of which the nearest may represent a label
 _LARGEST_ERROR: Final = _LARGEST_STEP / 2  # distance from a whole number that is taken for rounding at most
-_RELATIVE_ERROR: Final = 2.0**-22
-"""Of slope, intercept, and arithmetic in float32: two units in the last place of its 24 bits."""
+_RELATIVE_ERROR: Final = 2.0**-22  # of arithmetic in float32: two units in the last place
 
 
 def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
@@ -37,13 +34,9 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
 
 
 def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[VolumeHeader, Voxels, FileStats]:
-    """Read a mask; arguments as of `open_image`, and the dtype of its labels.
+    """Read a mask: its header, its labels (X, Y, Z) in C order, and the Stats of its files.
 
-    Returns:
-        Its header; the labels, of shape (X, Y, Z), C order; and what its files are.
-
-    Raises:
-        VolumeError: it cannot be read, or its voxels are not whole numbers of that dtype.
+    Other voxels than whole numbers of the dtype are a VolumeError.
     """
     with open_image(name, path, parse) as image:
         voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
@@ -66,11 +59,11 @@ def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxel
 
 
 def _whole_numbers(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> tuple[float, float, Voxels]:
-    """The least and the largest label of a mask, and its labels, which may be wrong where they do not fit.
+    """The smallest and largest label of a mask, and its labels, which are wrong if they do not fit.
 
-    A program that stores the labels 0, 1, 2 and 4 as scaled integers cannot store each of them exactly: of
-    256 integers with a slope of 4/255, number 64 is the nearest to 1, and its value is 1.0039. A value is
-    rounded to a label where half the slope and the precision of float32 explain their distance.
+    Scaled integers cannot store the labels 0, 1, 2 and 4 exactly: of 256 integers with a slope of 4/255,
+    number 64 is the nearest to 1, and its value is 1.0039. A value is rounded to a label if half the slope
+    and the precision of float32 explain the difference.
     """
     labels = np.empty(voxels.shape, dtype)
     source, target = voxels.reshape(-1), labels.reshape(-1)

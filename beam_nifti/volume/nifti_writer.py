@@ -14,9 +14,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.volume.grid import Affine
 from beam_nifti.volume.rescale import Scaling, Voxels
 
-_ALIGNED: Final = 2
-"""NIFTI_XFORM_ALIGNED_ANAT, the code of an affine whose space has no name: what nibabel gives a new image."""
-
+_ALIGNED: Final = 2  # NIFTI_XFORM_ALIGNED_ANAT, as nibabel sets it in new images
 _MAX_NIFTI1_AXIS: Final = 2**15 - 1
 _GZIP_LEVEL: Final = 2
 _GZIP_WBITS: Final = 31
@@ -25,28 +23,20 @@ _ZOOMS_TOLERANCE: Final = 1e-4  # relative; beyond it a header's voxel sizes are
 
 
 def write_nifti(
-    path: str,
-    voxels: Voxels,
-    scaling: Scaling,
-    affine: Affine,
-    zooms: tuple[float, float, float],
+    path: str, voxels: Voxels, scaling: Scaling, affine: Affine, zooms: tuple[float, float, float]
 ) -> None:
-    """Write a single-file NIfTI image, whole or not at all.
+    """Write a single-file NIfTI image, which appears whole or not at all.
 
-    NIfTI-1, unless that would change a value: NIfTI-2 where an axis has more than 32,767 voxels, or the
-    scaling does not fit float32.
+    The format is NIfTI-1, or NIfTI-2 if an axis has more than 32,767 voxels or the scaling does not fit
+    float32. The affine becomes the sform, and also the qform if it has no shears and the voxel sizes `zooms`
+    (mm).
 
     Args:
         path: ends in .nii or .nii.gz; local or a URL.
         voxels: (X, Y, Z) or (X, Y, Z, T), any real dtype of NIfTI.
-        scaling: from `voxels` to the image's units; goes into the header.
-        affine: (4, 4), voxel indices to millimetres in RAS+. It becomes the sform, and, where it has no
-            shears and the sizes of `zooms`, the qform too.
+        scaling: from `voxels` to the image's units.
+        affine: (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel sizes in millimetres.
-
-    Raises:
-        UsageError: the path has another ending.
-        OSError: it cannot be written.
     """
     require_nifti_name(path)
     in_file_order = _in_file_order(voxels)
@@ -73,11 +63,7 @@ def make_image(
 
 
 def require_nifti_name(path: str) -> None:
-    """Refuse to write an image under a name by which no program would know it.
-
-    Raises:
-        UsageError: it ends in neither .nii nor .nii.gz.
-    """
+    """Refuse, with a UsageError, a file name that does not end in .nii or .nii.gz."""
     if not path.endswith((".nii", ".nii.gz")):
         raise UsageError(f"{path}: not the name of a NIfTI image; use a name that ends in .nii or .nii.gz")
 

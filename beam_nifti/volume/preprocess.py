@@ -36,8 +36,7 @@ from beam_nifti.volume.volume import Volume
 if TYPE_CHECKING:
     from scipy import sparse
 
-_STORED_DTYPES: Final = ("float16", "bfloat16")
-"""Of voxels that are rescaled, besides those that voxels may have before."""
+_STORED_DTYPES: Final = ("float16", "bfloat16")  # only of rescaled voxels
 
 
 def prepare_volume(
@@ -47,16 +46,14 @@ def prepare_volume(
     *,
     release: bool = False,
 ) -> Volume:
-    """Prepare a volume as a configuration says.
+    """Prepare a volume as a configuration says, to a `shape`, if any.
 
-    The result must have `shape`; None accepts any. With `release` the voxels are taken from the volume, which
-    is empty then, so that there are never more than two copies of them.
+    With `release` the voxels are taken from the volume, which is empty then, so that there are never more
+    than two copies of them.
 
     Raises:
-        VolumeError: the volume cannot be prepared so, or not to that shape, or has then no place in a
-            record.
-        UsageError: the user's function cannot be imported, or is another than the dataset's, or it ended
-            the process.
+        VolumeError: the volume cannot be prepared, or has another shape, or does not fit a record.
+        UsageError: the user's function cannot be imported, is not the dataset's, or ended the process.
     """
     prepared = replace(volume, config=record)
     if release:
@@ -91,17 +88,15 @@ def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
 
 
 def apply_function(volume: Volume, function: Function, name: str, num_channels: int | None = None) -> Volume:
-    """Call the user's function, and check what it returns.
+    """Call the user's function, which may change the voxels, and check its result.
 
-    Voxels, scaling, affine and mask of the result are taken from it, voxel sizes from its affine.
-
-    The function may change the voxels, which are used for nothing else. It gets copies of mask and affine,
-    which frames of an image share. The result must have `num_channels` channels; None accepts any number.
+    Voxels, scaling, affine and mask are taken from the result, voxel sizes from its affine. The function gets
+    copies of mask and affine, which frames of an image share. The result must have `num_channels` channels;
+    None accepts any.
 
     Raises:
-        VolumeError: it raised an exception, or returned what cannot be a volume.
-        MemoryError: it ran out of memory.
-        OSError: the disk, the network or a store failed while it ran.
+        VolumeError: it raised an exception, or its result is not a volume.
+        MemoryError: as the function raised it, like other errors of the machine.
         UsageError: it ended the process.
     """
     own = replace(
@@ -132,10 +127,9 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
 
 
 def require_volume(volume: Volume, step: str) -> Volume:
-    """Check what a user's own step gave to one of ours, as `apply_function` checks what a function returns.
+    """Check the volume from a user's own step, as `apply_function` checks a result.
 
-    Returns:
-        The volume, with an affine of float64 and the voxel sizes of that affine.
+    Returns the volume with an affine of float64 and the voxel sizes of that affine.
     """
     name = f"the step before {step}"
     if not isinstance(volume, Volume):
@@ -225,18 +219,14 @@ def orient(volume: Volume, code: str) -> Volume:
 
 
 def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
-    """Interpolate linearly to another voxel size around the same centre, without smoothing first.
+    """Interpolate linearly to another voxel size (mm) around the same centre, without smoothing first.
 
-    Outside of the outermost voxel centres the nearest voxel counts. Frames are resampled one by one. A mask
-    has the label of the nearest voxel.
-
-    Returns:
-        float32 voxels in the image's units. Where every axis has that voxel size already, the voxels as
-        they are.
+    Outside the outermost voxel centres, the nearest voxel counts. Frames are resampled one by one. A mask
+    gets the label of the nearest voxel. The voxels become float32 in the image's units, unless every axis
+    already has that voxel size.
 
     Raises:
-        VolumeError: the affine gives the voxels no size along an axis, or there would be more of them than
-            any record can hold.
+        VolumeError: the affine gives voxels no size along an axis, or a record cannot hold the result.
     """
     old = Grid.of(volume.voxels.shape, volume.affine)
     new, starts, steps = respace(old, spacing)
@@ -277,12 +267,9 @@ def _require_grid(shape: Shape3, channels: tuple[int, ...], spacing: Sequence[fl
 
 
 def interpolation_weights(old_size: int, new_size: int, start: float, step: float) -> sparse.csr_array:
-    """The matrix by which linear interpolation multiplies a line of voxels.
+    """The weights of a linear interpolation, float64 (new_size, old_size), as `numpy.interp`, bit for bit.
 
     `start` is the index in the line of the first new voxel, and `step` the distance to the next one.
-
-    Returns:
-        float64 (new_size, old_size), with at most two weights a row: those of `numpy.interp`, bit for bit.
     """
     from scipy import sparse  # 0.15 s, which no other build shall wait for
 

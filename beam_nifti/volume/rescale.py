@@ -1,4 +1,4 @@
-"""Intensities, from those of an image to those of a record and back: numpy in, numpy out."""
+"""Rescales intensities of an image to those of a record and back, with numpy only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import numpy.typing as npt
 
 from beam_nifti.errors import VolumeError
 
-UINT8_LEVELS: Final = 255
-"""What 1.0 is stored as in uint8."""
-
+UINT8_LEVELS: Final = 255  # 1.0 in uint8
 Voxels = npt.NDArray[Any]
 _CHUNK: Final = 1 << 15  # voxels a chunk of float64 arithmetic: 256 KiB, which stays in a core's cache
 _FLOAT32_EXACT: Final = 1 << 24  # integers up to here are exact in float32
@@ -142,21 +140,17 @@ def _shrink(voxels: Voxels) -> float:
 def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling, dtype: str = "float32") -> Voxels:
     """Map a volume's own intensity range linearly onto [0, 1].
 
-    Bit-equal to `((x - x.min()) / (x.max() - x.min())).astype(float32)` in float64 without overflow:
-    a quotient of two integers below 2**24 rounds to the same float32 whether or not it was rounded to
-    float64 first, so those are divided in float32; all others in float64. Differences of integers are
-    exact before they become float64, also where the integers have more bits than that. Rounding first
-    to float64 and then to float32 leaves a result at most 1 ulp beside the exact quotient. The
+    Bit-equal to `((x - x.min()) / (x.max() - x.min())).astype(float32)` in float64 without overflow: a
+    quotient of two integers below 2**24 rounds to the same float32 with or without rounding to float64 first,
+    so those are divided in float32; all others in float64. Differences of integers are exact before they
+    become float64. Rounding to float64 first leaves a result at most 1 ulp from the exact quotient. The
     smallest voxels become 0.0, never -0.0.
 
     Args:
         voxels: any shape, real dtype, C order, as stored. Not modified.
         intensity: of the same voxels.
         scaling: from stored voxels to the image's units.
-        dtype: what the float32 results are rounded to, as in `quantize`.
-
-    Returns:
-        The same shape, C order.
+        dtype: of the result, as in `quantize`.
 
     Raises:
         VolumeError: all voxels are equal.
@@ -182,17 +176,8 @@ def rescale_between(
 ) -> Voxels:
     """Map two intensities linearly onto 0 and 1: `(v - low) / (high - low)`.
 
-    In float64, rounded once to float32. What is `low` becomes 0.0, never -0.0.
-
-    Args:
-        voxels: any shape, real dtype, C order, as stored. Not modified.
-        rescale_range: what becomes 0 and 1.
-        scaling: from stored voxels to the image's units.
-        clip: whether to set what is below `low` to 0, and what is above `high` to 1.
-        dtype: what the float32 results are rounded to, as in `quantize`.
-
-    Returns:
-        The same shape, C order.
+    In float64, rounded once to float32. `low` becomes 0.0, never -0.0. With `clip`, values outside [0, 1]
+    become 0 or 1. Arguments and result are as for `rescale_minmax`.
     """
     # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
     low, high = rescale_range.low or -0.0, rescale_range.high
@@ -226,12 +211,7 @@ def _in_chunks(voxels: Voxels, dtype: str, fill: Callable[[Voxels, Voxels], None
 
 
 def quantize(rescaled: npt.NDArray[np.float32], out: npt.NDArray[Any]) -> None:
-    """Round to nearest, halves to even.
-
-    Args:
-        rescaled: within the range of the dtype of `out`; within [0, 1] for uint8.
-        out: of the same shape. As uint8 it holds 255 times the value.
-    """
+    """Round values to the dtype of `out`, halves to even; uint8 holds 255 times values in [0, 1]."""
     if out.dtype == np.uint8:
         # In float64 the product is exact, so that it is rounded once.
         out[...] = np.rint(np.multiply(rescaled, UINT8_LEVELS, dtype=np.float64))
@@ -291,14 +271,14 @@ def keep_units(voxels: Voxels, scaling: Scaling, dtype: str = "float32") -> Voxe
 def restore_units(stored: Voxels, rescale_range: RescaleRange | None) -> Voxels:
     """The values in the image's units: `low + x * (high - low)`, the inverse of `rescale_between`.
 
-    In float64, rounded once. What was clipped comes back as the end at which it was clipped.
+    In float64, rounded once. Clipped values are not restored.
 
     Args:
         stored: any shape, C order, as a record holds rescaled voxels: x, or as uint8 255 times x.
-        rescale_range: what became 0 and 1; None for voxels that are in the image's units.
+        rescale_range: what became 0 and 1; None for voxels in the image's units.
 
     Returns:
-        float32 of the same shape; float64 where float32 cannot hold the largest of the values.
+        float32 of the same shape; float64 if float32 cannot hold the largest value.
     """
     if rescale_range is None:
         return stored.astype(np.float32, copy=False)

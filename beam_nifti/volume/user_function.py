@@ -20,27 +20,19 @@ Function = Callable[..., Any]
 
 
 def source_sha256(step: str) -> str:
-    """sha256, in hex, of the file that defines a function: it decides the bytes of records.
-
-    What that file imports does not count.
-
-    Raises:
-        UsageError: the function cannot be imported here, or has no file, or does not take the arguments.
-    """
+    """sha256, in hex, of the file that defines a function, which decides the bytes of records."""
     load_function(step)
     return _find(parse_call(step)[0])[1]
 
 
 def load_function(step: str, sha256: str | None = None) -> Function:
-    """Import a function.
-
-    Its `source_sha256` must be `sha256`; None accepts any.
+    """Import a function, `package.module:function` with or without arguments, of this sha256, if given.
 
     Returns:
-        The function, which gets a volume, and its arguments anew with each.
+        A function of a volume, which gets copies of the arguments each time.
 
     Raises:
-        UsageError: as `source_sha256`; or it is another one.
+        UsageError: it cannot be imported, has no file, does not take the arguments, or its source differs.
     """
     name, arguments = parse_call(step)
     function, found = _find(name)
@@ -64,16 +56,13 @@ def load_functions(record: RecordConfig) -> list[tuple[str, Function]]:
 
 
 def name_of(function: object) -> str:
-    """The text by which workers can import a function.
+    """The text by which workers can import a function, with its arguments.
 
-    It is at the top of a module, or a `functools.partial` of one with named arguments.
-
-    Returns:
-        `package.module:function`, with its arguments.
+    Args:
+        function: at the top of a module, or a `functools.partial` of one with named arguments.
 
     Raises:
-        UsageError: it has no such text, as lambdas, functions within others, methods and those of a script
-            have none; or an argument has no name, or is no literal.
+        UsageError: workers cannot import it, or an argument has no name or is not a literal.
     """
     if isinstance(function, functools.partial):
         inner = name_of(function.func)

@@ -77,9 +77,9 @@ class Volume:
     config: RecordConfig | None = None
 
     def release(self) -> None:
-        """Let go of the voxels: for the graph of a build, in which no other step gets this volume.
+        """Drop the voxels, in the graph of a build, where no other step gets this volume.
 
-        Beam holds an element until every step that follows is done with what was made of it.
+        Beam holds an element until every following step has processed its results.
         """
         object.__setattr__(self, "voxels", np.empty(0, self.voxels.dtype))
 
@@ -137,18 +137,10 @@ def load_frames(
     dtype: str | None = None,
     record: RecordConfig | None = None,
 ) -> Iterator[Volume]:
-    """Read one image, to hand out its frames one after the other as volumes of their own.
+    """Read an image of many frames, and return each wanted frame as a volume of its own.
 
-    Arguments are those of `load_volume`, for the record of a frame. The row says how many frames the image
-    must have and which are wanted.
-
-    Returns:
-        What `load_volume` gives of each frame where its number is the configuration's `frames`, made when it
-        is asked for: so memory is that of the image's voxels, as they are in the file, and of one frame.
-
-    Raises:
-        VolumeError: as `load_volume`, for damage anywhere in the files, before there is a frame; or the
-            image has another number of frames.
+    Arguments and errors are those of `load_volume` for the record of a frame. Damage is found before the
+    first frame is returned. Frames are made on request, so memory is that of the stored voxels and one frame.
     """
     record = record or RecordConfig(frames="each")
     parse = _parser(row, 0, record, None, shape, dtype)
@@ -230,10 +222,10 @@ def _parser(
     *,
     is_any: bool = False,
 ) -> ReadHeader:
-    """Reads the header of one of an example's files, and refuses it where it has no place in the record.
+    """Parses the header of one of an example's files, and refuses it if it does not fit the record.
 
-    Other images must fit `first`, the header of the first one. With `is_any` what a record of another
-    configuration could hold is accepted.
+    Other images must fit `first`, the first one's header. With `is_any` a record of another configuration may
+    hold it.
     """
     path, is_mask = row.files[number], number >= record.num_channels
 
@@ -283,16 +275,10 @@ def load_header(
     *,
     is_any: bool = False,
 ) -> VolumeHeader:
-    """Read only the headers of an example's files: their first kilobytes.
+    """Read only the headers of an example's files, from their first kilobytes.
 
-    Arguments are those of `load_volume`; with `is_any` an image is accepted that a record of another
-    configuration could hold.
-
-    Returns:
-        That of the first image, with the notes of all.
-
-    Raises:
-        VolumeError: as `load_volume`, as far as headers tell.
+    Arguments and errors are those of `load_volume`; with `is_any` images for another configuration are
+    accepted. Returns the header of the first image, with the notes of all.
     """
     record = record or RecordConfig()
     headers = list[VolumeHeader]()
@@ -306,11 +292,10 @@ def load_header(
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
-    """Measure a volume, and make its voxels what the record stores; each image of several by itself.
+    """Measure a volume, and make its voxels what the record stores; each channel by itself.
 
     Raises:
-        VolumeError: it has NaN or infinite voxels, or no range where one is needed, or its voxels would
-            be beyond what their dtype holds.
+        VolumeError: voxels are NaN or infinite, have no range, or do not fit their dtype.
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
     is_native = config.voxel_dtype == "native"
@@ -338,13 +323,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
 
 
 def require_rescaled(volume: Volume) -> None:
-    """Refuse a volume whose voxels are no longer those that `rescale_volume` made of it.
-
-    Their range is compared, as `verify` does: every rescaling keeps the order of voxels.
-
-    Raises:
-        VolumeError: they have another dtype, or another range than follows from the measured intensities.
-    """
+    """Refuse a volume whose voxels have another dtype or range than `rescale_volume` gave them."""
     config = volume.config or RecordConfig()
     remedy = "put steps that change voxels before Rescale"
     if config.voxel_dtype not in ("native", volume.voxels.dtype.name):

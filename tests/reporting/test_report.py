@@ -230,7 +230,7 @@ def test_numbers_are_those_of_numpy(record: RecordConfig, unit: str, tmp_path: P
     rows = [{"participant_id": "a", "path": "a.nii", "label": 1}]
     write_image(tmp_path / "a.nii", head(0), slope=-2.0, inter=100.0)
     output = build_dataset(write_manifest(tmp_path / "manifest.tsv", rows), tmp_path / "dataset", record)
-    spec = RecordSpec.of(info_of(output))
+    spec = RecordSpec(info_of(output))
     assert unit_of(spec) == unit
     ((cells, payload),) = records_of(output)
     row = look_at_record(payload, cells, spec)
@@ -249,7 +249,7 @@ def test_numbers_are_those_of_numpy(record: RecordConfig, unit: str, tmp_path: P
 
 
 def test_correlations_are_those_with_the_mean_of_all(heads: Path, page: Page) -> None:
-    spec = RecordSpec.of(info_of(heads))
+    spec = RecordSpec(info_of(heads))
     grids = np.array(
         [
             np.frombuffer(look_at_record(payload, cells, spec)["grid"], np.uint8)
