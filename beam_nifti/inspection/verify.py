@@ -57,6 +57,7 @@ from beam_nifti.record.dataset_info import (
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.sharding import INDEX_FOLDER
 from beam_nifti.record.tfrecord import decode_record
+from beam_nifti.record.tiles import check_cuts
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
@@ -407,6 +408,10 @@ class _Verifier:
             payload = decode_record(record.data, self._compressed, most)
             for problem in check_record(payload, record.cells, self._spec):
                 tell(problem)
+            if self._spec.config.has_members:
+                lengths = record.cells["member_lengths"]
+                for problem in check_cuts(record.data, payload, lengths, self._compressed):
+                    tell(problem)
             if images is not None:
                 versions = self._versions_of(shard)
                 for problem in images.check(payload, record.cells, self._spec.config, versions):

@@ -23,6 +23,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.record.index import (
     IndexEntry,
     Limits,
+    check_members,
     check_table,
     file_cells,
     make_table,
@@ -280,7 +281,11 @@ def finished_rows(
         return None
     if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:
         return None
-    if any(check_table(table, (), record)) or pc.min(table["length"]).as_py() <= 0:
+    if (
+        any(check_table(table, (), record))
+        or any(check_members(table))
+        or pc.min(table["length"]).as_py() <= 0
+    ):
         return None
     ends = pc.add(table["offset"], table["length"])
     if pc.min(table["offset"]).as_py() < 0 or limits.data_bytes < pc.max(ends).as_py():
