@@ -28,7 +28,7 @@ from beam_nifti.record.example import (
     largest_payload,
     scaling_of,
 )
-from beam_nifti.record.index import extra_column, file_cells
+from beam_nifti.record.index import extra_column, file_cells, scaling_in
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.volume.grid import is_usable
 from beam_nifti.volume.header import COLOURS
@@ -189,6 +189,10 @@ def _check_metadata(
             yield f"{name} is {_show(stored)}, the index says {_show(said)}"
         elif name == "affine" and not is_usable(stored.astype(np.float64).reshape(4, 4)):
             yield "affine is singular or not finite; repair the image and build it again"
+    if spec.config.has_members and spec.config.voxel_dtype == "native":
+        scaling = scaling_of(features)
+        if scaling != scaling_in(cells):
+            yield f"its scaling is {scaling}, the index says {scaling_in(cells)}"
     labels = _labels_in(cells, spec.config.labels or ())
     if labels and label != number_of(labels[0][1]):
         yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"

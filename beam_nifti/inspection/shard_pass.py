@@ -21,6 +21,7 @@ from beam_nifti.record.dataset_info import FILE_NAME, ShardInfo, path_of
 from beam_nifti.record.index import mask_labels, parse_index, read_bytes
 from beam_nifti.record.shard_index import known_columns, limits_of
 from beam_nifti.record.tfrecord import require_stored_size
+from beam_nifti.record.tiles import check_cuts
 from beam_nifti.record.versions import versions_in
 from beam_nifti.storage import paths as storage
 
@@ -61,7 +62,11 @@ class StoredRecord:
         """
         try:
             payload = spec.unpack(self.data, self.cells)
-            for problem in itertools.chain(check_record(payload, self.cells, spec), rebuild(payload)):
+            problems = [check_record(payload, self.cells, spec), rebuild(payload)]
+            if spec.config.has_members:
+                lengths, is_compressed = self.cells["member_lengths"], spec.config.compression == "gzip"
+                problems.append(check_cuts(self.data, payload, lengths, is_compressed))
+            for problem in itertools.chain(*problems):
                 tell(problem)
             return payload
         except OSError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,15 @@ from beam_nifti.pipeline.parts import (
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
 from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
-from beam_nifti.record.index import Limits, check_table, file_cells, read_index, row_cells, schema_of
+from beam_nifti.record.index import (
+    Limits,
+    check_members,
+    check_table,
+    file_cells,
+    read_index,
+    row_cells,
+    schema_of,
+)
 from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.versions import is_written_here
@@ -99,7 +108,9 @@ def finished_rows(
         return None
     if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:
         return None
-    if any(check_table(table, (), record)) or pc.min(table["length"]).as_py() <= 0:
+    if any(itertools.chain(check_table(table, (), record), check_members(table))):
+        return None
+    if pc.min(table["length"]).as_py() <= 0:
         return None
     ends = pc.add(table["offset"], table["length"])
     if pc.min(table["offset"]).as_py() < 0 or limits.data_bytes < pc.max(ends).as_py():

@@ -16,11 +16,19 @@ from beam_nifti.errors import ShardError, UsageError
 from beam_nifti.read.decoding import require_channels, restore_image
 from beam_nifti.read.records import Element, Records, scratch
 from beam_nifti.record.example import largest_payload
+from beam_nifti.record.index import scaling_in
 from beam_nifti.record.tfrecord import inflate_member, require_stored_size
 from beam_nifti.record.tiles import Tiles, tiles_of
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.intensity import rescale_voxels
-from beam_nifti.volume.rescale import UINT8_LEVELS, Intensity, RescaleRange, Scaling, numpy_dtype
+from beam_nifti.volume.rescale import (
+    NO_SCALING,
+    UINT8_LEVELS,
+    Intensity,
+    RescaleRange,
+    Scaling,
+    numpy_dtype,
+)
 
 Array = npt.NDArray[Any]
 
@@ -102,14 +110,13 @@ class _Facts:
     @classmethod
     def of(cls, cells: Mapping[str, Any], config: RecordConfig) -> _Facts:
         """Those of a row of the index."""
-        slope, inter = cells.get("scl_slope"), cells.get("scl_inter")
         lows, highs = _numbers(cells["min"]), _numbers(cells["max"])
         ranges = [Intensity(low, high, math.nan, math.nan) for low, high in zip(lows, highs, strict=True)]
         lows, highs = (
             _numbers(cells[n]) if config.has_range else [] for n in ("rescale_low", "rescale_high")
         )
         return cls(
-            Scaling() if slope is None or inter is None else Scaling(slope, inter),
+            scaling_in(cells),
             ranges or None,
             list(map(RescaleRange, lows, highs)) if config.has_range else None,
         )
@@ -120,7 +127,7 @@ class _Facts:
             return None
         no_ends: list[RescaleRange | None] = [None] * len(self.ranges)
         of_images = zip(self.ranges, self.ends or no_ends, strict=True)
-        least = [rescale_voxels(np.array([r.min]), Scaling(), r, ends, config)[0] for r, ends in of_images]
+        least = [rescale_voxels(np.array([r.min]), NO_SCALING, r, ends, config)[0] for r, ends in of_images]
         stored = np.array(least, least[0].dtype).astype(np.float32)
         return stored / np.float32(UINT8_LEVELS) if config.voxel_dtype == "uint8" else stored
 

@@ -10,7 +10,7 @@ import io
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -324,6 +324,12 @@ def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> 
     return {name: [of_image[name] for of_image in numbers] for name in next(iter(numbers), {})}
 
 
+def scaling_in(cells: Mapping[str, Any]) -> Scaling:
+    """The scaling that a row of an index says; none where it says none."""
+    slope, inter = cells.get("scl_slope"), cells.get("scl_inter")
+    return NO_SCALING if slope is None or inter is None else Scaling(slope, inter)
+
+
 def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Schema:
     """The schema of an index, with the manifest's extra columns."""
     fields = [*SCHEMA, *(_MEMBERS_SCHEMA if record.has_members else ())]
@@ -498,15 +504,13 @@ def check_table(
     for name in table.column_names:
         may_lack = name not in _PLACES if is_sparse else name in ("label", *_SCALING_SCHEMA.names)
         yield from _check_column(table, name, record, may_lack=may_lack)
-    if {"length", "member_lengths"} <= set(table.column_names):
-        yield from _check_members(table)
 
 
-def _check_members(table: pa.Table) -> Iterator[str]:
-    """Find records whose members do not make up their length."""
-    column = table["member_lengths"]
-    counts = pc.list_value_length(column).fill_null(0).to_numpy()
-    if table.num_rows and counts.min() and not column.null_count:
+def check_members(table: pa.Table) -> Iterator[str]:
+    """Find records whose members do not make up their length, in an index that is sound by `check_table`."""
+    if table.num_rows and {"length", "member_lengths"} <= set(table.column_names):
+        column = table["member_lengths"]
+        counts = pc.list_value_length(column).to_numpy()
         lengths = pc.list_flatten(column).cast(pa.int64()).to_numpy()
         sums = np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]]))
         wrong = np.flatnonzero(sums != table["length"].to_numpy())

@@ -14,7 +14,15 @@ import pyarrow.compute as pc
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError, unreadable
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
-from beam_nifti.record.index import Limits, check_table, parse_index, read_bytes, record_name, schema_of
+from beam_nifti.record.index import (
+    Limits,
+    check_members,
+    check_table,
+    parse_index,
+    read_bytes,
+    record_name,
+    schema_of,
+)
 from beam_nifti.storage import paths as storage
 
 
@@ -50,7 +58,7 @@ def read_shard_index(
     is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
     if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
         raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
-    for problem in (*_find_outside(table, shard), *_find_others(table, info)):
+    for problem in (*_find_outside(table, shard), *_find_others(table, info), *check_members(table)):
         raise DatasetError(f"{path}: {problem}; run beam-nifti verify")
     return table
 

@@ -185,9 +185,7 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
 
 def _inflate(data: memoryview, most: int) -> memoryview:
     """What the gzip members of a record hold."""
-    lengths = member_lengths(data, most)
-    bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
-    members = [data[start:end] for start, end in bounds]
+    members = _members(data, most)
     sizes = [_said_size(member) for member in members]
     if (total := sum(sizes)) > most:
         raise ShardError(f"the record's gzip holds {total:,} bytes, and the record has at most {most:,}")
@@ -227,6 +225,16 @@ def member_lengths(data: memoryview, most: int = _MOST_PAYLOAD) -> list[int]:
         if len(lengths) > _FREE_MEMBERS + 2 * most // TILE_BYTES:
             raise ShardError(f"the record has more than {len(lengths) - 1} gzip members")
     return lengths
+
+
+def _members(data: memoryview, most: int) -> list[memoryview]:
+    bounds = itertools.accumulate(member_lengths(data, most), initial=0)
+    return [data[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def member_sizes(data: memoryview) -> list[int]:
+    """Bytes that each gzip member of a record says it holds; as `member_lengths`."""
+    return list(map(_said_size, _members(data, _MOST_PAYLOAD)))
 
 
 def _said_size(member: memoryview) -> int:

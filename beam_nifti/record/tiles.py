@@ -10,17 +10,20 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor
-from beam_nifti.record.tfrecord import TILE_BYTES
+from beam_nifti.record.tfrecord import FOOTER_BYTES, HEADER_BYTES, TILE_BYTES, member_lengths, member_sizes
 from beam_nifti.volume.rescale import numpy_dtype
 
 _TENSORS: Final = ("image_raw", MASK_FEATURE)
 """Features that are cut, in their order in a record."""
+
+_SHOWN: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,33 @@ def find_cuts(payload: bytes, compressed: bool) -> list[int]:
             start = tensor.ctypes.data - begin
             cuts += itertools.accumulate(tiles.sizes(), initial=start)
     return cuts if cuts == sorted(cuts) else []
+
+
+def check_cuts(record: bytes, payload: bytes, lengths: Sequence[int], compressed: bool) -> Iterator[str]:
+    """Find what is wrong with the members of a record that is sound otherwise.
+
+    Args:
+        record: its bytes in the shard.
+        payload: the Example that it holds.
+        lengths: of its members, as the index has them.
+        compressed: whether it is compressed.
+    """
+    ends = [HEADER_BYTES + cut for cut in find_cuts(payload, compressed)]
+    bounds = [0, *ends, HEADER_BYTES + len(payload) + FOOTER_BYTES]
+    expected = [end - start for start, end in itertools.pairwise(bounds)]
+    found, held = list(lengths), list(lengths)
+    if compressed:
+        view = memoryview(record)
+        found, held = member_lengths(view), member_sizes(view)
+    if found != list(lengths):
+        yield f"its members have {_show(found)} bytes, the index says {_show(lengths)}"
+    elif held != expected:
+        yield f"its members hold {_show(held)} bytes, expected {_show(expected)}"
+
+
+def _show(numbers: Sequence[int]) -> str:
+    more = ", …" if len(numbers) > _SHOWN else ""
+    return f"{', '.join(map(str, numbers[:_SHOWN]))}{more} ({len(numbers)} in all)"
 
 
 @functools.lru_cache(maxsize=1024)

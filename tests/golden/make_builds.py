@@ -5,9 +5,11 @@ They change only with the format of the records or of the index, or with its pin
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,12 +52,25 @@ BUILDS: Final[dict[str, dict[str, Any]]] = {
 }
 """Changes of a build's options, by what they are about."""
 
+LARGE: Final = "large: "
+LARGE_SHAPE: Final = (60, 50, 40)
+BUILDS |= {
+    f"{LARGE}default": {},
+    f"{LARGE}native, mask": {"voxel_dtype": "native", "columns": {"mask": "mask"}, "num_shards": 2},
+    f"{LARGE}uint8, no compression": {"voxel_dtype": "uint8", "compression": "none"},
+}
+"""Those of images whose records are cut into several members begin with LARGE."""
 
-def write_inputs(folder: Path) -> Path:
+CONTENT: Final = GOLDEN.with_name("content.json")
+"""sha256 of what the shards of these hold, decompressed, as it was when each record was one gzip member. No
+change of the compression may change it, so it is not made again."""
+
+
+def write_inputs(folder: Path, shape: Sequence[int] | None = None) -> Path:
     """Write images with one frame and with three, masks, and a key; their manifest."""
     rows = []
     for i in range(COUNT):
-        voxels = brain(seed=i)
+        voxels = brain(seed=i) if shape is None else brain(shape, seed=i)
         names = {kind: f"sub-{i}_{kind}.nii.gz" for kind in ("path", "frames", "mask")}
         write_image(folder / names["path"], voxels)
         write_image(folder / names["frames"], np.stack([brain(seed=10 * f + i) for f in range(3)], axis=-1))
@@ -81,12 +96,24 @@ def digests(manifest: Path, output: Path, changes: dict[str, Any]) -> dict[str, 
     }
 
 
+def content_digests(output: Path) -> dict[str, str]:
+    """By shard the sha256 of its bytes, decompressed."""
+    shards = ((path.name, path.read_bytes()) for path in sorted(output.glob("*.tfrecord*")))
+    return {
+        name: hashlib.sha256(gzip.decompress(data) if name.endswith(".gz") else data).hexdigest()
+        for name, data in shards
+    }
+
+
 def main() -> None:
     """Write builds.json."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = write_inputs(folder / "images")
-        found = {what: digests(manifest, folder / what, changes) for what, changes in BUILDS.items()}
+        small, large = write_inputs(folder / "small"), write_inputs(folder / "large", LARGE_SHAPE)
+        found = {
+            what: digests(large if what.startswith(LARGE) else small, folder / what, changes)
+            for what, changes in BUILDS.items()
+        }
     GOLDEN.write_text(json.dumps(found, indent=2) + "\n")
 
 
