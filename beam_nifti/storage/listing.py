@@ -7,9 +7,10 @@ import errno
 import fnmatch
 import glob as local_glob
 import itertools
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from beam_nifti.storage import disk
@@ -25,7 +26,7 @@ def list_files(folder: str, pattern: str = "*") -> list[str]:
     if not is_remote(folder):
         try:
             with os.scandir(folder) as entries:
-                names = [e.name for e in entries if e.is_file()]
+                names = [e.name for e in entries if _is_file(e)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(fnmatch.filter(names, pattern))
@@ -54,7 +55,8 @@ def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
         depth: folders below `folder` that a path has at most.
 
     Yields:
-        In no order. Files and folders whose names begin with a dot are left out.
+        In no order. Files and folders whose names begin with a dot are left out. On the local disk links to
+        folders are followed, but every folder is entered once.
 
     Raises:
         FileNotFoundError: there is no such folder on the local disk.
@@ -63,23 +65,13 @@ def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
     if not is_remote(folder):
         with os.scandir(folder) as entries:
             tops = [e.name for e in entries if e.name.startswith(prefix) and _is_folder(e)]
-        for name in tops:
-            yield from _list_below(folder, name, depth)
+        for top, below in _walk((f"{folder}/{name}" for name in tops), with_hidden=False, depth=depth):
+            yield f"{top[len(folder) + 1 :]}/{below}"
         return
     for path in store_of(folder).find(f"{folder}/{prefix}", deep=True)[0]:
         relative = path[len(folder) + 1 :]
         if 0 < relative.count("/") <= depth and "/." not in relative:
             yield relative
-
-
-def _list_below(folder: str, relative: str, depth: int) -> Iterator[str]:
-    with os.scandir(f"{folder}/{relative}") as entries:
-        found = [(f"{relative}/{e.name}", _is_folder(e)) for e in entries if not e.name.startswith(".")]
-    for path, is_folder in found:
-        if not is_folder:
-            yield path
-        elif depth > 1:
-            yield from _list_below(folder, path, depth - 1)
 
 
 def glob(pattern: str) -> list[str]:
@@ -121,8 +113,14 @@ def _glob_local(pattern: str) -> Iterator[str]:
             yield below if at == 0 else f"{folder.rstrip('/')}/{below}"
 
 
-def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, str]]:
-    """Files below folders, as (folder, path below it): each of the same folder on the disk once."""
+def _walk(folders: Iterable[str], *, with_hidden: bool, depth: float = math.inf) -> Iterator[tuple[str, str]]:
+    """Files below folders, as (folder, path below it): each of the same folder on the disk once.
+
+    Args:
+        folders: to begin with.
+        with_hidden: whether names may begin with a dot.
+        depth: folders that a path has at most, the one that it begins with included.
+    """
     waiting = collections.deque((folder, "") for folder in folders)
     linked = collections.deque[tuple[str, str]]()  # later, so that a folder is found by its own path
     seen = set[tuple[int, int]]()
@@ -137,16 +135,25 @@ def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, s
         for entry in found:
             if entry.name.startswith(".") and not with_hidden:
                 continue
-            if _is_folder(entry):
-                (linked if entry.is_symlink() else waiting).append((folder, f"{below}{entry.name}/"))
-            else:
+            if not _is_folder(entry):
                 yield folder, below + entry.name
+            elif below.count("/") + 1 < depth:
+                (linked if entry.is_symlink() else waiting).append((folder, f"{below}{entry.name}/"))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file or a link to one; a link that leads to itself is none."""
+    return _unless_endless(entry.is_file)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one; a link that leads to itself is none."""
+    return _unless_endless(entry.is_dir)
+
+
+def _unless_endless(is_kind: Callable[[], bool]) -> bool:
     try:
-        return entry.is_dir()
+        return is_kind()
     except OSError as e:
         if e.errno != errno.ELOOP:
             raise
