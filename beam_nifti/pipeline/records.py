@@ -247,8 +247,8 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         raise VolumeError("its id is empty; give every record a unique id")
     if not SPLIT_PATTERN.fullmatch(record.split):
         raise VolumeError(
-            f"its split is {record.split!r}; give every record a split of letters, digits, '_' and '.', a "
-            "letter or digit first"
+            f"its split is {record.split!r}; give every record a split of up to 128 letters, digits, '_' "
+            "and '.', a letter or digit first"
         )
     features = decode_example(record.example)
     found = features.get("id")
