@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -45,6 +45,9 @@ _SCALING: Final = frozenset(SCALING_FEATURES)
 _DOUBLE_BYTES: Final = 8
 _STATISTICS_TOLERANCE: Final = 1e-6
 """Relative; sums of the same voxels differ in their last bits between processors."""
+
+_STATISTICS: Final = ("min", "max", "mean", "std")
+"""Columns of an index of what the intensities of a record are."""
 
 _REMAKE: Final = "run the build again with --recheck"
 """The remedy where a build would find nothing that has changed."""
@@ -135,8 +138,12 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     if voxels.size == 0:
         yield "there are no voxels"
         return
-    if spec.is_sparse and cells["min"] is None:
-        pass  # nothing says what its voxels must be
+    unknown = [name for name in _STATISTICS if cells[name] is None]
+    if spec.is_sparse and len(unknown) == len(_STATISTICS):  # nothing says what its voxels must be
+        if cells["dtype"] != voxels.dtype.name:
+            yield f"voxels are {voxels.dtype.name}, the index says {cells['dtype']}"
+    elif unknown:
+        yield f"the index has no {unknown[0]}"
     elif spec.config.channels is None:
         yield from _check_intensities(voxels, features, cells, spec.config)
     elif voxels.ndim != 4 or voxels.shape[3] != len(spec.config.channels):
@@ -212,8 +219,11 @@ def _check_metadata(
         "intensity_max": _of_images(cells["max"]),
     }
     if spec.is_sparse:
-        given = features.keys() - {n for n, numbers in expected.items() if numbers in (None, [None])}
-        expected = {name: numbers for name, numbers in expected.items() if name in given}
+        known = {name for name, numbers in expected.items() if numbers not in (None, [None])}
+        known -= {"label"} if label is None else set()
+        yield from _check_presence(features, cells, known)
+        compared = features.keys() & {*known, "label"}
+        expected = {name: numbers for name, numbers in expected.items() if name in compared}
     for name, numbers in expected.items():
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):
@@ -225,6 +235,29 @@ def _check_metadata(
         yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
     for name, value in labels:
         yield from _check_label(features[label_feature(name)], name, value)
+
+
+def _check_presence(
+    features: Mapping[str, _Feature], cells: Mapping[str, Any], said: Set[str]
+) -> Iterator[str]:
+    """Find where only one of a record and its row of the index says something, which readers take from there.
+
+    Args:
+        features: of the record, of which a step may have left out some.
+        cells: the record's row of the index.
+        said: names of the features whose values that says.
+    """
+    for name in sorted(said - features.keys() - {"zooms"}):
+        yield f"feature {name} is missing, and the index says what it is"
+    for name in ("affine", "zooms"):
+        if name in features and name not in said:
+            yield f"{name} is {_show(np.asarray(features[name]))}, and the index does not say it"
+    if "zooms" not in features:
+        sizes = None if cells["affine"] is None else np.linalg.norm(affine_of(cells)[:3, :3], axis=0)
+        found = cells["zooms"]
+        if (found is None) != (sizes is None) or (sizes is not None and not np.allclose(found, sizes)):
+            shown, wanted = ("none" if numbers is None else _show(numbers) for numbers in (found, sizes))
+            yield f"the index says voxel sizes of {shown}, expected {wanted}"
 
 
 def _labels_in(
@@ -274,7 +307,7 @@ def _check_intensities(
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         yield f"{bad} of {voxels.size} voxels are NaN or infinite"
         return
-    statistics = (_of_images(cells[name])[number] for name in ("min", "max", "mean", "std"))
+    statistics = (_of_images(cells[name])[number] for name in _STATISTICS)
     intensity = Intensity(*map(float, statistics))
     said = np.array([intensity.min, intensity.max])
     if config.method == "minmax" and not intensity.min < intensity.max:
