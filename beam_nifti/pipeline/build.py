@@ -46,7 +46,7 @@ from beam_nifti.pipeline.publish import (
     files_of,
     find_info,
     forget_summary,
-    last_revision,
+    next_revision,
     remove_files,
     require_writable_output,
     take_summary,
@@ -293,7 +293,7 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers),
         has_published=published is not None,
         versions=record_versions(),
-        revision=_next_revision(config.output, published, dead),
+        revision=next_revision(config.output, published, dead.info.revision if dead else None),
         key_check=manifest.key_check,
         manifest_name=manifest.name,
         num_skipped=manifest.num_skipped,
@@ -351,15 +351,6 @@ def _published(config: BuildConfig) -> DatasetInfo | None:
         if config.overwrite:
             return None  # nothing can be read by it, so there is nothing to keep readable
         raise
-
-
-def _next_revision(output: str, published: DatasetInfo | None, dead: BuildNote | None) -> int:
-    """The revision to make: a later one than any whose files the output holds or has held."""
-    if published is not None:
-        return published.revision + 1
-    if dead is not None:
-        return dead.info.revision
-    return last_revision(output) + 1
 
 
 def _first_volume(

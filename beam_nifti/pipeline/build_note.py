@@ -9,7 +9,13 @@ from typing import Any, Final
 from beam_nifti.config import SPLIT_PATTERN, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
-from beam_nifti.record.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo, is_failures_file
+from beam_nifti.record.dataset_info import (
+    FAILURES_FILE,
+    LAST_REVISION,
+    MAX_INFO_BYTES,
+    DatasetInfo,
+    is_failures_file,
+)
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys
@@ -21,6 +27,9 @@ SUMMARY_NAME: Final = "summary.json"
 _NOTE_NAME: Final = "plan.json"
 _NOTE_FILE: Final = f"{BUILD_FOLDER}/{_NOTE_NAME}"
 _WRITE_NOTE_NAME: Final = "write.json"
+NOTE_FILES: Final = (_NOTE_FILE, f"{BUILD_FOLDER}/{_WRITE_NOTE_NAME}")
+"""The paths of both notes in an output."""
+
 _BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE, _WRITE_NOTE_NAME)  # names of files beside the note
 
 _NOTE_VERSION: Final = 2
@@ -191,6 +200,7 @@ class WriteNote:
         note = cls(**facts | names)
         # Otherwise files of others would be removed.
         is_own = note.root in (BUILD_FOLDER, parts_root(output, storage.dirname(note.root)))
+        is_own &= 1 <= note.revision <= LAST_REVISION
         is_own &= all(ShardName.parse(n) or is_failures_file(n) for n in (*note.published, *note.shards))
         return note if is_own else None
 
