@@ -34,6 +34,9 @@ _AXES: Final = (3, 4)
 _PLACE: Final = {"affine": 16, "zooms": 3}
 """Features that say where voxels lie, and how many numbers each has."""
 
+_SIZES_TOLERANCE: Final = 1e-3
+"""Relative; programs round voxel sizes."""
+
 _DOUBLES: Final = (*SCALING_FEATURES, *ENDS_FEATURES)
 """Features from which the units of voxels are computed."""
 
@@ -320,6 +323,8 @@ def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxe
             f"its affine is {features['affine'].tolist()}, which is singular or not finite; repair it, or "
             "drop the feature"
         )
+    if "zooms" in features:
+        _require_sizes(features["zooms"], features.get("affine"))
     doubles = [name for name in _DOUBLES if name in features]
     for name in doubles:
         if kinds[name] != "bytes" or len(features[name]) != _DOUBLE_BYTES:
@@ -339,6 +344,31 @@ def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxe
                     raise VolumeError(
                         "its image has voxels beyond the range of float32, in which they are read; rescale it"
                     )
+
+
+def _require_sizes(zooms: npt.NDArray[Any], affine: npt.NDArray[Any] | None) -> None:
+    """Refuse voxel sizes that none can have, or that are others than those of the affine.
+
+    Raises:
+        VolumeError: they are.
+    """
+    if not (np.isfinite(zooms) & (zooms > 0)).all():
+        raise VolumeError(f"its zooms are {zooms.tolist()}; give sizes above 0 in millimetres, or drop them")
+    if affine is not None:
+        sizes = _sizes_of(affine)
+        if not np.allclose(zooms, sizes, rtol=_SIZES_TOLERANCE):
+            raise VolumeError(
+                f"its zooms are {zooms.tolist()}, and its affine has voxels of {sizes.tolist()} mm; correct "
+                "one, or drop the zooms"
+            )
+
+
+def _sizes_of(affine: Any) -> npt.NDArray[np.float64]:
+    """The voxel sizes of an affine, in millimetres."""
+    sizes: npt.NDArray[np.float64] = np.linalg.norm(
+        np.array(affine, np.float64).reshape(4, 4)[:3, :3], axis=0
+    )
+    return sizes
 
 
 def _require_entry(
@@ -413,8 +443,7 @@ def _cells_of(
         if isinstance(value, np.ndarray) and value.size == count:
             cells[name] = value.tolist()
     if "affine" in cells and "zooms" not in cells:
-        columns = np.array(cells["affine"], np.float64).reshape(4, 4)[:3, :3]
-        cells["zooms"] = np.linalg.norm(columns, axis=0).tolist()
+        cells["zooms"] = _sizes_of(cells["affine"]).tolist()
     return cells
 
 

@@ -420,6 +420,12 @@ def test_what_is_no_dataset_is_refused(elements: list[Any], message: str, tmp_pa
         ({"affine": np.zeros((4, 4))}, r"its affine is \[0.0, .*which is singular or not finite"),
         ({"affine": np.diag([1, 1, np.nan, 1])}, "its affine is .*which is singular or not finite"),
         ({"zooms": 1.0}, r"its feature zooms is float, expected float\[3\]"),
+        ({"zooms": [1.0, 0.0, 1.0]}, "its zooms are .*; give sizes above 0 in millimetres"),
+        ({"zooms": [1.0, np.nan, 1.0]}, "its zooms are .*; give sizes above 0 in millimetres"),
+        (
+            {"zooms": [1.0, 1.0, 2.0], "affine": np.diag([1.0, 1, 1, 1])},
+            r"its zooms are .*, and its affine has voxels of \[1.0, 1.0, 1.0\] mm",
+        ),
     ],
 )
 def test_a_dictionary_that_would_be_read_otherwise_is_refused(features: dict[str, Any], message: str) -> None:
