@@ -21,7 +21,7 @@ from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.process import ForkGuard, count_cores
-from beam_nifti.support.wording import one_line
+from beam_nifti.support.wording import one_line, printable
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -65,8 +65,8 @@ _NO_OUT: Final = "--out is missing; give a path that the workers can write to, s
 def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Adapt a function for calls from Python; calls from the command line are not changed.
 
-    Errors, records of the log and the sentences of results name parameters instead of flags, and the logging
-    of the calling program is not changed.
+    Errors, records of the log and the sentences of results name parameters instead of flags and show control
+    characters as Python writes them, and the logging of the calling program is not changed.
     """
 
     @functools.wraps(function)
@@ -103,7 +103,7 @@ def _as_parameters(text: str) -> str:
     from beam_nifti.pipeline.options import as_parameters
 
     text = text.replace(storage.absolute(NAME), "the table in memory")
-    return _FLAGS.sub(r"\1", as_parameters(text))
+    return printable(_FLAGS.sub(r"\1", as_parameters(text)))
 
 
 @_in_python

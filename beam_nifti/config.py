@@ -53,7 +53,9 @@ COMPRESSIONS: Final = ("gzip", "none")
 COMPRESSION_LEVELS: Final = range(4)
 LABEL_KINDS: Final = ("float", "class", "string")
 MISSING_LABELS: Final = ("nan", "skip")
-SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,127}")
+"""Of a split's name, with which the names of its files begin, of which file systems take 255 characters."""
+
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
 
@@ -517,7 +519,8 @@ class Splitting:
         for name, share in self.shares.items():
             if not SPLIT_PATTERN.fullmatch(name):
                 raise UsageError(
-                    f"--split names {name!r}; use letters, digits, '_' and '.', a letter or digit first"
+                    f"--split names {name!r}; use up to 128 letters, digits, '_' and '.', a letter or digit "
+                    "first"
                 )
             if not share > 0:
                 raise UsageError(f"--split gives {name} a share of {share}; it must be above 0")

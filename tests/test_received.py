@@ -312,6 +312,18 @@ def long_lists(table: pa.Table) -> pa.Table:
     return table.set_column(column, "source_shape", pa.array([[1] * (8 << 20)] * table.num_rows))
 
 
+def test_texts_that_begin_alike_are_not_read(dataset: Path) -> None:
+    """In a delta encoding each text is a few bits, however much of the one before it begins it."""
+    table, facts = read_index(str(dataset / INDEX))
+    table = long_text(table).replace_schema_metadata(facts)
+    encoding = {"participant_id": "DELTA_BYTE_ARRAY"}
+    pq.write_table(table, dataset / INDEX, compression="zstd", use_dictionary=False, column_encoding=encoding)
+    assert (dataset / INDEX).stat().st_size < 1 << 16
+    with arrow_memory() as memory, pytest.raises(ShardError, match=r"has .* bytes of values, more than"):
+        read_index(str(dataset / INDEX), limits=Limits(200, 0))
+    assert memory.max_memory() < 16 << 20
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -299,7 +299,9 @@ def _option_text(name: str, value: str | Sequence[str | float]) -> str:
 
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:
-    if name in ("shape", "source_shape"):
+    if value is None:
+        yield ""
+    elif name in ("shape", "source_shape"):
         yield size_text(value)
     elif name in ("affine", "source_affine"):
         for i in range(0, 16, 4):
@@ -315,7 +317,7 @@ def _value_lines(name: str, value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         yield " ".join(str(n) if isinstance(n, int) else f"{n:g}" for n in value)
     else:
-        yield "" if value is None else str(value)
+        yield str(value)
 
 
 def _label_text(label: Mapping[str, Any]) -> str:

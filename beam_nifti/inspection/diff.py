@@ -113,10 +113,12 @@ def compare_datasets(before: str, after: str) -> Difference:
 
 def _read(output: str) -> tuple[DatasetInfo, pa.Table]:
     info = read_info(output)
-    tables = [
-        table.append_column("split", pa.array([split] * table.num_rows, pa.string()))
-        for split, _, table in read_indexes(output, info)
-    ]
+    tables = []
+    for split, _, table in read_indexes(output, info):
+        # No build keeps a further column of this name, but anybody may.
+        names = ["manifest_split" if name == "split" else name for name in table.column_names]
+        splits = pa.array([split] * table.num_rows, pa.string())
+        tables.append(table.rename_columns(names).append_column("split", splits))
     joined = pa.concat_tables(tables, promote_options="default").combine_chunks()
     return info, joined.replace_schema_metadata()
 

@@ -139,6 +139,9 @@ def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> 
     if config.method == "none":
         return restore_units(voxels, None)
     names = ("rescale_low", "rescale_high") if config.has_range else ("min", "max")
+    for name in names:
+        if cells[name] is None:
+            raise ShardError(f"the index has no {name}, without which its voxels have no unit")
     if config.channels is None:
         return restore_units(voxels, RescaleRange(*(cells[name] for name in names)))
     ends = itertools.starmap(RescaleRange, zip(*(cells[name] for name in names), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Final
 
@@ -42,6 +42,7 @@ _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
 _SCALING: Final = frozenset(SCALING_FEATURES)  # features of native voxels with a scaling
 _DOUBLE_BYTES: Final = 8
 _STATISTICS_TOLERANCE: Final = 1e-6  # relative; last bits of sums differ between processors
+_STATISTICS: Final = ("min", "max", "mean", "std")  # columns of an index
 _REMAKE: Final = "run the build again with --recheck"  # because no file changed
 _NOISE: Final = 1e-9  # of float64 sums, relative to the largest number
 _BLOCK: Final = 1 << 20  # voxels that are compared at a time
@@ -108,8 +109,12 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     if voxels.size == 0:
         yield "there are no voxels"
         return
-    if spec.is_sparse and cells["min"] is None:
-        pass  # nothing says what its voxels must be
+    unknown = [name for name in _STATISTICS if cells[name] is None]
+    if spec.is_sparse and len(unknown) == len(_STATISTICS):  # nothing says what its voxels must be
+        if cells["dtype"] != voxels.dtype.name:
+            yield f"voxels are {voxels.dtype.name}, the index says {cells['dtype']}"
+    elif unknown:
+        yield f"the index has no {unknown[0]}"
     elif spec.config.channels is None:
         yield from _check_intensities(voxels, features, cells, spec.config)
     elif voxels.ndim != 4 or voxels.shape[3] != len(spec.config.channels):
@@ -181,8 +186,11 @@ def _check_metadata(
         "intensity_max": _of_images(cells["max"]),
     }
     if spec.is_sparse:
-        given = features.keys() - {n for n, numbers in expected.items() if numbers in (None, [None])}
-        expected = {name: numbers for name, numbers in expected.items() if name in given}
+        known = {name for name, numbers in expected.items() if numbers not in (None, [None])}
+        known -= {"label"} if label is None else set()
+        yield from _check_presence(features, cells, known)
+        compared = features.keys() & {*known, "label"}
+        expected = {name: numbers for name, numbers in expected.items() if name in compared}
     for name, numbers in expected.items():
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):
@@ -198,6 +206,29 @@ def _check_metadata(
         yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
     for name, value in labels:
         yield from _check_label(features[label_feature(name)], name, value)
+
+
+def _check_presence(
+    features: Mapping[str, _Feature], cells: Mapping[str, Any], said: Set[str]
+) -> Iterator[str]:
+    """Find where only one of a record and its row of the index says something, which readers take from there.
+
+    Args:
+        features: of the record, of which a step may have left out some.
+        cells: the record's row of the index.
+        said: names of the features whose values that says.
+    """
+    for name in sorted(said - features.keys() - {"zooms"}):
+        yield f"feature {name} is missing, and the index says what it is"
+    for name in ("affine", "zooms"):
+        if name in features and name not in said:
+            yield f"{name} is {_show(np.asarray(features[name]))}, and the index does not say it"
+    if "zooms" not in features:
+        sizes = None if cells["affine"] is None else np.linalg.norm(affine_of(cells)[:3, :3], axis=0)
+        found = cells["zooms"]
+        if (found is None) != (sizes is None) or (sizes is not None and not np.allclose(found, sizes)):
+            shown, wanted = ("none" if numbers is None else _show(numbers) for numbers in (found, sizes))
+            yield f"the index says voxel sizes of {shown}, expected {wanted}"
 
 
 def _labels_in(
@@ -247,7 +278,7 @@ def _check_intensities(
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         yield f"{bad} of {voxels.size} voxels are NaN or infinite"
         return
-    intensity = Intensity(*(float(_of_images(cells[n])[number]) for n in ("min", "max", "mean", "std")))
+    intensity = Intensity(*(float(_of_images(cells[name])[number]) for name in _STATISTICS))
     least, largest = intensity.min, intensity.max
     if config.method == "minmax" and not least < largest:
         yield f"the index says an intensity range from {least:g} to {largest:g}, which cannot be rescaled"

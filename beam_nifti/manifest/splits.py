@@ -42,8 +42,8 @@ def read_splits(table: pa.Table, people: pa.Array | None, problems: Problems) ->
     for i, text in enumerate(splits.to_pylist() if bad else ()):
         if text in bad:
             problems.add(
-                f"row {i + 1}: split is {problems.shown(text)}; use letters, digits, '_' and '.', a "
-                "letter or digit first, such as train"
+                f"row {i + 1}: split is {problems.shown(text)}; use up to 128 letters, digits, '_' and '.', "
+                "a letter or digit first, such as train"
             )
     for i, other in find_lookalikes(splits):
         problems.add(

@@ -24,7 +24,7 @@ from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.outcomes import may_pass
-from beam_nifti.support.parquet_headers import require_schema
+from beam_nifti.support.parquet_headers import read_bounded, require_schema
 from beam_nifti.support.strict_json import dump_json, require_modest, unique_keys
 
 MAX_PROBLEMS: Final = 20  # problems to report at once
@@ -34,6 +34,9 @@ _HEAD_BYTES: Final = 1 << 10  # of a file, by which it is told from a pointer to
 _MAX_COLUMNS: Final = 1 << 16
 _FREE_CELLS: Final = 1 << 24
 _CELL_GROWTH: Final = 16  # JSON lines may have so many cells, and so many times those that they give
+# The values of a Parquet file may take so many bytes of memory, and so many times those of the file.
+_FREE_BYTES: Final = 64 << 20
+_FILE_GROWTH: Final = 256
 _DEEPEST: Final = 100  # levels of the schema of a Parquet file; more than some thousand end the process
 _DELIMITERS: Final = (";", "\t", ",")  # ";" is used where spreadsheets write decimal commas
 
@@ -392,10 +395,13 @@ def _as_table(rows: list[dict[str, str]]) -> pa.Table:
 def _read_parquet(path: str, handle: BinaryIO, plain: Collection[str], problems: Problems) -> pa.Table:
     try:
         require_schema(handle, _DEEPEST)
+        handle.seek(0)
+        data = handle.read()
+        table = read_bounded(data, _FREE_BYTES + _FILE_GROWTH * len(data))
+    except pa.ArrowException:
+        raise
     except ValueError as e:
         raise ManifestError(path, [f"not a table: {e}"]) from e
-    handle.seek(0)
-    table = pyarrow.parquet.read_table(handle, use_threads=False)
     _require_few(path, table.num_columns)
     columns = list[pa.ChunkedArray]()
     for name, column in zip(table.column_names, table.columns, strict=True):

@@ -43,7 +43,7 @@ from beam_nifti.pipeline.publish import (
     files_of,
     find_replaceable,
     forget_summary,
-    last_revision,
+    next_revision,
     refuse_foreign,
     remove_files,
     require_writable_output,
@@ -276,7 +276,7 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         unit_rows=choose_unit_rows(len(manifest), image_bytes, config.workers or 1),
         has_published=published is not None,
         versions=record_versions(),
-        revision=_next_revision(config.output, published, dead),
+        revision=next_revision(config.output, published, dead.info.revision if dead else None),
     )
     if published and keeps_published:
         _refuse_other(published, dead, plan, manifest)
@@ -310,15 +310,6 @@ def _estimate(inputs: _Inputs, decision: _Decision) -> Estimate:
         shape=inputs.shape,
         reuse=preview_reuse(plan, inputs.manifest, decision.published) if holds_something else None,
     )
-
-
-def _next_revision(output: str, published: DatasetInfo | None, dead: SavedPlan | None) -> int:
-    """The revision to make: a later one than any whose files the output holds or has held."""
-    if published is not None:
-        return published.revision + 1
-    if dead is not None:
-        return dead.info.revision
-    return last_revision(output) + 1
 
 
 def _first_volume(

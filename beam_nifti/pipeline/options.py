@@ -244,7 +244,10 @@ def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, 
 def _read_file(path: str) -> dict[str, Any]:
     """The options of a TOML file."""
     try:
-        found = tomllib.loads(storage.read_bounded(storage.absolute(path), _MOST_FILE_BYTES).decode())
+        text = storage.read_bounded(storage.absolute(path), _MOST_FILE_BYTES).decode()
+        if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
+            raise ValueError(f"a line has more than {_MOST_DOTS} dots")
+        found = tomllib.loads(text)
     except OSError as e:
         if may_pass(e):
             raise
@@ -407,7 +410,11 @@ def naming_parameters(**names: str) -> Iterator[None]:
         raise
 
 
-_MOST_FILE_BYTES: Final = 1 << 20  # of a file of options
+_MOST_FILE_BYTES: Final = 1 << 16
+_MOST_DOTS: Final = 100
+"""What a file of options may have: so many bytes, and in a line so many dots. The time in which Python parses
+a key grows with the square of the number of its dots, and a key ends with its line."""
+
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
 _NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
 """Options that have no meaning without another one."""

@@ -32,10 +32,11 @@ from beam_nifti.pipeline.lock import LOCK_FILE
 from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.plan import BuildPlan
-from beam_nifti.pipeline.saved_plan import SUMMARY_NAME, SavedPlan, SavedWrite
+from beam_nifti.pipeline.saved_plan import SAVED_FILES, SUMMARY_NAME, SavedPlan, SavedWrite
 from beam_nifti.record.dataset_info import (
     FAILURES_FILE,
     FILE_NAME,
+    LAST_REVISION,
     MAX_INFO_BYTES,
     DatasetInfo,
     ShardInfo,
@@ -128,7 +129,7 @@ def require_writable_output(output: str) -> None:
 
     Raises:
         OutputError: it cannot be written; or a folder is where a file must go, or a file where a folder must;
-            or a symbolic link is where a file or folder of a build must go.
+            or a symbolic link, FIFO or device is where a file or folder of a build must go.
         OSError: it cannot be written now, but that may pass.
     """
     for name in ("", INDEX_FOLDER, BUILD_FOLDER):
@@ -137,7 +138,7 @@ def require_writable_output(output: str) -> None:
         )
     for path in _links(output):
         raise disk.linked(path)
-    files = [FILE_NAME, FAILURES_FILE]
+    files = [LOCK_FILE, *SAVED_FILES, FILE_NAME, FAILURES_FILE]
     files += filter(ShardName.parse, storage.list_folders(output))
     files += (
         f"{INDEX_FOLDER}/{n}"
@@ -318,7 +319,29 @@ def files_of(info: DatasetInfo) -> tuple[str, ...]:
     return (*(shard.name for shard in info.shards), *([info.failures] if info.failures else []))
 
 
-def last_revision(output: str) -> int:
+def next_revision(output: str, published: DatasetInfo | None, dead: int | None) -> int:
+    """The revision to make: a later one than any whose files an output holds or has held.
+
+    Args:
+        output: folder of the dataset.
+        published: the dataset that it holds.
+        dead: the revision that an unfinished build in it was to make; None if there is none.
+
+    Raises:
+        OutputError: there is no later one.
+    """
+    if published is None and dead is not None:
+        return dead
+    last = _last_revision(output) if published is None else published.revision
+    if last >= LAST_REVISION:
+        raise OutputError(
+            f"{output}: holds files of revision {last:,}, and there can be none after it; choose another "
+            "OUTPUT"
+        )
+    return last + 1
+
+
+def _last_revision(output: str) -> int:
     """The last revision of which an output has files or a damaged dataset_info.json; 0 where it has none."""
     names = [*storage.list_files(output), *storage.list_files(storage.join(output, INDEX_FOLDER))]
     found = [int(match[1]) for match in map(_REVISION.search, names) if match]

@@ -35,6 +35,7 @@ _AXES: Final = (3, 4)
 _PLACE: Final = {"affine": 16, "zooms": 3}
 """Features that say where voxels lie, and how many numbers each has."""
 
+_SIZES_TOLERANCE: Final = 1e-3  # relative; programs round voxel sizes
 _DOUBLES: Final = (*SCALING_FEATURES, *RANGE_FEATURES)
 """Features from which the units of voxels are computed."""
 
@@ -248,8 +249,8 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         raise VolumeError("its id is empty; give every record a unique id")
     if not SPLIT_PATTERN.fullmatch(record.split):
         raise VolumeError(
-            f"its split is {record.split!r}; give every record a split of letters, digits, '_' and '.', a "
-            "letter or digit first"
+            f"its split is {record.split!r}; give every record a split of up to 128 letters, digits, '_' "
+            "and '.', a letter or digit first"
         )
     features = decode_example(record.example)
     found = features.get("id")
@@ -321,6 +322,8 @@ def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxe
             f"its affine is {features['affine'].tolist()}, which is singular or not finite; repair it, or "
             "drop the feature"
         )
+    if "zooms" in features:
+        _require_sizes(features["zooms"], features.get("affine"))
     doubles = [name for name in _DOUBLES if name in features]
     for name in doubles:
         if kinds[name] != "bytes" or len(features[name]) != _DOUBLE_BYTES:
@@ -340,6 +343,31 @@ def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxe
                     raise VolumeError(
                         "its image has voxels beyond the range of float32, in which they are read; rescale it"
                     )
+
+
+def _require_sizes(zooms: npt.NDArray[Any], affine: npt.NDArray[Any] | None) -> None:
+    """Refuse voxel sizes that none can have, or that are others than those of the affine.
+
+    Raises:
+        VolumeError: they are.
+    """
+    if not (np.isfinite(zooms) & (zooms > 0)).all():
+        raise VolumeError(f"its zooms are {zooms.tolist()}; give sizes above 0 in millimetres, or drop them")
+    if affine is not None:
+        sizes = _sizes_of(affine)
+        if not np.allclose(zooms, sizes, rtol=_SIZES_TOLERANCE):
+            raise VolumeError(
+                f"its zooms are {zooms.tolist()}, and its affine has voxels of {sizes.tolist()} mm; correct "
+                "one, or drop the zooms"
+            )
+
+
+def _sizes_of(affine: Any) -> npt.NDArray[np.float64]:
+    """The voxel sizes of an affine, in millimetres."""
+    sizes: npt.NDArray[np.float64] = np.linalg.norm(
+        np.array(affine, np.float64).reshape(4, 4)[:3, :3], axis=0
+    )
+    return sizes
 
 
 def _require_entry(
@@ -417,8 +445,7 @@ def _cells_of(
         if isinstance(value, np.ndarray) and value.size == count:
             cells[name] = value.tolist()
     if "affine" in cells and "zooms" not in cells:
-        columns = np.array(cells["affine"], np.float64).reshape(4, 4)[:3, :3]
-        cells["zooms"] = np.linalg.norm(columns, axis=0).tolist()
+        cells["zooms"] = _sizes_of(cells["affine"]).tolist()
     return cells
 
 

@@ -9,7 +9,13 @@ from typing import Any, Final
 from beam_nifti.config import SPLIT_PATTERN, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
-from beam_nifti.record.dataset_info import FAILURES_FILE, MAX_INFO_BYTES, DatasetInfo, is_failures_file
+from beam_nifti.record.dataset_info import (
+    FAILURES_FILE,
+    LAST_REVISION,
+    MAX_INFO_BYTES,
+    DatasetInfo,
+    is_failures_file,
+)
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys
@@ -21,6 +27,8 @@ SUMMARY_NAME: Final = "summary.json"
 _PLAN_NAME: Final = "plan.json"
 _WRITE_NAME: Final = "write.json"
 _BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE, _WRITE_NAME)
+SAVED_FILES: Final = (f"{BUILD_FOLDER}/{_PLAN_NAME}", f"{BUILD_FOLDER}/{_WRITE_NAME}")
+"""Paths of both plans in an output."""
 
 _VERSION: Final = 2
 _MOST_SHARDS: Final = 1 << 20  # of all layouts: a dataset_info.json has room for 180,000
@@ -197,7 +205,8 @@ class SavedWrite:
         saved = cls(**facts | {name: tuple(facts[name]) for name in ("published", "shards")})
         # Otherwise files of others would be removed.
         are_own = all(ShardName.parse(n) or is_failures_file(n) for n in saved.written)
-        return saved if are_own and _is_own(output, saved.root) else None
+        is_known = 1 <= saved.revision <= LAST_REVISION and _is_own(output, saved.root)
+        return saved if are_own and is_known else None
 
 
 def _folder(output: str, root: str) -> str:

@@ -43,7 +43,7 @@ from beam_nifti.pipeline.publish import (
     files_of,
     find_info,
     find_replaceable,
-    last_revision,
+    next_revision,
     publish_info,
     refuse_foreign,
     remove_files,
@@ -257,10 +257,7 @@ class StartFn(beam.DoFn):
         remove_files(output, set[str]().union(*(saved.written for saved in unfinished)), keep=kept)
         if published is None:  # a damaged one, which is to be replaced
             storage.delete(storage.join(output, FILE_NAME), output)
-        if published is not None:
-            revision = published.revision + 1
-        else:
-            revision = dead.revision if dead else last_revision(output) + 1
+        revision = next_revision(output, published, dead.revision if dead else None)
         root = BUILD_FOLDER if target.root == own_root else target.root
         saved = SavedWrite(target.token, root, revision, kept)
         SavedPlan.remove(output)
@@ -309,7 +306,7 @@ class _WritePlan:
         """The plan of records with these ids and splits, in any order. The list is sorted in place.
 
         Raises:
-            UsageError: several records have the same id.
+            UsageError: several records have the same id, or splits differ only in letter case.
         """
         ids.sort()
         twice = sorted({one[0] for one, other in itertools.pairwise(ids) if one[0] == other[0]})
@@ -323,6 +320,13 @@ class _WritePlan:
         for example_id, split in ids:
             of_splits.setdefault(split, []).append(example_id)
         of_splits = dict(sorted(of_splits.items()))
+        spellings = {split.lower(): split for split in of_splits}
+        for split in of_splits:
+            if (other := spellings[split.lower()]) != split:
+                raise UsageError(
+                    f"{target.output}: there are records of split {split!r} and of split {other!r}, whose "
+                    "files are the same where letter case does not count; give them one spelling"
+                )
         sharding = target.config.sharding or Sharding(max(1, round(SHARD_BYTES * len(ids) / num_bytes)))
         layout = Layout({split: len(found) for split, found in of_splits.items()}, sharding)
         firsts = {

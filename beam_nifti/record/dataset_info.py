@@ -40,6 +40,8 @@ CARD_FILE: Final = "README.md"
 CROISSANT_FILE: Final = "croissant.json"
 """What `beam-nifti card` writes for people, and for programs."""
 
+LAST_REVISION: Final = 10**9 - 1
+
 MAX_INFO_BYTES: Final = 1 << 26
 """Of a dataset_info.json that is read: 180,000 shards, or 35 TB of the default size."""
 
@@ -55,7 +57,6 @@ _FAILURES_NAME: Final = re.compile(r"failures(?:-r(?P<revision>[1-9][0-9]{0,8}))
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
-_LAST_REVISION: Final = 10**9 - 1
 _MOST_ROWS: Final = 1 << 31
 _NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest")
 _SINCE_THE_FIRST: Final = (
@@ -495,8 +496,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
         raise ValueError(f"manifest.num_frames is {num_frames}, and config.frames {record.frames!r}")
-    if not 1 <= info.revision <= _LAST_REVISION:
-        raise ValueError(f"revision is {info.revision}, expected 1 to {_LAST_REVISION}")
+    if not 1 <= info.revision <= LAST_REVISION:
+        raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
     _check_counts(info)
     _check_names(info)
     if info.failures is not None:

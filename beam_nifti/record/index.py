@@ -24,7 +24,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.pseudonyms import hash_version
 from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
+from beam_nifti.support.parquet_headers import read_bounded, require_schema
 from beam_nifti.volume.label_map import labels_of
 from beam_nifti.volume.rescale import NO_SCALING, Intensity, RescaleRange, Scaling
 
@@ -148,39 +148,19 @@ class Limits:
         size = storage.stat(path, below).size
         return cls(size // LEAST_RECORD_BYTES, size)
 
-    def check(self, metadata: pq.FileMetaData, data: bytes, columns: Collection[str] | None) -> list[str]:
-        """Refuse what takes more memory than it may, before it is read.
-
-        Returns:
-            Columns of texts that may still do so, where rows repeat a long one.
+    def require_rows(self, metadata: pq.FileMetaData, file_bytes: int) -> None:
+        """Refuse an index of so many bytes that has more rows than it can have.
 
         Raises:
-            ShardError: it takes more.
+            ShardError: it has.
         """
-        groups = list(map(metadata.row_group, range(metadata.num_row_groups)))
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
         num_rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
-        if num_rows > min(self.num_rows, _FREE_ROWS + len(data)):
+        if num_rows > min(self.num_rows, _FREE_ROWS + file_bytes):
             raise ShardError(f"has {num_rows:,} rows, and can have {self.num_rows:,}")
-        total, repeated, texts = 0, 0, set[str]()
-        for group in groups:
-            # An empty one, which has no pages, is not read.
-            for column in map(group.column, range(group.num_columns if group.num_rows else 0)):
-                if columns is not None and column.path_in_schema.partition(".")[0] not in columns:
-                    continue
-                require_said_sizes(data, column)
-                total += max(column.total_uncompressed_size, 8 * column.num_values)
-                if column.physical_type == "BYTE_ARRAY" and column.has_dictionary_page:
-                    repeated += column.num_values * column.total_uncompressed_size
-                    texts.add(column.path_in_schema)
-        self.require(total, len(data))
-        return sorted(texts) if repeated > self._most(len(data)) else []
 
-    def require(self, num_bytes: int, file_bytes: int) -> None:
-        """Refuse values that take so many bytes, if those are too many."""
-        if num_bytes > self._most(file_bytes):
-            raise ShardError(f"has {num_bytes:,} bytes of values, more than it can have")
-
-    def _most(self, file_bytes: int) -> int:
+    def most_bytes(self, file_bytes: int) -> int:
+        """That the values of an index of so many bytes may take in memory."""
         return min(_FREE_BYTES + _FILE_GROWTH * file_bytes + _DATA_GROWTH * self.data_bytes, _MOST_BYTES)
 
 
@@ -433,19 +413,17 @@ def parse_index(
     try:
         if limits is not None:
             require_schema(io.BytesIO(data), _DEEPEST, _MOST_FOOTER_VALUES)
-        # By itself, as `read_table` starts threads, which can bring a short process down at its end.
         file = pq.ParquetFile(pa.BufferReader(data))
         if known is not None:
             _require_columns(file.schema_arrow, known)
-        texts = limits.check(file.metadata, data, columns) if limits else []
+        if limits is not None:
+            limits.require_rows(file.metadata, len(data))
         groups = [i for i in range(file.num_row_groups) if _is_near(file.metadata.row_group(i), positions)]
-        if texts:
-            file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
-        table = file.read_row_groups(groups, columns=columns, use_threads=False)
-        if texts and limits:
-            limits.require(_num_text_bytes(table), len(data))
-            plain = [field.with_type(_without_dictionary(field.type)) for field in table.schema]
-            table = table.cast(pa.schema(plain, table.schema.metadata))
+        if limits is not None:
+            table = read_bounded(data, limits.most_bytes(len(data)), groups, columns)
+        else:
+            # By itself, as `read_table` starts threads, which can bring a short process down at its end.
+            table = file.read_row_groups(groups, columns=columns, use_threads=False)
         facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     except (pa.ArrowException, ShardError, OSError, ValueError) as e:
         raise ShardError(f"{path}: not an index: {e}") from e
@@ -461,24 +439,6 @@ def _require_columns(schema: pa.Schema, known: Mapping[str, pa.DataType]) -> Non
             raise ShardError(f"column {name} is {str(kind)[:60]}, expected {known[name]}")
     if len(set(schema.names)) < len(schema.names):
         raise ShardError("has a column twice")
-
-
-def _num_text_bytes(table: pa.Table) -> int:
-    """What the texts of a table take that were read as numbers of those that differ."""
-    total = 0
-    for column in table.columns:
-        for chunk in column.chunks:
-            values = chunk.values if pa.types.is_list(chunk.type) else chunk
-            if pa.types.is_dictionary(values.type):
-                lengths = pc.binary_length(values.dictionary).take(values.indices)
-                total += pc.sum(lengths).as_py() or 0
-    return total
-
-
-def _without_dictionary(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_list(kind):
-        return pa.list_(_without_dictionary(kind.value_type))
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def check_table(

@@ -15,8 +15,8 @@ INDEX_FOLDER: Final = "index"
 """Folder, in the dataset, of the indexes."""
 
 _NAME = re.compile(
-    rf"(?P<split>{SPLIT_PATTERN.pattern})-(?P<index>\d{{5,}})-of-(?P<total>\d{{5,}})"
-    r"(?:-r(?P<revision>\d+))?\.tfrecord(?P<gz>\.gz)?"
+    rf"(?P<split>{SPLIT_PATTERN.pattern})-(?P<index>[0-9]{{5,9}})-of-(?P<total>[0-9]{{5,9}})"
+    r"(?:-r(?P<revision>[0-9]{1,9}))?\.tfrecord(?P<gz>\.gz)?"
 )
 
 

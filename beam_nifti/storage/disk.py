@@ -25,12 +25,13 @@ _FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])  # a file ca
 _TREE_ATTEMPTS: Final = 3  # at removing a folder to which a worker may still write
 
 _KINDS: Final = {
+    stat.S_ISDIR: "folder",
     stat.S_ISFIFO: "FIFO",
     stat.S_ISSOCK: "socket",
     stat.S_ISCHR: "device",
     stat.S_ISBLK: "device",
 }
-"""What a path may be besides a file and a folder."""
+"""What a path may be besides a file."""
 
 _TEMPORARY: Final = re.compile(r"(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 _FOLDER: Final = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
@@ -251,12 +252,24 @@ def open_regular(path: str, below: str | None = None) -> BinaryIO:
     return open(path, "rb", opener=opener)
 
 
+def special_kind(path: str) -> str | None:
+    """What a path leads to that is no regular file, such as "FIFO"; None for files and what is not there."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    return None if stat.S_ISREG(mode) else _kind_of(mode)
+
+
+def _kind_of(mode: int) -> str:
+    return next((name for is_kind, name in _KINDS.items() if is_kind(mode)), "file")
+
+
 def _require_regular(path: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(mode):
-        kind = next(name for is_kind, name in _KINDS.items() if is_kind(mode))
-        raise OSError(errno.EINVAL, f"is a {kind}, not a file; give a regular file", path)
+        raise OSError(errno.EINVAL, f"is a {_kind_of(mode)}, not a file; give a regular file", path)
 
 
 def broken_link(path: str) -> str | None:

@@ -7,6 +7,7 @@ import errno
 import fnmatch
 import glob as local_glob
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ _ENCODED_MAGIC: Final = re.compile(r"%(?:2A|3F|5B)", re.I)  # the characters *, 
 def list_files(folder: str, pattern: str = "*") -> list[str]:
     """Names of the files in a folder that match a glob, sorted; none if there is no folder."""
     if not is_remote(folder):
-        return fnmatch.filter(_local_names(folder, os.DirEntry.is_file), pattern)
+        return fnmatch.filter(_local_names(folder, _is_file), pattern)
     objects, _ = store_of(folder).find(f"{folder}/")
     return sorted(fnmatch.filter((path[len(folder) + 1 :] for path in objects), pattern))
 
@@ -50,28 +51,19 @@ def _local_names(folder: str, is_listed: Callable[[os.DirEntry[str]], bool]) -> 
 def list_tree(folder: str, prefix: str, depth: int) -> Iterator[str]:
     """Relative paths of files up to `depth` folders below the folders of `folder` that begin with `prefix`.
 
-    Hidden files and folders are omitted. The order is arbitrary.
+    Hidden files and folders are omitted. The order is arbitrary. On the local disk, links to folders are
+    followed, but every folder is entered once.
     """
     if not is_remote(folder):
         with os.scandir(folder) as entries:
             tops = [e.name for e in entries if e.name.startswith(prefix) and _is_folder(e)]
-        for name in tops:
-            yield from _list_below(folder, name, depth)
+        for top, below in _walk((f"{folder}/{name}" for name in tops), with_hidden=False, depth=depth):
+            yield f"{top[len(folder) + 1 :]}/{below}"
         return
     for path in store_of(folder).find(f"{folder}/{prefix}", deep=True)[0]:
         relative = path[len(folder) + 1 :]
         if 0 < relative.count("/") <= depth and "/." not in relative:
             yield relative
-
-
-def _list_below(folder: str, relative: str, depth: int) -> Iterator[str]:
-    with os.scandir(f"{folder}/{relative}") as entries:
-        found = [(f"{relative}/{e.name}", _is_folder(e)) for e in entries if not e.name.startswith(".")]
-    for path, is_folder in found:
-        if not is_folder:
-            yield path
-        elif depth > 1:
-            yield from _list_below(folder, path, depth - 1)
 
 
 def glob(pattern: str) -> list[str]:
@@ -110,8 +102,8 @@ def _glob_local(pattern: str) -> Iterator[str]:
             yield below if at == 0 else f"{folder.rstrip('/')}/{below}"
 
 
-def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, str]]:
-    """Files below folders, as (folder, path below it). Every folder on the disk is entered once."""
+def _walk(folders: Iterable[str], *, with_hidden: bool, depth: float = math.inf) -> Iterator[tuple[str, str]]:
+    """Files up to `depth` folders deep, as (folder, path below it). Folders are entered only once."""
     waiting = collections.deque((folder, "") for folder in folders)
     linked = collections.deque[tuple[str, str]]()  # later, so that a folder is found by its own path
     seen = set[tuple[int, int]]()
@@ -126,16 +118,25 @@ def _walk(folders: Iterable[str], *, with_hidden: bool) -> Iterator[tuple[str, s
         for entry in found:
             if entry.name.startswith(".") and not with_hidden:
                 continue
-            if _is_folder(entry):
-                (linked if entry.is_symlink() else waiting).append((folder, f"{below}{entry.name}/"))
-            else:
+            if not _is_folder(entry):
                 yield folder, below + entry.name
+            elif below.count("/") + 1 < depth:
+                (linked if entry.is_symlink() else waiting).append((folder, f"{below}{entry.name}/"))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file or a link to one; a link that leads to itself is none."""
+    return _unless_endless(entry.is_file)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one; not a link to itself."""
+    return _unless_endless(entry.is_dir)
+
+
+def _unless_endless(is_kind: Callable[[], bool]) -> bool:
     try:
-        return entry.is_dir()
+        return is_kind()
     except OSError as e:
         if e.errno != errno.ELOOP:
             raise

@@ -233,8 +233,8 @@ def _write_probe(path: str, is_folder: bool) -> None:
         return
     if is_folder and os.path.exists(path) and not os.path.isdir(path):
         raise NotADirectoryError(errno.ENOTDIR, "it is a file", path)
-    if not is_folder and os.path.isdir(path):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", path)
+    if not is_folder and (kind := disk.special_kind(path)):  # which a file would replace
+        raise OSError(errno.EINVAL, f"it is a {kind}", path)
     with contextlib.suppress(FileNotFoundError):
         os.stat(f"{path}/{name}" if is_folder else f"{path}.{name}")  # or the name may be too long
     folder = path if is_folder else os.path.dirname(path) or "."

@@ -1,20 +1,26 @@
-"""Checks of the schema and the page sizes of a Parquet file, before Arrow reads it.
+"""Checks of the schema, the page sizes and the values of a Parquet file, before Arrow reads it.
 
-Arrow recurses into schemas of any depth, and does not compare pages with the footer. Both are Thrift structs
-in the compact protocol. Source: parquet.apache.org/docs/file-format, and its parquet.thrift.
+Arrow recurses into schemas of any depth, does not compare pages with the footer, and makes as many values as
+a few bytes stand for. Footer and pages begin with Thrift structs in the compact protocol. Source:
+parquet.apache.org/docs/file-format, and its parquet.thrift.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, BinaryIO, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 _UNCOMPRESSED: Final = 2
 _COMPRESSED: Final = 3
-_DATA_PAGES: Final = (5, 8)  # headers of data pages of version 1 and 2 in that of a page
+_ENCODINGS: Final = {5: 2, 8: 4}  # headers of data pages in that of a page, and their fields of encodings
 _DICTIONARY: Final = 7
 _NUM_VALUES: Final = 1
+_DELTA_BYTE_ARRAY: Final = 7  # encodes a text by how much of the last one begins it: no size shows its length
 _MOST: Final = 2**31 - 1  # a size or count is an int32; Arrow takes the low bits of a larger one
 _SCHEMA: Final = 2  # field of the footer: the schema, each group before its children
 _NUM_CHILDREN: Final = 5
@@ -76,8 +82,98 @@ def _require_depth(elements: Iterator[int], reader: _Reader, deepest: int) -> No
             unread.pop()
 
 
-def require_said_sizes(data: bytes, column: Any) -> None:
-    """Compare the pages of a column chunk with its metadata (`pyarrow.parquet.ColumnChunkMetaData`).
+def read_bounded(
+    data: bytes, most: int, groups: Sequence[int] | None = None, columns: Collection[str] | None = None
+) -> pa.Table:
+    """Read a file whose values take a bounded amount of memory, whatever it says.
+
+    Args:
+        data: the file, whose schema is known to be usable (`require_schema`).
+        most: bytes that the values of all of its groups may take.
+        groups: of rows to read; None reads all.
+        columns: to read, of those that it has; None reads all.
+
+    Raises:
+        ValueError: they take more, or a page is not what the footer says.
+        ArrowException: it is no Parquet file.
+    """
+    # By itself, as `read_table` starts threads, which can bring a short process down at its end.
+    file = pq.ParquetFile(pa.BufferReader(data))
+    texts = _require_values(file.metadata, data, most, columns)
+    if texts:
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
+    groups = range(file.num_row_groups) if groups is None else groups
+    names = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
+    table = file.read_row_groups(list(groups), columns=names, use_threads=False)
+    if texts:
+        _require(sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks), most)
+        plain = [field.with_type(_without_dictionary(field.type)) for field in table.schema]
+        table = table.cast(pa.schema(plain, table.schema.metadata))
+    return table
+
+
+def _require_values(
+    metadata: pq.FileMetaData, data: bytes, most: int, columns: Collection[str] | None
+) -> list[str]:
+    """Refuse values that take more memory than they may, before they are read.
+
+    Returns:
+        Columns of texts that may still do so, where rows repeat a long one.
+    """
+    total, repeated, texts = 0, 0, set[str]()
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        # An empty one, which has no pages, is not read.
+        for number in range(group.num_columns if group.num_rows else 0):
+            column = group.column(number)
+            if columns is not None and column.path_in_schema.partition(".")[0] not in columns:
+                continue
+            encodings = require_said_sizes(data, column)
+            size, count = column.total_uncompressed_size, column.num_values
+            if _DELTA_BYTE_ARRAY in encodings:
+                size *= count
+            elif column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+                size = max(size, count * metadata.schema.column(number).length)
+            elif column.physical_type == "BYTE_ARRAY" and column.has_dictionary_page:
+                repeated += count * size
+                texts.add(column.path_in_schema)
+            total += max(size, 8 * count)
+    _require(total, most)
+    return sorted(texts) if repeated > most else []
+
+
+def _require(num_bytes: int, most: int) -> None:
+    if num_bytes > most:
+        raise ValueError(f"has {num_bytes:,} bytes of values, more than it can have")
+
+
+def _text_bytes(array: pa.Array) -> int:
+    """What the texts of an array take that were read as numbers of those that differ."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return pc.sum(lengths).as_py() or 0
+    if pa.types.is_struct(kind):
+        return sum(map(_text_bytes, array.flatten()))
+    if pa.types.is_map(kind):
+        return _text_bytes(array.keys) + _text_bytes(array.items)
+    return _text_bytes(array.flatten()) if pa.types.is_nested(kind) else 0
+
+
+def _without_dictionary(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_list(kind):
+        return pa.list_(_without_dictionary(kind.value_type))
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def require_said_sizes(data: bytes, column: Any) -> set[int]:
+    """Compare the pages of a column chunk with what the footer says of it.
+
+    Args:
+        data: the file.
+        column: `pyarrow.parquet.ColumnChunkMetaData`.
+
+    Returns:
+        The encodings of its data pages, by their numbers.
 
     Raises:
         ValueError: the pages hold more bytes or values than stated, or are not where they should be.
@@ -87,6 +183,7 @@ def require_said_sizes(data: bytes, column: Any) -> None:
         at = min(at, column.dictionary_page_offset)
     end = at + column.total_compressed_size
     num_bytes = num_values = 0
+    encodings = set[int]()
     try:
         if at <= 0:
             raise ValueError(f"it is at offset {at}")
@@ -96,16 +193,19 @@ def require_said_sizes(data: bytes, column: Any) -> None:
             _require_sizes(header)
             reader.at += header[_COMPRESSED]
             num_bytes += header[_UNCOMPRESSED]
-            num_values += sum(header[page][_NUM_VALUES] for page in _DATA_PAGES if page in header)
+            for page in header.keys() & _ENCODINGS.keys():
+                num_values += header[page][_NUM_VALUES]
+                encodings.add(header[page][_ENCODINGS[page]])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"a page of column {column.path_in_schema} has no usable header ({e!r})") from e
     if num_bytes > column.total_uncompressed_size or num_values > column.num_values:
         raise ValueError(f"pages of column {column.path_in_schema} hold more than the file says")
+    return encodings
 
 
 def _require_sizes(header: dict[int, Any]) -> None:
-    """Refuse impossible sizes and counts, because Arrow adds them up or allocates memory for them."""
-    pages = [header[page] for page in (*_DATA_PAGES, _DICTIONARY) if page in header]
+    """Refuse sizes and counts that none can be: Arrow adds them up, or makes room for so many."""
+    pages = [header[page] for page in (*_ENCODINGS, _DICTIONARY) if page in header]
     numbers = [n for page in pages for n in page.values() if isinstance(n, int)]
     for number in (header[_UNCOMPRESSED], header[_COMPRESSED], *numbers):
         if not 0 <= number <= _MOST:

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from beam_nifti.cli import main as cli
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError
 from beam_nifti.inspection.diff import compare_datasets
-from tests.datasets import build_dataset, edit_index, set_cell
+from tests.datasets import build_dataset, edit_index, edit_info, set_cell
 from tests.images import brain, name_of, write_cohort, write_image, write_manifest
 
 
@@ -117,6 +118,15 @@ def test_a_column_that_is_called_like_a_kind_of_change_is_none(
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition("  ")[0] for line in printed[:2]] == ["before", "after"]
     assert {line.partition("  ")[0] for line in printed[2:]} == expected
+
+
+def test_a_column_called_split_that_no_build_keeps_is_none(
+    datasets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(datasets[0], tmp_path / "copy"))
+    edit_index(copy, lambda table: table.append_column("split", pa.array(["x"] * table.num_rows)))
+    edit_info(copy, lambda facts: facts["manifest"]["columns"].append("split"))
+    assert compare_datasets(str(datasets[0]), str(copy)).changed.keys() == {"manifest_split"}
 
 
 def test_what_is_no_dataset(datasets: tuple[Path, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -752,3 +753,11 @@ def test_the_reader_of_other_datasets(folder: Path, tmp_path: Path) -> None:
     unlabelled = build_dataset(manifest, tmp_path / "none")
     with pytest.raises(UsageError, match="label is 'age'; the dataset has no labels"):
         load_dataset(unlabelled, label="age")
+
+
+def test_a_long_cell_of_digits_is_read_at_once() -> None:
+    digits = "9" * (1 << 15)
+    start = time.perf_counter()
+    for cell in (digits, f"{digits}x", f"{digits}.{digits}x"):
+        assert not math.isfinite(parse_label(cell))
+    assert time.perf_counter() - start < 5

@@ -465,7 +465,7 @@ def test_the_configuration_and_the_voxels_are_those_of_the_names(
     [
         ({"label": "Doe"}, "row 2: label is {}, not a finite number"),
         ({"label": "n/a"}, "row 2: label is {}, a missing label"),
-        ({"split": "Doe!"}, "row 2: split is {}; use letters"),
+        ({"split": "Doe!"}, "row 2: split is {}; use up to 128 letters"),
         ({"split": "TRAIN"}, "row 2: split is {}, and {} in row 1; give them one spelling"),
         ({"split": "Doe", "participant_id": "s0"}, "is in split {}, and in row 1 in {}; give all rows"),
         ({"split": "Doe", "path": "0.nii"}, "is in split {} and, in row 1, in {}; keep one"),

@@ -26,6 +26,7 @@ from beam_nifti.config import Columns
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest import read_manifest
 from beam_nifti.manifest.tables import BLANKS, Problems, format_delimited, read_table, write_table
+from tests.build_helpers import arrow_memory
 from tests.datasets import nested_parquet
 
 CELL = st.text(st.sampled_from('ab"\t,;\n\r \xa0é') | st.characters(codec="utf-8"), max_size=6)
@@ -270,6 +271,47 @@ def test_a_parquet_file_whose_columns_nest_does_not_end_the_process(tmp_path: Pa
     (tmp_path / "m.parquet").write_bytes(nested_parquet(50_000))
     with pytest.raises(ManifestError, match="not a table: its columns are nested deeper than the 100 levels"):
         read_table(str(tmp_path / "m.parquet"))
+
+
+def repeated(text: str, count: int) -> pa.Array:
+    """One text in many rows, which takes a bit of each in a file."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int8()), pa.array([text]))
+
+
+@pytest.mark.parametrize(
+    ("column", "options"),
+    [
+        (repeated("x" * 1000, 1 << 18), {}),
+        (pa.StructArray.from_arrays([repeated("x" * 1000, 1 << 18)], ["of"]), {}),
+        (pa.ListArray.from_arrays(pa.array([0, 1 << 18], pa.int32()), repeated("x" * 1000, 1 << 18)), {}),
+        (pa.nulls(1 << 24, pa.int64()), {}),
+        (pa.array([bytes(1 << 20)] * 100, pa.binary(1 << 20)), {}),
+        (
+            pa.array(["x" * (1 << 20)] * 100),
+            {"use_dictionary": False, "column_encoding": {"path": "DELTA_BYTE_ARRAY"}},
+        ),
+    ],
+    ids=["texts", "texts in objects", "texts in lists", "nothing", "bytes", "beginnings"],
+)
+def test_a_small_parquet_file_of_large_cells_is_not_read(
+    column: pa.Array, options: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"path": column}), path, compression="zstd", **options)
+    assert path.stat().st_size < 1 << 18
+    with arrow_memory() as memory, pytest.raises(ManifestError, match=r"not a table: has .* bytes of values"):
+        read_table(str(path))
+    assert memory.max_memory() < 16 << 20
+
+
+def test_a_parquet_file_of_any_encoding_is_read(tmp_path: Path) -> None:
+    table = pa.table({"path": [f"sub-{i:04}.nii.gz" for i in range(5000)], "site": ["x" * 100] * 5000})
+    encodings = {"path": "DELTA_BYTE_ARRAY", "site": "DELTA_LENGTH_BYTE_ARRAY"}
+    path = tmp_path / "m.parquet"
+    for options in ({}, {"use_dictionary": False, "column_encoding": encodings}):
+        for version in ("1.0", "2.0"):
+            pq.write_table(table[:500], path, data_page_version=version, **options)
+            assert read_table(str(path)) == table[:500]
 
 
 def test_parquet_columns_are_the_texts_of_their_values(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError, VolumeError
+from beam_nifti.inspection.description import describe_record, format_description
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import verify_dataset
 from beam_nifti.manifest.reading import read_manifest
@@ -62,7 +64,7 @@ from tests.build_helpers import (
     stray_files,
     write_arrays,
 )
-from tests.datasets import records_of
+from tests.datasets import edit_index, records_of, set_cell
 from tests.images import brain, random_voxels, write_cohort, write_image, write_manifest
 
 IDS = [f"case-{i:03d}" for i in range(3 * PER_SHARD - 2)]
@@ -418,6 +420,12 @@ def test_what_is_no_dataset_is_refused(elements: list[Any], message: str, tmp_pa
         ({"affine": np.zeros((4, 4))}, r"its affine is \[0.0, .*which is singular or not finite"),
         ({"affine": np.diag([1, 1, np.nan, 1])}, "its affine is .*which is singular or not finite"),
         ({"zooms": 1.0}, r"its feature zooms is float, expected float\[3\]"),
+        ({"zooms": [1.0, 0.0, 1.0]}, "its zooms are .*; give sizes above 0 in millimetres"),
+        ({"zooms": [1.0, np.nan, 1.0]}, "its zooms are .*; give sizes above 0 in millimetres"),
+        (
+            {"zooms": [1.0, 1.0, 2.0], "affine": np.diag([1.0, 1, 1, 1])},
+            r"its zooms are .*, and its affine has voxels of \[1.0, 1.0, 1.0\] mm",
+        ),
     ],
 )
 def test_a_dictionary_that_would_be_read_otherwise_is_refused(features: dict[str, Any], message: str) -> None:
@@ -856,6 +864,50 @@ def test_the_root_of_the_file_system_is_refused() -> None:
         beam.Pipeline() | beam.Create([record_of("a")]) | WriteToTFRecord("/")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": ["mine.txt"]},
+        {"root": "/"},
+        {"revision": 0},
+        {"revision": 10**9},
+        {"shards": [f"train-{'0' * 5000}-of-00001.tfrecord"]},
+        {"published": ["failures-r0.jsonl"]},
+        {"surplus": 1},
+    ],
+)
+def test_a_note_that_no_pipeline_writes_is_none(
+    tmp_path: Path, reference: Path, change: dict[str, Any]
+) -> None:
+    output = tmp_path / "out"
+    (output / ".build").mkdir(parents=True)
+    (output / "mine.txt").write_text("mine")
+    note = {"token": "0" * 16, "root": ".build", "revision": 1, "published": [], "shards": []}
+    (output / ".build" / "write.json").write_text(json.dumps(note | change))
+    write_arrays(output, IDS)
+    assert contents(output) == contents(reference)
+    assert stray_files(output) == {"mine.txt"}
+
+
+def test_splits_that_differ_in_letter_case_are_refused(tmp_path: Path) -> None:
+    records = [record_of(split, split) for split in ("train", "Train")]
+    with pytest.raises(Exception, match=r"split 'Train' and of split 'train', whose files are the same"):
+        write(records, tmp_path / "out")
+
+
+def test_after_the_last_revision_there_is_none(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "train-00000-of-00001-r999999999.tfrecord.gz").touch()
+    with pytest.raises(Exception, match=r"holds files of revision 999,999,999, and there can be none after"):
+        write_arrays(output, IDS, overwrite=True)
+    images = write_cohort(tmp_path / "images", 1)
+    with pytest.raises(
+        OutputError, match=r"holds files of revision 999,999,999, and there can be none after"
+    ):
+        build(images, output, overwrite=True)
+
+
 @pytest.mark.parametrize("note", ["{", '{"token": 1}', None])
 def test_a_note_of_anybody_removes_no_file_of_others(
     tmp_path: Path, reference: Path, note: str | None
@@ -949,6 +1001,38 @@ def test_a_record_without_an_affine_is_no_image(reference: Path, tmp_path: Path)
     assert np.array_equal(stored.affine, affine)
     assert stored.zooms == (2, 2, 3)
     assert np.array_equal(stored.voxels, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("affine", np.diag([3.0, 1, 1, 1]).ravel().tolist(), "affine is .*, the index says"),
+        ("affine", None, "affine is .*, and the index does not say it"),
+        ("zooms", [5.0, 5.0, 5.0], "the index says voxel sizes of 5 5 5, expected 2 2 2"),
+        ("zooms", None, "the index says voxel sizes of none, expected 2 2 2"),
+        ("label", 7.0, "feature label is missing, and the index says what it is"),
+        ("dtype", "int16", "voxels are float32, the index says int16"),
+        ("dtype", None, "voxels are float32, the index says None"),
+        ("mean", 1.0, "the index has no min"),
+    ],
+)
+def test_what_no_record_says_is_not_believed(
+    tmp_path: Path, column: str, value: object, message: str
+) -> None:
+    affine = np.diag([2, 2, 2, 1]).astype(np.float32)
+    write([record_of("a", affine=affine.ravel())], tmp_path / "out")
+    assert verify_dataset(str(tmp_path / "out")).problems == ()
+    edit_index(tmp_path / "out", set_cell(column, 0, value))
+    assert any(re.search(message, text) for text in verify_dataset(str(tmp_path / "out")).problems)
+    with pytest.raises(DatasetError, match="run beam-nifti verify"):
+        read_volume(str(tmp_path / "out"), "a")
+
+
+def test_a_record_of_which_little_is_known_is_described(tmp_path: Path) -> None:
+    output = write([record_of("a")], tmp_path / "out")
+    text = format_description(describe_record(str(output), "a"))
+    assert re.search(r"^affine *$", text, re.M)
+    assert re.search(r"^shape +2×2×1$", text, re.M)
 
 
 def test_memory_is_that_of_a_record(tmp_path: Path) -> None:

@@ -131,3 +131,17 @@ def test_a_record_of_a_smaller_dtype_is_expected_to_be_smaller() -> None:
     assert expected("float32", 2) == pytest.approx(1_440_400)
     assert expected("native", 1) == pytest.approx(800_400)
     assert default_sharding(91 * 109 * 91, 2, RecordConfig()).examples_per_shard == 155
+
+
+def test_the_longest_name_fits_a_file_system() -> None:
+    """With what a temporary file has at its end."""
+    assert SPLIT_PATTERN.fullmatch("s" * 128)
+    assert not SPLIT_PATTERN.fullmatch("s" * 129)
+    name = ShardName("s" * 128, 10**9 - 1, 10**9 - 1, True, 10**9 - 1)
+    assert len(f"{name}.{'0' * 32}.tmp") <= 255
+    assert ShardName.parse(str(name)) == name
+
+
+@pytest.mark.parametrize("name", ["train-٠٠٠٠٠-of-٠٠٠٠١.tfrecord", f"train-{'0' * 5000}-of-00001.tfrecord"])
+def test_digits_are_few_and_of_ascii(name: str) -> None:
+    assert ShardName.parse(name) is None

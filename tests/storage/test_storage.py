@@ -232,6 +232,24 @@ def test_listing_is_of_one_folder_and_sorted(folder: str) -> None:
     assert storage.list_folders(join(folder, "x")) == ["y"]
 
 
+def test_a_link_that_leads_to_itself_is_neither_file_nor_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert storage.list_files(str(tmp_path)) == ["a"]
+    assert storage.list_folders(str(tmp_path)) == []
+
+
+def test_a_tree_whose_links_lead_in_circles_is_listed_once(tmp_path: Path) -> None:
+    """Six folders of ten links each: a million ways lead through them."""
+    for name in "abcdef":
+        (tmp_path / f"sub-{name}").mkdir()
+        (tmp_path / f"sub-{name}" / "image.nii").touch()
+        for other in range(10):
+            (tmp_path / f"sub-{name}" / f"link-{other}").symlink_to(tmp_path / f"sub-{'abcdef'[other % 6]}")
+    found = sorted(storage.list_tree(str(tmp_path), "sub-", 8))
+    assert found == [f"sub-{name}/image.nii" for name in "abcdef"]
+
+
 def test_a_folder_is_there_while_something_is_in_it(folder: str) -> None:
     storage.write(join(folder, "x/c.txt"), b"")
     assert storage.exists(folder)

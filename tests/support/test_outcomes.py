@@ -288,6 +288,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
         "failures.jsonl/",
         "train-00000-of-00001.tfrecord.gz/",
         "index/train-00000-of-00001.parquet/",
+        ".lock/",
+        ".build/plan.json/",
+        ".build/write.json/",
+        "dataset_info.json|",
+        ".lock|",
+        ".build/plan.json|",
+        ".build/write.json|",
         "index",
         ".build",
     ],
@@ -295,16 +302,37 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
 def test_what_is_in_the_way_in_output_is_named_before_the_work(
     cohort: Path, tmp_path: Path, obstacle: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "out" / obstacle
+    path = tmp_path / "out" / obstacle.rstrip("|")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if obstacle.endswith("/"):
+    if obstacle.endswith("|"):
+        os.mkfifo(path)
+    elif obstacle.endswith("/"):
         (path / "kept").mkdir(parents=True)
     else:
         path.write_text("kept")
     for more in ([], ["--overwrite"], ["--dry-run"]):
         assert cli.main(["build", str(cohort), str(tmp_path / "out"), "--quiet", *more]) == USAGE
-        assert f"OUTPUT/{obstacle.rstrip('/')} is {path}" in capsys.readouterr().err
+        assert f"OUTPUT/{obstacle.rstrip('/|')} is {path}" in capsys.readouterr().err
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "{manifest}", "--out={path}.json"],
+        ["check", "{manifest}", "--summary-json={path}.json"],
+        ["manifest", "glob", "{folder}/*.nii", "--out={path}.csv", "--overwrite"],
+    ],
+)
+def test_a_fifo_or_device_is_not_replaced_by_a_file(
+    cohort: Path, tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ending in ("", ".csv", ".json"):
+        os.mkfifo(tmp_path / f"result{ending}")
+    names = {"manifest": cohort, "folder": cohort.parent, "path": tmp_path / "result"}
+    assert cli.main([argument.format(**names) for argument in arguments]) == USAGE
+    assert "which cannot be written: it is a FIFO; choose another file" in capsys.readouterr().err
+    assert all(path.is_fifo() for path in tmp_path.glob("result*"))
 
 
 def test_a_metrics_file_needs_its_folder(

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import beam_nifti as bn
 from beam_nifti.cli import main as cli
 from beam_nifti.support import logs
 from beam_nifti.support.terminal import Screen, UnwritableError, guarded_streams
@@ -137,6 +138,21 @@ def test_no_command_prints_a_control_character(
     assert "\\x1b" in said("check", hostile, fails=True)
     assert "\\x1b" in said("build", hostile, f"{output}2", fails=True)
     assert "\\x1b" in said("verify", output, "--deep=all", "--manifest", manifest_of(output), fails=True)
+
+
+def test_no_result_of_a_call_holds_a_control_character(hostile: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    bn.build(hostile, output, progress=False)
+    (shard,) = output.glob("*.tfrecord.gz")
+    damaged = bytearray(shard.read_bytes())
+    damaged[40] ^= 255
+    shard.write_bytes(damaged)
+    result = bn.verify(output)
+    assert not result
+    with pytest.raises(bn.DatasetError) as refused:
+        bn.extract(output, json.loads(hostile.read_text())["participant_id"])
+    for text in (str(result), *result.problems, str(refused.value)):
+        assert is_harmless(text)
 
 
 def test_a_line_break_in_a_name_begins_no_message(capsys: pytest.CaptureFixture[str]) -> None:
