@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Final
@@ -340,6 +341,8 @@ def reading(name: str) -> Iterator[None]:
         yield
     except OSError as e:
         if not is_of_path(e):
+            if e.errno is not None and e.filename is None and e.strerror == os.strerror(e.errno):
+                e.filename = name  # the system names no file where reading an open one fails
             raise
         reason = e.strerror or str(e)
         remedy = "" if "; " in reason else "; check the path and its permissions"  # ours have their own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from beam_nifti.cli import main as cli
 from beam_nifti.errors import VolumeError
 from beam_nifti.storage import paths as storage
-from beam_nifti.volume.files import open_image
+from beam_nifti.volume.files import open_image, reading
 from beam_nifti.volume.formats import parse_header
 from tests.images import write_cohort, write_image, write_manifest
 
@@ -110,3 +111,10 @@ def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.nii", np.full((2, 2, 2), 7, np.int16))
     other = write_image(tmp_path / "b.nii", np.zeros((2, 2, 2), np.int16))
     assert read_while(path, lambda: other.replace(path)) == [7] * 8
+
+
+def test_a_disk_that_fails_names_the_image() -> None:
+    """The system names no file where reading an open one fails."""
+    with pytest.raises(OSError, match=r"a\.nii") as failed, reading("a.nii"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert failed.value.errno == errno.EIO
