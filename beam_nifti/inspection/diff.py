@@ -11,11 +11,13 @@ import pyarrow.compute as pc
 
 from beam_nifti.inspection.description import read_indexes
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
+from beam_nifti.record.example import SCALING_FEATURES
 from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, first_few, format_rows
 
-_PLACES: Final = ("example_id", "position", "offset", "length", "row")  # not compared
+# Columns that are not compared. Where the scaling differs, the statistics do.
+_PLACES: Final = ("example_id", "position", "offset", "length", "member_lengths", "row", *SCALING_FEATURES)
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")

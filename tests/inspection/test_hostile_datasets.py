@@ -33,7 +33,7 @@ from beam_nifti.inspection.verify import verify_dataset
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import DatasetInfo, content_digest
 from beam_nifti.record.index import read_index, write_index
-from beam_nifti.record.tfrecord import decode_record, encode_record
+from beam_nifti.record.tfrecord import decode_record, encode_members
 from tests.build_helpers import build
 from tests.datasets import info_of
 from tests.images import write_cohort, write_image, write_manifest
@@ -41,6 +41,9 @@ from tests.peak import peak_growth
 
 SHAPE = (48, 32, 32)
 """Large enough that the honest dataset takes more memory than chance does."""
+
+BOX = (slice(10, 30), slice(3, 31), slice(0, 9))
+"""Of a patch, which touches some of the members of a record."""
 
 MOST_SECONDS = 10.0
 MOST_GROWTH = 3.0
@@ -178,7 +181,14 @@ class Changed:
             return
         at = self.rng.randrange(len(records))
         payload = damage(decode_record(records[at], compressed), self.rng)
-        records[at] = encode_record(payload, 1 if compressed else None)
+        places = range(1, max(len(payload), 1))
+        cuts = sorted(self.rng.sample(places, min(self.rng.randrange(4), len(places))))
+        encoded = encode_members(payload, 1 if compressed else None, cuts)
+        records[at] = b"".join(encoded.pieces)
+        members = table["member_lengths"].to_pylist()
+        members[at] = encoded.lengths
+        column = table.column_names.index("member_lengths")
+        table = table.set_column(column, "member_lengths", pa.array(members, table.schema.types[column]))
         lengths = np.array([len(record) for record in records])
         for name, numbers in (("length", lengths), ("offset", np.cumsum(lengths) - lengths)):
             table = table.set_column(table.column_names.index(name), name, pa.array(numbers, pa.int64()))
@@ -237,6 +247,14 @@ def values_of(path: str) -> dict[str, dict[str, Any]]:
     info = Dataset(path).info
     columns = ["label", "affine", "zooms", *(name.removesuffix("_raw") for name in info.features)]
     return {element["id"]: element for element in Dataset(path, columns=columns)}
+
+
+def patches_of(path: str) -> dict[str, Any]:
+    """A patch of each record, by the ids of the records."""
+    records = Dataset(path, columns=["id", "image"])
+    corner, shape = [part.start for part in BOX], [part.stop - part.start for part in BOX]
+    elements = (records.patch(number, corner, shape) for number in range(len(records)))
+    return {element["id"]: element["image"] for element in elements}
 
 
 def is_equal(one: Any, other: Any) -> bool:
@@ -323,6 +341,11 @@ def read_in_all_ways(folder: Path, honest: Honest, is_damaged: bool) -> None:
         assert not report.problems or all(re.match(r"[\w./-]+: ", problem) for problem in report.problems)
     if is_damaged and not told:
         assert report.problems or is_same(folder, honest)
+    with refused(folder) as told:
+        patches = patches_of(str(folder))
+    if is_damaged and not told:
+        for example_id, patch in patches.items():
+            assert np.array_equal(patch, honest.values[example_id]["image"][BOX])
     with refused(folder):
         assert format_description(describe_dataset(str(folder)))
     with refused(folder):

@@ -572,7 +572,7 @@ def test_index_of_another_shard(gzip: Path) -> None:
         (lambda i: i["features"].update(zooms="float[4]"), ["feature zooms is float[3]", "float[4]"]),
         (lambda i: i["features"].update(id="float"), ["feature id is bytes", "says float"]),
         (lambda i: i["config"].update(rescale="none"), ["range from 0 to 1, expected 0 to"]),
-        (lambda i: i["config"].update(voxel_dtype="native"), ["range from 0 to 1, expected 0 to"]),
+        (lambda i: i["config"].update(voxel_dtype="native"), ["column scl_slope is missing"]),
     ],
 )
 def test_changed_info(gzip: Path, edit: Callable[[dict[str, Any]], None], texts: list[str]) -> None:
@@ -690,21 +690,31 @@ def test_wrong_record(gzip: Path, edit: Callable[[bytes], bytes], texts: list[st
 
 
 @pytest.mark.parametrize(
-    ("edit", "text"),
+    ("edit", "texts"),
     [
-        (with_voxels(put(2000)), "voxels, scaled, range from 0 to 2000"),
-        (with_features(scl_slope=double(2), scl_inter=double(1)), "range from 1 to"),
-        (with_features(scl_slope=double(2)), "feature scl_inter is missing"),
-        (with_features(scl_slope=double(np.nan), scl_inter=double(0)), "range from nan"),
-        (with_features(scl_slope=double(1), scl_inter=b""), "feature scl_inter has 0 bytes"),
+        (with_voxels(put(2000)), ["voxels, scaled, range from 0 to 2000"]),
+        (
+            with_features(scl_slope=double(2), scl_inter=double(1)),
+            ["its scaling is Scaling(slope=2.0, inter=1.0), the index says", "range from 1 to"],
+        ),
+        (with_features(scl_slope=double(2)), ["feature scl_inter is missing"]),
+        (
+            with_features(scl_slope=double(np.nan), scl_inter=double(0)),
+            ["its scaling is", "range from nan"],
+        ),
+        (with_features(scl_slope=double(1), scl_inter=b""), ["feature scl_inter has 0 bytes"]),
     ],
 )
 def test_wrong_native_record(
-    copy_of: Callable[[str], Path], edit: Callable[[bytes], bytes], text: str
+    copy_of: Callable[[str], Path], edit: Callable[[bytes], bytes], texts: list[str]
 ) -> None:
     output = copy_of("native")
     edit_record(output, 1, edit)
-    only(problems(output), f"{SHARD0}.gz: record 1 (sub-0001): ", text)
+    found = problems(output)
+    assert len(found) == len(texts)
+    for problem, text in zip(found, texts, strict=True):
+        assert problem.startswith(f"{SHARD0}.gz: record 1 (sub-0001): ")
+        assert text in problem
 
 
 def test_wrong_unscaled_record(copy_of: Callable[[str], Path]) -> None:

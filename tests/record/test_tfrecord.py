@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import struct
+import subprocess
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,11 @@ from beam_nifti.record.tfrecord import (
     FOOTER_BYTES,
     HEADER_BYTES,
     decode_record,
+    encode_members,
     encode_record,
     frame,
+    member_lengths,
+    member_sizes,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"  # made by TensorFlow: see make.py there
@@ -32,6 +38,64 @@ def test_records_are_tensorflows_bytes() -> None:
     for level in range(4):
         members = b"".join(encode_record(payload, level) for payload in PAYLOADS)
         assert gzip.decompress(members) == packed == records
+
+
+CUTS = [[], [1], [12, 5000], [100, 101, 9000, 10_239]]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_record_of_several_members_holds_what_one_member_holds(level: int | None, cuts: list[int]) -> None:
+    encoded = encode_members(PAYLOADS[3], level, cuts)
+    record, plain = b"".join(encoded.pieces), encode_record(PAYLOADS[3], None)
+    assert sum(encoded.lengths) == len(record)
+    assert len(encoded.lengths) == len(cuts) + 1
+    assert decode_record(record, compressed=level is not None) == PAYLOADS[3]
+    bounds = pairwise(accumulate(encoded.lengths, initial=0))
+    pieces = [record[start:end] for start, end in bounds]
+    if level is None:
+        assert record == plain
+    else:
+        assert gzip.decompress(record) == plain
+        assert member_lengths(memoryview(record)) == list(encoded.lengths)
+        pieces = list(map(gzip.decompress, pieces))
+        assert list(map(len, pieces)) == member_sizes(memoryview(record))
+    ends = [0, *(HEADER_BYTES + cut for cut in cuts), len(plain)]
+    assert pieces == [plain[start:end] for start, end in pairwise(ends)]
+
+
+def test_a_member_of_several_says_its_length() -> None:
+    encoded = encode_members(PAYLOADS[3], 2, [100])
+    record = b"".join(encoded.pieces)
+    for start, length in ((0, encoded.lengths[0]), encoded.lengths):
+        head = struct.unpack("<HBBIBBH2sHI", record[start : start + 20])
+        assert head == (0x8B1F, 8, 4, 0, 0, 255, 8, b"BN", 4, length)
+
+
+@pytest.mark.parametrize("cuts", CUTS[1:])
+def test_damage_of_one_of_several_members_is_told(cuts: list[int]) -> None:
+    encoded = encode_members(PAYLOADS[3], 2, cuts)
+    record = b"".join(encoded.pieces)
+    for size in (0, 1, 19, 20, encoded.lengths[0], len(record) - 1):
+        with pytest.raises(ShardError):
+            decode_record(record[:size], compressed=True)
+    for at in range(len(record)):
+        damaged = bytearray(record)
+        damaged[at] ^= 0x40
+        with contextlib.suppress(ShardError):  # a bit of the header, such as of its time, changes nothing
+            assert decode_record(bytes(damaged), compressed=True) == PAYLOADS[3]
+    swapped = record[encoded.lengths[0] :] + record[: encoded.lengths[0]]
+    with pytest.raises(ShardError):
+        decode_record(swapped, compressed=True)
+
+
+def test_members_that_hold_too_much_or_are_too_many_are_refused() -> None:
+    record = b"".join(encode_members(bytes(100_000), 2, [50_000]).pieces)
+    with pytest.raises(ShardError, match="holds 100,016 bytes, and the record has at most 99,016"):
+        decode_record(record, compressed=True, most=99_000)
+    many = b"".join(encode_members(bytes(1000), 2, range(1, 1000)).pieces)
+    with pytest.raises(ShardError, match="more than 16 gzip members"):
+        decode_record(many, compressed=True, most=1000)
 
 
 @given(st.binary(max_size=3000), st.sampled_from(LEVELS))
@@ -64,8 +128,19 @@ def test_the_payload_is_framed_without_a_copy() -> None:
 @pytest.fixture(params=LEVELS)
 def shard(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / ("a.tfrecord" if request.param is None else "a.tfrecord.gz")
-    path.write_bytes(b"".join(encode_record(payload, request.param) for payload in PAYLOADS))
+    cuts = [[], [], [4], [1, 5000, 10_239]]  # a record of one member, and records of several
+    encoded = (encode_members(p, request.param, c) for p, c in zip(PAYLOADS, cuts, strict=True))
+    path.write_bytes(b"".join(piece for record in encoded for piece in record.pieces))
     return path
+
+
+def test_zcat_and_python_read_a_shard(shard: Path) -> None:
+    expected = (GOLDEN / "records.tfrecord").read_bytes()
+    if shard.suffix == ".gz":
+        assert gzip.decompress(shard.read_bytes()) == expected
+        assert subprocess.run(["gzip", "-dc", shard], check=True, capture_output=True).stdout == expected
+    else:
+        assert shard.read_bytes() == expected
 
 
 @pytest.mark.tf
@@ -83,7 +158,8 @@ def test_beam_reads_shards(tmp_path: Path, local_flags: object) -> None:
 
     for level in LEVELS:
         path = tmp_path / (f"{level}.tfrecord" if level is None else f"{level}.tfrecord.gz")
-        path.write_bytes(b"".join(encode_record(payload, level) for payload in PAYLOADS))
+        encoded = [encode_members(p, level, [4, 9] if len(p) > 9 else []) for p in PAYLOADS]
+        path.write_bytes(b"".join(piece for record in encoded for piece in record.pieces))
     (tmp_path / "empty.tfrecord.gz").write_bytes(EMPTY_MEMBER)
     with beam.Pipeline(options=PipelineOptions(local_flags())) as pipeline:  # type: ignore[operator]
         records = pipeline | beam.io.ReadFromTFRecord(f"{tmp_path}/*.tfrecord*")
