@@ -6,8 +6,8 @@ Names end in their unit, after https://prometheus.io/docs/practices/naming. Ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -38,18 +38,16 @@ class _Build(Collector):
         run = self._run
         assert run.ended is not None
         facts = {"version": run.version, "runner": run.runner, "fingerprint": run.fingerprint}
-        yield self._gauge("info", "What was built, and with what; always 1.", 1, facts)
-        success = int(run.exit_code == 0)
-        yield self._gauge("success", "1 if the dataset is complete, 0 if the build failed.", success)
-        yield self._gauge("exit_code", "Exit code of the command.", run.exit_code)
-        yield self._gauge(
-            "start_timestamp_seconds", "Start of the build, in seconds since 1970.", run.started.timestamp()
-        )
-        yield self._gauge(
-            "end_timestamp_seconds", "End of the build, in seconds since 1970.", run.ended.timestamp()
-        )
-        yield self._gauge("duration_seconds", "Time from start to end, in seconds.", run.seconds)
+        values = [value or "" for value in facts.values()]
+        help_text = "What was built, and with what; always 1."
+        yield self._family(GaugeMetricFamily, "info", help_text, list(facts), [(values, 1)])
+        times = run.started.timestamp(), run.ended.timestamp()
         for name, help_text, value in (
+            ("success", "1 if the dataset is complete, 0 if the build failed.", int(run.exit_code == 0)),
+            ("exit_code", "Exit code of the command.", run.exit_code),
+            ("start_timestamp_seconds", "Start of the build, in seconds since 1970.", times[0]),
+            ("end_timestamp_seconds", "End of the build, in seconds since 1970.", times[1]),
+            ("duration_seconds", "Time from start to end, in seconds.", run.seconds),
             ("volumes", "Records, if no volume fails.", run.num_volumes),
             ("examples", "Records in the shards.", run.num_examples),
             ("kept_examples", "Records that an earlier run had made.", run.num_kept),
@@ -58,48 +56,37 @@ class _Build(Collector):
             ("shard_bytes", "Size of the shards.", run.num_bytes),
         ):
             if value is not None:
-                yield self._gauge(name, help_text, value)
-        yield from self._of_splits()
-        yield from self._of_failures()
-        yield from self._of_steps()
+                yield self._family(GaugeMetricFamily, name, help_text, (), [((), value)])
+        splits = [((split,), count) for split, count in (run.splits or {}).items()]
+        help_text = "Records of a split, if no volume fails."
+        yield self._family(GaugeMetricFamily, "split_volumes", help_text, ["split"], splits)
+        failures = [
+            ((step, error), count)
+            for step, errors in (run.failures or {}).items()
+            for error, count in errors.items()
+        ]
+        help_text = "Volumes that failed, by step and class of the error."
+        yield self._family(GaugeMetricFamily, "failures", help_text, ["step", "error"], failures)
+        counters = [((name,), value) for name, value in run.counters.items()]
+        help_text = "Beam's counters of this build."
+        yield self._family(CounterMetricFamily, "pipeline", help_text, ["counter"], counters)
+        steps = [
+            ((name.removesuffix("-msec"),), found.count, found.sum / 1e3)
+            for name, found in run.distributions.items()
+        ]
+        help_text = "Time of a step for each of its elements."
+        yield self._family(SummaryMetricFamily, "step_seconds", help_text, ["step"], steps)
 
-    def _gauge(
-        self, name: str, help_text: str, value: float, labels: Mapping[str, str | None] | None = None
+    def _family(
+        self,
+        kind: type[Any],
+        name: str,
+        help_text: str,
+        labels: Sequence[str],
+        rows: Iterable[tuple[Any, ...]],
     ) -> Metric:
-        labels = {"output": self._output, **(labels or {})}
-        family = GaugeMetricFamily(PREFIX + name, help_text, labels=list(labels))
-        family.add_metric([label or "" for label in labels.values()], value)
+        """A metric; each row has the values of its labels, and the arguments of a sample."""
+        family: Metric = kind(PREFIX + name, help_text, labels=["output", *labels])
+        for values, *sample in rows:
+            family.add_metric([self._output, *values], *sample)  # type: ignore[attr-defined]
         return family
-
-    def _of_splits(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily(
-            f"{PREFIX}split_volumes", "Records of a split, if no volume fails.", labels=["output", "split"]
-        )
-        for split, count in (self._run.splits or {}).items():
-            family.add_metric([self._output, split], count)
-        yield family
-
-    def _of_failures(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily(
-            f"{PREFIX}failures",
-            "Volumes that failed, by step and class of the error.",
-            labels=["output", "step", "error"],
-        )
-        for step, errors in (self._run.failures or {}).items():
-            for error, count in errors.items():
-                family.add_metric([self._output, step, error], count)
-        yield family
-
-    def _of_steps(self) -> Iterator[Metric]:
-        counters = CounterMetricFamily(
-            f"{PREFIX}pipeline", "Beam's counters of this build.", labels=["output", "counter"]
-        )
-        for name, value in self._run.counters.items():
-            counters.add_metric([self._output, name], value)
-        yield counters
-        times = SummaryMetricFamily(
-            f"{PREFIX}step_seconds", "Time of a step for each of its elements.", labels=["output", "step"]
-        )
-        for name, found in self._run.distributions.items():
-            times.add_metric([self._output, name.removesuffix("-msec")], found.count, found.sum / 1e3)
-        yield times

@@ -51,9 +51,9 @@ class CommandWatcher(Watcher):
 
     def load_beam(self) -> None:
         """Load Beam as it suits a process that does nothing else."""
-        from beam_nifti.pipeline.runners import import_beam
+        from beam_nifti.pipeline.runners import load_beam
 
-        import_beam()
+        load_beam(is_alone=True)
 
     def on_dataset(self, info: DatasetInfo) -> None:
         """Note it."""

@@ -95,11 +95,8 @@ def finished_rows(
     Returns:
         The part with its `positions` set; None if it holds none of them.
     """
-    record, extra_columns, folder = (
-        plan.config.record,
-        plan.extra_columns,
-        storage.dirname(plan.config.manifest),
-    )
+    record, extra_columns = plan.config.record, plan.extra_columns
+    folder = storage.dirname(plan.config.manifest)
     try:
         limits, schema = Limits.of_data(part.data, part.base), schema_of(record, extra_columns)
         near = range(rows[0].position, rows[-1].position + 1)

@@ -110,29 +110,28 @@ def make_engine(config: BuildConfig, flags: Sequence[str], known: argparse.Names
     )
 
 
-def load_beam() -> None:
-    """Load Beam and the steps, without a word of what optional packages are absent."""
+def load_beam(*, is_alone: bool = False) -> None:
+    """Load Beam and the steps, without what Beam says of optional packages that are absent.
+
+    Args:
+        is_alone: whether the process does nothing else, and may have settings that make it start sooner.
+    """
     root, words = logging.getLogger(), logging.Filter("beam_nifti")
     root.addFilter(words)
+    if is_alone:
+        # numpy's linear algebra is not used: its threads would only start, spin and take memory.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        logging.disable(logging.WARNING)
+        # What is imported stays: collecting garbage among it would cost a third of the start.
+        gc.disable()
     try:
         from beam_nifti.pipeline import transforms  # noqa: F401
     finally:
         root.removeFilter(words)
-
-
-def import_beam() -> None:
-    """Load Beam and the steps, with settings that suit a process that does nothing else."""
-    # numpy's linear algebra is not used: its threads would only start, spin and take memory.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Beam says at import which of its optional packages are absent; none is needed here.
-    logging.disable(logging.WARNING)
-    # What is imported stays: collecting garbage among it would cost a third of the start.
-    gc.disable()
-    from beam_nifti.pipeline import transforms  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
-    logging.disable(logging.NOTSET)
+        if is_alone:
+            gc.freeze()
+            gc.enable()
+            logging.disable(logging.NOTSET)
 
 
 def runner_name(given: str | None) -> str:
@@ -196,22 +195,12 @@ def _dataflow_problems(known: argparse.Namespace, _: set[str], config: BuildConf
         )
 
 
-def _flink_problems(known: argparse.Namespace, given: set[str], _: BuildConfig) -> Iterator[str]:
-    if not given & {"flink_master", "job_endpoint"}:
-        yield _missing(
-            "flink_master", "the cluster; [local] is a Flink inside this machine's job server", "HOST:8081"
-        )
+def _master_problems(known: argparse.Namespace, given: set[str], _: BuildConfig) -> Iterator[str]:
+    flag, why, example = _MASTERS[runner_name(known.runner)]
+    if not given & {flag, "job_endpoint"}:
+        yield _missing(flag, why, example)
     yield from _job_server_problems(known)
-    if known.job_endpoint or not _THIS_MACHINE.fullmatch(known.flink_master):
-        yield from _environment_problems(known)
-
-
-def _spark_problems(known: argparse.Namespace, given: set[str], _: BuildConfig) -> Iterator[str]:
-    if not given & {"spark_master_url", "job_endpoint"}:
-        why = "the cluster; local[4] is a Spark inside this machine's job server"
-        yield _missing("spark_master_url", why, "spark://HOST:7077")
-    yield from _job_server_problems(known)
-    if known.job_endpoint or not _THIS_MACHINE.fullmatch(known.spark_master_url):
+    if known.job_endpoint or not _THIS_MACHINE.fullmatch(getattr(known, flag)):
         yield from _environment_problems(known)
 
 
@@ -253,10 +242,24 @@ def _stages_packages(known: argparse.Namespace) -> bool:
     return bool(known.setup_file or known.requirements_file or known.extra_packages)
 
 
+_MASTERS: Final = {
+    "FlinkRunner": (
+        "flink_master",
+        "the cluster; [local] is a Flink inside this machine's job server",
+        "HOST:8081",
+    ),
+    "SparkRunner": (
+        "spark_master_url",
+        "the cluster; local[4] is a Spark inside this machine's job server",
+        "spark://HOST:7077",
+    ),
+}
+"""The flags that name clusters, what they mean, and examples."""
+
 _CHECKS: Final[dict[str, Callable[[argparse.Namespace, set[str], BuildConfig], Iterator[str]]]] = {
     "DataflowRunner": _dataflow_problems,
-    "FlinkRunner": _flink_problems,
-    "SparkRunner": _spark_problems,
+    "FlinkRunner": _master_problems,
+    "SparkRunner": _master_problems,
     "PortableRunner": _portable_problems,
 }
 

@@ -294,7 +294,10 @@ class BuildDataset(beam.PTransform[Any, Any]):
         outcomes = (manifest[SHARDS], units[FINISHED], written)
         summary: _Values = (
             (*outcomes, *(s[FAILURES] for s in (*steps, rescaled, encoded)))
-            | "Flatten" >> beam.Flatten()  # (shard, ShardTask | Part | Failure)
+            | "Flatten"
+            >> beam.Flatten().with_output_types(
+                tuple[str, ShardTask | Part | Failure]
+            )  # (shard, ShardTask | Part | Failure)
             | "GroupByKey" >> beam.GroupByKey()  # (shard, [ShardTask | Part | Failure])
             | "CommitShards" >> beam.ParDo(CommitShards(plan)).with_output_types(ShardOutcome)  # ShardOutcome
             | "WithoutKey"
