@@ -16,7 +16,7 @@ from beam_nifti.cli.common_options import (
 _DIFF_EXAMPLES = """\
 examples:
   beam-nifti diff monday/dataset tuesday/dataset
-  beam-nifti diff monday/dataset tuesday/dataset --json | jq '.came[]'
+  beam-nifti diff monday/dataset tuesday/dataset --json | jq '.added[]'
 
 Reads only dataset_info.json and index/ of each dataset. If a dataset is rebuilt every night in one folder,
 copies of these are enough. The exit code is 1 if the datasets differ.

@@ -1,4 +1,4 @@
-"""What came, went and changed from one dataset to another, from dataset_info.json and the indexes alone."""
+"""The examples and options that differ between two datasets, from dataset_info.json and the indexes alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, first_few, format_rows
 
-# Columns that are not compared. Where the scaling differs, the statistics do.
+# Columns that are not compared. If the scaling differs, the statistics do.
 _PLACES: Final = ("example_id", "position", "offset", "length", "member_lengths", "row", *SCALING_FEATURES)
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
-_PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
+_PRINTED: Final = ("before", "after", "added", "removed", "config", "the same", "voxels")
 """Names that a comparison prints, and that may also be names of extra columns."""
 
 _SHOWN: Final = 5  # ids to show of each kind
@@ -28,44 +28,44 @@ _SHOWN: Final = 5  # ids to show of each kind
 
 @dataclass(frozen=True, repr=False)
 class Difference:
-    """How two datasets differ; false where they do not. `print(difference)` shows it as a table.
+    """How two datasets differ; false if they do not. `print(difference)` shows it as a table.
 
-    Ids stand in the order of the datasets' indexes.
+    Ids are in the order of the datasets' indexes.
 
     Attributes:
-        before: path of the one.
-        after: path of the other.
-        num_before: records of the one.
-        num_after: records of the other.
-        came: ids of records that only the other has.
-        went: ids of records that only the one has.
-        changed: ids of records that both have, by what is different: "split", "label", "source" (path, size
-            or time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the
-            mask), or the name of an extra column, as `manifest_{name}` where a comparison prints that
-            name for something else, such as "voxels".
-        config: what decided the records and is different, by its name: before, after.
+        before: path of the first dataset.
+        after: path of the second dataset.
+        num_before: number of records of the first.
+        num_after: number of records of the second.
+        added: ids of records that only the second has.
+        removed: ids of records that only the first has.
+        changed: ids of records that both have, by what differs: "split", "label", "source" (path, size or
+            time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the mask),
+            or the name of an extra column; `manifest_{name}` if the table shows something else under that
+            name, such as "voxels".
+        config: options that differ, by name: the value in the first, the value in the second.
     """
 
     before: str
     after: str
     num_before: int
     num_after: int
-    came: tuple[str, ...]
-    went: tuple[str, ...]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
     changed: Mapping[str, tuple[str, ...]]
     config: Mapping[str, tuple[Any, Any]]
 
     @property
     def is_empty(self) -> bool:
-        """Whether the datasets hold the same."""
-        return not (self.came or self.went or self.changed or self.config)
+        """Whether the datasets do not differ."""
+        return not (self.added or self.removed or self.changed or self.config)
 
     def __bool__(self) -> bool:
         return not self.is_empty
 
     def __repr__(self) -> str:
         names = ", ".join([*self.changed, *(f"config {name}" for name in self.config)]) or "nothing"
-        return f"<Difference: {len(self.came):,} came, {len(self.went):,} went, changed: {names}>"
+        return f"<Difference: {len(self.added):,} added, {len(self.removed):,} removed, changed: {names}>"
 
     def __str__(self) -> str:
         rows = list(_lines(self))
@@ -80,12 +80,12 @@ def compare_datasets(before: str, after: str) -> Difference:
     before, after = storage.absolute(before), storage.absolute(after)
     (old_info, old), (new_info, new) = _read(before), _read(after)
     if old_info.format_version != new_info.format_version:
-        # What only the later version has is no difference between the data.
+        # What only the later version stores is not a difference in the data.
         old, new = comparable_sources(old), comparable_sources(new)
     old_ids, new_ids = old["example_id"], new["example_id"]
     at = pc.index_in(new_ids, value_set=old_ids)
     both, theirs = new.filter(pc.is_valid(at)), old.take(pc.drop_null(at))
-    went = pc.invert(pc.is_in(old_ids, value_set=new_ids))
+    is_removed = pc.invert(pc.is_in(old_ids, value_set=new_ids))
     changed = dict[str, list[bool]]()
     ours, others = (dict(zip(table.column_names, table.columns, strict=True)) for table in (both, theirs))
     for column in ours | others:
@@ -102,8 +102,8 @@ def compare_datasets(before: str, after: str) -> Difference:
         after,
         len(old),
         len(new),
-        came=tuple(new_ids.filter(pc.is_null(at)).to_pylist()),
-        went=tuple(old_ids.filter(went).to_pylist()),
+        added=tuple(new_ids.filter(pc.is_null(at)).to_pylist()),
+        removed=tuple(old_ids.filter(is_removed).to_pylist()),
         changed={
             kind: tuple(both["example_id"].filter(pa.array(differs)).to_pylist())
             for kind, differs in changed.items()
@@ -117,7 +117,7 @@ def _read(output: str) -> tuple[DatasetInfo, pa.Table]:
     info = read_info(output)
     tables = []
     for split, _, table in read_indexes(output, info):
-        # No build keeps a further column of this name, but anybody may.
+        # No build keeps an extra column of this name, but another program may.
         names = ["manifest_split" if name == "split" else name for name in table.column_names]
         splits = pa.array([split] * table.num_rows, pa.string())
         tables.append(table.rename_columns(names).append_column("split", splits))
@@ -154,10 +154,10 @@ def diff_as_json(diff: Difference) -> dict[str, Any]:
 def _lines(diff: Difference) -> Iterator[tuple[str, str]]:
     yield "before", f"{counted(diff.num_before, 'example')}: {diff.before}"
     yield "after", f"{counted(diff.num_after, 'example')}: {diff.after}"
-    for name, ids in (("came", diff.came), ("went", diff.went), *diff.changed.items()):
+    for name, ids in (("added", diff.added), ("removed", diff.removed), *diff.changed.items()):
         if ids:
             yield name, f"{len(ids):,}: {first_few(ids, _SHOWN)}"
     for number, (name, (was, now)) in enumerate(diff.config.items()):
         yield "" if number else "config", f"{name.replace('_', '-')} was {was!r}, now {now!r}"
     if diff.is_empty:
-        yield "the same", "no example came, went or changed"
+        yield "the same", "no example was added, removed or changed"

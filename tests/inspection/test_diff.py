@@ -1,4 +1,4 @@
-"""What came, went and changed between two datasets."""
+"""The examples and options that differ between two datasets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_what_is_different(datasets: tuple[Path, Path]) -> None:
     diff = compare_datasets(*map(str, datasets))
     assert (diff.num_before, diff.num_after) == (6, 6)
-    assert (diff.came, diff.went) == (("sub-0009",), ("sub-0004",))
+    assert (diff.added, diff.removed) == (("sub-0009",), ("sub-0004",))
     assert diff.changed == {
         "source": ("sub-0001",),
         "voxels": ("sub-0001",),
@@ -55,8 +55,8 @@ def test_the_command(datasets: tuple[Path, Path], capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.splitlines() == [
         f"before    6 examples: {before}",
         f"after     6 examples: {after}",
-        "came      1: sub-0009",
-        "went      1: sub-0004",
+        "added     1: sub-0009",
+        "removed   1: sub-0004",
         "label     1: sub-0002",
         "source    1: sub-0001",
         "voxels    1: sub-0001",
@@ -68,7 +68,7 @@ def test_the_command(datasets: tuple[Path, Path], capsys: pytest.CaptureFixture[
     assert found["changed"]["age"] == ["sub-0003"]
     assert found["config"]["voxel_dtype"] == {"before": "float32", "after": "float16"}
     assert cli.main(["diff", before, before]) == 0
-    assert "the same  no example came, went or changed" in capsys.readouterr().out
+    assert "the same  no example was added, removed or changed" in capsys.readouterr().out
 
 
 def test_index_and_info_are_enough(datasets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_column_that_is_called_like_a_kind_of_change_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_cohort(tmp_path, 1)
-    names = ("voxels", "source", "came", "config", "the same", "manifest_voxels")
+    names = ("voxels", "source", "added", "config", "the same", "manifest_voxels")
     for cell in "89":
         rows = [{"path": name_of(0), "label": 0, **dict.fromkeys(names, cell)}]
         build_dataset(write_manifest(tmp_path / "m.tsv", rows), tmp_path / cell)
