@@ -1,4 +1,4 @@
-"""What the elements of `reader.load_dataset` are made of: columns of cells."""
+"""The columns and cells of which the elements of `reader.load_dataset` are made."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from beam_nifti.record.index import SOURCE_LISTS, schema_of
 Array = npt.NDArray[Any]
 
 _ALIGNMENT: Final = 64
-"""Of a tensor's memory. Source: EIGEN_MAX_ALIGN_BYTES, whose largest value this is."""
+"""Alignment of a tensor's memory. Source: the largest value of EIGEN_MAX_ALIGN_BYTES."""
 
 _TOO_MUCH_PADDING: Final = (
-    "would take too much memory; use batch_size=1, ragged=True, or volumes of like shapes"
+    "would take too much memory; use batch_size=1, ragged=True, or volumes of similar shapes"
 )
 _FREE_PADDED_BYTES: Final = 4 << 30
 _PADDED_RATIO: Final = 64
-"""What a padded batch may take: so much, or so many times what its cells take."""
+"""Limits of the memory of a padded batch: the bytes above, or this multiple of the bytes of its cells."""
 
 _FEATURE_DTYPES: Final = {"float": tf.float32, "int64": tf.int64, "bytes": tf.string}
 
@@ -38,9 +38,9 @@ class Column:
     """A column of a dataset's elements, as TensorFlow sees it.
 
     Attributes:
-        name: as `random_access.Dataset` calls it.
-        dtype: of its cells.
-        shape: of a cell; None for an axis whose length differs between records.
+        name: name of the column, as in `random_access.Dataset`.
+        dtype: dtype of the cells.
+        shape: shape of a cell; None for an axis whose length differs between records.
     """
 
     name: str
@@ -53,18 +53,18 @@ class Column:
         return None in self.shape
 
     def cell(self, element: Element) -> Array:
-        """An element's cell."""
+        """The cell of an element."""
         value = element[self.name]
         if self.dtype == tf.string:
             value = np.array(value or b"", object)
         return np.asarray(value, self.dtype.as_numpy_dtype)
 
     def allocate(self, elements: Sequence[Element], count: int) -> Array:
-        """An array for cells, of zeros where some are smaller than others.
+        """Allocate an array for cells; it is filled with zeros if cells differ in shape.
 
         Args:
-            elements: whose cells they are, where `shape` does not say how large those are.
-            count: of them.
+            elements: the elements of the cells; used only if `shape` does not give the shape of a cell.
+            count: number of cells.
         """
         dtype = self.dtype.as_numpy_dtype
         if not self.varies:
@@ -74,14 +74,14 @@ class Column:
         return np.zeros((count, *largest), dtype)
 
     def check_padding(self, folder: str, elements: Sequence[Element]) -> None:
-        """Refuse cells of differing shapes that would take far more memory in one array than by themselves.
+        """Refuse cells of different shapes that would take far more memory in one array than separately.
 
         Args:
-            folder: of the dataset, for the error.
-            elements: whose cells they are.
+            folder: folder of the dataset, for the error message.
+            elements: the elements of the cells.
 
         Raises:
-            DatasetError: they would.
+            DatasetError: the padded array would be too large.
         """
         shapes = [self.cell(element).shape for element in elements] if self.varies else []
         largest, held = tuple(map(max, zip(*shapes, strict=True))), sum(map(math.prod, shapes))
@@ -95,17 +95,17 @@ class Column:
         """Copy an element's cell to its place in a batch."""
         cell = self.cell(element)
         within: Any = (place, *map(slice, cell.shape))
-        array[within] = cell[()]  # of no axes it is a string itself, and no array around it
+        array[within] = cell[()]  # a cell without axes must be assigned as a string, not as an array
 
     def join(self, elements: Sequence[Element]) -> tuple[Array, Array]:
-        """What a ragged batch is made of: the cells' shapes, and the values of all, one after the other."""
+        """The parts of a ragged batch: the shapes of the cells, and the values of all cells, concatenated."""
         cells = [self.cell(element) for element in elements]
         shapes = np.array([cell.shape for cell in cells], np.int64).reshape(len(cells), len(self.shape))
         values = [np.zeros(0, self.dtype.as_numpy_dtype), *(cell.ravel() for cell in cells)]
         return shapes, np.concatenate(values)
 
     def make_ragged(self, shapes: tf.Tensor, values: tf.Tensor) -> tf.RaggedTensor:
-        """A ragged batch of what `join` gives, as `tf.data.Dataset.ragged_batch` makes it."""
+        """Make a ragged batch of the result of `join`, as `tf.data.Dataset.ragged_batch` does."""
         rank = max(axis + 1 for axis, size in enumerate(self.shape) if size is None)
         lengths = [shapes[:, 0]]
         rows = lengths[0]  # of each cell, along all axes so far
@@ -125,11 +125,11 @@ _OF_RECORDS: Final = {
     "label": Column("label", tf.float32),
     "affine": Column("affine", tf.float64, (4, 4)),
 }
-"""Columns that the index has in another dtype or shape."""
+"""Columns whose dtype or shape differs from that in the index."""
 
 
 def with_bounded_padding(examples: tf.data.Dataset, size: int) -> tf.data.Dataset:
-    """The same examples, up to one with which a padded batch would be what `Column.check_padding` refuses."""
+    """Return the same examples, with an error where a padded batch exceeds the limits of `check_padding`."""
     specs = tf.nest.flatten(examples.element_spec)
     varying = [at for at, spec in enumerate(specs) if not spec.shape.is_fully_defined()]
     if not varying:
@@ -158,7 +158,7 @@ def with_bounded_padding(examples: tf.data.Dataset, size: int) -> tf.data.Datase
 
 
 def _empty(shape: Sequence[int], dtype: Any) -> Array:
-    """An array that TensorFlow takes as it is; one that begins elsewhere it copies."""
+    """An uninitialized array that TensorFlow uses without a copy; it copies arrays that are not aligned."""
     dtype = np.dtype(dtype)
     if dtype.hasobject:
         return np.empty(shape, dtype)
@@ -170,12 +170,12 @@ def _empty(shape: Sequence[int], dtype: Any) -> Array:
 
 
 def channels_of(info: DatasetInfo) -> int | None:
-    """How many channels the images of a dataset have; None where dataset_info.json does not say it."""
+    """The number of channels of a dataset's images; None if dataset_info.json does not determine it."""
     if info.shape is not None:
         return (*info.shape, 1)[3]
     if info.config.get("channels"):
         return len(info.config["channels"])
-    # Else a build takes 3-D images alone, if shapes differ. One from before there was a choice says nothing.
+    # If shapes differ, a build accepts only 3-D images, unless `frames` is "all".
     return None if info.config.get("frames") == "all" else 1
 
 
@@ -196,12 +196,12 @@ def _describe(name: str, info: DatasetInfo, num_channels: int | None, channels_f
     fields = schema_of(info.record_config)
     if name in fields.names:
         return _describe_field(fields.field(name), info)
-    # What is in neither is an extra column of the manifest.
+    # A column that is in neither is an extra column of the manifest.
     return Column(name, *parse_kind(info.features.get(name, "bytes")))
 
 
 def parse_kind(kind: str) -> tuple[tf.DType, tuple[int, ...]]:
-    """Dtype and shape of a feature, of its kind such as "float[16]"."""
+    """The dtype and shape of a feature of a kind such as "float[16]"."""
     name, size = split_kind(kind)
     return _FEATURE_DTYPES[name], () if size is None else (size,)
 

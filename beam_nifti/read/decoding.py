@@ -1,4 +1,4 @@
-"""What a record says of itself: its voxels as float32, its mask and its other features, with numpy.
+"""Decode a record with numpy: its voxels as float32, its mask, and its other features.
 
 Source: docs/format.md, "Intensity".
 """
@@ -30,15 +30,16 @@ Features = Mapping[str, memoryview | npt.NDArray[np.generic]]
 
 
 def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[np.float32]:
-    """The voxels of a record, of shape (X, Y, Z, C), as `reader.load_dataset` gives them.
+    """The voxels of a record, of shape (X, Y, Z, C), as `reader.load_dataset` returns them.
 
     Args:
-        features: of the record. The voxels may be moved within their memory, so they can be had once.
-        shape: that they must have as they are stored.
-        info: of the dataset.
+        features: features of the record. The voxels may be moved within their memory, so decode
+            them only once.
+        shape: expected shape of the stored voxels.
+        info: dataset_info.json.
 
     Raises:
-        ShardError: they are not as `shape` and `info` say.
+        ShardError: the stored voxels do not match `shape` and `info`.
     """
     config, stored = info.record_config, _tensor(features, "image_raw")
     if stored.dtype.name != info.dtype or stored.shape != shape:
@@ -57,10 +58,10 @@ def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) 
 
 
 def require_channels(shape: tuple[int, ...], config: RecordConfig) -> None:
-    """Refuse voxels of a shape that has not a channel for each of several images.
+    """Check that voxels have one channel for each of several images.
 
     Raises:
-        ShardError: it has not.
+        ShardError: the number of channels differs.
     """
     if config.channels is not None and shape[3:] != (config.num_channels,):
         raise ShardError(f"it holds voxels of shape {shape}, and there are {config.num_channels} channels")
@@ -73,14 +74,16 @@ def restore_image(
     ends: Sequence[RescaleRange] | None,
     ranges: Sequence[Intensity] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Voxels as `reader.load_dataset` gives them, of shape (X, Y, Z, C).
+    """Convert stored voxels to those that `reader.load_dataset` returns, of shape (X, Y, Z, C).
+
+    `scaling`, `ends` and `ranges` apply to native voxels.
 
     Args:
-        stored: as records hold them, in C order.
-        config: of the records.
-        scaling: of native voxels to the image's units.
-        ends: of native voxels, of each image, what became 0 and 1; None where the range of each says it.
-        ranges: of native voxels, the range of each image; None where `stored` has all of its voxels.
+        stored: voxels as records hold them, in C order.
+        config: configuration of the records.
+        scaling: scaling of the voxels to the image's units.
+        ends: for each image, the intensities that become 0 and 1; None if its range determines them.
+        ranges: for each image, its range; None if `stored` has all of its voxels.
     """
     if config.voxel_dtype == "native":
         image = _rescale(stored, config, scaling, ends, ranges)
@@ -92,10 +95,10 @@ def restore_image(
 
 
 def decode_mask(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[Any]:
-    """The labels of a record's mask, of shape (X, Y, Z, 1), in the dtype in which they are stored.
+    """The labels of a record's mask, of shape (X, Y, Z, 1), in their stored dtype.
 
     Raises:
-        ShardError: they are not as `shape` and `info` say.
+        ShardError: they do not match `shape` and `info`.
     """
     tensor = _tensor(features, MASK_FEATURE)
     if tensor.dtype.name != info.record_config.mask_dtype or tensor.shape != shape[:3]:
@@ -104,10 +107,10 @@ def decode_mask(features: Features, shape: tuple[int, ...], info: DatasetInfo) -
 
 
 def decode_feature(features: Features, name: str, info: DatasetInfo) -> Any:
-    """A small feature: bytes, a scalar or an array; None where a header has no scaling.
+    """A small feature: bytes, a scalar or an array; None for the scaling of a header that has none.
 
     Raises:
-        ShardError: it is missing, or not of the kind that `info` says.
+        ShardError: the feature is missing, or not of the kind in `info`.
     """
     value = features.get(name)
     if value is None and name in SCALING_FEATURES:
@@ -121,9 +124,9 @@ def decode_feature(features: Features, name: str, info: DatasetInfo) -> Any:
 
 
 def _tensor(features: Features, name: str) -> npt.NDArray[Any]:
-    """A tensor, moved to where its dtype may lie: by a few bytes, over those that announce it.
+    """A tensor, aligned for its dtype: it is moved by a few bytes, over the bytes that precede it.
 
-    It takes a tenth of the time of a copy, whose memory is fresh.
+    This takes a tenth of the time of a copy, which needs new memory.
     """
     value = features.get(name)
     if not isinstance(value, memoryview):
@@ -147,7 +150,7 @@ def _rescale(
     ends: Sequence[RescaleRange] | None,
     ranges: Sequence[Intensity] | None,
 ) -> Voxels:
-    """What a float32 dataset would hold of voxels that were stored as in the image's file."""
+    """Rescale native voxels to those that a float32 dataset would hold."""
     none = [None] * config.num_channels
     of_images = list(zip(ends or none, ranges or none, strict=True))
     if config.channels is None:
@@ -169,5 +172,5 @@ def _rescale_image(
 ) -> Voxels:
     if found is None:
         low, high = sorted(scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)).tolist())
-        found = Intensity(low, high, math.nan, math.nan)  # nothing asks for mean and deviation
+        found = Intensity(low, high, math.nan, math.nan)  # mean and deviation are not used
     return rescale_voxels(voxels, scaling, found, ends, config)

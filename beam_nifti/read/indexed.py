@@ -1,8 +1,8 @@
-"""The indexed engine of `reader.load_dataset`: records in any order, found by the index.
+"""The indexed engine of `reader.load_dataset`: records in any order, located by the index.
 
-A step of the dataset is a number; TensorFlow asks Python for the records of that step, which threads read
-with `random_access` and put into one array. So any order is arithmetic (`order.py`), and nothing has to be
-read to skip what was seen before.
+A step of the dataset is a number. TensorFlow calls Python for the records of that step; threads read them
+with `random_access` and put them into one array. Any order is therefore arithmetic (`order.py`), and earlier
+records can be skipped without reading them.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import count_cores
 
 Cells: TypeAlias = tf.Tensor | tf.RaggedTensor
-"""Of a column."""
+"""The cells of a column."""
 
 _QUIET_SECONDS: Final = 0.1
-"""Without a call until a pipeline counts as standing still. It takes microseconds from one to the next."""
+"""Time without a call after which a pipeline counts as idle. Calls are microseconds apart."""
 
 _log = logging.getLogger(__name__)
 
 
 def _count_channels(records: Dataset) -> int | None:
-    """How many channels images have; None where it differs between them."""
+    """The number of channels of the images; None if it differs between them."""
     known = channels_of(records.info)
     if known is not None or "image" not in records.columns:
         return known
@@ -50,17 +50,17 @@ def _count_channels(records: Dataset) -> int | None:
 
 
 class _Gate:
-    """Lets TensorFlow's threads into Python until the process ends.
+    """Admits TensorFlow's threads to Python until the process ends.
 
-    A pipeline that is alive then goes on reading ahead. A thread of its that waits for Python's lock when
-    Python is gone never comes back, and the process waits for it.
+    A pipeline that still exists at that time continues to read ahead. If one of its threads waits for
+    Python's global lock after Python has ended, it never returns, and the process waits for it.
     """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """Open it, with nobody inside."""
+        """Open the gate, with no thread inside."""
         self._changed = threading.Condition()
         self._inside, self._is_closed = 0, False
 
@@ -77,7 +77,7 @@ class _Gate:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Wait until nobody is inside, and nobody has come for a while: all buffers are full then."""
+        """Wait until no thread is inside and none has come for a while, so that all buffers are full."""
         with self._changed:
             self._is_closed = True
             while self._changed.wait(_QUIET_SECONDS) or self._inside:
@@ -86,17 +86,18 @@ class _Gate:
 
 _gate = _Gate()
 atexit.register(_gate.close)
-os.register_at_fork(after_in_child=_gate.reset)  # which has none of the threads
+os.register_at_fork(after_in_child=_gate.reset)  # a child has none of the threads
 
 
 class _Steps:
-    """What TensorFlow calls for the records of a step, from several threads at a time.
+    """Reads the records of a step, for several threads of TensorFlow at a time.
 
-    A step is a batch, of one record, perhaps, or of none, also where single records are skipped if damaged.
+    A step is a batch, or a single record. If damaged records are skipped, a single record is a batch of one
+    record or none.
 
     Attributes:
-        columns: of the records.
-        batching: of them.
+        columns: columns of an element.
+        batching: how records become batches.
     """
 
     def __init__(
@@ -117,12 +118,12 @@ class _Steps:
 
     @property
     def lead(self) -> tuple[int | None, ...]:
-        """The axis of a batch, if there is one, and its size where that is known before it is read."""
+        """The batch axis, if there is one, with its size if that is known before reading."""
         is_full = self.batching.drop_remainder and not self._skips
         return (self.batching.size if is_full else None,) if self._is_batch else ()
 
     def read(self, step: int) -> list[Array]:
-        """The cells of a step's records, one array per column; two of a ragged one."""
+        """The cells of a step's records: one array per column, two for a ragged one."""
         self._begin(step)
         numbers, pool = self._order.batch(step).tolist(), _threads(_count_reads(self._records.path))
         if self._skips or any(column.varies for column in self.columns):
@@ -149,7 +150,7 @@ class _Steps:
             column.put(element, array, place)
 
     def _join(self, column: Column, elements: Sequence[Element]) -> Sequence[Array]:
-        """The arrays of a column whose cells may differ in shape, or in number."""
+        """The arrays of a column whose cells may differ in shape, or of records that may be skipped."""
         if self.batching.makes_ragged(column):
             return column.join(elements)
         column.check_padding(self._records.path, elements)
@@ -175,10 +176,11 @@ class _Steps:
 
 
 class _Call:
-    """Finds the `_Steps` of a dataset for TensorFlow, which keeps what it calls until the process ends.
+    """Finds the `_Steps` of a dataset for TensorFlow, which keeps this object until the process ends.
 
-    So this holds no index: the dataset holds its `_Steps`. TensorFlow may read on where Python has dropped
-    the dataset, as in a graph that was made of it; then the records are opened again.
+    It therefore refers to them weakly, so that their index can be freed with the dataset. TensorFlow may
+    continue to read after Python has deleted the dataset, for example in a graph; then the records are
+    opened again.
     """
 
     def __init__(self, steps: _Steps, reopen: Callable[[], _Steps]) -> None:
@@ -201,7 +203,7 @@ class _Call:
 
 
 def _count_reads(path: str) -> int:
-    """Records that are read at a time."""
+    """The number of records that are read at a time."""
     return REMOTE_READS if storage.is_remote(path) else count_cores()
 
 
@@ -209,8 +211,8 @@ def _count_reads(path: str) -> int:
 def _threads(count: int) -> ThreadPoolExecutor:
     """The threads that read records, for all datasets of this process.
 
-    They are started by a thread of Python: TensorFlow's take subnormal numbers for 0, and so do threads that
-    they start.
+    A Python thread must start them: TensorFlow's threads treat subnormal numbers as 0, and so do threads that
+    these start.
     """
     pool, barrier = ThreadPoolExecutor(count, "beam_nifti"), threading.Barrier(count)
     for waiting in [pool.submit(barrier.wait) for _ in range(count)]:
@@ -218,7 +220,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # which has none of the threads
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of the threads
 
 
 def read_indexed(
@@ -234,16 +236,16 @@ def read_indexed(
     """A dataset whose elements are tuples of tensors, one per column.
 
     Args:
-        records: to read.
-        order: of them.
-        batching: of them; its size is that of `order`, or None for single records.
-        reopen: opens the same records again; is held until the process ends.
-        repeat: how many epochs; None means without end.
-        start: the first step, counted through all epochs.
-        skips: whether to skip damaged records. The cardinality is unknown then.
+        records: records to read.
+        order: order of the records.
+        batching: how records become batches; its size is that of `order`, or None for single records.
+        reopen: function that opens the same records again; it is kept until the process ends.
+        repeat: number of epochs; None repeats without end.
+        start: first step, counted over all epochs.
+        skips: whether to skip damaged records; the cardinality is then unknown.
 
     Raises:
-        UsageError: there are fewer steps, or records of different shapes are to be batched.
+        UsageError: `start` is beyond the last step, or a batch would have records of different shapes.
     """
     columns = describe_columns(
         records.columns, records.info, _count_channels(records), records.channels_first
@@ -251,7 +253,7 @@ def read_indexed(
     batching.check(records.path, columns)
     numbers = _count_steps(order, repeat, start)
     threads = _count_reads(records.path)
-    _threads(threads)  # are started here
+    _threads(threads)  # start them here, in a Python thread
     open_steps = partial(_Steps, columns=columns, order=order, batching=batching, skips=skips)
     digest = records.digest
 
@@ -262,26 +264,26 @@ def read_indexed(
         return open_steps(found)
 
     steps = open_steps(records)
-    # Enough that every thread has a record to read while the batch before is taken.
+    # Every thread then has a record to read while the previous batch is consumed.
     calls = -(-threads // order.batch_size) + 1
     call = _to_tensors(_Call(steps, open_again), steps)
     elements = numbers.map(call, num_parallel_calls=calls, deterministic=True)
-    elements.beam_nifti_steps = steps  # every dataset that is made of this one holds this one
+    elements.beam_nifti_steps = steps  # a dataset keeps those of which it is made
     if skips:
         elements = _without_skipped(elements, order.batch_size, batching)
     options = tf.data.Options()
-    # There is nothing to tune here, and an iterator that ends may wait for the tuner's next round, which
-    # comes after as long a time as all rounds before it took.
+    # There is nothing to tune here, and an iterator that ends may wait for the tuner's next round. The time
+    # between rounds grows with the time since the start.
     options.autotune.enabled = False
-    if order.num_hosts > 1:  # or tf.distribute would split a host's share once more
+    if order.num_hosts > 1:  # otherwise tf.distribute would divide the records of a host again
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return elements.with_options(options)
 
 
 def _to_tensors(read: _Call, steps: _Steps) -> Callable[[tf.Tensor], tuple[Cells, ...]]:
-    """What makes of a step's number its cells, in TensorFlow's graph.
+    """A function from the number of a step to its cells, in TensorFlow's graph.
 
-    It sets shapes as well: TensorFlow drops a map that only sets shapes, and the shapes with it.
+    It also sets the shapes, because TensorFlow removes a map that only sets shapes, and the shapes with it.
     """
     batching, lead = steps.batching, steps.lead
     dtypes = [
@@ -307,7 +309,7 @@ def _to_tensors(read: _Call, steps: _Steps) -> Callable[[tf.Tensor], tuple[Cells
 
 
 def _without_skipped(elements: tf.data.Dataset, batch_size: int, batching: Batching) -> tf.data.Dataset:
-    """Drop batches of which nothing, or not all that there should be, is left."""
+    """Drop batches that are empty or, with `drop_remainder`, not full."""
     least = batch_size if batching.drop_remainder else 1
     elements = elements.filter(lambda first, *_: _count_rows(first) >= least)
     if batching.drop_remainder:
@@ -320,7 +322,7 @@ def _count_rows(cells: Cells) -> tf.Tensor:
 
 
 def _with_rows(size: int, *columns: Cells) -> tuple[Cells, ...]:
-    """The cells of a batch of `size` records, with that as their static shape."""
+    """The cells of a batch of `size` records, with that number in their static shape."""
     return tuple(
         cells if isinstance(cells, tf.RaggedTensor) else tf.ensure_shape(cells, (size, *cells.shape[1:]))
         for cells in columns

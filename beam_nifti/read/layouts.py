@@ -1,4 +1,4 @@
-"""TFRecords that other writers made, for `reader.load_dataset(…, layout=…)`: read from the files alone."""
+"""TFRecords of other programs, for `reader.load_dataset(…, layout=…)`. Only the files are needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYOUTS: Final = ("plain", "nobrainer")
 
 _GZIP: Final = b"\x1f\x8b"
 _MARKS: Final = {"plain": "image_raw", "nobrainer": "feature/value"}
-"""The feature that each layout has in every record, and the other lacks."""
+"""A feature that every record of this layout has, and no record of the other layout."""
 
 _Features = Mapping[str, Any]
 
@@ -29,9 +29,9 @@ class _Cell:
     """One tensor of a record.
 
     Attributes:
-        features: of which it is made, as TensorFlow parses them.
-        parse: makes it of them.
-        shape: in the first record.
+        features: features that contain it, for TensorFlow's parser.
+        parse: function from the parsed features to the tensor.
+        shape: shape in the first record.
     """
 
     features: Mapping[str, tf.io.FixedLenFeature]
@@ -42,11 +42,10 @@ class _Cell:
 def read_files(
     pattern: str, layout: str, batching: Batching, passes: Passes, channels_first: bool
 ) -> tf.data.Dataset:
-    """A dataset of X, or of X and y where records have labels, of unknown cardinality.
+    """A dataset of X, or of X and y if records have labels, of unknown cardinality.
 
     Raises:
-        DatasetError: there is no such file, none of them holds a record, or the first record is not of the
-            layout.
+        DatasetError: no file matches, no file holds a record, or the first record does not have the layout.
     """
     files = sorted(tf.io.gfile.glob(pattern))
     if not files:
@@ -77,12 +76,12 @@ def read_files(
 
 
 def _read_first(pattern: str, files: Sequence[str]) -> tuple[str, str, _Features]:
-    """The first file that holds a record, the compression of it, and the features of that record."""
+    """The first file that holds a record, its compression, and the features of that record."""
     for path in files:
         try:
             with tf.io.gfile.GFile(path, "rb") as handle:
                 head = handle.read(HEADER_BYTES)
-            # The length of a record may begin like a gzip file, but its checksum does not follow there.
+            # An uncompressed file may begin like gzip by chance; then the checksum in its header is right.
             compression = "GZIP" if head.startswith(_GZIP) and not is_record_header(head) else ""
             records = list(tf.data.TFRecordDataset(path, compression).take(1).as_numpy_iterator())
             if records:
@@ -93,7 +92,7 @@ def _read_first(pattern: str, files: Sequence[str]) -> tuple[str, str, _Features
 
 
 def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool, channels_first: bool) -> tf.Tensor:
-    """A tensor of the shape that a cell has, and of a volume with an axis of channels."""
+    """A tensor with the shape of its cell; volumes get a channel axis."""
     if varies:
         tensor = tf.ensure_shape(tensor, [None] * len(cell.shape))
     else:
@@ -111,7 +110,7 @@ def _finish(cell: _Cell, tensor: tf.Tensor, varies: bool, channels_first: bool) 
 
 
 def _describe_plain(first: _Features) -> list[_Cell]:
-    """A serialized tensor, and a number or none."""
+    """The cells of "plain": a serialized tensor and, if there is one, a number."""
     stored, label = decode_tensor(first["image_raw"]), first.get("label")
     dtype = tf.as_dtype(stored.dtype.name)
     image = _Cell(
@@ -128,12 +127,12 @@ def _describe_plain(first: _Features) -> list[_Cell]:
 
 
 def _describe_nobrainer(first: _Features) -> list[_Cell]:
-    """Two arrays as raw bytes, with dtypes and shapes beside them; that of y may have no axes."""
+    """The cells of "nobrainer": two arrays as raw bytes, with their dtypes and shapes; y may be a scalar."""
     return [_describe_array(name, first) for name in ("feature", "label")]
 
 
 def _describe_array(name: str, first: _Features) -> _Cell:
-    """One of these. Its `shape` is not used: where labels are volumes, theirs overwrites the image's."""
+    """One of these arrays. The feature `shape` is not used: that of a label volume overwrites the image's."""
     dims = [f"{name}/shape/dim{axis}" for axis in range(int(first[f"{name}/rank"][0]))]
     dtype = tf.as_dtype(bytes(first[f"{name}/dtype"]).decode())
     shape = tuple(int(first[dim][0]) for dim in dims)

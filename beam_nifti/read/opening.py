@@ -1,4 +1,4 @@
-"""A dataset that is opened to be read: its dataset_info.json, its shards and its indexes."""
+"""Open a dataset for reading: its dataset_info.json, its shards and its indexes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from beam_nifti.storage import paths as storage
 T = TypeVar("T")
 
 REMOTE_READS: Final = 16
-"""Files or records that are read at a time where each is a request."""
+"""Number of files or records that are read at a time if each is a request."""
 
-REBUILT: Final = "was built again after it was opened; open it again"
-"""Why a dataset is not read on."""
+REBUILT: Final = "was rebuilt after it was opened; open it again"
+"""Why reading a dataset stopped."""
 
 _DEFAULT_COLUMNS: Final = ("image", "label", "id", "affine", "zooms")
 _TENSOR: Final = "_raw"
-"""How the names of features end that hold a tensor."""
+"""Suffix of the names of features that hold a tensor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,9 @@ class Opened:
     """A complete dataset, as it was when it was opened.
 
     Attributes:
-        path: its folder, absolute, or its URL.
-        content: of its dataset_info.json.
-        info: what that says.
+        path: absolute path of its folder, or its URL.
+        content: bytes of its dataset_info.json.
+        info: the parsed dataset_info.json.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Opened:
         """The dataset of a folder whose dataset_info.json was read.
 
         Raises:
-            DatasetError: it is damaged.
+            DatasetError: dataset_info.json is damaged.
         """
         return cls(path, content, DatasetInfo.from_json(content, storage.join(path, FILE_NAME)))
 
@@ -60,10 +60,10 @@ class Opened:
         return hashlib.sha256(self.content).hexdigest()
 
     def require_current(self) -> None:
-        """Check that the dataset is the one that was opened.
+        """Check that the dataset is still the one that was opened.
 
         Raises:
-            DatasetError: it was built again, or is gone.
+            DatasetError: it was rebuilt or removed.
         """
         if read_content(self.path) != self.content:
             raise rebuilt(self.path)
@@ -72,7 +72,7 @@ class Opened:
         """The shards of some splits.
 
         Raises:
-            DatasetError: there is no split of such a name.
+            DatasetError: a split does not exist.
         """
         try:
             return tuple(shard for split in splits for shard in self.info.split(split).shards)
@@ -82,16 +82,16 @@ class Opened:
     def require_shards(
         self, shards: Sequence[ShardInfo], list_names: Callable[[str], Iterable[str]] = storage.list_files
     ) -> None:
-        """Find what is missing or cut off before training reaches it.
+        """Check that shards exist and, on the local disk, have the right size, before training reaches them.
 
         Args:
-            shards: that are to be read.
-            list_names: gives the names of the files of a folder in a store: one list, which has no sizes,
-                instead of a request for each.
+            shards: shards to check.
+            list_names: lists the files of a folder in a store: one listing, which has no sizes, instead of a
+                request per shard.
 
         Raises:
-            DatasetError: a shard is missing, cannot be reached, or has another size than dataset_info.json
-                says.
+            DatasetError: a shard is missing, cannot be reached, or its size differs from the one in
+                dataset_info.json.
         """
         is_remote = storage.is_remote(self.path)
         present = set(list_names(self.path)) if is_remote and storage.can_list(self.path) else None
@@ -100,7 +100,7 @@ class Opened:
             path = storage.join(self.path, shard.name)
             size = self._size_of(shard, path) if present is None else shard.num_bytes
             if size is None or (present is not None and shard.name not in present):
-                raise DatasetError(f"{path}: the shard is missing; copy the dataset again, or build it again")
+                raise DatasetError(f"{path}: the shard is missing; copy the dataset again, or rebuild it")
             if size != shard.num_bytes:
                 raise DatasetError(
                     f"{path}: the shard has {size} bytes, and {FILE_NAME} says {shard.num_bytes}; copy the "
@@ -110,7 +110,7 @@ class Opened:
         _for_each(check, shards, together=is_remote and present is None)
 
     def _size_of(self, shard: ShardInfo, path: str) -> int | None:
-        """Bytes of a shard's file; None where there is none."""
+        """The size of a shard's file in bytes; None if it does not exist."""
         try:
             return storage.stat(path_of(self.path, shard.name)).size
         except FileNotFoundError:
@@ -121,10 +121,10 @@ class Opened:
     def read_indexes(self, shards: Sequence[ShardInfo], columns: Collection[str] | None = None) -> pa.Table:
         """The indexes of some shards, as one table.
 
-        Columns whose names mean something else of a record, such as "id", are called `manifest_NAME`.
+        Extra columns with the name of a column of records, such as "id", are called `manifest_NAME`.
 
         Raises:
-            DatasetError: one cannot be read, or is not that of its shard.
+            DatasetError: an index cannot be read, or does not belong to its shard.
         """
         names = None if columns is None else sorted(map(self._name_in_index, columns))
         tables = _for_each(
@@ -142,33 +142,34 @@ class Opened:
         return bare if bare != name and self._is_of_record(bare) else name
 
     def _is_of_record(self, name: str) -> bool:
-        """Whether a column's name means something of a record, whatever the index has under it."""
+        """Whether a name always means a column of records, even if the index has a column of that name."""
         return name == "id" or self.has_tensor(name)
 
     def has_tensor(self, name: str) -> bool:
-        """Whether a column of records holds tensors."""
+        """Whether records have a tensor of that name."""
         return name + _TENSOR in self.info.features
 
     @cached_property
     def columns_of_records(self) -> frozenset[str]:
-        """The names of the columns that records themselves have."""
+        """The names of the columns that are stored in records."""
         return frozenset(name.removesuffix(_TENSOR) for name in self.info.features)
 
     def no_column(self, name: str, known: Collection[str], remedy: str = "") -> UsageError:
-        """The error where records have no column of a name."""
+        """The error for a column that does not exist."""
         choices = ", ".join(sorted(known))
         return UsageError(f"{self.path}: records have no column {name!r}; choose among {choices}{remedy}")
 
     @property
     def label_is_text(self) -> bool:
-        """Whether the first label is a string, so that no number stands for it."""
+        """Whether the first label is a string, which has no number."""
         return bool(self.info.labels) and self.info.labels[0].kind == "string"
 
     def choose_columns(self, asked: Sequence[str] | None) -> tuple[str, ...]:
-        """The columns of an element: those that are asked for, each once, or the default.
+        """The columns of an element: those in `asked`, without duplicates, or the default ones.
 
         Raises:
-            UsageError: the number of a label that is a text is among them: it would look like a missing one.
+            UsageError: `label` is among them, but the first label is a string. Its number is NaN, which would
+                look like a missing label.
         """
         labels = [label_feature(column.name) for column in self.info.labels]
         if asked is None:
@@ -178,7 +179,7 @@ class Opened:
             return tuple(name for name in names if self.info.labelled or name != "label")
         if "label" in asked and self.label_is_text:
             raise UsageError(
-                f"{self.path}: the first label is a string and no number; choose among {', '.join(labels)}"
+                f"{self.path}: the first label is a string, not a number; choose among {', '.join(labels)}"
             )
         return tuple(dict.fromkeys(asked))
 
@@ -187,13 +188,13 @@ def open_dataset(path: str) -> Opened:
     """Open a complete dataset, by its absolute path or its URL.
 
     Raises:
-        DatasetError: there is none, it is damaged, or cannot be reached.
+        DatasetError: there is no complete dataset, or it is damaged or cannot be reached.
     """
     return Opened.of(path, read_content(path))
 
 
 def read_content(path: str) -> bytes:
-    """What `dataset_info.read_content` gives; a store that cannot be reached is a DatasetError, too."""
+    """Read dataset_info.json as `dataset_info.read_content` does; an unreachable store is a DatasetError."""
     try:
         return dataset_info.read_content(path)
     except OSError as e:
@@ -201,12 +202,12 @@ def read_content(path: str) -> bytes:
 
 
 def rebuilt(path: str) -> DatasetError:
-    """The error where a dataset is no longer the one that was opened."""
+    """The error for a dataset that is no longer the one that was opened."""
     return DatasetError(f"{path}: {REBUILT}")
 
 
 def _for_each(look: Callable[[ShardInfo], T], shards: Sequence[ShardInfo], together: bool) -> list[T]:
-    """What is found of each shard; several at a time if each look is a request."""
+    """Call a function for each shard, for several at a time with `together`."""
     if not together:
         return [look(shard) for shard in shards]
     with ThreadPoolExecutor(REMOTE_READS) as pool:

@@ -1,4 +1,4 @@
-"""Which records come when: the order of an epoch, its batches, and each host's share. Arithmetic alone."""
+"""The order of the records of an epoch, its batches, and the records of each host. Nothing is read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Numbers = npt.NDArray[np.int64]
 
 
 def whole_number(name: str, value: Any) -> int:
-    """The Python integer that an argument is: numpy's integers overflow where Python's do not.
+    """Convert an argument to a Python integer, because numpy's integers may overflow.
 
     Args:
-        name: of the argument, for the error.
+        name: name of the argument, for the error message.
         value: an integer of Python, numpy or another library.
 
     Raises:
-        UsageError: it is no integer. A boolean is not one here.
+        UsageError: the value is not an integer, or is a boolean.
     """
     if isinstance(value, bool | np.bool_):
         raise UsageError(f"{name} is {value}; give a whole number")
@@ -35,15 +35,16 @@ def whole_number(name: str, value: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order in which one host reads records, a batch a step, epoch after epoch.
+    """The order in which one host reads records, one batch per step, epoch after epoch.
 
     Attributes:
-        count: of the records, those of all hosts.
-        batch_size: records a step. The last step of an epoch may have fewer.
-        drop_remainder: leave that one out, and what only some hosts have: all have as many steps.
-        seed: of the shuffling, at least 0; None keeps the records in their order.
-        host: which host this is, from 0.
-        num_hosts: how many there are. Host i reads the i-th of every `num_hosts` records of an epoch.
+        count: number of records of all hosts.
+        batch_size: records per step. The last step of an epoch may have fewer.
+        drop_remainder: whether to leave out a smaller last step, and steps that only some hosts have, so that
+            all hosts have the same number of steps.
+        seed: seed of the shuffling, at least 0; None keeps the order of the records.
+        host: number of this host, from 0.
+        num_hosts: number of hosts. Host i reads the i-th of every `num_hosts` records of an epoch.
     """
 
     count: int
@@ -55,7 +56,7 @@ class Order:
 
     @property
     def num_steps(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         if self.drop_remainder:
             return self.count // self.num_hosts // self.batch_size
         share = len(range(self.host, self.count, self.num_hosts))
@@ -75,13 +76,13 @@ class Order:
 
 @lru_cache(maxsize=2)
 def shuffle(count: int, seed: int, epoch: int) -> Numbers:
-    """The numbers below `count` in an order that seed and epoch decide, on every machine.
+    """The numbers below `count` in random order, which depends only on the seed and the epoch.
 
     Returns:
-        A permutation, not to be written to.
+        A permutation, as a read-only array.
     """
-    # numpy keeps a bit generator's numbers as they are from version to version, but not what
-    # Generator.permutation makes of them. Source: NEP 19.
+    # The numbers of a bit generator are the same in every version of numpy, but the result of
+    # Generator.permutation may change. Source: NEP 19.
     generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,)))
     order = np.argsort(generator.random_raw(count), kind="stable")
     order.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Patches of records: of the voxels, only the tiles that a patch touches are read and decompressed."""
+"""Patches of records. Only the tiles that a patch touches are read and decompressed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from beam_nifti.volume.rescale import (
 Array = npt.NDArray[Any]
 
 _SPACE: Final = 3
-"""Axes of space, before that of channels."""
+"""Number of spatial axes, which come before the channel axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Box:
 
     Attributes:
         corner: index of its first voxel along x, y and z.
-        shape: its number of voxels along each.
+        shape: number of voxels along each axis.
     """
 
     corner: tuple[int, ...]
@@ -50,15 +50,15 @@ class Box:
 
     @classmethod
     def of(cls, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]) -> Box:
-        """A box of what a user gives.
+        """The box of a corner and a shape, after checking them.
 
         Raises:
-            UsageError: one of them is not three integers, or the shape has one below 1.
+            UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1.
         """
         return cls(_integers("corner", corner), _integers("shape", shape, least=1))
 
     def inside(self, volume: Sequence[int]) -> tuple[slice, ...]:
-        """The part of it that is in a volume of this shape, in the volume's indices; it may be empty."""
+        """The part of the box inside a volume of this shape, as indices of the volume; it may be empty."""
         starts = [min(max(corner, 0), size) for corner, size in zip(self.corner, volume, strict=False)]
         stops = map(operator.add, self.corner, self.shape)
         return tuple(
@@ -67,12 +67,12 @@ class Box:
         )
 
     def pad(self, part: Array, inside: Sequence[slice], padding: Array) -> Array:
-        """The voxels of the box.
+        """The voxels of the box, padded outside the volume.
 
         Args:
-            part: those that are inside the volume, with an axis of channels.
-            inside: which these are.
-            padding: the others, of each channel or of all.
+            part: voxels inside the volume, with a channel axis.
+            inside: indices of `part` in the volume.
+            padding: value of the other voxels: one for each channel, or one for all.
         """
         if part.shape[:_SPACE] == self.shape:
             return np.ascontiguousarray(part)
@@ -95,12 +95,12 @@ def _integers(name: str, given: Sequence[SupportsIndex], least: int | None = Non
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What the index says of a record's intensities.
+    """The intensities of a record, from the index.
 
     Attributes:
-        scaling: of native voxels to the image's units.
-        ranges: of each image, in its units; None where it does not say it.
-        ends: of each image, what became 0 and 1; None where the ranges say it.
+        scaling: scaling of native voxels to the image's units.
+        ranges: range of each image, in its units; None if it is not known.
+        ends: intensities that became 0 and 1, for each image; None if the ranges determine them.
     """
 
     scaling: Scaling
@@ -109,7 +109,7 @@ class _Facts:
 
     @classmethod
     def of(cls, cells: Mapping[str, Any], config: RecordConfig) -> _Facts:
-        """Those of a row of the index."""
+        """The intensities in a row of the index."""
         lows, highs = _numbers(cells["min"]), _numbers(cells["max"])
         ranges = [Intensity(low, high, math.nan, math.nan) for low, high in zip(lows, highs, strict=True)]
         lows, highs = (
@@ -122,7 +122,7 @@ class _Facts:
         )
 
     def padding(self, config: RecordConfig) -> Array | None:
-        """What the least value of each image was stored as, for reading; None where it is not known."""
+        """The minimum of each image, rescaled and rounded as in the record; None if it is not known."""
         if self.ranges is None:
             return None
         no_ends: list[RescaleRange | None] = [None] * len(self.ranges)
@@ -132,22 +132,22 @@ class _Facts:
         return stored / np.float32(UINT8_LEVELS) if config.voxel_dtype == "uint8" else stored
 
     def suffice(self, config: RecordConfig, dtype: np.dtype[Any]) -> bool:
-        """Whether a part of the voxels can be rescaled without the others."""
+        """Whether some of the voxels can be rescaled without the others."""
         if config.voxel_dtype != "native" or config.has_range or config.method == "none":
             return True
-        # The range of wider integers is not exact as float64.
+        # float64 does not hold the range of 64-bit integers exactly.
         return self.ranges is not None and not (
             dtype.kind in "iu" and dtype.itemsize > np.dtype(np.int32).itemsize
         )
 
 
 def _numbers(cell: Any) -> list[float]:
-    """The numbers of a cell, one for each image."""
+    """The numbers in a cell, one for each image."""
     return cell if isinstance(cell, list) else [] if cell is None else [cell]
 
 
 def read_patch(records: Records, row: int, box: Box) -> Element:
-    """The element of a row of the table, with its volumes cropped to a box, and padded beyond them.
+    """The element of a row of the table, with its volumes cropped to a box, and padded outside the volume.
 
     Raises:
         DatasetError: the record is missing or damaged.
@@ -164,7 +164,7 @@ def read_patch(records: Records, row: int, box: Box) -> Element:
 
 
 def _from_volume(records: Records, row: int, name: str, volume: Array, box: Box) -> Array:
-    """A patch of a volume that was read as a whole."""
+    """A patch of a volume that was read completely."""
     if records.channels_first:
         volume = np.moveaxis(volume, 0, -1)
     config = records.opened.info.record_config
@@ -177,7 +177,7 @@ def _from_volume(records: Records, row: int, name: str, volume: Array, box: Box)
 
 
 def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> dict[str, Array] | None:
-    """The patches of some tensors; None where the whole record has to be read."""
+    """The patches of some tensors; None if the whole record must be read."""
     table, info = records.patch_table, records.opened.info
     if table is None or not records.from_record <= set(names):
         return None
@@ -224,16 +224,16 @@ def _fill(
     *,
     is_compressed: bool,
 ) -> None:
-    """Read the voxels of a part of a volume, which is not empty.
+    """Read the voxels of a part of a volume, which must not be empty.
 
     Args:
-        out: to fill with them.
-        path: of the shard.
-        tiles: of the tensor.
-        starts: offset in the shard of each member from its first tile on.
-        lengths: bytes of each.
-        inside: which part.
-        is_compressed: whether the members are.
+        out: array to fill.
+        path: path of the shard.
+        tiles: tiles of the tensor.
+        starts: offset in the shard of each member, from the tensor's first tile on.
+        lengths: bytes of each member.
+        inside: indices of the part in the volume.
+        is_compressed: whether the members are compressed.
 
     Raises:
         ShardError, EOFError: the file is damaged.

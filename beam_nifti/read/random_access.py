@@ -1,6 +1,6 @@
-"""Datasets by number: `dataset[i]` without TensorFlow and without Beam, for PyTorch, JAX or numpy.
+"""Records by number: `dataset[i]`, without TensorFlow and without Beam, for PyTorch, JAX or numpy.
 
-A record is found by its place in the index and read by itself. Source: docs/format.md, docs/reading.md.
+The index gives the offset of a record, which is read without the others. See docs/reading.md.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from beam_nifti.support.wording import counted, one_line
 class Dataset:
     """The records of a split, or of a part of it, by number.
 
-    It is a sequence as PyTorch's `DataLoader` takes it, and may be used by several threads, and in forked and
-    spawned processes: it holds no open file, and pickles as the dataset's path and the numbers of its
-    records.
+    It is a sequence that PyTorch's `DataLoader` accepts. Several threads, and forked and spawned processes,
+    may use it: it holds no open file, and is pickled as the dataset's path and the numbers of its records.
 
-    - `dataset[i]` reads one record: a dictionary of the columns. Its arrays are the caller's own.
-    - `dataset[10:20]`, `dataset[[3, 1, 4]]`, `dataset[mask]` are datasets of those records. Nothing is read.
+    - `dataset[i]` reads one record: a dictionary of the columns, with arrays that belong to the caller.
+    - `dataset[10:20]`, `dataset[[3, 1, 4]]` and `dataset[mask]` are datasets of those records.
+      Nothing is read.
     - `for element in dataset` reads one record after the other, in the order of the index.
 
     The columns are:
 
-    - "image": float32 of shape (X, Y, Z, 1), or (X, Y, Z, C) where records have C frames or components, in C
-      order: the x of `beam_nifti.reader.load_dataset`, bit for bit.
-    - "mask": of shape (X, Y, Z, 1), in the dtype in which it is stored.
-    - "label": float32, as in the record; NaN in a dataset without labels. Where the first label is a string,
-      there is "label/NAME" instead.
+    - "image": float32 of shape (X, Y, Z, 1), or (X, Y, Z, C) if records have C frames, components or images,
+      in C order; the same bits as from `beam_nifti.reader.load_dataset`.
+    - "mask": shape (X, Y, Z, 1), in its stored dtype.
+    - "label": float32, as in the record; NaN in a dataset without labels. If the first label is a string,
+      "label/NAME" replaces it.
     - "id": str.
-    - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+; "zooms": float64 of shape
-      (3,), the voxel sizes.
+    - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+.
+    - "zooms": float64 of shape (3,), the voxel sizes in millimetres.
     - every other column of the index, such as "site", "shape" or "max": str, int, float, None, or an array
-      where a cell has several numbers. The manifest's own columns "id", "image" and "mask", where they are
-      further ones, are called "manifest_id", and so on.
-    - every other feature of the records: a scalar, or an array where there are several numbers; else bytes.
+      if a cell has several numbers. Extra columns of the manifest that are called "id", "image" or "mask"
+      are renamed to "manifest_id" and so on.
+    - every other feature of the records: bytes, a scalar, or an array if there are several numbers.
 
-    All but "image", "mask" and what only records hold comes from the index, so that a dataset of other
-    columns reads no record. Of every record that is read its checksums are checked, that of the gzip member
-    and the CRC-32C of the TFRecord (3 % of the time of a compressed one), and that it has the id that the
-    index says.
+    All columns of the index are taken from there, so a dataset without "image", "mask" and other features
+    reads no record. For every record that is read, the checksum of the gzip member, the CRC-32C of the
+    TFRecord (3 % of the time of a compressed one), and the id are checked.
 
     Args:
-        path: the dataset's folder, local or a URL.
-        split: such as "train"; `train[:80%]` and `train[10:20]` are slices of it, and `train+test` is both.
-        where: a condition on columns of the index, such as "age > 60 and site == 'A'"; `where.Condition` says
-            what it may be made of. It selects among the records of `split`.
-        columns: what an element has; None means image, label (where there are any), id, affine and zooms.
-        channels_first: give images of shape (C, X, Y, Z), and masks of shape (1, X, Y, Z).
+        path: folder or URL of the dataset.
+        split: split to read, such as "train"; a slice of it, such as `train[:80%]` or `train[10:20]`; or
+            several, such as `train+test`.
+        where: condition on columns of the index, such as "age > 60 and site == 'A'", which selects from the
+            records of `split`; `where.Condition` describes it.
+        columns: columns of an element; None means image, label (if the dataset has labels), id, affine and
+            zooms.
+        channels_first: whether images have the shape (C, X, Y, Z), and masks (1, X, Y, Z).
 
     Raises:
-        DatasetError: there is no complete dataset or no such split; a shard or an index is missing, cannot be
-            reached, or is not what dataset_info.json says.
-        UsageError: `split`, `where` or `columns` is not written as above, or names a column that is not
-            there.
+        DatasetError: the dataset is absent or incomplete, or has no such split; or a shard or an index is
+            missing, cannot be reached, or does not match dataset_info.json.
+        UsageError: `split`, `where` or `columns` is not valid, or names a column that does not exist.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Dataset:
         self._records, self._rows = select_records(opened, split, where, columns, channels_first)
 
     def __len__(self) -> int:
-        """How many records there are."""
+        """The number of records."""
         return len(self._rows)
 
     @overload
@@ -92,12 +92,12 @@ class Dataset:
     @overload
     def __getitem__(self, index: slice | Iterable[int]) -> Dataset: ...
     def __getitem__(self, index: Any) -> Element | Dataset:
-        """One record, by a number from 0, or from -1 backwards; or the dataset of several.
+        """One record, by its number from 0, or from -1 backwards; or a dataset of several records.
 
         Raises:
-            IndexError: there are fewer records.
-            TypeError: it is neither a number, nor a slice, nor numbers, nor a boolean for each record.
-            DatasetError: the record is missing or damaged; says which it is.
+            IndexError: a number is out of range.
+            TypeError: `index` is not a number, a slice, a list of numbers, or one boolean per record.
+            DatasetError: the record is missing or damaged; the message names it.
         """
         if isinstance(index, slice):
             return self._of(self._records, self._rows[index])
@@ -115,27 +115,27 @@ class Dataset:
         return int(self._rows[number])
 
     def __getitems__(self, indices: Iterable[int]) -> list[Element]:
-        """Several records, read: what PyTorch's `DataLoader` asks for the records of a batch."""
+        """Read several records. PyTorch's `DataLoader` calls this for a batch."""
         return [self[index] for index in indices]
 
     def lend(self, number: int) -> Element:
-        """As `dataset[number]`, to be copied: this thread's next read may overwrite its arrays."""
+        """Like `dataset[number]`, but the next read of this thread may overwrite the arrays, so copy them."""
         return self._records.read(int(self._rows[number]), lent=True)
 
     def __iter__(self) -> Iterator[Element]:
         """Read one record after the other.
 
         Raises:
-            DatasetError: the dataset was built again after it was opened; or as `dataset[i]`.
+            DatasetError: the dataset was rebuilt after it was opened, or as for `dataset[i]`.
         """
         self.require_current()
         return (self._records.read(int(row)) for row in self._rows)
 
     def require_current(self) -> None:
-        """Check that the dataset is the one that was opened; a few milliseconds, or one request.
+        """Check that the dataset is still the one that was opened, in a few milliseconds or one request.
 
         Raises:
-            DatasetError: it was built again, or is gone.
+            DatasetError: it was rebuilt or removed.
         """
         self._records.opened.require_current()
 
@@ -148,18 +148,18 @@ class Dataset:
         return f"<Dataset {one_line(text)}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Its place and the numbers of its records; where it is unpickled, the index is read again."""
+        """Pickle its path and the numbers of its records; unpickling reads the index again."""
         r = self._records
         return _reopen, (r.opened.path, r.splits, r.columns, r.channels_first, self.digest, self._rows)
 
     @property
     def path(self) -> str:
-        """The dataset's folder, absolute, or its URL."""
+        """The absolute path of the dataset's folder, or its URL."""
         return self._records.opened.path
 
     @property
     def info(self) -> DatasetInfo:
-        """What dataset_info.json says."""
+        """The contents of dataset_info.json."""
         return self._records.opened.info
 
     @property
@@ -169,12 +169,12 @@ class Dataset:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What an element has."""
+        """The columns of an element."""
         return self._records.columns
 
     @property
     def channels_first(self) -> bool:
-        """Whether the axis of channels is the first one of a volume."""
+        """Whether the channel axis is the first axis of a volume."""
         return self._records.channels_first
 
     @property
@@ -186,32 +186,32 @@ class Dataset:
     def patch(
         self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
     ) -> Element:
-        """A box of a record's voxels: as `dataset[index]`, with the image and the mask cropped.
+        """A patch of a record: like `dataset[index]`, with the image and the mask cropped to a box of voxels.
 
-        Of a compressed record, only the gzip members that the box touches are read and decompressed, and each
-        is checked by its CRC-32; of an uncompressed one, only the rows that it touches. From a store, each
-        volume is one request. Records without such members are read as a whole: those of small volumes, and
-        those of datasets without the format feature "members".
+        If the record is compressed, only the gzip members that the box touches are read and decompressed,
+        and their CRC-32 are checked. If it is uncompressed, only the rows that the box touches are read,
+        without a checksum. From a store, each volume takes one request. Records of a single member are read
+        completely: those of small volumes, and those of datasets without the format feature "members".
 
         Args:
-            index: number of the record, as of `dataset[index]`.
-            corner: index of the first voxel of the box along x, y and z. The box may reach beyond the volume;
-                it is padded there with the least value of the volume (of several images, of each), and a mask
+            index: number of the record, as in `dataset[index]`.
+            corner: index of the first voxel of the box along x, y and z. The box may reach beyond the volume,
+                where an image is padded with its minimum (each of several images with its own), and a mask
                 with 0.
             shape: number of voxels along x, y and z.
 
         Raises:
-            IndexError: there are fewer records.
+            IndexError: `index` is out of range.
             UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1.
-            DatasetError: the record is missing or damaged; says which it is.
+            DatasetError: the record is missing or damaged; the message names it.
         """
         return read_patch(self._records, self._row(operator.index(index)), Box.of(corner, shape))
 
     def by_id(self, example_id: str) -> Element:
-        """The record of an id.
+        """The record with an id.
 
         Raises:
-            DatasetError: there is none among these records; or as `dataset[i]`.
+            DatasetError: none of these records has it, or as for `dataset[i]`.
         """
         row = pc.index(self._records.table["example_id"], example_id).as_py()
         if row < 0 or row not in self._rows:
@@ -222,14 +222,14 @@ class Dataset:
         return self._records.read(row)
 
     def index(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """What the index says of the records, in their order: labels for a sampler, ages for a plot.
+        """The rows of the index for these records, in their order: labels for a sampler, ages for a plot.
 
         Args:
-            columns: of the index; None means all.
+            columns: columns of the index; None means all.
 
         Raises:
             DatasetError: the index cannot be read.
-            UsageError: it has no such column.
+            UsageError: the index does not have one of the columns.
         """
         r = self._records
         table = r.opened.read_indexes(r.shards, columns)
@@ -247,12 +247,12 @@ class Dataset:
         columns: Sequence[str],
         channels_first: bool,
     ) -> Dataset:
-        """As `Dataset(path, …)`, of a dataset that is open already."""
+        """Like `Dataset(path, …)`, for a dataset that is already open."""
         return cls._of(*select_records(opened, split, where, columns, channels_first))
 
     @classmethod
     def _of(cls, records: Records, rows: Rows) -> Dataset:
-        """A dataset of some rows of what is open already."""
+        """A dataset of some rows of records that are already open."""
         dataset = cls.__new__(cls)
         dataset._records, dataset._rows = records, rows
         return dataset
@@ -263,8 +263,7 @@ class Dataset:
             return np.flatnonzero(numbers)
         if numbers.ndim != 1 or not (numbers.dtype.kind in "iu" or numbers.size == 0):
             raise TypeError(
-                f"{index!r} is no number of a record, no slice, no list of numbers, and none of {len(self)} "
-                "booleans"
+                f"index is {index!r}; give a number, a slice, a list of numbers, or {len(self)} booleans"
             )
         wrong = numbers[(numbers < -len(self)) | (numbers >= len(self))]
         if wrong.size:

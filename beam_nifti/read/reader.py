@@ -1,7 +1,7 @@
-"""Datasets as tf.data pipelines. Loads no Beam for paths on the local disk.
+"""Datasets as tf.data pipelines. Beam is not loaded for paths on the local disk.
 
-Either of two engines gives the same elements, bit for bit: `sequential` reads shards from end to end,
-`indexed` single records, by the index.
+Two engines return the same elements, bit for bit: `sequential` reads whole shards, and `indexed` reads single
+records, located by the index.
 """
 
 from __future__ import annotations
@@ -54,43 +54,45 @@ def load_dataset(
     start_state: Mapping[str, Any] | None = None,
     layout: Literal["plain", "nobrainer"] | None = None,
 ) -> tf.data.Dataset:
-    """Open the examples of a dataset for training; docs/reading.md says more of each argument.
+    """Open the examples of a dataset for training; docs/reading.md describes the arguments in more detail.
 
     Args:
-        path: the dataset's folder, or a URL; with `layout` a glob.
-        split: such as "train"; with the indexed engine also `train[:80%]`, or `train+test`.
-        batch_size: examples a batch; None gives single examples, without the axis B.
-        target: what y is: "label", or "mask".
+        path: folder or URL of the dataset; with `layout`, a glob of files.
+        split: split to read, such as "train"; with the indexed engine, also `train[:80%]` or `train+test`.
+        batch_size: examples per batch; None gives single examples, without the axis B.
+        target: "label" or "mask", which becomes y.
         shuffle: put the examples into another order in every epoch.
         seed: makes these orders the same in every run.
         drop_remainder: leave out a last batch that is not full, so that B is static.
-        label: the label that y is; several give a dictionary; None gives the first one as a number.
-        repeat: how many epochs there are; True means without end.
-        start: elements to begin after, of all epochs, as of `.skip(start)`, but without reading them.
-        shard: (i, n): read the i-th, from 0, of every n examples; or a `tf.distribute.InputContext`.
-        where: a condition on columns of the index, such as "age > 60 and site == 'A'".
-        as_dict: give dictionaries of `columns`.
-        columns: as of `random_access.Dataset`; None means image, label (if any), id, affine and zooms.
-        channels_first: give volumes of shape (B, c, x, y, z).
-        pad: fill volumes, or other cells, of different shapes with zeros up to the largest of a batch.
-        ragged: make a `tf.RaggedTensor` of them instead.
-        on_error: "skip" skips damaged records, with a warning for each. The cardinality is unknown then.
-        engine: "indexed" reads records by the index, with Python's threads; "sequential" reads shards from
-            end to end in TensorFlow's graph. None means the faster one that can do what is asked.
-        start_state: instead of `start`: what `state_after` gave for the run that is to go on.
+        label: name of the label that becomes y; several names give a dictionary; None gives the first label
+            as a number.
+        repeat: number of epochs; True repeats without end.
+        start: number of elements to skip, counted over all epochs, without reading them.
+        shard: (i, n), to read the i-th of every n examples, from 0; or a `tf.distribute.InputContext`.
+        where: condition on columns of the index, such as "age > 60 and site == 'A'".
+        as_dict: whether elements are dictionaries of `columns`.
+        columns: columns of `random_access.Dataset`; None means image, label (if any), id, affine and zooms.
+        channels_first: whether volumes have the shape (B, c, x, y, z).
+        pad: whether to pad volumes, or other cells, of different shapes with zeros to the largest of a batch.
+        ragged: whether to make a `tf.RaggedTensor` of them instead.
+        on_error: "skip" skips damaged records, with a warning for each; the cardinality is then unknown.
+        engine: "indexed" reads single records by the index, with Python threads; "sequential" reads whole
+            shards in TensorFlow's graph. None means the faster one that supports the other arguments.
+        start_state: result of `state_after` for the run to continue, instead of `start`.
         layout: of TFRecords that others wrote: "nobrainer", or "plain", of `image_raw` and `label`.
 
     Returns:
-        A dataset whose elements are X and y; X alone where there are no labels; or a dictionary. X is float32
-        of shape (B, x, y, z, c), c being 1 but where records have several frames, components or images, as
-        `--rescale` made it. y is of shape (B,): float32, int64 for a class, tf.string for a string; NaN, -1
-        or "" where it is missing. A mask is int32 of shape (B, x, y, z, 1). In dictionaries strings and bytes
-        are tf.string. Axes but B are static, unless volumes differ in shape.
+        A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
+        shape (B, x, y, z, c), rescaled by `--rescale`; c is 1 unless records have several frames, components
+        or images. y has the shape (B,): float32, int64 for a class, or tf.string for a string; a missing one
+        is NaN, -1 or "". A mask is int32 of shape (B, x, y, z, 1). In dictionaries, strings and bytes are
+        tf.string. All axes except B are static, unless volumes differ in shape.
 
     Raises:
-        DatasetError: there is no complete dataset, no such split, or a shard is missing; while reading, as an
-            error of TensorFlow that quotes it, that a record is damaged.
-        UsageError: arguments do not fit together or to the dataset; volumes of different shapes in a batch.
+        DatasetError: the dataset is absent or incomplete, has no such split, or a shard is missing. Damage
+            that is found while reading is an error of TensorFlow that quotes the DatasetError.
+        UsageError: arguments cannot be combined or do not match the dataset, or a batch would have volumes of
+            different shapes.
     """
     folder = storage.absolute(storage.path_text("path", path))
     source = _Source(folder, split, where, start, start_state, on_error, engine, layout)
@@ -113,29 +115,29 @@ def state_after(
     shard: Shard = None,
     where: str | None = None,
 ) -> dict[str, Any]:
-    """What `load_dataset(…, start_state=…)` takes to go on where a run stood.
+    """The state of a run after some steps, from which `load_dataset(…, start_state=…)` continues.
 
-    A dataset reads ahead of the training that it feeds, so only the training knows how far it came: count its
-    steps, as Keras does in `optimizer.iterations`. Nothing but that count changes while a run lasts, so that
+    A dataset reads ahead, so only the training loop knows how many batches it has consumed: count its steps,
+    as Keras does in `optimizer.iterations`. Only that count changes during a run, so
     `state | {"step": step}` is the state of another step.
 
     Args:
-        step: elements (batches, if there are such) that were consumed, since the beginning and across epochs.
-        path: as of `load_dataset`, like all that follow: what decides which examples come when.
-        split: as of `load_dataset`.
-        batch_size: as of `load_dataset`.
-        shuffle: as of `load_dataset`; needs a seed.
-        seed: as of `load_dataset`.
-        drop_remainder: as of `load_dataset`.
-        shard: as of `load_dataset`.
+        step: elements (batches, with `batch_size`) that were consumed, counted over all epochs.
+        path: same as for `load_dataset`, like the arguments below, which determine the order of the examples.
+        split: same as for `load_dataset`.
+        batch_size: same as for `load_dataset`.
+        shuffle: same as for `load_dataset`; requires a seed.
+        seed: same as for `load_dataset`.
+        drop_remainder: same as for `load_dataset`.
+        shard: same as for `load_dataset`.
         where: as of `load_dataset`.
 
     Returns:
-        Numbers, strings and lists, for JSON. `steps_per_epoch` is among them.
+        A dictionary of values for JSON, with `steps_per_epoch` among them.
 
     Raises:
-        DatasetError: as `load_dataset`.
-        UsageError: as `load_dataset`; `step` is below 0.
+        DatasetError: as for `load_dataset`.
+        UsageError: as for `load_dataset`, or `step` is below 0.
     """
     step = whole_number("step", step)
     if step < 0:
@@ -148,7 +150,7 @@ def state_after(
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Which records are read, and by which engine; the fields are `load_dataset`'s arguments."""
+    """The records to read, and the engine; the fields are arguments of `load_dataset`."""
 
     path: str
     split: str
@@ -166,7 +168,7 @@ class _Source:
         object.__setattr__(self, "start", whole_number("start", self.start))
 
     def read(self, elements: Elements, batching: Batching, passes: Passes) -> tf.data.Dataset:
-        """The dataset that was asked for; as `load_dataset`."""
+        """The dataset that `load_dataset` returns."""
         parts = parse_split(self.split)
         needs_index = {
             "start": self.start != 0,
@@ -200,7 +202,7 @@ class _Source:
         return examples.map(pack)
 
     def _choose_engine(self, needs_index: bool, as_dict: bool) -> str:
-        """The faster engine, where it can be had without another way to reach the files."""
+        """The engine that was chosen, or the faster one that can read these files."""
         if self.engine:
             return self.engine
         if storage.is_remote(self.path):
@@ -221,8 +223,8 @@ class _Source:
         order = passes.order(len(records), batching, resumes)
         if self.start_state is not None:
             if start or skips:
-                other = "start" if start else "on_error='skip', which leaves batches uncounted,"
-                raise UsageError(f"start_state and {other} do not go together; leave one of them out")
+                other = "start" if start else "on_error='skip', which does not count every batch,"
+                raise UsageError(f"start_state and {other} cannot be combined; leave one of them out")
             state = describe_state(opened.info, self.split, self.where, order, 0)
             start = check_state(self.path, self.start_state, state)
         reopen = partial(Dataset, self.path, self.split, **chosen)
@@ -233,7 +235,7 @@ class _Source:
 
 
 def _refuse(asked: Mapping[str, bool], reason: str) -> None:
-    """Raise a UsageError for the first argument that was asked for."""
+    """Raise a UsageError for the first of some arguments that was given."""
     for name, is_asked in asked.items():
         if is_asked:
             raise UsageError(f"{name} {reason}")
@@ -242,21 +244,21 @@ def _refuse(asked: Mapping[str, bool], reason: str) -> None:
 def get_batched_dataset(
     files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], batch_size: int
 ) -> tf.data.Dataset:
-    """Read GZIP TFRecords of float32 volumes from the files alone, in order.
+    """Read GZIP TFRecords of float32 volumes, in order, without a dataset_info.json.
 
-    `load_dataset` is faster and knows shapes and cardinality; this needs no dataset_info.json and reads
-    what any writer of `image_raw` and `label` made.
+    The files may come from any program that writes `image_raw` and `label`. `load_dataset` is faster, and
+    knows shapes and cardinality.
 
     Args:
         files: a glob, or a list of files.
-        batch_size: examples a batch, which must have one shape.
+        batch_size: examples per batch, which must all have the same shape.
 
     Returns:
-        A dataset of X, float32 of shape (B, x, y, z, 1), and y, float32 of shape (B,). No axis but the
-        last is static. Records of 4-D images end it with an error: `load_dataset` reads them.
+        A dataset of X, float32 of shape (B, x, y, z, 1), and y, float32 of shape (B,). Only the last axis is
+        static. Records of 4-D images are an error; `load_dataset` reads them.
 
     Raises:
-        DatasetError: a file is missing, or the glob matches none.
+        DatasetError: a file is missing, or no file matches the glob.
         UsageError: batch_size is below 1.
     """
     batching = Batching(batch_size)

@@ -1,4 +1,4 @@
-"""The records of some splits: where they lie, which of them are selected, and reading one."""
+"""The records of some splits: where they are stored, which ones are selected, and how to read one."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ Element = dict[str, Any]
 Rows = range | npt.NDArray[np.int64]
 
 _SCRATCH_BYTES: Final = 32 << 20
-"""The largest record for which a thread keeps a buffer, as fresh memory costs a page fault every 4 KiB."""
+"""The largest record for which a thread reuses its buffer; new memory costs a page fault per 4 KiB."""
 
 _of_thread = threading.local()
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """All records of some splits, and where they lie: what the parts of a dataset share.
+    """All records of some splits, and where they are stored. The slices of a dataset share it.
 
     Attributes:
         opened: the dataset.
-        splits: names of them.
-        table: of each record example_id, offset and length, and what was asked of the index besides.
-        columns: of an element.
-        channels_first: whether the axis of channels is the first one.
+        splits: names of the splits.
+        table: example_id, offset and length of each record, and other columns of the index that are used.
+        columns: columns of an element.
+        channels_first: whether the channel axis is the first axis of a volume.
     """
 
     opened: Opened
@@ -56,27 +56,27 @@ class Records:
 
     @cached_property
     def shards(self) -> tuple[ShardInfo, ...]:
-        """Those of all splits, in the order of the table."""
+        """The shards of all splits, in the order of the table."""
         return self.opened.shards_of(self.splits)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
-        """The row of the table at which each shard begins."""
+        """The first row of each shard in the table."""
         return np.cumsum([0, *(shard.num_examples for shard in self.shards)])[:-1]
 
     @cached_property
     def places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Offset and length of each record."""
+        """The offset and length of each record."""
         return self.table["offset"].to_numpy(), self.table["length"].to_numpy()
 
     @cached_property
     def from_record(self) -> frozenset[str]:
-        """The columns for which a record has to be read."""
+        """The columns that require reading the record."""
         asked, known = set(self.columns) - {"id"}, set(self.table.column_names)
         return frozenset(c for c in asked if self.opened.has_tensor(c) or c not in known)
 
     def describe(self, name: str) -> str:
-        """The name of a column, and of a tensor its dtype and shape."""
+        """The name of a column, with dtype and shape if it is a tensor."""
         info = self.opened.info
         if not self.opened.has_tensor(name):
             return name
@@ -87,10 +87,10 @@ class Records:
         return f"{name} {dtype} {(channels, *space) if self.channels_first else (*space, channels)}"
 
     def rows_of(self, parts: Sequence[SplitPart]) -> Rows:
-        """The rows of the table that some parts of the splits take.
+        """The rows of the table that belong to some parts of the splits.
 
         Raises:
-            UsageError: a part is beyond its split.
+            UsageError: a part reaches beyond its split.
         """
         counts = {name: self.opened.info.splits[name].num_examples for name in self.splits}
         starts = dict(zip(counts, itertools.accumulate([0, *counts.values()]), strict=False))
@@ -100,9 +100,9 @@ class Records:
 
     @cached_property
     def patch_table(self) -> pa.Table | None:
-        """What the index says of each record so that a patch of it can be read; None where it does not.
+        """The columns of the index that are needed to read patches; None if records have no members.
 
-        It is read when the first patch is asked for. It takes about 0.1 MB per GB of the shards.
+        They are read for the first patch, and take about 0.1 MB per GB of the shards.
         """
         config = self.opened.info.record_config
         names = {"length", "min", "max", *RANGE_FEATURES, *SCALING_FEATURES} & set(schema_of(config).names)
@@ -111,7 +111,7 @@ class Records:
         return self.opened.read_indexes(self.shards, {"member_lengths", *names})
 
     def read(self, row: int, lent: bool = False) -> Element:
-        """The element of a row of the table; `lent` as `Dataset.lend`.
+        """The element of a row of the table; for `lent`, see `Dataset.lend`.
 
         Raises:
             DatasetError: the record is missing or damaged.
@@ -133,10 +133,10 @@ class Records:
 
     @contextlib.contextmanager
     def reading(self, row: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Read a record in the block: the path of its shard, and the shape of its voxels as they are stored.
+        """Name the record in errors of the block. The block gets the path of its shard and its stored shape.
 
         Raises:
-            DatasetError: the block has failed; says which record it is.
+            DatasetError: the block failed to read the record.
         """
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         path = storage.join(self.opened.path, self.shards[shard].name)
@@ -160,7 +160,7 @@ class Records:
         return decode_buffer(buffer, compressed, most)
 
     def cell(self, name: str, row: int) -> Any:
-        """What the index says of a record."""
+        """The value of a column in the index."""
         cell = self.table["example_id" if name == "id" else name][row]
         if isinstance(cell, pa.ListScalar) and cell.is_valid:
             values = cell.values.fill_null("") if pa.types.is_string(cell.type.value_type) else cell.values
@@ -173,7 +173,7 @@ class Records:
         return value
 
     def _value(self, name: str, features: Features, shape: tuple[int, ...], lent: bool) -> Any:
-        """What a record itself says."""
+        """The value of a column in the record itself."""
         if not self.opened.has_tensor(name):
             return decode_feature(features, name, self.opened.info)
         decode = decode_image if name == "image" else decode_mask
@@ -184,7 +184,7 @@ class Records:
 
 
 def scratch(size: int) -> memoryview:
-    """A buffer of this thread's for what is needed only until its next read."""
+    """A buffer that this thread reuses for its next read."""
     if size > _SCRATCH_BYTES:
         return make_buffer(size)
     buffer: memoryview | None = getattr(_of_thread, "buffer", None)
@@ -196,21 +196,21 @@ def scratch(size: int) -> memoryview:
 def select_records(
     opened: Opened, split: str, where: str | None, columns: Sequence[str] | None, channels_first: bool
 ) -> tuple[Records, Rows]:
-    """Records, and which of their rows `split` and `where` take; as `Dataset`."""
+    """The records of a dataset, and the rows that `split` and `where` select, as for `Dataset`."""
     parts, condition = parse_split(split), None if where is None else Condition(where)
     asked = {*condition.columns, "row"} if condition else ()
     records = open_records(opened, parts, columns, channels_first, asked)
     rows = records.rows_of(parts)
     if condition:
         rows, table = np.asarray(rows, np.int64), records.table
-        if not condition.columns <= {"id", *table.column_names}:  # the message has those that there are
+        if not condition.columns <= {"id", *table.column_names}:  # so that the message names all that exist
             table = opened.read_indexes(records.shards)
         table = table.append_column("id", table["example_id"])
-        first = next(iter(opened.info.labels), None)  # of which `label` is the number
+        first = next(iter(opened.info.labels), None)  # `label` is its number
         texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
         if opened.label_is_text and "label" in condition.columns:
             raise UsageError(
-                f"where is {where!r}, but a label of the kind string is no number; ask {texts['label']}, "
+                f"where is {where!r}, but a label of the kind string is not a number; use {texts['label']}, "
                 "which has the text"
             )
         rows = rows[condition.select(table.take(rows), texts)]
@@ -224,10 +224,10 @@ def open_records(
     channels_first: bool,
     asked: Collection[str] = (),
 ) -> Records:
-    """Read what is needed to find the records of some splits, and of the index what is `asked` besides.
+    """Open the records of some splits, with the columns `asked` of the index in their table.
 
     Raises:
-        DatasetError, UsageError: as `Dataset`.
+        DatasetError, UsageError: as for `Dataset`.
     """
     splits = tuple(dict.fromkeys(part.name for part in parts))
     shards = opened.shards_of(splits)

@@ -1,4 +1,4 @@
-"""What a caller of `reader.load_dataset` asks for: the arguments in groups, each checked by itself."""
+"""The arguments of `reader.load_dataset`, in groups that check themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SEED_BITS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """What elements are made of; the fields are `load_dataset`'s arguments."""
+    """The contents of an element; the fields are arguments of `load_dataset`."""
 
     target: str = "label"
     label: str | Sequence[str] | None = None
@@ -37,10 +37,10 @@ class Elements:
             raise UsageError("columns requires as_dict=True")
 
     def choose(self, opened: Opened) -> tuple[tuple[str, ...], Callable[..., Any]]:
-        """The columns of a dataset that are read, and what makes an element of their cells.
+        """The columns to read, and a function that makes an element of their cells.
 
         Raises:
-            UsageError: it has no such labels or masks.
+            UsageError: the dataset does not have these labels or masks.
         """
         if self.as_dict:
             names = opened.choose_columns(self.columns)
@@ -54,7 +54,7 @@ class Elements:
         return names, lambda image, *cells: (image, dict(zip(targets, cells, strict=True)))
 
     def _targets(self, opened: Opened) -> dict[str, str]:
-        """What y is made of: by name the columns, or features, of the records."""
+        """The columns or features of which y is made, by name."""
         info, label = opened.info, self.label
         if self.target == "mask":
             if info.mask_labels is None:
@@ -67,7 +67,7 @@ class Elements:
         if label is None:
             if info.labels and info.labels[0].kind == "string":
                 raise UsageError(
-                    f"{opened.path}: the first label is a string and no number; choose y with label=, one "
+                    f"{opened.path}: the first label is a string, not a number; choose y with label=, one "
                     f"of: {', '.join(column.name for column in info.labels)}"
                 )
             return {"label": "label"} if info.labelled else {}
@@ -89,10 +89,10 @@ class Batching:
     """How examples become batches.
 
     Attributes:
-        size: examples a batch; None leaves them single.
-        drop_remainder: leave out a last batch that is not full.
-        pad: fill cells of different shapes with zeros.
-        ragged: put cells of different shapes into ragged tensors.
+        size: examples per batch; None gives single examples.
+        drop_remainder: whether to leave out a last batch that is not full.
+        pad: whether to pad cells of different shapes with zeros.
+        ragged: whether to put cells of different shapes into ragged tensors.
     """
 
     size: int | None = None
@@ -106,9 +106,9 @@ class Batching:
             if self.size < 1:
                 raise UsageError(f"batch_size is {self.size}; it must be at least 1")
         elif self.drop_remainder:
-            raise UsageError("drop_remainder leaves out a batch, but there are none; give a batch_size")
+            raise UsageError("drop_remainder requires batches; give a batch_size")
         elif self.ragged:
-            raise UsageError("ragged is about batches, but there are none; give a batch_size")
+            raise UsageError("ragged requires batches; give a batch_size")
         if self.ragged and self.pad:
             raise UsageError("pad and ragged are two ways to batch volumes of different shapes; choose one")
 
@@ -117,10 +117,10 @@ class Batching:
         return self.ragged and column.varies
 
     def check(self, folder: str, columns: Sequence[Column]) -> None:
-        """Refuse to put into a batch what has different shapes.
+        """Refuse batches of cells of different shapes without `pad` or `ragged`.
 
         Raises:
-            UsageError: a column has them, and neither `pad` nor `ragged` says what to do.
+            UsageError: a column has cells of different shapes.
         """
         varying = [column.name for column in columns if column.varies]
         if varying and not (self.pad or self.ragged or self.size in (None, 1)):
@@ -183,10 +183,10 @@ class Passes:
 
 
 def require_choice(name: str, value: str, *choices: str) -> None:
-    """Refuse an argument that is none of its choices.
+    """Check that an argument has one of its possible values.
 
     Raises:
-        UsageError: it is not among them.
+        UsageError: it has another value.
     """
     if value not in choices:
         raise UsageError(f"{name} is {value!r}; choose {' or '.join(map(repr, choices))}")
@@ -197,7 +197,7 @@ def _count_epochs(repeat: bool | int) -> int | None:
         return None if repeat else 1
     epochs = whole_number("repeat", repeat)
     if epochs < 1:
-        raise UsageError(f"repeat is {epochs}; give a number of epochs from 1, or True for no end")
+        raise UsageError(f"repeat is {epochs}; give a number of epochs from 1, or True to repeat without end")
     return epochs
 
 

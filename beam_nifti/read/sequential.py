@@ -1,7 +1,7 @@
-"""The sequential engine of `reader.load_dataset`: shards read from end to end, all in TensorFlow's graph.
+"""The sequential engine of `reader.load_dataset`, which reads whole shards in TensorFlow's graph.
 
-Voxels that were stored as in the file ("native") are rescaled in the graph, to the same bits
-that a float32 dataset of the same images holds; those of float16, bfloat16 and uint8 become float32.
+Native voxels are rescaled in the graph, to the same bits as in a float32 dataset of the same images. float16,
+bfloat16 and uint8 are converted to float32.
 Source: docs/format.md, "Intensity".
 """
 
@@ -25,20 +25,20 @@ from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES
 from beam_nifti.storage import paths as storage
 
 _OPEN_SHARDS: Final = 8
-"""Shards that are read at a time. A constant, so that the order is the same on every machine."""
+"""Number of shards that are read at a time. It is constant, so the order is the same on every machine."""
 
 _SHUFFLE_BUFFER: Final = 64
-"""Examples among which the next one is drawn: 230 MB for float32 volumes of 91×109×91."""
+"""Number of examples from which the next one is drawn: 230 MB for float32 volumes of 91×109×91."""
 
 _SHUFFLE_BYTES: Final = 4 << 30
-"""Voxels in that buffer, at most: 64 float32 volumes of 256×256×256, 8 of 512×512×512."""
+"""Limit of the voxels in that buffer: 64 float32 volumes of 256×256×256, 8 of 512×512×512."""
 
 IMAGE: Final = {"image_raw": tf.io.FixedLenFeature([], tf.string)}
 LABEL: Final = {"label": tf.io.FixedLenFeature([], tf.float32)}
 
 # Adding -0.0 changes nothing; adding 0.0 would turn a -0.0 into 0.0.
 _NO_SCALING: Final = {"scl_slope": struct.pack("<d", 1.0), "scl_inter": struct.pack("<d", -0.0)}
-"""What stands for these features where the header does not scale: records lack them then."""
+"""Values of these features for headers that do not scale, whose records lack them."""
 
 _NORMAL: Final = 2.0**-126
 _STEP: Final = 2.0**-149
@@ -52,10 +52,10 @@ _UNSIGNED: Final = {
 
 
 def open_dataset(path: str) -> Opened:
-    """Open a complete dataset, by TensorFlow where it is in a store.
+    """Open a complete dataset, with TensorFlow if it is in a store.
 
     Raises:
-        DatasetError: there is none, it is damaged, or TensorFlow does not know the folder's scheme.
+        DatasetError: there is no complete dataset, it is damaged, or TensorFlow does not support its scheme.
     """
     if not storage.is_remote(path):
         return opening.open_dataset(path)
@@ -88,14 +88,14 @@ def read_examples(
     """A dataset whose elements are tuples of tensors, one per column.
 
     Raises:
-        DatasetError: there is no such split, or a shard is missing or cut off.
-        UsageError: records have no such column, or examples of different shapes are to be batched.
+        DatasetError: the split does not exist, or a shard is missing or truncated.
+        UsageError: records do not have a column, or a batch would have examples of different shapes.
     """
     info, shards = opened.info, opened.shards_of([split])
     opened.require_shards(shards, tf.io.gfile.listdir)
     for name in names:
         if name not in opened.columns_of_records:
-            remedy = ", or, for a column of the index, engine='indexed'"
+            remedy = "; a column of the index requires engine='indexed'"
             raise opened.no_column(name, opened.columns_of_records, remedy)
     columns = describe_columns(names, info, channels_of(info), channels_first)
     batching.check(opened.path, columns)
@@ -117,7 +117,7 @@ def finish(
     shape: Sequence[int] | None,
     dtype: tf.DType,
 ) -> tf.data.Dataset:
-    """Shuffle and parse serialized Examples, and batch what they hold."""
+    """Shuffle, parse and batch serialized Examples."""
     if passes.shuffle:
         records = records.shuffle(shuffle_window(shape, dtype.size), passes.seed)
     examples = records.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
@@ -131,14 +131,14 @@ def read_records(
     counts: Sequence[int] | None = None,
     check: Callable[[tf.data.Dataset], tf.data.Dataset] = lambda files: files,
 ) -> tf.data.Dataset:
-    """The serialized Examples of some files: one of each of eight files in turn.
+    """The serialized Examples of some files: one from each of eight files in turn.
 
     Args:
-        files: their paths.
-        compression: of all: "GZIP" or "".
-        passes: over them.
-        counts: of their records, to be checked.
-        check: adds to the dataset of the files what is done at the beginning of each epoch.
+        files: paths of the files.
+        compression: compression of all files: "GZIP" or "".
+        passes: the order of the files, and the epochs.
+        counts: expected number of records of each file; None does not check it.
+        check: function of the dataset of files, which adds a check at the beginning of each epoch.
     """
     places = check(tf.data.Dataset.from_tensor_slices((list(files), list(counts or [0] * len(files)))))
     if passes.shuffle:
@@ -155,7 +155,7 @@ def read_records(
 
 
 def _checked(opened: Opened, files: tf.data.Dataset) -> tf.data.Dataset:
-    """The files, after a look whether the dataset was built again."""
+    """The files, after a check that the dataset was not rebuilt."""
 
     def check(content: tf.Tensor) -> tf.Tensor:
         is_same = tf.io.read_file(f"{opened.path}/{FILE_NAME}") == content
@@ -166,9 +166,10 @@ def _checked(opened: Opened, files: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.Dataset:
-    """The records of a shard; an error that names it, if one is damaged, missing or too many."""
-    # TensorFlow's own error names no file. Here damage ends the shard, and is told by how far that came.
-    # A file that cannot be opened would be opened again without end, so it is opened before.
+    """The records of a shard, with an error that names it if a record is damaged, missing or surplus."""
+    # TensorFlow's own error does not name the file. Here, damage ends the shard early, and the number of
+    # records before it shows where. ignore_errors would retry a file that cannot be opened for ever, so it is
+    # opened before.
     opened = tf.data.FixedLengthRecordDataset(path, 1, buffer_size=1).take(1)
     records = opened.flat_map(
         lambda _: tf.data.TFRecordDataset(path, compression).ignore_errors(log_warning=True)
@@ -179,7 +180,7 @@ def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.
         return tf.strings.length(record) > 0  # a comparison with b"" would copy it
 
     def check(number: tf.Tensor, record: tf.Tensor) -> tf.Tensor:
-        says = tf.strings.as_string(count) + " that dataset_info.json says"
+        says = tf.strings.as_string(count) + " in dataset_info.json"
         unread = "record number " + tf.strings.as_string(number) + " from 0, of " + says + ", cannot be read"
         problem = tf.where(number < count, unread, "it has more records than the " + says)
         message = path + ": " + problem + "; copy the dataset again, or run beam-nifti verify"
@@ -192,7 +193,7 @@ def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.
 
 
 def shuffle_window(shape: Sequence[int] | None, itemsize: int) -> int:
-    """Examples that a shuffle draws from; the same on every machine."""
+    """The number of examples from which a shuffle draws, which is the same on every machine."""
     if shape is None:
         return _SHUFFLE_BUFFER
     return max(1, min(_SHUFFLE_BUFFER, _SHUFFLE_BYTES // (math.prod(shape) * itemsize)))
@@ -201,7 +202,7 @@ def shuffle_window(shape: Sequence[int] | None, itemsize: int) -> int:
 def _parser(
     info: DatasetInfo, columns: Sequence[Column], channels_first: bool
 ) -> Callable[[tf.Tensor], tuple[tf.Tensor, ...]]:
-    """From a serialized Example to its cells."""
+    """A function from a serialized Example to its cells."""
     wanted: dict[str, tf.io.FixedLenFeature] = {}
     for column in columns:
         wanted |= _features_of(column.name, info)
@@ -235,7 +236,7 @@ def _parser(
 
 
 def _features_of(name: str, info: DatasetInfo) -> dict[str, tf.io.FixedLenFeature]:
-    """The features of which a column is made."""
+    """The features that a column requires."""
     needed = [f"{name}_raw" if name in ("image", "mask") else name]
     if name == "image" and info.config["voxel_dtype"] == "native":
         needed += [feature for feature in (*SCALING_FEATURES, *RANGE_FEATURES) if feature in info.features]
@@ -247,29 +248,29 @@ def _features_of(name: str, info: DatasetInfo) -> dict[str, tf.io.FixedLenFeatur
 
 
 def move_channels(volume: tf.Tensor) -> tf.Tensor:
-    """A volume of shape (X, Y, Z, C) as one of shape (C, X, Y, Z)."""
+    """Move the channel axis of a volume (X, Y, Z, C) to the front: (C, X, Y, Z)."""
     if volume.shape[3] == 1:  # without a copy
         return volume[..., 0][tf.newaxis]
     return tf.transpose(volume, (3, 0, 1, 2))
 
 
 def _parse_image(feature: tf.Tensor, info: DatasetInfo) -> tf.Tensor:
-    """Voxels as they are stored, with their axis of channels."""
+    """The stored voxels, with a channel axis."""
     voxels = tf.io.parse_tensor(feature, tf.as_dtype(info.dtype))
     if info.shape is not None:
         voxels = tf.ensure_shape(voxels, info.shape)
-    # They may be 3-D and 4-D side by side.
+    # A dataset may have both 3-D and 4-D volumes.
     image = tf.reshape(voxels, tf.concat([tf.shape(voxels)[:3], [-1]], 0))
     return tf.ensure_shape(image, (*(info.shape or (None,) * 3)[:3], channels_of(info)))
 
 
 def _decode_doubles(feature: tf.Tensor) -> tf.Tensor:
-    """The float64 that a feature of bytes holds."""
+    """The float64 numbers in a feature of bytes."""
     return tf.io.decode_raw(feature, tf.float64)
 
 
 def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Tensor]], tf.Tensor]:
-    """From voxels as they are in the file, and the features beside them, to X."""
+    """A function from native voxels, and the features of their record, to X."""
     channels = info.config.get("channels")
     has_range = "rescale_low" in info.features
 
@@ -296,7 +297,7 @@ def _native_rescaler(info: DatasetInfo) -> Callable[[tf.Tensor, dict[str, tf.Ten
 
 
 def _rescale(voxels: tf.Tensor, scl_slope: tf.Tensor, scl_inter: tf.Tensor, method: str) -> tf.Tensor:
-    """What `beam_nifti.volume.rescale` makes of the same voxels, bit for bit, where their range says it."""
+    """Rescale by the range of the voxels, with the same bits as `beam_nifti.volume.rescale`."""
     if method == "none":
         return _to_float32(_to_float64(voxels) * scl_slope + scl_inter)
     if not voxels.dtype.is_integer:
@@ -309,19 +310,19 @@ def _rescale(voxels: tf.Tensor, scl_slope: tf.Tensor, scl_inter: tf.Tensor, meth
 
 
 def _rescale_integers(voxels: tf.Tensor) -> tf.Tensor:
-    """Unscaled integers: their differences are exact, whatever their size."""
+    """Rescale integers without scaling; their differences are exact, whatever their size."""
     low = tf.reduce_min(voxels)
-    # Modular subtraction of unsigned integers is exact where the signed one would overflow.
+    # Unsigned subtraction wraps around to the exact result, where a signed one would overflow.
     unsigned = _UNSIGNED.get(voxels.dtype, voxels.dtype)
     above = tf.bitcast(voxels, unsigned) - tf.bitcast(low, unsigned)
-    # In float32 the quotient of narrow integers is the same, and takes half the time.
+    # For integers of up to 16 bits, the float32 quotient is the same and takes half the time.
     exact = tf.float32 if unsigned.size <= 2 else tf.float64
     quotient = tf.cast(above, exact) / tf.cast(tf.reduce_max(above), exact)
     return tf.cast(quotient, tf.float32)
 
 
 def _rescale_values(voxels: tf.Tensor, slope: tf.Tensor, inter: tf.Tensor) -> tf.Tensor:
-    """Floats, and integers with a scaling: all in float64."""
+    """Rescale floats, and integers with a scaling, in float64."""
     values = _to_float64(voxels)
     ends = tf.stack([tf.reduce_min(values), tf.reduce_max(values)]) * slope + inter
     return _rescale_between(values, slope, inter, tf.reduce_min(ends), tf.reduce_max(ends))
@@ -335,12 +336,12 @@ def _rescale_between(
     rescale_high: tf.Tensor,
     clip: bool = False,
 ) -> tf.Tensor:
-    """What `beam_nifti.volume.rescale.rescale_between` makes of the same voxels, in float64, bit for bit."""
+    """Rescale in float64, with the same bits as `beam_nifti.volume.rescale.rescale_between`."""
     low, high = rescale_low, rescale_high
-    # A range wider than float64's own overflows; halving everything is exact up there.
+    # high - low may overflow float64; halving numbers that large is exact.
     factor = tf.where(tf.math.is_inf(high - low), tf.constant(0.5, tf.float64), 1.0)
     low, high = low * factor, high * factor
-    # 0.0 and -0.0 both give 0.0 above -0.0; which of them is the minimum depends on the processor.
+    # Subtracting -0.0 from 0.0 or -0.0 gives 0.0. Which of them is the minimum depends on the processor.
     low = tf.where(low == 0.0, tf.constant(-0.0, tf.float64), low)
     values = values * (scl_slope * factor) + scl_inter * factor
     if clip:
@@ -348,13 +349,13 @@ def _rescale_between(
     return _to_float32((values - low) / (high - low))
 
 
-# TensorFlow's threads take subnormal numbers for 0 and round to 0 what would be one. Float32 images do
-# hold some (probability maps, smoothed masks), so those go through integers: the n-th subnormal float32
-# above 0 is n times _STEP, and has the bits of the integer n.
+# TensorFlow's threads treat subnormal numbers as 0, and round results that would be subnormal to 0. Float32
+# images may have some (probability maps, smoothed masks), so these are computed as integers: the n-th
+# subnormal float32 above 0 is n times _STEP, and has the bits of the integer n.
 
 
 def _to_float64(voxels: tf.Tensor) -> tf.Tensor:
-    """Exactly, subnormal float32 included."""
+    """Convert to float64 exactly, including subnormal float32."""
     values = tf.cast(voxels, tf.float64)
     if voxels.dtype != tf.float32:
         return values
@@ -364,7 +365,7 @@ def _to_float64(voxels: tf.Tensor) -> tf.Tensor:
 
 
 def _to_float32(values: tf.Tensor) -> tf.Tensor:
-    """Rounded to nearest, subnormal float32 included."""
+    """Round to the nearest float32, including subnormal ones."""
     rounded = tf.bitcast(tf.cast(values, tf.float32), tf.int32)
     size = tf.abs(values)
     steps = tf.cast(tf.round(tf.where(size < _NORMAL, size / _STEP, 0.0)), tf.int32)

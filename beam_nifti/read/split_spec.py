@@ -1,4 +1,4 @@
-"""Which records of which splits: `train`, `train[:80%]+test`, as TensorFlow Datasets writes it."""
+"""Parse the splits to read: `train`, `train[:80%]+test`, in the notation of TensorFlow Datasets."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class SplitPart:
     """A split, or a slice of it.
 
     Attributes:
-        name: of the split.
-        start: of the slice: a number of records such as "10", or a share of them such as "80%"; below 0
-            it counts from the end; "" is the beginning.
-        stop: where it ends, in the same way.
+        name: name of the split.
+        start: first record of the slice: a number such as "10", or a percentage such as "80%"; a negative one
+            counts from the end; "" is the beginning.
+        stop: end of the slice, in the same notation; "" is the end of the split.
     """
 
     name: str
@@ -31,13 +31,14 @@ class SplitPart:
     stop: str = ""
 
     def __str__(self) -> str:
-        """As it is written."""
+        """The split in this notation."""
         return f"{self.name}[{self.start}:{self.stop}]" if self.start or self.stop else self.name
 
     def positions(self, count: int) -> range:
-        """Which of a split's records it takes.
+        """The positions of its records in the split.
 
-        A share is rounded to the nearest record, halves to even, so that `[:80%]` and `[80%:]` meet.
+        A percentage is rounded to the nearest record, halves to even, so that `[:80%]` and `[80%:]` together
+        are the whole split.
 
         Raises:
             UsageError: a bound is beyond the split.
@@ -63,8 +64,8 @@ def parse_split(spec: str) -> tuple[SplitPart, ...]:
     """The parts that are joined by `+`.
 
     Raises:
-        TypeError: it is no text.
-        UsageError: it is not written so.
+        TypeError: `spec` is not a string.
+        UsageError: `spec` does not follow the notation.
 
     >>> [str(part) for part in parse_split("train[:80%]+test")]
     ['train[:80%]', 'test']

@@ -1,4 +1,4 @@
-"""Where a run stood in a dataset: a state that JSON holds, and whether another run may go on from it."""
+"""The position of a run in a dataset, as JSON values, and the check that another run may continue from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beam_nifti.record.dataset_info import DatasetInfo
 
 _VERSION: Final = 1
 _OF_DATASET: Final = frozenset(["dataset", "steps_per_epoch", "step"])
-"""What is no argument of the run."""
+"""Keys that are not arguments of the run."""
 
 
 def describe_state(
@@ -36,32 +36,32 @@ def describe_state(
 
 
 def _digest(info: DatasetInfo, splits: list[str], selects: bool) -> str:
-    """What differs wherever the records of some splits do, or their indexes, where those select."""
+    """A digest of the records of some splits and, if a condition selects from the indexes, of these."""
     shards = [shard for name in splits for shard in info.splits[name].shards]
     content = "".join(f"{s.sha256} {s.index_sha256 if selects else ''}\n" for s in shards)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def check_state(folder: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
-    """The step at which a state says to go on; `expected` is one of the run that is to do it.
+    """The step from which to continue; `expected` is the state of the run that continues.
 
     Raises:
-        UsageError: it is no state, or one of a run with other arguments.
+        UsageError: `state` is not a state, or that of a run with other arguments.
         DatasetError: the dataset's records are not those of the state.
     """
     is_state = isinstance(state, Mapping) and state.keys() == expected.keys()
     if not is_state or state["version"] != _VERSION or not isinstance(state["step"], int):
-        raise UsageError(f"start_state is {state!r}; give one that state_after of this version made")
+        raise UsageError(f"start_state is {state!r}; give the result of state_after of this version")
     for name in expected:
         if name not in _OF_DATASET and state[name] != expected[name]:
             raise UsageError(
-                f"start_state is of a run with {name} {state[name]!r}, and this one has {expected[name]!r}; "
-                "give the arguments of that run, or begin anew without start_state"
+                f"start_state is of a run with {name} {state[name]!r}, but this one has {expected[name]!r}; "
+                "give the arguments of that run, or start again without start_state"
             )
     if state["dataset"] != expected["dataset"]:
         raise DatasetError(
-            f"{folder}: its records are not those of start_state: it was built again, or is another dataset; "
-            "read the one of that run, or begin anew without start_state"
+            f"{folder}: its records are not those of start_state: it was rebuilt, or is another dataset; "
+            "read the dataset of that run, or start again without start_state"
         )
     step: int = state["step"]
     return step

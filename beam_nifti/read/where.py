@@ -1,6 +1,6 @@
-"""Conditions on records, such as `age > 60 and site == 'A'`, answered from their index.
+"""Conditions on records, such as `age > 60 and site == 'A'`, evaluated on the index.
 
-The text is Python's syntax for comparisons, parsed by Python and never run.
+The notation is that of Python's comparisons. Python parses the text, and never runs it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ _COMPARISONS: Final[Mapping[type[ast.cmpop], Callable[..., Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Operand:
-    """One side of a comparison: a column of the index, or a literal where the name is "".
+    """One side of a comparison: a column of the index, or a literal.
 
     Attributes:
-        cells: the different cells of the column, None for one without a value; or the literal. Numbers that
-            are written are exact: int or Decimal.
-        numbers: of the cell of each row; None of a literal.
+        cells: distinct cells of the column, with None for missing ones; or the literal. Numbers that are
+            written as text are exact: int or Decimal.
+        name: name of the column; "" for a literal.
+        numbers: for each row, the number of its cell in `cells`; None for a literal.
         is_number: whether the cells are numbers.
-        is_rounded: whether they are float64, to which cells of the manifest were rounded.
+        is_rounded: whether the cells are float64, to which the manifest's cells were rounded.
     """
 
     cells: Sequence[Any]
@@ -52,19 +53,17 @@ class _Operand:
 class Condition:
     """A condition on records.
 
-    It is made of columns of the index, numbers, strings, `==`, `!=`, `<`, `<=`, `>`, `>=`, `in` and `not in`
-    a list, `and`, `or`, `not` and parentheses. A column whose name is no Python name is written
-    `column('scan age')`. Where a column of strings is compared with numbers, its cells are read as numbers,
-    exactly.
-    A comparison with a cell that has no value (null, empty, `n/a` or NaN) is neither true nor false, and
-    selects no record, with `not` neither. A comparison with such a text itself, as in `site == ''`, compares
-    cells as they are written.
+    It consists of columns of the index, numbers, strings, lists, `==`, `!=`, `<`, `<=`, `>`, `>=`, `in`,
+    `not in`, `and`, `or`, `not` and parentheses. `column('scan age')` is a column whose name is not a Python
+    name. If a column of strings is compared with numbers, its cells are read as numbers, exactly.
+    A comparison with a missing cell (null, empty, `n/a` or NaN) is neither true nor false, so it selects no
+    record, even after `not`. A comparison with such a text, as in `site == ''`, compares the text of cells.
 
     Attributes:
-        columns: the names of the columns that it asks.
+        columns: names of the columns in the condition.
 
     Raises:
-        UsageError: it is not written so.
+        UsageError: the text is not a condition.
     """
 
     def __init__(self, text: str) -> None:
@@ -76,16 +75,15 @@ class Condition:
         self.columns = frozenset(_columns_below(self._tree))
 
     def select(self, table: pa.Table, texts: Mapping[str, str] | None = None) -> npt.NDArray[np.bool_]:
-        """Which rows it is true of.
+        """Whether the condition is true, for each row.
 
         Args:
-            table: some rows of an index; of columns, those that the condition asks, and `row` and
-                `example_id`.
-            texts: by column of numbers that stand for texts, the column that has these; for messages.
+            table: rows of an index, with the columns of the condition, and `row` and `example_id`.
+            texts: for messages: the column that has the texts, for each column of their numbers.
 
         Raises:
-            UsageError: the condition is no such one, there is no such column, a cell that is to be a number
-                is none, or a column of float64 cannot hold the integer that it is compared with.
+            UsageError: the condition is not supported, a column does not exist, a cell that is compared with
+                a number is not one, or a column of float64 cannot hold the integer that it is compared with.
         """
         truth = pc.fill_null(_Evaluation(self._text, table, texts or {}).condition(self._tree), False)
         return np.asarray(truth, np.bool_)
@@ -97,7 +95,7 @@ _EXPLANATION: Final = (
 
 
 def _column_of(node: ast.AST) -> str | None:
-    """The column that a node names."""
+    """The name of the column, if a node is one."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "column":
@@ -108,7 +106,7 @@ def _column_of(node: ast.AST) -> str | None:
 
 
 def _written(name: str) -> str:
-    """How a condition names a column."""
+    """The notation of a column in a condition."""
     return name if name.isidentifier() else f"column({name!r})"
 
 
@@ -122,7 +120,7 @@ def _columns_below(node: ast.AST) -> Iterator[str]:
 
 
 def _exact(text: str) -> int | Decimal | None:
-    """The number that a cell is, whatever its length; None where it is none."""
+    """A cell as a number, of any length; None if it is not one."""
     bare = text.strip()
     try:
         parse_number(bare)
@@ -132,7 +130,7 @@ def _exact(text: str) -> int | Decimal | None:
 
 
 def _is_missing_text(node: ast.expr) -> bool:
-    """Whether a literal is what stands in a cell without a value: who asks for it wants such cells."""
+    """Whether a literal is the text of a missing cell, so that the condition selects these cells."""
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and is_missing(node.value)
 
 
@@ -145,7 +143,7 @@ class _Evaluation:
         self._text, self._table, self._texts = text, table, texts
 
     def condition(self, node: ast.expr) -> Any:
-        """What a node says of each row: true, false, or null."""
+        """The value of a node for each row: true, false, or null."""
         match node:
             case ast.BoolOp(op=op, values=values):
                 join = pc.and_kleene if isinstance(op, ast.And) else pc.or_kleene
@@ -168,7 +166,7 @@ class _Evaluation:
         if isinstance(op, ast.In | ast.NotIn):
             return self._membership(left, right, isinstance(op, ast.NotIn))
         if type(op) not in _COMPARISONS:
-            raise UsageError(f"where is {self._text!r}; write == or != in the place of is; {_EXPLANATION}")
+            raise UsageError(f"where is {self._text!r}; write == or != instead of is; {_EXPLANATION}")
         as_written = _is_missing_text(left) or _is_missing_text(right)
         one, other = self._operand(left, as_written), self._operand(right, as_written)
         if not (one.name or other.name):
@@ -191,7 +189,7 @@ class _Evaluation:
         return _each(lambda cell, _: (cell in among) != is_negated, column, members[0])
 
     def _operand(self, node: ast.expr, as_written: bool = False) -> _Operand:
-        """One side; a column's cells without a value are null unless they are wanted as written."""
+        """One side; missing cells of a column are null, unless cells are compared `as_written`."""
         name = _column_of(node)
         if name is not None:
             values = self._column(name)
@@ -217,11 +215,11 @@ class _Evaluation:
         raise self._refusal(node)
 
     def _number(self, literal: ast.Constant) -> Any:
-        """What a literal is, as it is written: Python rounds it."""
+        """The exact number of a literal, from its text, because Python rounds it."""
         if isinstance(literal.value, int):
             return literal.value
         number = _exact((ast.get_source_segment(self._text.strip(), literal) or "").replace("_", ""))
-        if number is None:  # of an exponent that no cell may have
+        if number is None:  # its exponent is larger than that of any cell
             raise self._refusal(literal)
         return number
 
@@ -232,18 +230,20 @@ class _Evaluation:
         values = self._table[name]
         if pa.types.is_nested(values.type):
             raise UsageError(
-                f"where is {self._text!r}, but each cell of {name} holds several numbers; ask other columns"
+                f"where is {self._text!r}, but each cell of {name} holds several numbers; use other columns"
             )
         return values
 
     def _as_number(self, operand: _Operand, other: _Operand) -> _Operand:
-        """The numbers that stand in a column of strings; numbers as they are."""
+        """Convert a column of strings to numbers; numbers are not changed."""
         if operand.is_number:
             return operand
         if not operand.name:
             text = self._texts.get(other.name)
             remedy = (
-                f"ask {_written(text)}, which has the text" if text else "compare it with one, without quotes"
+                f"use {_written(text)}, which has the text"
+                if text
+                else "compare it with a number, without quotes"
             )
             raise UsageError(f"where is {self._text!r}, but {other.name} is a number; {remedy}")
         cells = [None if cell is None else _exact(cell) for cell in operand.cells]
@@ -253,7 +253,7 @@ class _Evaluation:
         return replace(operand, cells=cells, is_number=True)
 
     def _alike(self, operand: _Operand, other: _Operand) -> _Operand:
-        """Numbers as float64, as labels were rounded to it, where the other side is a column of float64."""
+        """Round numbers to float64, as labels were, if the other side is a column of float64."""
         if not other.is_rounded or operand.is_rounded:
             return operand
         cells = [None if cell is None else float(Decimal(cell)) for cell in operand.cells]
@@ -261,7 +261,7 @@ class _Evaluation:
         if isinstance(literal, int) and rounded != literal and rounded in other.cells:
             raise UsageError(
                 f"where is {self._text!r}, but {other.name} is rounded to float64 in the index, which has "
-                f"{Decimal(rounded or 0):f} in the place of {literal}; labels of the kind string are exact"
+                f"{Decimal(rounded or 0):f} instead of {literal}; labels of the kind string are exact"
             )
         return replace(operand, cells=cells)
 
@@ -271,7 +271,7 @@ class _Evaluation:
         row, example_id = self._table["row"][at].as_py(), self._table["example_id"][at].as_py()
         return UsageError(
             f"where is {self._text!r}, but {operand.name} is {operand.cells[number]!r} in row {row} of the "
-            f"manifest ({example_id}), which is no number; compare it with strings, in quotes"
+            f"manifest ({example_id}), which is not a number; compare it with strings, in quotes"
         )
 
     def _refusal(self, node: ast.expr) -> UsageError:
@@ -281,7 +281,7 @@ class _Evaluation:
 
 
 def _each(compare: Callable[[Any, Any], bool], one: _Operand, other: _Operand) -> Any:
-    """What a comparison says of each row: true, false, or null where a cell has no value."""
+    """The result of a comparison for each row: true, false, or null if a cell is missing."""
     if one.numbers is None or other.numbers is None:  # one is a literal
         truth = [_truth(compare, a, b) for a in one.cells for b in other.cells]
         numbers = other.numbers if one.numbers is None else one.numbers

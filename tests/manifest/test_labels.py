@@ -668,12 +668,12 @@ def test_a_label_that_is_text_is_asked_by_its_column(folder: Path, tmp_path: Pat
     manifest = write_manifest(folder / "codes.tsv", rows)
     output = tmp_path / "out"
     assert cli.main(["build", str(manifest), str(output), "--label-column=label:string", "--quiet"]) == 0
-    with pytest.raises(UsageError, match="a label of the kind string is no number; ask manifest_label"):
+    with pytest.raises(UsageError, match="a label of the kind string is not a number; use manifest_label"):
         Dataset(output, where="label == 20230110")
     assert Dataset(output, where="manifest_label == 20230110").ids == [rows[0]["path"]]
     assert Dataset(output)[1]["label/label"] == b"20230111"
     with pytest.raises(
-        UsageError, match="the first label is a string and no number; choose among label/label"
+        UsageError, match="the first label is a string, not a number; choose among label/label"
     ):
         Dataset(output, columns=["id", "label"])
 
@@ -685,7 +685,7 @@ def test_a_condition_on_a_class_is_told_which_column_has_its_text(
     rows = [{"path": row["path"], label: "FM"[number % 2]} for number, row in enumerate(rows_of()[:4])]
     manifest = write_manifest(folder / "texts.tsv", rows)
     output = build_dataset(manifest, tmp_path / "out", columns=Columns(label=label))
-    with pytest.raises(UsageError, match=r"label is a number; ask .*, which has the text") as raised:
+    with pytest.raises(UsageError, match=r"label is a number; use .*, which has the text") as raised:
         Dataset(output, where="label == 'F'")
     assert f"ask {column}, " in str(raised.value)
     assert len(Dataset(output, where=f"{column} == 'F'")) == 2
@@ -743,12 +743,12 @@ def test_the_reader_of_other_datasets(folder: Path, tmp_path: Path) -> None:
         load_dataset(plain, label="age")
     text = build_dataset(manifest, tmp_path / "text", columns=Columns(label="subtype:string"))
     assert [y.numpy() for _, y in load_dataset(text, label="subtype")] == [b"a", b"b"]
-    with pytest.raises(UsageError, match="the first label is a string and no number; choose y with label="):
+    with pytest.raises(UsageError, match="the first label is a string, not a number; choose y with label="):
         load_dataset(text)
     for engine in ("indexed", "sequential"):
         given = [x["label/subtype"].numpy() for x in load_dataset(text, as_dict=True, engine=engine)]
         assert given == [b"a", b"b"] == [element["label/subtype"] for element in Dataset(text)]
-        with pytest.raises(UsageError, match="is a string and no number; choose among label/subtype"):
+        with pytest.raises(UsageError, match="is a string, not a number; choose among label/subtype"):
             load_dataset(text, as_dict=True, columns=["label"], engine=engine)
     unlabelled = build_dataset(manifest, tmp_path / "none")
     with pytest.raises(UsageError, match="label is 'age'; the dataset has no labels"):

@@ -169,7 +169,7 @@ def test_but_not_a_dataset_that_was_built_again_since(dataset: Path, tmp_path: P
     del elements
     gc.collect()
     edit_info(copy, lambda info: info.update(revision=2))
-    with pytest.raises(tf.errors.OpError, match="was built again after it was opened; open it again"):
+    with pytest.raises(tf.errors.OpError, match="was rebuilt after it was opened; open it again"):
         list(tf.data.experimental.from_variant(variant, spec))
 
 

@@ -195,7 +195,7 @@ def test_ragged_batches_without_damaged_records(datasets: dict[str, Path]) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ragged": True}, "ragged is about batches, but there are none; give a batch_size"),
+        ({"ragged": True}, "ragged requires batches; give a batch_size"),
         ({"ragged": True, "pad": True, "batch_size": 2}, "pad and ragged are two ways .*; choose one"),
         ({"batch_size": 2}, "have different shapes; use batch_size=1 or None, or pad=True, or ragged=True"),
     ],

@@ -119,22 +119,22 @@ def test_what_does_not_change_the_order_may_be_another(dataset: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 3}, "start_state is of a run with batch_size 4, and this one has 3; give the arg"),
-        ({"seed": 2}, "with seed 1, and this one has 2"),
-        ({"shuffle": False, "seed": None}, "with seed 1, and this one has None"),
-        ({"drop_remainder": True}, "with drop_remainder False, and this one has True"),
-        ({"shard": (0, 2)}, r"with shard \[0, 1\], and this one has \[0, 2\]"),
-        ({"split": "test"}, "with split 'train', and this one has 'test'"),
-        ({"where": "label > 1"}, "with where None, and this one has 'label > 1'"),
-        ({"start": 1}, "start_state and start do not go together"),
-        ({"on_error": "skip"}, "start_state and on_error='skip', which leaves batches uncounted, do not go"),
+        ({"batch_size": 3}, "start_state is of a run with batch_size 4, but this one has 3; give the arg"),
+        ({"seed": 2}, "with seed 1, but this one has 2"),
+        ({"shuffle": False, "seed": None}, "with seed 1, but this one has None"),
+        ({"drop_remainder": True}, "with drop_remainder False, but this one has True"),
+        ({"shard": (0, 2)}, r"with shard \[0, 1\], but this one has \[0, 2\]"),
+        ({"split": "test"}, "with split 'train', but this one has 'test'"),
+        ({"where": "label > 1"}, "with where None, but this one has 'label > 1'"),
+        ({"start": 1}, "start_state and start cannot be combined"),
+        ({"on_error": "skip"}, "start_state and on_error='skip', which does not count every batch, cannot"),
         ({"engine": "sequential"}, "start_state needs the index"),
         ({"seed": None}, "start_state needs an order that is known beforehand; give a seed"),
         (
             {"start_state": {"step": 4}},
-            "start_state is {'step': 4}; give one that state_after of",
+            "start_state is {'step': 4}; give the result of state_after of",
         ),
-        ({"start_state": "4"}, "start_state is '4'; give one that state_after"),
+        ({"start_state": "4"}, "start_state is '4'; give the result of state_after"),
     ],
 )
 def test_states_that_do_not_fit(dataset: Path, change: dict[str, Any], message: str) -> None:
@@ -161,5 +161,5 @@ def test_a_dataset_that_was_built_again(dataset: Path, tmp_path: Path) -> None:
     assert len(rows(resumed)) == 21
     shutil.rmtree(tmp_path / "out")
     build(manifest, tmp_path / "out", num_shards=2, rescale="none")
-    with pytest.raises(DatasetError, match=r"out: its records are not those of start_state: .*built again"):
+    with pytest.raises(DatasetError, match=r"out: its records are not those of start_state: .*rebuilt"):
         load_dataset(tmp_path / "out", start_state=state)

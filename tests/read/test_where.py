@@ -112,7 +112,7 @@ def test_an_integer_that_float64_rounds_is_compared_exactly_or_refused(
     for sign, compare in COMPARISONS.items():
         condition = Condition(f"label {sign} {literal}")
         if float(literal) != literal and float(literal) in labels:
-            with pytest.raises(UsageError, match=rf"has {int(float(literal))} in the place of {literal}"):
+            with pytest.raises(UsageError, match=rf"has {int(float(literal))} instead of {literal}"):
                 condition.select(table)
         else:
             assert condition.select(table).tolist() == [compare(label, literal) for label in labels]
@@ -143,7 +143,7 @@ def test_a_negative_number_keeps_its_digits() -> None:
 
 def test_numbers_as_other_programs_write_them_are_no_numbers() -> None:
     for cell in ("1_0", "\uff11", "nan(ind)", "1e99999999999999999999"):
-        with pytest.raises(UsageError, match="which is no number"):
+        with pytest.raises(UsageError, match="which is not a number"):
             Condition("age > 1").select(pa.table({"row": [1], "example_id": ["a"], "age": [cell]}))
 
 
@@ -176,7 +176,7 @@ def test_the_columns_that_are_asked_are_known_before() -> None:
         ("age[0] > 1", "is not supported"),
         ("age + 1 > 60", r"'age \+ 1' is not supported"),
         ("age > True", "'True' is not supported"),
-        ("age is None", "write == or != in the place of is"),
+        ("age is None", "write == or != instead of is"),
         ("age in 'abc'", "is not supported"),
         ("age in []", "is not supported"),
         ("age in [1, 'a']", "is not supported"),
@@ -186,8 +186,8 @@ def test_the_columns_that_are_asked_are_known_before() -> None:
         ("(lambda: 1) == 1", "is not supported"),
         ("sex == 'F'", "has no column 'sex'; it has row, example_id, label, age, site, scan age, shape"),
         ("shape == 1", "each cell of shape holds several numbers"),
-        ("label == '1'", "label is a number; compare it with one, without quotes"),
-        ("site > 1", r"site is 'A' in row 1 of the manifest \(sub-1\), which is no number"),
+        ("label == '1'", "label is a number; compare it with a number, without quotes"),
+        ("site > 1", r"site is 'A' in row 1 of the manifest \(sub-1\), which is not a number"),
     ],
 )
 def test_what_is_no_condition_is_refused(text: str, message: str) -> None:

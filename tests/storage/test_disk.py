@@ -251,10 +251,10 @@ def test_a_reader_stops_where_the_dataset_was_built_again(manifest: Path, output
     next(endless)
     change(manifest, 0, 1)
     build(manifest, output)
-    with pytest.raises(tf.errors.OpError, match="was built again after it was opened; open it again"):
+    with pytest.raises(tf.errors.OpError, match="was rebuilt after it was opened; open it again"):
         list(dataset)
     # An epoch that had begun may miss the removed files.
-    with pytest.raises(tf.errors.OpError, match=r"was built again after it was opened|No such file"):
+    with pytest.raises(tf.errors.OpError, match=r"was rebuilt after it was opened|No such file"):
         list(itertools.islice(endless, 64))  # some epochs may have been read ahead
 
 
@@ -263,9 +263,9 @@ def test_random_access_names_a_rebuild(manifest: Path, output: Path) -> None:
     for number in (0, 7):
         change(manifest, number, 1)
     build(manifest, output)
-    with pytest.raises(DatasetError, match="was built again after it was opened; open it again"):
+    with pytest.raises(DatasetError, match="was rebuilt after it was opened; open it again"):
         list(records)
-    with pytest.raises(DatasetError, match="was built again after it was opened; open it again"):
+    with pytest.raises(DatasetError, match="was rebuilt after it was opened; open it again"):
         records[0]
 
 
