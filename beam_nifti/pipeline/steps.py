@@ -13,6 +13,7 @@ failures. A build makes its own graph of the same DoFns (`pipeline.transforms`).
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -69,19 +70,26 @@ def at_end(value: Any) -> WindowedValue:
 
 
 class PartsFn(beam.DoFn):
-    """A step that has one part file open at a time, no longer than a bundle lasts."""
+    """A step that has one part file open at a time, no longer than a bundle lasts.
 
+    If a user interrupts the local runner, it calls `teardown` while another thread is still in `process`.
+    """
+
+    _lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     _open: PartFile | PartWriter | None = None
+    _is_torn_down = False
 
     def teardown(self) -> None:
         """Remove the part of a bundle that failed."""
-        if self._open is not None:
-            self._open.discard()
-            self._open = None
+        with self._lock:
+            self._is_torn_down = True
+            if self._open is not None:
+                self._open.discard()
+                self._open = None
 
     def start_bundle(self) -> None:
         """Start without an open file."""
-        self._open = None
+        self._lock, self._open = threading.Lock(), None
 
 
 def _joined(earlier: RecordConfig | None, config: RecordConfig, names: Iterable[str]) -> RecordConfig:

@@ -139,13 +139,17 @@ class WriteParts(PartsFn):
         """Yield (shard, Part) when a part is complete."""
         entry, example = cast(IndexEntry, record.entry), record.example
         unit = (entry.row.shard, entry.row.unit)
-        if unit != self._unit:
-            yield from self._close()
-            self._start(entry.row)
-        with timed(self._msec):
+        closed = list[tuple[str, Part]]()
+        with self._lock, timed(self._msec):
+            if self._is_torn_down:
+                return
+            if unit != self._unit:
+                closed += self._close()
+                self._start(entry.row)
             cuts = find_cuts(example, self._level is not None) if self._config.has_members else ()
             encoded = encode_members(example, self._level, cuts)
             cast(PartWriter, self._open).write(entry, encoded)
+        yield from closed
         size = sum(encoded.lengths)
         self._bytes.inc(size)
         METER.add(volumes=1, num_bytes=size)

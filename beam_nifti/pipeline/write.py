@@ -206,7 +206,9 @@ class WritePartsFn(PartsFn):
         record = to_record(element)
         traits, cells = examine(record)
         self._traits = self._traits.joined(traits) if self._traits else traits
-        with timed(self._msec), self._target.reading_parts():
+        with self._lock, timed(self._msec), self._target.reading_parts():
+            if self._is_torn_down:
+                return
             part = cast(PartFile, self._open or PartFile(self._target.folder))
             self._open = part
             cuts = find_cuts(record.example, compressed=self._level is not None)
