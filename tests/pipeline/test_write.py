@@ -1044,5 +1044,5 @@ def test_memory_is_that_of_a_record(tmp_path: Path) -> None:
         )
         assert ended.status == 0, ended.result
         peaks.append(ended.peak_bytes)
-    # The 120 further records are 120 MB.
+    # The 260 further records are 260 MB.
     assert peaks[1] - peaks[0] < 16 * megabyte
