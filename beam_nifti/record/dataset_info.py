@@ -484,18 +484,18 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     ):
         raise ValueError(f"shape is {list(info.shape)}, expected the numbers of voxels of a volume")
     if info.shape is not None and record.channels is not None and info.shape[3:] != (record.num_channels,):
-        raise ValueError(f"shape is {list(info.shape)}, and there are {record.num_channels} channels")
+        raise ValueError(f"shape is {list(info.shape)}, but there are {record.num_channels} channels")
     for feature, kind in info.features.items():
         if not _FEATURE_KIND.fullmatch(kind):
             raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
     if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
-        raise ValueError("mask_labels are given, and the records have no masks")
+        raise ValueError("mask_labels are given, but the records have no masks")
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
-        raise ValueError(f"manifest.num_frames is {num_frames}, and config.frames {record.frames!r}")
+        raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames {record.frames!r}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
     _check_counts(info)
@@ -508,7 +508,7 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, and failures_sha256 {info.failures_sha256!r}")
     if is_complete and (not info.shards or config["sharding"] is None):
-        raise ValueError("names no shards, or not how they are cut")
+        raise ValueError("names no shards, or config.sharding is null")
 
 
 def _check_counts(info: DatasetInfo) -> None:

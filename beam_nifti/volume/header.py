@@ -240,7 +240,7 @@ def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record
         if num_bytes <= MAX_VOLUME_BYTES
     ]
     if len(shape) > 3:
-        remedies.append("split the image along time, with fslroi, say")
+        remedies.append("split the image along time, for example with fslroi")
     remedies.append("crop or resample it with --shape or --spacing")
     raise VolumeError(
         f"{name}: shape {shape} takes {size:,} bytes as {stored.name}, more than a record can hold "
