@@ -28,8 +28,8 @@ def add_command(commands: Commands, name: str, summary: str, examples: str = "")
     """Add a command, with the options and the exit codes that all commands share.
 
     Args:
-        commands: to add it to.
-        name: of the command.
+        commands: parsers to which the command is added.
+        name: name of the command.
         summary: what it does, for the list of commands and for its own help.
         examples: shown at the end of its help.
     """

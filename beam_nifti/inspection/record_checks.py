@@ -53,7 +53,7 @@ class RecordSpec:
     """What every record of a dataset must be.
 
     Attributes:
-        info: of the dataset, without its shards, so that it is small.
+        info: dataset_info.json, without the shards, so that it is small.
         config: the options that decide a record's bytes.
     """
 
@@ -214,7 +214,7 @@ def _check_presence(
     """Find where only one of a record and its row of the index says something, which readers take from there.
 
     Args:
-        features: of the record, of which a step may have left out some.
+        features: features of the record, of which a step may have left out some.
         cells: the record's row of the index.
         said: names of the features whose values that says.
     """

@@ -80,7 +80,7 @@ class Verification:
     Attributes:
         num_examples: records checked.
         num_shards: shards named by dataset_info.json.
-        num_bytes: of the records checked.
+        num_bytes: size of the records checked.
         num_deep: records rebuilt from their images.
         problems: one sentence per problem, those of whole files first.
         notes: one sentence per shard that differs only by rounding, as other versions of software built it.
