@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -14,18 +15,21 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from beam_nifti.cli import parser as options
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import RecordConfig, Sharding
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
 from beam_nifti.record.index import schema_of
+from beam_nifti.record.tiles import Tiles
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.preprocess import apply_function
 from beam_nifti.volume.rescale import numpy_dtype
 from tests import pages
-from tests.datasets import records_of
-from tests.images import row_of, write_image
+from tests.datasets import build_dataset, records_of
+from tests.images import brain, row_of, write_image, write_manifest
 from tests.pages import README, ROOT
 
 FORMAT = ROOT / "docs/format.md"
@@ -81,6 +85,12 @@ def _defined(start: str) -> Callable[..., Any]:
     return function
 
 
+def _tile_shape() -> Callable[..., tuple[int, int]]:
+    tile_shape = _defined("def tile_shape")
+    tile_shape.__globals__["math"] = math
+    return tile_shape
+
+
 def test_the_reader_of_the_format_reads_every_record(dataset: Path) -> None:
     read = list(_defined("import gzip")(dataset))
     stored = {cells["example_id"]: decode_example(payload) for cells, payload in records_of(dataset)}
@@ -90,6 +100,30 @@ def test_the_reader_of_the_format_reads_every_record(dataset: Path) -> None:
         assert voxels.dtype == np.float32
         assert voxels.max() == 1
         assert np.array_equal(voxels, decode_tensor(bytes(stored[example_id]["image_raw"])))
+
+
+def test_the_reader_of_patches_reads_some_of_the_members(tmp_path: Path) -> None:
+    images = [brain((70, 60, 50), seed=i) for i in range(2)]
+    for i, voxels in enumerate(images):
+        write_image(tmp_path / f"{i}.nii", voxels)
+    manifest = write_manifest(tmp_path / "m.csv", [{"path": f"{i}.nii"} for i in range(2)])
+    output = build_dataset(
+        manifest, tmp_path / "out", RecordConfig(voxel_dtype="native"), sharding=Sharding(num_shards=1)
+    )
+    read = _defined("import pyarrow.parquet")
+    known = {"tile_shape": _tile_shape(), **_defined("import gzip").__globals__}
+    read.__globals__.update({name: known[name] for name in ("Path", "gzip", "json", "np", "tile_shape")})
+    (shard,) = map(vars, read_info(str(output)).shards)
+    for corner, shape in (((3, 4, 5), (40, 50, 30)), ((0, 0, 0), (70, 60, 50)), ((69, 59, 49), (1, 1, 1))):
+        box = tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))
+        assert np.array_equal(read(output, shard, 1, corner, shape), images[1][box])
+
+
+@given(st.tuples(*[st.integers(1, 400)] * 3), st.sampled_from([1, 2, 4, 8]))
+def test_the_tiles_of_the_format_are_those_of_records(shape: tuple[int, int, int], itemsize: int) -> None:
+    tiles = Tiles.of(shape, itemsize, compressed=True)
+    if tiles is not None:
+        assert _tile_shape()(shape, itemsize) == (tiles.planes, tiles.rows)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8", "float32", "int16", "uint64"])
@@ -121,6 +155,7 @@ def test_the_format_names_every_column_feature_and_field(dataset: Path) -> None:
     info = read_info(str(dataset))
     names = {
         *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8", frames="each")).names,
+        *schema_of(RecordConfig(voxel_dtype="native")).names,
         *info.features,
         *info.config,
         *info.manifest,

@@ -57,4 +57,5 @@ class Fsspec(RangeStore):
         filesystem.invalidate_cache()
         found = filesystem.find(root, detail=True).values() if deep else filesystem.ls(root, detail=True)
         below = ((each["name"].strip("/")[len(root.strip("/")) :], each["type"]) for each in found)
-        return [(f"{folder}{path}", kind != "file") for path, kind in below if path.startswith("/")]
+        listed = [(f"{folder}{path}", kind != "file") for path, kind in below if path.startswith("/")]
+        return [(path, is_folder) for path, is_folder in listed if not (deep and is_folder)]

@@ -188,7 +188,7 @@ class _Reader(Reader):
 
     def _read_rest(self) -> bytes:
         ahead = self._position - self._start
-        data = self._window[ahead:] if ahead > 0 else b"" if ahead else self._window  # without a copy of all
+        data = self._window[ahead:] if ahead >= 0 else b""
         if missing := self.size - self._position - len(data):
             self._request(self.size - missing, missing)
             data += self._window

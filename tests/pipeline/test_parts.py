@@ -26,6 +26,7 @@ from beam_nifti.pipeline.resume import finished_rows
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import IndexEntry, read_index
 from beam_nifti.record.sharding import ShardName
+from beam_nifti.record.tfrecord import EncodedRecord
 from beam_nifti.storage import paths as storage
 from beam_nifti.storage.paths import stat
 from beam_nifti.volume.files import Source
@@ -41,6 +42,12 @@ COUNT = 8
 def record_of(position: int) -> bytes:
     """A record; each is of another length."""
     return gzip.compress(random.Random(position).randbytes(20 + 7 * position), mtime=0)
+
+
+def encoded(position: int) -> EncodedRecord:
+    """The same as two members."""
+    record = record_of(position)
+    return EncodedRecord((record[:2], record[2:]), (2, len(record) - 2))
 
 
 def entry_of(folder: Path, position: int) -> IndexEntry:
@@ -82,7 +89,7 @@ class Place:
         """A complete part of some records."""
         writer = PartWriter(str(self.parts), positions[0], RECORD, ())
         for position in positions:
-            writer.write(entry_of(self.images, position), record_of(position))
+            writer.write(entry_of(self.images, position), encoded(position))
         return writer.close()
 
     def merge(self, parts: Sequence[Part], positions: Sequence[int] = range(COUNT)) -> ShardInfo:
@@ -126,7 +133,7 @@ def place(tmp_path: Path) -> Place:
 def test_a_part_is_found_only_when_its_index_is_there(place: Place) -> None:
     assert find_parts(str(place.parts), range(COUNT)) == []
     writer = PartWriter(str(place.parts), 0, RECORD, ())
-    writer.write(entry_of(place.images, 0), record_of(0))
+    writer.write(entry_of(place.images, 0), encoded(0))
     assert find_parts(str(place.parts), range(COUNT)) == []
     part = writer.close()
     assert find_parts(str(place.parts), range(COUNT)) == [part]
@@ -196,7 +203,7 @@ def test_one_part_that_is_the_shard_is_not_copied(place: Place) -> None:
 def test_a_part_that_will_be_the_shard_is_hashed_while_it_is_written(place: Place) -> None:
     writer = PartWriter(str(place.parts), 0, RECORD, (), is_shard=True)
     for position in range(COUNT):
-        writer.write(entry_of(place.images, position), record_of(position))
+        writer.write(entry_of(place.images, position), encoded(position))
     part = writer.close()
     digest = sha256(Path(part.data))
     said = {"sha256": digest, "num_bytes": str(stat(part.data).size)}

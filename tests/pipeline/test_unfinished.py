@@ -436,11 +436,11 @@ def test_parts_are_found_where_an_earlier_temporary_location_was(
 def dies_before_cleaning_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The next build ends when dataset_info.json is written."""
 
-    def die(_plan: object) -> None:
+    def die(*_: object) -> None:
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("beam_nifti.pipeline.build._clean_up", die)
+    monkeypatch.setattr("beam_nifti.pipeline.build.clean_up", die)
     return
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import beam_nifti as bn
-from beam_nifti.errors import UsageError
+from beam_nifti.config import RecordConfig, Sharding
+from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read import records as reading
-from tests.datasets import info_of
+from tests.datasets import build_dataset, edit_index, info_of, set_cell
 from tests.images import write_image, write_manifest
+from tests.web_server import Ranges, serve
 
 SHAPES = ((70, 61, 50), (64, 72, 45))
 COLUMNS = ("image", "mask", "id", "label", "site")
@@ -141,3 +144,78 @@ def test_columns_that_only_records_hold_come_with_a_patch(dataset: Path) -> None
     patch, whole = records.patch(1, (5, 5, 5), (9, 9, 9)), records[1]
     assert np.array_equal(patch["intensity_max"], whole["intensity_max"])
     assert np.array_equal(patch["image"], whole["image"][5:14, 5:14, 5:14])
+
+
+@pytest.fixture
+def sound(manifest: Path, tmp_path: Path) -> Path:
+    output = tmp_path / "out"
+    record = RecordConfig(voxel_dtype="native", rescale="window:0,9")
+    return build_dataset(manifest, output, record, allow_mixed_shapes=True, sharding=Sharding(num_shards=1))
+
+
+def test_a_damaged_member_is_told_where_a_patch_touches_it(sound: Path) -> None:
+    records = bn.Dataset(sound, columns=["image"])
+    right = records.patch(0, (0, 0, 0), (3, 9, 9))["image"]
+    offset, length = (records.index([name])[name][0].as_py() for name in ("offset", "length"))
+    path = sound / info_of(sound).shards[0].name
+    data = bytearray(path.read_bytes())
+    data[offset + length - 2000] ^= 1
+    path.write_bytes(data)
+    assert np.array_equal(records.patch(0, (0, 0, 0), (3, 9, 9))["image"], right)
+    with pytest.raises(DatasetError, match=r"record 'sub-0', number 0 from 0, cannot be read \(gzip member"):
+        records.patch(0, (60, 0, 0), (10, 61, 50))
+    path.write_bytes(data[: offset + length // 2])
+    with pytest.raises(DatasetError, match=r"record 'sub-0', number 0 from 0, cannot be read \(ends before"):
+        records.patch(0, (60, 0, 0), (10, 61, 50))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda n: [*n[:-2], n[-2] + n[-1]],
+            "record 'sub-0'.*the index says that it has 7 members, expected 8",
+        ),
+        (lambda n: [n[0], n[2], n[1], *n[3:]], "record 'sub-0'.*gzip member"),
+        (lambda n: [n[0] + 1, n[1] - 1, *n[2:]], "record 'sub-0'.*gzip member"),
+        (lambda n: [*n[:-1], n[-1] + 1], r"the members of record 0 have \d+ bytes, and it has \d+"),
+        (lambda n: [], r"column member_lengths of record 0 .*has 0 values, expected 1"),
+    ],
+)
+def test_a_wrong_table_of_members_is_told(
+    sound: Path, edit: Callable[[list[int]], list[int]], message: str
+) -> None:
+    lengths = bn.Dataset(sound).index(["member_lengths"])["member_lengths"][0].as_py()
+    edit_index(sound, set_cell("member_lengths", 0, edit(lengths)))
+    assert not bn.verify(sound)
+    with pytest.raises(DatasetError, match=message):
+        bn.Dataset(sound, columns=["image"]).patch(0, (0, 0, 0), SHAPES[0])
+
+
+def test_a_dataset_without_members_is_read_and_extended_as_it_is(manifest: Path, tmp_path: Path) -> None:
+    lines = manifest.read_text().splitlines(keepends=True)
+    short = manifest.with_name("short.tsv")
+    short.write_text("".join(lines[:2]))
+    record = RecordConfig(format_features=("sources", "digests"))
+    options: dict[str, Any] = {"allow_mixed_shapes": True, "sharding": Sharding(examples_per_shard=1)}
+    output = build_dataset(short, tmp_path / "out", record, **options)
+    short.write_text("".join(lines))
+    bn.build(short, output, allow_mixed_shapes=True, progress=False)
+    assert info_of(output).format_features == ("sources", "digests")
+    assert bn.verify(output)
+    records = bn.Dataset(output)
+    assert "member_lengths" not in records.index().column_names
+    whole, patch = records[1]["image"], records.patch(1, (60, 5, -2), (9, 8, 7))["image"]
+    assert np.array_equal(patch, expected_patch(whole, (60, 5, -2), (9, 8, 7), whole.min()))
+
+
+def test_a_patch_from_a_store_is_one_request(sound: Path) -> None:
+    local = bn.Dataset(sound, columns=["image"])
+    with serve(sound.parent, Ranges) as server:
+        records = bn.Dataset(f"{server.url}/out", columns=["image"])
+        records.patch(0, (0, 0, 0), (1, 1, 1))  # reads the index
+        server.rest()
+        patch = records.patch(1, (10, 20, 30), (20, 30, 20))
+        (request,) = server.rest()
+        assert 0 < request.received < records.index(["length"])["length"][1].as_py() * 0.6
+    assert np.array_equal(patch["image"], local.patch(1, (10, 20, 30), (20, 30, 20))["image"])
