@@ -327,7 +327,7 @@ def test_texts_that_begin_alike_are_not_read(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (many_rows, "has 20,000 rows, and can have"),
+        (many_rows, "has 20,000 rows, but can have"),
         (long_text, "has .* bytes of values, more than it can have"),
         (long_lists, "has .* bytes of values, more than it can have"),
     ],
