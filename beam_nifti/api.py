@@ -191,14 +191,14 @@ def check(
     """Read the headers of a manifest's images, and report how a build would handle them.
 
     Args:
-        manifest: as for `build`.
+        manifest: same as for `build`.
         out: also write the report to this .json file. Required on a cluster, whose workers must be able to
             write it.
-        runner: as for `build`.
-        pipeline_options: as for `build`.
-        like: as for `build`.
-        config: as for `build`.
-        progress: as for `build`.
+        runner: same as for `build`.
+        pipeline_options: same as for `build`.
+        like: same as for `build`.
+        config: same as for `build`.
+        progress: same as for `build`.
         **options: see `beam_nifti.BuildOptions`.
 
     Returns:
@@ -242,14 +242,14 @@ def verify(
 
     Args:
         dataset: folder or URL of the dataset.
-        manifest: as for `build`. Ids, labels, splits, paths and extra columns are compared with it.
+        manifest: same as for `build`. Ids, labels, splits, paths and extra columns are compared with it.
         deep: number of records to rebuild from their images and compare bit for bit, or "all". Requires
             `manifest`, which names the images that are opened.
         preprocess: function of the dataset, as for `build`. `deep` requires it if the dataset was built with
             one, because a function that only the dataset names is never run.
         anonymous_ids: file of the key that the dataset was built with; required with `manifest`.
         workers: number of threads. Default: all cores.
-        progress: as for `build`.
+        progress: same as for `build`.
 
     Returns:
         What was checked. False if something is wrong; `problems` lists it.
@@ -359,9 +359,9 @@ def report(
             must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.
         workers: number of threads. Default: all cores.
-        runner: as for `build`.
-        pipeline_options: as for `build`.
-        progress: as for `build`.
+        runner: same as for `build`.
+        pipeline_options: same as for `build`.
+        progress: same as for `build`.
 
     Returns:
         A summary of the page; `problems` lists what is damaged.

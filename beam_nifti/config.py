@@ -148,7 +148,7 @@ class LabelColumn:
         name: name of the column.
         kind: "float", a number; "class", one of several values, stored as its number; "string"; None to
             derive the kind from the values.
-        classes: for the kind "class", all values by number; None before the manifest was read.
+        classes: all values by number, for the kind "class"; None before the manifest was read.
     """
 
     name: str

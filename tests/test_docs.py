@@ -184,7 +184,7 @@ COMMANDS = (
 
 def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset[str]().union(*map(_flags, ("", *COMMANDS)))
-    scripts = {"--fast", "--services", "--all"}
+    scripts = {"--fast", "--services", "--all", "--coverage", "--oldest", "--newest"}
     tools = {"--fix", "--dist", "--peers", "--nobrainer", "--hypothesis-profile"}  # of ruff and pytest
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers

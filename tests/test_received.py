@@ -327,7 +327,7 @@ def test_texts_that_begin_alike_are_not_read(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (many_rows, "has 20,000 rows, and can have"),
+        (many_rows, "has 20,000 rows, but can have"),
         (long_text, "has .* bytes of values, more than it can have"),
         (long_lists, "has .* bytes of values, more than it can have"),
     ],
@@ -607,7 +607,7 @@ def test_an_index_of_another_program_is_neither_read_nor_removed(study: Path, da
 
 def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
     edit_record(dataset, 0, lambda _: bytes(64 << 20))
-    message = r"gzip holds 67,108,880 bytes, and the record has at most 1,048,"
+    message = r"gzip holds 67,108,880 bytes, but the record has at most 1,048,"
     with pytest.raises(DatasetError, match=f"{SHARD}: record 'sub-0000', .*{message}"):
         Dataset(dataset)[0]
     with pytest.raises(DatasetError, match=message):
@@ -631,7 +631,7 @@ def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Pa
         info["splits"]["train"]["num_bytes"] = sum(s["num_bytes"] for s in info["splits"]["train"]["shards"])
 
     edit_info(dataset, agree)
-    name, message = f"sub-000{last}", r"is said to take 268,43\d,\d+ bytes, and can take at most 2,16\d,\d+"
+    name, message = f"sub-000{last}", r"is said to take 268,43\d,\d+ bytes, but can take at most 2,16\d,\d+"
     with peak_growth() as growth:
         with pytest.raises(DatasetError, match=rf"{SHARD}: record '{name}', .*{message}"):
             Dataset(dataset)[last]

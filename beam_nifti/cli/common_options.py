@@ -14,7 +14,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 EXIT_CODES = """\
 exit codes:
   0  success
-  1  more volumes failed than allowed, the dataset is damaged or incomplete or has no record of that id, or
+  1  more volumes failed than allowed, the dataset is damaged or incomplete or has no record with that id, or
      two datasets differ
   2  an option, the manifest, OUTPUT or a path is wrong: fix it before running the command again
   75 another build is writing to OUTPUT, an engine or a store failed, or a disk is full: run the same command
@@ -28,8 +28,8 @@ def add_command(commands: Commands, name: str, summary: str, examples: str = "")
     """Add a command, with the options and the exit codes that all commands share.
 
     Args:
-        commands: to add it to.
-        name: of the command.
+        commands: parsers to which the command is added.
+        name: name of the command.
         summary: what it does, for the list of commands and for its own help.
         examples: shown at the end of its help.
     """

@@ -41,16 +41,14 @@ class StoredVolume:
     """The volume that a record holds.
 
     Attributes:
-        example_id: of the record.
-        voxels: (X, Y, Z) or (X, Y, Z, C), C order, read-only. Of a dataset of native voxels they are those
-            of the image's file; else they are in the image's units, as float32, or as float64 where float32
-            cannot hold them.
-        scaling: from `voxels` to the image's units; that of the image's header for native voxels, else
-            none.
+        example_id: id of the record.
+        voxels: read-only array (X, Y, Z) or (X, Y, Z, C), in C order. Native voxels are those of the image's
+            file. Others are in the image's units, as float32, or as float64 if float32 cannot hold them.
+        scaling: scaling from `voxels` to the image's units; for native voxels, that of the image's header.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
-        zooms: voxel size along each axis, in millimetres; those of the affine.
-        mask: the labels of the voxels, uint8 or uint16 of shape (X, Y, Z), read-only; None where the
-            dataset has no masks.
+        zooms: voxel size along each axis, in millimetres, as in the affine.
+        mask: labels of the voxels, uint8 or uint16 of shape (X, Y, Z), read-only; None if the dataset has no
+            masks.
     """
 
     example_id: str

@@ -53,7 +53,7 @@ class RecordSpec:
     """What every record of a dataset must be.
 
     Attributes:
-        info: of the dataset, without its shards, so that it is small.
+        info: dataset_info.json, without the shards, so that it is small.
         config: the options that decide a record's bytes.
     """
 
@@ -118,7 +118,7 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     elif spec.config.channels is None:
         yield from _check_intensities(voxels, features, cells, spec.config)
     elif voxels.ndim != 4 or voxels.shape[3] != len(spec.config.channels):
-        yield f"shape is {voxels.shape}, and there are {len(spec.config.channels)} channels"
+        yield f"shape is {voxels.shape}, but there are {len(spec.config.channels)} channels"
     else:
         for number, name in enumerate(spec.config.channels):
             for problem in _check_intensities(voxels[..., number], features, cells, spec.config, number):
@@ -177,7 +177,7 @@ def _check_metadata(
         yield f"id is {stored_id!r}, the index says {cells['example_id']!r}"
     label = cells["label"]
     if (label is None) == spec.info.labelled and not (label is None and spec.may_lack):
-        yield f"the index's label is {label}, and dataset_info.json says labelled: {spec.info.labelled}"
+        yield f"the index's label is {label}, but dataset_info.json says labelled: {spec.info.labelled}"
     expected = {
         "label": [np.nan if label is None else label],
         "affine": cells["affine"],
@@ -214,15 +214,15 @@ def _check_presence(
     """Find where only one of a record and its row of the index says something, which readers take from there.
 
     Args:
-        features: of the record, of which a step may have left out some.
+        features: features of the record, of which a step may have left out some.
         cells: the record's row of the index.
         said: names of the features whose values that says.
     """
     for name in sorted(said - features.keys() - {"zooms"}):
-        yield f"feature {name} is missing, and the index says what it is"
+        yield f"feature {name} is missing, but the index has a value for it"
     for name in ("affine", "zooms"):
         if name in features and name not in said:
-            yield f"{name} is {_show(np.asarray(features[name]))}, and the index does not say it"
+            yield f"{name} is {_show(np.asarray(features[name]))}, but the index has no value for it"
     if "zooms" not in features:
         sizes = None if cells["affine"] is None else np.linalg.norm(affine_of(cells)[:3, :3], axis=0)
         found = cells["zooms"]

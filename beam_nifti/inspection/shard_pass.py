@@ -38,7 +38,7 @@ class StoredRecord:
         ordinal: 0-based number in the shard.
         data: its bytes.
         cells: its row of the index.
-        name: in problems.
+        name: name of the record in problems.
     """
 
     ordinal: int

@@ -80,7 +80,7 @@ class Verification:
     Attributes:
         num_examples: records checked.
         num_shards: shards named by dataset_info.json.
-        num_bytes: of the records checked.
+        num_bytes: size of the records checked.
         num_deep: records rebuilt from their images.
         problems: one sentence per problem, those of whole files first.
         notes: one sentence per shard that differs only by rounding, as other versions of software built it.
@@ -158,7 +158,7 @@ def verify_dataset(
         built_from = storage.absolute(manifest)
         wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
         if wanted.labels and not record.labels:
-            problem = f"{columns.label} holds texts, and the labels of {output} are numbers"
+            problem = f"{columns.label} holds texts, but the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
     verifier = _Verifier(output, info, columns, wanted, on_progress)
     keep_buffers()
@@ -203,7 +203,7 @@ def _require_functions(output: str, record: RecordConfig, named: str | tuple[str
         return
     given = ", ".join(step for step, _ in RecordConfig(preprocess=named).steps)
     if not record.steps:
-        raise UsageError(f"--preprocess is {given}, and {output} was made without a function; leave it out")
+        raise UsageError(f"--preprocess is {given}, but {output} was made without a function; leave it out")
     asked = f"--preprocess is {given}" if named else "--deep runs only a function that you name"
     made_with = ", then ".join(
         f"{step}, defined in a file of sha256 {digest}" for step, digest in record.steps

@@ -83,7 +83,7 @@ class Study:
 
     Attributes:
         root: folder or URL of the study.
-        images: by suffix, every image with a BIDS name.
+        images: every image with a BIDS name, by suffix.
         misnamed: paths of images with other names, or names for another folder.
         misplaced: paths of images that are not in sub-*/FOLDER or sub-*/ses-*/FOLDER.
         odd_folders: folders that differ from sub-* in case or the hyphen.
@@ -137,7 +137,7 @@ class Records:
 
     Args:
         study: whose participants.tsv, and sessions.tsv of participants, are read.
-        columns: of them; each must be in one of the tables.
+        columns: columns of the tables; each must be in one of the tables.
         images: whose participants and sessions are of interest.
 
     Attributes:

@@ -53,10 +53,10 @@ def find_bids_images(
     Args:
         root: folder or URL of the study.
         suffix: such as "T1w".
-        folder: of the manifest; paths in it become relative. "" for none.
-        entities: by key, the labels of the images to select; "" selects images without the key.
+        folder: folder of the manifest; paths in it become relative. "" for none.
+        entities: labels of the images to select, by key; "" selects images without the key.
         label: column of participants.tsv or sessions.tsv with the label. Images without a value are skipped.
-        columns: of the study's tables to copy.
+        columns: columns of the study's tables to copy.
         all_images: keep several images of a session, and name each in a column `image_id`.
 
     Raises:
@@ -313,7 +313,7 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
     """The images whose paths match patterns.
 
     Args:
-        patterns: as `storage.glob` takes them.
+        patterns: patterns for `storage.glob`.
         folder: that the manifest will be in; paths in it are made relative. "" for none.
         all_images: keep several images of a session, and name each in a column `image_id`.
 

@@ -50,7 +50,7 @@ class Labels:
     """The labels of one column, one per row of the manifest.
 
     Attributes:
-        column: with its kind and its classes.
+        column: column with its kind and its classes.
         values: float64, NaN if missing; int64, NO_CLASS if missing; or string, "" if missing.
         is_missing: which rows have no label.
     """

@@ -30,7 +30,7 @@ class VolumeRow:
     Attributes:
         row: 1-based number of the row, without the header.
         example_id: unique id of the example.
-        path: of the image, or the first of several, as in the manifest.
+        path: path of the image, or of the first of several, as in the manifest.
         label: number of its first label; None if missing.
         participant_id: "" if the manifest has none.
         session_id: "" if the manifest has none.
@@ -40,7 +40,7 @@ class VolumeRow:
         shard: file name of its shard.
         unit: number of its work unit in the shard; WHOLE_SHARD if there is only one.
         other_files: paths of the other images of the example, then of its mask, as in the manifest.
-        pseudonyms: of each of its paths, if ids are anonymous.
+        pseudonyms: pseudonym of each of its paths, if ids are anonymous.
         labels: name and value of each label with a feature of its own.
         num_frames: frames of the image, if each becomes a record; otherwise None.
         wanted: 0-based frames whose records are still to be built; None for all.
@@ -128,11 +128,11 @@ class Manifest:
     """A checked manifest, held as Arrow columns (about 100 bytes per row).
 
     Attributes:
-        path: of its file.
+        path: path of its file.
         table: every column as strings, with pseudonyms for ids and paths if ids are anonymous.
-        paths: of the images and masks, as in the manifest, by column.
+        paths: paths of the images and masks, as in the manifest, by column.
         columns: their roles; `label` is None without labels, and has the kinds of labels with own features.
-        numbers: of the feature `label`, float64 of shape (rows,), NaN if missing; None without labels.
+        numbers: values of the feature `label`, float64 of shape (rows,), NaN if missing; None without labels.
         labels: the labels with features of their own.
         ids: example id of each row.
         splits: split of each row; null if it is skipped because it lacks a label.

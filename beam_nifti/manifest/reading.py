@@ -42,7 +42,7 @@ def read_manifest(
         splitting: how to draw the splits; None takes those of the column `split`.
         pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
             shuffle included, which would tell them otherwise; None keeps the names.
-        content: as of `read_table`.
+        content: same as for `read_table`.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
         is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
 

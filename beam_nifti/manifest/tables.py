@@ -106,7 +106,7 @@ def read_table(
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
         plain: columns in which lists, objects and bytes are problems.
         problems: collects problems and warnings.
-        content: of the file, if it was already read.
+        content: content of the file, if it was already read.
 
     Raises:
         ManifestError: it is absent, or not a table; with row numbers where possible.

@@ -99,7 +99,7 @@ class _Inputs:
     """What a build reads before it decides anything.
 
     Attributes:
-        config: with absolute paths.
+        config: configuration with absolute paths.
         header: header of the first image.
         layout: how the first image is loaded.
         shape: shape of its record.

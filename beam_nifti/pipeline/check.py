@@ -93,7 +93,7 @@ def check_images(plan: CheckPlan, options: PipelineOptions, out: str | None = No
     """Read the headers of a manifest's images, and report what was found.
 
     Args:
-        plan: of the build that they would be part of.
+        plan: plan of the build that would contain them.
         options: Beam's.
         out: file of the report, within the workers' reach; None where they are this process.
     """

@@ -11,8 +11,8 @@ class Distribution:
     """Of whole numbers that a step has seen, such as the milliseconds that each volume took.
 
     Attributes:
-        count: of the numbers.
-        sum: of them.
+        count: how many numbers there are.
+        sum: sum of the numbers.
         min: the least.
         max: the largest.
     """

@@ -54,7 +54,7 @@ class ShardTask:
 
     Attributes:
         name: its file name.
-        positions: of its records in the split.
+        positions: positions of its records in the split.
         candidates: names of shards that may already hold some of its records; its own is one of them.
         published: the one of them that belongs to a published dataset.
         part_indices: numbers of the shards in whose folders parts may be that hold some of its records.
@@ -83,7 +83,7 @@ class BuildPlan:
     """A build, decided.
 
     Attributes:
-        config: with absolute paths, and `sharding` and `columns.label` set.
+        config: configuration with absolute paths, and `sharding` and `columns.label` set.
         num_rows: rows of the manifest; of these, `num_skipped` are skipped because they lack a label.
         column_names: columns of the manifest; `extra_columns` are those that are only kept in the index.
         split_sizes: rows of each split.

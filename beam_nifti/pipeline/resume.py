@@ -88,7 +88,7 @@ def finished_rows(
     Args:
         plan: plan of the build.
         part: holds records.
-        rows: at least one row of a shard, one for each record, in the order of their positions.
+        rows: rows of a shard, at least one, one for each record, in the order of their positions.
         any_versions: whether software of other versions may have made them, as in a published dataset.
         check_images: whether the images must be unchanged since they were read.
 

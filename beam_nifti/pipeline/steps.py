@@ -453,7 +453,7 @@ class Rescale(_Step):
         rescale: which intensities become 0 and 1, as in `BuildOptions`.
         within: which voxels are measured, as `rescale_within` of `BuildOptions`; None means all.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
-        voxel_dtype: as in `BuildOptions`.
+        voxel_dtype: same as in `BuildOptions`.
 
     Raises:
         UsageError: an argument is invalid.

@@ -213,7 +213,7 @@ class WriteDatasetInfo(beam.DoFn):
     """Write dataset_info.json, last of all.
 
     Args:
-        plan: of the build.
+        plan: plan of the build.
         enforces_limit: whether too many failed volumes fail the pipeline. A runner would try that again.
     """
 

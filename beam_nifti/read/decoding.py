@@ -45,7 +45,7 @@ def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) 
     if stored.dtype.name != info.dtype or stored.shape != shape:
         by = FILE_NAME if info.shape else "the index"
         raise ShardError(
-            f"it holds {stored.dtype.name} of {stored.shape}, and {by} says {info.dtype} of {shape}"
+            f"it holds {stored.dtype.name} of {stored.shape}, but {by} says {info.dtype} of {shape}"
         )
     require_channels(shape, config)
     scaling, ends, count = Scaling(), None, config.num_channels
@@ -64,7 +64,7 @@ def require_channels(shape: tuple[int, ...], config: RecordConfig) -> None:
         ShardError: the number of channels differs.
     """
     if config.channels is not None and shape[3:] != (config.num_channels,):
-        raise ShardError(f"it holds voxels of shape {shape}, and there are {config.num_channels} channels")
+        raise ShardError(f"it holds voxels of shape {shape}, but there are {config.num_channels} channels")
 
 
 def restore_image(

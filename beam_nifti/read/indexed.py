@@ -334,7 +334,7 @@ def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Datase
     total = None if repeat is None else order.num_steps * repeat
     if start < 0 or (total is not None and start > total):
         raise UsageError(
-            f"start is {start}, and there are {total} elements in all epochs; raise repeat, or start at 0"
+            f"start is {start}, but there are {total} elements in all epochs; raise repeat, or start at 0"
         )
     if total is None and order.num_steps:
         return tf.data.Dataset.counter(start)

@@ -133,9 +133,9 @@ class ShardInfo:
         name: file name, relative to the dataset.
         index: path of its index, relative to the dataset.
         num_examples: records in it.
-        num_bytes: of the file.
-        sha256: of the file, in hex.
-        index_sha256: of its index, in hex.
+        num_bytes: size of the file.
+        sha256: sha256 of the file, in hex.
+        index_sha256: sha256 of its index, in hex.
     """
 
     name: str
@@ -172,18 +172,18 @@ class DatasetInfo:
         manifest: path, digest, num_rows and columns of the manifest; num_frames where each frame of its
             images became a record.
         shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
-        dtype: of the stored voxels, such as "float32".
+        dtype: dtype of the stored voxels, such as "float32".
         labelled: whether the manifest had labels; without, every `label` is NaN.
         labels: columns whose values have features of their own; none where there is only `label`.
         features: name to kind of every feature of a record.
-        splits: by name.
+        splits: the splits, by name.
         mask_labels: those that the masks have, ascending; None where there are no masks.
         num_failures: volumes left out.
         failures: name of the file that lists them; None where there are none.
-        failures_sha256: of that file, in hex; None in version 1.
+        failures_sha256: sha256 of that file, in hex; None in version 1.
         revision: 1 for a first build, counting up with every rebuild in the same place.
-        versions: of the software that wrote it.
-        format_version: of the format.
+        versions: versions of the software that wrote it.
+        format_version: version of the format.
         format_features: what the dataset has and a reader must know, by name; none in version 1.
     """
 
@@ -244,7 +244,7 @@ class DatasetInfo:
         """A call of `reader.load_dataset` that this dataset can be read with.
 
         Args:
-            path: of the dataset.
+            path: path of the dataset.
             further: arguments besides those that the dataset needs.
         """
         filled = [name for name, split in self.splits.items() if split.num_examples]
@@ -484,18 +484,18 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     ):
         raise ValueError(f"shape is {list(info.shape)}, expected the numbers of voxels of a volume")
     if info.shape is not None and record.channels is not None and info.shape[3:] != (record.num_channels,):
-        raise ValueError(f"shape is {list(info.shape)}, and there are {record.num_channels} channels")
+        raise ValueError(f"shape is {list(info.shape)}, but there are {record.num_channels} channels")
     for feature, kind in info.features.items():
         if not _FEATURE_KIND.fullmatch(kind):
             raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
     if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
-        raise ValueError("mask_labels are given, and the records have no masks")
+        raise ValueError("mask_labels are given, but the records have no masks")
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
-        raise ValueError(f"manifest.num_frames is {num_frames}, and config.frames {record.frames!r}")
+        raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames {record.frames!r}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
     _check_counts(info)
@@ -508,7 +508,7 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, and failures_sha256 {info.failures_sha256!r}")
     if is_complete and (not info.shards or config["sharding"] is None):
-        raise ValueError("names no shards, or not how they are cut")
+        raise ValueError("names no shards, or config.sharding is null")
 
 
 def _check_counts(info: DatasetInfo) -> None:
@@ -561,7 +561,7 @@ def read_failures_list(output: str, info: DatasetInfo, name: str) -> bytes:
     Args:
         output: the dataset's folder, local or a URL.
         info: of the dataset.
-        name: of the list.
+        name: name of the list.
 
     Raises:
         DatasetError: it is larger than a list of so many failures can be.
@@ -580,9 +580,9 @@ def read_failures_of(path: str, num_failures: int, below: str | None = None) -> 
     """The bytes of a list of so many failures.
 
     Args:
-        path: of the list.
+        path: path of the list.
         num_failures: that it is of.
-        below: as of `storage.create`.
+        below: same as for `storage.create`.
 
     Raises:
         FileTooLargeError: there are more than such a list can have.

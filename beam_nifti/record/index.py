@@ -157,7 +157,7 @@ class Limits:
         groups = map(metadata.row_group, range(metadata.num_row_groups))
         num_rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
         if num_rows > min(self.num_rows, _FREE_ROWS + file_bytes):
-            raise ShardError(f"has {num_rows:,} rows, and can have {self.num_rows:,}")
+            raise ShardError(f"has {num_rows:,} rows, but can have {self.num_rows:,}")
 
     def most_bytes(self, file_bytes: int) -> int:
         """That the values of an index of so many bytes may take in memory."""

@@ -29,7 +29,7 @@ class ShardName:
         index: 0-based number of the shard in its split.
         total: shards in the split.
         compressed: whether the file ends in `.gz`.
-        revision: of the dataset for which the file was written; 0 for a first build.
+        revision: revision of the dataset for which the file was written; 0 for a first build.
 
     >>> str(ShardName("train", 3, 10))
     'train-00003-of-00010.tfrecord.gz'

@@ -151,7 +151,7 @@ def require_stored_size(size: int, most: int) -> None:
         ShardError: it takes more.
     """
     if size > (bound := _FREE_STORED_BYTES + _STORED_RATIO * most):
-        raise ShardError(f"is said to take {size:,} bytes, and can take at most {bound:,}")
+        raise ShardError(f"is said to take {size:,} bytes, but can take at most {bound:,}")
 
 
 def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD) -> memoryview:
@@ -176,7 +176,7 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
         raise ShardError("the CRC of the record's length does not match")
     size, held = _LENGTH.unpack_from(data)[0], len(data) - HEADER_BYTES - FOOTER_BYTES
     if held != size:
-        raise ShardError(f"record says {size} bytes, and holds {held}")
+        raise ShardError(f"record says {size} bytes, but holds {held}")
     payload = data[HEADER_BYTES:-FOOTER_BYTES]
     if _masked_crc(payload) != data[-FOOTER_BYTES:]:
         raise ShardError("the CRC of the record's payload does not match")
@@ -188,7 +188,7 @@ def _inflate(data: memoryview, most: int) -> memoryview:
     members = _members(data, most)
     sizes = [_said_size(member) for member in members]
     if (total := sum(sizes)) > most:
-        raise ShardError(f"the record's gzip holds {total:,} bytes, and the record has at most {most:,}")
+        raise ShardError(f"the record's gzip holds {total:,} bytes, but the record has at most {most:,}")
     if len(members) == 1:
         return memoryview(inflate_member(members[0], sizes[0]))
     content, at = make_buffer(total), 0

@@ -26,7 +26,7 @@ class Measure:
     """A number of every volume.
 
     Attributes:
-        name: in sentences.
+        name: name in sentences.
         floor: deviation that is negligible, in the measure's unit: if most volumes are alike, their MAD is 0.
         only_low: whether only low values are suspicious.
     """
@@ -42,7 +42,7 @@ class Ranking:
 
     Attributes:
         scores: largest deviation of each volume over all measures, in MADs.
-        deviations: of each measure and volume, in MADs, positive above the median.
+        deviations: deviation of each measure and volume, in MADs, positive above the median.
     """
 
     scores: Numbers

@@ -84,11 +84,11 @@ class ReportSummary:
 
     Attributes:
         num_examples: records shown.
-        num_outliers: of these.
+        num_outliers: outliers among them.
         num_failures: volumes that failed in the build.
         num_skipped: rows that were skipped because they lack a label.
         problems: one sentence per problem; none for a sound dataset.
-        num_bytes: of the page.
+        num_bytes: size of the page.
     """
 
     num_examples: int

@@ -43,8 +43,8 @@ class Summary:
         ranking: how unusual each record is.
         outliers: numbers of outliers, the most unusual first.
         pictures: WebPs of the records to show, by number.
-        mean_picture: of the mean volume; None without records.
-        problems: of damaged records, which have no row.
+        mean_picture: picture of the mean volume; None without records.
+        problems: problems of damaged records, which have no row.
     """
 
     rows: pa.Table

@@ -53,7 +53,7 @@ def draw_slices(
     Args:
         volume: (X, Y, Z), or (X, Y, Z, 3) for colours, whose axes point right, anterior and superior.
         zooms: voxel size along each axis, above 0.
-        scaling: of the voxels; None if they are the values.
+        scaling: scaling of the voxels; None if they are the values.
         mask: (X, Y, Z), to draw the outline of what is not 0.
 
     Returns:

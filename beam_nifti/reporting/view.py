@@ -36,8 +36,8 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
     """The HTML of a page with three slices through a volume, which the mouse moves.
 
     Args:
-        volume: of a record.
-        channel: of its last axis, from 0; required if there are several.
+        volume: volume of a record.
+        channel: channel on its last axis, from 0; required if there are several.
         with_mask: overlay the labels of its mask.
 
     Raises:

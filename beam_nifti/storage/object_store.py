@@ -68,7 +68,7 @@ class Stat:
     """What tells a file from another one of the same path.
 
     Attributes:
-        size: in bytes.
+        size: size in bytes.
         mtime: time of modification, in seconds since 1970; 0 where the store does not say.
         version: the store's name for this content: an ETag, or a generation of Cloud Storage; None where it
             has none, as on the local disk.
@@ -84,7 +84,7 @@ class Reader(io.RawIOBase):
 
     Attributes:
         size: bytes that can be read.
-        stat: of the object; if only its head was opened, of that.
+        stat: Stat of the object; if only its head was opened, of that.
     """
 
     stat: Stat

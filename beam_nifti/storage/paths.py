@@ -157,9 +157,9 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview
     """Several ranges of a file; remote ones in one request, which also takes what lies between them.
 
     Args:
-        path: of the file.
+        path: path of the file.
         ranges: offset and size of each, ascending.
-        buffer: of as many bytes as all ranges have, which may be filled with them.
+        buffer: as many bytes as all ranges have, which may be filled with them.
 
     Raises:
         EOFError: the file ends before one of them does.

@@ -65,10 +65,10 @@ def require_keys(value: Any, kinds: Mapping[str, Any], required: Collection[str]
     """Compare an object's keys and values with annotations.
 
     Args:
-        value: as of `require_type`.
+        value: same as for `require_type`.
         kinds: annotations by key.
         required: keys that must be there.
-        name: of the object, for the error; "" for the whole file.
+        name: name of the object, for the error; "" for the whole file.
 
     Raises:
         ValueError: it is no object, a key is missing or is not among `kinds`, or a value is of another type.

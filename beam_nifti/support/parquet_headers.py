@@ -90,8 +90,8 @@ def read_bounded(
     Args:
         data: the file, whose schema is known to be usable (`require_schema`).
         most: bytes that the values of all of its groups may take.
-        groups: of rows to read; None reads all.
-        columns: to read, of those that it has; None reads all.
+        groups: row groups to read; None reads all.
+        columns: columns to read, if the file has them; None reads all.
 
     Raises:
         ValueError: they take more, or a page is not what the footer says.

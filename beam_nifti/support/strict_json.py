@@ -45,7 +45,7 @@ def load_json(text: str | bytes, *, is_modest: bool = False) -> Any:
     """Parse JSON that this package has written, and whoever has received it may have changed.
 
     Args:
-        text: of it.
+        text: the JSON text.
         is_modest: whether to `require_modest`.
 
     Raises:

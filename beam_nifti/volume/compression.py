@@ -42,11 +42,11 @@ class Compression:
     """A compression format.
 
     Attributes:
-        name: of the format.
+        name: name of the format.
         magic: matches the beginning of each stream.
-        open: from a file's bytes to an object with `readinto`.
-        find_end: from a file's bytes to the end of its last complete stream; 0 if none is complete.
-        head_bytes: of a file, from which its first kilobyte can be decompressed.
+        open: function from a file's bytes to an object with `readinto`.
+        find_end: function from a file's bytes to the end of its last complete stream; 0 if none is complete.
+        head_bytes: bytes at the start of a file, from which its first kilobyte can be decompressed.
         ratio: most bytes that a compressed byte can become; None if there is no useful bound.
     """
 

@@ -45,7 +45,7 @@ class Source:
     Attributes:
         files: Stats of each image, then of the mask, when they were read.
         shape: `VolumeHeader.shape` of the first image.
-        affine: of the first image, 16 numbers, row by row.
+        affine: affine of the first image, 16 numbers, row by row.
     """
 
     files: tuple[FileStats, ...]

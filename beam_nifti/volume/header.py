@@ -31,14 +31,14 @@ class VolumeHeader:
 
     Attributes:
         shape: (X, Y, Z), (X, Y, Z, T) or (X, Y, Z, T, V), in the file's axis order, without trailing ones.
-        dtype: of the voxels on disk, with its byte order.
+        dtype: dtype of the voxels on disk, with its byte order.
         offset: byte at which the voxels start.
-        scaling: from stored voxels to the image's units.
+        scaling: scaling from stored voxels to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+; never singular.
         zooms: voxel size along each axis, in millimetres, according to the affine.
         is_vector: whether the fifth axis holds the components of a voxel.
         is_pair: whether the header says that the voxels are in a file of their own.
-        header_bytes: at the start of a single file, in which no voxels can be.
+        header_bytes: bytes at the start of a single file, in which no voxels can be.
         is_analyze: whether it is an ANALYZE header, which cannot hold a rotation.
         max_trailing: bytes of padding or a footer that may follow the voxels.
         notes: keys of `notes.TEXTS`.
@@ -119,8 +119,8 @@ class RecordLayout:
     """How an image is loaded for a record, and the shape of the record.
 
     Attributes:
-        shape: of the loaded voxels: (X, Y, Z), or (X, Y, Z, C) if a voxel has several numbers.
-        dtype: of the loaded voxels.
+        shape: shape of the loaded voxels: (X, Y, Z), or (X, Y, Z, C) if a voxel has several numbers.
+        dtype: dtype of the loaded voxels.
         frame: number of the frame to load; "mean" of all frames; "each" by itself; None for the whole image.
         stored_shape: after preparation; None if the header does not determine it.
     """
@@ -240,7 +240,7 @@ def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record
         if num_bytes <= MAX_VOLUME_BYTES
     ]
     if len(shape) > 3:
-        remedies.append("split the image along time, with fslroi, say")
+        remedies.append("split the image along time, for example with fslroi")
     remedies.append("crop or resample it with --shape or --spacing")
     raise VolumeError(
         f"{name}: shape {shape} takes {size:,} bytes as {stored.name}, more than a record can hold "

@@ -34,7 +34,7 @@ def write_nifti(
     Args:
         path: ends in .nii or .nii.gz; local or a URL.
         voxels: (X, Y, Z) or (X, Y, Z, T), any real dtype of NIfTI.
-        scaling: from `voxels` to the image's units.
+        scaling: scaling from `voxels` to the image's units.
         affine: (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel sizes in millimetres.
     """

@@ -91,7 +91,7 @@ def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
 
     Args:
         voxels: any shape, real dtype, C order. Not modified.
-        scaling: from stored voxels to the image's units.
+        scaling: scaling from stored voxels to the image's units.
 
     Raises:
         VolumeError: a voxel is NaN or infinite, before or after scaling.
@@ -148,9 +148,9 @@ def rescale_minmax(voxels: Voxels, intensity: Intensity, scaling: Scaling, dtype
 
     Args:
         voxels: any shape, real dtype, C order, as stored. Not modified.
-        intensity: of the same voxels.
-        scaling: from stored voxels to the image's units.
-        dtype: of the result, as in `quantize`.
+        intensity: intensities of the same voxels.
+        scaling: scaling from stored voxels to the image's units.
+        dtype: dtype of the result, as in `quantize`.
 
     Raises:
         VolumeError: all voxels are equal.

@@ -59,7 +59,7 @@ def name_of(function: object) -> str:
     """The text by which workers can import a function, with its arguments.
 
     Args:
-        function: at the top of a module, or a `functools.partial` of one with named arguments.
+        function: a function at the top of a module, or a `functools.partial` of one with named arguments.
 
     Raises:
         UsageError: workers cannot import it, or an argument has no name or is not a literal.

@@ -46,7 +46,7 @@ class Volume:
         row: its row of the manifest.
         voxels: (X, Y, Z), or (X, Y, Z, C) of C frames, components or images; C order, native byte order; as
             stored until it is rescaled.
-        scaling: from `voxels` to the image's units.
+        scaling: scaling from `voxels` to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel size along each axis, in millimetres.
         dtype: name of the dtype on disk, such as "int16" or "rgb24"; of images that differ in it all of

@@ -586,7 +586,7 @@ def test_texts_are_no_labels_of_a_dataset_of_numbers(folder: Path, tmp_path: Pat
     manifest = write_manifest(folder / "numbers.tsv", rows_of()[:2])
     dataset = build_dataset(manifest, tmp_path / "out", columns=Columns(label="stage"))
     write_manifest(manifest, rows_of(stage=SEXES)[:2])
-    with pytest.raises(ManifestError, match=r"stage holds texts, and the labels of .* are numbers"):
+    with pytest.raises(ManifestError, match=r"stage holds texts, but the labels of .* are numbers"):
         verify_dataset(str(dataset), manifest=str(manifest))
 
 
@@ -687,7 +687,7 @@ def test_a_condition_on_a_class_is_told_which_column_has_its_text(
     output = build_dataset(manifest, tmp_path / "out", columns=Columns(label=label))
     with pytest.raises(UsageError, match=r"label is a number; use .*, which has the text") as raised:
         Dataset(output, where="label == 'F'")
-    assert f"ask {column}, " in str(raised.value)
+    assert f"use {column}, " in str(raised.value)
     assert len(Dataset(output, where=f"{column} == 'F'")) == 2
 
 

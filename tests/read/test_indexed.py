@@ -154,7 +154,7 @@ def test_resuming_at_every_step_gives_what_follows(dataset: Path, options: dict[
         rest = load_dataset(dataset, start=start, **options)
         assert int(rest.cardinality()) == len(whole) - start
         assert labels(rest) == whole[start:]
-    with pytest.raises(UsageError, match=rf"start is {len(whole) + 1}, and there are {len(whole)} elements"):
+    with pytest.raises(UsageError, match=rf"start is {len(whole) + 1}, but there are {len(whole)} elements"):
         load_dataset(dataset, start=len(whole) + 1, **options)
 
 
@@ -405,7 +405,7 @@ def test_what_is_gone_is_not_skipped(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": -1}, "start is -1, and there are 11 elements"),
+        ({"start": -1}, "start is -1, but there are 11 elements"),
         ({"repeat": 0}, "repeat is 0; give a number of epochs from 1, or True"),
         ({"repeat": -1}, "repeat is -1; give a number"),
         ({"shard": (2, 2)}, r"shard is \(2, 2\); give \(i, n\)"),

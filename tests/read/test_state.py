@@ -145,7 +145,7 @@ def test_states_that_do_not_fit(dataset: Path, change: dict[str, Any], message: 
 
 def test_a_state_beyond_the_epochs(dataset: Path) -> None:
     state = state_after(99, dataset, **ORDER)
-    with pytest.raises(UsageError, match="start is 99, and there are 6 elements in all epochs; raise repeat"):
+    with pytest.raises(UsageError, match="start is 99, but there are 6 elements in all epochs; raise repeat"):
         load_dataset(dataset, start_state=state, **ORDER)
     with pytest.raises(UsageError, match="step is -1; give how many elements were consumed"):
         state_after(-1, dataset, **ORDER)

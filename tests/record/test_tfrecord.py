@@ -91,7 +91,7 @@ def test_damage_of_one_of_several_members_is_told(cuts: list[int]) -> None:
 
 def test_members_that_hold_too_much_or_are_too_many_are_refused() -> None:
     record = b"".join(encode_members(bytes(100_000), 2, [50_000]).pieces)
-    with pytest.raises(ShardError, match="holds 100,016 bytes, and the record has at most 99,016"):
+    with pytest.raises(ShardError, match="holds 100,016 bytes, but the record has at most 99,016"):
         decode_record(record, compressed=True, most=99_000)
     many = b"".join(encode_members(bytes(1000), 2, range(1, 1000)).pieces)
     with pytest.raises(ShardError, match="more than 16 gzip members"):
@@ -224,7 +224,7 @@ def test_wrong_bounds_are_found(level: int | None) -> None:
 
 
 def test_two_records_in_one_member_are_refused() -> None:
-    with pytest.raises(ShardError, match="record says 13 bytes, and holds 42"):
+    with pytest.raises(ShardError, match="record says 13 bytes, but holds 42"):
         decode_record(gzip.compress(RECORD + RECORD), compressed=True)
 
 

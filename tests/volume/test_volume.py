@@ -551,7 +551,7 @@ SIZES: dict[str, tuple[str, tuple[int, ...], str, str | None]] = {
         "int16",
         (64, 64, 40, 7000),
         "native",
-        "; split the image along time, with fslroi, say, or crop",
+        "; split the image along time, for example with fslroi, or crop",
     ),
 }
 
