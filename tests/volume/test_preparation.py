@@ -18,7 +18,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from beam_nifti.cli import build_options
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
 from beam_nifti.config import BuildConfig, RecordConfig
@@ -28,6 +27,7 @@ from beam_nifti.record.index import read_index
 from beam_nifti.transforms import BuildDataset, PreprocessFn
 from beam_nifti.volume.user_function import _find, load_function, source_sha256
 from beam_nifti.volume.volume import load_header, load_volume
+from tests import build_helpers
 from tests.build_helpers import CUTTING_RUNNER, assert_complete, build, steps_of
 from tests.datasets import info_of
 from tests.images import AFFINE, brain, nifti_header, row_of, write_cohort, write_image, write_manifest
@@ -65,7 +65,7 @@ def as_in_another_process() -> None:
 
 def build_config(*flags: str) -> BuildConfig:
     known, _ = options.parse(["build", "m.tsv", "out", *flags])
-    return build_options.build_config(known)
+    return build_helpers.build_config(known)
 
 
 # Options
