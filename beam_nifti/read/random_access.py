@@ -183,6 +183,14 @@ class Dataset:
         ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows, np.int64)).to_pylist()
         return ids
 
+    def shape_of(self, index: SupportsIndex) -> tuple[int, ...]:
+        """The shape of a record's voxels: (X, Y, Z), or (X, Y, Z, C). Nothing is read.
+
+        Raises:
+            IndexError: there are fewer records.
+        """
+        return self._records.shape_of(self._row(operator.index(index)))
+
     def patch(
         self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
     ) -> Element:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, SupportsIndex
 
 import tensorflow as tf
 
@@ -22,7 +22,8 @@ from beam_nifti.read.layouts import LAYOUTS, read_files
 from beam_nifti.read.opening import open_dataset
 from beam_nifti.read.order import whole_number
 from beam_nifti.read.random_access import Dataset
-from beam_nifti.read.request import Batching, Elements, Passes, Shard, require_choice
+from beam_nifti.read.request import Batching, Elements, Passes, Shard, group_patches, require_choice
+from beam_nifti.read.sampling import Patches
 from beam_nifti.read.split_spec import SplitPart, parse_split
 from beam_nifti.read.state import check_state, describe_state
 from beam_nifti.storage import paths as storage
@@ -53,6 +54,9 @@ def load_dataset(
     engine: Literal["indexed", "sequential"] | None = None,
     start_state: Mapping[str, Any] | None = None,
     layout: Literal["plain", "nobrainer"] | None = None,
+    patch: Sequence[SupportsIndex] | None = None,
+    patches_per_volume: int | None = None,
+    patches: Patches | None = None,
 ) -> tf.data.Dataset:
     """Open the examples of a dataset for training; docs/reading.md says more of each argument.
 
@@ -62,7 +66,7 @@ def load_dataset(
         batch_size: examples a batch; None gives single examples, without the axis B.
         target: what y is: "label", or "mask".
         shuffle: put the examples into another order in every epoch.
-        seed: makes these orders the same in every run.
+        seed: makes these orders, and random patches, the same in every run.
         drop_remainder: leave out a last batch that is not full, so that B is static.
         label: the label that y is; several give a dictionary; None gives the first one as a number.
         repeat: how many epochs there are; True means without end.
@@ -79,6 +83,9 @@ def load_dataset(
             end to end in TensorFlow's graph. None means the faster one that can do what is asked.
         start_state: instead of `start`: what `state_after` gave for the run that is to go on.
         layout: of TFRecords that others wrote: "nobrainer", or "plain", of `image_raw` and `label`.
+        patch: voxels along x, y and z of random patches to give instead of whole volumes.
+        patches_per_volume: how many of each volume in an epoch; None means 1.
+        patches: these two as one argument.
 
     Returns:
         A dataset whose elements are X and y; X alone where there are no labels; or a dictionary. X is float32
@@ -97,7 +104,13 @@ def load_dataset(
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
         Batching(batch_size, drop_remainder, pad, ragged),
-        Passes(shuffle, seed, repeat, shard),
+        Passes(
+            shuffle,
+            seed,
+            repeat,
+            shard,
+            group_patches(patches, patch, patches_per_volume=patches_per_volume),
+        ),
     )
 
 
@@ -112,6 +125,9 @@ def state_after(
     drop_remainder: bool = False,
     shard: Shard = None,
     where: str | None = None,
+    patch: Sequence[SupportsIndex] | None = None,
+    patches_per_volume: int | None = None,
+    patches: Patches | None = None,
 ) -> dict[str, Any]:
     """What `load_dataset(…, start_state=…)` takes to go on where a run stood.
 
@@ -129,6 +145,9 @@ def state_after(
         drop_remainder: as of `load_dataset`.
         shard: as of `load_dataset`.
         where: as of `load_dataset`.
+        patch: as of `load_dataset`; needs a seed.
+        patches_per_volume: as of `load_dataset`.
+        patches: as of `load_dataset`.
 
     Returns:
         Numbers, strings and lists, for JSON. `steps_per_epoch` is among them.
@@ -140,10 +159,11 @@ def state_after(
     step = whole_number("step", step)
     if step < 0:
         raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
-    passes = Passes(shuffle, seed, shard=shard)
+    drawn = group_patches(patches, patch, patches_per_volume=patches_per_volume)
+    passes = Passes(shuffle, seed, shard=shard, patches=drawn)
     records = Dataset(path, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")
-    return describe_state(records.info, split, where, order, step)
+    return describe_state(records.info, split, where, order, step, passes.describe_patches())
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +192,7 @@ class _Source:
             "start": self.start != 0,
             "start_state": self.start_state is not None,
             "shard": passes.shard is not None,
+            "patch": passes.patches is not None,
             "where": self.where is not None,
             "on_error": self.on_error != "raise",
             f"split {self.split!r}": parts != (SplitPart(parts[0].name),),
@@ -223,11 +244,19 @@ class _Source:
             if start or skips:
                 other = "start" if start else "on_error='skip', which leaves batches uncounted,"
                 raise UsageError(f"start_state and {other} do not go together; leave one of them out")
-            state = describe_state(opened.info, self.split, self.where, order, 0)
+            drawn = passes.describe_patches()
+            state = describe_state(opened.info, self.split, self.where, order, 0, drawn)
             start = check_state(self.path, self.start_state, state)
         reopen = partial(Dataset, self.path, self.split, **chosen)
         examples = read_indexed(
-            records, order, batching, reopen=reopen, repeat=passes.epochs, start=start, skips=skips
+            records,
+            order,
+            batching,
+            reopen=reopen,
+            repeat=passes.epochs,
+            start=start,
+            skips=skips,
+            draw=passes.draw(),
         )
         return examples.map(pack)
 

@@ -131,6 +131,10 @@ class Records:
                 for name in self.columns
             }
 
+    def shape_of(self, row: int) -> tuple[int, ...]:
+        """The shape of a record's voxels as they are stored."""
+        return self.opened.info.shape or tuple(self.table["shape"][row].as_py())
+
     @contextlib.contextmanager
     def reading(self, row: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Read a record in the block: the path of its shard, and the shape of its voxels as they are stored.
@@ -141,7 +145,7 @@ class Records:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         path = storage.join(self.opened.path, self.shards[shard].name)
         try:
-            yield path, self.opened.info.shape or tuple(self.table["shape"][row].as_py())
+            yield path, self.shape_of(row)
         except (ShardError, VolumeError, OSError, EOFError) as e:
             self.opened.require_current()
             name = f"record {self.cell('id', row)!r}, number {row - self.starts[shard]} from 0,"
