@@ -16,6 +16,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, first_few, format_rows
 
 _PLACES: Final = ("example_id", "position", "offset", "length", "row")  # not compared
+_OF_FEATURES: Final = ("member_lengths", "mask_positions")  # nor these, if only one dataset has them
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
@@ -87,7 +88,8 @@ def compare_datasets(before: str, after: str) -> Difference:
     changed = dict[str, list[bool]]()
     ours, others = (dict(zip(table.column_names, table.columns, strict=True)) for table in (both, theirs))
     for column in ours | others:
-        if column in _PLACES:
+        is_in_one = column not in ours or column not in others
+        if column in _PLACES or (is_in_one and column in _OF_FEATURES):
             continue
         missing = pa.nulls(len(both))
         now, then = (cells.get(column, missing).to_pylist() for cells in (ours, others))

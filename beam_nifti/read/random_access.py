@@ -191,6 +191,34 @@ class Dataset:
         """
         return self._records.shape_of(self._row(operator.index(index)))
 
+    def require_positions(self) -> None:
+        """Check that records have masks, and that the index says where their labels are.
+
+        Raises:
+            UsageError: it does not.
+        """
+        config = self.info.record_config
+        if config.mask_dtype is None:
+            raise UsageError(f"{self.path} has no masks; build it with --mask-column")
+        if not config.has_positions:
+            raise UsageError(
+                f"the index of {self.path}, which an earlier version wrote, has no positions of labels; "
+                "build the dataset again with --overwrite"
+            )
+
+    def positions_of(self, index: SupportsIndex) -> npt.NDArray[np.int32]:
+        """Where some voxels of each label of a record's mask are. No record is read.
+
+        Returns:
+            Numbers of voxels in C order: a row for each label but 0, ascending.
+
+        Raises:
+            IndexError: there are fewer records.
+            UsageError: records have no masks, or the index does not say it.
+        """
+        self.require_positions()
+        return self._records.positions_of(self._row(operator.index(index)))
+
     def patch(
         self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
     ) -> Element:

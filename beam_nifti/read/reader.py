@@ -56,6 +56,7 @@ def load_dataset(
     layout: Literal["plain", "nobrainer"] | None = None,
     patch: Sequence[SupportsIndex] | None = None,
     patches_per_volume: int | None = None,
+    foreground: float | None = None,
     patches: Patches | None = None,
 ) -> tf.data.Dataset:
     """Open the examples of a dataset for training; docs/reading.md says more of each argument.
@@ -85,7 +86,8 @@ def load_dataset(
         layout: of TFRecords that others wrote: "nobrainer", or "plain", of `image_raw` and `label`.
         patch: voxels along x, y and z of random patches to give instead of whole volumes.
         patches_per_volume: how many of each volume in an epoch; None means 1.
-        patches: these two as one argument.
+        foreground: share of the patches that are drawn around a labelled voxel of the mask; None means 0.
+        patches: these three as one argument.
 
     Returns:
         A dataset whose elements are X and y; X alone where there are no labels; or a dictionary. X is float32
@@ -109,7 +111,7 @@ def load_dataset(
             seed,
             repeat,
             shard,
-            group_patches(patches, patch, patches_per_volume=patches_per_volume),
+            group_patches(patches, patch, patches_per_volume=patches_per_volume, foreground=foreground),
         ),
     )
 
@@ -127,6 +129,7 @@ def state_after(
     where: str | None = None,
     patch: Sequence[SupportsIndex] | None = None,
     patches_per_volume: int | None = None,
+    foreground: float | None = None,
     patches: Patches | None = None,
 ) -> dict[str, Any]:
     """What `load_dataset(…, start_state=…)` takes to go on where a run stood.
@@ -147,6 +150,7 @@ def state_after(
         where: as of `load_dataset`.
         patch: as of `load_dataset`; needs a seed.
         patches_per_volume: as of `load_dataset`.
+        foreground: as of `load_dataset`.
         patches: as of `load_dataset`.
 
     Returns:
@@ -159,7 +163,7 @@ def state_after(
     step = whole_number("step", step)
     if step < 0:
         raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
-    drawn = group_patches(patches, patch, patches_per_volume=patches_per_volume)
+    drawn = group_patches(patches, patch, patches_per_volume=patches_per_volume, foreground=foreground)
     passes = Passes(shuffle, seed, shard=shard, patches=drawn)
     records = Dataset(path, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from beam_nifti.errors import ShardError, UsageError, VolumeError, unreadable
+from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError, unreadable
 from beam_nifti.read.decoding import Features, decode_feature, decode_image, decode_mask
 from beam_nifti.read.opening import Opened
 from beam_nifti.read.split_spec import SplitPart, parse_split
@@ -109,6 +109,22 @@ class Records:
         if not config.has_members:
             return None
         return self.opened.read_indexes(self.shards, {"member_lengths", *names})
+
+    @cached_property
+    def positions(self) -> pa.Table:
+        """What the index says of each record's labels, and of where they are."""
+        return self.opened.read_indexes(self.shards, {"mask_labels", "mask_positions"})
+
+    def positions_of(self, row: int) -> npt.NDArray[np.int32]:
+        """Where the index says that labels are; as `Dataset.positions_of`."""
+        labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
+        count = sum(label != 0 for label in labels)
+        if len(positions) % max(1, count):
+            raise DatasetError(
+                f"{self.opened.path}: the index has {len(positions)} mask_positions for {count} labels of "
+                f"record {self.cell('id', row)!r}; run beam-nifti verify"
+            )
+        return np.array(positions, np.int32).reshape(count, -1 if count else 0)
 
     def read(self, row: int, lent: bool = False) -> Element:
         """The element of a row of the table; `lent` as `Dataset.lend`.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Final, SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
 from beam_nifti.read.order import whole_number
@@ -15,8 +17,11 @@ from beam_nifti.read.patches import integers
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 
-_DRAWS: Final = 3
-"""Random numbers of 64 bits for each patch: one for each axis."""
+_DRAWS: Final = 6
+"""Random numbers of 64 bits for each patch: one for each axis, and three that choose a labelled voxel."""
+
+_END: Final = 1 << 64
+"""Above these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +31,40 @@ class Patches:
     Attributes:
         shape: voxels along x, y and z.
         per_volume: patches of each volume in an epoch.
+        foreground: share of them, from 0 to 1, that are drawn around a labelled voxel of the mask: each of
+            the labels but 0 is as likely as another. At the border of the volume they are moved inside.
+            Volumes without labels have none.
 
     Raises:
-        UsageError: `shape` is not three integers of at least 1, or `per_volume` is below 1.
+        UsageError: `shape` is not three integers of at least 1, `per_volume` is below 1, or `foreground` is
+            no such share.
     """
 
     shape: tuple[int, ...]
     per_volume: int = 1
+    foreground: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", integers("the shape of a patch", self.shape, least=1))
         object.__setattr__(self, "per_volume", whole_number("patches_per_volume", self.per_volume))
         if self.per_volume < 1:
             raise UsageError(f"patches_per_volume is {self.per_volume}; it must be at least 1")
+        if not (isinstance(self.foreground, Real) and 0 <= self.foreground <= 1):
+            raise UsageError(f"foreground is {self.foreground!r}; give a share from 0 to 1")
+        object.__setattr__(self, "foreground", float(self.foreground))
 
     def describe(self) -> dict[str, Any]:
         """The fields, for JSON."""
-        return {"shape": list(self.shape), "per_volume": self.per_volume}
+        return {"shape": list(self.shape), "per_volume": self.per_volume, "foreground": self.foreground}
 
-    def draw(self, volume: Sequence[int], seed: int, epoch: int, number: int) -> tuple[int, ...]:
+    def draw(
+        self,
+        volume: Sequence[int],
+        seed: int,
+        epoch: int,
+        number: int,
+        positions: npt.NDArray[np.int32] | None = None,
+    ) -> tuple[int, ...]:
         """The corner of a patch: any that leaves it inside the volume is as likely as another.
 
         Where a volume is smaller than the patch, it is centred, as `--shape` centres what it pads.
@@ -54,22 +74,27 @@ class Patches:
             seed: at least 0.
             epoch: from 0.
             number: of the patch in the epoch, from 0.
+            positions: of labelled voxels, as `Dataset.positions_of`; None where `foreground` is 0.
         """
         # numpy keeps a bit generator's numbers as they are from version to version. Source: NEP 19.
         generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch, number)))
         raw: list[int] = generator.random_raw(_DRAWS).tolist()
-        return tuple(map(_corner, volume, self.shape, raw))
-
-
-def _corner(size: int, length: int, raw: int) -> int:
-    """Along one axis, by a random number of 64 bits."""
-    spare = size - length
-    return _below(spare + 1, raw) if spare >= 0 else -(-spare // 2)
+        spares = [size - length for size, length in zip(volume, self.shape, strict=False)]
+        corner = [_below(max(spare, 0) + 1, number) for spare, number in zip(spares, raw, strict=False)]
+        if positions is not None and positions.size and raw[3] < self.foreground * _END:
+            of_label = positions[_below(len(positions), raw[4])]
+            voxel = int(of_label[_below(len(of_label), raw[5])])
+            centre = (voxel // (volume[1] * volume[2]), voxel // volume[2] % volume[1], voxel % volume[2])
+            corner = [
+                min(max(at - length // 2, 0), max(spare, 0))
+                for at, length, spare in zip(centre, self.shape, spares, strict=True)
+            ]
+        return tuple(at if spare >= 0 else -(-spare // 2) for at, spare in zip(corner, spares, strict=True))
 
 
 def _below(count: int, raw: int) -> int:
     """A number below `count`, by a random number of 64 bits."""
-    return raw * count >> 64
+    return raw * count // _END
 
 
 class PatchDataset:
@@ -87,7 +112,8 @@ class PatchDataset:
         epoch: from 0; each has other patches.
 
     Raises:
-        UsageError: seed or epoch is not a whole number of at least 0.
+        UsageError: seed or epoch is not a whole number of at least 0; or patches are to be drawn around
+            labels, and the index does not say where these are.
     """
 
     def __init__(self, records: Dataset, patches: Patches, *, seed: int, epoch: int = 0) -> None:
@@ -96,6 +122,13 @@ class PatchDataset:
         for name, number in (("seed", self._seed), ("epoch", self._epoch)):
             if number < 0:
                 raise UsageError(f"{name} is {number}; it must be at least 0")
+        if patches.foreground:
+            try:
+                records.require_positions()
+            except UsageError as e:
+                raise UsageError(
+                    f"foreground is {patches.foreground}, but {e}, or leave foreground out"
+                ) from e
 
     def epoch(self, number: int) -> PatchDataset:
         """The patches of another epoch, from 0. Nothing is read."""
@@ -134,4 +167,5 @@ class PatchDataset:
         number %= len(self)
         record = number // self.patches.per_volume
         volume = self.records.shape_of(record)
-        return record, self.patches.draw(volume, self._seed, self._epoch, number)
+        positions = self.records.positions_of(record) if self.patches.foreground else None
+        return record, self.patches.draw(volume, self._seed, self._epoch, number, positions)

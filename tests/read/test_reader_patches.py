@@ -71,6 +71,18 @@ def test_one_argument_says_what_several_say(dataset: Path) -> None:
     assert images(load_dataset(dataset, patch=PATCH, **options)) != images(short)
 
 
+def test_patches_are_drawn_around_labels(dataset: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 1, "seed": 1, "target": "mask", "split": "train[:4]"}
+    options |= {"patch": (3, 3, 3), "patches_per_volume": 9}
+    masks = {
+        share: [
+            mask.any() for _, mask in load_dataset(dataset, foreground=share, **options).as_numpy_iterator()
+        ]
+        for share in (None, 0.5, 1.0)
+    }
+    assert sum(masks[None]) < sum(masks[0.5]) < sum(masks[1.0]) == 4 * 9
+
+
 def test_patches_of_one_seed_are_the_same_and_each_epoch_has_others(dataset: Path) -> None:
     options: dict[str, Any] = {"batch_size": 2, "patch": PATCH}
     passes = load_dataset(dataset, seed=1, **options)
@@ -92,6 +104,7 @@ def test_the_rest_is_that_of_the_uninterrupted_run(dataset: Path, data: st.DataO
         "shard": (data.draw(st.integers(0, num_hosts - 1), "host"), num_hosts),
         "patch": PATCH,
         "patches_per_volume": data.draw(st.integers(1, 3), "patches"),
+        "foreground": data.draw(st.sampled_from([None, 0.5]), "foreground"),
     }
     whole = [x.tobytes() for x, _ in load_dataset(dataset, repeat=2, **order).as_numpy_iterator()]
     step = data.draw(st.integers(0, len(whole)), "step")
@@ -138,6 +151,7 @@ def test_damaged_records_are_skipped(dataset: Path, tmp_path: Path, caplog: pyte
         ({"patches_per_volume": 2}, "patches_per_volume is 2, but volumes are read as a whole; give a patch"),
         ({"patch": (9, 9)}, "the shape of a patch is"),
         ({"patch": PATCH, "patches_per_volume": 0}, "patches_per_volume is 0; it must be at least 1"),
+        ({"foreground": 0.5}, "foreground is 0.5, but volumes are read as a whole; give a patch"),
         ({"patch": PATCH, "engine": "sequential"}, "patch needs the index, and engine is 'sequential'"),
         ({"patch": PATCH, "layout": "plain"}, "patch needs a dataset_info.json"),
         ({"patch": PATCH, "shard": (0, 2)}, "shard needs an order that is known beforehand; give a seed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 
 import beam_nifti as bn
 from beam_nifti.errors import UsageError
+from tests.build_helpers import build
+from tests.datasets import edit_index, edit_info
+from tests.images import write_cohort
 from tests.read.patch_cohort import PATCH, SHAPES, build_patch_cohort
 
 shapes = st.tuples(*[st.integers(1, 40)] * 3)
@@ -54,6 +58,63 @@ def test_patches_are_the_same_on_every_machine() -> None:
     """Neither the version of numpy nor the processor may change them."""
     corners = [bn.Patches((4, 4, 4)).draw((99, 99, 99), 5, 3, number) for number in range(3)]
     assert corners == [(73, 28, 12), (18, 7, 14), (60, 80, 90)]
+
+
+def test_a_share_of_the_patches_is_drawn_around_labels() -> None:
+    volume, count = (60, 50, 40), 2000
+    voxels = [(30, 25, 20), (0, 49, 39), (31, 24, 19), (31, 24, 18)]
+    positions = np.ravel_multi_index(np.transpose(voxels), volume).astype(np.int32).reshape(2, 2)
+    around = [(26, 20, 14), (0, 40, 28), (27, 19, 13), (27, 19, 12)]
+    for share in (0, 0.33, 1):
+        patches = bn.Patches((8, 10, 12), foreground=share)
+        corners = [patches.draw(volume, 7, 1, number, positions) for number in range(count)]
+        found = np.array([corners.count(corner) for corner in around])
+        assert np.abs(found - share * count / 4).max() <= 5 * np.sqrt(share * count / 4)
+        assert share < 1 or found.sum() == count
+
+
+@given(shapes, shapes, st.integers(0, 9), st.data())
+def test_a_patch_has_its_labelled_voxel(
+    volume: tuple[int, ...], shape: tuple[int, ...], number: int, data: st.DataObject
+) -> None:
+    voxel = tuple(data.draw(st.integers(0, size - 1)) for size in volume)
+    position = np.array([[np.ravel_multi_index(voxel, volume)]], np.int32)
+    patches = bn.Patches(shape, foreground=1)
+    corner = patches.draw(volume, 1, 0, number, position)
+    at_random = bn.Patches(shape).draw(volume, 1, 0, number)
+    for at, start, length, size, other in zip(voxel, corner, shape, volume, at_random, strict=True):
+        assert start <= at < start + length
+        assert 0 <= start <= size - length or (size < length and start == other)
+
+
+def test_labels_are_found_by_the_index(records: bn.Dataset) -> None:
+    """The last record has none, and the third is smaller than a patch."""
+    patches = bn.PatchDataset(records, bn.Patches(PATCH, per_volume=40, foreground=1), seed=4)
+    for number, shape in enumerate(SHAPES[:-1]):
+        found = np.unravel_index(records.positions_of(number), shape)
+        assert [axis.shape for axis in found] == [(2, 64)] * 3
+        masks = [patches[40 * number + i]["mask"] for i in range(5)]
+        assert all(mask.any() for mask in masks)
+    assert records.positions_of(-1).size == 0
+    assert len({patches.place(i) for i in range(160, 200)}) > 30
+
+
+def test_indexes_without_positions_are_said_to_lack_them(records: bn.Dataset, tmp_path: Path) -> None:
+    patches = bn.Patches(PATCH, foreground=0.25)
+    older = shutil.copytree(records.path, tmp_path / "older")
+    for shard in range(2):
+        edit_index(older, lambda table: table.drop_columns("mask_positions"), shard)
+    edit_info(older, lambda facts: facts["format_features"].remove("positions"))
+    assert len(bn.PatchDataset(bn.Dataset(older), bn.Patches(PATCH), seed=1)) == len(SHAPES)
+    with pytest.raises(
+        UsageError, match=r"foreground is 0\.25, but the index of .*older, which an .*--overwrite"
+    ):
+        bn.PatchDataset(bn.Dataset(older), patches, seed=1)
+    build(write_cohort(tmp_path / "cohort", 2), tmp_path / "plain")
+    with pytest.raises(
+        UsageError, match=r"foreground is 0\.25, but .*plain has no masks; build it with --mask-"
+    ):
+        bn.PatchDataset(bn.Dataset(tmp_path / "plain"), patches, seed=1)
 
 
 def test_a_patch_is_a_part_of_its_record(records: bn.Dataset) -> None:
@@ -112,6 +173,9 @@ def test_grain_takes_the_patches_of_several_epochs(records: bn.Dataset) -> None:
         ),
         (lambda r: bn.Patches((9, 0, 9)), "the shape of a patch is"),
         (lambda r: bn.Patches((9, 9, 9), per_volume=0), "patches_per_volume is 0; it must be at least 1"),
+        (lambda r: bn.Patches(PATCH, foreground=1.5), "foreground is 1.5; give a share from 0 to 1"),
+        (lambda r: bn.Patches(PATCH, foreground=float("nan")), "foreground is nan"),
+        (lambda r: bn.Patches(PATCH, foreground="all"), "foreground is 'all'"),
         (lambda r: bn.PatchDataset(r, bn.Patches(PATCH), seed=-1), "seed is -1; it must be at least 0"),
         (lambda r: bn.PatchDataset(r, bn.Patches(PATCH), seed=1).epoch(-1), "epoch is -1"),
         (lambda r: bn.PatchDataset(r, bn.Patches(PATCH), seed=0.5), "seed is 0.5; give a whole number"),
