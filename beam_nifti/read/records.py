@@ -115,6 +115,11 @@ class Records:
         """What the index says of each record's labels, and of where they are."""
         return self.opened.read_indexes(self.shards, {"mask_labels", "mask_positions"})
 
+    def prepare_patches(self, around_labels: bool) -> None:
+        """Read these tables; as `Dataset`. Each of several threads that find none would read its own."""
+        for name in ("patch_table", *(["positions"] if around_labels else [])):
+            getattr(self, name)
+
     def positions_of(self, row: int) -> npt.NDArray[np.int32]:
         """Where the index says that labels are; as `Dataset.positions_of`."""
         labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Final, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
-from beam_nifti.read.order import whole_number
+from beam_nifti.read.order import require_share, whole_number
 from beam_nifti.read.patches import integers
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
@@ -49,9 +48,7 @@ class Patches:
         object.__setattr__(self, "per_volume", whole_number("patches_per_volume", self.per_volume))
         if self.per_volume < 1:
             raise UsageError(f"patches_per_volume is {self.per_volume}; it must be at least 1")
-        if not (isinstance(self.foreground, Real) and 0 <= self.foreground <= 1):
-            raise UsageError(f"foreground is {self.foreground!r}; give a share from 0 to 1")
-        object.__setattr__(self, "foreground", float(self.foreground))
+        object.__setattr__(self, "foreground", require_share("foreground", self.foreground))
 
     def describe(self) -> dict[str, Any]:
         """The fields, for JSON."""
@@ -122,13 +119,10 @@ class PatchDataset:
         for name, number in (("seed", self._seed), ("epoch", self._epoch)):
             if number < 0:
                 raise UsageError(f"{name} is {number}; it must be at least 0")
-        if patches.foreground:
-            try:
-                records.require_positions()
-            except UsageError as e:
-                raise UsageError(
-                    f"foreground is {patches.foreground}, but {e}, or leave foreground out"
-                ) from e
+        try:
+            records.prepare_patches(around_labels=patches.foreground > 0)
+        except UsageError as e:
+            raise UsageError(f"foreground is {patches.foreground}, but {e}, or leave foreground out") from e
 
     def epoch(self, number: int) -> PatchDataset:
         """The patches of another epoch, from 0. Nothing is read."""
