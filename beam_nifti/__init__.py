@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from beam_nifti.errors import VolumeError as VolumeError
     from beam_nifti.pipeline.options import BuildOptions as BuildOptions
     from beam_nifti.random_access import Dataset as Dataset
+    from beam_nifti.random_access import PatchDataset as PatchDataset
+    from beam_nifti.random_access import Patches as Patches
     from beam_nifti.reader import load_dataset as load_dataset
     from beam_nifti.transforms import EncodeExample as EncodeExample
     from beam_nifti.transforms import LoadVolume as LoadVolume
@@ -44,7 +46,7 @@ _NAMES_IN = {
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",
-    "random_access": "Dataset",
+    "random_access": "Dataset PatchDataset Patches",
     "reader": "load_dataset",
     "transforms": "EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",
 }

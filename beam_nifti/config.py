@@ -21,10 +21,10 @@ from beam_nifti.support.strict_json import dump_json
 FORMAT_VERSION: Final = 2
 """Version of the records, index and dataset_info.json. Source: docs/format.md."""
 
-FORMAT_FEATURES: Final = ("sources", "digests", "members")
+FORMAT_FEATURES: Final = ("sources", "digests", "members", "positions")
 """Names of the features of this version that a reader must know. dataset_info.json lists them."""
 
-OPTIONAL_FEATURES: Final = ("members",)
+OPTIONAL_FEATURES: Final = ("members", "positions")
 """Those that a dataset of this version may lack."""
 CONTENT_REVISION: Final = 1
 """Increases when the same options give different records than before, beyond rounding. Builds do not add to
@@ -287,6 +287,12 @@ class RecordConfig:
     def has_members(self) -> bool:
         """Whether records are cut so that a patch can be read, and the index says where."""
         return self.format_version > 1 and "members" in self.format_features
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether records have masks, and the index says where some voxels of each label are."""
+        is_known = self.format_version > 1 and "positions" in self.format_features
+        return self.mask_dtype is not None and is_known
 
     @property
     def method(self) -> str:

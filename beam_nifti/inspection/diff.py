@@ -18,6 +18,7 @@ from beam_nifti.support.wording import counted, first_few, format_rows
 
 # Columns that are not compared. If the scaling differs, the statistics do.
 _PLACES: Final = ("example_id", "position", "offset", "length", "member_lengths", "row", *SCALING_FEATURES)
+_OF_FEATURES: Final = ("mask_positions",)  # not compared if only one dataset has them
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "added", "removed", "config", "the same", "voxels")
@@ -89,7 +90,8 @@ def compare_datasets(before: str, after: str) -> Difference:
     changed = dict[str, list[bool]]()
     ours, others = (dict(zip(table.column_names, table.columns, strict=True)) for table in (both, theirs))
     for column in ours | others:
-        if column in _PLACES:
+        is_in_one = column not in ours or column not in others
+        if column in _PLACES or (is_in_one and column in _OF_FEATURES):
             continue
         missing = pa.nulls(len(both))
         now, then = (cells.get(column, missing).to_pylist() for cells in (ours, others))

@@ -33,7 +33,7 @@ from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.volume.grid import is_usable
 from beam_nifti.volume.header import COLOURS
 from beam_nifti.volume.intensity import stored_range
-from beam_nifti.volume.label_map import labels_of
+from beam_nifti.volume.label_map import labels_of, positions_of
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.rescale import Intensity, RescaleRange, float_limits
 from beam_nifti.volume.volume import load_volume, rescale_volume
@@ -124,7 +124,7 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
             for problem in _check_intensities(voxels[..., number], features, cells, spec.config, number):
                 yield f"channel {name}: {problem}"
     if spec.config.mask_dtype is not None:
-        yield from _check_mask(features, cells, voxels.shape[:3], spec.config.mask_dtype)
+        yield from _check_mask(features, cells, voxels.shape[:3], spec.config)
 
 
 def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
@@ -138,13 +138,15 @@ def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
 
 
 def _check_mask(
-    features: Mapping[str, _Feature], cells: Mapping[str, Any], shape: tuple[int, ...], dtype: str
+    features: Mapping[str, _Feature], cells: Mapping[str, Any], shape: tuple[int, ...], config: RecordConfig
 ) -> Iterator[str]:
-    mask = decode_tensor(features[MASK_FEATURE])  # type: ignore[arg-type]
+    mask, dtype = decode_tensor(features[MASK_FEATURE]), config.mask_dtype  # type: ignore[arg-type]
     if mask.shape != shape or mask.dtype.name != dtype:
         yield f"the mask has shape {mask.shape} of {mask.dtype.name}, expected {shape} of {dtype}"
     elif (found := labels_of(mask)) != cells["mask_labels"]:
         yield f"the mask has the labels {found}, the index says {cells['mask_labels']}"
+    elif config.has_positions and positions_of(mask) != cells["mask_positions"]:
+        yield "mask_positions of the index are not those of its mask"
 
 
 def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterator[str]:

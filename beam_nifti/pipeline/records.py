@@ -26,7 +26,7 @@ from beam_nifti.record.example import (
 from beam_nifti.record.index import IndexEntry, entry_cells, scaling_cells
 from beam_nifti.volume.grid import is_usable
 from beam_nifti.volume.header import COLOURS
-from beam_nifti.volume.label_map import labels_of
+from beam_nifti.volume.label_map import labels_of, positions_of
 
 _IMAGE: Final = "image_raw"
 _TENSORS: Final = {"image": _IMAGE, "mask": MASK_FEATURE}
@@ -292,6 +292,8 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
     labels = frozenset(labels_of(mask) if mask is not None and found_labels is None else found_labels or ())
     if mask is not None:
         cells["mask_labels"] = sorted(labels)
+        known_positions = record.entry and record.entry.mask_positions
+        cells["mask_positions"] = positions_of(mask) if known_positions is None else known_positions
     traits = Traits(
         id=record.id,
         config=config,

@@ -180,16 +180,34 @@ def channels_of(info: DatasetInfo) -> int | None:
 
 
 def describe_columns(
-    names: Sequence[str], info: DatasetInfo, num_channels: int | None, channels_first: bool
+    names: Sequence[str],
+    info: DatasetInfo,
+    num_channels: int | None,
+    channels_first: bool,
+    patch: Sequence[int] | None = None,
 ) -> list[Column]:
-    """Columns as TensorFlow sees them; `num_channels` is None where it differs between images."""
-    return [_describe(name, info, num_channels, channels_first) for name in names]
+    """Columns as TensorFlow sees them.
+
+    Args:
+        names: of them.
+        info: of the dataset.
+        num_channels: of its images; None where it differs between them.
+        channels_first: whether the axis of channels is the first one.
+        patch: shape of the patches that are read of volumes; None where those are read as a whole.
+    """
+    space = (patch or info.shape or (None,) * 3)[:3]
+    return [_describe(name, info, num_channels, channels_first, space) for name in names]
 
 
-def _describe(name: str, info: DatasetInfo, num_channels: int | None, channels_first: bool) -> Column:
+def _describe(
+    name: str,
+    info: DatasetInfo,
+    num_channels: int | None,
+    channels_first: bool,
+    space: Sequence[int | None],
+) -> Column:
     if f"{name}_raw" in info.features:
         dtype, channels = (tf.float32, num_channels) if name == "image" else (tf.int32, 1)
-        space = (info.shape or (None,) * 3)[:3]
         return Column(name, dtype, (channels, *space) if channels_first else (*space, channels))
     if name in _OF_RECORDS:
         return _OF_RECORDS[name]
@@ -213,6 +231,6 @@ def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:
     dtype = tf.string if pa.types.is_string(kind) else tf.as_dtype(kind.to_pandas_dtype())
     num_axes = len(info.shape) if info.shape else None
     sizes = {"zooms": 3, "shape": num_axes, "mask_labels": None, "source_shape": None, "source_affine": 16}
-    sizes |= dict.fromkeys(SOURCE_LISTS)
+    sizes |= dict.fromkeys((*SOURCE_LISTS, "mask_positions", "member_lengths"))
     size = sizes.get(field.name, info.record_config.num_channels)
     return Column(field.name, dtype, (size,) if is_list else ())

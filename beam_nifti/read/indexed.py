@@ -28,11 +28,15 @@ from beam_nifti.read.order import Order
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 from beam_nifti.read.request import Batching
+from beam_nifti.read.sampling import PatchDataset
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import count_cores
 
 Cells: TypeAlias = tf.Tensor | tf.RaggedTensor
 """The cells of a column."""
+
+Draw: TypeAlias = Callable[[Dataset], PatchDataset]
+"""Draws patches of records."""
 
 _QUIET_SECONDS: Final = 0.1
 """Time without a call after which a pipeline counts as idle. Calls are microseconds apart."""
@@ -108,8 +112,10 @@ class _Steps:
         batching: Batching,
         *,
         skips: bool,
+        draw: Draw | None,
     ) -> None:
         self._records, self.columns, self._order = records, columns, order
+        self._patches = draw and draw(records)
         self.batching, self._skips = batching, skips
         self._is_batch = batching.size is not None or skips
         self._skipped: set[int] = set()
@@ -124,30 +130,36 @@ class _Steps:
 
     def read(self, step: int) -> list[Array]:
         """The cells of a step's records: one array per column, two for a ragged one."""
-        self._begin(step)
+        epoch = self._begin(step)
         numbers, pool = self._order.batch(step).tolist(), _threads(_count_reads(self._records.path))
         if self._skips or any(column.varies for column in self.columns):
-            elements = list(filter(None, pool.map(self._read, numbers)))
+            elements = list(filter(None, pool.map(partial(self._read, epoch), numbers)))
             arrays = [array for column in self.columns for array in self._join(column, elements)]
         else:
             arrays = [column.allocate((), len(numbers)) for column in self.columns]
-            for done in [pool.submit(self._fill, arrays, *each) for each in enumerate(numbers)]:
+            for done in [pool.submit(self._fill, arrays, epoch, *each) for each in enumerate(numbers)]:
                 done.result()
         return arrays if self._is_batch else [array.reshape(array.shape[1:]) for array in arrays]
 
-    def _begin(self, step: int) -> None:
-        """At the beginning of each epoch, check that the dataset is the one that was opened."""
+    def _begin(self, step: int) -> int:
+        """The epoch; at its beginning, check that the dataset is the one that was opened."""
         epoch, number = divmod(step, self._order.num_steps)
         with self._lock:
             is_new, self._epoch = number == 0 or epoch > self._epoch, max(epoch, self._epoch)
         if is_new:
             self._records.require_current()
+        return epoch
 
-    def _fill(self, arrays: Sequence[Array], place: int, number: int) -> None:
-        """Put a record where it belongs in a batch."""
-        element = self._records.lend(number)
+    def _fill(self, arrays: Sequence[Array], epoch: int, place: int, number: int) -> None:
+        """Put a record, or a patch, where it belongs in a batch."""
+        element = self._find(epoch, number, lent=True)
         for column, array in zip(self.columns, arrays, strict=True):
             column.put(element, array, place)
+
+    def _find(self, epoch: int, number: int, *, lent: bool) -> Element:
+        if self._patches is not None:
+            return self._patches.epoch(epoch)[number]
+        return self._records.lend(number) if lent else self._records[number]
 
     def _join(self, column: Column, elements: Sequence[Element]) -> Sequence[Array]:
         """The arrays of a column whose cells may differ in shape, or of records that may be skipped."""
@@ -159,13 +171,15 @@ class _Steps:
             column.put(element, array, place)
         return [array]
 
-    def _read(self, number: int) -> Element | None:
-        """A record; None in the place of a damaged one that is to be skipped."""
+    def _read(self, epoch: int, number: int) -> Element | None:
+        """A record, or a patch; None in the place of a damaged one that is to be skipped."""
         try:
-            return self._records[number]
+            return self._find(epoch, number, lent=False)
         except DatasetError as e:
             if not (self._skips and isinstance(e.__cause__, ShardError)):
                 raise
+            if self._patches is not None:
+                number //= self._patches.patches.per_volume
             with self._lock:
                 is_new = number not in self._skipped
                 self._skipped.add(number)
@@ -232,6 +246,7 @@ def read_indexed(
     repeat: int | None,
     start: int,
     skips: bool,
+    draw: Draw | None,
 ) -> tf.data.Dataset:
     """A dataset whose elements are tuples of tensors, one per column.
 
@@ -243,18 +258,23 @@ def read_indexed(
         repeat: number of epochs; None repeats without end.
         start: first step, counted over all epochs.
         skips: whether to skip damaged records; the cardinality is then unknown.
+        draw: draws patches of the records, which `order` then counts; None reads whole records.
 
     Raises:
         UsageError: `start` is beyond the last step, or a batch would have records of different shapes.
     """
     columns = describe_columns(
-        records.columns, records.info, _count_channels(records), records.channels_first
+        records.columns,
+        records.info,
+        _count_channels(records),
+        records.channels_first,
+        draw and draw(records).patches.shape,
     )
     batching.check(records.path, columns)
-    numbers = _count_steps(order, repeat, start)
+    numbers = _count_steps(order, repeat, start, is_random=order.seed is not None or draw is not None)
     threads = _count_reads(records.path)
     _threads(threads)  # start them here, in a Python thread
-    open_steps = partial(_Steps, columns=columns, order=order, batching=batching, skips=skips)
+    open_steps = partial(_Steps, columns=columns, order=order, batching=batching, skips=skips, draw=draw)
     digest = records.digest
 
     def open_again() -> _Steps:
@@ -329,8 +349,8 @@ def _with_rows(size: int, *columns: Cells) -> tuple[Cells, ...]:
     )
 
 
-def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Dataset:
-    """The numbers of the steps; where records are shuffled, those of further epochs in each further pass."""
+def _count_steps(order: Order, repeat: int | None, start: int, is_random: bool) -> tf.data.Dataset:
+    """The numbers of the steps; where epochs differ, those of further ones in each further pass."""
     total = None if repeat is None else order.num_steps * repeat
     if start < 0 or (total is not None and start > total):
         raise UsageError(
@@ -340,7 +360,7 @@ def _count_steps(order: Order, repeat: int | None, start: int) -> tf.data.Datase
         return tf.data.Dataset.counter(start)
     total = total or 0
     steps = tf.data.Dataset.range(start, total)
-    if order.seed is None:
+    if not is_random:
         return steps
     passes = itertools.count()
 

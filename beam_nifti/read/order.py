@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,21 @@ def whole_number(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise UsageError(f"{name} is {value!r}; give a whole number") from None
+
+
+def require_share(name: str, value: Any) -> float:
+    """The share, from 0 to 1, that an argument is.
+
+    Args:
+        name: of the argument, for the error.
+        value: a number of Python, numpy or another library.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not (isinstance(value, Real) and 0 <= float(value) <= 1):
+        raise UsageError(f"{name} is {value!r}; give a share from 0 to 1")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)

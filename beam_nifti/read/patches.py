@@ -55,7 +55,7 @@ class Box:
         Raises:
             UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1.
         """
-        return cls(_integers("corner", corner), _integers("shape", shape, least=1))
+        return cls(integers("corner", corner), integers("shape", shape, least=1))
 
     def inside(self, volume: Sequence[int]) -> tuple[slice, ...]:
         """The part of the box inside a volume of this shape, as indices of the volume; it may be empty."""
@@ -82,7 +82,12 @@ class Box:
         return out
 
 
-def _integers(name: str, given: Sequence[SupportsIndex], least: int | None = None) -> tuple[int, ...]:
+def integers(name: str, given: Sequence[SupportsIndex], least: int | None = None) -> tuple[int, ...]:
+    """An integer for each axis of space, of what a user gives.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         numbers = tuple(map(operator.index, given))
     except TypeError:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.read.grid import PatchGrid
 from beam_nifti.read.opening import Opened, open_dataset, rebuilt
 from beam_nifti.read.patches import Box, read_patch
 from beam_nifti.read.records import Element, Records, Rows, open_records, select_records
@@ -183,6 +184,50 @@ class Dataset:
         ids: list[str] = self._records.table["example_id"].take(np.asarray(self._rows, np.int64)).to_pylist()
         return ids
 
+    def shape_of(self, index: SupportsIndex) -> tuple[int, ...]:
+        """The shape of a record's voxels: (X, Y, Z), or (X, Y, Z, C). Nothing is read.
+
+        Raises:
+            IndexError: there are fewer records.
+        """
+        return self._records.shape_of(self._row(operator.index(index)))
+
+    def prepare_patches(self, around_labels: bool) -> None:
+        """Read what the index says for patches: once, before several threads ask for them.
+
+        Args:
+            around_labels: whether patches are to be drawn around labels.
+
+        Raises:
+            UsageError: records have no masks then, or the index does not say where their labels are.
+        """
+        if around_labels:
+            self._require_positions()
+        self._records.prepare_patches(around_labels)
+
+    def _require_positions(self) -> None:
+        config = self.info.record_config
+        if config.mask_dtype is None:
+            raise UsageError(f"{self.path} has no masks; build it with --mask-column")
+        if not config.has_positions:
+            raise UsageError(
+                f"the index of {self.path}, which an earlier version wrote, has no positions of labels; "
+                "build the dataset again with --overwrite"
+            )
+
+    def positions_of(self, index: SupportsIndex) -> npt.NDArray[np.int32]:
+        """Where some voxels of each label of a record's mask are. No record is read.
+
+        Returns:
+            Numbers of voxels in C order: a row for each label but 0, ascending.
+
+        Raises:
+            IndexError: there are fewer records.
+            UsageError: records have no masks, or the index does not say it.
+        """
+        self._require_positions()
+        return self._records.positions_of(self._row(operator.index(index)))
+
     def patch(
         self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
     ) -> Element:
@@ -206,6 +251,22 @@ class Dataset:
             DatasetError: the record is missing or damaged; the message names it.
         """
         return read_patch(self._records, self._row(operator.index(index)), Box.of(corner, shape))
+
+    def grid_patches(
+        self, index: SupportsIndex, patch: Sequence[SupportsIndex], overlap: float = 0.5
+    ) -> PatchGrid:
+        """Patches that cover a record, for inference; `PatchGrid.stitch` makes one volume of the results.
+
+        Args:
+            index: number of the record, as of `dataset[index]`.
+            patch: voxels of each along x, y and z.
+            overlap: share of a patch that neighbours have in common at least, along each axis.
+
+        Raises:
+            IndexError: there are fewer records.
+            UsageError: `patch` is not three integers of at least 1, or `overlap` is not from 0 to below 1.
+        """
+        return PatchGrid(self._records, self._row(operator.index(index)), patch, overlap)
 
     def by_id(self, example_id: str) -> Element:
         """The record with an id.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, SupportsIndex
 
 import tensorflow as tf
 
@@ -22,7 +22,8 @@ from beam_nifti.read.layouts import LAYOUTS, read_files
 from beam_nifti.read.opening import open_dataset
 from beam_nifti.read.order import whole_number
 from beam_nifti.read.random_access import Dataset
-from beam_nifti.read.request import Batching, Elements, Passes, Shard, require_choice
+from beam_nifti.read.request import Batching, Elements, Passes, Shard, group_patches, require_choice
+from beam_nifti.read.sampling import Patches
 from beam_nifti.read.split_spec import SplitPart, parse_split
 from beam_nifti.read.state import check_state, describe_state
 from beam_nifti.storage import paths as storage
@@ -53,6 +54,10 @@ def load_dataset(
     engine: Literal["indexed", "sequential"] | None = None,
     start_state: Mapping[str, Any] | None = None,
     layout: Literal["plain", "nobrainer"] | None = None,
+    patch: Sequence[SupportsIndex] | None = None,
+    patches_per_volume: int | None = None,
+    foreground: float | None = None,
+    patches: Patches | None = None,
 ) -> tf.data.Dataset:
     """Open the examples of a dataset for training; docs/reading.md describes the arguments in more detail.
 
@@ -62,7 +67,7 @@ def load_dataset(
         batch_size: examples per batch; None gives single examples, without the axis B.
         target: "label" or "mask", which becomes y.
         shuffle: put the examples into another order in every epoch.
-        seed: makes these orders the same in every run.
+        seed: makes these orders, and random patches, the same in every run.
         drop_remainder: leave out a last batch that is not full, so that B is static.
         label: name of the label that becomes y; several names give a dictionary; None gives the first label
             as a number.
@@ -80,6 +85,10 @@ def load_dataset(
             shards in TensorFlow's graph. None means the faster one that supports the other arguments.
         start_state: result of `state_after` for the run to continue, instead of `start`.
         layout: of TFRecords that others wrote: "nobrainer", or "plain", of `image_raw` and `label`.
+        patch: voxels along x, y and z of random patches to give instead of whole volumes.
+        patches_per_volume: how many of each volume in an epoch; None means 1.
+        foreground: share of the patches that are drawn around a labelled voxel of the mask; None means 0.
+        patches: these three as one argument.
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
@@ -99,7 +108,13 @@ def load_dataset(
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
         Batching(batch_size, drop_remainder, pad, ragged),
-        Passes(shuffle, seed, repeat, shard),
+        Passes(
+            shuffle,
+            seed,
+            repeat,
+            shard,
+            group_patches(patches, patch, patches_per_volume=patches_per_volume, foreground=foreground),
+        ),
     )
 
 
@@ -114,6 +129,10 @@ def state_after(
     drop_remainder: bool = False,
     shard: Shard = None,
     where: str | None = None,
+    patch: Sequence[SupportsIndex] | None = None,
+    patches_per_volume: int | None = None,
+    foreground: float | None = None,
+    patches: Patches | None = None,
 ) -> dict[str, Any]:
     """The state of a run after some steps, from which `load_dataset(…, start_state=…)` continues.
 
@@ -131,6 +150,10 @@ def state_after(
         drop_remainder: same as for `load_dataset`.
         shard: same as for `load_dataset`.
         where: as of `load_dataset`.
+        patch: as of `load_dataset`; needs a seed.
+        patches_per_volume: as of `load_dataset`.
+        foreground: as of `load_dataset`.
+        patches: as of `load_dataset`.
 
     Returns:
         A dictionary of values for JSON, with `steps_per_epoch` among them.
@@ -142,10 +165,11 @@ def state_after(
     step = whole_number("step", step)
     if step < 0:
         raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
-    passes = Passes(shuffle, seed, shard=shard)
+    drawn = group_patches(patches, patch, patches_per_volume=patches_per_volume, foreground=foreground)
+    passes = Passes(shuffle, seed, shard=shard, patches=drawn)
     records = Dataset(path, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")
-    return describe_state(records.info, split, where, order, step)
+    return describe_state(records.info, split, where, order, step, passes.describe_patches())
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +198,7 @@ class _Source:
             "start": self.start != 0,
             "start_state": self.start_state is not None,
             "shard": passes.shard is not None,
+            "patch": passes.patches is not None,
             "where": self.where is not None,
             "on_error": self.on_error != "raise",
             f"split {self.split!r}": parts != (SplitPart(parts[0].name),),
@@ -225,11 +250,19 @@ class _Source:
             if start or skips:
                 other = "start" if start else "on_error='skip', which does not count every batch,"
                 raise UsageError(f"start_state and {other} cannot be combined; leave one of them out")
-            state = describe_state(opened.info, self.split, self.where, order, 0)
+            drawn = passes.describe_patches()
+            state = describe_state(opened.info, self.split, self.where, order, 0, drawn)
             start = check_state(self.path, self.start_state, state)
         reopen = partial(Dataset, self.path, self.split, **chosen)
         examples = read_indexed(
-            records, order, batching, reopen=reopen, repeat=passes.epochs, start=start, skips=skips
+            records,
+            order,
+            batching,
+            reopen=reopen,
+            repeat=passes.epochs,
+            start=start,
+            skips=skips,
+            draw=passes.draw(),
         )
         return examples.map(pack)
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from beam_nifti.errors import ShardError, UsageError, VolumeError, unreadable
+from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError, unreadable
 from beam_nifti.read.decoding import Features, decode_feature, decode_image, decode_mask
 from beam_nifti.read.opening import Opened
 from beam_nifti.read.split_spec import SplitPart, parse_split
@@ -110,6 +110,27 @@ class Records:
             return None
         return self.opened.read_indexes(self.shards, {"member_lengths", *names})
 
+    @cached_property
+    def positions(self) -> pa.Table:
+        """What the index says of each record's labels, and of where they are."""
+        return self.opened.read_indexes(self.shards, {"mask_labels", "mask_positions"})
+
+    def prepare_patches(self, around_labels: bool) -> None:
+        """Read these tables; as `Dataset`. Each of several threads that find none would read its own."""
+        for name in ("patch_table", *(["positions"] if around_labels else [])):
+            getattr(self, name)
+
+    def positions_of(self, row: int) -> npt.NDArray[np.int32]:
+        """Where the index says that labels are; as `Dataset.positions_of`."""
+        labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
+        count = sum(label != 0 for label in labels)
+        if len(positions) % max(1, count):
+            raise DatasetError(
+                f"{self.opened.path}: the index has {len(positions)} mask_positions for {count} labels of "
+                f"record {self.cell('id', row)!r}; run beam-nifti verify"
+            )
+        return np.array(positions, np.int32).reshape(count, -1 if count else 0)
+
     def read(self, row: int, lent: bool = False) -> Element:
         """The element of a row of the table; for `lent`, see `Dataset.lend`.
 
@@ -131,6 +152,10 @@ class Records:
                 for name in self.columns
             }
 
+    def shape_of(self, row: int) -> tuple[int, ...]:
+        """The shape of a record's voxels as they are stored."""
+        return self.opened.info.shape or tuple(self.table["shape"][row].as_py())
+
     @contextlib.contextmanager
     def reading(self, row: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name the record in errors of the block. The block gets the path of its shard and its stored shape.
@@ -141,7 +166,7 @@ class Records:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         path = storage.join(self.opened.path, self.shards[shard].name)
         try:
-            yield path, self.opened.info.shape or tuple(self.table["shape"][row].as_py())
+            yield path, self.shape_of(row)
         except (ShardError, VolumeError, OSError, EOFError) as e:
             self.opened.require_current()
             name = f"record {self.cell('id', row)!r}, number {row - self.starts[shard]} from 0,"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from functools import partial
+from typing import Any, Final, SupportsIndex, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -14,6 +15,8 @@ from beam_nifti.errors import UsageError
 from beam_nifti.read.columns import Column, with_bounded_padding
 from beam_nifti.read.opening import Opened
 from beam_nifti.read.order import Order, whole_number
+from beam_nifti.read.random_access import Dataset
+from beam_nifti.read.sampling import PatchDataset, Patches
 from beam_nifti.record.example import label_feature
 
 Shard: TypeAlias = tuple[int, int] | tf.distribute.InputContext | None
@@ -144,9 +147,10 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """In which order examples come, and how often; the first four fields are `load_dataset`'s arguments.
+    """In which order examples come, and how often; the first five fields are `load_dataset`'s arguments.
 
     Attributes:
+        patches: that are drawn of each example; None where it is read as a whole.
         epochs: how many there are; None where they have no end.
         host: which host this is, from 0, and of how many.
     """
@@ -155,31 +159,79 @@ class Passes:
     seed: int | None = None
     repeat: bool | int = False
     shard: Shard = None
+    patches: Patches | None = None
     epochs: int | None = field(init=False)
     host: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.seed is not None:
-            if not self.shuffle:
+            if not self.is_random:
                 raise UsageError(f"seed is {self.seed}, but nothing is shuffled; add shuffle=True")
             object.__setattr__(self, "seed", whole_number("seed", self.seed))
         object.__setattr__(self, "epochs", _count_epochs(self.repeat))
         object.__setattr__(self, "host", _place_of_host(self.shard))
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a seed has an effect."""
+        return self.shuffle or self.patches is not None
+
+    def describe_patches(self) -> dict[str, Any] | None:
+        """What decides the patches of a run whose seed is given, for JSON; None where there are none."""
+        if self.patches is None:
+            return None
+        return {"seed": choose_seed(self.seed), **self.patches.describe()}
+
+    def draw(self) -> Callable[[Dataset], PatchDataset] | None:
+        """What draws the patches of records; None where these are read as a whole."""
+        if self.patches is None:
+            return None
+        return partial(PatchDataset, patches=self.patches, seed=choose_seed(self.seed))
+
     def order(self, count: int, batching: Batching, resumes: str | None) -> Order:
-        """The order of so many records; `resumes` names the argument that needs to know it beforehand.
+        """The order of so many records, or of the patches of them.
+
+        Args:
+            count: of the records.
+            batching: of them.
+            resumes: names the argument that needs to know the order beforehand, if there is one.
 
         Raises:
             UsageError: it is known only once it is drawn, as there is no seed.
         """
         host, num_hosts = self.host
-        if self.shuffle and self.seed is None and (resumes or num_hosts > 1):
+        if self.patches:
+            count *= self.patches.per_volume
+        if self.is_random and self.seed is None and (resumes or num_hosts > 1):
             raise UsageError(
                 f"{resumes or 'shard'} needs an order that is known beforehand; give a seed, the same in "
                 "every run and on every host"
             )
-        seed = _choose_seed(self.seed) if self.shuffle else None
+        seed = choose_seed(self.seed) if self.shuffle else None
         return Order(count, batching.size or 1, batching.drop_remainder, seed, host, num_hosts)
+
+
+def group_patches(
+    patches: Patches | None, patch: Sequence[SupportsIndex] | None, **options: Any
+) -> Patches | None:
+    """The patches that are asked for, by one argument or by several.
+
+    Args:
+        patches: these.
+        patch: or their shape.
+        options: and fields of `Patches` by the names of arguments; None where they are not given.
+
+    Raises:
+        UsageError: they are asked for by both, or without their shape.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    given = next(iter({"patch": patch, **options} if patch is not None else options), None)
+    if patches is not None and given:
+        raise UsageError(f"patches and {given} say the same; leave one of them out")
+    if patch is None and given:
+        raise UsageError(f"{given} is {options[given]}, but volumes are read as a whole; give a patch")
+    fields = {name.removeprefix("patches_"): value for name, value in options.items()}
+    return patches if patch is None else Patches(patch, **fields)  # type: ignore[arg-type]  # it checks them
 
 
 def require_choice(name: str, value: str, *choices: str) -> None:
@@ -212,7 +264,7 @@ def _place_of_host(shard: Shard) -> tuple[int, int]:
     return host, num_hosts
 
 
-def _choose_seed(seed: int | None) -> int:
+def choose_seed(seed: int | None) -> int:
     """A seed of at least 0; where none is given one that TensorFlow's global seed decides, if that is set."""
     if seed is None:
         found = tf.compat.v1.get_seed(None)

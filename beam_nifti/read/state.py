@@ -17,9 +17,14 @@ _OF_DATASET: Final = frozenset(["dataset", "steps_per_epoch", "step"])
 
 
 def describe_state(
-    info: DatasetInfo, split: str, where: str | None, order: Order, step: int
+    info: DatasetInfo,
+    split: str,
+    where: str | None,
+    order: Order,
+    step: int,
+    patches: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The state of a run that has consumed some steps, through all epochs."""
+    """The state of a run that has consumed some steps, through all epochs; `patches` are those it draws."""
     parts = parse_split(split)
     return {
         "version": _VERSION,
@@ -28,6 +33,7 @@ def describe_state(
         "batch_size": order.batch_size,
         "drop_remainder": order.drop_remainder,
         "seed": order.seed,
+        "patches": patches,
         "shard": [order.host, order.num_hosts],
         "dataset": _digest(info, [part.name for part in parts], selects=where is not None),
         "steps_per_epoch": order.num_steps,

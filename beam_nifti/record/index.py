@@ -25,7 +25,7 @@ from beam_nifti.manifest.pseudonyms import hash_version
 from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.parquet_headers import read_bounded, require_schema
-from beam_nifti.volume.label_map import labels_of
+from beam_nifti.volume.label_map import labels_of, positions_of
 from beam_nifti.volume.rescale import NO_SCALING, Intensity, RescaleRange, Scaling
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ _RANGE_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high"
 _MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
 """Likewise where records have a mask."""
 
+_POSITIONS_SCHEMA: Final = pa.schema([("mask_positions", pa.list_(pa.int32()))])
+"""Likewise, unless an earlier version built the dataset."""
+
 _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 """Likewise where each frame of an image became a record."""
 
@@ -90,7 +93,7 @@ OWN_NAMES: Final = frozenset(
     name
     for schema in (
         *(SCHEMA, _SOURCE_SCHEMA_1, _MEMBERS_SCHEMA, _SCALING_SCHEMA),
-        *(_RANGE_SCHEMA, _MASK_SCHEMA, _FRAME_SCHEMA),
+        *(_RANGE_SCHEMA, _MASK_SCHEMA, _POSITIONS_SCHEMA, _FRAME_SCHEMA),
     )
     for name in schema.names
 )
@@ -178,6 +181,7 @@ class IndexEntry:
         intensities: of each image, in its units.
         rescale_ranges: what became 0 and 1 of each image, in its units; none where the ranges say it.
         mask_labels: the labels that its mask has, ascending; None where there are no masks.
+        mask_positions: where some voxels of each are, as `positions_of`; None where there are no masks.
         scaling: from its voxels as they are stored to its units, where they are native.
     """
 
@@ -190,6 +194,7 @@ class IndexEntry:
     intensities: tuple[Intensity, ...]
     rescale_ranges: tuple[RescaleRange, ...] = ()
     mask_labels: tuple[int, ...] | None = None
+    mask_positions: tuple[int, ...] | None = None
     scaling: Scaling = NO_SCALING
 
     @classmethod
@@ -205,6 +210,7 @@ class IndexEntry:
             intensities=volume.intensities,
             rescale_ranges=volume.rescale_ranges,
             mask_labels=None if volume.mask is None else tuple(labels_of(volume.mask)),
+            mask_positions=None if volume.mask is None else tuple(positions_of(volume.mask)),
             scaling=volume.scaling,
         )
 
@@ -287,6 +293,7 @@ def entry_cells(
         **_of_images([asdict(i) for i in entry.intensities], record),
         **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.rescale_ranges], record),
         "mask_labels": entry.mask_labels,
+        "mask_positions": entry.mask_positions,
         **scaling_cells(entry.scaling),
     }
 
@@ -321,6 +328,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
     if record.channels is not None:
         fields = [f.with_type(pa.list_(f.type)) if f.name in _OF_IMAGES else f for f in fields]
     fields += _MASK_SCHEMA if record.mask_dtype else ()
+    fields += _POSITIONS_SCHEMA if record.has_positions else ()
     fields += _FRAME_SCHEMA if record.frames == "each" else ()
     return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
 

@@ -61,7 +61,7 @@ def test_it_comes_back() -> None:
     assert parse() == INFO
     facts = json.loads(INFO.to_json())
     assert facts["format_version"] == 2
-    assert facts["format_features"] == ["sources", "digests", "members"]
+    assert facts["format_features"] == ["sources", "digests", "members", "positions"]
     assert facts["digest"] == content_digest(facts)
 
 

@@ -76,10 +76,11 @@ def test_an_index_without_records_has_all_columns(tmp_path: Path) -> None:
     assert table.schema.equals(schema_of(RecordConfig(), ["site"]))
     assert table.num_rows == 0
     record = RecordConfig("zscore", mask_dtype="uint8", frames="each")
-    assert make_table([], record, ["site"]).column_names[-5:] == [
+    assert make_table([], record, ["site"]).column_names[-6:] == [
         "rescale_low",
         "rescale_high",
         "mask_labels",
+        "mask_positions",
         "frame",
         "site",
     ]

@@ -30,6 +30,7 @@ from beam_nifti.record.example import (
     encode_volume,
 )
 from beam_nifti.record.index import IndexEntry
+from beam_nifti.volume.label_map import positions_of
 from beam_nifti.volume.preprocess import crop_or_pad, prepare_volume
 from beam_nifti.volume.rescale import Scaling
 from beam_nifti.volume.volume import Volume, load_header, load_volume, rescale_volume
@@ -377,6 +378,8 @@ def test_verify_looks_at_masks(tmp_path: Path) -> None:
     edit_index(output, set_cell("mask_labels", 1, [8]))
     assert "mask_labels are [0, 1, 2, 3], of the indexes [0, 1, 2, 3, 8]" in problems()
     edit_info(output, lambda info: info.update(mask_labels=[0, 1, 2, 3, 8]))
+    assert "record 1 (1.nii.gz): mask_positions of the index are not those of its mask" in problems()
+    edit_index(output, set_cell("mask_positions", 1, positions_of(np.full(SHAPE, 8, np.uint8))))
     assert problems() == ""
     (deep,) = verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems
     assert "what is stored differs from 1.nii.gz in mask_raw" in deep

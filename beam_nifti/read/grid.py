@@ -1,0 +1,128 @@
+"""Sliding windows: patches that cover a record, and one volume made of what a model says of each."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from beam_nifti.errors import UsageError
+from beam_nifti.read.order import require_share
+from beam_nifti.read.patches import Box, integers, read_patch
+from beam_nifti.read.records import Element, Records
+
+_WEIGHTS: Final = ("gaussian", "constant")
+_DEVIATION: Final = 1 / 8
+"""Standard deviation of the weights, in sides of a patch. Source: Isensee et al. 2021, nnU-Net."""
+
+
+class PatchGrid:
+    """Patches that cover a record, as `Dataset.grid_patches` gives them: a sequence.
+
+    `grid[i]` reads one, as `Dataset.patch` does. Neighbours overlap by at least the share that was asked for,
+    evenly along each axis. Patches are inside the volume; along an axis on which it is smaller, it is
+    centred.
+
+    Attributes:
+        corners: of the patches, as `Dataset.patch` takes them, in C order.
+        shape: of each: voxels along x, y and z.
+    """
+
+    def __init__(self, records: Records, row: int, shape: Sequence[SupportsIndex], overlap: float) -> None:
+        overlap = require_share("overlap", overlap)
+        if overlap == 1:
+            raise UsageError("overlap is 1, which is the same patch again; give a share below 1")
+        self._records, self._row = records, row
+        self.shape = integers("the shape of a patch", shape, least=1)
+        self._volume = records.shape_of(row)[: len(self.shape)]
+        sizes = zip(self._volume, self.shape, strict=True)
+        self.corners = list(itertools.product(*(_starts(size, length, overlap) for size, length in sizes)))
+
+    def __len__(self) -> int:
+        """How many patches there are."""
+        return len(self.corners)
+
+    def __getitem__(self, index: SupportsIndex) -> Element:
+        """Read one patch.
+
+        Raises:
+            IndexError: there are fewer.
+            DatasetError: the record is missing or damaged; says which it is.
+        """
+        return read_patch(self._records, self._row, Box(self.corners[operator.index(index)], self.shape))
+
+    def stitch(
+        self, predictions: Iterable[npt.ArrayLike], weights: Literal["gaussian", "constant"] = "gaussian"
+    ) -> npt.NDArray[np.float32]:
+        """Put what a model says of each patch together: where patches overlap, a weighted mean.
+
+        Args:
+            predictions: one for each patch, in their order, each of the shape of a patch, with or without an
+                axis of channels, which stands where the images of the dataset have it. They are values that
+                have a mean, such as probabilities, and no labels. One is held at a time.
+            weights: "gaussian" trusts the middle of a patch more than its border, where a model sees less;
+                "constant" trusts all voxels alike.
+
+        Returns:
+            float32 of the record's shape, with the axis of channels that predictions have.
+
+        Raises:
+            UsageError: there are more or fewer predictions than patches, one has another shape, or `weights`
+                is neither of the two.
+        """
+        if weights not in _WEIGHTS:
+            raise UsageError(f"weights is {weights!r}; choose among {', '.join(_WEIGHTS)}")
+        sides = [_side(size) if weights == "gaussian" else np.ones(size, np.float32) for size in self.shape]
+        weight = functools.reduce(np.multiply, np.ix_(*sides))[..., np.newaxis]
+        axis = 0 if self._records.channels_first else len(self.shape)
+        found, mass = None, np.zeros((*self._volume, 1), np.float32)
+        number = -1
+        for number, prediction in enumerate(predictions):
+            if number == len(self):
+                break
+            values = np.asarray(prediction, np.float32)
+            if found is None:
+                is_flat = values.ndim == len(self.shape)
+                num_channels = 1 if is_flat else values.shape[axis] if values.ndim > axis else 0
+                found = np.zeros((*self._volume, num_channels), np.float32)
+                expected = list(self.shape)
+                expected[axis:axis] = [] if is_flat else [num_channels]
+            if values.shape != tuple(expected):
+                raise UsageError(
+                    f"prediction {number} has the shape {values.shape}, expected {tuple(expected)}; give the "
+                    "shape of a patch, with an axis of channels for all or for none"
+                )
+            values = values[..., np.newaxis] if is_flat else np.moveaxis(values, axis, -1)
+            box = Box(self.corners[number], self.shape)
+            inside = box.inside(self._volume)
+            part = tuple(slice(s.start - c, s.stop - c) for s, c in zip(inside, box.corner, strict=True))
+            found[inside] += values[part] * weight[part]
+            mass[inside] += weight[part]
+        if found is None or number + 1 != len(self):
+            count = "more" if number == len(self) else number + 1
+            raise UsageError(
+                f"predictions are {count}, and there are {len(self)} patches; give one for each, in order"
+            )
+        found /= mass
+        return found[..., 0] if is_flat else np.ascontiguousarray(np.moveaxis(found, -1, axis))
+
+
+def _starts(size: int, length: int, overlap: float) -> list[int]:
+    """Where patches begin along one axis."""
+    spare = size - length
+    if spare <= 0:
+        return [-(-spare // 2)]
+    step = max(1, int(length * (1 - overlap)))
+    count = -(-spare // step)
+    return [spare * number // count for number in range(count + 1)]
+
+
+def _side(size: int) -> npt.NDArray[np.float32]:
+    """The weights along one side of a patch."""
+    places = (np.arange(size) - (size - 1) / 2) / (size * _DEVIATION)
+    return np.exp(-(places**2) / 2).astype(np.float32)

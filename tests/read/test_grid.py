@@ -1,0 +1,123 @@
+"""Sliding windows over a record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import beam_nifti as bn
+from beam_nifti.errors import UsageError
+from beam_nifti.read.grid import _starts
+from tests.images import AFFINE
+from tests.read.patch_cohort import PATCH, SHAPES, build_patch_cohort
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_patch_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, len(SHAPES) - 1),
+    st.tuples(*[st.integers(6, 45)] * 3),
+    st.floats(0, 0.6),
+    st.sampled_from(["gaussian", "constant"]),
+    st.booleans(),
+)
+def test_what_is_cut_and_stitched_is_the_record(
+    dataset: Path, number: int, shape: tuple[int, ...], overlap: float, weights: Any, is_first: bool
+) -> None:
+    records = bn.Dataset(dataset, columns=["image"], channels_first=is_first)
+    grid = records.grid_patches(number, shape, overlap)
+    patches = [patch["image"] for patch in grid]
+    assert len(grid) == len(patches)
+    image = records[number]["image"]
+    stitched = grid.stitch(patches, weights)
+    assert (stitched.shape, stitched.dtype, stitched.flags.c_contiguous) == (image.shape, np.float32, True)
+    assert np.allclose(stitched, image, rtol=1e-5, atol=1e-6)
+    axis = 0 if is_first else -1
+    flat = grid.stitch((patch.squeeze(axis) for patch in patches), weights)
+    assert np.array_equal(flat, stitched.squeeze(axis))
+    many = grid.stitch((np.concatenate([patch, 2 * patch], axis) for patch in patches), weights)
+    assert np.allclose(many, np.concatenate([stitched, 2 * stitched], axis))
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 0.99))
+def test_neighbours_overlap_as_far_as_was_asked(size: int, length: int, overlap: float) -> None:
+    starts = _starts(size, length, overlap)
+    if size <= length:
+        (start,) = starts
+        assert start <= 0
+        assert start + length >= size
+    else:
+        assert (starts[0], starts[-1]) == (0, size - length)
+        steps = np.diff(starts)
+        assert 1 <= steps.min() <= steps.max() <= max(1, length * (1 - overlap))
+
+
+def test_overlap_decides_how_many_patches_there_are(dataset: Path) -> None:
+    records = bn.Dataset(dataset)
+    assert [len(records.grid_patches(0, PATCH, overlap)) for overlap in (0, 0.5, 0.75)] == [18, 60, 280]
+    assert records.grid_patches(0, PATCH).corners == records.grid_patches(0, PATCH, 0.5).corners
+
+
+def test_gaussian_weights_trust_the_middle_of_a_patch(dataset: Path) -> None:
+    grid = bn.Dataset(dataset).grid_patches(3, (20, 30, 27), 0.1)
+    assert [corner[0] for corner in grid.corners] == [0, 18]
+    zero, one = np.zeros(grid.shape), np.ones(grid.shape)
+    constant = grid.stitch([zero, one], "constant")[:, 0, 0]
+    gaussian = grid.stitch([zero, one])[:, 0, 0]
+    assert constant.tolist() == [0] * 18 + [0.5] * 2 + [1] * 18
+    assert 0 < gaussian[18] < 0.5 < gaussian[19] < 1
+    assert np.allclose(gaussian[18] + gaussian[19], 1)
+
+
+def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path) -> None:
+    grid = bn.Dataset(dataset).grid_patches(0, PATCH)
+    result = grid.stitch(patch["image"] > 0.5 for patch in grid)
+    nib.save(nib.Nifti1Image(result, grid[-1]["affine"]), tmp_path / "result.nii.gz")
+    assert np.array_equal(nib.load(tmp_path / "result.nii.gz").affine, AFFINE)
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda r: r.grid_patches(0, (4, 4)), r"the shape of a patch is \(4, 4\); give three integers"),
+        (
+            lambda r: r.grid_patches(0, PATCH, 1),
+            "overlap is 1, which is the same patch again; give",
+        ),
+        (lambda r: r.grid_patches(0, PATCH, -0.1), "overlap is -0.1; give a share from 0 to 1"),
+        (lambda r: r.grid_patches(0, PATCH, "half"), "overlap is 'half'"),
+        (
+            lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 17),
+            "predictions are 17, and there are 18 patches; give one for each",
+        ),
+        (lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 19), "predictions are more, and"),
+        (lambda r: r.grid_patches(0, PATCH, 0).stitch([]), "predictions are 0, and"),
+        (
+            lambda r: r.grid_patches(0, PATCH).stitch([np.zeros((1, *PATCH))]),
+            r"prediction 0 has the shape \(1, 16, 12, 14\), expected \(16, 12, 14, 14\); give the shape",
+        ),
+        (
+            lambda r: r.grid_patches(0, PATCH).stitch([np.zeros(PATCH), np.zeros((*PATCH, 2))]),
+            r"prediction 1 has the shape \(16, 12, 14, 2\), expected \(16, 12, 14\)",
+        ),
+        (
+            lambda r: r.grid_patches(0, PATCH).stitch([], weights="linear"),
+            "weights is 'linear'; choose among gaussian, constant",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(dataset: Path, ask: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ask(bn.Dataset(dataset))
+    with pytest.raises(IndexError, match="there is no record 5"):
+        bn.Dataset(dataset).grid_patches(5, PATCH)
