@@ -15,8 +15,8 @@ from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, first_few, format_rows
 
-_PLACES: Final = ("example_id", "position", "offset", "length", "row")  # not compared
-_OF_FEATURES: Final = ("member_lengths", "mask_positions")  # nor these, if only one dataset has them
+_PLACES: Final = ("example_id", "position", "offset", "length", "member_lengths", "row")  # not compared
+_OF_FEATURES: Final = ("mask_positions",)  # nor these, if only one dataset has them
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "came", "went", "config", "the same", "voxels")
