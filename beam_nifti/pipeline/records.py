@@ -204,7 +204,13 @@ def _tensor_of(name: str, value: Any) -> FeatureValue:
 def _feature(name: str, value: Any) -> FeatureValue:
     if isinstance(value, str | bytes):
         return value.encode() if isinstance(value, str) else value
-    numbers = np.asarray(value).ravel()
+    numbers = np.asarray(value)
+    if numbers.ndim > 1 and name not in _PLACE:
+        raise VolumeError(
+            f"{name} has the shape {numbers.shape}, but a feature is a list of numbers; give {name}.ravel(), "
+            "and the shape as another feature"
+        )
+    numbers = numbers.ravel()
     if isinstance(value, int | list | tuple) and numbers.dtype.kind in "fO":
         # numpy makes floats, or objects, of integers that no integer dtype holds together.
         items = np.asarray(value, object).ravel().tolist()

@@ -89,7 +89,7 @@ def integers(name: str, given: Sequence[SupportsIndex], least: int | None = None
         UsageError: it is none.
     """
     try:
-        numbers = tuple(map(operator.index, given))
+        numbers = () if any(isinstance(n, bool) for n in given) else tuple(map(operator.index, given))
     except TypeError:
         numbers = ()
     if len(numbers) != _SPACE or (least is not None and min(numbers) < least):

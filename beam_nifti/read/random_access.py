@@ -103,9 +103,7 @@ class Dataset:
         if isinstance(index, slice):
             return self._of(self._records, self._rows[index])
         try:
-            if isinstance(index, bool):
-                raise TypeError
-            number = operator.index(index)
+            number = _record_number(index)
         except TypeError:
             return self._of(self._records, np.asarray(self._rows, np.int64)[self._numbers(index)])
         return self._records.read(self._row(number))
@@ -190,7 +188,7 @@ class Dataset:
         Raises:
             IndexError: there are fewer records.
         """
-        return self._records.shape_of(self._row(operator.index(index)))
+        return self._records.shape_of(self._row(_record_number(index)))
 
     def prepare_patches(self, around_labels: bool) -> None:
         """Read what the index says for patches: once, before several threads ask for them.
@@ -226,7 +224,7 @@ class Dataset:
             UsageError: records have no masks, or the index does not say it.
         """
         self._require_positions()
-        return self._records.positions_of(self._row(operator.index(index)))
+        return self._records.positions_of(self._row(_record_number(index)))
 
     def patch(
         self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
@@ -250,7 +248,7 @@ class Dataset:
             UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1.
             DatasetError: the record is missing or damaged; the message names it.
         """
-        return read_patch(self._records, self._row(operator.index(index)), Box.of(corner, shape))
+        return read_patch(self._records, self._row(_record_number(index)), Box.of(corner, shape))
 
     def grid_patches(
         self, index: SupportsIndex, patch: Sequence[SupportsIndex], overlap: float = 0.5
@@ -266,7 +264,7 @@ class Dataset:
             IndexError: there are fewer records.
             UsageError: `patch` is not three integers of at least 1, or `overlap` is not from 0 to below 1.
         """
-        return PatchGrid(self._records, self._row(operator.index(index)), patch, overlap)
+        return PatchGrid(self._records, self._row(_record_number(index)), patch, overlap)
 
     def by_id(self, example_id: str) -> Element:
         """The record with an id.
@@ -340,3 +338,13 @@ def _reopen(
     if records.opened.digest != digest:
         raise rebuilt(path)
     return Dataset._of(records, rows)
+
+
+def _record_number(index: SupportsIndex) -> int:
+    """The number of one record, which is no bool."""
+    try:
+        if isinstance(index, bool):
+            raise TypeError
+        return operator.index(index)
+    except TypeError as e:
+        raise TypeError(f"index is {index!r:.80}; give the number of one record") from e

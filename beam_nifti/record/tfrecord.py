@@ -109,12 +109,12 @@ def encode_members(payload: bytes, level: int | None, cuts: Sequence[int] = ()) 
         packed = (*map(packer.compress, pieces), packer.flush())
         return EncodedRecord(packed, (sum(map(len, packed)),))
     view, members, lengths = memoryview(payload), list[bytes | memoryview](), list[int]()
-    for start, end in itertools.pairwise([0, *cuts, len(payload)]):
-        content: bytes | memoryview = view[start:end]
-        if start == 0:
-            content = header + content
-        if end == len(payload):
-            content = bytes(content) + footer
+    contents: list[bytes | memoryview] = [
+        view[start:end] for start, end in itertools.pairwise([0, *cuts, len(payload)])
+    ]
+    contents[0] = header + contents[0]
+    contents[-1] = bytes(contents[-1]) + footer  # the last cut may be the end of the payload
+    for content in contents:
         member = memoryview(isal_zlib.compress(content, level, wbits=_GZIP_WBITS))
         lengths.append(_MEMBER_HEAD.size - _GZIP_HEAD_BYTES + len(member))
         members += [_MEMBER_START + _SIZE.pack(lengths[-1]), member[_GZIP_HEAD_BYTES:]]

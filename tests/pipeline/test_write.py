@@ -120,6 +120,25 @@ def test_bytes_depend_on_input_alone(reference: Path, tmp_path: Path, how: dict[
     assert_complete(tmp_path / "out", reference)
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"mask": np.ones((30, 40, 50), np.uint8)}, {"label": 1}, {"z": b"last"}]
+)
+def test_records_that_are_cut_are_read(tmp_path: Path, more: dict[str, Any]) -> None:
+    """Whatever comes after the tensors that are cut: without a label, nothing does."""
+    import tensorflow as tf
+
+    voxels = random_voxels((30, 40, 50), "float32", seed=1)
+    output = write([(f"{i}", {"image": voxels + i, **more}) for i in range(3)], tmp_path / "out")
+    assert verify_dataset(str(output)).problems == ()
+    dataset = Dataset(output)
+    for number in range(3):
+        assert np.array_equal(dataset[number]["image"][..., 0], voxels + number)
+        patch = dataset.patch(number, (3, 4, 5), (6, 7, 8))["image"]
+        assert np.array_equal(patch[..., 0], voxels[3:9, 4:11, 5:13] + number)
+    shards = [str(output / shard.name) for shard in read_info(str(output)).shards]
+    assert len(list(tf.data.TFRecordDataset(shards, "GZIP"))) == 3
+
+
 def test_bytes_of_processes(reference: Path, tmp_path: Path) -> None:
     write_arrays(tmp_path / "out", shuffled(IDS, 2), workers=2, mode="multi_processing")
     assert_complete(tmp_path / "out", reference)
@@ -401,6 +420,7 @@ def test_what_is_no_dataset_is_refused(elements: list[Any], message: str, tmp_pa
         ({"x": [0.5, 1e300]}, r"x holds 1e\+300, which is beyond the range of float32"),
         ({"x": []}, "its feature x is empty; give it a value in every record, or drop it"),
         ({"x": [[1, 2], [3]]}, "x cannot be stored: .*inhomogeneous"),
+        ({"x": np.ones((2, 3))}, r"x has the shape \(2, 3\), but a feature is a list of numbers"),
         ({"x": "\ud800"}, "x cannot be stored: .*surrogates"),
         ({"x": np.ma.masked_less([1, 2], 2)}, r"x is a masked array; fill it, such as with x.filled\(0\)"),
         ({"label": 1e300}, r"label holds 1e\+300, which is beyond the range of float32"),

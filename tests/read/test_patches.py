@@ -126,6 +126,7 @@ def test_only_the_members_that_a_patch_touches_are_read(
 @pytest.mark.parametrize(
     ("corner", "shape", "message"),
     [
+        ((0, True, 0), (1, 1, 1), r"corner is \(0, True, 0\); give three integers"),
         ((0, 0), (1, 1, 1), r"corner is \(0, 0\); give three integers, along x, y and z"),
         ((0, 0, 0.5), (1, 1, 1), "corner is"),
         ((0, 0, 0), (1, 0, 1), r"shape is \(1, 0, 1\); give three integers of at least 1"),

@@ -40,7 +40,7 @@ def test_records_are_tensorflows_bytes() -> None:
         assert gzip.decompress(members) == packed == records
 
 
-CUTS = [[], [1], [12, 5000], [100, 101, 9000, 10_239]]
+CUTS = [[], [1], [12, 5000], [100, 101, 9000, 10_239], [100, len(PAYLOADS[3])]]
 
 
 @pytest.mark.parametrize("cuts", CUTS)
