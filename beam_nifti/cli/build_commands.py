@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from beam_nifti.pipeline.plan import BuildPlan, CheckPlan
     from beam_nifti.pipeline.resume import Reuse
 
-_SHOWN_CLASSES: Final = 10
 """Of a label, in the summary of a build."""
 
 _NO_LABELS: Final = "labels   none: the manifest has no column 'label' (see --label-column)"
@@ -133,7 +132,7 @@ def _print_labels(plan: BuildPlan) -> None:
         print_line(_NO_LABELS)
     for number, column in enumerate(plan.config.record.labels or ()):
         classes = column.classes or ()
-        shown = name_classes(classes, _SHOWN_CLASSES)
+        shown = name_classes(classes)
         which = f", {len(classes)}: {shown}" if column.kind == "class" else ""
         print_line(f"{'' if number else 'labels':<9}{column.name}: {column.kind}{which}")
     _print_unlabelled(plan)

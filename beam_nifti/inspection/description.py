@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
 from beam_nifti.errors import DatasetError, ManifestError
-from beam_nifti.manifest.labels import comparable
+from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
@@ -31,7 +31,6 @@ from beam_nifti.support.wording import bytes_text, counted, format_rows, size_te
 _COMPARED_IDS: Final = 50_000  # ids to compare with an unknown one, which takes about a second
 _NAME_WIDTH: Final = 14
 _SHOWN_SHAPES: Final = 5
-_SHOWN_CLASSES: Final = 10  # classes of a label to show
 
 
 class Description(Document):
@@ -326,9 +325,9 @@ def _label_text(label: Mapping[str, Any]) -> str:
     elif label["kind"] == "class":
         counts = list(label["classes"].items())
         text = ", ".join(
-            f"{number} = {name} ({count:,})" for number, (name, count) in enumerate(counts[:_SHOWN_CLASSES])
+            f"{number} = {name} ({count:,})" for number, (name, count) in enumerate(counts[:SHOWN_CLASSES])
         )
-        text += f", and {len(counts) - _SHOWN_CLASSES} more" if len(counts) > _SHOWN_CLASSES else ""
+        text += f", and {len(counts) - SHOWN_CLASSES} more" if len(counts) > SHOWN_CLASSES else ""
     else:
         text = f"{label['count']:,}, {label['different']:,} different"
     missing = f", {label['missing']:,} missing" if label["missing"] else ""

@@ -25,6 +25,7 @@ from beam_nifti.manifest.tables import Problems, strings
 from beam_nifti.support.cells import is_missing, parse_number
 from beam_nifti.support.wording import first_few, one_line
 
+SHOWN_CLASSES: Final = 10  # names of classes to show
 NO_CLASS: Final = -1  # number of the class of a row without one
 MAX_CLASSES: Final = 1 << 14  # of a column; all are in dataset_info.json and in the job graph
 
@@ -148,9 +149,9 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
     )
 
 
-def name_classes(classes: Sequence[str], most: int) -> str:
+def name_classes(classes: Sequence[str]) -> str:
     """The first classes, for people to read."""
-    return first_few([one_line(name) for name in classes], most)
+    return first_few([one_line(name) for name in classes], SHOWN_CLASSES)
 
 
 def number_of(label: LabelValue) -> float | None:

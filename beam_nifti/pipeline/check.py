@@ -21,7 +21,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
-from beam_nifti.pipeline.progress import METER
+from beam_nifti.pipeline.progress import PROGRESS
 from beam_nifti.pipeline.survey import Survey, Tally, make_report, survey_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
@@ -65,7 +65,7 @@ class LookAtImages(beam.DoFn):
         for row in rows:
             found, content = survey_image(row, self._folder, self._plan)
             survey.add(found)
-            METER.add(volumes=1 - found.bad.num, failed=found.bad.num)
+            PROGRESS.add(volumes=1 - found.bad.num, failed=found.bad.num)
             if content is not None:
                 yield TaggedOutput(_COPIES, (content, (row.example_id, row.split)))
         yield survey

@@ -22,7 +22,6 @@ from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, first_few, one_line
 
-_SHOWN_CLASSES: Final = 20  # named where the classes of a label are not those of the dataset
 _SHOWN_ROWS: Final = 5
 
 _SAID_OTHERWISE: Final = frozenset({"fingerprint", "channels"})
@@ -113,12 +112,10 @@ def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -
         classes, others = known.get(column.name), column.classes
         if classes is not None and others is not None and classes != others:
             changes = [("new", set(others) - set(classes)), ("gone", set(classes) - set(others))]
-            named = "; ".join(
-                f"{what}: {name_classes(sorted(found), _SHOWN_CLASSES)}" for what, found in changes if found
-            )
+            named = "; ".join(f"{what}: {name_classes(sorted(found))}" for what, found in changes if found)
             yield (
-                f"the classes of {column.name} were {name_classes(classes, _SHOWN_CLASSES)}, now "
-                f"{name_classes(others, _SHOWN_CLASSES)} ({named}), so the stored class numbers would change"
+                f"the classes of {column.name} were {name_classes(classes)}, now "
+                f"{name_classes(others)} ({named}), so the stored class numbers would change"
             )
 
 

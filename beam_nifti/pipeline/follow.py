@@ -14,7 +14,7 @@ from typing import Final
 
 from beam_nifti.pipeline.parts import parts_folder
 from beam_nifti.pipeline.plan import BuildPlan
-from beam_nifti.pipeline.progress import Meter, show_progress
+from beam_nifti.pipeline.progress import Progress, show_progress
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import in_background
 
@@ -97,7 +97,8 @@ def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
 @contextlib.contextmanager
 def follow_build(plan: BuildPlan) -> Iterator[None]:
     """Show on standard error how far a build is while the block runs it elsewhere."""
-    watcher, meter = BuildWatcher(plan), Meter()  # METER counts too where a cluster's worker is this process
+    # Not PROGRESS, to which a cluster's worker adds too if it is this process.
+    watcher, progress = BuildWatcher(plan), Progress()
     kept: int | None = None
 
     def look() -> float:
@@ -107,15 +108,15 @@ def follow_build(plan: BuildPlan) -> Iterator[None]:
         except OSError:  # what is wrong with the storage, the build itself will say
             return _PAUSE_AFTER_ERROR
         kept = seen.num_volumes if kept is None else kept
-        volumes = max(meter.volumes, seen.num_volumes - kept)
-        meter.reset(volumes=volumes, kept=kept, shards=seen.num_shards)
+        volumes = max(progress.volumes, seen.num_volumes - kept)
+        progress.reset(volumes=volumes, kept=kept, shards=seen.num_shards)
         return seen.pause
 
     def watch() -> Iterator[float]:
         while True:
             yield look()
 
-    with show_progress(plan.num_examples, meter=meter):
+    with show_progress(plan.num_examples, progress=progress):
         with in_background(watch(), "follow"):
             yield
         look()  # the end

@@ -1,6 +1,6 @@
 """How far a build is: a bar on a terminal or in a notebook, a line now and then in a log.
 
-The steps of a pipeline add to `METER`; a build in this process reads it there. On a cluster nobody
+The steps of a pipeline add to `PROGRESS`; a build in this process reads it there. On a cluster nobody
 does: `follow.py` counts what appears in the storage.
 """
 
@@ -21,7 +21,7 @@ from beam_nifti.support.wording import bytes_text, counted
 
 
 @dataclass
-class Meter:
+class Progress:
     """What a pipeline has done so far; safe to add to from many threads.
 
     Attributes:
@@ -57,7 +57,7 @@ class Meter:
         return self.volumes + self.failed + self.kept
 
 
-METER = Meter()
+PROGRESS = Progress()
 
 _BAR_SECONDS: Final = 0.2
 _LINE_SECONDS: Final = 30.0
@@ -70,15 +70,15 @@ def no_progress() -> Iterator[None]:
 
 
 @contextmanager
-def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Iterator[None]:
-    """Show what a meter counts while the block runs, from nothing to a total.
+def show_progress(total: int, unit: str = "volume", progress: Progress = PROGRESS) -> Iterator[None]:
+    """Show a progress while the block runs, from nothing to a total.
 
     A terminal, by standard error, and a notebook get a bar with the rate and the time left; a log gets a line
     every 30 seconds.
     """
     from tqdm.auto import tqdm
 
-    meter.reset()
+    progress.reset()
     started = time.monotonic()
     stream = sys.stderr
     has_bar = (stream is not None and stream.isatty()) or _is_notebook()
@@ -88,10 +88,10 @@ def show_progress(total: int, unit: str = "volume", meter: Meter = METER) -> Ite
         def refresh() -> None:
             elapsed = max(time.monotonic() - started, 1e-3)
             if has_bar:
-                bar.set_postfix_str(", ".join(_facts(meter, elapsed)), refresh=False)
-                bar.update(meter.done - bar.n)
+                bar.set_postfix_str(", ".join(_facts(progress, elapsed)), refresh=False)
+                bar.update(progress.done - bar.n)
             else:
-                _log_line(meter, total, unit, elapsed)
+                _log_line(progress, total, unit, elapsed)
 
         def follow() -> Iterator[float]:
             while True:
@@ -111,23 +111,23 @@ def _is_notebook() -> bool:
     return "ipykernel" in sys.modules
 
 
-def _facts(meter: Meter, elapsed: float) -> Iterator[str]:
+def _facts(progress: Progress, elapsed: float) -> Iterator[str]:
     """What there is to say besides the number of volumes."""
-    if meter.num_bytes:
-        yield f"{bytes_text(meter.num_bytes / elapsed)}/s"
-    if meter.failed:
-        yield f"{meter.failed:,} failed"
-    if meter.shards:
-        yield f"{counted(meter.shards, 'shard')} complete"
+    if progress.num_bytes:
+        yield f"{bytes_text(progress.num_bytes / elapsed)}/s"
+    if progress.failed:
+        yield f"{progress.failed:,} failed"
+    if progress.shards:
+        yield f"{counted(progress.shards, 'shard')} complete"
 
 
-def _log_line(meter: Meter, total: int, unit: str, elapsed: float) -> None:
+def _log_line(progress: Progress, total: int, unit: str, elapsed: float) -> None:
     from tqdm.std import tqdm
 
-    done = meter.done
-    rate = (done - meter.kept) / elapsed
+    done = progress.done
+    rate = (done - progress.kept) / elapsed
     left = round((total - done) / rate) if rate else None
-    facts = [f"{done:,} of {total:,} {unit}s", f"{rate:.1f} a second", *_facts(meter, elapsed)]
+    facts = [f"{done:,} of {total:,} {unit}s", f"{rate:.1f} a second", *_facts(progress, elapsed)]
     logs.LOGGER.info(
         "%s, %s left",
         ", ".join(facts),
@@ -136,8 +136,8 @@ def _log_line(meter: Meter, total: int, unit: str, elapsed: float) -> None:
             unit=unit,
             total=total,
             done=done,
-            failed=meter.failed,
-            shards=meter.shards,
+            failed=progress.failed,
+            shards=progress.shards,
             per_second=round(rate, 3),
             seconds_left=left,
         ),

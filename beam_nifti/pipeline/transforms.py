@@ -34,7 +34,7 @@ from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.merge import ShardMerge, count_differing, keep_if_same
 from beam_nifti.pipeline.parts import Part, PartWriter, parts_folder
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
-from beam_nifti.pipeline.progress import METER
+from beam_nifti.pipeline.progress import PROGRESS
 from beam_nifti.pipeline.publish import publish_dataset, too_many_failures
 from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.resume import find_finished
@@ -97,7 +97,7 @@ class SkipFinished(beam.DoFn):
         for part in (f.part for f in found):
             num_records = len(part.positions or ())
             self._skipped.inc(num_records)
-            METER.add(kept=num_records)
+            PROGRESS.add(kept=num_records)
             yield TaggedOutput(FINISHED, (str(unit.task.name), part))
         if missing:
             yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
@@ -152,7 +152,7 @@ class WriteParts(PartsFn):
         yield from closed
         size = sum(encoded.lengths)
         self._bytes.inc(size)
-        METER.add(volumes=1, num_bytes=size)
+        PROGRESS.add(volumes=1, num_bytes=size)
 
     def finish_bundle(self) -> Iterable[WindowedValue]:
         """Yield the bundle's last part."""
@@ -202,7 +202,7 @@ class CommitShards(beam.DoFn):
                 self._compared.inc(num_compared)
                 self._differing.inc(num_differing)
         self._committed.inc()
-        METER.add(shards=1)
+        PROGRESS.add(shards=1)
         labels = frozenset[int]()
         if record.mask_dtype is not None:
             labels = frozenset(mask_labels(read_index(storage.join(output, info.index), below=output)[0]))

@@ -152,14 +152,14 @@ class _Steps:
 
     def _fill(self, arrays: Sequence[Array], epoch: int, place: int, number: int) -> None:
         """Put a record, or a patch, where it belongs in a batch."""
-        element = self._find(epoch, number, lent=True)
+        element = self._find(epoch, number, in_place=True)
         for column, array in zip(self.columns, arrays, strict=True):
             column.put(element, array, place)
 
-    def _find(self, epoch: int, number: int, *, lent: bool) -> Element:
+    def _find(self, epoch: int, number: int, *, in_place: bool) -> Element:
         if self._patches is not None:
             return self._patches.epoch(epoch)[number]
-        return self._records.lend(number) if lent else self._records[number]
+        return self._records.read_in_place(number) if in_place else self._records[number]
 
     def _join(self, column: Column, elements: Sequence[Element]) -> Sequence[Array]:
         """The arrays of a column whose cells may differ in shape, or of records that may be skipped."""
@@ -174,7 +174,7 @@ class _Steps:
     def _read(self, epoch: int, number: int) -> Element | None:
         """A record, or a patch; None in the place of a damaged one that is to be skipped."""
         try:
-            return self._find(epoch, number, lent=False)
+            return self._find(epoch, number, in_place=False)
         except DatasetError as e:
             if not (self._skips and isinstance(e.__cause__, ShardError)):
                 raise

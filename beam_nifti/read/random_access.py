@@ -117,9 +117,9 @@ class Dataset:
         """Read several records. PyTorch's `DataLoader` calls this for a batch."""
         return [self[index] for index in indices]
 
-    def lend(self, number: int) -> Element:
+    def read_in_place(self, number: int) -> Element:
         """Like `dataset[number]`, but the next read of this thread may overwrite the arrays, so copy them."""
-        return self._records.read(int(self._rows[number]), lent=True)
+        return self._records.read(int(self._rows[number]), in_place=True)
 
     def __iter__(self) -> Iterator[Element]:
         """Read one record after the other.

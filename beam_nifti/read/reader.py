@@ -68,9 +68,8 @@ def load_dataset(
         target: "label" or "mask", which becomes y.
         shuffle: put the examples into another order in every epoch.
         seed: makes these orders, and random patches, the same in every run.
-        drop_remainder: leave out a last batch that is not full, so that B is static.
-        label: name of the label that becomes y; several names give a dictionary; None gives the first label
-            as a number.
+        drop_remainder: drop a last batch that is not full, so that B is static.
+        label: label that becomes y, or several, for a dictionary; None means the first one as a number.
         repeat: number of epochs; True repeats without end.
         start: number of elements to skip, counted over all epochs, without reading them.
         shard: (i, n), to read the i-th of every n examples, from 0; or a `tf.distribute.InputContext`.
@@ -81,27 +80,23 @@ def load_dataset(
         pad: whether to pad volumes, or other cells, of different shapes with zeros to the largest of a batch.
         ragged: whether to make a `tf.RaggedTensor` of them instead.
         on_error: "skip" skips damaged records, with a warning for each; the cardinality is then unknown.
-        engine: "indexed" reads single records by the index, with Python threads; "sequential" reads whole
-            shards in TensorFlow's graph. None means the faster one that supports the other arguments.
+        engine: "indexed" (Python threads) or "sequential" (TensorFlow's graph); None means the faster one.
         start_state: result of `state_after` for the run to continue, instead of `start`.
         layout: of TFRecords that others wrote: "nobrainer", or "plain", of `image_raw` and `label`.
         patch: voxels along x, y and z of random patches to give instead of whole volumes.
-        patches_per_volume: how many of each volume in an epoch; None means 1.
+        patches_per_volume: number of patches per volume and epoch; None means 1.
         foreground: share of the patches that are drawn around a labelled voxel of the mask; None means 0.
-        patches: these three as one argument.
+        patches: the three arguments above as one.
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
-        shape (B, x, y, z, c), rescaled by `--rescale`; c is 1 unless records have several frames, components
-        or images. y has the shape (B,): float32, int64 for a class, or tf.string for a string; a missing one
-        is NaN, -1 or "". A mask is int32 of shape (B, x, y, z, 1). In dictionaries, strings and bytes are
-        tf.string. All axes except B are static, unless volumes differ in shape.
+        shape (B, x, y, z, c), rescaled by `--rescale`; c is 1 unless records have frames, components or
+        channels. y is float32, int64 (a class) or tf.string of shape (B,); a missing one is NaN, -1 or "". A
+        mask is int32 of shape (B, x, y, z, 1). All axes except B are static, unless volumes differ in shape.
 
     Raises:
-        DatasetError: the dataset is absent or incomplete, has no such split, or a shard is missing. Damage
-            that is found while reading is an error of TensorFlow that quotes the DatasetError.
-        UsageError: arguments cannot be combined or do not match the dataset, or a batch would have volumes of
-            different shapes.
+        DatasetError: the dataset is incomplete or has no such split. TensorFlow quotes it for later damage.
+        UsageError: arguments cannot be combined, or do not match the dataset; volumes of a batch differ.
     """
     folder = storage.absolute(storage.path_text("path", path))
     source = _Source(folder, split, where, start, start_state, on_error, engine, layout)

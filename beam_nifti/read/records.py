@@ -131,8 +131,8 @@ class Records:
             )
         return np.array(positions, np.int32).reshape(count, -1 if count else 0)
 
-    def read(self, row: int, lent: bool = False) -> Element:
-        """The element of a row of the table; for `lent`, see `Dataset.lend`.
+    def read(self, row: int, in_place: bool = False) -> Element:
+        """The element of a row of the table; for `in_place`, see `Dataset.read_in_place`.
 
         Raises:
             DatasetError: the record is missing or damaged.
@@ -141,12 +141,12 @@ class Records:
             return {name: self.cell(name, row) for name in self.columns}
         example_id = self.cell("id", row)
         with self.reading(row) as (path, shape):
-            features = decode_example(self._payload(path, row, shape, lent))
+            features = decode_example(self._payload(path, row, shape, in_place))
             found = features.get("id")
             if found != example_id.encode():
                 raise ShardError(f"it is the record of {bytes(found or b'').decode(errors='replace')!r}")
             return {
-                name: self._value(name, features, shape, lent)
+                name: self._value(name, features, shape, in_place)
                 if name in self.from_record
                 else self.cell(name, row)
                 for name in self.columns
@@ -172,13 +172,13 @@ class Records:
             name = f"record {self.cell('id', row)!r}, number {row - self.starts[shard]} from 0,"
             raise unreadable(f"{path}: {name}", e) from e
 
-    def _payload(self, path: str, row: int, shape: tuple[int, ...], lent: bool) -> memoryview:
+    def _payload(self, path: str, row: int, shape: tuple[int, ...], in_place: bool) -> memoryview:
         info = self.opened.info
         offsets, lengths = self.places
         compressed, size = info.record_config.compression == "gzip", int(lengths[row])
         most = largest_payload(shape, info.dtype, info.record_config.mask_dtype)
         require_stored_size(size, most)
-        buffer = scratch(size) if compressed or lent else make_buffer(size)
+        buffer = scratch(size) if compressed or in_place else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
             raise ShardError(f"of its {size} bytes the file has {count}")
@@ -197,7 +197,7 @@ class Records:
                 return np.float64(math.nan if value is None else value).astype(np.float32)
         return value
 
-    def _value(self, name: str, features: Features, shape: tuple[int, ...], lent: bool) -> Any:
+    def _value(self, name: str, features: Features, shape: tuple[int, ...], in_place: bool) -> Any:
         """The value of a column in the record itself."""
         if not self.opened.has_tensor(name):
             return decode_feature(features, name, self.opened.info)
@@ -205,7 +205,7 @@ class Records:
         tensor = decode(features, shape, self.opened.info)
         if self.channels_first:
             tensor = np.moveaxis(tensor, -1, 0)
-        return tensor if lent else np.ascontiguousarray(tensor)
+        return tensor if in_place else np.ascontiguousarray(tensor)
 
 
 def scratch(size: int) -> memoryview:

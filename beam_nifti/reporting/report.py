@@ -23,7 +23,7 @@ from beam_nifti.inspection.record_checks import RecordSpec
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import require_apart
-from beam_nifti.pipeline.progress import METER
+from beam_nifti.pipeline.progress import PROGRESS
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.reporting.appearance import look_at_record
 from beam_nifti.reporting.page import make_page
@@ -66,7 +66,7 @@ class LookAtShard(beam.DoFn):
     def _rows(self, records: ShardPass, problems: Problems, number: int) -> Iterator[dict[str, Any]]:
         while (record := records.take()) is not None:
             row = self._look_at(record, problems, number)
-            METER.add(volumes=1, num_bytes=len(record.data))
+            PROGRESS.add(volumes=1, num_bytes=len(record.data))
             if row is not None:
                 yield row
 

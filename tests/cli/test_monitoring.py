@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from beam_nifti.cli import main as cli
 from beam_nifti.cli.run_summary import RunSummary
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.progress import METER, show_progress
+from beam_nifti.pipeline.progress import PROGRESS, show_progress
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.support import logs
 from beam_nifti.volume.notes import counter_name
@@ -345,7 +345,7 @@ def test_a_log_gets_lines_of_progress(
     monkeypatch.setattr("beam_nifti.pipeline.progress._LINE_SECONDS", 0.01)
     for log_format in logs.FORMATS:
         with logs.on_stderr(log_format), show_progress(8000):
-            METER.add(volumes=900, kept=100, failed=20)
+            PROGRESS.add(volumes=900, kept=100, failed=20)
             said = ""
             while "1,020 of 8,000 volumes" not in said:
                 said += capsys.readouterr().err

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.verify import ALL, verify_dataset
-from beam_nifti.pipeline.progress import Meter
+from beam_nifti.pipeline.progress import Progress
 from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
 from beam_nifti.record.index import read_index
 from tests.datasets import (
@@ -229,7 +229,7 @@ def test_local_datasets_need_neither_beam_nor_tensorflow(built: dict[str, Path])
 
 
 def test_progress_counts_every_record_and_byte(built: dict[str, Path]) -> None:
-    meter = Meter()
+    meter = Progress()
     report = verify_dataset(str(built["gzip"]), workers=2, on_progress=meter.add)
     assert (meter.volumes, meter.failed, meter.num_bytes) == (COUNT, 0, report.num_bytes)
 

@@ -227,13 +227,13 @@ def test_what_is_lent_is_the_same_until_the_next_read(tmp_path: Path, compressio
     build(write_cohort(tmp_path, 2, shape=SHAPE), tmp_path / "out", compression=compression)
     records = Dataset(tmp_path / "out")[::-1]
     for i in (0, 1):
-        assert records.lend(i)["image"].tobytes() == records[i]["image"].tobytes()
+        assert records.read_in_place(i)["image"].tobytes() == records[i]["image"].tobytes()
 
 
 def test_what_is_lent_takes_no_fresh_memory(tmp_path: Path) -> None:
     build(write_cohort(tmp_path, 2, shape=SHAPE), tmp_path / "out", compression="none")
     records = Dataset(tmp_path / "out")
-    first, second = records.lend(0), records.lend(1)
+    first, second = records.read_in_place(0), records.read_in_place(1)
     assert first["id"] != second["id"]
     assert np.shares_memory(first["image"], second["image"])
 
