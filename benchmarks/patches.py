@@ -363,11 +363,11 @@ def table(case: str, names: list[str], repeat: int, peers: str, scratch: Path) -
             yield f"| {title} | left out: {failed[name]} |"
             continue
         m = {key: statistics.median(found[key] for found in found_all) for key in found_all[0]}
-        cells = [
-            f"{m['MB']:.2f}",
-            *(f"{m[f'{n} cpu']:.1f} / {m[f'{n} wall']:.1f}" for n in ("build", "patch", "whole")),
-        ]
-        cells += [f"{m[f'{n} peak']:.0f}" for n in ("build", "patch")]
+        cells = [f"{m['MB']:.2f}"]
+        cells += [f"{m[f'{step} cpu']:.1f} / {m[f'{step} wall']:.1f}" for step in ("build", "patch", "whole")]
+        cells += [f"{m[f'{step} peak']:.0f}" for step in ("build", "patch")]
+        if not m["MB"]:  # it reads the source
+            cells[0] = cells[1] = cells[4] = "–"
         yield f"| {title} | {' | '.join(cells)} |"
 
 
