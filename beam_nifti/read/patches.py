@@ -245,26 +245,30 @@ def _fill(
         OSError: it cannot be reached.
     """
     xs, ys, zs = inside
-    blocks = list[tuple[int, int, int, int]]()  # x, y, planes, rows
-    ranges = list[tuple[int, int]]()
-    if is_compressed:
-        for x in range(xs.start - xs.start % tiles.planes, xs.stop, tiles.planes):
-            for y in range(ys.start - ys.start % tiles.rows, ys.stop, tiles.rows):
-                number = x // tiles.planes * tiles.columns + y // tiles.rows
-                ranges.append((int(starts[number]), int(lengths[number])))
-                size = min(tiles.planes, tiles.shape[0] - x), min(tiles.rows, tiles.shape[1] - y)
-                blocks.append((x, y, *size))
-    else:
+    if not is_compressed:
         if lengths[0] != math.prod(tiles.shape) * tiles.itemsize:
             raise ShardError(f"the index says that its voxels have {lengths[0]} bytes")
-        num_rows = ys.stop - ys.start
-        for x in range(xs.start, xs.stop):
-            offset = (x * tiles.shape[1] + ys.start) * tiles.row_bytes
-            ranges.append((int(starts[0]) + offset, num_rows * tiles.row_bytes))
-            blocks.append((x, ys.start, 1, num_rows))
-    parts = storage.read_ranges(path, ranges, scratch(sum(size for _, size in ranges)))
-    for (x, y, planes, rows), part in zip(blocks, parts, strict=True):
-        content = inflate_member(part, planes * rows * tiles.row_bytes) if is_compressed else part
+        num_planes, num_rows, row_bytes = xs.stop - xs.start, ys.stop - ys.start, tiles.row_bytes
+        offsets = (
+            int(starts[0]) + (x * tiles.shape[1] + ys.start) * row_bytes for x in range(xs.start, xs.stop)
+        )
+        voxels = scratch(num_planes * num_rows * row_bytes)
+        storage.read_ranges(path, [(offset, num_rows * row_bytes) for offset in offsets], voxels)
+        out[...] = np.frombuffer(voxels, out.dtype).reshape(num_planes, num_rows, *tiles.shape[2:])[:, :, zs]
+        return
+    blocks = list[tuple[int, int, int, int]]()  # x, y, planes, rows
+    ranges = list[tuple[int, int]]()
+    for x in range(xs.start - xs.start % tiles.planes, xs.stop, tiles.planes):
+        for y in range(ys.start - ys.start % tiles.rows, ys.stop, tiles.rows):
+            number = x // tiles.planes * tiles.columns + y // tiles.rows
+            ranges.append((int(starts[number]), int(lengths[number])))
+            size = min(tiles.planes, tiles.shape[0] - x), min(tiles.rows, tiles.shape[1] - y)
+            blocks.append((x, y, *size))
+    members = scratch(sum(length for _, length in ranges))
+    storage.read_ranges(path, ranges, members)
+    for (x, y, planes, rows), (_, length) in zip(blocks, ranges, strict=True):
+        content = inflate_member(members[:length], planes * rows * tiles.row_bytes)
+        members = members[length:]
         block = np.frombuffer(content, out.dtype).reshape(planes, rows, *tiles.shape[2:])
         left, right = max(x, xs.start), min(x + planes, xs.stop)
         low, high = max(y, ys.start), min(y + rows, ys.stop)

@@ -153,25 +153,27 @@ def read_into(path: str, offset: int, buffer: memoryview, below: str | None = No
         return handle.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
 
 
-def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> list[memoryview]:
+def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
     """Several ranges of a file; remote ones in one request, which also takes what lies between them.
 
     Args:
         path: path of the file.
         ranges: offset and size of each, ascending.
-        buffer: as many bytes as all ranges have, which may be filled with them.
+        buffer: as many bytes as all ranges have; they are put there, one range after the other.
 
     Raises:
         EOFError: the file ends before one of them does.
         OSError: the file is not there or cannot be reached.
     """
     start, stop = ranges[0][0], sum(ranges[-1])
+    ends = itertools.accumulate(size for _, size in ranges)
     if is_remote(path):
         data = memoryview(store_of(path).get_range(path, start, stop - start))
         if len(data) < stop - start:
             raise EOFError(f"ends before byte {stop}")
-        return [data[offset - start :][:size] for offset, size in ranges]
-    ends = list(itertools.accumulate(size for _, size in ranges))
+        for end, (offset, size) in zip(ends, ranges, strict=True):
+            buffer[end - size : end] = data[offset - start :][:size]
+        return
     with open_read(path) as handle:
         begin, at = 0, start
         for end, (offset, size), (following, _) in zip(ends, ranges, (*ranges[1:], (-1, 0)), strict=True):
@@ -181,7 +183,6 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview
             if handle.readinto(buffer[begin:end]) < end - begin:  # type: ignore[attr-defined]
                 raise EOFError(f"ends before byte {offset + size}")
             begin, at = end, following
-    return [buffer[end - size : end] for end, (_, size) in zip(ends, ranges, strict=True)]
 
 
 @contextlib.contextmanager
