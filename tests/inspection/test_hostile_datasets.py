@@ -345,7 +345,9 @@ def read_in_all_ways(folder: Path, honest: Honest, is_damaged: bool) -> None:
         assert report.problems or is_same(folder, honest)
     with refused(folder) as told:
         patches = patches_of(str(folder))
-        assert all(np.array_equal(p, found[i]["image"][BOX], equal_nan=True) for i, p in patches.items())
+    if not told:
+        for example_id in patches.keys() & found.keys():
+            assert is_equal(found[example_id]["image"][BOX], patches[example_id])
     with refused(folder):
         assert format_description(describe_dataset(str(folder)))
     with refused(folder):
