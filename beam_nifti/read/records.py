@@ -128,12 +128,13 @@ class Records:
 
     def positions_of(self, row: int) -> npt.NDArray[np.int32]:
         """Where the index says that labels are; as `Dataset.positions_of`."""
-        labels, positions = (self.positions[n][row].as_py() or [] for n in ("mask_labels", "mask_positions"))
-        count = sum(label != 0 for label in labels)
-        found = np.array(positions, np.int32)
+        labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
+        count = sum(label != 0 for label in labels or ())
+        found = np.array(positions or (), np.int32)
         num_voxels = math.prod(self.plausible_shape(row)[:3])
         if (
-            bool(count) != bool(found.size)
+            labels is None
+            or bool(count) != bool(found.size)
             or found.size % max(1, count)
             or ((found < 0) | (found >= num_voxels)).any()
         ):

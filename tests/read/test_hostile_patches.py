@@ -17,7 +17,7 @@ import pytest
 import beam_nifti as bn
 from beam_nifti.errors import DatasetError
 from beam_nifti.record.example import decode_example, encode_example
-from tests.datasets import edit_index, edit_record, set_cell
+from tests.datasets import edit_index, edit_info, edit_record, set_cell
 from tests.images import write_image, write_manifest
 
 HEAD_BYTES, FOOTER_BYTES = 20, 8
@@ -107,6 +107,28 @@ def test_an_index_that_contradicts_a_record_is_refused(
     for _ in range(2):  # the first refusal does not let a second patch through
         with pytest.raises(DatasetError, match=message):
             records.patch(0, (1, -2, 0), (69, 50, 50))
+    assert not bn.verify(dataset)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "message"),
+    [
+        ("native", {"min": None}, r"the index says minima \[\] and maxima \[\d+.0\]"),
+        ("percentile", {"rescale_low": None}, r"the index says rescale_low \[\] and rescale_high \[\d+.0\]"),
+        ("percentile", {"rescale_low": None, "rescale_high": None}, "the index says rescale_low"),
+        ("float32", {"mask_labels": None, "mask_positions": None}, "has 0 mask_positions, which cannot be"),
+        ("float32", {"mask_labels": None}, "has 64 mask_positions, which cannot be"),
+    ],
+)
+def test_cells_that_no_manifest_requires_are_refused_where_patches_need_them(
+    copy: Callable[[str], Path], name: str, cells: dict[str, None], message: str
+) -> None:
+    dataset = copy(name)
+    edit_info(dataset, lambda facts: facts["manifest"].update(path=""))  # as WriteToTFRecord has it
+    edit_index(dataset, set_cells(**cells))
+    records = bn.Dataset(dataset, columns=["image", "mask"])
+    with pytest.raises(DatasetError, match=message):
+        bn.PatchDataset(records, bn.Patches((9, 9, 9), foreground=1), seed=1)[0]
     assert not bn.verify(dataset)
 
 
