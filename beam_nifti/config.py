@@ -362,7 +362,7 @@ class RecordConfig:
 
 def _check_preparation(record: RecordConfig) -> None:
     num_steps, num_digests = len(_all_of(record.preprocess)), len(_all_of(record.preprocess_sha256))
-    if num_steps and num_digests not in (0, num_steps):
+    if num_digests not in (0, num_steps):
         raise UsageError(f"--preprocess has {num_steps} functions, but {num_digests} digests of their files")
     if record.orientation is not None and record.orientation not in ORIENTATIONS:
         raise UsageError(

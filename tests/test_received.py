@@ -140,6 +140,7 @@ def test_a_function_that_the_dataset_was_not_made_with_is_not_imported(
     ("preprocess", "digests"),
     [
         (["a:f", "a:g"], "0" * 64),
+        (None, "0" * 64),
         (["a:f", 3], ["0" * 64] * 2),
         ({"function": "a:f"}, "0" * 64),
         ("a:f(x=open('ran', 'w'))", "0" * 64),

@@ -18,6 +18,7 @@ from beam_nifti.record.example import label_feature
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 REMOTE_READS: Final = 16
@@ -107,7 +108,7 @@ class Opened:
                     "dataset again, or delete the shard and its index and build again"
                 )
 
-        _for_each(check, shards, together=is_remote and present is None)
+        for_each(check, shards, together=is_remote and present is None)
 
     def _size_of(self, shard: ShardInfo, path: str) -> int | None:
         """The size of a shard's file in bytes; None if it does not exist."""
@@ -127,7 +128,7 @@ class Opened:
             DatasetError: an index cannot be read, or does not belong to its shard.
         """
         names = None if columns is None else sorted(map(self._name_in_index, columns))
-        tables = _for_each(
+        tables = for_each(
             lambda shard: read_shard_index(self.path, self.info, shard, names),
             shards,
             together=storage.is_remote(self.path),
@@ -206,9 +207,9 @@ def rebuilt(path: str) -> DatasetError:
     return DatasetError(f"{path}: {REBUILT}")
 
 
-def _for_each(look: Callable[[ShardInfo], T], shards: Sequence[ShardInfo], together: bool) -> list[T]:
-    """Call a function for each shard, for several at a time with `together`."""
+def for_each(look: Callable[[K], T], items: Sequence[K], together: bool) -> list[T]:
+    """Call a function for each shard or member, for several at a time with `together`."""
     if not together:
-        return [look(shard) for shard in shards]
+        return [look(item) for item in items]
     with ThreadPoolExecutor(REMOTE_READS) as pool:
-        return list(pool.map(look, shards))
+        return list(pool.map(look, items))

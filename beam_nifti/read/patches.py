@@ -13,13 +13,28 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, UsageError
-from beam_nifti.read.decoding import require_channels, restore_image
-from beam_nifti.read.records import Element, Records, scratch
-from beam_nifti.record.example import largest_payload
+from beam_nifti.read.decoding import Features, require_channels, restore_image
+from beam_nifti.read.opening import for_each
+from beam_nifti.read.records import Element, Records, require_id, scratch
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.example import (
+    decode_doubles,
+    decode_example,
+    decode_tensor,
+    largest_payload,
+    scaling_of,
+)
 from beam_nifti.record.index import scaling_in
-from beam_nifti.record.tfrecord import inflate_member, require_stored_size
+from beam_nifti.record.tfrecord import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    inflate_one,
+    payload_of,
+    require_stored_size,
+)
 from beam_nifti.record.tiles import Tiles, tiles_of
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.compression import make_buffer
 from beam_nifti.volume.intensity import rescale_voxels
 from beam_nifti.volume.rescale import (
     NO_SCALING,
@@ -116,34 +131,71 @@ class _Facts:
     def of(cls, cells: Mapping[str, Any], config: RecordConfig) -> _Facts:
         """The intensities in a row of the index."""
         lows, highs = _numbers(cells["min"]), _numbers(cells["max"])
+        if not len(lows) == len(highs) in (0, config.num_channels):
+            raise ShardError(f"the index says minima {lows} and maxima {highs}")
         ranges = [Intensity(low, high, math.nan, math.nan) for low, high in zip(lows, highs, strict=True)]
         lows, highs = (
             _numbers(cells[n]) if config.has_range else [] for n in ("rescale_low", "rescale_high")
         )
+        if config.has_range and not len(lows) == len(highs) == config.num_channels:
+            raise ShardError(f"the index says rescale_low {lows} and rescale_high {highs}")
         return cls(
             scaling_in(cells),
             ranges or None,
             list(map(RescaleRange, lows, highs)) if config.has_range else None,
         )
 
-    def padding(self, config: RecordConfig) -> Array | None:
-        """The minimum of each image, rescaled and rounded as in the record; None if it is not known."""
-        if self.ranges is None:
-            return None
-        no_ends: list[RescaleRange | None] = [None] * len(self.ranges)
-        of_images = zip(self.ranges, self.ends or no_ends, strict=True)
+    def padding(self, config: RecordConfig) -> Array:
+        """The minimum of each image, which must be known, rescaled and rounded as in the record."""
+        ranges = self.ranges or []
+        no_ends: list[RescaleRange | None] = [None] * len(ranges)
+        of_images = zip(ranges, self.ends or no_ends, strict=True)
         least = [rescale_voxels(np.array([r.min]), NO_SCALING, r, ends, config)[0] for r, ends in of_images]
         stored = np.array(least, least[0].dtype).astype(np.float32)
         return stored / np.float32(UINT8_LEVELS) if config.voxel_dtype == "uint8" else stored
 
     def suffice(self, config: RecordConfig, dtype: np.dtype[Any]) -> bool:
-        """Whether some of the voxels can be rescaled without the others."""
+        """Whether a part of the voxels can be rescaled and padded without the others."""
+        if self.ranges is None:
+            return False
         if config.voxel_dtype != "native" or config.has_range or config.method == "none":
             return True
         # float64 does not hold the range of 64-bit integers exactly.
-        return self.ranges is not None and not (
-            dtype.kind in "iu" and dtype.itemsize > np.dtype(np.int32).itemsize
-        )
+        return not (dtype.kind in "iu" and dtype.itemsize > np.dtype(np.int32).itemsize)
+
+    def require_agreement(self, features: Features, config: RecordConfig, dtype: np.dtype[Any]) -> None:
+        """Check that a record says the same, and that its voxels can have these intensities.
+
+        Raises:
+            ShardError: they differ, or no voxels have them.
+        """
+        ranges = self.ranges or []
+        said = {"intensity_min": [r.min for r in ranges], "intensity_max": [r.max for r in ranges]}
+        for name, numbers in said.items():
+            with np.errstate(over="ignore"):
+                expected = np.array(numbers).astype(np.float32)
+            if not np.array_equal(np.asarray(features.get(name)), expected):
+                raise ShardError(f"its {name} is not {expected.tolist()}, which the index says")
+        ends = {
+            "rescale_low": [e.low for e in self.ends or ()],
+            "rescale_high": [e.high for e in self.ends or ()],
+        }
+        for name, numbers in ends.items() if self.ends is not None else ():
+            if name not in features or decode_doubles(features[name]) != numbers:
+                raise ShardError(f"its {name} is not {numbers}, which the index says")
+        is_native = config.voxel_dtype == "native"
+        if is_native and scaling_of(features) != self.scaling:
+            raise ShardError(f"its scaling is {scaling_of(features)}, the index says {self.scaling}")
+        is_exact = is_native and dtype.kind in "iu" and self.scaling.is_identity
+        for r in ranges:
+            is_range = r.min < r.max or (r.min == r.max and config.method != "minmax")
+            if is_range and is_exact:  # of which a float32 is not exact enough
+                limits = np.iinfo(dtype)
+                is_range = limits.min <= r.min == int(r.min) and limits.max >= r.max == int(r.max)
+            if not (is_range and math.isfinite(r.min) and math.isfinite(r.max)):
+                raise ShardError(
+                    f"the index says intensities from {r.min:g} to {r.max:g}, which none can have"
+                )
 
 
 def _numbers(cell: Any) -> list[float]:
@@ -187,21 +239,25 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
     if table is None or not records.from_record <= set(names):
         return None
     config, is_compressed = info.record_config, info.record_config.compression == "gzip"
-    with records.reading(row) as (path, shape):
-        if min(shape) < 1:
-            raise ShardError(f"the index says that its shape is {shape}")
+    with records.reading(row) as (path, _):
+        shape = records.plausible_shape(row)
         require_channels(shape, config)
         found, count = tiles_of(shape, info.dtype, config.mask_dtype, compressed=is_compressed)
         cells = {name: table[name][row].as_py() for name in table.column_names if name != "member_lengths"}
         facts, lengths = _Facts.of(cells, config), table["member_lengths"][row].values.to_numpy()
-        least = facts.padding(config)
         is_cut = len(lengths) > 1 and all(f"{name}_raw" in found for name in names)
-        if not is_cut or least is None or not facts.suffice(config, numpy_dtype(info.dtype)):
+        if not is_cut or not facts.suffice(config, numpy_dtype(info.dtype)):
             return None
         if len(lengths) != count:
             raise ShardError(f"the index says that it has {len(lengths)} members, expected {count}")
         require_stored_size(cells["length"], largest_payload(shape, info.dtype, config.mask_dtype))
         starts = np.cumsum(lengths, dtype=np.int64) - lengths + records.places[0][row]
+        if not records.agreed[row]:
+            features = _read_beside(path, found, starts, lengths, shape, info)
+            require_id(features, records.cell("id", row))
+            facts.require_agreement(features, config, numpy_dtype(info.dtype))
+            records.agreed[row] = True
+        least = facts.padding(config)
         patches = {}
         for name in names:
             number, tiles = found[f"{name}_raw"]
@@ -217,6 +273,67 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
                 part = part[..., np.newaxis]
             patches[name] = box.pad(part, inside, least if name == "image" else np.zeros(1, part.dtype))
     return patches
+
+
+def _read_beside(
+    path: str,
+    found: Mapping[str, tuple[int, Tiles]],
+    starts: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.uint32],
+    shape: tuple[int, ...],
+    info: DatasetInfo,
+) -> Features:
+    """The features of a record, read without the tensors that are cut, whose voxels are then 0.
+
+    Args:
+        path: path of the shard.
+        found: tiles of the record, as `tiles_of` gives them.
+        starts: offset in the shard of each member.
+        lengths: bytes of each member.
+        shape: of the voxels, according to the index.
+        info: dataset_info.json.
+
+    Raises:
+        ShardError, EOFError: the record is damaged, or its tensors are not what or where the index says.
+        OSError: the file cannot be reached.
+    """
+    config = info.record_config
+    most = largest_payload(shape, info.dtype, config.mask_dtype)
+
+    def read_member(number: int) -> bytearray | memoryview:
+        size = int(lengths[number])
+        require_stored_size(size, most)
+        piece = make_buffer(size)
+        storage.read_ranges(path, [(int(starts[number]), size)], piece)
+        return inflate_one(piece, most=most) if config.compression == "gzip" else piece
+
+    numbers = [0, *(first + tiles.count for first, tiles in found.values())]
+    pieces = for_each(read_member, numbers, together=storage.is_remote(path))
+    places, total, tensors = list[int](), 0, dict[str, int]()
+    for number, piece in zip(numbers, pieces, strict=True):
+        places.append(total)
+        total += len(piece)
+        for name, (first, tiles) in found.items():
+            if first == number + 1:
+                tensors[name] = total
+                total += math.prod(tiles.shape) * tiles.itemsize
+    if total > most + HEADER_BYTES + FOOTER_BYTES:
+        raise ShardError(f"its members are said to hold {total:,} bytes, but the record has at most {most:,}")
+    framed = np.zeros(total, np.uint8)  # memory that is not written to takes none
+    for at, piece in zip(places, pieces, strict=True):
+        framed[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+    features = decode_example(payload_of(framed.data))
+    for name, at in tensors.items():
+        tensor = decode_tensor(features.get(name, b""))  # type: ignore[arg-type]
+        dtype = info.dtype if name == "image_raw" else config.mask_dtype
+        if (tensor.shape, tensor.dtype.name) != (found[name][1].shape, dtype):
+            raise ShardError(
+                f"its {name} holds {tensor.dtype.name} of {tensor.shape}, expected {dtype} of "
+                f"{found[name][1].shape}"
+            )
+        if tensor.ctypes.data - framed.ctypes.data != at:
+            raise ShardError(f"its {name} is not in the members that the index says")
+    return features
 
 
 def _fill(
@@ -267,7 +384,7 @@ def _fill(
     members = scratch(sum(length for _, length in ranges))
     storage.read_ranges(path, ranges, members)
     for (x, y, planes, rows), (_, length) in zip(blocks, ranges, strict=True):
-        content = inflate_member(members[:length], planes * rows * tiles.row_bytes)
+        content = inflate_one(members[:length], planes * rows * tiles.row_bytes)
         members = members[length:]
         block = np.frombuffer(content, out.dtype).reshape(planes, rows, *tiles.shape[2:])
         left, right = max(x, xs.start), min(x + planes, xs.stop)

@@ -187,8 +187,9 @@ class Dataset:
 
         Raises:
             IndexError: there are fewer records.
+            DatasetError: the record cannot have the shape that the index says.
         """
-        return self._records.shape_of(self._row(_record_number(index)))
+        return self._records.plausible_shape(self._row(_record_number(index)))
 
     def prepare_patches(self, around_labels: bool) -> None:
         """Read what the index says for patches: once, before several threads ask for them.
@@ -234,7 +235,8 @@ class Dataset:
         If the record is compressed, only the gzip members that the box touches are read and decompressed,
         and their CRC-32 are checked. If it is uncompressed, only the rows that the box touches are read,
         without a checksum. From a store, each volume takes one request. Records of a single member are read
-        completely: those of small volumes, and those of datasets without the format feature "members".
+        completely: those of small volumes, and those of datasets without the format feature "members". The
+        first patch of a record also reads and checks what stands around its voxels.
 
         Args:
             index: number of the record, as in `dataset[index]`.

@@ -25,7 +25,8 @@ from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES, decode_e
 from beam_nifti.record.index import extra_column, schema_of
 from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
-from beam_nifti.volume.compression import make_buffer
+from beam_nifti.volume.compression import DEFLATE_RATIO, make_buffer
+from beam_nifti.volume.rescale import numpy_dtype
 
 Element = dict[str, Any]
 Rows = range | npt.NDArray[np.int64]
@@ -111,6 +112,11 @@ class Records:
         return self.opened.read_indexes(self.shards, {"member_lengths", *names})
 
     @cached_property
+    def agreed(self) -> npt.NDArray[np.bool_]:
+        """Whether each record was found to be what the index says, when a patch of it was read."""
+        return np.zeros(len(self.table), np.bool_)
+
+    @cached_property
     def positions(self) -> pa.Table:
         """What the index says of each record's labels, and of where they are."""
         return self.opened.read_indexes(self.shards, {"mask_labels", "mask_positions"})
@@ -123,13 +129,20 @@ class Records:
     def positions_of(self, row: int) -> npt.NDArray[np.int32]:
         """Where the index says that labels are; as `Dataset.positions_of`."""
         labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
-        count = sum(label != 0 for label in labels)
-        if len(positions) % max(1, count):
+        count = sum(label != 0 for label in labels or ())
+        found = np.array(positions or (), np.int32)
+        num_voxels = math.prod(self.plausible_shape(row)[:3])
+        if (
+            labels is None
+            or bool(count) != bool(found.size)
+            or found.size % max(1, count)
+            or ((found < 0) | (found >= num_voxels)).any()
+        ):
             raise DatasetError(
-                f"{self.opened.path}: the index has {len(positions)} mask_positions for {count} labels of "
-                f"record {self.cell('id', row)!r}; run beam-nifti verify"
+                f"{self.opened.path}: the index has {found.size} mask_positions, which cannot be those "
+                f"of {count} labels of record {self.cell('id', row)!r}; run beam-nifti verify"
             )
-        return np.array(positions, np.int32).reshape(count, -1 if count else 0)
+        return found.reshape(count, found.size // max(1, count))
 
     def read(self, row: int, in_place: bool = False) -> Element:
         """The element of a row of the table; for `in_place`, see `Dataset.read_in_place`.
@@ -142,9 +155,7 @@ class Records:
         example_id = self.cell("id", row)
         with self.reading(row) as (path, shape):
             features = decode_example(self._payload(path, row, shape, in_place))
-            found = features.get("id")
-            if found != example_id.encode():
-                raise ShardError(f"it is the record of {bytes(found or b'').decode(errors='replace')!r}")
+            require_id(features, example_id)
             return {
                 name: self._value(name, features, shape, in_place)
                 if name in self.from_record
@@ -155,6 +166,21 @@ class Records:
     def shape_of(self, row: int) -> tuple[int, ...]:
         """The shape of a record's voxels as they are stored."""
         return self.opened.info.shape or tuple(self.table["shape"][row].as_py())
+
+    def plausible_shape(self, row: int) -> tuple[int, ...]:
+        """As `shape_of`, if the record can have that many voxels.
+
+        Raises:
+            DatasetError: it cannot.
+        """
+        shape, info, length = self.shape_of(row), self.opened.info, int(self.places[1][row])
+        most = length * (DEFLATE_RATIO if info.record_config.compression == "gzip" else 1)
+        if min(shape) < 1 or math.prod(shape) * numpy_dtype(info.dtype).itemsize > most:
+            raise DatasetError(
+                f"{self.opened.path}: record {self.cell('id', row)!r} of {length:,} bytes is said to have "
+                f"the shape {shape}, which it cannot hold; run beam-nifti verify"
+            )
+        return shape
 
     @contextlib.contextmanager
     def reading(self, row: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -206,6 +232,19 @@ class Records:
         if self.channels_first:
             tensor = np.moveaxis(tensor, -1, 0)
         return tensor if in_place else np.ascontiguousarray(tensor)
+
+
+def require_id(features: Features, example_id: str) -> None:
+    """Check that a record is the one that the index says.
+
+    Raises:
+        ShardError: it has another id, or none.
+    """
+    found = features.get("id")
+    if not isinstance(found, memoryview):
+        raise ShardError("it has no id")
+    if found != example_id.encode():
+        raise ShardError(f"it is the record of {bytes(found).decode(errors='replace')!r}")
 
 
 def scratch(size: int) -> memoryview:

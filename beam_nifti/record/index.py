@@ -312,9 +312,17 @@ def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> 
 
 
 def scaling_in(cells: Mapping[str, Any]) -> Scaling:
-    """The scaling that a row of an index says; none where it says none."""
+    """The scaling that a row of an index says; none where it says none.
+
+    Raises:
+        ShardError: it says only half of one.
+    """
     slope, inter = cells.get("scl_slope"), cells.get("scl_inter")
-    return NO_SCALING if slope is None or inter is None else Scaling(slope, inter)
+    if slope is None and inter is None:
+        return NO_SCALING
+    if slope is None or inter is None:
+        raise ShardError(f"the index says a scaling by {slope} and {inter}; both must be there, or none")
+    return Scaling(slope, inter)
 
 
 def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Schema:

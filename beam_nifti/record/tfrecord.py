@@ -82,6 +82,19 @@ def is_record_header(head: bytes) -> bool:
     return len(head) == HEADER_BYTES and _masked_crc(head[:_LENGTH_BYTES]) == head[_LENGTH_BYTES:]
 
 
+def payload_of(framed: memoryview) -> memoryview:
+    """The payload of a record that may lack bytes of it: only its length is checked.
+
+    Raises:
+        ShardError: the length is damaged, or is another one.
+    """
+    size = len(framed) - HEADER_BYTES - FOOTER_BYTES
+    head = bytes(framed[:HEADER_BYTES])
+    if size < 0 or not is_record_header(head) or _LENGTH.unpack_from(head)[0] != size:
+        raise ShardError(f"its members do not hold a record of {max(size, 0)} bytes")
+    return framed[HEADER_BYTES:-FOOTER_BYTES]
+
+
 def frame(payload: bytes) -> tuple[bytes, bytes, bytes]:
     """The three pieces of a record: header, the payload itself (not copied), footer."""
     length = _LENGTH.pack(len(payload))
@@ -245,6 +258,25 @@ def _said_size(member: memoryview) -> int:
     if not 0 < size <= DEFLATE_RATIO * len(member):
         raise ShardError(_WRONG_BOUNDS)
     return size
+
+
+def inflate_one(member: memoryview, size: int | None = None, most: int = _MOST_PAYLOAD) -> bytearray:
+    """What one of several members of a record holds.
+
+    Args:
+        member: its bytes, exactly, as an index locates them.
+        size: bytes that it must hold; None takes what it says.
+        most: bytes that it holds at most.
+
+    Raises:
+        ShardError: as `inflate_member`, or its header says another length.
+    """
+    if bytes(member[: _MEMBER_HEAD.size]) != _MEMBER_START + _SIZE.pack(len(member)):
+        raise ShardError(f"no gzip member of {len(member)} bytes is where the index says")
+    holds = _said_size(member) if size is None else size
+    if holds > most:
+        raise ShardError(f"gzip member holds {holds:,} bytes, expected at most {most:,}")
+    return inflate_member(member, holds)
 
 
 def inflate_member(member: memoryview, size: int) -> bytearray:

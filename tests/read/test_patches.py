@@ -216,6 +216,8 @@ def test_a_patch_from_a_store_is_one_request(sound: Path) -> None:
         records = bn.Dataset(f"{server.url}/out", columns=["image"])
         records.patch(0, (0, 0, 0), (1, 1, 1))  # reads the index
         server.rest()
+        records.patch(1, (0, 0, 0), (1, 1, 1))
+        assert len(server.rest()) == 3  # what stands before and after its voxels, once
         patch = records.patch(1, (10, 20, 30), (20, 30, 20))
         (request,) = server.rest()
         assert 0 < request.received < records.index(["length"])["length"][1].as_py() * 0.6
