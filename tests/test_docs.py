@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import re
 import struct
 from collections.abc import Callable
@@ -85,12 +84,6 @@ def _defined(start: str) -> Callable[..., Any]:
     return function
 
 
-def _tile_shape() -> Callable[..., tuple[int, int]]:
-    tile_shape = _defined("def tile_shape")
-    tile_shape.__globals__["math"] = math
-    return tile_shape
-
-
 def test_the_reader_of_the_format_reads_every_record(dataset: Path) -> None:
     read = list(_defined("import gzip")(dataset))
     stored = {cells["example_id"]: decode_example(payload) for cells, payload in records_of(dataset)}
@@ -111,7 +104,7 @@ def test_the_reader_of_patches_reads_some_of_the_members(tmp_path: Path) -> None
         manifest, tmp_path / "out", RecordConfig(voxel_dtype="native"), sharding=Sharding(num_shards=1)
     )
     read = _defined("import pyarrow.parquet")
-    known = {"tile_shape": _tile_shape(), **_defined("import gzip").__globals__}
+    known = {"tile_shape": _defined("import math"), **_defined("import gzip").__globals__}
     read.__globals__.update({name: known[name] for name in ("Path", "gzip", "json", "np", "tile_shape")})
     (shard,) = map(vars, read_info(str(output)).shards)
     for corner, shape in (((3, 4, 5), (40, 50, 30)), ((0, 0, 0), (70, 60, 50)), ((69, 59, 49), (1, 1, 1))):
@@ -123,7 +116,7 @@ def test_the_reader_of_patches_reads_some_of_the_members(tmp_path: Path) -> None
 def test_the_tiles_of_the_format_are_those_of_records(shape: tuple[int, int, int], itemsize: int) -> None:
     tiles = Tiles.of(shape, itemsize, compressed=True)
     if tiles is not None:
-        assert _tile_shape()(shape, itemsize) == (tiles.planes, tiles.rows)
+        assert _defined("import math")(shape, itemsize) == (tiles.planes, tiles.rows)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8", "float32", "int16", "uint64"])
