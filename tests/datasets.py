@@ -139,6 +139,11 @@ def set_cell(column: str, row: int, value: object) -> Callable[[pa.Table], pa.Ta
     return edit
 
 
+def encode_record(payload: bytes, level: int | None) -> bytes:
+    """One framed record in one member."""
+    return b"".join(encode_members(payload, level).pieces)
+
+
 def edit_record(output: Path, row: int, edit: Callable[[bytes], bytes], shard: int = 0) -> None:
     """Change a record's payload; checksums, index and info are made to agree with it."""
     info = info_of(output)

@@ -34,7 +34,7 @@ from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
 from beam_nifti.record.index import Limits, read_index
 from beam_nifti.record.shard_index import read_shard_index
-from beam_nifti.record.tfrecord import decode_record, encode_record
+from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.reporting.summary import read_failures
 from beam_nifti.support import parquet_headers
 from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
@@ -43,6 +43,7 @@ from tests.datasets import (
     edit_index,
     edit_info,
     edit_record,
+    encode_record,
     info_of,
     nested_parquet,
     replace_index,

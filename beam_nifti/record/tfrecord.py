@@ -134,11 +134,6 @@ def encode_members(payload: bytes, level: int | None, cuts: Sequence[int] = ()) 
     return EncodedRecord(tuple(members), tuple(lengths))
 
 
-def encode_record(payload: bytes, level: int | None) -> bytes:
-    """One framed record in one member; else as `encode_members`."""
-    return b"".join(encode_members(payload, level).pieces)
-
-
 def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> bytes:
     """The payload of one record, after checking its gzip checksum and both CRCs.
 

@@ -20,11 +20,11 @@ from beam_nifti.record.tfrecord import (
     HEADER_BYTES,
     decode_record,
     encode_members,
-    encode_record,
     frame,
     member_lengths,
     member_sizes,
 )
+from tests.datasets import encode_record
 
 GOLDEN = Path(__file__).parents[1] / "golden"  # made by TensorFlow: see make.py there
 PAYLOADS = [b"", b"a", b"golden record", bytes(range(256)) * 40]
