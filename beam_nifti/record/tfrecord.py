@@ -20,14 +20,13 @@ import numpy as np
 from isal import isal_zlib
 
 from beam_nifti.errors import ShardError
-from beam_nifti.volume.compression import DEFLATE_RATIO, make_buffer
+from beam_nifti.volume.compression import DEFLATE_RATIO, compress_gzip, make_buffer
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
 _SIZE = struct.Struct("<I")
 _GZIP_FOOTER = struct.Struct("<II")
 _MASK_DELTA: Final = 0xA282EAD8
-_GZIP_WBITS: Final = 31
 
 HEADER_BYTES: Final = 12
 FOOTER_BYTES: Final = 4
@@ -117,20 +116,18 @@ def encode_members(payload: bytes, level: int | None, cuts: Sequence[int] = ()) 
         ends = [0, *(HEADER_BYTES + cut for cut in cuts), sum(map(len, pieces))]
         return EncodedRecord(pieces, tuple(end - start for start, end in itertools.pairwise(ends)))
     if not cuts:
-        packer = isal_zlib.compressobj(level, wbits=_GZIP_WBITS)
-        # The payload goes in at one go: where igzip's input is cut, its output may differ.
-        packed = (*map(packer.compress, pieces), packer.flush())
+        packed = tuple(compress_gzip(pieces, level))
         return EncodedRecord(packed, (sum(map(len, packed)),))
-    view, members, lengths = memoryview(payload), list[bytes | memoryview](), list[int]()
-    contents: list[bytes | memoryview] = [
-        view[start:end] for start, end in itertools.pairwise([0, *cuts, len(payload)])
-    ]
-    contents[0] = header + contents[0]
-    contents[-1] = bytes(contents[-1]) + footer  # the last cut may be the end of the payload
+    view, members, lengths = memoryview(payload), list[bytes](), list[int]()
+    bounds = itertools.pairwise([0, *cuts, len(payload)])
+    contents: list[list[bytes | memoryview]] = [[view[start:end]] for start, end in bounds]
+    contents[0].insert(0, header)
+    contents[-1].append(footer)
     for content in contents:
-        member = memoryview(isal_zlib.compress(content, level, wbits=_GZIP_WBITS))
-        lengths.append(_MEMBER_HEAD.size - _GZIP_HEAD_BYTES + len(member))
-        members += [_MEMBER_START + _SIZE.pack(lengths[-1]), member[_GZIP_HEAD_BYTES:]]
+        head, *rest = compress_gzip(content, level)
+        head = head[_GZIP_HEAD_BYTES:]
+        lengths.append(_MEMBER_HEAD.size + len(head) + sum(map(len, rest)))
+        members += [_MEMBER_START + _SIZE.pack(lengths[-1]), head, *rest]
     return EncodedRecord(tuple(members), tuple(lengths))
 
 

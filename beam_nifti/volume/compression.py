@@ -1,4 +1,6 @@
-"""Decompression of gzip, bzip2 and zstd files in memory. The first bytes of a file tell its compression.
+"""Decompression of gzip, bzip2 and zstd files in memory, and compression of gzip.
+
+The first bytes of a file tell its compression.
 
 Damage is a VolumeError.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import bz2
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +24,9 @@ Bytes = bytes | memoryview
 DEFLATE_RATIO: Final = 1032  # at most. Source: zlib's technical notes
 _BLOCKS_HEAD_BYTES: Final = 1 << 20  # `head_bytes` of formats with blocks; those of bzip2 have up to 900 kB
 _SCRATCH_BYTES: Final = 1 << 16
+_GZIP_WBITS: Final = 31
+_SAFE_START_BYTES: Final = 16
+"""With so many bytes igzip starts without the search that depends on an address. docs/adr/0023-same-bytes.md."""
 
 _DAMAGE: Final[tuple[type[Exception], ...]] = (
     EOFError,
@@ -30,6 +35,29 @@ _DAMAGE: Final[tuple[type[Exception], ...]] = (
     igzip_lib.IsalError,  # type: ignore[assignment]  # isal's stub calls the class an instance
 )
 """What a damaged stream raises."""
+
+
+def compress_gzip(pieces: Iterable[Bytes], level: int) -> Iterator[bytes]:
+    """Compress pieces, not all of them empty, into one gzip member without a name or a time.
+
+    Equal pieces give equal bytes. igzip does not grant that by itself: if a stream starts with more than 16
+    bytes, where it finds repetitions depends on the address of igzip's state.
+
+    Args:
+        pieces: the content, in order.
+        level: igzip level, 0 to 3.
+
+    Returns:
+        The member; its header is in the first piece.
+    """
+    packer = isal_zlib.compressobj(level, wbits=_GZIP_WBITS)
+    views = (view for view in map(memoryview, pieces) if view.nbytes)
+    first = next(views)
+    start = packer.compress(first[:_SAFE_START_BYTES])
+    yield start + packer.flush(isal_zlib.Z_SYNC_FLUSH)
+    yield packer.compress(first[_SAFE_START_BYTES:])
+    yield from map(packer.compress, views)
+    yield packer.flush()
 
 
 def make_buffer(size: int) -> memoryview:

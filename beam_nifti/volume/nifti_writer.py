@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Final
 
 import nibabel as nib
 import numpy as np
-from isal import isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from beam_nifti.errors import UsageError
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.compression import compress_gzip
 from beam_nifti.volume.grid import Affine
 from beam_nifti.volume.rescale import Scaling, Voxels
 
 _ALIGNED: Final = 2  # NIFTI_XFORM_ALIGNED_ANAT, as nibabel sets it in new images
 _MAX_NIFTI1_AXIS: Final = 2**15 - 1
 _GZIP_LEVEL: Final = 2
-_GZIP_WBITS: Final = 31
 _NO_EXTENSION: Final = 4  # bytes behind a header that say that nothing follows it but the voxels
 _ZOOMS_TOLERANCE: Final = 1e-4  # relative; beyond it a header's voxel sizes are not those of its affine
 
@@ -46,11 +46,9 @@ def write_nifti(
             handle.write(header)
             handle.write(in_file_order.data.cast("B"))
             return
-        packer = isal_zlib.compressobj(_GZIP_LEVEL, wbits=_GZIP_WBITS)  # its member names no file and no time
-        handle.write(packer.compress(header))
-        for part in in_file_order:
-            handle.write(packer.compress(part.data.cast("B")))
-        handle.write(packer.flush())
+        parts = (part.data.cast("B") for part in in_file_order)
+        for packed in compress_gzip(itertools.chain([header], parts), _GZIP_LEVEL):
+            handle.write(packed)
 
 
 def make_image(

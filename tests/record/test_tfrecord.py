@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import struct
 import subprocess
+import threading
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from tests.datasets import encode_record
 GOLDEN = Path(__file__).parents[1] / "golden"  # made by TensorFlow: see make.py there
 PAYLOADS = [b"", b"a", b"golden record", bytes(range(256)) * 40]
 LEVELS = [None, 0, 1, 2, 3]
+THREADS = 400
 
 
 def test_records_are_tensorflows_bytes() -> None:
@@ -232,3 +234,22 @@ def test_two_records_in_one_member_are_refused() -> None:
 def test_any_bytes_are_a_record_or_a_shard_error(data: bytes, compressed: bool) -> None:
     with pytest.raises(ShardError):
         decode_record(data, compressed)
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level is not None])
+def test_bytes_do_not_depend_on_where_igzip_lies_in_memory(level: int) -> None:
+    """Each thread has a stack of its own, at an address on which the bytes of igzip's one call depend."""
+    content = b"\n\x19\n\rintensity_max\x12\x08\x12\x06\n\x04\x00\xe0\x95D" * 2 + bytes(range(60))
+    results, all_done = list[bytes](), threading.Barrier(THREADS)
+
+    def encode() -> None:
+        record = encode_members(b"voxels" + content, level, [6])
+        results.append(b"".join(map(bytes, record.pieces)))
+        all_done.wait()  # so that no stack is given to another thread
+
+    started = [threading.Thread(target=encode) for _ in range(THREADS)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    assert len(set(results)) == 1
