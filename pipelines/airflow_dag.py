@@ -123,7 +123,7 @@ def build_arguments(params: Mapping[str, Any]) -> list[str]:
 def _engine_flags(runner: str, image: str | None) -> list[str]:
     flags = [f"--runner={runner}"]
     if runner == "FlinkRunner":
-        flags += ["--execution_mode_for_batch=BATCH_FORCED", "--environment_cache_millis=60000"]
+        flags += ["--execution_mode_for_batch=BATCH_FORCED", "--environment_cache_millis=10000"]
     if image is None:
         return flags
     if runner == "DirectRunner":

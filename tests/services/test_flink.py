@@ -97,6 +97,15 @@ class Cluster:
         for process in (*workers, master):
             process.kill()
 
+    def kill_python_worker(self) -> None:
+        """SIGKILL a Python worker with a part half written, as if out of memory; its TaskManager goes on."""
+        _, workers = catch_writing(self._task_managers)
+        for process in workers:
+            if process.name().startswith("python"):
+                process.kill()
+            else:
+                process.resume()
+
     @staticmethod
     def _task_managers() -> Iterator[psutil.Process]:
         for pid in RUN.glob("taskmanager*.pid"):
@@ -180,6 +189,23 @@ def test_a_task_manager_dies_while_shards_are_committed(cluster: Cluster, tmp_pa
     # Shards that were complete are not written again, so it is Flink that tells.
     assert any(s["attempt"] > 0 for s in cluster.subtasks("WithoutKey")), "the fault hit nobody"
     assert content_of(output) == expected
+
+
+def test_a_python_worker_dies(cluster: Cluster, tmp_path: Path) -> None:
+    """Flink restarts the task, and Beam gives it the dead worker again until its cache expires."""
+    volumes = 300
+    manifest = write_rows(tmp_path / "cohort", volumes, 40, (48, 48, 48))
+    expected = _local(manifest, tmp_path / "local", "--num-shards=8")
+    watched = watch_build(
+        [str(manifest), str(tmp_path / "out"), "--num-shards=8", *cluster.flags],
+        manifest.parent,
+        flags.OPEN,
+        ".nii.gz",
+        {volumes // 4: cluster.kill_python_worker},
+    )
+    assert watched.code == 0, watched.printed
+    assert any(s["attempt"] > 0 for s in cluster.subtasks("LoadVolume")), "the fault hit nobody"
+    assert content_of(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize("phase", ["loaded", "committed"])

@@ -14,7 +14,7 @@ from inotify_simple import INotify
 
 from tests.images import brain, write_image, write_manifest
 
-PATIENCE = 240.0
+PATIENCE = 480.0
 """Seconds for one build, faults included."""
 
 
