@@ -26,7 +26,7 @@ _BLOCKS_HEAD_BYTES: Final = 1 << 20  # `head_bytes` of formats with blocks; thos
 _SCRATCH_BYTES: Final = 1 << 16
 _GZIP_WBITS: Final = 31
 _SAFE_START_BYTES: Final = 16
-"""With so many bytes igzip starts without the search that depends on an address. docs/adr/0023-same-bytes.md."""
+"""igzip starts so many bytes without the search that depends on an address. docs/adr/0023-same-bytes.md."""
 
 _DAMAGE: Final[tuple[type[Exception], ...]] = (
     EOFError,
