@@ -102,15 +102,14 @@ from pathlib import Path
 from beam_nifti.config import RecordConfig
 from beam_nifti.record.example import encode_volume
 from beam_nifti.manifest import VolumeRow
-from beam_nifti.record.tfrecord import encode_members
-from beam_nifti.record.tiles import find_cuts
+from beam_nifti.record.tiles import encode_record
 from beam_nifti.volume import load_volume, rescale_volume
 def write(paths):
     with tempfile.TemporaryFile() as handle:
         for path in paths:
             volume = rescale_volume(load_volume(VolumeRow(1, "a", path)), RecordConfig())
             example = encode_volume(volume)
-            handle.writelines(encode_members(example, 2, find_cuts(example, compressed=True)).pieces)
+            handle.writelines(encode_record(example, 2).pieces)
 write(paths[:2])
 start = cpu()
 write(paths)

@@ -103,8 +103,7 @@ def beam_nifti(title: str, **options: str) -> Side:
         from beam_nifti.config import RecordConfig
         from beam_nifti.manifest import VolumeRow
         from beam_nifti.record.example import encode_volume
-        from beam_nifti.record.tfrecord import encode_members
-        from beam_nifti.record.tiles import find_cuts
+        from beam_nifti.record.tiles import encode_record
         from beam_nifti.volume import load_volume, rescale_volume
 
         level = None if options["compression"] == "none" else 2
@@ -112,7 +111,7 @@ def beam_nifti(title: str, **options: str) -> Side:
         volume = rescale_volume(load_volume(VolumeRow(1, "a", str(source)), record=config), config)
         example = encode_volume(volume)
         with (folder / "record").open("wb") as file:
-            file.writelines(encode_members(example, level, find_cuts(example, level is not None)).pieces)
+            file.writelines(encode_record(example, level).pieces)
 
     def open_(folder: Path, source: Path, edge: int) -> tuple[Read, Callable[[], np.ndarray]]:
         import beam_nifti as bn

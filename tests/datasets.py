@@ -141,7 +141,7 @@ def set_cell(column: str, row: int, value: object) -> Callable[[pa.Table], pa.Ta
 
 def encode_record(payload: bytes, level: int | None) -> bytes:
     """One framed record in one member."""
-    return b"".join(encode_members(payload, level).pieces)
+    return b"".join(encode_members([payload], level).pieces)
 
 
 def edit_record(output: Path, row: int, edit: Callable[[bytes], bytes], shard: int = 0) -> None:
@@ -158,7 +158,7 @@ def edit_record(output: Path, row: int, edit: Callable[[bytes], bytes], shard: i
     cuts = list[int]()
     with contextlib.suppress(ShardError, KeyError):  # it may be no Example any more
         cuts = find_cuts(payload, compressed)
-    encoded = encode_members(payload, level, cuts)
+    encoded = encode_members([payload], level, cuts)
     records[row] = b"".join(encoded.pieces)
     table = set_cell("member_lengths", row, encoded.lengths)(table)
     lengths = [len(r) for r in records]

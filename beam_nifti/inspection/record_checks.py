@@ -350,7 +350,7 @@ def check_source(
     except VolumeError as e:
         yield f"cannot be made again: {e}"
         return
-    again = encode_volume(volume)
+    again = bytes(encode_volume(volume))
     if again != payload:
         stored, made = decode_example(payload), decode_example(again)
         names = sorted(n for n in stored.keys() | made.keys() if not _same(stored, made, n))

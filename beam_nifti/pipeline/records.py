@@ -16,6 +16,7 @@ from beam_nifti.record.example import (
     MASK_FEATURE,
     RANGE_FEATURES,
     SCALING_FEATURES,
+    ExamplePieces,
     FeatureValue,
     decode_example,
     decode_tensor,
@@ -50,14 +51,14 @@ class Record:
 
     Attributes:
         id: unique id in the dataset; equal to the feature `id` of the Example.
-        example: serialized tf.train.Example.
+        example: serialized tf.train.Example; in pieces only inside a build.
         split: split that the record belongs to.
         entry: entry of the index; None to derive it from the Example.
         config: configuration of the steps that made the record; None if other steps made it.
     """
 
     id: str
-    example: bytes
+    example: bytes | ExamplePieces
     split: str = DEFAULT_SPLIT
     entry: IndexEntry | None = None
     config: RecordConfig | None = None
@@ -258,7 +259,7 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
             f"its split is {record.split!r}; give every record a split of up to 128 letters, digits, '_' "
             "and '.', a letter or digit first"
         )
-    features = decode_example(record.example)
+    features = decode_example(bytes(record.example))
     found = features.get("id")
     if not isinstance(found, memoryview) or bytes(found) != record.id.encode():
         raise VolumeError("its Example has a different feature id; make them equal, or drop the feature")

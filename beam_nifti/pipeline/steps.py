@@ -196,9 +196,14 @@ class RescaleFn(_VolumeFn):
 
 
 class EncodeExampleFn(_VolumeFn):
-    """Serialize a rescaled volume as a tf.train.Example, and count its notes."""
+    """Serialize a rescaled volume as a tf.train.Example, and count its notes.
 
-    def __init__(self) -> None:
+    Args:
+        joined: whether the Example is bytes. Otherwise its voxels are the volume's, not a copy of them.
+    """
+
+    def __init__(self, *, joined: bool = True) -> None:
+        self._joined = joined
         self._msec = Metrics.distribution(type(self), "encode-msec")
         self._bytes = Metrics.counter(type(self), "bytes-encoded")
 
@@ -213,7 +218,8 @@ class EncodeExampleFn(_VolumeFn):
         with timed(self._msec):
             if self.follows_any:
                 require_rescaled(volume)
-            example = encode_volume(volume)
+            pieces = encode_volume(volume)
+            example = bytes(pieces) if self._joined else pieces
         self._bytes.inc(len(example))
         for note in volume.notes:
             Metrics.counter(type(self), counter_name(note)).inc()

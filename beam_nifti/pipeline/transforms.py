@@ -53,8 +53,7 @@ from beam_nifti.pipeline.steps import (
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import IndexEntry, mask_labels, read_index
 from beam_nifti.record.sharding import ShardName
-from beam_nifti.record.tfrecord import encode_members
-from beam_nifti.record.tiles import find_cuts
+from beam_nifti.record.tiles import encode_record
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.volume import Volume
 
@@ -146,8 +145,7 @@ class WriteParts(PartsFn):
             if unit != self._unit:
                 closed += self._close()
                 self._start(entry.row)
-            cuts = find_cuts(example, self._level is not None) if self._config.has_members else ()
-            encoded = encode_members(example, self._level, cuts)
+            encoded = encode_record(example, self._level, whole=not self._config.has_members)
             cast(PartWriter, self._open).write(entry, encoded)
         yield from closed
         size = sum(encoded.lengths)
@@ -290,7 +288,7 @@ class BuildDataset(beam.PTransform[Any, Any]):
             RescaleFn(config.record), Volume, folder, release=True
         )  # Volume
         encoded = rescaled.main | "EncodeExample" >> guarded(
-            EncodeExampleFn(), Record, folder, release=True
+            EncodeExampleFn(joined=False), Record, folder, release=True
         )  # Record
         written = encoded.main | "WriteParts" >> beam.ParDo(WriteParts(plan)).with_output_types(
             tuple[str, Part]

@@ -55,8 +55,7 @@ from beam_nifti.pipeline.steps import PartsFn, at_end, timed
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import Layout, ShardName
-from beam_nifti.record.tfrecord import encode_members
-from beam_nifti.record.tiles import find_cuts
+from beam_nifti.record.tiles import encode_record
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
@@ -211,8 +210,7 @@ class WritePartsFn(PartsFn):
                 return
             part = cast(PartFile, self._open or PartFile(self._target.folder))
             self._open = part
-            cuts = find_cuts(record.example, compressed=self._level is not None)
-            encoded = encode_members(record.example, self._level, cuts)
+            encoded = encode_record(record.example, self._level)
             offset, length = part.write(*encoded.pieces)
         self._bytes.inc(length)
         self._count.inc()

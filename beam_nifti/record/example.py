@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -60,7 +61,8 @@ _MOST_FIELDS: Final = 1 << 16
 
 _VARINT_BITS: Final = 64
 
-FeatureValue = bytes | npt.NDArray[np.float32] | npt.NDArray[np.int64] | tuple[bytes | memoryview, ...]
+Bytes = bytes | memoryview
+FeatureValue = bytes | npt.NDArray[np.float32] | npt.NDArray[np.int64] | tuple[Bytes, ...]
 
 _DTYPE_OF_ENUM: Final = {number: name for name, number in TENSOR_DTYPES.items()}
 _LENGTH_DELIMITED: Final = 2
@@ -77,6 +79,29 @@ _DTYPE: Final = 1 << 3
 _CONTENT: Final = 4 << 3 | _LENGTH_DELIMITED
 _AXIS_SIZE: Final = 1 << 3
 """Tags of a TensorProto, whose shape is `_SECOND`, and of an axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExamplePieces:
+    """A serialized tf.train.Example of which nothing is copied.
+
+    Attributes:
+        pieces: its bytes, in order; among them the tensors' own memory.
+        tensors: where the content of each tensor begins, its shape, and the bytes of one of its elements; in
+            the order in which they stand.
+    """
+
+    pieces: tuple[Bytes, ...]
+    tensors: tuple[tuple[int, tuple[int, ...], int], ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self.pieces)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExamplePieces, ((bytes(self),), self.tensors)
 
 
 def _varint(value: int) -> bytes:
@@ -126,45 +151,49 @@ def encode_example(features: Mapping[str, FeatureValue]) -> bytes:
         features: by name: bytes, or a tuple of pieces of one bytes value; or float32 or int64 of shape (n,).
 
     Returns:
-        The bytes of `Example.SerializeToString(deterministic=True)`. The one copy of the voxels that
-        is made is the one into this value.
+        The bytes of `Example.SerializeToString(deterministic=True)`.
 
     Raises:
         VolumeError: it would be larger than protobuf can read.
     """
-    pieces = _pieces(features)
-    size = sum(map(len, pieces))
-    if size > MAX_EXAMPLE_BYTES:
+    return b"".join(_pieces(features))
+
+
+def _pieces(features: Mapping[str, FeatureValue]) -> list[Bytes]:
+    """The pieces of a serialized Example; those of a value are not copied.
+
+    Raises:
+        VolumeError: as `encode_example`.
+    """
+    pieces = list[Bytes]()
+    for name in sorted(features, key=_sort_key):
+        pieces += _entry(name, features[name])
+    pieces.insert(0, _field(1, sum(map(len, pieces))))
+    if (size := sum(map(len, pieces))) > MAX_EXAMPLE_BYTES:
         raise VolumeError(
             f"the record takes {size:,} bytes, more than protobuf can read ({MAX_EXAMPLE_BYTES:,}); "
             "crop or resample the image, or give it a shorter id"
         )
-    return b"".join(pieces)
+    return pieces
 
 
-def _pieces(features: Mapping[str, FeatureValue]) -> list[bytes | memoryview]:
-    pieces: list[bytes | memoryview] = []
-    total = 0
-    for name in sorted(features, key=_sort_key):
-        value = features[name]
-        if isinstance(value, np.ndarray):
-            is_integer = value.dtype.kind == "i"
-            packed = _pack_integers(value) if is_integer else value.astype("<f4").tobytes()
-            body: tuple[bytes | memoryview, ...] = (_field(1, len(packed)), packed) if packed else ()
-            kind = 3 if is_integer else 2
-        else:
-            content = (value,) if isinstance(value, bytes) else value
-            body = (_field(1, sum(map(len, content))), *content)
-            kind = 1
-        inner = sum(map(len, body))
-        feature_head = _field(kind, inner)
-        key = name.encode()
-        entry_head = _field(1, len(key)) + key + _field(2, len(feature_head) + inner)
-        entry_size = len(entry_head) + len(feature_head) + inner
-        entry = _field(1, entry_size)
-        pieces += [entry, entry_head, feature_head, *body]
-        total += len(entry) + entry_size
-    return [_field(1, total), *pieces]
+def _entry(name: str, value: FeatureValue) -> list[Bytes]:
+    """The pieces of one feature in the map of an Example."""
+    body: tuple[Bytes, ...]
+    if isinstance(value, np.ndarray):
+        is_integer = value.dtype.kind == "i"
+        packed = _pack_integers(value) if is_integer else value.astype("<f4").tobytes()
+        body = (_field(1, len(packed)), packed) if packed else ()
+        kind = 3 if is_integer else 2
+    else:
+        content = (value,) if isinstance(value, bytes) else value
+        body = (_field(1, sum(map(len, content))), *content)
+        kind = 1
+    inner = sum(map(len, body))
+    feature_head = _field(kind, inner)
+    key = name.encode()
+    entry_head = _field(1, len(key)) + key + _field(2, len(feature_head) + inner)
+    return [_field(1, len(entry_head) + len(feature_head) + inner), entry_head, feature_head, *body]
 
 
 def _sort_key(name: str) -> bytes:
@@ -202,8 +231,8 @@ def label_feature(name: str) -> str:
     return f"label/{name}"
 
 
-def encode_volume(volume: Volume) -> bytes:
-    """The record of one rescaled volume.
+def encode_volume(volume: Volume) -> ExamplePieces:
+    """The record of one rescaled volume, whose voxels are not copied.
 
     Args:
         volume: its voxels as they are to be stored, and measured.
@@ -242,9 +271,17 @@ def encode_volume(volume: Volume) -> bytes:
     if volume.mask is not None:
         features[MASK_FEATURE] = encode_tensor(volume.mask)
     try:
-        return encode_example(features)
+        pieces = _pieces(features)
     except VolumeError as e:
         raise VolumeError(f"{row.path}: {e}") from e
+    tensors, offset = list[tuple[int, tuple[int, ...], int]](), 0
+    arrays = {"image_raw": volume.voxels, MASK_FEATURE: volume.mask}
+    contents = {id(features[name][1]): array for name, array in arrays.items() if array is not None}
+    for piece in pieces:
+        if (array := contents.get(id(piece))) is not None:
+            tensors.append((offset, array.shape, array.itemsize))
+        offset += len(piece)
+    return ExamplePieces(tuple(pieces), tuple(tensors))
 
 
 def decode_doubles(feature: memoryview | npt.NDArray[np.generic]) -> list[float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,8 @@ from isal import isal_zlib
 
 from beam_nifti.errors import ShardError
 from beam_nifti.volume.compression import DEFLATE_RATIO, compress_gzip, make_buffer
+
+Bytes = bytes | memoryview
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
@@ -70,9 +72,12 @@ class EncodedRecord:
     lengths: tuple[int, ...]
 
 
-def _masked_crc(data: bytes | memoryview) -> bytes:
-    # The library takes no memoryview, but arrays; neither way are the bytes copied.
-    crc = google_crc32c.value(np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data)
+def _masked_crc(*pieces: Bytes) -> bytes:
+    crc = 0
+    for piece in pieces:
+        # The library takes no memoryview, but arrays; neither way are the bytes copied.
+        data = np.frombuffer(piece, np.uint8) if isinstance(piece, memoryview) else piece
+        crc = google_crc32c.extend(crc, data)
     return _CRC.pack((((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF)
 
 
@@ -94,41 +99,52 @@ def payload_of(framed: memoryview) -> memoryview:
     return framed[HEADER_BYTES:-FOOTER_BYTES]
 
 
-def frame(payload: bytes) -> tuple[bytes, bytes, bytes]:
-    """The three pieces of a record: header, the payload itself (not copied), footer."""
-    length = _LENGTH.pack(len(payload))
-    return length + _masked_crc(length), payload, _masked_crc(payload)
-
-
-def encode_members(payload: bytes, level: int | None, cuts: Sequence[int] = ()) -> EncodedRecord:
+def encode_members(payload: Sequence[Bytes], level: int | None, cuts: Sequence[int] = ()) -> EncodedRecord:
     """One framed record, as one gzip member or as several.
 
     Args:
-        payload: a serialized Example.
+        payload: a serialized Example, in any number of pieces.
         level: igzip level 0 to 3; None for an uncompressed shard, whose payload is not copied.
         cuts: offsets in the payload at which a member begins, ascending; none for a single member.
 
     Returns:
-        The record; equal for equal arguments (a member's header holds no time).
+        The record; equal for equal arguments, however the payload is divided.
     """
-    header, _, footer = pieces = frame(payload)
+    size = sum(map(len, payload))
+    length = _LENGTH.pack(size)
+    header, footer = length + _masked_crc(length), _masked_crc(*payload)
+    bounds = [0, *(HEADER_BYTES + cut for cut in cuts), HEADER_BYTES + size + FOOTER_BYTES]
+    sizes = [end - start for start, end in itertools.pairwise(bounds)]
     if level is None:
-        ends = [0, *(HEADER_BYTES + cut for cut in cuts), sum(map(len, pieces))]
-        return EncodedRecord(pieces, tuple(end - start for start, end in itertools.pairwise(ends)))
+        return EncodedRecord((header, *payload, footer), tuple(sizes))
     if not cuts:
-        packed = tuple(compress_gzip(pieces, level))
+        # igzip's bytes depend on where its input is divided.
+        packed = tuple(compress_gzip((header, _joined(payload), footer), level))
         return EncodedRecord(packed, (sum(map(len, packed)),))
-    view, members, lengths = memoryview(payload), list[bytes](), list[int]()
-    bounds = itertools.pairwise([0, *cuts, len(payload)])
-    contents: list[list[bytes | memoryview]] = [[view[start:end]] for start, end in bounds]
-    contents[0].insert(0, header)
-    contents[-1].append(footer)
-    for content in contents:
-        head, *rest = compress_gzip(content, level)
+    members, lengths = list[bytes](), list[int]()
+    for content in _divided((header, *payload, footer), sizes):
+        head, *rest = compress_gzip((_joined(content),), level)
         head = head[_GZIP_HEAD_BYTES:]
         lengths.append(_MEMBER_HEAD.size + len(head) + sum(map(len, rest)))
         members += [_MEMBER_START + _SIZE.pack(lengths[-1]), head, *rest]
     return EncodedRecord(tuple(members), tuple(lengths))
+
+
+def _joined(pieces: Sequence[Bytes]) -> Bytes:
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _divided(pieces: Iterable[Bytes], sizes: Iterable[int]) -> Iterator[list[Bytes]]:
+    """The same bytes in lists of pieces that have so many bytes each."""
+    left = iter(pieces)
+    piece = memoryview(b"")
+    for size in sizes:
+        part = list[Bytes]()
+        while size:
+            piece = piece or memoryview(next(left))
+            part.append(piece[:size])
+            size, piece = size - len(part[-1]), piece[size:]
+        yield part
 
 
 def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> bytes:

@@ -16,8 +16,16 @@ from typing import Final
 
 import numpy as np
 
-from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor
-from beam_nifti.record.tfrecord import FOOTER_BYTES, HEADER_BYTES, TILE_BYTES, member_lengths, member_sizes
+from beam_nifti.record.example import MASK_FEATURE, ExamplePieces, decode_example, decode_tensor
+from beam_nifti.record.tfrecord import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    TILE_BYTES,
+    EncodedRecord,
+    encode_members,
+    member_lengths,
+    member_sizes,
+)
 from beam_nifti.volume.rescale import numpy_dtype
 
 _TENSORS: Final = ("image_raw", MASK_FEATURE)
@@ -91,29 +99,44 @@ def _divide(number: int, by: int) -> int:
     return (2 * number + by) // (2 * by)
 
 
-def find_cuts(payload: bytes, compressed: bool) -> list[int]:
+def encode_record(example: bytes | ExamplePieces, level: int | None, *, whole: bool = False) -> EncodedRecord:
+    """A record, cut so that patches can be read.
+
+    Args:
+        example: a serialized Example with an `image_raw`.
+        level: igzip level 0 to 3; None for an uncompressed shard.
+        whole: whether it is not cut, as in format version 1.
+    """
+    cuts = [] if whole else find_cuts(example, level is not None)
+    return encode_members((example,) if isinstance(example, bytes) else example.pieces, level, cuts)
+
+
+def find_cuts(example: bytes | ExamplePieces, compressed: bool) -> list[int]:
     """Where a record is cut.
 
     Args:
-        payload: a serialized Example with an `image_raw`.
+        example: a serialized Example with an `image_raw`.
         compressed: whether it is compressed.
 
     Returns:
         Offsets in the payload, ascending; none where it stays whole: it is small, or its mask stands before
         its image.
     """
-    features = decode_example(payload)
-    begin = np.frombuffer(payload, np.uint8).ctypes.data
     cuts = list[int]()
-    for name in _TENSORS:
-        if name not in features:
-            continue
-        tensor = decode_tensor(features[name])  # type: ignore[arg-type]  # else examine has refused it
-        tiles = Tiles.of(tensor.shape, tensor.itemsize, compressed=compressed)
-        if tiles is not None:
-            start = tensor.ctypes.data - begin
+    for start, shape, itemsize in _tensors_in(example) if isinstance(example, bytes) else example.tensors:
+        if (tiles := Tiles.of(shape, itemsize, compressed=compressed)) is not None:
             cuts += itertools.accumulate(tiles.sizes(), initial=start)
     return cuts if cuts == sorted(cuts) else []
+
+
+def _tensors_in(payload: bytes) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    """As `ExamplePieces.tensors`, but the image first."""
+    features = decode_example(payload)
+    begin = np.frombuffer(payload, np.uint8).ctypes.data
+    for name in _TENSORS:
+        if name in features:
+            tensor = decode_tensor(features[name])  # type: ignore[arg-type]  # else examine has refused it
+            yield tensor.ctypes.data - begin, tensor.shape, tensor.itemsize
 
 
 def check_cuts(record: bytes, payload: bytes, lengths: Sequence[int], compressed: bool) -> Iterator[str]:

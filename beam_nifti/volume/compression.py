@@ -51,7 +51,7 @@ def compress_gzip(pieces: Iterable[Bytes], level: int) -> Iterator[bytes]:
         The member; its header is in the first piece.
     """
     packer = isal_zlib.compressobj(level, wbits=_GZIP_WBITS)
-    views = (view for view in map(memoryview, pieces) if view.nbytes)
+    views = (memoryview(piece) for piece in pieces if len(piece))
     first = next(views)
     start = packer.compress(first[:_SAFE_START_BYTES])
     yield start + packer.flush(isal_zlib.Z_SYNC_FLUSH)

@@ -183,7 +183,7 @@ class Changed:
         payload = damage(decode_record(records[at], compressed), self.rng)
         places = range(1, max(len(payload), 1))
         cuts = sorted(self.rng.sample(places, min(self.rng.randrange(4), len(places))))
-        encoded = encode_members(payload, 1 if compressed else None, cuts)
+        encoded = encode_members([payload], 1 if compressed else None, cuts)
         records[at] = b"".join(encoded.pieces)
         members = table["member_lengths"].to_pylist()
         members[at] = encoded.lengths

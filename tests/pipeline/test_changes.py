@@ -123,7 +123,7 @@ def _compare(part: Part, unit: WorkUnit, plan: BuildPlan) -> dict[str, bool]:
         stored = decode_record(data[start : start + length], record.compression == "gzip")
         try:
             volume = prepare_volume(load_volume(row, folder, record=record), record)
-            is_right = encode_volume(rescale_volume(volume, record)) == stored
+            is_right = bytes(encode_volume(rescale_volume(volume, record))) == stored
         except BeamNiftiError:
             is_right = False
         of_row = row_cells(row, plan.extra_columns)

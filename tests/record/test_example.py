@@ -196,7 +196,7 @@ def test_a_volume_is_read_by_tensorflow(
     path = write_image(tmp_path / "a.nii.gz", slope=slope, inter=1.0)
     volume = load_volume(row_of(path, label=0.1))
     volume = rescale_volume(volume, RecordConfig(voxel_dtype=voxel_dtype))
-    data = encode_volume(volume)
+    data = bytes(encode_volume(volume))
 
     def feature(kind: str) -> Any:
         size = [int(kind[6:-1])] if kind.startswith("float[") else []
@@ -249,7 +249,7 @@ def test_the_largest_example_is_one_that_protobuf_reads() -> None:
 def test_an_unlabelled_volume_has_a_label_that_is_no_number(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.nii")
     volume = rescale_volume(load_volume(row_of(path, label=None)), RecordConfig())
-    label = decode_example(encode_volume(volume))["label"]
+    label = decode_example(bytes(encode_volume(volume)))["label"]
     assert isinstance(label, np.ndarray)
     assert math.isnan(label[0])
 
@@ -261,7 +261,7 @@ def test_the_voxels_are_copied_once_and_never_on_the_way_back(tmp_path: Path) ->
     assert volume.voxels.nbytes == 4 << 20
     tracemalloc.start()
     try:
-        data = encode_volume(volume)
+        data = bytes(encode_volume(volume))
         encoding = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
         raw = decode_example(data)["image_raw"]

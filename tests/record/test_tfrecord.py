@@ -21,7 +21,6 @@ from beam_nifti.record.tfrecord import (
     HEADER_BYTES,
     decode_record,
     encode_members,
-    frame,
     member_lengths,
     member_sizes,
 )
@@ -48,7 +47,7 @@ CUTS = [[], [1], [12, 5000], [100, 101, 9000, 10_239], [100, len(PAYLOADS[3])]]
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_record_of_several_members_holds_what_one_member_holds(level: int | None, cuts: list[int]) -> None:
-    encoded = encode_members(PAYLOADS[3], level, cuts)
+    encoded = encode_members([PAYLOADS[3]], level, cuts)
     record, plain = b"".join(encoded.pieces), encode_record(PAYLOADS[3], None)
     assert sum(encoded.lengths) == len(record)
     assert len(encoded.lengths) == len(cuts) + 1
@@ -67,7 +66,7 @@ def test_a_record_of_several_members_holds_what_one_member_holds(level: int | No
 
 
 def test_a_member_of_several_says_its_length() -> None:
-    encoded = encode_members(PAYLOADS[3], 2, [100])
+    encoded = encode_members([PAYLOADS[3]], 2, [100])
     record = b"".join(encoded.pieces)
     for start, length in ((0, encoded.lengths[0]), encoded.lengths):
         head = struct.unpack("<HBBIBBH2sHI", record[start : start + 20])
@@ -76,7 +75,7 @@ def test_a_member_of_several_says_its_length() -> None:
 
 @pytest.mark.parametrize("cuts", CUTS[1:])
 def test_damage_of_one_of_several_members_is_told(cuts: list[int]) -> None:
-    encoded = encode_members(PAYLOADS[3], 2, cuts)
+    encoded = encode_members([PAYLOADS[3]], 2, cuts)
     record = b"".join(encoded.pieces)
     for size in (0, 1, 19, 20, encoded.lengths[0], len(record) - 1):
         with pytest.raises(ShardError):
@@ -92,10 +91,10 @@ def test_damage_of_one_of_several_members_is_told(cuts: list[int]) -> None:
 
 
 def test_members_that_hold_too_much_or_are_too_many_are_refused() -> None:
-    record = b"".join(encode_members(bytes(100_000), 2, [50_000]).pieces)
+    record = b"".join(encode_members([bytes(100_000)], 2, [50_000]).pieces)
     with pytest.raises(ShardError, match="holds 100,016 bytes, but the record has at most 99,016"):
         decode_record(record, compressed=True, most=99_000)
-    many = b"".join(encode_members(bytes(1000), 2, range(1, 1000)).pieces)
+    many = b"".join(encode_members([bytes(1000)], 2, range(1, 1000)).pieces)
     with pytest.raises(ShardError, match="more than 16 gzip members"):
         decode_record(many, compressed=True, most=1000)
 
@@ -124,14 +123,14 @@ def test_every_level_has_an_effect() -> None:
 
 def test_the_payload_is_framed_without_a_copy() -> None:
     payload = bytes(1000)
-    assert frame(payload)[1] is payload
+    assert encode_members([payload], None).pieces[1] is payload
 
 
 @pytest.fixture(params=LEVELS)
 def shard(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / ("a.tfrecord" if request.param is None else "a.tfrecord.gz")
     cuts = [[], [], [4], [1, 5000, 10_239]]  # a record of one member, and records of several
-    encoded = (encode_members(p, request.param, c) for p, c in zip(PAYLOADS, cuts, strict=True))
+    encoded = (encode_members([p], request.param, c) for p, c in zip(PAYLOADS, cuts, strict=True))
     path.write_bytes(b"".join(piece for record in encoded for piece in record.pieces))
     return path
 
@@ -160,7 +159,7 @@ def test_beam_reads_shards(tmp_path: Path, local_flags: object) -> None:
 
     for level in LEVELS:
         path = tmp_path / (f"{level}.tfrecord" if level is None else f"{level}.tfrecord.gz")
-        encoded = [encode_members(p, level, [4, 9] if len(p) > 9 else []) for p in PAYLOADS]
+        encoded = [encode_members([p], level, [4, 9] if len(p) > 9 else []) for p in PAYLOADS]
         path.write_bytes(b"".join(piece for record in encoded for piece in record.pieces))
     (tmp_path / "empty.tfrecord.gz").write_bytes(EMPTY_MEMBER)
     with beam.Pipeline(options=PipelineOptions(local_flags())) as pipeline:  # type: ignore[operator]
@@ -243,7 +242,7 @@ def test_bytes_do_not_depend_on_where_igzip_lies_in_memory(level: int) -> None:
     results, all_done = list[bytes](), threading.Barrier(THREADS)
 
     def encode() -> None:
-        record = encode_members(b"voxels" + content, level, [6])
+        record = encode_members([b"voxels" + content], level, [6])
         results.append(b"".join(map(bytes, record.pieces)))
         all_done.wait()  # so that no stack is given to another thread
 

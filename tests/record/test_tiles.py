@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from beam_nifti.record.example import encode_example, encode_tensor
-from beam_nifti.record.tfrecord import TILE_BYTES
+from beam_nifti.config import RecordConfig
+from beam_nifti.record.example import encode_example, encode_tensor, encode_volume
+from beam_nifti.record.tfrecord import TILE_BYTES, encode_members
 from beam_nifti.record.tiles import Tiles, check_cuts, find_cuts, tiles_of
+from beam_nifti.volume import load_volume, rescale_volume
+from tests.images import brain, row_of, write_image
 
 axes = st.tuples(st.integers(1, 300), st.integers(1, 300), st.integers(1, 9000))
 
@@ -83,3 +88,36 @@ def _joined(examples: list[bytes]) -> bytes:
 def test_other_cuts_than_those_of_the_format_are_told() -> None:
     payload = encode_example({"image_raw": encode_tensor(np.zeros((64, 64, 64), np.float32))})
     assert len(list(check_cuts(b"", payload, [len(payload) + 16], compressed=False))) == 1
+
+
+@given(st.data())
+def test_a_record_is_the_same_however_its_example_is_divided(data: st.DataObject) -> None:
+    large = data.draw(st.booleans())
+    shape = (40, 50, 60) if large else (3, 4, 5)
+    image = np.arange(math.prod(shape), dtype=np.int16).reshape(shape)
+    payload = encode_example(
+        {"id": b"a", "image_raw": encode_tensor(image), "mask_raw": encode_tensor(image)}
+    )
+    ends = sorted(data.draw(st.lists(st.integers(0, len(payload)), max_size=5)))
+    pieces = [memoryview(payload)[a:b] for a, b in itertools.pairwise([0, *ends, len(payload)])]
+    for level in (None, 2):
+        cuts = find_cuts(payload, level is not None)
+        whole, divided = (encode_members(p, level, cuts) for p in ([payload], pieces))
+        assert b"".join(whole.pieces) == b"".join(divided.pieces)
+        assert whole.lengths == divided.lengths
+
+
+def test_the_pieces_of_a_volume_are_its_example(tmp_path: Path) -> None:
+    """They are cut where the same bytes are, they hold the volume's own memory, and they can be sent."""
+    image = write_image(tmp_path / "a.nii", brain((40, 50, 60)))
+    mask = write_image(tmp_path / "mask.nii", np.ones((40, 50, 60), np.uint16))
+    config = RecordConfig(mask_dtype="uint16")
+    row = row_of(image, other_files=(str(mask),))
+    volume = rescale_volume(load_volume(row, record=config), config)
+    pieces = encode_volume(volume)
+    payload = bytes(pieces)
+    assert len(pieces) == len(payload)
+    assert bytes(pickle.loads(pickle.dumps(pieces))) == payload
+    assert any(np.shares_memory(np.frombuffer(p, np.uint8), volume.voxels) for p in pieces.pieces)
+    for compressed in (True, False):
+        assert find_cuts(pieces, compressed) == find_cuts(payload, compressed) != []

@@ -115,7 +115,7 @@ def test_frames_are_stored_bit_equal_to_the_formula(
     if voxels.min() == voxels.max():
         return
     config = RecordConfig(frames="all")
-    data = encode_volume(rescale_volume(load_volume(row_of(path), record=config), config))
+    data = bytes(encode_volume(rescale_volume(load_volume(row_of(path), record=config), config)))
     stored = decode_tensor(decode_example(data)["image_raw"])  # type: ignore[arg-type]
     assert stored.shape == shape
     assert stored.tobytes() == (rescaled(values_of(path)) + np.float32(0)).tobytes()

@@ -230,7 +230,7 @@ def test_any_file_is_a_right_record_or_a_clean_refusal(tmp_path: Path) -> None:
         try:
             with bounds(size):
                 volume = rescale_volume(load_volume(row_of(path), record=CONFIG), CONFIG)
-                record = encode_volume(volume)
+                record = bytes(encode_volume(volume))
         except VolumeError as e:
             message = str(e)
             assert message.startswith(f"{path}: ")

@@ -188,11 +188,11 @@ def test_tensors_of_the_dtypes_are_those_of_tensorflow(tmp_path: Path, dtype: st
 
 def test_a_record_says_what_became_0_and_1_where_its_range_does_not(tmp_path: Path) -> None:
     plain = rescaled(tmp_path / "a.nii", brain())
-    assert not {"rescale_low", "rescale_high"} & decode_example(encode_volume(plain)).keys()
+    assert not {"rescale_low", "rescale_high"} & decode_example(bytes(encode_volume(plain))).keys()
     assert IndexEntry.of(plain).rescale_ranges == ()
     for options in METHODS:
         volume = rescaled(tmp_path / "a.nii", brain(), **options)
-        features = decode_example(encode_volume(volume))
+        features = decode_example(bytes(encode_volume(volume)))
         found = [np.frombuffer(features[n], "<f8")[0] for n in ("rescale_low", "rescale_high")]
         assert found == [volume.rescale_ranges[0].low, volume.rescale_ranges[0].high]
         assert IndexEntry.of(volume).rescale_ranges == volume.rescale_ranges

@@ -261,7 +261,7 @@ def test_a_mask_elsewhere_is_refused_by_its_header(tmp_path: Path) -> None:
 def test_uint16_masks(tmp_path: Path) -> None:
     mask = labels().astype(np.int32) * 20000
     volume = load(tmp_path, mask, RecordConfig(mask_dtype="uint16"))
-    features = decode_example(encode_volume(rescale_volume(volume, RecordConfig(mask_dtype="uint16"))))
+    features = decode_example(bytes(encode_volume(rescale_volume(volume, RecordConfig(mask_dtype="uint16")))))
     stored = decode_tensor(features["mask_raw"])  # type: ignore[arg-type]
     assert stored.dtype == np.uint16
     assert np.array_equal(stored, mask)
