@@ -138,7 +138,7 @@ class Conversion:
         return replace(name, revision=0)
 
     def refuse_rebuilt(self) -> None:
-        """Discard what was converted if the dataset has been replaced meanwhile.
+        """Discard what is not published if the dataset has been replaced meanwhile.
 
         Raises:
             OutputBusyError: it has been.
@@ -148,9 +148,10 @@ class Conversion:
         except DatasetError:
             is_same = False
         if not is_same:
-            saved = SavedWrite.read(self.output)
-            remove_files(self.output, saved.written if saved else (), keep=())
-            SavedPlan.remove(self.output)
+            if find_info(self.output) is None:
+                saved = SavedWrite.read(self.output)
+                remove_files(self.output, saved.written if saved else (), keep=())
+                SavedPlan.remove(self.output)
             raise OutputBusyError(
                 f"{self.old}: was rebuilt while it was converted; give the same command again"
             )

@@ -447,6 +447,14 @@ def test_a_dataset_that_is_rebuilt_meanwhile_is_no_damage(old: Path, tmp_path: P
     assert convert(old, new) == 0
 
 
+def test_what_is_published_stays_if_the_old_dataset_is_rebuilt(old: Path, tmp_path: Path) -> None:
+    conversion = Conversion.of(str(old), str(tmp_path / "new"))
+    convert_dataset(conversion)
+    edit_info(old, lambda facts: facts.update(revision=2))
+    with unchanged(tmp_path / "new"), pytest.raises(OutputBusyError):
+        convert_dataset(conversion)
+
+
 # What is refused
 
 
