@@ -215,7 +215,9 @@ class Conversion:
             return None
         expected = {**self._making, "num_bytes": str(limits.data_bytes)}
         is_same = expected.items() <= facts.items() and table.num_rows == shard.num_examples
-        return describe_shard(self.output, name, shard.num_examples, facts) if is_same and is_usable else None
+        if not (is_same and is_usable and "sha256" in facts):
+            return None
+        return describe_shard(self.output, name, shard.num_examples, facts)
 
     @property
     def _making(self) -> dict[str, str]:
@@ -225,7 +227,8 @@ class Conversion:
     def writing(self, shard: ShardInfo, columns: Sequence[str]) -> Iterator[ShardWriter]:
         """Write a shard, which appears at the end of the block; `columns` are those of its old index."""
         name = self.name_of(shard)
-        storage.delete(storage.join(self.output, name.index_file), self.output)  # of a file that is gone
+        # An index that was not kept does not describe the file to come.
+        storage.delete(storage.join(self.output, name.index_file), self.output)
         path = storage.join(self.output, str(name))
         known = schema_of(self.source.record_config).names
         schema = schema_of(self.config)
@@ -275,9 +278,8 @@ class Conversion:
             publish_info(info, output)
         if saved := SavedWrite.read(output):
             clean_up(output, saved, info)
-        storage.delete_folder(
-            storage.join(output, BUILD_FOLDER), output
-        )  # of a run that was killed before this
+        # A run that was killed here has left it empty.
+        storage.delete_folder(storage.join(output, BUILD_FOLDER), output)
         return info
 
 

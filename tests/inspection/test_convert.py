@@ -22,6 +22,8 @@ from beam_nifti.inspection.convert import convert_dataset
 from beam_nifti.pipeline import lock, write
 from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.record import versions
+from beam_nifti.record.index import read_index, write_index
+from beam_nifti.support.outcomes import INTERRUPTED
 from tests.build_helpers import build as build_again
 from tests.build_helpers import contents, fork_server, make_options, snapshot, stray_files, watching
 from tests.datasets import (
@@ -332,6 +334,19 @@ def test_finished_shards_of_other_versions_are_converted_again(
         assert json.loads(facts[b"versions"])[-1]["isal"] == "9.9"
 
 
+def test_a_shard_whose_index_says_less_is_converted_again(old: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    damage(old, 3)
+    with pytest.raises(DatasetError):
+        convert(old, new)
+    repair(old, 3)
+    index = new / info_of(old).shards[0].index
+    table, facts = read_index(str(index))
+    write_index(str(index), table, {name: fact for name, fact in facts.items() if name != "sha256"})
+    assert convert(old, new) == 5
+    assert bn.verify(new)
+
+
 def test_a_second_run_changes_nothing(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = tmp_path / "new"
     assert convert(old, new, workers=3) == 0
@@ -556,6 +571,23 @@ def test_the_command(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     damage(old, 0)
     assert cli.main(["convert", str(old), str(tmp_path / "other"), "--quiet"]) == cli.FAILED
     assert "record 1 (sub-0001)" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_continues(
+    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(old), str(tmp_path / "new"), "--workers=1", "--quiet"]
+    last = str(old / info_of(old).shards[3].name)
+
+    def interrupt(path: str) -> None:
+        if path == last:
+            raise KeyboardInterrupt
+
+    with watching(interrupt):
+        assert cli.main(command) == INTERRUPTED
+    assert "the same command continues where it stopped" in capsys.readouterr().err
+    assert cli.main(command) == cli.SUCCESS
+    assert capsys.readouterr().out.startswith("kept     8 examples of an earlier run\n")
 
 
 def test_an_object_store_is_read_and_written(old: Path, tmp_path: Path) -> None:
