@@ -16,7 +16,7 @@ import pytest
 
 import beam_nifti as bn
 from beam_nifti.cli import main as cli
-from beam_nifti.config import Columns, RecordConfig
+from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.inspection.convert import convert_dataset
 from beam_nifti.pipeline import lock, write
@@ -365,6 +365,19 @@ def test_workers_do_not_change_the_bytes(old: Path, tmp_path: Path) -> None:
         bn.convert(old, tmp_path / "0", workers=0, progress=False)
 
 
+def test_memory_does_not_grow_with_a_shard(tmp_path: Path) -> None:
+    manifest, peaks = write_cohort(tmp_path / "images", 10, shape=(96, 96, 96)), list[int]()
+    lines = manifest.read_text().splitlines(keepends=True)
+    for count in (2, 10):
+        manifest.write_text("".join(lines[: count + 1]))
+        old, new = tmp_path / f"old-{count}", tmp_path / f"new-{count}"
+        build_dataset(manifest, old, RecordConfig(**VERSION_1), sharding=Sharding(num_shards=1))
+        ended = fork_server().run("convert", old=str(old), output=str(new), workers=1)
+        assert ended.status == 0, ended.result
+        peaks.append(ended.peak_bytes)
+    assert peaks[1] - peaks[0] < 12 << 20  # the further records are 28 MB
+
+
 # Damage
 
 
@@ -527,6 +540,15 @@ def test_an_unfinished_build_stays(old: Path, tmp_path: Path, name: str) -> None
     (new / name).write_text("{}")
     with unchanged(new), pytest.raises(OutputError, match="unfinished"):
         bn.convert(old, new, progress=False)
+
+
+def test_links_in_an_output_are_not_followed(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/index").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="symbolic link"):
+        bn.convert(old, tmp_path / "new", progress=False)
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_one_conversion_at_a_time(old: Path, tmp_path: Path) -> None:
