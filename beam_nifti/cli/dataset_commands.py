@@ -64,6 +64,7 @@ def convert(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
         fingerprint=info.config["fingerprint"],
         num_examples=info.num_examples,
         num_failed=info.num_failures,
+        failures_path=storage.join(output, info.failures) if info.failures else None,
         num_shards=len(info.shards),
         num_bytes=info.num_bytes,
     )
@@ -75,8 +76,7 @@ def convert(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             f"{bytes_text(info.num_bytes)}: {output}"
         )
         if info.failures:
-            path = storage.join(output, info.failures)
-            print_line(f"failed   {counted(info.num_failures, 'volume')}, listed in {path}")
+            print_line(f"failed   {counted(info.num_failures, 'volume')}, listed in {run.failures_path}")
         call = info.loading_call(output, batch_size=8)
         print_line(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
     return SUCCESS

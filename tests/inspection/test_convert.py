@@ -586,6 +586,7 @@ def test_the_command(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [facts[f"num_{what}"] for what in ("volumes", "examples", "kept", "failed", "shards")] == [
         *(11, 11, 0, 1, 4),
     ]
+    assert facts["failures_path"] == str(new / "failures.jsonl")
     assert facts["fingerprint"] == info_of(new).config["fingerprint"] != info_of(old).config["fingerprint"]
     assert cli.main(command) == cli.SUCCESS
     assert capsys.readouterr().out.splitlines()[0] == "kept     11 examples of an earlier run"
