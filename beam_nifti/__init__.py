@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beam_nifti.api import build as build
     from beam_nifti.api import check as check
+    from beam_nifti.api import convert as convert
     from beam_nifti.api import diff as diff
     from beam_nifti.api import extract as extract
     from beam_nifti.api import inspect as inspect
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_IN = {
-    "api": "build check diff extract inspect report verify",
+    "api": "build check convert diff extract inspect report verify",
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",

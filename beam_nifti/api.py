@@ -285,6 +285,50 @@ def verify(
 
 
 @_in_python
+def convert(
+    old: Path,
+    output: Path,
+    *,
+    workers: SupportsIndex | None = None,
+    progress: bool | Watcher = True,
+) -> DatasetInfo:
+    """Convert a dataset of an earlier format to the current one, without its images.
+
+    Records keep their bytes, their order and their shards. They are cut so that patches can be read without
+    the rest, and every byte is checked. The same call continues an interrupted conversion.
+
+    Args:
+        old: folder or URL of the dataset, which is not changed.
+        output: folder or URL of the converted dataset.
+        workers: number of threads, each of which converts one shard at a time. Default: all cores.
+        progress: same as for `build`.
+
+    Returns:
+        The converted dataset.
+
+    Raises:
+        UsageError: the dataset has the current format, or one folder is in the other.
+        DatasetError: there is no complete dataset, or it is damaged.
+        OutputError: the output holds something else, cannot be written, or is being written.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.inspection.convert import convert_dataset
+    from beam_nifti.pipeline.conversion import Conversion
+    from beam_nifti.pipeline.options import read_integer
+    from beam_nifti.pipeline.progress import no_progress, show_progress
+
+    watcher = _watcher(progress)
+    num_workers = count_cores() if workers is None else read_integer("--workers", workers)
+    conversion = Conversion.of(_dataset(old, "old"), _dataset(output, "output"))
+    total = conversion.source.num_examples
+    watcher.on_dataset(conversion.source)
+    with show_progress(total, unit="record") if watcher.has_progress else no_progress():
+        info, num_kept = convert_dataset(conversion, num_workers)
+    watcher.on_kept(num_kept)
+    return info
+
+
+@_in_python
 def inspect(dataset: Path, record: str | None = None) -> Description:
     """Describe a dataset or one of its records, from dataset_info.json and the indexes.
 
@@ -422,6 +466,10 @@ class _LogWatcher(Watcher):
         kept = reuse.num_published + reuse.num_unfinished if reuse else 0
         built = reuse.num_rebuilt if reuse else plan.num_examples
         logs.LOGGER.info("would keep %d and build %d examples", kept, built)
+
+    def on_kept(self, num_examples: int) -> None:
+        """Log it."""
+        logs.LOGGER.info("kept %d examples of an earlier run", num_examples)
 
     def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
         """Log what was done."""

@@ -24,7 +24,7 @@ FORMAT_VERSION: Final = 2
 FORMAT_FEATURES: Final = ("sources", "digests", "members", "positions")
 """Names of the features of this version that a reader must know. dataset_info.json lists them."""
 
-OPTIONAL_FEATURES: Final = ("members", "positions")
+OPTIONAL_FEATURES: Final = ("sources", "members", "positions")
 """Those that a dataset of this version may lack."""
 CONTENT_REVISION: Final = 1
 """Increases when the same options give different records than before, beyond rounding. Builds do not add to
@@ -282,6 +282,11 @@ class RecordConfig:
                 f"--clip cannot be used with --rescale {self.rescale}, only with percentile, window, or "
                 "minmax with --rescale-within; drop it"
             )
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether the index says what each file of an example was, and not only their sum and mean."""
+        return self.format_version > 1 and "sources" in self.format_features
 
     @property
     def has_members(self) -> bool:

@@ -32,7 +32,9 @@ from apache_beam.transforms.core import _MultiParDo
 
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import BuildSummary
+from beam_nifti.inspection.convert import convert_dataset
 from beam_nifti.pipeline.build import open_build, run_build
+from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.pipeline.merge import ShardMerge
 from beam_nifti.pipeline.options import OPTIONS
 from beam_nifti.pipeline.options import make_config as combine
@@ -479,6 +481,11 @@ def write_arrays(
         elements | WriteToTFRecord(str(output), **{"examples_per_shard": PER_SHARD, **arguments})
 
 
+def _convert_task(old: str, output: str, workers: int) -> int:
+    """Convert a dataset; how many records were there already."""
+    return convert_dataset(Conversion.of(old, output), workers)[1]
+
+
 def _write_large_task(output: str, count: int) -> None:
     """Write records of a megabyte each."""
     image = random_voxels((64, 64, 64), "float32")
@@ -490,6 +497,7 @@ def _write_large_task(output: str, count: int) -> None:
 
 _TASKS: Mapping[str, Callable[..., Any]] = {
     "build": _build_task,
+    "convert": _convert_task,
     "merge": _merge_task,
     "write": write_arrays,
     "write_large": _write_large_task,

@@ -53,6 +53,35 @@ def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     return SUCCESS if report.ok else FAILED
 
 
+def convert(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    """`beam-nifti convert`."""
+    forget_earlier(options)
+    run.output = output = storage.absolute(options.output)
+    info = api.convert(
+        options.old, options.output, workers=options.workers, progress=CommandWatcher(run, options)
+    )
+    run.know(
+        fingerprint=info.config["fingerprint"],
+        num_examples=info.num_examples,
+        num_failed=info.num_failures,
+        failures_path=storage.join(output, info.failures) if info.failures else None,
+        num_shards=len(info.shards),
+        num_bytes=info.num_bytes,
+    )
+    with while_read():
+        if run.num_kept:
+            print_line(f"kept     {counted(run.num_kept, 'example')} of an earlier run")
+        print_line(
+            f"dataset  {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
+            f"{bytes_text(info.num_bytes)}: {output}"
+        )
+        if info.failures:
+            print_line(f"failed   {counted(info.num_failures, 'volume')}, listed in {run.failures_path}")
+        call = info.loading_call(output, batch_size=8)
+        print_line(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
+    return SUCCESS
+
+
 def inspect(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     """`beam-nifti inspect`."""
     description = api.inspect(options.output, options.record)

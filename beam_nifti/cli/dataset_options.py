@@ -51,6 +51,16 @@ A build does not update these files: run the command again after a build that ch
 
 """
 
+_CONVERT_EXAMPLES = """\
+examples:
+  beam-nifti convert cohort/dataset cohort/converted
+  beam-nifti convert gs://lab/dataset gs://lab/converted --workers 8
+
+The images are not needed. Records keep their bytes, their order and their shards, and every byte is checked.
+OLD is not changed. The same command continues a conversion that was interrupted.
+
+"""
+
 _REPORT_EXAMPLES = """\
 examples:
   beam-nifti report cohort/dataset
@@ -65,6 +75,7 @@ If a shard or a record is damaged, the page is still written, and the exit code 
 def add_commands(commands: Commands) -> None:
     """Add these commands."""
     _add_verify(commands)
+    _add_convert(commands)
     _add_inspect(commands)
     _add_diff(commands)
     _add_extract(commands)
@@ -103,6 +114,20 @@ def _add_verify(commands: Commands) -> None:
     add_workers(verify)
     add_quiet(verify)
     add_summary(verify)
+
+
+def _add_convert(commands: Commands) -> None:
+    convert = add_command(
+        commands,
+        "convert",
+        "convert a dataset of an earlier format to the current one, without its images",
+        _CONVERT_EXAMPLES,
+    )
+    convert.add_argument("old", metavar="OLD", help="folder or URL of the dataset to convert")
+    convert.add_argument("output", metavar="OUTPUT", help="folder or URL of the converted dataset")
+    add_workers(convert, "; each converts one shard at a time")
+    add_quiet(convert)
+    add_summary(convert)
 
 
 def _add_inspect(commands: Commands) -> None:

@@ -96,6 +96,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         "check": build_commands.check,
         "build": build_commands.build,
         "verify": dataset_commands.verify,
+        "convert": dataset_commands.convert,
         "inspect": dataset_commands.inspect,
         "diff": dataset_commands.diff,
         "extract": dataset_commands.extract,
@@ -120,7 +121,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         run.fail(e)
         if sys.stderr.isatty():
             print(file=sys.stderr)  # after ^C
-        again = "continues where it stopped" if options.command == "build" else "starts over"
+        again = "continues where it stopped" if options.command in ("build", "convert") else "starts over"
         logs.LOGGER.warning("stopped; the same command %s", again)
         return INTERRUPTED
 

@@ -83,6 +83,10 @@ class CommandWatcher(Watcher):
         self.estimate = estimate
         self.run.know(num_shards=plan.num_shards, num_bytes=estimate.num_bytes)
 
+    def on_kept(self, num_examples: int) -> None:
+        """Note it."""
+        self.run.num_kept = num_examples
+
     def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
         """Note how a build has ended."""
         self.summary = summary

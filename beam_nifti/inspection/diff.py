@@ -76,12 +76,12 @@ class Difference:
 def compare_datasets(before: str, after: str) -> Difference:
     """Compare two datasets by dataset_info.json and the indexes, without reading a shard.
 
-    If their format versions differ, sizes of files are compared, but not their times.
+    If only one keeps what each file of an example was, sizes of files are compared, but not their times.
     """
     before, after = storage.absolute(before), storage.absolute(after)
     (old_info, old), (new_info, new) = _read(before), _read(after)
-    if old_info.format_version != new_info.format_version:
-        # What only the later version stores is not a difference in the data.
+    if old_info.record_config.has_sources != new_info.record_config.has_sources:
+        # What only the later format stores is not a difference in the data.
         old, new = comparable_sources(old), comparable_sources(new)
     old_ids, new_ids = old["example_id"], new["example_id"]
     at = pc.index_in(new_ids, value_set=old_ids)

@@ -376,7 +376,7 @@ def check_source(
                 yield f"the index says {name} {said:g}, {image} has {found:g}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
         yield f"the index says dtype {cells['dtype']}, its image has {volume.dtype}; {_REMAKE}"
-    if config.format_version == 1:
+    if not config.has_sources:
         return
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):
         if not np.array_equal(cells[name], has, equal_nan=True):

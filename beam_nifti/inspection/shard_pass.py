@@ -88,6 +88,7 @@ class ShardPass:
         numbers: of their rows in the manifest.
         mask_labels: those of their masks.
         versions: of the software that wrote them, according to the index.
+        columns: names of the columns of the index.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class ShardPass:
         self.numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
+        self.columns: list[str] = []
 
     def take(self) -> StoredRecord | None:
         """The next record; None at the end."""
@@ -162,6 +164,7 @@ class ShardPass:
             self._tell(shard.index, f"has {table.num_rows} rows, {said}")
         for problem in check_people(table) if self._spec.ids_of_people else ():
             self._tell(shard.index, f"{problem}; {_RESTORE}")
+        self.columns = table.column_names
         self.rows = index_rows(table, self._split, self._record, self._cells)
         self.numbers = table["row"].drop_null().to_numpy()
         if self._record.mask_dtype is not None:

@@ -72,10 +72,10 @@ if TYPE_CHECKING:
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
 
-_VERSION_1: Final = (
-    "%s: the dataset has format version 1 and keeps it. Version 1 records only the total size and the mean "
-    "time of an example's files, so swapping two files may go unnoticed; if you swap files, build with "
-    "--recheck. To convert the dataset to the current version, build once with --overwrite"
+_NO_SOURCES: Final = (
+    "%s: the dataset %s. Version 1 records only the total size and the mean time of an example's files, so "
+    "swapping two files may go unnoticed; if you swap files, build with --recheck. To record every file, "
+    "build once with --overwrite"
 )
 
 
@@ -280,8 +280,10 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
     )
     if published and keeps_published:
         _refuse_other(published, dead, plan, manifest)
-        if published.format_version == 1:
-            logs.LOGGER.warning(_VERSION_1, config.output)
+        if not config.record.has_sources:
+            is_first = published.format_version == 1
+            what = "has format version 1 and keeps it" if is_first else "was converted from format version 1"
+            logs.LOGGER.warning(_NO_SOURCES, config.output, what)
     now = plan.describe()
     if dead and inputs.config.sharding is None:  # nobody has asked for the shards that are planned
         now = replace(now, config={**now.config, "sharding": dead.info.config["sharding"]})

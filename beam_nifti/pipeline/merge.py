@@ -90,7 +90,7 @@ class ShardMerge:
             if part.data.endswith(PART_ENDING) and part.data not in records.shared:
                 storage.delete(part.index, part.base)
                 storage.delete(part.data, part.base)
-        return _describe(self.output, name, len(self.expected), facts)
+        return describe_shard(self.output, name, len(self.expected), facts)
 
     def _at(self, name: ShardName) -> Part:
         return Part(storage.join(self.output, str(name)), storage.join(self.output, name.index_file))
@@ -140,10 +140,10 @@ def write_shard(
     facts = {"fingerprint": fingerprint, **versions_fact()}
     facts |= _write_shard(target, output, records, None, {}, name.compressed)
     write_index(target.index, _placed(records), facts, output)
-    return _describe(output, name, table.num_rows, facts)
+    return describe_shard(output, name, table.num_rows, facts)
 
 
-def _describe(output: str, name: ShardName, num_examples: int, facts: dict[str, str]) -> ShardInfo:
+def describe_shard(output: str, name: ShardName, num_examples: int, facts: dict[str, str]) -> ShardInfo:
     """A shard whose file and index are written."""
     index = storage.read(storage.join(output, name.index_file), output)
     return ShardInfo(

@@ -62,6 +62,9 @@ class Watcher:
     def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
         """Called at the end of a dry run."""
 
+    def on_kept(self, num_examples: int) -> None:
+        """Called when a conversion has ended, with how many of its examples an earlier run had finished."""
+
     def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
         """Called when a build has ended, published or not."""
 

@@ -65,8 +65,8 @@ SOURCE_LISTS: Final = ("source_sizes", "source_mtimes", "source_versions")
 
 _SOURCE_SCHEMA: Final = pa.schema([field for field in SCHEMA if field.name.startswith("source_")])
 _SOURCE_SCHEMA_1: Final = pa.schema([("source_size", pa.int64()), ("source_mtime", pa.float64())])
-"""What stands in their place in format version 1: the sum of all sizes, and the mean of the images' times,
-that of a pair being the mean of its two."""
+"""What stands in their place in format version 1 and in what was converted from it: the sum of all sizes, and
+the mean of the images' times, that of a pair being the mean of its two."""
 
 _MEMBERS_SCHEMA: Final = pa.schema([("member_lengths", pa.list_(pa.uint32()))])
 """Columns that stand between them where records are cut; each record's members, which make up its length."""
@@ -221,7 +221,7 @@ def file_cells(
     """The part of an index row by which a change of one of its files is noticed."""
     files = list(itertools.chain.from_iterable(images))
     sizes = [file.size for file in files]
-    if record.format_version == 1:
+    if not record.has_sources:
         mtimes = [sum(file.mtime for file in image) / len(image) for image in images]
         return {"source_size": sum(sizes), "source_mtime": sum(mtimes) / len(mtimes)}
     mtimes = [file.mtime for file in files]
@@ -330,7 +330,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
     fields = [*SCHEMA, *(_MEMBERS_SCHEMA if record.has_members else ())]
     fields += _SCALING_SCHEMA if record.has_members and record.voxel_dtype == "native" else ()
     fields += _RANGE_SCHEMA if record.has_range else ()
-    if record.format_version == 1:
+    if not record.has_sources:
         at = SCHEMA.get_field_index("source_sizes")
         fields[at : at + len(_SOURCE_SCHEMA)] = _SOURCE_SCHEMA_1
     if record.channels is not None:
@@ -342,7 +342,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
 
 
 def comparable_sources(table: pa.Table) -> pa.Table:
-    """The index with what format versions 1 and 2 both say of an example's files: the sum of their sizes."""
+    """The index with what it says of an example's files in every format: the sum of their sizes."""
     sizes = "source_sizes" if "source_sizes" in table.column_names else "source_size"
     sums = [np.sum(cell) for cell in table[sizes].to_pylist()]
     of_files = {*_SOURCE_SCHEMA.names, *_SOURCE_SCHEMA_1.names}

@@ -108,7 +108,7 @@ def encode_record(example: bytes | ExamplePieces, level: int | None, *, whole: b
         whole: whether it is not cut, as in format version 1.
     """
     cuts = [] if whole else find_cuts(example, level is not None)
-    return encode_members((example,) if isinstance(example, bytes) else example.pieces, level, cuts)
+    return encode_members(example.pieces if isinstance(example, ExamplePieces) else (example,), level, cuts)
 
 
 def find_cuts(example: bytes | ExamplePieces, compressed: bool) -> list[int]:
@@ -123,7 +123,9 @@ def find_cuts(example: bytes | ExamplePieces, compressed: bool) -> list[int]:
         its image.
     """
     cuts = list[int]()
-    for start, shape, itemsize in _tensors_in(example) if isinstance(example, bytes) else example.tensors:
+    for start, shape, itemsize in (
+        example.tensors if isinstance(example, ExamplePieces) else _tensors_in(example)
+    ):
         if (tiles := Tiles.of(shape, itemsize, compressed=compressed)) is not None:
             cuts += itertools.accumulate(tiles.sizes(), initial=start)
     return cuts if cuts == sorted(cuts) else []

@@ -102,6 +102,11 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--quiet": "cli/test_monitoring.py::test_a_log_gets_lines_of_progress",
         "--summary-json": ["ended.json"],
     },
+    "convert": {
+        "--workers": "inspection/test_convert.py::test_workers_do_not_change_the_bytes",
+        "--quiet": "inspection/test_convert.py::test_the_command",
+        "--summary-json": "inspection/test_convert.py::test_the_command",
+    },
     "inspect": {"--record": ["a"], "--json": [""]},
     "diff": {"--json": [""]},
     "extract": {"--id": ["b"], "--out": ["x.nii"], "--mask": [""], "--overwrite": ["", "--out=old.nii"]},

@@ -12,6 +12,7 @@ import pytest
 
 from beam_nifti.errors import DatasetError
 from beam_nifti.random_access import Dataset
+from beam_nifti.record.example import decode_tensor
 from tests.build_helpers import build
 from tests.images import write_cohort
 
@@ -64,6 +65,21 @@ def test_an_error_of_a_worker_names_the_record(tmp_path: Path) -> None:
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(DatasetError, match=r"record 'sub-0000', number 0 from 0, cannot be read"):
         batches(records, "fork")
+
+
+def test_the_package_tfrecord_reads_records_of_several_members(tmp_path: Path) -> None:
+    from tfrecord.torch.dataset import TFRecordDataset
+
+    build(write_cohort(tmp_path / "cohort", 3, shape=(64, 48, 40)), tmp_path / "out", num_shards=1)
+    records = Dataset(tmp_path / "out")
+    assert min(map(len, records.index(["member_lengths"])["member_lengths"].to_pylist())) > 3
+    (shard,) = (tmp_path / "out").glob("*.tfrecord.gz")
+    features = {"image_raw": "byte", "label": "float", "id": "byte"}
+    found = list(TFRecordDataset(str(shard), None, features, compression_type="gzip"))
+    assert [bytes(example["id"]).decode() for example in found] == records.ids
+    assert [example["label"][0] for example in found] == [element["label"] for element in records]
+    images = [decode_tensor(bytes(example["image_raw"])) for example in found]
+    assert all(np.array_equal(a, b["image"][..., 0]) for a, b in zip(images, records, strict=True))
 
 
 def test_the_example_runs(dataset: Path) -> None:

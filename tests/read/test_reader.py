@@ -12,6 +12,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from beam_nifti.config import BuildConfig, RecordConfig, Sharding
@@ -113,6 +114,19 @@ def test_the_original_procedure_reads_the_output(dataset: str, cohort: Path) -> 
     assert labels(batches) == list(range(12))
     parsed = [x for batch, _ in batches for x in batch.numpy()[..., 0]]
     assert bits(parsed) == bits(preprocessed(cohort))
+
+
+def test_the_original_procedure_reads_records_of_several_members(build: Build, tmp_path: Path) -> None:
+    shape = (64, 48, 40)
+    manifest = write_cohort(tmp_path / "cohort", 3, shape=shape)
+    dataset = build(manifest, Sharding(num_shards=1))
+    index = pq.read_table(f"{dataset}/index/train-00000-of-00001.parquet")
+    assert min(map(len, index["member_lengths"].to_pylist())) > 3
+    batches = list(original_reader(f"{dataset}/train-*.tfrecord.gz", 2))
+    assert [x.shape for x, _ in batches] == [(2, *shape, 1), (1, *shape, 1)]
+    assert labels(batches) == [0, 1, 2]
+    parsed = [x for batch, _ in batches for x in batch.numpy()[..., 0]]
+    assert bits(parsed) == bits(preprocessed(manifest))
 
 
 def test_beam_reads_the_output(dataset: str) -> None:
