@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -525,6 +526,8 @@ def _run_task(order: Mapping[str, Any], report: int) -> None:
 
 
 def _serve() -> None:
+    gc.collect()
+    gc.freeze()  # a collection in a forked process would copy the pages of all that was imported
     answers = os.fdopen(os.dup(1), "w")  # what a task prints must not come between the answers
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,24 @@ from tests.images import write_cohort
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.register_profile("nightly", deadline=None, database=None, max_examples=10_000)
 settings.load_profile("suite")
+
+
+SLOW = 40
+"""Of how many other tests a slow one takes the time."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist keep the order of files; its own is by how many tests each has."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take longest first, so that no worker is alone with one at the end."""
+    times = Counter[Path]()
+    for item in items:
+        times[item.path] += SLOW if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -times[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -38,8 +57,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     from beam_nifti.cli import main as cli
 
     def command(*arguments: object, code: int = 0) -> str:
-        quiet = [] if arguments[0] == "inspect" else ["--quiet"]
-        status = cli.main([*map(str, arguments), *quiet])
+        name, *rest = map(str, arguments)
+        quiet = [] if name == "inspect" else ["--quiet"]
+        workers = ["--workers=1"] if name == "build" else []  # starts sooner than as many as cores
+        status = cli.main([name, *workers, *rest, *quiet])
         captured = capsys.readouterr()
         assert status == code, captured
         return captured.out + captured.err

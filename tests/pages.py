@@ -264,7 +264,13 @@ def _start_with_dataset(folder: Path) -> None:
     _start_with_cohort(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         code = cli.main(
-            ["build", str(folder / "cohort/manifest.tsv"), str(folder / "cohort/dataset"), "--quiet"]
+            [
+                "build",
+                str(folder / "cohort/manifest.tsv"),
+                str(folder / "cohort/dataset"),
+                "--quiet",
+                "--workers=1",
+            ]
         )
     assert code == 0
 

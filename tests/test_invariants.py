@@ -240,6 +240,7 @@ def test_collections_are_joined_only_where_they_have_one_coder(tmp_path: Path, s
 # 3: memory
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
     shape, megabyte = (64, 64, 64), 1 << 20  # float32: one megabyte
     names = [f"image-{i}.nii" for i in range(4)]

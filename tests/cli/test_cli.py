@@ -41,7 +41,7 @@ def built(cohort: Path, tmp_path: Path) -> Callable[..., Path]:
     """Build the cohort of twelve with some flags: `built("--num-shards=2")` -> the dataset."""
 
     def run(*flags: str, output: str = "out", code: int = cli.SUCCESS) -> Path:
-        assert cli.main(["build", str(cohort), str(tmp_path / output), "--workers=2", *flags]) == code
+        assert cli.main(["build", str(cohort), str(tmp_path / output), "--workers=1", *flags]) == code
         return tmp_path / output
 
     return run

@@ -438,7 +438,7 @@ assert manifest.rows([count - 1])[0].participant_id == f"sub-{count - 1:07d}"
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_many_rows_take_a_bounded_memory(tmp_path: Path, suffix: str) -> None:
-    few, many = 1_000, 201_000
+    few, many = 1_000, 121_000
     peaks = [peak_mib(_READ_MANY, write_many(tmp_path / f"{n}.{suffix}", n), n) for n in (few, many)]
     # A row has 68 bytes of text, and one of Python objects would take a kilobyte and more.
     assert (peaks[1] - peaks[0]) * (1 << 20) / (many - few) < 600

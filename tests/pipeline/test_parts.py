@@ -364,6 +364,7 @@ def test_a_part_that_is_published_twice_leaves_nothing(place: Place) -> None:
     assert not list(place.output.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_replaced", [True, False])
 def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path, is_replaced: bool) -> None:
     """Two parts; or a shard, and a part that is to go into its middle."""
@@ -389,12 +390,14 @@ def test_a_merge_killed_at_any_moment_loses_nothing(tmp_path: Path, is_replaced:
             count=COUNT,
         )
 
-    place, parts = prepare(tmp_path / "undisturbed")
+    place, parts = prepare(tmp_path)
+    shutil.copytree(place.output, tmp_path / "prepared")
     undisturbed = merge(place, parts)
     place.check()
     assert undisturbed.operations > 8
     for kill_at in range(1, undisturbed.operations + 1):
-        place, parts = prepare(tmp_path / str(kill_at))
+        shutil.rmtree(place.output)
+        shutil.copytree(tmp_path / "prepared", place.output)
         assert merge(place, parts, kill_at).was_killed
         shutil.copytree(place.output, tmp_path / "left")
         # The next run merges what it finds.

@@ -47,6 +47,7 @@ def test_each_revision_has_a_list_of_failures_of_its_own(manifest: Path, tmp_pat
     assert stray_files(output) == set()
 
 
+@pytest.mark.slow
 def test_a_rebuild_killed_at_any_moment_of_publishing_leaves_a_sound_dataset(
     manifest: Path, tmp_path: Path
 ) -> None:

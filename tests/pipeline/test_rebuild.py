@@ -328,20 +328,27 @@ def test_a_dataset_that_was_replaced_can_be_appended_to(
 CHANGES = {"append": {}, "overwrite": {"overwrite": True, "rescale": "none"}}
 
 
+@pytest.fixture(scope="module", params=CHANGES)
+def undisturbed(
+    request: pytest.FixtureRequest, images: Path, built: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, int]:
+    """A change, the dataset after it, and how many operations on files it took."""
+    output = shutil.copytree(built, tmp_path_factory.mktemp("undisturbed") / "dataset")
+    ended = build_apart(images / "manifest.tsv", output, **CHANGES[request.param])
+    return request.param, output, ended.operations
+
+
 @pytest.mark.parametrize("share", [0.1, 0.45, 0.7, 0.85, 0.93, 0.98])
-@pytest.mark.parametrize("change", CHANGES)
 def test_the_old_dataset_is_intact_until_the_new_one_is_complete(
-    images: Path, output: Path, built: Path, tmp_path: Path, change: str, share: float
+    images: Path, output: Path, built: Path, undisturbed: tuple[str, Path, int], share: float
 ) -> None:
+    change, whole, operations = undisturbed
     changes, manifest = CHANGES[change], images / "manifest.tsv"
-    old = contents(built)
-    undisturbed = Path(shutil.copytree(output, tmp_path / "undisturbed"))
-    operations = build_apart(manifest, undisturbed, **changes).operations
-    new = contents(undisturbed)
+    old, new = contents(built), contents(whole)
     assert build_apart(manifest, output, round(share * operations), **changes).was_killed
     assert contents(output) in (old, new)
     build_apart(manifest, output, **changes)
-    assert_complete(output, undisturbed)
+    assert_complete(output, whole)
 
 
 def test_the_old_dataset_can_be_read_while_its_rebuild_is_planned_and_dropped(

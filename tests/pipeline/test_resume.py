@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_a_killed_build_continues(
     assert_complete(output, reference)
 
 
+@pytest.mark.slow
 def test_a_build_killed_again_and_again_ends_well(manifest: Path, reference: Path, tmp_path: Path) -> None:
     output, rng = tmp_path / "out", random.Random(0)
     kills = 0
@@ -186,12 +188,44 @@ def break_images(folder: Path) -> None:
     (folder / name_of(23)).write_bytes(b"not an image" * 100)
 
 
+def break_copy(manifest: Path, folder: Path) -> Path:
+    """A copy of the cohort with six broken images."""
+    shutil.copytree(manifest.parent, folder)
+    break_images(folder)
+    return folder / manifest.name
+
+
 @pytest.fixture
 def broken(manifest: Path, tmp_path: Path) -> Path:
-    """A copy of the cohort with six broken images."""
-    shutil.copytree(manifest.parent, tmp_path / "cohort")
-    break_images(tmp_path / "cohort")
-    return tmp_path / "cohort" / manifest.name
+    return break_copy(manifest, tmp_path / "cohort")
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+    """A build of a broken cohort, which is repaired now.
+
+    Attributes:
+        manifest: of the cohort.
+        output: where the build failed; no test changes it.
+        operations: of the build that finishes it undisturbed.
+    """
+
+    manifest: Path
+    output: Path
+    operations: int
+
+
+@pytest.fixture(scope="module")
+def retry(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Retry:
+    folder = tmp_path_factory.mktemp("retry")
+    cohort, output = break_copy(manifest, folder / "cohort"), folder / "failed"
+    with pytest.raises(TooManyFailures):
+        build(cohort, output)
+    repair(manifest, cohort)
+    shutil.copytree(output, folder / "undisturbed")
+    undisturbed = build_apart(cohort, folder / "undisturbed")
+    assert undisturbed.read == BROKEN
+    return Retry(cohort, output, undisturbed.operations)
 
 
 def repair(manifest: Path, broken: Path) -> None:
@@ -300,18 +334,11 @@ def test_failures_are_the_manifest_of_a_retry(manifest: Path, broken: Path, tmp_
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.7, 0.8, 0.9, 0.97])
 def test_a_retry_that_is_killed_loses_nothing(
-    manifest: Path, broken: Path, reference: Path, tmp_path: Path, share: float
+    retry: Retry, reference: Path, tmp_path: Path, share: float
 ) -> None:
-    output = tmp_path / "out"
-    with pytest.raises(TooManyFailures):
-        build(broken, output)
-    repair(manifest, broken)
-    shutil.copytree(output, tmp_path / "undisturbed")
-    undisturbed = build_apart(broken, tmp_path / "undisturbed")
-    assert undisturbed.read == BROKEN
-    killed = build_apart(broken, output, round(share * undisturbed.operations))
-    assert killed.was_killed
-    resumed = build_apart(broken, output)
+    output = shutil.copytree(retry.output, tmp_path / "out")
+    assert build_apart(retry.manifest, output, round(share * retry.operations)).was_killed
+    resumed = build_apart(retry.manifest, output)
     assert resumed.read <= BROKEN
     assert_same_but_for_times(output, reference)
 

@@ -60,6 +60,7 @@ def test_hosts_share_every_epoch_in_an_order_of_its_own(dataset: Path, num_hosts
     assert len(set(map(tuple, epochs))) == 3
 
 
+@pytest.mark.slow
 def test_processes_read_what_one_reads_and_go_on_from_a_state(dataset: Path) -> None:
     source = grain.MapDataset.source(Dataset(dataset, where="age >= 22")).seed(1).shuffle().batch(2).repeat(2)
     alone = list(source)
@@ -75,6 +76,7 @@ def test_processes_read_what_one_reads_and_go_on_from_a_state(dataset: Path) -> 
     assert ids(iterator) == ids(rest)
 
 
+@pytest.mark.slow
 def test_a_data_loader_goes_on_from_a_state(dataset: Path) -> None:
     records = Dataset(dataset)
     loader = grain.DataLoader(

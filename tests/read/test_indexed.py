@@ -94,10 +94,14 @@ def test_every_place_is_as_likely_for_every_record() -> None:
         assert np.abs(counts - 500).max() < 120  # six standard deviations
 
 
-def test_a_shuffle_is_the_same_in_another_process_which_ends_while_it_reads(dataset: Path) -> None:
+@pytest.mark.slow
+def test_a_process_that_only_reads_gives_the_same_shuffle_without_beam_and_ends_while_it_reads(
+    dataset: Path,
+) -> None:
     code = (
         "import sys; from beam_nifti.reader import load_dataset;"
         "x = load_dataset(sys.argv[1], shuffle=True, seed=5, repeat=2); print([int(y) for _, y in x]);"
+        "assert not {'apache_beam', 'nibabel'} & sys.modules.keys();"
         "slow = iter(load_dataset(sys.argv[1], '+'.join(['train'] * 300), 3300, repeat=True)); next(slow)"
     )
     command = [sys.executable, "-c", code, str(dataset)]

@@ -215,6 +215,7 @@ def expected(files: dict[str, bytes]) -> Array:
         return ((values - low) / (high - low)).astype(np.float64).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_any_file_is_a_right_record_or_a_clean_refusal(tmp_path: Path) -> None:
     outcomes = Counter[str]()
 
