@@ -1,6 +1,6 @@
 """Damaged and lying datasets: right values or an error that names the file, soon and in little memory.
 
-200 cases run with the other tests; more at night, each time others:
+500 cases run with the other tests; more at night, each time others:
 
     pytest tests/inspection/test_hostile_datasets.py --hypothesis-profile=nightly
 """
@@ -308,7 +308,7 @@ def honest(datasets: dict[str, Path]) -> dict[Path, Honest]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@settings(max_examples=max(200, settings().max_examples))
+@settings(max_examples=max(500, settings().max_examples))
 @given(seed=st.integers(0, 2**64))
 def test_a_changed_dataset_is_right_or_refused(
     datasets: dict[str, Path], honest: dict[Path, Honest], seed: int
