@@ -882,6 +882,35 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
 
 
 @pytest.mark.parametrize(
+    "facts",
+    [
+        {"versions": "[[[["},
+        {"versions": "[]"},
+        {"versions": "[1]"},
+        {"sha256": "0"},
+        {"sha256": None},
+        {"num_bytes": "many"},
+        {"num_bytes": "-5"},
+        {"num_bytes": None},
+    ],
+)
+@pytest.mark.parametrize("are_appended", [False, True])
+def test_a_build_takes_nothing_by_metadata_that_no_build_writes(
+    study: Path, dataset: Path, facts: dict[str, str | None], are_appended: bool
+) -> None:
+    table, known = read_index(str(dataset / INDEX))
+    changed = {name: text for name, text in (known | facts).items() if text is not None}
+    replace_index(dataset, INDEX, table, changed)
+    if are_appended:
+        with (study / "manifest.tsv").open("a") as handle:
+            handle.write((study / "manifest.tsv").read_text().splitlines()[1].replace("0000", "0009") + "\n")
+        shutil.copy(study / "sub-0000.nii.gz", study / "sub-0009.nii.gz")
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
+    assert len(list(Dataset(dataset))) == 4 + are_appended
+
+
+@pytest.mark.parametrize(
     "content",
     [b"[]", b"{}", b'{"reasons": [1]}', b"{" * 99_999, b" " * (1 << 24) + b"{}", b'{"reasons": []}'],
 )
