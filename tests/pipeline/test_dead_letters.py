@@ -63,6 +63,17 @@ def test_a_record_that_no_reader_would_accept_is_the_fault_of_its_row(run: Run, 
     run("verify", tmp_path / "out")
 
 
+def test_an_index_that_no_reader_would_accept_stops_the_build(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path / "a.nii")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.nii", "note": "x" * (1 << 23)}) + "\n")
+    monkeypatch.setattr("beam_nifti.record.index._FREE_BYTES", 1 << 16)
+    told = run("build", tmp_path / "m.jsonl", tmp_path / "out", code=cli.USAGE)
+    assert "no reader would accept it: drop or shorten the manifest's largest columns" in told
+    assert not (tmp_path / "out/dataset_info.json").exists()
+
+
 def test_a_file_that_may_not_be_read_is_the_fault_of_its_row(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii").chmod(0)
     with pytest.raises(VolumeError, match="Permission denied; check the path and its permissions"):
