@@ -174,9 +174,11 @@ def _candidates(plan: BuildPlan, unit: WorkUnit) -> Iterator[tuple[Part, bool]]:
     """Files that may hold records of a unit, and whether they are published."""
     task, fingerprint = unit.task, plan.config.record.fingerprint
     for name in task.candidates:
-        shard = find_shard(plan.config.output, name, fingerprint)
+        is_published = name == task.published
+        index_sha256 = task.index_sha256 if is_published else ""
+        shard = find_shard(plan.config.output, name, fingerprint, index_sha256)
         if shard is not None:
-            yield shard, name == task.published
+            yield shard, is_published
     positions = range(unit.rows[0].position, unit.rows[-1].positions[-1] + 1)
     for root in plan.parts_roots:
         for index in task.part_indices:
@@ -305,9 +307,10 @@ def preview_reuse(plan: BuildPlan, manifest: Manifest, published: DatasetInfo | 
     kept: Counter[bool] = Counter()
     num_rebuilt = 0
     shards = {shard.name: shard for shard in published.shards} if published else {}
+    digests = {name: shard.index_sha256 for name, shard in shards.items()}
     taken: dict[ShardTask, set[int]] = {}
     for split in plan.split_sizes:
-        for item in plan.split_units(manifest, split, shards.keys()):
+        for item in plan.split_units(manifest, split, digests):
             if isinstance(item, ShardTask):
                 continue
             found, missing = find_finished(plan, item, check_images=is_checked)
