@@ -32,7 +32,7 @@ from beam_nifti.pipeline.saved_plan import SavedPlan
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
-from beam_nifti.record.index import Limits, read_index
+from beam_nifti.record.index import Limits, read_index, write_index
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.reporting.summary import read_failures
@@ -879,6 +879,45 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
     assert problems(dataset) == ()
     assert len(list(Dataset(dataset))) == 4
+
+
+def test_a_build_takes_nothing_from_an_index_that_was_changed(study: Path, dataset: Path) -> None:
+    """Otherwise the digest of the change would become that of the dataset."""
+    table, facts = read_index(str(dataset / INDEX))
+    write_index(str(dataset / INDEX), set_cell("mean", 0, 1.25)(table), facts)
+    assert problems(dataset)
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
+    assert read_index(str(dataset / info_of(dataset).shards[0].index))[0]["mean"][0].as_py() != 1.25
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"versions": "[[[["},
+        {"versions": "[]"},
+        {"versions": "[1]"},
+        {"sha256": "0"},
+        {"sha256": None},
+        {"num_bytes": "many"},
+        {"num_bytes": "-5"},
+        {"num_bytes": None},
+    ],
+)
+@pytest.mark.parametrize("are_appended", [False, True])
+def test_a_build_takes_nothing_by_metadata_that_no_build_writes(
+    study: Path, dataset: Path, facts: dict[str, str | None], are_appended: bool
+) -> None:
+    table, known = read_index(str(dataset / INDEX))
+    changed = {name: text for name, text in (known | facts).items() if text is not None}
+    replace_index(dataset, INDEX, table, changed)
+    if are_appended:
+        with (study / "manifest.tsv").open("a") as handle:
+            handle.write((study / "manifest.tsv").read_text().splitlines()[1].replace("0000", "0009") + "\n")
+        shutil.copy(study / "sub-0000.nii.gz", study / "sub-0009.nii.gz")
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
+    assert len(list(Dataset(dataset))) == 4 + are_appended
 
 
 @pytest.mark.parametrize(

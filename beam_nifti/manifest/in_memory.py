@@ -22,6 +22,8 @@ from beam_nifti.support.wording import one_line
 
 NAME: Final = "in-memory-table.parquet"  # in the folder that relative paths refer to
 
+_DEEPEST: Final = 64  # levels of a cell
+
 _UNFIT: Final = (pa.ArrowException, ValueError, TypeError, OverflowError)
 """What Arrow raises for values that a column cannot hold."""
 
@@ -86,14 +88,28 @@ def _of_columns(columns: Sequence[tuple[Any, Any]], problems: Problems) -> pa.Ta
         if not isinstance(name, str):
             problems.add(f"the name of column {name!r} is of type {type(name).__name__}; make it a text")
             continue
+        is_of_objects = getattr(values, "dtype", None) in (None, object)
+        deep = [row for row, value in enumerate(values, 1) if _is_deeper(value)] if is_of_objects else []
+        if deep:
+            problems.add(
+                f"row {deep[0]}: {name} nests deeper than {_DEEPEST} levels, or holds itself; flatten it"
+            )
+            continue
         try:
-            is_of_objects = getattr(values, "dtype", None) in (None, object)
             arrays.append(_array(list(map(_plain, values))) if is_of_objects else pa.array(values))
         except _UNFIT as e:
             misfit = _misfit(name, list(map(_plain, values)), problems)
             problems.add(misfit or f"column {name!r}: {problems.plain(e)}")
     problems.stop()
     return pa.table(arrays, names=[name for name, _ in columns])
+
+
+def _is_deeper(value: Any, levels: int = _DEEPEST) -> bool:
+    """Whether lists and dicts nest deeper, which ends the process in Arrow."""
+    if not isinstance(value, list | tuple | dict):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
 
 
 def _plain(value: Any) -> Any:

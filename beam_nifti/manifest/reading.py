@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
@@ -19,6 +21,11 @@ from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
 from beam_nifti.manifest.splits import draw_from_table, read_splits, refuse_empty_splits, refuse_shared_images
 from beam_nifti.manifest.tables import Problems, read_table, strings
+from beam_nifti.storage import paths as storage
+
+_LONGEST_NAME: Final = 4096
+_MOST_FOLDERS: Final = 100
+"""Of paths and ids: what hides them in messages takes a time that grows with both."""
 
 _OWN: Final = ("participant_id", "session_id", "split")
 _GIVE_THAT_OF_DATASET: Final = "give the manifest that the dataset was built from"
@@ -57,7 +64,9 @@ def read_manifest(
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
     paths = {name: table[name] for name in columns.files}
-    _refuse_empty_paths(paths, columns, problems)
+    _refuse_paths(paths, columns, problems, may_be_long=is_list)
+    if not is_list:
+        _refuse_long_ids(table, columns, problems)
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
     _warn_of_names(table, columns, people, problems)
     if splitting:
@@ -148,12 +157,43 @@ def _check_columns(
         )
 
 
-def _refuse_empty_paths(paths: Mapping[str, pa.ChunkedArray], columns: Columns, problems: Problems) -> None:
+def _refuse_paths(
+    paths: Mapping[str, pa.ChunkedArray], columns: Columns, problems: Problems, *, may_be_long: bool
+) -> None:
+    """Refuse paths that are empty, that no system opens, or that this process cannot spell."""
+    is_limited = sys.getfilesystemencoding() != "utf-8"
     for name, cells in paths.items():
         what = "mask" if name == columns.mask else "image"
         for i, text in enumerate(strings(cells)):
             if not text:
                 problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
+            elif not may_be_long and (len(text) > _LONGEST_NAME or text.count("/") > _MOST_FOLDERS):
+                problems.add(
+                    f"row {i + 1}: {name} has {len(text):,} characters and {text.count('/'):,} folders, more "
+                    f"than {_LONGEST_NAME:,} and {_MOST_FOLDERS}; correct the {what}'s path"
+                )
+            elif is_limited and not (storage.is_remote(text) or _is_encodable(text)):
+                problems.add(f"row {i + 1}: {name} is {problems.shown(text)}, which {storage.UNSPELLABLE}")
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_long_ids(table: pa.Table, columns: Columns, problems: Problems) -> None:
+    """Refuse ids that take longer to compare and to hide than anybody would wait."""
+    for name in dict.fromkeys(("participant_id", "session_id", columns.id)):
+        if name in table.column_names and len(table):
+            lengths = pc.utf8_length(table[name]).to_numpy()
+            for i in np.flatnonzero(lengths > _LONGEST_NAME).tolist():
+                problems.add(
+                    f"row {i + 1}: {name} has {lengths[i]:,} characters, more than {_LONGEST_NAME:,}; give a "
+                    "shorter one"
+                )
 
 
 def _warn_of_names(table: pa.Table, columns: Columns, people: pa.Array | None, problems: Problems) -> None:

@@ -27,6 +27,8 @@ _FOLDER: Final = "…"  # stands for a folder
 _SHORTEST: Final = 3  # letters of a name that is replaced also where nothing says that it is part of a path
 _SHORTEST_ID: Final = 4  # likewise of an id of letters or digits: "1" and "all" are also words of messages
 
+_DOTS: Final = str.maketrans("\u0130\u0131", "ii")  # all that `str.casefold` keeps apart
+
 _LIBRARIES: Final = (
     sysconfig.get_path("purelib"),
     sysconfig.get_path("platlib"),
@@ -49,12 +51,20 @@ def redact(text: str, row: VolumeRow, folder: str) -> str:
             for spelling in _spellings(name) - {""}:
                 words.setdefault(spelling, pseudonym if word is None else word)
     ids = {spelling: word for name, word in row.names for spelling in _spellings(name) - {""}}
-    words = ids | words
+    folded = _folded(text)  # most spellings are not in it, and a pattern of all would take long to compile
+    words = {name: word for name, word in (ids | words).items() if _folded(name) in folded}
+    if not words:
+        return text
     longest_first = sorted(words, key=len, reverse=True)  # one may begin like another
     patterns = (_pattern(name, is_id=name in ids) for name in longest_first)
     names = re.compile("|".join(patterns), re.IGNORECASE)
     by_lower = {name.lower(): word for name, word in words.items()}
     return names.sub(lambda match: by_lower.get(match[0].lower(), _FOLDER), text)
+
+
+def _folded(text: str) -> str:
+    """A text with every letter as one of those that `re.IGNORECASE` takes for it."""
+    return text.translate(_DOTS).casefold()
 
 
 def _names(path: str, folder: str) -> Iterator[tuple[str, str | None]]:

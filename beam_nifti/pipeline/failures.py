@@ -18,6 +18,7 @@ from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.record.dataset_info import read_failures_of
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.wording import one_line
 
 _SHOWN_GROUPS: Final = 5
 _SHOWN_NAMES: Final = 3
@@ -106,7 +107,8 @@ def format_groups(groups: Sequence[FailureGroup], num_failed: int) -> list[str]:
     for group in groups:
         more = group.num_images - len(group.examples)
         names = ", ".join(group.examples) + (f" and {more} more" if more else "")
-        lines.append(f"{group.num_volumes} × {group.stage} {group.error}: {group.message} ({names})")
+        reason = f"{group.stage} {group.error}: {group.message} ({names})"
+        lines.append(f"{group.num_volumes} × {one_line(reason)}")
     others = num_failed - sum(group.num_volumes for group in groups)
     return [*lines, f"{others} × other reasons"] if others else lines
 

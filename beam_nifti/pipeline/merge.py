@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import PartsChangedError, ShardError
+from beam_nifti.errors import OutputError, PartsChangedError, ShardError
 from beam_nifti.pipeline.parts import PART_ENDING, Part, file_facts, part_at
 from beam_nifti.record.dataset_info import ShardInfo
-from beam_nifti.record.index import Limits, read_index, schema_of, write_index
+from beam_nifti.record.index import Limits, parse_index, read_index, schema_of, write_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER
 from beam_nifti.record.versions import versions_fact, versions_in
@@ -144,13 +144,25 @@ def write_shard(
 
 
 def describe_shard(output: str, name: ShardName, num_examples: int, facts: dict[str, str]) -> ShardInfo:
-    """A shard whose file and index are written."""
-    index = storage.read(storage.join(output, name.index_file), output)
+    """A shard whose file and index are written.
+
+    Raises:
+        OutputError: no reader would accept the index.
+    """
+    path, num_bytes = storage.join(output, name.index_file), int(facts["num_bytes"])
+    index = storage.read(path, output)
+    try:
+        parse_index(index, path, limits=Limits(num_examples, num_bytes))
+    except ShardError as e:
+        raise OutputError(
+            f"{e}; no reader would accept it: drop or shorten the manifest's largest columns, and use "
+            "--overwrite"
+        ) from e
     return ShardInfo(
         name=str(name),
         index=name.index_file,
         num_examples=num_examples,
-        num_bytes=int(facts["num_bytes"]),
+        num_bytes=num_bytes,
         sha256=facts["sha256"],
         index_sha256=hashlib.sha256(index).hexdigest(),
     )

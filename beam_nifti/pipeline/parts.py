@@ -19,7 +19,8 @@ from beam_nifti.record.index import (
     IndexEntry,
     Limits,
     make_table,
-    read_index,
+    parse_index,
+    read_bytes,
     write_index,
 )
 from beam_nifti.record.sharding import ShardName
@@ -207,12 +208,15 @@ def find_parts(folder: str, positions: range) -> list[Part]:
     return [part_at(storage.join(folder, stem)) for stem in found]
 
 
-def find_shard(output: str, name: ShardName, fingerprint: str) -> Part | None:
-    """A finished shard of the same making, if there is one."""
+def find_shard(output: str, name: ShardName, fingerprint: str, index_sha256: str = "") -> Part | None:
+    """A finished shard of the same making, if there is one; of this sha256 of its index, if it is given."""
     part = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
     try:
         limits = Limits.of_data(part.data, output)
-        facts = read_index(part.index, columns=[], limits=limits, below=output)[1]
+        data = read_bytes(part.index, limits, output)
+        if index_sha256 and hashlib.sha256(data).hexdigest() != index_sha256:
+            return None
+        facts = parse_index(data, part.index, columns=[], limits=limits)[1]
     except (FileNotFoundError, ShardError):
         return None
     return part if facts.get("fingerprint") == fingerprint else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +19,7 @@ from beam_nifti.manifest.pseudonyms import read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.parts import parts_root
 from beam_nifti.pipeline.saved_plan import require_current
-from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import feature_kinds
 from beam_nifti.record.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
 from beam_nifti.storage import paths as storage
@@ -60,6 +61,7 @@ class ShardTask:
         part_indices: numbers of the shards in whose folders parts may be that hold some of its records.
         compared: name of the published shard that stays if the one that is made is the same; None where
             there is none, or all is replaced.
+        index_sha256: of the index of `published`, as its dataset says; "" where there is none.
     """
 
     name: ShardName
@@ -68,6 +70,7 @@ class ShardTask:
     published: ShardName | None = None
     part_indices: tuple[int, ...] = ()
     compared: ShardName | None = None
+    index_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,17 +233,18 @@ class BuildPlan:
         """Positions of the records of each shard of a split."""
         return self.layout.ranges(split)
 
-    def tasks(self, split: str, published: Collection[str] = ()) -> list[ShardTask]:
-        """The shards of a split, given `SavedPlan.published`."""
+    def tasks(self, split: str, published: Mapping[str, str] = MappingProxyType({})) -> list[ShardTask]:
+        """The shards of a split, given the sha256 of the index of each published shard, by its name."""
         ranges = self.shard_ranges(split)
         names = self.layout.names(
             split, compressed=self.config.record.compression == "gzip", revision=self.revision
         )
         held = {(n.split, n.index): n for n in map(ShardName.parse, published) if n}
         earlier = [layout.ranges(split) for layout in self.earlier]
-        return [
+        made = [
             self._task(name, positions, held, earlier) for name, positions in zip(names, ranges, strict=True)
         ]
+        return [replace(task, index_sha256=published.get(str(task.published), "")) for task in made]
 
     def _task(
         self,
@@ -287,10 +291,12 @@ class BuildPlan:
         for split in self.split_sizes:
             yield from self.tasks(split, published)
 
-    def _published(self) -> frozenset[str]:
+    def _published(self) -> dict[str, str]:
         if not self.has_published:
-            return frozenset()
-        return frozenset(require_current(self.config.output, self.identity).published)
+            return {}
+        names = require_current(self.config.output, self.identity).published
+        known = {shard.name: shard.index_sha256 for shard in read_info(self.config.output).shards}
+        return {name: known.get(name, "") for name in names}
 
     def row_order(self, manifest: Manifest, split: str) -> npt.NDArray[np.int64]:
         """0-based indices of the rows of a split, in the order of their positions."""
@@ -302,9 +308,9 @@ class BuildPlan:
         return indices
 
     def split_units(
-        self, manifest: Manifest, split: str, published: Collection[str]
+        self, manifest: Manifest, split: str, published: Mapping[str, str]
     ) -> Iterator[ShardTask | WorkUnit]:
-        """Each shard's task, followed by its units, given `SavedPlan.published`."""
+        """Each shard's task, followed by its units; `published` is as of `tasks`."""
         indices = self.row_order(manifest, split)
         frames = self.num_frames or 1
         for task in self.tasks(split, published):

@@ -22,6 +22,7 @@ from beam_nifti.record.example import (
     decode_tensor,
     encode_example,
     encode_tensor,
+    require_readable,
     scaling_of,
 )
 from beam_nifti.record.index import IndexEntry, entry_cells, scaling_cells
@@ -280,6 +281,8 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
             f"its mask is {mask.dtype.name} of {mask.shape}, expected {' or '.join(MASK_DTYPES)} of "
             f"{voxels.shape[:3]}"
         )
+    mask_dtype = None if mask is None else mask.dtype.name
+    require_readable(len(record.example), voxels.shape, voxels.dtype.name, mask_dtype)
     label = features.get("label")
     number = None if label is None or np.isnan(label[0]) else float(label[0])
     if number is not None and np.isinf(number):

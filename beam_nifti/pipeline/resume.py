@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,11 +42,13 @@ from beam_nifti.record.index import (
 )
 from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
-from beam_nifti.record.versions import is_written_here
+from beam_nifti.record.versions import is_written_here, versions_in
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import bytes_text, counted
 from beam_nifti.volume.files import stat_image
 from beam_nifti.volume.header import require_shape
+
+_SHA256: Final = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ def finished_rows(
     ends = pc.add(table["offset"], table["length"])
     if pc.min(table["offset"]).as_py() < 0 or limits.data_bytes < pc.max(ends).as_py():
         return None
-    if not (any_versions or _is_written_here(facts)):
+    if not _are_sound(facts, limits) or not (any_versions or is_written_here(facts)):
         return None
     now = functools.cache(_file_cells)  # frames of one image follow one another
     of_files = [name for name in table.column_names if name.startswith("source_")]
@@ -137,11 +141,17 @@ def finished_rows(
     return Part(part.data, part.index, tuple(positions)) if positions else None
 
 
-def _is_written_here(facts: Mapping[str, str]) -> bool:
+def _are_sound(facts: Mapping[str, str], limits: Limits) -> bool:
+    """Whether the metadata of an index can be kept: what it says of its file, if it does, and of versions."""
+    if "sha256" in facts or "fingerprint" in facts:  # the file is a shard, or can be one as it is
+        is_hash = _SHA256.fullmatch(facts.get("sha256", ""))
+        if not is_hash or facts.get("num_bytes") != str(limits.data_bytes):
+            return False
     try:
-        return is_written_here(facts)
+        versions_in(facts)
     except ShardError:
         return False
+    return True
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
@@ -164,9 +174,11 @@ def _candidates(plan: BuildPlan, unit: WorkUnit) -> Iterator[tuple[Part, bool]]:
     """Files that may hold records of a unit, and whether they are published."""
     task, fingerprint = unit.task, plan.config.record.fingerprint
     for name in task.candidates:
-        shard = find_shard(plan.config.output, name, fingerprint)
+        is_published = name == task.published
+        index_sha256 = task.index_sha256 if is_published else ""
+        shard = find_shard(plan.config.output, name, fingerprint, index_sha256)
         if shard is not None:
-            yield shard, name == task.published
+            yield shard, is_published
     positions = range(unit.rows[0].position, unit.rows[-1].positions[-1] + 1)
     for root in plan.parts_roots:
         for index in task.part_indices:
@@ -295,9 +307,10 @@ def preview_reuse(plan: BuildPlan, manifest: Manifest, published: DatasetInfo | 
     kept: Counter[bool] = Counter()
     num_rebuilt = 0
     shards = {shard.name: shard for shard in published.shards} if published else {}
+    digests = {name: shard.index_sha256 for name, shard in shards.items()}
     taken: dict[ShardTask, set[int]] = {}
     for split in plan.split_sizes:
-        for item in plan.split_units(manifest, split, shards.keys()):
+        for item in plan.split_units(manifest, split, digests):
             if isinstance(item, ShardTask):
                 continue
             found, missing = find_finished(plan, item, check_images=is_checked)

@@ -125,6 +125,26 @@ def largest_payload(shape: Sequence[int], dtype: str, mask_dtype: str | None) ->
     return min(MAX_EXAMPLE_BYTES, math.prod(shape) * itemsize + _BESIDE_VOXELS)
 
 
+def require_readable(num_bytes: int, shape: Sequence[int], dtype: str, mask_dtype: str | None) -> None:
+    """Refuse an Example that readers refuse for its size.
+
+    Args:
+        num_bytes: size of the Example.
+        shape: as of `largest_payload`.
+        dtype: as of `largest_payload`.
+        mask_dtype: as of `largest_payload`.
+
+    Raises:
+        VolumeError: it is too large.
+    """
+    most = largest_payload(shape, dtype, mask_dtype)
+    if num_bytes > most:
+        raise VolumeError(
+            f"takes {num_bytes:,} bytes, more than the {most:,} that readers accept of a record of this shape"
+            "; shorten its id, labels and other features"
+        )
+
+
 def _field(number: int, size: int) -> bytes:
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(size)
 
@@ -272,6 +292,9 @@ def encode_volume(volume: Volume) -> ExamplePieces:
         features[MASK_FEATURE] = encode_tensor(volume.mask)
     try:
         pieces = _pieces(features)
+        mask_dtype = None if volume.mask is None else volume.mask.dtype.name
+        size = sum(map(len, pieces))
+        require_readable(size, volume.voxels.shape, volume.voxels.dtype.name, mask_dtype)
     except VolumeError as e:
         raise VolumeError(f"{row.path}: {e}") from e
     tensors, offset = list[tuple[int, tuple[int, ...], int]](), 0

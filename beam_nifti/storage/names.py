@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 import urllib.parse
 from collections.abc import Iterable
 from typing import Final
@@ -12,6 +14,12 @@ from beam_nifti.errors import UsageError
 from beam_nifti.support.wording import one_line
 
 FILE_URL: Final = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))(?P<path>/.*)", re.I | re.S)
+UNSPELLABLE: Final = (
+    f"cannot be opened, because file names are in {sys.getfilesystemencoding()} here; set PYTHONUTF8=1, or a "
+    "locale such as LC_ALL=C.UTF-8"
+)
+"""Of a path whose letters this process cannot give to the system."""
+
 _BARE_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
 _WINDOWS: Final = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
@@ -124,8 +132,11 @@ def require_text(paths: Iterable[str]) -> None:
         try:
             path.encode()
         except UnicodeEncodeError:
+            name = os.fsencode(path)
+            with contextlib.suppress(UnicodeDecodeError):
+                raise UsageError(f"{name.decode()} {UNSPELLABLE}") from None
             raise UsageError(
-                f"{os.fsencode(path)!r} is not UTF-8 text; correct it, or rename the file or folder"
+                f"{name!r} is not UTF-8 text; correct it, or rename the file or folder"
             ) from None
 
 

@@ -28,6 +28,7 @@ from beam_nifti.storage.listing import list_files as list_files
 from beam_nifti.storage.listing import list_folders as list_folders
 from beam_nifti.storage.listing import list_links as list_links
 from beam_nifti.storage.listing import list_tree as list_tree
+from beam_nifti.storage.names import UNSPELLABLE as UNSPELLABLE
 from beam_nifti.storage.names import absolute as absolute
 from beam_nifti.storage.names import dirname as dirname
 from beam_nifti.storage.names import is_remote as is_remote

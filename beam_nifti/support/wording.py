@@ -47,12 +47,12 @@ def counted(number: int, noun: str, verb: str = "") -> str:
 
 
 def first_few(items: Sequence[object], most: int) -> str:
-    """The first items of a list, followed by "…" if there are more.
+    """The first items of a list on one line, followed by "…" if there are more.
 
     >>> first_few(["a", "b"], 2), first_few([1, 2, 3], 2)
     ('a, b', '1, 2, …')
     """
-    return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
+    return ", ".join(one_line(str(item)) for item in items[:most]) + (", …" if len(items) > most else "")
 
 
 def size_text(sizes: Iterable[float]) -> str:

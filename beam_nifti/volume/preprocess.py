@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError, is_of_machine
@@ -36,6 +37,7 @@ from beam_nifti.volume.volume import Volume
 if TYPE_CHECKING:
     from scipy import sparse
 
+_SLAB_VOXELS: Final = 1 << 11
 _STORED_DTYPES: Final = ("float16", "bfloat16")  # only of rescaled voxels
 
 
@@ -234,18 +236,20 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
         return replace(volume, zooms=old.zooms)
     _require_grid(new.shape, volume.voxels.shape[3:], spacing)
     # As sparse matrices, one axis after the other: what scipy.ndimage.affine_transform gives, in a ninth
-    # of its time (docs/preparation.md), and no more than a slice in float64.
+    # of its time (docs/preparation.md), and no more than a slice in float64, or several small ones.
     first, second, third = map(interpolation_weights, old.shape, new.shape, starts, steps)
     channels = volume.voxels.shape[3:]
     frames = volume.voxels.reshape(*old.shape, -1)
     voxels = np.empty((*new.shape, frames.shape[3]), np.float32)
     # Rescaling refuses what comes of infinite voxels, and of those that float32 cannot hold.
     with np.errstate(over="ignore", invalid="ignore"):
-        for x, frame in np.ndindex(new.shape[0], frames.shape[3]):
-            near = slice(first.indptr[x], first.indptr[x + 1])
-            slices = (volume.scaling.apply(frames[i, ..., frame]) for i in first.indices[near])
-            between = sum(map(np.multiply, first.data[near], slices))
-            voxels[x, ..., frame] = (third @ (second @ between).T).T
+        for xs in _slabs(new.shape[0], max(math.prod(old.shape[1:]), math.prod(new.shape[1:]))):
+            for frame in range(frames.shape[3]):
+                between = _weighted(first, xs, frames[..., frame], volume.scaling)
+                along_y = second @ between.swapaxes(0, 1).reshape(old.shape[1], -1)
+                turned = along_y.reshape(new.shape[1], -1, old.shape[2]).T
+                along_z = third @ turned.reshape(old.shape[2], -1)
+                voxels[xs, ..., frame] = along_z.reshape(new.shape[2], -1, new.shape[1]).transpose(1, 2, 0)
     return replace(
         volume,
         voxels=voxels.reshape(new.shape + channels),
@@ -254,6 +258,31 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
         zooms=new.zooms,
         mask=None if volume.mask is None else pick_nearest(volume.mask, new.shape, starts, steps),
     )
+
+
+def _weighted(
+    weights: sparse.csr_array, rows: slice, slices: Voxels, scaling: Scaling
+) -> npt.NDArray[np.float64]:
+    """Sums of one or two slices each, by some rows of their weights, as float64 (rows, Y, Z)."""
+    begins = weights.indptr[rows.start : rows.stop + 1]
+    counts, begins = np.diff(begins), begins[:-1]
+    totals = np.zeros((len(begins), *slices.shape[1:]))
+    if len(begins) == 1:  # without copies of large slices
+        for at in range(begins[0], begins[0] + counts[0]):
+            totals[0] += weights.data[at] * scaling.apply(slices[weights.indices[at]])
+        return totals
+    for which in range(counts.max()):
+        places = np.flatnonzero(counts > which)
+        at = begins[places] + which
+        values = scaling.apply(slices[weights.indices[at]])
+        totals[places] += weights.data[at, np.newaxis, np.newaxis] * values
+    return totals
+
+
+def _slabs(num_slices: int, slice_voxels: int) -> Iterator[slice]:
+    """Slices to handle at once: one, or several where they are small, as calls take longer than those."""
+    step = max(1, _SLAB_VOXELS // slice_voxels)
+    return (slice(start, start + step) for start in range(0, num_slices, step))
 
 
 def _require_grid(shape: Shape3, channels: tuple[int, ...], spacing: Sequence[float]) -> None:
@@ -288,12 +317,13 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
     """Crop to the bounding box of the foreground, of all frames together."""
     shape, mask = volume.voxels.shape[:3], volume.mask
     along = [np.zeros(size, bool) for size in shape]
-    for x, slice_ in enumerate(volume.voxels):
-        selected = select_voxels(slice_, volume.scaling, rule, None if mask is None else mask[x])
-        found = np.any(selected.reshape(*shape[1:], -1), axis=2)
-        along[0][x] = found.any()
-        along[1] |= found.any(axis=1)
-        along[2] |= found.any(axis=0)
+    for xs in _slabs(shape[0], math.prod(volume.voxels.shape[1:])):
+        slab = volume.voxels[xs]
+        selected = select_voxels(slab, volume.scaling, rule, None if mask is None else mask[xs])
+        found = np.any(selected.reshape(*slab.shape[:3], -1), axis=3)
+        along[0][xs] = found.any(axis=(1, 2))
+        along[1] |= found.any(axis=(0, 2))
+        along[2] |= found.any(axis=(0, 1))
     if not along[0].any():
         lower = "lower the threshold, or " if rule.startswith("above") else ""
         raise VolumeError(

@@ -164,6 +164,17 @@ def test_every_column_is_reported_at_once() -> None:
     assert len(raised.value.problems) == 2
 
 
+def test_what_nests_without_end_is_refused() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    deep: dict[str, Any] = {}
+    for _ in range(10_000):
+        deep = {"x": deep}
+    for cell in (endless, deep, [(deep,)]):
+        with pytest.raises(ManifestError, match="row 2: site nests deeper than 64 levels, or holds itself"):
+            parquet_of([{"path": "a", "site": [["b"]]}, {"path": "b", "site": cell}])
+
+
 @pytest.mark.parametrize("make", [lambda: {"path": ["a"]}, lambda: 3, lambda: b"path\na\n", lambda: None])
 def test_what_is_no_table_is_refused(make: Callable[[], object]) -> None:
     with pytest.raises(UsageError, match="give a path, a pandas DataFrame, an Arrow table"):

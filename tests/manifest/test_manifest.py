@@ -245,6 +245,25 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert "split is 'tr ain', and 'train' in row 1; give them one spelling" in problems[4]
 
 
+def test_paths_and_ids_that_take_long_to_handle_are_refused(tmp_path: Path) -> None:
+    rows = [
+        {"path": "x" * 4097, "participant_id": "1", "session_id": "1"},
+        {"path": "x/" * 101 + "a.nii", "participant_id": "2", "session_id": "1"},
+        {"path": "x/" * 100 + "a.nii", "participant_id": "3" * 4097, "session_id": "1"},
+        {"path": "x" * 4096, "participant_id": "4" * 4096, "session_id": "2" * 5000},
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(str(path))
+    assert str(caught.value).splitlines()[1:] == [
+        "  row 1: path has 4,097 characters and 0 folders, more than 4,096 and 100; correct the image's path",
+        "  row 2: path has 207 characters and 101 folders, more than 4,096 and 100; correct the image's path",
+        "  row 3: participant_id has 4,097 characters, more than 4,096; give a shorter one",
+        "  row 4: session_id has 5,000 characters, more than 4,096; give a shorter one",
+    ]
+
+
 def test_no_more_than_twenty_are_told(tmp_path: Path) -> None:
     text = "path,label\n" + "a.nii,inf\n" * 20
     assert len([p for p in problems_of(tmp_path, text) if "label" in p]) == MAX_PROBLEMS == 20

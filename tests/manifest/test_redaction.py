@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -63,6 +64,22 @@ def test_the_pseudonym_stands_for_the_path_and_the_rest_stays() -> None:
     )
     named = row_of("scans of/Ada/first.nii")
     assert redact(said, named, "/study") == said
+
+
+def test_every_letter_is_found_that_ignoring_case_finds() -> None:
+    row = row_of("a.nii", pseudonyms=("0123abcd",), names=(("KASIM-ſ9", "p1"),))
+    for said in ("kasim-s9", "kasım-S9", "\u212aasİm-ſ9"):
+        assert redact(f"of {said}.", row, "/study") == "of …."
+
+
+def test_a_path_of_many_folders_is_hidden_in_a_moment() -> None:
+    path = "é/" * 100 + "z" * 3000
+    start = time.process_time()
+    assert (
+        redact(f"{path}: not found", row_of(path, pseudonyms=("0123abcd",)), "/study")
+        == "0123abcd: not found"
+    )
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from beam_nifti.storage.object_store import ATTEMPTS
 from beam_nifti.volume import load_volume
 from beam_nifti.volume.files import reading
 from beam_nifti.volume.user_function import load_function
+from tests.datasets import failures_of
 from tests.images import brain, row_of, write_image, write_manifest
 from tests.services.fault_proxy import FaultProxy
 from tests.web_server import Ranges, serve
@@ -49,6 +50,30 @@ def test_a_path_that_cannot_be_read_is_the_fault_of_its_row(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_record_that_no_reader_would_accept_is_the_fault_of_its_row(run: Run, tmp_path: Path) -> None:
+    write_image(tmp_path / "a.nii")
+    rows = [{"path": "a.nii", "participant_id": name, "note": name * (1 << 20)} for name in ("", "b")]
+    rows[0] |= {"participant_id": "a"}
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = "--label-column=note:string", "--missing-label=nan", "--max-bad-fraction=0.5"
+    run("build", tmp_path / "m.jsonl", tmp_path / "out", *options)
+    (failed,) = failures_of(tmp_path / "out")
+    assert (failed["stage"], failed["participant_id"]) == ("EncodeExample", "b")
+    assert "that readers accept of a record of this shape; shorten its id, labels" in failed["message"]
+    run("verify", tmp_path / "out")
+
+
+def test_an_index_that_no_reader_would_accept_stops_the_build(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path / "a.nii")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"path": "a.nii", "note": "x" * (1 << 23)}) + "\n")
+    monkeypatch.setattr("beam_nifti.record.index._FREE_BYTES", 1 << 16)
+    told = run("build", tmp_path / "m.jsonl", tmp_path / "out", code=cli.USAGE)
+    assert "no reader would accept it: drop or shorten the manifest's largest columns" in told
+    assert not (tmp_path / "out/dataset_info.json").exists()
+
+
 def test_a_file_that_may_not_be_read_is_the_fault_of_its_row(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii").chmod(0)
     with pytest.raises(VolumeError, match="Permission denied; check the path and its permissions"):

@@ -153,6 +153,13 @@ def test_reasons_are_counted_without_the_names_and_numbers_in_them() -> None:
     ]
 
 
+def test_a_name_makes_no_line_of_its_own() -> None:
+    named = Failure(VolumeRow(1, "a", "a\nb.nii"), "LoadVolume", "VolumeError", "a\nb.nii: is not there")
+    assert format_groups(group_failures([named]), 1) == [
+        r"1 × LoadVolume VolumeError: is not there (a\nb.nii)"
+    ]
+
+
 def test_the_file_at_fault_is_named() -> None:
     """It may be a mask or a further channel; a name is shown where all messages of a group have it."""
     files = {"other_files": ("t2/1.nii", "mask/1.nii")}

@@ -372,6 +372,10 @@ LARGEST = float(np.finfo(np.float32).max)
             "record 'a': its feature label is bytes, expected one float",
         ),
         ([("", {"image": IMAGE})], "record '': its id is empty; give every record a unique id"),
+        (
+            [("a" * (1 << 20), {"image": IMAGE})],
+            "takes 1,048,.* bytes, more than the 1,048,608 that readers accept of a record of this shape",
+        ),
         ([(1, {"image": IMAGE})], "an element has the id 1, which is int; make it a str"),
         ([(b"a", {"image": IMAGE})], "an element has the id b'a', which is bytes; make it a str"),
         ([record_of("a", "no split")], "record 'a': its split is 'no split'"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ from beam_nifti import errors
 from beam_nifti.cli import main as cli
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.outcomes import FAILED, SUCCESS, TEMPORARY, USAGE, engine_outcome, exit_code
-from tests.images import write_cohort, write_manifest
+from tests.images import write_cohort, write_image, write_manifest
 
 
 class Unknown(Exception):
@@ -347,6 +349,19 @@ def test_a_metrics_file_needs_its_folder(
 def test_what_is_not_text_is_refused(cohort: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["build", str(cohort), os.fsdecode(b"/tmp/caf\xe9")]) == USAGE
     assert r"b'/tmp/caf\xe9' is not UTF-8" in capsys.readouterr().err
+
+
+def test_without_utf8_names_of_other_letters_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    write_image(tmp_path / "é.nii")
+    (tmp_path / "m.tsv").write_text("path\né.nii\n", encoding="utf-8")
+    (tmp_path / "ö.tsv").write_text("path\né.nii\n", encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name, named in (("m.tsv", r"row 1: path is '\xe9.nii', which"), ("ö.tsv", r"/\xf6.tsv")):
+        command = [sys.executable, "-m", "beam_nifti", "check", tmp_path / name]
+        ended = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, check=False)
+        said = ended.stderr.decode()
+        assert ended.returncode == USAGE, said
+        assert f"{named} cannot be opened, because file names are in ascii here; set PYTHONUTF8=1" in said
 
 
 def test_a_path_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -169,6 +170,27 @@ def test_a_long_axis_takes_no_square_of_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10e6
+
+
+def test_many_small_slices_take_a_moment() -> None:
+    """As of a file of some bytes that says so, or whose affine does."""
+    voxels = random_voxels((400_000, 2, 1), "uint8")
+    voxels[:9] = voxels[-3:] = 0
+    volume = volume_of(voxels, np.diag([2.0, 1, 1, 1]), Scaling(0.5, 0))
+    start = time.process_time()
+    cropped = crop_foreground(volume, "nonzero")
+    resampled = resample(volume, (4, 1, 1))
+    assert time.process_time() - start < 5
+    assert cropped.voxels.shape[0] == 400_000 - 12 - int(voxels[9:-3].any(axis=1).argmax())
+    assert np.array_equal(resampled.voxels, voxels.reshape(-1, 2, 2, 1).sum(axis=1) / 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_slices_together_are_as_slices_alone(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = volume_of(random_voxels((11, 5, 4, 2), "float32"), scaling=Scaling(0.3, -7))
+    alone = resample(volume, (1.3, 1.1, 2.9)).voxels
+    monkeypatch.setattr("beam_nifti.volume.preprocess._SLAB_VOXELS", size * 200)
+    assert resample(volume, (1.3, 1.1, 2.9)).voxels.tobytes() == alone.tobytes()
 
 
 def test_no_more_is_made_than_a_record_can_hold() -> None:
