@@ -139,9 +139,8 @@ def label_of(cell: str, column: LabelColumn) -> LabelValue:
         if has_none or math.isfinite(number):
             return number
     elif column.kind == "class":
-        classes = column.classes or ()
-        if has_none or cell in classes:
-            return NO_CLASS if has_none else classes.index(cell)
+        if has_none or cell in column.numbers:
+            return NO_CLASS if has_none else column.numbers[cell]
     else:
         return "" if has_none else cell
     raise ShardError(
