@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -226,6 +227,42 @@ def test_what_is_no_file_of_the_dataset_is_not_opened(
         "dataset_info.json": list(calls),
     }
     assert named == expected[name]
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, link("/etc/passwd"), link("loop")])
+def test_an_info_that_is_no_file_is_a_fault_of_the_dataset(
+    dataset: Path, put: Callable[[Path], None]
+) -> None:
+    (dataset / "loop").symlink_to("loop")
+    (dataset / "dataset_info.json").unlink()
+    put(dataset / "dataset_info.json")
+    for call in READERS.values():
+        with pytest.raises(DatasetError, match=r"dataset_info\.json: cannot be read \(.*; copy"):
+            call(str(dataset))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "write.json"])
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, link("/dev/zero"), link("plan.json")])
+def test_a_plan_that_is_no_file_hides_nothing(dataset: Path, name: str, put: Callable[[Path], None]) -> None:
+    (dataset / ".build").mkdir()
+    put(dataset / ".build" / name)
+    assert problems(dataset) == ()
+    (dataset / "extra.tfrecord").touch()
+    assert any("extra.tfrecord: not in dataset_info.json" in problem for problem in problems(dataset))
+
+
+def test_control_characters_of_a_dataset_are_escaped_in_errors(dataset: Path) -> None:
+    hostile = dataset.rename(dataset.with_name("a\x1b[2J\u202e"))
+    (hostile / SHARD).unlink()
+    (hostile / SHARD).symlink_to("/tmp/\x1b]0;owned\x07")
+    for call in READERS.values():
+        try:
+            text = str(call(str(hostile)))
+        except DatasetError as e:
+            text = "".join(traceback.format_exception(e))
+        assert not set("\x1b\x07\u202e") & set(text)
+    with pytest.raises(DatasetError, match=r"a\\x1b\[2J\\u202e"):
+        Dataset(hostile)
 
 
 def test_a_folder_that_leads_out_is_not_read(dataset: Path, tmp_path: Path) -> None:
@@ -483,6 +520,16 @@ def test_texts_that_many_rows_share_are_read(dataset: Path) -> None:
     found, _ = read_index(str(dataset / INDEX), limits=Limits(2000, 0))
     assert found.schema.remove_metadata() == table.schema.remove_metadata()
     assert found["participant_id"].to_pylist() == texts
+
+
+@pytest.mark.parametrize("num_indexes", [1, 10, 10_000])
+def test_what_all_indexes_of_a_dataset_take_is_bounded(num_indexes: int) -> None:
+    """Their shards may be holes of any size."""
+    file_bytes = 5000
+    total = num_indexes * Limits(100, 0, num_indexes).most_bytes(file_bytes)
+    assert total <= (64 << 20) + num_indexes * 256 * file_bytes
+    total = num_indexes * Limits(100, 1 << 40, num_indexes).most_bytes(file_bytes)
+    assert total <= (2 << 30) + num_indexes * 256 * file_bytes
 
 
 def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(

@@ -137,7 +137,8 @@ class ShardPass:
     def _read_index(self) -> pa.Table:
         """The shard's index; without rows if they cannot be used."""
         shard = self._shard
-        path, limits = storage.join(self._output, shard.index), limits_of(self._output, shard)
+        path = storage.join(self._output, shard.index)
+        limits = limits_of(self._output, shard, self._spec.num_shards)
         known = known_columns(self._record, tuple(self._spec.info.manifest["columns"]))
         try:
             data = read_bytes(path_of(self._output, shard.index), limits)

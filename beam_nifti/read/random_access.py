@@ -187,9 +187,8 @@ class Dataset:
 
         Raises:
             IndexError: there are fewer records.
-            DatasetError: the record cannot have the shape that the index says.
         """
-        return self._records.plausible_shape(self._row(_record_number(index)))
+        return self._records.shape_of(self._row(_record_number(index)))
 
     def prepare_patches(self, around_labels: bool) -> None:
         """Read what the index says for patches: once, before several threads ask for them.

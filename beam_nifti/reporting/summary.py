@@ -22,6 +22,7 @@ from beam_nifti.reporting.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.reporting.sheets import read_problems, read_sheets
 from beam_nifti.reporting.thumbnail import GRID, draw_slices
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.strict_json import load_json
 from beam_nifti.support.wording import counted
 
@@ -153,5 +154,7 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
         lines = io.BytesIO(read_failures_list(output, info, info.failures))
         failures = list(map(load_json, itertools.islice(lines, MAX_FAILURES)))
         return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
-    except (FileNotFoundError, ValueError, AttributeError) as e:
+    except (OSError, ValueError, AttributeError) as e:
+        if may_pass(e):
+            raise
         raise unreadable(f"{path}:", e) from e
