@@ -908,8 +908,30 @@ def test_an_index_that_no_build_writes_is_named(
 
 def test_versions_that_are_none_are_named(dataset: Path) -> None:
     table, facts = read_index(str(dataset / INDEX))
-    replace_index(dataset, INDEX, table, facts | {"versions": "[[[["})
-    assert any(f"{INDEX}: cannot be read: versions of an index" in problem for problem in problems(dataset))
+    for versions in ("[[[[", "[" + "[]," * (1 << 20) + "[]]"):
+        replace_index(dataset, INDEX, table, facts | {"versions": versions})
+        with peak_growth() as growth:
+            found = problems(dataset)
+        assert any(f"{INDEX}: cannot be read: versions of an index" in problem for problem in found)
+        assert growth() < 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"message": "\\ud800"}', "message is .*, which is not Unicode text"),
+        ('{"message": {}}', "message is {}, expected text"),
+        ("[]", r"a line is \[\], expected an object"),
+        ('{"row": [' + "[]," * (1 << 20) + "1]}", "holds too many values for the length of its text"),
+    ],
+    ids=["surrogate", "object", "list", "values"],
+)
+def test_a_failure_that_no_build_writes_is_not_shown(dataset: Path, line: str, message: str) -> None:
+    (dataset / "failures.jsonl").write_text(line)
+    refused = pytest.raises(DatasetError, match=rf"failures.jsonl: cannot be read \({message}")
+    with peak_growth() as growth, refused:
+        read_failures(str(dataset), info_of(dataset))
+    assert growth() < 64 << 20
 
 
 # Appending

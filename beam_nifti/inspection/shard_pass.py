@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
@@ -86,6 +87,7 @@ class ShardPass:
     Attributes:
         rows: id, labels, split and these cells of its records, once it was read.
         numbers: of their rows in the manifest.
+        positions: of the first and the last of them in the split.
         mask_labels: those of their masks.
         versions: of the software that wrote them, according to the index.
     """
@@ -108,6 +110,7 @@ class ShardPass:
         self._records = self._read()
         self.rows = no_rows(record, [*self._cells])
         self.numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.positions: tuple[int, int] | None = None
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
 
@@ -165,6 +168,8 @@ class ShardPass:
             self._tell(shard.index, f"{problem}; {_RESTORE}")
         self.rows = index_rows(table, self._split, self._record, self._cells)
         self.numbers = table["row"].drop_null().to_numpy()
+        if table.num_rows:
+            self.positions = tuple(pc.min_max(table["position"]).as_py().values())
         if self._record.mask_dtype is not None:
             self.mask_labels = mask_labels(table)
         return table

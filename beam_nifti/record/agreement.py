@@ -19,14 +19,14 @@ from beam_nifti.record.index import extra_column
 
 Features = Mapping[str, memoryview | npt.NDArray[np.generic]]
 
-_FLOATS: Final = {
+ROUNDED: Final = {
     "label": "label",
     "affine": "affine",
     "zooms": "zooms",
-    "intensity_min": "min",
-    "intensity_max": "max",
+    "min": "intensity_min",
+    "max": "intensity_max",
 }
-"""Columns of the index by the features that hold them as float32."""
+"""Features that hold columns of the index as float32, by these columns."""
 
 _GEOMETRY: Final = ("affine", "zooms")
 _NO_SCALING: Final = dict(zip(SCALING_FEATURES, (1.0, 0.0), strict=True))
@@ -35,7 +35,7 @@ _NO_SCALING: Final = dict(zip(SCALING_FEATURES, (1.0, 0.0), strict=True))
 def compared_columns(config: RecordConfig) -> frozenset[str]:
     """The columns of the index that records also state."""
     labels = (extra_column(label.name) for label in config.labels or ())
-    return frozenset([*_FLOATS.values(), *RANGE_FEATURES, *SCALING_FEATURES, *labels])
+    return frozenset([*ROUNDED, *RANGE_FEATURES, *SCALING_FEATURES, *labels])
 
 
 def find_disagreements(
@@ -51,7 +51,7 @@ def find_disagreements(
     Raises:
         ShardError: a value is not of its kind.
     """
-    for name, column in _FLOATS.items():
+    for column, name in ROUNDED.items():
         if column in cells:
             yield from _compare_floats(name, features.get(name), cells[column])
     for name in RANGE_FEATURES:

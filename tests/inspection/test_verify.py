@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -465,6 +466,22 @@ INDEX0 = "index/train-00000-of-00002.parquet"
 def test_changed_index(gzip: Path, column: str, value: object, texts: list[str]) -> None:
     edit_index(gzip, set_cell(column, 1, value))
     some(problems(gzip), *texts)
+
+
+def test_positions_of_other_shards(gzip: Path) -> None:
+    def shift(table: pa.Table) -> pa.Table:
+        place = table.column_names.index("position")
+        return table.set_column(place, "position", pc.add(table["position"], 50))
+
+    edit_index(gzip, shift)
+    only(problems(gzip), f"{INDEX0}: its positions are 50 to", "expected some of 0 to")
+
+
+def test_a_sharding_by_which_the_dataset_is_not_cut(gzip: Path) -> None:
+    """Another number of shards is refused by all that read a dataset; this one has the same."""
+    size = COUNT - 1
+    edit_info(gzip, lambda i: i["config"].update(sharding={"examples_per_shard": size, "num_shards": None}))
+    some(problems(gzip), "index/train-00001-of-00002.parquet: its positions are", f"some of {size} to {size}")
 
 
 @pytest.mark.parametrize(

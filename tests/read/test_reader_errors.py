@@ -205,6 +205,16 @@ def test_a_shard_that_goes_missing_while_it_is_open(dataset: Path, tmp_path: Pat
         list(elements)
 
 
+@pytest.mark.parametrize("engine", BOTH)
+def test_control_characters_in_a_path_are_escaped(dataset: Path, tmp_path: Path, engine: Any) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "a\x1b[2J"))
+    with (copy / SHARD).open("r+b") as handle:
+        handle.write(b"\xff")
+    with pytest.raises(tf.errors.OpError, match=rf"a\\x1b\[2J/{SHARD}") as caught:
+        list(load_dataset(copy, engine=engine))
+    assert "\x1b" not in str(caught.value)
+
+
 def test_a_url_of_tensorflow(dataset: Path) -> None:
     """One list of the folder says which shards are there, and reading that they are whole."""
     url = "ram://reader/errors"
