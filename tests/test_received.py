@@ -783,6 +783,17 @@ def test_a_record_that_lacks_what_is_read_is_named(
         Dataset(tmp_path / "out", columns=columns)[0]
 
 
+@pytest.mark.parametrize("name", ["id", "label", "affine", "age"])
+def test_no_feature_of_another_name_is_taken_for_a_tensor(dataset: Path, name: str) -> None:
+    """Only `image_raw` and `mask_raw` are tensors that readers know."""
+    columns = ["id", "image", name]
+    honest = Dataset(dataset, columns=columns)[0][name]
+    edit_info(dataset, lambda facts: facts["features"].update({f"{name}_raw": "bytes"}))
+    records = Dataset(dataset, columns=columns)
+    for element in (records[0], records.patch(0, (0, 0, 0), (1, 1, 1))):
+        assert np.array_equal(element[name], honest)
+
+
 def _field(number: int, content: bytes) -> bytes:
     assert len(content) < 1 << 14
     size = [len(content)] if len(content) < 128 else [len(content) & 127 | 128, len(content) >> 7]

@@ -15,7 +15,7 @@ import tensorflow as tf
 from beam_nifti.errors import DatasetError
 from beam_nifti.read.records import Element
 from beam_nifti.record.dataset_info import DatasetInfo
-from beam_nifti.record.example import split_kind
+from beam_nifti.record.example import TENSOR_FEATURES, split_kind
 from beam_nifti.record.index import SOURCE_LISTS, schema_of
 
 Array = npt.NDArray[Any]
@@ -212,7 +212,7 @@ def _describe(
     channels_first: bool,
     space: Sequence[int | None],
 ) -> Column:
-    if f"{name}_raw" in info.features:
+    if TENSOR_FEATURES.get(name) in info.features:
         dtype, channels = (tf.float32, num_channels) if name == "image" else (tf.int32, 1)
         return Column(name, dtype, (channels, *space) if channels_first else (*space, channels))
     if name in _OF_RECORDS:

@@ -29,6 +29,7 @@ from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 from beam_nifti.read.request import Batching
 from beam_nifti.read.sampling import PatchDataset
+from beam_nifti.record.example import TENSOR_FEATURES
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import count_cores
 
@@ -308,11 +309,10 @@ def _require_values(records: Dataset, names: Sequence[str]) -> None:
     Raises:
         UsageError: there is one.
     """
+    known = records.info.features.keys()
     for name in names:
-        if (
-            not records.info.features.keys() & {name, f"{name}_raw"}
-            and records.index([name])[name].null_count
-        ):
+        is_of_record = name in known or TENSOR_FEATURES.get(name) in known
+        if not is_of_record and records.index([name])[name].null_count:
             raise UsageError(
                 f"{records.path}: column {name} lacks values, and integers of TensorFlow cannot be missing; "
                 "leave it out, or use Dataset, which gives None"

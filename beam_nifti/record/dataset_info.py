@@ -482,6 +482,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError(f"config.fingerprint is {config['fingerprint']!r}, expected 16 hex digits")
     if info.dtype not in TENSOR_DTYPES:
         raise ValueError(f"dtype is {info.dtype!r}, expected one of {', '.join(TENSOR_DTYPES)}")
+    if record.voxel_dtype not in ("native", info.dtype):
+        raise ValueError(f"dtype is {info.dtype!r}, but config.voxel_dtype {record.voxel_dtype!r}")
     if info.shape is not None and not (
         len(info.shape) in (3, 4) and min(info.shape) > 0 and math.prod(info.shape) < 1 << 31
     ):

@@ -133,6 +133,7 @@ def test_it_comes_back() -> None:
             with_config(sharding={"num_shards": None, "examples_per_shard": 1}),
             "split train has 1 shards, expected 2 to 3 for its 2 examples by config.sharding",
         ),
+        ({"dtype": "uint8"}, "dtype is 'uint8', but config.voxel_dtype 'float32'"),
         ({"labels": {"a": {"kind": "class", "classes": ["x", "x"]}}}, "labels.a.classes has a class twice"),
         (with_config(fingerprint="../.."), "config.fingerprint is '../..', expected 16 hex digits"),
         (with_config(compression="gzip"), "is revision 1 with compression gzip"),
