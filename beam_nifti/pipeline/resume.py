@@ -267,7 +267,7 @@ def unfinished_names(output: str) -> set[str]:
     except OutputError:
         pass  # it is damaged, or somebody else's
     except OSError as e:
-        if not is_of_path(e):
+        if storage.is_remote(output) or not is_of_path(e):
             raise
     return names.union(shard.index_file for shard in map(ShardName.parse, names) if shard)
 

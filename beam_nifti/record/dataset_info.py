@@ -628,7 +628,7 @@ def read_content(output: str) -> bytes:
     except storage.FileTooLargeError as e:
         raise DatasetError(f"{path}: {e}; copy the dataset again") from e
     except OSError as e:
-        if not is_of_path(e):
+        if storage.is_remote(path) or not is_of_path(e):
             raise
         raise DatasetError(f"{path}: cannot be read ({e.strerror}); copy the dataset again") from e
 
