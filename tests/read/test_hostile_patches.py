@@ -239,6 +239,18 @@ def test_a_record_without_a_label_that_the_index_states_is_refused(copy: Callabl
             bn.Dataset(dataset, columns=["image", column])[0]
 
 
+@pytest.mark.parametrize("column", ["age", "site"])
+def test_a_record_with_a_label_that_the_index_lacks_is_refused(
+    copy: Callable[[str], Path], column: str
+) -> None:
+    dataset = copy("labels")
+    edit_info(dataset, lambda facts: facts["manifest"].update(path=""))  # as WriteToTFRecord has it
+    edit_index(dataset, set_cells(**{column: None}))
+    with pytest.raises(DatasetError, match=rf"its label/{column} is \d+, the index says (nan|-1)"):
+        bn.Dataset(dataset, columns=["image", column])[0]
+    assert any(f"label/{column} is " in problem for problem in bn.verify(dataset).problems)
+
+
 def test_a_record_that_a_condition_selects_by_another_value_is_refused(copy: Callable[[str], Path]) -> None:
     dataset = copy("labels")
     edit_index(dataset, set_cells(age="99"))
