@@ -582,7 +582,10 @@ def test_index_of_another_shard(gzip: Path) -> None:
         ),
         (lambda i: i.update(num_failures=1), ["num_failures is 1, and failures is None"]),
         (lambda i: i.update(shape=[6, 5, 5]), ["(6, 5, 4), dataset_info.json says (6, 5, 5)"]),
-        (lambda i: i.update(dtype="int16"), ["float32, dataset_info.json says int16"]),
+        (
+            lambda i: (i.update(dtype="float16"), i["config"].update(voxel_dtype="float16")),
+            ["float32, dataset_info.json says float16"],
+        ),
         (lambda i: i.update(labelled=False), ["label is 0", "labelled: False"]),
         (lambda i: i["features"].pop("zooms"), ["feature zooms is not one"]),
         (lambda i: i["features"].update(age="float"), ["feature age is missing"]),
