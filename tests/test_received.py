@@ -645,6 +645,14 @@ def test_a_file_in_the_place_of_the_card_is_not_read(dataset: Path) -> None:
         write_card(str(dataset), {}, overwrite=False)
 
 
+def test_a_card_has_no_control_characters(dataset: Path) -> None:
+    edit_info(dataset, lambda facts: facts["features"].update({"a\x1b[2J\u202e": "float"}))
+    readme, _ = write_card(str(dataset), {})
+    text = Path(readme).read_text()
+    assert r"a\\x1b\[2J\\u202e" in text
+    assert not {"\x1b", "\u202e"} & set(text)
+
+
 def test_an_index_of_another_program_is_neither_read_nor_removed(study: Path, dataset: Path) -> None:
     index = dataset / "index/more-00000-of-00001.parquet"
     (dataset / "more-00000-of-00001.tfrecord.gz").write_bytes(b"of others")
