@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar, cast
 
-from beam_nifti.errors import BeamNiftiError, UsageError
+from beam_nifti.errors import BeamNiftiError, UsageError, printable
 from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.process import ForkGuard, count_cores
-from beam_nifti.support.wording import one_line, printable
+from beam_nifti.support.wording import one_line
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -174,6 +174,11 @@ class LabelColumn:
     def __str__(self) -> str:
         return f"{self.name}:{self.kind}" if self.kind else self.name
 
+    @cached_property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each class."""
+        return {name: number for number, name in enumerate(self.classes or ())}
+
 
 @dataclass(frozen=True)
 class RecordConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -16,8 +17,33 @@ _OF_PATHS: Final = frozenset(
 """What the system or a store reports for a path that is wrong, missing or not accessible to this user."""
 
 
+_CONTROL: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Control characters, line separators, marks of text direction, and bytes that are not UTF-8.
+
+Source: Unicode's categories Cc, Zl, Zp and Cs, and its property Bidi_Control.
+"""
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Escape control characters, as Python does, except those in `keep`."""
+    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
+
+
 class BeamNiftiError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose.
+
+    A traceback prints the text of an error as it is. Names and paths in it may be anybody's, so control
+    characters are escaped.
+    """
+
+    def __str__(self) -> str:
+        """The text of the error, harmless to a terminal."""
+        return printable(self._text())
+
+    def _text(self) -> str:
+        return super().__str__()
 
     def reword(self, words: Callable[[str], str]) -> None:
         """Change every text of the error.
@@ -62,7 +88,7 @@ class ManifestError(BeamNiftiError):
         super().reword(words)
         self.path = self.args[0]
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         """The path, then one line per problem."""
         return "\n".join([f"{self.path}: {self.args[2]}", *(f"  {p}" for p in self.problems)])
 
@@ -172,7 +198,7 @@ class TooManyFailures(BeamNiftiError):
         self.failures = tuple(replace(each, message=words(each.message)) for each in self.failures)
         self.args = (self.args[0], self.summary, self.failures)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         """How many failed, and why."""
         return str(self.args[0])
 
@@ -196,7 +222,7 @@ class EngineError(BeamNiftiError):
         """Why it stopped."""
         return str(self.args[1])
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         """What was stopped, and why."""
         return f"{self.what}: {self.reason}"
 

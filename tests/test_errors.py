@@ -11,6 +11,7 @@ from beam_nifti import errors
 from beam_nifti.errors import (
     BeamNiftiError,
     BuildSummary,
+    DatasetError,
     EngineError,
     FailedVolume,
     ManifestError,
@@ -42,6 +43,21 @@ def test_errors_are_the_same_after_pickling(error: BeamNiftiError) -> None:
     assert type(again) is type(error)
     assert str(again) == str(error)
     assert again.args == error.args
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DatasetError("a\x1b[2J\x9b\u202e\udcff\tb\nc"),
+        ManifestError("a\x1b", ["b\r"], "c\x07"),
+        TooManyFailures("a\x1b", BuildSummary(1, 1, 10, 1, False), [FAILED]),
+        EngineError("a\x1b", "b\r", 75, True),
+    ],
+)
+def test_errors_show_control_characters_as_python_writes_them(error: BeamNiftiError) -> None:
+    text = str(error)
+    assert all(c.isprintable() or c in "\n\t" for c in text)
+    assert "\\x1b" in text
 
 
 def test_errors_are_reworded_in_all_their_texts() -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -226,6 +227,42 @@ def test_what_is_no_file_of_the_dataset_is_not_opened(
         "dataset_info.json": list(calls),
     }
     assert named == expected[name]
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, link("/etc/passwd"), link("loop")])
+def test_an_info_that_is_no_file_is_a_fault_of_the_dataset(
+    dataset: Path, put: Callable[[Path], None]
+) -> None:
+    (dataset / "loop").symlink_to("loop")
+    (dataset / "dataset_info.json").unlink()
+    put(dataset / "dataset_info.json")
+    for call in READERS.values():
+        with pytest.raises(DatasetError, match=r"dataset_info\.json: cannot be read \(.*; copy"):
+            call(str(dataset))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "write.json"])
+@pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, link("/dev/zero"), link("plan.json")])
+def test_a_plan_that_is_no_file_hides_nothing(dataset: Path, name: str, put: Callable[[Path], None]) -> None:
+    (dataset / ".build").mkdir()
+    put(dataset / ".build" / name)
+    assert problems(dataset) == ()
+    (dataset / "extra.tfrecord").touch()
+    assert any("extra.tfrecord: not in dataset_info.json" in problem for problem in problems(dataset))
+
+
+def test_control_characters_of_a_dataset_are_escaped_in_errors(dataset: Path) -> None:
+    hostile = dataset.rename(dataset.with_name("a\x1b[2J\u202e"))
+    (hostile / SHARD).unlink()
+    (hostile / SHARD).symlink_to("/tmp/\x1b]0;owned\x07")
+    for call in READERS.values():
+        try:
+            text = str(call(str(hostile)))
+        except DatasetError as e:
+            text = "".join(traceback.format_exception(e))
+        assert not set("\x1b\x07\u202e") & set(text)
+    with pytest.raises(DatasetError, match=r"a\\x1b\[2J\\u202e"):
+        Dataset(hostile)
 
 
 def test_a_folder_that_leads_out_is_not_read(dataset: Path, tmp_path: Path) -> None:
@@ -485,6 +522,16 @@ def test_texts_that_many_rows_share_are_read(dataset: Path) -> None:
     assert found["participant_id"].to_pylist() == texts
 
 
+@pytest.mark.parametrize("num_indexes", [1, 10, 10_000])
+def test_what_all_indexes_of_a_dataset_take_is_bounded(num_indexes: int) -> None:
+    """Their shards may be holes of any size."""
+    file_bytes = 5000
+    total = num_indexes * Limits(100, 0, num_indexes).most_bytes(file_bytes)
+    assert total <= (64 << 20) + num_indexes * 256 * file_bytes
+    total = num_indexes * Limits(100, 1 << 40, num_indexes).most_bytes(file_bytes)
+    assert total <= (2 << 30) + num_indexes * 256 * file_bytes
+
+
 def test_a_list_of_failures_that_is_larger_than_it_can_be_is_not_read(
     study: Path, dataset: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
@@ -596,6 +643,14 @@ def test_a_file_in_the_place_of_the_card_is_not_read(dataset: Path) -> None:
     os.truncate(dataset / "README.md", 1 << 30)
     with pytest.raises(OutputError, match=r"README\.md: already exists"):
         write_card(str(dataset), {}, overwrite=False)
+
+
+def test_a_card_has_no_control_characters(dataset: Path) -> None:
+    edit_info(dataset, lambda facts: facts["features"].update({"a\x1b[2J\u202e": "float"}))
+    readme, _ = write_card(str(dataset), {})
+    text = Path(readme).read_text()
+    assert r"a\\x1b\[2J\\u202e" in text
+    assert not {"\x1b", "\u202e"} & set(text)
 
 
 def test_an_index_of_another_program_is_neither_read_nor_removed(study: Path, dataset: Path) -> None:
@@ -736,6 +791,17 @@ def test_a_record_that_lacks_what_is_read_is_named(
         Dataset(tmp_path / "out", columns=columns)[0]
 
 
+@pytest.mark.parametrize("name", ["id", "label", "affine", "age"])
+def test_no_feature_of_another_name_is_taken_for_a_tensor(dataset: Path, name: str) -> None:
+    """Only `image_raw` and `mask_raw` are tensors that readers know."""
+    columns = ["id", "image", name]
+    honest = Dataset(dataset, columns=columns)[0][name]
+    edit_info(dataset, lambda facts: facts["features"].update({f"{name}_raw": "bytes"}))
+    records = Dataset(dataset, columns=columns)
+    for element in (records[0], records.patch(0, (0, 0, 0), (1, 1, 1))):
+        assert np.array_equal(element[name], honest)
+
+
 def _field(number: int, content: bytes) -> bytes:
     assert len(content) < 1 << 14
     size = [len(content)] if len(content) < 128 else [len(content) & 127 | 128, len(content) >> 7]
@@ -861,8 +927,30 @@ def test_an_index_that_no_build_writes_is_named(
 
 def test_versions_that_are_none_are_named(dataset: Path) -> None:
     table, facts = read_index(str(dataset / INDEX))
-    replace_index(dataset, INDEX, table, facts | {"versions": "[[[["})
-    assert any(f"{INDEX}: cannot be read: versions of an index" in problem for problem in problems(dataset))
+    for versions in ("[[[[", "[" + "[]," * (1 << 20) + "[]]"):
+        replace_index(dataset, INDEX, table, facts | {"versions": versions})
+        with peak_growth() as growth:
+            found = problems(dataset)
+        assert any(f"{INDEX}: cannot be read: versions of an index" in problem for problem in found)
+        assert growth() < 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"message": "\\ud800"}', "message is .*, which is not Unicode text"),
+        ('{"message": {}}', "message is {}, expected text"),
+        ("[]", r"a line is \[\], expected an object"),
+        ('{"row": [' + "[]," * (1 << 20) + "1]}", "holds too many values for the length of its text"),
+    ],
+    ids=["surrogate", "object", "list", "values"],
+)
+def test_a_failure_that_no_build_writes_is_not_shown(dataset: Path, line: str, message: str) -> None:
+    (dataset / "failures.jsonl").write_text(line)
+    refused = pytest.raises(DatasetError, match=rf"failures.jsonl: cannot be read \({message}")
+    with peak_growth() as growth, refused:
+        read_failures(str(dataset), info_of(dataset))
+    assert growth() < 64 << 20
 
 
 # Appending

@@ -15,7 +15,7 @@ from beam_nifti.record.example import MASK_FEATURE, SCALING_FEATURES, split_kind
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
-from beam_nifti.support.wording import size_text
+from beam_nifti.support.wording import one_line, size_text
 
 _SIZES: Final = {1e3: "n<1K", 1e4: "1K<n<10K", 1e5: "10K<n<100K", 1e6: "100K<n<1M", 1e7: "1M<n<10M"}
 """Hugging Face's names of numbers of examples below these."""
@@ -135,6 +135,7 @@ def _describe(output: str, info: DatasetInfo, folder: str) -> str:
 
 def _as_text(words: str) -> str:
     """Words with the characters escaped that Markdown and HTML interpret."""
-    escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|~$" else c for c in " ".join(words.split()))
+    plain = one_line(" ".join(words.split()))
+    escaped = "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|~$" else c for c in plain)
     escaped = _ITEM.sub(r"\1\\\2", escaped)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

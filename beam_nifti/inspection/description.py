@@ -26,7 +26,7 @@ from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
 from beam_nifti.support.outcomes import may_pass
-from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
+from beam_nifti.support.wording import bytes_text, counted, format_rows, one_line, size_text
 
 _COMPARED_IDS: Final = 50_000  # ids to compare with an unknown one, which takes about a second
 _NAME_WIDTH: Final = 14
@@ -42,7 +42,7 @@ class Description(Document):
     def __repr__(self) -> str:
         if "example_id" in self:
             return f"<Description of record {self['example_id']!r} in {self['shard']}>"
-        return f"<Description of {self['path']}: {counted(self['num_examples'], 'example')}>"
+        return f"<Description of {one_line(self['path'])}: {counted(self['num_examples'], 'example')}>"
 
     def __str__(self) -> str:
         return format_description(self)

@@ -14,7 +14,7 @@ from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import SCALING_FEATURES
 from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.wording import counted, first_few, format_rows
+from beam_nifti.support.wording import counted, first_few, format_rows, one_line
 
 # Columns that are not compared. If the scaling differs, the statistics do.
 _PLACES: Final = ("example_id", "position", "offset", "length", "member_lengths", "row", *SCALING_FEATURES)
@@ -66,7 +66,8 @@ class Difference:
 
     def __repr__(self) -> str:
         names = ", ".join([*self.changed, *(f"config {name}" for name in self.config)]) or "nothing"
-        return f"<Difference: {len(self.added):,} added, {len(self.removed):,} removed, changed: {names}>"
+        counts = f"{len(self.added):,} added, {len(self.removed):,} removed"
+        return f"<Difference: {counts}, changed: {one_line(names)}>"
 
     def __str__(self) -> str:
         rows = list(_lines(self))

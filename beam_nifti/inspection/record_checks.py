@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.manifest.labels import LabelValue, label_of, number_of
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.redaction import redacting
+from beam_nifti.record.agreement import as_list, compared_columns, find_disagreements, show
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
     MASK_FEATURE,
@@ -24,7 +25,6 @@ from beam_nifti.record.example import (
     decode_example,
     decode_tensor,
     encode_volume,
-    label_feature,
     largest_payload,
     scaling_of,
 )
@@ -54,11 +54,13 @@ class RecordSpec:
 
     Attributes:
         info: dataset_info.json, without the shards, so that it is small.
+        num_shards: how many there are.
         config: the options that decide a record's bytes.
     """
 
     def __init__(self, info: DatasetInfo) -> None:
         self.info, self.config = replace(info, splits={}), info.record_config
+        self.num_shards = len(info.shards)
 
     @property
     def may_lack(self) -> bool:
@@ -180,56 +182,29 @@ def _check_metadata(
     label = cells["label"]
     if (label is None) == spec.info.labelled and not (label is None and spec.may_lack):
         yield f"the index's label is {label}, but dataset_info.json says labelled: {spec.info.labelled}"
-    expected = {
-        "label": [np.nan if label is None else label],
-        "affine": cells["affine"],
-        "zooms": cells["zooms"],
-        "intensity_min": _of_images(cells["min"]),
-        "intensity_max": _of_images(cells["max"]),
-    }
     if spec.is_sparse:
-        known = {name for name, numbers in expected.items() if numbers not in (None, [None])}
-        known -= {"label"} if label is None else set()
-        yield from _check_presence(features, cells, known)
-        compared = features.keys() & {*known, "label"}
-        expected = {name: numbers for name, numbers in expected.items() if name in compared}
-    for name, numbers in expected.items():
-        stored, said = np.asarray(features[name]), _as_float32(numbers)
-        if not np.array_equal(stored, said, equal_nan=True):
-            yield f"{name} is {_show(stored)}, the index says {_show(said)}"
-        elif name == "affine" and not is_usable(stored.astype(np.float64).reshape(4, 4)):
+        yield from _check_sizes(features, cells)
+    compared = {name: cells[name] for name in compared_columns(spec.config) if name in cells}
+    wrong = list(find_disagreements(features, compared, spec.config.labels or ()))
+    yield from wrong
+    if not wrong and "affine" in features:
+        affine = np.asarray(features["affine"], np.float64).reshape(4, 4)
+        if not is_usable(affine):
             yield "affine is singular or not finite; repair the image and build it again"
     if spec.config.has_members and spec.config.voxel_dtype == "native":
-        scaling = scaling_of(features)
-        if scaling != scaling_in(cells):
-            yield f"its scaling is {scaling}, the index says {scaling_in(cells)}"
+        scaling_in(cells)  # a ShardError if only half of a scaling is there
     labels = _labels_in(cells, spec.config.labels or ())
     if labels and label != number_of(labels[0][1]):
         yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
-    for name, value in labels:
-        yield from _check_label(features[label_feature(name)], name, value)
 
 
-def _check_presence(
-    features: Mapping[str, _Feature], cells: Mapping[str, Any], said: Set[str]
-) -> Iterator[str]:
-    """Find where only one of a record and its row of the index says something, which readers take from there.
-
-    Args:
-        features: features of the record, of which a step may have left out some.
-        cells: the record's row of the index.
-        said: names of the features whose values that says.
-    """
-    for name in sorted(said - features.keys() - {"zooms"}):
-        yield f"feature {name} is missing, but the index has a value for it"
-    for name in ("affine", "zooms"):
-        if name in features and name not in said:
-            yield f"{name} is {_show(np.asarray(features[name]))}, but the index has no value for it"
+def _check_sizes(features: Mapping[str, _Feature], cells: Mapping[str, Any]) -> Iterator[str]:
+    """Find where voxel sizes that a record does not state are not those of its affine."""
     if "zooms" not in features:
         sizes = None if cells["affine"] is None else np.linalg.norm(affine_of(cells)[:3, :3], axis=0)
         found = cells["zooms"]
         if (found is None) != (sizes is None) or (sizes is not None and not np.allclose(found, sizes)):
-            shown, wanted = ("none" if numbers is None else _show(numbers) for numbers in (found, sizes))
+            shown, wanted = ("none" if numbers is None else show(numbers) for numbers in (found, sizes))
             yield f"the index says voxel sizes of {shown}, expected {wanted}"
 
 
@@ -238,32 +213,6 @@ def _labels_in(
 ) -> tuple[tuple[str, LabelValue], ...]:
     """The labels in a row of the index, as `VolumeRow.labels`."""
     return tuple((c.name, label_of(cells[extra_column(c.name)], c)) for c in columns)
-
-
-def _check_label(feature: _Feature, name: str, said: LabelValue) -> Iterator[str]:
-    if isinstance(said, str):
-        text = bytes(feature).decode(errors="replace")
-        if text != said:
-            yield f"{label_feature(name)} is {text!r}, the index says {said!r}"
-        return
-    stored = np.asarray(feature)
-    expected = np.array([said]) if isinstance(said, int) else _as_float32([said])
-    if not np.array_equal(stored, expected, equal_nan=True):
-        yield f"{label_feature(name)} is {_show(stored)}, the index says {_show(expected)}"
-
-
-def _of_images(cell: Any) -> list[float]:
-    """The cell of the index for each image of a record."""
-    return cell if isinstance(cell, list) else [cell]
-
-
-def _as_float32(numbers: Sequence[float]) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        return np.array(numbers, np.float64).astype(np.float32)
-
-
-def _show(numbers: Iterable[Any]) -> str:
-    return " ".join(f"{n:g}" for n in numbers)
 
 
 def _check_intensities(
@@ -280,7 +229,7 @@ def _check_intensities(
         bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
         yield f"{bad} of {voxels.size} voxels are NaN or infinite"
         return
-    intensity = Intensity(*(float(_of_images(cells[name])[number]) for name in _STATISTICS))
+    intensity = Intensity(*(float(as_list(cells[name])[number]) for name in _STATISTICS))
     least, largest = intensity.min, intensity.max
     if config.method == "minmax" and not least < largest:
         yield f"the index says an intensity range from {least:g} to {largest:g}, which cannot be rescaled"
@@ -289,8 +238,7 @@ def _check_intensities(
     if config.has_range:
         names = ("rescale_low", "rescale_high")
         low, high = (decode_doubles(features[name])[number] for name in names)
-        indexed = [_of_images(cells.get(name))[number] for name in names]
-        wrong = list(_check_rescale_range(low, high, indexed, intensity, config))
+        wrong = list(_check_rescale_range(low, high, intensity, config))
         yield from wrong
         if wrong:
             return
@@ -305,12 +253,9 @@ def _check_intensities(
 
 
 def _check_rescale_range(
-    low: float, high: float, said: Sequence[Any], intensity: Intensity, config: RecordConfig
+    low: float, high: float, intensity: Intensity, config: RecordConfig
 ) -> Iterator[str]:
-    """Find where the rescale range is not that of the index and the configuration."""
-    for name, stored, cell in zip(("rescale_low", "rescale_high"), (low, high), said, strict=True):
-        if stored != cell:
-            yield f"{name} is {stored!r}, the index says {cell!r}"
+    """Find where the rescale range is none, or not that of the configuration."""
     if not low < high:
         yield f"rescale_low is {low:g} and rescale_high {high:g}, which is no range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
@@ -371,7 +316,7 @@ def check_source(
         image = f"channel {config.channels[number]}" if config.channels else "its image"
         tolerance = _STATISTICS_TOLERANCE * max(abs(now.min), abs(now.max))
         for name, far in (("min", 0.0), ("max", 0.0), ("mean", tolerance), ("std", tolerance)):
-            said, found = _of_images(cells[name])[number], getattr(now, name)
+            said, found = as_list(cells[name])[number], getattr(now, name)
             if not abs(said - found) <= far:
                 yield f"the index says {name} {said:g}, {image} has {found:g}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
@@ -380,7 +325,7 @@ def check_source(
         return
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):
         if not np.array_equal(cells[name], has, equal_nan=True):
-            yield f"the index says {name} {_show(cells[name])}, its image has {_show(has)}; {_REMAKE}"
+            yield f"the index says {name} {show(cells[name])}, its image has {show(has)}; {_REMAKE}"
 
 
 def _same(one: Mapping[str, _Feature], other: Mapping[str, _Feature], name: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
@@ -86,6 +87,7 @@ class ShardPass:
     Attributes:
         rows: id, labels, split and these cells of its records, once it was read.
         numbers: of their rows in the manifest.
+        positions: of the first and the last of them in the split.
         mask_labels: those of their masks.
         versions: of the software that wrote them, according to the index.
         columns: names of the columns of the index.
@@ -109,6 +111,7 @@ class ShardPass:
         self._records = self._read()
         self.rows = no_rows(record, [*self._cells])
         self.numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.positions: tuple[int, int] | None = None
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
         self.columns: list[str] = []
@@ -139,7 +142,8 @@ class ShardPass:
     def _read_index(self) -> pa.Table:
         """The shard's index; without rows if they cannot be used."""
         shard = self._shard
-        path, limits = storage.join(self._output, shard.index), limits_of(self._output, shard)
+        path = storage.join(self._output, shard.index)
+        limits = limits_of(self._output, shard, self._spec.num_shards)
         known = known_columns(self._record, tuple(self._spec.info.manifest["columns"]))
         try:
             data = read_bytes(path_of(self._output, shard.index), limits)
@@ -167,6 +171,8 @@ class ShardPass:
         self.columns = table.column_names
         self.rows = index_rows(table, self._split, self._record, self._cells)
         self.numbers = table["row"].drop_null().to_numpy()
+        if table.num_rows:
+            self.positions = tuple(pc.min_max(table["position"]).as_py().values())
         if self._record.mask_dtype is not None:
             self.mask_labels = mask_labels(table)
         return table

@@ -115,6 +115,25 @@ def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
         yield f"its positions do not ascend at {record_name(int(steps[0]) + 1, table)}"
 
 
+def check_positions(
+    shards: Sequence[ShardInfo], positions: Sequence[tuple[int, int] | None], cut: Sequence[range]
+) -> Iterator[str]:
+    """Find where a split is not cut into shards as its rows and config.sharding require.
+
+    Args:
+        shards: of the split.
+        positions: of the first and last record of each, by a sound index.
+        cut: positions that each should have.
+    """
+    if len(shards) != len(cut):
+        yield f"{FILE_NAME}: there are {len(shards)} shards like {shards[0].name}, expected {len(cut)}"
+        return
+    for shard, found, expected in zip(shards, positions, cut, strict=True):
+        if found is not None and not (found[0] in expected and found[1] in expected):
+            wanted = f"{expected.start} to {expected.stop - 1}"
+            yield f"{shard.index}: its positions are {found[0]} to {found[1]}, expected some of {wanted}"
+
+
 def no_rows(record: RecordConfig, cells: Sequence[str] = ()) -> pa.Table:
     """An empty table of ids, labels, splits and these columns of a manifest."""
     labels = {

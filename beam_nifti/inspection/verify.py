@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol, SupportsIndex
 import numpy as np
 import pyarrow as pa
 
-from beam_nifti.config import Columns, RecordConfig, Splitting, spell_steps
+from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting, spell_steps
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
@@ -31,6 +31,7 @@ from beam_nifti.inspection.table_checks import (
     check_info,
     check_mask_labels,
     check_numbers,
+    check_positions,
     check_rows,
     compare_rows,
     failure_rows,
@@ -55,7 +56,7 @@ from beam_nifti.record.dataset_info import (
     read_info,
 )
 from beam_nifti.record.index import extra_column
-from beam_nifti.record.sharding import INDEX_FOLDER
+from beam_nifti.record.sharding import INDEX_FOLDER, Layout
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
@@ -372,7 +373,7 @@ class _Verifier:
         records = pa.concat_tables([nothing, *(found.rows for found in self._passes)])
         failures = self._read_failures()
         mask_labels = {label for found in self._passes for label in found.mask_labels}
-        for problem in check_mask_labels(mask_labels, info):
+        for problem in (*check_mask_labels(mask_labels, info), *self._check_positions(failures)):
             self._problems.add(Scope.DATASET, problem)
         if info.has_manifest:
             numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])
@@ -398,6 +399,19 @@ class _Verifier:
             known = pa.concat_tables([records, failures], promote_options="default")
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
+
+    def _check_positions(self, failures: pa.Table) -> Iterator[str]:
+        """Every split is cut into shards as config.sharding says, if its list of failures tells its rows."""
+        info, frames = self._info, self._info.num_frames or 1
+        if failures.num_rows != info.num_failures:
+            return  # which is a problem of its own
+        failed, passes = Counter(failures["split"].to_pylist()), iter(self._passes)
+        sizes = {name: (split.num_examples + failed[name]) // frames for name, split in info.splits.items()}
+        layout = Layout(sizes, Sharding(**info.config["sharding"]), frames)
+        for name, split in info.splits.items():
+            positions = [found.positions for found in itertools.islice(passes, len(split.shards))]
+            if split.shards:
+                yield from check_positions(split.shards, positions, layout.ranges(name))
 
     def check_columns(self) -> None:
         """Compare the columns of a manifest, if any, except labels and splits."""

@@ -128,20 +128,20 @@ def read_labels(
     return Labels(column, values.take(encoded.indices), lacks[codes])
 
 
-def label_of(cell: str, column: LabelColumn) -> LabelValue:
-    """The label in a cell of an index.
+def label_of(cell: str | None, column: LabelColumn) -> LabelValue:
+    """The label in a cell of an index, which is missing if there is none.
 
     A ShardError if it is not of the column's kind, or not one of its classes.
     """
+    cell = cell or ""
     has_none = is_missing(cell)
     if column.kind == "float":
         number = parse_label(cell)
         if has_none or math.isfinite(number):
             return number
     elif column.kind == "class":
-        classes = column.classes or ()
-        if has_none or cell in classes:
-            return NO_CLASS if has_none else classes.index(cell)
+        if has_none or cell in column.numbers:
+            return NO_CLASS if has_none else column.numbers[cell]
     else:
         return "" if has_none else cell
     raise ShardError(

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import Final
 from urllib.parse import quote
 
-from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.errors import UsageError, VolumeError, printable
 from beam_nifti.manifest.image_names import stem_of
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
@@ -84,10 +84,11 @@ def _names(path: str, folder: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _spellings(name: str) -> set[str]:
-    """A name as it is, percent-encoded as by servers, and escaped as by `repr` and JSON."""
+    """A name as it is, percent-encoded as by servers, and escaped as in errors, by `repr` and JSON."""
     forms = {name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))}
     spell: tuple[Callable[[str], str], ...] = (
         str,
+        printable,
         quote,
         lambda form: quote(form, safe=""),
         lambda form: repr(form)[1:-1],

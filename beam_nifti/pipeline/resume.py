@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.errors import OutputError, ShardError, VolumeError
+from beam_nifti.errors import OutputError, ShardError, VolumeError, is_of_path
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.pipeline.parts import (
     Part,
@@ -273,9 +273,14 @@ class UnfinishedBuild:
 def unfinished_names(output: str) -> set[str]:
     """Shards and indexes that an unfinished build in an output may have written, by its saved plan."""
     names = set[str]()
-    with contextlib.suppress(OutputError):  # it is damaged, or somebody else's
+    try:
         for saved in (SavedPlan.read(output), SavedWrite.read(output)):
             names |= saved.written if saved else set()
+    except OutputError:
+        pass  # it is damaged, or somebody else's
+    except OSError as e:
+        if storage.is_remote(output) or not is_of_path(e):
+            raise
     return names.union(shard.index_file for shard in map(ShardName.parse, names) if shard)
 
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from beam_nifti.errors import DatasetError
 from beam_nifti.read.records import Element
 from beam_nifti.record.dataset_info import DatasetInfo
-from beam_nifti.record.example import split_kind
+from beam_nifti.record.example import TENSOR_FEATURES, split_kind
 from beam_nifti.record.index import SOURCE_LISTS, schema_of
 
 Array = npt.NDArray[Any]
@@ -53,14 +53,20 @@ class Column:
         return None in self.shape
 
     def cell(self, element: Element) -> Array:
-        """The cell of an element."""
-        value = element[self.name]
-        if self.dtype == tf.string:
-            value = np.array(value or b"", object)
-        return np.asarray(value, self.dtype.as_numpy_dtype)
+        """The cell of an element; of a missing one an empty text or list, or NaN."""
+        value, dtype = element[self.name], self.dtype.as_numpy_dtype
+        if value is None:
+            missing = b"" if self.dtype == tf.string else np.nan
+            return np.full([size or 0 for size in self.shape], missing, dtype)
+        return np.asarray(np.array(value, object) if self.dtype == tf.string else value, dtype)
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether no cell can be missing: an integer has no NaN."""
+        return self.dtype.is_integer and not self.varies
 
     def allocate(self, elements: Sequence[Element], count: int) -> Array:
-        """Allocate an array for cells; it is filled with zeros if cells differ in shape.
+        """Allocate an array for cells; it is filled with zeros or empty texts if cells differ in shape.
 
         Args:
             elements: the elements of the cells; used only if `shape` does not give the shape of a cell.
@@ -71,7 +77,7 @@ class Column:
             return _empty((count, *self.shape), dtype)  # type: ignore[arg-type]  # has no None
         shapes = [self.cell(element).shape for element in elements]
         largest = map(max, zip(*shapes, strict=True)) if shapes else (size or 0 for size in self.shape)
-        return np.zeros((count, *largest), dtype)
+        return np.full((count, *largest), b"" if self.dtype == tf.string else 0, dtype)
 
     def check_padding(self, folder: str, elements: Sequence[Element]) -> None:
         """Refuse cells of different shapes that would take far more memory in one array than separately.
@@ -206,7 +212,7 @@ def _describe(
     channels_first: bool,
     space: Sequence[int | None],
 ) -> Column:
-    if f"{name}_raw" in info.features:
+    if TENSOR_FEATURES.get(name) in info.features:
         dtype, channels = (tf.float32, num_channels) if name == "image" else (tf.int32, 1)
         return Column(name, dtype, (channels, *space) if channels_first else (*space, channels))
     if name in _OF_RECORDS:

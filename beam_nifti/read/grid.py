@@ -39,7 +39,7 @@ class PatchGrid:
             raise UsageError("overlap is 1, which is the same patch again; give a share below 1")
         self._records, self._row = records, row
         self.shape = integers("the shape of a patch", shape, least=1)
-        self._volume = records.plausible_shape(row)[: len(self.shape)]
+        self._volume = records.shape_of(row)[: len(self.shape)]
         sizes = zip(self._volume, self.shape, strict=True)
         self.corners = list(itertools.product(*(_starts(size, length, overlap) for size, length in sizes)))
 

@@ -29,6 +29,7 @@ from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 from beam_nifti.read.request import Batching
 from beam_nifti.read.sampling import PatchDataset
+from beam_nifti.record.example import TENSOR_FEATURES
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import count_cores
 
@@ -271,6 +272,8 @@ def read_indexed(
         draw and draw(records).patches.shape,
     )
     batching.check(records.path, columns)
+    if not records.info.has_manifest:
+        _require_values(records, [column.name for column in columns if column.needs_value])
     numbers = _count_steps(order, repeat, start, is_random=order.seed is not None or draw is not None)
     threads = _count_reads(records.path)
     _threads(threads)  # start them here, in a Python thread
@@ -298,6 +301,22 @@ def read_indexed(
     if order.num_hosts > 1:  # otherwise tf.distribute would divide the records of a host again
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return elements.with_options(options)
+
+
+def _require_values(records: Dataset, names: Sequence[str]) -> None:
+    """Refuse columns of integers with missing cells, which a dataset that no build made can have.
+
+    Raises:
+        UsageError: there is one.
+    """
+    known = records.info.features.keys()
+    for name in names:
+        is_of_record = name in known or TENSOR_FEATURES.get(name) in known
+        if not is_of_record and records.index([name])[name].null_count:
+            raise UsageError(
+                f"{records.path}: column {name} lacks values, and integers of TensorFlow cannot be missing; "
+                "leave it out, or use Dataset, which gives None"
+            )
 
 
 def _to_tensors(read: _Call, steps: _Steps) -> Callable[[tf.Tensor], tuple[Cells, ...]]:

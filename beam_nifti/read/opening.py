@@ -14,7 +14,7 @@ import pyarrow as pa
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.record import dataset_info
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
-from beam_nifti.record.example import label_feature
+from beam_nifti.record.example import TENSOR_FEATURES, label_feature
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 
@@ -28,8 +28,7 @@ REBUILT: Final = "was rebuilt after it was opened; open it again"
 """Why reading a dataset stopped."""
 
 _DEFAULT_COLUMNS: Final = ("image", "label", "id", "affine", "zooms")
-_TENSOR: Final = "_raw"
-"""Suffix of the names of features that hold a tensor."""
+_COLUMN_OF_TENSOR: Final = {feature: name for name, feature in TENSOR_FEATURES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +147,12 @@ class Opened:
 
     def has_tensor(self, name: str) -> bool:
         """Whether records have a tensor of that name."""
-        return name + _TENSOR in self.info.features
+        return TENSOR_FEATURES.get(name) in self.info.features
 
     @cached_property
     def columns_of_records(self) -> frozenset[str]:
         """The names of the columns that are stored in records."""
-        return frozenset(name.removesuffix(_TENSOR) for name in self.info.features)
+        return frozenset(_COLUMN_OF_TENSOR.get(name, name) for name in self.info.features)
 
     def no_column(self, name: str, known: Collection[str], remedy: str = "") -> UsageError:
         """The error for a column that does not exist."""

@@ -15,14 +15,12 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, UsageError
 from beam_nifti.read.decoding import Features, require_channels, restore_image
 from beam_nifti.read.opening import for_each
-from beam_nifti.read.records import Element, Records, require_id, scratch
+from beam_nifti.read.records import Element, Records, scratch
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
-    decode_doubles,
     decode_example,
     decode_tensor,
     largest_payload,
-    scaling_of,
 )
 from beam_nifti.record.index import scaling_in
 from beam_nifti.record.tfrecord import (
@@ -163,31 +161,15 @@ class _Facts:
         # float64 does not hold the range of 64-bit integers exactly.
         return not (dtype.kind in "iu" and dtype.itemsize > np.dtype(np.int32).itemsize)
 
-    def require_agreement(self, features: Features, config: RecordConfig, dtype: np.dtype[Any]) -> None:
-        """Check that a record says the same, and that its voxels can have these intensities.
+    def require_possible(self, config: RecordConfig, dtype: np.dtype[Any]) -> None:
+        """Check that voxels can have these intensities.
 
         Raises:
-            ShardError: they differ, or no voxels have them.
+            ShardError: none can.
         """
-        ranges = self.ranges or []
-        said = {"intensity_min": [r.min for r in ranges], "intensity_max": [r.max for r in ranges]}
-        for name, numbers in said.items():
-            with np.errstate(over="ignore"):
-                expected = np.array(numbers).astype(np.float32)
-            if not np.array_equal(np.asarray(features.get(name)), expected):
-                raise ShardError(f"its {name} is not {expected.tolist()}, which the index says")
-        ends = {
-            "rescale_low": [e.low for e in self.ends or ()],
-            "rescale_high": [e.high for e in self.ends or ()],
-        }
-        for name, numbers in ends.items() if self.ends is not None else ():
-            if name not in features or decode_doubles(features[name]) != numbers:
-                raise ShardError(f"its {name} is not {numbers}, which the index says")
         is_native = config.voxel_dtype == "native"
-        if is_native and scaling_of(features) != self.scaling:
-            raise ShardError(f"its scaling is {scaling_of(features)}, the index says {self.scaling}")
         is_exact = is_native and dtype.kind in "iu" and self.scaling.is_identity
-        for r in ranges:
+        for r in self.ranges or ():
             is_range = r.min < r.max or (r.min == r.max and config.method != "minmax")
             if is_range and is_exact:  # of which a float32 is not exact enough
                 limits = np.iinfo(dtype)
@@ -239,8 +221,7 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
     if table is None or not records.from_record <= set(names):
         return None
     config, is_compressed = info.record_config, info.record_config.compression == "gzip"
-    with records.reading(row) as (path, _):
-        shape = records.plausible_shape(row)
+    with records.reading(row) as (path, shape):
         require_channels(shape, config)
         found, count = tiles_of(shape, info.dtype, config.mask_dtype, compressed=is_compressed)
         cells = {name: table[name][row].as_py() for name in table.column_names if name != "member_lengths"}
@@ -254,8 +235,8 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
         starts = np.cumsum(lengths, dtype=np.int64) - lengths + records.places[0][row]
         if not records.agreed[row]:
             features = _read_beside(path, found, starts, lengths, shape, info)
-            require_id(features, records.cell("id", row))
-            facts.require_agreement(features, config, numpy_dtype(info.dtype))
+            records.require_agreement(row, features, cells)
+            facts.require_possible(config, numpy_dtype(info.dtype))
             records.agreed[row] = True
         least = facts.padding(config)
         patches = {}

@@ -53,8 +53,9 @@ class Dataset:
     - every other feature of the records: bytes, a scalar, or an array if there are several numbers.
 
     All columns of the index are taken from there, so a dataset without "image", "mask" and other features
-    reads no record. For every record that is read, the checksum of the gzip member, the CRC-32C of the
-    TFRecord (3 % of the time of a compressed one), and the id are checked.
+    reads no record. For every record that is read, the checksum of the gzip member and the CRC-32C of the
+    TFRecord (3 % of the time of a compressed one) are checked, and its id and all that it states itself of
+    these columns are compared.
 
     Args:
         path: folder or URL of the dataset.
@@ -187,9 +188,8 @@ class Dataset:
 
         Raises:
             IndexError: there are fewer records.
-            DatasetError: the record cannot have the shape that the index says.
         """
-        return self._records.plausible_shape(self._row(_record_number(index)))
+        return self._records.shape_of(self._row(_record_number(index)))
 
     def prepare_patches(self, around_labels: bool) -> None:
         """Read what the index says for patches: once, before several threads ask for them.

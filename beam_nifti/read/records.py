@@ -6,9 +6,10 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -20,13 +21,13 @@ from beam_nifti.read.decoding import Features, decode_feature, decode_image, dec
 from beam_nifti.read.opening import Opened
 from beam_nifti.read.split_spec import SplitPart, parse_split
 from beam_nifti.read.where import Condition
+from beam_nifti.record.agreement import ROUNDED, compared_columns, find_disagreements
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES, decode_example, largest_payload
 from beam_nifti.record.index import extra_column, schema_of
 from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
-from beam_nifti.volume.compression import DEFLATE_RATIO, make_buffer
-from beam_nifti.volume.rescale import numpy_dtype
+from beam_nifti.volume.compression import make_buffer
 
 Element = dict[str, Any]
 Rows = range | npt.NDArray[np.int64]
@@ -75,6 +76,51 @@ class Records:
         """The columns that require reading the record."""
         asked, known = set(self.columns) - {"id"}, set(self.table.column_names)
         return frozenset(c for c in asked if self.opened.has_tensor(c) or c not in known)
+
+    @cached_property
+    def compared(self) -> tuple[str, ...]:
+        """The columns of the table that records also state."""
+        stated = compared_columns(self.opened.info.record_config)
+        return tuple(name for name in self.table.column_names if name in stated)
+
+    @cached_property
+    def _numbers(self) -> dict[str, npt.NDArray[np.float64]]:
+        """The numbers of columns that records state as float32, a row for each record, if none is missing."""
+        found = {}
+        for name in ROUNDED.keys() & set(self.compared):
+            column = self.table[name].combine_chunks()
+            if not column.null_count:
+                values = column.flatten() if pa.types.is_list(column.type) else column
+                found[name] = values.to_numpy(zero_copy_only=False).reshape(len(self.table), -1)
+        return found
+
+    def _is_stated(self, name: str, row: int, features: Features) -> bool:
+        """Whether a record has the bits of the index's numbers, which is fast to see and true of most."""
+        numbers, feature = self._numbers.get(name), features.get(ROUNDED.get(name, ""))
+        if numbers is None or not isinstance(feature, np.ndarray):
+            return False
+        with np.errstate(over="ignore"):
+            rounded = numbers[row].astype("<f4")
+        return bool(feature.tobytes() == rounded.tobytes())
+
+    def require_agreement(
+        self, row: int, features: Features, cells: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """Check that a record states what the index says: its id, and the columns that are used of both.
+
+        Args:
+            row: of the table.
+            features: features of the record.
+            cells: further cells of its row of the index.
+
+        Raises:
+            ShardError: it does not, or is the record of another row.
+        """
+        require_id(features, self.cell("id", row))
+        unequal = [name for name in self.compared if not self._is_stated(name, row, features)]
+        known = {**cells, **{name: self.table[name][row].as_py() for name in unequal}}
+        for problem in find_disagreements(features, known, self.opened.info.labels):
+            raise ShardError(f"its {problem}")
 
     def describe(self, name: str) -> str:
         """The name of a column, with dtype and shape if it is a tensor."""
@@ -131,7 +177,7 @@ class Records:
         labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
         count = sum(label != 0 for label in labels or ())
         found = np.array(positions or (), np.int32)
-        num_voxels = math.prod(self.plausible_shape(row)[:3])
+        num_voxels = math.prod(self.shape_of(row)[:3])
         if (
             labels is None
             or bool(count) != bool(found.size)
@@ -152,10 +198,9 @@ class Records:
         """
         if not self.from_record:
             return {name: self.cell(name, row) for name in self.columns}
-        example_id = self.cell("id", row)
         with self.reading(row) as (path, shape):
             features = decode_example(self._payload(path, row, shape, in_place))
-            require_id(features, example_id)
+            self.require_agreement(row, features)
             return {
                 name: self._value(name, features, shape, in_place)
                 if name in self.from_record
@@ -166,21 +211,6 @@ class Records:
     def shape_of(self, row: int) -> tuple[int, ...]:
         """The shape of a record's voxels as they are stored."""
         return self.opened.info.shape or tuple(self.table["shape"][row].as_py())
-
-    def plausible_shape(self, row: int) -> tuple[int, ...]:
-        """As `shape_of`, if the record can have that many voxels.
-
-        Raises:
-            DatasetError: it cannot.
-        """
-        shape, info, length = self.shape_of(row), self.opened.info, int(self.places[1][row])
-        most = length * (DEFLATE_RATIO if info.record_config.compression == "gzip" else 1)
-        if min(shape) < 1 or math.prod(shape) * numpy_dtype(info.dtype).itemsize > most:
-            raise DatasetError(
-                f"{self.opened.path}: record {self.cell('id', row)!r} of {length:,} bytes is said to have "
-                f"the shape {shape}, which it cannot hold; run beam-nifti verify"
-            )
-        return shape
 
     @contextlib.contextmanager
     def reading(self, row: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ from typing import Final
 
 import tensorflow as tf
 
-from beam_nifti.errors import DatasetError
+from beam_nifti.errors import DatasetError, printable
 from beam_nifti.read import opening
 from beam_nifti.read.columns import Column, channels_of, describe_columns, parse_kind
 from beam_nifti.read.opening import REBUILT, Opened
@@ -140,14 +140,15 @@ def read_records(
         counts: expected number of records of each file; None does not check it.
         check: function of the dataset of files, which adds a check at the beginning of each epoch.
     """
-    places = check(tf.data.Dataset.from_tensor_slices((list(files), list(counts or [0] * len(files)))))
+    shown = list(map(printable, files))  # in TensorFlow's errors
+    places = check(tf.data.Dataset.from_tensor_slices((list(files), shown, list(counts or [0] * len(files)))))
     if passes.shuffle:
         places = places.shuffle(len(files), passes.seed)
 
-    def read(path: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+    def read(path: tf.Tensor, name: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         if counts is None:
             return tf.data.TFRecordDataset(path, compression)
-        return _read_shard(path, compression, tf.cast(count, tf.int64))
+        return _read_shard(path, name, compression, tf.cast(count, tf.int64))
 
     return places.interleave(
         read, cycle_length=min(_OPEN_SHARDS, len(files)), num_parallel_calls=tf.data.AUTOTUNE
@@ -159,14 +160,16 @@ def _checked(opened: Opened, files: tf.data.Dataset) -> tf.data.Dataset:
 
     def check(content: tf.Tensor) -> tf.Tensor:
         is_same = tf.io.read_file(f"{opened.path}/{FILE_NAME}") == content
-        with tf.control_dependencies([tf.debugging.Assert(is_same, [f"{opened.path}: {REBUILT}"])]):
+        with tf.control_dependencies(
+            [tf.debugging.Assert(is_same, [printable(f"{opened.path}: {REBUILT}")])]
+        ):
             return tf.identity(is_same)
 
     return tf.data.Dataset.from_tensors(opened.content).map(check).flat_map(lambda _: files)
 
 
-def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.Dataset:
-    """The records of a shard, with an error that names it if a record is damaged, missing or surplus."""
+def _read_shard(path: tf.Tensor, name: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.Dataset:
+    """The records of a shard, with an error by its name if a record is damaged, missing or surplus."""
     # TensorFlow's own error does not name the file. Here, damage ends the shard early, and the number of
     # records before it shows where. ignore_errors would retry a file that cannot be opened for ever, so it is
     # opened before.
@@ -183,7 +186,7 @@ def _read_shard(path: tf.Tensor, compression: str, count: tf.Tensor) -> tf.data.
         says = tf.strings.as_string(count) + " in dataset_info.json"
         unread = "record number " + tf.strings.as_string(number) + " from 0, of " + says + ", cannot be read"
         problem = tf.where(number < count, unread, "it has more records than the " + says)
-        message = path + ": " + problem + "; copy the dataset again, or run beam-nifti verify"
+        message = name + ": " + problem + "; copy the dataset again, or run beam-nifti verify"
         right = (number < count) & is_record(record)
         with tf.control_dependencies([tf.debugging.Assert(right, [message])]):
             return tf.identity(record)

@@ -70,9 +70,9 @@ class Condition:
         self._text = text
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError) as e:
-            raise UsageError(f"where is {text!r}, which is not a valid condition; {_EXPLANATION}") from e
-        self.columns = frozenset(_columns_below(self._tree))
+            self.columns = frozenset(_columns_below(self._tree))
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as e:  # the latter two: it is too long
+            raise UsageError(f"where is {text!r:.999}, which is not a valid condition; {_EXPLANATION}") from e
 
     def select(self, table: pa.Table, texts: Mapping[str, str] | None = None) -> npt.NDArray[np.bool_]:
         """Whether the condition is true, for each row.

@@ -26,8 +26,8 @@ from beam_nifti.config import (
     Sharding,
     Splitting,
 )
-from beam_nifti.errors import DatasetError, NewerFormatError, UsageError
-from beam_nifti.record.sharding import ShardName
+from beam_nifti.errors import DatasetError, NewerFormatError, UsageError, is_of_path
+from beam_nifti.record.sharding import ShardName, count_shards
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys, require_type
 from beam_nifti.support.strict_json import dump_json, load_json
@@ -456,7 +456,10 @@ def _label_of(name: str, said: Any) -> LabelColumn:
         raise ValueError(
             f"{at} is {said}, expected a kind, one of {', '.join(LABEL_KINDS)}, and classes of a class"
         )
-    return LabelColumn(name, said["kind"], tuple(said["classes"]) if "classes" in said else None)
+    column = LabelColumn(name, said["kind"], tuple(said["classes"]) if "classes" in said else None)
+    if column.classes is not None and len(column.numbers) < len(column.classes):
+        raise ValueError(f"{at}.classes has a class twice")
+    return column
 
 
 def _check(info: DatasetInfo, is_complete: bool) -> None:
@@ -479,6 +482,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError(f"config.fingerprint is {config['fingerprint']!r}, expected 16 hex digits")
     if info.dtype not in TENSOR_DTYPES:
         raise ValueError(f"dtype is {info.dtype!r}, expected one of {', '.join(TENSOR_DTYPES)}")
+    if record.voxel_dtype not in ("native", info.dtype):
+        raise ValueError(f"dtype is {info.dtype!r}, but config.voxel_dtype {record.voxel_dtype!r}")
     if info.shape is not None and not (
         len(info.shape) in (3, 4) and min(info.shape) > 0 and math.prod(info.shape) < 1 << 31
     ):
@@ -507,8 +512,24 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, and failures_sha256 {info.failures_sha256!r}")
-    if is_complete and (not info.shards or config["sharding"] is None):
-        raise ValueError("names no shards, or config.sharding is null")
+    if is_complete:
+        if not info.shards or config["sharding"] is None:
+            raise ValueError("names no shards, or config.sharding is null")
+        _check_sharding(info, Sharding(**config["sharding"]))
+
+
+def _check_sharding(info: DatasetInfo, sharding: Sharding) -> None:
+    """Refuse splits that are not cut as `config` says, whichever of them the failures are of."""
+    for name, split in info.splits.items():
+        frames = info.num_frames or 1
+        rows = -(-split.num_examples // frames), (split.num_examples + info.num_failures) // frames
+        least, most = (count_shards(count, sharding, frames) for count in rows)
+        if not least <= len(split.shards) <= most:
+            expected = str(least) if least == most else f"{least} to {most}"
+            raise ValueError(
+                f"split {name} has {len(split.shards)} shards, expected {expected} for its "
+                f"{split.num_examples} examples by config.sharding"
+            )
 
 
 def _check_counts(info: DatasetInfo) -> None:
@@ -596,8 +617,8 @@ def read_content(output: str) -> bytes:
     """The bytes of the dataset_info.json of a complete dataset.
 
     Raises:
-        DatasetError: there is none, or it is too large.
-        OSError: it cannot be reached.
+        DatasetError: there is none, it is too large, or it is no regular file of the dataset.
+        OSError: it cannot be reached at present.
     """
     path = storage.join(output, FILE_NAME)
     try:
@@ -606,13 +627,17 @@ def read_content(output: str) -> bytes:
         raise no_dataset(output, e) from e
     except storage.FileTooLargeError as e:
         raise DatasetError(f"{path}: {e}; copy the dataset again") from e
+    except OSError as e:
+        if storage.is_remote(path) or not is_of_path(e):
+            raise
+        raise DatasetError(f"{path}: cannot be read ({e.strerror}); copy the dataset again") from e
 
 
 def read_info(output: str) -> DatasetInfo:
     """What the dataset_info.json of a complete dataset says.
 
     Raises:
-        DatasetError: there is none, or it is damaged, or `output` is a file.
-        OSError: it cannot be reached.
+        DatasetError: as `read_content`, or it is damaged.
+        OSError: as `read_content`.
     """
     return DatasetInfo.from_json(read_content(output), storage.join(output, FILE_NAME))

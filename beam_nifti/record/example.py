@@ -46,6 +46,9 @@ SCALING_FEATURES: Final = ("scl_slope", "scl_inter")
 MASK_FEATURE: Final = "mask_raw"
 """Where there are masks: a tensor, like `image_raw`."""
 
+TENSOR_FEATURES: Final[Mapping[str, str]] = {"image": "image_raw", "mask": MASK_FEATURE}
+"""Those that hold a tensor, by what readers call it; all others are called by their own names."""
+
 _LABEL_FEATURES: Final = {"float": "float", "class": "int64", "string": "bytes"}
 """Kind of the feature of a label, by the label's kind."""
 

@@ -115,7 +115,8 @@ of its file and of its records; and beyond some rows a byte of its file for each
 
 _MOST_FILE_BYTES: Final = 1 << 29
 _MOST_BYTES: Final = 1 << 31
-"""What it may take at most, of several million records, as a file that is mostly a hole has any size."""
+"""What it may take at most, of several million records, as a file that is mostly a hole has any size; and all
+indexes of a dataset, besides what their own files allow."""
 
 _DEEPEST: Final = 4
 """Levels of its schema: of a list the column, what repeats, and the value, below the root."""
@@ -131,10 +132,12 @@ class Limits:
     Attributes:
         num_rows: that it has at most.
         data_bytes: size of the file that it describes; 0 where that is not there.
+        num_indexes: number of indexes of its dataset: readers hold all, so each has a part of the memory.
     """
 
     num_rows: int
     data_bytes: int
+    num_indexes: int = 1
 
     @classmethod
     def of_data(cls, path: str, below: str) -> Limits:
@@ -164,7 +167,10 @@ class Limits:
 
     def most_bytes(self, file_bytes: int) -> int:
         """That the values of an index of so many bytes may take in memory."""
-        return min(_FREE_BYTES + _FILE_GROWTH * file_bytes + _DATA_GROWTH * self.data_bytes, _MOST_BYTES)
+        of_data = min(
+            _FREE_BYTES // self.num_indexes + _DATA_GROWTH * self.data_bytes, _MOST_BYTES // self.num_indexes
+        )
+        return min(of_data + _FILE_GROWTH * file_bytes, _MOST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

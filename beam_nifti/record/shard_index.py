@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
@@ -24,6 +26,8 @@ from beam_nifti.record.index import (
     schema_of,
 )
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.compression import DEFLATE_RATIO
+from beam_nifti.volume.rescale import numpy_dtype
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,7 +52,7 @@ def read_shard_index(
     """
     path = storage.join(output, shard.index)
     try:
-        limits = limits_of(output, shard)
+        limits = limits_of(output, shard, len(info.shards))
         data = read_bytes(path_of(output, shard.index), limits)
         table, facts = _sound(data, path, info, limits, columns)
     except FileNotFoundError as e:
@@ -58,7 +62,8 @@ def read_shard_index(
     is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
     if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
         raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
-    for problem in (*_find_outside(table, shard), *_find_others(table, info), *check_members(table)):
+    checks = (_find_outside(table, shard), _find_others(table, info), _find_impossible(table, info))
+    for problem in itertools.chain(*checks, check_members(table)):
         raise DatasetError(f"{path}: {problem}; run beam-nifti verify")
     return table
 
@@ -89,13 +94,13 @@ def _sound(
     return table, facts
 
 
-def limits_of(output: str, shard: ShardInfo) -> Limits:
-    """Those of the index of a published shard, whose file need not be there."""
+def limits_of(output: str, shard: ShardInfo, num_shards: int) -> Limits:
+    """Those of the index of a published shard, one of so many, whose file need not be there."""
     size = 0
     if not storage.is_remote(output):  # in a store this would be a request
         with contextlib.suppress(OSError):
             size = storage.stat(path_of(output, shard.name)).size
-    return Limits(shard.num_examples, size)
+    return Limits(shard.num_examples, size, num_shards)
 
 
 def _find_outside(table: pa.Table, shard: ShardInfo) -> Iterator[str]:
@@ -117,3 +122,29 @@ def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
         shapes = pc.list_flatten(table["shape"]).to_numpy()
         if (counts != len(info.shape)).any() or (shapes.reshape(-1, len(info.shape)) != info.shape).any():
             yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} says"
+
+
+def _find_impossible(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
+    """Find records too small for their shapes, for which readers allocate memory before they read them."""
+    names = set(table.column_names)
+    if not table.num_rows or "length" not in names or (info.shape is None and "shape" not in names):
+        return
+    if info.shape is None:
+        starts = np.cumsum([0, *pc.list_value_length(table["shape"]).to_numpy()[:-1]])
+        axes = (
+            pc.list_flatten(table["shape"]).to_numpy().astype(np.float64)
+        )  # as products may be beyond int64
+        sizes, least = np.multiply.reduceat(axes, starts), np.minimum.reduceat(axes, starts)
+    else:
+        sizes = np.full(table.num_rows, math.prod(info.shape), np.float64)
+        least = np.ones(table.num_rows)
+    lengths = table["length"].to_numpy()
+    most = lengths.astype(np.float64) * (DEFLATE_RATIO if info.record_config.compression == "gzip" else 1)
+    wrong = np.flatnonzero((least < 1) | (sizes * numpy_dtype(info.dtype).itemsize > most))
+    if wrong.size:
+        at = int(wrong[0])
+        shape = info.shape or table["shape"][at].as_py()
+        yield (
+            f"{record_name(at, table)} of {lengths[at]:,} bytes is said to have the shape {list(shape)}, "
+            "which it cannot hold"
+        )

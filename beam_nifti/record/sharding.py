@@ -77,6 +77,22 @@ class ShardName:
         )
 
 
+def count_shards(num_rows: int, sharding: Sharding, num_frames: int = 1) -> int:
+    """Shards that a split of so many rows is cut into; as `shard_ranges`.
+
+    >>> count_shards(7, Sharding(examples_per_shard=3)), count_shards(2, Sharding(num_shards=3))
+    (3, 2)
+    """
+    if sharding.examples_per_shard is not None:
+        return -(-num_rows // _images_per_shard(sharding.examples_per_shard, num_frames))
+    assert sharding.num_shards is not None
+    return min(sharding.num_shards, num_rows)
+
+
+def _images_per_shard(examples_per_shard: int, num_frames: int) -> int:
+    return max(1, examples_per_shard // num_frames)
+
+
 def shard_ranges(num_rows: int, sharding: Sharding, num_frames: int = 1) -> list[range]:
     """Cut the positions of the examples of a split into consecutive shards, none empty.
 
@@ -91,11 +107,10 @@ def shard_ranges(num_rows: int, sharding: Sharding, num_frames: int = 1) -> list
     [range(0, 8), range(8, 12)]
     """
     if sharding.examples_per_shard is not None:
-        step = max(1, sharding.examples_per_shard // num_frames)
+        step = _images_per_shard(sharding.examples_per_shard, num_frames)
         images = [range(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
     else:
-        assert sharding.num_shards is not None
-        total = min(sharding.num_shards, num_rows)
+        total = count_shards(num_rows, sharding)
         images = [range(s * num_rows // total, (s + 1) * num_rows // total) for s in range(total)]
     return [range(r.start * num_frames, r.stop * num_frames) for r in images]
 

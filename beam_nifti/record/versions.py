@@ -59,7 +59,7 @@ def versions_in(facts: Mapping[str, str]) -> list[dict[str, str]]:
         ShardError: it names them otherwise.
     """
     try:
-        found: list[dict[str, str]] = load_json(facts.get(VERSIONS_FACT, "[{}]"))
+        found: list[dict[str, str]] = load_json(facts.get(VERSIONS_FACT, "[{}]"), is_modest=True)
         require_type(found, tuple[Mapping[str, str], ...], VERSIONS_FACT)
     except ValueError as e:
         raise ShardError(f"{VERSIONS_FACT} of an index: {e}") from e

@@ -14,6 +14,7 @@ from beam_nifti.inspection.record_checks import RecordSpec, affine_of
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.index import extra_column
 from beam_nifti.reporting.thumbnail import block_means, draw_slices
+from beam_nifti.support.cells import is_missing
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
 from beam_nifti.volume.header import COLOURS
@@ -138,6 +139,6 @@ def _to_bytes(grid: npt.NDArray[np.float64]) -> bytes:
 
 
 def _text(cell: object) -> str | None:
-    if cell is None:
+    if cell is None or (isinstance(cell, str) and is_missing(cell)):
         return None
     return str(cell).removesuffix(".0") if isinstance(cell, float) else str(cell)

@@ -22,6 +22,8 @@ from beam_nifti.reporting.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.reporting.sheets import read_problems, read_sheets
 from beam_nifti.reporting.thumbnail import GRID, draw_slices
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.json_types import require_type
+from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.strict_json import load_json
 from beam_nifti.support.wording import counted
 
@@ -151,7 +153,19 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
     path = storage.join(output, info.failures)
     try:
         lines = io.BytesIO(read_failures_list(output, info, info.failures))
-        failures = list(map(load_json, itertools.islice(lines, MAX_FAILURES)))
-        return [{name: failure.get(name, "") for name in _SHOWN_OF_FAILURE} for failure in failures]
-    except (FileNotFoundError, ValueError, AttributeError) as e:
+        return list(map(_shown_of, itertools.islice(lines, MAX_FAILURES)))
+    except (OSError, ValueError) as e:
+        if may_pass(e):
+            raise
         raise unreadable(f"{path}:", e) from e
+
+
+def _shown_of(line: bytes) -> dict[str, Any]:
+    """What to show of a line; a ValueError if a build has not written it."""
+    failure = load_json(line, is_modest=True)
+    require_type(failure, dict, "a line")
+    shown = {name: failure.get(name, "") for name in _SHOWN_OF_FAILURE}
+    for name, value in shown.items():
+        if not isinstance(value, int):
+            require_type(value, str, name)
+    return shown

@@ -19,7 +19,7 @@ from typing import BinaryIO, Final
 
 from beam_nifti.errors import OutputError
 from beam_nifti.storage.names import is_remote, local_path
-from beam_nifti.support.wording import bytes_text
+from beam_nifti.support.wording import bytes_text, one_line
 
 _FULL: Final = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])  # a file cannot grow
 _TREE_ATTEMPTS: Final = 3  # at removing a folder to which a worker may still write
@@ -287,7 +287,8 @@ def require_inside(path: str, folder: str) -> None:
         return
     target = os.path.realpath(path)
     if not target.startswith(f"{os.path.realpath(local_path(folder)).rstrip('/')}/"):
-        reason = f"is a link that leads out of its dataset, to {target}; replace it with the file"
+        shown = one_line(target)  # as no error of this package escapes it
+        reason = f"is a link that leads out of its dataset, to {shown}; replace it with the file"
         raise OSError(errno.EINVAL, reason, path)
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(target).st_mode

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TextIO
 
-from beam_nifti.support.wording import printable
+from beam_nifti.errors import printable
 
 
 class UnwritableError(Exception):

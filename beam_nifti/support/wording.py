@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}  # verbs in the singular
-_CONTROL: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-"""Control characters, line separators, marks of text direction, and bytes that are not UTF-8.
+from beam_nifti.errors import printable
 
-Source: Unicode's categories Cc, Zl, Zp and Cs, and its property Bidi_Control.
-"""
+_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}  # verbs in the singular
 
 
 def format_rows(rows: Iterable[tuple[str, str]], width: int) -> str:
@@ -28,11 +22,6 @@ def one_line(text: str) -> str:
     left\nright
     """
     return printable(text, keep="")
-
-
-def printable(text: str, keep: str = "\n\t") -> str:
-    """Escape control characters, as Python does, except those in `keep`."""
-    return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
 def counted(number: int, noun: str, verb: str = "") -> str:

@@ -13,7 +13,7 @@ import pytest
 from beam_nifti.cli import main as cli
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError
-from beam_nifti.inspection.diff import compare_datasets
+from beam_nifti.inspection.diff import Difference, compare_datasets
 from tests.datasets import build_dataset, edit_index, edit_info, set_cell
 from tests.images import brain, name_of, write_cohort, write_image, write_manifest
 
@@ -132,3 +132,8 @@ def test_a_column_called_split_that_no_build_keeps_is_none(
 def test_what_is_no_dataset(datasets: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no complete dataset here"):
         compare_datasets(str(datasets[0]), str(tmp_path))
+
+
+def test_names_of_columns_are_harmless_when_shown() -> None:
+    difference = Difference("a", "b", 1, 1, (), (), {"site\x1b[2J": ("sub-01",)}, {})
+    assert repr(difference) == "<Difference: 0 added, 0 removed, changed: site\\x1b[2J>"

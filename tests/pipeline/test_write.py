@@ -224,6 +224,15 @@ def test_nothing_of_a_volumes_size_crosses_a_shuffle(tmp_path: Path) -> None:
 # What it takes
 
 
+def test_a_feature_of_ones_own_is_read_by_its_own_name(tmp_path: Path) -> None:
+    """Whatever it is called, it is neither the image nor the mask."""
+    mask = encode_tensor(np.ones((2, 2, 1), np.uint8))
+    output = write([record_of("a", mask_raw=mask, pet_raw=b"own")], tmp_path / "out")
+    assert Dataset(output, columns=["pet_raw"])[0] == {"pet_raw": b"own"}
+    with pytest.raises(UsageError, match=r"no column 'pet'; choose among .*mask.*pet_raw"):
+        Dataset(output, columns=["pet"])
+
+
 def my_own_step(volume: Volume) -> Volume:
     """What users do to volumes in steps of their own."""
     return dataclasses.replace(volume, voxels=np.abs(volume.voxels))

@@ -30,6 +30,7 @@ BUILDS: dict[str, dict[str, Any]] = {
     "native": {"voxel_dtype": "native"},
     "percentile": {"voxel_dtype": "native", "rescale": "percentile:1,99"},
     "mixed": {"allow_mixed_shapes": True},
+    "labels": {"label_column": "age:float,site:class", "rescale": "percentile:1,99"},
 }
 Edit = Callable[[pa.Table], pa.Table]
 
@@ -42,7 +43,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_image(folder / "mask.nii", mask)
     for i in range(2):
         write_image(folder / f"{i}.nii", np.random.default_rng(i).normal(0, 99, SHAPE).astype(np.int16))
-        rows.append({"participant_id": f"sub-{i}", "path": f"{i}.nii", "mask": "mask.nii"})
+        row = {"participant_id": f"sub-{i}", "path": f"{i}.nii", "mask": "mask.nii"}
+        rows.append(row | {"age": 30 + i, "site": "AB"[i]})
     manifest = write_manifest(folder / "manifest.tsv", rows)
     for name, options in BUILDS.items():
         bn.build(manifest, folder / name, mask_column="mask", num_shards=1, progress=False, **options)
@@ -88,14 +90,13 @@ def shift(table: pa.Table) -> pa.Table:
         ("uncompressed", swap("offset", "length", "member_lengths"), "it is the record of 'sub-1'"),
         ("uncompressed", shift, "not an Example"),
         ("float32", shift, "no gzip member of"),
-        ("float32", set_cells(min=5e4, max=6e4), r"its intensity_min is not \[50000.0\]"),
-        ("native", set_cells(min=-123.0), r"its intensity_min is not \[-123.0\]"),
-        ("native", set_cells(max=math.inf), r"its intensity_max is not \[inf\]"),
-        ("native", set_cells(scl_slope=3.0, scl_inter=1.0), r"its scaling is .*slope=1.0.*the index says"),
+        ("float32", set_cells(min=5e4, max=6e4), r"its intensity_min is -\d+, the index says 50000"),
+        ("native", set_cells(min=-123.0), r"its intensity_min is -\d+, the index says -123"),
+        ("native", set_cells(max=math.inf), r"its intensity_max is \d+, the index says inf"),
+        ("native", set_cells(scl_slope=3.0, scl_inter=1.0), "its scaling is 1 0, the index says 3 1"),
         ("native", set_cells(scl_slope=3.0), "the index says a scaling by 3.0 and None"),
-        ("percentile", set_cells(rescale_low=-1.0), r"its rescale_low is not \[-1.0\]"),
+        ("percentile", set_cells(rescale_low=-1.0), r"its rescale_low is -\d+, the index says -1"),
         ("mixed", set_cells(shape=[70, 50, 61]), r"its image_raw holds float32 of \(70, 61, 50\), expected"),
-        ("mixed", set_cells(shape=[-1, 50, 61]), "which it cannot hold"),
     ],
 )
 def test_an_index_that_contradicts_a_record_is_refused(
@@ -175,22 +176,88 @@ def test_positions_that_cannot_be_are_refused(copy: Callable[[str], Path], cells
     assert not bn.verify(dataset)
 
 
-@pytest.mark.parametrize("shape", [[1 << 62] * 3, [1 << 40, 1, 1], [1, 2, 1 << 40], [0, 1, 1]])
-def test_a_shape_that_a_record_cannot_have_is_refused_before_patches_are_counted(
+@pytest.mark.parametrize("shape", [[1 << 62] * 3, [1 << 40, 1, 1], [1, 2, 1 << 40], [0, 1, 1], [-1, 50, 61]])
+def test_a_shape_that_a_record_cannot_have_is_refused_before_memory_is_allocated(
     copy: Callable[[str], Path], shape: list[int]
 ) -> None:
     dataset = copy("mixed")
     edit_index(dataset, set_cells(shape=shape))
-    records = bn.Dataset(dataset, columns=["image"])
-    asks: list[Callable[[], object]] = [
-        lambda: records.shape_of(0),
-        lambda: records.grid_patches(0, (9, 9, 9)),
-        lambda: records.patch(0, (0, 0, 0), (1, 1, 1)),
-        lambda: bn.PatchDataset(records, bn.Patches((9, 9, 9)), seed=1)[0],
-    ]
-    for ask in asks:
-        with pytest.raises(DatasetError, match="which it cannot hold; run beam-nifti verify"):
-            ask()
+    message = (
+        r"record 0 \(sub-0\) of .* is said to have the shape .*, which it cannot hold; run beam-nifti verify"
+    )
+    with pytest.raises(DatasetError, match=message):
+        bn.Dataset(dataset, columns=["image"])
+
+
+def test_a_shape_of_all_volumes_that_a_record_cannot_have_is_refused(copy: Callable[[str], Path]) -> None:
+    """A batch has room for so many voxels of each record before any is read."""
+    dataset, shape = copy("float32"), [(1 << 31) - 1, 1, 1]
+    edit_info(dataset, lambda facts: facts.update(shape=shape))
+    edit_index(dataset, lambda table: set_cell("shape", 1, shape)(set_cell("shape", 0, shape)(table)))
+    with pytest.raises(DatasetError, match=r"have the shape \[2147483647, 1, 1\], which it cannot hold"):
+        bn.Dataset(dataset)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("label", 42.0, "its label is 30, the index says 42"),
+        ("label", None, "its label is 30, the index says nan"),
+        ("affine", [2.0] * 16, "its affine is -2 0 .*, the index says 2 2"),
+        ("zooms", [9.0] * 3, "its zooms is 2 2 .*, the index says 9 9 9"),
+        ("age", "99", "its label/age is 30, the index says 99"),
+        ("site", "B", "its label/site is 0, the index says 1"),
+        ("site", "C", "the index has 'C' in site, which does not match"),
+        ("min", 5e4, r"its intensity_min is -\d+, the index says 50000"),
+        ("max", 5e4, r"its intensity_max is \d+, the index says 50000"),
+        ("rescale_low", 5.0, r"its rescale_low is -\d.*, the index says 5"),
+    ],
+)
+def test_a_record_that_states_other_values_than_the_index_is_refused(
+    copy: Callable[[str], Path], column: str, value: Any, message: str
+) -> None:
+    dataset = copy("labels")
+    edit_index(dataset, set_cells(**{column: value}))
+    records = bn.Dataset(dataset, columns=["image", column])
+    reads: list[Callable[[], object]] = [lambda: records[0], lambda: records.patch(0, (0, 0, 0), (9, 9, 9))]
+    for read in reads:
+        with pytest.raises(DatasetError, match=rf"record 'sub-0', .*{message}"):
+            read()
+    assert any(message.removeprefix("its ")[:9] in problem for problem in bn.verify(dataset).problems)
+
+
+def test_a_record_without_a_label_that_the_index_states_is_refused(copy: Callable[[str], Path]) -> None:
+    dataset = copy("labels")
+
+    def edit(payload: bytes) -> bytes:
+        held = {k: bytes(v) if isinstance(v, memoryview) else v for k, v in decode_example(payload).items()}
+        return encode_example({k: v for k, v in held.items() if not k.startswith("label")})
+
+    edit_record(dataset, 0, edit)
+    for column in ("label", "age"):
+        with pytest.raises(DatasetError, match=r"feature label(/age)? is missing, but the index has a value"):
+            bn.Dataset(dataset, columns=["image", column])[0]
+
+
+@pytest.mark.parametrize("column", ["age", "site"])
+def test_a_record_with_a_label_that_the_index_lacks_is_refused(
+    copy: Callable[[str], Path], column: str
+) -> None:
+    dataset = copy("labels")
+    edit_info(dataset, lambda facts: facts["manifest"].update(path=""))  # as WriteToTFRecord has it
+    edit_index(dataset, set_cells(**{column: None}))
+    with pytest.raises(DatasetError, match=rf"its label/{column} is \d+, the index says (nan|-1)"):
+        bn.Dataset(dataset, columns=["image", column])[0]
+    assert any(f"label/{column} is " in problem for problem in bn.verify(dataset).problems)
+
+
+def test_a_record_that_a_condition_selects_by_another_value_is_refused(copy: Callable[[str], Path]) -> None:
+    dataset = copy("labels")
+    edit_index(dataset, set_cells(age="99"))
+    records = bn.Dataset(dataset, columns=["image"], where="age > 60")
+    assert records.ids == ["sub-0"]
+    with pytest.raises(DatasetError, match="its label/age is 30, the index says 99"):
+        records[0]
 
 
 def inflate(member: bytes | bytearray) -> bytes | None:

@@ -20,7 +20,7 @@ from beam_nifti.random_access import Dataset
 from beam_nifti.read.order import Order, shuffle
 from beam_nifti.storage import paths as storage
 from tests.build_helpers import build
-from tests.datasets import info_of
+from tests.datasets import edit_index, edit_info, info_of, set_cell
 from tests.images import brain, random_voxels, write_cohort, write_image, write_manifest
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -307,6 +307,41 @@ def test_columns_of_different_lengths_are_padded(masked: Path) -> None:
         load_dataset(masked, **options)
     (batch,) = load_dataset(masked, pad=True, **options)
     assert batch["mask_labels"].numpy().tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 2]]
+
+
+@pytest.fixture
+def sparse(masked: Path, tmp_path: Path) -> Path:
+    """The same records in a dataset of which no manifest says what it must have."""
+    output = Path(shutil.copytree(masked, tmp_path / "sparse"))
+    edit_info(output, lambda facts: facts["manifest"].update(path=""))
+    return output
+
+
+def test_missing_cells_are_empty(sparse: Path) -> None:
+    columns = ["source", "source_sizes", "source_versions", "mask_labels", "min", "affine"]
+    for name in columns:
+        edit_index(sparse, set_cell(name, 0, None))
+    edit_index(sparse, set_cell("source_sizes", 1, [1, 2, 3]))
+    edit_index(sparse, set_cell("source_versions", 1, ["a", None, "c"]))
+    edit_index(sparse, set_cell("source_mtimes", 1, [1.0, 2.0, 3.0]))
+    (batch,) = load_dataset(sparse, as_dict=True, columns=columns, batch_size=3, pad=True)
+    found = {name: cells.numpy() for name, cells in batch.items()}
+    assert found["source"].tolist() == [b"", b"1.nii", b"2.nii"]
+    assert found["source_sizes"][:2].tolist() == [[0, 0, 0], [1, 2, 3]]
+    assert found["source_versions"].tolist() == [[b""] * 3, [b"a", b"", b"c"], [b""] * 3]
+    assert found["mask_labels"].tolist() == [[0, 0, 0], [0, 1, 0], [0, 1, 2]]
+    assert np.isnan(found["min"]).tolist() == [True, False, False]
+    assert np.isnan(found["affine"]).all((1, 2)).tolist() == [True, False, False]
+
+
+def test_a_missing_integer_is_refused(sparse: Path) -> None:
+    assert load_dataset(sparse, as_dict=True, columns=["id", "row"])
+    edit_index(sparse, set_cell("row", 1, None))
+    with pytest.raises(
+        UsageError, match=f"{sparse}: column row lacks values, .* leave it out, or use Dataset"
+    ):
+        load_dataset(sparse, as_dict=True, columns=["id", "row"])
+    assert [element["row"] for element in Dataset(sparse, columns=["row"])] == [1, None, 3]
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ UNREAD = rf"{SHARD}: record number 1 from 0, of 3 in .*, cannot be read; {REBUIL
             "'sub-0009', number 1 from 0",
         ),
         (lambda f: edit_index(f, set_cell("offset", 1, 7), 1), "indexed", NAMED),
-        (lambda f: edit_record(f, 1, lambda payload: payload[:50], 1), "indexed", NAMED),
+        (lambda f: edit_record(f, 1, lambda payload: payload[:-1], 1), "indexed", NAMED),
     ],
 )
 def test_known_when_it_is_read(
@@ -203,6 +203,16 @@ def test_a_shard_that_goes_missing_while_it_is_open(dataset: Path, tmp_path: Pat
     (copy / SHARD).unlink()
     with pytest.raises(tf.errors.OpError, match=f"{copy / SHARD}.*No such file"):
         list(elements)
+
+
+@pytest.mark.parametrize("engine", BOTH)
+def test_control_characters_in_a_path_are_escaped(dataset: Path, tmp_path: Path, engine: Any) -> None:
+    copy = Path(shutil.copytree(dataset, tmp_path / "a\x1b[2J"))
+    with (copy / SHARD).open("r+b") as handle:
+        handle.write(b"\xff")
+    with pytest.raises(tf.errors.OpError, match=rf"a\\+x1b\[2J/{SHARD}") as caught:
+        list(load_dataset(copy, engine=engine))
+    assert "\x1b" not in str(caught.value)
 
 
 def test_a_url_of_tensorflow(dataset: Path) -> None:

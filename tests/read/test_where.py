@@ -169,6 +169,8 @@ def test_the_columns_that_are_asked_are_known_before() -> None:
         ("age >", "is not a valid condition; "),
         ("", "is not a valid condition; "),
         ("age = 60", "is not a valid condition; "),
+        ("not " * 50_000 + "age", "is not a valid condition; "),
+        ("age" + ".b" * 50_000, "is not a valid condition; "),
         ("age", "'age' is not supported"),
         ("age > 60 and site", "'site' is not supported"),
         ("1 < 2", "'1' is not supported"),

@@ -18,9 +18,9 @@ from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo, co
 SHARD = ShardInfo(
     "train-00000-of-00001.tfrecord", "index/train-00000-of-00001.parquet", 2, 800, "a" * 64, "b" * 64
 )
-CONFIG = BuildConfig("m.tsv", "out", sharding=Sharding(1))
+CONFIG = BuildConfig("m.tsv", "out", sharding=Sharding(2))
 INFO = DatasetInfo(
-    config=BuildConfig("m.tsv", "out", sharding=Sharding(1)).as_dataset_config()
+    config=BuildConfig("m.tsv", "out", sharding=Sharding(2)).as_dataset_config()
     | {"fingerprint": "0" * 16, "compression": "none"},
     manifest={"path": "m.tsv", "num_rows": 3, "digest": "", "columns": ["path"]},
     shape=(1, 2, 3),
@@ -129,6 +129,12 @@ def test_it_comes_back() -> None:
         (with_config(columns={"age": 1}), "config.columns has a key 'age'"),
         (with_config(sharding=None), "names no shards, or config.sharding is null"),
         (with_config(sharding={"num_shards": 0, "examples_per_shard": None}), "--num-shards is 0"),
+        (
+            with_config(sharding={"num_shards": None, "examples_per_shard": 1}),
+            "split train has 1 shards, expected 2 to 3 for its 2 examples by config.sharding",
+        ),
+        ({"dtype": "uint8"}, "dtype is 'uint8', but config.voxel_dtype 'float32'"),
+        ({"labels": {"a": {"kind": "class", "classes": ["x", "x"]}}}, "labels.a.classes has a class twice"),
         (with_config(fingerprint="../.."), "config.fingerprint is '../..', expected 16 hex digits"),
         (with_config(compression="gzip"), "is revision 1 with compression gzip"),
         (with_config(frames="each"), "manifest.num_frames is None, but config.frames 'each'"),

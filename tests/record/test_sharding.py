@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from beam_nifti.config import SPLIT_PATTERN, RecordConfig, Sharding
 from beam_nifti.pipeline.plan import default_sharding, record_bytes
-from beam_nifti.record.sharding import ShardName, order_rows, shard_ranges
+from beam_nifti.record.sharding import ShardName, count_shards, order_rows, shard_ranges
 
 SPLITS = st.from_regex(SPLIT_PATTERN, fullmatch=True)
 NAMES = st.builds(
@@ -145,3 +145,11 @@ def test_the_longest_name_fits_a_file_system() -> None:
 @pytest.mark.parametrize("name", ["train-٠٠٠٠٠-of-٠٠٠٠١.tfrecord", f"train-{'0' * 5000}-of-00001.tfrecord"])
 def test_digits_are_few_and_of_ascii(name: str) -> None:
     assert ShardName.parse(name) is None
+
+
+@pytest.mark.parametrize("sharding", [Sharding(1), Sharding(3), Sharding(10), Sharding(num_shards=4)])
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 7])
+def test_shards_are_counted_as_they_are_cut(sharding: Sharding, num_frames: int) -> None:
+    for num_rows in range(25):
+        cut = shard_ranges(num_rows, sharding, num_frames)
+        assert count_shards(num_rows, sharding, num_frames) == len(cut)

@@ -170,6 +170,15 @@ def test_skipped_rows_are_there(tmp_path: Path, page: Page) -> None:
     assert "skipped." not in page.texts["body"]
 
 
+def test_a_missing_label_among_many(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "cohort", 14)
+    manifest.write_text(manifest.read_text().replace("\t2\t", "\tn/a\t"))
+    columns = Columns(label="label:float", missing_label="nan")
+    output = build_dataset(manifest, tmp_path / "dataset", columns=columns)
+    report(output, tmp_path / "report.html")
+    assert [volume["labels"] for volume in Page(tmp_path / "report.html").volumes].count([None]) == 1
+
+
 def test_nothing_of_a_manifest_becomes_markup(page: Page) -> None:
     scripts = [attributes for tag, attributes in page.elements if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "volumes"}, {}]
