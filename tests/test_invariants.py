@@ -20,10 +20,12 @@ from beam_nifti.pipeline.build import open_build, plan_build
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.plan import ShardTask, WorkUnit
+from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.transforms import BuildDataset, ShardOutcome
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor
 from beam_nifti.transforms import EncodeExample, LoadVolume, ReadManifest, Rescale, WriteToTFRecord
+from beam_nifti.volume.volume import Volume
 from tests.build_helpers import (
     CUTTING_RUNNER,
     SHAPE,
@@ -219,22 +221,44 @@ def test_the_job_graph_does_not_grow_with_the_manifest(tmp_path: Path) -> None:
     assert abs(sizes[1] - sizes[0]) < 100
 
 
+def graph_of(folder: Path, steps: bool) -> beam.Pipeline:
+    """The graph of a build, or of a pipeline of steps."""
+    manifest = write_cohort(folder / "cohort", 1)
+    if not steps:
+        return pipeline_of(manifest, folder / "out")
+    pipeline = beam.Pipeline()
+    loaded = pipeline | ReadManifest(str(manifest)) | LoadVolume()
+    loaded | Rescale() | EncodeExample() | WriteToTFRecord(str(folder / "out"))
+    return pipeline
+
+
 @pytest.mark.parametrize("steps", [False, True])
 def test_collections_are_joined_only_where_they_have_one_coder(tmp_path: Path, steps: bool) -> None:
     """Flink refuses others."""
-    manifest = write_cohort(tmp_path / "cohort", 1)
-    if steps:
-        pipeline = beam.Pipeline()
-        loaded = pipeline | ReadManifest(str(manifest)) | LoadVolume()
-        loaded | Rescale() | EncodeExample() | WriteToTFRecord(str(tmp_path / "out"))
-    else:
-        pipeline = pipeline_of(manifest, tmp_path / "out")
-    graph = pipeline.to_runner_api().components
+    graph = graph_of(tmp_path, steps).to_runner_api().components
     joined = [t for t in graph.transforms.values() if t.spec.urn == "beam:transform:flatten:v1"]
     for transform in joined:
         coders = {graph.pcollections[name].coder_id for name in transform.inputs.values()}
         assert len(coders) == 1, transform.unique_name
     assert joined
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_no_step_that_takes_voxels_waits_for_another_collection(tmp_path: Path, steps: bool) -> None:
+    """Flink and Spark do not fuse a step with a side input: each volume would pass through Java."""
+    waiting, taking = set[str](), set[str]()
+
+    class Visitor(beam.pipeline.PipelineVisitor):
+        def visit_transform(self, node: Any) -> None:
+            if isinstance(node.transform, beam.ParDo):
+                if {getattr(i, "element_type", None) for i in node.inputs} & {Volume, Record}:
+                    taking.add(node.full_label)
+                if node.side_inputs:
+                    waiting.add(node.full_label)
+
+    graph_of(tmp_path, steps).visit(Visitor())
+    assert any("WriteParts" in label for label in taking)
+    assert not waiting & taking
 
 
 # 3: memory

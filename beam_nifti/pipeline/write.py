@@ -100,6 +100,21 @@ collections of the same coder."""
 
 
 @dataclass(frozen=True)
+class _Occupied:
+    """What an output holds.
+
+    Attributes:
+        published: dataset; None if there is none, or if it is damaged and will be replaced.
+        saved: plan of a pipeline that has not published its dataset, this one or another.
+        build: plan of an unfinished build.
+    """
+
+    published: DatasetInfo | None
+    saved: SavedWrite | None
+    build: SavedPlan | None
+
+
+@dataclass(frozen=True)
 class _Target:
     """Where a dataset is written, and how.
 
@@ -140,6 +155,36 @@ class _Target:
             )
         return published
 
+    def require_available(self) -> _Occupied:
+        """What the output holds, all of which may be replaced.
+
+        Raises:
+            OutputError: it may not be replaced, or the output cannot be written.
+            DatasetError: it is damaged.
+        """
+        with naming_parameters():
+            self.require_writable()
+            require_writable_output(self.output)
+            published, saved = self.find_published(), SavedWrite.read(self.output)
+            build = None if saved and saved.token == self.token else self._find_build()
+            if not (saved or build or published or self.config.overwrite):
+                refuse_foreign(self.output)
+        return _Occupied(published, saved, build)
+
+    def _find_build(self) -> SavedPlan | None:
+        try:
+            build = SavedPlan.read(self.output)
+        except OutputError:
+            if self.config.overwrite:
+                return None
+            raise
+        if build is not None and not self.config.overwrite:
+            raise OutputError(
+                f"{self.output}: holds an unfinished build; finish it, choose another output, or use "
+                "overwrite=True to discard it"
+            )
+        return build
+
     def require_writable(self) -> None:
         """Refuse local folders to which nothing can be written."""
         folders = {"OUTPUT": self.output}
@@ -166,12 +211,15 @@ class _Target:
 
     @contextlib.contextmanager
     def reading_parts(self) -> Iterator[None]:
-        """If a part file is gone during the block, name the pipeline that has removed it, if one has."""
+        """If a part file is gone during the block, say what has removed it."""
         try:
             yield
-        except FileNotFoundError:
+        except FileNotFoundError as e:
             self.require_current()
-            raise
+            raise OutputBusyError(
+                f"{e.filename}: is gone; another pipeline that started here at the same time may have removed it. "
+                "Run one after the other"
+            ) from e
 
 
 class WritePartsFn(PartsFn):
@@ -188,19 +236,18 @@ class WritePartsFn(PartsFn):
     def setup(self) -> None:
         """Refuse an output that holds a dataset, or cannot be written, before the work starts."""
         keep_buffers()
-        self._target.require_writable()
-        with naming_parameters():
-            self._target.find_published()
+        self._target.require_available()
 
     def start_bundle(self) -> None:
         """Start without an open file."""
         super().start_bundle()
         self._traits: Traits | None = None
 
-    def process(self, element: Any, started: object = None) -> Iterable[Any]:
+    def process(self, element: Any) -> Iterable[Any]:
         """Yield where the record is; and (None, _Key) on the output KEYS.
 
-        `started` is the output of `StartFn`, which removes the parts of all other pipelines.
+        It does not wait for `StartFn`, which keeps the parts of this pipeline. Runners do not fuse a step that
+        waits for another collection, and would pass all records from process to process.
         """
         record = to_record(element)
         traits, cells = examine(record)
@@ -235,25 +282,28 @@ class StartFn(beam.DoFn):
 
     def process(self, token: str) -> Iterable[tuple[None, int]]:
         """Yield (None, revision of the dataset); repeated calls yield the same."""
-        target, output = self._target, self._target.output
-        target.require_writable()
-        with naming_parameters():
-            require_writable_output(output)
-            with lock.hold(output):
-                saved = SavedWrite.read(output)
-                if saved is None or saved.token != token:
-                    saved = self._take(target.find_published(), saved)
+        target = self._target
+        target.require_available()  # also makes the folder of the lock
+        with lock.hold(target.output):
+            occupied = target.require_available()
+            saved = occupied.saved
+            if saved is None or saved.token != token:
+                saved = self._take(occupied)
         yield None, saved.revision
 
-    def _take(self, published: DatasetInfo | None, dead: SavedWrite | None) -> SavedWrite:
-        target, output = self._target, self._target.output
+    def _take(self, occupied: _Occupied) -> SavedWrite:
+        target, output, published, dead = (
+            self._target,
+            self._target.output,
+            occupied.published,
+            occupied.saved,
+        )
         kept = files_of(published) if published else ()
-        unfinished = [saved for saved in (dead, self._dead_build()) if saved is not None]
-        if not (unfinished or published or target.config.overwrite):
-            refuse_foreign(output)
+        unfinished = [saved for saved in (dead, occupied.build) if saved is not None]
         own_root = parts_root(output, None)
-        for root in {target.root, own_root}.union(*(saved.parts_roots(output) for saved in unfinished)):
-            remove_parts(root, keep=target.token)
+        if unfinished:  # else they may be those of a pipeline that starts now, too, and will be refused later
+            for root in {target.root, own_root}.union(*(saved.parts_roots(output) for saved in unfinished)):
+                remove_parts(root, keep=target.token)
         remove_files(output, set[str]().union(*(saved.written for saved in unfinished)), keep=kept)
         if published is None:  # a damaged one, which is to be replaced
             storage.delete(storage.join(output, FILE_NAME), output)
@@ -263,20 +313,6 @@ class StartFn(beam.DoFn):
         SavedPlan.remove(output)
         saved.write(output)
         return saved
-
-    def _dead_build(self) -> SavedPlan | None:
-        try:
-            build = SavedPlan.read(self._target.output)
-        except OutputError:
-            if self._target.config.overwrite:
-                return None
-            raise
-        if build is not None and not self._target.config.overwrite:
-            raise OutputError(
-                f"{self._target.output}: holds an unfinished build; finish it, choose another output, or use "
-                "overwrite=True to discard it"
-            )
-        return build
 
 
 @dataclass(frozen=True)
@@ -572,7 +608,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
             records
             | "Global" >> beam.WindowInto(GlobalWindows())  # Record or (id, Example)
             | "WriteParts"
-            >> beam.ParDo(WritePartsFn(target), AsSingleton(started))
+            >> beam.ParDo(WritePartsFn(target))
             .with_output_types(_Placed, **dict.fromkeys((_KEYS, _TRAITS), tuple[None, _Noted]))
             .with_outputs(_KEYS, _TRAITS, main="placed")
         )

@@ -13,7 +13,6 @@ from typing import Any
 import apache_beam as beam
 import numpy as np
 import pytest
-from apache_beam.pipeline import PipelineVisitor
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing import test_stream
 from apache_beam.transforms.window import FixedWindows, TimestampedValue
@@ -153,8 +152,8 @@ def test_windows_have_no_effect(reference: Path, tmp_path: Path) -> None:
     assert_complete(tmp_path / "out", reference)
 
 
-def target_of(output: Path) -> _Target:
-    return _Target(BuildConfig("", str(output), sharding=Sharding(PER_SHARD)), "0" * 16)
+def target_of(output: Path, token: str = "0" * 16) -> _Target:
+    return _Target(BuildConfig("", str(output), sharding=Sharding(PER_SHARD)), token)
 
 
 def test_an_attempt_that_dies_leaves_no_record(tmp_path: Path) -> None:
@@ -867,19 +866,24 @@ def test_a_pipeline_whose_parts_another_one_removes_is_told_why(tmp_path: Path) 
         list(CommitRecordsFn(target).process((shard, [placed]), plan))
 
 
-def test_no_part_is_written_before_the_parts_of_others_are_removed(tmp_path: Path) -> None:
-    """Otherwise each of two pipelines could remove the parts of the other."""
-    pipeline = beam.Pipeline()
-    pipeline | beam.Create([record_of("a")]) | WriteToTFRecord(str(tmp_path / "out"))
-    found = {}
-
-    class Visitor(PipelineVisitor):
-        def visit_transform(self, node: Any) -> None:
-            found[node.full_label] = [side.pvalue.producer.full_label for side in node.side_inputs]
-
-    pipeline.visit(Visitor())
-    (waits_for,) = (sides for label, sides in found.items() if label.endswith("ParDo(WritePartsFn)"))
-    assert waits_for == ["WriteToTFRecord/Start"]
+def test_of_two_pipelines_that_start_at_once_the_later_one_finishes(tmp_path: Path) -> None:
+    """Both have written parts before either has taken over the output."""
+    one, other = (target_of(tmp_path / "out", token=digit * 16) for digit in "12")
+    noted = {}
+    for target in (one, other):
+        writer = WritePartsFn(target)
+        writer.setup()
+        writer.start_bundle()
+        placed, key = writer.process(arrays_of("a"))
+        (traits,) = writer.finish_bundle()
+        noted[target.token] = placed, [key.value[1], traits.value.value[1]]
+    revisions = {t.token: next(iter(StartFn(t).process(t.token)))[1] for t in (one, other)}
+    with pytest.raises(OutputBusyError, match="another pipeline has started to write here"):
+        list(PlanFn(one).process((None, [revisions[one.token], *noted[one.token][1]])))
+    placed, keys = noted[other.token]
+    (plan,) = PlanFn(other).process((None, [revisions[other.token], *keys]))
+    (shard,) = plan.shards
+    assert list(CommitRecordsFn(other).process((shard, [placed]), plan))
 
 
 def test_one_pipeline_writes_an_output_once(tmp_path: Path) -> None:
