@@ -453,7 +453,7 @@ class Columns:
         files = self.files
         if "" in files:
             raise UsageError(
-                f"--path-column is {self.path!r}; separate names of columns by commas, such as T1w,FLAIR"
+                f"--path-column is {self.path!r}; give the name of each column, such as T1w,FLAIR"
             )
         for name in {name for name in files if files.count(name) > 1}:
             raise UsageError(f"column {name!r} is named twice by --path-column and --mask-column; drop one")

@@ -82,7 +82,7 @@ class StoredVolume:
     def of_mask(self) -> StoredVolume:
         """The mask as a volume. A record without a mask is a UsageError."""
         if self.mask is None:
-            raise UsageError(f"record {self.example_id!r} has no mask; leave --mask out")
+            raise UsageError(f"record {self.example_id!r} has no mask; drop --mask")
         return replace(self, voxels=self.mask, scaling=Scaling())
 
 

@@ -97,22 +97,22 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     voxels = decode_tensor(features["image_raw"])  # type: ignore[arg-type]
     shape = tuple(cells["shape"])
     if voxels.shape != shape:
-        yield f"shape is {voxels.shape}, the index says {shape}"
+        yield f"shape is {voxels.shape}, but the index has {shape}"
     if spec.info.shape is not None and voxels.shape != spec.info.shape:
-        yield f"shape is {voxels.shape}, dataset_info.json says {spec.info.shape}"
+        yield f"shape is {voxels.shape}, but dataset_info.json gives {spec.info.shape}"
     if voxels.dtype.name != spec.info.dtype:
-        yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.info.dtype}"
+        yield f"voxels are {voxels.dtype.name}, but dataset_info.json gives {spec.info.dtype}"
     native = spec.config.voxel_dtype == "native"
     on_disk = "uint8" if cells["dtype"] in COLOURS.values() else cells["dtype"]
     if native and on_disk != spec.info.dtype:
-        yield f"voxels are {spec.info.dtype} as in the image's file, the index says {cells['dtype']}"
+        yield f"voxels are {spec.info.dtype} as in the image's file, but the index has {cells['dtype']}"
     if voxels.size == 0:
         yield "there are no voxels"
         return
     unknown = [name for name in _STATISTICS if cells[name] is None]
     if spec.is_sparse and len(unknown) == len(_STATISTICS):  # nothing says what its voxels must be
         if cells["dtype"] != voxels.dtype.name:
-            yield f"voxels are {voxels.dtype.name}, the index says {cells['dtype']}"
+            yield f"voxels are {voxels.dtype.name}, but the index has {cells['dtype']}"
     elif unknown:
         yield f"the index has no {unknown[0]}"
     elif spec.config.channels is None:
@@ -144,7 +144,7 @@ def _check_mask(
     if mask.shape != shape or mask.dtype.name != dtype:
         yield f"the mask has shape {mask.shape} of {mask.dtype.name}, expected {shape} of {dtype}"
     elif (found := labels_of(mask)) != cells["mask_labels"]:
-        yield f"the mask has the labels {found}, the index says {cells['mask_labels']}"
+        yield f"the mask has the labels {found}, but the index has {cells['mask_labels']}"
     elif config.has_positions and positions_of(mask) != cells["mask_positions"]:
         yield "mask_positions of the index are not those of its mask"
 
@@ -166,7 +166,7 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
         found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
         found = found.replace("float32", "float")
         if found != (f"{kind}[1]" if kind in ("float", "int64") else kind):
-            yield f"feature {name} is {found}, dataset_info.json says {kind}"
+            yield f"feature {name} is {found}, but dataset_info.json gives {kind}"
         elif len(value) != (wanted := sizes.get(name, len(value))):
             yield f"feature {name} has {len(value)} bytes, expected {wanted}: {_DOUBLE_BYTES} a float64"
 
@@ -176,10 +176,10 @@ def _check_metadata(
 ) -> Iterator[str]:
     stored_id = bytes(features["id"]).decode(errors="replace")
     if stored_id != cells["example_id"]:
-        yield f"id is {stored_id!r}, the index says {cells['example_id']!r}"
+        yield f"id is {stored_id!r}, but the index has {cells['example_id']!r}"
     label = cells["label"]
     if (label is None) == spec.info.labelled and not (label is None and spec.may_lack):
-        yield f"the index's label is {label}, but dataset_info.json says labelled: {spec.info.labelled}"
+        yield f"the index's label is {label}, but dataset_info.json gives labelled: {spec.info.labelled}"
     expected = {
         "label": [np.nan if label is None else label],
         "affine": cells["affine"],
@@ -196,16 +196,16 @@ def _check_metadata(
     for name, numbers in expected.items():
         stored, said = np.asarray(features[name]), _as_float32(numbers)
         if not np.array_equal(stored, said, equal_nan=True):
-            yield f"{name} is {_show(stored)}, the index says {_show(said)}"
+            yield f"{name} is {_show(stored)}, but the index has {_show(said)}"
         elif name == "affine" and not is_usable(stored.astype(np.float64).reshape(4, 4)):
             yield "affine is singular or not finite; repair the image and build it again"
     if spec.config.has_members and spec.config.voxel_dtype == "native":
         scaling = scaling_of(features)
         if scaling != scaling_in(cells):
-            yield f"its scaling is {scaling}, the index says {scaling_in(cells)}"
+            yield f"its scaling is {scaling}, but the index has {scaling_in(cells)}"
     labels = _labels_in(cells, spec.config.labels or ())
     if labels and label != number_of(labels[0][1]):
-        yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
+        yield f"the index's label is {label}, but its {labels[0][0]} gives {number_of(labels[0][1])}"
     for name, value in labels:
         yield from _check_label(features[label_feature(name)], name, value)
 
@@ -213,12 +213,12 @@ def _check_metadata(
 def _check_presence(
     features: Mapping[str, _Feature], cells: Mapping[str, Any], said: Set[str]
 ) -> Iterator[str]:
-    """Find where only one of a record and its row of the index says something, which readers take from there.
+    """Find values that only one of a record and its row of the index has, where readers take them from.
 
     Args:
         features: features of the record, of which a step may have left out some.
         cells: the record's row of the index.
-        said: names of the features whose values that says.
+        said: names of the features whose values that row has.
     """
     for name in sorted(said - features.keys() - {"zooms"}):
         yield f"feature {name} is missing, but the index has a value for it"
@@ -230,7 +230,7 @@ def _check_presence(
         found = cells["zooms"]
         if (found is None) != (sizes is None) or (sizes is not None and not np.allclose(found, sizes)):
             shown, wanted = ("none" if numbers is None else _show(numbers) for numbers in (found, sizes))
-            yield f"the index says voxel sizes of {shown}, expected {wanted}"
+            yield f"the index has voxel sizes of {shown}, expected {wanted}"
 
 
 def _labels_in(
@@ -244,12 +244,12 @@ def _check_label(feature: _Feature, name: str, said: LabelValue) -> Iterator[str
     if isinstance(said, str):
         text = bytes(feature).decode(errors="replace")
         if text != said:
-            yield f"{label_feature(name)} is {text!r}, the index says {said!r}"
+            yield f"{label_feature(name)} is {text!r}, but the index has {said!r}"
         return
     stored = np.asarray(feature)
     expected = np.array([said]) if isinstance(said, int) else _as_float32([said])
     if not np.array_equal(stored, expected, equal_nan=True):
-        yield f"{label_feature(name)} is {_show(stored)}, the index says {_show(expected)}"
+        yield f"{label_feature(name)} is {_show(stored)}, but the index has {_show(expected)}"
 
 
 def _of_images(cell: Any) -> list[float]:
@@ -283,7 +283,7 @@ def _check_intensities(
     intensity = Intensity(*(float(_of_images(cells[name])[number]) for name in _STATISTICS))
     least, largest = intensity.min, intensity.max
     if config.method == "minmax" and not least < largest:
-        yield f"the index says an intensity range from {least:g} to {largest:g}, which cannot be rescaled"
+        yield f"the index has an intensity range from {least:g} to {largest:g}, which cannot be rescaled"
         return
     rescale_range = None
     if config.has_range:
@@ -310,7 +310,7 @@ def _check_rescale_range(
     """Find where the rescale range is not that of the index and the configuration."""
     for name, stored, cell in zip(("rescale_low", "rescale_high"), (low, high), said, strict=True):
         if stored != cell:
-            yield f"{name} is {stored!r}, the index says {cell!r}"
+            yield f"{name} is {stored!r}, but the index has {cell!r}"
     if not low < high:
         yield f"rescale_low is {low:g} and rescale_high {high:g}, which is no range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
@@ -348,14 +348,14 @@ def check_source(
             volume = load_volume(row, folder, record=config)
             volume = rescale_volume(prepare_volume(volume, config, release=True), config)
     except VolumeError as e:
-        yield f"cannot be made again: {e}"
+        yield f"cannot be rebuilt: {e}"
         return
     again = encode_volume(volume)
     if again != payload:
         stored, made = decode_example(payload), decode_example(again)
         names = sorted(n for n in stored.keys() | made.keys() if not _same(stored, made, n))
         if versions and differ_in_rounding(stored, made, names):
-            yield RoundingNote(f"{', '.join(names)} differs in rounding; it was made with {versions}")
+            yield RoundingNote(f"{', '.join(names)} differs in rounding; it was built with {versions}")
             return
         files = file_cells(volume.source.files, config, row.version_key)
         changes = [f"{n} was {cells[n]}, now {now}" for n, now in files.items() if cells[n] != now]
@@ -364,7 +364,7 @@ def check_source(
             if changes
             else f"its files have the sizes and times that they had; {_REMAKE}"
         )
-        by = f"it was made with {versions}; " if versions else ""
+        by = f"it was built with {versions}; " if versions else ""
         yield f"what is stored differs from {row.source} in {', '.join(names)}; {by}{reason}"
         return
     for number, now in enumerate(volume.intensities):
@@ -373,14 +373,14 @@ def check_source(
         for name, far in (("min", 0.0), ("max", 0.0), ("mean", tolerance), ("std", tolerance)):
             said, found = _of_images(cells[name])[number], getattr(now, name)
             if not abs(said - found) <= far:
-                yield f"the index says {name} {said:g}, {image} has {found:g}; {_REMAKE}"
+                yield f"the index has {name} {said:g}, but {image} has {found:g}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
-        yield f"the index says dtype {cells['dtype']}, its image has {volume.dtype}; {_REMAKE}"
+        yield f"the index has dtype {cells['dtype']}, but its image has {volume.dtype}; {_REMAKE}"
     if config.format_version == 1:
         return
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):
         if not np.array_equal(cells[name], has, equal_nan=True):
-            yield f"the index says {name} {_show(cells[name])}, its image has {_show(has)}; {_REMAKE}"
+            yield f"the index has {name} {_show(cells[name])}, but its image has {_show(has)}; {_REMAKE}"
 
 
 def _same(one: Mapping[str, _Feature], other: Mapping[str, _Feature], name: str) -> bool:

@@ -158,8 +158,8 @@ class ShardPass:
         if problems:
             return no_rows(self._record)
         if table.num_rows != shard.num_examples:
-            said = f"{FILE_NAME} says {shard.num_examples} examples"
-            self._tell(shard.index, f"has {table.num_rows} rows, {said}")
+            said = f"{FILE_NAME} gives {shard.num_examples} examples"
+            self._tell(shard.index, f"has {table.num_rows} rows, but {said}")
         for problem in check_people(table) if self._spec.ids_of_people else ():
             self._tell(shard.index, f"{problem}; {_RESTORE}")
         self.rows = index_rows(table, self._split, self._record, self._cells)
@@ -201,10 +201,10 @@ class ShardPass:
         if in_order:
             _hash(handle, hasher, size)
         if size != shard.num_bytes:
-            self._tell(shard.name, f"has {size} bytes, {FILE_NAME} says {shard.num_bytes}")
+            self._tell(shard.name, f"has {size} bytes, but {FILE_NAME} gives {shard.num_bytes}")
         if (found := hasher.hexdigest()) != shard.sha256:
-            said = f"{FILE_NAME} says {shard.sha256}: one of the files was changed"
-            self._tell(shard.name, f"sha256 is {found}, {said}; {_RESTORE}")
+            said = f"{FILE_NAME} gives {shard.sha256}: one of the files was changed"
+            self._tell(shard.name, f"sha256 is {found}, but {said}; {_RESTORE}")
 
 
 def _hash(handle: BinaryIO, hasher: hashlib._Hash, most: int) -> None:

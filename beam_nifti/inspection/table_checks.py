@@ -68,7 +68,7 @@ def check_index(
     labels = [label.name for label in record.labels or ()]
     yield from check_table(table, schema_of(record, labels).names, record, is_sparse=is_sparse)
     if facts.get("sha256") != shard.sha256:
-        yield (f"written for a file of sha256 {facts.get('sha256')}, {FILE_NAME} says {shard.sha256}")
+        yield (f"written for a file of sha256 {facts.get('sha256')}, but {FILE_NAME} gives {shard.sha256}")
 
 
 def check_people(table: pa.Table) -> Iterator[str]:
@@ -105,11 +105,11 @@ def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
     if wrong.size:
         at = int(wrong[0])
         yield (
-            f"its rows do not tile the shard: {record_name(at, table)} is said to take "
-            f"{lengths[at]} bytes at offset {offsets[at]}, and the one before it ends at {ends[at]}"
+            f"its rows do not tile the shard: {record_name(at, table)} has {lengths[at]} bytes at offset "
+            f"{offsets[at]}, but the one before it ends at {ends[at]}"
         )
     elif ends[-1] != file_bytes:
-        yield f"its rows end at byte {ends[-1]}, the shard's file at {file_bytes}"
+        yield f"its rows end at byte {ends[-1]}, but the shard's file ends at {file_bytes}"
     steps = np.flatnonzero(np.diff(table["position"].to_numpy()) <= 0)
     if steps.size:
         yield f"its positions do not ascend at {record_name(int(steps[0]) + 1, table)}"

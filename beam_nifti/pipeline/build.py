@@ -456,7 +456,7 @@ def _is_continued(
         if work.num_records:
             changes = version_changes(dead.info.versions, plan.versions)
             logs.LOGGER.warning(
-                "%s %s of an unfinished build, made with other versions: %s",
+                "%s %s of an unfinished build, built with other versions: %s",
                 "would rebuild" if is_dry else "rebuilding",
                 work,
                 changes,

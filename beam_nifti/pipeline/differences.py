@@ -16,7 +16,7 @@ from beam_nifti.config import Columns, LabelColumn
 from beam_nifti.manifest.labels import name_classes
 from beam_nifti.manifest.manifest import Manifest, frame_id
 from beam_nifti.pipeline.failures import PEOPLE, listed_cells
-from beam_nifti.pipeline.options import content_options, flag_of
+from beam_nifti.pipeline.options import DERIVED, NOT_GIVEN, content_options, flag_of, value_text
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
@@ -24,10 +24,6 @@ from beam_nifti.support.wording import counted, first_few, one_line
 
 _SHOWN_ROWS: Final = 5
 
-_SAID_OTHERWISE: Final = frozenset({"fingerprint", "channels"})
-"""Fields of a configuration that follow from others."""
-
-_NOT_GIVEN: Final = "not given"
 _COMES_ALONG: Final = {"--mask-dtype": "uint8", "--split-seed": "0"}
 """Defaults of options that another option brings along, so that nobody has to have given them."""
 
@@ -79,7 +75,7 @@ def image_folder(info: DatasetInfo) -> str:
 def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before, after = (_COMES_ALONG | _flags(config) for config in (was, now))
     return [
-        f"{flag} was {before.get(flag, _NOT_GIVEN)}, now {after.get(flag, _NOT_GIVEN)}"
+        f"{flag} was {before.get(flag, NOT_GIVEN)}, now {after.get(flag, NOT_GIVEN)}"
         for flag in dict.fromkeys([*after, *before])
         if before.get(flag) != after.get(flag)
     ]
@@ -88,21 +84,11 @@ def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def _flags(config: Mapping[str, Any]) -> dict[str, str]:
     """The options of a dataset that were given, by flag."""
     values = content_options(config)
-    if "split" in values:  # the order of the shares makes no difference
-        values["split"] = [f"{name}={_value(share)}" for name, share in sorted(values["split"].items())]
-    return {_flag(name): _value(value) for name, value in values.items() if name not in _SAID_OTHERWISE}
+    return {_flag(name): value_text(value) for name, value in values.items() if name not in DERIVED}
 
 
 def _flag(name: str) -> str:
     return "sha256 of the file of --preprocess" if name == "preprocess_sha256" else flag_of(name)
-
-
-def _value(value: Any) -> str:
-    if value is True:
-        return "given"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(_value, value))
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -> Iterator[str]:
@@ -260,7 +246,7 @@ def _changed(then: pa.Table, manifest: Manifest, columns: Columns) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, pa.Scalar):
         return repr(value.as_py())
-    return "missing" if np.isnan(value) else _value(float(value))
+    return "missing" if np.isnan(value) else value_text(float(value))
 
 
 def _named(row: int, example_id: str, manifest: Manifest) -> str:

@@ -97,7 +97,7 @@ def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
 @contextlib.contextmanager
 def follow_build(plan: BuildPlan) -> Iterator[None]:
     """Show on standard error how far a build is while the block runs it elsewhere."""
-    # Not PROGRESS, to which a cluster's worker adds too if it is this process.
+    # Not the steps' own, to which a cluster's worker adds too if it is this process.
     watcher, progress = BuildWatcher(plan), Progress()
     kept: int | None = None
 

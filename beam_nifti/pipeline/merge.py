@@ -175,7 +175,7 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
 
 
 def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple[int, int]:
-    """How many records of a published shard were made again, and how many of them differ."""
+    """How many records of a published shard were rebuilt, and how many of them differ."""
     new = Part(storage.join(output, made.name), storage.join(output, made.index))
     old = Part(storage.join(output, str(published)), storage.join(output, published.index_file))
     if old == new:

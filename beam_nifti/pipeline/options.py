@@ -58,6 +58,12 @@ Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
 """A text such as "above:100", or its parts: ("above", 100)."""
 
 
+DERIVED: Final = frozenset({"fingerprint", "channels"})
+"""Fields of a configuration that follow from others."""
+
+NOT_GIVEN: Final = "not given"
+
+
 class BuildOptions(TypedDict, total=False):
     """The options of `build` and `check`. None means that an option is not given.
 
@@ -302,6 +308,17 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
+def value_text(value: Any) -> str:
+    """The value of an option that was given, as the command line has it."""
+    if value is True:
+        return "given"
+    if isinstance(value, Mapping):  # shares of splits, whose order makes no difference
+        return ",".join(f"{name}={value_text(each)}" for name, each in sorted(value.items()))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(value_text, value))
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
 def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
     """Refuse functions of a dataset that are given again and whose files have changed; warn of others."""
     digests = {parse_call(step)[0]: digest for step, digest in record.steps}
@@ -369,6 +386,8 @@ def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) ->
     'clip=True cannot be used with rescale="minmax"; drop it'
     >>> as_parameters("--clip is 5; give True or False")
     'clip is 5; give True or False'
+    >>> as_parameters("--spacing is (1, 2); give three sizes in mm, such as 1,1,1.5")
+    'spacing is (1, 2); give three sizes in mm, such as (1, 1, 1.5)'
     """
 
     def parameter(found: re.Match[str]) -> str:
@@ -380,7 +399,7 @@ def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) ->
         is_on = name in OPTIONS and OPTIONS[name].read is read_switch and word != "is"
         return f"{shown}{'=True' if is_on else ''}{f' {word}' if word else ''}"
 
-    return _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text))
+    return _EXAMPLE.sub(_value_of_example, _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text)))
 
 
 def _literal(name: str, word: str) -> str | None:
@@ -393,6 +412,17 @@ def _literal(name: str, word: str) -> str | None:
     heads = {choice.partition(":")[0] for choice in OPTIONS[name].choices} if name in OPTIONS else ()
     is_value = word.partition(":")[0] in heads or (name == "split" and "=" in word)
     return f'"{word}"' if is_value else None
+
+
+def _value_of_example(found: re.Match[str]) -> str:
+    cells = found[0].split(",")
+    if all(map(_NUMBERS.fullmatch, cells)):
+        return f"({', '.join(cells)})"
+    if all("=" in cell for cell in cells):
+        return (
+            f"{{{', '.join(f'{name!r}: {share}' for name, _, share in (c.partition('=') for c in cells))}}}"
+        )
+    return str(cells)
 
 
 def _assignment_of_calls(found: re.Match[str]) -> str:
@@ -425,15 +455,17 @@ def _read_all(given: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _read(name: str, value: object) -> Any:
-    _require_known(name)
+    if name not in OPTIONS:
+        raise UsageError(f"unknown option {name!r}; {_hint(name)}")
     return OPTIONS[name].read(flag_of(name), value)
 
 
-def _require_known(name: str) -> None:
-    if name not in OPTIONS:
-        close = difflib.get_close_matches(name, OPTIONS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(OPTIONS)}"
-        raise UsageError(f"unknown option {name!r}; {hint}")
+def _hint(name: str, spell: Callable[[str], str] = str) -> str:
+    """Which options an unknown one may stand for."""
+    close = difflib.get_close_matches(name, OPTIONS, n=3)
+    if close:
+        return f"did you mean {' or '.join(map(spell, close))}?"
+    return f"choose one of: {', '.join(map(spell, OPTIONS))}"
 
 
 def _refuse(flag: str, value: object, wanted: str) -> NoReturn:
@@ -466,7 +498,9 @@ def _read_names(flag: str, value: object) -> str:
 def _read_without(flag: str, value: object) -> tuple[str, ...]:
     names = [name.strip().replace("-", "_") for name in _read_names(flag, value).split(",")]
     for name in names:
-        _require_known(name)
+        if name not in OPTIONS:
+            hint = _hint(name, lambda each: each.replace("_", "-"))
+            raise UsageError(f"{flag} names {name.replace('_', '-')!r}, which is not an option; {hint}")
     return tuple(names)
 
 
@@ -544,7 +578,7 @@ def _read_shape(flag: str, value: object) -> tuple[int, ...]:
 
 def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
     is_one = isinstance(value, Real) and not isinstance(value, bool)
-    wanted = "give three sizes in mm with commas, such as 1,1,1.5"
+    wanted = "give three sizes in mm, such as 1,1,1.5"
     return _read_triple(flag, [value] * 3 if is_one else value, _number, wanted)
 
 
@@ -652,8 +686,11 @@ OPTIONS: Final[Mapping[str, Option]] = {
 }
 """The options of `BuildOptions`: flags, keys of TOML files and parameters in Python."""
 
-_FLAG: Final = re.compile(r"(?<![a-z-])--([a-z-]*[a-z])(?: ([^\s;-][^\s;]*(?<![.,:)])))?")
+_FLAG: Final = re.compile(r"(?<![a-z-])--([a-z-]*[a-z])(?: ([^\s;(-][^\s;]*(?<![.,:)])))?")
 """A flag, and the word after it."""
+
+_EXAMPLE: Final = re.compile(r"(?<=such as )[\w.=]+(?:,[\w.=]+)+$")
+"""A value of an option with several parts, at the end of an error."""
 
 _NUMBERS: Final = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}")
 _CALL: Final = r"""--preprocess (?:(?:'[^']*'|"[^"]*")+|[\w.]+:\w+(?![\w(:]))"""  # as shlex.quote writes it

@@ -411,7 +411,7 @@ def _require_entry(
             differences.append((f"feature {name}", shown, expected.tolist()))
     for what, is_now, was in differences:
         raise VolumeError(
-            f"the {what} is {is_now}, but its entry of the index says {was}; change volumes before "
+            f"the {what} is {is_now}, but its entry of the index has {was}; change volumes before "
             "EncodeExample, or give (id, Example) instead of a Record"
         )
 

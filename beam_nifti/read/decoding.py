@@ -45,7 +45,7 @@ def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) 
     if stored.dtype.name != info.dtype or stored.shape != shape:
         by = FILE_NAME if info.shape else "the index"
         raise ShardError(
-            f"it holds {stored.dtype.name} of {stored.shape}, but {by} says {info.dtype} of {shape}"
+            f"it holds {stored.dtype.name} of {stored.shape}, but {by} has {info.dtype} of {shape}"
         )
     require_channels(shape, config)
     scaling, ends, count = Scaling(), None, config.num_channels

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
 from beam_nifti.read.order import require_share
-from beam_nifti.read.patches import Box, integers, read_patch
+from beam_nifti.read.patches import Box, read_patch, sizes
 from beam_nifti.read.records import Element, Records
 
 _WEIGHTS: Final = ("gaussian", "constant")
@@ -38,10 +38,10 @@ class PatchGrid:
         if overlap == 1:
             raise UsageError("overlap is 1, which is the same patch again; give a share below 1")
         self._records, self._row = records, row
-        self.shape = integers("the shape of a patch", shape, least=1)
+        self.shape = sizes("the shape of a patch", shape)
         self._volume = records.plausible_shape(row)[: len(self.shape)]
-        sizes = zip(self._volume, self.shape, strict=True)
-        self.corners = list(itertools.product(*(_starts(size, length, overlap) for size, length in sizes)))
+        axes = zip(self._volume, self.shape, strict=True)
+        self.corners = list(itertools.product(*(_starts(size, length, overlap) for size, length in axes)))
 
     def __len__(self) -> int:
         """How many patches there are."""

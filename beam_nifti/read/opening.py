@@ -104,7 +104,7 @@ class Opened:
                 raise DatasetError(f"{path}: the shard is missing; copy the dataset again, or rebuild it")
             if size != shard.num_bytes:
                 raise DatasetError(
-                    f"{path}: the shard has {size} bytes, but {FILE_NAME} says {shard.num_bytes}; copy the "
+                    f"{path}: the shard has {size} bytes, but {FILE_NAME} gives {shard.num_bytes}; copy the "
                     "dataset again, or delete the shard and its index and build again"
                 )
 

@@ -187,7 +187,7 @@ class Dataset:
 
         Raises:
             IndexError: there are fewer records.
-            DatasetError: the record cannot have the shape that the index says.
+            DatasetError: the record cannot have the shape that the index gives.
         """
         return self._records.plausible_shape(self._row(_record_number(index)))
 

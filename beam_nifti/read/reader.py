@@ -213,7 +213,7 @@ class _Source:
             return read_files(self.path, self.layout, batching, passes, elements.channels_first)
         if self._choose_engine(any(needs_index.values()), elements.as_dict) == "indexed":
             return self._read_indexed(elements, batching, passes)
-        _refuse(needs_index, "needs the index, and engine is 'sequential'; leave engine out")
+        _refuse(needs_index, "needs the index, and engine is 'sequential'; drop engine")
         opened = sequential.open_dataset(self.path)
         names, pack = elements.choose(opened)
         examples = sequential.read_examples(
@@ -244,7 +244,7 @@ class _Source:
         if self.start_state is not None:
             if start or skips:
                 other = "start" if start else "on_error='skip', which does not count every batch,"
-                raise UsageError(f"start_state and {other} cannot be combined; leave one of them out")
+                raise UsageError(f"start_state and {other} cannot be combined; drop one of them")
             drawn = passes.describe_patches()
             state = describe_state(opened.info, self.split, self.where, order, 0, drawn)
             start = check_state(self.path, self.start_state, state)

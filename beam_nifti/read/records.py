@@ -177,8 +177,8 @@ class Records:
         most = length * (DEFLATE_RATIO if info.record_config.compression == "gzip" else 1)
         if min(shape) < 1 or math.prod(shape) * numpy_dtype(info.dtype).itemsize > most:
             raise DatasetError(
-                f"{self.opened.path}: record {self.cell('id', row)!r} of {length:,} bytes is said to have "
-                f"the shape {shape}, which it cannot hold; run beam-nifti verify"
+                f"{self.opened.path}: record {self.cell('id', row)!r} of {length:,} bytes cannot have "
+                f"the shape {shape} that the index gives; run beam-nifti verify"
             )
         return shape
 

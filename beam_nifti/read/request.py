@@ -65,7 +65,7 @@ class Elements:
                     f"target is 'mask', but {opened.path} has no masks; build it with --mask-column"
                 )
             if label is not None:
-                raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
+                raise UsageError(f"label is {label!r}, but y is the mask; drop target or label")
             return {"mask": "mask"}
         if label is None:
             if info.labels and info.labels[0].kind == "string":
@@ -227,7 +227,7 @@ def group_patches(
     options = {name: value for name, value in options.items() if value is not None}
     given = next(iter({"patch": patch, **options} if patch is not None else options), None)
     if patches is not None and given:
-        raise UsageError(f"patches and {given} say the same; leave one of them out")
+        raise UsageError(f"patches and {given} say the same; drop one of them")
     if patch is None and given:
         raise UsageError(f"{given} is {options[given]}, but volumes are read as a whole; give a patch")
     fields = {name.removeprefix("patches_"): value for name, value in options.items()}

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
 from beam_nifti.read.order import require_share, whole_number
-from beam_nifti.read.patches import integers
+from beam_nifti.read.patches import sizes
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 
@@ -35,8 +35,8 @@ class Patches:
             Volumes without labels have none.
 
     Raises:
-        UsageError: `shape` is not three integers of at least 1, `per_volume` is below 1, or `foreground` is
-            no such share.
+        UsageError: `shape` is not three integers of at least 1 or does not fit into memory, `per_volume` is
+            below 1, or `foreground` is no such share.
     """
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Patches:
     foreground: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", integers("the shape of a patch", self.shape, least=1))
+        object.__setattr__(self, "shape", sizes("the shape of a patch", self.shape))
         object.__setattr__(self, "per_volume", whole_number("patches_per_volume", self.per_volume))
         if self.per_volume < 1:
             raise UsageError(f"patches_per_volume is {self.per_volume}; it must be at least 1")
@@ -122,7 +122,7 @@ class PatchDataset:
         try:
             records.prepare_patches(around_labels=patches.foreground > 0)
         except UsageError as e:
-            raise UsageError(f"foreground is {patches.foreground}, but {e}, or leave foreground out") from e
+            raise UsageError(f"foreground is {patches.foreground}, but {e}, or drop foreground") from e
 
     def epoch(self, number: int) -> PatchDataset:
         """The patches of another epoch, from 0. Nothing is read."""

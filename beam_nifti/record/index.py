@@ -321,7 +321,7 @@ def scaling_in(cells: Mapping[str, Any]) -> Scaling:
     if slope is None and inter is None:
         return NO_SCALING
     if slope is None or inter is None:
-        raise ShardError(f"the index says a scaling by {slope} and {inter}; both must be there, or none")
+        raise ShardError(f"the index has a scaling by {slope} and {inter}; both must be there, or none")
     return Scaling(slope, inter)
 
 

@@ -107,7 +107,7 @@ def _find_outside(table: pa.Table, shard: ShardInfo) -> Iterator[str]:
         if wrong.size:
             at = int(wrong[0])
             where = f"{lengths[at]} bytes at offset {offsets[at]}"
-            yield f"{record_name(at, table)} is said to take {where}, which are not in {shard.name}"
+            yield f"{record_name(at, table)} has {where}, which are not in {shard.name}"
 
 
 def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
@@ -116,4 +116,4 @@ def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
         counts = pc.list_value_length(table["shape"]).to_numpy()
         shapes = pc.list_flatten(table["shape"]).to_numpy()
         if (counts != len(info.shape)).any() or (shapes.reshape(-1, len(info.shape)) != info.shape).any():
-            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} says"
+            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} gives"

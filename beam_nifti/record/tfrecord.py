@@ -159,7 +159,7 @@ def require_stored_size(size: int, most: int) -> None:
         ShardError: it takes more.
     """
     if size > (bound := _FREE_STORED_BYTES + _STORED_RATIO * most):
-        raise ShardError(f"is said to take {size:,} bytes, but can take at most {bound:,}")
+        raise ShardError(f"has {size:,} bytes according to the index, but can have at most {bound:,}")
 
 
 def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD) -> memoryview:
@@ -184,7 +184,7 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
         raise ShardError("the CRC of the record's length does not match")
     size, held = _LENGTH.unpack_from(data)[0], len(data) - HEADER_BYTES - FOOTER_BYTES
     if held != size:
-        raise ShardError(f"record says {size} bytes, but holds {held}")
+        raise ShardError(f"record gives its size as {size} bytes, but holds {held}")
     payload = data[HEADER_BYTES:-FOOTER_BYTES]
     if _masked_crc(payload) != data[-FOOTER_BYTES:]:
         raise ShardError("the CRC of the record's payload does not match")
@@ -267,7 +267,7 @@ def inflate_one(member: memoryview, size: int | None = None, most: int = _MOST_P
         ShardError: as `inflate_member`, or its header says another length.
     """
     if bytes(member[: _MEMBER_HEAD.size]) != _MEMBER_START + _SIZE.pack(len(member)):
-        raise ShardError(f"no gzip member of {len(member)} bytes is where the index says")
+        raise ShardError(f"no gzip member of {len(member)} bytes is at its offset in the index")
     holds = _said_size(member) if size is None else size
     if holds > most:
         raise ShardError(f"gzip member holds {holds:,} bytes, expected at most {most:,}")

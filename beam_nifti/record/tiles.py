@@ -133,7 +133,7 @@ def check_cuts(record: bytes, payload: bytes, lengths: Sequence[int], compressed
         view = memoryview(record)
         found, held = member_lengths(view), member_sizes(view)
     if found != list(lengths):
-        yield f"its members have {_show(found)} bytes, the index says {_show(lengths)}"
+        yield f"its members have {_show(found)} bytes, but the index has {_show(lengths)}"
     elif held != expected:
         yield f"its members hold {_show(held)} bytes, expected {_show(expected)}"
 

@@ -199,7 +199,7 @@ def require_said_sizes(data: bytes, column: Any) -> set[int]:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"a page of column {column.path_in_schema} has no usable header ({e!r})") from e
     if num_bytes > column.total_uncompressed_size or num_values > column.num_values:
-        raise ValueError(f"pages of column {column.path_in_schema} hold more than the file says")
+        raise ValueError(f"pages of column {column.path_in_schema} hold more than its metadata gives")
     return encodings
 
 

@@ -493,11 +493,11 @@ def test_inspect_tells_kinds_and_counts(built: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("age", "64", "label/age is 63.5, the index says 64"),
+        ("age", "64", "label/age is 63.5, but the index has 64"),
         ("age", "", "the index's label is 63.5, of its age it is None"),
-        ("sex", "F", "label/sex is 1, the index says 0"),
+        ("sex", "F", "label/sex is 1, but the index has 0"),
         ("sex", "X", "the index has 'X' in sex, which does not match sex:class in dataset_info.json"),
-        ("subtype", "b", "label/subtype is 'a', the index says 'b'"),
+        ("subtype", "b", "label/subtype is 'a', but the index has 'b'"),
         ("label", 1.0, "the index's label is 1.0, of its age it is 63.5"),
     ],
 )
@@ -520,7 +520,7 @@ def test_a_record_with_another_kind_of_label(dataset: Path) -> None:
 
     edit_record(dataset, 0, edit)
     (problem,) = verify_dataset(str(dataset)).problems
-    assert problem.endswith("feature label/sex is float[1], dataset_info.json says int64")
+    assert problem.endswith("feature label/sex is float[1], but dataset_info.json gives int64")
 
 
 def test_other_classes_are_a_difference_between_datasets(built: Path, dataset: Path) -> None:

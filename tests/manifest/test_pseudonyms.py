@@ -442,7 +442,7 @@ def test_the_command_line(
     assert cli.main(["build", str(manifest), output, flag, "--quiet"]) == cli.SUCCESS
     assert cli.main(["verify", output, "--manifest", str(manifest), flag, "--deep=all"]) == cli.SUCCESS
     said = capsys.readouterr()
-    assert "8 made again from their images" in said.out
+    assert "8 rebuilt from their images" in said.out
     assert not any(name in said.out + said.err for name in NAMES)
 
 

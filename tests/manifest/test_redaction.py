@@ -260,7 +260,7 @@ def test_no_failure_tells_a_name(study: Study, told: Told, tmp_path: Path, log_f
     assert cli.main([*verify, "--deep=all"]) == cli.FAILED
     assert cli.main(["inspect", str(study.output)]) == cli.SUCCESS
     said = told()
-    assert said.count("cannot be made again: ") == 2
+    assert said.count("cannot be rebuilt: ") == 2
     assert MARK not in said.lower()
 
 

@@ -1026,13 +1026,13 @@ def test_a_record_without_an_affine_is_no_image(reference: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("affine", np.diag([3.0, 1, 1, 1]).ravel().tolist(), "affine is .*, the index says"),
+        ("affine", np.diag([3.0, 1, 1, 1]).ravel().tolist(), "affine is .*, but the index has"),
         ("affine", None, "affine is .*, but the index has no value for it"),
-        ("zooms", [5.0, 5.0, 5.0], "the index says voxel sizes of 5 5 5, expected 2 2 2"),
-        ("zooms", None, "the index says voxel sizes of none, expected 2 2 2"),
+        ("zooms", [5.0, 5.0, 5.0], "the index has voxel sizes of 5 5 5, expected 2 2 2"),
+        ("zooms", None, "the index has voxel sizes of none, expected 2 2 2"),
         ("label", 7.0, "feature label is missing, but the index has a value for it"),
-        ("dtype", "int16", "voxels are float32, the index says int16"),
-        ("dtype", None, "voxels are float32, the index says None"),
+        ("dtype", "int16", "voxels are float32, but the index has int16"),
+        ("dtype", None, "voxels are float32, but the index has None"),
         ("mean", 1.0, "the index has no min"),
     ],
 )

@@ -91,8 +91,8 @@ def shift(table: pa.Table) -> pa.Table:
         ("float32", set_cells(min=5e4, max=6e4), r"its intensity_min is not \[50000.0\]"),
         ("native", set_cells(min=-123.0), r"its intensity_min is not \[-123.0\]"),
         ("native", set_cells(max=math.inf), r"its intensity_max is not \[inf\]"),
-        ("native", set_cells(scl_slope=3.0, scl_inter=1.0), r"its scaling is .*slope=1.0.*the index says"),
-        ("native", set_cells(scl_slope=3.0), "the index says a scaling by 3.0 and None"),
+        ("native", set_cells(scl_slope=3.0, scl_inter=1.0), r"its scaling is .*slope=1.0.*the index has"),
+        ("native", set_cells(scl_slope=3.0), "the index has a scaling by 3.0 and None"),
         ("percentile", set_cells(rescale_low=-1.0), r"its rescale_low is not \[-1.0\]"),
         ("mixed", set_cells(shape=[70, 50, 61]), r"its image_raw holds float32 of \(70, 61, 50\), expected"),
         ("mixed", set_cells(shape=[-1, 50, 61]), "which it cannot hold"),
@@ -113,9 +113,9 @@ def test_an_index_that_contradicts_a_record_is_refused(
 @pytest.mark.parametrize(
     ("name", "cells", "message"),
     [
-        ("native", {"min": None}, r"the index says minima \[\] and maxima \[\d+.0\]"),
-        ("percentile", {"rescale_low": None}, r"the index says rescale_low \[\] and rescale_high \[\d+.0\]"),
-        ("percentile", {"rescale_low": None, "rescale_high": None}, "the index says rescale_low"),
+        ("native", {"min": None}, r"the index has minima \[\] and maxima \[\d+.0\]"),
+        ("percentile", {"rescale_low": None}, r"the index has rescale_low \[\] and rescale_high \[\d+.0\]"),
+        ("percentile", {"rescale_low": None, "rescale_high": None}, "the index has rescale_low"),
         ("float32", {"mask_labels": None, "mask_positions": None}, "has 0 mask_positions, which cannot be"),
         ("float32", {"mask_labels": None}, "has 64 mask_positions, which cannot be"),
     ],

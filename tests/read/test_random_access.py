@@ -381,7 +381,7 @@ def test_damage_that_opening_finds(copy: Path, tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     refusal(
-        rf"{shard}: the shard has {len(content) - 1} bytes, but dataset_info.json says {len(content)}; copy"
+        rf"{shard}: the shard has {len(content) - 1} bytes, but dataset_info.json gives {len(content)}; copy"
     )
     shard.unlink()
     refusal(rf"{shard}: the shard is missing; copy the dataset again")

@@ -112,7 +112,7 @@ REBUILD = "copy the dataset again, or"
         (
             edit_shard(lambda c: c[: third(c)], agree=True),
             BOTH[:1],
-            rf"00002\.parquet: record 1 \(sub-0004\) is said to take .* not in {SHARD}; run beam-nifti",
+            rf"00002\.parquet: record 1 \(sub-0004\) has .* not in {SHARD}; run beam-nifti",
         ),
         (without_index, BOTH[:1], r"train-00001-of-00002\.parquet: is missing; copy it again"),
         (swap_indexes, BOTH[:1], rf"00002\.parquet: is not the index of {SHARD}; run beam-nifti verify"),

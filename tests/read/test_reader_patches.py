@@ -146,7 +146,7 @@ def test_damaged_records_are_skipped(dataset: Path, tmp_path: Path, caplog: pyte
     [
         (
             {"patch": PATCH, "patches": bn.Patches(PATCH)},
-            "patches and patch say the same; leave one of them out",
+            "patches and patch say the same; drop one of them",
         ),
         ({"patches_per_volume": 2}, "patches_per_volume is 2, but volumes are read as a whole; give a patch"),
         ({"patch": (9, 9)}, "the shape of a patch is"),

@@ -73,7 +73,7 @@ def test_unfinished_work_of_other_versions_is_made_again(
     pretend(monkeypatch, name, "9.9")
     with open_build(make_config(short, output, examples_per_shard=4)) as plan:
         assert not plan.earlier
-    reason = f"of an unfinished build, made with other versions: {name} {was}, now 9.9"
+    reason = f"of an unfinished build, built with other versions: {name} {was}, now 9.9"
     assert reason in caplog.text
     assert list(output.rglob("*.part")) == []
     assert list(output.glob("*.tfrecord.gz")) == []

@@ -294,7 +294,7 @@ def pseudonym(version: str, secret: bytes) -> str:
 
 
 def test_a_dataset_there_is_verified_and_inspected(server: FaultProxy, run: Callable[..., str]) -> None:
-    assert run("verify", f"{server.url}/dataset").startswith("right    12 examples, 2 shards")
+    assert run("verify", f"{server.url}/dataset").startswith("ok       12 examples, 2 shards")
     assert "12 in " in run("inspect", f"{server.url}/dataset")
 
 

@@ -374,7 +374,7 @@ def test_verify_looks_at_masks(tmp_path: Path) -> None:
     edit_record(output, 1, with_mask(labels(shape=(6, 5, 3))))
     assert "record 1 (1.nii.gz): the mask has shape (6, 5, 3) of uint8, expected (6, 5, 4)" in problems()
     edit_record(output, 1, with_mask(np.full(SHAPE, 8, np.uint8)))
-    assert "record 1 (1.nii.gz): the mask has the labels [8], the index says [0, 1, 2]" in problems()
+    assert "record 1 (1.nii.gz): the mask has the labels [8], but the index has [0, 1, 2]" in problems()
     edit_index(output, set_cell("mask_labels", 1, [8]))
     assert "mask_labels are [0, 1, 2, 3], of the indexes [0, 1, 2, 3, 8]" in problems()
     edit_info(output, lambda info: info.update(mask_labels=[0, 1, 2, 3, 8]))
