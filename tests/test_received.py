@@ -553,7 +553,7 @@ def test_a_dataset_info_of_many_small_values_is_not_parsed(dataset: Path) -> Non
         ({"manifest": {"columns": ["path", ""]}}, "manifest.columns has an empty name"),
         (
             {"config": {"channels": ["path", ""]}, "shape": [4, 3, 2, 2]},
-            r"config.channels is \['path', ''\], of the columns 'path'",
+            r"config.channels is \['path', ''\], but config.columns.path is 'path'",
         ),
         ({"config": {"columns": COLUMNS | {"id": ""}}}, "config.columns has an empty name"),
         ({"features": {"": "float"}}, "features has an empty name"),
@@ -786,15 +786,15 @@ def test_a_record_with_its_features_in_another_order_is_read(dataset: Path) -> N
     ("edit", "message"),
     [
         (with_label(_entry("label", _floats(7)), after=_field(2, b"")), "field 2 of a message is unknown"),
-        (with_label(after=_field(1, _entry("label", _floats(7)))), "field 1 of a message is there twice"),
-        (with_label(_field(2, _entry("label", _floats(7)))), "field 2 where field 1 should stand"),
-        (with_label(_entry("label", _floats(7)) * 2), "feature 'label' is there twice"),
-        (with_label(_entry("label", _floats(7) * 2)), "field 2 of a message is there twice"),
+        (with_label(after=_field(1, _entry("label", _floats(7)))), "field 1 of a message occurs twice"),
+        (with_label(_field(2, _entry("label", _floats(7)))), "field 2 instead of field 1"),
+        (with_label(_entry("label", _floats(7)) * 2), "feature 'label' occurs twice"),
+        (with_label(_entry("label", _floats(7) * 2)), "field 2 of a message occurs twice"),
         (with_label(_entry("label", _floats(7) + _field(3, b""))), "2 kinds of values instead of 1"),
         (with_label(_entry("label", _floats(7, field=9))), "field 9 of a message is unknown"),
         (
             with_label(_field(1, _field(1, b"label") + _field(2, _floats(7)) * 2)),
-            "field 2 of a message is there twice",
+            "field 2 of a message occurs twice",
         ),
         (
             with_label(_field(1, _field(1, b"label") + _field(2, _floats(7)) + _field(10, b"x"))),

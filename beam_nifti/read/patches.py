@@ -179,10 +179,10 @@ class _Facts:
         return not (dtype.kind in "iu" and dtype.itemsize > np.dtype(np.int32).itemsize)
 
     def require_agreement(self, features: Features, config: RecordConfig, dtype: np.dtype[Any]) -> None:
-        """Check that a record says the same, and that its voxels can have these intensities.
+        """Check that a record has the same values, and that voxels can have these intensities.
 
         Raises:
-            ShardError: they differ, or no voxels have them.
+            ShardError: they differ, or no voxels can have them.
         """
         ranges = self.ranges or []
         said = {"intensity_min": [r.min for r in ranges], "intensity_max": [r.max for r in ranges]}
@@ -209,7 +209,7 @@ class _Facts:
                 is_range = limits.min <= r.min == int(r.min) and limits.max >= r.max == int(r.max)
             if not (is_range and math.isfinite(r.min) and math.isfinite(r.max)):
                 raise ShardError(
-                    f"the index has intensities from {r.min:g} to {r.max:g}, which none can have"
+                    f"the index has intensities from {r.min:g} to {r.max:g}, which no voxels can have"
                 )
 
 
@@ -305,7 +305,7 @@ def _read_beside(
         found: tiles of the record, as `tiles_of` gives them.
         starts: offset in the shard of each member.
         lengths: bytes of each member.
-        shape: of the voxels, according to the index.
+        shape: shape of the voxels, according to the index.
         info: dataset_info.json.
 
     Raises:

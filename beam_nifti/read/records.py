@@ -113,21 +113,21 @@ class Records:
 
     @cached_property
     def agreed(self) -> npt.NDArray[np.bool_]:
-        """Whether each record was found to be what the index says, when a patch of it was read."""
+        """Whether each record was found to match the index when a patch of it was read."""
         return np.zeros(len(self.table), np.bool_)
 
     @cached_property
     def positions(self) -> pa.Table:
-        """What the index says of each record's labels, and of where they are."""
+        """The labels of each record's mask and their positions, from the index."""
         return self.opened.read_indexes(self.shards, {"mask_labels", "mask_positions"})
 
     def prepare_patches(self, around_labels: bool) -> None:
-        """Read these tables; as `Dataset`. Each of several threads that find none would read its own."""
+        """As `Dataset.prepare_patches`. Without it, each of several threads might read these tables."""
         for name in ("patch_table", *(["positions"] if around_labels else [])):
             getattr(self, name)
 
     def positions_of(self, row: int) -> npt.NDArray[np.int32]:
-        """Where the index says that labels are; as `Dataset.positions_of`."""
+        """As `Dataset.positions_of`."""
         labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
         count = sum(label != 0 for label in labels or ())
         found = np.array(positions or (), np.int32)
@@ -168,7 +168,7 @@ class Records:
         return self.opened.info.shape or tuple(self.table["shape"][row].as_py())
 
     def plausible_shape(self, row: int) -> tuple[int, ...]:
-        """As `shape_of`, if the record can have that many voxels.
+        """As `shape_of`, but only if the record can have that many voxels.
 
         Raises:
             DatasetError: it cannot.
@@ -207,7 +207,7 @@ class Records:
         buffer = scratch(size) if compressed or in_place else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
-            raise ShardError(f"of its {size} bytes the file has {count}")
+            raise ShardError(f"the file has only {count} of its {size} bytes")
         return decode_buffer(buffer, compressed, most)
 
     def cell(self, name: str, row: int) -> Any:
@@ -235,10 +235,10 @@ class Records:
 
 
 def require_id(features: Features, example_id: str) -> None:
-    """Check that a record is the one that the index says.
+    """Check that a record has the id that the index gives.
 
     Raises:
-        ShardError: it has another id, or none.
+        ShardError: it has a different id, or none.
     """
     found = features.get("id")
     if not isinstance(found, memoryview):

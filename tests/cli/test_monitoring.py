@@ -59,7 +59,7 @@ def metrics_of(path: Path) -> dict[tuple[str, ...], float]:
         ): s.value
         for s in samples
     }
-    assert len(found) == len(samples), "a metric is there twice"
+    assert len(found) == len(samples), "a metric occurs twice"
     assert {s.labels["output"] for s in samples} == {samples[0].labels["output"]}
     assert all(s.name.startswith("beam_nifti_build_") for s in samples)
     return found

@@ -673,7 +673,7 @@ def test_a_label_that_is_text_is_asked_by_its_column(folder: Path, tmp_path: Pat
     assert Dataset(output, where="manifest_label == 20230110").ids == [rows[0]["path"]]
     assert Dataset(output)[1]["label/label"] == b"20230111"
     with pytest.raises(
-        UsageError, match="the first label is a string, not a number; choose among label/label"
+        UsageError, match="the first label is a string, not a number; choose one of: label/label"
     ):
         Dataset(output, columns=["id", "label"])
 
@@ -748,7 +748,7 @@ def test_the_reader_of_other_datasets(folder: Path, tmp_path: Path) -> None:
     for engine in ("indexed", "sequential"):
         given = [x["label/subtype"].numpy() for x in load_dataset(text, as_dict=True, engine=engine)]
         assert given == [b"a", b"b"] == [element["label/subtype"] for element in Dataset(text)]
-        with pytest.raises(UsageError, match="is a string, not a number; choose among label/subtype"):
+        with pytest.raises(UsageError, match="is a string, not a number; choose one of: label/subtype"):
             load_dataset(text, as_dict=True, columns=["label"], engine=engine)
     unlabelled = build_dataset(manifest, tmp_path / "none")
     with pytest.raises(UsageError, match="label is 'age'; the dataset has no labels"):

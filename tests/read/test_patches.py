@@ -184,7 +184,7 @@ def test_a_damaged_member_is_told_where_a_patch_touches_it(sound: Path) -> None:
         ),
         (lambda n: [n[0], n[2], n[1], *n[3:]], "record 'sub-0'.*gzip member"),
         (lambda n: [n[0] + 1, n[1] - 1, *n[2:]], "record 'sub-0'.*gzip member"),
-        (lambda n: [*n[:-1], n[-1] + 1], r"the members of record 0 have \d+ bytes, and it has \d+"),
+        (lambda n: [*n[:-1], n[-1] + 1], r"the members of record 0 have \d+ bytes, but it has \d+"),
         (lambda n: [], r"column member_lengths of record 0 .*has 0 values, expected 1"),
     ],
 )

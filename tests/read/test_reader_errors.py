@@ -133,7 +133,7 @@ def test_known_when_it_is_opened(
     ("options", "message"),
     [
         ({"split": "test"}, "no split 'test'; the dataset has train"),
-        ({"as_dict": True, "columns": ["agee"]}, "records have no column 'agee'; choose among .*affine"),
+        ({"as_dict": True, "columns": ["agee"]}, "records have no column 'agee'; choose one of: .*affine"),
         ({"label": "agee"}, "label is 'agee'; the dataset has label"),
         ({"target": "mask"}, "has no masks; build it with --mask-column"),
     ],

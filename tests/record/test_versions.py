@@ -155,7 +155,7 @@ def test_a_dataset_of_an_earlier_revision_of_content_is_verified(
     for revision in (1, 2, 3):
         assert verify_dataset(str(output / str(revision)), manifest=str(short)).problems == ()
     for revision in (1, 2):
-        with pytest.raises(UsageError, match="by a version of beam-nifti that makes other records"):
+        with pytest.raises(UsageError, match="by a version of beam-nifti that makes different records"):
             verify_dataset(str(output / str(revision)), manifest=str(short), deep=1)
     monkeypatch.setattr(config, "CONTENT_REVISION", 2)
     (problem,) = verify_dataset(str(output / "3")).problems

@@ -125,7 +125,7 @@ def test_a_shard_that_is_cut_later_is_found_at_reading(copy: Path) -> None:
         records = Dataset(server.url)
         for rest in (20, 0):
             (copy / SHARD).write_bytes((copy / SHARD).read_bytes()[:rest])
-            with pytest.raises(DatasetError, match=rf"of its \d+ bytes the file has {rest}"):
+            with pytest.raises(DatasetError, match=rf"the file has only {rest} of its \d+ bytes"):
                 records[len(records) // 2]
 
 
