@@ -116,7 +116,7 @@ def test_a_function_that_only_the_dataset_names_is_not_imported(
     told = run(*deep, code=cli.USAGE)
     assert f"was built with {name}, defined in a file of sha256 {'0' * 64}" in told
     assert f"give --preprocess {name}" in told
-    assert "that of its options is" in run("verify", dataset, code=cli.FAILED)
+    assert "but its options give" in run("verify", dataset, code=cli.FAILED)
     for call in READERS.values():
         call(str(dataset))
     assert hostile_module not in sys.modules
@@ -284,7 +284,7 @@ def test_a_change_of_the_info_is_found_by_all(dataset: Path, old: str, new: str)
     ("column", "value", "message"),
     [
         ("participant_id", "sub-0009", "record 0 .* is of participant 'sub-0009'"),
-        ("row", 2, "row 2 stands more than once"),
+        ("row", 2, "row 2 occurs more than once"),
         ("row", 99, "row 99"),
     ],
 )

@@ -156,8 +156,8 @@ def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") 
     if out is not None:
         if len(example_ids) > 1:
             raise UsageError(
-                f"--out names one file, and there are {len(example_ids)} ids; leave it out, and each file is "
-                "named after its id"
+                f"--out names one file, but there are {len(example_ids)} ids; drop it to name each file "
+                "after its id"
             )
         require_nifti_name(out)
         return [out]

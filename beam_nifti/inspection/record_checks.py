@@ -131,7 +131,7 @@ def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     """The affine of a record, by its row of the index; a ShardError if it was not made from an image."""
     if cells["affine"] is None:
         raise ShardError(
-            f"record {cells['example_id']!r} has no affine, without which nothing says where its voxels lie; "
+            f"record {cells['example_id']!r} has no affine, without which the position of its voxels is unknown; "
             "give WriteToTFRecord Examples with the feature affine"
         )
     return np.array(cells["affine"], np.float64).reshape(4, 4)
@@ -312,7 +312,7 @@ def _check_rescale_range(
         if stored != cell:
             yield f"{name} is {stored!r}, but the index has {cell!r}"
     if not low < high:
-        yield f"rescale_low is {low:g} and rescale_high {high:g}, which is no range"
+        yield f"rescale_low is {low:g} and rescale_high {high:g}, which is not a range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
     if config.method == "zscore" and config.rescale_within is None:
         expected = (intensity.mean, intensity.mean + intensity.std)
@@ -362,7 +362,7 @@ def check_source(
         reason = (
             f"a file changed since the build ({'; '.join(changes)}); build it again"
             if changes
-            else f"its files have the sizes and times that they had; {_REMAKE}"
+            else f"the sizes and times of its files are unchanged; {_REMAKE}"
         )
         by = f"it was built with {versions}; " if versions else ""
         yield f"what is stored differs from {row.source} in {', '.join(names)}; {by}{reason}"

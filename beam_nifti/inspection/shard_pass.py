@@ -153,7 +153,7 @@ class ShardPass:
         except (ShardError, pa.ArrowException, OSError, ValueError) as e:
             problems = [f"cannot be read: {e}"]
         for problem in problems:
-            remedy = f"{shard.name} is not checked by it; delete both and run the build again"
+            remedy = f"{shard.name} cannot be checked against it; delete both and run the build again"
             self._tell(shard.index, f"{problem}; {remedy}")
         if problems:
             return no_rows(self._record)

@@ -66,7 +66,7 @@ def find_bids_images(
     root = storage.absolute(root)
     for name in columns:
         if name in _OWN:
-            raise UsageError(f"--column {name}: every manifest has this column already; leave it out")
+            raise UsageError(f"--column {name}: every manifest has this column already; drop it")
     study = Study.scan(root)
     images, notes = _choose(study, suffix, entities or {})
     _refuse_same_names(images)

@@ -130,7 +130,7 @@ def _refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[_Names],
             is_name = _Spellings(header).first_in(of.certain) is not None
             if is_name or (is_number and any(pc.index(words, column).as_py() >= 0 for words in of.words)):
                 problems.add(
-                    f"column {number} is called like a participant, a session or an image, which "
+                    f"the name of column {number} is that of a participant, a session or an image, which "
                     "--anonymous-ids does not replace there; rename or drop it"
                 )
                 break

@@ -119,7 +119,8 @@ def _row_difference(
         other = "another key" if manifest.key_check else "no key"
         return f"its ids are anonymous, but {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:
-        return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
+        was_named, now_named = (", ".join(names) for names in (known["columns"], manifest.table.column_names))
+        return f"the manifest's columns were {was_named}, now {now_named}"
     then = _known_images(was, indexes)
     found = _moved(then, manifest, known) or _changed(then, manifest, Columns(**was.config["columns"]))
     if found:

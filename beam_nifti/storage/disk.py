@@ -56,7 +56,7 @@ def _open_folder(path: str, below: str | None, *, make: bool = False) -> Iterato
     base = path if below is None else below
     names = [] if below is None else path.removeprefix(below).strip("/").split("/")
     if not f"{path}/".startswith(f"{base.rstrip('/')}/") or ".." in names:
-        raise OutputError(f"{path}: is not in {base}; a build writes and deletes there alone")
+        raise OutputError(f"{path}: is not in {base}; a build writes and deletes only there")
     if make:
         os.makedirs(base or ".", exist_ok=True)
     descriptor = os.open(base or ".", _FOLDER)

@@ -377,7 +377,7 @@ class RangeReader(Reader):
     def _request(self, length: int) -> bytes:
         data = self._request_range(self._path, self._position, length)
         if len(data) != length:
-            raise EOFError(f"of {self.size} bytes the file has only {self._position + len(data)}")
+            raise EOFError(f"the file has only {self._position + len(data)} of its {self.size} bytes")
         return data
 
 

@@ -122,7 +122,7 @@ def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeade
     if size < header.end and (what := stand_in(bytes(head[:HEAD_BYTES]))):
         raise VolumeError(f"{name}: its .img file is {what}")
     if file.lower().endswith(COMPRESSED) and compression_of(head) is None:
-        raise VolumeError(f"{name}: its .img file is not compressed as its name says; copy it again")
+        raise VolumeError(f"{name}: its .img file is not compressed as its name implies; copy it again")
 
 
 def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") -> None:

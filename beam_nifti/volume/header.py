@@ -255,23 +255,23 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
     if None in wanted and len(shape) != len(wanted):
         raise VolumeError(
             f"{name}: shape {shape} in a dataset of 3-D volumes of mixed shapes; leave it out, or use "
-            "--frames all, which makes the last axis of any length the channels"
+            "--frames all, which makes the last axis the channels"
         )
     if None not in wanted and shape != wanted:
         remedy = "crop and pad all images with --shape, or use --allow-mixed-shapes"
         if shape[3:] != wanted[3:]:
             remedy = (
-                "where the last axis is frames, use --frames first, mean or a number; else use --frames all "
+                "if the last axis is frames, use --frames first, mean or a number; else use --frames all "
                 "--allow-mixed-shapes"
             )
-        raise VolumeError(f"{name}: shape {shape} where the first image has {wanted}; {remedy}")
+        raise VolumeError(f"{name}: shape {shape}, but the first image has {wanted}; {remedy}")
 
 
 def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:
     """Refuse an image that does not have the number of frames of the dataset's first image."""
     if header.num_frames != num_frames:
         raise VolumeError(
-            f"{name}: number of frames is {header.num_frames} where the first image has {num_frames}, and "
+            f"{name}: number of frames is {header.num_frames}, but the first image has {num_frames}, and "
             "--frames each requires the same number of frames in every image; build the others into another "
             "dataset"
         )
@@ -281,5 +281,5 @@ def require_dtype(name: str, header: VolumeHeader, dtype: str | None) -> None:
     """Refuse an image that does not have the dtype on disk of the dataset's first image; None accepts any."""
     if dtype is not None and header.dtype_name != dtype:
         raise VolumeError(
-            f"{name}: {header.dtype_name} voxels where the first image has {dtype}; use --voxel-dtype float32"
+            f"{name}: {header.dtype_name} voxels, but the first image has {dtype}; use --voxel-dtype float32"
         )

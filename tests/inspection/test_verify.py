@@ -177,7 +177,7 @@ def test_what_became_0_and_1_is_checked(rescaled: Path, tmp_path: Path) -> None:
     some(problems(output), "record 1 (sub-0001)", "became 0 and 1, expected")
     output = Path(shutil.copytree(rescaled, tmp_path / "order"))
     edit_record(output, 1, moved("rescale_high", -1e9))
-    some(problems(output), "record 1 (sub-0001)", "which is no range")
+    some(problems(output), "record 1 (sub-0001)", "which is not a range")
 
 
 def test_ends_that_the_voxels_belie(cohort_folder: Path, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_unknown_configuration(gzip: Path, config: dict[str, Any]) -> None:
 def test_a_fingerprint_of_other_options(gzip: Path) -> None:
     found = info_of(gzip).config["fingerprint"]
     edit_info(gzip, lambda info: info["config"].update(fingerprint="0" * 16))
-    some(problems(gzip), f"the fingerprint is {'0' * 16}, that of its options is {found}")
+    some(problems(gzip), f"the fingerprint is {'0' * 16}, but its options give {found}")
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"deep": -1}])
@@ -445,7 +445,7 @@ INDEX0 = "index/train-00000-of-00002.parquet"
         ("length", -1, ["not in the file"]),
         ("length", 2**62, ["not in the file"]),
         ("position", 0, ["positions do not ascend at record 1 (sub-0001)"]),
-        ("example_id", "sub-0000", ["1 ids stand more than once: sub-0000 (2)"]),
+        ("example_id", "sub-0000", ["1 ids occur more than once: sub-0000 (2)"]),
         ("example_id", "sub-9", ["record 1 (sub-9)", "id is 'sub-0001', but the index has 'sub-9'"]),
         ("label", 5.0, ["record 1 (sub-0001)", "label is 1, but the index has 5"]),
         ("label", None, ["record 1 (sub-0001)", "label is None", "labelled: True"]),
@@ -563,7 +563,7 @@ def test_index_of_another_shard(gzip: Path) -> None:
             lambda i: i.update(num_failures=1, failures="failures.jsonl", failures_sha256="0" * 64),
             ["failures.jsonl: is missing", "gives 1 failures"],
         ),
-        (lambda i: i.update(num_failures=1), ["num_failures is 1, and failures is None"]),
+        (lambda i: i.update(num_failures=1), ["num_failures is 1, but failures is None"]),
         (lambda i: i.update(shape=[6, 5, 5]), ["(6, 5, 4), but dataset_info.json gives (6, 5, 5)"]),
         (lambda i: i.update(dtype="int16"), ["float32, but dataset_info.json gives int16"]),
         (lambda i: i.update(labelled=False), ["label is 0", "labelled: False"]),
@@ -911,7 +911,12 @@ def test_changed_header(plain: Path, manifest: Path) -> None:
 def test_record_that_its_unchanged_image_does_not_give(gzip: Path) -> None:
     edit_record(gzip, 1, with_voxels(put(0.25)))
     assert problems(gzip) == ()
-    only(problems(gzip, deep=ALL), " in image_raw", "the sizes and times that they had", "--recheck")
+    only(
+        problems(gzip, deep=ALL),
+        " in image_raw",
+        "the sizes and times of its files are unchanged",
+        "--recheck",
+    )
 
 
 def test_image_that_was_only_copied(gzip: Path, manifest: Path) -> None:

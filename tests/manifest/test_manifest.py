@@ -404,7 +404,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(ManifestError, match="cannot be read: Is a directory"):
         read_manifest(str(tmp_path / "folder.csv"))
-    with pytest.raises(ManifestError, match="nothing here serves nowhere://"):
+    with pytest.raises(ManifestError, match="nowhere:// is not supported here"):
         read_manifest("nowhere://bucket/m.csv")
 
 

@@ -357,7 +357,9 @@ def test_copies_of_names_of_images_are_refused(
 def test_headers_that_are_names_are_refused(tmp_path: Path, key: str, header: str, *, is_name: bool) -> None:
     people, files = ("sub-Maier", "sub-100307", "sub-x"), ("a.nii", "b.nii", "brain-of-k.nii")
     found = leaks_of(tmp_path, key, participant_id=people, path=files, **{header: ("1", "2", "3")})
-    assert found.startswith("refused: column 3 is called like a participant, a session or an") == is_name
+    assert (
+        found.startswith("refused: the name of column 3 is that of a participant, a session or an") == is_name
+    )
     assert header not in found
 
 

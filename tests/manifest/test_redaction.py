@@ -135,7 +135,7 @@ def test_what_has_to_be_installed_for_a_store_is_told(monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="in row 1 of the manifest") as raised, redacting(row, "/d"):
         storage.stat(row.path)
     assert str(raised.value).startswith(
-        "0123abcd: nothing here serves s3:// (No module named 'boto3'); install beam-nifti[aws]"
+        "0123abcd: s3:// is not supported here (No module named 'boto3'); install beam-nifti[aws]"
     )
 
 

@@ -223,9 +223,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "preprocess",
         functools.partial(scale, by={1}),
-        "scale: {1} is no literal: give a text, a finite number",
+        "scale: {1} is not a literal; give a text, a finite number",
     ),
-    ("preprocess", functools.partial(scale, by=float("inf")), "scale: inf is no literal"),
+    ("preprocess", functools.partial(scale, by=float("inf")), "scale: inf is not a literal"),
     ("preprocess", functools.partial(lambda volume: volume), "is a lambda of tests.pipeline.test_build_opt"),
     ("preprocess", [change_all_in_place, nested()], "nested.<locals>.step of tests.pipeline"),
     ("preprocess", [change_all_in_place, 3], "--preprocess is 3; give a function, or its name"),

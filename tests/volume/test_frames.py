@@ -91,9 +91,7 @@ def test_a_run_of_another_length_is_another_shape(run: Run, tmp_path: Path) -> N
     manifest = cohort_of(tmp_path / "c", [SHAPE, (*SHAPE[:3], 9)])
     run("build", manifest, tmp_path / "one", "--frames=all", code=cli.FAILED)
     message = failures_of(tmp_path / "one")[0]["message"]
-    assert (
-        "shape (6, 5, 4, 9) where the first image has (6, 5, 4, 7); where the last axis is frames" in message
-    )
+    assert "shape (6, 5, 4, 9), but the first image has (6, 5, 4, 7); if the last axis is frames" in message
     run("build", manifest, tmp_path / "frame", "--frames=first")
     run("build", manifest, tmp_path / "two", "--frames=all", "--allow-mixed-shapes")
     assert "ok " in run("verify", tmp_path / "two", "--deep=all", "--manifest", manifest)

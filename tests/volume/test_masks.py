@@ -376,7 +376,7 @@ def test_verify_looks_at_masks(tmp_path: Path) -> None:
     edit_record(output, 1, with_mask(np.full(SHAPE, 8, np.uint8)))
     assert "record 1 (1.nii.gz): the mask has the labels [8], but the index has [0, 1, 2]" in problems()
     edit_index(output, set_cell("mask_labels", 1, [8]))
-    assert "mask_labels are [0, 1, 2, 3], of the indexes [0, 1, 2, 3, 8]" in problems()
+    assert "mask_labels are [0, 1, 2, 3], but the indexes have [0, 1, 2, 3, 8]" in problems()
     edit_info(output, lambda info: info.update(mask_labels=[0, 1, 2, 3, 8]))
     assert "record 1 (1.nii.gz): mask_positions of the index are not those of its mask" in problems()
     edit_index(output, set_cell("mask_positions", 1, positions_of(np.full(SHAPE, 8, np.uint8))))

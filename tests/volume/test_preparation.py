@@ -164,7 +164,7 @@ def test_shapes_are_compared_as_they_will_be(tmp_path: Path) -> None:
         assert load_volume(row_of(path), shape=(6, 5, 4), record=record).voxels.size == 120
     with pytest.raises(VolumeError, match=r"b\.nii: shape \(4, 6, 5\) where .*crop and pad all .* --shape"):
         load_volume(row_of(other), shape=(6, 5, 4))
-    with pytest.raises(VolumeError, match=r"b\.nii: shape \(6, 5, 4\) where the first image has \(4, 6, 5\)"):
+    with pytest.raises(VolumeError, match=r"b\.nii: shape \(6, 5, 4\), but the first image has \(4, 6, 5\)"):
         load_volume(row_of(other), shape=(4, 6, 5), record=record)
 
 
@@ -307,7 +307,7 @@ def test_a_shape_that_the_header_does_not_tell_is_that_of_the_first_image(run: R
     assert info_of(tmp_path / "out").shape == (3, 2, 2)
     (failure,) = map(json.loads, (tmp_path / "out/failures.jsonl").read_text().splitlines())
     assert failure["stage"] == "Preprocess"
-    assert failure["message"].startswith("2.nii: shape (2, 2, 2) where the first image has (3, 2, 2)")
+    assert failure["message"].startswith("2.nii: shape (2, 2, 2), but the first image has (3, 2, 2)")
 
 
 def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModule) -> None:

@@ -390,7 +390,7 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         str(tmp_path): "Is a directory",
         f"{plain}/b.nii": "Not a directory",
         str(tmp_path / ("x" * 300)): "File name too long",
-        "nowhere://bucket/a.nii": "nothing here serves nowhere://",
+        "nowhere://bucket/a.nii": "nowhere:// is not supported here",
         "C:\\scans\\a.nii": "a Windows path; give the path at which this computer has the file$",
     }
     for path, reason in reasons.items():
