@@ -131,8 +131,8 @@ def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     """The affine of a record, by its row of the index; a ShardError if it was not made from an image."""
     if cells["affine"] is None:
         raise ShardError(
-            f"record {cells['example_id']!r} has no affine, without which the position of its voxels is unknown; "
-            "give WriteToTFRecord Examples with the feature affine"
+            f"record {cells['example_id']!r} has no affine, without which the position of its voxels is "
+            "unknown; give WriteToTFRecord Examples with the feature affine"
         )
     return np.array(cells["affine"], np.float64).reshape(4, 4)
 

@@ -84,10 +84,10 @@ class ShardPass:
     `cells` are extra columns to compare with a manifest, with their names in the index.
 
     Attributes:
-        rows: id, labels, split and these cells of its records, once it was read.
-        numbers: of their rows in the manifest.
-        mask_labels: those of their masks.
-        versions: of the software that wrote them, according to the index.
+        rows: id, labels, split and these cells of the records, once the shard was read.
+        numbers: row numbers of the records in the manifest.
+        mask_labels: labels of the masks.
+        versions: versions of the software that wrote the records, according to the index.
     """
 
     def __init__(

@@ -31,16 +31,16 @@ _REMEDY: Final = "which --anonymous-ids does not replace there; drop the column,
 
 @dataclass(frozen=True)
 class _Names:
-    """The names in a column for which pseudonyms stand, and by what other columns would tell them.
+    """The names in a column that pseudonyms replace, and how other columns would reveal them.
 
     Attributes:
-        texts: of the column, one per row.
-        bare: what is equal for them and for other spellings of them, one per row.
-        kind: of the names.
-        certain: what one of the spellings of another text is only where it is a copy.
-        possible: likewise, but it may be chance.
-        files: what `_key` of a text with an image's ending is only where it is a copy.
-        words: of each row, that are in a text of the row only where it is a copy; "" for none.
+        texts: names in the column, one per row.
+        bare: form that all spellings of a name share, one per row.
+        kind: kind of the names.
+        certain: forms that a spelling of another text has only if it is a copy.
+        possible: forms that a spelling of another text may also have by chance.
+        files: results of `_key` that a text with an image's ending has only if it is a copy.
+        words: words of each row that a text of the row contains only if it is a copy; "" for none.
     """
 
     texts: pa.Array

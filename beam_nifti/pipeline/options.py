@@ -297,7 +297,8 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a dataset that were given, by name, and what the build has set besides.
 
     Args:
-        config: of its dataset_info.json. Options that did not exist when it was built have their defaults.
+        config: `config` of its dataset_info.json. Options that did not exist when it was built have their
+            defaults.
     """
     given = {**asdict(RecordConfig()), **config}
     columns = {**asdict(Columns()), **given.pop("columns")}

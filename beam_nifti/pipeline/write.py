@@ -286,7 +286,7 @@ class _WritePlan:
     """Which records are in which shard.
 
     Attributes:
-        target: where they are written.
+        target: target that they are written to.
         layout: sizes of the splits, and how they are divided into shards.
         firsts: the first id of each shard, by split.
         traits: traits of all records.

@@ -154,12 +154,12 @@ def read_into(path: str, offset: int, buffer: memoryview, below: str | None = No
 
 
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
-    """Several ranges of a file; remote ones in one request, which also takes what lies between them.
+    """Read several ranges of a file; from a store in one request, which also reads the bytes between them.
 
     Args:
         path: path of the file.
-        ranges: offset and size of each, ascending.
-        buffer: as many bytes as all ranges have; they are put there, one range after the other.
+        ranges: offset and size of each range, ascending.
+        buffer: receives the ranges, one after the other; it has as many bytes as all of them together.
 
     Raises:
         EOFError: the file ends before one of them does.

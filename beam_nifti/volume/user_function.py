@@ -1,4 +1,4 @@
-"""The user's own functions of --preprocess: found by their names, and told apart by their source."""
+"""The user's own functions of --preprocess, imported by name and identified by the sha256 of their source."""
 
 from __future__ import annotations
 

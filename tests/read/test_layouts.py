@@ -118,7 +118,7 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
         (
             "plain",
             "nobrainer",
-            r"plain: its first record has no feature/value, .* but image_raw, label; choose",
+            r"plain: its first record has image_raw, label, but not feature/value, which .* requires; choose",
         ),
         ("named", "plain", "named: its first record is not of layout='plain' .*label is not one number"),
         ("absent*", "plain", r"absent\*: no file matches; give the glob"),
