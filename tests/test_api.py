@@ -399,6 +399,10 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.build("manifest.tsv", "o", preprocess=lambda v: v), "^preprocess is a lambda"),
         (lambda: bn.build("manifest.tsv", "o", spacing=(1, 2)), r"sizes in mm, such as \(1, 1, 1.5\)$"),
         (lambda: bn.build("manifest.tsv", "o", shape=5), r"such as \(160, 192, 160\)$"),
+        (
+            lambda: bn.build("manifest.tsv", "o", rescale=("percentile", 1)),
+            r"write it as \(\"percentile\", LO, HI\), with finite",
+        ),
         (lambda: bn.build("manifest.tsv", "o", path_column="a,,b"), r"such as \['T1w', 'FLAIR'\]$"),
         (
             lambda: bn.build("manifest.tsv", "o", split=0.5),

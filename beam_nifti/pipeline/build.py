@@ -207,7 +207,7 @@ def _require_output(config: BuildConfig) -> None:
 
 
 def _read_manifest(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Manifest]:
-    """The configuration with what the manifest says of labels; and the manifest."""
+    """The configuration, completed with the labels of the manifest; and the manifest."""
     digests = tuple(source_sha256(step) for step, _ in config.record.steps)
     config = replace(config, record=replace(config.record, preprocess_sha256=digests))
     storage.refuse_read_only(config.temp_location or "", "--temp-location")
@@ -335,7 +335,7 @@ def _first_volume(
 def _prepared_shape(
     row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
 ) -> tuple[int, ...]:
-    """The shape of a record that only its voxels tell."""
+    """The shape of a record that the header does not determine."""
     of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
     volume = load_volume(row, manifest.folder, record=of_one)
     return prepare_volume(volume, config.record, release=True).voxels.shape

@@ -184,7 +184,7 @@ def _failed_rows(listed: Manifest, manifest: Manifest, num_rows: int, folder: st
 
 
 def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:
-    """Which rows were inserted or dropped before others, or which has moved; "" where none has."""
+    """The rows that were inserted or dropped before others, or the row that has moved; "" if none has."""
     rows, ids = then["row"].to_numpy(), then["example_id"].combine_chunks()
     now = pc.fill_null(pc.index_in(ids, value_set=manifest.ids), -1).to_numpy() + 1
     moved = np.flatnonzero((now != rows) & (now > 0))
@@ -211,7 +211,7 @@ def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:
 
 
 def _changed(then: pa.Table, manifest: Manifest, columns: Columns) -> str:
-    """Which cells of the first row that was changed were changed; "" where none is known to be."""
+    """The changed cells of the first changed row; "" if none is known to have changed."""
     then = then.filter(pc.less_equal(then["row"], len(manifest)))
     at = then["row"].to_numpy() - 1
     now = manifest.table.take(pa.array(at))
@@ -259,7 +259,7 @@ def _rows(numbers: Sequence[int]) -> str:
 
 
 def _rows_were(numbers: Sequence[int], ids: pa.Array, manifest: Manifest) -> str:
-    """Rows, of which a single one whose id is known is named."""
+    """The beginning of a sentence about rows. A single row is named if its id is known."""
     is_one = len(numbers) == 1
     named = _named(numbers[0], ids[0].as_py(), manifest) if is_one and len(ids) else _rows(numbers)
     return f"{named} {'was' if is_one else 'were'}"

@@ -221,7 +221,7 @@ def read_failures(path: str, num_failed: int, columns: Columns, below: str) -> l
 
 
 def _frames_cell(failures: Sequence[Failure]) -> dict[str, str]:
-    """Which frames of an image failed, where not all of them did and each is a volume."""
+    """The frames of an image that failed, if each frame is a volume and not all failed."""
     row = failures[0].row
     frames = row.wanted if row.frame is None else [failure.row.frame for failure in failures]
     return {} if frames is None else {"frames": ",".join(map(str, frames))}

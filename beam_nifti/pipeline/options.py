@@ -235,7 +235,7 @@ def _record_of(options: Mapping[str, Any]) -> RecordConfig:
 
 
 def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, and those of a lower precedence that are neither given again nor in conflict."""
+    """Options, with those of a lower precedence that are neither given again nor in conflict."""
     left_out = set(options.get("without", ()))
     for name, other in _INSTEAD:
         left_out |= {other} if name in options else set()
@@ -400,7 +400,10 @@ def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) ->
         is_on = name in OPTIONS and OPTIONS[name].read is read_switch and word != "is"
         return f"{shown}{'=True' if is_on else ''}{f' {word}' if word else ''}"
 
-    return _EXAMPLE.sub(_value_of_example, _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text)))
+    text = _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text))
+    for form, parts in _FORMS.items():
+        text = text.replace(form, parts)
+    return _EXAMPLE.sub(_value_of_example, text)
 
 
 def _literal(name: str, word: str) -> str | None:
@@ -433,7 +436,7 @@ def _assignment_of_calls(found: re.Match[str]) -> str:
 
 @contextlib.contextmanager
 def naming_parameters(**names: str) -> Iterator[None]:
-    """Have errors of a block name parameters instead of flags, as of `as_parameters`."""
+    """Have errors of a block name parameters instead of flags, by `as_parameters`."""
     try:
         yield
     except BeamNiftiError as e:
@@ -443,12 +446,12 @@ def naming_parameters(**names: str) -> Iterator[None]:
 
 _MOST_FILE_BYTES: Final = 1 << 16
 _MOST_DOTS: Final = 100
-"""What a file of options may have: so many bytes, and in a line so many dots. The time in which Python parses
-a key grows with the square of the number of its dots, and a key ends with its line."""
+"""Limits of a file of options: its bytes, and the dots in a line. The time in which Python parses a key grows
+with the square of the number of its dots, and a key ends with its line."""
 
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
 _NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
-"""Options that have no meaning without another one."""
+"""Options that require another one."""
 
 
 def _read_all(given: Mapping[str, object]) -> dict[str, Any]:
@@ -501,7 +504,7 @@ def _read_without(flag: str, value: object) -> tuple[str, ...]:
     for name in names:
         if name not in OPTIONS:
             hint = _hint(name, lambda each: each.replace("_", "-"))
-            raise UsageError(f"{flag} names {name.replace('_', '-')!r}, which is not an option; {hint}")
+            raise UsageError(f"{flag} has {name.replace('_', '-')!r}, which is not an option; {hint}")
     return tuple(names)
 
 
@@ -689,6 +692,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
 
 _FLAG: Final = re.compile(r"(?<![a-z-])--([a-z-]*[a-z])(?: ([^\s;(-][^\s;]*(?<![.,:)])))?")
 """A flag, and the word after it."""
+
+_FORMS: Final = {
+    form: f'("{form.partition(":")[0]}", {form.partition(":")[2].replace(",", ", ")})'
+    for form in (*RESCALE_METHODS, *SELECTIONS)
+    if ":" in form
+}
+"""Forms of values on the command line, such as "percentile:LO,HI", with the tuples that stand for them."""
 
 _EXAMPLE: Final = re.compile(r"(?<=such as )[\w.=]+(?:,[\w.=]+)+$")
 """A value of an option with several parts, at the end of an error."""

@@ -183,7 +183,7 @@ def remove_parts(root: str, keep: str | None = None) -> None:
 
 
 def file_facts(sha256: str, num_bytes: int) -> dict[str, str]:
-    """What an index says of the file that it describes."""
+    """The facts that an index stores about the file that it describes."""
     return {"sha256": sha256, "num_bytes": str(num_bytes)}
 
 

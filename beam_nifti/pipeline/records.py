@@ -33,7 +33,7 @@ _TENSORS: Final = {"image": _IMAGE, "mask": MASK_FEATURE}
 _AXES: Final = (3, 4)
 
 _PLACE: Final = {"affine": 16, "zooms": 3}
-"""Features that say where voxels lie, and how many numbers each has."""
+"""Features that give the position of voxels, and how many numbers each has."""
 
 _SIZES_TOLERANCE: Final = 1e-3  # relative; programs round voxel sizes
 _DOUBLES: Final = (*SCALING_FEATURES, *RANGE_FEATURES)
@@ -354,7 +354,7 @@ def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxe
 
 
 def _require_sizes(zooms: npt.NDArray[Any], affine: npt.NDArray[Any] | None) -> None:
-    """Refuse voxel sizes that none can have, or that are others than those of the affine.
+    """Refuse impossible voxel sizes, and sizes that differ from those of the affine.
 
     Raises:
         VolumeError: they are.

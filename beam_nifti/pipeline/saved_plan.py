@@ -22,7 +22,7 @@ from beam_nifti.support.json_types import hints_of, require_keys
 from beam_nifti.support.strict_json import dump_json, load_json
 
 SUMMARY_NAME: Final = "summary.json"
-"""The file, in the folder of a build, in which it says how it ended."""
+"""The file, in the folder of a build, with the result of the build."""
 
 _PLAN_NAME: Final = "plan.json"
 _WRITE_NAME: Final = "write.json"

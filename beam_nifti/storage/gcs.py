@@ -138,7 +138,7 @@ def _stat(blob: Any, size: int) -> Stat:
 
 
 def _download(blob: Any, start: int, length: int, generation: int | None = None) -> bytes:
-    """Bytes of an object; fewer where it ends before."""
+    """Bytes of an object; fewer if it ends before."""
     from google.api_core.exceptions import RequestRangeNotSatisfiable
 
     try:

@@ -23,7 +23,7 @@ _MOST_REASON: Final = 1 << 20  # bytes of the text of an error
 _WEBHDFS_PORT: Final = 9870  # of a NameNode, if the URL has no port
 
 _DENIED: Final = frozenset(["AccessControlException", "AuthorizationException", "SecurityException"])
-"""What WebHDFS says of missing rights, with the status 403 that it gives to most errors."""
+"""Exceptions of WebHDFS for missing rights. It gives the status 403 to most errors."""
 
 
 def _is_no_http(error: BaseException) -> bool:

@@ -48,7 +48,7 @@ _TRANSIENT_CODES: Final = frozenset(
 _ABSENT_CODES: Final = frozenset(
     ["NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", "NotFound", "Not Found", "notFound"]
 )
-"""What the stores say where there is no object. Some say 404 of unknown users, too."""
+"""Codes of stores for a missing object. Some stores answer 404 for unknown users, too."""
 
 _CREDENTIALS_CODES: Final = frozenset(
     [
@@ -56,7 +56,7 @@ _CREDENTIALS_CODES: Final = frozenset(
         *("TokenRefreshRequired", "RequestTimeTooSkewed", "AccountProblem", "accountDisabled"),
     ]
 )
-"""What the stores say where it is not the object that is denied, but whoever asks."""
+"""Codes of stores that refuse the user, not access to the object."""
 
 _NOT_OF_PATHS: Final = frozenset([404, 407])  # unknown users, and proxies that require a password
 _NOT_ACCEPTED: Final = errno.EPROTO  # the client or its credentials are at fault, so a retry fails
@@ -65,7 +65,7 @@ PIECE_BYTES: Final = 16 << 20  # bytes to send at once; less is sent in one requ
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What tells a file from another one of the same path.
+    """What distinguishes a file from another one at the same path.
 
     Attributes:
         size: size in bytes.
@@ -338,7 +338,7 @@ class RangeStore(Store):
         return RangeReader(self, path, head, self.request_range)
 
     def get_range(self, path: str, start: int, length: int) -> bytes:
-        """Bytes of a file, in one request; fewer where it ends before."""
+        """Bytes of a file, in one request; fewer if it ends before."""
         return self.attempt(path, lambda: self.request_range(path, start, length))
 
     def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:

@@ -21,7 +21,7 @@ SLOWEST: Final = 8192  # bytes per second, on average, after the first SILENCE s
 
 
 class PacedAdapter(HTTPAdapter):
-    """Connections whose answers raise a time-out where they are slower than SLOWEST."""
+    """Connections whose answers raise a time-out if they are slower than SLOWEST."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         """Make the pool of connections."""

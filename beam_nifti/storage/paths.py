@@ -262,7 +262,7 @@ def read_version(path: str, size: int) -> tuple[bytes, str | None]:
 
 
 def write_if(path: str, data: bytes, version: str | None) -> None:
-    """Replace one version of a remote file, as of `read_version`, or create it if the version is ABSENT.
+    """Replace one version of a remote file, from `read_version`, or create it if the version is ABSENT.
 
     Without a version, any is replaced. Another version is a FileExistsError, and an absent file a
     FileNotFoundError.

@@ -35,7 +35,7 @@ _LISTS: Final = {
     **dict.fromkeys([(3, 2), (4, 2), (4, 3)], _INTEGERS),
     (3, 3): _BYTES,
 }
-"""Types of the values of a footer's lists, by depth and field: Arrow reads them so whatever the list says."""
+"""Types of the values in a footer's lists, by depth and field. Arrow ignores the type that a list states."""
 
 _MOST_FIELD: Final = 2**15 - 1
 _DEEPEST: Final = 8
@@ -85,7 +85,7 @@ def _require_depth(elements: Iterator[int], reader: _Reader, deepest: int) -> No
 def read_bounded(
     data: bytes, most: int, groups: Sequence[int] | None = None, columns: Collection[str] | None = None
 ) -> pa.Table:
-    """Read a file whose values take a bounded amount of memory, whatever it says.
+    """Read a file whose values take a bounded amount of memory, whatever it states.
 
     Args:
         data: the file, whose schema is known to be usable (`require_schema`).
@@ -166,7 +166,7 @@ def _without_dictionary(kind: pa.DataType) -> pa.DataType:
 
 
 def require_said_sizes(data: bytes, column: Any) -> set[int]:
-    """Compare the pages of a column chunk with what the footer says of it.
+    """Compare the pages of a column chunk with its entry in the footer.
 
     Args:
         data: the file.
@@ -204,7 +204,7 @@ def require_said_sizes(data: bytes, column: Any) -> set[int]:
 
 
 def _require_sizes(header: dict[int, Any]) -> None:
-    """Refuse sizes and counts that none can be: Arrow adds them up, or makes room for so many."""
+    """Refuse impossible sizes and counts: Arrow adds them up, or allocates memory for them."""
     pages = [header[page] for page in (*_ENCODINGS, _DICTIONARY) if page in header]
     numbers = [n for page in pages for n in page.values() if isinstance(n, int)]
     for number in (header[_UNCOMPRESSED], header[_COMPRESSED], *numbers):

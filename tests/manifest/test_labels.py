@@ -494,11 +494,11 @@ def test_inspect_tells_kinds_and_counts(built: Path) -> None:
     ("column", "value", "message"),
     [
         ("age", "64", "label/age is 63.5, but the index has 64"),
-        ("age", "", "the index's label is 63.5, of its age it is None"),
+        ("age", "", "the index's label is 63.5, but its age gives None"),
         ("sex", "F", "label/sex is 1, but the index has 0"),
         ("sex", "X", "the index has 'X' in sex, which does not match sex:class in dataset_info.json"),
         ("subtype", "b", "label/subtype is 'a', but the index has 'b'"),
-        ("label", 1.0, "the index's label is 1.0, of its age it is 63.5"),
+        ("label", 1.0, "the index's label is 1.0, but its age gives 63.5"),
     ],
 )
 def test_an_index_that_says_another_label(dataset: Path, column: str, value: object, message: str) -> None:

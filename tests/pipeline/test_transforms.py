@@ -193,7 +193,7 @@ def test_steps_take_the_values_that_builds_take(step: Any, options: dict[str, An
         (Rescale, {"rescale": 3}, "^rescale is 3; choose one of"),
         (Rescale, {"rescale": "none", "clip": True}, '^clip=True cannot be used with rescale="none"'),
         (Rescale, {"rescale": "none", "within": "mask"}, '^within has no effect on rescale="none"'),
-        (Rescale, {"within": "above:x"}, "^within is 'above:x'; write it as above:T"),
+        (Rescale, {"within": "above:x"}, r"^within is 'above:x'; write it as \(.above., T\)"),
         (Rescale, {"voxel_dtype": np.float32}, "^voxel_dtype is .*; choose one of"),
         (ReadManifest, {"path": None}, "^path is None; give a path"),
         (ReadManifest, {"path": ""}, "^path is empty; was a variable not set"),
