@@ -25,7 +25,8 @@ FORMAT_FEATURES: Final = ("sources", "digests", "members", "positions")
 """Names of the features of this version that a reader must know. dataset_info.json lists them."""
 
 OPTIONAL_FEATURES: Final = ("members", "positions")
-"""Those that a dataset of this version may lack."""
+"""Features that a dataset of this version may lack."""
+
 CONTENT_REVISION: Final = 1
 """Increases when the same options give different records than before, beyond rounding. Builds do not add to
 datasets of earlier revisions."""
@@ -54,7 +55,7 @@ COMPRESSION_LEVELS: Final = range(4)
 LABEL_KINDS: Final = ("float", "class", "string")
 MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,127}")
-"""Of a split's name, with which the names of its files begin, of which file systems take 255 characters."""
+"""Pattern of a split's name. Names of files begin with it, and file systems limit them to 255 characters."""
 
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
@@ -285,12 +286,12 @@ class RecordConfig:
 
     @property
     def has_members(self) -> bool:
-        """Whether records are cut so that a patch can be read, and the index says where."""
+        """Whether records are cut so that a patch can be read, and the index has the lengths."""
         return self.format_version > 1 and "members" in self.format_features
 
     @property
     def has_positions(self) -> bool:
-        """Whether records have masks, and the index says where some voxels of each label are."""
+        """Whether records have masks, and the index has the positions of some voxels of each label."""
         is_known = self.format_version > 1 and "positions" in self.format_features
         return self.mask_dtype is not None and is_known
 

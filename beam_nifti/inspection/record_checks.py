@@ -216,7 +216,7 @@ def _check_presence(
     """Find values that only one of a record and its row of the index has, where readers take them from.
 
     Args:
-        features: features of the record, of which a step may have left out some.
+        features: features of the record, of which a step may have omitted some.
         cells: the record's row of the index.
         said: names of the features whose values that row has.
     """
@@ -338,7 +338,7 @@ def check_source(
     differ from those here; a difference by rounding is then a RoundingNote.
 
     Raises:
-        OSError: the disk, the network or a store failed, which says nothing about the record.
+        OSError: the disk, the network or a store failed, which does not concern the record.
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
     if config.frames == "each":

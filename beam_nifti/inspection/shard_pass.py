@@ -32,7 +32,7 @@ _RESTORE: Final = "copy it again, or delete it and its index and run the build a
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record as it lies in its shard.
+    """A record as stored in its shard.
 
     Attributes:
         ordinal: 0-based number in the shard.
@@ -58,7 +58,7 @@ class StoredRecord:
             The serialized Example; None if it cannot be checked.
 
         Raises:
-            OSError: its images cannot be reached, which says nothing about the record.
+            OSError: its images cannot be reached, which does not concern the record.
         """
         try:
             payload = spec.unpack(self.data, self.cells)

@@ -122,7 +122,7 @@ def _refuse_names(column: str, cells: pa.Array, names: Sequence[_Names], problem
 
 
 def _refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[_Names], problems: Problems) -> None:
-    """Refuse columns, given by number, that are called by a name for which a pseudonym stands."""
+    """Refuse columns, given by number, whose name is one that a pseudonym replaces."""
     for number, column in columns:
         header = pa.array([column])
         is_number = pc.match_substring_regex(header, _LONG_NUMBER)[0].as_py()

@@ -23,7 +23,7 @@ _Made = str | tuple[tuple[int, ...] | None, str | None, int | None]
 _DIGITS: Final = 7  # significant digits that voxel sizes are counted by: headers hold float32
 _SIZES_TRIED: Final = 200  # number of most frequent voxel sizes among which the suggested one is chosen
 _DIRECTIONS: Final = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-"""Of the letters of an orientation: axis in space, and sign."""
+"""Axis in space, and sign, of each letter of an orientation."""
 
 
 class ImageKind(NamedTuple):

@@ -78,7 +78,7 @@ def choose_engine(config: BuildConfig, flags: Sequence[str], watcher: Watcher | 
 
 
 def set_stores(flags: Sequence[str]) -> None:
-    """Have stores reached as Beam's flags say, for what is read before the engine is chosen.
+    """Apply Beam's flags for stores, for what is read before the engine is chosen.
 
     Raises:
         UsageError: as `parse_beam_flags`.

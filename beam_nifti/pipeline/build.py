@@ -554,7 +554,7 @@ def rows_for_workers(config: BuildConfig, rows: bytes | None, folder: str | None
     They are in the folder, or in a temporary one of this machine.
 
     Raises:
-        UsageError: they would lie in the output with the names that it is to have pseudonyms of.
+        UsageError: they would be in the output, with names that pseudonyms must replace there.
     """
     if rows is None:
         yield config

@@ -36,7 +36,7 @@ _COPIES: Final = "copies"
 
 _FREE_BYTES: Final = 64 << 20
 _ROW_BYTES: Final = 4 << 10
-"""What a report may take: so much, and so much for each row, whose id it may name twice."""
+"""Most bytes of a report: a constant, and an amount per row, whose id it may name twice."""
 
 
 class CutRows(beam.DoFn):

@@ -25,7 +25,7 @@ _SHOWN_LETTERS: Final = 300
 _NUMBER: Final = r"(?<![A-Za-z\d])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![A-Za-z\d])"
 
 MAX_FAILED_FRAMES: Final = 1 << 22
-"""Of the images in a list, whose lines may stand for any number of frames: 1 GB of their rows."""
+"""Most frames of the images in a list, whose lines may cover any number of frames: 1 GB of rows."""
 
 PEOPLE: Final = ("participant_id", "session_id")
 """Columns of a manifest that every list of failures and index has under their own names."""

@@ -185,7 +185,7 @@ def _refuse_held(path: str, holder: dict[str, object]) -> None:
 def _age(path: str) -> float | None:
     """Seconds since a remote file was written, by the store's clock alone; None if it keeps no times.
 
-    What tells the time is a file that is written now: machines whose clocks differ by minutes all see the
+    The time is that of a file written now: machines whose clocks differ by minutes all see the
     same age.
     """
     written = storage.stat(path).mtime

@@ -130,7 +130,7 @@ class ShardMerge:
 def write_shard(
     output: str, name: ShardName, table: pa.Table, files: Sequence[str], fingerprint: str
 ) -> ShardInfo:
-    """Write a shard of records that lie anywhere in part files, and its index.
+    """Write a shard of records that are anywhere in part files, and its index.
 
     Doing it again gives the same bytes, also while another attempt is still at it. No published dataset has
     the name. The table is the index of the records in their order, and `files` the part file of each.
@@ -306,7 +306,7 @@ def _extents(records: _Records) -> Iterator[tuple[int, int]]:
 
 
 def _placed(records: _Records) -> pa.Table:
-    """The index of the records as they lie in the shard."""
+    """The index of the records in the order of the shard."""
     ends = itertools.accumulate((length for _, length in _extents(records)), initial=0)
     offsets = pa.array(list(ends)[:-1], pa.int64())
     column = records.table.schema.get_field_index("offset")

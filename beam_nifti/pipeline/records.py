@@ -76,7 +76,8 @@ class Traits:
         labelled: whether any record has a label.
         mask_labels: labels of all masks.
         columns: extra columns of their manifest.
-        num_axes: number of axes of the voxels, if other steps made the records; None if `config` says it.
+        num_axes: number of axes of the voxels, if other steps made the records; None if `config` determines
+            it.
     """
 
     id: str

@@ -64,7 +64,7 @@ class SavedPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Of the configuration that makes the records."""
+        """Fingerprint of the configuration that makes the records."""
         return str(self.info.config["fingerprint"])
 
     def is_like(self, published: DatasetInfo) -> bool:
@@ -176,12 +176,12 @@ class SavedWrite:
     shards: tuple[str, ...] = ()
 
     def parts_roots(self, output: str) -> list[str]:
-        """As of `SavedPlan`."""
+        """As for `SavedPlan`."""
         return [_folder(output, self.root)]
 
     @property
     def written(self) -> set[str]:
-        """As of `SavedPlan`."""
+        """As for `SavedPlan`."""
         return {*self.published, *self.shards}
 
     def write(self, output: str) -> None:

@@ -245,7 +245,7 @@ def _without_key(outcome: ShardOutcome) -> tuple[None, ShardOutcome]:
 
 
 class BuildDataset(beam.PTransform[Any, Any]):
-    """From nothing to a published dataset: the whole graph.
+    """The whole graph of a build, up to the published dataset.
 
     Args:
         plan: what to build.

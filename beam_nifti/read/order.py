@@ -56,7 +56,7 @@ class Order:
     Attributes:
         count: number of records of all hosts.
         batch_size: records per step. The last step of an epoch may have fewer.
-        drop_remainder: whether to leave out a smaller last step, and steps that only some hosts have, so that
+        drop_remainder: whether to omit a smaller last step, and steps that only some hosts have, so that
             all hosts have the same number of steps.
         seed: seed of the shuffling, at least 0; None keeps the order of the records.
         host: number of this host, from 0.

@@ -69,7 +69,7 @@ class Stat:
 
     Attributes:
         size: size in bytes.
-        mtime: time of modification, in seconds since 1970; 0 where the store does not say.
+        mtime: time of modification, in seconds since 1970; 0 if the store does not give it.
         version: the store's name for this content: an ETag, or a generation of Cloud Storage; None where it
             has none, as on the local disk.
     """
@@ -223,7 +223,7 @@ class Store(abc.ABC):
             PermissionError: HTTP 403, access to this path is denied.
             FileExistsError: HTTP 412, a condition of the request does not hold.
             TimeoutError: it failed ATTEMPTS times.
-            OSError: any other error, of which these four are kinds. Its errno says whether it may pass, as
+            OSError: any other error, of which these four are kinds. Its errno shows whether it may pass, as
                 `outcomes.may_pass` reads it. EINVAL: the store refuses the path, with another HTTP status of
                 the 400s, or its answer is of no use. EPROTO: the client or its credentials are not accepted.
         """

@@ -94,7 +94,7 @@ def read_bounded(
         columns: columns to read, if the file has them; None reads all.
 
     Raises:
-        ValueError: they take more, or a page is not what the footer says.
+        ValueError: they take more, or a page does not match the footer.
         ArrowException: it is no Parquet file.
     """
     # By itself, as `read_table` starts threads, which can bring a short process down at its end.

@@ -146,19 +146,19 @@ def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
 
 
 def turn_voxels(voxels: Voxels, turns: npt.NDArray[Any]) -> Voxels:
-    """A view of voxels of (X, Y, Z) or (X, Y, Z, C) with the first three axes turned as `axes_to` says."""
+    """A view of voxels of (X, Y, Z) or (X, Y, Z, C) whose first three axes are turned by `axes_to`."""
     view: Voxels = nib.orientations.apply_orientation(voxels, turns)
     return view
 
 
 def turn_zooms(zooms: Sequence[float], turns: npt.NDArray[Any]) -> tuple[float, float, float]:
-    """Voxel sizes of axes turned as `axes_to` says."""
+    """Voxel sizes of axes turned by the result of `axes_to`."""
     x, y, z = (zooms[axis] for axis in np.argsort(turns[:, 0]))
     return x, y, z
 
 
 def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:
-    """The grid with its axes turned as `axes_to` says."""
+    """The grid with its axes turned by the result of `axes_to`."""
     shape = [0, 0, 0]
     for size, place in zip(grid.shape, turns[:, 0].astype(int), strict=True):
         shape[place] = size
