@@ -62,7 +62,7 @@ class Labels:
 
     @property
     def numbers(self) -> npt.NDArray[np.float64]:
-        """The value of the feature `label` in each row: the number, that of the class, or NaN for a string."""
+        """The feature `label` of each row: the number, that of the class, or NaN for a string."""
         if self.column.kind == "string":
             return np.full(len(self.values), np.nan)
         return np.asarray(self.values, np.float64)
