@@ -181,7 +181,7 @@ def test_steps_take_the_values_that_builds_take(step: Any, options: dict[str, An
         (LoadVolume, {"frames": True}, "^frames is True; choose one of: all"),
         (LoadVolume, {"frames": "each"}, "^frames is 'each', which makes several records per row"),
         (LoadVolume, {"channels": ()}, r"^channels is \(\); give the name of a column"),
-        (LoadVolume, {"channels": "T1w,"}, "^channels is 'T1w,'; separate names"),
+        (LoadVolume, {"channels": "T1w,"}, "^channels is 'T1w,'; give the name of each"),
         (LoadVolume, {"mask_dtype": np.uint8}, "^mask_dtype is .*; choose one of: uint8"),
         (LoadVolume, {"complex": "x"}, "^complex is 'x'; choose one of"),
         (Preprocess, {"spacing": "222"}, "^spacing is '222'; give three sizes"),

@@ -162,7 +162,7 @@ def test_shapes_are_compared_as_they_will_be(tmp_path: Path) -> None:
     record = RecordConfig(orientation="RAS")
     for path in (one, other):
         assert load_volume(row_of(path), shape=(6, 5, 4), record=record).voxels.size == 120
-    with pytest.raises(VolumeError, match=r"b\.nii: shape \(4, 6, 5\) where .*crop and pad all .* --shape"):
+    with pytest.raises(VolumeError, match=r"b\.nii: shape \(4, 6, 5\), but .*crop and pad all .* --shape"):
         load_volume(row_of(other), shape=(6, 5, 4))
     with pytest.raises(VolumeError, match=r"b\.nii: shape \(6, 5, 4\), but the first image has \(4, 6, 5\)"):
         load_volume(row_of(other), shape=(4, 6, 5), record=record)
