@@ -106,9 +106,9 @@ REBUILD = "copy the dataset again, or"
         (
             edit_shard(lambda c: c[:-1]),
             BOTH,
-            rf"{SHARD}: the shard has \d+ bytes, but .* says \d+; {REBUILD}",
+            rf"{SHARD}: the shard has \d+ bytes, but .* gives \d+; {REBUILD}",
         ),
-        (edit_shard(lambda c: c + c), BOTH, rf"{SHARD}: the shard has \d+ bytes, but .* says \d+; {REBUILD}"),
+        (edit_shard(lambda c: c + c), BOTH, rf"{SHARD}: the shard has \d+ bytes, but .* gives \d+; {REBUILD}"),
         (
             edit_shard(lambda c: c[: third(c)], agree=True),
             BOTH[:1],

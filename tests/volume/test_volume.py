@@ -613,9 +613,9 @@ def test_what_is_released_is_only_the_voxels(tmp_path: Path) -> None:
 def test_a_dataset_has_one_shape_and_native_voxels_one_dtype(tmp_path: Path) -> None:
     row = row_of(write_image(tmp_path / "a.nii"))
     load_volume(row, shape=(6, 5, 4), dtype="int16")
-    with pytest.raises(VolumeError, match=r"a\.nii: shape \(6, 5, 4\) where .* has \(6, 5, 5\)"):
+    with pytest.raises(VolumeError, match=r"a\.nii: shape \(6, 5, 4\), but .* has \(6, 5, 5\)"):
         load_volume(row, shape=(6, 5, 5))
-    with pytest.raises(VolumeError, match=r"a\.nii: int16 voxels where .* has uint8; use --voxel-"):
+    with pytest.raises(VolumeError, match=r"a\.nii: int16 voxels, but .* has uint8; use --voxel-"):
         load_volume(row, dtype="uint8")
 
 
