@@ -534,7 +534,7 @@ def test_index_that_cannot_be_read(gzip: Path, damage: bytes) -> None:
 def test_deleted_index(gzip: Path) -> None:
     (gzip / INDEX0).unlink()
     report = verify_dataset(str(gzip))
-    only(report.problems, f"{INDEX0}: is missing", f"{SHARD0}.gz is not checked")
+    only(report.problems, f"{INDEX0}: is missing", f"{SHARD0}.gz cannot be checked")
     assert report.num_examples == 3
 
 
