@@ -108,7 +108,11 @@ REBUILD = "copy the dataset again, or"
             BOTH,
             rf"{SHARD}: the shard has \d+ bytes, but .* gives \d+; {REBUILD}",
         ),
-        (edit_shard(lambda c: c + c), BOTH, rf"{SHARD}: the shard has \d+ bytes, but .* gives \d+; {REBUILD}"),
+        (
+            edit_shard(lambda c: c + c),
+            BOTH,
+            rf"{SHARD}: the shard has \d+ bytes, but .* gives \d+; {REBUILD}",
+        ),
         (
             edit_shard(lambda c: c[: third(c)], agree=True),
             BOTH[:1],
