@@ -462,7 +462,7 @@ def test_a_dictionary_that_would_be_read_otherwise_is_refused(features: dict[str
         ),
         (
             {"image_raw": b"\x08\x0a" + TENSOR[0][2:] + bytes(TENSOR[1])},
-            "image_raw is not a tensor .*of another type",
+            "image_raw is not a tensor .*: not a tensor of float32",
         ),
         ({"x": np.zeros(0, np.float32)}, "its feature x is empty"),
         ({"label": np.array([1])}, "its feature label is int64, expected one float"),
