@@ -262,7 +262,7 @@ def verify(
     """
     from beam_nifti.inspection.verify import verify_dataset
     from beam_nifti.pipeline.options import read_integer, read_steps
-    from beam_nifti.pipeline.progress import PROGRESS, no_progress, show_progress
+    from beam_nifti.pipeline.progress import current_progress, no_progress, show_progress
     from beam_nifti.record.dataset_info import read_info
 
     watcher = _watcher(progress)
@@ -280,7 +280,7 @@ def verify(
             deep=deep,
             preprocess=None if preprocess is None else read_steps(preprocess),
             workers=num_workers,
-            on_progress=PROGRESS.add,
+            on_progress=current_progress().add,
         )
 
 

@@ -25,7 +25,8 @@ FORMAT_FEATURES: Final = ("sources", "digests", "members", "positions")
 """Names of the features of this version that a reader must know. dataset_info.json lists them."""
 
 OPTIONAL_FEATURES: Final = ("sources", "members", "positions")
-"""Those that a dataset of this version may lack."""
+"""Features that a dataset of this version may lack."""
+
 CONTENT_REVISION: Final = 1
 """Increases when the same options give different records than before, beyond rounding. Builds do not add to
 datasets of earlier revisions."""
@@ -54,7 +55,7 @@ COMPRESSION_LEVELS: Final = range(4)
 LABEL_KINDS: Final = ("float", "class", "string")
 MISSING_LABELS: Final = ("nan", "skip")
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,127}")
-"""Of a split's name, with which the names of its files begin, of which file systems take 255 characters."""
+"""Pattern of a split's name. Names of files begin with it, and file systems limit them to 255 characters."""
 
 PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
@@ -290,17 +291,17 @@ class RecordConfig:
 
     @property
     def has_sources(self) -> bool:
-        """Whether the index says what each file of an example was, and not only their sum and mean."""
+        """Whether the index has the facts of each file of an example, and not only their sum and mean."""
         return self.format_version > 1 and "sources" in self.format_features
 
     @property
     def has_members(self) -> bool:
-        """Whether records are cut so that a patch can be read, and the index says where."""
+        """Whether records are cut so that a patch can be read, and the index has the lengths."""
         return self.format_version > 1 and "members" in self.format_features
 
     @property
     def has_positions(self) -> bool:
-        """Whether records have masks, and the index says where some voxels of each label are."""
+        """Whether records have masks, and the index has the positions of some voxels of each label."""
         is_known = self.format_version > 1 and "positions" in self.format_features
         return self.mask_dtype is not None and is_known
 
@@ -463,7 +464,7 @@ class Columns:
         files = self.files
         if "" in files:
             raise UsageError(
-                f"--path-column is {self.path!r}; separate names of columns by commas, such as T1w,FLAIR"
+                f"--path-column is {self.path!r}; give the name of each column, such as T1w,FLAIR"
             )
         for name in {name for name in files if files.count(name) > 1}:
             raise UsageError(f"column {name!r} is named twice by --path-column and --mask-column; drop one")

@@ -137,7 +137,7 @@ CASES = {
 
 
 def run(python: str, script: str, *arguments: str) -> float:
-    """CPU milliseconds a volume."""
+    """CPU milliseconds per volume."""
     names = {"root": str(Path(__file__).parent.parent), "spacing": SPACING, "shape": SHAPE}
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -209,7 +209,7 @@ def main() -> None:
         if options.nobrainer:
             ours = run(sys.executable, WRITE_OURS, "write", "", *paths)
             theirs = run(options.nobrainer, WRITE_NOBRAINER, "write", "", *paths)
-            print("\n| write GZIP TFRecords | CPU ms a volume |\n|---|---:|")
+            print("\n| write GZIP TFRecords | CPU ms per volume |\n|---|---:|")
             print(f"| beam_nifti | {ours:.1f} |\n| nobrainer 1.2.1 | {theirs:.1f} |")
 
 

@@ -161,7 +161,7 @@ def run_all(names: Sequence[str], rounds: int, manifests: dict[int, Path], scrat
 def table(results: Results, names: Sequence[str]) -> Iterator[str]:
     base, small, large = SIZES
     yield (
-        f"| | CPU ms a volume, whole process, {small} | {large} | per further volume | loop / this "
+        f"| | CPU ms per volume, whole process, {small} | {large} | per further volume | loop / this "
         f"| this / floor | peak MB, {small} | {large} | seconds, {small} | {large} | MB written |"
     )
     yield "|---|" + "---:|" * 10

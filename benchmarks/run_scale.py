@@ -143,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         print(
-            "| rows | shards | MB | build s | CPU s | CPU ms a row | peak MB | verify CPU s | peak MB "
+            "| rows | shards | MB | build s | CPU s | CPU ms per row | peak MB | verify CPU s | peak MB "
             "| build again CPU s | resumed: first volume after s | peak MB | same bytes |"
         )
         print("|---:|" + "---:|" * 11 + "---|", flush=True)

@@ -397,6 +397,22 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.build("manifest.tsv", "o", num_shards=0), "^num_shards is 0; it must be at least 1"),
         (lambda: bn.build("manifest.tsv", "o", num_shard=2), "did you mean num_shards?"),
         (lambda: bn.build("manifest.tsv", "o", preprocess=lambda v: v), "^preprocess is a lambda"),
+        (lambda: bn.build("manifest.tsv", "o", spacing=(1, 2)), r"sizes in mm, such as \(1, 1, 1.5\)$"),
+        (lambda: bn.build("manifest.tsv", "o", shape=5), r"such as \(160, 192, 160\)$"),
+        (
+            lambda: bn.build("manifest.tsv", "o", rescale=("percentile", 1)),
+            r"write it as \(\"percentile\", LO, HI\), with finite",
+        ),
+        (lambda: bn.build("manifest.tsv", "o", path_column="a,,b"), r"such as \['T1w', 'FLAIR'\]$"),
+        (
+            lambda: bn.build("manifest.tsv", "o", split=0.5),
+            "such as {'train': 0.8, 'validation': 0.1, 'test': 0.1}$",
+        ),
+        (
+            lambda: bn.build(frame().assign(split="a"), "o", split={"a": 1}),
+            r'drop split \(without="split" if like or config gives it\)',
+        ),
+        (lambda: bn.verify("out", manifest="nowhere"), "nowhere: not usable as a manifest\n  no such file$"),
         (lambda: bn.build(frame(), "o", id_column="none"), "choose one with id_column"),
         (lambda: bn.build({"path": ["a.nii"]}, "o"), "of type dict; give a path, a pandas DataFrame"),
         (lambda: bn.build(frame(), "o", runner="NoSuchRunner"), "NoSuchRunner"),

@@ -115,9 +115,9 @@ def test_a_function_that_only_the_dataset_names_is_not_imported(
     edit_info(dataset, lambda i: i["config"].update(preprocess=name, preprocess_sha256="0" * 64))
     deep = ("verify", dataset, "--deep=all", f"--manifest={study}/manifest.tsv")
     told = run(*deep, code=cli.USAGE)
-    assert f"was made with {name}, defined in a file of sha256 {'0' * 64}" in told
+    assert f"was built with {name}, defined in a file of sha256 {'0' * 64}" in told
     assert f"give --preprocess {name}" in told
-    assert "that of its options is" in run("verify", dataset, code=cli.FAILED)
+    assert "but its options give" in run("verify", dataset, code=cli.FAILED)
     for call in READERS.values():
         call(str(dataset))
     assert hostile_module not in sys.modules
@@ -131,10 +131,10 @@ def test_a_function_that_the_dataset_was_not_made_with_is_not_imported(
     study: Path, dataset: Path, named: str
 ) -> None:
     manifest = str(study / "manifest.tsv")
-    with pytest.raises(UsageError, match="was made without a function; leave it out"):
+    with pytest.raises(UsageError, match="was built without a function; drop it"):
         verify_dataset(str(dataset), manifest=manifest, deep=1, preprocess=named)
     edit_info(dataset, lambda i: i["config"].update(preprocess="a:b", preprocess_sha256="0" * 64))
-    with pytest.raises(UsageError, match=f"--preprocess is {named}; .* was made with a:b"):
+    with pytest.raises(UsageError, match=f"--preprocess is {named}; .* was built with a:b"):
         verify_dataset(str(dataset), manifest=manifest, deep=1, preprocess=named)
 
 
@@ -321,7 +321,7 @@ def test_a_change_of_the_info_is_found_by_all(dataset: Path, old: str, new: str)
     ("column", "value", "message"),
     [
         ("participant_id", "sub-0009", "record 0 .* is of participant 'sub-0009'"),
-        ("row", 2, "row 2 stands more than once"),
+        ("row", 2, "row 2 occurs more than once"),
         ("row", 99, "row 99"),
     ],
 )
@@ -410,7 +410,9 @@ def test_a_page_that_is_larger_than_the_file_says_is_not_read(tmp_path: Path) ->
         if said() == 300:
             break
     assert said() == 300
-    with pytest.raises(ShardError, match="not an index: pages of column text hold more than the file says"):
+    with pytest.raises(
+        ShardError, match="not an index: pages of column text hold more than its metadata gives"
+    ):
         read_index(str(path), limits=Limits(1, 0))
 
 
@@ -598,7 +600,7 @@ def test_a_dataset_info_of_many_small_values_is_not_parsed(dataset: Path) -> Non
         ({"manifest": {"columns": ["path", ""]}}, "manifest.columns has an empty name"),
         (
             {"config": {"channels": ["path", ""]}, "shape": [4, 3, 2, 2]},
-            r"config.channels is \['path', ''\], of the columns 'path'",
+            r"config.channels is \['path', ''\], but config.columns.path is 'path'",
         ),
         ({"config": {"columns": COLUMNS | {"id": ""}}}, "config.columns has an empty name"),
         ({"features": {"": "float"}}, "features has an empty name"),
@@ -688,7 +690,10 @@ def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Pa
         info["splits"]["train"]["num_bytes"] = sum(s["num_bytes"] for s in info["splits"]["train"]["shards"])
 
     edit_info(dataset, agree)
-    name, message = f"sub-000{last}", r"is said to take 268,43\d,\d+ bytes, but can take at most 2,16\d,\d+"
+    name, message = (
+        f"sub-000{last}",
+        r"has 268,43\d,\d+ bytes according to the index, but can have at most 2,16\d,\d+",
+    )
     with peak_growth() as growth:
         with pytest.raises(DatasetError, match=rf"{SHARD}: record '{name}', .*{message}"):
             Dataset(dataset)[last]
@@ -847,15 +852,15 @@ def test_a_record_with_its_features_in_another_order_is_read(dataset: Path) -> N
     ("edit", "message"),
     [
         (with_label(_entry("label", _floats(7)), after=_field(2, b"")), "field 2 of a message is unknown"),
-        (with_label(after=_field(1, _entry("label", _floats(7)))), "field 1 of a message is there twice"),
-        (with_label(_field(2, _entry("label", _floats(7)))), "field 2 where field 1 should stand"),
-        (with_label(_entry("label", _floats(7)) * 2), "feature 'label' is there twice"),
-        (with_label(_entry("label", _floats(7) * 2)), "field 2 of a message is there twice"),
+        (with_label(after=_field(1, _entry("label", _floats(7)))), "field 1 of a message occurs twice"),
+        (with_label(_field(2, _entry("label", _floats(7)))), "field 2 instead of field 1"),
+        (with_label(_entry("label", _floats(7)) * 2), "feature 'label' occurs twice"),
+        (with_label(_entry("label", _floats(7) * 2)), "field 2 of a message occurs twice"),
         (with_label(_entry("label", _floats(7) + _field(3, b""))), "2 kinds of values instead of 1"),
         (with_label(_entry("label", _floats(7, field=9))), "field 9 of a message is unknown"),
         (
             with_label(_field(1, _field(1, b"label") + _field(2, _floats(7)) * 2)),
-            "field 2 of a message is there twice",
+            "field 2 of a message occurs twice",
         ),
         (
             with_label(_field(1, _field(1, b"label") + _field(2, _floats(7)) + _field(10, b"x"))),
@@ -900,7 +905,7 @@ def test_a_mask_of_another_shape_is_named(tmp_path: Path) -> None:
         (set_cell("affine", 0, [None] * 16), "column affine has 16 empty values"),
         (set_cell("shape", 0, [4, 3, 3]), r"column shape has others than \[4, 3, 2\]"),
         (set_cell("example_id", 0, None), "column example_id has 1 empty cells"),
-        (set_cell("length", 0, -1), "is said to take -1 bytes at offset 0, which are not in"),
+        (set_cell("length", 0, -1), "has -1 bytes at offset 0, which are not in"),
         (set_cell("length", 0, 1 << 62), "which are not in"),
         (set_cell("offset", 0, (1 << 63) - 1), "which are not in"),
         (lambda t: t.append_column("hidden", pa.array([1] * t.num_rows)), "has a column 'hidden'"),

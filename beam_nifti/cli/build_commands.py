@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from beam_nifti.pipeline.plan import BuildPlan, CheckPlan
     from beam_nifti.pipeline.resume import Reuse
 
-"""Of a label, in the summary of a build."""
-
 _NO_LABELS: Final = "labels   none: the manifest has no column 'label' (see --label-column)"
 
 

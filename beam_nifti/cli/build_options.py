@@ -141,7 +141,7 @@ _OF_COMMANDS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 _SHARED: Final[Mapping[str, Callable[[argparse._ArgumentGroup], None]]] = {
     "overwrite": lambda group: add_overwrite(
-        group, "a dataset, or discard an unfinished build, that was made with different options or rows"
+        group, "a dataset, or discard an unfinished build, that was built with different options or rows"
     ),
     "workers": lambda group: add_workers(
         group,

@@ -43,11 +43,12 @@ def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
         logs.LOGGER.warning("%s", problem)
     for note in report.notes:
         logs.LOGGER.info("%s", note)
-    made_again = f", {report.num_deep} made again from their images" if report.num_deep else ""
+    rebuilt = f", {report.num_deep} rebuilt from their images" if report.num_deep else ""
+    problems = "" if report.ok else f"{counted(len(report.problems), 'problem')} in "
     with while_read():
         print_line(
-            f"{'right' if report.ok else 'WRONG'}    {counted(report.num_examples, 'example')}, "
-            f"{counted(report.num_shards, 'shard')}, {bytes_text(report.num_bytes)}{made_again}: "
+            f"{'ok' if report.ok else 'failed':<9}{problems}{counted(report.num_examples, 'example')}, "
+            f"{counted(report.num_shards, 'shard')}, {bytes_text(report.num_bytes)}{rebuilt}: "
             f"{options.output}"
         )
     return SUCCESS if report.ok else FAILED

@@ -95,7 +95,8 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
-        help="key that the dataset was built with; required for --deep, and to compare with --manifest",
+        help="file of the key that the dataset was built with; required for --deep, and to compare with "
+        "--manifest",
     )
     verify.add_argument(
         "--deep",
@@ -107,9 +108,8 @@ def _add_verify(commands: Commands) -> None:
         "--preprocess",
         action="append",
         metavar="MODULE:FUNCTION",
-        help="for --deep, the function that the dataset was built with, to import and run, with its "
-        "arguments. A function that only the dataset names is never run; may be repeated, for several "
-        "functions",
+        help="for --deep: the function that the dataset was built with, with its arguments; may be repeated, "
+        "for several functions. A function that only the dataset names is never run",
     )
     add_workers(verify)
     add_quiet(verify)

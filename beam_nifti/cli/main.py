@@ -18,7 +18,7 @@ from beam_nifti.support.outcomes import FAILED, INTERRUPTED, SUCCESS, TEMPORARY,
 from beam_nifti.support.terminal import UnwritableError, guarded_streams
 
 _NOT_LOGGED: Final = {"error", "failure_reasons", "counters", "distributions"}
-"""Of a run's summary: errors may name participants."""
+"""Fields of a run's summary that are not logged. Errors may name participants."""
 
 _AGAIN: Final = {
     "the build stopped": "continues where it stopped",
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: without the program's name; None takes the process's own.
+        argv: arguments without the program's name; None takes those of the process.
 
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output,

@@ -108,7 +108,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse a command line.
 
     Args:
-        argv: without the program's name. Flags may be written with - or _.
+        argv: arguments without the program's name. Flags may be written with - or _.
 
     Returns:
         Our options, and the flags for Beam (only for `build`, `check` and `report`).

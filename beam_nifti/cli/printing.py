@@ -24,7 +24,7 @@ def all_read() -> Iterator[None]:
 
 @contextlib.contextmanager
 def while_read() -> Iterator[None]:
-    """Print what a command has done; its exit code stands where that cannot be printed."""
+    """Print what a command has done; its exit code stays the same if that cannot be printed."""
     try:
         with all_read():
             yield

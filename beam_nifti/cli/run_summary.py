@@ -27,11 +27,11 @@ STATUSES: Final = {
     130: "interrupted",
     141: "cut short",
 }
-"""By exit code."""
+"""The status of a run, by exit code."""
 
 
 _ENDINGS: Final = {"summary_json": ".json", "metrics_file": ".prom"}
-"""Of the reports on a run, by the names of their options."""
+"""Endings of the files that report on a run, by the names of their options."""
 
 
 def _now() -> datetime:

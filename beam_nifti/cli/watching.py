@@ -79,7 +79,7 @@ class CommandWatcher(Watcher):
             self.run.dry_run = True
 
     def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
-        """Note what a dry run says."""
+        """Note the result of a dry run."""
         self.estimate = estimate
         self.run.know(num_shards=plan.num_shards, num_bytes=estimate.num_bytes)
 

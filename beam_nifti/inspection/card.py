@@ -48,7 +48,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
     """
     for key, words in about.items():
         if not words.strip() or not words.isprintable():
-            raise UsageError(f"{key} is {words!r}; give printable text, or leave it out")
+            raise UsageError(f"{key} is {words!r}; give printable text, or drop it")
     output = storage.absolute(output)
     info = read_info(output)
     if not info.shards:
@@ -82,9 +82,9 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         f"---\n{yaml}---",
         f"# {_as_text(name)}",
         *([_as_text(about["description"])] if "description" in about else []),
-        "NIfTI volumes as TFRecords, written by beam-nifti. What there is:",
+        "NIfTI volumes as TFRecords, written by beam-nifti. Contents:",
         textwrap.indent(_describe(output, info, folder), "    "),
-        "`dataset_info.json` has it in full, and `index/` has a row for each record. Records are "
+        "`dataset_info.json` has all details, and `index/` has one row per record. Records are "
         "`tf.train.Example`s of these features, of which the tensors are serialized:",
         "\n".join(("| feature | dtype | shape |", "|---|---|---|", *_feature_rows(info))),
         "With TensorFlow:",

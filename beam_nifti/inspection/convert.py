@@ -15,7 +15,7 @@ from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.inspection.record_checks import RecordSpec
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.pipeline.conversion import Conversion
-from beam_nifti.pipeline.progress import PROGRESS
+from beam_nifti.pipeline.progress import Progress, current_progress
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.support.process import keep_buffers
 
@@ -30,10 +30,10 @@ def convert_dataset(conversion: Conversion, workers: int = 1) -> tuple[DatasetIn
         raise UsageError(f"--workers is {workers}; it must be at least 1")
     keep_buffers()
     with conversion.opened() as kept:
-        num_kept = sum(shard.num_examples for shard in kept.values())
-        PROGRESS.add(kept=num_kept, shards=len(kept))
+        num_kept, progress = sum(shard.num_examples for shard in kept.values()), current_progress()
+        progress.add(kept=num_kept, shards=len(kept))
         try:
-            made = _convert_shards(conversion, kept.keys(), workers)
+            made = _convert_shards(conversion, kept.keys(), workers, progress)
         except DatasetError:
             conversion.refuse_rebuilt()  # which explains apparent damage
             raise
@@ -41,7 +41,9 @@ def convert_dataset(conversion: Conversion, workers: int = 1) -> tuple[DatasetIn
         return conversion.publish(kept | made), num_kept
 
 
-def _convert_shards(conversion: Conversion, kept: Collection[str], workers: int) -> dict[str, ShardInfo]:
+def _convert_shards(
+    conversion: Conversion, kept: Collection[str], workers: int, progress: Progress
+) -> dict[str, ShardInfo]:
     """Convert all shards but those that are kept; what was written, by the old name."""
     stop, spec = threading.Event(), RecordSpec(conversion.source)
     shards = [
@@ -52,7 +54,9 @@ def _convert_shards(conversion: Conversion, kept: Collection[str], workers: int)
     ]
 
     def convert(split: str, shard: ShardInfo) -> tuple[str, ShardInfo]:
-        return shard.name, _convert_shard(conversion, split, shard, spec, stop)
+        done = _convert_shard(conversion, split, shard, spec, stop, progress)
+        progress.add(shards=1)
+        return shard.name, done
 
     with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         try:
@@ -65,7 +69,12 @@ def _convert_shards(conversion: Conversion, kept: Collection[str], workers: int)
 
 
 def _convert_shard(
-    conversion: Conversion, split: str, shard: ShardInfo, spec: RecordSpec, stop: threading.Event
+    conversion: Conversion,
+    split: str,
+    shard: ShardInfo,
+    spec: RecordSpec,
+    stop: threading.Event,
+    progress: Progress,
 ) -> ShardInfo:
     problems = Problems()
     shard_pass = ShardPass(conversion.old, shard, split, 0, spec, problems)
@@ -89,9 +98,7 @@ def _convert_shard(
         while record is not None:
             if stop.is_set():
                 raise CancelledError
-            PROGRESS.add(volumes=1, num_bytes=writer.write(record.cells, checked(record)))
+            progress.add(volumes=1, num_bytes=writer.write(record.cells, checked(record)))
             record = shard_pass.take()
         refuse_damaged()
-    done = conversion.finish(shard, writer, shard_pass.versions)
-    PROGRESS.add(shards=1)
-    return done
+    return conversion.finish(shard, writer, shard_pass.versions)

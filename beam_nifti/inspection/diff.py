@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.inspection.description import read_indexes
+from beam_nifti.manifest.labels import name_classes
+from beam_nifti.pipeline.options import DERIVED, NOT_GIVEN, content_options, value_text
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import SCALING_FEATURES
 from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources
@@ -44,7 +46,9 @@ class Difference:
             time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the mask),
             or the name of an extra column; `manifest_{name}` if the table shows something else under that
             name, such as "voxels".
-        config: options that differ, by name: the value in the first, the value in the second.
+        config: options that differ, by name: the value in the first, the value in the second; None if it is
+            not given. "labels" has the kinds and classes of the labels, "preprocess_sha256" the files of
+            functions.
     """
 
     before: str
@@ -137,10 +141,10 @@ def _kind_of(column: str) -> str:
 
 
 def _config_differences(before: DatasetInfo, after: DatasetInfo) -> dict[str, tuple[Any, Any]]:
-    one, other = ({**info.config, "labels": info.label_facts()} for info in (before, after))
+    one, other = (content_options(info.config) | {"labels": info.label_facts()} for info in (before, after))
     return {
         name: (one.get(name), other.get(name))
-        for name in sorted((one.keys() | other.keys()) - {"fingerprint"})
+        for name in sorted((one.keys() | other.keys()) - DERIVED)
         if one.get(name) != other.get(name)
     }
 
@@ -160,7 +164,25 @@ def _lines(diff: Difference) -> Iterator[tuple[str, str]]:
     for name, ids in (("added", diff.added), ("removed", diff.removed), *diff.changed.items()):
         if ids:
             yield name, f"{len(ids):,}: {first_few(ids, _SHOWN)}"
-    for number, (name, (was, now)) in enumerate(diff.config.items()):
-        yield "" if number else "config", f"{name.replace('_', '-')} was {was!r}, now {now!r}"
+    for number, line in enumerate(_config_lines(diff.config)):
+        yield "" if number else "config", line
     if diff.is_empty:
         yield "the same", "no example was added, removed or changed"
+
+
+def _config_lines(config: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    for name, (was, now) in config.items():
+        if name == "labels":
+            for label in dict.fromkeys([*was, *now]):
+                before, after = (_label_text(labels.get(label)) for labels in (was, now))
+                if before != after:
+                    yield f"label {label!r} was {before}, now {after}"
+        else:
+            before, after = (NOT_GIVEN if value is None else value_text(value) for value in (was, now))
+            yield f"{name.replace('_', '-')} was {before}, now {after}"
+
+
+def _label_text(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return "absent"
+    return f"{facts['kind']} ({name_classes(facts['classes'])})" if "classes" in facts else facts["kind"]

@@ -82,7 +82,7 @@ class StoredVolume:
     def of_mask(self) -> StoredVolume:
         """The mask as a volume. A record without a mask is a UsageError."""
         if self.mask is None:
-            raise UsageError(f"record {self.example_id!r} has no mask; leave --mask out")
+            raise UsageError(f"record {self.example_id!r} has no mask; drop --mask")
         return replace(self, voxels=self.mask, scaling=Scaling())
 
 
@@ -156,8 +156,8 @@ def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") 
     if out is not None:
         if len(example_ids) > 1:
             raise UsageError(
-                f"--out names one file, and there are {len(example_ids)} ids; leave it out, and each file is "
-                "named after its id"
+                f"--out names one file, but there are {len(example_ids)} ids; drop it to name each file "
+                "after its id"
             )
         require_nifti_name(out)
         return [out]

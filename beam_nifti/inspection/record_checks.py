@@ -99,22 +99,22 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     voxels = decode_tensor(features["image_raw"])  # type: ignore[arg-type]
     shape = tuple(cells["shape"])
     if voxels.shape != shape:
-        yield f"shape is {voxels.shape}, the index says {shape}"
+        yield f"shape is {voxels.shape}, but the index has {shape}"
     if spec.info.shape is not None and voxels.shape != spec.info.shape:
-        yield f"shape is {voxels.shape}, dataset_info.json says {spec.info.shape}"
+        yield f"shape is {voxels.shape}, but dataset_info.json gives {spec.info.shape}"
     if voxels.dtype.name != spec.info.dtype:
-        yield f"voxels are {voxels.dtype.name}, dataset_info.json says {spec.info.dtype}"
+        yield f"voxels are {voxels.dtype.name}, but dataset_info.json gives {spec.info.dtype}"
     native = spec.config.voxel_dtype == "native"
     on_disk = "uint8" if cells["dtype"] in COLOURS.values() else cells["dtype"]
     if native and on_disk != spec.info.dtype:
-        yield f"voxels are {spec.info.dtype} as in the image's file, the index says {cells['dtype']}"
+        yield f"voxels are {spec.info.dtype} as in the image's file, but the index has {cells['dtype']}"
     if voxels.size == 0:
         yield "there are no voxels"
         return
     unknown = [name for name in _STATISTICS if cells[name] is None]
     if spec.is_sparse and len(unknown) == len(_STATISTICS):  # nothing says what its voxels must be
         if cells["dtype"] != voxels.dtype.name:
-            yield f"voxels are {voxels.dtype.name}, the index says {cells['dtype']}"
+            yield f"voxels are {voxels.dtype.name}, but the index has {cells['dtype']}"
     elif unknown:
         yield f"the index has no {unknown[0]}"
     elif spec.config.channels is None:
@@ -133,8 +133,8 @@ def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     """The affine of a record, by its row of the index; a ShardError if it was not made from an image."""
     if cells["affine"] is None:
         raise ShardError(
-            f"record {cells['example_id']!r} has no affine, without which nothing says where its voxels lie; "
-            "give WriteToTFRecord Examples with the feature affine"
+            f"record {cells['example_id']!r} has no affine, without which the position of its voxels is "
+            "unknown; give WriteToTFRecord Examples with the feature affine"
         )
     return np.array(cells["affine"], np.float64).reshape(4, 4)
 
@@ -146,7 +146,7 @@ def _check_mask(
     if mask.shape != shape or mask.dtype.name != dtype:
         yield f"the mask has shape {mask.shape} of {mask.dtype.name}, expected {shape} of {dtype}"
     elif (found := labels_of(mask)) != cells["mask_labels"]:
-        yield f"the mask has the labels {found}, the index says {cells['mask_labels']}"
+        yield f"the mask has the labels {found}, but the index has {cells['mask_labels']}"
     elif config.has_positions and positions_of(mask) != cells["mask_positions"]:
         yield "mask_positions of the index are not those of its mask"
 
@@ -168,7 +168,7 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
         found = "bytes" if isinstance(value, memoryview) else f"{value.dtype.name}[{value.size}]"
         found = found.replace("float32", "float")
         if found != (f"{kind}[1]" if kind in ("float", "int64") else kind):
-            yield f"feature {name} is {found}, dataset_info.json says {kind}"
+            yield f"feature {name} is {found}, but dataset_info.json gives {kind}"
         elif len(value) != (wanted := sizes.get(name, len(value))):
             yield f"feature {name} has {len(value)} bytes, expected {wanted}: {_DOUBLE_BYTES} a float64"
 
@@ -178,10 +178,10 @@ def _check_metadata(
 ) -> Iterator[str]:
     stored_id = bytes(features["id"]).decode(errors="replace")
     if stored_id != cells["example_id"]:
-        yield f"id is {stored_id!r}, the index says {cells['example_id']!r}"
+        yield f"id is {stored_id!r}, but the index has {cells['example_id']!r}"
     label = cells["label"]
     if (label is None) == spec.info.labelled and not (label is None and spec.may_lack):
-        yield f"the index's label is {label}, but dataset_info.json says labelled: {spec.info.labelled}"
+        yield f"the index's label is {label}, but dataset_info.json gives labelled: {spec.info.labelled}"
     if spec.is_sparse:
         yield from _check_sizes(features, cells)
     compared = {name: cells[name] for name in compared_columns(spec.config) if name in cells}
@@ -205,7 +205,7 @@ def _check_sizes(features: Mapping[str, _Feature], cells: Mapping[str, Any]) -> 
         found = cells["zooms"]
         if (found is None) != (sizes is None) or (sizes is not None and not np.allclose(found, sizes)):
             shown, wanted = ("none" if numbers is None else show(numbers) for numbers in (found, sizes))
-            yield f"the index says voxel sizes of {shown}, expected {wanted}"
+            yield f"the index has voxel sizes of {shown}, expected {wanted}"
 
 
 def _labels_in(
@@ -232,7 +232,7 @@ def _check_intensities(
     intensity = Intensity(*(float(as_list(cells[name])[number]) for name in _STATISTICS))
     least, largest = intensity.min, intensity.max
     if config.method == "minmax" and not least < largest:
-        yield f"the index says an intensity range from {least:g} to {largest:g}, which cannot be rescaled"
+        yield f"the index has an intensity range from {least:g} to {largest:g}, which cannot be rescaled"
         return
     rescale_range = None
     if config.has_range:
@@ -257,7 +257,7 @@ def _check_rescale_range(
 ) -> Iterator[str]:
     """Find where the rescale range is none, or not that of the configuration."""
     if not low < high:
-        yield f"rescale_low is {low:g} and rescale_high {high:g}, which is no range"
+        yield f"rescale_low is {low:g} and rescale_high {high:g}, which is not a range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
     if config.method == "zscore" and config.rescale_within is None:
         expected = (intensity.mean, intensity.mean + intensity.std)
@@ -283,7 +283,7 @@ def check_source(
     differ from those here; a difference by rounding is then a RoundingNote.
 
     Raises:
-        OSError: the disk, the network or a store failed, which says nothing about the record.
+        OSError: the disk, the network or a store failed, which does not concern the record.
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
     if config.frames == "each":
@@ -293,23 +293,23 @@ def check_source(
             volume = load_volume(row, folder, record=config)
             volume = rescale_volume(prepare_volume(volume, config, release=True), config)
     except VolumeError as e:
-        yield f"cannot be made again: {e}"
+        yield f"cannot be rebuilt: {e}"
         return
     again = bytes(encode_volume(volume))
     if again != payload:
         stored, made = decode_example(payload), decode_example(again)
         names = sorted(n for n in stored.keys() | made.keys() if not _same(stored, made, n))
         if versions and differ_in_rounding(stored, made, names):
-            yield RoundingNote(f"{', '.join(names)} differs in rounding; it was made with {versions}")
+            yield RoundingNote(f"{', '.join(names)} differs in rounding; it was built with {versions}")
             return
         files = file_cells(volume.source.files, config, row.version_key)
         changes = [f"{n} was {cells[n]}, now {now}" for n, now in files.items() if cells[n] != now]
         reason = (
             f"a file changed since the build ({'; '.join(changes)}); build it again"
             if changes
-            else f"its files have the sizes and times that they had; {_REMAKE}"
+            else f"the sizes and times of its files are unchanged; {_REMAKE}"
         )
-        by = f"it was made with {versions}; " if versions else ""
+        by = f"it was built with {versions}; " if versions else ""
         yield f"what is stored differs from {row.source} in {', '.join(names)}; {by}{reason}"
         return
     for number, now in enumerate(volume.intensities):
@@ -318,14 +318,14 @@ def check_source(
         for name, far in (("min", 0.0), ("max", 0.0), ("mean", tolerance), ("std", tolerance)):
             said, found = as_list(cells[name])[number], getattr(now, name)
             if not abs(said - found) <= far:
-                yield f"the index says {name} {said:g}, {image} has {found:g}; {_REMAKE}"
+                yield f"the index has {name} {said:g}, but {image} has {found:g}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
-        yield f"the index says dtype {cells['dtype']}, its image has {volume.dtype}; {_REMAKE}"
+        yield f"the index has dtype {cells['dtype']}, but its image has {volume.dtype}; {_REMAKE}"
     if not config.has_sources:
         return
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):
         if not np.array_equal(cells[name], has, equal_nan=True):
-            yield f"the index says {name} {show(cells[name])}, its image has {show(has)}; {_REMAKE}"
+            yield f"the index has {name} {show(cells[name])}, but its image has {show(has)}; {_REMAKE}"
 
 
 def _same(one: Mapping[str, _Feature], other: Mapping[str, _Feature], name: str) -> bool:

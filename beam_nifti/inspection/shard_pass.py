@@ -33,7 +33,7 @@ _RESTORE: Final = "copy it again, or delete it and its index and run the build a
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record as it lies in its shard.
+    """A record as stored in its shard.
 
     Attributes:
         ordinal: 0-based number in the shard.
@@ -59,7 +59,7 @@ class StoredRecord:
             The serialized Example; None if it cannot be checked.
 
         Raises:
-            OSError: its images cannot be reached, which says nothing about the record.
+            OSError: its images cannot be reached, which does not concern the record.
         """
         try:
             payload = spec.unpack(self.data, self.cells)
@@ -85,11 +85,11 @@ class ShardPass:
     `cells` are extra columns to compare with a manifest, with their names in the index.
 
     Attributes:
-        rows: id, labels, split and these cells of its records, once it was read.
-        numbers: of their rows in the manifest.
-        positions: of the first and the last of them in the split.
-        mask_labels: those of their masks.
-        versions: of the software that wrote them, according to the index.
+        rows: id, labels, split and these cells of the records, once the shard was read.
+        numbers: row numbers of the records in the manifest.
+        positions: positions of the first and the last of the records in the split.
+        mask_labels: labels of the masks.
+        versions: versions of the software that wrote the records, according to the index.
         columns: names of the columns of the index.
     """
 
@@ -159,13 +159,13 @@ class ShardPass:
         except (ShardError, pa.ArrowException, OSError, ValueError) as e:
             problems = [f"cannot be read: {e}"]
         for problem in problems:
-            remedy = f"{shard.name} is not checked by it; delete both and run the build again"
+            remedy = f"{shard.name} cannot be checked against it; delete both and run the build again"
             self._tell(shard.index, f"{problem}; {remedy}")
         if problems:
             return no_rows(self._record)
         if table.num_rows != shard.num_examples:
-            said = f"{FILE_NAME} says {shard.num_examples} examples"
-            self._tell(shard.index, f"has {table.num_rows} rows, {said}")
+            said = f"{FILE_NAME} gives {shard.num_examples} examples"
+            self._tell(shard.index, f"has {table.num_rows} rows, but {said}")
         for problem in check_people(table) if self._spec.ids_of_people else ():
             self._tell(shard.index, f"{problem}; {_RESTORE}")
         self.columns = table.column_names
@@ -210,10 +210,10 @@ class ShardPass:
         if in_order:
             _hash(handle, hasher, size)
         if size != shard.num_bytes:
-            self._tell(shard.name, f"has {size} bytes, {FILE_NAME} says {shard.num_bytes}")
+            self._tell(shard.name, f"has {size} bytes, but {FILE_NAME} gives {shard.num_bytes}")
         if (found := hasher.hexdigest()) != shard.sha256:
-            said = f"{FILE_NAME} says {shard.sha256}: one of the files was changed"
-            self._tell(shard.name, f"sha256 is {found}, {said}; {_RESTORE}")
+            said = f"{FILE_NAME} gives {shard.sha256}: one of the files was changed"
+            self._tell(shard.name, f"sha256 is {found}, but {said}; {_RESTORE}")
 
 
 def _hash(handle: BinaryIO, hasher: hashlib._Hash, most: int) -> None:

@@ -35,9 +35,9 @@ def check_info(info: DatasetInfo) -> Iterator[str]:
     said, record = info.config["fingerprint"], info.record_config
     expected = record.fingerprint
     if said not in (expected, *record.earlier_fingerprints):
-        yield f"{FILE_NAME}: the fingerprint is {said}, that of its options is {expected}"
+        yield f"{FILE_NAME}: the fingerprint is {said}, but its options give {expected}"
     if (info.failures is None) != (info.num_failures == 0):
-        yield f"{FILE_NAME}: num_failures is {info.num_failures}, and failures is {info.failures}"
+        yield f"{FILE_NAME}: num_failures is {info.num_failures}, but failures is {info.failures}"
     num_rows, num_frames = info.manifest.get("num_rows"), info.num_frames
     wanted = ((num_rows or 0) - info.num_skipped) * (num_frames or 1)
     if info.num_examples + info.num_failures != wanted:
@@ -53,7 +53,7 @@ def check_info(info: DatasetInfo) -> Iterator[str]:
 def check_mask_labels(found: Collection[int], info: DatasetInfo) -> Iterator[str]:
     """Find where the labels in dataset_info.json are not those of the indexes."""
     if info.mask_labels is not None and set(info.mask_labels) != set(found):
-        yield f"{FILE_NAME}: mask_labels are {list(info.mask_labels)}, of the indexes {sorted(found)}"
+        yield f"{FILE_NAME}: mask_labels are {list(info.mask_labels)}, but the indexes have {sorted(found)}"
 
 
 def check_index(
@@ -68,7 +68,7 @@ def check_index(
     labels = [label.name for label in record.labels or ()]
     yield from check_table(table, schema_of(record, labels).names, record, is_sparse=is_sparse)
     if facts.get("sha256") != shard.sha256:
-        yield (f"written for a file of sha256 {facts.get('sha256')}, {FILE_NAME} says {shard.sha256}")
+        yield (f"written for a file of sha256 {facts.get('sha256')}, but {FILE_NAME} gives {shard.sha256}")
 
 
 def check_people(table: pa.Table) -> Iterator[str]:
@@ -94,7 +94,7 @@ def check_numbers(numbers: npt.NDArray[np.int64], num_rows: int, *, are_unique: 
     found, counts = np.unique(numbers, return_counts=True)
     twice = found[counts > 1]
     if are_unique and twice.size:
-        yield f"index: row {twice[0]} stands more than once"
+        yield f"index: row {twice[0]} occurs more than once"
 
 
 def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
@@ -105,11 +105,11 @@ def check_places(table: pa.Table, file_bytes: int) -> Iterator[str]:
     if wrong.size:
         at = int(wrong[0])
         yield (
-            f"its rows do not tile the shard: {record_name(at, table)} is said to take "
-            f"{lengths[at]} bytes at offset {offsets[at]}, and the one before it ends at {ends[at]}"
+            f"its rows do not tile the shard: {record_name(at, table)} has {lengths[at]} bytes at offset "
+            f"{offsets[at]}, but the one before it ends at {ends[at]}"
         )
     elif ends[-1] != file_bytes:
-        yield f"its rows end at byte {ends[-1]}, the shard's file at {file_bytes}"
+        yield f"its rows end at byte {ends[-1]}, but the shard's file ends at {file_bytes}"
     steps = np.flatnonzero(np.diff(table["position"].to_numpy()) <= 0)
     if steps.size:
         yield f"its positions do not ascend at {record_name(int(steps[0]) + 1, table)}"
@@ -200,7 +200,7 @@ def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None)
     counts = pa.Table.from_struct_array(pc.value_counts(records["id"].combine_chunks()))
     twice = counts.filter(pc.greater(counts["counts"], 1)).rename_columns(["id", "times"])
     if twice.num_rows:
-        yield f"index: {twice.num_rows} ids stand more than once: {_named(twice, ['times'])}"
+        yield f"index: {twice.num_rows} ids occur more than once: {_named(twice, ['times'])}"
     both = failures.filter(_is_in(failures, records))
     if both.num_rows:
         yield f"{failures_file}: {both.num_rows} of its examples are in the shards: {_named(both)}"
@@ -254,4 +254,4 @@ def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[s
     known = {name for shard in info.shards for name in (shard.name, shard.index)}
     for file in files:
         if file not in known and (temporary_of(file) or file) not in written:
-            yield f"{file}: not in {FILE_NAME}, but whoever reads all shards reads it too; delete it"
+            yield f"{file}: not in {FILE_NAME}, but a program that reads all shards reads it too; delete it"

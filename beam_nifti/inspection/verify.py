@@ -135,7 +135,7 @@ def verify_dataset(
         raise UsageError(f"--workers is {workers}; it must be at least 1")
     deep = _number_of(deep)
     if preprocess is not None and not deep:
-        raise UsageError("--preprocess is for --deep, which makes records again; add --deep, or drop it")
+        raise UsageError("--preprocess is for --deep, which rebuilds records; add --deep, or drop it")
     output = storage.absolute(output)
     info = read_info(output)
     columns, drawn = Columns(**info.config["columns"]), info.config.get("splitting")
@@ -144,8 +144,8 @@ def verify_dataset(
     if deep:
         if info.config["fingerprint"] in record.earlier_fingerprints:
             raise UsageError(
-                f"--deep makes records again, and {output} was built by a version of beam-nifti that makes "
-                "other records of the same options; use that version, or leave --deep out"
+                f"--deep rebuilds records, but {output} was built by a version of beam-nifti that makes "
+                "different records from the same options; use that version, or drop --deep"
             )
         _require_functions(output, record, spell_steps(preprocess))
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
@@ -172,7 +172,7 @@ def verify_dataset(
 
 
 def _number_of(deep: SupportsIndex | str | None) -> int | None:
-    """How many records to make again; None for none."""
+    """How many records to rebuild; None for none."""
     if deep == "all":
         return ALL
     try:
@@ -204,14 +204,14 @@ def _require_functions(output: str, record: RecordConfig, named: str | tuple[str
         return
     given = ", ".join(step for step, _ in RecordConfig(preprocess=named).steps)
     if not record.steps:
-        raise UsageError(f"--preprocess is {given}, but {output} was made without a function; leave it out")
+        raise UsageError(f"--preprocess is {given}, but {output} was built without a function; drop it")
     asked = f"--preprocess is {given}" if named else "--deep runs only a function that you name"
-    made_with = ", then ".join(
+    built_with = ", then ".join(
         f"{step}, defined in a file of sha256 {digest}" for step, digest in record.steps
     )
     flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
     raise UsageError(
-        f"{asked}; {output} was made with {made_with}; to import and run that function here, give {flags}"
+        f"{asked}; {output} was built with {built_with}; to import and run that function here, give {flags}"
     )
 
 
@@ -222,7 +222,7 @@ def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
     except DatasetError:
         is_same = False
     if not is_same:
-        raise OutputBusyError(f"{output}: was rebuilt while it was verified; give the same command again")
+        raise OutputBusyError(f"{output}: was rebuilt while it was verified; run the same command again")
 
 
 def _read_pseudonyms(
@@ -231,7 +231,7 @@ def _read_pseudonyms(
     """The pseudonyms of a dataset, if it has any and is compared with a manifest."""
     check = info.manifest.get("key_check")
     if check is None and key is not None:
-        raise UsageError(f"{output}: its ids are not anonymous; leave --anonymous-ids out")
+        raise UsageError(f"{output}: its ids are not anonymous; drop --anonymous-ids")
     if (manifest or key or deep) and check is not None and not (manifest and key):
         raise UsageError(
             f"{output}: its ids and paths are anonymous; to compare it with a manifest or with its images, "
@@ -239,7 +239,7 @@ def _read_pseudonyms(
         )
     pseudonyms = read_pseudonyms(key) if key else None
     if pseudonyms and pseudonyms.check != check:
-        raise UsageError(f"{key}: not the key that {output} was built with; give that one")
+        raise UsageError(f"{key}: not the key that {output} was built with; give that key")
     return pseudonyms
 
 
@@ -443,10 +443,10 @@ class _Verifier:
             if found.num_rows != count:
                 what = "frames" if frames else "lines"
                 problems.append(
-                    f"has {found.num_rows} {what}, {FILE_NAME} says {count} failures; copy it again"
+                    f"has {found.num_rows} {what}, but {FILE_NAME} gives {count} failures; copy it again"
                 )
         except FileNotFoundError:
-            problems.append(f"is missing, and {FILE_NAME} says {count} failures; copy it again")
+            problems.append(f"is missing, but {FILE_NAME} gives {count} failures; copy it again")
         except ManifestError as e:
             problems.append("; ".join(e.problems))
         except DatasetError as e:

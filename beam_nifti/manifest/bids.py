@@ -131,7 +131,7 @@ _Cells = dict[str, str]
 
 
 class Records:
-    """What the tables of a study say of participants and sessions.
+    """The tables of a study, which describe participants and sessions.
 
     Ids are taken with their prefixes, sub- and ses-, whether the tables write them or not.
 
@@ -142,9 +142,9 @@ class Records:
 
     Attributes:
         participants: ids in participants.tsv.
-        rowless: by participant, the sessions of the images that have no row in the table of sessions that
-            has one of the columns, and the sessions that it has.
-        imageless: by participant with images, the sessions that only a table has.
+        rowless: sessions of images that have no row in the table of sessions with one of the columns, and
+            the sessions that it has, by participant.
+        imageless: sessions that only a table has, by participant with images.
         notes: sentences on which tables were read, and on what is suspicious in them.
 
     Raises:

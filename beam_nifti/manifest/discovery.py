@@ -66,7 +66,7 @@ def find_bids_images(
     root = storage.absolute(root)
     for name in columns:
         if name in _OWN:
-            raise UsageError(f"--column {name}: every manifest has this column already; leave it out")
+            raise UsageError(f"--column {name}: every manifest has this column already; drop it")
     study = Study.scan(root)
     images, notes = _choose(study, suffix, entities or {})
     _refuse_same_names(images)
@@ -314,12 +314,12 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
 
     Args:
         patterns: patterns for `storage.glob`.
-        folder: that the manifest will be in; paths in it are made relative. "" for none.
+        folder: folder of the manifest; paths below it are made relative. "" for none.
         all_images: keep several images of a session, and name each in a column `image_id`.
 
     Raises:
-        UsageError: a pattern that nothing matches, or that matches other files, or only some whose paths
-            name a participant, or several of one.
+        UsageError: a pattern matches nothing, or matches other files; only some of the paths name a
+            participant; or a session has several images.
     """
     paths = drop_second_halves(sorted({path for pattern in patterns for path in _matches(pattern)}))
     # What each path says last, in its name or in its folders; "" for nothing.

@@ -9,7 +9,7 @@ from typing import Final
 COMPRESSED: Final = (".gz", ".bz2", ".zst")  # after the ending of a compressed file
 _COMPRESSED: Final = "|".join(map(re.escape, COMPRESSED))
 ENDING: Final = rf"\.(?:(?:nii|hdr|img|mgh)(?:{_COMPRESSED})?|mgz)"
-"""Of an image's name, in lower case; a pattern of Python and of Arrow."""
+"""Pattern of the ending of an image's name, in lower case, for Python and Arrow."""
 
 _IMAGE: Final = re.compile(rf"(?P<stem>.+){ENDING}", re.I | re.S)
 HALF: Final = re.compile(rf"(?P<stem>.+\.)(?P<half>hdr|img)(?P<compressed>|{_COMPRESSED})", re.I | re.S)

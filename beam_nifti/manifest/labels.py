@@ -62,7 +62,7 @@ class Labels:
 
     @property
     def numbers(self) -> npt.NDArray[np.float64]:
-        """What the feature `label` says of each row: its number, that of its class, or NaN for a string."""
+        """The feature `label` of each row: the number, that of the class, or NaN for a string."""
         if self.column.kind == "string":
             return np.full(len(self.values), np.nan)
         return np.asarray(self.values, np.float64)
@@ -155,7 +155,7 @@ def name_classes(classes: Sequence[str]) -> str:
 
 
 def number_of(label: LabelValue) -> float | None:
-    """What the feature `label` says of a record whose first label this is; None for NaN."""
+    """The value of the feature `label` of a record with this first label; None for NaN."""
     return None if isinstance(label, str) or math.isnan(label) else float(label)
 
 

@@ -31,16 +31,16 @@ _REMEDY: Final = "which --anonymous-ids does not replace there; drop the column,
 
 @dataclass(frozen=True)
 class _Names:
-    """The names in a column for which pseudonyms stand, and by what other columns would tell them.
+    """The names in a column that pseudonyms replace, and how other columns would reveal them.
 
     Attributes:
-        texts: of the column, one per row.
-        bare: what is equal for them and for other spellings of them, one per row.
-        kind: of the names.
-        certain: what one of the spellings of another text is only where it is a copy.
-        possible: likewise, but it may be chance.
-        files: what `_key` of a text with an image's ending is only where it is a copy.
-        words: of each row, that are in a text of the row only where it is a copy; "" for none.
+        texts: names in the column, one per row.
+        bare: form that all spellings of a name share, one per row.
+        kind: kind of the names.
+        certain: forms that a spelling of another text has only if it is a copy.
+        possible: forms that a spelling of another text may also have by chance.
+        files: results of `_key` that a text with an image's ending has only if it is a copy.
+        words: words of each row that a text of the row contains only if it is a copy; "" for none.
     """
 
     texts: pa.Array
@@ -122,7 +122,7 @@ def _refuse_names(column: str, cells: pa.Array, names: Sequence[_Names], problem
 
 
 def _refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[_Names], problems: Problems) -> None:
-    """Refuse columns, given by number, that are called by a name for which a pseudonym stands."""
+    """Refuse columns, given by number, whose name is one that a pseudonym replaces."""
     for number, column in columns:
         header = pa.array([column])
         is_number = pc.match_substring_regex(header, _LONG_NUMBER)[0].as_py()
@@ -130,7 +130,7 @@ def _refuse_headers(columns: Sequence[tuple[int, str]], names: Sequence[_Names],
             is_name = _Spellings(header).first_in(of.certain) is not None
             if is_name or (is_number and any(pc.index(words, column).as_py() >= 0 for words in of.words)):
                 problems.add(
-                    f"column {number} is called like a participant, a session or an image, which "
+                    f"the name of column {number} is that of a participant, a session or an image, which "
                     "--anonymous-ids does not replace there; rename or drop it"
                 )
                 break

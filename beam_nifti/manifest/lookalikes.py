@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from beam_nifti.manifest.tables import Problems
 
 LIKENESS: Final = "only in letter case, quotes, spaces, leading zeros or the Unicode form"
-"""In what the names that `fold` makes equal can differ."""
+"""How names that `fold` makes equal can differ."""
 
 _REWRITTEN: Final = r"^[0-9]+\.0+$|^[0-9](\.[0-9]+)?[eE]\+[0-9]+$"
 """Numbers as spreadsheets and pandas rewrite ids: 7.0 in the place of 7, 1.23E+11 in that of 123456789012."""

@@ -112,10 +112,12 @@ def read_table(
         ManifestError: it is absent, or not a table; with row numbers where possible.
     """
     suffix = path.rpartition("/")[2].rpartition(".")[2].lower()
-    if suffix not in _READERS:
-        raise ManifestError(path, ["is not a .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
     problems = problems or Problems(path)
     try:
+        if suffix not in _READERS:
+            if not storage.exists(path):
+                raise FileNotFoundError
+            raise ManifestError(path, ["is not a .csv, .tsv, .jsonl or .parquet file; rename or convert it"])
         with storage.open_read(path) if content is None else io.BytesIO(content) as handle:
             if what := stand_in(handle.read(_HEAD_BYTES)):
                 raise ManifestError(path, [f"not a table but {what}"])

@@ -23,11 +23,11 @@ _Made = str | tuple[tuple[int, ...] | None, str | None, int | None]
 _DIGITS: Final = 7  # significant digits that voxel sizes are counted by: headers hold float32
 _SIZES_TRIED: Final = 200  # number of most frequent voxel sizes among which the suggested one is chosen
 _DIRECTIONS: Final = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-"""Of the letters of an orientation: axis in space, and sign."""
+"""Axis in space, and sign, of each letter of an orientation."""
 
 
 class ImageKind(NamedTuple):
-    """What decides which record an image becomes, as far as its header tells.
+    """What determines the record that an image becomes, as far as its header shows.
 
     Shape and dtype, in native byte order, are those on disk; the voxel size is in mm, to 7 digits.
     """
@@ -66,7 +66,7 @@ _Key = TypeVar("_Key")
 
 
 def tally(kinds: Counts, key: Callable[[ImageKind], _Key]) -> Counter[_Key]:
-    """How many images have each value of something that their kinds tell."""
+    """The number of images for each value of a property of their kinds."""
     counts = Counter[_Key]()
     for kind, count in kinds.items():
         counts[key(kind)] += count

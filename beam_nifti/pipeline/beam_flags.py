@@ -78,7 +78,7 @@ def choose_engine(config: BuildConfig, flags: Sequence[str], watcher: Watcher | 
 
 
 def set_stores(flags: Sequence[str]) -> None:
-    """Have stores reached as Beam's flags say, for what is read before the engine is chosen.
+    """Apply Beam's flags for stores, for what is read before the engine is chosen.
 
     Raises:
         UsageError: as `parse_beam_flags`.
@@ -179,7 +179,7 @@ def refuse_ineffective(flags: Sequence[str], unknown: Sequence[str], runner: str
 
 
 def _hint(flag: str, ours: Iterable[str]) -> str:
-    """Which of our flags was probably meant by one of Beam's: likeness alone says little."""
+    """Which of our flags was probably meant by one of Beam's: similarity alone proves little."""
     stem = flag.removesuffix("s")
     meant = [f for f in ours if f.startswith(f"{stem}-") or flag.endswith(f"-{f.removeprefix('--')}")]
     return f"did you mean {meant[0]}?" if meant else ""

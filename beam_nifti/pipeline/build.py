@@ -207,7 +207,7 @@ def _require_output(config: BuildConfig) -> None:
 
 
 def _read_manifest(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Manifest]:
-    """The configuration with what the manifest says of labels; and the manifest."""
+    """The configuration, completed with the labels of the manifest; and the manifest."""
     digests = tuple(source_sha256(step) for step, _ in config.record.steps)
     config = replace(config, record=replace(config.record, preprocess_sha256=digests))
     storage.refuse_read_only(config.temp_location or "", "--temp-location")
@@ -337,7 +337,7 @@ def _first_volume(
 def _prepared_shape(
     row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
 ) -> tuple[int, ...]:
-    """The shape of a record that only its voxels tell."""
+    """The shape of a record that the header does not determine."""
     of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
     volume = load_volume(row, manifest.folder, record=of_one)
     return prepare_volume(volume, config.record, release=True).voxels.shape
@@ -458,7 +458,7 @@ def _is_continued(
         if work.num_records:
             changes = version_changes(dead.info.versions, plan.versions)
             logs.LOGGER.warning(
-                "%s %s of an unfinished build, made with other versions: %s",
+                "%s %s of an unfinished build, built with other versions: %s",
                 "would rebuild" if is_dry else "rebuilding",
                 work,
                 changes,
@@ -556,7 +556,7 @@ def rows_for_workers(config: BuildConfig, rows: bytes | None, folder: str | None
     They are in the folder, or in a temporary one of this machine.
 
     Raises:
-        UsageError: they would lie in the output with the names that it is to have pseudonyms of.
+        UsageError: they would be in the output, with names that pseudonyms must replace there.
     """
     if rows is None:
         yield config

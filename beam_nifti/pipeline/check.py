@@ -21,7 +21,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.plan import CheckPlan, read_build_manifest
-from beam_nifti.pipeline.progress import PROGRESS
+from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.survey import Survey, Tally, make_report, survey_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
@@ -36,7 +36,7 @@ _COPIES: Final = "copies"
 
 _FREE_BYTES: Final = 64 << 20
 _ROW_BYTES: Final = 4 << 10
-"""What a report may take: so much, and so much for each row, whose id it may name twice."""
+"""Most bytes of a report: a constant, and an amount per row, whose id it may name twice."""
 
 
 class CutRows(beam.DoFn):
@@ -58,6 +58,7 @@ class LookAtImages(beam.DoFn):
 
     def __init__(self, plan: CheckPlan) -> None:
         self._folder, self._plan = storage.dirname(plan.config.manifest), plan
+        self._progress = current_progress()
 
     def process(self, rows: tuple[VolumeRow, ...]) -> Iterable[Any]:
         """Yield one Tally; and (what copies of an image share, (example id, split))."""
@@ -65,7 +66,7 @@ class LookAtImages(beam.DoFn):
         for row in rows:
             found, content = survey_image(row, self._folder, self._plan)
             survey.add(found)
-            PROGRESS.add(volumes=1 - found.bad.num, failed=found.bad.num)
+            self._progress.add(volumes=1 - found.bad.num, failed=found.bad.num)
             if content is not None:
                 yield TaggedOutput(_COPIES, (content, (row.example_id, row.split)))
         yield survey

@@ -1,4 +1,4 @@
-"""How elements are encoded where a runner has to: between two stages, and to judge their size."""
+"""How elements are encoded when a runner requires it: between two stages, and to estimate their size."""
 
 from __future__ import annotations
 

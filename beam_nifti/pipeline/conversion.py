@@ -346,7 +346,7 @@ class ShardWriter:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What the index says of the file."""
+        """Facts about the file for the index."""
         return file_facts(self._hasher.hexdigest(), self.size)
 
     def _append(self, piece: bytes | memoryview) -> None:

@@ -16,7 +16,7 @@ from beam_nifti.config import Columns, LabelColumn
 from beam_nifti.manifest.labels import name_classes
 from beam_nifti.manifest.manifest import Manifest, frame_id
 from beam_nifti.pipeline.failures import PEOPLE, listed_cells
-from beam_nifti.pipeline.options import content_options, flag_of
+from beam_nifti.pipeline.options import DERIVED, NOT_GIVEN, content_options, flag_of, value_text
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
@@ -24,10 +24,6 @@ from beam_nifti.support.wording import counted, first_few, one_line
 
 _SHOWN_ROWS: Final = 5
 
-_SAID_OTHERWISE: Final = frozenset({"fingerprint", "channels"})
-"""Fields of a configuration that follow from others."""
-
-_NOT_GIVEN: Final = "not given"
 _COMES_ALONG: Final = {"--mask-dtype": "uint8", "--split-seed": "0"}
 """Defaults of options that another option brings along, so that nobody has to have given them."""
 
@@ -79,7 +75,7 @@ def image_folder(info: DatasetInfo) -> str:
 def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before, after = (_COMES_ALONG | _flags(config) for config in (was, now))
     return [
-        f"{flag} was {before.get(flag, _NOT_GIVEN)}, now {after.get(flag, _NOT_GIVEN)}"
+        f"{flag} was {before.get(flag, NOT_GIVEN)}, now {after.get(flag, NOT_GIVEN)}"
         for flag in dict.fromkeys([*after, *before])
         if before.get(flag) != after.get(flag)
     ]
@@ -88,21 +84,11 @@ def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 def _flags(config: Mapping[str, Any]) -> dict[str, str]:
     """The options of a dataset that were given, by flag."""
     values = content_options(config)
-    if "split" in values:  # the order of the shares makes no difference
-        values["split"] = [f"{name}={_value(share)}" for name, share in sorted(values["split"].items())]
-    return {_flag(name): _value(value) for name, value in values.items() if name not in _SAID_OTHERWISE}
+    return {_flag(name): value_text(value) for name, value in values.items() if name not in DERIVED}
 
 
 def _flag(name: str) -> str:
     return "sha256 of the file of --preprocess" if name == "preprocess_sha256" else flag_of(name)
-
-
-def _value(value: Any) -> str:
-    if value is True:
-        return "given"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(_value, value))
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _class_differences(was: Sequence[LabelColumn], now: Sequence[LabelColumn]) -> Iterator[str]:
@@ -133,7 +119,8 @@ def _row_difference(
         other = "another key" if manifest.key_check else "no key"
         return f"its ids are anonymous, but {other} was given with --anonymous-ids"
     if list(known["columns"]) != manifest.table.column_names:
-        return f"the manifest's columns were {known['columns']}, now {manifest.table.column_names}"
+        was_named, now_named = (", ".join(names) for names in (known["columns"], manifest.table.column_names))
+        return f"the manifest's columns were {was_named}, now {now_named}"
     then = _known_images(was, indexes)
     found = _moved(then, manifest, known) or _changed(then, manifest, Columns(**was.config["columns"]))
     if found:
@@ -197,7 +184,7 @@ def _failed_rows(listed: Manifest, manifest: Manifest, num_rows: int, folder: st
 
 
 def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:
-    """Which rows were inserted or dropped before others, or which has moved; "" where none has."""
+    """The rows that were inserted or dropped before others, or the row that has moved; "" if none has."""
     rows, ids = then["row"].to_numpy(), then["example_id"].combine_chunks()
     now = pc.fill_null(pc.index_in(ids, value_set=manifest.ids), -1).to_numpy() + 1
     moved = np.flatnonzero((now != rows) & (now > 0))
@@ -224,7 +211,7 @@ def _moved(then: pa.Table, manifest: Manifest, known: Mapping[str, Any]) -> str:
 
 
 def _changed(then: pa.Table, manifest: Manifest, columns: Columns) -> str:
-    """Which cells of the first row that was changed were changed; "" where none is known to be."""
+    """The changed cells of the first changed row; "" if none is known to have changed."""
     then = then.filter(pc.less_equal(then["row"], len(manifest)))
     at = then["row"].to_numpy() - 1
     now = manifest.table.take(pa.array(at))
@@ -260,7 +247,7 @@ def _changed(then: pa.Table, manifest: Manifest, columns: Columns) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, pa.Scalar):
         return repr(value.as_py())
-    return "missing" if np.isnan(value) else _value(float(value))
+    return "missing" if np.isnan(value) else value_text(float(value))
 
 
 def _named(row: int, example_id: str, manifest: Manifest) -> str:
@@ -272,7 +259,7 @@ def _rows(numbers: Sequence[int]) -> str:
 
 
 def _rows_were(numbers: Sequence[int], ids: pa.Array, manifest: Manifest) -> str:
-    """Rows, of which a single one whose id is known is named."""
+    """The beginning of a sentence about rows. A single row is named if its id is known."""
     is_one = len(numbers) == 1
     named = _named(numbers[0], ids[0].as_py(), manifest) if is_one and len(ids) else _rows(numbers)
     return f"{named} {'was' if is_one else 'were'}"

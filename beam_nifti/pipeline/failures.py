@@ -26,7 +26,7 @@ _SHOWN_LETTERS: Final = 300
 _NUMBER: Final = r"(?<![A-Za-z\d])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![A-Za-z\d])"
 
 MAX_FAILED_FRAMES: Final = 1 << 22
-"""Of the images in a list, whose lines may stand for any number of frames: 1 GB of their rows."""
+"""Most frames of the images in a list, whose lines may cover any number of frames: 1 GB of rows."""
 
 PEOPLE: Final = ("participant_id", "session_id")
 """Columns of a manifest that every list of failures and index has under their own names."""
@@ -223,7 +223,7 @@ def read_failures(path: str, num_failed: int, columns: Columns, below: str) -> l
 
 
 def _frames_cell(failures: Sequence[Failure]) -> dict[str, str]:
-    """Which frames of an image failed, where not all of them did and each is a volume."""
+    """The frames of an image that failed, if each frame is a volume and not all failed."""
     row = failures[0].row
     frames = row.wanted if row.frame is None else [failure.row.frame for failure in failures]
     return {} if frames is None else {"frames": ",".join(map(str, frames))}

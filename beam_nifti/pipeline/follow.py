@@ -18,11 +18,11 @@ from beam_nifti.pipeline.progress import Progress, show_progress
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import in_background
 
-REQUESTS_A_MINUTE: Final = 20
-"""Most that looking costs, whatever the number of parts: of more parts there are fewer looks."""
+REQUESTS_PER_MINUTE: Final = 20
+"""Most requests, whatever the number of parts: with more parts, looks are less frequent."""
 
 _PAUSE_AFTER_ERROR: Final = 60.0
-_NAMES_A_REQUEST: Final = 1000  # of S3 and Cloud Storage
+_NAMES_PER_REQUEST: Final = 1000  # of S3 and Cloud Storage
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BuildProgress:
     @property
     def pause(self) -> float:
         """Seconds until the next look."""
-        return self.num_requests * 60 / REQUESTS_A_MINUTE
+        return self.num_requests * 60 / REQUESTS_PER_MINUTE
 
 
 class BuildWatcher:
@@ -83,7 +83,7 @@ class BuildWatcher:
                 num_volumes += sum(map(len, units))
             else:
                 num_volumes += sum(len(unit) for unit in _begun(units, firsts.get(folder, ())))
-        pages = (len(parts) + len(shards)) // _NAMES_A_REQUEST
+        pages = (len(parts) + len(shards)) // _NAMES_PER_REQUEST
         return BuildProgress(num_volumes, num_shards, 2 + pages)
 
 
@@ -97,7 +97,7 @@ def _begun(units: Sequence[range], firsts: Iterable[int]) -> Iterator[range]:
 @contextlib.contextmanager
 def follow_build(plan: BuildPlan) -> Iterator[None]:
     """Show on standard error how far a build is while the block runs it elsewhere."""
-    # Not PROGRESS, to which a cluster's worker adds too if it is this process.
+    # Not the steps' own, to which a cluster's worker adds too if it is this process.
     watcher, progress = BuildWatcher(plan), Progress()
     kept: int | None = None
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @logs.shared
 @contextlib.contextmanager
 def _quiet_beam() -> Iterator[None]:
-    """Keep out of the log what a local runner says of a failure, which the error says."""
+    """Keep a local runner's own report of a failure out of the log, because the error reports it."""
     logger = logging.getLogger("apache_beam")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

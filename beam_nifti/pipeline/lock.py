@@ -46,7 +46,7 @@ def hold(output: str) -> Iterator[None]:
 
 
 def require_held(output: str) -> None:
-    """Stop a build that has lost its output to another one; nothing where this process holds no lease.
+    """Stop a build that has lost its output to another one; nothing if this process holds no lease.
 
     A machine that was suspended, or that could not reach the store for minutes, has not renewed its lease.
 
@@ -183,9 +183,9 @@ def _refuse_held(path: str, holder: dict[str, object]) -> None:
 
 
 def _age(path: str) -> float | None:
-    """Seconds since a remote file was written, by the store's clock alone; None where it keeps no times.
+    """Seconds since a remote file was written, by the store's clock alone; None if it keeps no times.
 
-    What tells the time is a file that is written now: machines whose clocks differ by minutes all see the
+    The time is that of a file written now: machines whose clocks differ by minutes all see the
     same age.
     """
     written = storage.stat(path).mtime
@@ -201,7 +201,7 @@ def _age(path: str) -> float | None:
 
 
 def _is_gone(holder: dict[str, object]) -> bool:
-    """Whether the process that wrote a lease is known to have ended; False where it cannot be known."""
+    """Whether the process that wrote a lease is known to have ended; False if that is unknown."""
     system, pid = holder.get("system"), holder.get("pid")
     if system is None or system != this_system() or not isinstance(pid, int):
         return False
@@ -216,7 +216,7 @@ def _is_gone(holder: dict[str, object]) -> bool:
 
 
 def this_system() -> str | None:
-    """What names the processes that can see each other by their numbers; None where it cannot be known.
+    """The name of the namespace in which process numbers are valid; None if it is unknown.
 
     Containers may share a host name, and the boot of their host, and still number their processes apart.
     """

@@ -130,7 +130,7 @@ class ShardMerge:
 def write_shard(
     output: str, name: ShardName, table: pa.Table, files: Sequence[str], fingerprint: str
 ) -> ShardInfo:
-    """Write a shard of records that lie anywhere in part files, and its index.
+    """Write a shard of records that are anywhere in part files, and its index.
 
     Doing it again gives the same bytes, also while another attempt is still at it. No published dataset has
     the name. The table is the index of the records in their order, and `files` the part file of each.
@@ -187,7 +187,7 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
 
 
 def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple[int, int]:
-    """How many records of a published shard were made again, and how many of them differ."""
+    """How many records of a published shard were rebuilt, and how many of them differ."""
     new = Part(storage.join(output, made.name), storage.join(output, made.index))
     old = Part(storage.join(output, str(published)), storage.join(output, published.index_file))
     if old == new:
@@ -318,7 +318,7 @@ def _extents(records: _Records) -> Iterator[tuple[int, int]]:
 
 
 def _placed(records: _Records) -> pa.Table:
-    """The index of the records as they lie in the shard."""
+    """The index of the records in the order of the shard."""
     ends = itertools.accumulate((length for _, length in _extents(records)), initial=0)
     offsets = pa.array(list(ends)[:-1], pa.int64())
     column = records.table.schema.get_field_index("offset")

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Of whole numbers that a step has seen, such as the milliseconds that each volume took.
+    """Summary of whole numbers that a step has seen, such as the milliseconds that each volume took.
 
     Attributes:
-        count: how many numbers there are.
+        count: number of the numbers.
         sum: sum of the numbers.
-        min: the least.
-        max: the largest.
+        min: smallest number.
+        max: largest number.
     """
 
     count: int
@@ -23,7 +23,7 @@ class Distribution:
     max: int
 
     def plus(self, other: Distribution) -> Distribution:
-        """Of the numbers of both."""
+        """The summary of the numbers of both."""
         return Distribution(
             self.count + other.count, self.sum + other.sum, min(self.min, other.min), max(self.max, other.max)
         )

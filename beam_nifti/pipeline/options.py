@@ -58,6 +58,12 @@ Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
 """A text such as "above:100", or its parts: ("above", 100)."""
 
 
+DERIVED: Final = frozenset({"fingerprint", "channels"})
+"""Fields of a configuration that follow from others."""
+
+NOT_GIVEN: Final = "not given"
+
+
 class BuildOptions(TypedDict, total=False):
     """The options of `build` and `check`. None means that an option is not given.
 
@@ -229,7 +235,7 @@ def _record_of(options: Mapping[str, Any]) -> RecordConfig:
 
 
 def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, and those of a lower precedence that are neither given again nor in conflict."""
+    """Options, with those of a lower precedence that are neither given again nor in conflict."""
     left_out = set(options.get("without", ()))
     for name, other in _INSTEAD:
         left_out |= {other} if name in options else set()
@@ -291,7 +297,8 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a dataset that were given, by name, and what the build has set besides.
 
     Args:
-        config: of its dataset_info.json. Options that did not exist when it was built have their defaults.
+        config: `config` of its dataset_info.json. Options that did not exist when it was built have their
+            defaults.
     """
     given = {**asdict(RecordConfig()), **config}
     columns = {**asdict(Columns()), **given.pop("columns")}
@@ -300,6 +307,17 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     given |= {"missing_label": columns["missing_label"], "split": splitting.get("shares")}
     given |= {"split_seed": splitting.get("seed"), "stratify": splitting.get("stratify"), **sharding}
     return {name: value for name, value in given.items() if value is not None and value is not False}
+
+
+def value_text(value: Any) -> str:
+    """The value of an option that was given, as the command line has it."""
+    if value is True:
+        return "given"
+    if isinstance(value, Mapping):  # shares of splits, whose order makes no difference
+        return ",".join(f"{name}={value_text(each)}" for name, each in sorted(value.items()))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(map(value_text, value))
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
@@ -369,6 +387,8 @@ def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) ->
     'clip=True cannot be used with rescale="minmax"; drop it'
     >>> as_parameters("--clip is 5; give True or False")
     'clip is 5; give True or False'
+    >>> as_parameters("--spacing is (1, 2); give three sizes in mm, such as 1,1,1.5")
+    'spacing is (1, 2); give three sizes in mm, such as (1, 1, 1.5)'
     """
 
     def parameter(found: re.Match[str]) -> str:
@@ -380,7 +400,10 @@ def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) ->
         is_on = name in OPTIONS and OPTIONS[name].read is read_switch and word != "is"
         return f"{shown}{'=True' if is_on else ''}{f' {word}' if word else ''}"
 
-    return _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text))
+    text = _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text))
+    for form, parts in _FORMS.items():
+        text = text.replace(form, parts)
+    return _EXAMPLE.sub(_value_of_example, text)
 
 
 def _literal(name: str, word: str) -> str | None:
@@ -395,6 +418,17 @@ def _literal(name: str, word: str) -> str | None:
     return f'"{word}"' if is_value else None
 
 
+def _value_of_example(found: re.Match[str]) -> str:
+    cells = found[0].split(",")
+    if all(map(_NUMBERS.fullmatch, cells)):
+        return f"({', '.join(cells)})"
+    if all("=" in cell for cell in cells):
+        return (
+            f"{{{', '.join(f'{name!r}: {share}' for name, _, share in (c.partition('=') for c in cells))}}}"
+        )
+    return str(cells)
+
+
 def _assignment_of_calls(found: re.Match[str]) -> str:
     calls = [word for word in shlex.split(found[0]) if word != "--preprocess"]
     return f"--preprocess={calls if calls[1:] else repr(calls[0])}"
@@ -402,7 +436,7 @@ def _assignment_of_calls(found: re.Match[str]) -> str:
 
 @contextlib.contextmanager
 def naming_parameters(**names: str) -> Iterator[None]:
-    """Have errors of a block name parameters instead of flags, as of `as_parameters`."""
+    """Have errors of a block name parameters instead of flags, by `as_parameters`."""
     try:
         yield
     except BeamNiftiError as e:
@@ -412,12 +446,12 @@ def naming_parameters(**names: str) -> Iterator[None]:
 
 _MOST_FILE_BYTES: Final = 1 << 16
 _MOST_DOTS: Final = 100
-"""What a file of options may have: so many bytes, and in a line so many dots. The time in which Python parses
-a key grows with the square of the number of its dots, and a key ends with its line."""
+"""Limits of a file of options: its bytes, and the dots in a line. The time in which Python parses a key grows
+with the square of the number of its dots, and a key ends with its line."""
 
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
 _NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
-"""Options that have no meaning without another one."""
+"""Options that require another one."""
 
 
 def _read_all(given: Mapping[str, object]) -> dict[str, Any]:
@@ -425,15 +459,17 @@ def _read_all(given: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _read(name: str, value: object) -> Any:
-    _require_known(name)
+    if name not in OPTIONS:
+        raise UsageError(f"unknown option {name!r}; {_hint(name)}")
     return OPTIONS[name].read(flag_of(name), value)
 
 
-def _require_known(name: str) -> None:
-    if name not in OPTIONS:
-        close = difflib.get_close_matches(name, OPTIONS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(OPTIONS)}"
-        raise UsageError(f"unknown option {name!r}; {hint}")
+def _hint(name: str, spell: Callable[[str], str] = str) -> str:
+    """Which options an unknown one may stand for."""
+    close = difflib.get_close_matches(name, OPTIONS, n=3)
+    if close:
+        return f"did you mean {' or '.join(map(spell, close))}?"
+    return f"choose one of: {', '.join(map(spell, OPTIONS))}"
 
 
 def _refuse(flag: str, value: object, wanted: str) -> NoReturn:
@@ -466,7 +502,9 @@ def _read_names(flag: str, value: object) -> str:
 def _read_without(flag: str, value: object) -> tuple[str, ...]:
     names = [name.strip().replace("-", "_") for name in _read_names(flag, value).split(",")]
     for name in names:
-        _require_known(name)
+        if name not in OPTIONS:
+            hint = _hint(name, lambda each: each.replace("_", "-"))
+            raise UsageError(f"{flag} has {name.replace('_', '-')!r}, which is not an option; {hint}")
     return tuple(names)
 
 
@@ -544,7 +582,7 @@ def _read_shape(flag: str, value: object) -> tuple[int, ...]:
 
 def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
     is_one = isinstance(value, Real) and not isinstance(value, bool)
-    wanted = "give three sizes in mm with commas, such as 1,1,1.5"
+    wanted = "give three sizes in mm, such as 1,1,1.5"
     return _read_triple(flag, [value] * 3 if is_one else value, _number, wanted)
 
 
@@ -652,8 +690,18 @@ OPTIONS: Final[Mapping[str, Option]] = {
 }
 """The options of `BuildOptions`: flags, keys of TOML files and parameters in Python."""
 
-_FLAG: Final = re.compile(r"(?<![a-z-])--([a-z-]*[a-z])(?: ([^\s;-][^\s;]*(?<![.,:)])))?")
+_FLAG: Final = re.compile(r"(?<![a-z-])--([a-z-]*[a-z])(?: ([^\s;(-][^\s;]*(?<![.,:)])))?")
 """A flag, and the word after it."""
+
+_FORMS: Final = {
+    form: f'("{form.partition(":")[0]}", {form.partition(":")[2].replace(",", ", ")})'
+    for form in (*RESCALE_METHODS, *SELECTIONS)
+    if ":" in form
+}
+"""Forms of values on the command line, such as "percentile:LO,HI", with the tuples that stand for them."""
+
+_EXAMPLE: Final = re.compile(r"(?<=such as )[\w.=]+(?:,[\w.=]+)+$")
+"""A value of an option with several parts, at the end of an error."""
 
 _NUMBERS: Final = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}")
 _CALL: Final = r"""--preprocess (?:(?:'[^']*'|"[^"]*")+|[\w.]+:\w+(?![\w(:]))"""  # as shlex.quote writes it

@@ -29,12 +29,12 @@ from beam_nifti.record.versions import versions_fact
 from beam_nifti.storage import paths as storage
 
 BUILD_FOLDER: Final = ".build"
-"""Folder, in the output, of what a build needs only until it is complete."""
+"""Folder, in the output, for files that a build needs only until it is complete."""
 
 PART_ENDING: Final = ".part"
 
 _INDEX_NAME: Final = re.compile(r"([0-9]{10,}-[0-9a-f]{32}|[0-9a-f]{64})\.parquet")
-"""Of what a `PartWriter` writes, or a merge puts together."""
+"""Names of the indexes that a `PartWriter` or a merge writes."""
 
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 
@@ -84,7 +84,7 @@ def base_of(part: str) -> str:
 
 
 def parts_folder(root: str, fingerprint: str, split: str, shard_index: int) -> str:
-    """Where the parts of a shard lie; the same however many shards the split has."""
+    """The folder of the parts of a shard. It does not depend on the number of shards of the split."""
     return storage.join(root, fingerprint, f"{split}-{shard_index:05d}")
 
 
@@ -184,7 +184,7 @@ def remove_parts(root: str, keep: str | None = None) -> None:
 
 
 def file_facts(sha256: str, num_bytes: int) -> dict[str, str]:
-    """What an index says of the file that it describes."""
+    """The facts that an index stores about the file that it describes."""
     return {"sha256": sha256, "num_bytes": str(num_bytes)}
 
 

@@ -26,17 +26,17 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
 SHARD_BYTES: Final = 192 << 20
-"""Aimed at for one shard file: large enough to stream from an object store, small enough to shuffle."""
+"""Target size of a shard file: large enough to stream from an object store, small enough to shuffle."""
 
 UNIT_BYTES: Final = 1 << 30
-"""Voxels a work unit, at most: some seconds, which is what a crash costs a thread. A shard of SHARD_BYTES
-has less."""
+"""Most bytes of voxels per work unit: some seconds, which a crash costs a thread. A shard of SHARD_BYTES has
+less."""
 
 MAX_UNIT_ROWS: Final = 1 << 14
-"""What a crash costs in rows, and about 10 MB of them in memory."""
+"""Most rows per work unit: about 10 MB in memory."""
 
 UNITS_PER_WORKER: Final = 8
-"""Least number of units a worker, so that the last ones to finish do not leave the others idle."""
+"""Least number of units per worker, so that the last ones to finish do not leave the others idle."""
 
 _ASSUMED_BYTES: Final = {1: 0.8, 2: 1.44}
 """Bytes of a voxel after gzip, by bytes of the source's voxels; measured on brain images."""

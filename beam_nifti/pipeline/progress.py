@@ -1,7 +1,7 @@
-"""How far a build is: a bar on a terminal or in a notebook, a line now and then in a log.
+"""How far a build is: a bar on a terminal or in a notebook, otherwise a line in the log from time to time.
 
-The steps of a pipeline add to `PROGRESS`; a build in this process reads it there. On a cluster nobody
-does: `follow.py` counts what appears in the storage.
+The steps of a pipeline add to the `Progress` of the build that made them, if they run in its process. On a
+cluster nobody shows it: `follow.py` counts what appears in the storage.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from beam_nifti.support import logs
 from beam_nifti.support.process import in_background
@@ -23,6 +26,8 @@ from beam_nifti.support.wording import bytes_text, counted
 @dataclass
 class Progress:
     """What a pipeline has done so far; safe to add to from many threads.
+
+    A step holds it. Runners pickle steps, even in their own process, where the copy is the same object.
 
     Attributes:
         volumes: volumes that became records.
@@ -37,6 +42,7 @@ class Progress:
     kept: int = 0
     num_bytes: int = 0
     shards: int = 0
+    _key: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, **counts: int) -> None:
@@ -51,13 +57,27 @@ class Progress:
             self.__dict__.update(volumes=0, failed=0, kept=0, num_bytes=0, shards=0)
             self.__dict__.update(counts)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find, (self._key,)
+
     @property
     def done(self) -> int:
         """What needs no more work."""
         return self.volumes + self.failed + self.kept
 
 
-PROGRESS = Progress()
+_SHOWN: Final = WeakValueDictionary[str, Progress]()
+_CURRENT: Final = ContextVar[Progress | None]("progress", default=None)
+
+
+def _find(key: str) -> Progress:
+    return _SHOWN.get(key) or Progress()
+
+
+def current_progress() -> Progress:
+    """The progress that is shown, for the steps of a pipeline; one that nobody sees if none is."""
+    return _CURRENT.get() or Progress()
+
 
 _BAR_SECONDS: Final = 0.2
 _LINE_SECONDS: Final = 30.0
@@ -70,15 +90,21 @@ def no_progress() -> Iterator[None]:
 
 
 @contextmanager
-def show_progress(total: int, unit: str = "volume", progress: Progress = PROGRESS) -> Iterator[None]:
+def show_progress(total: int, unit: str = "volume", progress: Progress | None = None) -> Iterator[None]:
     """Show a progress while the block runs, from nothing to a total.
+
+    Without `progress`, show that of the pipelines that are made in the block, by `current_progress`.
 
     A terminal, by standard error, and a notebook get a bar with the rate and the time left; a log gets a line
     every 30 seconds.
     """
     from tqdm.auto import tqdm
 
-    progress.reset()
+    token = None
+    if progress is None:
+        progress = Progress(_key=uuid.uuid4().hex)
+        _SHOWN[progress._key] = progress
+        token = _CURRENT.set(progress)
     started = time.monotonic()
     stream = sys.stderr
     has_bar = (stream is not None and stream.isatty()) or _is_notebook()
@@ -102,6 +128,8 @@ def show_progress(total: int, unit: str = "volume", progress: Progress = PROGRES
             with in_background(follow(), "progress"):
                 yield
         finally:
+            if token is not None:
+                _CURRENT.reset(token)
             if has_bar:
                 refresh()
 
@@ -112,7 +140,7 @@ def _is_notebook() -> bool:
 
 
 def _facts(progress: Progress, elapsed: float) -> Iterator[str]:
-    """What there is to say besides the number of volumes."""
+    """The facts besides the number of volumes."""
     if progress.num_bytes:
         yield f"{bytes_text(progress.num_bytes / elapsed)}/s"
     if progress.failed:
@@ -127,7 +155,7 @@ def _log_line(progress: Progress, total: int, unit: str, elapsed: float) -> None
     done = progress.done
     rate = (done - progress.kept) / elapsed
     left = round((total - done) / rate) if rate else None
-    facts = [f"{done:,} of {total:,} {unit}s", f"{rate:.1f} a second", *_facts(progress, elapsed)]
+    facts = [f"{done:,} of {total:,} {unit}s", f"{rate:.1f} per second", *_facts(progress, elapsed)]
     logs.LOGGER.info(
         "%s, %s left",
         ", ".join(facts),

@@ -342,7 +342,7 @@ def next_revision(output: str, published: DatasetInfo | None, dead: int | None) 
 
 
 def _last_revision(output: str) -> int:
-    """The last revision of which an output has files or a damaged dataset_info.json; 0 where it has none."""
+    """The last revision of which an output has files or a damaged dataset_info.json; 0 if it has none."""
     names = [*storage.list_files(output), *storage.list_files(storage.join(output, INDEX_FOLDER))]
     found = [int(match[1]) for match in map(_REVISION.search, names) if match]
     found += [1 for name in names if ShardName.parse(name)]

@@ -35,7 +35,7 @@ _TENSORS: Final = {"image": _IMAGE, "mask": MASK_FEATURE}
 _AXES: Final = (3, 4)
 
 _PLACE: Final = {"affine": 16, "zooms": 3}
-"""Features that say where voxels lie, and how many numbers each has."""
+"""Features that give the position of voxels, and how many numbers each has."""
 
 _SIZES_TOLERANCE: Final = 1e-3  # relative; programs round voxel sizes
 _DOUBLES: Final = (*SCALING_FEATURES, *RANGE_FEATURES)
@@ -78,7 +78,8 @@ class Traits:
         labelled: whether any record has a label.
         mask_labels: labels of all masks.
         columns: extra columns of their manifest.
-        num_axes: number of axes of the voxels, if other steps made the records; None if `config` says it.
+        num_axes: number of axes of the voxels, if other steps made the records; None if `config` determines
+            it.
     """
 
     id: str
@@ -358,7 +359,7 @@ def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxe
 
 
 def _require_sizes(zooms: npt.NDArray[Any], affine: npt.NDArray[Any] | None) -> None:
-    """Refuse voxel sizes that none can have, or that are others than those of the affine.
+    """Refuse impossible voxel sizes, and sizes that differ from those of the affine.
 
     Raises:
         VolumeError: they are.
@@ -415,7 +416,7 @@ def _require_entry(
             differences.append((f"feature {name}", shown, expected.tolist()))
     for what, is_now, was in differences:
         raise VolumeError(
-            f"the {what} is {is_now}, but its entry of the index says {was}; change volumes before "
+            f"the {what} is {is_now}, but its entry of the index has {was}; change volumes before "
             "EncodeExample, or give (id, Example) instead of a Record"
         )
 

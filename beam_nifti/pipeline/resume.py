@@ -219,9 +219,9 @@ class UnfinishedBuild:
         return self._work(lambda _split, _part, positions: positions)
 
     def unusable(self, plan: BuildPlan, manifest: Manifest) -> Work:
-        """Those of its finished records that a plan has another row for, or none.
+        """The finished records for which a plan has another row, or none.
 
-        Records of images that have changed since are not among them: they are to be made again.
+        Records of images that have changed since are not among them: they are to be rebuilt.
         """
         orders = {split: plan.row_order(manifest, split) for split in plan.split_sizes}
         frames = plan.num_frames or 1

@@ -40,7 +40,7 @@ UNUSABLE: Final = {
 """Beam's flags that no command can take, each with why."""
 
 CLUSTER_WORKERS: Final = 32
-"""Parallelism to cut the work for where the flags do not tell the cluster's."""
+"""Parallelism to divide the work for if the flags do not give that of the cluster."""
 
 _THIS_MACHINE: Final = re.compile(r"\[(local|auto)\]|local(\[(?P<threads>\d+|\*)(,.*)?\])?")
 """What --flink_master and --spark_master_url may say and mean an engine inside the job server."""
@@ -111,7 +111,7 @@ def make_engine(config: BuildConfig, flags: Sequence[str], known: argparse.Names
 
 
 def load_beam(*, is_alone: bool = False) -> None:
-    """Load Beam and the steps, without what Beam says of optional packages that are absent.
+    """Load Beam and the steps, without Beam's warnings about missing optional packages.
 
     Args:
         is_alone: whether the process does nothing else, and may have settings that make it start sooner.
@@ -285,7 +285,7 @@ def _cluster_workers(name: str, known: argparse.Namespace) -> int:
 
 
 def _cores(machine_type: str | None) -> int:
-    """Cores of a Compute Engine machine, from its name; 1 where the name does not tell.
+    """Cores of a Compute Engine machine, from its name; 1 if the name does not show it.
 
     >>> _cores("n2-standard-4"), _cores("n2-custom-8-16384"), _cores("c3-standard-8-lssd"), _cores(None)
     (4, 8, 8, 1)

@@ -22,7 +22,7 @@ from beam_nifti.support.json_types import hints_of, require_keys
 from beam_nifti.support.strict_json import dump_json, load_json
 
 SUMMARY_NAME: Final = "summary.json"
-"""The file, in the folder of a build, in which it says how it ended."""
+"""The file, in the folder of a build, with the result of the build."""
 
 _PLAN_NAME: Final = "plan.json"
 _WRITE_NAME: Final = "write.json"
@@ -64,7 +64,7 @@ class SavedPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Of the configuration that makes the records."""
+        """Fingerprint of the configuration that makes the records."""
         return str(self.info.config["fingerprint"])
 
     def is_like(self, published: DatasetInfo) -> bool:
@@ -176,12 +176,12 @@ class SavedWrite:
     shards: tuple[str, ...] = ()
 
     def parts_roots(self, output: str) -> list[str]:
-        """As of `SavedPlan`."""
+        """As for `SavedPlan`."""
         return [_folder(output, self.root)]
 
     @property
     def written(self) -> set[str]:
-        """As of `SavedPlan`."""
+        """As for `SavedPlan`."""
         return {*self.published, *self.shards}
 
     def write(self, output: str) -> None:

@@ -35,7 +35,7 @@ from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath, make_record_config, naming_parameters
 from beam_nifti.pipeline.parts import PartFile, PartWriter
-from beam_nifti.pipeline.progress import PROGRESS
+from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.records import Record
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import IndexEntry
@@ -245,6 +245,7 @@ class GuardedFn(beam.DoFn):
         self._step, self._folder, self._release = step, folder, release
         self._stage = type(step).__name__.removesuffix("Fn")
         self._failed = Metrics.counter(type(step), "volumes-failed")
+        self._progress = current_progress()
 
     def setup(self) -> None:
         """Set the step up."""
@@ -259,7 +260,7 @@ class GuardedFn(beam.DoFn):
                 first = next(results)
         except VolumeError as e:
             self._failed.inc(len(row.positions))
-            PROGRESS.add(failed=len(row.positions))
+            self._progress.add(failed=len(row.positions))
             failure = Failure(row, self._stage, type(e).__name__, str(e))
             yield TaggedOutput(FAILURES, (row.shard, failure))
         else:

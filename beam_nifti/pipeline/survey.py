@@ -1,4 +1,4 @@
-"""What images are, and what a build would make of them, by their headers and the sizes of their files."""
+"""The kinds of images, and what a build would make of them, from headers and sizes of files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PROCESS_BYTES: Final = 0.3e9
 """What a worker process takes before it loads anything. Source: docs/large-volumes.md."""
 
 _COPIES: Final = 2
-"""Of a volume that a thread holds at a time. Source: docs/large-volumes.md."""
+"""Copies of a volume that a thread holds at a time. Source: docs/large-volumes.md."""
 
 _SHOWN: Final = 5  # lines of a kind that a table shows
 _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
@@ -122,7 +122,7 @@ def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, s
         cannot be read.
 
     Raises:
-        OSError: the disk, the network or a store failed, which says nothing about the image.
+        OSError: the disk, the network or a store failed, which does not concern the image.
     """
     found, record = Tally(num_images=1), plan.config.record
     header = None
@@ -166,7 +166,7 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
 
 
 def _count_records(found: Tally, header: VolumeHeader, layout: RecordLayout, record: RecordConfig) -> None:
-    """Count what an image becomes; that the others are unlike it does not matter here."""
+    """Count the records of an image, whether or not they match those of others."""
     shape, itemsize = layout.stored_shape, layout.dtype.itemsize
     voxels = math.prod(shape or layout.shape)
     found.records["?" if shape is None else size_text(shape)] = 1
@@ -227,14 +227,14 @@ def _reference(image: NamedImage) -> dict[str, Any]:
 
 
 class Survey(Document):
-    """What images are, and what a build would make of them; `print(survey)` shows it as a table.
+    """The kinds of images, and what a build would make of them; `print(survey)` shows it as a table.
 
     Its items are those of `beam-nifti check --json`, whose texts name flags.
 
     Attributes:
         problems: a sentence for each of the first images that the build would skip.
         refusal: why the build would write nothing; "" if it would write a dataset.
-        ok: whether the build would be complete, as far as headers tell; so is the survey's truth.
+        ok: whether the build would be complete, as far as headers show; also the truth value of the survey.
     """
 
     def __init__(self, facts: Mapping[str, Any], plan: CheckPlan) -> None:

@@ -34,7 +34,7 @@ from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.merge import ShardMerge, count_differing, keep_if_same
 from beam_nifti.pipeline.parts import Part, PartWriter, parts_folder
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
-from beam_nifti.pipeline.progress import PROGRESS
+from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.publish import publish_dataset, too_many_failures
 from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.resume import find_finished
@@ -89,6 +89,7 @@ class SkipFinished(beam.DoFn):
     def __init__(self, plan: BuildPlan) -> None:
         self._plan = plan
         self._skipped = Metrics.counter(type(self), "volumes-skipped")
+        self._progress = current_progress()
 
     def process(self, unit: WorkUnit) -> Iterable[Any]:
         """Yield what is left of the unit; and (shard, Part) for what is not."""
@@ -96,7 +97,7 @@ class SkipFinished(beam.DoFn):
         for part in (f.part for f in found):
             num_records = len(part.positions or ())
             self._skipped.inc(num_records)
-            PROGRESS.add(kept=num_records)
+            self._progress.add(kept=num_records)
             yield TaggedOutput(FINISHED, (str(unit.task.name), part))
         if missing:
             yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
@@ -128,6 +129,7 @@ class WriteParts(PartsFn):
         self._level = self._config.compression_level if self._config.compression == "gzip" else None
         self._msec = Metrics.distribution(type(self), "write-msec")
         self._bytes = Metrics.counter(type(self), "bytes-written")
+        self._progress = current_progress()
 
     def start_bundle(self) -> None:
         """Start without an open file."""
@@ -150,7 +152,7 @@ class WriteParts(PartsFn):
         yield from closed
         size = sum(encoded.lengths)
         self._bytes.inc(size)
-        PROGRESS.add(volumes=1, num_bytes=size)
+        self._progress.add(volumes=1, num_bytes=size)
 
     def finish_bundle(self) -> Iterable[WindowedValue]:
         """Yield the bundle's last part."""
@@ -179,6 +181,7 @@ class CommitShards(beam.DoFn):
         self._committed = Metrics.counter(type(self), "shards-committed")
         self._compared = Metrics.counter(type(self), "examples-compared")
         self._differing = Metrics.counter(type(self), "examples-differing")
+        self._progress = current_progress()
 
     def process(self, shard: tuple[str, Iterable[ShardTask | Part | Failure]]) -> Iterable[ShardOutcome]:
         """Yield what became of the shard's rows."""
@@ -200,7 +203,7 @@ class CommitShards(beam.DoFn):
                 self._compared.inc(num_compared)
                 self._differing.inc(num_differing)
         self._committed.inc()
-        PROGRESS.add(shards=1)
+        self._progress.add(shards=1)
         labels = frozenset[int]()
         if record.mask_dtype is not None:
             labels = frozenset(mask_labels(read_index(storage.join(output, info.index), below=output)[0]))
@@ -240,7 +243,7 @@ def _without_key(outcome: ShardOutcome) -> tuple[None, ShardOutcome]:
 
 
 class BuildDataset(beam.PTransform[Any, Any]):
-    """From nothing to a published dataset: the whole graph.
+    """The whole graph of a build, up to the published dataset.
 
     Args:
         plan: what to build.

@@ -217,8 +217,8 @@ class _Target:
         except FileNotFoundError as e:
             self.require_current()
             raise OutputBusyError(
-                f"{e.filename}: is gone; another pipeline that started here at the same time may have removed it. "
-                "Run one after the other"
+                f"{e.filename}: is gone; another pipeline that started here at the same time may have "
+                "removed it, so run one after the other"
             ) from e
 
 
@@ -246,7 +246,7 @@ class WritePartsFn(PartsFn):
     def process(self, element: Any) -> Iterable[Any]:
         """Yield where the record is; and (None, _Key) on the output KEYS.
 
-        It does not wait for `StartFn`, which keeps the parts of this pipeline. Runners do not fuse a step that
+        It does not wait for `StartFn`, which keeps the parts of this pipeline: runners fuse no step that
         waits for another collection, and would pass all records from process to process.
         """
         record = to_record(element)
@@ -320,7 +320,7 @@ class _WritePlan:
     """Which records are in which shard.
 
     Attributes:
-        target: where they are written.
+        target: target that they are written to.
         layout: sizes of the splits, and how they are divided into shards.
         firsts: the first id of each shard, by split.
         traits: traits of all records.

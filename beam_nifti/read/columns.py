@@ -195,11 +195,11 @@ def describe_columns(
     """Columns as TensorFlow sees them.
 
     Args:
-        names: of them.
-        info: of the dataset.
-        num_channels: of its images; None where it differs between them.
-        channels_first: whether the axis of channels is the first one.
-        patch: shape of the patches that are read of volumes; None where those are read as a whole.
+        names: names of the columns.
+        info: info of the dataset.
+        num_channels: number of channels of the images; None if it differs between them.
+        channels_first: whether the channel axis is the first axis of a volume.
+        patch: shape of the patches that are read; None if whole volumes are read.
     """
     space = (patch or info.shape or (None,) * 3)[:3]
     return [_describe(name, info, num_channels, channels_first, space) for name in names]

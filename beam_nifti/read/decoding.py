@@ -45,7 +45,7 @@ def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) 
     if stored.dtype.name != info.dtype or stored.shape != shape:
         by = FILE_NAME if info.shape else "the index"
         raise ShardError(
-            f"it holds {stored.dtype.name} of {stored.shape}, but {by} says {info.dtype} of {shape}"
+            f"it holds {stored.dtype.name} of {stored.shape}, but {by} has {info.dtype} of {shape}"
         )
     require_channels(shape, config)
     scaling, ends, count = Scaling(), None, config.num_channels
@@ -82,8 +82,8 @@ def restore_image(
         stored: voxels as records hold them, in C order.
         config: configuration of the records.
         scaling: scaling of the voxels to the image's units.
-        ends: for each image, the intensities that become 0 and 1; None if its range determines them.
-        ranges: for each image, its range; None if `stored` has all of its voxels.
+        ends: intensities of each image that become 0 and 1; None if its range determines them.
+        ranges: range of each image; None if `stored` has all of its voxels.
     """
     if config.voxel_dtype == "native":
         image = _rescale(stored, config, scaling, ends, ranges)

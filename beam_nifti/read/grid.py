@@ -1,4 +1,4 @@
-"""Sliding windows: patches that cover a record, and one volume made of what a model says of each."""
+"""Sliding windows: patches that cover a record, and one volume from the predictions of a model for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
 from beam_nifti.read.order import require_share
-from beam_nifti.read.patches import Box, integers, read_patch
+from beam_nifti.read.patches import Box, read_patch, sizes
 from beam_nifti.read.records import Element, Records
 
 _WEIGHTS: Final = ("gaussian", "constant")
@@ -22,61 +22,61 @@ _DEVIATION: Final = 1 / 8
 
 
 class PatchGrid:
-    """Patches that cover a record, as `Dataset.grid_patches` gives them: a sequence.
+    """The sequence of patches that cover a record, from `Dataset.grid_patches`.
 
-    `grid[i]` reads one, as `Dataset.patch` does. Neighbours overlap by at least the share that was asked for,
-    evenly along each axis. Patches are inside the volume; along an axis on which it is smaller, it is
-    centred.
+    `grid[i]` reads one patch, like `Dataset.patch`. Neighbours overlap by at least the requested share, and
+    are evenly spaced along each axis. Patches are inside the volume; along an axis on which the volume is
+    smaller than a patch, it is centred.
 
     Attributes:
-        corners: of the patches, as `Dataset.patch` takes them, in C order.
-        shape: of each: voxels along x, y and z.
+        corners: corner of each patch, as for `Dataset.patch`, in C order.
+        shape: shape of a patch: voxels along x, y and z.
     """
 
     def __init__(self, records: Records, row: int, shape: Sequence[SupportsIndex], overlap: float) -> None:
         overlap = require_share("overlap", overlap)
         if overlap == 1:
-            raise UsageError("overlap is 1, which is the same patch again; give a share below 1")
+            raise UsageError("overlap is 1, which repeats the same patch; give a share below 1")
         self._records, self._row = records, row
-        self.shape = integers("the shape of a patch", shape, least=1)
+        self.shape = sizes("the shape of a patch", shape)
         self._volume = records.shape_of(row)[: len(self.shape)]
-        sizes = zip(self._volume, self.shape, strict=True)
-        self.corners = list(itertools.product(*(_starts(size, length, overlap) for size, length in sizes)))
+        axes = zip(self._volume, self.shape, strict=True)
+        self.corners = list(itertools.product(*(_starts(size, length, overlap) for size, length in axes)))
 
     def __len__(self) -> int:
-        """How many patches there are."""
+        """The number of patches."""
         return len(self.corners)
 
     def __getitem__(self, index: SupportsIndex) -> Element:
         """Read one patch.
 
         Raises:
-            IndexError: there are fewer.
-            DatasetError: the record is missing or damaged; says which it is.
+            IndexError: the number is out of range.
+            DatasetError: the record is missing or damaged; the message names it.
         """
         return read_patch(self._records, self._row, Box(self.corners[operator.index(index)], self.shape))
 
     def stitch(
         self, predictions: Iterable[npt.ArrayLike], weights: Literal["gaussian", "constant"] = "gaussian"
     ) -> npt.NDArray[np.float32]:
-        """Put what a model says of each patch together: where patches overlap, a weighted mean.
+        """Combine predictions for the patches into one volume: a weighted mean where patches overlap.
 
         Args:
-            predictions: one for each patch, in their order, each of the shape of a patch, with or without an
-                axis of channels, which stands where the images of the dataset have it. They are values that
-                have a mean, such as probabilities, and no labels. One is held at a time.
-            weights: "gaussian" trusts the middle of a patch more than its border, where a model sees less;
-                "constant" trusts all voxels alike.
+            predictions: one prediction per patch, in order, in the shape of a patch. It may have a channel
+                axis, which is where the dataset's images have it. Values must be such that a mean makes
+                sense: probabilities, not labels. One prediction is held in memory at a time.
+            weights: "gaussian" gives the middle of a patch more weight than its border, where a model sees
+                less context; "constant" gives all voxels the same weight.
 
         Returns:
-            float32 of the record's shape, with the axis of channels that predictions have.
+            float32 of the record's shape, with a channel axis if predictions have one.
 
         Raises:
-            UsageError: there are more or fewer predictions than patches, one has another shape, or `weights`
-                is neither of the two.
+            UsageError: there are more or fewer predictions than patches, one has the wrong shape, or
+                `weights` is not valid.
         """
         if weights not in _WEIGHTS:
-            raise UsageError(f"weights is {weights!r}; choose among {', '.join(_WEIGHTS)}")
+            raise UsageError(f"weights is {weights!r}; choose one of: {', '.join(_WEIGHTS)}")
         sides = [_side(size) if weights == "gaussian" else np.ones(size, np.float32) for size in self.shape]
         weight = functools.reduce(np.multiply, np.ix_(*sides))[..., np.newaxis]
         axis = 0 if self._records.channels_first else len(self.shape)
@@ -95,7 +95,7 @@ class PatchGrid:
             if values.shape != tuple(expected):
                 raise UsageError(
                     f"prediction {number} has the shape {values.shape}, expected {tuple(expected)}; give the "
-                    "shape of a patch, with an axis of channels for all or for none"
+                    "shape of a patch, with a channel axis for all or for none"
                 )
             values = values[..., np.newaxis] if is_flat else np.moveaxis(values, axis, -1)
             box = Box(self.corners[number], self.shape)
@@ -104,16 +104,16 @@ class PatchGrid:
             found[inside] += values[part] * weight[part]
             mass[inside] += weight[part]
         if found is None or number + 1 != len(self):
-            count = "more" if number == len(self) else number + 1
+            count = f"more than {len(self)}" if number == len(self) else number + 1
             raise UsageError(
-                f"predictions are {count}, and there are {len(self)} patches; give one for each, in order"
+                f"there are {count} predictions for {len(self)} patches; give one for each, in order"
             )
         found /= mass
         return found[..., 0] if is_flat else np.ascontiguousarray(np.moveaxis(found, -1, axis))
 
 
 def _starts(size: int, length: int, overlap: float) -> list[int]:
-    """Where patches begin along one axis."""
+    """The first voxel of each patch along one axis."""
     spare = size - length
     if spare <= 0:
         return [-(-spare // 2)]

@@ -291,7 +291,7 @@ def read_indexed(
     calls = -(-threads // order.batch_size) + 1
     call = _to_tensors(_Call(steps, open_again), steps)
     elements = numbers.map(call, num_parallel_calls=calls, deterministic=True)
-    elements.beam_nifti_steps = steps  # a dataset keeps those of which it is made
+    elements.beam_nifti_steps = steps  # a dataset keeps those that it is made from
     if skips:
         elements = _without_skipped(elements, order.batch_size, batching)
     options = tf.data.Options()
@@ -369,7 +369,7 @@ def _with_rows(size: int, *columns: Cells) -> tuple[Cells, ...]:
 
 
 def _count_steps(order: Order, repeat: int | None, start: int, is_random: bool) -> tf.data.Dataset:
-    """The numbers of the steps; where epochs differ, those of further ones in each further pass."""
+    """The numbers of the steps. If epochs differ, each further pass has the numbers of further epochs."""
     total = None if repeat is None else order.num_steps * repeat
     if start < 0 or (total is not None and start > total):
         raise UsageError(

@@ -55,8 +55,8 @@ def read_files(
     path, compression, first = _read_first(pattern, files)
     if _MARKS[layout] not in first:
         raise DatasetError(
-            f"{path}: its first record has no {_MARKS[layout]}, which layout={layout!r} needs, but "
-            f"{', '.join(sorted(first))}; choose the layout that the files have: {' or '.join(LAYOUTS)}"
+            f"{path}: its first record has {', '.join(sorted(first))}, but not {_MARKS[layout]}, which "
+            f"layout={layout!r} requires; choose the layout that the files have: {' or '.join(LAYOUTS)}"
         )
     try:
         cells = _describe_plain(first) if layout == "plain" else _describe_nobrainer(first)

@@ -103,7 +103,7 @@ class Opened:
                 raise DatasetError(f"{path}: the shard is missing; copy the dataset again, or rebuild it")
             if size != shard.num_bytes:
                 raise DatasetError(
-                    f"{path}: the shard has {size} bytes, but {FILE_NAME} says {shard.num_bytes}; copy the "
+                    f"{path}: the shard has {size} bytes, but {FILE_NAME} gives {shard.num_bytes}; copy the "
                     "dataset again, or delete the shard and its index and build again"
                 )
 
@@ -157,7 +157,7 @@ class Opened:
     def no_column(self, name: str, known: Collection[str], remedy: str = "") -> UsageError:
         """The error for a column that does not exist."""
         choices = ", ".join(sorted(known))
-        return UsageError(f"{self.path}: records have no column {name!r}; choose among {choices}{remedy}")
+        return UsageError(f"{self.path}: records have no column {name!r}; choose one of: {choices}{remedy}")
 
     @property
     def label_is_text(self) -> bool:
@@ -179,7 +179,7 @@ class Opened:
             return tuple(name for name in names if self.info.labelled or name != "label")
         if "label" in asked and self.label_is_text:
             raise UsageError(
-                f"{self.path}: the first label is a string, not a number; choose among {', '.join(labels)}"
+                f"{self.path}: the first label is a string, not a number; choose one of: {', '.join(labels)}"
             )
         return tuple(dict.fromkeys(asked))
 

@@ -35,14 +35,14 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def require_share(name: str, value: Any) -> float:
-    """The share, from 0 to 1, that an argument is.
+    """Convert an argument to a share from 0 to 1.
 
     Args:
-        name: of the argument, for the error.
+        name: name of the argument, for the error message.
         value: a number of Python, numpy or another library.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the value is not a number from 0 to 1.
     """
     if not (isinstance(value, Real) and 0 <= float(value) <= 1):
         raise UsageError(f"{name} is {value!r}; give a share from 0 to 1")
@@ -56,7 +56,7 @@ class Order:
     Attributes:
         count: number of records of all hosts.
         batch_size: records per step. The last step of an epoch may have fewer.
-        drop_remainder: whether to leave out a smaller last step, and steps that only some hosts have, so that
+        drop_remainder: whether to omit a smaller last step, and steps that only some hosts have, so that
             all hosts have the same number of steps.
         seed: seed of the shuffling, at least 0; None keeps the order of the records.
         host: number of this host, from 0.

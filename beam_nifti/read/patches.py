@@ -66,9 +66,10 @@ class Box:
         """The box of a corner and a shape, after checking them.
 
         Raises:
-            UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1.
+            UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1 or does not fit
+                into memory.
         """
-        return cls(integers("corner", corner), integers("shape", shape, least=1))
+        return cls(integers("corner", corner), sizes("shape", shape))
 
     def inside(self, volume: Sequence[int]) -> tuple[slice, ...]:
         """The part of the box inside a volume of this shape, as indices of the volume; it may be empty."""
@@ -96,10 +97,10 @@ class Box:
 
 
 def integers(name: str, given: Sequence[SupportsIndex], least: int | None = None) -> tuple[int, ...]:
-    """An integer for each axis of space, of what a user gives.
+    """An integer for each axis of space, from what a user gives.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is something else.
     """
     try:
         numbers = () if any(isinstance(n, bool) for n in given) else tuple(map(operator.index, given))
@@ -109,6 +110,20 @@ def integers(name: str, given: Sequence[SupportsIndex], least: int | None = None
         which = "" if least is None else f" of at least {least}"
         raise UsageError(f"{name} is {given!r}; give three integers{which}, along x, y and z")
     return numbers
+
+
+def sizes(name: str, given: Sequence[SupportsIndex]) -> tuple[int, ...]:
+    """The shape of a patch, from what a user gives.
+
+    Raises:
+        UsageError: it is not three integers of at least 1, or does not fit into memory.
+    """
+    shape = integers(name, given, least=1)
+    try:
+        np.empty(shape, np.float32)  # memory that is not written to takes none
+    except (MemoryError, ValueError) as e:  # ValueError: more bytes than an array can have
+        raise UsageError(f"{name} is {shape}, which does not fit into memory; give a smaller one") from e
+    return shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +145,13 @@ class _Facts:
         """The intensities in a row of the index."""
         lows, highs = _numbers(cells["min"]), _numbers(cells["max"])
         if not len(lows) == len(highs) in (0, config.num_channels):
-            raise ShardError(f"the index says minima {lows} and maxima {highs}")
+            raise ShardError(f"the index has minima {lows} and maxima {highs}")
         ranges = [Intensity(low, high, math.nan, math.nan) for low, high in zip(lows, highs, strict=True)]
         lows, highs = (
             _numbers(cells[n]) if config.has_range else [] for n in ("rescale_low", "rescale_high")
         )
         if config.has_range and not len(lows) == len(highs) == config.num_channels:
-            raise ShardError(f"the index says rescale_low {lows} and rescale_high {highs}")
+            raise ShardError(f"the index has rescale_low {lows} and rescale_high {highs}")
         return cls(
             scaling_in(cells),
             ranges or None,
@@ -176,7 +191,7 @@ class _Facts:
                 is_range = limits.min <= r.min == int(r.min) and limits.max >= r.max == int(r.max)
             if not (is_range and math.isfinite(r.min) and math.isfinite(r.max)):
                 raise ShardError(
-                    f"the index says intensities from {r.min:g} to {r.max:g}, which none can have"
+                    f"the index has intensities from {r.min:g} to {r.max:g}, which no voxels can have"
                 )
 
 
@@ -230,7 +245,7 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
         if not is_cut or not facts.suffice(config, numpy_dtype(info.dtype)):
             return None
         if len(lengths) != count:
-            raise ShardError(f"the index says that it has {len(lengths)} members, expected {count}")
+            raise ShardError(f"the index gives it {len(lengths)} members, expected {count}")
         require_stored_size(cells["length"], largest_payload(shape, info.dtype, config.mask_dtype))
         starts = np.cumsum(lengths, dtype=np.int64) - lengths + records.places[0][row]
         if not records.agreed[row]:
@@ -271,11 +286,11 @@ def _read_beside(
         found: tiles of the record, as `tiles_of` gives them.
         starts: offset in the shard of each member.
         lengths: bytes of each member.
-        shape: of the voxels, according to the index.
+        shape: shape of the voxels, according to the index.
         info: dataset_info.json.
 
     Raises:
-        ShardError, EOFError: the record is damaged, or its tensors are not what or where the index says.
+        ShardError, EOFError: the record is damaged, or its tensors differ from the index.
         OSError: the file cannot be reached.
     """
     config = info.record_config
@@ -299,7 +314,7 @@ def _read_beside(
                 tensors[name] = total
                 total += math.prod(tiles.shape) * tiles.itemsize
     if total > most + HEADER_BYTES + FOOTER_BYTES:
-        raise ShardError(f"its members are said to hold {total:,} bytes, but the record has at most {most:,}")
+        raise ShardError(f"its members hold {total:,} bytes, but the record has at most {most:,}")
     framed = np.zeros(total, np.uint8)  # memory that is not written to takes none
     for at, piece in zip(places, pieces, strict=True):
         framed[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
@@ -313,7 +328,7 @@ def _read_beside(
                 f"{found[name][1].shape}"
             )
         if tensor.ctypes.data - framed.ctypes.data != at:
-            raise ShardError(f"its {name} is not in the members that the index says")
+            raise ShardError(f"its {name} is not in the members that the index gives")
     return features
 
 
@@ -345,7 +360,7 @@ def _fill(
     xs, ys, zs = inside
     if not is_compressed:
         if lengths[0] != math.prod(tiles.shape) * tiles.itemsize:
-            raise ShardError(f"the index says that its voxels have {lengths[0]} bytes")
+            raise ShardError(f"the index gives its voxels {lengths[0]} bytes")
         num_planes, num_rows, row_bytes = xs.stop - xs.start, ys.stop - ys.start, tiles.row_bytes
         offsets = (
             int(starts[0]) + (x * tiles.shape[1] + ys.start) * row_bytes for x in range(xs.start, xs.stop)

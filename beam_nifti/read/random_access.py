@@ -187,18 +187,19 @@ class Dataset:
         """The shape of a record's voxels: (X, Y, Z), or (X, Y, Z, C). Nothing is read.
 
         Raises:
-            IndexError: there are fewer records.
+            IndexError: `index` is out of range.
         """
         return self._records.shape_of(self._row(_record_number(index)))
 
     def prepare_patches(self, around_labels: bool) -> None:
-        """Read what the index says for patches: once, before several threads ask for them.
+        """Read the columns of the index that patches require: once, before several threads need them.
 
         Args:
-            around_labels: whether patches are to be drawn around labels.
+            around_labels: whether patches will be drawn around labels.
 
         Raises:
-            UsageError: records have no masks then, or the index does not say where their labels are.
+            UsageError: patches cannot be drawn around labels: records have no masks, or the index does not
+                have the positions of labels.
         """
         if around_labels:
             self._require_positions()
@@ -215,14 +216,14 @@ class Dataset:
             )
 
     def positions_of(self, index: SupportsIndex) -> npt.NDArray[np.int32]:
-        """Where some voxels of each label of a record's mask are. No record is read.
+        """The positions of some voxels of each label of a record's mask. No record is read.
 
         Returns:
-            Numbers of voxels in C order: a row for each label but 0, ascending.
+            Indices of voxels in C order: one row for each label except 0, ascending.
 
         Raises:
-            IndexError: there are fewer records.
-            UsageError: records have no masks, or the index does not say it.
+            IndexError: `index` is out of range.
+            UsageError: records have no masks, or the index does not have the positions of labels.
         """
         self._require_positions()
         return self._records.positions_of(self._row(_record_number(index)))
@@ -236,7 +237,7 @@ class Dataset:
         and their CRC-32 are checked. If it is uncompressed, only the rows that the box touches are read,
         without a checksum. From a store, each volume takes one request. Records of a single member are read
         completely: those of small volumes, and those of datasets without the format feature "members". The
-        first patch of a record also reads and checks what stands around its voxels.
+        first patch of a record also reads and checks the parts of the record that are not voxels.
 
         Args:
             index: number of the record, as in `dataset[index]`.
@@ -247,7 +248,8 @@ class Dataset:
 
         Raises:
             IndexError: `index` is out of range.
-            UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1.
+            UsageError: `corner` or `shape` is not three integers, or `shape` has one below 1 or does not fit
+                into memory.
             DatasetError: the record is missing or damaged; the message names it.
         """
         return read_patch(self._records, self._row(_record_number(index)), Box.of(corner, shape))
@@ -255,21 +257,22 @@ class Dataset:
     def grid_patches(
         self, index: SupportsIndex, patch: Sequence[SupportsIndex], overlap: float = 0.5
     ) -> PatchGrid:
-        """Patches that cover a record, for inference; `PatchGrid.stitch` makes one volume of the results.
+        """Patches that cover a record, for inference. `PatchGrid.stitch` combines the results.
 
         Args:
-            index: number of the record, as of `dataset[index]`.
-            patch: voxels of each along x, y and z.
-            overlap: share of a patch that neighbours have in common at least, along each axis.
+            index: number of the record, as in `dataset[index]`.
+            patch: shape of a patch: voxels along x, y and z.
+            overlap: least share of a patch that neighbours have in common along each axis.
 
         Raises:
-            IndexError: there are fewer records.
-            UsageError: `patch` is not three integers of at least 1, or `overlap` is not from 0 to below 1.
+            IndexError: `index` is out of range.
+            UsageError: `patch` is not three integers of at least 1 or does not fit into memory, or `overlap`
+                is not from 0 to below 1.
         """
         return PatchGrid(self._records, self._row(_record_number(index)), patch, overlap)
 
     def by_id(self, example_id: str) -> Element:
-        """The record with an id.
+        """The record with this id.
 
         Raises:
             DatasetError: none of these records has it, or as for `dataset[i]`.

@@ -66,9 +66,9 @@ def load_dataset(
         split: split to read, such as "train"; with the indexed engine, also `train[:80%]` or `train+test`.
         batch_size: examples per batch; None gives single examples, without the axis B.
         target: "label" or "mask", which becomes y.
-        shuffle: put the examples into another order in every epoch.
-        seed: makes these orders, and random patches, the same in every run.
-        drop_remainder: drop a last batch that is not full, so that B is static.
+        shuffle: whether to shuffle the examples, differently in every epoch.
+        seed: seed of the shuffling and of random patches, which makes every run the same.
+        drop_remainder: whether to drop a last batch that is not full, so that B is static.
         label: label that becomes y, or several, for a dictionary; None means the first one as a number.
         repeat: number of epochs; True repeats without end.
         start: number of elements to skip, counted over all epochs, without reading them.
@@ -82,11 +82,11 @@ def load_dataset(
         on_error: "skip" skips damaged records, with a warning for each; the cardinality is then unknown.
         engine: "indexed" (Python threads) or "sequential" (TensorFlow's graph); None means the faster one.
         start_state: result of `state_after` for the run to continue, instead of `start`.
-        layout: of TFRecords that others wrote: "nobrainer", or "plain", of `image_raw` and `label`.
-        patch: voxels along x, y and z of random patches to give instead of whole volumes.
+        layout: layout of TFRecords of other programs: "nobrainer", or "plain" for `image_raw` and `label`.
+        patch: (x, y, z) in voxels of random patches to read instead of whole volumes.
         patches_per_volume: number of patches per volume and epoch; None means 1.
         foreground: share of the patches that are drawn around a labelled voxel of the mask; None means 0.
-        patches: the three arguments above as one.
+        patches: the three arguments above, as one `Patches`.
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
@@ -144,11 +144,11 @@ def state_after(
         seed: same as for `load_dataset`.
         drop_remainder: same as for `load_dataset`.
         shard: same as for `load_dataset`.
-        where: as of `load_dataset`.
-        patch: as of `load_dataset`; needs a seed.
-        patches_per_volume: as of `load_dataset`.
-        foreground: as of `load_dataset`.
-        patches: as of `load_dataset`.
+        where: same as for `load_dataset`.
+        patch: same as for `load_dataset`; requires a seed.
+        patches_per_volume: same as for `load_dataset`.
+        foreground: same as for `load_dataset`.
+        patches: same as for `load_dataset`.
 
     Returns:
         A dictionary of values for JSON, with `steps_per_epoch` among them.
@@ -208,12 +208,12 @@ class _Source:
             }
             _refuse(
                 needs_index | needs_info,
-                f"needs a dataset_info.json, and files of layout={self.layout!r} have none; leave it out",
+                f"requires a dataset_info.json, but files of layout={self.layout!r} have none; drop it",
             )
             return read_files(self.path, self.layout, batching, passes, elements.channels_first)
         if self._choose_engine(any(needs_index.values()), elements.as_dict) == "indexed":
             return self._read_indexed(elements, batching, passes)
-        _refuse(needs_index, "needs the index, and engine is 'sequential'; leave engine out")
+        _refuse(needs_index, "requires the index, but engine is 'sequential'; drop engine")
         opened = sequential.open_dataset(self.path)
         names, pack = elements.choose(opened)
         examples = sequential.read_examples(
@@ -244,7 +244,7 @@ class _Source:
         if self.start_state is not None:
             if start or skips:
                 other = "start" if start else "on_error='skip', which does not count every batch,"
-                raise UsageError(f"start_state and {other} cannot be combined; leave one of them out")
+                raise UsageError(f"start_state and {other} cannot be combined; drop one of them")
             drawn = passes.describe_patches()
             state = describe_state(opened.info, self.split, self.where, order, 0, drawn)
             start = check_state(self.path, self.start_state, state)

@@ -106,7 +106,7 @@ class Records:
     def require_agreement(
         self, row: int, features: Features, cells: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        """Check that a record states what the index says: its id, and the columns that are used of both.
+        """Check that a record states what the index does: its id, and the columns that are used of both.
 
         Args:
             row: of the table.
@@ -159,21 +159,21 @@ class Records:
 
     @cached_property
     def agreed(self) -> npt.NDArray[np.bool_]:
-        """Whether each record was found to be what the index says, when a patch of it was read."""
+        """Whether each record was found to match the index when a patch of it was read."""
         return np.zeros(len(self.table), np.bool_)
 
     @cached_property
     def positions(self) -> pa.Table:
-        """What the index says of each record's labels, and of where they are."""
+        """The labels of each record's mask and their positions, from the index."""
         return self.opened.read_indexes(self.shards, {"mask_labels", "mask_positions"})
 
     def prepare_patches(self, around_labels: bool) -> None:
-        """Read these tables; as `Dataset`. Each of several threads that find none would read its own."""
+        """As `Dataset.prepare_patches`. Without it, each of several threads might read these tables."""
         for name in ("patch_table", *(["positions"] if around_labels else [])):
             getattr(self, name)
 
     def positions_of(self, row: int) -> npt.NDArray[np.int32]:
-        """Where the index says that labels are; as `Dataset.positions_of`."""
+        """As `Dataset.positions_of`."""
         labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
         count = sum(label != 0 for label in labels or ())
         found = np.array(positions or (), np.int32)
@@ -237,7 +237,7 @@ class Records:
         buffer = scratch(size) if compressed or in_place else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
         if count < size:
-            raise ShardError(f"of its {size} bytes the file has {count}")
+            raise ShardError(f"the file has only {count} of its {size} bytes")
         return decode_buffer(buffer, compressed, most)
 
     def cell(self, name: str, row: int) -> Any:
@@ -265,10 +265,10 @@ class Records:
 
 
 def require_id(features: Features, example_id: str) -> None:
-    """Check that a record is the one that the index says.
+    """Check that a record has the id that the index gives.
 
     Raises:
-        ShardError: it has another id, or none.
+        ShardError: it has a different id, or none.
     """
     found = features.get("id")
     if not isinstance(found, memoryview):

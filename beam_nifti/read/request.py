@@ -1,4 +1,4 @@
-"""The arguments of `reader.load_dataset`, in groups that check themselves."""
+"""The arguments of `reader.load_dataset`, in groups that are validated."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Elements:
         return names, lambda image, *cells: (image, dict(zip(targets, cells, strict=True)))
 
     def _targets(self, opened: Opened) -> dict[str, str]:
-        """The columns or features of which y is made, by name."""
+        """The columns or features that make up y, by name."""
         info, label = opened.info, self.label
         if self.target == "mask":
             if info.mask_labels is None:
@@ -65,7 +65,7 @@ class Elements:
                     f"target is 'mask', but {opened.path} has no masks; build it with --mask-column"
                 )
             if label is not None:
-                raise UsageError(f"label is {label!r}, but y is the mask; leave target or label out")
+                raise UsageError(f"label is {label!r}, but y is the mask; drop target or label")
             return {"mask": "mask"}
         if label is None:
             if info.labels and info.labels[0].kind == "string":
@@ -93,7 +93,7 @@ class Batching:
 
     Attributes:
         size: examples per batch; None gives single examples.
-        drop_remainder: whether to leave out a last batch that is not full.
+        drop_remainder: whether to drop a last batch that is not full.
         pad: whether to pad cells of different shapes with zeros.
         ragged: whether to put cells of different shapes into ragged tensors.
     """
@@ -147,12 +147,12 @@ class Batching:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """In which order examples come, and how often; the first five fields are `load_dataset`'s arguments.
+    """The order of the examples, and the epochs; the first four fields are arguments of `load_dataset`.
 
     Attributes:
-        patches: that are drawn of each example; None where it is read as a whole.
-        epochs: how many there are; None where they have no end.
-        host: which host this is, from 0, and of how many.
+        patches: patches to draw of each example; None to read it as a whole.
+        epochs: number of epochs; None if there is no end.
+        host: number of this host, from 0, and number of hosts.
     """
 
     shuffle: bool = False
@@ -177,34 +177,35 @@ class Passes:
         return self.shuffle or self.patches is not None
 
     def describe_patches(self) -> dict[str, Any] | None:
-        """What decides the patches of a run whose seed is given, for JSON; None where there are none."""
+        """What determines the patches of a run with a seed, as JSON values; None if there are no patches."""
         if self.patches is None:
             return None
         return {"seed": choose_seed(self.seed), **self.patches.describe()}
 
     def draw(self) -> Callable[[Dataset], PatchDataset] | None:
-        """What draws the patches of records; None where these are read as a whole."""
+        """A function that draws patches of records; None if records are read as a whole."""
         if self.patches is None:
             return None
         return partial(PatchDataset, patches=self.patches, seed=choose_seed(self.seed))
 
     def order(self, count: int, batching: Batching, resumes: str | None) -> Order:
-        """The order of so many records, or of the patches of them.
+        """The order of some records, or of the patches of them.
 
         Args:
-            count: of the records.
-            batching: of them.
-            resumes: names the argument that needs to know the order beforehand, if there is one.
+            count: number of records.
+            batching: how they become batches.
+            resumes: name of the argument that requires an order that is known beforehand; None if there is
+                none.
 
         Raises:
-            UsageError: it is known only once it is drawn, as there is no seed.
+            UsageError: the order is not known beforehand, because there is no seed.
         """
         host, num_hosts = self.host
         if self.patches:
             count *= self.patches.per_volume
         if self.is_random and self.seed is None and (resumes or num_hosts > 1):
             raise UsageError(
-                f"{resumes or 'shard'} needs an order that is known beforehand; give a seed, the same in "
+                f"{resumes or 'shard'} requires an order that is known beforehand; give a seed, the same in "
                 "every run and on every host"
             )
         seed = choose_seed(self.seed) if self.shuffle else None
@@ -214,20 +215,20 @@ class Passes:
 def group_patches(
     patches: Patches | None, patch: Sequence[SupportsIndex] | None, **options: Any
 ) -> Patches | None:
-    """The patches that are asked for, by one argument or by several.
+    """The patches that arguments of `load_dataset` request.
 
     Args:
-        patches: these.
-        patch: or their shape.
-        options: and fields of `Patches` by the names of arguments; None where they are not given.
+        patches: the argument `patches`.
+        patch: the argument `patch`.
+        options: fields of `Patches`, by the names of their arguments; None if they are not given.
 
     Raises:
-        UsageError: they are asked for by both, or without their shape.
+        UsageError: both forms are given, or options without a patch.
     """
     options = {name: value for name, value in options.items() if value is not None}
     given = next(iter({"patch": patch, **options} if patch is not None else options), None)
     if patches is not None and given:
-        raise UsageError(f"patches and {given} say the same; leave one of them out")
+        raise UsageError(f"patches and {given} are two ways to request patches; drop one of them")
     if patch is None and given:
         raise UsageError(f"{given} is {options[given]}, but volumes are read as a whole; give a patch")
     fields = {name.removeprefix("patches_"): value for name, value in options.items()}
@@ -235,10 +236,10 @@ def group_patches(
 
 
 def require_choice(name: str, value: str, *choices: str) -> None:
-    """Check that an argument has one of its possible values.
+    """Check that an argument is one of its possible values.
 
     Raises:
-        UsageError: it has another value.
+        UsageError: it is another value.
     """
     if value not in choices:
         raise UsageError(f"{name} is {value!r}; choose {' or '.join(map(repr, choices))}")
@@ -265,7 +266,7 @@ def _place_of_host(shard: Shard) -> tuple[int, int]:
 
 
 def choose_seed(seed: int | None) -> int:
-    """A seed of at least 0; where none is given one that TensorFlow's global seed decides, if that is set."""
+    """A seed of at least 0. By default it is TensorFlow's global seed if that is set, otherwise random."""
     if seed is None:
         found = tf.compat.v1.get_seed(None)
         seed = secrets.randbits(_SEED_BITS) if found[0] is None else found[0] << 32 | found[1]

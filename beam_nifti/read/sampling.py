@@ -1,4 +1,4 @@
-"""Random patches of records. A seed decides them, together with epoch and number, on every machine."""
+"""Random patches of records, determined by seed, epoch and number, the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
 from beam_nifti.read.order import require_share, whole_number
-from beam_nifti.read.patches import integers
+from beam_nifti.read.patches import sizes
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 
 _DRAWS: Final = 6
-"""Random numbers of 64 bits for each patch: one for each axis, and three that choose a labelled voxel."""
+"""Random 64-bit numbers per patch: one for each axis, and three that choose a labelled voxel."""
 
 _END: Final = 1 << 64
-"""Above these."""
+"""The end of their range."""
 
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """Random patches of volumes: how large they are, and how many of each.
+    """The shape and number of random patches of each volume.
 
     Attributes:
         shape: voxels along x, y and z.
-        per_volume: patches of each volume in an epoch.
-        foreground: share of them, from 0 to 1, that are drawn around a labelled voxel of the mask: each of
-            the labels but 0 is as likely as another. At the border of the volume they are moved inside.
-            Volumes without labels have none.
+        per_volume: patches per volume and epoch.
+        foreground: share of the patches, from 0 to 1, that are drawn around a labelled voxel of the mask. All
+            labels except 0 are equally likely. A patch that would reach beyond the volume is moved inside.
+            In volumes without labels, all patches are drawn anywhere.
 
     Raises:
-        UsageError: `shape` is not three integers of at least 1, `per_volume` is below 1, or `foreground` is
-            no such share.
+        UsageError: `shape` is not three integers of at least 1 or does not fit into memory, `per_volume` is
+            below 1, or `foreground` is not from 0 to 1.
     """
 
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Patches:
     foreground: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", integers("the shape of a patch", self.shape, least=1))
+        object.__setattr__(self, "shape", sizes("the shape of a patch", self.shape))
         object.__setattr__(self, "per_volume", whole_number("patches_per_volume", self.per_volume))
         if self.per_volume < 1:
             raise UsageError(f"patches_per_volume is {self.per_volume}; it must be at least 1")
@@ -62,16 +62,17 @@ class Patches:
         number: int,
         positions: npt.NDArray[np.int32] | None = None,
     ) -> tuple[int, ...]:
-        """The corner of a patch: any that leaves it inside the volume is as likely as another.
+        """Draw the corner of a patch. All corners with which it is inside the volume are equally likely.
 
-        Where a volume is smaller than the patch, it is centred, as `--shape` centres what it pads.
+        Along an axis on which the volume is smaller than the patch, the volume is centred, as `shape` of a
+        build centres what it pads.
 
         Args:
             volume: shape of the volume.
-            seed: at least 0.
-            epoch: from 0.
-            number: of the patch in the epoch, from 0.
-            positions: of labelled voxels, as `Dataset.positions_of`; None where `foreground` is 0.
+            seed: seed of the patches, at least 0.
+            epoch: number of the epoch, from 0.
+            number: number of the patch in the epoch, from 0.
+            positions: labelled voxels, from `Dataset.positions_of`; None if `foreground` is 0.
         """
         # numpy keeps a bit generator's numbers as they are from version to version. Source: NEP 19.
         generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch, number)))
@@ -90,27 +91,27 @@ class Patches:
 
 
 def _below(count: int, raw: int) -> int:
-    """A number below `count`, by a random number of 64 bits."""
+    """A number below `count`, from a random 64-bit number."""
     return raw * count // _END
 
 
 class PatchDataset:
     """Random patches of the records of a `Dataset`, by number: for PyTorch, Grain or numpy.
 
-    The patches of record 0 come first, then those of record 1. `dataset[i]` is a dictionary, as
-    `Dataset.patch` gives it, and reads only what that reads. Which patch it is depends on seed, epoch and `i`
-    alone: it is the same in every process and on every machine, and the one of `load_dataset`. Like a
-    `Dataset`, it may be used by several threads and in forked and spawned processes.
+    The patches of record 0 come first, then those of record 1. `dataset[i]` is the dictionary that
+    `Dataset.patch` returns, and reads no more. The patch depends only on seed, epoch and `i`: it is the same
+    in every process, on every machine, and in `load_dataset`. Like a `Dataset`, it may be used by several
+    threads and in forked and spawned processes.
 
     Args:
-        records: to draw from.
-        patches: how large they are, and how many of each record.
-        seed: of the patches.
-        epoch: from 0; each has other patches.
+        records: records to draw from.
+        patches: shape and number of the patches of each record.
+        seed: seed of the patches.
+        epoch: number of the epoch, from 0. Every epoch has different patches.
 
     Raises:
-        UsageError: seed or epoch is not a whole number of at least 0; or patches are to be drawn around
-            labels, and the index does not say where these are.
+        UsageError: seed or epoch is not a whole number of at least 0; or `patches.foreground` is above 0, but
+            records have no masks, or the index does not have the positions of labels.
     """
 
     def __init__(self, records: Dataset, patches: Patches, *, seed: int, epoch: int = 0) -> None:
@@ -122,38 +123,38 @@ class PatchDataset:
         try:
             records.prepare_patches(around_labels=patches.foreground > 0)
         except UsageError as e:
-            raise UsageError(f"foreground is {patches.foreground}, but {e}, or leave foreground out") from e
+            raise UsageError(f"foreground is {patches.foreground}, but {e}, or drop foreground") from e
 
     def epoch(self, number: int) -> PatchDataset:
         """The patches of another epoch, from 0. Nothing is read."""
         return PatchDataset(self.records, self.patches, seed=self._seed, epoch=number)
 
     def __len__(self) -> int:
-        """How many patches an epoch has."""
+        """The number of patches in an epoch."""
         return len(self.records) * self.patches.per_volume
 
     def __getitem__(self, index: SupportsIndex) -> Element:
-        """Read one patch, by a number from 0, or from -1 backwards.
+        """Read one patch, by its number from 0, or from -1 backwards.
 
         Raises:
-            IndexError: there are fewer.
-            DatasetError: the record is missing or damaged; says which it is.
+            IndexError: the number is out of range.
+            DatasetError: the record is missing or damaged; the message names it.
         """
         number, corner = self.place(index)
         return self.records.patch(number, corner, self.patches.shape)
 
     def __getitems__(self, indices: Iterable[int]) -> list[Element]:
-        """Several patches: what PyTorch's `DataLoader` asks for those of a batch."""
+        """Read several patches. PyTorch's `DataLoader` calls this for a batch."""
         return [self[index] for index in indices]
 
     def __repr__(self) -> str:
         return f"<PatchDataset {self.patches}, seed {self._seed}, epoch {self._epoch}: {self.records!r}>"
 
     def place(self, index: SupportsIndex) -> tuple[int, tuple[int, ...]]:
-        """Where a patch lies: the number of its record, and its corner, as `Dataset.patch` takes them.
+        """The number of a patch's record, and its corner: arguments of `Dataset.patch`.
 
         Raises:
-            IndexError: there are fewer.
+            IndexError: the number is out of range.
         """
         number = operator.index(index)
         if not -len(self) <= number < len(self):

@@ -67,7 +67,7 @@ def open_dataset(path: str) -> Opened:
         raise no_dataset(path) from e
     except tf.errors.UnimplementedError as e:
         raise DatasetError(
-            f"{path}: TensorFlow has no such file system ({e.message}); leave engine out, or install "
+            f"{path}: TensorFlow has no such file system ({e.message}); drop engine, or install "
             "beam-nifti[io] and import tensorflow_io first"
         ) from e
     except (tf.errors.OpError, RuntimeError) as e:  # the latter from tensorflow-io, of az://

@@ -24,7 +24,7 @@ def describe_state(
     step: int,
     patches: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The state of a run that has consumed some steps, through all epochs; `patches` are those it draws."""
+    """The state of a run that has consumed some steps, through all epochs, with these patches, if any."""
     parts = parse_split(split)
     return {
         "version": _VERSION,

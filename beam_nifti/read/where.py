@@ -38,7 +38,7 @@ class _Operand:
         cells: distinct cells of the column, with None for missing ones; or the literal. Numbers that are
             written as text are exact: int or Decimal.
         name: name of the column; "" for a literal.
-        numbers: for each row, the number of its cell in `cells`; None for a literal.
+        numbers: number of each row's cell in `cells`; None for a literal.
         is_number: whether the cells are numbers.
         is_rounded: whether the cells are float64, to which the manifest's cells were rounded.
     """

@@ -58,12 +58,12 @@ def find_disagreements(
         if name in cells:
             stored, said = _doubles(features, name), as_list(cells[name])
             if stored != said:
-                yield f"{name} is {show(stored)}, the index says {show(said)}"
+                yield f"{name} is {show(stored)}, but the index has {show(said)}"
     scaling = {name: none for name, none in _NO_SCALING.items() if name in cells}
     stored = [number for name, none in scaling.items() for number in _doubles(features, name) or [none]]
     said = [none if cells[name] is None else cells[name] for name, none in scaling.items()]
     if stored != said:
-        yield f"scaling is {show(stored)}, the index says {show(said)}"
+        yield f"scaling is {show(stored)}, but the index has {show(said)}"
     for label in labels:
         if (column := extra_column(label.name)) in cells:
             yield from _compare_label(features, label.name, label_of(cells[column], label))
@@ -85,7 +85,7 @@ def _compare_floats(name: str, feature: Any, cell: Any) -> Iterator[str]:
     elif cell is not None or name == "label":
         said = as_float32(as_list(np.nan if cell is None else cell))
         if not np.array_equal(stored, said, equal_nan=True):
-            yield f"{name} is {show(stored)}, the index says {show(said)}"
+            yield f"{name} is {show(stored)}, but the index has {show(said)}"
 
 
 def _compare_label(features: Features, name: str, said: LabelValue) -> Iterator[str]:
@@ -95,12 +95,12 @@ def _compare_label(features: Features, name: str, said: LabelValue) -> Iterator[
     elif isinstance(said, str):
         text = bytes(feature).decode(errors="replace")
         if text != said:
-            yield f"{label_feature(name)} is {text!r}, the index says {said!r}"
+            yield f"{label_feature(name)} is {text!r}, but the index has {said!r}"
     else:
         stored = np.asarray(feature)
         expected = np.array([said]) if isinstance(said, int) else as_float32([said])
         if not np.array_equal(stored, expected, equal_nan=True):
-            yield f"{label_feature(name)} is {show(stored)}, the index says {show(expected)}"
+            yield f"{label_feature(name)} is {show(stored)}, but the index has {show(expected)}"
 
 
 def as_list(cell: Any) -> list[Any]:

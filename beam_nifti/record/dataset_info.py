@@ -1,4 +1,4 @@
-"""What was written, as data: the content of dataset_info.json. No Beam, no TensorFlow."""
+"""The description of a dataset: the content of dataset_info.json. Without Beam and TensorFlow."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from beam_nifti.support.wording import size_text
 
 FILE_NAME: Final = "dataset_info.json"
 FAILURES_FILE: Final = "failures.jsonl"
-"""Of a first build, and of every one of format version 1."""
+"""The list of failures of a first build, and of every build of format version 1."""
 CARD_FILE: Final = "README.md"
 CROISSANT_FILE: Final = "croissant.json"
-"""What `beam-nifti card` writes for people, and for programs."""
+"""The files of `beam-nifti card`, for people and for programs."""
 
 LAST_REVISION: Final = 10**9 - 1
 
 MAX_INFO_BYTES: Final = 1 << 26
-"""Of a dataset_info.json that is read: 180,000 shards, or 35 TB of the default size."""
+"""Most bytes of a dataset_info.json that is read: 180,000 shards, or 35 TB of the default size."""
 
 _FREE_FAILURES_BYTES: Final = 64 << 20
 _FAILURE_BYTES: Final = 64 << 10
 _MOST_FAILURES_BYTES: Final = 1 << 28
-"""What a list of failures may take: so much, and so much a failure, and at most so much."""
+"""Most bytes of a list of failures: a constant, an amount per failure, and a limit for all."""
 
 LEAST_RECORD_BYTES: Final = 16
-"""Of a record in its shard: what frames it, without what it holds."""
+"""Bytes of an empty record in its shard: only its frame."""
 
 _FAILURES_NAME: Final = re.compile(r"failures(?:-r(?P<revision>[1-9][0-9]{0,8}))?\.jsonl")
 _SHA256: Final = re.compile("[0-9a-f]{64}")
@@ -67,7 +67,7 @@ _SINCE_THE_FIRST: Final = (
     "columns",
     "sharding",
 )
-"""Keys of `config` in every dataset of format version 1; those that came later stand for no such choice."""
+"""Keys of `config` in every dataset of format version 1. Without a later key, that option was not given."""
 
 _MANIFEST_KINDS: Final[Mapping[str, Any]] = {
     "path": str,
@@ -84,16 +84,16 @@ _NEEDS: Final = {
     "s3": "the credentials and S3_ENDPOINT (a URL)",
     "hdfs": "whether libhdfs.so is found, and CLASSPATH",
 }
-"""By scheme what tensorflow-io goes by."""
+"""What tensorflow-io needs for a store, by scheme."""
 
 
 def no_dataset(output: str, error: OSError | None = None) -> DatasetError:
-    """What to tell where dataset_info.json is missing, or a file was given in the place of its folder.
+    """The error if dataset_info.json is missing, or if a file was given instead of its folder.
 
     Args:
-        output: where it was looked for, local or a URL.
-        error: of reading it; None where TensorFlow has looked, which says of an S3 or HDFS that it cannot
-            reach that the file does not exist.
+        output: folder in which it was expected, local or a URL.
+        error: error of reading it; None if TensorFlow looked for it, which reports a missing file even if
+            it cannot reach an S3 or HDFS.
     """
     if isinstance(error, NotADirectoryError) or output.rpartition("/")[2] == FILE_NAME:
         return DatasetError(
@@ -115,13 +115,13 @@ def no_dataset(output: str, error: OSError | None = None) -> DatasetError:
 
 
 def failures_file(revision: int, format_version: int = FORMAT_VERSION) -> str:
-    """The name of the list of a revision's failures; each has its own, as no published file is replaced."""
+    """The name of a revision's list of failures. Each has its own: published files are not replaced."""
     is_first = revision == 1 or format_version == 1
     return FAILURES_FILE if is_first else f"failures-r{revision}.jsonl"
 
 
 def is_failures_file(name: str) -> bool:
-    """Whether a file is, by its name, a list of failures."""
+    """Whether a file name is that of a list of failures."""
     return _FAILURES_NAME.fullmatch(name) is not None
 
 
@@ -132,7 +132,7 @@ class ShardInfo:
     Attributes:
         name: file name, relative to the dataset.
         index: path of its index, relative to the dataset.
-        num_examples: records in it.
+        num_examples: records in the shard.
         num_bytes: size of the file.
         sha256: sha256 of the file, in hex.
         index_sha256: sha256 of its index, in hex.
@@ -168,23 +168,23 @@ class DatasetInfo:
     """A complete dataset.
 
     Attributes:
-        config: what decided its content (`BuildConfig.as_dataset_config`).
-        manifest: path, digest, num_rows and columns of the manifest; num_frames where each frame of its
-            images became a record.
-        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None where shapes are mixed.
+        config: options that decided its content (`BuildConfig.as_dataset_config`).
+        manifest: path, digest, num_rows and columns of the manifest; num_frames if each frame of its images
+            became a record.
+        shape: (X, Y, Z) or (X, Y, Z, T) of every volume; None if shapes are mixed.
         dtype: dtype of the stored voxels, such as "float32".
-        labelled: whether the manifest had labels; without, every `label` is NaN.
-        labels: columns whose values have features of their own; none where there is only `label`.
-        features: name to kind of every feature of a record.
+        labelled: whether the manifest had labels. If not, every `label` is NaN.
+        labels: columns whose values have features of their own; empty if there is only `label`.
+        features: kind of every feature of a record, by name.
         splits: the splits, by name.
-        mask_labels: those that the masks have, ascending; None where there are no masks.
-        num_failures: volumes left out.
-        failures: name of the file that lists them; None where there are none.
+        mask_labels: labels of all masks, ascending; None if there are no masks.
+        num_failures: volumes that failed.
+        failures: name of the file that lists the failed volumes; None if there are none.
         failures_sha256: sha256 of that file, in hex; None in version 1.
-        revision: 1 for a first build, counting up with every rebuild in the same place.
+        revision: 1 for a first build, 1 more for every rebuild in the same folder.
         versions: versions of the software that wrote it.
         format_version: version of the format.
-        format_features: what the dataset has and a reader must know, by name; none in version 1.
+        format_features: features of the format that a reader must know, by name; empty in version 1.
     """
 
     config: Mapping[str, Any]
@@ -205,19 +205,19 @@ class DatasetInfo:
     format_features: tuple[str, ...] = FORMAT_FEATURES
 
     def __repr__(self) -> str:
-        """On one line."""
+        """One line."""
         splits = ", ".join(f"{name} {split.num_examples:,}" for name, split in self.splits.items())
         shape = "mixed shapes" if self.shape is None else size_text(self.shape)
         return f"<DatasetInfo: {splits or 'not built'}; {shape} {self.dtype}, revision {self.revision}>"
 
     @property
     def num_frames(self) -> int | None:
-        """Frames of an image, where each became a record; else None."""
+        """Frames of an image if each became a record; otherwise None."""
         return self.manifest.get("num_frames")
 
     @property
     def has_manifest(self) -> bool:
-        """Whether a build made it; where `WriteToTFRecord` did, its index may have empty cells."""
+        """Whether a build made it. If `WriteToTFRecord` did, the index may have empty cells."""
         return bool(self.manifest["path"])
 
     @property
@@ -227,7 +227,7 @@ class DatasetInfo:
 
     @property
     def num_skipped(self) -> int:
-        """Rows of the manifest that were left out, as they lack a label."""
+        """Rows of the manifest that were skipped because they lack a label."""
         return int(self.manifest.get("num_skipped", 0))
 
     @property
@@ -241,11 +241,11 @@ class DatasetInfo:
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
     def loading_call(self, path: str, **further: object) -> str:
-        """A call of `reader.load_dataset` that this dataset can be read with.
+        """A call of `reader.load_dataset` that reads this dataset.
 
         Args:
             path: path of the dataset.
-            further: arguments besides those that the dataset needs.
+            further: arguments besides those that the dataset requires.
         """
         filled = [name for name, split in self.splits.items() if split.num_examples]
         split = "train" if "train" in filled else next(iter([*filled, *self.splits]))
@@ -264,7 +264,7 @@ class DatasetInfo:
         """The part of `config` that decided the records' bytes.
 
         Raises:
-            UsageError: it is not one that this version knows.
+            UsageError: this version cannot read it.
         """
         known = {f.name for f in fields(RecordConfig)}
         given = {k: v for k, v in self.config.items() if k in known}
@@ -279,14 +279,14 @@ class DatasetInfo:
         """A split by name.
 
         Raises:
-            DatasetError: there is none of that name.
+            DatasetError: there is no split of that name.
         """
         if name not in self.splits:
             raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
         return self.splits[name]
 
     def label_facts(self) -> dict[str, dict[str, Any]]:
-        """The kind of each of `labels`, and its classes if it has some, by name."""
+        """The kind of each of `labels`, and its classes if it has any, by name."""
         return {
             column.name: {
                 "kind": column.kind,
@@ -321,16 +321,16 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, text: str | bytes, path: str, *, is_complete: bool = True) -> DatasetInfo:
-        """Parse dataset_info.json, which may be from anybody: nothing of it is used before it is checked.
+        """Parse a dataset_info.json that anybody may have written. It is checked before it is used.
 
         Args:
-            text: its content.
-            path: where it was read from, for errors.
-            is_complete: whether it is of a complete dataset, and not of one that a build is to make.
+            text: content of the file.
+            path: path of the file, for errors.
+            is_complete: whether the dataset is complete, not yet to be built.
 
         Raises:
-            DatasetError: it is damaged or was changed; or is of a later format; or has a key that its version
-                does not know, or names files that no build has written.
+            DatasetError: it is damaged, was changed, has a later format or a key that its version does not
+                have, or names files that no build writes.
         """
         try:
             facts = load_json(text, is_modest=True)
@@ -345,13 +345,13 @@ class DatasetInfo:
 
 
 def content_digest(facts: Mapping[str, Any]) -> str:
-    """The `digest` of dataset_info.json: a sha256, in hex, of all else that it says, in one spelling."""
+    """The `digest` of dataset_info.json: the sha256, in hex, of its other values in canonical form."""
     said = {name: fact for name, fact in facts.items() if name != "digest"}
     return hashlib.sha256(dump_json(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _require_known(facts: Any, path: str) -> None:
-    """Refuse what a later version has written."""
+    """Refuse a file that a later version wrote."""
     require_type(facts, dict, "it")
     version, features = facts.get("format_version"), facts.get("format_features", [])
     require_type(version, int, "format_version")
@@ -384,13 +384,13 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
         required = list(
             kinds.keys() - {"labels", "mask_labels", "num_failures", "revision", "versions", "digest"}
         )
-    # The values of these two are of their own kinds, each.
+    # The values of these two are checked below.
     require_keys(facts, {**kinds, "config": dict, "manifest": dict}, required, "")
     if not is_first:
         said, found = facts.pop("digest", None), content_digest(facts)
         if said != found:
             raise ValueError(
-                f"was changed after it was written: digest is {said!r}, of its content {found!r}"
+                f"was changed after it was written: digest is {said!r}, but its content has {found!r}"
             )
     config_kinds = _config_kinds()
     require_keys(facts["config"], config_kinds, _SINCE_THE_FIRST, "config")
@@ -434,7 +434,7 @@ def _split_of(name: str, said: Any, facts: Mapping[str, Any]) -> SplitInfo:
             )
         if compressed != (compression == "gzip") or revision > of_dataset:
             raise ValueError(
-                f"names {shard.name}, and is revision {of_dataset} with compression {compression}"
+                f"names {shard.name}, but is revision {of_dataset} with compression {compression}"
             )
         for key in ("sha256", "index_sha256"):
             if not _SHA256.fullmatch(getattr(shard, key)):
@@ -444,7 +444,7 @@ def _split_of(name: str, said: Any, facts: Mapping[str, Any]) -> SplitInfo:
     for count in ("num_examples", "num_bytes"):
         if said[count] != getattr(split, count):
             raise ValueError(
-                f"{count} of split {name} is {said[count]}, of its shards {getattr(split, count)}"
+                f"{count} of split {name} is {said[count]}, but its shards have {getattr(split, count)}"
             )
     return split
 
@@ -463,10 +463,10 @@ def _label_of(name: str, said: Any) -> LabelColumn:
 
 
 def _check(info: DatasetInfo, is_complete: bool) -> None:
-    """Find values that no build writes, and readers would trip over.
+    """Refuse values that no build writes and that would confuse readers.
 
     Raises:
-        ValueError, UsageError: there is one.
+        ValueError, UsageError: there is such a value.
     """
     config = info.config
     columns = Columns(**config["columns"])
@@ -477,7 +477,9 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         Splitting(**drawn)
     named = columns.label if columns.has_label_features else ""
     if ",".join(map(str, info.labels)) != named:
-        raise ValueError(f"labels are {', '.join(map(str, info.labels)) or 'none'}, of columns {named!r}")
+        raise ValueError(
+            f"labels are {', '.join(map(str, info.labels)) or 'none'}, but the columns are {named!r}"
+        )
     if not _FINGERPRINT.fullmatch(config["fingerprint"]):
         raise ValueError(f"config.fingerprint is {config['fingerprint']!r}, expected 16 hex digits")
     if info.dtype not in TENSOR_DTYPES:
@@ -500,7 +502,7 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     num_frames = info.manifest.get("num_frames")
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
-        raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames {record.frames!r}")
+        raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames is {record.frames!r}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
     _check_counts(info)
@@ -511,7 +513,7 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
             raise ValueError(f"failures is {info.failures!r}, which names no list of failures")
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
-        raise ValueError(f"failures is {info.failures!r}, and failures_sha256 {info.failures_sha256!r}")
+        raise ValueError(f"failures is {info.failures!r}, but failures_sha256 is {info.failures_sha256!r}")
     if is_complete:
         if not info.shards or config["sharding"] is None:
             raise ValueError("names no shards, or config.sharding is null")
@@ -519,7 +521,7 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
 
 
 def _check_sharding(info: DatasetInfo, sharding: Sharding) -> None:
-    """Refuse splits that are not cut as `config` says, whichever of them the failures are of."""
+    """Refuse splits that are not cut as `config` states, whichever of them has the failures."""
     for name, split in info.splits.items():
         frames = info.num_frames or 1
         rows = -(-split.num_examples // frames), (split.num_examples + info.num_failures) // frames
@@ -533,7 +535,7 @@ def _check_sharding(info: DatasetInfo, sharding: Sharding) -> None:
 
 
 def _check_counts(info: DatasetInfo) -> None:
-    """Refuse numbers that no dataset can have, and with which none can be calculated."""
+    """Refuse numbers that no dataset can have and that would overflow."""
     num_rows = info.manifest["num_rows"]
     for name, count, most in (
         ("manifest.num_rows", num_rows, _MOST_ROWS),
@@ -547,7 +549,7 @@ def _check_counts(info: DatasetInfo) -> None:
 
 
 def _check_names(info: DatasetInfo) -> None:
-    """Refuse columns and features without a name, and channels of other columns than the images."""
+    """Refuse columns and features without a name, and channels that are not the columns of the images."""
     columns, channels = info.config["columns"], info.record_config.channels
     for what, names in {
         "config.columns": [name for name in columns.values() if name is not None],
@@ -558,18 +560,20 @@ def _check_names(info: DatasetInfo) -> None:
         if "" in names:
             raise ValueError(f"{what} has an empty name")
     if channels is not None and channels != Columns(**columns).paths:
-        raise ValueError(f"config.channels is {list(channels)}, of the columns {columns['path']!r}")
+        raise ValueError(
+            f"config.channels is {list(channels)}, but config.columns.path is {columns['path']!r}"
+        )
 
 
 def path_of(output: str, name: str) -> str:
-    """The path of a file that dataset_info.json names, which is to be opened.
+    """The path at which to open a file that dataset_info.json names.
 
     Args:
         output: the dataset's folder, local or a URL.
-        name: as `DatasetInfo` has it, which takes names only as a build writes them.
+        name: name in a `DatasetInfo`, which accepts only names that a build writes.
 
     Raises:
-        OSError: it is there, and is no regular file, or leads out of the folder.
+        OSError: it exists but is not a regular file, or leads out of the folder.
     """
     path = storage.join(output, name)
     storage.require_inside(path, output)
@@ -581,7 +585,7 @@ def read_failures_list(output: str, info: DatasetInfo, name: str) -> bytes:
 
     Args:
         output: the dataset's folder, local or a URL.
-        info: of the dataset.
+        info: info of the dataset.
         name: name of the list.
 
     Raises:
@@ -602,11 +606,11 @@ def read_failures_of(path: str, num_failures: int, below: str | None = None) -> 
 
     Args:
         path: path of the list.
-        num_failures: that it is of.
+        num_failures: number of failures in the list.
         below: same as for `storage.create`.
 
     Raises:
-        FileTooLargeError: there are more than such a list can have.
+        FileTooLargeError: it has more bytes than such a list can have.
         OSError: it is missing, or cannot be reached.
     """
     most = min(_FREE_FAILURES_BYTES + _FAILURE_BYTES * num_failures, _MOST_FAILURES_BYTES)
@@ -634,7 +638,7 @@ def read_content(output: str) -> bytes:
 
 
 def read_info(output: str) -> DatasetInfo:
-    """What the dataset_info.json of a complete dataset says.
+    """Read the dataset_info.json of a complete dataset.
 
     Raises:
         DatasetError: as `read_content`, or it is damaged.

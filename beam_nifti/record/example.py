@@ -34,17 +34,17 @@ FEATURES: Final[Mapping[str, str]] = {
 }
 """Every feature of a record and its kind.
 
-`scl_*` stand only where native voxels need them: 8 bytes, a little-endian float64, as in NIfTI-2.
+`scl_*` are present only if native voxels need them: 8 bytes, a little-endian float64, as in NIfTI-2.
 """
 
 RANGE_FEATURES: Final[Mapping[str, str]] = {"rescale_high": "bytes", "rescale_low": "bytes"}
-"""Further features where a record's range does not say what became 0 and 1: float64, like `scl_*`."""
+"""Features of the intensities that became 0 and 1, if they are not the range: float64, like `scl_*`."""
 
 SCALING_FEATURES: Final = ("scl_slope", "scl_inter")
-"""Those of a header's scaling."""
+"""Features of a header's scaling."""
 
 MASK_FEATURE: Final = "mask_raw"
-"""Where there are masks: a tensor, like `image_raw`."""
+"""Feature of a mask: a tensor, like `image_raw`."""
 
 TENSOR_FEATURES: Final[Mapping[str, str]] = {"image": "image_raw", "mask": MASK_FEATURE}
 """Those that hold a tensor, by what readers call it; all others are called by their own names."""
@@ -53,14 +53,14 @@ _LABEL_FEATURES: Final = {"float": "float", "class": "int64", "string": "bytes"}
 """Kind of the feature of a label, by the label's kind."""
 
 MAX_EXAMPLE_BYTES: Final = 2**31 - 1 - 16
-"""Largest Example. Lengths are int32 in protobuf, whose C++ parser takes none of the last 16 of them;
+"""Largest Example. Lengths are int32 in protobuf, whose C++ parser refuses the last 16 values;
 TensorFlow's parser crashes on messages of 2 GiB and more."""
 
 _BESIDE_VOXELS: Final = 1 << 20
-"""Of an Example, at most: its id, labels, affine."""
+"""Most bytes of an Example besides voxels: its id, labels and affine."""
 
 _MOST_FIELDS: Final = 1 << 16
-"""Of a message: each takes a hundred times its bytes while it is parsed."""
+"""Most fields of a message. Each takes a hundred times its bytes while it is parsed."""
 
 _VARINT_BITS: Final = 64
 
@@ -71,17 +71,17 @@ _DTYPE_OF_ENUM: Final = {number: name for name, number in TENSOR_DTYPES.items()}
 _LENGTH_DELIMITED: Final = 2
 _FIRST: Final = 1 << 3 | _LENGTH_DELIMITED
 _SECOND: Final = 2 << 3 | _LENGTH_DELIMITED
-"""Tags of a message's fields, which say their number and how they are written."""
+"""Tags of a message's fields: the number of the field, and its wire type."""
 
 _BYTES: Final = _FIRST
 _FLOATS: Final = _SECOND
 _INTEGERS: Final = 3 << 3 | _LENGTH_DELIMITED
-"""Tags of what a Feature holds one of."""
+"""Tags of the kinds of values of a Feature, which has one of them."""
 
 _DTYPE: Final = 1 << 3
 _CONTENT: Final = 4 << 3 | _LENGTH_DELIMITED
 _AXIS_SIZE: Final = 1 << 3
-"""Tags of a TensorProto, whose shape is `_SECOND`, and of an axis."""
+"""Tags of a TensorProto, whose shape has the tag `_SECOND`, and of an axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,12 @@ def _varint(value: int) -> bytes:
 
 
 def largest_payload(shape: Sequence[int], dtype: str, mask_dtype: str | None) -> int:
-    """Bytes that the Example of a volume has at most.
+    """The most bytes that the Example of a volume can have.
 
     Args:
-        shape: of its voxels.
-        dtype: of them.
-        mask_dtype: of its mask; None where it has none.
+        shape: shape of the voxels.
+        dtype: dtype of the voxels.
+        mask_dtype: dtype of the mask; None if there is none.
     """
     itemsize = numpy_dtype(dtype).itemsize + (numpy_dtype(mask_dtype).itemsize if mask_dtype else 0)
     return min(MAX_EXAMPLE_BYTES, math.prod(shape) * itemsize + _BESIDE_VOXELS)
@@ -153,7 +153,7 @@ def _field(number: int, size: int) -> bytes:
 
 
 def encode_tensor(voxels: npt.NDArray[np.generic]) -> tuple[bytes, memoryview]:
-    """What `tf.io.serialize_tensor` gives, in two pieces, so that the voxels are not copied.
+    """Serialize as `tf.io.serialize_tensor`, but in two pieces, so that the voxels are not copied.
 
     Args:
         voxels: C order, native byte order, any real dtype, bfloat16 included.
@@ -171,7 +171,8 @@ def encode_example(features: Mapping[str, FeatureValue]) -> bytes:
     """Serialize a tf.train.Example.
 
     Args:
-        features: by name: bytes, or a tuple of pieces of one bytes value; or float32 or int64 of shape (n,).
+        features: values by name: bytes, a tuple of pieces of one bytes value, or float32 or int64 of shape
+            (n,).
 
     Returns:
         The bytes of `Example.SerializeToString(deterministic=True)`.
@@ -220,7 +221,7 @@ def _entry(name: str, value: FeatureValue) -> list[Bytes]:
 
 
 def _sort_key(name: str) -> bytes:
-    """Sorts as protobuf's Python does: a name stands after those that begin with it."""
+    """Sort as protobuf's Python does: a name follows those that begin with it."""
     return name.encode() + b"\xff"
 
 
@@ -258,7 +259,7 @@ def encode_volume(volume: Volume) -> ExamplePieces:
     """The record of one rescaled volume, whose voxels are not copied.
 
     Args:
-        volume: its voxels as they are to be stored, and measured.
+        volume: volume whose voxels are measured, and are as they will be stored.
 
     Raises:
         VolumeError: as `encode_example`.
@@ -311,10 +312,10 @@ def encode_volume(volume: Volume) -> ExamplePieces:
 
 
 def decode_doubles(feature: memoryview | npt.NDArray[np.generic]) -> list[float]:
-    """The float64 that a feature of bytes holds, such as `rescale_low`; at least one.
+    """The float64 values in a feature of bytes, such as `rescale_low`; at least one.
 
     Raises:
-        ShardError: it holds none.
+        ShardError: it has none.
     """
     if not isinstance(feature, memoryview) or not feature or len(feature) % 8:
         raise ShardError("a feature that should hold float64 does not")
@@ -323,7 +324,7 @@ def decode_doubles(feature: memoryview | npt.NDArray[np.generic]) -> list[float]
 
 
 def scaling_of(features: Mapping[str, memoryview | npt.NDArray[np.generic]]) -> Scaling:
-    """The scaling that a record says beside native voxels; none where it says none."""
+    """The scaling that a record has for native voxels; `NO_SCALING` if it has none."""
     said = {name.removeprefix("scl_"): features[name] for name in SCALING_FEATURES if name in features}
     return Scaling(**{name: decode_doubles(feature)[0] for name, feature in said.items()})
 
@@ -342,7 +343,7 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a message, each by its tag: its number and how its value is written."""
+    """The fields of a message, each with its tag: the number of the field, and its wire type."""
     at = count = 0
     while at < len(data):
         count += 1
@@ -367,19 +368,19 @@ def _messages(data: memoryview, tag: int) -> Iterator[memoryview]:
     """The values of a message that has fields of one tag only."""
     for found, value in _fields(data):
         if found != tag or isinstance(value, int):
-            raise ShardError(f"not an Example: field {found >> 3} where field {tag >> 3} should stand")
+            raise ShardError(f"not an Example: field {found >> 3} instead of field {tag >> 3}")
         yield value
 
 
 def _parts(data: memoryview, tags: Collection[int]) -> dict[int, Any]:
     """The fields of a message by their tags.
 
-    Parsers differ in what they take of a message that has one twice, so none is taken.
+    A message that has a field twice is refused, because parsers differ in which they use.
     """
     parts: dict[int, Any] = {}
     for tag, value in _fields(data):
         if tag in parts or tag not in tags:
-            what = "is there twice" if tag in parts else "is unknown"
+            what = "occurs twice" if tag in parts else "is unknown"
             raise ShardError(f"not an Example: field {tag >> 3} of a message {what}")
         parts[tag] = value
     return parts
@@ -411,10 +412,10 @@ def _integers(packed: memoryview) -> Iterator[int]:
 
 
 def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArray[np.generic]]:
-    """Parse a tf.train.Example of one bytes value, or floats, or integers, a feature. No bytes are copied.
+    """Parse a tf.train.Example whose features each have one bytes value, floats, or integers, without a copy.
 
     Raises:
-        ShardError: the bytes are no such Example, or one that other parsers may read otherwise.
+        ShardError: the bytes are not such an Example, or other parsers may read them differently.
     """
     features: dict[str, memoryview | npt.NDArray[np.generic]] = {}
     try:
@@ -423,7 +424,7 @@ def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArr
             parts = _parts(entry, (_FIRST, _SECOND))
             name = bytes(parts[_FIRST]).decode()
             if name in features:
-                raise ShardError(f"not an Example: feature {name!r} is there twice")
+                raise ShardError(f"not an Example: feature {name!r} occurs twice")
             try:
                 features[name] = _decode_feature(parts[_SECOND])
             except ShardError as e:
@@ -434,10 +435,10 @@ def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArr
 
 
 def decode_tensor(data: bytes | memoryview) -> npt.NDArray[np.generic]:
-    """What `tf.io.parse_tensor` gives: read-only, C order, not copied.
+    """Parse as `tf.io.parse_tensor`: a read-only array in C order, not a copy.
 
     Raises:
-        ShardError: the bytes are no TensorProto with contiguous content.
+        ShardError: the bytes are not a TensorProto with contiguous content.
     """
     try:
         parts = _parts(memoryview(data), (_DTYPE, _SECOND, _CONTENT))
@@ -445,7 +446,7 @@ def decode_tensor(data: bytes | memoryview) -> npt.NDArray[np.generic]:
         shape = [_parts(size, (_AXIS_SIZE,)).get(_AXIS_SIZE, 0) for size in sizes]
         number = parts[_DTYPE]
         if number not in _DTYPE_OF_ENUM:
-            raise ShardError(f"not a tensor: of another type than {', '.join(TENSOR_DTYPES)}")
+            raise ShardError(f"not a tensor of {', '.join(TENSOR_DTYPES)}")
         dtype = numpy_dtype(_DTYPE_OF_ENUM[number]).newbyteorder("<")
         return np.frombuffer(parts.get(_CONTENT, b""), dtype).reshape(shape)
     except (IndexError, KeyError, OverflowError, TypeError, ValueError) as e:

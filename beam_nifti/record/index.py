@@ -1,4 +1,4 @@
-"""The index: one row per record, saying where it lies and what it was made of.
+"""The index: one row per record, with its offset in the shard and what it was made of.
 
 The same table describes a part file while a build runs and a finished shard afterwards.
 Source: docs/format.md, "Index".
@@ -65,29 +65,29 @@ SOURCE_LISTS: Final = ("source_sizes", "source_mtimes", "source_versions")
 
 _SOURCE_SCHEMA: Final = pa.schema([field for field in SCHEMA if field.name.startswith("source_")])
 _SOURCE_SCHEMA_1: Final = pa.schema([("source_size", pa.int64()), ("source_mtime", pa.float64())])
-"""What stands in their place in format version 1 and in what was converted from it: the sum of all sizes, and
-the mean of the images' times, that of a pair being the mean of its two."""
+"""Columns that format version 1, and what was converted from it, have instead: the sum of all sizes, and the
+mean time of the images. The time of a pair is the mean of its two files."""
 
 _MEMBERS_SCHEMA: Final = pa.schema([("member_lengths", pa.list_(pa.uint32()))])
-"""Columns that stand between them where records are cut; each record's members, which make up its length."""
+"""Column that follows if records are cut: the bytes of each member, which add up to the record's length."""
 
 _SCALING_SCHEMA: Final = pa.schema([("scl_slope", pa.float64()), ("scl_inter", pa.float64())])
-"""Likewise, where voxels are native too; empty where the header does not scale."""
+"""Columns that follow if voxels are native too; empty if the header does not scale."""
 
 _RANGE_SCHEMA: Final = pa.schema([("rescale_low", pa.float64()), ("rescale_high", pa.float64())])
-"""Columns that stand between them where records have the features of these names."""
+"""Columns that follow if records have the features of these names."""
 
 _MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
-"""Likewise where records have a mask."""
+"""Column that follows if records have a mask."""
 
 _POSITIONS_SCHEMA: Final = pa.schema([("mask_positions", pa.list_(pa.int32()))])
-"""Likewise, unless an earlier version built the dataset."""
+"""Column that follows if records have a mask, unless an earlier version built the dataset."""
 
 _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
-"""Likewise where each frame of an image became a record."""
+"""Column that follows if each frame of an image became a record."""
 
 _OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names])
-"""Columns that are lists, a number an image, where a record has several images."""
+"""Columns that are lists, one number per image, if a record has several images."""
 
 OWN_NAMES: Final = frozenset(
     name
@@ -102,7 +102,7 @@ _PLACES: Final = ("example_id", "position", "offset", "length", *_MEMBERS_SCHEMA
 """Columns by which a record is found and read."""
 
 _GROUP_ROWS: Final = 1 << 14
-"""Rows that can be read without the others: a work unit's, at most (5 MB)."""
+"""Rows of a group, which is read without the others: at most a work unit's (5 MB)."""
 
 
 _FREE_BYTES: Final = 64 << 20
@@ -110,28 +110,28 @@ _FREE_ROWS: Final = 1000
 _ROW_BYTES: Final = 64 << 10
 _FILE_GROWTH: Final = 256
 _DATA_GROWTH: Final = 16
-"""What an index may take: its file so much and so much a row; in memory so much, and so many times the bytes
-of its file and of its records; and beyond some rows a byte of its file for each."""
+"""Limits of an index: bytes of its file, in all and per row; bytes in memory, in all and as multiples of the
+bytes of its file and of its records; and rows beyond which each must have a byte of its file."""
 
 _MOST_FILE_BYTES: Final = 1 << 29
 _MOST_BYTES: Final = 1 << 31
-"""What it may take at most, of several million records, as a file that is mostly a hole has any size; and all
-indexes of a dataset, besides what their own files allow."""
+"""Limits for any number of records, as a sparse file may claim any size. All indexes of a dataset share them,
+besides what their own files allow."""
 
 _DEEPEST: Final = 4
-"""Levels of its schema: of a list the column, what repeats, and the value, below the root."""
+"""Levels of its schema. A list has three below the root: the column, the repeated group, and the value."""
 
 _MOST_FOOTER_VALUES: Final = 1 << 20
-"""Of its footer, which has some 20 for each column of a group of rows."""
+"""Values in its footer, which has about 20 for each column of a group of rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds an index that anybody may have written.
+    """Limits of an index that anybody may have written.
 
     Attributes:
-        num_rows: that it has at most.
-        data_bytes: size of the file that it describes; 0 where that is not there.
+        num_rows: the most rows that it may have.
+        data_bytes: size of the file that it describes; 0 if there is no such file.
         num_indexes: number of indexes of its dataset: readers hold all, so each has a part of the memory.
     """
 
@@ -141,11 +141,11 @@ class Limits:
 
     @classmethod
     def of_data(cls, path: str, below: str) -> Limits:
-        """Those of the index of a file of records.
+        """The limits of the index of a file of records.
 
         Args:
-            path: of the file.
-            below: as of `storage.create`.
+            path: path of the file.
+            below: same as for `storage.create`.
 
         Raises:
             FileNotFoundError: the file is not there.
@@ -155,10 +155,10 @@ class Limits:
         return cls(size // LEAST_RECORD_BYTES, size)
 
     def require_rows(self, metadata: pq.FileMetaData, file_bytes: int) -> None:
-        """Refuse an index of so many bytes that has more rows than it can have.
+        """Refuse an index that has more rows than an index of so many bytes can have.
 
         Raises:
-            ShardError: it has.
+            ShardError: it has more.
         """
         groups = map(metadata.row_group, range(metadata.num_row_groups))
         num_rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
@@ -166,7 +166,7 @@ class Limits:
             raise ShardError(f"has {num_rows:,} rows, but can have {self.num_rows:,}")
 
     def most_bytes(self, file_bytes: int) -> int:
-        """That the values of an index of so many bytes may take in memory."""
+        """The most bytes of memory that the values of an index of so many bytes may take."""
         of_data = min(
             _FREE_BYTES // self.num_indexes + _DATA_GROWTH * self.data_bytes, _MOST_BYTES // self.num_indexes
         )
@@ -175,20 +175,20 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """What the index says of one record, but for its place in the file.
+    """The index's row for one record, without its offset in the file.
 
     Attributes:
-        row: its row of the manifest.
-        source: the files that it was made of.
+        row: the record's row of the manifest.
+        source: the files that the record was made of.
         shape: (X, Y, Z) or (X, Y, Z, T).
-        dtype: of the voxels on disk, as `Volume.dtype`.
+        dtype: dtype of the voxels on disk, as `Volume.dtype`.
         zooms: voxel size along each axis.
         affine: 16 numbers, row by row.
-        intensities: of each image, in its units.
-        rescale_ranges: what became 0 and 1 of each image, in its units; none where the ranges say it.
-        mask_labels: the labels that its mask has, ascending; None where there are no masks.
-        mask_positions: where some voxels of each are, as `positions_of`; None where there are no masks.
-        scaling: from its voxels as they are stored to its units, where they are native.
+        intensities: statistics of each image, in its units.
+        rescale_ranges: intensities of each image that became 0 and 1; empty if they are its range.
+        mask_labels: labels of the mask, ascending; None if there are no masks.
+        mask_positions: some voxels of each label, as `positions_of` gives them; None if there are no masks.
+        scaling: scaling of native voxels to the image's units.
     """
 
     row: VolumeRow
@@ -224,7 +224,7 @@ class IndexEntry:
 def file_cells(
     images: Sequence[Sequence[storage.Stat]], record: RecordConfig, version_key: str
 ) -> dict[str, object]:
-    """The part of an index row by which a change of one of its files is noticed."""
+    """The part of an index row that shows whether one of the record's files has changed."""
     files = list(itertools.chain.from_iterable(images))
     sizes = [file.size for file in files]
     if not record.has_sources:
@@ -236,7 +236,7 @@ def file_cells(
 
 
 def extra_column(name: str) -> str:
-    """Under which name the index keeps an extra column of the manifest."""
+    """The name of an extra column of the manifest in the index."""
     taken = name in OWN_NAMES or name.startswith("manifest_")
     return f"manifest_{name}" if taken else name
 
@@ -264,8 +264,8 @@ def make_table(
     """The index of some records.
 
     Args:
-        entries: entry, offset and lengths of its members in bytes, in the order of the file.
-        record: their configuration.
+        entries: entry, offset and bytes of each member of each record, in the order of the file.
+        record: configuration of the records.
         extra_columns: names of the manifest's extra columns.
     """
     rows = [
@@ -279,11 +279,11 @@ def make_table(
 def entry_cells(
     entry: IndexEntry, record: RecordConfig, extra_columns: Sequence[str] = ()
 ) -> dict[str, object]:
-    """The row of an index, but for its place in the file.
+    """The row of an index, without the offset in the file.
 
     Args:
-        entry: of the record.
-        record: its configuration.
+        entry: entry of the record.
+        record: configuration of the record.
         extra_columns: names of the manifest's extra columns.
     """
     row = entry.row
@@ -305,29 +305,29 @@ def entry_cells(
 
 
 def scaling_cells(scaling: Scaling) -> dict[str, object]:
-    """The part of an index row that says how a header scales native voxels."""
+    """The part of an index row with the scaling that a header gives native voxels."""
     is_none = scaling.is_identity
     return {f"scl_{name}": None if is_none else getattr(scaling, name) for name in ("slope", "inter")}
 
 
 def _of_images(numbers: Sequence[Mapping[str, float]], record: RecordConfig) -> Mapping[str, object]:
-    """The cells of what is known of each image."""
+    """The cells for the numbers of each image."""
     if record.channels is None:
         return next(iter(numbers), {})
     return {name: [of_image[name] for of_image in numbers] for name in next(iter(numbers), {})}
 
 
 def scaling_in(cells: Mapping[str, Any]) -> Scaling:
-    """The scaling that a row of an index says; none where it says none.
+    """The scaling in a row of an index; `NO_SCALING` if it has none.
 
     Raises:
-        ShardError: it says only half of one.
+        ShardError: only slope or intercept is given.
     """
     slope, inter = cells.get("scl_slope"), cells.get("scl_inter")
     if slope is None and inter is None:
         return NO_SCALING
     if slope is None or inter is None:
-        raise ShardError(f"the index says a scaling by {slope} and {inter}; both must be there, or none")
+        raise ShardError(f"the index has a scaling by {slope} and {inter}; both must be there, or none")
     return Scaling(slope, inter)
 
 
@@ -348,7 +348,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
 
 
 def comparable_sources(table: pa.Table) -> pa.Table:
-    """The index with what it says of an example's files in every format: the sum of their sizes."""
+    """The index with what all format versions store about an example's files: the sum of their sizes."""
     sizes = "source_sizes" if "source_sizes" in table.column_names else "source_size"
     sums = [np.sum(cell) for cell in table[sizes].to_pylist()]
     of_files = {*_SOURCE_SCHEMA.names, *_SOURCE_SCHEMA_1.names}
@@ -365,10 +365,10 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str], below: str | 
     """Write an index, whole or not at all.
 
     Args:
-        path: where to.
-        table: as `make_table` gives it.
+        path: path to write to.
+        table: result of `make_table`.
         facts: about the file that it describes; kept in the Parquet file's metadata.
-        below: as of `storage.create`.
+        below: same as for `storage.create`.
     """
     sink = io.BytesIO()
     schema = table.schema.with_metadata(facts)
@@ -390,15 +390,15 @@ def read_index(
     """An index and the facts about the file that it describes.
 
     Args:
-        path: of the index.
-        positions: in whose neighbourhood the records are wanted, with some others; None means all.
-        columns: to read, of those that it has; None means all.
-        limits: of what is read; None where this process wrote it.
-        below: as of `storage.create`.
+        path: path of the index.
+        positions: positions of the records that are needed; the result may have others too. None means all.
+        columns: names of the columns to read, if the index has them; None means all.
+        limits: limits of the index; None if this process wrote it.
+        below: same as for `storage.create`.
 
     Raises:
-        FileNotFoundError: there is none.
-        ShardError: the file is no index, or beyond its limits.
+        FileNotFoundError: there is no such file.
+        ShardError: the file is not an index, or exceeds its limits.
     """
     return parse_index(read_bytes(path, limits, below), path, positions, columns, limits)
 
@@ -426,10 +426,10 @@ def parse_index(
 
     Args:
         data: the bytes.
-        path: where they were read from.
-        positions: as `read_index`.
-        columns: as `read_index`.
-        limits: as `read_index`.
+        path: path that they were read from.
+        positions: same as for `read_index`.
+        columns: same as for `read_index`.
+        limits: same as for `read_index`.
         known: types of the columns that it may have; None takes any.
     """
     try:
@@ -444,7 +444,7 @@ def parse_index(
         if limits is not None:
             table = read_bounded(data, limits.most_bytes(len(data)), groups, columns)
         else:
-            # By itself, as `read_table` starts threads, which can bring a short process down at its end.
+            # Not `read_table`, which starts threads that can crash a short process at its end.
             table = file.read_row_groups(groups, columns=columns, use_threads=False)
         facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     except (pa.ArrowException, ShardError, OSError, ValueError) as e:
@@ -469,11 +469,11 @@ def check_table(
     """Find what makes an index unusable.
 
     Args:
-        table: of columns of the types of `schema_of`.
-        columns: names of those that it must have.
+        table: table whose columns have the types of `schema_of`.
+        columns: names of the columns that it must have.
         record: configuration of the records.
-        is_sparse: whether cells may be empty but for those by which records are found, as where no manifest
-            says what is in them.
+        is_sparse: whether cells may be empty, except those that locate records, as in a dataset without a
+            manifest.
     """
     try:
         table.validate(full=True)  # Parquet's text is not checked when it is read
@@ -489,7 +489,7 @@ def check_table(
 
 
 def check_members(table: pa.Table) -> Iterator[str]:
-    """Find records whose members do not make up their length, in an index that is sound by `check_table`."""
+    """Find records whose members do not make up their length, in an index that `check_table` accepts."""
     if table.num_rows and {"length", "member_lengths"} <= set(table.column_names):
         column = table["member_lengths"]
         counts = pc.list_value_length(column).to_numpy()
@@ -499,7 +499,7 @@ def check_members(table: pa.Table) -> Iterator[str]:
         if wrong.size:
             at = int(wrong[0])
             name, length = record_name(at, table), table["length"][at]
-            yield f"the members of {name} have {sums[at]} bytes, and it has {length}"
+            yield f"the members of {name} have {sums[at]} bytes, but it has {length}"
 
 
 def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack: bool) -> Iterator[str]:
@@ -526,7 +526,7 @@ def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack:
 
 
 def _expected_counts(name: str, counts: npt.NDArray[np.int64], record: RecordConfig) -> npt.NDArray[np.int64]:
-    """How many values the cells of a column of lists must have: the nearest to what they do have."""
+    """How many values each cell of a column of lists must have: the allowed number nearest to the actual."""
     least = record.num_channels + (record.mask_dtype is not None)  # each may be a pair
     bounds = {
         **dict.fromkeys(SOURCE_LISTS, (least, 2 * least)),
@@ -543,7 +543,7 @@ def _expected_counts(name: str, counts: npt.NDArray[np.int64], record: RecordCon
 
 
 def record_name(ordinal: int, table: pa.Table) -> str:
-    """How problems call a row of an index."""
+    """The name of a row of an index in problems."""
     has_id = "example_id" in table.column_names
     return f"record {ordinal}" + (f" ({table['example_id'][ordinal].as_py()})" if has_id else "")
 

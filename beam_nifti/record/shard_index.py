@@ -1,4 +1,4 @@
-"""The indexes of a dataset that anybody may have written, read and found sound."""
+"""Reads the indexes of a dataset that anybody may have written, and checks that they are sound."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from beam_nifti.volume.rescale import numpy_dtype
 
 @functools.lru_cache(maxsize=8)
 def known_columns(record: RecordConfig, columns: tuple[str, ...]) -> Mapping[str, pa.DataType]:
-    """Types of the columns that an index may have; `columns` are all of the manifest's."""
+    """Types of the columns that an index may have; `columns` are all columns of the manifest."""
     return {field.name: field.type for field in schema_of(record, columns)}
 
 
@@ -43,12 +43,12 @@ def read_shard_index(
 
     Args:
         output: the dataset's folder, local or a URL.
-        info: of the dataset.
-        shard: of it.
-        columns: to read, of those that it has; None means all.
+        info: info of the dataset.
+        shard: a shard of the dataset.
+        columns: names of the columns to read, if the index has them; None means all.
 
     Raises:
-        DatasetError: there is none, it is not the index of the shard, or it cannot be reached.
+        DatasetError: the index is missing, is not that of the shard, or cannot be reached.
     """
     path = storage.join(output, shard.index)
     try:
@@ -59,8 +59,8 @@ def read_shard_index(
         raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
     except (ShardError, OSError) as e:
         raise unreadable(f"{path}:", e) from e
-    is_said = hashlib.sha256(data).hexdigest() == shard.index_sha256
-    if not is_said or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
+    is_same = hashlib.sha256(data).hexdigest() == shard.index_sha256
+    if not is_same or facts.get("sha256") != shard.sha256 or table.num_rows != shard.num_examples:
         raise DatasetError(f"{path}: is not the index of {shard.name}; run beam-nifti verify")
     checks = (_find_outside(table, shard), _find_others(table, info), _find_impossible(table, info))
     for problem in itertools.chain(*checks, check_members(table)):
@@ -71,12 +71,12 @@ def read_shard_index(
 def read_sound_index(
     path: str, info: DatasetInfo, limits: Limits, below: str, columns: Collection[str] | None = None
 ) -> tuple[pa.Table, dict[str, str]]:
-    """As `read_index`, of columns that records of a dataset have, in their types and numbers of values.
+    """As `read_index`, but only with columns, types and numbers of values that the dataset can have.
 
     Raises:
         OutputError: a name below `below` is a symbolic link.
-        FileNotFoundError: there is none.
-        ShardError: the file is no such index.
+        FileNotFoundError: there is no such file.
+        ShardError: the file is not such an index.
     """
     return _sound(read_bytes(path, limits, below), path, info, limits, columns)
 
@@ -95,7 +95,7 @@ def _sound(
 
 
 def limits_of(output: str, shard: ShardInfo, num_shards: int) -> Limits:
-    """Those of the index of a published shard, one of so many, whose file need not be there."""
+    """The limits of the index of a published shard, one of so many, whose file may be missing."""
     size = 0
     if not storage.is_remote(output):  # in a store this would be a request
         with contextlib.suppress(OSError):
@@ -112,16 +112,16 @@ def _find_outside(table: pa.Table, shard: ShardInfo) -> Iterator[str]:
         if wrong.size:
             at = int(wrong[0])
             where = f"{lengths[at]} bytes at offset {offsets[at]}"
-            yield f"{record_name(at, table)} is said to take {where}, which are not in {shard.name}"
+            yield f"{record_name(at, table)} has {where}, which are not in {shard.name}"
 
 
 def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
-    """Find records of another shape than the one that all have."""
+    """Find records whose shape is not that of the dataset."""
     if info.shape is not None and "shape" in table.column_names:
         counts = pc.list_value_length(table["shape"]).to_numpy()
         shapes = pc.list_flatten(table["shape"]).to_numpy()
         if (counts != len(info.shape)).any() or (shapes.reshape(-1, len(info.shape)) != info.shape).any():
-            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} says"
+            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} gives"
 
 
 def _find_impossible(table: pa.Table, info: DatasetInfo) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Shards and the order of rows: integers and names only."""
+"""Shards and the order of rows. Only integers and names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final
 from beam_nifti.config import SPLIT_PATTERN, Sharding
 
 INDEX_FOLDER: Final = "index"
-"""Folder, in the dataset, of the indexes."""
+"""Folder of the indexes, in the dataset."""
 
 _NAME = re.compile(
     rf"(?P<split>{SPLIT_PATTERN.pattern})-(?P<index>[0-9]{{5,9}})-of-(?P<total>[0-9]{{5,9}})"
@@ -25,9 +25,9 @@ class ShardName:
     """A shard's file name, formatted and parsed in one place.
 
     Attributes:
-        split: such as "train".
+        split: name of the split, such as "train".
         index: 0-based number of the shard in its split.
-        total: shards in the split.
+        total: number of shards in the split.
         compressed: whether the file ends in `.gz`.
         revision: revision of the dataset for which the file was written; 0 for a first build.
 
@@ -59,12 +59,12 @@ class ShardName:
         return f"{INDEX_FOLDER}/{self.stem}.parquet"
 
     def is_same_place(self, other: ShardName) -> bool:
-        """Whether both are the same shard of the same split, but perhaps of another revision."""
+        """Whether both are the same shard of the same split, in any revision."""
         return replace(self, revision=0) == replace(other, revision=0)
 
     @classmethod
     def parse(cls, name: str) -> ShardName | None:
-        """The shard that a file name stands for; None where it is no shard's name."""
+        """The shard that a file name names; None if it is not the name of a shard."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -96,8 +96,8 @@ def _images_per_shard(examples_per_shard: int, num_frames: int) -> int:
 def shard_ranges(num_rows: int, sharding: Sharding, num_frames: int = 1) -> list[range]:
     """Cut the positions of the examples of a split into consecutive shards, none empty.
 
-    The frames of an image stay together: a shard holds as many images as have no more examples than it
-    should have, and at least one.
+    The frames of an image stay together: a shard has as many images as fit into its number of examples, and
+    at least one.
 
     >>> shard_ranges(7, Sharding(examples_per_shard=3))
     [range(0, 3), range(3, 6), range(6, 7)]
@@ -120,9 +120,9 @@ class Layout:
     """How the rows of a dataset are cut into shards.
 
     Attributes:
-        split_sizes: rows of each split.
-        sharding: how each is cut.
-        num_frames: records of a row.
+        split_sizes: number of rows of each split.
+        sharding: how each split is cut.
+        num_frames: number of records per row.
     """
 
     split_sizes: Mapping[str, int]
@@ -130,21 +130,21 @@ class Layout:
     num_frames: int = 1
 
     def ranges(self, split: str) -> list[range]:
-        """Positions of the records of each shard of a split; none where it has no such split."""
+        """Positions of the records of each shard of a split; empty if there is no such split."""
         size = self.split_sizes.get(split, 0)
         return shard_ranges(size, self.sharding, self.num_frames) if size else []
 
     def names(self, split: str, *, compressed: bool, revision: int) -> list[ShardName]:
         """Names of the shards of a split that a build of a revision writes.
 
-        A name that was published once never has other bytes, as each revision has names of its own.
+        The bytes of a published name never change, because each revision has its own names.
         """
         total, suffix = len(self.ranges(split)), revision if revision > 1 else 0
         return [ShardName(split, index, total, compressed, suffix) for index in range(total)]
 
 
 def overlapping(ranges: Sequence[range], positions: range) -> range:
-    """Which of some consecutive ranges have a position in common with another one.
+    """Find which of some consecutive ranges share a position with another range.
 
     >>> overlapping([range(0, 4), range(4, 8), range(8, 9)], range(3, 8))
     range(0, 2)
@@ -159,10 +159,10 @@ def order_rows(ids: Sequence[str], seed: int | None) -> list[int]:
     Args:
         ids: example ids, unique, in the manifest's order.
         seed: None keeps that order; a number orders by a keyed hash of the ids, which is the same on
-            every machine and does not depend on where a row stands in the manifest.
+            every machine and does not depend on the order of the manifest.
 
     Returns:
-        Indices into `ids`, one a position.
+        Indices into `ids`, one per position.
     """
     if seed is None:
         return list(range(len(ids)))

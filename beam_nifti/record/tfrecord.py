@@ -1,8 +1,8 @@
 """TFRecord framing, CRCs and gzip members, without TensorFlow.
 
 A record is `length (uint64) | masked CRC32C of the length | payload | masked CRC32C of the payload`,
-all little-endian; a compressed shard is a chain of gzip members, one or several a record. Where a record has
-several, each says its own length in its header. Source: docs/format.md, "Shards".
+all little-endian; a compressed shard is a chain of gzip members, one or several per record. If a record has
+several, the header of each gives its length. Source: docs/format.md, "Shards".
 """
 
 from __future__ import annotations
@@ -33,39 +33,40 @@ _MASK_DELTA: Final = 0xA282EAD8
 HEADER_BYTES: Final = 12
 FOOTER_BYTES: Final = 4
 EMPTY_MEMBER: Final = gzip.compress(b"", mtime=0)
-"""A gzip member of nothing: the file of a compressed shard without records."""
+"""An empty gzip member: the file of a compressed shard without records."""
 
 TILE_BYTES: Final = 72 << 10
-"""About what a member of voxels holds. Measured in docs/adr/0022-members.md."""
+"""Bytes that a member of voxels holds, approximately. Measured in docs/adr/0022-members.md."""
 
 _MEMBER_HEAD: Final = struct.Struct("<10sH2sHI")
 _MEMBER_START: Final = _MEMBER_HEAD.pack(b"\x1f\x8b\x08\x04" + bytes(5) + b"\xff", 8, b"BN", 4, 0)[:-4]
-"""How each of several members begins, before its length: RFC 1952 with one extra field, and no time."""
+"""The beginning of each of several members, before its length: RFC 1952 with one extra field, and no time."""
 
 _GZIP_HEAD_BYTES: Final = 10
-"""Of a member's header without an extra field, as igzip writes it."""
+"""Bytes of a member's header without an extra field, as igzip writes it."""
 
 _MOST_PAYLOAD: Final = 1 << 31
-"""Where nothing better is known: more than any Example has."""
+"""The limit if no better one is known: more than any Example has."""
 
 _LENGTH_BYTES: Final = 8
 _WRONG_BOUNDS: Final = "gzip member is truncated, or its bounds are wrong"
 
 _FREE_MEMBERS: Final = 16
-"""Members that a record may have whatever it holds; beyond, two for each TILE_BYTES."""
+"""Members that any record may have, besides two for each TILE_BYTES."""
 
 _FREE_STORED_BYTES: Final = 64 << 10
 _STORED_RATIO: Final = 2
-"""What a record may take in its file: so much, and so many times its payload. No compression adds as much."""
+"""Bytes that a record may take in its file: a constant, and a multiple of its payload. No compression adds
+as much."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRecord:
-    """A record as it is to be written.
+    """A record, encoded to be written.
 
     Attributes:
-        pieces: its bytes, to be written one after the other.
-        lengths: bytes of each of its members; of an uncompressed record, of what lies between its cuts.
+        pieces: bytes of the record, to be written one after the other.
+        lengths: bytes of each member; in an uncompressed record, bytes between the cuts.
     """
 
     pieces: tuple[bytes | memoryview, ...]
@@ -87,10 +88,10 @@ def is_record_header(head: bytes) -> bool:
 
 
 def payload_of(framed: memoryview) -> memoryview:
-    """The payload of a record that may lack bytes of it: only its length is checked.
+    """The payload of a record, some of whose bytes may not have been read: only its length is checked.
 
     Raises:
-        ShardError: the length is damaged, or is another one.
+        ShardError: the length is damaged, or does not match.
     """
     size = len(framed) - HEADER_BYTES - FOOTER_BYTES
     head = bytes(framed[:HEADER_BYTES])
@@ -100,15 +101,15 @@ def payload_of(framed: memoryview) -> memoryview:
 
 
 def encode_members(payload: Sequence[Bytes], level: int | None, cuts: Sequence[int] = ()) -> EncodedRecord:
-    """One framed record, as one gzip member or as several.
+    """Frame a record, and compress it to one or several gzip members.
 
     Args:
         payload: a serialized Example, in any number of pieces.
         level: igzip level 0 to 3; None for an uncompressed shard, whose payload is not copied.
-        cuts: offsets in the payload at which a member begins, ascending; none for a single member.
+        cuts: offsets in the payload at which members begin, ascending; empty for a single member.
 
     Returns:
-        The record; equal for equal arguments, however the payload is divided.
+        The record. Equal arguments give equal bytes, however the payload is divided.
     """
     size = sum(map(len, payload))
     length = _LENGTH.pack(size)
@@ -151,9 +152,9 @@ def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> b
     """The payload of one record, after checking its gzip checksum and both CRCs.
 
     Args:
-        data: the record's bytes, exactly, as an index locates them.
+        data: exactly the record's bytes, as an index locates them.
         compressed: whether they are gzip members.
-        most: bytes that the payload has at most.
+        most: the most bytes that the payload may have.
 
     Raises:
         ShardError: the bytes are truncated, damaged, or hold more than one record.
@@ -162,29 +163,29 @@ def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> b
 
 
 def require_stored_size(size: int, most: int) -> None:
-    """Refuse a record that takes more bytes in its file than its payload can need, before they are read.
+    """Refuse to read a record that takes more bytes in its file than its payload can need.
 
     Args:
-        size: as the index has it.
-        most: bytes that the payload has at most.
+        size: bytes of the record in the file, according to the index.
+        most: the most bytes that the payload may have.
 
     Raises:
         ShardError: it takes more.
     """
     if size > (bound := _FREE_STORED_BYTES + _STORED_RATIO * most):
-        raise ShardError(f"is said to take {size:,} bytes, but can take at most {bound:,}")
+        raise ShardError(f"has {size:,} bytes according to the index, but can have at most {bound:,}")
 
 
 def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD) -> memoryview:
     """As `decode_record`, without a copy.
 
     Args:
-        data: the record's bytes, exactly, as an index locates them.
+        data: exactly the record's bytes, as an index locates them.
         compressed: whether they are gzip members.
-        most: as `decode_record`.
+        most: same as for `decode_record`.
 
     Returns:
-        A part of `data`; where that is compressed, of memory of its own, which may be written to.
+        A part of `data`; if that is compressed, memory of its own, which may be written to.
 
     Raises:
         ShardError: as `decode_record`.
@@ -197,7 +198,7 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
         raise ShardError("the CRC of the record's length does not match")
     size, held = _LENGTH.unpack_from(data)[0], len(data) - HEADER_BYTES - FOOTER_BYTES
     if held != size:
-        raise ShardError(f"record says {size} bytes, but holds {held}")
+        raise ShardError(f"record gives its size as {size} bytes, but holds {held}")
     payload = data[HEADER_BYTES:-FOOTER_BYTES]
     if _masked_crc(payload) != data[-FOOTER_BYTES:]:
         raise ShardError("the CRC of the record's payload does not match")
@@ -205,9 +206,9 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
 
 
 def _inflate(data: memoryview, most: int) -> memoryview:
-    """What the gzip members of a record hold."""
+    """The content of the gzip members of a record."""
     members = _members(data, most)
-    sizes = [_said_size(member) for member in members]
+    sizes = [_stated_size(member) for member in members]
     if (total := sum(sizes)) > most:
         raise ShardError(f"the record's gzip holds {total:,} bytes, but the record has at most {most:,}")
     if len(members) == 1:
@@ -223,8 +224,8 @@ def member_lengths(data: memoryview, most: int = _MOST_PAYLOAD) -> list[int]:
     """Bytes of each gzip member of a record.
 
     Args:
-        data: the record's bytes, exactly.
-        most: bytes that it holds at most.
+        data: exactly the record's bytes.
+        most: the most bytes that the record may hold.
 
     Raises:
         ShardError: a member reaches beyond the record, or there are too many.
@@ -235,11 +236,11 @@ def member_lengths(data: memoryview, most: int = _MOST_PAYLOAD) -> list[int]:
     while at < len(data):
         head = data[at : at + _MEMBER_HEAD.size]
         if head[:start] != _MEMBER_START or len(head) < _MEMBER_HEAD.size:
-            raise ShardError(f"byte {at} of the record begins no gzip member")
+            raise ShardError(f"byte {at} of the record does not begin a gzip member")
         (length,) = _SIZE.unpack_from(head, start)
         if not _MEMBER_HEAD.size + _GZIP_FOOTER.size < length <= len(data) - at:
             raise ShardError(
-                f"the gzip member at byte {at} of the record says {length} bytes, which it cannot have"
+                f"the gzip member at byte {at} of the record cannot have the length {length} in its header"
             )
         lengths.append(length)
         at += length
@@ -254,12 +255,12 @@ def _members(data: memoryview, most: int) -> list[memoryview]:
 
 
 def member_sizes(data: memoryview) -> list[int]:
-    """Bytes that each gzip member of a record says it holds; as `member_lengths`."""
-    return list(map(_said_size, _members(data, _MOST_PAYLOAD)))
+    """Bytes that each gzip member of a record holds, by its footer; errors as of `member_lengths`."""
+    return list(map(_stated_size, _members(data, _MOST_PAYLOAD)))
 
 
-def _said_size(member: memoryview) -> int:
-    """Bytes that a member says it holds."""
+def _stated_size(member: memoryview) -> int:
+    """Bytes that a member holds, according to its footer."""
     if len(member) < _GZIP_FOOTER.size:
         raise ShardError(_WRONG_BOUNDS)
     size: int = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)[1]
@@ -269,41 +270,41 @@ def _said_size(member: memoryview) -> int:
 
 
 def inflate_one(member: memoryview, size: int | None = None, most: int = _MOST_PAYLOAD) -> bytearray:
-    """What one of several members of a record holds.
+    """The content of one of several members of a record.
 
     Args:
-        member: its bytes, exactly, as an index locates them.
-        size: bytes that it must hold; None takes what it says.
-        most: bytes that it holds at most.
+        member: exactly its bytes, as an index locates them.
+        size: bytes that it must hold; None for what its footer states.
+        most: the most bytes that it may hold.
 
     Raises:
-        ShardError: as `inflate_member`, or its header says another length.
+        ShardError: as `inflate_member`, or its header gives another length.
     """
     if bytes(member[: _MEMBER_HEAD.size]) != _MEMBER_START + _SIZE.pack(len(member)):
-        raise ShardError(f"no gzip member of {len(member)} bytes is where the index says")
-    holds = _said_size(member) if size is None else size
+        raise ShardError(f"no gzip member of {len(member)} bytes is at its offset in the index")
+    holds = _stated_size(member) if size is None else size
     if holds > most:
         raise ShardError(f"gzip member holds {holds:,} bytes, expected at most {most:,}")
     return inflate_member(member, holds)
 
 
 def inflate_member(member: memoryview, size: int) -> bytearray:
-    """What a gzip member holds: libdeflate needs three quarters of igzip's time, and all of it in memory.
+    """The content of a gzip member. libdeflate needs three quarters of igzip's time, and all of it in memory.
 
     Args:
-        member: its bytes, exactly.
+        member: exactly its bytes.
         size: bytes that it must hold.
 
     Raises:
-        ShardError: it is damaged, or holds another number of bytes.
+        ShardError: it is damaged, or does not hold that many bytes.
     """
-    if _said_size(member) != size:
+    if _stated_size(member) != size:
         raise ShardError(_WRONG_BOUNDS)
     try:
         content: bytearray = deflate.gzip_decompress(member, size)
     except deflate.DeflateError as e:
         raise ShardError(f"gzip member is damaged ({e})") from e
-    # What follows a member is passed over; but then this is not its own checksum.
+    # libdeflate ignores what follows a member; but then this is not the member's checksum.
     checksum = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)[0]
     if len(content) != size or isal_zlib.crc32(content) != checksum:
         raise ShardError(_WRONG_BOUNDS)

@@ -1,8 +1,8 @@
 """How a record is cut so that a patch of its voxels can be read without the rest.
 
-A compressed record has a gzip member for what stands before its voxels, one for each tile of them, one for
-what follows, and likewise for its mask. A tile is some planes along x, or some rows along y of one. The
-voxels of an uncompressed record are one tile. Source: docs/format.md, "Members".
+A compressed record has one gzip member for what precedes its voxels, one for each tile of them, and one for
+what follows; its mask is cut in the same way. A tile is some planes along x, or some rows along y of one
+plane. The voxels of an uncompressed record are one tile. Source: docs/format.md, "Members".
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Tiles:
     """The tiles of a tensor, in C order.
 
     Attributes:
-        shape: of the tensor, (X, Y, Z) or (X, Y, Z, C).
+        shape: shape of the tensor, (X, Y, Z) or (X, Y, Z, C).
         itemsize: bytes of a voxel.
-        planes: of a tile along x, at most.
-        rows: of a tile along y, at most; all of them unless `planes` is 1.
+        planes: the most planes of a tile along x.
+        rows: the most rows of a tile along y; all of them unless `planes` is 1.
     """
 
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Tiles:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], itemsize: int, *, compressed: bool) -> Tiles | None:
-        """The tiles of a tensor; None where it is too small to be cut.
+        """The tiles of a tensor; None if it is too small to be cut.
 
         >>> Tiles.of((91, 109, 91), 4, compressed=True)
         Tiles(shape=(91, 109, 91), itemsize=4, planes=2, rows=109)
@@ -81,7 +81,7 @@ class Tiles:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the voxels of one x and y."""
+        """Bytes of the voxels at one x and y."""
         return math.prod(self.shape[2:]) * self.itemsize
 
     def sizes(self) -> list[int]:
@@ -100,7 +100,7 @@ def _divide(number: int, by: int) -> int:
 
 
 def encode_record(example: bytes | ExamplePieces, level: int | None, *, whole: bool = False) -> EncodedRecord:
-    """A record, cut so that patches can be read.
+    """Frame a record, cut so that patches can be read.
 
     Args:
         example: a serialized Example with an `image_raw`.
@@ -112,14 +112,14 @@ def encode_record(example: bytes | ExamplePieces, level: int | None, *, whole: b
 
 
 def find_cuts(example: bytes | ExamplePieces, compressed: bool) -> list[int]:
-    """Where a record is cut.
+    """Find where to cut a record.
 
     Args:
         example: a serialized Example with an `image_raw`.
         compressed: whether it is compressed.
 
     Returns:
-        Offsets in the payload, ascending; none where it stays whole: it is small, or its mask stands before
+        Offsets in the payload, ascending; empty if the record is too small to be cut, or if its mask precedes
         its image.
     """
     cuts = list[int]()
@@ -142,13 +142,13 @@ def _tensors_in(payload: bytes) -> Iterator[tuple[int, tuple[int, ...], int]]:
 
 
 def check_cuts(record: bytes, payload: bytes, lengths: Sequence[int], compressed: bool) -> Iterator[str]:
-    """Find what is wrong with the members of a record that is sound otherwise.
+    """Find what is wrong with the members of a record that is otherwise sound.
 
     Args:
-        record: its bytes in the shard.
-        payload: the Example that it holds.
-        lengths: of its members, as the index has them.
-        compressed: whether it is compressed.
+        record: bytes of the record in the shard.
+        payload: the Example that the record holds.
+        lengths: bytes of each member, according to the index.
+        compressed: whether the record is compressed.
     """
     ends = [HEADER_BYTES + cut for cut in find_cuts(payload, compressed)]
     bounds = [0, *ends, HEADER_BYTES + len(payload) + FOOTER_BYTES]
@@ -158,7 +158,7 @@ def check_cuts(record: bytes, payload: bytes, lengths: Sequence[int], compressed
         view = memoryview(record)
         found, held = member_lengths(view), member_sizes(view)
     if found != list(lengths):
-        yield f"its members have {_show(found)} bytes, the index says {_show(lengths)}"
+        yield f"its members have {_show(found)} bytes, but the index has {_show(lengths)}"
     elif held != expected:
         yield f"its members hold {_show(held)} bytes, expected {_show(expected)}"
 
@@ -172,17 +172,17 @@ def _show(numbers: Sequence[int]) -> str:
 def tiles_of(
     shape: tuple[int, ...], dtype: str, mask_dtype: str | None, *, compressed: bool
 ) -> tuple[dict[str, tuple[int, Tiles]], int]:
-    """Which members of a record that is cut hold its voxels.
+    """Find which members of a record hold its voxels.
 
     Args:
-        shape: of the voxels.
-        dtype: of the voxels as they are stored.
-        mask_dtype: of the mask; None where there is none.
+        shape: shape of the voxels.
+        dtype: dtype of the stored voxels.
+        mask_dtype: dtype of the mask; None if there is none.
         compressed: whether the record is compressed.
 
     Returns:
-        By feature, the number of its first tile among the members and its tiles, of those that are cut; and
-        how many members the record has.
+        For each feature that is cut, the number of its first member and its tiles; and how many members the
+        record has.
     """
     found, number = dict[str, tuple[int, Tiles]](), 1
     for name, axes, kind in zip(_TENSORS, (shape, shape[:3]), (dtype, mask_dtype), strict=True):

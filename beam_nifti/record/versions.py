@@ -1,4 +1,4 @@
-"""Which software wrote records: its versions, as indexes keep them."""
+"""Versions of the software that wrote records, as indexes store them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ VERSIONS_FACT: Final = "versions"
 """Key of the versions in the metadata of an index."""
 
 _NO_RECORDS: Final = ("apache-beam",)
-"""Software that moves records and has no part in their bytes."""
+"""Software that moves records but does not affect their bytes."""
 
 Versions = Mapping[str, str]
 
 
 @functools.cache
 def installed_version(name: str) -> str:
-    """Of a distribution, in this process."""
+    """The version of a distribution, in this process."""
     return metadata.version(name)
 
 
@@ -38,11 +38,10 @@ def all_versions() -> dict[str, str]:
 
 
 def versions_fact(earlier: Iterable[Versions] = ()) -> dict[str, str]:
-    """What an index that this process writes says of versions.
+    """The versions that an index written by this process stores.
 
     Args:
-        earlier: of the software that made the records, where it was not this process; {} where that is not
-            known.
+        earlier: versions of the software that made records before this process; {} for unknown versions.
 
     Returns:
         VERSIONS_FACT with a JSON list of objects: each of `earlier` once, then this process's.
@@ -53,10 +52,10 @@ def versions_fact(earlier: Iterable[Versions] = ()) -> dict[str, str]:
 
 
 def versions_in(facts: Mapping[str, str]) -> list[dict[str, str]]:
-    """The versions that the metadata of an index names; [{}] where it was written before there were any.
+    """The versions in the metadata of an index; [{}] if it was written before versions were stored.
 
     Raises:
-        ShardError: it names them otherwise.
+        ShardError: they are not a list of versions.
     """
     try:
         found: list[dict[str, str]] = load_json(facts.get(VERSIONS_FACT, "[{}]"), is_modest=True)
@@ -64,12 +63,12 @@ def versions_in(facts: Mapping[str, str]) -> list[dict[str, str]]:
     except ValueError as e:
         raise ShardError(f"{VERSIONS_FACT} of an index: {e}") from e
     if not found:
-        raise ShardError(f"{VERSIONS_FACT} of an index are none")
+        raise ShardError(f"{VERSIONS_FACT} of an index are an empty list")
     return found
 
 
 def is_written_here(facts: Mapping[str, str]) -> bool:
-    """Whether software of this process's versions wrote an index and its file."""
+    """Whether an index and its file were written with the versions of this process."""
     return versions_in(facts)[-1] == record_versions()
 
 

@@ -1,4 +1,4 @@
-"""Finds volumes that differ from the others, robustly, and says in what."""
+"""Find volumes that differ from the others, by robust statistics, and in which measures they differ."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from beam_nifti.inspection.record_checks import RecordSpec
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import require_apart
-from beam_nifti.pipeline.progress import PROGRESS
+from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.reporting.appearance import look_at_record
 from beam_nifti.reporting.page import make_page
@@ -50,6 +50,7 @@ class LookAtShard(beam.DoFn):
 
     def __init__(self, output: str, spec: RecordSpec, folder: str) -> None:
         self._output, self._spec, self._folder = output, spec, folder
+        self._progress = current_progress()
 
     def setup(self) -> None:
         """Reuse the buffers of one record for the next."""
@@ -66,7 +67,7 @@ class LookAtShard(beam.DoFn):
     def _rows(self, records: ShardPass, problems: Problems, number: int) -> Iterator[dict[str, Any]]:
         while (record := records.take()) is not None:
             row = self._look_at(record, problems, number)
-            PROGRESS.add(volumes=1, num_bytes=len(record.data))
+            self._progress.add(volumes=1, num_bytes=len(record.data))
             if row is not None:
                 yield row
 

@@ -40,7 +40,7 @@ class Summary:
     """Summary of the records.
 
     Attributes:
-        rows: of every record, as `appearance.SCHEMA` without grid and picture, with its split.
+        rows: one row per record, as `appearance.SCHEMA` without grid and picture, with its split.
         measures: values of each measure by record.
         ranking: how unusual each record is.
         outliers: numbers of outliers, the most unusual first.

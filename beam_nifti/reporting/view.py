@@ -87,7 +87,7 @@ def _channel(volume: StoredVolume, channel: int | None) -> npt.NDArray[Any]:
     voxels = volume.voxels
     if voxels.ndim == 3:
         if channel is not None:
-            raise UsageError(f"record {volume.example_id!r} has no channels; leave --channel out")
+            raise UsageError(f"record {volume.example_id!r} has no channels; drop --channel")
         return voxels
     last = voxels.shape[3] - 1
     if channel is None or not 0 <= channel <= last:

@@ -39,7 +39,7 @@ _NEW_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_C
 
 
 def linked(path: str) -> OutputError:
-    """The error for a symbolic link where only a file or folder of the build may be."""
+    """The error for a symbolic link in place of a file or folder of the build."""
     return OutputError(
         f"{path}: is a symbolic link, which a build does not follow, because it writes only in OUTPUT; "
         "remove the link, and give --temp-location for temporary files on another disk"
@@ -56,7 +56,7 @@ def _open_folder(path: str, below: str | None, *, make: bool = False) -> Iterato
     base = path if below is None else below
     names = [] if below is None else path.removeprefix(below).strip("/").split("/")
     if not f"{path}/".startswith(f"{base.rstrip('/')}/") or ".." in names:
-        raise OutputError(f"{path}: is not in {base}; a build writes and deletes there alone")
+        raise OutputError(f"{path}: is not in {base}; a build writes and deletes only there")
     if make:
         os.makedirs(base or ".", exist_ok=True)
     descriptor = os.open(base or ".", _FOLDER)
@@ -157,7 +157,7 @@ def _locate(path: str, below: str | None) -> Iterator[tuple[str, int | None]]:
 
 
 def link(source: str, target: str, below: str | None = None, source_below: str | None = None) -> None:
-    """Give a file's content a second name, replacing what had it; a copy where links are not possible."""
+    """Give a file's content a second name, replacing an existing file; a copy if links are not possible."""
     with _locate(source, source_below) as (name, origin), _replacing(target, below) as (temporary, folder):
         try:
             os.link(name, temporary, src_dir_fd=origin, dst_dir_fd=folder, follow_symlinks=False)
@@ -229,7 +229,7 @@ def probe_folder(folder: str) -> None:
 
 
 def stat_file(path: str, below: str | None = None) -> os.stat_result:
-    """What the system says of a file."""
+    """The stat of a file."""
     with _locate(path, below) as (name, folder):
         return os.stat(name, dir_fd=folder, follow_symlinks=below is None)
 

@@ -10,7 +10,7 @@ from typing import Any
 from beam_nifti.storage.object_store import RangeStore, Stat
 
 _TIMES = ("last_modified", "mtime", "LastModified", "modified")
-"""What the packages call the time at which a file was written, of which fsspec says nothing."""
+"""Names of the modification time in the results of packages, which fsspec does not standardize."""
 
 _VERSIONS = ("etag", "ETag", "generation")  # names of the version of an object
 

@@ -138,7 +138,7 @@ def _stat(blob: Any, size: int) -> Stat:
 
 
 def _download(blob: Any, start: int, length: int, generation: int | None = None) -> bytes:
-    """Bytes of an object; fewer where it ends before."""
+    """Bytes of an object; fewer if it ends before."""
     from google.api_core.exceptions import RequestRangeNotSatisfiable
 
     try:
@@ -182,7 +182,7 @@ class _Reader(Reader):
         start = self._position - self._start
         piece = self._window[start : start + len(view)]
         if not piece:
-            raise ConnectionError(f"{self._position} bytes came, where the object has {self.size}")
+            raise ConnectionError(f"received only {self._position} of the {self.size} bytes of the object")
         view[: len(piece)] = piece
         return len(piece)
 
@@ -193,7 +193,7 @@ class _Reader(Reader):
             self._request(self.size - missing, missing)
             data += self._window
         if len(data) != self.size - self._position:
-            raise ConnectionError(f"{len(data)} bytes came, where {self.size - self._position} are left")
+            raise ConnectionError(f"received {len(data)} bytes, expected {self.size - self._position}")
         return data
 
 

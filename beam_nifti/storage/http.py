@@ -23,7 +23,7 @@ _MOST_REASON: Final = 1 << 20  # bytes of the text of an error
 _WEBHDFS_PORT: Final = 9870  # of a NameNode, if the URL has no port
 
 _DENIED: Final = frozenset(["AccessControlException", "AuthorizationException", "SecurityException"])
-"""What WebHDFS says of missing rights, with the status 403 that it gives to most errors."""
+"""Exceptions of WebHDFS for missing rights. It gives the status 403 to most errors."""
 
 
 def _is_no_http(error: BaseException) -> bool:
@@ -101,7 +101,7 @@ class Http(RangeStore):
             left -= len(piece)
             if left < 0:
                 raise io.UnsupportedOperation(
-                    f"the server sends more than the {most} bytes that it was asked for"
+                    f"the server sent more than the {most} bytes that were requested"
                 )
         return b"".join(pieces)
 
@@ -109,7 +109,7 @@ class Http(RangeStore):
         with self._ask("HEAD", path) as response:
             headers = response.headers
         if "Content-Length" not in headers:
-            raise io.UnsupportedOperation("the server does not say how long the file is")
+            raise io.UnsupportedOperation("the server does not give the size of the file")
         written = headers.get("Last-Modified")
         mtime = email.utils.parsedate_to_datetime(written).timestamp() if written else 0.0
         return Stat(int(headers["Content-Length"]), mtime, headers.get("ETag") or None)
@@ -125,7 +125,7 @@ class Http(RangeStore):
             return b""  # the file ends before the first of them
 
     def request_list(self, folder: str, *, deep: bool) -> list[tuple[str, bool]]:
-        raise io.UnsupportedOperation("a web server does not say which files it has")
+        raise io.UnsupportedOperation("a web server does not list its files")
 
 
 def _close_redirect(response: Any, *_: Any, **__: Any) -> None:
@@ -135,13 +135,13 @@ def _close_redirect(response: Any, *_: Any, **__: Any) -> None:
 
 
 def _require_range(status: int, headers: Mapping[str, str], start: int, length: int) -> None:
-    """Refuse the answer of a server that sends all of a file where a part was asked for."""
+    """Refuse the answer of a server that sends the whole file instead of a range."""
     sent = headers.get("Content-Range", "")
     is_whole = start == 0 and status == 200 and int(headers.get("Content-Length", length + 1)) <= length
     if not is_whole and (status != 206 or not sent.startswith(f"bytes {start}-")):
         raise io.UnsupportedOperation(
-            "the server sends the whole file where a part of it was asked for; have the files served by one "
-            "that knows range requests, such as nginx, Apache or Caddy"
+            "the server sent the whole file instead of the requested range; use a server that supports range "
+            "requests, such as nginx, Apache or Caddy"
         )
 
 
@@ -156,7 +156,7 @@ class WebHdfs(Http):
         try:
             name = json.loads(str(error))["RemoteException"]["exception"]
         except (ValueError, KeyError, TypeError):
-            return status, "of no WebHDFS: the URL's port must be that of the NameNode's web page"
+            return status, "not from WebHDFS: the URL's port must be that of the NameNode's web page"
         if name == "FileNotFoundException":
             return 404, "NotFound"
         return (None if status == 403 and name not in _DENIED else status), name

@@ -48,7 +48,7 @@ _TRANSIENT_CODES: Final = frozenset(
 _ABSENT_CODES: Final = frozenset(
     ["NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", "NotFound", "Not Found", "notFound"]
 )
-"""What the stores say where there is no object. Some say 404 of unknown users, too."""
+"""Codes of stores for a missing object. Some stores answer 404 for unknown users, too."""
 
 _CREDENTIALS_CODES: Final = frozenset(
     [
@@ -56,7 +56,7 @@ _CREDENTIALS_CODES: Final = frozenset(
         *("TokenRefreshRequired", "RequestTimeTooSkewed", "AccountProblem", "accountDisabled"),
     ]
 )
-"""What the stores say where it is not the object that is denied, but whoever asks."""
+"""Codes of stores that refuse the user, not access to the object."""
 
 _NOT_OF_PATHS: Final = frozenset([404, 407])  # unknown users, and proxies that require a password
 _NOT_ACCEPTED: Final = errno.EPROTO  # the client or its credentials are at fault, so a retry fails
@@ -65,11 +65,11 @@ PIECE_BYTES: Final = 16 << 20  # bytes to send at once; less is sent in one requ
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What tells a file from another one of the same path.
+    """What distinguishes a file from another one at the same path.
 
     Attributes:
         size: size in bytes.
-        mtime: time of modification, in seconds since 1970; 0 where the store does not say.
+        mtime: time of modification, in seconds since 1970; 0 if the store does not give it.
         version: the store's name for this content: an ETag, or a generation of Cloud Storage; None where it
             has none, as on the local disk.
     """
@@ -223,7 +223,7 @@ class Store(abc.ABC):
             PermissionError: HTTP 403, access to this path is denied.
             FileExistsError: HTTP 412, a condition of the request does not hold.
             TimeoutError: it failed ATTEMPTS times.
-            OSError: any other error, of which these four are kinds. Its errno says whether it may pass, as
+            OSError: any other error, of which these four are kinds. Its errno shows whether it may pass, as
                 `outcomes.may_pass` reads it. EINVAL: the store refuses the path, with another HTTP status of
                 the 400s, or its answer is of no use. EPROTO: the client or its credentials are not accepted.
         """
@@ -338,7 +338,7 @@ class RangeStore(Store):
         return RangeReader(self, path, head, self.request_range)
 
     def get_range(self, path: str, start: int, length: int) -> bytes:
-        """Bytes of a file, in one request; fewer where it ends before."""
+        """Bytes of a file, in one request; fewer if it ends before."""
         return self.attempt(path, lambda: self.request_range(path, start, length))
 
     def find(self, prefix: str, *, deep: bool = False, limit: int | None = None) -> Listing:
@@ -377,7 +377,7 @@ class RangeReader(Reader):
     def _request(self, length: int) -> bytes:
         data = self._request_range(self._path, self._position, length)
         if len(data) != length:
-            raise EOFError(f"of {self.size} bytes the file has only {self._position + len(data)}")
+            raise EOFError(f"the file has only {self._position + len(data)} of its {self.size} bytes")
         return data
 
 

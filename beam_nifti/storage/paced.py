@@ -21,7 +21,7 @@ SLOWEST: Final = 8192  # bytes per second, on average, after the first SILENCE s
 
 
 class PacedAdapter(HTTPAdapter):
-    """Connections whose answers raise a time-out where they are slower than SLOWEST."""
+    """Connections whose answers raise a time-out if they are slower than SLOWEST."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         """Make the pool of connections."""
@@ -48,7 +48,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         left = SILENCE + self._received / SLOWEST - self._waited
         if left <= 0:
-            raise TimeoutError(f"{self._received} bytes came in {self._waited:.0f} seconds")
+            raise TimeoutError(f"received only {self._received} bytes in {self._waited:.0f} seconds")
         self._socket.settimeout(min(SILENCE, left))
         began = time.monotonic()
         count = cast(Any, self._raw).readinto(buffer)

@@ -155,12 +155,12 @@ def read_into(path: str, offset: int, buffer: memoryview, below: str | None = No
 
 
 def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview) -> None:
-    """Several ranges of a file; remote ones in one request, which also takes what lies between them.
+    """Read several ranges of a file; from a store in one request, which also reads the bytes between them.
 
     Args:
         path: path of the file.
-        ranges: offset and size of each, ascending.
-        buffer: as many bytes as all ranges have; they are put there, one range after the other.
+        ranges: offset and size of each range, ascending.
+        buffer: receives the ranges, one after the other; it has as many bytes as all of them together.
 
     Raises:
         EOFError: the file ends before one of them does.
@@ -263,7 +263,7 @@ def read_version(path: str, size: int) -> tuple[bytes, str | None]:
 
 
 def write_if(path: str, data: bytes, version: str | None) -> None:
-    """Replace one version of a remote file, as of `read_version`, or create it if the version is ABSENT.
+    """Replace one version of a remote file, from `read_version`, or create it if the version is ABSENT.
 
     Without a version, any is replaced. Another version is a FileExistsError, and an absent file a
     FileNotFoundError.

@@ -57,10 +57,10 @@ def store_of(path: str) -> Store:
                 store = _maker(scheme)(options)
             except ImportError as e:
                 if isinstance(e.__cause__, ValueError):  # no package that is known could serve it
-                    reason = f"nothing here serves {scheme}://; {_REMEDY}"
+                    reason = f"{scheme}:// is not supported here; {_REMEDY}"
                     raise OSError(errno.EINVAL, reason, path) from e
                 remedy = f"install beam-nifti[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else _REMEDY
-                raise OSError(f"{path}: nothing here serves {scheme}:// ({e}); {remedy}") from e
+                raise OSError(f"{path}: {scheme}:// is not supported here ({e}); {remedy}") from e
             _stores[scheme] = os.getpid(), options, store
     return store
 

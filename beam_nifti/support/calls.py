@@ -26,12 +26,12 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """
     match = _CALL.fullmatch(text.strip()) if len(text) <= _MOST else None
     if match is None:
-        raise ValueError(f"{text[:60]!r} is no call")
+        raise ValueError(f"{text[:60]!r} is not a call")
     name, arguments = match.groups()
     try:
         call = ast.parse(f"f{arguments or '()'}", mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
-            raise ValueError(f"{text!r} is no call with named arguments")
+            raise ValueError(f"{text!r} is not a call with named arguments")
         values = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
     except (SyntaxError, TypeError, MemoryError, RecursionError) as e:
         raise ValueError(f"{text!r}: {e}") from e
@@ -69,6 +69,6 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
     raise ValueError(
-        f"{value!r} is no literal: give a text, a finite number, a truth value, or None, or a "
+        f"{value!r} is not a literal; give a text, a finite number, a truth value, or None, or a "
         "tuple, list or dict of these"
     )

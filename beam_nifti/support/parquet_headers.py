@@ -35,7 +35,7 @@ _LISTS: Final = {
     **dict.fromkeys([(3, 2), (4, 2), (4, 3)], _INTEGERS),
     (3, 3): _BYTES,
 }
-"""Types of the values of a footer's lists, by depth and field: Arrow reads them so whatever the list says."""
+"""Types of the values in a footer's lists, by depth and field. Arrow ignores the type that a list states."""
 
 _MOST_FIELD: Final = 2**15 - 1
 _DEEPEST: Final = 8
@@ -85,7 +85,7 @@ def _require_depth(elements: Iterator[int], reader: _Reader, deepest: int) -> No
 def read_bounded(
     data: bytes, most: int, groups: Sequence[int] | None = None, columns: Collection[str] | None = None
 ) -> pa.Table:
-    """Read a file whose values take a bounded amount of memory, whatever it says.
+    """Read a file whose values take a bounded amount of memory, whatever it states.
 
     Args:
         data: the file, whose schema is known to be usable (`require_schema`).
@@ -94,7 +94,7 @@ def read_bounded(
         columns: columns to read, if the file has them; None reads all.
 
     Raises:
-        ValueError: they take more, or a page is not what the footer says.
+        ValueError: they take more, or a page does not match the footer.
         ArrowException: it is no Parquet file.
     """
     # By itself, as `read_table` starts threads, which can bring a short process down at its end.
@@ -166,7 +166,7 @@ def _without_dictionary(kind: pa.DataType) -> pa.DataType:
 
 
 def require_said_sizes(data: bytes, column: Any) -> set[int]:
-    """Compare the pages of a column chunk with what the footer says of it.
+    """Compare the pages of a column chunk with its entry in the footer.
 
     Args:
         data: the file.
@@ -199,12 +199,12 @@ def require_said_sizes(data: bytes, column: Any) -> set[int]:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"a page of column {column.path_in_schema} has no usable header ({e!r})") from e
     if num_bytes > column.total_uncompressed_size or num_values > column.num_values:
-        raise ValueError(f"pages of column {column.path_in_schema} hold more than the file says")
+        raise ValueError(f"pages of column {column.path_in_schema} hold more than its metadata gives")
     return encodings
 
 
 def _require_sizes(header: dict[int, Any]) -> None:
-    """Refuse sizes and counts that none can be: Arrow adds them up, or makes room for so many."""
+    """Refuse impossible sizes and counts: Arrow adds them up, or allocates memory for them."""
     pages = [header[page] for page in (*_ENCODINGS, _DICTIONARY) if page in header]
     numbers = [n for page in pages for n in page.values() if isinstance(n, int)]
     for number in (header[_UNCOMPRESSED], header[_COMPRESSED], *numbers):

@@ -22,7 +22,7 @@ def count_cores() -> int:
 
 
 def keep_buffers() -> None:
-    """Let glibc reuse buffers of up to 32 MiB; without effect where the C library is not glibc.
+    """Let glibc reuse buffers of up to 32 MiB; without effect if the C library is not glibc.
 
     By default, glibc maps every buffer of a volume's size anew and returns it after use, so each volume costs
     a page fault every 4 KiB: a fifth of a build's CPU (docs/adr/0004-memory.md).

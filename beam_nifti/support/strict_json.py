@@ -64,7 +64,7 @@ def load_json(text: str | bytes, *, is_modest: bool = False) -> Any:
 
 
 def _refuse(token: str) -> NoReturn:
-    raise ValueError(f"holds {token}, which is no number of JSON")
+    raise ValueError(f"holds {token}, which is not a JSON number")
 
 
 def _finite_number(text: str) -> float:

@@ -61,7 +61,7 @@ def compress_gzip(pieces: Iterable[Bytes], level: int) -> Iterator[bytes]:
 
 
 def make_buffer(size: int) -> memoryview:
-    """Uninitialized memory of so many bytes."""
+    """Uninitialized memory of this many bytes."""
     return memoryview(np.empty(size, np.uint8)).cast("B")
 
 
@@ -89,7 +89,7 @@ class Compression:
 _GZIP: Final = re.compile(rb"\x1f\x8b")
 _BZIP2: Final = re.compile(rb"BZh")
 _ZSTD: Final = re.compile(rb"(?s:\x28\xb5\x2f\xfd|(?P<skipped>[\x50-\x5f]\x2a\x4d\x18(?P<size>.{4})))")
-"""A frame, or one to skip, as pzstd writes them. Source: RFC 8878, 3.1.1 and 3.1.2."""
+"""A frame, or a skippable frame, as pzstd writes them. Source: RFC 8878, 3.1.1 and 3.1.2."""
 
 
 def _open_with_arrow(codec: str) -> Callable[[Bytes], Any]:
@@ -169,7 +169,7 @@ COMPRESSIONS: Final = (
 
 
 def compression_of(head: Bytes) -> Compression | None:
-    """The compression of a file that begins so; None where it is not compressed."""
+    """The compression of a file that begins with these bytes; None if it is not compressed."""
     return next((compression for compression in COMPRESSIONS if compression.magic.match(head)), None)
 
 

@@ -31,9 +31,9 @@ from beam_nifti.volume.formats import HEAD_BYTES
 from beam_nifti.volume.header import VolumeHeader
 
 ReadHeader = Callable[[bytes], VolumeHeader]
-FileStats = tuple[storage.Stat, ...]  # of the file of an image, or of header and voxels of a pair
-_LARGE_FILE: Final = 64 << 20  # bytes of a file from which on its header is looked at before the rest is read
-_HEAD_OF_FILE: Final = 1 << 16  # bytes in which the header is, unless the compression needs more
+FileStats = tuple[storage.Stat, ...]  # of an image's file, or of the header and the voxels of a pair
+_LARGE_FILE: Final = 64 << 20  # bytes of a file above which its header is checked before the rest is read
+_HEAD_OF_FILE: Final = 1 << 16  # bytes that contain the header, unless the compression needs more
 _LARGEST_HALF: Final = 1 << 20  # bytes of the header's file of a pair
 _LARGEST_HEADER: Final = 64 << 20  # bytes of a header and its extensions
 
@@ -106,7 +106,7 @@ def read_header(name: str, path: str, parse: ReadHeader) -> VolumeHeader:
             head = storage.read_head(files[1], HEAD_BYTES)
         is_compressed = compression_of(head) is not None
         if is_compressed and storage.is_remote(path):
-            return header  # its size shows too little to ask a store for it
+            return header  # its size reveals too little to be worth a request
         size = storage.stat(files[-1]).size
     if len(files) == 2:
         _check_img(name, files[1], head, size, header)
@@ -122,7 +122,7 @@ def _check_img(name: str, file: str, head: Bytes, size: int, header: VolumeHeade
     if size < header.end and (what := stand_in(bytes(head[:HEAD_BYTES]))):
         raise VolumeError(f"{name}: its .img file is {what}")
     if file.lower().endswith(COMPRESSED) and compression_of(head) is None:
-        raise VolumeError(f"{name}: its .img file is not compressed as its name says; copy it again")
+        raise VolumeError(f"{name}: its .img file is not compressed as its name implies; copy it again")
 
 
 def _check_size(name: str, size: int, header: VolumeHeader, trailing: str = "") -> None:

@@ -27,7 +27,7 @@ _ANALYZE_UNITS: Final = {
 
 
 def stated_sizes(header: Any) -> npt.NDArray[np.float64]:
-    """The voxel sizes that a header of nibabel's states, float64 (3,); to be asked before `check_fix`.
+    """The voxel sizes in a header of nibabel, float64 (3,); call it before `check_fix`.
 
     Without their sign, which has no meaning; 0, NaN or infinite where there is no usable one.
     """
@@ -90,7 +90,7 @@ def _differs_from_qform(affine: Affine, header: Any, shape: Sequence[int]) -> bo
 
 
 def _qform_of(header: Any) -> Affine:
-    """NaN where its quaternion is none."""
+    """NaN if its quaternion is not valid."""
     try:
         return np.asarray(header.get_qform(), np.float64)
     except (HeaderDataError, ValueError):

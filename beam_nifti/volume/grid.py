@@ -29,8 +29,8 @@ round voxel sizes, 0.9375 mm to 0.938, and resampling to that would only blur.""
 _SINGULAR: Final = 1e-4  # smallest volume of a voxel relative to that of a box with its edges
 
 SAME_PLACE: Final = 0.1
-"""Distance of voxel centres, in voxels, up to which two images lie in one place: headers round affines,
-each program its own way."""
+"""Distance of voxel centres, in voxels, up to which two images are at the same position: programs
+round affines differently in headers."""
 
 
 UNTURNED: Final = ((0, 1), (1, 1), (2, 1))  # turns, as of `axes_to`, that change nothing
@@ -88,7 +88,7 @@ def agreed_zooms(affine: Affine, stated: npt.ArrayLike) -> npt.NDArray[np.float6
 def require_same_grid(
     name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool, is_mask: bool = False
 ) -> None:
-    """Refuse an image whose voxels are elsewhere than the first one's, by a tenth of its smallest voxel size.
+    """Refuse an image whose voxels are more than a tenth of the smallest voxel size from the first image's.
 
     With `may_turn` its axes may be flipped or in another order.
     """
@@ -146,19 +146,19 @@ def axes_to(grid: Grid, code: str) -> npt.NDArray[Any]:
 
 
 def turn_voxels(voxels: Voxels, turns: npt.NDArray[Any]) -> Voxels:
-    """A view of voxels of (X, Y, Z) or (X, Y, Z, C) with the first three axes turned as `axes_to` says."""
+    """A view of voxels of (X, Y, Z) or (X, Y, Z, C) whose first three axes are turned by `axes_to`."""
     view: Voxels = nib.orientations.apply_orientation(voxels, turns)
     return view
 
 
 def turn_zooms(zooms: Sequence[float], turns: npt.NDArray[Any]) -> tuple[float, float, float]:
-    """Voxel sizes of axes turned as `axes_to` says."""
+    """Voxel sizes of axes turned by the result of `axes_to`."""
     x, y, z = (zooms[axis] for axis in np.argsort(turns[:, 0]))
     return x, y, z
 
 
 def turn(grid: Grid, turns: npt.NDArray[Any]) -> Grid:
-    """The grid with its axes turned as `axes_to` says."""
+    """The grid with its axes turned by the result of `axes_to`."""
     shape = [0, 0, 0]
     for size, place in zip(grid.shape, turns[:, 0].astype(int), strict=True):
         shape[place] = size

@@ -1,4 +1,4 @@
-"""What an image's header says of its voxels, and what a record will contain.
+"""An image's header as far as voxels depend on it, and what a record will contain.
 
 In errors, which are VolumeErrors, `name` is the image's path.
 """
@@ -20,25 +20,26 @@ from beam_nifti.volume.rescale import Scaling, numpy_dtype
 MAX_VOLUME_BYTES: Final = 2**31 - 2**16  # of voxels in a record, which protobuf limits to 2 GiB
 
 COLOURS: Final = {3: "rgb24", 4: "rgba32"}
-"""By bytes a voxel, the names of the dtypes of colours; numpy knows them as structures."""
+"""Names of the dtypes of colours, by bytes per voxel. numpy has structured dtypes for them."""
 
 PADDING_BYTES: Final = 4096  # most bytes of padding after the voxels
 
 
 @dataclass(frozen=True, slots=True)
 class VolumeHeader:
-    """What an image's header says of its voxels.
+    """The facts in an image's header that determine its voxels.
 
     Attributes:
-        shape: (X, Y, Z), (X, Y, Z, T) or (X, Y, Z, T, V), in the file's axis order, without trailing ones.
+        shape: (X, Y, Z), (X, Y, Z, T) or (X, Y, Z, T, V), in the file's axis order, without axes of length 1
+            at the end.
         dtype: dtype of the voxels on disk, with its byte order.
         offset: byte at which the voxels start.
         scaling: scaling from stored voxels to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+; never singular.
         zooms: voxel size along each axis, in millimetres, according to the affine.
         is_vector: whether the fifth axis holds the components of a voxel.
-        is_pair: whether the header says that the voxels are in a file of their own.
-        header_bytes: bytes at the start of a single file, in which no voxels can be.
+        is_pair: whether the voxels are in a file of their own, according to the header.
+        header_bytes: bytes at the start of a single file that cannot be voxels.
         is_analyze: whether it is an ANALYZE header, which cannot hold a rotation.
         max_trailing: bytes of padding or a footer that may follow the voxels.
         notes: keys of `notes.TEXTS`.
@@ -80,27 +81,27 @@ class VolumeHeader:
 
     @property
     def grid(self) -> Grid:
-        """Where they lie."""
+        """The positions of the voxels."""
         return Grid(self.space, self.affine)
 
     @property
     def num_frames(self) -> int:
-        """T."""
+        """T, the number of frames."""
         return self.shape[3] if len(self.shape) > 3 else 1
 
     @property
     def num_components(self) -> int:
-        """V."""
+        """V, the number of components."""
         return self.shape[4] if len(self.shape) > 4 else 1
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes on disk of one component of one frame, which lie together."""
+        """Bytes on disk of one component of one frame, which are contiguous."""
         return math.prod(self.space) * self.dtype.itemsize
 
     @property
     def num_colours(self) -> int:
-        """3 or 4 numbers a voxel, of RGB and RGBA; else 1."""
+        """Numbers per voxel: 3 for RGB, 4 for RGBA, otherwise 1."""
         return self.dtype.itemsize if self.dtype.names else 1
 
     @property
@@ -110,7 +111,7 @@ class VolumeHeader:
 
     @property
     def dtype_name(self) -> str:
-        """Of the voxels on disk, as the index has it: "int16", "rgb24"."""
+        """Name of the dtype of the voxels on disk, as in the index: "int16", "rgb24"."""
         return COLOURS[self.dtype.itemsize] if self.dtype.names else self.dtype.name
 
 
@@ -122,7 +123,7 @@ class RecordLayout:
         shape: shape of the loaded voxels: (X, Y, Z), or (X, Y, Z, C) if a voxel has several numbers.
         dtype: dtype of the loaded voxels.
         frame: number of the frame to load; "mean" of all frames; "each" by itself; None for the whole image.
-        stored_shape: after preparation; None if the header does not determine it.
+        stored_shape: shape after preparation; None if the header does not determine it.
     """
 
     shape: tuple[int, ...]
@@ -207,7 +208,7 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
 
 
 def _frame_choices(header: VolumeHeader, record: RecordConfig) -> str:
-    """The values of --frames that a record has room for; "" if one frame is too much."""
+    """The values of --frames whose result fits into a record; "" if even one frame does not."""
     numbers = [n for n in _numbers_of_voxel(header, record, "first") if n > 1]
     if len(numbers) > 1:
         return ""
@@ -249,29 +250,29 @@ def require_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], record
 
 
 def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> None:
-    """Refuse a prepared volume of another shape than the dataset's, in which None is any length."""
+    """Refuse a prepared volume whose shape is not that of the dataset, in which None is any length."""
     if wanted is None:
         return
     if None in wanted and len(shape) != len(wanted):
         raise VolumeError(
             f"{name}: shape {shape} in a dataset of 3-D volumes of mixed shapes; leave it out, or use "
-            "--frames all, which makes the last axis of any length the channels"
+            "--frames all, which makes the last axis the channels"
         )
     if None not in wanted and shape != wanted:
         remedy = "crop and pad all images with --shape, or use --allow-mixed-shapes"
         if shape[3:] != wanted[3:]:
             remedy = (
-                "where the last axis is frames, use --frames first, mean or a number; else use --frames all "
+                "if the last axis is frames, use --frames first, mean or a number; else use --frames all "
                 "--allow-mixed-shapes"
             )
-        raise VolumeError(f"{name}: shape {shape} where the first image has {wanted}; {remedy}")
+        raise VolumeError(f"{name}: shape {shape}, but the first image has {wanted}; {remedy}")
 
 
 def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:
     """Refuse an image that does not have the number of frames of the dataset's first image."""
     if header.num_frames != num_frames:
         raise VolumeError(
-            f"{name}: number of frames is {header.num_frames} where the first image has {num_frames}, and "
+            f"{name}: number of frames is {header.num_frames}, but the first image has {num_frames}, and "
             "--frames each requires the same number of frames in every image; build the others into another "
             "dataset"
         )
@@ -281,5 +282,5 @@ def require_dtype(name: str, header: VolumeHeader, dtype: str | None) -> None:
     """Refuse an image that does not have the dtype on disk of the dataset's first image; None accepts any."""
     if dtype is not None and header.dtype_name != dtype:
         raise VolumeError(
-            f"{name}: {header.dtype_name} voxels where the first image has {dtype}; use --voxel-dtype float32"
+            f"{name}: {header.dtype_name} voxels, but the first image has {dtype}; use --voxel-dtype float32"
         )

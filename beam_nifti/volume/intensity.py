@@ -29,14 +29,14 @@ _CHUNK: Final = 1 << 17  # voxels that are selected or counted at a time
 
 
 def describe_rule(rule: str | None) -> str:
-    """What a voxel selected by a rule is, for errors."""
+    """The description of the voxels that a rule selects, for errors."""
     return "labelled by the mask" if rule == "mask" else (rule or "").replace(":", " ")
 
 
 def select_voxels(
     voxels: Voxels, scaling: Scaling, rule: str, mask: Voxels | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Which voxels a rule selects, as bool of their shape. The mask has no axis of channels.
+    """Which voxels a rule selects, as bool of their shape. The mask has no channel axis.
 
     The rules are `nonzero`, `above:T`, with T in the image's units, and `mask`, for labelled voxels.
     """
@@ -58,7 +58,7 @@ def select_voxels(
 def find_rescale_range(
     voxels: Voxels, scaling: Scaling, intensity: Intensity, config: RecordConfig, mask: Voxels | None = None
 ) -> RescaleRange | None:
-    """The intensities of a volume that become 0 and 1; None if its range tells them, or nothing is rescaled.
+    """The intensities of a volume that become 0 and 1; None if they are its range, or nothing is rescaled.
 
     They are measured in the voxels that the configuration selects.
 
@@ -116,7 +116,7 @@ def find_percentiles(
 
 
 def _order_statistics(flat: Voxels, places: npt.NDArray[np.int64], overwrite: bool) -> Voxels:
-    """What would stand at these places if the voxels were sorted."""
+    """The values at these positions of the sorted voxels."""
     if flat.dtype.kind == "f" or flat.dtype.itemsize > 2:
         ordered = flat if overwrite else flat.copy()
         ordered.partition(np.unique(places))

@@ -24,7 +24,7 @@ def labels_of(mask: Voxels) -> list[int]:
 
 
 def positions_of(mask: Voxels) -> list[int]:
-    """Where some voxels of each label but 0 are, spread over all that have it.
+    """The positions of some voxels of each label except 0, spread over all that have it.
 
     Returns:
         Numbers of voxels in C order: as many for each label, one label after the other, in ascending order.

@@ -23,7 +23,7 @@ _RELATIVE_ERROR: Final = 2.0**-22  # of arithmetic in float32: two units in the 
 
 
 def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
-    """What the first bytes of a mask say, as `parse_header`, if they say that it has one number a voxel."""
+    """Parse the header of a mask, as `parse_header`, and require one number per voxel."""
     header = parse_header(name, head)
     if len(header.shape) > 3 or header.num_colours > 1 or header.is_complex:
         raise VolumeError(

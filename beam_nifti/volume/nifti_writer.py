@@ -1,4 +1,4 @@
-"""Writing a NIfTI image. Its header is made new: it has no text, and nothing of the one that was read."""
+"""Write a NIfTI image. Its header is new: it has no text, and nothing from the header that was read."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def require_nifti_name(path: str) -> None:
 
 
 def _in_file_order(voxels: Voxels) -> Voxels:
-    """Little-endian voxels of which x is the last axis."""
+    """Little-endian voxels whose last axis is x."""
     return np.ascontiguousarray(voxels.astype(voxels.dtype.newbyteorder("<"), copy=False).T)
 
 

@@ -1,4 +1,4 @@
-"""What a user should know of images that are used all the same: a build warns once of each kind."""
+"""What a user should know about images that are used nevertheless. A build prints one warning per kind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXTS: Final = {
 """A sentence for each note."""
 
 OF_VOXELS: Final = frozenset({"labels-lost-to-crop", "labels-lost-to-shape"})
-"""Notes that no header tells, so that `check` does not name their images."""
+"""Notes that headers do not determine, so `check` does not name their images."""
 
 
 def counter_name(note: str) -> str:

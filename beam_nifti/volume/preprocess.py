@@ -1,4 +1,4 @@
-"""What is done to a volume between loading and rescaling. Conventions: docs/preparation.md."""
+"""Preparation of a volume between loading and rescaling. Conventions: docs/preparation.md."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def prepare_volume(
     *,
     release: bool = False,
 ) -> Volume:
-    """Prepare a volume as a configuration says, to a `shape`, if any.
+    """Prepare a volume by a configuration; the result must have the `shape`, if given.
 
-    With `release` the voxels are taken from the volume, which is empty then, so that there are never more
-    than two copies of them.
+    With `release`, the voxels are taken from the volume, which is empty afterwards, so that there are never
+    more than two copies of them.
 
     Raises:
         VolumeError: the volume cannot be prepared, or has another shape, or does not fit a record.
@@ -343,14 +343,14 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
 
 
 def _noting_lost_labels(volume: Volume, mask: Voxels | None, note: str) -> Volume:
-    """A volume with a note where its mask has fewer labelled voxels than `mask`, from which it was made."""
+    """A volume with a note if its mask has fewer labelled voxels than `mask`, from which it was made."""
     if mask is None or volume.mask is None or np.count_nonzero(volume.mask) == np.count_nonzero(mask):
         return volume
     return replace(volume, notes=join_notes([volume.notes, [note]]))
 
 
 def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
-    """Crop and pad each axis around its centre; where that is uneven, one voxel more at the end.
+    """Crop and pad each axis around its centre; if the number is odd, with one voxel more at the end.
 
     Padding has the volume's own least value, so its range stays; that of a mask is 0.
     """
@@ -379,7 +379,7 @@ def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
 def _fit(
     voxels: Voxels, shape: Shape3, cut: Sequence[int], widths: Sequence[tuple[int, int]], padding: Any
 ) -> Voxels:
-    """Voxels from `cut` on, with `padding` of these widths around them: a number, or one a channel."""
+    """Voxels from `cut` on, with `padding` of these widths around them: a number, or one per channel."""
     cropped = voxels[tuple(slice(start, start + size) for start, size in zip(cut, shape, strict=True))]
     if not any(map(any, widths)):
         return np.ascontiguousarray(cropped)

@@ -1,4 +1,4 @@
-"""Rescales intensities of an image to those of a record and back, with numpy only."""
+"""Rescale the intensities of an image to those of a record and back, with numpy only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from beam_nifti.errors import VolumeError
 
 UINT8_LEVELS: Final = 255  # 1.0 in uint8
 Voxels = npt.NDArray[Any]
-_CHUNK: Final = 1 << 15  # voxels a chunk of float64 arithmetic: 256 KiB, which stays in a core's cache
+_CHUNK: Final = 1 << 15  # voxels per chunk of float64 arithmetic: 256 KiB, which stays in a core's cache
 _FLOAT32_EXACT: Final = 1 << 24  # integers up to here are exact in float32
 
 
@@ -22,7 +22,7 @@ _FLOAT32_EXACT: Final = 1 << 24  # integers up to here are exact in float32
 class Scaling:
     """The NIfTI header's linear scaling: value = slope * voxel + inter.
 
-    Source: NIfTI-1, "DATA SCALING"; a slope of 0 or NaN means none and is never built as one.
+    Source: NIfTI-1, "DATA SCALING". A slope of 0 or NaN means no scaling, and becomes the identity.
     """
 
     slope: float = 1.0
@@ -34,7 +34,7 @@ class Scaling:
         return self.slope == 1.0 and self.inter == 0.0
 
     def apply(self, voxels: Voxels) -> npt.NDArray[np.float64]:
-        """The values of `voxels` in the image's units, as float64; infinite where they are beyond it."""
+        """The values of `voxels` in the image's units, as float64; infinite if float64 cannot hold them."""
         with np.errstate(over="ignore", invalid="ignore"):
             values = voxels.astype(np.float64)
             if self.slope != 1.0:
@@ -66,9 +66,9 @@ class RescaleRange:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The dtype of a name, also of "bfloat16", which numpy itself does not have."""
+    """The dtype with this name, including "bfloat16", which numpy itself does not have."""
     if name == "bfloat16":
-        import ml_dtypes  # here, as most datasets need none of it
+        import ml_dtypes  # here, because most datasets do not need it
 
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
@@ -76,7 +76,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def float_limits(name: str) -> Any:
-    """As `numpy.finfo`, of a dtype by name, also of "bfloat16"."""
+    """As `numpy.finfo`, for a dtype by name, including "bfloat16"."""
     if name == "bfloat16":
         import ml_dtypes
 

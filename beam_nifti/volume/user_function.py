@@ -1,8 +1,9 @@
-"""The user's own functions of --preprocess: found by their names, and told apart by their source."""
+"""The user's own functions of --preprocess, imported by name and identified by the sha256 of their source."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import hashlib
 import importlib
@@ -10,13 +11,15 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.support.calls import format_call, parse_call
 
 Function = Callable[..., Any]
+
+_MISSING: Final = object()
 
 
 def source_sha256(step: str) -> str:
@@ -101,7 +104,8 @@ def call_of(name: str, arguments: Mapping[str, Any]) -> str:
 def _find(name: str) -> tuple[Function, str]:
     module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
+        function = getattr(imported, attribute, _MISSING)
     except SystemExit as e:
         raise UsageError(
             f"--preprocess {name}: {module} calls sys.exit() when it is imported; put that under "
@@ -112,6 +116,10 @@ def _find(name: str) -> tuple[Function, str]:
             f"--preprocess {name}: cannot be imported: {type(e).__name__}: {e}; install its package here "
             "and on the workers, or put its folder on PYTHONPATH"
         ) from e
+    if function is _MISSING:
+        close = difflib.get_close_matches(attribute, [n for n, f in vars(imported).items() if callable(f)], 1)
+        hint = f"did you mean {close[0]}?" if close else "correct the name of the function"
+        raise UsageError(f"--preprocess {name}: {module} has no function {attribute!r}; {hint}")
     if not callable(function):
         raise UsageError(f"--preprocess {name}: is not a function but a {type(function).__name__}")
     inner = inspect.unwrap(function)

@@ -40,27 +40,27 @@ from beam_nifti.volume.voxels import cut_frame, take_voxels
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Volume:
-    """One example in memory: its image, or its images, one a channel.
+    """One example in memory: its image, or its images, one per channel.
 
     Attributes:
-        row: its row of the manifest.
+        row: row of the manifest.
         voxels: (X, Y, Z), or (X, Y, Z, C) of C frames, components or images; C order, native byte order; as
-            stored until it is rescaled.
+            in the file until they are rescaled.
         scaling: scaling from `voxels` to the image's units.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel size along each axis, in millimetres.
-        dtype: name of the dtype on disk, such as "int16" or "rgb24"; of images that differ in it all of
-            them, with commas.
-        source: the files that it was read from, and what the first image was before any preparation.
-        mask: the labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None where the manifest
-            has no masks.
-        intensities: range, mean and standard deviation in the image's units, of each image; none until
-            measured.
-        rescale_ranges: what becomes 0 and 1 of each image; none where their ranges say it.
-        notes: what a user should know of its files and of what was done to them, as keys of `notes.TEXTS`;
-            a build counts them.
-        config: what was asked of the steps that it went through, as the configuration of its record; None
-            where it went through none.
+        dtype: name of the dtype on disk, such as "int16" or "rgb24"; if images differ, all of their dtypes,
+            separated by commas.
+        source: files that it was read from, and shape and affine of the first image before any preparation.
+        mask: labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None if the manifest has no
+            masks.
+        intensities: range, mean and standard deviation of each image, in its units; empty before they
+            are measured.
+        rescale_ranges: intensities of each image that become 0 and 1; empty if they are its range.
+        notes: keys of `notes.TEXTS` for what a user should know about its files and their processing; a build
+            counts them.
+        config: options of the steps that processed it, as the configuration of its record; None before the
+            first step.
     """
 
     row: VolumeRow
@@ -77,7 +77,7 @@ class Volume:
     config: RecordConfig | None = None
 
     def release(self) -> None:
-        """Drop the voxels, in the graph of a build, where no other step gets this volume.
+        """Drop the voxels. Only for the graph of a build, in which no other step uses this volume.
 
         Beam holds an element until every following step has processed its results.
         """
@@ -94,21 +94,21 @@ def load_volume(
     """Read the images of one example, and its mask.
 
     Args:
-        row: names them.
-        folder: what a relative path is relative to: the manifest's folder.
-        shape: that its record must have, None for axes of any length; None accepts any. What the header
-            cannot tell, `prepare_volume` looks at.
-        dtype: that the images must have on disk; None accepts any.
-        record: configuration of the record that is to be made of it; None means the default one.
+        row: row of the manifest that names them.
+        folder: folder that relative paths are relative to: the manifest's.
+        shape: required shape of the record, with None for axes of any length; None accepts any. A shape that
+            the header does not determine is checked by `prepare_volume`.
+        dtype: required dtype of the images on disk; None accepts any.
+        record: configuration of the record to make; None means the default one.
 
     Returns:
         The voxels as stored, in C order and native byte order. `scaling.apply(voxels)` are the values
-        that `nibabel.load(path).dataobj` gives; what is computed of them is float64, in the image's units.
+        of `nibabel.load(path).dataobj`. Computed voxels are float64, in the image's units.
 
     Raises:
-        VolumeError: a file is missing, or is no image of a known format, or does not hold what its header
-            promises, or is not of that shape or dtype, or has no place in a record; or the files are not of
-            one grid.
+        VolumeError: a file is missing, is not an image of a known format, is inconsistent with its header,
+            does not have that shape or dtype, or does not fit into a record; or the files have different
+            grids.
     """
     record = record or RecordConfig()
     of_one = record if record.channels is None else replace(record, channels=None)
@@ -156,7 +156,7 @@ def load_frames(
         voxels = cut_frame(content, frame, header, layout, record.complex)
         return _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
 
-    return map(of_frame, row.frames)  # which, unlike a generator, keeps no frame that it has handed out
+    return map(of_frame, row.frames)  # unlike a generator, it keeps no frame that it has returned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,7 +206,7 @@ def _assemble(
 
 
 def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
-    """The voxels of an image in the order of the first one's, C order."""
+    """The voxels of an image in the axis order of the first image, C order."""
     turns = turns_between(header.grid, first.grid)
     assert turns is not None  # or it has been refused
     return np.ascontiguousarray(turn_voxels(voxels, turns))
@@ -224,8 +224,8 @@ def _parser(
 ) -> ReadHeader:
     """Parses the header of one of an example's files, and refuses it if it does not fit the record.
 
-    Other images must fit `first`, the first one's header. With `is_any` a record of another configuration may
-    hold it.
+    Other images must fit `first`, the first one's header. With `is_any`, the image only has to fit a record
+    of some configuration.
     """
     path, is_mask = row.files[number], number >= record.num_channels
 
@@ -245,7 +245,7 @@ def _parser(
 
 
 def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> tuple[Voxels, Scaling]:
-    """The images as channels: as they are stored, if in one way, else in their units."""
+    """The images as channels: as stored if all have one dtype and scaling, otherwise in their units."""
     first = images[0]
     kinds = {(i.voxels.dtype, i.scaling) for i in images}
     _require_alike(row, kinds, record)

@@ -59,7 +59,7 @@ def cut_frame(
 def _join_components(
     contents: Iterable[memoryview], header: VolumeHeader, layout: RecordLayout, part: _Part | None
 ) -> Voxels:
-    """One frame, of the bytes of each of its components; arguments as of `_arrange`."""
+    """One frame, from the bytes of each of its components; arguments as for `_arrange`."""
     volumes = (_arrange(content, header, (), layout, part) for content in contents)
     if header.num_components == 1:
         (voxels,) = volumes
@@ -73,7 +73,7 @@ def _join_components(
 def _arrange(
     content: memoryview, header: VolumeHeader, rest: tuple[int, ...], layout: RecordLayout, part: _Part | None
 ) -> Voxels:
-    """Voxels of a record, in C order and native byte order, from their bytes as they lie in the file.
+    """Voxels of a record, in C order and native byte order, from their bytes in the order of the file.
 
     The axes that follow the spatial three have the lengths `rest`; `part` is what is made of complex voxels.
     """

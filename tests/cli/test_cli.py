@@ -216,7 +216,7 @@ def test_verify_and_inspect(
     output = str(built("--num-shards=3"))
     capsys.readouterr()
     assert cli.main(["verify", output, "--manifest", str(cohort), "--deep", "all"]) == cli.SUCCESS
-    assert "12 made again" in capsys.readouterr().out
+    assert "12 rebuilt" in capsys.readouterr().out
     assert cli.main(["inspect", output, "--json"]) == cli.SUCCESS
     assert json.loads(capsys.readouterr().out)["splits"]["train"]["num_examples"] == 12
     assert cli.main(["inspect", output, "--record", "sub-0004"]) == cli.SUCCESS
@@ -235,7 +235,7 @@ def test_verify_of_a_damaged_dataset_exits_with_1(
     assert cli.main(["verify", str(output)]) == cli.FAILED
     streams = capsys.readouterr()
     assert shard.name in streams.err
-    assert "WRONG" in streams.out
+    assert "failed " in streams.out
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import pickle
 import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from beam_nifti.cli import main as cli
 from beam_nifti.cli.run_summary import RunSummary
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.progress import PROGRESS, show_progress
+from beam_nifti.pipeline.progress import current_progress, show_progress
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.support import logs
 from beam_nifti.volume.notes import counter_name
@@ -57,7 +59,7 @@ def metrics_of(path: Path) -> dict[tuple[str, ...], float]:
         ): s.value
         for s in samples
     }
-    assert len(found) == len(samples), "a metric is there twice"
+    assert len(found) == len(samples), "a metric occurs twice"
     assert {s.labels["output"] for s in samples} == {samples[0].labels["output"]}
     assert all(s.name.startswith("beam_nifti_build_") for s in samples)
     return found
@@ -339,13 +341,25 @@ def test_records_of_other_libraries_are_json_too(
     assert "ZeroDivisionError" in records[-1]["exception"]
 
 
+def test_builds_of_one_process_count_apart() -> None:
+    with show_progress(2):
+        first = current_progress()
+        with ThreadPoolExecutor(1) as other, show_progress(1):
+            assert other.submit(current_progress).result() not in (first, current_progress())
+            current_progress().add(volumes=1)
+        pickle.loads(pickle.dumps(first)).add(volumes=2)  # as a step of a local runner
+        assert (first.done, current_progress()) == (2, first)
+    current_progress().add(volumes=3)
+    assert first.done == 2
+
+
 def test_a_log_gets_lines_of_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("beam_nifti.pipeline.progress._LINE_SECONDS", 0.01)
     for log_format in logs.FORMATS:
         with logs.on_stderr(log_format), show_progress(8000):
-            PROGRESS.add(volumes=900, kept=100, failed=20)
+            current_progress().add(volumes=900, kept=100, failed=20)
             said = ""
             while "1,020 of 8,000 volumes" not in said:
                 said += capsys.readouterr().err
@@ -355,4 +369,4 @@ def test_a_log_gets_lines_of_progress(
             assert (record["done"], record["total"], record["unit"]) == (1020, 8000, "volume")
             assert record["level"] == "INFO"
         else:
-            assert re.fullmatch(r"1,020 of 8,000 volumes, [\d.]+ a second, 20 failed, [\d:]+ left", line)
+            assert re.fullmatch(r"1,020 of 8,000 volumes, [\d.]+ per second, 20 failed, [\d:]+ left", line)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from beam_nifti.cli import main as cli
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting
 from beam_nifti.errors import DatasetError
 from beam_nifti.inspection.diff import Difference, compare_datasets
 from tests.datasets import build_dataset, edit_index, edit_info, set_cell
@@ -61,7 +61,7 @@ def test_the_command(datasets: tuple[Path, Path], capsys: pytest.CaptureFixture[
         "source    1: sub-0001",
         "voxels    1: sub-0001",
         "age       1: sub-0003",
-        "config    voxel-dtype was 'float32', now 'float16'",
+        "config    voxel-dtype was float32, now float16",
     ]
     assert cli.main(["diff", before, after, "--json"]) == 1
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -69,6 +69,36 @@ def test_the_command(datasets: tuple[Path, Path], capsys: pytest.CaptureFixture[
     assert found["config"]["voxel_dtype"] == {"before": "float32", "after": "float16"}
     assert cli.main(["diff", before, before]) == 0
     assert "the same  no example was added, removed or changed" in capsys.readouterr().out
+
+
+def test_options_and_labels_that_differ_have_a_line_each(tmp_path: Path) -> None:
+    rows = [{"path": name_of(i), "age": i, "sex": "FM"[i % 2]} for i in range(4)]
+    write_cohort(tmp_path, 4)
+    manifest = write_manifest(tmp_path / "m.tsv", rows)
+    before = build_dataset(manifest, tmp_path / "a", columns=Columns(label="age"))
+    after = build_dataset(
+        manifest,
+        tmp_path / "b",
+        RecordConfig(rescale="percentile:1,99", clip=True, shape=(9, 9, 9)),
+        columns=Columns(label="age,sex"),
+        sharding=Sharding(examples_per_shard=1),
+        splitting=Splitting({"train": 0.5, "test": 0.5}, seed=3),
+    )
+    difference = compare_datasets(str(before), str(after))
+    assert difference.config["label_column"] == ("age", "age:float,sex:class")
+    text = str(difference)
+    assert [line[10:] for line in text[text.index("config") :].splitlines()] == [
+        "clip was not given, now given",
+        "examples-per-shard was not given, now 1",
+        "label-column was age, now age:float,sex:class",
+        "label 'age' was absent, now float",
+        "label 'sex' was absent, now class (F, M)",
+        "num-shards was 2, now not given",
+        "rescale was minmax, now percentile:1,99",
+        "shape was not given, now 9,9,9",
+        "split was not given, now test=0.5,train=0.5",
+        "split-seed was not given, now 3",
+    ]
 
 
 def test_index_and_info_are_enough(datasets: tuple[Path, Path], tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_an_image_that_is_there_stays(dataset: Path, extract: Callable[..., str]
         (
             ["--id", "a", "--id", "b", "--out", "a.nii"],
             cli.USAGE,
-            "--out names one file, and there are 2 ids",
+            "--out names one file, but there are 2 ids",
         ),
         (["--id", "a/b", "--id", "a:b"], cli.USAGE, "would both be written to a_b.nii.gz"),
         (["--id", "sub-0000", "--out", ""], cli.USAGE, "--out is empty"),

@@ -167,7 +167,7 @@ def test_what_became_0_and_1_is_checked(rescaled: Path, tmp_path: Path) -> None:
     for name in ("rescale_low", "rescale_high"):
         output = Path(shutil.copytree(rescaled, tmp_path / name))
         edit_record(output, 1, moved(name, 0.5))
-        some(problems(output), "record 1 (sub-0001)", f"{name} is", "the index says")
+        some(problems(output), "record 1 (sub-0001)", f"{name} is", "the index has")
     output = Path(shutil.copytree(rescaled, tmp_path / "index"))
     edit_index(output, set_cell("rescale_low", 1, None))
     some(problems(output), INDEX0, "column rescale_low has 1 empty cells")
@@ -178,7 +178,7 @@ def test_what_became_0_and_1_is_checked(rescaled: Path, tmp_path: Path) -> None:
     some(problems(output), "record 1 (sub-0001)", "became 0 and 1, expected")
     output = Path(shutil.copytree(rescaled, tmp_path / "order"))
     edit_record(output, 1, moved("rescale_high", -1e9))
-    some(problems(output), "record 1 (sub-0001)", "which is no range")
+    some(problems(output), "record 1 (sub-0001)", "which is not a range")
 
 
 def test_ends_that_the_voxels_belie(cohort_folder: Path, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_unknown_configuration(gzip: Path, config: dict[str, Any]) -> None:
 def test_a_fingerprint_of_other_options(gzip: Path) -> None:
     found = info_of(gzip).config["fingerprint"]
     edit_info(gzip, lambda info: info["config"].update(fingerprint="0" * 16))
-    some(problems(gzip), f"the fingerprint is {'0' * 16}, that of its options is {found}")
+    some(problems(gzip), f"the fingerprint is {'0' * 16}, but its options give {found}")
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"deep": -1}])
@@ -335,7 +335,7 @@ def test_truncated_shard(gzip: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-10])
     found = problems(gzip)
-    some(found, shard.name, f"has {len(content) - 10} bytes", f"says {len(content)}")
+    some(found, shard.name, f"has {len(content) - 10} bytes", f"gives {len(content)}")
     some(found, shard.name, "record 2 (sub-0004)", "not in the file")
     assert not any("record 1" in p for p in found)
 
@@ -405,7 +405,7 @@ def test_a_dataset_that_is_rebuilt_meanwhile_is_not_judged(gzip: Path, tmp_path:
             newer.rename(gzip)
 
     with pytest.raises(
-        OutputBusyError, match="was rebuilt while it was verified; give the same command again"
+        OutputBusyError, match="was rebuilt while it was verified; run the same command again"
     ):
         problems(gzip, on_progress=rebuild, workers=1)
 
@@ -446,15 +446,15 @@ INDEX0 = "index/train-00000-of-00002.parquet"
         ("length", -1, ["not in the file"]),
         ("length", 2**62, ["not in the file"]),
         ("position", 0, ["positions do not ascend at record 1 (sub-0001)"]),
-        ("example_id", "sub-0000", ["1 ids stand more than once: sub-0000 (2)"]),
-        ("example_id", "sub-9", ["record 1 (sub-9)", "id is 'sub-0001', the index says 'sub-9'"]),
-        ("label", 5.0, ["record 1 (sub-0001)", "label is 1, the index says 5"]),
+        ("example_id", "sub-0000", ["1 ids occur more than once: sub-0000 (2)"]),
+        ("example_id", "sub-9", ["record 1 (sub-9)", "id is 'sub-0001', but the index has 'sub-9'"]),
+        ("label", 5.0, ["record 1 (sub-0001)", "label is 1, but the index has 5"]),
         ("label", None, ["record 1 (sub-0001)", "label is None", "labelled: True"]),
-        ("shape", [5, 6, 4], ["record 1 (sub-0001)", "(6, 5, 4), the index says (5, 6, 4)"]),
+        ("shape", [5, 6, 4], ["record 1 (sub-0001)", "(6, 5, 4), but the index has (5, 6, 4)"]),
         ("zooms", [1.0, 1.0, 1.0], ["record 1 (sub-0001)", "zooms is 2 2 2.5"]),
         ("zooms", None, ["column zooms has 1 empty cells"]),
         ("affine", [0.0] * 15, ["column affine of record 1 (sub-0001) has 15 values, expected 16"]),
-        ("min", -3.0, ["record 1 (sub-0001)", "intensity_min is 0, the index says -3"]),
+        ("min", -3.0, ["record 1 (sub-0001)", "intensity_min is 0, but the index has -3"]),
         ("max", 0.0, ["record 1 (sub-0001)", "cannot be rescaled"]),
         ("source_mtimes", [1.0, 2.0], ["source_mtimes of record 1 (sub-0001) has 2 values, expected 1"]),
         ("source_sizes", [], ["source_sizes of record 1 (sub-0001) has 0 values, expected 1"]),
@@ -493,13 +493,13 @@ def test_a_sharding_by_which_the_dataset_is_not_cut(gzip: Path) -> None:
 )
 def test_deep_compares_the_statistics(gzip: Path, column: str, value: object) -> None:
     edit_index(gzip, set_cell(column, 1, value))
-    some(problems(gzip, deep=ALL), "record 1 (sub-0001)", f"index says {column}", "its image has")
+    some(problems(gzip, deep=ALL), "record 1 (sub-0001)", f"index has {column}", "its image has")
 
 
 def test_dtype_of_native_voxels(copy_of: Callable[[str], Path]) -> None:
     output = copy_of("native")
     edit_index(output, set_cell("dtype", 1, "uint16"))
-    only(problems(output), "record 1 (sub-0001)", "int16", "the index says uint16")
+    only(problems(output), "record 1 (sub-0001)", "int16", "the index has uint16")
 
 
 def test_records_beside_a_wrong_row_are_still_checked(gzip: Path) -> None:
@@ -517,7 +517,7 @@ def test_records_beside_a_wrong_row_are_still_checked(gzip: Path) -> None:
             lambda t: t.set_column(5, "offset", t["offset"].cast(pa.string())),
             "column offset is string, expected int64",
         ),
-        (lambda t: t.slice(1), "has 1 rows, dataset_info.json says 2 examples"),
+        (lambda t: t.slice(1), "has 1 rows, but dataset_info.json gives 2 examples"),
         (
             lambda t: t.set_column(0, "example_id", t["example_id"].cast(pa.binary())),
             "column example_id is binary, expected string",
@@ -551,7 +551,7 @@ def test_index_that_cannot_be_read(gzip: Path, damage: bytes) -> None:
 def test_deleted_index(gzip: Path) -> None:
     (gzip / INDEX0).unlink()
     report = verify_dataset(str(gzip))
-    only(report.problems, f"{INDEX0}: is missing", f"{SHARD0}.gz is not checked")
+    only(report.problems, f"{INDEX0}: is missing", f"{SHARD0}.gz cannot be checked")
     assert report.num_examples == 3
 
 
@@ -569,28 +569,28 @@ def test_index_of_another_shard(gzip: Path) -> None:
     [
         (
             lambda i: i["splits"]["train"]["shards"][0].update(num_bytes=999),
-            [f"{SHARD0}.gz", "dataset_info.json says 999"],
+            [f"{SHARD0}.gz", "dataset_info.json gives 999"],
         ),
         (
             lambda i: i["splits"]["train"]["shards"][0].update(sha256="0" * 64),
-            [f"{SHARD0}.gz", "dataset_info.json says 0000"],
+            [f"{SHARD0}.gz", "dataset_info.json gives 0000"],
         ),
         (lambda i: i["manifest"].update(num_rows=7), ["do not make the manifest's 7 rows"]),
         (
             lambda i: i.update(num_failures=1, failures="failures.jsonl", failures_sha256="0" * 64),
-            ["failures.jsonl: is missing", "says 1 failures"],
+            ["failures.jsonl: is missing", "gives 1 failures"],
         ),
-        (lambda i: i.update(num_failures=1), ["num_failures is 1, and failures is None"]),
-        (lambda i: i.update(shape=[6, 5, 5]), ["(6, 5, 4), dataset_info.json says (6, 5, 5)"]),
+        (lambda i: i.update(num_failures=1), ["num_failures is 1, but failures is None"]),
+        (lambda i: i.update(shape=[6, 5, 5]), ["(6, 5, 4), but dataset_info.json gives (6, 5, 5)"]),
         (
             lambda i: (i.update(dtype="float16"), i["config"].update(voxel_dtype="float16")),
-            ["float32, dataset_info.json says float16"],
+            ["float32, but dataset_info.json gives float16"],
         ),
         (lambda i: i.update(labelled=False), ["label is 0", "labelled: False"]),
         (lambda i: i["features"].pop("zooms"), ["feature zooms is not one"]),
         (lambda i: i["features"].update(age="float"), ["feature age is missing"]),
         (lambda i: i["features"].update(zooms="float[4]"), ["feature zooms is float[3]", "float[4]"]),
-        (lambda i: i["features"].update(id="float"), ["feature id is bytes", "says float"]),
+        (lambda i: i["features"].update(id="float"), ["feature id is bytes", "gives float"]),
         (lambda i: i["config"].update(rescale="none"), ["range from 0 to 1, expected 0 to"]),
         (lambda i: i["config"].update(voxel_dtype="native"), ["column scl_slope is missing"]),
     ],
@@ -680,20 +680,20 @@ def floats(*values: float) -> np.ndarray:
         (with_voxels(put(1.5)), ["range from 0 to 1.5, expected 0 to 1"]),
         (with_voxels(put(-0.5)), ["range from -0.5 to 1, expected 0 to 1"]),
         (with_voxels(lambda v: v / 2), ["range from 0 to 0.5, expected 0 to 1"]),
-        (with_voxels(lambda v: v[:5]), ["shape is (5, 5, 4), the index says (6, 5, 4)"]),
+        (with_voxels(lambda v: v[:5]), ["shape is (5, 5, 4), but the index has (6, 5, 4)"]),
         (with_voxels(lambda v: v[:0]), ["there are no voxels"]),
         (with_voxels(lambda v: v.astype(np.float64)), ["voxels are float64"]),
-        (with_features(id=b"sub-7"), ["id is 'sub-7', the index says 'sub-0001'"]),
+        (with_features(id=b"sub-7"), ["id is 'sub-7', but the index has 'sub-0001'"]),
         (with_features(id=b"\xff"), ["id is '\ufffd'"]),
-        (with_features(label=floats(7)), ["label is 7, the index says 1"]),
-        (with_features(label=floats(np.nan)), ["label is nan, the index says 1"]),
-        (with_features(affine=floats(*range(16))), ["affine is 0 1 2", "the index says -2 0 0"]),
+        (with_features(label=floats(7)), ["label is 7, but the index has 1"]),
+        (with_features(label=floats(np.nan)), ["label is nan, but the index has 1"]),
+        (with_features(affine=floats(*range(16))), ["affine is 0 1 2", "the index has -2 0 0"]),
         (with_features(intensity_max=floats(7)), ["intensity_max is 7"]),
         (with_features(zooms=None), ["feature zooms is missing"]),
         (with_features(age=floats(7)), ["feature age is not one"]),
         (with_features(scl_slope=double(7), scl_inter=double(0)), ["feature scl_slope is not one"]),
-        (with_features(label=b"1"), ["feature label is bytes", "says float"]),
-        (with_features(label=floats(1, 2)), ["feature label is float[2]", "says float"]),
+        (with_features(label=b"1"), ["feature label is bytes", "gives float"]),
+        (with_features(label=floats(1, 2)), ["feature label is float[2]", "gives float"]),
         (with_features(image_raw=b"\x08\x01"), ["not a tensor"]),
         (with_features(image_raw=b"junk"), ["not a"]),
         (lambda payload: payload[:-1], ["not an Example"]),
@@ -715,12 +715,12 @@ def test_wrong_record(gzip: Path, edit: Callable[[bytes], bytes], texts: list[st
         (with_voxels(put(2000)), ["voxels, scaled, range from 0 to 2000"]),
         (
             with_features(scl_slope=double(2), scl_inter=double(1)),
-            ["scaling is 2 1, the index says", "range from 1 to"],
+            ["scaling is 2 1, but the index has", "range from 1 to"],
         ),
         (with_features(scl_slope=double(2)), ["feature scl_inter is missing"]),
         (
             with_features(scl_slope=double(np.nan), scl_inter=double(0)),
-            ["scaling is nan 0, the index says", "range from nan"],
+            ["scaling is nan 0, but the index has", "range from nan"],
         ),
         (with_features(scl_slope=double(1), scl_inter=b""), ["feature scl_inter has 0 bytes"]),
     ],
@@ -862,7 +862,7 @@ def with_failure(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("edit", "texts"),
     [
-        (lambda text: text + text.replace("0002", "0003"), ["has 2 lines", "says 1 failures"]),
+        (lambda text: text + text.replace("0002", "0003"), ["has 2 lines", "gives 1 failures"]),
         (lambda text: text.replace("0002", "0001"), ["1 of its examples are in the shards", "sub-0001"]),
         (lambda text: text[:20], ["failures.jsonl: row 1: not JSON"]),
         (lambda text: text + text, ["failures.jsonl: row 2: id 'sub-0002' is also in row 1"]),
@@ -903,7 +903,7 @@ def test_a_changed_cell_of_a_failed_row_is_named_by_its_column(tmp_path: Path, c
 
 def test_deleted_failures(with_failure: Path) -> None:
     (with_failure / "failures.jsonl").unlink()
-    only(problems(with_failure), "failures.jsonl: is missing", "says 1 failures")
+    only(problems(with_failure), "failures.jsonl: is missing", "gives 1 failures")
 
 
 # Deep
@@ -931,7 +931,12 @@ def test_changed_header(plain: Path, manifest: Path) -> None:
 def test_record_that_its_unchanged_image_does_not_give(gzip: Path) -> None:
     edit_record(gzip, 1, with_voxels(put(0.25)))
     assert problems(gzip) == ()
-    only(problems(gzip, deep=ALL), " in image_raw", "the sizes and times that they had", "--recheck")
+    only(
+        problems(gzip, deep=ALL),
+        " in image_raw",
+        "the sizes and times of its files are unchanged",
+        "--recheck",
+    )
 
 
 def test_image_that_was_only_copied(gzip: Path, manifest: Path) -> None:
@@ -946,7 +951,7 @@ def test_missing_image(gzip: Path, manifest: Path) -> None:
     report = verify_dataset(str(gzip), manifest=str(manifest), deep=ALL)
     only(
         report.problems,
-        f"{SHARD1}.gz: record 1 (sub-0003): cannot be made again: sub-0003.nii.gz: cannot be read",
+        f"{SHARD1}.gz: record 1 (sub-0003): cannot be rebuilt: sub-0003.nii.gz: cannot be read",
     )
 
 

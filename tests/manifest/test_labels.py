@@ -493,12 +493,12 @@ def test_inspect_tells_kinds_and_counts(built: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("age", "64", "label/age is 63.5, the index says 64"),
-        ("age", "", "the index's label is 63.5, of its age it is None"),
-        ("sex", "F", "label/sex is 1, the index says 0"),
+        ("age", "64", "label/age is 63.5, but the index has 64"),
+        ("age", "", "the index's label is 63.5, but its age gives None"),
+        ("sex", "F", "label/sex is 1, but the index has 0"),
         ("sex", "X", "the index has 'X' in sex, which does not match sex:class in dataset_info.json"),
-        ("subtype", "b", "label/subtype is 'a', the index says 'b'"),
-        ("label", 1.0, "the index's label is 1.0, of its age it is 63.5"),
+        ("subtype", "b", "label/subtype is 'a', but the index has 'b'"),
+        ("label", 1.0, "the index's label is 1.0, but its age gives 63.5"),
     ],
 )
 def test_an_index_that_says_another_label(dataset: Path, column: str, value: object, message: str) -> None:
@@ -520,7 +520,7 @@ def test_a_record_with_another_kind_of_label(dataset: Path) -> None:
 
     edit_record(dataset, 0, edit)
     (problem,) = verify_dataset(str(dataset)).problems
-    assert problem.endswith("feature label/sex is float[1], dataset_info.json says int64")
+    assert problem.endswith("feature label/sex is float[1], but dataset_info.json gives int64")
 
 
 def test_other_classes_are_a_difference_between_datasets(built: Path, dataset: Path) -> None:
@@ -673,7 +673,7 @@ def test_a_label_that_is_text_is_asked_by_its_column(folder: Path, tmp_path: Pat
     assert Dataset(output, where="manifest_label == 20230110").ids == [rows[0]["path"]]
     assert Dataset(output)[1]["label/label"] == b"20230111"
     with pytest.raises(
-        UsageError, match="the first label is a string, not a number; choose among label/label"
+        UsageError, match="the first label is a string, not a number; choose one of: label/label"
     ):
         Dataset(output, columns=["id", "label"])
 
@@ -748,7 +748,7 @@ def test_the_reader_of_other_datasets(folder: Path, tmp_path: Path) -> None:
     for engine in ("indexed", "sequential"):
         given = [x["label/subtype"].numpy() for x in load_dataset(text, as_dict=True, engine=engine)]
         assert given == [b"a", b"b"] == [element["label/subtype"] for element in Dataset(text)]
-        with pytest.raises(UsageError, match="is a string, not a number; choose among label/subtype"):
+        with pytest.raises(UsageError, match="is a string, not a number; choose one of: label/subtype"):
             load_dataset(text, as_dict=True, columns=["label"], engine=engine)
     unlabelled = build_dataset(manifest, tmp_path / "none")
     with pytest.raises(UsageError, match="label is 'age'; the dataset has no labels"):

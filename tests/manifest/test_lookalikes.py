@@ -161,4 +161,4 @@ def test_build_and_check_report_each_warning_once(
     assert said.count("participant_id 'S1' differs from 's1' of row 1") == 1
     if command == "build":
         again = run("verify", tmp_path / "out", "--manifest", manifest, "--deep", "all")
-        assert "2 made again from their images" in again
+        assert "2 rebuilt from their images" in again

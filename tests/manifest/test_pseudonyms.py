@@ -357,7 +357,9 @@ def test_copies_of_names_of_images_are_refused(
 def test_headers_that_are_names_are_refused(tmp_path: Path, key: str, header: str, *, is_name: bool) -> None:
     people, files = ("sub-Maier", "sub-100307", "sub-x"), ("a.nii", "b.nii", "brain-of-k.nii")
     found = leaks_of(tmp_path, key, participant_id=people, path=files, **{header: ("1", "2", "3")})
-    assert found.startswith("refused: column 3 is called like a participant, a session or an") == is_name
+    assert (
+        found.startswith("refused: the name of column 3 is that of a participant, a session or an") == is_name
+    )
     assert header not in found
 
 
@@ -442,7 +444,7 @@ def test_the_command_line(
     assert cli.main(["build", str(manifest), output, flag, "--quiet"]) == cli.SUCCESS
     assert cli.main(["verify", output, "--manifest", str(manifest), flag, "--deep=all"]) == cli.SUCCESS
     said = capsys.readouterr()
-    assert "8 made again from their images" in said.out
+    assert "8 rebuilt from their images" in said.out
     assert not any(name in said.out + said.err for name in NAMES)
 
 

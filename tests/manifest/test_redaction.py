@@ -152,7 +152,7 @@ def test_what_has_to_be_installed_for_a_store_is_told(monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="in row 1 of the manifest") as raised, redacting(row, "/d"):
         storage.stat(row.path)
     assert str(raised.value).startswith(
-        "0123abcd: nothing here serves s3:// (No module named 'boto3'); install beam-nifti[aws]"
+        "0123abcd: s3:// is not supported here (No module named 'boto3'); install beam-nifti[aws]"
     )
 
 
@@ -277,7 +277,7 @@ def test_no_failure_tells_a_name(study: Study, told: Told, tmp_path: Path, log_f
     assert cli.main([*verify, "--deep=all"]) == cli.FAILED
     assert cli.main(["inspect", str(study.output)]) == cli.SUCCESS
     said = told()
-    assert said.count("cannot be made again: ") == 2
+    assert said.count("cannot be rebuilt: ") == 2
     assert MARK not in said.lower()
 
 

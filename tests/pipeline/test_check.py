@@ -93,7 +93,7 @@ def test_what_would_be_left_out_is_named(mixed: Path, check: Check) -> None:
         (13, "no"),
     ]
     messages = [p["message"] for p in report["problems"]]
-    assert "shape (9, 5, 4) where the first image has (6, 5, 4)" in messages[0]
+    assert "shape (9, 5, 4), but the first image has (6, 5, 4)" in messages[0]
     assert "choose frames with --frames all" in messages[1]
     assert "a text file; copy or download" in messages[2]
     assert "No such file" in messages[3]

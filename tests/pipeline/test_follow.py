@@ -101,14 +101,14 @@ def test_units_cut_each_shard_without_a_gap(num_rows: int, shard: int, unit: int
 def test_looking_stays_within_its_requests(num_names: int) -> None:
     pages = num_names // 1000
     progress = BuildProgress(0, 0, num_requests=2 + pages)
-    assert progress.num_requests * 60 / progress.pause <= follow.REQUESTS_A_MINUTE
+    assert progress.num_requests * 60 / progress.pause <= follow.REQUESTS_PER_MINUTE
     assert progress.pause >= 6
 
 
 def test_a_log_tells_how_far_a_build_elsewhere_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "REQUESTS_A_MINUTE", 60_000)
+    monkeypatch.setattr(follow, "REQUESTS_PER_MINUTE", 60_000)
     monkeypatch.setattr("beam_nifti.pipeline.progress._LINE_SECONDS", 0.01)
     manifest = write_cohort(tmp_path / "cohort", COUNT)
     with open_build(make_config(manifest, tmp_path / "out")) as plan:

@@ -167,7 +167,7 @@ FAILURES = {
     6: ("LoadVolume", "truncated"),
     10: ("Rescale", "constant"),
     11: ("Rescale", "NaN"),
-    12: ("LoadVolume", "(12, 10, 9) where the first image has (12, 10, 8)"),
+    12: ("LoadVolume", "(12, 10, 9), but the first image has (12, 10, 8)"),
     24: ("LoadVolume", "a text file"),
 }
 """By row of the manifest: the step that fails, and a word of its message."""

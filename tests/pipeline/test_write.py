@@ -474,7 +474,7 @@ def test_a_dictionary_that_would_be_read_otherwise_is_refused(features: dict[str
         ),
         (
             {"image_raw": b"\x08\x0a" + TENSOR[0][2:] + bytes(TENSOR[1])},
-            "image_raw is not a tensor .*of another type",
+            "image_raw is not a tensor .*: not a tensor of float32",
         ),
         ({"x": np.zeros(0, np.float32)}, "its feature x is empty"),
         ({"label": np.array([1])}, "its feature label is int64, expected one float"),
@@ -1043,13 +1043,13 @@ def test_a_record_without_an_affine_is_no_image(reference: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("affine", np.diag([3.0, 1, 1, 1]).ravel().tolist(), "affine is .*, the index says"),
+        ("affine", np.diag([3.0, 1, 1, 1]).ravel().tolist(), "affine is .*, but the index has"),
         ("affine", None, "affine is .*, but the index has no value for it"),
-        ("zooms", [5.0, 5.0, 5.0], "the index says voxel sizes of 5 5 5, expected 2 2 2"),
-        ("zooms", None, "the index says voxel sizes of none, expected 2 2 2"),
+        ("zooms", [5.0, 5.0, 5.0], "the index has voxel sizes of 5 5 5, expected 2 2 2"),
+        ("zooms", None, "the index has voxel sizes of none, expected 2 2 2"),
         ("label", 7.0, "feature label is missing, but the index has a value for it"),
-        ("dtype", "int16", "voxels are float32, the index says int16"),
-        ("dtype", None, "voxels are float32, the index says None"),
+        ("dtype", "int16", "voxels are float32, but the index has int16"),
+        ("dtype", None, "voxels are float32, but the index has None"),
         ("mean", 1.0, "the index has no min"),
     ],
 )

@@ -92,16 +92,19 @@ def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path) -> N
         (lambda r: r.grid_patches(0, (4, 4)), r"the shape of a patch is \(4, 4\); give three integers"),
         (
             lambda r: r.grid_patches(0, PATCH, 1),
-            "overlap is 1, which is the same patch again; give",
+            "overlap is 1, which repeats the same patch; give",
         ),
         (lambda r: r.grid_patches(0, PATCH, -0.1), "overlap is -0.1; give a share from 0 to 1"),
         (lambda r: r.grid_patches(0, PATCH, "half"), "overlap is 'half'"),
         (
             lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 17),
-            "predictions are 17, and there are 18 patches; give one for each",
+            "there are 17 predictions for 18 patches; give one for each",
         ),
-        (lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 19), "predictions are more, and"),
-        (lambda r: r.grid_patches(0, PATCH, 0).stitch([]), "predictions are 0, and"),
+        (
+            lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 19),
+            "there are more than 18 predictions for 18",
+        ),
+        (lambda r: r.grid_patches(0, PATCH, 0).stitch([]), "there are 0 predictions for"),
         (
             lambda r: r.grid_patches(0, PATCH).stitch([np.zeros((1, *PATCH))]),
             r"prediction 0 has the shape \(1, 16, 12, 14\), expected \(16, 12, 14, 14\); give the shape",
@@ -112,7 +115,7 @@ def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path) -> N
         ),
         (
             lambda r: r.grid_patches(0, PATCH).stitch([], weights="linear"),
-            "weights is 'linear'; choose among gaussian, constant",
+            "weights is 'linear'; choose one of: gaussian, constant",
         ),
     ],
 )

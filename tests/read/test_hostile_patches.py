@@ -90,12 +90,12 @@ def shift(table: pa.Table) -> pa.Table:
         ("uncompressed", swap("offset", "length", "member_lengths"), "it is the record of 'sub-1'"),
         ("uncompressed", shift, "not an Example"),
         ("float32", shift, "no gzip member of"),
-        ("float32", set_cells(min=5e4, max=6e4), r"its intensity_min is -\d+, the index says 50000"),
-        ("native", set_cells(min=-123.0), r"its intensity_min is -\d+, the index says -123"),
-        ("native", set_cells(max=math.inf), r"its intensity_max is \d+, the index says inf"),
-        ("native", set_cells(scl_slope=3.0, scl_inter=1.0), "its scaling is 1 0, the index says 3 1"),
-        ("native", set_cells(scl_slope=3.0), "the index says a scaling by 3.0 and None"),
-        ("percentile", set_cells(rescale_low=-1.0), r"its rescale_low is -\d+, the index says -1"),
+        ("float32", set_cells(min=5e4, max=6e4), r"its intensity_min is -\d+, but the index has 50000"),
+        ("native", set_cells(min=-123.0), r"its intensity_min is -\d+, but the index has -123"),
+        ("native", set_cells(max=math.inf), r"its intensity_max is \d+, but the index has inf"),
+        ("native", set_cells(scl_slope=3.0, scl_inter=1.0), "its scaling is 1 0, but the index has 3 1"),
+        ("native", set_cells(scl_slope=3.0), "the index has a scaling by 3.0 and None"),
+        ("percentile", set_cells(rescale_low=-1.0), r"its rescale_low is -\d+, but the index has -1"),
         ("mixed", set_cells(shape=[70, 50, 61]), r"its image_raw holds float32 of \(70, 61, 50\), expected"),
     ],
 )
@@ -114,9 +114,9 @@ def test_an_index_that_contradicts_a_record_is_refused(
 @pytest.mark.parametrize(
     ("name", "cells", "message"),
     [
-        ("native", {"min": None}, r"the index says minima \[\] and maxima \[\d+.0\]"),
-        ("percentile", {"rescale_low": None}, r"the index says rescale_low \[\] and rescale_high \[\d+.0\]"),
-        ("percentile", {"rescale_low": None, "rescale_high": None}, "the index says rescale_low"),
+        ("native", {"min": None}, r"the index has minima \[\] and maxima \[\d+.0\]"),
+        ("percentile", {"rescale_low": None}, r"the index has rescale_low \[\] and rescale_high \[\d+.0\]"),
+        ("percentile", {"rescale_low": None, "rescale_high": None}, "the index has rescale_low"),
         ("float32", {"mask_labels": None, "mask_positions": None}, "has 0 mask_positions, which cannot be"),
         ("float32", {"mask_labels": None}, "has 64 mask_positions, which cannot be"),
     ],
@@ -201,16 +201,16 @@ def test_a_shape_of_all_volumes_that_a_record_cannot_have_is_refused(copy: Calla
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("label", 42.0, "its label is 30, the index says 42"),
-        ("label", None, "its label is 30, the index says nan"),
-        ("affine", [2.0] * 16, "its affine is -2 0 .*, the index says 2 2"),
-        ("zooms", [9.0] * 3, "its zooms is 2 2 .*, the index says 9 9 9"),
-        ("age", "99", "its label/age is 30, the index says 99"),
-        ("site", "B", "its label/site is 0, the index says 1"),
+        ("label", 42.0, "its label is 30, but the index has 42"),
+        ("label", None, "its label is 30, but the index has nan"),
+        ("affine", [2.0] * 16, "its affine is -2 0 .*, but the index has 2 2"),
+        ("zooms", [9.0] * 3, "its zooms is 2 2 .*, but the index has 9 9 9"),
+        ("age", "99", "its label/age is 30, but the index has 99"),
+        ("site", "B", "its label/site is 0, but the index has 1"),
         ("site", "C", "the index has 'C' in site, which does not match"),
-        ("min", 5e4, r"its intensity_min is -\d+, the index says 50000"),
-        ("max", 5e4, r"its intensity_max is \d+, the index says 50000"),
-        ("rescale_low", 5.0, r"its rescale_low is -\d.*, the index says 5"),
+        ("min", 5e4, r"its intensity_min is -\d+, but the index has 50000"),
+        ("max", 5e4, r"its intensity_max is \d+, but the index has 50000"),
+        ("rescale_low", 5.0, r"its rescale_low is -\d.*, but the index has 5"),
     ],
 )
 def test_a_record_that_states_other_values_than_the_index_is_refused(
@@ -246,7 +246,7 @@ def test_a_record_with_a_label_that_the_index_lacks_is_refused(
     dataset = copy("labels")
     edit_info(dataset, lambda facts: facts["manifest"].update(path=""))  # as WriteToTFRecord has it
     edit_index(dataset, set_cells(**{column: None}))
-    with pytest.raises(DatasetError, match=rf"its label/{column} is \d+, the index says (nan|-1)"):
+    with pytest.raises(DatasetError, match=rf"its label/{column} is \d+, but the index has (nan|-1)"):
         bn.Dataset(dataset, columns=["image", column])[0]
     assert any(f"label/{column} is " in problem for problem in bn.verify(dataset).problems)
 
@@ -256,7 +256,7 @@ def test_a_record_that_a_condition_selects_by_another_value_is_refused(copy: Cal
     edit_index(dataset, set_cells(age="99"))
     records = bn.Dataset(dataset, columns=["image"], where="age > 60")
     assert records.ids == ["sub-0"]
-    with pytest.raises(DatasetError, match="its label/age is 30, the index says 99"):
+    with pytest.raises(DatasetError, match="its label/age is 30, but the index has 99"):
         records[0]
 
 

@@ -118,7 +118,7 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
         (
             "plain",
             "nobrainer",
-            r"plain: its first record has no feature/value, .* but image_raw, label; choose",
+            r"plain: its first record has image_raw, label, but not feature/value, which .* requires; choose",
         ),
         ("named", "plain", "named: its first record is not of layout='plain' .*label is not one number"),
         ("absent*", "plain", r"absent\*: no file matches; give the glob"),
@@ -136,13 +136,13 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
     [
         (
             {"split": "test"},
-            "split 'test' needs a dataset_info.json, and files of layout='nobrainer' have none",
+            "split 'test' requires a dataset_info.json, but files of layout='nobrainer' have none",
         ),
-        ({"where": "age > 1"}, "where needs a dataset_info.json"),
-        ({"start": 1}, "start needs a dataset_info.json"),
-        ({"as_dict": True}, "as_dict needs a dataset_info.json"),
-        ({"label": "age"}, "label needs a dataset_info.json"),
-        ({"engine": "indexed"}, "engine='indexed' needs a dataset_info.json"),
+        ({"where": "age > 1"}, "where requires a dataset_info.json"),
+        ({"start": 1}, "start requires a dataset_info.json"),
+        ({"as_dict": True}, "as_dict requires a dataset_info.json"),
+        ({"label": "age"}, "label requires a dataset_info.json"),
+        ({"engine": "indexed"}, "engine='indexed' requires a dataset_info.json"),
         ({"layout": "tfds"}, "layout is 'tfds'; choose 'plain' or 'nobrainer'"),
     ],
 )

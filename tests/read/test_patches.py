@@ -131,6 +131,11 @@ def test_only_the_members_that_a_patch_touches_are_read(
         ((0, 0, 0.5), (1, 1, 1), "corner is"),
         ((0, 0, 0), (1, 0, 1), r"shape is \(1, 0, 1\); give three integers of at least 1"),
         ((0, 0, 0), 8, "shape is 8"),
+        (
+            (0, 0, 0),
+            (10**5, 10**5, 10**5),
+            r"shape is \(100000, 100000, 100000\), which does not fit into memory",
+        ),
     ],
 )
 def test_boxes_that_are_none_are_refused(dataset: Path, corner: Any, shape: Any, message: str) -> None:
@@ -175,11 +180,11 @@ def test_a_damaged_member_is_told_where_a_patch_touches_it(sound: Path) -> None:
     [
         (
             lambda n: [*n[:-2], n[-2] + n[-1]],
-            "record 'sub-0'.*the index says that it has 7 members, expected 8",
+            "record 'sub-0'.*the index gives it 7 members, expected 8",
         ),
         (lambda n: [n[0], n[2], n[1], *n[3:]], "record 'sub-0'.*gzip member"),
         (lambda n: [n[0] + 1, n[1] - 1, *n[2:]], "record 'sub-0'.*gzip member"),
-        (lambda n: [*n[:-1], n[-1] + 1], r"the members of record 0 have \d+ bytes, and it has \d+"),
+        (lambda n: [*n[:-1], n[-1] + 1], r"the members of record 0 have \d+ bytes, but it has \d+"),
         (lambda n: [], r"column member_lengths of record 0 .*has 0 values, expected 1"),
     ],
 )

@@ -251,7 +251,7 @@ def test_a_first_label_that_is_a_text(tmp_path: Path) -> None:
     build(manifest, tmp_path / "out", columns={"label": "name:string"})
     assert list(Dataset(tmp_path / "out")[0]) == ["image", "label/name", "id", "affine", "zooms"]
     assert Dataset(tmp_path / "out", columns=["label/name"])[0]["label/name"] == b"left"
-    with pytest.raises(UsageError, match="first label is a string, not a number; choose among label/name"):
+    with pytest.raises(UsageError, match="first label is a string, not a number; choose one of: label/name"):
         Dataset(tmp_path / "out", columns=["label"])
 
 
@@ -358,7 +358,7 @@ def test_a_remote_dataset(dataset: Path) -> None:
         ({"split": "train[:"}, r"write the name of a split"),
         ({"split": "train[:99]"}, r"reaches beyond the 9 records of 'train'"),
         ({"columns": ["image_raw"]}, r"no column 'image_raw'"),
-        ({"columns": ["sex"]}, r"no column 'sex'; choose among affine, age, .*image, .*zooms"),
+        ({"columns": ["sex"]}, r"no column 'sex'; choose one of: affine, age, .*image, .*zooms"),
         ({"where": "sex == 1"}, r"the index has no column 'sex'; it has example_id, .*, source, .*, age"),
         ({"where": "participant_id > 1"}, r"participant_id is 'sub-0000' in row 1 of the manifest"),
     ],
@@ -381,7 +381,7 @@ def test_damage_that_opening_finds(copy: Path, tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     refusal(
-        rf"{shard}: the shard has {len(content) - 1} bytes, but dataset_info.json says {len(content)}; copy"
+        rf"{shard}: the shard has {len(content) - 1} bytes, but dataset_info.json gives {len(content)}; copy"
     )
     shard.unlink()
     refusal(rf"{shard}: the shard is missing; copy the dataset again")
@@ -412,7 +412,7 @@ def test_damage_that_reading_finds(copy: Path) -> None:
         records[1]
     shard.write_bytes(content[: start + 100])
     with pytest.raises(
-        DatasetError, match=r"'sub-0001', .*of its \d+ bytes the file has 100\); run beam-nifti ver"
+        DatasetError, match=r"'sub-0001', .*the file has only 100 of its \d+ bytes\); run beam-nifti ver"
     ):
         records.by_id("sub-0001")
     shard.unlink()

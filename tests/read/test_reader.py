@@ -486,9 +486,9 @@ def test_arguments_that_do_not_fit_together(dataset: str, arguments: dict[str, A
 
 
 def test_a_scheme_that_nothing_serves() -> None:
-    with pytest.raises(DatasetError, match="nothing here serves nowhere://"):
+    with pytest.raises(DatasetError, match="nowhere:// is not supported here"):
         load_dataset("nowhere://a/b")
-    with pytest.raises(DatasetError, match=r"nowhere://a/b: .*leave engine out, or install beam-nifti\[io\]"):
+    with pytest.raises(DatasetError, match=r"nowhere://a/b: .*drop engine, or install beam-nifti\[io\]"):
         load_dataset("nowhere://a/b", engine="sequential")
 
 

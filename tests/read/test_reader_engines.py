@@ -168,7 +168,7 @@ def test_channels_first_gives_the_same_numbers_in_another_order(datasets: dict[s
 def test_columns_of_the_index_are_for_the_indexed_engine(datasets: dict[str, Path]) -> None:
     options: dict[str, Any] = {"as_dict": True, "columns": ["id", "sex"]}
     assert {e["sex"].numpy() for e in load_dataset(datasets["native"], **options)} == {b"F", b"M"}
-    with pytest.raises(UsageError, match=r"no column 'sex'; choose among affine, id, .*engine='indexed'"):
+    with pytest.raises(UsageError, match=r"no column 'sex'; choose one of: affine, id, .*engine='indexed'"):
         load_dataset(datasets["native"], engine="sequential", **options)
 
 

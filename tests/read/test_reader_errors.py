@@ -106,13 +106,17 @@ REBUILD = "copy the dataset again, or"
         (
             edit_shard(lambda c: c[:-1]),
             BOTH,
-            rf"{SHARD}: the shard has \d+ bytes, but .* says \d+; {REBUILD}",
+            rf"{SHARD}: the shard has \d+ bytes, but .* gives \d+; {REBUILD}",
         ),
-        (edit_shard(lambda c: c + c), BOTH, rf"{SHARD}: the shard has \d+ bytes, but .* says \d+; {REBUILD}"),
+        (
+            edit_shard(lambda c: c + c),
+            BOTH,
+            rf"{SHARD}: the shard has \d+ bytes, but .* gives \d+; {REBUILD}",
+        ),
         (
             edit_shard(lambda c: c[: third(c)], agree=True),
             BOTH[:1],
-            rf"00002\.parquet: record 1 \(sub-0004\) is said to take .* not in {SHARD}; run beam-nifti",
+            rf"00002\.parquet: record 1 \(sub-0004\) has .* not in {SHARD}; run beam-nifti",
         ),
         (without_index, BOTH[:1], r"train-00001-of-00002\.parquet: is missing; copy it again"),
         (swap_indexes, BOTH[:1], rf"00002\.parquet: is not the index of {SHARD}; run beam-nifti verify"),
@@ -133,7 +137,7 @@ def test_known_when_it_is_opened(
     ("options", "message"),
     [
         ({"split": "test"}, "no split 'test'; the dataset has train"),
-        ({"as_dict": True, "columns": ["agee"]}, "records have no column 'agee'; choose among .*affine"),
+        ({"as_dict": True, "columns": ["agee"]}, "records have no column 'agee'; choose one of: .*affine"),
         ({"label": "agee"}, "label is 'agee'; the dataset has label"),
         ({"target": "mask"}, "has no masks; build it with --mask-column"),
     ],

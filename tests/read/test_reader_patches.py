@@ -146,15 +146,15 @@ def test_damaged_records_are_skipped(dataset: Path, tmp_path: Path, caplog: pyte
     [
         (
             {"patch": PATCH, "patches": bn.Patches(PATCH)},
-            "patches and patch say the same; leave one of them out",
+            "patches and patch are two ways to request patches; drop one of them",
         ),
         ({"patches_per_volume": 2}, "patches_per_volume is 2, but volumes are read as a whole; give a patch"),
         ({"patch": (9, 9)}, "the shape of a patch is"),
         ({"patch": PATCH, "patches_per_volume": 0}, "patches_per_volume is 0; it must be at least 1"),
         ({"foreground": 0.5}, "foreground is 0.5, but volumes are read as a whole; give a patch"),
-        ({"patch": PATCH, "engine": "sequential"}, "patch needs the index, and engine is 'sequential'"),
-        ({"patch": PATCH, "layout": "plain"}, "patch needs a dataset_info.json"),
-        ({"patch": PATCH, "shard": (0, 2)}, "shard needs an order that is known beforehand; give a seed"),
+        ({"patch": PATCH, "engine": "sequential"}, "patch requires the index, but engine is 'sequential'"),
+        ({"patch": PATCH, "layout": "plain"}, "patch requires a dataset_info.json"),
+        ({"patch": PATCH, "shard": (0, 2)}, "shard requires an order that is known beforehand; give a seed"),
         ({"batch_size": 2}, "have different shapes; use batch_size=1 or None, .* or ragged=True"),
     ],
 )

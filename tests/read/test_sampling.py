@@ -171,6 +171,11 @@ def test_grain_takes_the_patches_of_several_epochs(records: bn.Dataset) -> None:
             lambda r: bn.Patches((9, 9)),
             r"the shape of a patch is \(9, 9\); give three integers of at least 1",
         ),
+        (
+            lambda r: bn.Patches((1 << 40, 9, 9)),
+            r"the shape of a patch is \(1099511627776, 9, 9\), which does not fit into memory; give a",
+        ),
+        (lambda r: bn.Patches((1 << 70, 9, 9)), "does not fit into memory"),
         (lambda r: bn.Patches((9, 0, 9)), "the shape of a patch is"),
         (lambda r: bn.Patches((9, 9, 9), per_volume=0), "patches_per_volume is 0; it must be at least 1"),
         (lambda r: bn.Patches(PATCH, foreground=1.5), "foreground is 1.5; give a share from 0 to 1"),

@@ -128,8 +128,8 @@ def test_what_does_not_change_the_order_may_be_another(dataset: Path, tmp_path: 
         ({"where": "label > 1"}, "with where None, but this one has 'label > 1'"),
         ({"start": 1}, "start_state and start cannot be combined"),
         ({"on_error": "skip"}, "start_state and on_error='skip', which does not count every batch, cannot"),
-        ({"engine": "sequential"}, "start_state needs the index"),
-        ({"seed": None}, "start_state needs an order that is known beforehand; give a seed"),
+        ({"engine": "sequential"}, "start_state requires the index"),
+        ({"seed": None}, "start_state requires an order that is known beforehand; give a seed"),
         (
             {"start_state": {"step": 4}},
             "start_state is {'step': 4}; give the result of state_after of",
@@ -149,7 +149,7 @@ def test_a_state_beyond_the_epochs(dataset: Path) -> None:
         load_dataset(dataset, start_state=state, **ORDER)
     with pytest.raises(UsageError, match="step is -1; give how many elements were consumed"):
         state_after(-1, dataset, **ORDER)
-    with pytest.raises(UsageError, match="state_after needs an order that is known beforehand"):
+    with pytest.raises(UsageError, match="state_after requires an order that is known beforehand"):
         state_after(1, dataset, shuffle=True)
 
 

@@ -89,7 +89,7 @@ def test_it_comes_back() -> None:
         ({"failures": "../../secret"}, "failures is '../../secret', which names no list of failures"),
         ({"failures": "failures-r2.jsonl"}, "failures is 'failures-r2.jsonl', which names no list"),
         ({"failures": 3}, "info: not a dataset's info: failures is 3, expected text"),
-        ({"failures_sha256": None}, "failures is 'failures.jsonl', and failures_sha256 None"),
+        ({"failures_sha256": None}, "failures is 'failures.jsonl', but failures_sha256 is None"),
         ({"shape": "large"}, "shape is 'large', expected a list"),
         ({"shape": [1, 2]}, r"shape is \[1, 2\]"),
         ({"shape": [1 << 20, 1 << 20, 2]}, "shape is .*expected the numbers of voxels"),
@@ -103,7 +103,7 @@ def test_it_comes_back() -> None:
         ({"num_failures": -1}, "num_failures is -1"),
         ({"versions": {"numpy": 2}}, "versions.numpy is 2, expected text"),
         ({"mask_labels": [0, 1]}, "mask_labels are given, but the records have no masks"),
-        ({"labels": {"age": {"kind": "float"}}}, "labels are age:float, of columns ''"),
+        ({"labels": {"age": {"kind": "float"}}}, "labels are age:float, but the columns are ''"),
         ({"labels": {"age": {"kind": "class"}}}, "labels.age is"),
         ({"splits": {}}, "names no shards"),
         ({"splits": {"../train": {}}}, r"splits has the name '\.\./train'"),
@@ -119,7 +119,7 @@ def test_it_comes_back() -> None:
             with_shard(
                 name="train-00000-of-00001-r2.tfrecord", index="index/train-00000-of-00001-r2.parquet"
             ),
-            "names train-00000-of-00001-r2.tfrecord, and is revision 1",
+            "names train-00000-of-00001-r2.tfrecord, but is revision 1",
         ),
         (with_shard(sha256="A" * 64), "sha256 of train-00000-of-00001.tfrecord is 'AAA"),
         (with_shard(num_examples=10**12), "has 1000000000000 examples in 800 bytes"),
@@ -137,9 +137,9 @@ def test_it_comes_back() -> None:
         ({"labels": {"a": {"kind": "class", "classes": ["x", "x"]}}}, "labels.a.classes has a class twice"),
         (with_config(fingerprint="../.."), "config.fingerprint is '../..', expected 16 hex digits"),
         (with_config(compression="gzip"), "is revision 1 with compression gzip"),
-        (with_config(frames="each"), "manifest.num_frames is None, but config.frames 'each'"),
+        (with_config(frames="each"), "manifest.num_frames is None, but config.frames is 'each'"),
         (with_manifest(num_rows=1.5), "manifest.num_rows is 1.5, expected a whole number"),
-        (with_manifest(num_frames=4), "manifest.num_frames is 4, but config.frames None"),
+        (with_manifest(num_frames=4), "manifest.num_frames is 4, but config.frames is None"),
         (with_manifest(columns=["a", 1]), r"manifest.columns\[1\] is 1, expected text"),
     ],
 )

@@ -225,7 +225,7 @@ def test_wrong_bounds_are_found(level: int | None) -> None:
 
 
 def test_two_records_in_one_member_are_refused() -> None:
-    with pytest.raises(ShardError, match="record says 13 bytes, but holds 42"):
+    with pytest.raises(ShardError, match="record gives its size as 13 bytes, but holds 42"):
         decode_record(gzip.compress(RECORD + RECORD), compressed=True)
 
 

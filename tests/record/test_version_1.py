@@ -92,7 +92,7 @@ def test_it_is_read(dataset: Path) -> None:
 
 
 def test_every_command_takes_it(dataset: Path, run: Callable[..., str]) -> None:
-    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("right")
+    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("ok ")
     assert "format 1" in run("inspect", dataset)
     assert "2020-09-13" in run("inspect", dataset, "--record=sub-1")
     with pytest.raises(DatasetError, match="No such file"):
@@ -116,7 +116,7 @@ def test_it_is_added_to_as_version_1(
     assert (info.format_version, info.num_examples, info.failures) == (1, 5, "failures.jsonl")
     assert set(before.items()) >= {(s.name, s.sha256) for s in info.shards[:2]}
     assert columns_of(dataset) & (OLD_COLUMNS | NEW_COLUMNS) == OLD_COLUMNS
-    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("right")
+    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("ok ")
 
 
 def test_what_its_sums_hide_is_found_by_recheck(study: Path, dataset: Path, run: Callable[..., str]) -> None:
@@ -128,7 +128,7 @@ def test_what_its_sums_hide_is_found_by_recheck(study: Path, dataset: Path, run:
     assert "--recheck" in run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset), code=1)
     build(study, recheck=True)
     assert info_of(dataset).format_version == 1
-    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("right")
+    assert run("verify", dataset, "--deep=all", "--manifest", manifest_of(dataset)).startswith("ok ")
 
 
 def test_overwrite_makes_it_the_present_version(study: Path, dataset: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_unfinished_work_of_other_versions_is_made_again(
     pretend(monkeypatch, name, "9.9")
     with open_build(make_config(short, output, examples_per_shard=4)) as plan:
         assert not plan.earlier
-    reason = f"of an unfinished build, made with other versions: {name} {was}, now 9.9"
+    reason = f"of an unfinished build, built with other versions: {name} {was}, now 9.9"
     assert reason in caplog.text
     assert list(output.rglob("*.part")) == []
     assert list(output.glob("*.tfrecord.gz")) == []
@@ -155,7 +155,7 @@ def test_a_dataset_of_an_earlier_revision_of_content_is_verified(
     for revision in (1, 2, 3):
         assert verify_dataset(str(output / str(revision)), manifest=str(short)).problems == ()
     for revision in (1, 2):
-        with pytest.raises(UsageError, match="by a version of beam-nifti that makes other records"):
+        with pytest.raises(UsageError, match="by a version of beam-nifti that makes different records"):
             verify_dataset(str(output / str(revision)), manifest=str(short), deep=1)
     monkeypatch.setattr(config, "CONTENT_REVISION", 2)
     (problem,) = verify_dataset(str(output / "3")).problems

@@ -208,7 +208,7 @@ def test_it_opens_the_page(dataset: Path, view: View, monkeypatch: pytest.Monkey
     ("flags", "code", "says"),
     [
         (["--id=rsa"], cli.FAILED, "no record 'rsa'; did you mean 'ras'?"),
-        (["--id=ras", "--channel=0"], cli.USAGE, "record 'ras' has no channels; leave --channel out"),
+        (["--id=ras", "--channel=0"], cli.USAGE, "record 'ras' has no channels; drop --channel"),
         (["--id=ras", "--open", "--out=s3://lab/a.html"], cli.USAGE, "--open requires a local file"),
         (["--id=ras", "--out=there.html"], cli.USAGE, "there.html: already exists"),
     ],

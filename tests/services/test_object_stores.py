@@ -128,7 +128,7 @@ def test_every_mixture_makes_the_same_shards(
     run_cli(["build", table, dataset, *reference.flags, "--workers=2"])
     assert_same(dataset, reference)
     said = run_cli(["verify", dataset, "--manifest", table, "--deep=3"])
-    assert said.startswith("right    60 examples, 12 shards")
+    assert said.startswith("ok       60 examples, 12 shards")
     assert "examples      60 in " in run_cli(["inspect", dataset])
 
 

@@ -208,7 +208,7 @@ def test_images_are_built_from_there_into_a_local_folder(
     shards = {name: digest for name, digest in reference.content.items() if ".tfrecord" in name}
     assert shards.items() <= content_of(tmp_path / "out").items()
     said = run_cli(["verify", f"{served.folders[scheme]}/dataset", f"--manifest={manifest}", "--deep=3"])
-    assert "right    60 examples, 12 shards" in said
+    assert "ok       60 examples, 12 shards" in said
 
 
 @pytest.mark.parametrize("scheme", LISTED)

@@ -102,7 +102,7 @@ def test_encoded_characters_of_a_file_url_are_no_pattern(tmp_path: Path) -> None
         ("C:\\data\\a.nii", "a Windows path; give the path at which this computer has the file"),
         ("d:/data/a.nii", "a Windows path"),
         ("\\\\server\\share\\a.nii", "a Windows path"),
-        ("smtp://server/a.nii", "nothing here serves smtp://; use the local disk, s3://"),
+        ("smtp://server/a.nii", "smtp:// is not supported here; use the local disk, s3://"),
     ],
 )
 def test_paths_that_nothing_here_can_reach_are_refused_by_name(path: str, message: str) -> None:
@@ -283,10 +283,10 @@ def test_a_scheme_that_is_not_served_says_what_to_do() -> None:
     pytest.importorskip("apache_beam")
     for access in (storage.read, storage.stat, storage.exists, storage.list_files, storage.delete):
         with pytest.raises(
-            OSError, match=r"nothing here serves nowhere://; .*install beam-nifti.*: 'nowhere://b/x'"
+            OSError, match=r"nowhere:// is not supported here; .*install beam-nifti.*: 'nowhere://b/x'"
         ):
             access("nowhere://b/x")
-    with pytest.raises(OSError, match="nothing here serves"):
+    with pytest.raises(OSError, match="is not supported here"):
         storage.write("nowhere://b/x", b"")
 
 

@@ -97,7 +97,7 @@ def test_a_server_without_ranges_is_refused(local: Path) -> None:
         records = Dataset(f"{server.url}/dataset")
         assert len(records) == 12
         server.rest()
-        with pytest.raises(DatasetError, match="sends the whole file where a part of it was asked for"):
+        with pytest.raises(DatasetError, match="sent the whole file instead of the requested range"):
             records[1]
         # Then whether the dataset is still the one that was opened.
         assert [r.path.endswith(".tfrecord.gz") for r in server.rest() if r.method == "GET"].count(True) == 1
@@ -125,7 +125,7 @@ def test_a_shard_that_is_cut_later_is_found_at_reading(copy: Path) -> None:
         records = Dataset(server.url)
         for rest in (20, 0):
             (copy / SHARD).write_bytes((copy / SHARD).read_bytes()[:rest])
-            with pytest.raises(DatasetError, match=rf"of its \d+ bytes the file has {rest}"):
+            with pytest.raises(DatasetError, match=rf"the file has only {rest} of its \d+ bytes"):
                 records[len(records) // 2]
 
 
@@ -294,7 +294,7 @@ def pseudonym(version: str, secret: bytes) -> str:
 
 
 def test_a_dataset_there_is_verified_and_inspected(server: FaultProxy, run: Callable[..., str]) -> None:
-    assert run("verify", f"{server.url}/dataset").startswith("right    12 examples, 2 shards")
+    assert run("verify", f"{server.url}/dataset").startswith("ok       12 examples, 2 shards")
     assert "12 in " in run("inspect", f"{server.url}/dataset")
 
 
@@ -307,7 +307,7 @@ def test_nothing_is_written_and_nothing_listed_there(server: FaultProxy, local: 
         storage.link(f"{server.url}/dataset/{SHARD}", url)
     with pytest.raises(OutputError, match=rf"OUTPUT is {url}: http:// is read-only; write to the local disk"):
         build(local.parent / "cohort/manifest.tsv", url)
-    with pytest.raises(OSError, match="does not say which files it has"):
+    with pytest.raises(OSError, match="a web server does not list its files"):
         storage.glob(f"{server.url}/cohort/*.nii.gz")
     assert not storage.exists(url)
     assert {r.method for r in server.requests} <= {"GET", "HEAD"}
@@ -344,7 +344,7 @@ def test_a_body_without_an_end_is_refused(announced: bytes) -> None:
         while True:
             connection.sendall(bytes(1 << 16))
 
-    with pytest.raises(OSError, match="sends more than the 2000 bytes that it was asked for"):
+    with pytest.raises(OSError, match="sent more than the 2000 bytes that were requested"):
         storage.read(answer_with(endless))
 
 

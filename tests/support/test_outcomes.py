@@ -45,7 +45,7 @@ CAUSES: list[tuple[Exception, int]] = [
     (os_error(errno.ENAMETOOLONG), USAGE),
     (os_error(errno.EINVAL), USAGE),
     (os_error(errno.EFBIG), USAGE),
-    (OSError("s4://b/x: nothing here serves s4://"), USAGE),
+    (OSError("s4://b/x: s4:// is not supported here"), USAGE),
     (os_error(errno.ENOSPC), TEMPORARY),
     (os_error(errno.EDQUOT), TEMPORARY),
     (os_error(errno.EIO), TEMPORARY),

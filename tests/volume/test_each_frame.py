@@ -301,7 +301,7 @@ def test_a_frame_that_fails_leaves_the_others(damaged: Path, tmp_path: Path) -> 
     assert (of_frames["row"], of_frames["stage"], of_frames["frames"]) == (2, "Rescale", "1,3")
     assert of_frames["message"].startswith("frames 1, 3: 1.nii.gz: all voxels are 7")
     assert (of_image["row"], of_image["stage"], "frames" in of_image) == (3, "LoadVolume", False)
-    assert "number of frames is 7 where the first image has 5" in of_image["message"]
+    assert "number of frames is 7, but the first image has 5" in of_image["message"]
     assert "build the others into another dataset" in of_image["message"]
     assert verify_dataset(str(output), manifest=str(damaged), deep=ALL).ok
     with pytest.raises(DatasetError, match=r"'sub-1_frame-0003'; it failed: Rescale: frames 1, 3"):

@@ -243,7 +243,7 @@ def test_voxels_that_are_named_packed_and_are_not_are_refused(tmp_path: Path) ->
         path = pair(tmp_path, brain().ravel()[: len(data) // 2].reshape(1, 1, -1), packed)
         (tmp_path / f"a.img{packed}").write_bytes(b"xx" + data[2:])
         with pytest.raises(
-            VolumeError, match=r"its \.img file is not compressed as its name says; copy it again"
+            VolumeError, match=r"its \.img file is not compressed as its name implies; copy it again"
         ):
             load_volume(row_of(path))
 
@@ -648,12 +648,12 @@ def test_what_the_first_image_decides_is_what_records_hold(tmp_path: Path) -> No
     record = RecordConfig(frames="mean")
     load_volume(row_of(path), shape=(5, 4, 3), record=record)
     load_volume(row_of(path), shape=(None, None, None), record=record)
-    with pytest.raises(VolumeError, match=r"shape \(5, 4, 3\) where the first image has \(5, 4, 4\)"):
+    with pytest.raises(VolumeError, match=r"shape \(5, 4, 3\), but the first image has \(5, 4, 4\)"):
         load_volume(row_of(path), shape=(5, 4, 4), record=record)
     colours = write_image(tmp_path / "b.nii", random_voxels((4, 3, 2, 3), "uint8").view(RGB)[..., 0])
     with pytest.raises(
         VolumeError, match=r"shape \(4, 3, 2, 3\) in a dataset of 3-D volumes of mixed shapes"
     ):
         load_volume(row_of(colours), shape=(None, None, None))
-    with pytest.raises(VolumeError, match="rgb24 voxels where the first image has uint8"):
+    with pytest.raises(VolumeError, match="rgb24 voxels, but the first image has uint8"):
         load_volume(row_of(colours), dtype="uint8", record=replace(record, frames=None))

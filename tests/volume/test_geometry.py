@@ -321,9 +321,7 @@ def test_flipped_images_of_one_grid_need_an_orientation(tmp_path: Path, run: Cal
         "--orientation RAS, which turns both without interpolation"
     ) in run(*flags, code=2)
     run(*flags, "--orientation=RAS")
-    assert "right" in run(
-        "verify", tmp_path / "out", "--deep=all", "--manifest", manifest_of(tmp_path / "out")
-    )
+    assert "ok " in run("verify", tmp_path / "out", "--deep=all", "--manifest", manifest_of(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_the_configuration_comes_back_from_json() -> None:
         ("--orientation=RAX", "--orientation is 'RAX'; write native, or three letters"),
         ("--orientation=RLS", "--orientation is 'RLS'"),
         ("--orientation=ras", "--orientation is 'ras'"),
-        ("--spacing=1", "--spacing is '1'; give three sizes in mm with commas, such as 1,1,1.5"),
+        ("--spacing=1", "--spacing is '1'; give three sizes in mm, such as 1,1,1.5"),
         ("--spacing=1,1,x", "--spacing is '1,1,x'"),
         ("--spacing=1,1,0", "--spacing is 1,1,0; give three sizes in mm"),
         ("--spacing=1,1,inf", "--spacing is 1,1,inf"),
@@ -162,9 +162,9 @@ def test_shapes_are_compared_as_they_will_be(tmp_path: Path) -> None:
     record = RecordConfig(orientation="RAS")
     for path in (one, other):
         assert load_volume(row_of(path), shape=(6, 5, 4), record=record).voxels.size == 120
-    with pytest.raises(VolumeError, match=r"b\.nii: shape \(4, 6, 5\) where .*crop and pad all .* --shape"):
+    with pytest.raises(VolumeError, match=r"b\.nii: shape \(4, 6, 5\), but .*crop and pad all .* --shape"):
         load_volume(row_of(other), shape=(6, 5, 4))
-    with pytest.raises(VolumeError, match=r"b\.nii: shape \(6, 5, 4\) where the first image has \(4, 6, 5\)"):
+    with pytest.raises(VolumeError, match=r"b\.nii: shape \(6, 5, 4\), but the first image has \(4, 6, 5\)"):
         load_volume(row_of(other), shape=(4, 6, 5), record=record)
 
 
@@ -222,7 +222,8 @@ def test_a_function_is_told_apart_by_the_file_that_defines_it(
     ("name", "message"),
     [
         ("nowhere.at_all:f", "cannot be imported: ModuleNotFoundError: .*put its folder on PYTHONPATH"),
-        ("json:no_such", "cannot be imported: AttributeError: "),
+        ("json:no_such", "json has no function 'no_such'; correct the name"),
+        ("json:dump_", "json has no function 'dump_'; did you mean dump?"),
         ("json:__doc__", "is not a function but a str"),
         ("sys:exit", "sys has no file; define the function in a module"),
     ],
@@ -283,7 +284,7 @@ def test_odd_images_become_volumes_of_one_shape(run: Run, tmp_path: Path, flags:
         assert nib.aff2axcodes(affine) == tuple(code)
         assert np.allclose(cells["zooms"], nib.affines.voxel_sizes(affine))
         assert (cells["shape"], cells["dtype"]) == ([8, 9, 10], "int16")
-    assert "3 made again" in run("verify", output, "--deep=all", "--manifest", manifest)
+    assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", manifest)
     prepared = next(li for li in run("inspect", output).splitlines() if li.startswith("prepared with"))
     assert prepared.removeprefix("prepared with").strip() == ", ".join(
         flag.removeprefix("--").replace("=", " ") for flag in flags if "dtype" not in flag
@@ -306,7 +307,7 @@ def test_a_shape_that_the_header_does_not_tell_is_that_of_the_first_image(run: R
     assert info_of(tmp_path / "out").shape == (3, 2, 2)
     (failure,) = map(json.loads, (tmp_path / "out/failures.jsonl").read_text().splitlines())
     assert failure["stage"] == "Preprocess"
-    assert failure["message"].startswith("2.nii: shape (2, 2, 2) where the first image has (3, 2, 2)")
+    assert failure["message"].startswith("2.nii: shape (2, 2, 2), but the first image has (3, 2, 2)")
 
 
 def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModule) -> None:
@@ -334,7 +335,7 @@ def test_a_function_of_the_users(run: Run, tmp_path: Path, make_module: MakeModu
         f"2.nii.gz: --preprocess {module}:halves failed: KeyError: 'no mask'; repair it"
     )
     deep = ("verify", output, "--deep=all", "--manifest", manifest)
-    assert "2 made again" in run(*deep, flag)
+    assert "2 rebuilt" in run(*deep, flag)
     assert f"prepared with preprocess {module}:halves" in run("inspect", output)
     with (tmp_path / f"{module}.py").open("a") as file:
         file.write("# another version\n")
@@ -372,7 +373,7 @@ def test_functions_are_called_in_order_with_their_arguments(
         assert (cells["min"], cells["max"]) == ((voxels.min() + 3) * 2, (voxels.max() + 3) * 2)
     assert f"prepared with preprocess {module}:add(number=3),{module}:times" in run("inspect", output)
     deep = ("verify", output, "--deep=all", "--manifest", cohort)
-    assert "made again" in run(*deep, *steps)
+    assert "rebuilt" in run(*deep, *steps)
     told = run(*deep, *steps[::-1], code=cli.USAGE)
     quoted = [f"--preprocess '{step}'" for step in config["preprocess"]]
     assert told.strip().endswith(f"to import and run that function here, give {' '.join(quoted)}")

@@ -472,9 +472,7 @@ def test_errors_name_the_image() -> None:
         VolumeError, match=r"^a\.nii: no voxel is above 40000 .*; lower the threshold, or leave"
     ):
         prepare_volume(volume_of(random_voxels(SHAPE)), RecordConfig(crop_foreground="above:40000"))
-    with pytest.raises(
-        VolumeError, match=r"^a\.nii: shape \(5, 7, 4\) where the first image has \(5, 7, 5\)"
-    ):
+    with pytest.raises(VolumeError, match=r"^a\.nii: shape \(5, 7, 4\), but the first image has \(5, 7, 5\)"):
         prepare_volume(volume_of(random_voxels(SHAPE)), RecordConfig(orientation="RAS"), (5, 7, 5))
 
 

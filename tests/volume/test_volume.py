@@ -390,7 +390,7 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         str(tmp_path): "Is a directory",
         f"{plain}/b.nii": "Not a directory",
         str(tmp_path / ("x" * 300)): "File name too long",
-        "nowhere://bucket/a.nii": "nothing here serves nowhere://",
+        "nowhere://bucket/a.nii": "nowhere:// is not supported here",
         "C:\\scans\\a.nii": "a Windows path; give the path at which this computer has the file$",
     }
     for path, reason in reasons.items():
@@ -613,9 +613,9 @@ def test_what_is_released_is_only_the_voxels(tmp_path: Path) -> None:
 def test_a_dataset_has_one_shape_and_native_voxels_one_dtype(tmp_path: Path) -> None:
     row = row_of(write_image(tmp_path / "a.nii"))
     load_volume(row, shape=(6, 5, 4), dtype="int16")
-    with pytest.raises(VolumeError, match=r"a\.nii: shape \(6, 5, 4\) where .* has \(6, 5, 5\)"):
+    with pytest.raises(VolumeError, match=r"a\.nii: shape \(6, 5, 4\), but .* has \(6, 5, 5\)"):
         load_volume(row, shape=(6, 5, 5))
-    with pytest.raises(VolumeError, match=r"a\.nii: int16 voxels where .* has uint8; use --voxel-"):
+    with pytest.raises(VolumeError, match=r"a\.nii: int16 voxels, but .* has uint8; use --voxel-"):
         load_volume(row, dtype="uint8")
 
 
