@@ -333,7 +333,7 @@ def test_rows_of_a_table_are_appended_and_failures_tried_again(folder: Path) -> 
 def test_rows_lie_beside_the_parts_for_workers_elsewhere_and_never_in_the_graph(folder: Path) -> None:
     table = pd.concat([frame()] * 500, ignore_index=True)
     table["participant_id"] = [f"sub-{i:04d}" for i in range(len(table))]
-    table["path"] = [f"{folder}/./{'./' * (i // 6)}{path}" for i, path in enumerate(table["path"])]
+    table["path"] = [f"{folder}/./{'./' * (i // 40)}{path}" for i, path in enumerate(table["path"])]
     config = replace(make_config(NAME, "out", {}), rows="")
     with open_build(config, parquet_of(table), is_local=False) as plan:
         path = folder / "out/.build/rows.parquet"

@@ -195,7 +195,7 @@ def _check_metadata(
         scaling_in(cells)  # a ShardError if only half of a scaling is there
     labels = _labels_in(cells, spec.config.labels or ())
     if labels and label != number_of(labels[0][1]):
-        yield f"the index's label is {label}, of its {labels[0][0]} it is {number_of(labels[0][1])}"
+        yield f"the index's label is {label}, but its {labels[0][0]} gives {number_of(labels[0][1])}"
 
 
 def _check_sizes(features: Mapping[str, _Feature], cells: Mapping[str, Any]) -> Iterator[str]:

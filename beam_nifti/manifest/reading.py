@@ -167,11 +167,12 @@ def _refuse_paths(
         for i, text in enumerate(strings(cells)):
             if not text:
                 problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
-            elif not may_be_long and (len(text) > _LONGEST_NAME or text.count("/") > _MOST_FOLDERS):
-                problems.add(
-                    f"row {i + 1}: {name} has {len(text):,} characters and {text.count('/'):,} folders, more "
-                    f"than {_LONGEST_NAME:,} and {_MOST_FOLDERS}; correct the {what}'s path"
-                )
+            elif not may_be_long and len(text) > _LONGEST_NAME:
+                has = f"{len(text):,} characters, more than {_LONGEST_NAME:,}"
+                problems.add(f"row {i + 1}: {name} has {has}; correct the {what}'s path")
+            elif not may_be_long and (num_folders := text.count("/")) > _MOST_FOLDERS:
+                has = f"{num_folders:,} folders, more than {_MOST_FOLDERS}"
+                problems.add(f"row {i + 1}: {name} has {has}; correct the {what}'s path")
             elif is_limited and not (storage.is_remote(text) or _is_encodable(text)):
                 problems.add(f"row {i + 1}: {name} is {problems.shown(text)}, which {storage.UNSPELLABLE}")
 

@@ -315,7 +315,7 @@ def test_a_file_that_may_not_become_so_large_is_named_in_one_line_and_the_build_
     manifest = write_cohort(tmp_path, 4, shape=(20, 20, 20))
     command = ["build", str(manifest), str(tmp_path / "out"), "--quiet"]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
     try:
         assert cli.main(command) == cli.USAGE
     finally:

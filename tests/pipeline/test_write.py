@@ -228,7 +228,7 @@ def test_a_feature_of_ones_own_is_read_by_its_own_name(tmp_path: Path) -> None:
     mask = encode_tensor(np.ones((2, 2, 1), np.uint8))
     output = write([record_of("a", mask_raw=mask, pet_raw=b"own")], tmp_path / "out")
     assert Dataset(output, columns=["pet_raw"])[0] == {"pet_raw": b"own"}
-    with pytest.raises(UsageError, match=r"no column 'pet'; choose among .*mask.*pet_raw"):
+    with pytest.raises(UsageError, match=r"no column 'pet'; choose one of: .*mask.*pet_raw"):
         Dataset(output, columns=["pet"])
 
 

@@ -494,5 +494,5 @@ def test_a_scheme_that_nothing_serves() -> None:
 
 def test_what_cannot_be_read_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").mkdir()
-    with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be reached .*Is a directory"):
+    with pytest.raises(DatasetError, match=r"dataset_info.json: cannot be read .*Is a directory"):
         load_dataset(tmp_path, engine="sequential")

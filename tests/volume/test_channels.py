@@ -301,7 +301,7 @@ def test_verify_looks_at_every_channel(tmp_path: Path, capsys: pytest.CaptureFix
     lows = index_rows(output)[1]["rescale_low"]
     edit_index(output, set_cell("rescale_low", 1, [*lows[:2], lows[2] - 1]))
     (problem,) = verify_dataset(str(output)).problems
-    assert "record 1 (s1): channel FLAIR: rescale_low is" in problem
+    assert "record 1 (s1): rescale_low is" in problem
 
 
 def test_an_extracted_image_opens(tmp_path: Path) -> None:
