@@ -34,9 +34,7 @@ class PatchGrid:
     """
 
     def __init__(self, records: Records, row: int, shape: Sequence[SupportsIndex], overlap: float) -> None:
-        overlap = require_share("overlap", overlap)
-        if overlap == 1:
-            raise UsageError("overlap is 1, which repeats the same patch; give a share below 1")
+        overlap = require_share("overlap", overlap, below_1=True)
         self._records, self._row = records, row
         self.shape = sizes("the shape of a patch", shape)
         self._volume = records.shape_of(row)[: len(self.shape)]
@@ -93,9 +91,10 @@ class PatchGrid:
                 expected = list(self.shape)
                 expected[axis:axis] = [] if is_flat else [num_channels]
             if values.shape != tuple(expected):
+                wanted = tuple(expected) if number else _either(self.shape, axis)
                 raise UsageError(
-                    f"prediction {number} has the shape {values.shape}, expected {tuple(expected)}; give the "
-                    "shape of a patch, with a channel axis for all or for none"
+                    f"prediction {number} has the shape {values.shape}, expected {wanted}; give the shape "
+                    "of a patch, with a channel axis for all or for none, and without a batch axis"
                 )
             values = values[..., np.newaxis] if is_flat else np.moveaxis(values, axis, -1)
             box = Box(self.corners[number], self.shape)
@@ -120,6 +119,12 @@ def _starts(size: int, length: int, overlap: float) -> list[int]:
     step = max(1, int(length * (1 - overlap)))
     count = -(-spare // step)
     return [spare * number // count for number in range(count + 1)]
+
+
+def _either(shape: Sequence[int], axis: int) -> str:
+    """The shapes of predictions for a patch: without channels, and with any number of them."""
+    sizes = [*map(str, shape)]
+    return f"({', '.join(sizes)}) or ({', '.join([*sizes[:axis], 'C', *sizes[axis:]])})"
 
 
 def _side(size: int) -> npt.NDArray[np.float32]:

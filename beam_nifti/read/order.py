@@ -34,18 +34,20 @@ def whole_number(name: str, value: Any) -> int:
         raise UsageError(f"{name} is {value!r}; give a whole number") from None
 
 
-def require_share(name: str, value: Any) -> float:
+def require_share(name: str, value: Any, *, below_1: bool = False) -> float:
     """Convert an argument to a share from 0 to 1.
 
     Args:
         name: name of the argument, for the error message.
         value: a number of Python, numpy or another library.
+        below_1: whether 1 is refused.
 
     Raises:
-        UsageError: the value is not a number from 0 to 1.
+        UsageError: the value is not a number from 0 to 1, or is 1 where that is refused.
     """
-    if not (isinstance(value, Real) and 0 <= float(value) <= 1):
-        raise UsageError(f"{name} is {value!r}; give a share from 0 to 1")
+    if not (isinstance(value, Real) and 0 <= float(value) <= 1) or (below_1 and float(value) == 1):
+        bounds = "of at least 0 and below 1" if below_1 else "from 0 to 1"
+        raise UsageError(f"{name} is {value!r}; give a share {bounds}")
     return float(value)
 
 

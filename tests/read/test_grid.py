@@ -92,9 +92,10 @@ def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path) -> N
         (lambda r: r.grid_patches(0, (4, 4)), r"the shape of a patch is \(4, 4\); give three integers"),
         (
             lambda r: r.grid_patches(0, PATCH, 1),
-            "overlap is 1, which repeats the same patch; give",
+            "overlap is 1; give a share of at least 0 and below 1",
         ),
-        (lambda r: r.grid_patches(0, PATCH, -0.1), "overlap is -0.1; give a share from 0 to 1"),
+        (lambda r: r.grid_patches(0, PATCH, 50), "overlap is 50; give a share of at least 0 and below 1"),
+        (lambda r: r.grid_patches(0, PATCH, -0.1), "overlap is -0.1; give a share of at least 0 and below 1"),
         (lambda r: r.grid_patches(0, PATCH, "half"), "overlap is 'half'"),
         (
             lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 17),
@@ -107,7 +108,15 @@ def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path) -> N
         (lambda r: r.grid_patches(0, PATCH, 0).stitch([]), "there are 0 predictions for"),
         (
             lambda r: r.grid_patches(0, PATCH).stitch([np.zeros((1, *PATCH))]),
-            r"prediction 0 has the shape \(1, 16, 12, 14\), expected \(16, 12, 14, 14\); give the shape",
+            r"prediction 0 .* \(1, 16, 12, 14\), expected \(16, 12, 14\) or \(16, 12, 14, C\); give",
+        ),
+        (
+            lambda r: r.grid_patches(0, PATCH).stitch([np.zeros((1, *PATCH, 1))]),
+            r"expected \(16, 12, 14\) or \(16, 12, 14, C\); give the shape .* without a batch axis",
+        ),
+        (
+            lambda r: r.grid_patches(0, PATCH).stitch([np.zeros((*PATCH, 2)), np.zeros((*PATCH, 3))]),
+            r"prediction 1 has the shape \(16, 12, 14, 3\), expected \(16, 12, 14, 2\); give the shape",
         ),
         (
             lambda r: r.grid_patches(0, PATCH).stitch([np.zeros(PATCH), np.zeros((*PATCH, 2))]),
