@@ -48,6 +48,7 @@ class VolumeRow:
         names: its ids with their pseudonyms, if ids are anonymous.
         version_key: `Pseudonyms.version_key`; "" if ids are not anonymous.
         extra_columns: names of `extras`; empty in a build, whose plan has them.
+        columns: roles of the manifest's columns; None in a build, whose plan has them.
     """
 
     row: int
@@ -70,6 +71,7 @@ class VolumeRow:
     names: tuple[tuple[str, str], ...] = ()
     version_key: str = ""
     extra_columns: tuple[str, ...] = ()
+    columns: Columns | None = None
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ failures. A build makes its own graph of the same DoFns (`pipeline.transforms`).
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,15 +26,23 @@ from apache_beam.pvalue import PBegin, TaggedOutput
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.config import PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
-from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.config import MASK_DTYPES, PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
+from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
-from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath, make_record_config, naming_parameters
+from beam_nifti.pipeline.options import (
+    Names,
+    Numbers,
+    Rule,
+    StrPath,
+    as_parameters,
+    make_record_config,
+    naming_parameters,
+)
 from beam_nifti.pipeline.parts import PartFile, PartWriter
 from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.records import Record
@@ -41,7 +50,7 @@ from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import IndexEntry
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
-from beam_nifti.support.wording import one_line
+from beam_nifti.support.wording import counted, one_line
 from beam_nifti.volume.notes import counter_name
 from beam_nifti.volume.preprocess import prepare_volume, require_volume
 from beam_nifti.volume.user_function import load_functions
@@ -128,6 +137,7 @@ class LoadVolumeFn(beam.DoFn):
 
     def process(self, row: VolumeRow) -> Iterable[Volume]:
         """Yield the volume; or the volumes of its frames, each made when it is requested."""
+        _require_columns(row, self._config)
         arguments = row, self._folder, self._shape, self._dtype, self._config
         with timed(self._msec):
             is_split = self._config.frames == "each"
@@ -137,6 +147,33 @@ class LoadVolumeFn(beam.DoFn):
         self._bytes.inc(sum(file.size for files in volume.source.files for file in files))
         yield volume
         yield from volumes
+
+
+def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
+    """Refuse a row with other files than the step reads: it would drop some, or take a mask for an image."""
+    if row.columns is not None:
+        _require_same_columns(row.path, row.columns, config)
+    num_read = config.num_channels + (config.mask_dtype is not None)
+    if len(row.files) != num_read:
+        raise UsageError(
+            f"{row.path}: the row has {counted(len(row.files), 'file')}, but LoadVolume reads {num_read}; "
+            "give it the channels and mask_dtype of the row"
+        )
+
+
+def _require_same_columns(path: str, columns: Columns, config: RecordConfig) -> None:
+    images, mask, has_mask = columns.paths, columns.mask, config.mask_dtype is not None
+    channels = images if len(images) > 1 else None
+    if (channels, mask is not None) == (config.channels, has_mask):
+        return
+    given = {"channels": channels, "mask_dtype": mask and (config.mask_dtype or MASK_DTYPES[0])}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    named = [*map(repr, images), *([f"{mask!r} (mask)"] if mask is not None else [])]
+    read = [*(map(repr, config.channels) if config.channels else ["one image"]), *["a mask"] * has_mask]
+    raise UsageError(
+        f"{path}: ReadManifest names the columns {', '.join(named)}, but LoadVolume reads {', '.join(read)}; "
+        f"use LoadVolume({arguments}), or give ReadManifest other columns"
+    )
 
 
 class _VolumeFn(beam.DoFn):
@@ -325,6 +362,16 @@ class _Step(beam.PTransform[Any, Any]):
         return Outcome(outputs.main, failures)
 
 
+@contextlib.contextmanager
+def _naming_columns() -> Iterator[None]:
+    """Have errors of a manifest name fields of `Columns` and `Splitting` instead of flags."""
+    try:
+        yield
+    except ManifestError as e:
+        e.reword(lambda text: as_parameters(_OF_COMMANDS.sub("", text), _OF_MANIFEST))
+        raise
+
+
 class _ReadRowsFn(beam.DoFn):
     """Read a manifest where the pipeline runs, so that its rows are not in the job graph."""
 
@@ -333,16 +380,35 @@ class _ReadRowsFn(beam.DoFn):
 
     def process(self, path: str) -> Iterable[VolumeRow]:
         """Yield the rows that are in a split."""
-        manifest = read_manifest(path, self._columns, self._splitting)
+        with _naming_columns():
+            manifest = read_manifest(path, self._columns, self._splitting)
         extra_columns = tuple(manifest.extra_columns)
         kept = manifest.kept_rows().tolist()
         for start in range(0, len(kept), _ROWS_AT_A_TIME):
             for row in manifest.rows(kept[start : start + _ROWS_AT_A_TIME]):
                 files = [storage.join(manifest.folder, file) for file in row.files]
-                yield replace(row, path=files[0], other_files=tuple(files[1:]), extra_columns=extra_columns)
+                yield replace(
+                    row,
+                    path=files[0],
+                    other_files=tuple(files[1:]),
+                    extra_columns=extra_columns,
+                    columns=self._columns,
+                )
 
 
 _ROWS_AT_A_TIME: Final = 1 << 12
+_OF_MANIFEST: Final = {
+    "path_column": "Columns.path",
+    "label_column": "Columns.label",
+    "id_column": "Columns.id",
+    "mask_column": "Columns.mask",
+    "missing_label": "Columns.missing_label",
+    "split": "splitting",
+    "split_seed": "Splitting.seed",
+    "stratify": "Splitting.stratify",
+}
+"""What gives `ReadManifest` the options of a build."""
+_OF_COMMANDS: Final = re.compile(r" \(--without [^)]*\)")
 
 
 class ReadManifest(beam.PTransform[Any, Any]):
@@ -388,11 +454,14 @@ class LoadVolume(_Step):
         frames: frames of 4-D images, as in `BuildOptions`; None refuses 4-D images. "each" is only for
             builds.
         complex: how complex voxels are stored, as in `BuildOptions`; None refuses them.
-        channels: names of the columns of the images that are the channels of a record; None for one image.
-        mask_dtype: dtype of the label map that is each row's last file; None if rows have none.
+        channels: names of the columns of the images that are the channels of a record, in the order of
+            `Columns.path`; None for one image.
+        mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
+            rows have none.
 
     Raises:
-        UsageError: an argument is invalid.
+        UsageError: an argument is invalid. While the pipeline runs: the rows have other images, or a mask
+            where none is read, or the other way round.
     """
 
     _takes, _gives = VolumeRow, Volume

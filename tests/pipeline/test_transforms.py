@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from apache_beam.pvalue import TaggedOutput
 from apache_beam.testing.util import assert_that, equal_to
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.config import Percentile, RecordConfig, Window
+from beam_nifti.config import Columns, Percentile, RecordConfig, Splitting, Window
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.pipeline.build import open_build, plan_build
@@ -51,7 +52,7 @@ from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
 from beam_nifti.volume import Volume
 from tests.build_helpers import PER_SHARD, SHAPE, UNIT_ROWS, build, make_config, make_options, run_steps
-from tests.images import brain, row_of, write_cohort, write_image
+from tests.images import brain, row_of, write_cohort, write_image, write_manifest
 
 COUNT = 10
 
@@ -208,6 +209,113 @@ def test_steps_take_the_values_that_builds_take(step: Any, options: dict[str, An
 def test_steps_refuse_the_values_that_builds_refuse(step: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         step(**options)
+
+
+@pytest.mark.parametrize(
+    ("columns", "loading", "message"),
+    [
+        (
+            Columns(path="T1w,T2w", mask="seg"),
+            {},
+            r"names the columns 'T1w', 'T2w', 'seg' \(mask\), but LoadVolume reads one image; use "
+            r"LoadVolume\(channels=\('T1w', 'T2w'\), mask_dtype='uint8'\), or give",
+        ),
+        (Columns(path="T1w,T2w"), {}, r"use LoadVolume\(channels=\('T1w', 'T2w'\)\), or give"),
+        (Columns(path="T1w", mask="seg"), {}, r"use LoadVolume\(mask_dtype='uint8'\), or give"),
+        (
+            Columns(path="T1w"),
+            {"mask_dtype": "uint8"},
+            r"names the columns 'T1w', but LoadVolume reads one image, a mask; use LoadVolume\(\), or give",
+        ),
+        (Columns(path="T1w"), {"channels": "T1w,T2w"}, r"reads 'T1w', 'T2w'; use LoadVolume\(\), or give"),
+        # As many files as are read, but not the same
+        (Columns(path="T1w,T2w"), {"mask_dtype": "uint8"}, r"use LoadVolume\(channels=\('T1w', 'T2w'\)\)"),
+        (
+            Columns(path="T1w", mask="seg"),
+            {"channels": "T1w,seg"},
+            r"use LoadVolume\(mask_dtype='uint8'\), or give",
+        ),
+        (Columns(path="T2w,T1w"), {"channels": "T1w,T2w"}, r"use LoadVolume\(channels=\('T2w', 'T1w'\)\)"),
+        (
+            Columns(path="T1w,T2w", mask="seg"),
+            {"mask_dtype": "uint16"},
+            r"use LoadVolume\(channels=\('T1w', 'T2w'\), mask_dtype='uint16'\)",
+        ),
+    ],
+)
+def test_images_and_masks_that_a_manifest_names_are_never_dropped(
+    tmp_path: Path, columns: Columns, loading: dict[str, Any], message: str
+) -> None:
+    pipeline = beam.Pipeline(options=make_options())
+    loaded = pipeline | ReadManifest(_with_modalities(tmp_path), columns=columns) | LoadVolume(**loading)
+    assert loaded.element_type is Volume
+    with pytest.raises(UsageError, match=message):
+        pipeline.run()
+
+
+@pytest.mark.parametrize(
+    ("columns", "loading", "shape"),
+    [
+        (Columns(path="T1w"), {}, SHAPE),
+        (Columns(path="T2w"), {"channels": "T2w"}, SHAPE),
+        (Columns(path="T1w,T2w"), {"channels": ["T1w", "T2w"]}, (*SHAPE, 2)),
+        (Columns(path="T1w,T2w", mask="seg"), {"channels": "T1w,T2w", "mask_dtype": "uint8"}, (*SHAPE, 2)),
+    ],
+)
+def test_images_and_masks_that_both_steps_name_are_read(
+    tmp_path: Path, columns: Columns, loading: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    with beam.Pipeline(options=make_options()) as pipeline:
+        volumes = pipeline | ReadManifest(_with_modalities(tmp_path), columns=columns) | LoadVolume(**loading)
+        found = volumes | beam.Map(lambda v: (v.voxels.shape, v.mask is not None))
+        assert_that(found, equal_to([(shape, columns.mask is not None)]))
+
+
+def _with_modalities(folder: Path) -> str:
+    """A manifest of one row, with two images and a mask."""
+    for seed, name in enumerate(("T1w", "T2w", "seg")):
+        voxels = brain(SHAPE, seed)
+        write_image(folder / f"{name}.nii", (voxels > 500).astype(np.uint8) if name == "seg" else voxels)
+    row = {"participant_id": "a", "T1w": "T1w.nii", "T2w": "T2w.nii", "seg": "seg.nii"}
+    return str(write_manifest(folder / "m.tsv", [row]))
+
+
+def test_a_row_with_more_or_fewer_files_than_are_read_is_refused(tmp_path: Path) -> None:
+    image = str(write_image(tmp_path / "a.nii.gz", brain(SHAPE)))
+    masked, two = RecordConfig(mask_dtype="uint8"), "the row has 2 files, but LoadVolume reads 1; give it"
+    for fields, config, message in (
+        ({}, masked, "the row has 1 file, but LoadVolume reads 2; give it"),
+        ({"columns": Columns(mask="seg")}, masked, "the row has 1 file, but LoadVolume reads 2; give it"),
+        ({"other_files": (image,)}, RecordConfig(), two),
+        ({"other_files": (image,), "columns": Columns()}, RecordConfig(), two),
+    ):
+        with pytest.raises(UsageError, match=message):
+            list(LoadVolumeFn(config=config).process(row_of(image, **fields)))
+
+
+@pytest.mark.parametrize(
+    ("header", "arguments", "message"),
+    [
+        ("scan", {}, r"no column 'path'; the columns are: scan; choose one with Columns\.path$"),
+        ("path", {"columns": Columns(mask="seg")}, r"no column 'seg'; .*; choose one with Columns\.mask$"),
+        ("path\tsplit", {"splitting": Splitting({"a": 1})}, "; drop splitting, or rename the column$"),
+        (
+            "path\tlabel",
+            {"columns": Columns(label="label")},
+            r"keep such rows with Columns\.missing_label=\"nan\", or skip them with Columns\.missing_label=",
+        ),
+    ],
+)
+def test_errors_of_a_manifest_name_what_a_pipeline_gives(
+    tmp_path: Path, header: str, arguments: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "m.tsv").write_text(f"{header}\na.nii" + "\t" * header.count("\t") + "\n")
+    pipeline = beam.Pipeline(options=make_options())
+    pipeline | ReadManifest(tmp_path / "m.tsv", **arguments)
+    with pytest.raises(ManifestError) as caught:
+        pipeline.run()
+    assert re.search(message, str(caught.value), re.M)
+    assert "--" not in str(caught.value)
 
 
 def test_a_column_is_not_taken_for_the_label_of_a_step() -> None:
