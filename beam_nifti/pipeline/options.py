@@ -436,11 +436,11 @@ def _assignment_of_calls(found: re.Match[str]) -> str:
 
 @contextlib.contextmanager
 def naming_parameters(**names: str) -> Iterator[None]:
-    """Have errors of a block name parameters instead of flags, by `as_parameters`."""
+    """Have errors of a block name parameters instead of flags and of OUTPUT, by `as_parameters`."""
     try:
         yield
     except BeamNiftiError as e:
-        e.reword(lambda text: as_parameters(text, names))
+        e.reword(lambda text: _OUTPUT.sub("output", as_parameters(text, names)))
         raise
 
 
@@ -699,6 +699,9 @@ _FORMS: Final = {
     if ":" in form
 }
 """Forms of values on the command line, such as "percentile:LO,HI", with the tuples that stand for them."""
+
+_OUTPUT: Final = re.compile(r"(?<![^ ])OUTPUT(?![^ /,;:.)])")
+"""The output of a build, in a sentence; not a part of a path."""
 
 _EXAMPLE: Final = re.compile(r"(?<=such as )[\w.=]+(?:,[\w.=]+)+$")
 """A value of an option with several parts, at the end of an error."""

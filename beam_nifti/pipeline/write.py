@@ -284,7 +284,7 @@ class StartFn(beam.DoFn):
         """Yield (None, revision of the dataset); repeated calls yield the same."""
         target = self._target
         target.require_available()  # also makes the folder of the lock
-        with lock.hold(target.output):
+        with naming_parameters(), lock.hold(target.output):
             occupied = target.require_available()
             saved = occupied.saved
             if saved is None or saved.token != token:
@@ -525,7 +525,7 @@ class PublishFn(beam.DoFn):
         if missing:
             raise PartsChangedError(f"{output}: {min(missing)} is missing; run the pipeline again")
         info = plan.describe(shards)
-        with lock.hold(output):
+        with naming_parameters(), lock.hold(output):
             if SavedWrite.read(output) is not None or find_info(output) != info:
                 saved = self._target.require_current()
                 publish_info(info, output)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import nibabel
 import numpy as np
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -47,7 +48,7 @@ from beam_nifti.transforms import (
     Rescale,
     WriteToTFRecord,
 )
-from beam_nifti.volume import Volume
+from beam_nifti.volume import Scaling, Volume
 from beam_nifti.volume.volume import load_volume, rescale_volume
 from tests.build_helpers import (
     CUTTING_RUNNER,
@@ -280,6 +281,23 @@ def test_readers_give_what_they_give_of_a_build(tmp_path: Path, voxel_dtype: str
     datasets = [Dataset(tmp_path / name, columns=wanted) for name in ("out", "built")]
     for ours, theirs in zip(*datasets, strict=True):
         assert all(np.array_equal(ours[name], theirs[name]) for name in wanted)
+
+
+def test_values_that_a_step_returns_are_not_scaled_again(tmp_path: Path) -> None:
+    stored = random_voxels(SHAPE, "int16", 1)
+    stored[0, 0, 0] = -(2**15)  # whose magnitude is no int16
+    write_image(tmp_path / "a.nii", stored, slope=0.5, inter=-3)
+    manifest = write_manifest(tmp_path / "m.csv", [{"path": "a.nii"}])
+
+    def absolute(volume: Volume) -> Volume:
+        values = np.abs(volume.scaling.apply(volume.voxels))
+        return dataclasses.replace(volume, voxels=values, scaling=Scaling())
+
+    with beam.Pipeline(options=make_options()) as pipeline:
+        volumes = pipeline | ReadManifest(str(manifest)) | LoadVolume() | beam.Map(absolute)
+        volumes | Rescale("none") | EncodeExample() | WriteToTFRecord(str(tmp_path / "out"))
+    expected = np.abs(nibabel.load(tmp_path / "a.nii").get_fdata())
+    assert np.array_equal(Dataset(tmp_path / "out")[0]["image"][..., 0], expected.astype(np.float32))
 
 
 def test_examples_may_be_of_any_making(tmp_path: Path) -> None:
@@ -773,8 +791,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, parameter: str
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     paths = {"output": tmp_path / "out", parameter: tmp_path / name}
-    what = "OUTPUT" if parameter == "output" else "temp_location"
-    with pytest.raises(OutputError, match=f"^{what} is {paths[parameter]}, which cannot be written: "):
+    with pytest.raises(OutputError, match=f"^{parameter} is {paths[parameter]}, which cannot be written: "):
         write(map(arrays_of, IDS[:2]), **paths)
 
 
@@ -814,8 +831,11 @@ def test_a_build_and_a_pipeline_do_not_replace_each_other(reference: Path, tmp_p
 
 
 def test_an_output_that_a_build_holds_is_busy(tmp_path: Path) -> None:
-    with lock.hold(str(tmp_path / "out")), pytest.raises(OutputBusyError):
-        write_arrays(tmp_path / "out", IDS)
+    with (
+        lock.hold(str(tmp_path / "OUTPUT")),
+        pytest.raises(OutputBusyError, match=r"/OUTPUT: .*; wait for it, or choose another output\b"),
+    ):
+        write_arrays(tmp_path / "OUTPUT", IDS)
 
 
 def test_files_of_others_are_not_replaced(tmp_path: Path, reference: Path) -> None:
