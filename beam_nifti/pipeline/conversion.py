@@ -19,6 +19,7 @@ import pyarrow as pa
 from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, RecordConfig
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, ShardError, UsageError
 from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.failures import check_failures
 from beam_nifti.pipeline.merge import describe_shard
 from beam_nifti.pipeline.parts import BUILD_FOLDER, file_facts
 from beam_nifti.pipeline.publish import (
@@ -294,6 +295,7 @@ def _failures_of(old: str, source: DatasetInfo) -> bytes | None:
         raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
     if source.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
         raise DatasetError(f"{path}: is not the file that {FILE_NAME} describes; copy it again")
+    check_failures(content, path, source)
     return content
 
 

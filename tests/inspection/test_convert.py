@@ -422,6 +422,10 @@ def test_a_damaged_record_is_named_and_nothing_is_published(old: Path, tmp_path:
         (lambda old: (old / info_of(old).shards[0].index).unlink(), "is missing"),
         (lambda old: (old / info_of(old).shards[0].index).write_bytes(b"PAR1"), "is not the file that"),
         (lambda old: (old / "failures.jsonl").unlink(), r"failures.jsonl: is missing"),
+        (lambda old: edit_failures(old, lambda text: text[:-9]), r"failures.jsonl: .*; copy it again"),
+        (lambda old: edit_failures(old, lambda text: text.replace("sub-", "\0")), "failures.jsonl: .*; copy it"),
+        (lambda old: edit_failures(old, lambda text: text * 2), "failures.jsonl: .*; copy it again"),
+        (lambda old: edit_failures(old, lambda text: ""), "failures.jsonl: .*; copy it again"),
         (lambda old: edit_index(old, set_cell("min", 0, -1.0)), r"record 0 \(sub-0000\): intensity_min is 0"),
         (lambda old: edit_index(old, set_cell("offset", 2, 0)), "offset"),
         (lambda old: edit_config(old, "fingerprint", "0" * 16), "the fingerprint is 0000"),
@@ -433,6 +437,11 @@ def test_damage_is_an_error(old: Path, tmp_path: Path, edit: Callable[[Path], ob
     with pytest.raises(DatasetError, match=message):
         bn.convert(old, tmp_path / "new", workers=1, progress=False)
     assert not (tmp_path / "new/dataset_info.json").exists()
+
+
+def edit_failures(old: Path, edit: Callable[[str], str]) -> None:
+    path = old / "failures.jsonl"
+    path.write_text(edit(path.read_text()))
 
 
 def damage_header(old: Path) -> None:
