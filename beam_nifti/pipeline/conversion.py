@@ -178,8 +178,9 @@ class Conversion:
             }
             self._refuse_other(published, saved, kept)
             if published is None and saved is None:
-                shards = tuple(str(self.name_of(shard)) for shard in self.source.shards)
-                SavedWrite(self.token, BUILD_FOLDER, 1, shards=shards).write(output)
+                files = [str(self.name_of(shard)) for shard in self.source.shards]
+                files += [FAILURES_FILE] if self.failures is not None else []
+                SavedWrite(self.token, BUILD_FOLDER, 1, shards=tuple(files)).write(output)
             yield kept
 
     def _refuse_other(
@@ -202,7 +203,7 @@ class Conversion:
                 "choose another OUTPUT, or delete it"
             )
         if saved is None:
-            refuse_foreign(output)
+            refuse_foreign(output, overwrite=None)
 
     def _find(self, shard: ShardInfo, *, any_versions: bool) -> ShardInfo | None:
         """The converted shard, if it is finished."""

@@ -423,7 +423,10 @@ def test_a_damaged_record_is_named_and_nothing_is_published(old: Path, tmp_path:
         (lambda old: (old / info_of(old).shards[0].index).write_bytes(b"PAR1"), "is not the file that"),
         (lambda old: (old / "failures.jsonl").unlink(), r"failures.jsonl: is missing"),
         (lambda old: edit_failures(old, lambda text: text[:-9]), r"failures.jsonl: .*; copy it again"),
-        (lambda old: edit_failures(old, lambda text: text.replace("sub-", "\0")), "failures.jsonl: .*; copy it"),
+        (
+            lambda old: edit_failures(old, lambda text: text.replace("sub-", "\0")),
+            "failures.jsonl: .*; copy it",
+        ),
         (lambda old: edit_failures(old, lambda text: text * 2), "failures.jsonl: .*; copy it again"),
         (lambda old: edit_failures(old, lambda text: ""), "failures.jsonl: .*; copy it again"),
         (lambda old: edit_index(old, set_cell("min", 0, -1.0)), r"record 0 \(sub-0000\): intensity_min is 0"),
@@ -531,7 +534,7 @@ def test_an_output_that_holds_something_else_stays(
     with unchanged(new), pytest.raises(OutputError, match="holds another dataset than"):
         bn.convert(old, new, progress=False)
     (new / "dataset_info.json").unlink()
-    with unchanged(new), pytest.raises(OutputError, match=r"but no dataset_info.json; choose another OUTPUT"):
+    with unchanged(new), pytest.raises(OutputError, match=r"choose another OUTPUT, or delete it first$"):
         bn.convert(old, new, progress=False)
     # An unfinished conversion of what the dataset was before.
     damage(old, 3)
@@ -572,8 +575,24 @@ def test_a_build_into_an_unfinished_conversion_is_refused(old: Path, tmp_path: P
     damage(old, 3)
     with pytest.raises(DatasetError):
         convert(old, tmp_path / "new")
-    with pytest.raises(OutputError, match=r"but no dataset_info.json"):
+    with pytest.raises(
+        OutputError, match=r"holds an unfinished `beam-nifti convert` or WriteToTFRecord; run"
+    ):
         build_again(manifest_of(old), tmp_path / "new")
+
+
+def test_a_build_that_overwrites_a_killed_conversion_leaves_nothing_of_it(old: Path, tmp_path: Path) -> None:
+    arguments = {"old": str(old), "workers": 1}
+    run = fork_server().run("convert", folder=tmp_path / "whole", output=str(tmp_path / "whole"), **arguments)
+    left = set[str]()
+    for kill_at in range(1, run.operations, 3):
+        new = tmp_path / f"new-{kill_at}"
+        fork_server().run("convert", folder=new, kill_at=kill_at, output=str(new), **arguments)
+        left |= {path.suffix for path in new.rglob("*")}
+        build_again(manifest_of(old), new, overwrite=True, examples_per_shard=5, max_bad_fraction=0.5)
+        assert bn.verify(new)
+        assert stray_files(new) == set()
+    assert left >= {".tmp", ".gz", ".parquet"}
 
 
 # The command
