@@ -288,7 +288,8 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         _refuse_other(published, dead, plan, manifest)
         if not config.record.has_sources:
             is_first = published.format_version == 1
-            what = "has format version 1 and keeps it" if is_first else "was converted from format version 1"
+            kept = "has format version 1 and keeps it (`beam-nifti convert` makes one of the current format)"
+            what = kept if is_first else "was converted from format version 1"
             logs.LOGGER.warning(_NO_SOURCES, config.output, what)
     now = plan.describe()
     if dead and inputs.config.sharding is None:  # nobody has asked for the shards that are planned

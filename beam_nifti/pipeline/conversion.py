@@ -41,7 +41,7 @@ from beam_nifti.record.dataset_info import (
     read_failures_list,
 )
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.record.index import Limits, read_index, scaling_cells, schema_of, write_index
+from beam_nifti.record.index import Limits, read_bytes, read_index, scaling_cells, schema_of, write_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER
 from beam_nifti.record.tiles import encode_record
@@ -192,6 +192,11 @@ class Conversion:
                 self.describe(kept), versions=published.versions
             )
             if not is_same:
+                if damaged := self._find_damaged(published):
+                    raise OutputError(
+                        f"{output}: {damaged} is missing or damaged; convert {self.old} again, and choose "
+                        "another OUTPUT, or delete this one first"
+                    )
                 raise OutputError(
                     f"{output}: holds another dataset than {self.old} converted; choose another OUTPUT"
                 )
@@ -204,6 +209,26 @@ class Conversion:
             )
         if saved is None:
             refuse_foreign(output, overwrite=None)
+
+    def _find_damaged(self, published: DatasetInfo) -> str | None:
+        """The first file of the published dataset that is not as it was, if that was this conversion."""
+        names = [(str(self.name_of(shard)), shard.num_examples) for shard in self.source.shards]
+        is_same = replace(published, splits={}, versions={}) == replace(self._facts, splits={}, versions={})
+        if not is_same or names != [(shard.name, shard.num_examples) for shard in published.shards]:
+            return None
+        for shard in published.shards:
+            name, limits = shard.name, Limits(shard.num_examples, shard.num_bytes)
+            try:
+                is_sound = storage.stat(storage.join(self.output, name), self.output).size == shard.num_bytes
+                if is_sound:
+                    name = shard.index
+                    index = read_bytes(storage.join(self.output, name), limits, self.output)
+                    is_sound = hashlib.sha256(index).hexdigest() == shard.index_sha256
+            except (FileNotFoundError, ShardError):
+                is_sound = False
+            if not is_sound:
+                return name
+        return None
 
     def _find(self, shard: ShardInfo, *, any_versions: bool) -> ShardInfo | None:
         """The converted shard, if it is finished."""
@@ -252,14 +277,20 @@ class Conversion:
 
     def describe(self, shards: Mapping[str, ShardInfo]) -> DatasetInfo:
         """The converted dataset, by its shards, which are named as the old ones are."""
+        splits = {
+            name: SplitInfo(tuple(shards[shard.name] for shard in split.shards))
+            for name, split in self.source.splits.items()
+        }
+        return replace(self._facts, splits=splits)
+
+    @property
+    def _facts(self) -> DatasetInfo:
+        """The converted dataset without its shards."""
         source, failures = self.source, self.failures
         return replace(
             source,
             config={**source.config, "fingerprint": self.fingerprint},
-            splits={
-                name: SplitInfo(tuple(shards[shard.name] for shard in split.shards))
-                for name, split in source.splits.items()
-            },
+            splits={},
             failures=None if failures is None else FAILURES_FILE,
             failures_sha256=None if failures is None else hashlib.sha256(failures).hexdigest(),
             revision=1,
