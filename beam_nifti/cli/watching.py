@@ -57,7 +57,9 @@ class CommandWatcher(Watcher):
 
     def on_dataset(self, info: DatasetInfo) -> None:
         """Note it."""
-        self.run.know(fingerprint=info.config.get("fingerprint"), num_volumes=info.num_examples)
+        num_failed = info.num_failures if self.run.command == "convert" else 0  # as of the build
+        num_volumes = info.num_examples + num_failed
+        self.run.know(fingerprint=info.config.get("fingerprint"), num_volumes=num_volumes)
 
     def on_engine(self, engine: Engine) -> None:
         """Note it, and forget how an earlier run ended, now that Beam knows the flags of the storage."""

@@ -81,7 +81,11 @@ def _convert_shard(
 
     def refuse_damaged() -> None:
         if texts := problems.texts():
-            raise DatasetError(f"{conversion.old}: is damaged, so it is not converted: {'; '.join(texts)}")
+            raise DatasetError(
+                "\n  ".join([f"{conversion.old}: is damaged, so it is not converted:", *texts])
+                + "\nrestore the files from a copy, or build this dataset again with --recheck; then "
+                "convert it again"
+            )
 
     def checked(record: StoredRecord) -> bytes:
         def tell(problem: str) -> None:

@@ -7,7 +7,7 @@ import threading
 from enum import IntEnum
 from typing import Final
 
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import counted, one_line
 
 MAX_PROBLEMS: Final = 20  # problems to report; the rest are counted
 
@@ -33,7 +33,7 @@ class Problems:
         """Add a problem. `place` orders problems of one scope, such as by shard and record."""
         with self._lock:
             self._total += 1
-            bisect.insort(self._kept, ((scope, *place), problem), key=lambda kept: kept[0])
+            bisect.insort(self._kept, ((scope, *place), one_line(problem)), key=lambda kept: kept[0])
             del self._kept[MAX_PROBLEMS:]
 
     def texts(self) -> tuple[str, ...]:

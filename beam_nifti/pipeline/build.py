@@ -51,7 +51,7 @@ from beam_nifti.pipeline.publish import (
     too_many_failures,
 )
 from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, preview_reuse
-from beam_nifti.pipeline.saved_plan import SavedPlan, require_current
+from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite, require_current
 from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_list, read_info
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.record.versions import record_versions, version_changes
@@ -228,12 +228,14 @@ class _Decision:
         plan: plan of the build.
         published: dataset that the output holds.
         dead: saved plan of an unfinished build in the output.
+        write: saved plan of an unfinished conversion or `WriteToTFRecord` in the output.
         is_continued: whether the build continues that one.
     """
 
     plan: BuildPlan
     published: DatasetInfo | None
     dead: SavedPlan | None
+    write: SavedWrite | None
     is_continued: bool
 
     def to_save(self) -> SavedPlan:
@@ -266,8 +268,9 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         config = replace(config, record=record)
     config = replace(config, sharding=sharding)
     dead = _read_saved_plan(config)
+    write = SavedWrite.read(config.output)
     if dead is None and not config.overwrite:
-        _refuse_foreign(config.output, published)
+        _refuse_foreign(config.output, published, write)
     voxel_bytes = stored_itemsize(config.record.voxel_dtype, inputs.itemsize)
     image_bytes = (inputs.num_frames or 1) * math.prod(inputs.shape) * voxel_bytes
     plan = replace(
@@ -278,11 +281,15 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         versions=record_versions(),
         revision=next_revision(config.output, published, dead.info.revision if dead else None),
     )
+    if published is None and config.overwrite:
+        unfinished = set[str]().union(*(found.written for found in (dead, write) if found))
+        refuse_foreign(config.output, unfinished, overwrite=True)
     if published and keeps_published:
         _refuse_other(published, dead, plan, manifest)
         if not config.record.has_sources:
             is_first = published.format_version == 1
-            what = "has format version 1 and keeps it" if is_first else "was converted from format version 1"
+            kept = "has format version 1 and keeps it (`beam-nifti convert` makes one of the current format)"
+            what = kept if is_first else "was converted from format version 1"
             logs.LOGGER.warning(_NO_SOURCES, config.output, what)
     now = plan.describe()
     if dead and inputs.config.sharding is None:  # nobody has asked for the shards that are planned
@@ -300,7 +307,7 @@ def _decide(inputs: _Inputs, *, is_dry: bool = False) -> _Decision:
         earlier=continued.layouts if continued else (),
         earlier_roots=tuple(continued.parts_roots(config.output)) if continued else (),
     )
-    return _Decision(plan, published, dead, continued is not None)
+    return _Decision(plan, published, dead, write, continued is not None)
 
 
 def _estimate(inputs: _Inputs, decision: _Decision) -> Estimate:
@@ -343,8 +350,13 @@ def _prepared_shape(
     return prepare_volume(volume, config.record, release=True).voxels.shape
 
 
-def _refuse_foreign(output: str, published: DatasetInfo | None) -> None:
+def _refuse_foreign(output: str, published: DatasetInfo | None, write: SavedWrite | None) -> None:
     """An output without an unfinished build must not hold files that this build would replace."""
+    if write and published is None:
+        raise OutputError(
+            f"{output}: holds an unfinished `beam-nifti convert` or WriteToTFRecord; run that again, choose "
+            "another OUTPUT, or use --overwrite to discard it"
+        )
     if storage.list_folders(storage.join(output, BUILD_FOLDER)):
         raise OutputError(
             f"{output}: holds a folder {BUILD_FOLDER} that is not from an unfinished build; choose another "
@@ -585,12 +597,14 @@ def _prepare(decision: _Decision) -> None:
     """Remove what this build cannot use of unfinished ones, and save its plan."""
     plan, dead, saved = decision.plan, decision.dead, decision.to_save()
     output, published = plan.config.output, decision.published
-    roots = {*plan.parts_roots, parts_root(output, None), *(dead.parts_roots(output) if dead else ())}
+    unfinished = [found for found in (dead, decision.write) if found]
+    roots = {*plan.parts_roots, parts_root(output, None)}.union(*(u.parts_roots(output) for u in unfinished))
     for root in roots:
         remove_parts(root, keep=saved.fingerprint if decision.is_continued else None)
     has_ended = dead is not None and published is not None and dead.is_of(published)
     if has_ended or not decision.is_continued:
-        remove_files(output, dead.written if dead else (), keep=saved.published)
+        written = set[str]().union(*(found.written for found in unfinished))
+        remove_files(output, written, keep=saved.published)
     if not plan.has_published:  # a damaged one, which --overwrite was given for
         storage.delete(storage.join(output, FILE_NAME), output)
     forget_summary(output)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, RecordConfig
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, ShardError, UsageError
 from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.failures import check_failures
 from beam_nifti.pipeline.merge import describe_shard
 from beam_nifti.pipeline.parts import BUILD_FOLDER, file_facts
 from beam_nifti.pipeline.publish import (
@@ -40,7 +41,7 @@ from beam_nifti.record.dataset_info import (
     read_failures_list,
 )
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.record.index import Limits, read_index, scaling_cells, schema_of, write_index
+from beam_nifti.record.index import Limits, read_bytes, read_index, scaling_cells, schema_of, write_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER
 from beam_nifti.record.tiles import encode_record
@@ -177,8 +178,9 @@ class Conversion:
             }
             self._refuse_other(published, saved, kept)
             if published is None and saved is None:
-                shards = tuple(str(self.name_of(shard)) for shard in self.source.shards)
-                SavedWrite(self.token, BUILD_FOLDER, 1, shards=shards).write(output)
+                files = [str(self.name_of(shard)) for shard in self.source.shards]
+                files += [FAILURES_FILE] if self.failures is not None else []
+                SavedWrite(self.token, BUILD_FOLDER, 1, shards=tuple(files)).write(output)
             yield kept
 
     def _refuse_other(
@@ -190,6 +192,11 @@ class Conversion:
                 self.describe(kept), versions=published.versions
             )
             if not is_same:
+                if damaged := self._find_damaged(published):
+                    raise OutputError(
+                        f"{output}: {damaged} is missing or damaged; convert {self.old} again, and choose "
+                        "another OUTPUT, or delete this one first"
+                    )
                 raise OutputError(
                     f"{output}: holds another dataset than {self.old} converted; choose another OUTPUT"
                 )
@@ -201,7 +208,27 @@ class Conversion:
                 "choose another OUTPUT, or delete it"
             )
         if saved is None:
-            refuse_foreign(output)
+            refuse_foreign(output, overwrite=None)
+
+    def _find_damaged(self, published: DatasetInfo) -> str | None:
+        """The first file of the published dataset that is not as it was, if that was this conversion."""
+        names = [(str(self.name_of(shard)), shard.num_examples) for shard in self.source.shards]
+        is_same = replace(published, splits={}, versions={}) == replace(self._facts, splits={}, versions={})
+        if not is_same or names != [(shard.name, shard.num_examples) for shard in published.shards]:
+            return None
+        for shard in published.shards:
+            name, limits = shard.name, Limits(shard.num_examples, shard.num_bytes)
+            try:
+                is_sound = storage.stat(storage.join(self.output, name), self.output).size == shard.num_bytes
+                if is_sound:
+                    name = shard.index
+                    index = read_bytes(storage.join(self.output, name), limits, self.output)
+                    is_sound = hashlib.sha256(index).hexdigest() == shard.index_sha256
+            except (FileNotFoundError, ShardError):
+                is_sound = False
+            if not is_sound:
+                return name
+        return None
 
     def _find(self, shard: ShardInfo, *, any_versions: bool) -> ShardInfo | None:
         """The converted shard, if it is finished."""
@@ -250,14 +277,20 @@ class Conversion:
 
     def describe(self, shards: Mapping[str, ShardInfo]) -> DatasetInfo:
         """The converted dataset, by its shards, which are named as the old ones are."""
+        splits = {
+            name: SplitInfo(tuple(shards[shard.name] for shard in split.shards))
+            for name, split in self.source.splits.items()
+        }
+        return replace(self._facts, splits=splits)
+
+    @property
+    def _facts(self) -> DatasetInfo:
+        """The converted dataset without its shards."""
         source, failures = self.source, self.failures
         return replace(
             source,
             config={**source.config, "fingerprint": self.fingerprint},
-            splits={
-                name: SplitInfo(tuple(shards[shard.name] for shard in split.shards))
-                for name, split in source.splits.items()
-            },
+            splits={},
             failures=None if failures is None else FAILURES_FILE,
             failures_sha256=None if failures is None else hashlib.sha256(failures).hexdigest(),
             revision=1,
@@ -294,6 +327,7 @@ def _failures_of(old: str, source: DatasetInfo) -> bytes | None:
         raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
     if source.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
         raise DatasetError(f"{path}: is not the file that {FILE_NAME} describes; copy it again")
+    check_failures(content, path, source)
     return content
 
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.config import Columns
-from beam_nifti.errors import FailedVolume, FailureGroup, ManifestError
+from beam_nifti.errors import DatasetError, FailedVolume, FailureGroup, ManifestError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.record.dataset_info import read_failures_of
+from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_of
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import one_line
@@ -207,6 +207,24 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
         return [list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells]
     except ValueError as e:
         raise ManifestError(listed.path, [f"column frames is not a list of numbers: {e}"]) from e
+
+
+def check_failures(content: bytes, path: str, info: DatasetInfo) -> None:
+    """Refuse a list of failures that is not that of a dataset.
+
+    Raises:
+        DatasetError: it is damaged, or lists another number of failures.
+    """
+    what = "frames" if info.num_frames else "lines"
+    try:
+        listed = read_manifest(path, Columns(**info.config["columns"]), content=content, is_list=True)
+        frames = failed_frames(listed, info.num_frames) if info.num_frames else ()
+    except ManifestError as e:
+        raise DatasetError(f"{path}: {'; '.join(e.problems)}; copy it again") from e
+    if (count := sum(map(len, frames)) if info.num_frames else len(listed)) != info.num_failures:
+        raise DatasetError(
+            f"{path}: has {count} {what}, but {FILE_NAME} gives {info.num_failures} failures; copy it again"
+        )
 
 
 def read_failures(path: str, num_failed: int, columns: Columns, below: str) -> list[FailedVolume]:

@@ -1,4 +1,4 @@
-"""One build at a time in one output."""
+"""One build, conversion or pipeline at a time in one output."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def _flock(path: str) -> Iterator[None]:
         except BlockingIOError:
             os.close(descriptor)
             raise OutputBusyError(
-                f"{Path(path).parent}: another build is writing here; wait for it, or choose another OUTPUT"
+                f"{Path(path).parent}: another build or conversion is writing here; wait for it, or choose "
+                "another OUTPUT"
             ) from None
         except OSError as e:  # a file system without locks
             os.close(descriptor)
@@ -144,8 +145,8 @@ def _is_own(path: str, token: str) -> bool:
 
 def _lost(path: str) -> OutputBusyError:
     return OutputBusyError(
-        f"{storage.dirname(path)}: another build took this output, or its {LOCK_FILE} was removed; run one "
-        "build at a time, and run this one again"
+        f"{storage.dirname(path)}: another build or conversion took this output, or its {LOCK_FILE} was "
+        "removed; run one at a time, and run this one again"
     )
 
 
@@ -175,7 +176,8 @@ def _refuse_held(path: str, holder: dict[str, object]) -> None:
     if age is not None and age > _STALE_SECONDS:
         return
     raise OutputBusyError(
-        f"{storage.dirname(path)}: a build on {holder.get('host', 'another machine')} is writing here"
+        f"{storage.dirname(path)}: a build or conversion on {holder.get('host', 'another machine')} is "
+        "writing here"
         + (f" (last renewed {age:.0f} s ago)" if age is not None else "")
         + "; wait for it to finish or, if it died, "
         + (f"remove {path}" if age is None else f"until its lock expires, after {_STALE_SECONDS:.0f} s")

@@ -104,23 +104,34 @@ def find_replaceable(output: str, *, overwrite: bool) -> DatasetInfo | None:
         raise
 
 
-def refuse_foreign(output: str) -> None:
-    """Refuse an output without a dataset or an unfinished build that holds files with the names of shards.
+def refuse_foreign(output: str, written: Collection[str] = (), *, overwrite: bool | None = False) -> None:
+    """Refuse an output without a dataset that holds files with the names of shards or of their indexes.
+
+    Args:
+        output: folder of the dataset.
+        written: names of files that unfinished builds of this output may have written, which are accepted.
+        overwrite: whether shards that have their indexes, which builds remove, are accepted too; None if
+            nothing can be overwritten.
 
     Raises:
         OutputError: it holds one.
     """
-    files = storage.list_files(output, "*.tfrecord*")
-    stems = (
-        n.removesuffix(".parquet")
-        for n in storage.list_files(storage.join(output, INDEX_FOLDER), "*.parquet")
-    )
-    found = [*filter(ShardName.parse, files)]
-    found += [f"{INDEX_FOLDER}/{stem}.parquet" for stem in stems if ShardName.parse(f"{stem}.tfrecord")]
+    files = [*filter(ShardName.parse, storage.list_files(output, "*.tfrecord*"))]
+    indexes = storage.list_files(storage.join(output, INDEX_FOLDER), "*.parquet")
+    ours = {*written, *(name for name in files if name not in written and _is_indexed(output, name, indexes))}
+    accepted = ours if overwrite else {*written}
+    known = {shard.index_file for shard in map(ShardName.parse, accepted) if shard}
+    found = [name for name in files if name not in accepted]
+    found += [
+        name
+        for stem in (index.removesuffix(".parquet") for index in indexes)
+        if ShardName.parse(f"{stem}.tfrecord") and (name := f"{INDEX_FOLDER}/{stem}.parquet") not in known
+    ]
     if found:
+        is_replaceable = overwrite is not None and found[0] in ours
+        remedy = "use --overwrite to replace it" if is_replaceable else "delete it first"
         raise OutputError(
-            f"{output}: holds {found[0]} but no {FILE_NAME}; choose another OUTPUT, or use --overwrite to "
-            "replace it"
+            f"{output}: holds {found[0]} but no {FILE_NAME}; choose another OUTPUT, or {remedy}"
         )
 
 

@@ -159,14 +159,15 @@ class SavedPlan:
 
 @dataclass(frozen=True)
 class SavedWrite:
-    """The plan of a `WriteToTFRecord`, in its output.
+    """The plan of a `WriteToTFRecord` or a conversion, in its output.
 
     Attributes:
         token: 16 hex digits that identify the pipeline.
         root: folder of its part files: absolute, or BUILD_FOLDER for the one in the output.
         revision: revision of the dataset that it makes.
         published: names of the shards, and of the list of failures, of the dataset that it replaces.
-        shards: names of the shards that it may have written; empty before they are planned.
+        shards: names of the shards, and of the list of failures, that it may have written; empty before they
+            are planned.
     """
 
     token: str

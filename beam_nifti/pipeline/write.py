@@ -167,8 +167,9 @@ class _Target:
             require_writable_output(self.output)
             published, saved = self.find_published(), SavedWrite.read(self.output)
             build = None if saved and saved.token == self.token else self._find_build()
-            if not (saved or build or published or self.config.overwrite):
-                refuse_foreign(self.output)
+            if not (published or (saved and saved.token == self.token)):
+                unfinished = set[str]().union(*(found.written for found in (saved, build) if found))
+                refuse_foreign(self.output, unfinished, overwrite=self.config.overwrite)
         return _Occupied(published, saved, build)
 
     def _find_build(self) -> SavedPlan | None:
@@ -301,13 +302,13 @@ class StartFn(beam.DoFn):
         kept = files_of(published) if published else ()
         unfinished = [saved for saved in (dead, occupied.build) if saved is not None]
         own_root = parts_root(output, None)
+        revision = next_revision(output, published, dead.revision if dead else None)
         if unfinished:  # else they may be those of a pipeline that starts now, too, and will be refused later
             for root in {target.root, own_root}.union(*(saved.parts_roots(output) for saved in unfinished)):
                 remove_parts(root, keep=target.token)
         remove_files(output, set[str]().union(*(saved.written for saved in unfinished)), keep=kept)
         if published is None:  # a damaged one, which is to be replaced
             storage.delete(storage.join(output, FILE_NAME), output)
-        revision = next_revision(output, published, dead.revision if dead else None)
         root = BUILD_FOLDER if target.root == own_root else target.root
         saved = SavedWrite(target.token, root, revision, kept)
         SavedPlan.remove(output)

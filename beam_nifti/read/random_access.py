@@ -212,7 +212,7 @@ class Dataset:
         if not config.has_positions:
             raise UsageError(
                 f"the index of {self.path}, which an earlier version wrote, has no positions of labels; "
-                "build the dataset again with --overwrite"
+                "`beam-nifti convert` makes a dataset that has them, without the images"
             )
 
     def positions_of(self, index: SupportsIndex) -> npt.NDArray[np.int32]:

@@ -109,8 +109,8 @@ def no_dataset(output: str, error: OSError | None = None) -> DatasetError:
     if error is not None and error.strerror not in (None, os.strerror(errno.ENOENT)):
         reason = str(error.strerror)  # such as "No such bucket"
     return DatasetError(
-        f"{output}: no complete dataset here ({reason}); check the path, or run "
-        "`beam-nifti build`, which continues a build that was interrupted"
+        f"{output}: no complete dataset here ({reason}); check the path, or, if it was interrupted, run the "
+        "same `beam-nifti build`, `beam-nifti convert` or WriteToTFRecord pipeline again"
     )
 
 

@@ -20,6 +20,7 @@ from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.inspection.convert import convert_dataset
+from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.pipeline import lock, write
 from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.record import versions
@@ -157,6 +158,16 @@ def test_what_version_1_wrote_is_converted(golden: Path, tmp_path: Path) -> None
     patches_are_slices(new)
 
 
+def test_patches_around_labels_of_version_1_need_a_conversion(golden: Path, tmp_path: Path) -> None:
+    patches = bn.Patches((2, 2, 2), foreground=0.5)
+    with pytest.raises(
+        UsageError, match="no positions of labels; `beam-nifti convert` makes a dataset that has"
+    ):
+        bn.PatchDataset(bn.Dataset(golden), patches, seed=0)
+    bn.convert(golden, tmp_path / "new", progress=False)
+    assert bn.PatchDataset(bn.Dataset(tmp_path / "new"), patches, seed=0)[0]["image"].shape[:3] == (2, 2, 2)
+
+
 def test_the_versions_that_made_records_stay_known(study: Path, tmp_path: Path, monkeypatch: Any) -> None:
     real = versions.installed_version
     monkeypatch.setattr(versions, "installed_version", lambda n: "0.9" if n == "numpy" else real(n))
@@ -197,6 +208,8 @@ def test_rows_are_added_without_reading_the_other_images(
     manifest, old, new = write_cohort(tmp_path / "images", 6), tmp_path / "old", tmp_path / "new"
     options: dict[str, Any] = {"examples_per_shard": 3}
     build_again(manifest, old, **VERSION_1, **options)
+    build_again(manifest, old, **options)
+    assert "has format version 1 and keeps it (`beam-nifti convert` makes one of the current" in caplog.text
     bn.convert(old, new, progress=False)
     same = snapshot(new)
     assert build_again(manifest, new, **options).read == set()
@@ -412,6 +425,24 @@ def test_a_damaged_record_is_named_and_nothing_is_published(old: Path, tmp_path:
     assert bn.verify(new)
 
 
+def test_damage_is_listed_line_by_line_with_what_to_do(old: Path, tmp_path: Path) -> None:
+    shard = info_of(old).shards[0]
+    (old / shard.index).write_bytes(b"PAR1" + bytes(40) + b"\x04\0\0\0PAR1")
+    with pytest.raises(DatasetError) as refused:
+        bn.convert(old, tmp_path / "new", workers=1, progress=False)
+    first, *findings, last = str(refused.value).splitlines()
+    assert first == f"{old}: is damaged, so it is not converted:"
+    assert len(findings) > 1
+    assert {text.partition(": ")[0].strip() for text in findings} == {shard.index}
+    assert last.startswith("restore the files from a copy, or build this dataset again with ")
+
+
+def test_a_problem_is_one_line() -> None:
+    problems = Problems()
+    problems.add(Scope.SHARD, "index/a.parquet: cannot be read: TProtocolException: Invalid data\n; copy it")
+    assert problems.texts()[0].endswith(r"Invalid data\n; copy it")
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -422,6 +453,13 @@ def test_a_damaged_record_is_named_and_nothing_is_published(old: Path, tmp_path:
         (lambda old: (old / info_of(old).shards[0].index).unlink(), "is missing"),
         (lambda old: (old / info_of(old).shards[0].index).write_bytes(b"PAR1"), "is not the file that"),
         (lambda old: (old / "failures.jsonl").unlink(), r"failures.jsonl: is missing"),
+        (lambda old: edit_failures(old, lambda text: text[:-9]), r"failures.jsonl: .*; copy it again"),
+        (
+            lambda old: edit_failures(old, lambda text: text.replace("sub-", "\0")),
+            "failures.jsonl: .*; copy it",
+        ),
+        (lambda old: edit_failures(old, lambda text: text * 2), "failures.jsonl: .*; copy it again"),
+        (lambda old: edit_failures(old, lambda text: ""), "failures.jsonl: .*; copy it again"),
         (lambda old: edit_index(old, set_cell("min", 0, -1.0)), r"record 0 \(sub-0000\): intensity_min is 0"),
         (lambda old: edit_index(old, set_cell("offset", 2, 0)), "offset"),
         (lambda old: edit_config(old, "fingerprint", "0" * 16), "the fingerprint is 0000"),
@@ -433,6 +471,11 @@ def test_damage_is_an_error(old: Path, tmp_path: Path, edit: Callable[[Path], ob
     with pytest.raises(DatasetError, match=message):
         bn.convert(old, tmp_path / "new", workers=1, progress=False)
     assert not (tmp_path / "new/dataset_info.json").exists()
+
+
+def edit_failures(old: Path, edit: Callable[[str], str]) -> None:
+    path = old / "failures.jsonl"
+    path.write_text(edit(path.read_text()))
 
 
 def damage_header(old: Path) -> None:
@@ -522,7 +565,7 @@ def test_an_output_that_holds_something_else_stays(
     with unchanged(new), pytest.raises(OutputError, match="holds another dataset than"):
         bn.convert(old, new, progress=False)
     (new / "dataset_info.json").unlink()
-    with unchanged(new), pytest.raises(OutputError, match=r"but no dataset_info.json; choose another OUTPUT"):
+    with unchanged(new), pytest.raises(OutputError, match=r"choose another OUTPUT, or delete it first$"):
         bn.convert(old, new, progress=False)
     # An unfinished conversion of what the dataset was before.
     damage(old, 3)
@@ -544,6 +587,43 @@ def test_an_unfinished_build_stays(old: Path, tmp_path: Path, name: str) -> None
         bn.convert(old, new, progress=False)
 
 
+@pytest.mark.parametrize(
+    "lose",
+    [
+        lambda new: (new / info_of(new).shards[2].name).unlink(),
+        lambda new: (new / info_of(new).shards[2].name).write_bytes(b""),
+        lambda new: (new / info_of(new).shards[2].index).unlink(),
+        lambda new: (new / info_of(new).shards[2].index).write_bytes(b"PAR1"),
+    ],
+)
+def test_a_converted_dataset_that_is_damaged_is_called_so(
+    old: Path, tmp_path: Path, lose: Callable[[Path], object]
+) -> None:
+    new = tmp_path / "new"
+    bn.convert(old, new, progress=False)
+    lose(new)
+    damaged = (
+        r"(index/)?train-00002-of-00004\S* is missing or damaged; convert \S*/old again, and choose another "
+    )
+    with unchanged(new), pytest.raises(OutputError, match=damaged):
+        bn.convert(old, new, progress=False)
+    edit_info(old, lambda facts: facts["manifest"].update(digest="0" * 64))
+    with unchanged(new), pytest.raises(OutputError, match="holds another dataset than"):
+        bn.convert(old, new, progress=False)
+
+
+def test_files_of_other_names_stay(old: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    (new / "index").mkdir(parents=True)
+    others = {"notes.txt", "old.tfrec", "index/a.parquet"}
+    for name in others:
+        (new / name).write_text("mine")
+    bn.convert(old, new, progress=False)
+    assert stray_files(new) == others
+    (problem,) = bn.verify(new).problems
+    assert problem.startswith("index/a.parquet: not in dataset_info.json")
+
+
 def test_links_in_an_output_are_not_followed(old: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "new").mkdir()
@@ -563,8 +643,26 @@ def test_a_build_into_an_unfinished_conversion_is_refused(old: Path, tmp_path: P
     damage(old, 3)
     with pytest.raises(DatasetError):
         convert(old, tmp_path / "new")
-    with pytest.raises(OutputError, match=r"but no dataset_info.json"):
+    with pytest.raises(DatasetError, match=r"if it was interrupted, run the same .*`beam-nifti convert`"):
+        bn.verify(tmp_path / "new")
+    with pytest.raises(
+        OutputError, match=r"holds an unfinished `beam-nifti convert` or WriteToTFRecord; run"
+    ):
         build_again(manifest_of(old), tmp_path / "new")
+
+
+def test_a_build_that_overwrites_a_killed_conversion_leaves_nothing_of_it(old: Path, tmp_path: Path) -> None:
+    arguments = {"old": str(old), "workers": 1}
+    run = fork_server().run("convert", folder=tmp_path / "whole", output=str(tmp_path / "whole"), **arguments)
+    left = set[str]()
+    for kill_at in range(1, run.operations, 3):
+        new = tmp_path / f"new-{kill_at}"
+        fork_server().run("convert", folder=new, kill_at=kill_at, output=str(new), **arguments)
+        left |= {path.suffix for path in new.rglob("*")}
+        build_again(manifest_of(old), new, overwrite=True, examples_per_shard=5, max_bad_fraction=0.5)
+        assert bn.verify(new)
+        assert stray_files(new) == set()
+    assert left >= {".tmp", ".gz", ".parquet"}
 
 
 # The command
@@ -586,7 +684,7 @@ def test_the_command(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     facts = json.loads(ended.read_text())
     assert (facts["status"], facts["command"], facts["output"]) == ("success", "convert", str(new))
     assert [facts[f"num_{what}"] for what in ("volumes", "examples", "kept", "failed", "shards")] == [
-        *(11, 11, 0, 1, 4),
+        *(12, 11, 0, 1, 4),
     ]
     assert facts["failures_path"] == str(new / "failures.jsonl")
     assert facts["fingerprint"] == info_of(new).config["fingerprint"] != info_of(old).config["fingerprint"]

@@ -45,7 +45,10 @@ def test_a_second_process_is_refused_until_the_first_ends(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     output = str(tmp_path / "out")
-    with pytest.raises(OutputError, match=f"{output}: another build is writing here"), hold(output):
+    with (
+        pytest.raises(OutputError, match=f"{output}: another build or conversion is writing here"),
+        hold(output),
+    ):
         pass
     holder.communicate()
     assert holder.returncode == 0
@@ -133,7 +136,10 @@ def gone() -> int:
 def test_a_lease_is_held_and_given_back() -> None:
     with hold(OUTPUT):
         assert storage.exists(LEASE)
-        with pytest.raises(OutputError, match=f"{OUTPUT}: a build on .* is writing here"), hold(OUTPUT):
+        with (
+            pytest.raises(OutputError, match=f"{OUTPUT}: a build or conversion on .* is writing here"),
+            hold(OUTPUT),
+        ):
             pass
         require_held(OUTPUT)
     assert storage.list_files(OUTPUT) == []
@@ -150,7 +156,10 @@ def test_the_age_of_a_lease_is_that_of_the_stores_clock(
 
     monkeypatch.setattr(MemoryFileSystem, "ahead", 3600 * hours)
     write_lease(100, host="another-machine", pid=1, time=time.time() - 1000)
-    with pytest.raises(OutputBusyError, match=r"a build on another-machine .* 100 s ago"), hold(OUTPUT):
+    with (
+        pytest.raises(OutputBusyError, match=r"a build or conversion on another-machine .* 100 s ago"),
+        hold(OUTPUT),
+    ):
         pass
     write_lease(200, host="another-machine", pid=1, time=time.time() + 1000)
     with hold(OUTPUT):
@@ -205,7 +214,7 @@ def test_a_lease_that_nobody_understands_ends_too(content: bytes) -> None:
     from tests.object_store import MemoryFileSystem
 
     storage.write(LEASE, content)
-    with pytest.raises(OutputBusyError, match="a build on another machine"), hold(OUTPUT):
+    with pytest.raises(OutputBusyError, match="a build or conversion on another machine"), hold(OUTPUT):
         pass
     MemoryFileSystem.objects[LEASE] = (content, MemoryFileSystem.now() - 200)
     with hold(OUTPUT):
@@ -218,7 +227,7 @@ def test_a_build_whose_lease_was_taken_says_so_and_leaves_the_taker_alone() -> N
         stack.enter_context(hold(OUTPUT))
         write_lease(0, host="another-machine", pid=1)
         for look in (lambda: require_held(OUTPUT), stack.close):
-            with pytest.raises(OutputBusyError, match="another build took this output"):
+            with pytest.raises(OutputBusyError, match="another build or conversion took this output"):
                 look()
     assert json.loads(storage.read(LEASE))["host"] == "another-machine"
 
@@ -233,7 +242,7 @@ def test_a_build_that_has_lost_its_output_publishes_nothing(
     # Between the check for another plan and the publication, as after a night in which the machine slept.
     monkeypatch.setattr("beam_nifti.pipeline.transforms.require_current", take)
     assert cli.main(["build", str(cohort), OUTPUT, "--quiet"]) == cli.TEMPORARY
-    assert "another build took this output" in capsys.readouterr().err
+    assert "another build or conversion took this output" in capsys.readouterr().err
     assert not storage.exists(f"{OUTPUT}/dataset_info.json")
     assert json.loads(storage.read(LEASE))["host"] == "another-machine"
 

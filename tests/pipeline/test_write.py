@@ -851,8 +851,26 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, reference: Path) -> No
     with pytest.raises(Exception, match=r"holds index/train-00000-of-00001.parquet but no dataset_info.json"):
         write_arrays(tmp_path / "index-only", IDS)
     assert foreign.read_bytes() == b"mine"
-    write_arrays(tmp_path / "index-only", IDS, overwrite=True)
-    assert Dataset(tmp_path / "index-only").ids == IDS
+
+
+@pytest.mark.parametrize("name", ["train-00000-of-00009.tfrecord.gz", "index/train-00000-of-00001.parquet"])
+def test_shards_of_others_are_not_left_beside_new_ones(tmp_path: Path, name: str) -> None:
+    output, images = tmp_path / "out", write_cohort(tmp_path / "images", 1)
+    (output / name).parent.mkdir(parents=True)
+    (output / name).write_bytes(b"mine")
+    for further in ({}, {"overwrite": True}):
+        refusal = (
+            rf"holds {name} but no dataset_info.json; choose another (OUTPUT|output), or delete it first"
+        )
+        with pytest.raises(Exception, match=refusal):
+            write_arrays(output, IDS, **further)
+        with pytest.raises(OutputError, match=refusal):
+            build(images, output, **further)
+        assert (output / name).read_bytes() == b"mine"
+    (output / name).unlink()
+    write_arrays(output, IDS, overwrite=True)
+    assert Dataset(output).ids == IDS
+    assert verify_dataset(str(output)).ok
 
 
 def test_the_later_of_two_pipelines_stops_the_earlier_one(tmp_path: Path) -> None:
@@ -955,7 +973,7 @@ def test_splits_that_differ_in_letter_case_are_refused(tmp_path: Path) -> None:
 def test_after_the_last_revision_there_is_none(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    (output / "train-00000-of-00001-r999999999.tfrecord.gz").touch()
+    (output / "dataset_info.json").write_text('{"revision": 999999999}')
     with pytest.raises(Exception, match=r"holds files of revision 999,999,999, and there can be none after"):
         write_arrays(output, IDS, overwrite=True)
     images = write_cohort(tmp_path / "images", 1)
