@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -64,9 +64,7 @@ def read_manifest(
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
     paths = {name: table[name] for name in columns.files}
-    _refuse_paths(paths, columns, problems, may_be_long=is_list)
-    if not is_list:
-        _refuse_long_ids(table, columns, problems)
+    _refuse_names(table, columns, problems, may_be_long=is_list)
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
     _warn_of_names(table, columns, people, problems)
     if splitting:
@@ -157,14 +155,12 @@ def _check_columns(
         )
 
 
-def _refuse_paths(
-    paths: Mapping[str, pa.ChunkedArray], columns: Columns, problems: Problems, *, may_be_long: bool
-) -> None:
-    """Refuse paths that are empty, that no system opens, or that this process cannot spell."""
+def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_be_long: bool) -> None:
+    """Refuse long ids, and paths that are empty, that no system opens, or that this process cannot spell."""
     is_limited = sys.getfilesystemencoding() != "utf-8"
-    for name, cells in paths.items():
+    for name in columns.files:
         what = "mask" if name == columns.mask else "image"
-        for i, text in enumerate(strings(cells)):
+        for i, text in enumerate(strings(table[name])):
             if not text:
                 problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
             elif not may_be_long and len(text) > _LONGEST_NAME:
@@ -175,6 +171,8 @@ def _refuse_paths(
                 problems.add(f"row {i + 1}: {name} has {has}; correct the {what}'s path")
             elif is_limited and not (storage.is_remote(text) or _is_encodable(text)):
                 problems.add(f"row {i + 1}: {name} is {problems.shown(text)}, which {storage.UNSPELLABLE}")
+    if not may_be_long:
+        _refuse_long_ids(table, columns, problems)
 
 
 def _is_encodable(text: str) -> bool:
