@@ -107,7 +107,7 @@ def test_indexes_without_positions_are_said_to_lack_them(records: bn.Dataset, tm
     edit_info(older, lambda facts: facts["format_features"].remove("positions"))
     assert len(bn.PatchDataset(bn.Dataset(older), bn.Patches(PATCH), seed=1)) == len(SHAPES)
     with pytest.raises(
-        UsageError, match=r"foreground is 0\.25, but the index of .*older, which an .*--overwrite"
+        UsageError, match=r"foreground is 0\.25, but the index of .*older, which an .*beam-nifti convert"
     ):
         bn.PatchDataset(bn.Dataset(older), patches, seed=1)
     build(write_cohort(tmp_path / "cohort", 2), tmp_path / "plain")
