@@ -21,6 +21,8 @@ from beam_nifti.record.example import (
     MASK_FEATURE,
     RANGE_FEATURES,
     SCALING_FEATURES,
+    Feature,
+    Features,
     decode_doubles,
     decode_example,
     decode_tensor,
@@ -46,7 +48,6 @@ _STATISTICS: Final = ("min", "max", "mean", "std")  # columns of an index
 _REMAKE: Final = "run the build again with --recheck"  # because no file changed
 _NOISE: Final = 1e-9  # of float64 sums, relative to the largest number
 _BLOCK: Final = 1 << 20  # voxels that are compared at a time
-_Feature = memoryview | npt.NDArray[np.generic]
 
 
 class RecordSpec:
@@ -140,7 +141,7 @@ def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
 
 
 def _check_mask(
-    features: Mapping[str, _Feature], cells: Mapping[str, Any], shape: tuple[int, ...], config: RecordConfig
+    features: Features, cells: Mapping[str, Any], shape: tuple[int, ...], config: RecordConfig
 ) -> Iterator[str]:
     mask, dtype = decode_tensor(features[MASK_FEATURE]), config.mask_dtype  # type: ignore[arg-type]
     if mask.shape != shape or mask.dtype.name != dtype:
@@ -151,7 +152,7 @@ def _check_mask(
         yield "mask_positions of the index are not those of its mask"
 
 
-def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterator[str]:
+def _check_schema(features: Features, spec: RecordSpec) -> Iterator[str]:
     required = spec.info.features.keys() - _SCALING
     if spec.config.voxel_dtype == "native" and _SCALING & features.keys():
         required |= _SCALING
@@ -173,9 +174,7 @@ def _check_schema(features: Mapping[str, _Feature], spec: RecordSpec) -> Iterato
             yield f"feature {name} has {len(value)} bytes, expected {wanted}: {_DOUBLE_BYTES} a float64"
 
 
-def _check_metadata(
-    features: Mapping[str, _Feature], cells: Mapping[str, Any], spec: RecordSpec
-) -> Iterator[str]:
+def _check_metadata(features: Features, cells: Mapping[str, Any], spec: RecordSpec) -> Iterator[str]:
     stored_id = bytes(features["id"]).decode(errors="replace")
     if stored_id != cells["example_id"]:
         yield f"id is {stored_id!r}, but the index has {cells['example_id']!r}"
@@ -198,7 +197,7 @@ def _check_metadata(
         yield f"the index's label is {label}, but its {labels[0][0]} gives {number_of(labels[0][1])}"
 
 
-def _check_sizes(features: Mapping[str, _Feature], cells: Mapping[str, Any]) -> Iterator[str]:
+def _check_sizes(features: Features, cells: Mapping[str, Any]) -> Iterator[str]:
     """Find where voxel sizes that a record does not state are not those of its affine."""
     if "zooms" not in features:
         sizes = None if cells["affine"] is None else np.linalg.norm(affine_of(cells)[:3, :3], axis=0)
@@ -217,7 +216,7 @@ def _labels_in(
 
 def _check_intensities(
     voxels: npt.NDArray[Any],
-    features: Mapping[str, _Feature],
+    features: Features,
     cells: Mapping[str, Any],
     config: RecordConfig,
     number: int = 0,
@@ -328,19 +327,19 @@ def check_source(
             yield f"the index has {name} {show(cells[name])}, but its image has {show(has)}; {_REMAKE}"
 
 
-def _same(one: Mapping[str, _Feature], other: Mapping[str, _Feature], name: str) -> bool:
+def _same(one: Features, other: Features, name: str) -> bool:
     if name not in one or name not in other:
         return False
     # memoryview and float32 arrays both hand out their bytes; NaN labels compare equal so.
     return bytes(memoryview(one[name]).cast("B")) == bytes(memoryview(other[name]).cast("B"))
 
 
-def differ_in_rounding(one: Mapping[str, _Feature], other: Mapping[str, _Feature], names: list[str]) -> bool:
+def differ_in_rounding(one: Features, other: Features, names: list[str]) -> bool:
     """Whether the named features of two records differ by at most the last digit of what they store."""
     return all(name in one and name in other and _is_close(name, one[name], other[name]) for name in names)
 
 
-def _is_close(name: str, one: _Feature, other: _Feature) -> bool:
+def _is_close(name: str, one: Feature, other: Feature) -> bool:
     if name == "image_raw":
         voxels = (decode_tensor(feature) for feature in (one, other))  # type: ignore[arg-type]
         return _are_voxels_close(*voxels)

@@ -352,12 +352,12 @@ class ShardWriter:
     def write(self, cells: Mapping[str, Any], payload: bytes) -> int:
         """Write the next record, by its row of the old index and its Example; its number of bytes."""
         config, start = self._config, self.size
-        features = decode_example(payload)
         level = config.compression_level if self._is_compressed else None
         encoded = encode_record(payload, level)
         for piece in encoded.pieces:
             self._append(piece)
         row = {**cells, "offset": start, "length": self.size - start, "member_lengths": encoded.lengths}
+        features = decode_example(payload) if config.has_positions or config.voxel_dtype == "native" else {}
         if config.has_positions:
             row["mask_positions"] = positions_of(decode_tensor(features[MASK_FEATURE]))  # type: ignore[arg-type]
         if config.voxel_dtype == "native":

@@ -6,7 +6,7 @@ Source: docs/format.md, "Intensity".
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo
 from beam_nifti.record.example import (
     MASK_FEATURE,
     SCALING_FEATURES,
+    Features,
     decode_doubles,
     decode_tensor,
     scaling_of,
@@ -25,8 +26,6 @@ from beam_nifti.record.example import (
 )
 from beam_nifti.volume.intensity import rescale_voxels
 from beam_nifti.volume.rescale import UINT8_LEVELS, Intensity, RescaleRange, Scaling, Voxels
-
-Features = Mapping[str, memoryview | npt.NDArray[np.generic]]
 
 
 def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[np.float32]:

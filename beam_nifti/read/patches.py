@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, UsageError
-from beam_nifti.read.decoding import Features, require_channels, restore_image
+from beam_nifti.read.decoding import require_channels, restore_image
 from beam_nifti.read.opening import for_each
 from beam_nifti.read.records import Element, Records, scratch
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
+    Features,
     decode_example,
     decode_tensor,
     largest_payload,

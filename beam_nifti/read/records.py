@@ -17,13 +17,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError, unreadable
-from beam_nifti.read.decoding import Features, decode_feature, decode_image, decode_mask
+from beam_nifti.read.decoding import decode_feature, decode_image, decode_mask
 from beam_nifti.read.opening import Opened
 from beam_nifti.read.split_spec import SplitPart, parse_split
 from beam_nifti.read.where import Condition
 from beam_nifti.record.agreement import ROUNDED, compared_columns, find_disagreements
 from beam_nifti.record.dataset_info import ShardInfo
-from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES, decode_example, largest_payload
+from beam_nifti.record.example import (
+    RANGE_FEATURES,
+    SCALING_FEATURES,
+    Features,
+    decode_example,
+    largest_payload,
+)
 from beam_nifti.record.index import extra_column, schema_of
 from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
 from beam_nifti.storage import paths as storage

@@ -14,10 +14,14 @@ import numpy.typing as npt
 
 from beam_nifti.config import LabelColumn, RecordConfig
 from beam_nifti.manifest.labels import LabelValue, label_of
-from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES, decode_doubles, label_feature
+from beam_nifti.record.example import (
+    RANGE_FEATURES,
+    SCALING_FEATURES,
+    Features,
+    decode_doubles,
+    label_feature,
+)
 from beam_nifti.record.index import extra_column
-
-Features = Mapping[str, memoryview | npt.NDArray[np.generic]]
 
 ROUNDED: Final = {
     "label": "label",

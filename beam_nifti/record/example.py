@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from beam_nifti.config import TENSOR_DTYPES, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
+from beam_nifti.volume.compression import Bytes
 from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ _MOST_FIELDS: Final = 1 << 16
 
 _VARINT_BITS: Final = 64
 
-Bytes = bytes | memoryview
+Feature = memoryview | npt.NDArray[np.generic]
+Features = Mapping[str, Feature]
+"""Features of a record by name: bytes, or numbers of shape (n,)."""
+
 FeatureValue = bytes | npt.NDArray[np.float32] | npt.NDArray[np.int64] | tuple[Bytes, ...]
 
 _DTYPE_OF_ENUM: Final = {number: name for name, number in TENSOR_DTYPES.items()}
@@ -311,7 +315,7 @@ def encode_volume(volume: Volume) -> ExamplePieces:
     return ExamplePieces(tuple(pieces), tuple(tensors))
 
 
-def decode_doubles(feature: memoryview | npt.NDArray[np.generic]) -> list[float]:
+def decode_doubles(feature: Feature) -> list[float]:
     """The float64 values in a feature of bytes, such as `rescale_low`; at least one.
 
     Raises:
@@ -323,7 +327,7 @@ def decode_doubles(feature: memoryview | npt.NDArray[np.generic]) -> list[float]
     return numbers
 
 
-def scaling_of(features: Mapping[str, memoryview | npt.NDArray[np.generic]]) -> Scaling:
+def scaling_of(features: Features) -> Scaling:
     """The scaling that a record has for native voxels; `NO_SCALING` if it has none."""
     said = {name.removeprefix("scl_"): features[name] for name in SCALING_FEATURES if name in features}
     return Scaling(**{name: decode_doubles(feature)[0] for name, feature in said.items()})
@@ -386,7 +390,7 @@ def _parts(data: memoryview, tags: Collection[int]) -> dict[int, Any]:
     return parts
 
 
-def _decode_feature(data: memoryview) -> memoryview | npt.NDArray[np.generic]:
+def _decode_feature(data: memoryview) -> Feature:
     kinds = _parts(data, (_BYTES, _FLOATS, _INTEGERS))
     if len(kinds) != 1:
         raise ShardError(f"holds {len(kinds)} kinds of values instead of 1")
@@ -411,13 +415,13 @@ def _integers(packed: memoryview) -> Iterator[int]:
         yield number
 
 
-def decode_example(data: bytes | memoryview) -> dict[str, memoryview | npt.NDArray[np.generic]]:
+def decode_example(data: bytes | memoryview) -> dict[str, Feature]:
     """Parse a tf.train.Example whose features each have one bytes value, floats, or integers, without a copy.
 
     Raises:
         ShardError: the bytes are not such an Example, or other parsers may read them differently.
     """
-    features: dict[str, memoryview | npt.NDArray[np.generic]] = {}
+    features: dict[str, Feature] = {}
     try:
         body = _parts(memoryview(data), (_FIRST,)).get(_FIRST, memoryview(b""))
         for entry in _messages(body, _FIRST):

@@ -20,9 +20,7 @@ import numpy as np
 from isal import isal_zlib
 
 from beam_nifti.errors import ShardError
-from beam_nifti.volume.compression import DEFLATE_RATIO, compress_gzip, make_buffer
-
-Bytes = bytes | memoryview
+from beam_nifti.volume.compression import DEFLATE_RATIO, Bytes, compress_gzip, make_buffer
 
 _LENGTH = struct.Struct("<Q")
 _CRC = struct.Struct("<I")
