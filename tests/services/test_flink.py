@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from tests.services.conftest import (
     run_cli,
     run_script,
 )
-from tests.services.watching import catch_writing, watch_build, write_rows
+from tests.services.watching import Watched, catch_writing, watch_build, write_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "flink_cluster"
 RUN = SCRIPT.parents[1] / ".services" / "flink" / "run"
@@ -145,22 +145,25 @@ def test_same_bytes_by_flink_runner(cluster: Cluster, reference: Reference, tmp_
     assert content_of(tmp_path / "out") == reference.content
 
 
+def _kill_while_loading(
+    cluster: Cluster, folder: Path, volumes: int, edge: int, kill: Callable[[], None]
+) -> Watched:
+    """A build in which something is killed when a quarter of the volumes were opened; its bytes are right."""
+    manifest = write_rows(folder / "cohort", volumes, 40, (edge, edge, edge))
+    expected = _local(manifest, folder / "local", "--num-shards=8")
+    arguments = [str(manifest), str(folder / "out"), "--num-shards=8", *cluster.flags]
+    watched = watch_build(arguments, manifest.parent, flags.OPEN, ".nii.gz", {volumes // 4: kill})
+    assert watched.code == 0, watched.printed
+    assert any(s["attempt"] > 0 for s in cluster.subtasks("LoadVolume")), "the fault hit nobody"
+    assert content_of(folder / "out") == expected
+    return watched
+
+
 def test_a_task_manager_dies_while_volumes_are_loaded(cluster: Cluster, tmp_path: Path) -> None:
     volumes = 400
-    manifest = write_rows(tmp_path / "cohort", volumes, 40, (64, 64, 64))
-    expected = _local(manifest, tmp_path / "local", "--num-shards=8")
-    watched = watch_build(
-        [str(manifest), str(tmp_path / "out"), "--num-shards=8", *cluster.flags],
-        manifest.parent,
-        flags.OPEN,
-        ".nii.gz",
-        {volumes // 4: cluster.kill_writer},
-    )
-    assert watched.code == 0, watched.printed
+    watched = _kill_while_loading(cluster, tmp_path, volumes, 64, cluster.kill_writer)
     assert volumes // 4 <= len(watched.seen) < volumes, "the fault did not come midway"
     assert watched.events > volumes + 1, "nothing was loaded again"
-    assert any(s["attempt"] > 0 for s in cluster.subtasks("LoadVolume")), "the fault hit nobody"
-    assert content_of(tmp_path / "out") == expected
 
 
 def test_a_task_manager_dies_while_shards_are_committed(cluster: Cluster, tmp_path: Path) -> None:
@@ -193,19 +196,7 @@ def test_a_task_manager_dies_while_shards_are_committed(cluster: Cluster, tmp_pa
 
 def test_a_python_worker_dies(cluster: Cluster, tmp_path: Path) -> None:
     """Flink restarts the task, and Beam gives it the dead worker again until its cache expires."""
-    volumes = 300
-    manifest = write_rows(tmp_path / "cohort", volumes, 40, (48, 48, 48))
-    expected = _local(manifest, tmp_path / "local", "--num-shards=8")
-    watched = watch_build(
-        [str(manifest), str(tmp_path / "out"), "--num-shards=8", *cluster.flags],
-        manifest.parent,
-        flags.OPEN,
-        ".nii.gz",
-        {volumes // 4: cluster.kill_python_worker},
-    )
-    assert watched.code == 0, watched.printed
-    assert any(s["attempt"] > 0 for s in cluster.subtasks("LoadVolume")), "the fault hit nobody"
-    assert content_of(tmp_path / "out") == expected
+    _kill_while_loading(cluster, tmp_path, 300, 48, cluster.kill_python_worker)
 
 
 @pytest.mark.parametrize("phase", ["loaded", "committed"])
