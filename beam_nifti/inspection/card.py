@@ -10,7 +10,8 @@ from typing import Final
 from beam_nifti.errors import DatasetError, OutputError, UsageError
 from beam_nifti.inspection.croissant import make_croissant
 from beam_nifti.inspection.description import describe, format_description
-from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, DatasetInfo, path_of, read_info
+from beam_nifti.record.dataset_files import CARD_FILE, CROISSANT_FILE, path_of
+from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import MASK_FEATURE, SCALING_FEATURES, split_kind
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
-from beam_nifti.record.dataset_info import CROISSANT_FILE, DatasetInfo
+from beam_nifti.record.dataset_files import CROISSANT_FILE
+from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.support.strict_json import dump_json, load_json
 
 _TERMS: Final = (

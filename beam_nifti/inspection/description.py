@@ -20,7 +20,8 @@ from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
-from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_failures_list, read_info
+from beam_nifti.record.dataset_files import read_failures_list
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
@@ -153,7 +154,7 @@ def _hint(output: str, info: DatasetInfo, example_id: str, ids: Sequence[pa.Chun
 def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) -> str | None:
     columns, path = Columns(**info.config["columns"]), storage.join(output, file)
     try:
-        content = read_failures_list(output, info, file)
+        content = read_failures_list(output, file, info.num_failures)
         failures = read_manifest(path, columns, content=content, is_list=True)
         failed = failed_frames(failures, info.num_frames) if info.num_frames else []
     except (ManifestError, OSError) as e:

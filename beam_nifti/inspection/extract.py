@@ -21,7 +21,8 @@ from beam_nifti.errors import ShardError, UsageError, unreadable
 from beam_nifti.inspection.description import describe_records
 from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_record
 from beam_nifti.manifest.image_names import stem_of
-from beam_nifti.record.dataset_info import path_of, read_info
+from beam_nifti.record.dataset_files import path_of
+from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.tfrecord import require_stored_size
 from beam_nifti.storage import paths as storage

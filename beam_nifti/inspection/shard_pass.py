@@ -18,7 +18,8 @@ from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.inspection.record_checks import RecordSpec, check_record
 from beam_nifti.inspection.table_checks import check_index, check_people, check_places, index_rows, no_rows
-from beam_nifti.record.dataset_info import FILE_NAME, ShardInfo, path_of
+from beam_nifti.record.dataset_files import FILE_NAME, path_of
+from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import mask_labels, parse_index, read_bytes
 from beam_nifti.record.shard_index import known_columns, limits_of
 from beam_nifti.record.tfrecord import require_stored_size

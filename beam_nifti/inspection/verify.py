@@ -46,15 +46,14 @@ from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
 from beam_nifti.pipeline.resume import unfinished_names
-from beam_nifti.record.dataset_info import (
+from beam_nifti.record.dataset_files import (
     CROISSANT_FILE,
     FILE_NAME,
     MAX_INFO_BYTES,
-    DatasetInfo,
     path_of,
     read_failures_list,
-    read_info,
 )
+from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.sharding import INDEX_FOLDER, Layout
 from beam_nifti.record.versions import record_versions, version_changes
@@ -432,7 +431,7 @@ class _Verifier:
             return found
         path = storage.join(self._output, name)
         try:
-            content = read_failures_list(self._output, self._info, name)
+            content = read_failures_list(self._output, name, self._info.num_failures)
             if self._info.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):
                 problems.append(f"is not the file that {FILE_NAME} describes; copy it again")
             listed = read_manifest(path, self._columns, content=content, is_list=True)

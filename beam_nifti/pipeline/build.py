@@ -52,7 +52,8 @@ from beam_nifti.pipeline.publish import (
 )
 from beam_nifti.pipeline.resume import Reuse, UnfinishedBuild, Work, preview_reuse
 from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite, require_current
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_list, read_info
+from beam_nifti.record.dataset_files import FILE_NAME, read_failures_list
+from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.record.versions import record_versions, version_changes
 from beam_nifti.storage import paths as storage
@@ -426,7 +427,7 @@ def _read_failures(output: str, published: DatasetInfo) -> Manifest | None:
         return None
     columns = Columns(**published.config["columns"])
     try:
-        content = read_failures_list(output, published, published.failures)
+        content = read_failures_list(output, published.failures, published.num_failures)
         path = storage.join(output, published.failures)
         return read_manifest(path, columns, content=content, is_list=True)
     except (BeamNiftiError, OSError):  # which only leaves the difference with less detail

@@ -31,15 +31,8 @@ from beam_nifti.pipeline.publish import (
     require_writable_output,
 )
 from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
-from beam_nifti.record.dataset_info import (
-    FAILURES_FILE,
-    FILE_NAME,
-    DatasetInfo,
-    ShardInfo,
-    SplitInfo,
-    read_content,
-    read_failures_list,
-)
+from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, read_failures_list
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.index import Limits, read_bytes, read_index, scaling_cells, schema_of, write_index
 from beam_nifti.record.sharding import ShardName
@@ -322,7 +315,7 @@ def _failures_of(old: str, source: DatasetInfo) -> bytes | None:
         return None
     path = storage.join(old, source.failures)
     try:
-        content = read_failures_list(old, source, source.failures)
+        content = read_failures_list(old, source.failures, source.num_failures)
     except FileNotFoundError as e:
         raise DatasetError(f"{path}: is missing; copy it again, or run `beam-nifti build` again") from e
     if source.failures_sha256 not in (None, hashlib.sha256(content).hexdigest()):

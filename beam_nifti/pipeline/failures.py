@@ -15,7 +15,8 @@ from beam_nifti.config import Columns
 from beam_nifti.errors import DatasetError, FailedVolume, FailureGroup, ManifestError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, read_failures_of
+from beam_nifti.record.dataset_files import FILE_NAME, read_failures_of
+from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import one_line

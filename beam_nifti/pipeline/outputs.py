@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.pipeline.lock import LOCK_FILE
-from beam_nifti.record.dataset_info import CARD_FILE, CROISSANT_FILE, FILE_NAME, is_failures_file
+from beam_nifti.record.dataset_files import CARD_FILE, CROISSANT_FILE, FILE_NAME, revision_of_failures
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import require_type
 from beam_nifti.support.strict_json import load_json
@@ -106,7 +106,7 @@ def dataset_of(path: str, output: str | None = None) -> str | None:
         if below[1:]:
             is_own = below[0] in _FOLDERS
         else:
-            is_own = name in _FILES or is_failures_file(name) or _SHARD.fullmatch(name) is not None
+            is_own = bool(name in _FILES or revision_of_failures(name) or _SHARD.fullmatch(name))
         marks = (storage.join(folder, mark) for mark in (FILE_NAME, ".build"))
         if is_own and (storage.is_same(folder, output) if output else any(map(storage.exists, marks))):
             return folder

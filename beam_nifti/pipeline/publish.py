@@ -33,18 +33,14 @@ from beam_nifti.pipeline.outputs import read_result
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.pipeline.saved_plan import SAVED_FILES, SUMMARY_NAME, SavedPlan, SavedWrite
-from beam_nifti.record.dataset_info import (
+from beam_nifti.record.dataset_files import (
     FAILURES_FILE,
     FILE_NAME,
-    LAST_REVISION,
     MAX_INFO_BYTES,
-    DatasetInfo,
-    ShardInfo,
-    SplitInfo,
     failures_file,
-    is_failures_file,
-    read_info,
+    revision_of_failures,
 )
+from beam_nifti.record.dataset_info import LAST_REVISION, DatasetInfo, ShardInfo, SplitInfo, read_info
 from beam_nifti.record.index import Limits, read_index
 from beam_nifti.record.sharding import INDEX_FOLDER, ShardName
 from beam_nifti.record.versions import all_versions
@@ -163,7 +159,7 @@ def require_writable_output(output: str) -> None:
 def _links(output: str) -> Iterator[str]:
     """Symbolic links in an output that have names of files or folders of a build."""
     for name in storage.list_links(output):
-        is_ours = name in (INDEX_FOLDER, BUILD_FOLDER, LOCK_FILE, FILE_NAME) or is_failures_file(name)
+        is_ours = name in (INDEX_FOLDER, BUILD_FOLDER, LOCK_FILE, FILE_NAME) or revision_of_failures(name)
         if is_ours or ShardName.parse(name):
             yield storage.join(output, name)
     index, parts = storage.join(output, INDEX_FOLDER), storage.join(output, BUILD_FOLDER)

@@ -9,13 +9,8 @@ from typing import Any, Final
 from beam_nifti.config import SPLIT_PATTERN, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
-from beam_nifti.record.dataset_info import (
-    FAILURES_FILE,
-    LAST_REVISION,
-    MAX_INFO_BYTES,
-    DatasetInfo,
-    is_failures_file,
-)
+from beam_nifti.record.dataset_files import FAILURES_FILE, MAX_INFO_BYTES, revision_of_failures
+from beam_nifti.record.dataset_info import LAST_REVISION, DatasetInfo
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys
@@ -150,7 +145,7 @@ class SavedPlan:
         if sum(map(_num_shards, layouts)) > _MOST_SHARDS:
             raise ValueError("its layouts have too many shards")
         for name in facts["published"]:
-            if not (ShardName.parse(name) or is_failures_file(name)):
+            if not (ShardName.parse(name) or revision_of_failures(name)):
                 raise ValueError(f"published has {name!r}, which no build publishes")
         info = DatasetInfo.from_json(dump_json(facts["info"]), path, is_complete=False)
         tuples = {name: tuple(facts[name]) for name in ("roots", "published")}
@@ -205,7 +200,7 @@ class SavedWrite:
             return None
         saved = cls(**facts | {name: tuple(facts[name]) for name in ("published", "shards")})
         # Otherwise files of others would be removed.
-        are_own = all(ShardName.parse(n) or is_failures_file(n) for n in saved.written)
+        are_own = all(ShardName.parse(n) or revision_of_failures(n) for n in saved.written)
         is_known = 1 <= saved.revision <= LAST_REVISION and _is_own(output, saved.root)
         return saved if are_own and is_known else None
 

@@ -52,7 +52,8 @@ from beam_nifti.pipeline.publish import (
 from beam_nifti.pipeline.records import Traits, examine, to_record
 from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.pipeline.steps import PartsFn, at_end, timed
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, SplitInfo
+from beam_nifti.record.dataset_files import FILE_NAME
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.sharding import Layout, ShardName
 from beam_nifti.record.tiles import encode_record

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo
+from beam_nifti.record.dataset_files import FILE_NAME
+from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
     MASK_FEATURE,
     SCALING_FEATURES,

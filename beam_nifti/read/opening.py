@@ -12,8 +12,9 @@ from typing import Final, TypeVar
 import pyarrow as pa
 
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.record import dataset_info
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
+from beam_nifti.record import dataset_files
+from beam_nifti.record.dataset_files import FILE_NAME, path_of
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.example import TENSOR_FEATURES, label_feature
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
@@ -194,9 +195,9 @@ def open_dataset(path: str) -> Opened:
 
 
 def read_content(path: str) -> bytes:
-    """Read dataset_info.json as `dataset_info.read_content` does; an unreachable store is a DatasetError."""
+    """Read dataset_info.json as `dataset_files.read_content` does; an unreachable store is a DatasetError."""
     try:
-        return dataset_info.read_content(path)
+        return dataset_files.read_content(path)
     except OSError as e:
         raise DatasetError(f"{storage.join(path, FILE_NAME)}: cannot be reached ({e})") from e
 

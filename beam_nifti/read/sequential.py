@@ -20,7 +20,8 @@ from beam_nifti.read import opening
 from beam_nifti.read.columns import Column, channels_of, describe_columns, parse_kind
 from beam_nifti.read.opening import REBUILT, Opened
 from beam_nifti.read.request import Batching, Passes
-from beam_nifti.record.dataset_info import FILE_NAME, MAX_INFO_BYTES, DatasetInfo, no_dataset
+from beam_nifti.record.dataset_files import FILE_NAME, MAX_INFO_BYTES, no_dataset
+from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES
 from beam_nifti.storage import paths as storage
 

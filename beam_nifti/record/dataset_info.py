@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -26,34 +24,19 @@ from beam_nifti.config import (
     Sharding,
     Splitting,
 )
-from beam_nifti.errors import DatasetError, NewerFormatError, UsageError, is_of_path
+from beam_nifti.errors import DatasetError, NewerFormatError, UsageError
+from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, revision_of_failures
 from beam_nifti.record.sharding import ShardName, count_shards
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys, require_type
 from beam_nifti.support.strict_json import dump_json, load_json
 from beam_nifti.support.wording import size_text
 
-FILE_NAME: Final = "dataset_info.json"
-FAILURES_FILE: Final = "failures.jsonl"
-"""The list of failures of a first build, and of every build of format version 1."""
-CARD_FILE: Final = "README.md"
-CROISSANT_FILE: Final = "croissant.json"
-"""The files of `beam-nifti card`, for people and for programs."""
-
 LAST_REVISION: Final = 10**9 - 1
-
-MAX_INFO_BYTES: Final = 1 << 26
-"""Most bytes of a dataset_info.json that is read: 180,000 shards, or 35 TB of the default size."""
-
-_FREE_FAILURES_BYTES: Final = 64 << 20
-_FAILURE_BYTES: Final = 64 << 10
-_MOST_FAILURES_BYTES: Final = 1 << 28
-"""Most bytes of a list of failures: a constant, an amount per failure, and a limit for all."""
 
 LEAST_RECORD_BYTES: Final = 16
 """Bytes of an empty record in its shard: only its frame."""
 
-_FAILURES_NAME: Final = re.compile(r"failures(?:-r(?P<revision>[1-9][0-9]{0,8}))?\.jsonl")
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
@@ -79,50 +62,6 @@ _MANIFEST_KINDS: Final[Mapping[str, Any]] = {
     "key_check": str,
 }
 _MANIFEST_REQUIRED: Final = ("path", "num_rows", "digest", "columns")
-
-_NEEDS: Final = {
-    "s3": "the credentials and S3_ENDPOINT (a URL)",
-    "hdfs": "whether libhdfs.so is found, and CLASSPATH",
-}
-"""What tensorflow-io needs for a store, by scheme."""
-
-
-def no_dataset(output: str, error: OSError | None = None) -> DatasetError:
-    """The error if dataset_info.json is missing, or if a file was given instead of its folder.
-
-    Args:
-        output: folder in which it was expected, local or a URL.
-        error: error of reading it; None if TensorFlow looked for it, which reports a missing file even if
-            it cannot reach an S3 or HDFS.
-    """
-    if isinstance(error, NotADirectoryError) or output.rpartition("/")[2] == FILE_NAME:
-        return DatasetError(
-            f"{output} is not a folder; give the folder of the dataset, which holds {FILE_NAME}"
-        )
-    needs = _NEEDS.get(output.partition("://")[0])
-    if error is None and needs:
-        return DatasetError(
-            f"{output}: TensorFlow finds no {FILE_NAME}: the dataset is missing or incomplete, or the store "
-            f"cannot be reached: check the path, {needs}, or use engine='indexed', which tells these apart"
-        )
-    reason = f"{FILE_NAME} is missing"
-    if error is not None and error.strerror not in (None, os.strerror(errno.ENOENT)):
-        reason = str(error.strerror)  # such as "No such bucket"
-    return DatasetError(
-        f"{output}: no complete dataset here ({reason}); check the path, or, if it was interrupted, run the "
-        "same `beam-nifti build`, `beam-nifti convert` or WriteToTFRecord pipeline again"
-    )
-
-
-def failures_file(revision: int, format_version: int = FORMAT_VERSION) -> str:
-    """The name of a revision's list of failures. Each has its own: published files are not replaced."""
-    is_first = revision == 1 or format_version == 1
-    return FAILURES_FILE if is_first else f"failures-r{revision}.jsonl"
-
-
-def is_failures_file(name: str) -> bool:
-    """Whether a file name is that of a list of failures."""
-    return _FAILURES_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -508,8 +447,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     _check_counts(info)
     _check_names(info)
     if info.failures is not None:
-        match = _FAILURES_NAME.fullmatch(info.failures)
-        if match is None or int(match["revision"] or 1) > info.revision:
+        revision = revision_of_failures(info.failures)
+        if revision is None or revision > info.revision:
             raise ValueError(f"failures is {info.failures!r}, which names no list of failures")
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
@@ -563,78 +502,6 @@ def _check_names(info: DatasetInfo) -> None:
         raise ValueError(
             f"config.channels is {list(channels)}, but config.columns.path is {columns['path']!r}"
         )
-
-
-def path_of(output: str, name: str) -> str:
-    """The path at which to open a file that dataset_info.json names.
-
-    Args:
-        output: the dataset's folder, local or a URL.
-        name: name in a `DatasetInfo`, which accepts only names that a build writes.
-
-    Raises:
-        OSError: it exists but is not a regular file, or leads out of the folder.
-    """
-    path = storage.join(output, name)
-    storage.require_inside(path, output)
-    return path
-
-
-def read_failures_list(output: str, info: DatasetInfo, name: str) -> bytes:
-    """The bytes of a dataset's list of failures.
-
-    Args:
-        output: the dataset's folder, local or a URL.
-        info: info of the dataset.
-        name: name of the list.
-
-    Raises:
-        DatasetError: it is larger than a list of so many failures can be.
-        OSError: as `path_of`; or it is missing, or cannot be reached.
-    """
-    path = path_of(output, name)
-    try:
-        return read_failures_of(path, info.num_failures)
-    except storage.FileTooLargeError as e:
-        raise DatasetError(
-            f"{path}: {e} where num_failures in {FILE_NAME} is {info.num_failures}; copy the dataset again"
-        ) from e
-
-
-def read_failures_of(path: str, num_failures: int, below: str | None = None) -> bytes:
-    """The bytes of a list of so many failures.
-
-    Args:
-        path: path of the list.
-        num_failures: number of failures in the list.
-        below: same as for `storage.create`.
-
-    Raises:
-        FileTooLargeError: it has more bytes than such a list can have.
-        OSError: it is missing, or cannot be reached.
-    """
-    most = min(_FREE_FAILURES_BYTES + _FAILURE_BYTES * num_failures, _MOST_FAILURES_BYTES)
-    return storage.read_bounded(path, most, below)
-
-
-def read_content(output: str) -> bytes:
-    """The bytes of the dataset_info.json of a complete dataset.
-
-    Raises:
-        DatasetError: there is none, it is too large, or it is no regular file of the dataset.
-        OSError: it cannot be reached at present.
-    """
-    path = storage.join(output, FILE_NAME)
-    try:
-        return storage.read_bounded(path_of(output, FILE_NAME), MAX_INFO_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise no_dataset(output, e) from e
-    except storage.FileTooLargeError as e:
-        raise DatasetError(f"{path}: {e}; copy the dataset again") from e
-    except OSError as e:
-        if storage.is_remote(path) or not is_of_path(e):
-            raise
-        raise DatasetError(f"{path}: cannot be read ({e.strerror}); copy the dataset again") from e
 
 
 def read_info(output: str) -> DatasetInfo:

@@ -22,7 +22,8 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.pseudonyms import hash_version
-from beam_nifti.record.dataset_info import FILE_NAME, LEAST_RECORD_BYTES
+from beam_nifti.record.dataset_files import FILE_NAME
+from beam_nifti.record.dataset_info import LEAST_RECORD_BYTES
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.parquet_headers import read_bounded, require_schema
 from beam_nifti.volume.label_map import labels_of, positions_of

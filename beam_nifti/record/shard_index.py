@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import DatasetError, ShardError, unreadable
-from beam_nifti.record.dataset_info import FILE_NAME, DatasetInfo, ShardInfo, path_of
+from beam_nifti.record.dataset_files import FILE_NAME, path_of
+from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.index import (
     Limits,
     check_members,

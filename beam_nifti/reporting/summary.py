@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti.errors import unreadable
-from beam_nifti.record.dataset_info import DatasetInfo, read_failures_list
+from beam_nifti.record.dataset_files import read_failures_list
+from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.reporting.appearance import SCHEMA
 from beam_nifti.reporting.outliers import Measure, Numbers, Ranking, rank
 from beam_nifti.reporting.sheets import read_problems, read_sheets
@@ -152,7 +153,7 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
         return []
     path = storage.join(output, info.failures)
     try:
-        lines = io.BytesIO(read_failures_list(output, info, info.failures))
+        lines = io.BytesIO(read_failures_list(output, info.failures, info.num_failures))
         return list(map(_shown_of, itertools.islice(lines, MAX_FAILURES)))
     except (OSError, ValueError) as e:
         if may_pass(e):

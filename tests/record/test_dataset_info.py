@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.errors import DatasetError
-from beam_nifti.record import dataset_info
+from beam_nifti.record import dataset_files
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo, content_digest, read_info
 
 SHARD = ShardInfo(
@@ -177,7 +177,7 @@ def test_lone_surrogates_are_no_text() -> None:
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dataset_info.json").write_text(INFO.to_json())
     assert read_info(str(tmp_path)) == INFO
-    monkeypatch.setattr(dataset_info, "MAX_INFO_BYTES", 100)
+    monkeypatch.setattr(dataset_files, "MAX_INFO_BYTES", 100)
     with pytest.raises(DatasetError, match=r"dataset_info.json: has more than the 100 bytes"):
         read_info(str(tmp_path))
 
