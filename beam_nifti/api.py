@@ -100,7 +100,7 @@ def _rewording_logs() -> Iterator[None]:
 
 def _as_parameters(text: str) -> str:
     from beam_nifti.manifest.in_memory import NAME
-    from beam_nifti.pipeline.options import as_parameters
+    from beam_nifti.pipeline.parameters import as_parameters
 
     text = text.replace(storage.absolute(NAME), "the table in memory")
     return printable(_FLAGS.sub(r"\1", as_parameters(text)))
@@ -524,7 +524,7 @@ def _configure(
     watcher: Watcher,
 ) -> tuple[BuildConfig, bytes | None]:
     """The configuration of a build, and the rows of a manifest that is no file, as a Parquet file."""
-    from beam_nifti.pipeline.options import make_config
+    from beam_nifti.pipeline.configure import make_config
 
     if flags and not (config is None and like is None):
         watcher.load_beam()

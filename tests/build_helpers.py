@@ -35,10 +35,10 @@ from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import BuildSummary
 from beam_nifti.inspection.convert import convert_dataset
 from beam_nifti.pipeline.build import open_build, run_build
+from beam_nifti.pipeline.configure import make_config as combine
 from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.pipeline.merge import ShardMerge
 from beam_nifti.pipeline.options import OPTIONS
-from beam_nifti.pipeline.options import make_config as combine
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.write import WriteToTFRecord
 from beam_nifti.record.dataset_info import read_info

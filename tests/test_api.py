@@ -30,7 +30,7 @@ from beam_nifti.inspection.diff import diff_as_json
 from beam_nifti.manifest.in_memory import NAME, parquet_of
 from beam_nifti.pipeline.beam_flags import flags_of
 from beam_nifti.pipeline.build import open_build
-from beam_nifti.pipeline.options import make_config
+from beam_nifti.pipeline.configure import make_config
 from beam_nifti.pipeline.runners import Engine
 from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.record.dataset_info import DatasetInfo, read_info

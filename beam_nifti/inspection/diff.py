@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from beam_nifti.inspection.description import read_indexes
 from beam_nifti.manifest.labels import name_classes
-from beam_nifti.pipeline.options import DERIVED, NOT_GIVEN, content_options, value_text
+from beam_nifti.pipeline.configure import DERIVED, NOT_GIVEN, content_options, value_text
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import SCALING_FEATURES
 from beam_nifti.record.index import OWN_NAMES, SOURCE_LISTS, comparable_sources

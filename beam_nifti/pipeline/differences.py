@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 from beam_nifti.config import Columns, LabelColumn
 from beam_nifti.manifest.labels import name_classes
 from beam_nifti.manifest.manifest import Manifest, frame_id
+from beam_nifti.pipeline.configure import DERIVED, NOT_GIVEN, content_options, value_text
 from beam_nifti.pipeline.failures import PEOPLE, listed_cells
-from beam_nifti.pipeline.options import DERIVED, NOT_GIVEN, content_options, flag_of, value_text
+from beam_nifti.pipeline.options import flag_of
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage

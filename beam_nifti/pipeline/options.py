@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
 import operator
 import os
-import re
-import shlex
-import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from numbers import Integral, Real
-from types import MappingProxyType
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from beam_nifti.config import (
@@ -26,24 +21,15 @@ from beam_nifti.config import (
     RESCALE_METHODS,
     SELECTIONS,
     VOXEL_DTYPES,
-    BuildConfig,
-    Columns,
     Percentile,
-    RecordConfig,
-    Sharding,
-    Splitting,
     Window,
     spell_steps,
 )
-from beam_nifti.errors import BeamNiftiError, UsageError
-from beam_nifti.record.dataset_info import read_info
+from beam_nifti.errors import UsageError
 from beam_nifti.storage import paths as storage
-from beam_nifti.support import logs
-from beam_nifti.support.calls import parse_call
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
-from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.wording import one_line
-from beam_nifti.volume.user_function import call_of, name_of, source_sha256
+from beam_nifti.volume.user_function import call_of, name_of
 
 Names: TypeAlias = str | Sequence[str]
 """One column, or several: a list of names, or a text with commas between the names."""
@@ -56,12 +42,6 @@ Preprocess: TypeAlias = str | Callable[..., Any] | Mapping[str, Any]
 
 Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
 """A text such as "above:100", or its parts: ("above", 100)."""
-
-
-DERIVED: Final = frozenset({"fingerprint", "channels"})
-"""Fields of a configuration that follow from others."""
-
-NOT_GIVEN: Final = "not given"
 
 
 class BuildOptions(TypedDict, total=False):
@@ -164,301 +144,26 @@ class Option:
     metavar: str = ""
 
 
+FLAG: Final = r"(?<![a-z-])--([a-z-]*[a-z])"
+"""Pattern of a flag in a text; the group is its name without the dashes."""
+
+
 def flag_of(name: str) -> str:
     """The flag of an option."""
     return f"--{name.replace('_', '-')}"
 
 
-def make_config(
-    manifest: str,
-    output: str,
-    given: Mapping[str, object],
-    *,
-    config: str | None = None,
-    like: str | None = None,
-) -> BuildConfig:
-    """Combine options into a configuration. Given options precede those of a file, then those of a dataset.
-
-    Args:
-        manifest: path or URL of the table of images.
-        output: folder or URL of the dataset; "" for none.
-        given: values by the names of `BuildOptions`; None means that an option is not given.
-        config: path or URL of a TOML file of options by the same names, with - or _. It may contain `like`.
-        like: folder or URL of a dataset whose content options are used. A user's function and the key of
-            anonymous ids are never taken from it and must be given. A function of the same name and the key
-            are compared with the dataset's; a function of another name replaces it, with a warning.
+def read_options(given: Mapping[str, object]) -> dict[str, Any]:
+    """Check the values of options by name, and make them those of a configuration; None is not given.
 
     Raises:
-        UsageError: an option is unknown or invalid, or options cannot be combined; the file of options
-            cannot be read; the dataset's function or key is not given again, or its file or the key differs.
-        DatasetError: `like` is not a complete dataset.
-        OSError: the file, the dataset or a key cannot be read, but another attempt may succeed.
+        UsageError: an option is unknown or invalid.
     """
-    options = _read_all(given)
-    own = set(options)
-    if config is not None:
-        in_file = _read_file(config)
-        like = in_file.pop("like", None) if like is None else like
-        options = _beneath(options, in_file)
-    if like is not None:
-        options = _beneath(options, _options_like(like, options))
-    if "without" in own and config is None and like is None:
-        raise UsageError("--without ignores options of --like or --config; give one of these, or drop it")
-    try:
-        return _assemble(manifest, output, options)
-    except UsageError as e:
-        inherited = set(map(flag_of, options.keys() - own))
-        flags = (f"--{match[1]}" for match in _FLAG.finditer(str(e)))
-        flag = next((flag for flag in flags if flag in inherited), None)
-        if flag is None:
-            raise
-        raise UsageError(
-            f"{e} ({flag} comes from --like or --config; --without {flag[2:]} ignores it)"
-        ) from e
+    return {name: read_option(name, value) for name, value in given.items() if value is not None}
 
 
-def make_record_config(given: Mapping[str, object]) -> RecordConfig:
-    """As `make_config`, for a step that has only some of the options. Several paths are channels.
-
-    Raises:
-        UsageError: an option is unknown or invalid, or options cannot be combined.
-    """
-    return _record_of(_read_all(given))
-
-
-def _record_of(options: Mapping[str, Any]) -> RecordConfig:
-    record = _chosen(options, RecordConfig)
-    if record.get("orientation") == "native":
-        del record["orientation"]
-    paths = Columns(options.get("path_column", "path")).paths
-    return RecordConfig(**record, channels=paths if len(paths) > 1 else None)
-
-
-def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, with those of a lower precedence that are neither given again nor in conflict."""
-    left_out = set(options.get("without", ()))
-    for name, other in _INSTEAD:
-        left_out |= {other} if name in options else set()
-    if options.get("compression") == "none":
-        left_out.add("compression_level")
-    left_out |= {name for name, needed in _NEEDS.items() if needed in left_out}
-    kept = {name: value for name, value in lower.items() if name not in left_out}
-    without = (*options.get("without", ()), *lower.get("without", ()))
-    return {**kept, **options, "without": without}
-
-
-def _read_file(path: str) -> dict[str, Any]:
-    """The options of a TOML file."""
-    try:
-        text = storage.read_bounded(storage.absolute(path), _MOST_FILE_BYTES).decode()
-        if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
-            raise ValueError(f"a line has more than {_MOST_DOTS} dots")
-        found = tomllib.loads(text)
-    except OSError as e:
-        if may_pass(e):
-            raise
-        reason = f"cannot be read: {e.strerror or e}"
-        raise UsageError(f"--config is {path}, which {reason}; give a TOML file of options") from e
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"--config is {path}, which is not valid TOML: {e}; correct it") from e
-    options = dict[str, Any]()
-    for key, value in found.items():
-        name = key.replace("-", "_")
-        try:
-            if name in options:
-                raise UsageError(f"{name} is given twice; give it once")
-            options[name] = storage.path_text("--like", value) if name == "like" else _read(name, value)
-        except UsageError as e:
-            raise UsageError(f"{path}: {e}") from e
-    return options
-
-
-def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The content options of a dataset; its function and its key are compared with those that are given."""
-    info = read_info(storage.absolute(path))
-    without = options.get("without", ())
-    if "preprocess" in options:
-        _compare_functions(path, info.record_config, RecordConfig(preprocess=options["preprocess"]))
-    elif info.record_config.steps and "preprocess" not in without:
-        flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in info.record_config.steps)
-        raise UsageError(
-            f"--like is {path}, which was built with {flags}; a function is never taken from a dataset: give "
-            "it again, or drop it with --without preprocess"
-        )
-    if "anonymous_ids" not in without:
-        _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
-    found = content_options(info.config)
-    if found["compression"] == "none":
-        del found["compression_level"]
-    return {n: _read(n, value) for n, value in found.items() if n in OPTIONS and n != "preprocess"}
-
-
-def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a dataset that were given, by name, and what the build has set besides.
-
-    Args:
-        config: `config` of its dataset_info.json. Options that did not exist when it was built have their
-            defaults.
-    """
-    given = {**asdict(RecordConfig()), **config}
-    columns = {**asdict(Columns()), **given.pop("columns")}
-    splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
-    given |= {f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")}
-    given |= {"missing_label": columns["missing_label"], "split": splitting.get("shares")}
-    given |= {"split_seed": splitting.get("seed"), "stratify": splitting.get("stratify"), **sharding}
-    return {name: value for name, value in given.items() if value is not None and value is not False}
-
-
-def value_text(value: Any) -> str:
-    """The value of an option that was given, as the command line has it."""
-    if value is True:
-        return "given"
-    if isinstance(value, Mapping):  # shares of splits, whose order makes no difference
-        return ",".join(f"{name}={value_text(each)}" for name, each in sorted(value.items()))
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(value_text, value))
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
-
-
-def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
-    """Refuse functions of a dataset that are given again and whose files have changed; warn of others."""
-    digests = {parse_call(step)[0]: digest for step, digest in record.steps}
-    for step, _ in given.steps:
-        wanted = digests.get(parse_call(step)[0])
-        if wanted is not None and (found := source_sha256(step)) != wanted:
-            raise UsageError(
-                f"--preprocess {step}: its file has sha256 {found}, but {path}, which --like names, was "
-                f"built with sha256 {wanted}; restore that version of the file, or drop --like"
-            )
-    before, after = ([step for step, _ in each.steps] for each in (record, given))
-    if before and after and before != after:
-        logs.LOGGER.warning("%s replaces %s of %s", " ".join(after), " ".join(before), path)
-
-
-def _compare_key(path: str, check: str | None, given: str | None) -> None:
-    """Require the key of a dataset's pseudonyms, and no other."""
-    if check is None:
-        return
-    if given is None:
-        raise UsageError(
-            f"--like is {path}, whose ids are anonymous; the dataset does not contain its key: give it with "
-            "--anonymous-ids, or keep the names with --without anonymous-ids"
-        )
-    from beam_nifti.manifest.pseudonyms import read_pseudonyms  # which loads pyarrow
-
-    if read_pseudonyms(storage.absolute(given)).check != check:
-        raise UsageError(f"--anonymous-ids is {given}, not the key that {path} was built with; give that key")
-
-
-def _assemble(manifest: str, output: str, options: dict[str, Any]) -> BuildConfig:
-    if "compression_level" in options and options.get("compression") == "none":
-        raise UsageError("--compression-level has no effect with --compression none; drop one of them")
-    sizes = _chosen(options, Sharding)
-    columns = {f.name: options[f"{f.name}_column"] for f in fields(Columns) if f"{f.name}_column" in options}
-    return BuildConfig(
-        manifest=manifest,
-        output=output,
-        record=_record_of(options),
-        columns=Columns(**columns, **_chosen(options, Columns)),
-        sharding=Sharding(**sizes) if sizes else None,
-        splitting=_splitting(options),
-        **_chosen(options, BuildConfig),
-    )
-
-
-def _chosen(options: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """The options that are fields of a configuration under their own names."""
-    return {f.name: options[f.name] for f in fields(kind) if f.name in options}
-
-
-def _splitting(options: Mapping[str, Any]) -> Splitting | None:
-    if "split" in options:
-        return Splitting(options["split"], options.get("split_seed", 0), options.get("stratify"))
-    for name in ("stratify", "split_seed"):
-        if name in options:
-            raise UsageError(f"{flag_of(name)} requires --split, such as --split train=0.8,test=0.2")
-    return None
-
-
-def as_parameters(text: str, names: Mapping[str, str] = MappingProxyType({})) -> str:
-    """An error's text for a call in Python: parameters, which may have other names, replace flags.
-
-    >>> as_parameters("--clip cannot be used with --rescale minmax; drop it")
-    'clip=True cannot be used with rescale="minmax"; drop it'
-    >>> as_parameters("--clip is 5; give True or False")
-    'clip is 5; give True or False'
-    >>> as_parameters("--spacing is (1, 2); give three sizes in mm, such as 1,1,1.5")
-    'spacing is (1, 2); give three sizes in mm, such as (1, 1, 1.5)'
-    """
-
-    def parameter(found: re.Match[str]) -> str:
-        name, word = found[1].replace("-", "_"), found[2]
-        value = _literal(name, word) if word else None
-        shown = names.get(name, name) if name in OPTIONS else f"--{found[1]}"
-        if value is not None:
-            return f"{shown}={value}"
-        is_on = name in OPTIONS and OPTIONS[name].read is read_switch and word != "is"
-        return f"{shown}{'=True' if is_on else ''}{f' {word}' if word else ''}"
-
-    text = _FLAG.sub(parameter, _CALLS.sub(_assignment_of_calls, text))
-    for form, parts in _FORMS.items():
-        text = text.replace(form, parts)
-    return _EXAMPLE.sub(_value_of_example, text)
-
-
-def _literal(name: str, word: str) -> str | None:
-    """The word after a flag as Python writes it; None if it is no value of the option."""
-    if _NUMBERS.fullmatch(word):
-        return f"({word.replace(',', ', ')})" if "," in word else word
-    named = word.replace("-", "_").split(",")
-    if name == "without" and set(named) <= OPTIONS.keys():
-        return f'"{",".join(named)}"'
-    heads = {choice.partition(":")[0] for choice in OPTIONS[name].choices} if name in OPTIONS else ()
-    is_value = word.partition(":")[0] in heads or (name == "split" and "=" in word)
-    return f'"{word}"' if is_value else None
-
-
-def _value_of_example(found: re.Match[str]) -> str:
-    cells = found[0].split(",")
-    if all(map(_NUMBERS.fullmatch, cells)):
-        return f"({', '.join(cells)})"
-    if all("=" in cell for cell in cells):
-        return (
-            f"{{{', '.join(f'{name!r}: {share}' for name, _, share in (c.partition('=') for c in cells))}}}"
-        )
-    return str(cells)
-
-
-def _assignment_of_calls(found: re.Match[str]) -> str:
-    calls = [word for word in shlex.split(found[0]) if word != "--preprocess"]
-    return f"--preprocess={calls if calls[1:] else repr(calls[0])}"
-
-
-@contextlib.contextmanager
-def naming_parameters(**names: str) -> Iterator[None]:
-    """Have errors of a block name parameters instead of flags and of OUTPUT, by `as_parameters`."""
-    try:
-        yield
-    except BeamNiftiError as e:
-        e.reword(lambda text: _OUTPUT.sub("output", as_parameters(text, names)))
-        raise
-
-
-_MOST_FILE_BYTES: Final = 1 << 16
-_MOST_DOTS: Final = 100
-"""Limits of a file of options: its bytes, and the dots in a line. The time in which Python parses a key grows
-with the square of the number of its dots, and a key ends with its line."""
-
-_INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
-_NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
-"""Options that require another one."""
-
-
-def _read_all(given: Mapping[str, object]) -> dict[str, Any]:
-    return {name: _read(name, value) for name, value in given.items() if value is not None}
-
-
-def _read(name: str, value: object) -> Any:
+def read_option(name: str, value: object) -> Any:
+    """As `read_options`, of one option."""
     if name not in OPTIONS:
         raise UsageError(f"unknown option {name!r}; {_hint(name)}")
     return OPTIONS[name].read(flag_of(name), value)
@@ -689,23 +394,3 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "without": Option(_read_without, metavar="NAME,…"),
 }
 """The options of `BuildOptions`: flags, keys of TOML files and parameters in Python."""
-
-_FLAG: Final = re.compile(r"(?<![a-z-])--([a-z-]*[a-z])(?: ([^\s;(-][^\s;]*(?<![.,:)])))?")
-"""A flag, and the word after it."""
-
-_FORMS: Final = {
-    form: f'("{form.partition(":")[0]}", {form.partition(":")[2].replace(",", ", ")})'
-    for form in (*RESCALE_METHODS, *SELECTIONS)
-    if ":" in form
-}
-"""Forms of values on the command line, such as "percentile:LO,HI", with the tuples that stand for them."""
-
-_OUTPUT: Final = re.compile(r"(?<![^ ])OUTPUT(?![^ /,;:.)])")
-"""The output of a build, in a sentence; not a part of a path."""
-
-_EXAMPLE: Final = re.compile(r"(?<=such as )[\w.=]+(?:,[\w.=]+)+$")
-"""A value of an option with several parts, at the end of an error."""
-
-_NUMBERS: Final = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?){0,2}")
-_CALL: Final = r"""--preprocess (?:(?:'[^']*'|"[^"]*")+|[\w.]+:\w+(?![\w(:]))"""  # as shlex.quote writes it
-_CALLS: Final = re.compile(f"{_CALL}(?: {_CALL})*")

@@ -32,17 +32,11 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
+from beam_nifti.pipeline.configure import make_record_config
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
-from beam_nifti.pipeline.options import (
-    Names,
-    Numbers,
-    Rule,
-    StrPath,
-    as_parameters,
-    make_record_config,
-    naming_parameters,
-)
+from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath
+from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
 from beam_nifti.pipeline.parts import PartFile, PartWriter
 from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.records import Record

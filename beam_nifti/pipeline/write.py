@@ -33,9 +33,11 @@ from apache_beam.transforms.window import GlobalWindows
 from beam_nifti.config import FORMAT_FEATURES, FORMAT_VERSION, BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import OutputBusyError, OutputError, PartsChangedError, UsageError
 from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.configure import make_config
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.merge import write_shard
-from beam_nifti.pipeline.options import StrPath, make_config, naming_parameters
+from beam_nifti.pipeline.options import StrPath
+from beam_nifti.pipeline.parameters import naming_parameters
 from beam_nifti.pipeline.parts import BUILD_FOLDER, PartFile, parts_folder, parts_root, remove_parts
 from beam_nifti.pipeline.plan import SHARD_BYTES, with_absolute_paths
 from beam_nifti.pipeline.publish import (

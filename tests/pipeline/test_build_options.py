@@ -22,7 +22,9 @@ from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser
 from beam_nifti.config import BuildConfig, Percentile, RecordConfig, Sharding, Splitting, Window
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.pipeline.options import OPTIONS, as_parameters, flag_of, make_config, naming_parameters
+from beam_nifti.pipeline.configure import make_config
+from beam_nifti.pipeline.options import OPTIONS, flag_of
+from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
 from beam_nifti.volume.user_function import source_sha256
 from tests.build_helpers import build_config, contents
 from tests.datasets import edit_info, info_of
