@@ -21,7 +21,7 @@ from beam_nifti.config import Columns, RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.inspection.convert import convert_dataset
 from beam_nifti.inspection.problems import Problems, Scope
-from beam_nifti.pipeline import lock, write
+from beam_nifti.pipeline import lock, write, write_plan
 from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.record import versions
 from beam_nifti.record.index import read_index, write_index
@@ -256,11 +256,11 @@ def test_what_other_pipelines_wrote_is_converted(
         return output
 
     fresh = write_to(tmp_path / "fresh")
-    features, describe = ("sources", "digests"), write._WritePlan.describe
-    monkeypatch.setattr(write, "FORMAT_FEATURES", features)
+    features, describe = ("sources", "digests"), write_plan.WritePlan.describe
+    monkeypatch.setattr(write_plan, "FORMAT_FEATURES", features)
     monkeypatch.setattr(write, "encode_record", partial(encode_record, whole=True))
     monkeypatch.setattr(
-        write._WritePlan,
+        write_plan.WritePlan,
         "describe",
         lambda *arguments: replace(describe(*arguments), format_features=features),
     )

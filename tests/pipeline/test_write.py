@@ -34,7 +34,8 @@ from beam_nifti.pipeline.publish import publish_info
 from beam_nifti.pipeline.records import examine, to_record
 from beam_nifti.pipeline.saved_plan import SavedWrite
 from beam_nifti.pipeline.steps import EncodeExampleFn, PreprocessFn, RescaleFn
-from beam_nifti.pipeline.write import CommitRecordsFn, PlanFn, StartFn, WritePartsFn, _Target
+from beam_nifti.pipeline.write import CommitRecordsFn, PlanFn, StartFn, WritePartsFn
+from beam_nifti.pipeline.write_target import Target
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
@@ -153,8 +154,8 @@ def test_windows_have_no_effect(reference: Path, tmp_path: Path) -> None:
     assert_complete(tmp_path / "out", reference)
 
 
-def target_of(output: Path, token: str = "0" * 16) -> _Target:
-    return _Target(BuildConfig("", str(output), sharding=Sharding(PER_SHARD)), token)
+def target_of(output: Path, token: str = "0" * 16) -> Target:
+    return Target(BuildConfig("", str(output), sharding=Sharding(PER_SHARD)), token)
 
 
 def test_an_attempt_that_dies_leaves_no_record(tmp_path: Path) -> None:
