@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from beam_nifti.errors import UsageError
 from beam_nifti.support.calls import format_call, parse_call
-from beam_nifti.support.cells import parse_number
+from beam_nifti.support.rules import parse_rule, spell_rule
 from beam_nifti.support.strict_json import dump_json
 
 FORMAT_VERSION: Final = 2
@@ -24,26 +24,15 @@ FORMAT_VERSION: Final = 2
 FORMAT_FEATURES: Final = ("sources", "digests", "members", "positions")
 """Names of the features of this version that a reader must know. dataset_info.json lists them."""
 
-OPTIONAL_FEATURES: Final = ("sources", "members", "positions")
-"""Features that a dataset of this version may lack."""
-
 CONTENT_REVISION: Final = 1
 """Increases when the same options give different records than before, beyond rounding. Builds do not add to
 datasets of earlier revisions."""
-
-VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
-"""Libraries whose versions may affect the bytes of a dataset. dataset_info.json stores the versions."""
 
 RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
 SELECTIONS: Final = ("nonzero", "above:T", "mask")
 """Which voxels: those that are not 0, those above T in the image's units, or those that the mask labels."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
-TENSOR_DTYPES: Final[Mapping[str, int]] = {
-    **{"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int16": 5, "int8": 6, "int64": 9},
-    **{"bfloat16": 14, "uint16": 17, "float16": 19, "uint32": 22, "uint64": 23},
-}
-"""Dtypes of tensors in records, with their numbers. Source: tensorflow/core/framework/types.proto"""
 
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
@@ -73,7 +62,6 @@ _SHARES_TOLERANCE: Final = 1e-5
 _LEAST_SPACING: Final = 1e-6
 """A nanometre, in mm. Quotients of smaller sizes overflow."""
 
-
 _SHOWN_LENGTH: Final = 60
 """Characters of a text to show in an error. The text may come from a dataset."""
 
@@ -84,28 +72,6 @@ def _choose(name: str, value: object, allowed: tuple[str, ...] | range) -> None:
         raise UsageError(f"{name} is {value!r}; choose one of: {choices}")
 
 
-def _parse_numbers(flag: str, text: str, forms: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:
-    """From "window:-160,240" to ("window", (-160.0, 240.0)), if a form such as "window:LO,HI" allows it."""
-    name, colon, cells = text.partition(":")
-    form = next((f for f in forms if f.partition(":")[0] == name), None)
-    if form is None:
-        raise UsageError(f"{flag} is {text!r}; choose one of: {', '.join(forms)}")
-    try:
-        numbers = tuple(parse_number(cell) + 0.0 for cell in cells.split(",")) if colon else ()
-    except ValueError:
-        numbers = (math.nan,)
-    wanted = form.partition(":")[2].split(",") if ":" in form else []
-    if len(numbers) != len(wanted) or not all(map(math.isfinite, numbers)):
-        hint = ", with finite numbers" if wanted else ""
-        raise UsageError(f"{flag} is {text!r}; write it as {form}{hint}")
-    return name, numbers
-
-
-def _join_numbers(name: str, numbers: tuple[float, ...]) -> str:
-    """The one spelling of what `_parse_numbers` takes apart."""
-    return ":".join([name, *([",".join(repr(n).removesuffix(".0") for n in numbers)] if numbers else [])])
-
-
 @dataclass(frozen=True)
 class _Range:
     """Two numbers of a method of `rescale`, which is named as the class is, in lower case."""
@@ -114,7 +80,7 @@ class _Range:
     high: float
 
     def __str__(self) -> str:
-        return _join_numbers(type(self).__name__.lower(), (float(self.low), float(self.high)))
+        return spell_rule(type(self).__name__.lower(), (float(self.low), float(self.high)))
 
 
 class Percentile(_Range):
@@ -269,15 +235,15 @@ class RecordConfig:
             )
 
     def _check_rescaling(self) -> None:
-        method, numbers = _parse_numbers("--rescale", self.rescale, RESCALE_METHODS)
+        method, numbers = parse_rule("--rescale", self.rescale, RESCALE_METHODS)
         if numbers and not numbers[0] < numbers[1]:
             raise UsageError(f"--rescale is {self.rescale!r}; LO must be below HI")
         if method == "percentile" and not (numbers[0] >= 0 and numbers[1] <= 100):
             raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
-        object.__setattr__(self, "rescale", _join_numbers(method, numbers))
+        object.__setattr__(self, "rescale", spell_rule(method, numbers))
         if self.rescale_within is not None:
-            selection = _parse_numbers("--rescale-within", self.rescale_within, SELECTIONS)
-            object.__setattr__(self, "rescale_within", _join_numbers(*selection))
+            selection = parse_rule("--rescale-within", self.rescale_within, SELECTIONS)
+            object.__setattr__(self, "rescale_within", spell_rule(*selection))
             if method in ("window", "none"):
                 raise UsageError(
                     f"--rescale-within has no effect on --rescale {self.rescale}, which does not depend on "
@@ -313,7 +279,7 @@ class RecordConfig:
     @property
     def rescale_numbers(self) -> tuple[float, ...]:
         """The two percentiles, or the two ends of the window; else none."""
-        return _parse_numbers("--rescale", self.rescale, RESCALE_METHODS)[1]
+        return parse_rule("--rescale", self.rescale, RESCALE_METHODS)[1]
 
     @property
     def has_range(self) -> bool:
@@ -390,8 +356,8 @@ def _check_preparation(record: RecordConfig) -> None:
     if shape is not None and not (len(shape) == 3 and all(n >= 1 for n in shape)):
         raise UsageError(f"--shape is {_joined(shape)}; give three numbers of voxels, such as 160,192,160")
     if record.crop_foreground is not None:
-        selection = _parse_numbers("--crop-foreground", record.crop_foreground, SELECTIONS)
-        object.__setattr__(record, "crop_foreground", _join_numbers(*selection))
+        selection = parse_rule("--crop-foreground", record.crop_foreground, SELECTIONS)
+        object.__setattr__(record, "crop_foreground", spell_rule(*selection))
     if record.voxel_dtype == "native":
         for name in ("preprocess", "spacing"):
             if getattr(record, name) is not None:
@@ -427,11 +393,6 @@ def _all_of(given: str | Sequence[str] | None) -> tuple[str, ...]:
 def _one_or_more(given: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     found = _all_of(given)
     return found[0] if len(found) == 1 else found or None
-
-
-def threshold_of(selection: str) -> float | None:
-    """The T of `above:T`; None for `nonzero`. RecordConfig must have accepted the selection."""
-    return float(selection.partition(":")[2]) if ":" in selection else None
 
 
 def _joined(numbers: tuple[float, ...]) -> str:

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from beam_nifti import __version__
 from beam_nifti.cli import build_options, dataset_options, manifest_options
 from beam_nifti.cli.common_options import EXIT_CODES, add_log_format
-from beam_nifti.config import VERSIONED
 from beam_nifti.errors import UsageError
+from beam_nifti.record.versions import VERSIONED
 from beam_nifti.support.arguments import dashed, refuse_swallowed, suggest_flag, underscored
 from beam_nifti.support.terminal import write_result
 

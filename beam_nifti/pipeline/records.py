@@ -9,13 +9,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import MASK_DTYPES, SPLIT_PATTERN, TENSOR_DTYPES, RecordConfig
+from beam_nifti.config import MASK_DTYPES, SPLIT_PATTERN, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.manifest.manifest import DEFAULT_SPLIT
 from beam_nifti.record.example import (
     MASK_FEATURE,
     RANGE_FEATURES,
     SCALING_FEATURES,
+    TENSOR_DTYPES,
     ExamplePieces,
     FeatureValue,
     decode_example,

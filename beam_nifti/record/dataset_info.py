@@ -14,9 +14,7 @@ from beam_nifti.config import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
-    OPTIONAL_FEATURES,
     SPLIT_PATTERN,
-    TENSOR_DTYPES,
     BuildConfig,
     Columns,
     LabelColumn,
@@ -26,6 +24,7 @@ from beam_nifti.config import (
 )
 from beam_nifti.errors import DatasetError, NewerFormatError, UsageError
 from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, revision_of_failures
+from beam_nifti.record.example import TENSOR_DTYPES
 from beam_nifti.record.sharding import ShardName, count_shards
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys, require_type
@@ -41,6 +40,10 @@ _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
 _MOST_ROWS: Final = 1 << 31
+
+_OPTIONAL_FEATURES: Final = ("sources", "members", "positions")
+"""Features that a dataset of this version may lack."""
+
 _NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest")
 _SINCE_THE_FIRST: Final = (
     "rescale",
@@ -308,7 +311,7 @@ def _require_known(facts: Any, path: str) -> None:
                 f"{path}: the dataset has the format feature {feature!r}, which this beam_nifti does not "
                 "know; install a newer one"
             )
-    required = set(FORMAT_FEATURES) - set(OPTIONAL_FEATURES)
+    required = set(FORMAT_FEATURES) - set(_OPTIONAL_FEATURES)
     if version > 1 and not (required <= set(features) and len(set(features)) == len(features)):
         raise ValueError(f"format_features is {features}, expected {list(FORMAT_FEATURES)}")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import TENSOR_DTYPES, RecordConfig
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.volume.compression import Bytes
 from beam_nifti.volume.rescale import Scaling, numpy_dtype
@@ -49,6 +49,12 @@ MASK_FEATURE: Final = "mask_raw"
 
 TENSOR_FEATURES: Final[Mapping[str, str]] = {"image": "image_raw", "mask": MASK_FEATURE}
 """Those that hold a tensor, by what readers call it; all others are called by their own names."""
+
+TENSOR_DTYPES: Final[Mapping[str, int]] = {
+    **{"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int16": 5, "int8": 6, "int64": 9},
+    **{"bfloat16": 14, "uint16": 17, "float16": 19, "uint32": 22, "uint64": 23},
+}
+"""Dtypes of tensors in records, with their numbers. Source: tensorflow/core/framework/types.proto"""
 
 _LABEL_FEATURES: Final = {"float": "float", "class": "int64", "string": "bytes"}
 """Kind of the feature of a label, by the label's kind."""

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Final
 
-from beam_nifti.config import VERSIONED
 from beam_nifti.errors import ShardError
 from beam_nifti.support.json_types import require_type
 from beam_nifti.support.strict_json import dump_json, load_json
+
+VERSIONED: Final = ("apache-beam", "nibabel", "numpy", "scipy", "isal")
+"""Libraries whose versions may affect the bytes of a dataset. dataset_info.json stores the versions."""
 
 VERSIONS_FACT: Final = "versions"
 """Key of the versions in the metadata of an index."""

@@ -12,8 +12,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import RecordConfig, threshold_of
+from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
+from beam_nifti.support.rules import threshold_of
 from beam_nifti.volume.rescale import (
     Intensity,
     RescaleRange,
