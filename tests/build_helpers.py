@@ -22,7 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -39,13 +39,17 @@ from beam_nifti.pipeline.configure import make_config as combine
 from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.pipeline.merge import ShardMerge
 from beam_nifti.pipeline.options import OPTIONS
-from beam_nifti.pipeline.parts import Part
+from beam_nifti.pipeline.parts import Part, PartFile
+from beam_nifti.pipeline.steps import PartsFn
 from beam_nifti.pipeline.write import WriteToTFRecord
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
 from beam_nifti.record.sharding import ShardName
 from tests import quick_beam
 from tests.images import random_voxels
+
+if TYPE_CHECKING:
+    import pytest
 
 LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 SHAPE = (12, 10, 8)
@@ -142,6 +146,26 @@ def run_steps(steps: Iterable[beam.DoFn], element: Any) -> list[Any]:
 
 
 # What a dataset holds
+
+
+def finish_interrupted(writer: PartsFn, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a bundle ends with if the user interrupts the build while its part is being closed."""
+    close, called = PartFile.close, threading.Event()
+
+    def interrupt() -> None:
+        called.set()
+        writer.teardown()
+
+    def close_meanwhile(part: PartFile) -> None:
+        interrupting.start()
+        called.wait()
+        close(part)
+
+    interrupting = threading.Thread(target=interrupt)
+    monkeypatch.setattr(PartFile, "close", close_meanwhile)
+    finished = list(writer.finish_bundle())
+    interrupting.join()
+    return finished
 
 
 def sha256(path: Path) -> str:

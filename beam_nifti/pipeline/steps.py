@@ -75,7 +75,8 @@ def at_end(value: Any) -> WindowedValue:
 class PartsFn(beam.DoFn):
     """A step that has one part file open at a time, no longer than a bundle lasts.
 
-    If a user interrupts the local runner, it calls `teardown` while another thread is still in `process`.
+    If a user interrupts the local runner, it calls `teardown` while another thread is still in `process` or
+    `finish_bundle`.
     """
 
     _lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

@@ -156,7 +156,9 @@ class WriteParts(PartsFn):
 
     def finish_bundle(self) -> Iterable[WindowedValue]:
         """Yield the bundle's last part."""
-        yield from map(at_end, self._close())
+        with self._lock:
+            closed = list(self._close())
+        yield from map(at_end, closed)
 
     def _start(self, row: VolumeRow) -> None:
         name = ShardName.parse(row.shard)

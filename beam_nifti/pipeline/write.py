@@ -103,11 +103,12 @@ class WritePartsFn(PartsFn):
 
     def finish_bundle(self) -> Iterable[Any]:
         """Close the part; yield (None, Traits) on the output TRAITS."""
-        if self._open is not None:
-            with self._target.reading_parts():
-                self._open.close()
+        with self._lock, self._target.reading_parts():
+            part, self._open = self._open, None
+            if part is not None:
+                part.close()
+        if part is not None:
             yield TaggedOutput(_TRAITS, at_end((None, self._traits)))
-        self._open = self._traits = None
 
 
 class StartFn(beam.DoFn):

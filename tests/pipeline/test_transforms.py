@@ -51,7 +51,16 @@ from beam_nifti.pipeline.transforms import (
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
 from beam_nifti.volume import Volume
-from tests.build_helpers import PER_SHARD, SHAPE, UNIT_ROWS, build, make_config, make_options, run_steps
+from tests.build_helpers import (
+    PER_SHARD,
+    SHAPE,
+    UNIT_ROWS,
+    build,
+    finish_interrupted,
+    make_config,
+    make_options,
+    run_steps,
+)
 from tests.images import brain, row_of, write_cohort, write_image, write_manifest
 
 COUNT = 10
@@ -432,6 +441,17 @@ def commit(plan: BuildPlan, written: Iterable[tuple[str, Any]]) -> list[ShardOut
         parts = [value for key, value in written if key == str(task.name)]
         outcomes += list(step.process((str(task.name), [*parts, task])))
     return outcomes
+
+
+def test_an_interrupt_waits_for_the_part_that_is_closed(
+    plan: BuildPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = WriteParts(plan)
+    writer.start_bundle()
+    assert not list(writer.process(records_of(plan)[0]))
+    ((_, part),) = (last.value for last in finish_interrupted(writer, monkeypatch))
+    assert read_index(part.index)[0].num_rows == 1
+    assert Path(part.data).stat().st_size > 0
 
 
 @pytest.mark.parametrize("order", ["cut", "interleaved", "reversed"])

@@ -59,6 +59,7 @@ from tests.build_helpers import (
     assert_complete,
     build,
     contents,
+    finish_interrupted,
     fork_server,
     make_config,
     make_options,
@@ -174,6 +175,16 @@ def test_an_attempt_that_dies_leaves_no_record(tmp_path: Path) -> None:
     ends = [p.offset + p.length for p in done]
     assert [p.offset for p in done] == [0, *ends[:-1]]
     assert Path(done[0].part).stat().st_size == ends[-1]
+
+
+def test_an_interrupt_waits_for_the_part_that_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = WritePartsFn(target_of(tmp_path))
+    writer.start_bundle()
+    placed, _ = writer.process(arrays_of("a"))
+    assert finish_interrupted(writer, monkeypatch)
+    assert Path(placed.part).stat().st_size == placed.length
 
 
 @settings(max_examples=25)
