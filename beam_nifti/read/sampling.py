@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, SupportsIndex
 
 import numpy as np
@@ -16,8 +17,8 @@ from beam_nifti.read.patches import sizes
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 
-_DRAWS: Final = 6
-"""Random 64-bit numbers per patch: one for each axis, and three that choose a labelled voxel."""
+_DRAWS: Final = 5
+"""Random 64-bit numbers per patch: one for each axis, and two that choose a labelled voxel."""
 
 _END: Final = 1 << 64
 """The end of their range."""
@@ -30,9 +31,10 @@ class Patches:
     Attributes:
         shape: voxels along x, y and z.
         per_volume: patches per volume and epoch.
-        foreground: share of the patches, from 0 to 1, that are drawn around a labelled voxel of the mask. All
-            labels except 0 are equally likely. A patch that would reach beyond the volume is moved inside.
-            In volumes without labels, all patches are drawn anywhere.
+        foreground: share of the patches, from 0 to 1, that are drawn around a labelled voxel of the mask. It
+            is exact: of any n successive patches, the count differs from `foreground` · n by less than 1.
+            All labels except 0 are equally likely. A patch that would reach beyond the volume is moved
+            inside. In volumes without labels, all patches are drawn anywhere.
 
     Raises:
         UsageError: `shape` is not three integers of at least 1 or does not fit into memory, `per_volume` is
@@ -54,6 +56,14 @@ class Patches:
         """The fields, for JSON."""
         return {"shape": list(self.shape), "per_volume": self.per_volume, "foreground": self.foreground}
 
+    def is_foreground(self, seed: int, epoch: int, number: int) -> bool:
+        """Whether a patch is one of those that are drawn around a labelled voxel; arguments as of `draw`."""
+        share, whole = self.foreground.as_integer_ratio()
+        phase = _phase(seed, epoch)
+        # They are those at which the line share · n + phase passes an integer, computed without rounding.
+        before, after = ((share * n * _END + phase * whole) // (whole * _END) for n in (number, number + 1))
+        return after > before
+
     def draw(
         self,
         volume: Sequence[int],
@@ -62,7 +72,9 @@ class Patches:
         number: int,
         positions: npt.NDArray[np.int32] | None = None,
     ) -> tuple[int, ...]:
-        """Draw the corner of a patch. All corners with which it is inside the volume are equally likely.
+        """Draw the corner of a patch: around a labelled voxel if there are any, otherwise anywhere.
+
+        Anywhere means that all corners with which the patch is inside the volume are equally likely.
 
         Along an axis on which the volume is smaller than the patch, the volume is centred, as `shape` of a
         build centres what it pads.
@@ -72,22 +84,34 @@ class Patches:
             seed: seed of the patches, at least 0.
             epoch: number of the epoch, from 0.
             number: number of the patch in the epoch, from 0.
-            positions: labelled voxels, from `Dataset.positions_of`; None if `foreground` is 0.
+            positions: labelled voxels, from `Dataset.positions_of`; None if not `is_foreground`.
         """
-        # numpy keeps a bit generator's numbers as they are from version to version. Source: NEP 19.
-        generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch, number)))
-        raw: list[int] = generator.random_raw(_DRAWS).tolist()
+        raw = _random(_DRAWS, seed, epoch, number)
         spares = [size - length for size, length in zip(volume, self.shape, strict=False)]
         corner = [_below(max(spare, 0) + 1, number) for spare, number in zip(spares, raw, strict=False)]
-        if positions is not None and positions.size and raw[3] < self.foreground * _END:
-            of_label = positions[_below(len(positions), raw[4])]
-            voxel = int(of_label[_below(len(of_label), raw[5])])
+        if positions is not None and positions.size:
+            of_label = positions[_below(len(positions), raw[3])]
+            voxel = int(of_label[_below(len(of_label), raw[4])])
             centre = (voxel // (volume[1] * volume[2]), voxel // volume[2] % volume[1], voxel % volume[2])
             corner = [
                 min(max(at - length // 2, 0), max(spare, 0))
                 for at, length, spare in zip(centre, self.shape, spares, strict=True)
             ]
         return tuple(at if spare >= 0 else -(-spare // 2) for at, spare in zip(corner, spares, strict=True))
+
+
+def _random(count: int, seed: int, *key: int) -> list[int]:
+    """Random 64-bit numbers, which depend only on the seed and the key."""
+    # numpy keeps a bit generator's numbers as they are from version to version. Source: NEP 19.
+    generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
+    numbers: list[int] = generator.random_raw(count).tolist()
+    return numbers
+
+
+@lru_cache
+def _phase(seed: int, epoch: int) -> int:
+    """Where an epoch begins to count its patches around labels, so that other patches are in each epoch."""
+    return _random(1, seed, epoch, 0, 0)[0]  # a key that neither a patch nor `order.shuffle` has
 
 
 def _below(count: int, raw: int) -> int:
@@ -161,6 +185,6 @@ class PatchDataset:
             raise IndexError(f"there is no patch {number}: the dataset has {len(self)}")
         number %= len(self)
         record = number // self.patches.per_volume
-        volume = self.records.shape_of(record)
-        positions = self.records.positions_of(record) if self.patches.foreground else None
-        return record, self.patches.draw(volume, self._seed, self._epoch, number, positions)
+        draws = self._seed, self._epoch, number
+        positions = self.records.positions_of(record) if self.patches.is_foreground(*draws) else None
+        return record, self.patches.draw(self.records.shape_of(record), *draws, positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,37 @@ def test_patches_are_the_same_on_every_machine() -> None:
     assert corners == [(73, 28, 12), (18, 7, 14), (60, 80, 90)]
 
 
-def test_a_share_of_the_patches_is_drawn_around_labels() -> None:
+@given(
+    st.floats(0, 1) | st.sampled_from([0.1, 0.33, 1 / 3, 0.5]),
+    st.integers(0, 2**64),
+    st.integers(0, 9),
+    st.integers(0, 2**40),
+    st.integers(1, 50),
+)
+def test_the_share_of_any_successive_patches_is_exact(
+    share: float, seed: int, epoch: int, first: int, count: int
+) -> None:
+    patches = bn.Patches((1, 1, 1), foreground=share)
+    found = sum(patches.is_foreground(seed, epoch, first + i) for i in range(count))
+    assert abs(found - Fraction(share) * count) < 1
+
+
+def test_each_epoch_has_other_patches_around_labels() -> None:
+    patches, count = bn.Patches((1, 1, 1), foreground=0.25), 400
+    for number in range(4):
+        found = sum(patches.is_foreground(1, epoch, number) for epoch in range(count))
+        assert abs(found - count / 4) < 5 * np.sqrt(count / 4)
+
+
+def test_labels_and_their_voxels_are_equally_likely() -> None:
     volume, count = (60, 50, 40), 2000
     voxels = [(30, 25, 20), (0, 49, 39), (31, 24, 19), (31, 24, 18)]
     positions = np.ravel_multi_index(np.transpose(voxels), volume).astype(np.int32).reshape(2, 2)
     around = [(26, 20, 14), (0, 40, 28), (27, 19, 13), (27, 19, 12)]
-    for share in (0, 0.33, 1):
-        patches = bn.Patches((8, 10, 12), foreground=share)
-        corners = [patches.draw(volume, 7, 1, number, positions) for number in range(count)]
-        found = np.array([corners.count(corner) for corner in around])
-        assert np.abs(found - share * count / 4).max() <= 5 * np.sqrt(share * count / 4)
-        assert share < 1 or found.sum() == count
+    corners = [bn.Patches((8, 10, 12)).draw(volume, 7, 1, number, positions) for number in range(count)]
+    found = np.array([corners.count(corner) for corner in around])
+    assert found.sum() == count
+    assert np.abs(found - count / 4).max() <= 5 * np.sqrt(count / 4)
 
 
 @given(shapes, shapes, st.integers(0, 9), st.data())
@@ -79,9 +100,9 @@ def test_a_patch_has_its_labelled_voxel(
 ) -> None:
     voxel = tuple(data.draw(st.integers(0, size - 1)) for size in volume)
     position = np.array([[np.ravel_multi_index(voxel, volume)]], np.int32)
-    patches = bn.Patches(shape, foreground=1)
+    patches = bn.Patches(shape)
     corner = patches.draw(volume, 1, 0, number, position)
-    at_random = bn.Patches(shape).draw(volume, 1, 0, number)
+    at_random = patches.draw(volume, 1, 0, number)
     for at, start, length, size, other in zip(voxel, corner, shape, volume, at_random, strict=True):
         assert start <= at < start + length
         assert 0 <= start <= size - length or (size < length and start == other)
