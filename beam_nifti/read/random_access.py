@@ -215,11 +215,11 @@ class Dataset:
                 "`beam-nifti convert` makes a dataset that has them, without the images"
             )
 
-    def positions_of(self, index: SupportsIndex) -> npt.NDArray[np.int32]:
+    def positions_of(self, index: SupportsIndex) -> dict[int, npt.NDArray[np.int32]]:
         """The positions of some voxels of each label of a record's mask. No record is read.
 
         Returns:
-            Indices of voxels in C order: one row for each label except 0, ascending.
+            For each label except 0, ascending, indices of voxels in C order.
 
         Raises:
             IndexError: `index` is out of range.

@@ -57,6 +57,7 @@ def load_dataset(
     patch: Sequence[SupportsIndex] | None = None,
     patches_per_volume: int | None = None,
     foreground: float | None = None,
+    label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
 ) -> tf.data.Dataset:
     """Open the examples of a dataset for training; docs/reading.md describes the arguments in more detail.
@@ -86,7 +87,9 @@ def load_dataset(
         patch: (x, y, z) in voxels of random patches to read instead of whole volumes.
         patches_per_volume: number of patches per volume and epoch; None means 1.
         foreground: share of the patches that are drawn around a labelled voxel of the mask; None means 0.
-        patches: the three arguments above, as one `Patches`.
+        label_weights: weight of each label of the mask among these patches, such as {1: 1, 2: 3}; labels that
+            are not given have the weight 0. None means that all labels except 0 have the same weight.
+        patches: the four arguments above, as one `Patches`.
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
@@ -99,17 +102,18 @@ def load_dataset(
         UsageError: arguments cannot be combined, or do not match the dataset; volumes of a batch differ.
     """
     folder = storage.absolute(storage.path_text("path", path))
+    drawn = group_patches(
+        patches,
+        patch,
+        patches_per_volume=patches_per_volume,
+        foreground=foreground,
+        label_weights=label_weights,
+    )
     source = _Source(folder, split, where, start, start_state, on_error, engine, layout)
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
         Batching(batch_size, drop_remainder, pad, ragged),
-        Passes(
-            shuffle,
-            seed,
-            repeat,
-            shard,
-            group_patches(patches, patch, patches_per_volume=patches_per_volume, foreground=foreground),
-        ),
+        Passes(shuffle, seed, repeat, shard, drawn),
     )
 
 
@@ -127,6 +131,7 @@ def state_after(
     patch: Sequence[SupportsIndex] | None = None,
     patches_per_volume: int | None = None,
     foreground: float | None = None,
+    label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
 ) -> dict[str, Any]:
     """The state of a run after some steps, from which `load_dataset(…, start_state=…)` continues.
@@ -148,6 +153,7 @@ def state_after(
         patch: same as for `load_dataset`; requires a seed.
         patches_per_volume: same as for `load_dataset`.
         foreground: same as for `load_dataset`.
+        label_weights: same as for `load_dataset`.
         patches: same as for `load_dataset`.
 
     Returns:
@@ -160,7 +166,13 @@ def state_after(
     step = whole_number("step", step)
     if step < 0:
         raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
-    drawn = group_patches(patches, patch, patches_per_volume=patches_per_volume, foreground=foreground)
+    drawn = group_patches(
+        patches,
+        patch,
+        patches_per_volume=patches_per_volume,
+        foreground=foreground,
+        label_weights=label_weights,
+    )
     passes = Passes(shuffle, seed, shard=shard, patches=drawn)
     records = Dataset(path, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")

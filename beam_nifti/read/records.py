@@ -178,23 +178,24 @@ class Records:
         for name in ("patch_table", *(["positions"] if around_labels else [])):
             getattr(self, name)
 
-    def positions_of(self, row: int) -> npt.NDArray[np.int32]:
+    def positions_of(self, row: int) -> dict[int, npt.NDArray[np.int32]]:
         """As `Dataset.positions_of`."""
-        labels, positions = (self.positions[n][row].as_py() for n in ("mask_labels", "mask_positions"))
-        count = sum(label != 0 for label in labels or ())
-        found = np.array(positions or (), np.int32)
+        cells = self.positions["mask_labels"][row], self.positions["mask_positions"][row]
+        labels, found = (cell.values.to_numpy() if cell.is_valid else np.empty(0, np.int32) for cell in cells)
+        labels = labels[labels != 0]
         num_voxels = math.prod(self.shape_of(row)[:3])
         if (
-            labels is None
-            or bool(count) != bool(found.size)
-            or found.size % max(1, count)
+            not cells[0].is_valid
+            or bool(labels.size) != bool(found.size)
+            or found.size % max(1, labels.size)
             or ((found < 0) | (found >= num_voxels)).any()
         ):
             raise DatasetError(
                 f"{self.opened.path}: the index has {found.size} mask_positions, which cannot be those "
-                f"of {count} labels of record {self.cell('id', row)!r}; run beam-nifti verify"
+                f"of {labels.size} labels of record {self.cell('id', row)!r}; run beam-nifti verify"
             )
-        return found.reshape(count, found.size // max(1, count))
+        rows = found.reshape(labels.size, found.size // max(1, labels.size))
+        return dict(zip(labels.tolist(), rows, strict=True))
 
     def read(self, row: int, in_place: bool = False) -> Element:
         """The element of a row of the table; for `in_place`, see `Dataset.read_in_place`.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from numbers import Real
 from typing import Any, Final, SupportsIndex
 
 import numpy as np
@@ -15,12 +20,16 @@ from beam_nifti.read.order import require_share, whole_number
 from beam_nifti.read.patches import sizes
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
+from beam_nifti.support.wording import first_few
 
-_DRAWS: Final = 6
-"""Random 64-bit numbers per patch: one for each axis, and three that choose a labelled voxel."""
+_DRAWS: Final = 5
+"""Random 64-bit numbers per patch: one for each axis, and two that choose a labelled voxel."""
 
 _END: Final = 1 << 64
 """The end of their range."""
+
+_SHOWN: Final = 20
+"""Labels in a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +39,25 @@ class Patches:
     Attributes:
         shape: voxels along x, y and z.
         per_volume: patches per volume and epoch.
-        foreground: share of the patches, from 0 to 1, that are drawn around a labelled voxel of the mask. All
-            labels except 0 are equally likely. A patch that would reach beyond the volume is moved inside.
-            In volumes without labels, all patches are drawn anywhere.
+        foreground: share of the patches, from 0 to 1, that are drawn around a labelled voxel of the mask. It
+            is exact: of any n successive patches, the count differs from `foreground` · n by less than 1.
+            A patch that would reach beyond the volume is moved inside. In volumes without labels, all
+            patches are drawn anywhere.
+        label_weights: weight of each label, such as {1: 1, 2: 3}. The probability of a label is its weight,
+            divided by the sum for all labels of the volume. Labels that are not given have the weight 0, and
+            volumes with none of the others count as volumes without labels. None means that all labels except
+            0 have the same weight.
 
     Raises:
         UsageError: `shape` is not three integers of at least 1 or does not fit into memory, `per_volume` is
-            below 1, or `foreground` is not from 0 to 1.
+            below 1, or `foreground` is not from 0 to 1; or `label_weights` is not a dictionary of labels from
+            1 with finite weights of at least 0, all of them are 0, or `foreground` is 0.
     """
 
     shape: tuple[int, ...]
     per_volume: int = 1
     foreground: float = 0.0
+    label_weights: Mapping[int, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", sizes("the shape of a patch", self.shape))
@@ -49,10 +65,31 @@ class Patches:
         if self.per_volume < 1:
             raise UsageError(f"patches_per_volume is {self.per_volume}; it must be at least 1")
         object.__setattr__(self, "foreground", require_share("foreground", self.foreground))
+        if self.label_weights is not None:
+            object.__setattr__(self, "label_weights", _require_weights(self.label_weights))
+            if not self.foreground:
+                raise UsageError(
+                    f"label_weights is {self.label_weights}, but foreground is 0, so no patch is drawn "
+                    "around a label; give a foreground above 0"
+                )
 
     def describe(self) -> dict[str, Any]:
         """The fields, for JSON."""
-        return {"shape": list(self.shape), "per_volume": self.per_volume, "foreground": self.foreground}
+        weights = self.label_weights
+        return {
+            "shape": list(self.shape),
+            "per_volume": self.per_volume,
+            "foreground": self.foreground,
+            "label_weights": weights and {str(label): weight for label, weight in weights.items()},
+        }
+
+    def is_foreground(self, seed: int, epoch: int, number: int) -> bool:
+        """Whether a patch is one of those that are drawn around a labelled voxel; arguments as of `draw`."""
+        share, whole = self.foreground.as_integer_ratio()
+        phase = _phase(seed, epoch)
+        # They are those at which the line share · n + phase passes an integer, computed without rounding.
+        before, after = ((share * n * _END + phase * whole) // (whole * _END) for n in (number, number + 1))
+        return after > before
 
     def draw(
         self,
@@ -60,9 +97,12 @@ class Patches:
         seed: int,
         epoch: int,
         number: int,
-        positions: npt.NDArray[np.int32] | None = None,
+        positions: Mapping[int, npt.NDArray[np.int32]] | None = None,
     ) -> tuple[int, ...]:
-        """Draw the corner of a patch. All corners with which it is inside the volume are equally likely.
+        """Draw the corner of a patch: around a labelled voxel if there is one, otherwise anywhere.
+
+        First the label is drawn, by its weight, then one of its voxels. Anywhere means that all corners with
+        which the patch is inside the volume are equally likely.
 
         Along an axis on which the volume is smaller than the patch, the volume is centred, as `shape` of a
         build centres what it pads.
@@ -72,22 +112,68 @@ class Patches:
             seed: seed of the patches, at least 0.
             epoch: number of the epoch, from 0.
             number: number of the patch in the epoch, from 0.
-            positions: labelled voxels, from `Dataset.positions_of`; None if `foreground` is 0.
+            positions: labelled voxels, from `Dataset.positions_of`; None if not `is_foreground`.
         """
-        # numpy keeps a bit generator's numbers as they are from version to version. Source: NEP 19.
-        generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch, number)))
-        raw: list[int] = generator.random_raw(_DRAWS).tolist()
+        raw = _random(_DRAWS, seed, epoch, number)
         spares = [size - length for size, length in zip(volume, self.shape, strict=False)]
         corner = [_below(max(spare, 0) + 1, number) for spare, number in zip(spares, raw, strict=False)]
-        if positions is not None and positions.size and raw[3] < self.foreground * _END:
-            of_label = positions[_below(len(positions), raw[4])]
-            voxel = int(of_label[_below(len(of_label), raw[5])])
+        label = self._pick(list(positions), raw[3]) if positions else None
+        if positions and label is not None:
+            voxel = int(positions[label][_below(len(positions[label]), raw[4])])
             centre = (voxel // (volume[1] * volume[2]), voxel // volume[2] % volume[1], voxel % volume[2])
             corner = [
                 min(max(at - length // 2, 0), max(spare, 0))
                 for at, length, spare in zip(centre, self.shape, spares, strict=True)
             ]
         return tuple(at if spare >= 0 else -(-spare // 2) for at, spare in zip(corner, spares, strict=True))
+
+    def _pick(self, labels: Sequence[int], raw: int) -> int | None:
+        """One of some labels by its weight, from a random 64-bit number; None if all have the weight 0."""
+        if self.label_weights is None:
+            return labels[_below(len(labels), raw)]
+        ratios = [self.label_weights.get(label, 0.0).as_integer_ratio() for label in labels]
+        whole = max(denominator for _, denominator in ratios)  # all are powers of 2
+        ends = list(itertools.accumulate(weight * (whole // denominator) for weight, denominator in ratios))
+        return labels[bisect.bisect_right(ends, _below(ends[-1], raw))] if ends[-1] else None
+
+
+def _require_weights(given: Any) -> dict[int, float]:
+    """The weights of labels, from what a user gives, by ascending label.
+
+    Raises:
+        UsageError: it is something else, or no weight is above 0.
+    """
+    if not isinstance(given, Mapping):
+        raise UsageError(f"label_weights is {given!r}; give a dictionary, such as {{1: 1, 2: 3}}")
+    for label, weight in given.items():
+        if whole_number("a label in label_weights", label) < 1:
+            raise UsageError(
+                f"label_weights has the label {label}; give labels from 1, because patches around the "
+                "background are those that are drawn anywhere"
+            )
+        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not (is_number and 0 <= weight <= sys.float_info.max):
+            raise UsageError(
+                f"label_weights gives label {label} the weight {weight!r}; give a finite number of at least 0"
+            )
+    weights = {operator.index(label): float(given[label]) for label in sorted(given)}
+    if not any(weights.values()):
+        raise UsageError(f"label_weights is {weights}; give at least one label a weight above 0")
+    return weights
+
+
+def _random(count: int, seed: int, *key: int) -> list[int]:
+    """Random 64-bit numbers, which depend only on the seed and the key."""
+    # numpy keeps a bit generator's numbers as they are from version to version. Source: NEP 19.
+    generator = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
+    numbers: list[int] = generator.random_raw(count).tolist()
+    return numbers
+
+
+@lru_cache
+def _phase(seed: int, epoch: int) -> int:
+    """Where an epoch begins to count its patches around labels, so that other patches are in each epoch."""
+    return _random(1, seed, epoch, 0, 0)[0]  # a key that neither a patch nor `order.shuffle` has
 
 
 def _below(count: int, raw: int) -> int:
@@ -111,7 +197,8 @@ class PatchDataset:
 
     Raises:
         UsageError: seed or epoch is not a whole number of at least 0; or `patches.foreground` is above 0, but
-            records have no masks, or the index does not have the positions of labels.
+            records have no masks, or the index does not have the positions of labels; or
+            `patches.label_weights` has a label that no mask of the dataset has.
     """
 
     def __init__(self, records: Dataset, patches: Patches, *, seed: int, epoch: int = 0) -> None:
@@ -124,6 +211,13 @@ class PatchDataset:
             records.prepare_patches(around_labels=patches.foreground > 0)
         except UsageError as e:
             raise UsageError(f"foreground is {patches.foreground}, but {e}, or drop foreground") from e
+        known = records.info.mask_labels or ()
+        unknown = set(patches.label_weights or ()).difference(known)
+        if unknown:
+            raise UsageError(
+                f"label_weights has the label {min(unknown)}, but the labels in masks of {records.path} are "
+                f"{first_few([label for label in known if label], _SHOWN) or 'none'}; drop it, or correct it"
+            )
 
     def epoch(self, number: int) -> PatchDataset:
         """The patches of another epoch, from 0. Nothing is read."""
@@ -161,6 +255,6 @@ class PatchDataset:
             raise IndexError(f"there is no patch {number}: the dataset has {len(self)}")
         number %= len(self)
         record = number // self.patches.per_volume
-        volume = self.records.shape_of(record)
-        positions = self.records.positions_of(record) if self.patches.foreground else None
-        return record, self.patches.draw(volume, self._seed, self._epoch, number, positions)
+        draws = self._seed, self._epoch, number
+        positions = self.records.positions_of(record) if self.patches.is_foreground(*draws) else None
+        return record, self.patches.draw(self.records.shape_of(record), *draws, positions)

@@ -37,11 +37,13 @@ def images(elements: Any) -> list[bytes]:
 
 @pytest.mark.parametrize("channels_first", [False, True])
 def test_batches_are_the_patches_of_patch_dataset(dataset: Path, channels_first: bool) -> None:
+    drawn: dict[str, Any] = {"foreground": 0.4, "label_weights": {7: 1, 2: 0.1}} if channels_first else {}
     elements = load_dataset(
         dataset,
         batch_size=3,
         patch=PATCH,
         patches_per_volume=2,
+        **drawn,
         seed=8,
         target="mask",
         repeat=2,
@@ -53,7 +55,7 @@ def test_batches_are_the_patches_of_patch_dataset(dataset: Path, channels_first:
         ((None, *shape), tf.int32),
     ]
     records = bn.Dataset(dataset, columns=["image", "mask"], channels_first=channels_first)
-    patches = bn.PatchDataset(records, bn.Patches(PATCH, per_volume=2), seed=8)
+    patches = bn.PatchDataset(records, bn.Patches(PATCH, per_volume=2, **drawn), seed=8)
     expected = [patch for epoch in range(2) for patch in patches.epoch(epoch)]
     found = list(elements.as_numpy_iterator())
     assert len(found) == len(elements) == 8
@@ -104,7 +106,9 @@ def test_the_rest_is_that_of_the_uninterrupted_run(dataset: Path, data: st.DataO
         "shard": (data.draw(st.integers(0, num_hosts - 1), "host"), num_hosts),
         "patch": PATCH,
         "patches_per_volume": data.draw(st.integers(1, 3), "patches"),
-        "foreground": data.draw(st.sampled_from([None, 0.5]), "foreground"),
+        **data.draw(
+            st.sampled_from([{}, {"foreground": 0.5}, {"foreground": 0.5, "label_weights": {7: 1, 2: 3}}])
+        ),
     }
     whole = [x.tobytes() for x, _ in load_dataset(dataset, repeat=2, **order).as_numpy_iterator()]
     step = data.draw(st.integers(0, len(whole)), "step")
@@ -121,6 +125,8 @@ def test_hosts_share_the_patches_of_an_epoch(dataset: Path) -> None:
         "seed": 3,
         "patch": PATCH,
         "patches_per_volume": 2,
+        "foreground": 0.6,
+        "label_weights": {7: 1},
     }
     hosts = [images(load_dataset(dataset, shard=(i, 3), **options)) for i in range(3)]
     assert sorted(itertools.chain(*hosts)) == sorted(images(load_dataset(dataset, **options)))
@@ -152,6 +158,10 @@ def test_damaged_records_are_skipped(dataset: Path, tmp_path: Path, caplog: pyte
         ({"patch": (9, 9)}, "the shape of a patch is"),
         ({"patch": PATCH, "patches_per_volume": 0}, "patches_per_volume is 0; it must be at least 1"),
         ({"foreground": 0.5}, "foreground is 0.5, but volumes are read as a whole; give a patch"),
+        (
+            {"label_weights": {1: 1}},
+            r"label_weights is \{1: 1\}, but volumes are read as a whole; give a patch",
+        ),
         ({"patch": PATCH, "engine": "sequential"}, "patch requires the index, but engine is 'sequential'"),
         ({"patch": PATCH, "layout": "plain"}, "patch requires a dataset_info.json"),
         ({"patch": PATCH, "shard": (0, 2)}, "shard requires an order that is known beforehand; give a seed"),
@@ -164,7 +174,16 @@ def test_arguments_that_do_not_fit(dataset: Path, options: dict[str, Any], messa
 
 
 def test_a_state_of_other_patches_is_refused(dataset: Path) -> None:
-    state = state_after(1, dataset, patch=PATCH, seed=1)
-    for options in ({}, {"patch": PATCH, "seed": 2}, {"patch": (9, 9, 9), "seed": 1}):
+    run: dict[str, Any] = {"patch": PATCH, "seed": 1, "foreground": 0.5, "label_weights": {2: 1}}
+    state = state_after(1, dataset, **run)
+    for changes in (
+        {"seed": 2},
+        {"patch": (9, 9, 9)},
+        {"foreground": 0.4},
+        {"label_weights": {2: 1, 7: 1}},
+        {"label_weights": None},
+        dict.fromkeys(run),
+    ):
+        options = run | changes
         with pytest.raises(UsageError, match=r"start_state is of a run with patches \{'seed': 1"):
             load_dataset(dataset, start_state=state, **options)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import beam_nifti as bn
@@ -60,17 +62,63 @@ def test_patches_are_the_same_on_every_machine() -> None:
     assert corners == [(73, 28, 12), (18, 7, 14), (60, 80, 90)]
 
 
-def test_a_share_of_the_patches_is_drawn_around_labels() -> None:
+@given(
+    st.floats(0, 1) | st.sampled_from([0.1, 0.33, 1 / 3, 0.5]),
+    st.integers(0, 2**64),
+    st.integers(0, 9),
+    st.integers(0, 2**40),
+    st.integers(1, 50),
+)
+def test_the_share_of_any_successive_patches_is_exact(
+    share: float, seed: int, epoch: int, first: int, count: int
+) -> None:
+    patches = bn.Patches((1, 1, 1), foreground=share)
+    found = sum(patches.is_foreground(seed, epoch, first + i) for i in range(count))
+    assert abs(found - Fraction(share) * count) < 1
+
+
+def test_each_epoch_has_other_patches_around_labels() -> None:
+    patches, count = bn.Patches((1, 1, 1), foreground=0.25), 400
+    for number in range(4):
+        found = sum(patches.is_foreground(1, epoch, number) for epoch in range(count))
+        assert abs(found - count / 4) < 5 * np.sqrt(count / 4)
+
+
+def test_labels_and_their_voxels_are_equally_likely() -> None:
     volume, count = (60, 50, 40), 2000
     voxels = [(30, 25, 20), (0, 49, 39), (31, 24, 19), (31, 24, 18)]
-    positions = np.ravel_multi_index(np.transpose(voxels), volume).astype(np.int32).reshape(2, 2)
+    flat = np.ravel_multi_index(np.transpose(voxels), volume).astype(np.int32)
+    positions = {1: flat[:2], 4: flat[2:]}
     around = [(26, 20, 14), (0, 40, 28), (27, 19, 13), (27, 19, 12)]
-    for share in (0, 0.33, 1):
-        patches = bn.Patches((8, 10, 12), foreground=share)
-        corners = [patches.draw(volume, 7, 1, number, positions) for number in range(count)]
-        found = np.array([corners.count(corner) for corner in around])
-        assert np.abs(found - share * count / 4).max() <= 5 * np.sqrt(share * count / 4)
-        assert share < 1 or found.sum() == count
+    corners = [bn.Patches((8, 10, 12)).draw(volume, 7, 1, number, positions) for number in range(count)]
+    found = np.array([corners.count(corner) for corner in around])
+    assert found.sum() == count
+    assert np.abs(found - count / 4).max() <= 5 * np.sqrt(count / 4)
+
+
+weights = st.dictionaries(
+    st.integers(1, 9), st.sampled_from([0, 1, 3, 0.1, 1e-300, 1e300]) | st.floats(0, 1e9), min_size=1
+)
+
+
+@given(st.sets(st.integers(1, 9)), weights, st.integers(0, 9))
+def test_weights_choose_the_label(labels: set[int], weights: dict[int, float], number: int) -> None:
+    """Each label has one voxel, whose number along x is the label."""
+    assume(any(weights.values()))
+    patches = bn.Patches((1, 1, 1), foreground=1, label_weights=weights)
+    positions = {label: np.array([label], np.int32) for label in sorted(labels)}
+    found = patches.draw((10, 1, 1), 3, 2, number, positions)[0]
+    raw = np.random.PCG64(np.random.SeedSequence(3, spawn_key=(2, number))).random_raw(4)[3]
+    exact = {label: Fraction(weights.get(label, 0)) for label in sorted(labels)}
+    place = sum(exact.values()) * Fraction(int(raw), 2**64)
+    for label, weight in exact.items():
+        if place < weight:
+            assert found == label
+            break
+        place -= weight
+    else:
+        assert not any(exact.values())
+        assert found == bn.Patches((1, 1, 1)).draw((10, 1, 1), 3, 2, number)[0]
 
 
 @given(shapes, shapes, st.integers(0, 9), st.data())
@@ -78,10 +126,10 @@ def test_a_patch_has_its_labelled_voxel(
     volume: tuple[int, ...], shape: tuple[int, ...], number: int, data: st.DataObject
 ) -> None:
     voxel = tuple(data.draw(st.integers(0, size - 1)) for size in volume)
-    position = np.array([[np.ravel_multi_index(voxel, volume)]], np.int32)
-    patches = bn.Patches(shape, foreground=1)
+    position = {1: np.array([np.ravel_multi_index(voxel, volume)], np.int32)}
+    patches = bn.Patches(shape)
     corner = patches.draw(volume, 1, 0, number, position)
-    at_random = bn.Patches(shape).draw(volume, 1, 0, number)
+    at_random = patches.draw(volume, 1, 0, number)
     for at, start, length, size, other in zip(voxel, corner, shape, volume, at_random, strict=True):
         assert start <= at < start + length
         assert 0 <= start <= size - length or (size < length and start == other)
@@ -91,12 +139,31 @@ def test_labels_are_found_by_the_index(records: bn.Dataset) -> None:
     """The last record has none, and the third is smaller than a patch."""
     patches = bn.PatchDataset(records, bn.Patches(PATCH, per_volume=40, foreground=1), seed=4)
     for number, shape in enumerate(SHAPES[:-1]):
-        found = np.unravel_index(records.positions_of(number), shape)
-        assert [axis.shape for axis in found] == [(2, 64)] * 3
+        mask = records[number]["mask"][..., 0]
+        positions = records.positions_of(number)
+        assert [(label, len(found)) for label, found in positions.items()] == [(2, 64), (7, 64)]
+        for label, found in positions.items():
+            assert (mask[np.unravel_index(found, shape)] == label).all()
         masks = [patches[40 * number + i]["mask"] for i in range(5)]
         assert all(mask.any() for mask in masks)
-    assert records.positions_of(-1).size == 0
+    assert records.positions_of(-1) == {}
     assert len({patches.place(i) for i in range(160, 200)}) > 30
+
+
+@pytest.mark.parametrize("weights", [None, {7: 1}, {2: 1, 7: 0.5}])
+def test_patches_are_those_of_the_index(records: bn.Dataset, weights: dict[int, float] | None) -> None:
+    """In any five volumes of three patches, 6 of the 15 are drawn around a voxel of a label with a weight."""
+    shape, per_volume = (1, 1, 1), 3
+    chosen = bn.Patches(shape, per_volume, foreground=0.4, label_weights=weights)
+    patches, anywhere = (
+        bn.PatchDataset(records, each, seed=3, epoch=1) for each in (chosen, bn.Patches(shape, per_volume))
+    )
+    moved = {i for i in range(len(patches)) if patches.place(i) != anywhere.place(i)}
+    is_chosen = [chosen.is_foreground(3, 1, i) for i in range(len(patches))]
+    assert sum(is_chosen) == 6
+    assert moved == {i for i in range(12) if is_chosen[i]}  # the last volume has no labels
+    labels = {int(patches[i]["mask"].item()) for i in moved}
+    assert labels <= set(weights or {2, 7})
 
 
 def test_indexes_without_positions_are_said_to_lack_them(records: bn.Dataset, tmp_path: Path) -> None:
@@ -164,6 +231,10 @@ def test_grain_takes_the_patches_of_several_epochs(records: bn.Dataset) -> None:
     assert first["image"].shape == (5, *PATCH, 1)
 
 
+def weighted(weights: Any) -> bn.Patches:
+    return bn.Patches(PATCH, foreground=0.5, label_weights=weights)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -181,6 +252,22 @@ def test_grain_takes_the_patches_of_several_epochs(records: bn.Dataset) -> None:
         (lambda r: bn.Patches(PATCH, foreground=1.5), "foreground is 1.5; give a share from 0 to 1"),
         (lambda r: bn.Patches(PATCH, foreground=float("nan")), "foreground is nan"),
         (lambda r: bn.Patches(PATCH, foreground="all"), "foreground is 'all'"),
+        (lambda r: weighted([1, 2]), r"label_weights is \[1, 2\]; give a dictionary, such as \{1: 1, 2: 3\}"),
+        (lambda r: weighted({"1": 2}), "a label in label_weights is '1'; give a whole number"),
+        (lambda r: weighted({0: 1}), "label_weights has the label 0; give labels from 1, because"),
+        (lambda r: weighted({1: -1}), "gives label 1 the weight -1; give a finite number of at least 0"),
+        (lambda r: weighted({1: math.inf}), "gives label 1 the weight inf"),
+        (lambda r: weighted({1: math.nan}), "gives label 1 the weight nan"),
+        (lambda r: weighted({1: 10**400}), "gives label 1 the weight 1000"),
+        (lambda r: weighted({1: True}), "gives label 1 the weight True"),
+        (lambda r: weighted({1: "1"}), "gives label 1 the weight '1'"),
+        (lambda r: weighted({1: 0, 2: 0}), r"is \{1: 0.0, 2: 0.0\}; give at least one label a weight above"),
+        (lambda r: weighted({}), r"label_weights is \{\}; give at least one label"),
+        (lambda r: bn.Patches(PATCH, label_weights={1: 1}), "but foreground is 0, so no patch is drawn"),
+        (
+            lambda r: bn.PatchDataset(r, weighted({2: 1, 9: 1, 8: 0}), seed=1),
+            "label_weights has the label 8, but the labels in masks of .* are 2, 7; drop it, or correct it",
+        ),
         (lambda r: bn.PatchDataset(r, bn.Patches(PATCH), seed=-1), "seed is -1; it must be at least 0"),
         (lambda r: bn.PatchDataset(r, bn.Patches(PATCH), seed=1).epoch(-1), "epoch is -1"),
         (lambda r: bn.PatchDataset(r, bn.Patches(PATCH), seed=0.5), "seed is 0.5; give a whole number"),
