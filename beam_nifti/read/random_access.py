@@ -271,6 +271,41 @@ class Dataset:
         """
         return PatchGrid(self._records, self._row(_record_number(index)), patch, overlap)
 
+    def save_nifti(
+        self,
+        index: SupportsIndex,
+        volume: npt.ArrayLike,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Save a volume that a model made of a record, such as a prediction, as a NIfTI image in its space.
+
+        The header is that of `beam_nifti.extract`: the affine and the voxel sizes of the record. The file
+        appears whole or not at all.
+
+        Args:
+            index: number of the record, as in `dataset[index]`.
+            volume: voxels in the record's shape, with or without a channel axis, which is where the dataset's
+                images have it. Several channels become a 4-D image. Booleans and integers are saved in the
+                smallest dtype that holds them, such as uint8 for labels, and floats in their own; float16
+                becomes float32.
+            path: ends in .nii or .nii.gz; local or a URL.
+            overwrite: whether to replace an existing file. A file with the size and the time of one that the
+                dataset was built from is never replaced.
+
+        Raises:
+            IndexError: `index` is out of range.
+            UsageError: the volume has another shape or another kind of dtype, or the path has another ending
+                or is that of a file that the dataset was built from.
+            DatasetError: the record has no affine.
+            OutputError: the file exists.
+            OSError: the file cannot be written.
+        """
+        from beam_nifti.read.saving import save_nifti  # loads nibabel
+
+        save_nifti(self._records, self._row(_record_number(index)), volume, path, overwrite)
+
     def by_id(self, example_id: str) -> Element:
         """The record with this id.
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError, unreadable
 from beam_nifti.read.decoding import decode_feature, decode_image, decode_mask
@@ -30,7 +31,7 @@ from beam_nifti.record.example import (
     decode_example,
     largest_payload,
 )
-from beam_nifti.record.index import extra_column, schema_of
+from beam_nifti.record.index import SOURCE_LISTS, extra_column, schema_of
 from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.compression import make_buffer
@@ -172,6 +173,20 @@ class Records:
     def positions(self) -> pa.Table:
         """The labels of each record's mask and their positions, from the index."""
         return self.opened.read_indexes(self.shards, {"mask_labels", "mask_positions"})
+
+    @cached_property
+    def geometry(self) -> pa.Table:
+        """The affine and the voxel sizes of each record, from the index."""
+        return self.opened.read_indexes(self.shards, {"affine", "zooms"})
+
+    @cached_property
+    def sources(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Size and time of each file that the dataset was built from, as far as the indexes have them."""
+        table = self.opened.read_indexes(self.opened.info.shards, SOURCE_LISTS)
+        if not set(SOURCE_LISTS) <= set(table.column_names):  # format version 1 has sums
+            return np.empty(0, np.int64), np.empty(0)
+        sizes, mtimes, _ = (pc.list_flatten(table[name]).to_numpy(False) for name in SOURCE_LISTS)
+        return sizes, mtimes
 
     def prepare_patches(self, around_labels: bool) -> None:
         """As `Dataset.prepare_patches`. Without it, each of several threads might read these tables."""

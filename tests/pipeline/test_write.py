@@ -1082,6 +1082,8 @@ def test_verify_finds_nothing_wrong(reference: Path, tmp_path: Path, run: Any) -
 def test_a_record_without_an_affine_is_no_image(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="record 'case-003' has no affine, without which"):
         read_volume(str(reference), "case-003")
+    with pytest.raises(DatasetError, match=r"record 'case-000' cannot be saved: .* no usable affine"):
+        Dataset(reference).save_nifti(0, np.zeros((5, 4, 3)), tmp_path / "a.nii")
     affine = np.diag([2.0, 2, 3, 1])
     output = write([("a", {"image": IMAGE, "affine": affine})], tmp_path / "out")
     stored = read_volume(str(output), "a")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import beam_nifti as bn
-from beam_nifti.errors import UsageError
+from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.read.grid import _starts
 from tests.images import AFFINE
 from tests.read.patch_cohort import PATCH, SHAPES, build_patch_cohort
@@ -79,11 +79,102 @@ def test_gaussian_weights_trust_the_middle_of_a_patch(dataset: Path) -> None:
     assert np.allclose(gaussian[18] + gaussian[19], 1)
 
 
-def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path) -> None:
-    grid = bn.Dataset(dataset).grid_patches(0, PATCH)
-    result = grid.stitch(patch["image"] > 0.5 for patch in grid)
-    nib.save(nib.Nifti1Image(result, grid[-1]["affine"]), tmp_path / "result.nii.gz")
-    assert np.array_equal(nib.load(tmp_path / "result.nii.gz").affine, AFFINE)
+def save_and_load(dataset: Path, volume: Any, path: Path, **options: Any) -> Any:
+    """Save a volume for the first record; the image as nibabel loads it."""
+    bn.Dataset(dataset, **options).save_nifti(0, volume, path)
+    return nib.load(path)
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path, is_first: bool) -> None:
+    options = {"channels_first": is_first, "columns": ["image"]}
+    grid = bn.Dataset(dataset, **options).grid_patches(0, PATCH)
+    both = [np.concatenate([p["image"], -p["image"]], 0 if is_first else -1) for p in grid]
+    results = grid.stitch(both), grid.stitch(p["image"] for p in grid)
+    images = [save_and_load(dataset, r, tmp_path / f"{r.ndim}-{r.size}.nii.gz", **options) for r in results]
+    source = bn.extract(dataset, "sub-0").to_nibabel().header
+    for image, result in zip(images, results, strict=True):
+        assert image.get_data_dtype() == np.float32
+        assert np.array_equal(image.affine, AFFINE)
+        assert image.header.get_zooms()[:3] == source.get_zooms()
+        for field in ("sform_code", "qform_code", "xyzt_units"):
+            assert image.header[field] == source[field]
+        last = np.moveaxis(result, 0, -1) if is_first else result
+        assert np.array_equal(np.asarray(image.dataobj), last.squeeze(-1) if last.shape[3] == 1 else last)
+    assert [image.ndim for image in images] == [4, 3]
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (np.array([False, True]), "uint8"),
+        (np.array([0, 255], np.int64), "uint8"),
+        (np.array([0, 256], np.int32), "uint16"),
+        (np.array([-1, 127]), "int8"),
+        (np.array([-1, 128]), "int16"),
+        (np.array([-(2**63), 2**63 - 1]), "int64"),
+        (np.array([0, 2**64 - 1], np.uint64), "uint64"),
+        (np.array([-0.5, np.inf], np.float16), "float32"),
+        (np.array([0.1, np.nan], ">f4"), "float32"),
+        (np.array([0.1, 1e300]), "float64"),
+    ],
+)
+def test_a_saved_volume_keeps_its_values(dataset: Path, tmp_path: Path, values: Any, dtype: str) -> None:
+    volume = np.resize(values, SHAPES[0])
+    image = save_and_load(dataset, volume, tmp_path / "a.nii")
+    assert image.get_data_dtype() == dtype
+    assert np.array_equal(image.dataobj.get_unscaled(), volume, equal_nan=volume.dtype.kind == "f")
+    assert (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+
+
+X, Y, Z = SHAPES[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_first", "expected"),
+    [
+        ((X, Y), False, r"\(40, 31, 26\) or \(40, 31, 26, C\); give one volume, without a batch axis"),
+        ((1, X, Y, Z, 1), False, "for record 'sub-0' has the shape .1, 40, 31, 26, 1., expected"),
+        ((X, Y, Z, 1, 1), False, "expected"),
+        ((X, Y, Z, 0), False, "expected"),
+        ((2, X, Y, Z), False, "expected"),
+        ((X, Y, Z, 2), True, r"expected \(40, 31, 26\) or \(C, 40, 31, 26\)"),
+        (SHAPES[1], False, r"has the shape \(36, 40, 25\), expected \(40, 31, 26\)"),
+    ],
+)
+def test_a_volume_of_another_shape_is_not_saved(
+    dataset: Path, tmp_path: Path, shape: tuple[int, ...], is_first: bool, expected: str
+) -> None:
+    with pytest.raises(UsageError, match=expected):
+        save_and_load(dataset, np.zeros(shape), tmp_path / "a.nii", channels_first=is_first)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_volume_that_no_image_holds_is_not_saved(dataset: Path, tmp_path: Path) -> None:
+    for dtype in ("complex64", "longdouble", "object", "datetime64[s]"):
+        with pytest.raises(UsageError, match=r"record 'sub-0' has the dtype .*; convert it, such as by"):
+            save_and_load(dataset, np.zeros(SHAPES[0], dtype), tmp_path / "a.nii")
+    with pytest.raises(UsageError, match=r"a\.mgz: not the name of a NIfTI image"):
+        save_and_load(dataset, np.zeros(SHAPES[0]), tmp_path / "a.mgz")
+    with pytest.raises(IndexError, match="there is no record 5"):
+        bn.Dataset(dataset).save_nifti(5, np.zeros(SHAPES[0]), tmp_path / "a.nii")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_file_that_may_be_replaced_is(dataset: Path, tmp_path: Path) -> None:
+    records, path = bn.Dataset(dataset), tmp_path / "a.nii.gz"
+    records.save_nifti(0, np.zeros(SHAPES[0]), path)
+    with pytest.raises(OutputError, match=r"a\.nii\.gz: already exists; .* overwrite=True"):
+        records.save_nifti(0, np.ones(SHAPES[0]), path)
+    assert np.asarray(nib.load(path).dataobj).max() == 0
+    records.save_nifti(0, np.ones(SHAPES[0]), path, overwrite=True)
+    assert np.asarray(nib.load(path).dataobj).min() == 1
+    for name in ("sub-0_path.nii.gz", "sub-3_mask.nii.gz"):
+        source = dataset.parent / name
+        before = source.read_bytes()
+        with pytest.raises(UsageError, match=f"{name}: the dataset was built from this file; choose another"):
+            records.save_nifti(0, np.ones(SHAPES[0]), source, overwrite=True)
+        assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def test_it_is_read(dataset: Path) -> None:
     patch = records.patch(2, (1, 1, 0), (2, 1, 2))
     assert np.array_equal(patch["image"], records[2]["image"][1:3, 1:2, 0:2])
     assert patch["mask"].shape == (2, 1, 2, 1)
+    for is_there in (False, True):
+        records.save_nifti(2, records[2]["mask"], dataset.parent / "a.nii", overwrite=is_there)
 
 
 def test_every_command_takes_it(dataset: Path, run: Callable[..., str]) -> None:
