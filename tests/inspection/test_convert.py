@@ -349,6 +349,20 @@ def test_finished_shards_of_other_versions_are_converted_again(
         assert json.loads(facts[b"versions"])[-1]["isal"] == "9.9"
 
 
+def test_a_shard_that_is_not_as_it_was_written_is_converted_again(old: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    damage(old, 3)
+    with pytest.raises(DatasetError):
+        convert(old, new)
+    repair(old, 3)
+    shard = new / info_of(old).shards[0].name
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    assert convert(old, new) == 5
+    assert bn.verify(new)
+
+
 def test_a_shard_whose_index_says_less_is_converted_again(old: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     damage(old, 3)
@@ -362,14 +376,18 @@ def test_a_shard_whose_index_says_less_is_converted_again(old: Path, tmp_path: P
     assert bn.verify(new)
 
 
+def when_written(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_ino, p.stat().st_ctime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
 def test_a_second_run_changes_nothing(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = tmp_path / "new"
     assert convert(old, new, workers=3) == 0
-    files = {path: path.stat() for path in new.rglob("*") if path.is_file()}
+    files = when_written(new)
     real = versions.installed_version
     monkeypatch.setattr(versions, "installed_version", lambda n: "9.9" if n == "isal" else real(n))
     assert convert(old, new) == 11
-    assert {path: path.stat() for path in new.rglob("*") if path.is_file()} == files
+    assert when_written(new) == files
 
 
 def test_workers_do_not_change_the_bytes(old: Path, tmp_path: Path) -> None:
@@ -592,6 +610,7 @@ def test_an_unfinished_build_stays(old: Path, tmp_path: Path, name: str) -> None
     [
         lambda new: (new / info_of(new).shards[2].name).unlink(),
         lambda new: (new / info_of(new).shards[2].name).write_bytes(b""),
+        lambda new: damage(new, 2),
         lambda new: (new / info_of(new).shards[2].index).unlink(),
         lambda new: (new / info_of(new).shards[2].index).write_bytes(b"PAR1"),
     ],
