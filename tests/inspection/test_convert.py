@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,7 +29,7 @@ from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.record import versions
 from beam_nifti.record.index import read_index, write_index
 from beam_nifti.record.tiles import encode_record
-from beam_nifti.support.outcomes import INTERRUPTED
+from beam_nifti.support.outcomes import INTERRUPTED, TERMINATED
 from tests.build_helpers import build as build_again
 from tests.build_helpers import contents, fork_server, make_options, snapshot, stray_files, watching
 from tests.datasets import (
@@ -730,6 +733,28 @@ def test_an_interrupted_command_continues(
     assert "the same command continues where it stopped" in capsys.readouterr().err
     assert cli.main(command) == cli.SUCCESS
     assert capsys.readouterr().out.startswith("kept     8 examples of an earlier run\n")
+
+
+def test_a_terminated_command_says_so_and_continues(
+    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "told.json"
+    command = ["convert", str(old), str(tmp_path / "new"), "--workers=1", "--quiet", f"--summary-json={told}"]
+    last = str(old / info_of(old).shards[3].name)
+
+    def terminate(path: str) -> None:
+        if path == last and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # until the main thread has seen it
+                pass
+
+    with watching(terminate):
+        assert cli.main(command) == TERMINATED
+    assert "the same command continues where it stopped" in capsys.readouterr().err
+    summary = json.loads(told.read_text())
+    assert (summary["status"], summary["error"]["message"]) == ("interrupted", "SIGTERM")
+    assert cli.main(command) == cli.SUCCESS
+    assert re.match("kept     (8|11) examples of an earlier run\n", capsys.readouterr().out)
 
 
 def test_an_object_store_is_read_and_written(old: Path, tmp_path: Path) -> None:
