@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
-from beam_nifti.read.order import require_share
+from beam_nifti.read.order import item_number, require_share
 from beam_nifti.read.patches import Box, read_patch, sizes
 from beam_nifti.read.records import Element, Records
 
@@ -80,9 +80,12 @@ class PatchGrid:
 
         Raises:
             IndexError: the number is out of range.
+            TypeError: `index` is not a number.
             DatasetError: the record is missing or damaged; the message names it.
         """
-        return read_patch(self._records, self._row, Box(self.corners[operator.index(index)], self.shape))
+        return read_patch(
+            self._records, self._row, Box(self.corners[item_number(index, "patch")], self.shape)
+        )
 
     def stitch(
         self, predictions: Iterable[npt.ArrayLike], weights: Literal["gaussian", "constant"] = "gaussian"

@@ -146,5 +146,7 @@ def test_a_result_lies_where_its_record_does(dataset: Path, tmp_path: Path) -> N
 def test_what_does_not_fit_is_refused(dataset: Path, ask: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ask(bn.Dataset(dataset))
+    with pytest.raises(TypeError, match=r"index is slice\(0, 2, None\); give the number of one patch"):
+        bn.Dataset(dataset).grid_patches(0, PATCH)[0:2]  # type: ignore[index]
     with pytest.raises(IndexError, match="there is no record 5"):
         bn.Dataset(dataset).grid_patches(5, PATCH)
