@@ -164,7 +164,6 @@ class _Target:
         """
         with naming_parameters():
             self.require_writable()
-            require_writable_output(self.output)
             published, saved = self.find_published(), SavedWrite.read(self.output)
             build = None if saved and saved.token == self.token else self._find_build()
             if not (published or (saved and saved.token == self.token)):
@@ -187,14 +186,14 @@ class _Target:
         return build
 
     def require_writable(self) -> None:
-        """Refuse local folders to which nothing can be written."""
+        """Refuse folders to which nothing can be written."""
         folders = {"OUTPUT": self.output}
         if self.root != parts_root(self.output, None):
             folders["temp_location"] = storage.dirname(self.root)
         for name, folder in folders.items():
-            storage.refuse_read_only(folder, name)
-            if not storage.is_remote(folder):
-                storage.require_writable(folder, name, is_folder=True)
+            storage.require_writable(folder, name, is_folder=True)
+        if not storage.is_remote(self.output):
+            require_writable_output(self.output)
 
     def require_current(self) -> SavedWrite:
         """The saved plan of this pipeline.
@@ -284,12 +283,13 @@ class StartFn(beam.DoFn):
     def process(self, token: str) -> Iterable[tuple[None, int]]:
         """Yield (None, revision of the dataset); repeated calls yield the same."""
         target = self._target
-        target.require_available()  # also makes the folder of the lock
-        with naming_parameters(), lock.hold(target.output):
-            occupied = target.require_available()
-            saved = occupied.saved
-            if saved is None or saved.token != token:
-                saved = self._take(occupied)
+        with naming_parameters():
+            target.require_writable()  # or the lock would be in a folder that is not for it
+            with lock.hold(target.output):
+                occupied = target.require_available()
+                saved = occupied.saved
+                if saved is None or saved.token != token:
+                    saved = self._take(occupied)
         yield None, saved.revision
 
     def _take(self, occupied: _Occupied) -> SavedWrite:
