@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti.errors import UsageError
-from beam_nifti.support.calls import format_call, parse_call
+from beam_nifti.support.calls import format_call, parse_call, split_call
 from beam_nifti.support.rules import parse_rule, spell_rule
 from beam_nifti.support.strict_json import dump_json
 
@@ -193,7 +194,7 @@ class RecordConfig:
         for name in ("shape", "channels"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
-        object.__setattr__(self, "preprocess", spell_steps(self.preprocess))
+        object.__setattr__(self, "preprocess", _one_or_more(_all_of(self.preprocess)))
         object.__setattr__(self, "preprocess_sha256", _one_or_more(self.preprocess_sha256))
         if self.mask_dtype is not None:
             _choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
@@ -338,6 +339,9 @@ class RecordConfig:
 
 
 def _check_preparation(record: RecordConfig) -> None:
+    for step in _all_of(record.preprocess):  # which is not parsed, as it may come from a dataset
+        with _naming_step(step):
+            split_call(step)
     num_steps, num_digests = len(_all_of(record.preprocess)), len(_all_of(record.preprocess_sha256))
     if num_digests not in (0, num_steps):
         raise UsageError(f"--preprocess has {num_steps} functions, but {num_digests} digests of their files")
@@ -367,6 +371,19 @@ def _check_preparation(record: RecordConfig) -> None:
                 )
 
 
+@contextlib.contextmanager
+def _naming_step(step: str) -> Iterator[None]:
+    """Refuse, as an option, what is no call."""
+    try:
+        yield
+    except ValueError as e:
+        shown = step if len(step) <= _SHOWN_LENGTH else f"{step[:_SHOWN_LENGTH]}…"
+        raise UsageError(
+            f"--preprocess is {shown!r}; write it as package.module:function, or with literals as "
+            "arguments, such as package.module:function(threshold=3)"
+        ) from e
+
+
 def spell_steps(given: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     """Give the functions of `RecordConfig.preprocess` their canonical spelling.
 
@@ -375,14 +392,8 @@ def spell_steps(given: str | Sequence[str] | None) -> str | tuple[str, ...] | No
     """
     steps = list[str]()
     for step in _all_of(given):
-        try:
+        with _naming_step(step):
             steps.append(format_call(*parse_call(step)))
-        except ValueError as e:
-            shown = step if len(step) <= _SHOWN_LENGTH else f"{step[:_SHOWN_LENGTH]}…"
-            raise UsageError(
-                f"--preprocess is {shown!r}; write it as package.module:function, or with literals as "
-                "arguments, such as package.module:function(threshold=3)"
-            ) from e
     return _one_or_more(steps)
 
 

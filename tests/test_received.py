@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import beam_nifti as bn
 from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns
 from beam_nifti.errors import BeamNiftiError, DatasetError, OutputError, ShardError, UsageError
@@ -145,20 +146,32 @@ def test_a_function_that_the_dataset_was_not_made_with_is_not_imported(
         (None, "0" * 64),
         (["a:f", 3], ["0" * 64] * 2),
         ({"function": "a:f"}, "0" * 64),
-        ("a:f(x=open('ran', 'w'))", "0" * 64),
-        (f"a:f(x={'[' * 1500}{']' * 1500})", "0" * 64),
-        (f"a:f(x={'-' * 4000}1)", "0" * 64),
+        ("a f", "0" * 64),
         (f"a:f(x={'9' * 5000})", "0" * 64),
     ],
 )
 def test_functions_as_no_build_has_them_are_refused(
-    dataset: Path, preprocess: object, digests: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, preprocess: object, digests: object
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     edit_info(dataset, lambda i: i["config"].update(preprocess=preprocess, preprocess_sha256=digests))
     with pytest.raises(DatasetError, match=r"not a dataset's info: .*preprocess.{,300}$"):
         info_of(dataset)
-    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("argument", ["1if 1else 2", "'\\d'", "-" * 4000 + "1", "open('ran', 'w')"])
+def test_arguments_of_a_function_that_only_the_dataset_names_are_not_parsed(
+    dataset: Path, argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's parser prints warnings of its own, and takes long for some texts."""
+    monkeypatch.chdir(tmp_path)
+    call = f"a:f(x={argument})"
+    edit_info(dataset, lambda i: i["config"].update(preprocess=call, preprocess_sha256="0" * 64))
+    assert info_of(dataset).record_config.preprocess == call
+    assert bn.verify(dataset, progress=False).problems
+    with pytest.raises(UsageError, match="write it as package"):
+        bn.verify(dataset, manifest="m.csv", deep=1, preprocess="a:f(x=open('ran', 'w'))", progress=False)
+    assert not [*tmp_path.glob("ran")]
 
 
 def test_the_function_is_for_deep(dataset: Path, run: Callable[..., str]) -> None:

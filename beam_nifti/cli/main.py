@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Final, cast
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NoReturn, cast
 
 from beam_nifti.cli import build_commands, dataset_commands, manifest_command
 from beam_nifti.cli import parser as command_line
@@ -14,7 +17,16 @@ from beam_nifti.cli.run_summary import RunSummary, require_reports_writable, wri
 from beam_nifti.errors import BeamNiftiError, EngineError, UsageError
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
-from beam_nifti.support.outcomes import FAILED, INTERRUPTED, SUCCESS, TEMPORARY, USAGE, exit_code, reason_of
+from beam_nifti.support.outcomes import (
+    FAILED,
+    INTERRUPTED,
+    SUCCESS,
+    TEMPORARY,
+    TERMINATED,
+    USAGE,
+    exit_code,
+    reason_of,
+)
 from beam_nifti.support.terminal import UnwritableError, guarded_streams
 
 _NOT_LOGGED: Final = {"error", "failure_reasons", "counters", "distributions"}
@@ -35,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 success, 1 failure, 2 a wrong option, manifest or output,
-        75 a failure that may pass, 130 Ctrl-C, 141 a result that nobody read to its end.
+        75 a failure that may pass, 130 Ctrl-C, 141 a result that nobody read to its end, 143 SIGTERM.
 
     Raises:
         SystemExit: with 1, in the place of an exception that nobody foresaw, whose traceback is printed.
@@ -53,6 +65,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UnwritableError as e:
             return report_unprinted(e)
         return _run_command(options, beam_flags)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a scheduler stops a command, as a person does by Ctrl-C."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    raise Terminated("SIGTERM")
+
+
+@contextlib.contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Raise Terminated at a SIGTERM during the block, unless somebody else handles or ignores it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    is_ours = is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run_command(options: argparse.Namespace, beam_flags: list[str]) -> int:
@@ -105,7 +140,8 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         "card": dataset_commands.card,
     }
     try:
-        return commands[options.command](run, options, beam_flags)
+        with _heeding_sigterm():
+            return commands[options.command](run, options, beam_flags)
     except UnwritableError as e:
         return report_unprinted(e)
     except EngineError as e:
@@ -123,7 +159,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
             print(file=sys.stderr)  # after ^C
         again = "continues where it stopped" if options.command in ("build", "convert") else "starts over"
         logs.LOGGER.warning("stopped; the same command %s", again)
-        return INTERRUPTED
+        return TERMINATED if isinstance(e, Terminated) else INTERRUPTED
 
 
 def _report_engine(error: EngineError) -> int:

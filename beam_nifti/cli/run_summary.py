@@ -26,6 +26,7 @@ STATUSES: Final = {
     75: "temporary",
     130: "interrupted",
     141: "cut short",
+    143: "interrupted",
 }
 """The status of a run, by exit code."""
 

@@ -15,7 +15,7 @@ from beam_nifti.pipeline.options import FLAG, OPTIONS, flag_of, read_option, rea
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
-from beam_nifti.support.calls import parse_call
+from beam_nifti.support.calls import split_call
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.volume.user_function import source_sha256
 
@@ -187,9 +187,9 @@ def value_text(value: Any) -> str:
 
 def _compare_functions(path: str, record: RecordConfig, given: RecordConfig) -> None:
     """Refuse functions of a dataset that are given again and whose files have changed; warn of others."""
-    digests = {parse_call(step)[0]: digest for step, digest in record.steps}
+    digests = {split_call(step)[0]: digest for step, digest in record.steps}
     for step, _ in given.steps:
-        wanted = digests.get(parse_call(step)[0])
+        wanted = digests.get(split_call(step)[0])
         if wanted is not None and (found := source_sha256(step)) != wanted:
             raise UsageError(
                 f"--preprocess {step}: its file has sha256 {found}, but {path}, which --like names, was "

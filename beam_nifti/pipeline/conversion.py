@@ -21,7 +21,7 @@ from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, ShardE
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.failures import check_failures
 from beam_nifti.pipeline.merge import describe_shard
-from beam_nifti.pipeline.parts import BUILD_FOLDER, file_facts
+from beam_nifti.pipeline.parts import BUILD_FOLDER, RecordFile, file_facts, is_intact, shard_at
 from beam_nifti.pipeline.publish import (
     clean_up,
     find_info,
@@ -212,8 +212,8 @@ class Conversion:
         for shard in published.shards:
             name, limits = shard.name, Limits(shard.num_examples, shard.num_bytes)
             try:
-                is_sound = storage.stat(storage.join(self.output, name), self.output).size == shard.num_bytes
-                if is_sound:
+                facts = file_facts(storage.join(self.output, name), self.output)
+                if is_sound := facts == {"sha256": shard.sha256, "num_bytes": str(shard.num_bytes)}:
                     name = shard.index
                     index = read_bytes(storage.join(self.output, name), limits, self.output)
                     is_sound = hashlib.sha256(index).hexdigest() == shard.index_sha256
@@ -227,15 +227,14 @@ class Conversion:
         """The converted shard, if it is finished."""
         name = self.name_of(shard)
         try:
-            limits = Limits.of_data(storage.join(self.output, str(name)), self.output)
-            index = storage.join(self.output, name.index_file)
-            table, facts = read_index(index, columns=["position"], limits=limits, below=self.output)
+            part = shard_at(self.output, name)
+            limits = Limits.of_data(part.data, self.output)
+            table, facts = read_index(part.index, columns=["position"], limits=limits, below=self.output)
             is_usable = any_versions or is_written_here(facts)
+            is_same = self._making.items() <= facts.items() and table.num_rows == shard.num_examples
+            if not (is_same and is_usable and "sha256" in facts and is_intact(part, facts)):
+                return None
         except (FileNotFoundError, ShardError):
-            return None
-        expected = {**self._making, "num_bytes": str(limits.data_bytes)}
-        is_same = expected.items() <= facts.items() and table.num_rows == shard.num_examples
-        if not (is_same and is_usable and "sha256" in facts):
             return None
         return describe_shard(self.output, name, shard.num_examples, facts)
 
@@ -254,7 +253,7 @@ class Conversion:
         schema = schema_of(self.config)
         for extra in (column for column in columns if column not in known):
             schema = schema.append(pa.field(extra, pa.string()))
-        with storage.create(path, self.output) as handle, storage.naming(path):
+        with storage.create(path, self.output) as handle:
             writer = ShardWriter(handle, self.config, schema)
             yield writer
             writer.end()
@@ -263,7 +262,7 @@ class Conversion:
         """Write the index of a shard that is written; `earlier` are the versions in its old index."""
         # A dataset from before shards had versions has those of its last build.
         said = {k: v for k, v in self.source.versions.items() if k in record_versions()}
-        facts = {**self._making, **versions_fact(v or said for v in earlier), **writer.facts}
+        facts = {**self._making, **versions_fact(v or said for v in earlier), **writer.file.facts}
         name = self.name_of(shard)
         write_index(storage.join(self.output, name.index_file), writer.table, facts, self.output)
         return describe_shard(self.output, name, shard.num_examples, facts)
@@ -333,23 +332,21 @@ class ShardWriter:
         schema: schema of the index.
 
     Attributes:
-        size: bytes written.
+        file: the file.
     """
 
     def __init__(self, handle: BinaryIO, config: RecordConfig, schema: pa.Schema) -> None:
-        self._handle, self._config, self._schema = handle, config, schema
+        self.file, self._config, self._schema = RecordFile(handle), config, schema
         self._is_compressed = config.compression == "gzip"
-        self._hasher, self.size = hashlib.sha256(), 0
         self._rows, self._tables = list[dict[str, Any]](), [schema.empty_table()]
 
     def write(self, cells: Mapping[str, Any], payload: bytes) -> int:
         """Write the next record, by its row of the old index and its Example; its number of bytes."""
-        config, start = self._config, self.size
+        config = self._config
         level = config.compression_level if self._is_compressed else None
         encoded = encode_record(payload, level)
-        for piece in encoded.pieces:
-            self._append(piece)
-        row = {**cells, "offset": start, "length": self.size - start, "member_lengths": encoded.lengths}
+        offset, length = self.file.write(*encoded.pieces)
+        row = {**cells, "offset": offset, "length": length, "member_lengths": encoded.lengths}
         features = decode_example(payload) if config.has_positions or config.voxel_dtype == "native" else {}
         if config.has_positions:
             row["mask_positions"] = positions_of(decode_tensor(features[MASK_FEATURE]))  # type: ignore[arg-type]
@@ -358,28 +355,18 @@ class ShardWriter:
         self._rows.append(row)
         if len(self._rows) == _BATCH_ROWS:
             self._flush()
-        return self.size - start
+        return length
 
     def end(self) -> None:
         """Complete the file."""
-        if not self.size and self._is_compressed:
-            self._append(EMPTY_MEMBER)
+        if not self.file.size and self._is_compressed:
+            self.file.write(EMPTY_MEMBER)
         self._flush()
 
     @property
     def table(self) -> pa.Table:
         """The index of the shard."""
         return pa.concat_tables(self._tables)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """Facts about the file for the index."""
-        return file_facts(self._hasher.hexdigest(), self.size)
-
-    def _append(self, piece: bytes | memoryview) -> None:
-        self._handle.write(piece)
-        self._hasher.update(piece)
-        self.size += len(piece)
 
     def _flush(self) -> None:
         self._tables.append(pa.Table.from_pylist(self._rows, schema=self._schema))

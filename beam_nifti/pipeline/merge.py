@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +13,23 @@ import pyarrow.compute as pc
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import OutputError, PartsChangedError, ShardError
-from beam_nifti.pipeline.parts import PART_ENDING, Part, file_facts, part_at
+from beam_nifti.pipeline.parts import (
+    COPY_BYTES,
+    PART_ENDING,
+    Crc32,
+    Part,
+    RecordFile,
+    file_facts,
+    is_intact,
+    part_at,
+    shard_at,
+)
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import Limits, parse_index, read_index, schema_of, write_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER
 from beam_nifti.record.versions import versions_fact, versions_in
 from beam_nifti.storage import paths as storage
-
-_COPY_BYTES: Final = 1 << 20
-"""Small enough to stay in a core's cache between being read, hashed and written."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class ShardMerge:
             return self._run(parts)
 
     def _run(self, parts: list[Part]) -> ShardInfo:
-        name, target = self.name, self._at(self.name)
+        name, target = self.name, shard_at(self.output, self.name)
         spare = part_at(storage.join(self.folder, hashlib.sha256(repr(parts).encode()).hexdigest()))
         present = [part for part in parts if storage.exists(part.index)]
         if len(present) < len(parts):
@@ -92,31 +97,27 @@ class ShardMerge:
                 storage.delete(part.data, part.base)
         return describe_shard(self.output, name, len(self.expected), facts)
 
-    def _at(self, name: ShardName) -> Part:
-        return Part(storage.join(self.output, str(name)), storage.join(self.output, name.index_file))
-
     def _select(self, parts: Sequence[Part]) -> _Records:
         schema = schema_of(self.record, self.extra_columns)
         return _select(parts, self.expected, self.name, schema)
 
     def _finished(self, records: _Records) -> dict[str, str] | None:
         """What is known of the shard if another attempt at this merge has written it."""
-        target = self._at(self.name)
+        target = shard_at(self.output, self.name)
         try:
             limits = Limits.of_data(target.data, self.output)
             table, facts = read_index(target.index, limits=limits, below=self.output)
+            is_same = self._making(records).items() <= facts.items()
+            same_rows = is_same and table.replace_schema_metadata().equals(_placed(records))
+            return facts if same_rows and is_intact(target, facts) else None
         except (FileNotFoundError, ShardError):
             return None
-        expected = {**self._making(records), "num_bytes": str(limits.data_bytes)}
-        is_same = expected.items() <= facts.items()
-        same_rows = is_same and table.replace_schema_metadata().equals(_placed(records))
-        return facts if same_rows else None
 
     def _making(self, records: _Records) -> dict[str, str]:
         return {"fingerprint": self.record.fingerprint, **_versions_of(records)}
 
     def _write(self, records: _Records, source: Part | None, known: dict[str, str]) -> dict[str, str]:
-        target = self._at(self.name)
+        target = shard_at(self.output, self.name)
         facts = self._making(records)
         try:
             facts |= _write_shard(target, self.output, records, source, known, self.name.compressed)
@@ -136,7 +137,7 @@ def write_shard(
     the name. The table is the index of the records in their order, and `files` the part file of each.
     """
     records = _Records(table, [Part(file, "") for file in files], {}, frozenset())
-    target = Part(storage.join(output, str(name)), storage.join(output, name.index_file))
+    target = shard_at(output, name)
     facts = {"fingerprint": fingerprint, **versions_fact()}
     facts |= _write_shard(target, output, records, None, {}, name.compressed)
     write_index(target.index, _placed(records), facts, output)
@@ -179,7 +180,7 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
     try:
         index = storage.read(storage.join(output, made.index), output)
         is_same = storage.holds(storage.join(output, published.index_file), index, output)
-        if not is_same or _hash_file(storage.join(output, str(published)), output)[0] != made.sha256:
+        if not is_same or file_facts(storage.join(output, str(published)), output)["sha256"] != made.sha256:
             return made
     except FileNotFoundError:
         return made
@@ -189,7 +190,7 @@ def keep_if_same(output: str, published: ShardName, made: ShardInfo) -> ShardInf
 def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple[int, int]:
     """How many records of a published shard were rebuilt, and how many of them differ."""
     new = Part(storage.join(output, made.name), storage.join(output, made.index))
-    old = Part(storage.join(output, str(published)), storage.join(output, published.index_file))
+    old = shard_at(output, published)
     if old == new:
         return made.num_examples, 0
     try:
@@ -239,9 +240,10 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
 
 def _write_part(part: Part, records: _Records, compressed: bool) -> None:
     with storage.create(part.data, part.base) as handle:
+        file = RecordFile(handle, Crc32())
         for chunk in _content(records, compressed):
-            handle.write(chunk)
-    write_index(part.index, _placed(records), _versions_of(records), part.base)
+            file.write(chunk)
+    write_index(part.index, _placed(records), _versions_of(records) | file.facts, part.base)
 
 
 def _versions_of(records: _Records) -> dict[str, str]:
@@ -329,26 +331,24 @@ def _write_shard(
     target: Part, output: str, records: _Records, source: Part | None, known: dict[str, str], compressed: bool
 ) -> dict[str, str]:
     """Write the shard's file; its sha256 and its size."""
-    if source and "sha256" in known:
-        facts = {k: known[k] for k in ("sha256", "num_bytes")}
-    else:
-        hasher, size = hashlib.sha256(), 0
-        with contextlib.ExitStack() as stack:
-            # One part that is the shard is published without a copy. It is read to be hashed, as it was not
-            # written to be a whole shard: the rows that fill it may have failed in the others.
-            handle = None if source else stack.enter_context(storage.create(target.data, output))
-            for chunk in _content(records, compressed):
-                hasher.update(chunk)
-                size += len(chunk)
-                if handle:
-                    handle.write(chunk)
-            facts = file_facts(hasher.hexdigest(), size)
-            if handle:
-                _remove_other_index(target, output, facts)
     if source:
+        # It is published without a copy. It is read to be hashed if it was not written to be a whole shard:
+        # the rows that fill it may have failed in the other parts.
+        is_hashed = "sha256" in known
+        facts = (
+            {k: known[k] for k in ("sha256", "num_bytes")}
+            if is_hashed
+            else file_facts(source.data, source.base)
+        )
         _remove_other_index(target, output, facts)
         storage.link(source.data, target.data, output, source.base)
-    return facts
+        return facts
+    with storage.create(target.data, output) as handle:
+        file = RecordFile(handle)
+        for chunk in _content(records, compressed):
+            file.write(chunk)
+        _remove_other_index(target, output, file.facts)
+    return file.facts
 
 
 def _remove_other_index(shard: Part, output: str, facts: dict[str, str]) -> None:
@@ -366,22 +366,12 @@ def _remove_other_index(shard: Part, output: str, facts: dict[str, str]) -> None
         storage.delete(shard.index, output)
 
 
-def _hash_file(path: str, below: str) -> tuple[str, int]:
-    """The sha256 of a file, in hex, and its size."""
-    hasher, size = hashlib.sha256(), 0
-    with storage.open_read(path, below) as handle:
-        while chunk := handle.read(_COPY_BYTES):
-            hasher.update(chunk)
-            size += len(chunk)
-    return hasher.hexdigest(), size
-
-
 def _facts_of_data(shard: Part, records: _Records) -> dict[str, str]:
-    digest, size = _hash_file(shard.data, shard.base)
-    if size != sum(length for _, length in _extents(records)):
+    facts = file_facts(shard.data, shard.base)
+    if facts["num_bytes"] != str(sum(length for _, length in _extents(records))):
         removed = f"{shard.data}: its parts were removed while they were merged"
         raise PartsChangedError(f"{removed}; run the build again")
-    return file_facts(digest, size)
+    return facts
 
 
 def _content(records: _Records, compressed: bool) -> Iterator[bytes]:
@@ -395,7 +385,7 @@ def _content(records: _Records, compressed: bool) -> Iterator[bytes]:
             for start, stop in _runs(extent for _, extent in run):
                 handle.seek(start)
                 while start < stop:
-                    chunk = handle.read(min(_COPY_BYTES, stop - start))
+                    chunk = handle.read(min(COPY_BYTES, stop - start))
                     if not chunk:
                         raise PartsChangedError(f"{part.data}: ends before byte {stop}; run the build again")
                     start += len(chunk)

@@ -24,6 +24,7 @@ from beam_nifti.pipeline.parts import (
     Part,
     find_parts,
     find_shard,
+    is_intact,
     part_at,
     part_stems,
     parts_folder,
@@ -60,18 +61,26 @@ class Found:
 
 
 def find_finished(
-    plan: BuildPlan, unit: WorkUnit, *, check_images: bool = True
+    plan: BuildPlan, unit: WorkUnit, *, check_images: bool = True, check_data: bool = True
 ) -> tuple[list[Found], list[VolumeRow]]:
     """What earlier builds, or attempts of this one, finished of a unit; and a row for each record to be made.
 
-    With `check_images` only what was made of images that are what they were when they were read.
+    With `check_images` only what was made of images that are what they were when they were read. With
+    `check_data` only what an unfinished build has left as it was written; a dataset is checked by `verify`.
     """
     missing = [record for row in unit.rows for record in row.records()]
     found = []
     for part, is_published in _candidates(plan, unit):
         if not missing:
             break
-        usable = finished_rows(plan, part, missing, any_versions=is_published, check_images=check_images)
+        usable = finished_rows(
+            plan,
+            part,
+            missing,
+            any_versions=is_published,
+            check_images=check_images,
+            check_data=check_data and not is_published,
+        )
         if usable is not None:
             done = set(usable.positions or ())
             missing = [record for record in missing if record.position not in done]
@@ -86,6 +95,7 @@ def finished_rows(
     *,
     any_versions: bool = False,
     check_images: bool = True,
+    check_data: bool = False,
 ) -> Part | None:
     """Which of `rows` a part of the same fingerprint holds as a build would make them.
 
@@ -95,6 +105,7 @@ def finished_rows(
         rows: rows of a shard, at least one, one for each record, in the order of their positions.
         any_versions: whether software of other versions may have made them, as in a published dataset.
         check_images: whether the images must be unchanged since they were read.
+        check_data: whether the part must be unchanged since it was written.
 
     Returns:
         The part with its `positions` set; None if it holds none of them.
@@ -138,7 +149,15 @@ def finished_rows(
             if files is None or not files.items() <= found.items():
                 continue
         positions.append(row.position)
-    return Part(part.data, part.index, tuple(positions)) if positions else None
+    is_usable = positions and not (check_data and not _is_intact(part, facts))
+    return replace(part, positions=tuple(positions)) if is_usable else None
+
+
+def _is_intact(part: Part, facts: Mapping[str, str]) -> bool:
+    try:
+        return is_intact(part, facts)
+    except FileNotFoundError:
+        return False
 
 
 def _are_sound(facts: Mapping[str, str], limits: Limits) -> bool:
@@ -318,7 +337,7 @@ def preview_reuse(plan: BuildPlan, manifest: Manifest, published: DatasetInfo | 
         for item in plan.split_units(manifest, split, digests):
             if isinstance(item, ShardTask):
                 continue
-            found, missing = find_finished(plan, item, check_images=is_checked)
+            found, missing = find_finished(plan, item, check_images=is_checked, check_data=False)
             num_rebuilt += len(missing)
             for part in found:
                 positions = part.part.positions or ()

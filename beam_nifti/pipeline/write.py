@@ -120,12 +120,13 @@ class StartFn(beam.DoFn):
     def process(self, token: str) -> Iterable[tuple[None, int]]:
         """Yield (None, revision of the dataset); repeated calls yield the same."""
         target = self._target
-        target.require_available()  # also makes the folder of the lock
-        with naming_parameters(), lock.hold(target.output):
-            occupied = target.require_available()
-            saved = occupied.saved
-            if saved is None or saved.token != token:
-                saved = target.take_over(occupied)
+        with naming_parameters():
+            target.require_writable()  # or the lock would be in a folder that is not for it
+            with lock.hold(target.output):
+                occupied = target.require_available()
+                saved = occupied.saved
+                if saved is None or saved.token != token:
+                    saved = target.take_over(occupied)
         yield None, saved.revision
 
 

@@ -89,7 +89,6 @@ class Target:
         """
         with naming_parameters():
             self.require_writable()
-            require_writable_output(self.output)
             published, saved = self.find_published(), SavedWrite.read(self.output)
             build = None if saved and saved.token == self.token else self._find_build()
             if not (published or (saved and saved.token == self.token)):
@@ -112,14 +111,14 @@ class Target:
         return build
 
     def require_writable(self) -> None:
-        """Refuse local folders to which nothing can be written."""
+        """Refuse folders to which nothing can be written."""
         folders = {"OUTPUT": self.output}
         if self.root != parts_root(self.output, None):
             folders["temp_location"] = storage.dirname(self.root)
         for name, folder in folders.items():
-            storage.refuse_read_only(folder, name)
-            if not storage.is_remote(folder):
-                storage.require_writable(folder, name, is_folder=True)
+            storage.require_writable(folder, name, is_folder=True)
+        if not storage.is_remote(self.output):
+            require_writable_output(self.output)
 
     def require_current(self) -> SavedWrite:
         """The saved plan of this pipeline.

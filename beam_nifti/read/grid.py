@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Final, Literal, SupportsIndex
+from dataclasses import dataclass
+from typing import Any, Final, Literal, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
-from beam_nifti.read.order import require_share
+from beam_nifti.read.order import item_number, require_share
 from beam_nifti.read.patches import Box, read_patch, sizes
 from beam_nifti.read.records import Element, Records
 
 _WEIGHTS: Final = ("gaussian", "constant")
 _DEVIATION: Final = 1 / 8
 """Standard deviation of the weights, in sides of a patch. Source: Isensee et al. 2021, nnU-Net."""
+
+
+@dataclass(frozen=True)
+class Corners(Sequence[tuple[int, ...]]):
+    """The corners of the patches of a grid, in C order. Each is computed when it is read: they may be many.
+
+    Attributes:
+        starts: the first voxels of the patches along each axis.
+    """
+
+    starts: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        """The number of patches."""
+        return math.prod(map(len, self.starts))
+
+    def __getitem__(self, index: Any) -> Any:
+        """One corner, or a list of those of a slice."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there is no patch {number}: the grid has {len(self)}")
+        number %= len(self)
+        corner = list[int]()
+        for starts in reversed(self.starts):
+            number, place = divmod(number, len(starts))
+            corner.insert(0, starts[place])
+        return tuple(corner)
 
 
 class PatchGrid:
@@ -29,7 +59,7 @@ class PatchGrid:
     smaller than a patch, it is centred.
 
     Attributes:
-        corners: corner of each patch, as for `Dataset.patch`, in C order.
+        corners: sequence of the corners of the patches, as for `Dataset.patch`, in C order.
         shape: shape of a patch: voxels along x, y and z.
     """
 
@@ -39,7 +69,7 @@ class PatchGrid:
         self.shape = sizes("the shape of a patch", shape)
         self._volume = records.shape_of(row)[: len(self.shape)]
         axes = zip(self._volume, self.shape, strict=True)
-        self.corners = list(itertools.product(*(_starts(size, length, overlap) for size, length in axes)))
+        self.corners = Corners(tuple(_starts(size, length, overlap) for size, length in axes))
 
     def __len__(self) -> int:
         """The number of patches."""
@@ -50,9 +80,12 @@ class PatchGrid:
 
         Raises:
             IndexError: the number is out of range.
+            TypeError: `index` is not a number.
             DatasetError: the record is missing or damaged; the message names it.
         """
-        return read_patch(self._records, self._row, Box(self.corners[operator.index(index)], self.shape))
+        return read_patch(
+            self._records, self._row, Box(self.corners[item_number(index, "patch")], self.shape)
+        )
 
     def stitch(
         self, predictions: Iterable[npt.ArrayLike], weights: Literal["gaussian", "constant"] = "gaussian"
@@ -111,14 +144,14 @@ class PatchGrid:
         return found[..., 0] if is_flat else np.ascontiguousarray(np.moveaxis(found, -1, axis))
 
 
-def _starts(size: int, length: int, overlap: float) -> list[int]:
+def _starts(size: int, length: int, overlap: float) -> tuple[int, ...]:
     """The first voxel of each patch along one axis."""
     spare = size - length
     if spare <= 0:
-        return [-(-spare // 2)]
+        return (-(-spare // 2),)
     step = max(1, int(length * (1 - overlap)))
     count = -(-spare // step)
-    return [spare * number // count for number in range(count + 1)]
+    return tuple(spare * number // count for number in range(count + 1))
 
 
 def _either(shape: Sequence[int], axis: int) -> str:

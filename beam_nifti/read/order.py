@@ -34,6 +34,18 @@ def whole_number(name: str, value: Any) -> int:
         raise UsageError(f"{name} is {value!r}; give a whole number") from None
 
 
+def item_number(index: Any, of: str) -> int:
+    """The number of one item, such as a "record", from an index.
+
+    Raises:
+        TypeError: the index is something else, such as a slice or a boolean.
+    """
+    try:
+        return whole_number("index", index)
+    except UsageError:
+        raise TypeError(f"index is {index!r:.80}; give the number of one {of}") from None
+
+
 def require_share(name: str, value: Any, *, below_1: bool = False) -> float:
     """Convert an argument to a share from 0 to 1.
 

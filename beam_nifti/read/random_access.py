@@ -5,7 +5,6 @@ The index gives the offset of a record, which is read without the others. See do
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex, overload
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read.grid import PatchGrid
 from beam_nifti.read.opening import Opened, open_dataset, rebuilt
+from beam_nifti.read.order import item_number
 from beam_nifti.read.patches import Box, read_patch
 from beam_nifti.read.records import Element, Records, Rows, open_records, select_records
 from beam_nifti.read.split_spec import SplitPart
@@ -104,7 +104,7 @@ class Dataset:
         if isinstance(index, slice):
             return self._of(self._records, self._rows[index])
         try:
-            number = _record_number(index)
+            number = item_number(index, "record")
         except TypeError:
             return self._of(self._records, np.asarray(self._rows, np.int64)[self._numbers(index)])
         return self._records.read(self._row(number))
@@ -189,7 +189,7 @@ class Dataset:
         Raises:
             IndexError: `index` is out of range.
         """
-        return self._records.shape_of(self._row(_record_number(index)))
+        return self._records.shape_of(self._row(item_number(index, "record")))
 
     def prepare_patches(self, around_labels: bool) -> None:
         """Read the columns of the index that patches require: once, before several threads need them.
@@ -226,7 +226,7 @@ class Dataset:
             UsageError: records have no masks, or the index does not have the positions of labels.
         """
         self._require_positions()
-        return self._records.positions_of(self._row(_record_number(index)))
+        return self._records.positions_of(self._row(item_number(index, "record")))
 
     def patch(
         self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
@@ -252,7 +252,7 @@ class Dataset:
                 into memory.
             DatasetError: the record is missing or damaged; the message names it.
         """
-        return read_patch(self._records, self._row(_record_number(index)), Box.of(corner, shape))
+        return read_patch(self._records, self._row(item_number(index, "record")), Box.of(corner, shape))
 
     def grid_patches(
         self, index: SupportsIndex, patch: Sequence[SupportsIndex], overlap: float = 0.5
@@ -269,7 +269,7 @@ class Dataset:
             UsageError: `patch` is not three integers of at least 1 or does not fit into memory, or `overlap`
                 is not from 0 to below 1.
         """
-        return PatchGrid(self._records, self._row(_record_number(index)), patch, overlap)
+        return PatchGrid(self._records, self._row(item_number(index, "record")), patch, overlap)
 
     def save_nifti(
         self,
@@ -304,7 +304,7 @@ class Dataset:
         """
         from beam_nifti.read.saving import save_nifti  # loads nibabel
 
-        save_nifti(self._records, self._row(_record_number(index)), volume, path, overwrite)
+        save_nifti(self._records, self._row(item_number(index, "record")), volume, path, overwrite)
 
     def by_id(self, example_id: str) -> Element:
         """The record with this id.
@@ -378,13 +378,3 @@ def _reopen(
     if records.opened.digest != digest:
         raise rebuilt(path)
     return Dataset._of(records, rows)
-
-
-def _record_number(index: SupportsIndex) -> int:
-    """The number of one record, which is no bool."""
-    try:
-        if isinstance(index, bool):
-            raise TypeError
-        return operator.index(index)
-    except TypeError as e:
-        raise TypeError(f"index is {index!r:.80}; give the number of one record") from e

@@ -38,6 +38,8 @@ class Elements:
         require_choice("target", self.target, "label", "mask")
         if self.columns is not None and not self.as_dict:
             raise UsageError("columns requires as_dict=True")
+        if self.columns is not None and not self.columns:
+            raise UsageError("columns is empty; give at least one, or None for the default ones")
 
     def choose(self, opened: Opened) -> tuple[tuple[str, ...], Callable[..., Any]]:
         """The columns to read, and a function that makes an element of their cells.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.errors import UsageError
-from beam_nifti.read.order import require_share, whole_number
+from beam_nifti.read.order import item_number, require_share, whole_number
 from beam_nifti.read.patches import sizes
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
@@ -232,6 +232,7 @@ class PatchDataset:
 
         Raises:
             IndexError: the number is out of range.
+            TypeError: `index` is not a number.
             DatasetError: the record is missing or damaged; the message names it.
         """
         number, corner = self.place(index)
@@ -250,7 +251,7 @@ class PatchDataset:
         Raises:
             IndexError: the number is out of range.
         """
-        number = operator.index(index)
+        number = item_number(index, "patch")
         if not -len(self) <= number < len(self):
             raise IndexError(f"there is no patch {number}: the dataset has {len(self)}")
         number %= len(self)

@@ -80,6 +80,7 @@ def path_text(name: str, value: object) -> str:
         raise UsageError(f"{name} is empty; was a variable not set?")
     if "\0" in path:
         raise UsageError(f"{name} is {path!r}, which has a NUL character; give a path without one")
+    require_text([path])
     return str(path)
 
 

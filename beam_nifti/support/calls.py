@@ -15,8 +15,22 @@ _MOST: Final = 4096  # characters: Python's parser has no limit that protects me
 _CALL: Final = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*)(\(.*\))?", re.DOTALL)
 
 
+def split_call(text: str) -> tuple[str, str]:
+    """The name of a call, and its arguments, as they are written; without parsing them.
+
+    Raises:
+        ValueError: the text does not look like a call.
+    """
+    match = _CALL.fullmatch(text.strip()) if len(text) <= _MOST else None
+    if match is None:
+        raise ValueError(f"{text[:60]!r} is not a call")
+    return match[1], match[2] or "()"
+
+
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the arguments of a call, which are literals. Nothing is executed.
+
+    Python's parser may print warnings, so this is only for what a user has typed.
 
     >>> parse_call("lab.brains:strip(threshold=3)")
     ('lab.brains:strip', {'threshold': 3})
@@ -24,12 +38,9 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: the text is not such a call.
     """
-    match = _CALL.fullmatch(text.strip()) if len(text) <= _MOST else None
-    if match is None:
-        raise ValueError(f"{text[:60]!r} is not a call")
-    name, arguments = match.groups()
+    name, arguments = split_call(text)
     try:
-        call = ast.parse(f"f{arguments or '()'}", mode="eval").body
+        call = ast.parse(f"f{arguments}", mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
             raise ValueError(f"{text!r} is not a call with named arguments")
         values = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}

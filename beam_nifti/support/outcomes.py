@@ -29,6 +29,7 @@ FAILED: Final = 1
 USAGE: Final = 2
 TEMPORARY: Final = 75  # EX_TEMPFAIL of sysexits.h: a retry may succeed
 INTERRUPTED: Final = 130
+TERMINATED: Final = 143  # 128 + SIGTERM
 CUT_SHORT: Final = 141  # 128 + SIGPIPE, as of `git log` whose reader has ended
 
 _PASSING_ERRNOS: Final = frozenset(

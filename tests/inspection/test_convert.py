@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,7 +29,7 @@ from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.record import versions
 from beam_nifti.record.index import read_index, write_index
 from beam_nifti.record.tiles import encode_record
-from beam_nifti.support.outcomes import INTERRUPTED
+from beam_nifti.support.outcomes import INTERRUPTED, TERMINATED
 from tests.build_helpers import build as build_again
 from tests.build_helpers import contents, fork_server, make_options, snapshot, stray_files, watching
 from tests.datasets import (
@@ -349,6 +352,20 @@ def test_finished_shards_of_other_versions_are_converted_again(
         assert json.loads(facts[b"versions"])[-1]["isal"] == "9.9"
 
 
+def test_a_shard_that_is_not_as_it_was_written_is_converted_again(old: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    damage(old, 3)
+    with pytest.raises(DatasetError):
+        convert(old, new)
+    repair(old, 3)
+    shard = new / info_of(old).shards[0].name
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    assert convert(old, new) == 5
+    assert bn.verify(new)
+
+
 def test_a_shard_whose_index_says_less_is_converted_again(old: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     damage(old, 3)
@@ -362,14 +379,18 @@ def test_a_shard_whose_index_says_less_is_converted_again(old: Path, tmp_path: P
     assert bn.verify(new)
 
 
+def when_written(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_ino, p.stat().st_ctime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
 def test_a_second_run_changes_nothing(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = tmp_path / "new"
     assert convert(old, new, workers=3) == 0
-    files = {path: path.stat() for path in new.rglob("*") if path.is_file()}
+    files = when_written(new)
     real = versions.installed_version
     monkeypatch.setattr(versions, "installed_version", lambda n: "9.9" if n == "isal" else real(n))
     assert convert(old, new) == 11
-    assert {path: path.stat() for path in new.rglob("*") if path.is_file()} == files
+    assert when_written(new) == files
 
 
 def test_workers_do_not_change_the_bytes(old: Path, tmp_path: Path) -> None:
@@ -592,6 +613,7 @@ def test_an_unfinished_build_stays(old: Path, tmp_path: Path, name: str) -> None
     [
         lambda new: (new / info_of(new).shards[2].name).unlink(),
         lambda new: (new / info_of(new).shards[2].name).write_bytes(b""),
+        lambda new: damage(new, 2),
         lambda new: (new / info_of(new).shards[2].index).unlink(),
         lambda new: (new / info_of(new).shards[2].index).write_bytes(b"PAR1"),
     ],
@@ -711,6 +733,28 @@ def test_an_interrupted_command_continues(
     assert "the same command continues where it stopped" in capsys.readouterr().err
     assert cli.main(command) == cli.SUCCESS
     assert capsys.readouterr().out.startswith("kept     8 examples of an earlier run\n")
+
+
+def test_a_terminated_command_says_so_and_continues(
+    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "told.json"
+    command = ["convert", str(old), str(tmp_path / "new"), "--workers=1", "--quiet", f"--summary-json={told}"]
+    last = str(old / info_of(old).shards[3].name)
+
+    def terminate(path: str) -> None:
+        if path == last and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # until the main thread has seen it
+                pass
+
+    with watching(terminate):
+        assert cli.main(command) == TERMINATED
+    assert "the same command continues where it stopped" in capsys.readouterr().err
+    summary = json.loads(told.read_text())
+    assert (summary["status"], summary["error"]["message"]) == ("interrupted", "SIGTERM")
+    assert cli.main(command) == cli.SUCCESS
+    assert re.match("kept     (8|11) examples of an earlier run\n", capsys.readouterr().out)
 
 
 def test_an_object_store_is_read_and_written(old: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from beam_nifti.errors import OutputError, TooManyFailures
 from beam_nifti.pipeline.build import open_build, plan_build
 from beam_nifti.pipeline.resume import Reuse
 from beam_nifti.record.dataset_info import read_info
+from beam_nifti.record.index import read_index, write_index
+from beam_nifti.record.sharding import ShardName
 from tests.build_helpers import assert_complete, build, build_apart, contents, make_config, snapshot
 from tests.images import brain, name_of, write_image, write_manifest
 
@@ -28,6 +30,12 @@ COUNT = 10
 SHAPE = (6, 5, 4)
 SMALL_SHARDS: dict[str, Any] = {"examples_per_shard": 4}
 SMALL = SMALL_SHARDS | {"unit_rows": 2}
+
+
+def index_name(shard: str) -> str:
+    name = ShardName.parse(shard)
+    assert name is not None
+    return name.index_file
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
@@ -178,6 +186,30 @@ def test_a_part_is_not_read_through_a_link(manifest: Path, output: Path, tmp_pat
     path.unlink()
     (tmp_path / "elsewhere").rename(path)
     build(manifest, output, **SMALL)
+
+
+@pytest.mark.parametrize("damage", ["data", "facts"])
+@pytest.mark.parametrize("base", ["early", "late"])
+def test_what_is_not_as_it_was_written_is_made_again(
+    manifest: Path, bases: dict[str, Path], tmp_path: Path, base: str, damage: str
+) -> None:
+    """As after a loss of power, which can leave other bytes in a file that nobody has forced to disk."""
+    output = Path(shutil.copytree(bases[base], tmp_path / "out"))
+    parts = [(path, path.with_suffix(".parquet")) for path in output.glob(".build/*/*/*.part")]
+    shards = [(path, output / index_name(path.name)) for path in output.glob("*.tfrecord.gz")]
+    finished = [(path, index) for path, index in (*parts, *shards) if index.exists()]
+    assert finished
+    for path, index in finished:
+        if damage == "data":
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        else:
+            table, facts = read_index(str(index))
+            (name,) = {"sha256", "crc32"} & facts.keys()
+            write_index(str(index), table, facts | {name: facts[name][::-1]})
+    build(manifest, output, **SMALL)
+    assert_complete(output, bases["finished"])
 
 
 def test_rows_that_would_lose_finished_records_are_refused(manifest: Path, output: Path) -> None:

@@ -687,6 +687,7 @@ def test_unbounded_input_is_refused(tmp_path: Path) -> None:
     [
         ({"output": ""}, "^output is empty; was a variable not set"),
         ({"output": "a\0b"}, "^output is .*which has a NUL character"),
+        ({"output": "a\udcff"}, r"^b'a\\xff' is not UTF-8 text; correct it"),
         ({"output": None}, "^output is None; give a path"),
         ({"output": b"out"}, "^output is b'out'; give a path"),
         ({"examples_per_shard": 0}, "^examples_per_shard is 0; it must be at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import beam_nifti as bn
 from beam_nifti.errors import OutputError, UsageError
-from beam_nifti.read.grid import _starts
+from beam_nifti.read.grid import Corners, _starts
 from tests.images import AFFINE
 from tests.read.patch_cohort import PATCH, SHAPES, build_patch_cohort
 
@@ -60,6 +61,20 @@ def test_neighbours_overlap_as_far_as_was_asked(size: int, length: int, overlap:
         assert (starts[0], starts[-1]) == (0, size - length)
         steps = np.diff(starts)
         assert 1 <= steps.min() <= steps.max() <= max(1, length * (1 - overlap))
+
+
+def test_corners_are_the_product_of_those_along_each_axis(dataset: Path) -> None:
+    corners = bn.Dataset(dataset).grid_patches(3, (20, 12, 9)).corners
+    expected = list(itertools.product(*corners.starts))
+    assert [*corners] == expected == [corners[i] for i in range(-len(corners), 0)]
+    assert corners[::-2] == expected[::-2]
+    with pytest.raises(IndexError, match=f"there is no patch {len(corners)}: the grid has {len(corners)}"):
+        corners[len(corners)]
+
+
+def test_a_grid_of_many_patches_takes_no_memory() -> None:
+    corners = Corners((tuple(range(30_000)),) * 3)
+    assert (len(corners), corners[-1], corners[30_001]) == (27_000_000_000_000, (29_999,) * 3, (0, 1, 1))
 
 
 def test_overlap_decides_how_many_patches_there_are(dataset: Path) -> None:
@@ -222,5 +237,7 @@ def test_only_a_file_that_may_be_replaced_is(dataset: Path, tmp_path: Path) -> N
 def test_what_does_not_fit_is_refused(dataset: Path, ask: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ask(bn.Dataset(dataset))
+    with pytest.raises(TypeError, match=r"index is slice\(0, 2, None\); give the number of one patch"):
+        bn.Dataset(dataset).grid_patches(0, PATCH)[0:2]  # type: ignore[index]
     with pytest.raises(IndexError, match="there is no record 5"):
         bn.Dataset(dataset).grid_patches(5, PATCH)

@@ -451,6 +451,7 @@ def test_what_is_gone_is_not_skipped(copy: Path) -> None:
         ({"shuffle": True, "start": 1}, "start requires an order that is known beforehand; give a seed"),
         ({"shuffle": True, "shard": (0, 2)}, "shard requires an order that is known beforehand; give a seed"),
         ({"columns": ["id"]}, "columns requires as_dict=True"),
+        ({"as_dict": True, "columns": []}, "columns is empty; give at least one, or None for"),
         ({"as_dict": True, "columns": ["sex"]}, "records have no column 'sex'"),
         ({"where": "sex == 1"}, "the index has no column 'sex'"),
         ({"split": "train[:99]"}, "reaches beyond the 11 records"),

@@ -276,5 +276,7 @@ def weighted(weights: Any) -> bn.Patches:
 def test_what_is_no_patch_is_refused(records: bn.Dataset, make: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make(records)
+    with pytest.raises(TypeError, match="give the number of one patch"):
+        bn.PatchDataset(records, bn.Patches(PATCH), seed=1)[0:3]  # type: ignore[index]
     with pytest.raises(IndexError, match="there is no patch 5"):
         bn.PatchDataset(records, bn.Patches(PATCH), seed=1)[5]

@@ -23,6 +23,7 @@ from beam_nifti.cli import parser as options
 from beam_nifti.config import BuildConfig, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.pipeline.build import plan_build
+from beam_nifti.pipeline.options import read_steps
 from beam_nifti.record.index import read_index
 from beam_nifti.transforms import BuildDataset, PreprocessFn
 from beam_nifti.volume.user_function import _find, load_function, source_sha256
@@ -383,11 +384,10 @@ def test_functions_are_called_in_order_with_their_arguments(
 
 
 def test_steps_and_their_arguments_have_fingerprints_of_their_own() -> None:
-    one = RecordConfig(preprocess="a:f")
-    assert one == RecordConfig(preprocess=["a:f"]) == RecordConfig(preprocess="a:f()")
+    assert read_steps("a:f") == read_steps(["a:f"]) == read_steps("a:f()") == "a:f"
+    assert RecordConfig(preprocess=["a:f"]) == RecordConfig(preprocess="a:f")
     assert RecordConfig(preprocess=()) == RecordConfig()
-    spelled = RecordConfig(preprocess="a:f( y='1',x = 2 )")
-    assert spelled.preprocess == "a:f(x=2, y='1')"
+    assert read_steps("a:f( y='1',x = 2 )") == "a:f(x=2, y='1')"
     given = ["a:f", "a:f(x=1)", "a:f(x=1.0)", "a:f(x=True)", "a:f(x='1')", ["a:f", "a:g"], ["a:g", "a:f"]]
     configs = [RecordConfig(preprocess=steps) for steps in given]
     configs += [RecordConfig(preprocess=["a:f", "a:g"], preprocess_sha256=list(d)) for d in ("ab", "ba")]
