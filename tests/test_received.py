@@ -35,7 +35,7 @@ from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
 from beam_nifti.record.index import Limits, read_index, write_index
 from beam_nifti.record.shard_index import read_shard_index
-from beam_nifti.record.tfrecord import decode_record
+from beam_nifti.record.tfrecord import EncodedRecord, decode_record
 from beam_nifti.reporting.summary import read_failures
 from beam_nifti.support import parquet_headers
 from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
@@ -44,6 +44,7 @@ from tests.datasets import (
     edit_index,
     edit_info,
     edit_record,
+    edit_stored,
     encode_record,
     info_of,
     nested_parquet,
@@ -672,6 +673,21 @@ def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
     with pytest.raises(DatasetError, match=message):
         read_volume(str(dataset), "sub-0000")
     assert any(re.search(message, problem) for problem in problems(dataset))
+
+
+def test_a_record_that_hides_another_one_is_found(dataset: Path) -> None:
+    """The checksum at its end is that of its first member, with which a reader of one record is content."""
+
+    def hide(record: bytes) -> EncodedRecord:
+        pieces = (record, encode_record(b"another record", 1), record)
+        return EncodedRecord(pieces, (sum(map(len, pieces)),))
+
+    edit_stored(dataset, 0, hide)
+    message = r"bytes follow the end of a gzip member, which other programs may read"
+    (problem,) = problems(dataset)
+    assert re.search(rf"{SHARD}: record 0 \(sub-0000\): \d+ {message}", problem)
+    with pytest.raises(DatasetError, match=message):
+        read_volume(str(dataset), "sub-0000")
 
 
 def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Path, dataset: Path) -> None:
