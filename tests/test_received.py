@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,7 @@ import pytest
 from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns
 from beam_nifti.errors import BeamNiftiError, DatasetError, OutputError, ShardError, UsageError
+from beam_nifti.inspection import shard_pass
 from beam_nifti.inspection.card import write_card
 from beam_nifti.inspection.description import describe_dataset, describe_record
 from beam_nifti.inspection.diff import compare_datasets
@@ -334,6 +336,17 @@ def test_an_index_that_contradicts_itself_is_found(
 
 
 # Sizes
+
+
+def set_facts(dataset: Path, **facts: object) -> None:
+    """Change what dataset_info.json says of the first shard."""
+
+    def agree(info: dict[str, Any]) -> None:
+        split = info["splits"]["train"]
+        split["shards"][0] |= facts
+        split["num_bytes"] = sum(shard["num_bytes"] for shard in split["shards"])
+
+    edit_info(dataset, agree)
 
 
 def many_rows(table: pa.Table) -> pa.Table:
@@ -700,12 +713,7 @@ def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Pa
     edit_index(dataset, set_cell("length", last, length))
     edit_index(dataset, set_cell("member_lengths", last, [length]))
 
-    def agree(info: dict[str, Any]) -> None:
-        shard = info["splits"]["train"]["shards"][0]
-        shard["num_bytes"] = size
-        info["splits"]["train"]["num_bytes"] = sum(s["num_bytes"] for s in info["splits"]["train"]["shards"])
-
-    edit_info(dataset, agree)
+    set_facts(dataset, num_bytes=size)
     name, message = (
         f"sub-000{last}",
         r"has 268,43\d,\d+ bytes according to the index, but can have at most 2,16\d,\d+",
@@ -720,6 +728,40 @@ def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Pa
     assert any(re.search(rf"record {last} \({name}\): {message}", problem) for problem in found)
     assert growth() < 128 << 20
     assert problems(dataset) == ()
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_hole_at_the_end_of_a_shard_takes_no_time(
+    dataset: Path, has_index: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_pass, "_MOST_HASHED", 1 << 20)
+    size = 1 << 40
+    os.truncate(dataset / SHARD, size)
+    set_facts(dataset, num_bytes=size)
+    if not has_index:
+        (dataset / INDEX).unlink()
+    found = problems(dataset)
+    assert any(f"{SHARD}: its sha256 is not known, as its {size:,} bytes were not all" in p for p in found)
+
+
+def test_records_in_a_shard_that_is_said_to_have_none_are_found(study: Path, dataset: Path) -> None:
+    """Other programs read them."""
+    shutil.rmtree(dataset)
+    for number in (0, 1):
+        (study / f"sub-000{number}.nii.gz").write_bytes(b"no image")
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.9)
+    assert problems(dataset) == ()
+    shard = info_of(dataset).shards[0]
+    assert shard.num_examples == 0
+    content = encode_record(b"another record", 1)
+    sha256 = hashlib.sha256(content).hexdigest()
+    (dataset / SHARD).write_bytes(content)
+    table, facts = read_index(str(dataset / INDEX))
+    replace_index(dataset, INDEX, table, facts | {"sha256": sha256, "num_bytes": str(len(content))})
+    set_facts(dataset, sha256=sha256, num_bytes=len(content))
+    assert problems(dataset) == (
+        f"{INDEX}: has no rows, but the shard's file has {len(content)} bytes, expected 20",
+    )
 
 
 def test_of_mixed_shapes_the_index_bounds_a_record(tmp_path: Path) -> None:
