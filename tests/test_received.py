@@ -618,6 +618,14 @@ def test_a_dataset_info_of_many_small_values_is_not_parsed(dataset: Path) -> Non
         ),
         ({"config": {"columns": COLUMNS | {"id": ""}}}, "config.columns has an empty name"),
         ({"features": {"": "float"}}, "features has an empty name"),
+        (
+            {"features": {str(number): "float" for number in range(1 << 16)}},
+            r"features has 65,5\d\d names, expected at most 65,536",
+        ),
+        (
+            {"manifest": {"columns": [str(number) for number in range((1 << 16) + 1)]}},
+            "manifest.columns has 65,537 names, expected at most 65,536",
+        ),
         ({"num_failures": 6}, "num_failures is 6, expected 0 to 5"),
     ],
 )
