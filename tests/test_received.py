@@ -996,6 +996,17 @@ def test_an_index_that_no_build_writes_is_named(
     assert problems(dataset)
 
 
+def test_indexes_of_different_columns_are_named(study: Path, dataset: Path) -> None:
+    edit_index(dataset, lambda table: table.drop_columns(["age"]), shard=1)
+    other = rf"{INDEX.replace('00000', '00001', 1)}: .*"
+    with pytest.raises(DatasetError, match=f"{other}has other columns than {INDEX}"):
+        Dataset(dataset, columns=["age"])
+    assert len(list(Dataset(dataset))) == 4
+    assert any(re.search(f"{other}has other columns than {INDEX}", p) for p in problems(dataset))
+    with_manifest = problems(dataset, manifest=str(study / "manifest.tsv"))
+    assert any(re.search(f"{other}column age is missing", p) for p in with_manifest)
+
+
 def test_versions_that_are_none_are_named(dataset: Path) -> None:
     table, facts = read_index(str(dataset / INDEX))
     for versions in ("[[[[", "[" + "[]," * (1 << 20) + "[]]"):

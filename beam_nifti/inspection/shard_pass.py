@@ -155,6 +155,8 @@ class ShardPass:
             table, facts = parse_index(data, path, limits=limits, known=known)
             self.versions = versions_in(facts)
             problems = list(check_index(table, facts, shard, self._record, is_sparse=self._spec.is_sparse))
+            lacking = {*self._cells.values()}.difference(table.column_names)
+            problems += (f"column {name} is missing" for name in sorted(lacking))
         except FileNotFoundError:
             problems = ["is missing"]
         except (TimeoutError, ConnectionError):
