@@ -1051,6 +1051,21 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
     assert len(list(Dataset(dataset))) == 4
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.timestamp("us")])
+def test_a_build_takes_nothing_by_positions_that_are_no_numbers(
+    study: Path, dataset: Path, kind: pa.DataType
+) -> None:
+    """By the least and the largest of them, in the file's footer, it is decided which rows to read."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        place = table.column_names.index("position")
+        return table.set_column(place, "position", table["position"].cast(kind))
+
+    edit_index(dataset, edit)
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
+
+
 def test_a_build_takes_nothing_from_an_index_that_was_changed(study: Path, dataset: Path) -> None:
     """Otherwise the digest of the change would become that of the dataset."""
     table, facts = read_index(str(dataset / INDEX))
