@@ -41,7 +41,8 @@ from beam_nifti.record.dataset_info import (
     read_failures_list,
 )
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.record.index import Limits, read_bytes, read_index, scaling_cells, schema_of, write_index
+from beam_nifti.record.index import Limits, check_members, read_bytes, scaling_cells, schema_of, write_index
+from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER
 from beam_nifti.record.tiles import encode_record
@@ -236,8 +237,8 @@ class Conversion:
         try:
             limits = Limits.of_data(storage.join(self.output, str(name)), self.output)
             index = storage.join(self.output, name.index_file)
-            table, facts = read_index(index, columns=["position"], limits=limits, below=self.output)
-            is_usable = any_versions or is_written_here(facts)
+            table, facts = read_sound_index(index, self._facts, limits, self.output)
+            is_usable = not [*check_members(table)] and (any_versions or is_written_here(facts))
         except (FileNotFoundError, ShardError):
             return None
         expected = {**self._making, "num_bytes": str(limits.data_bytes)}
