@@ -22,7 +22,7 @@ from beam_nifti.errors import ShardError
 from beam_nifti.pipeline.build import open_build, run_build
 from beam_nifti.record.dataset_info import DatasetInfo, content_digest, read_info
 from beam_nifti.record.index import read_index, write_index
-from beam_nifti.record.tfrecord import decode_record, encode_members
+from beam_nifti.record.tfrecord import EncodedRecord, decode_record, encode_members
 from beam_nifti.record.tiles import find_cuts
 from beam_nifti.storage.paths import Stat
 from beam_nifti.volume.files import Source
@@ -146,19 +146,28 @@ def encode_record(payload: bytes, level: int | None) -> bytes:
 
 def edit_record(output: Path, row: int, edit: Callable[[bytes], bytes], shard: int = 0) -> None:
     """Change a record's payload; checksums, index and info are made to agree with it."""
-    info = info_of(output)
-    target = info.shards[shard]
-    compressed = info.config["compression"] == "gzip"
-    level = info.config["compression_level"] if compressed else None
+    config = info_of(output).config
+    compressed = config["compression"] == "gzip"
+    level = config["compression_level"] if compressed else None
+
+    def encode(record: bytes) -> EncodedRecord:
+        payload = edit(decode_record(record, compressed))
+        cuts = list[int]()
+        with contextlib.suppress(ShardError, KeyError):  # it may be no Example any more
+            cuts = find_cuts(payload, compressed)
+        return encode_members([payload], level, cuts)
+
+    edit_stored(output, row, encode, shard)
+
+
+def edit_stored(output: Path, row: int, edit: Callable[[bytes], EncodedRecord], shard: int = 0) -> None:
+    """Change a record as it is stored; index and info are made to agree with it."""
+    target = info_of(output).shards[shard]
     table, facts = read_index(str(output / target.index))
     content = (output / target.name).read_bytes()
     offsets, lengths = table["offset"].to_pylist(), table["length"].to_pylist()
     records = [content[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
-    payload = edit(decode_record(records[row], compressed))
-    cuts = list[int]()
-    with contextlib.suppress(ShardError, KeyError):  # it may be no Example any more
-        cuts = find_cuts(payload, compressed)
-    encoded = encode_members([payload], level, cuts)
+    encoded = edit(records[row])
     records[row] = b"".join(encoded.pieces)
     table = set_cell("member_lengths", row, encoded.lengths)(table)
     lengths = [len(r) for r in records]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -24,6 +25,7 @@ import beam_nifti as bn
 from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns
 from beam_nifti.errors import BeamNiftiError, DatasetError, OutputError, ShardError, UsageError
+from beam_nifti.inspection import shard_pass
 from beam_nifti.inspection.card import write_card
 from beam_nifti.inspection.description import describe_dataset, describe_record
 from beam_nifti.inspection.diff import compare_datasets
@@ -36,7 +38,7 @@ from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
 from beam_nifti.record.index import Limits, read_index, write_index
 from beam_nifti.record.shard_index import read_shard_index
-from beam_nifti.record.tfrecord import decode_record
+from beam_nifti.record.tfrecord import EncodedRecord, decode_record
 from beam_nifti.reporting.summary import read_failures
 from beam_nifti.support import parquet_headers
 from beam_nifti.support.parquet_headers import require_said_sizes, require_schema
@@ -45,6 +47,7 @@ from tests.datasets import (
     edit_index,
     edit_info,
     edit_record,
+    edit_stored,
     encode_record,
     info_of,
     nested_parquet,
@@ -348,6 +351,17 @@ def test_an_index_that_contradicts_itself_is_found(
 # Sizes
 
 
+def set_facts(dataset: Path, **facts: object) -> None:
+    """Change what dataset_info.json says of the first shard."""
+
+    def agree(info: dict[str, Any]) -> None:
+        split = info["splits"]["train"]
+        split["shards"][0] |= facts
+        split["num_bytes"] = sum(shard["num_bytes"] for shard in split["shards"])
+
+    edit_info(dataset, agree)
+
+
 def many_rows(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table] * 10_000)
 
@@ -617,6 +631,14 @@ def test_a_dataset_info_of_many_small_values_is_not_parsed(dataset: Path) -> Non
         ),
         ({"config": {"columns": COLUMNS | {"id": ""}}}, "config.columns has an empty name"),
         ({"features": {"": "float"}}, "features has an empty name"),
+        (
+            {"features": {str(number): "float" for number in range(1 << 16)}},
+            r"features has 65,5\d\d names, expected at most 65,536",
+        ),
+        (
+            {"manifest": {"columns": [str(number) for number in range((1 << 16) + 1)]}},
+            "manifest.columns has 65,537 names, expected at most 65,536",
+        ),
         ({"num_failures": 6}, "num_failures is 6, expected 0 to 5"),
     ],
 )
@@ -687,6 +709,21 @@ def test_a_gzip_bomb_is_not_inflated(dataset: Path) -> None:
     assert any(re.search(message, problem) for problem in problems(dataset))
 
 
+def test_a_record_that_hides_another_one_is_found(dataset: Path) -> None:
+    """The checksum at its end is that of its first member, with which a reader of one record is content."""
+
+    def hide(record: bytes) -> EncodedRecord:
+        pieces = (record, encode_record(b"another record", 1), record)
+        return EncodedRecord(pieces, (sum(map(len, pieces)),))
+
+    edit_stored(dataset, 0, hide)
+    message = r"bytes follow the end of a gzip member, which other programs may read"
+    (problem,) = problems(dataset)
+    assert re.search(rf"{SHARD}: record 0 \(sub-0000\): \d+ {message}", problem)
+    with pytest.raises(DatasetError, match=message):
+        read_volume(str(dataset), "sub-0000")
+
+
 def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Path, dataset: Path) -> None:
     """A file may be mostly a hole, which takes no place on a disk or in an archive."""
     size = 256 << 20
@@ -697,12 +734,7 @@ def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Pa
     edit_index(dataset, set_cell("length", last, length))
     edit_index(dataset, set_cell("member_lengths", last, [length]))
 
-    def agree(info: dict[str, Any]) -> None:
-        shard = info["splits"]["train"]["shards"][0]
-        shard["num_bytes"] = size
-        info["splits"]["train"]["num_bytes"] = sum(s["num_bytes"] for s in info["splits"]["train"]["shards"])
-
-    edit_info(dataset, agree)
+    set_facts(dataset, num_bytes=size)
     name, message = (
         f"sub-000{last}",
         r"has 268,43\d,\d+ bytes according to the index, but can have at most 2,16\d,\d+",
@@ -717,6 +749,40 @@ def test_a_record_that_is_said_to_take_all_of_a_large_file_is_not_read(study: Pa
     assert any(re.search(rf"record {last} \({name}\): {message}", problem) for problem in found)
     assert growth() < 128 << 20
     assert problems(dataset) == ()
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_hole_at_the_end_of_a_shard_takes_no_time(
+    dataset: Path, has_index: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_pass, "_MOST_HASHED", 1 << 20)
+    size = 1 << 40
+    os.truncate(dataset / SHARD, size)
+    set_facts(dataset, num_bytes=size)
+    if not has_index:
+        (dataset / INDEX).unlink()
+    found = problems(dataset)
+    assert any(f"{SHARD}: its sha256 is not known, as its {size:,} bytes were not all" in p for p in found)
+
+
+def test_records_in_a_shard_that_is_said_to_have_none_are_found(study: Path, dataset: Path) -> None:
+    """Other programs read them."""
+    shutil.rmtree(dataset)
+    for number in (0, 1):
+        (study / f"sub-000{number}.nii.gz").write_bytes(b"no image")
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.9)
+    assert problems(dataset) == ()
+    shard = info_of(dataset).shards[0]
+    assert shard.num_examples == 0
+    content = encode_record(b"another record", 1)
+    sha256 = hashlib.sha256(content).hexdigest()
+    (dataset / SHARD).write_bytes(content)
+    table, facts = read_index(str(dataset / INDEX))
+    replace_index(dataset, INDEX, table, facts | {"sha256": sha256, "num_bytes": str(len(content))})
+    set_facts(dataset, sha256=sha256, num_bytes=len(content))
+    assert problems(dataset) == (
+        f"{INDEX}: has no rows, but the shard's file has {len(content)} bytes, expected 20",
+    )
 
 
 def test_of_mixed_shapes_the_index_bounds_a_record(tmp_path: Path) -> None:
@@ -943,6 +1009,17 @@ def test_an_index_that_no_build_writes_is_named(
     assert problems(dataset)
 
 
+def test_indexes_of_different_columns_are_named(study: Path, dataset: Path) -> None:
+    edit_index(dataset, lambda table: table.drop_columns(["age"]), shard=1)
+    other = rf"{INDEX.replace('00000', '00001', 1)}: .*"
+    with pytest.raises(DatasetError, match=f"{other}has other columns than {INDEX}"):
+        Dataset(dataset, columns=["age"])
+    assert len(list(Dataset(dataset))) == 4
+    assert any(re.search(f"{other}has other columns than {INDEX}", p) for p in problems(dataset))
+    with_manifest = problems(dataset, manifest=str(study / "manifest.tsv"))
+    assert any(re.search(f"{other}column age is missing", p) for p in with_manifest)
+
+
 def test_versions_that_are_none_are_named(dataset: Path) -> None:
     table, facts = read_index(str(dataset / INDEX))
     for versions in ("[[[[", "[" + "[]," * (1 << 20) + "[]]"):
@@ -985,6 +1062,21 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
     assert problems(dataset) == ()
     assert len(list(Dataset(dataset))) == 4
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.timestamp("us")])
+def test_a_build_takes_nothing_by_positions_that_are_no_numbers(
+    study: Path, dataset: Path, kind: pa.DataType
+) -> None:
+    """By the least and the largest of them, in the file's footer, it is decided which rows to read."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        place = table.column_names.index("position")
+        return table.set_column(place, "position", table["position"].cast(kind))
+
+    edit_index(dataset, edit)
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
+    assert problems(dataset) == ()
 
 
 def test_a_build_takes_nothing_from_an_index_that_was_changed(study: Path, dataset: Path) -> None:

@@ -22,13 +22,16 @@ from beam_nifti.record.dataset_files import FILE_NAME, path_of
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import mask_labels, parse_index, read_bytes
 from beam_nifti.record.shard_index import known_columns, limits_of
-from beam_nifti.record.tfrecord import require_stored_size
+from beam_nifti.record.tfrecord import EMPTY_MEMBER, require_stored_size
 from beam_nifti.record.tiles import check_cuts
 from beam_nifti.record.versions import versions_in
 from beam_nifti.storage import paths as storage
 
 _READ_BYTES: Final = 1 << 22
 _BATCH_ROWS: Final = 256
+_MOST_HASHED: Final = 1 << 32
+"""Bytes of a file that are hashed where no index bounds them: a hole in a file may have any size."""
+
 _RESTORE: Final = "copy it again, or delete it and its index and run the build again"
 
 
@@ -153,6 +156,8 @@ class ShardPass:
             table, facts = parse_index(data, path, limits=limits, known=known)
             self.versions = versions_in(facts)
             problems = list(check_index(table, facts, shard, self._record, is_sparse=self._spec.is_sparse))
+            lacking = {*self._cells.values()}.difference(table.column_names)
+            problems += (f"column {name} is missing" for name in sorted(lacking))
         except FileNotFoundError:
             problems = ["is missing"]
         except (TimeoutError, ConnectionError):
@@ -180,13 +185,13 @@ class ShardPass:
 
     def _read_file(self, handle: BinaryIO, size: int, table: pa.Table) -> Iterator[StoredRecord]:
         shard, hasher = self._shard, hashlib.sha256()
-        problems = list(check_places(table, size)) if table.num_rows else []
+        problems = list(self._check_places(table, size))
         for problem in problems:
             self._tell(shard.index, problem)
         # Where the index does not lead through the file from front to back, it is hashed by itself.
-        in_order = not problems
+        in_order, num_hashed = not problems, 0
         if not in_order:
-            _hash(handle, hasher, size)
+            num_hashed = _hash(handle, hasher)
         batches = (batch.to_pylist() for batch in table.to_batches(max_chunksize=_BATCH_ROWS))
         for ordinal, cells in enumerate(itertools.chain.from_iterable(batches)):
             offset, length = cells["offset"], cells["length"]
@@ -199,26 +204,41 @@ class ShardPass:
                 require_stored_size(length, self._spec.most_bytes(cells))
             except ShardError as e:
                 self._problems.add(Scope.RECORD, f"{name}: {e}", self._number, ordinal)
-                if in_order:
-                    _hash(handle, hasher, length)
+                handle.seek(offset + length)
                 continue
             if not in_order:
                 handle.seek(offset)
             data = handle.read(length)
             if in_order:
                 hasher.update(data)
+                num_hashed += len(data)
             yield StoredRecord(ordinal, data, cells, name)
         if in_order:
-            _hash(handle, hasher, size)
+            num_hashed += _hash(handle, hasher)
         if size != shard.num_bytes:
             self._tell(shard.name, f"has {size} bytes, but {FILE_NAME} gives {shard.num_bytes}")
-        if (found := hasher.hexdigest()) != shard.sha256:
+        if num_hashed < size:
+            self._tell(
+                shard.name, f"its sha256 is not known, as its {size:,} bytes were not all read; {_RESTORE}"
+            )
+        elif (found := hasher.hexdigest()) != shard.sha256:
             said = f"{FILE_NAME} gives {shard.sha256}: one of the files was changed"
             self._tell(shard.name, f"sha256 is {found}, but {said}; {_RESTORE}")
 
+    def _check_places(self, table: pa.Table, size: int) -> Iterator[str]:
+        """Find where the records of the index do not fill the shard's file."""
+        if table.num_rows:
+            yield from check_places(table, size)
+        elif not self._shard.num_examples:
+            expected = len(EMPTY_MEMBER) if self._record.compression == "gzip" else 0
+            if size != expected:
+                yield f"has no rows, but the shard's file has {size} bytes, expected {expected}"
 
-def _hash(handle: BinaryIO, hasher: hashlib._Hash, most: int) -> None:
-    """Hash the next bytes of a file, at most so many, without keeping them."""
-    while chunk := handle.read(min(most, _READ_BYTES)):
+
+def _hash(handle: BinaryIO, hasher: hashlib._Hash) -> int:
+    """Hash the rest of a file without keeping it, but at most _MOST_HASHED bytes; how many there were."""
+    count = 0
+    while chunk := handle.read(min(_READ_BYTES, _MOST_HASHED - count)):
         hasher.update(chunk)
-        most -= len(chunk)
+        count += len(chunk)
+    return count

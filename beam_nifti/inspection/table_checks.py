@@ -72,6 +72,14 @@ def check_index(
         yield (f"written for a file of sha256 {facts.get('sha256')}, but {FILE_NAME} gives {shard.sha256}")
 
 
+def check_columns(shards: Sequence[ShardInfo], columns: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Find indexes that have other columns than the first; `columns` are those of each, none if unusable."""
+    known = [(shard.index, names) for shard, names in zip(shards, columns, strict=True) if names]
+    for index, names in known[1:]:
+        if names != known[0][1]:
+            yield f"{index}: has other columns than {known[0][0]}; copy both again"
+
+
 def check_people(table: pa.Table) -> Iterator[str]:
     """Find records of a sound index whose ids do not consist of their participant, session and frame."""
     people, sessions = table["participant_id"], table["session_id"]

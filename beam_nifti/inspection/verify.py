@@ -28,6 +28,7 @@ from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.inspection.table_checks import (
     ANEW,
+    check_columns,
     check_info,
     check_mask_labels,
     check_numbers,
@@ -372,7 +373,9 @@ class _Verifier:
         records = pa.concat_tables([nothing, *(found.rows for found in self._passes)])
         failures = self._read_failures()
         mask_labels = {label for found in self._passes for label in found.mask_labels}
-        for problem in (*check_mask_labels(mask_labels, info), *self._check_positions(failures)):
+        of_columns = check_columns(info.shards, [found.columns for found in self._passes])
+        of_labels = check_mask_labels(mask_labels, info)
+        for problem in itertools.chain(of_columns, of_labels, self._check_positions(failures)):
             self._problems.add(Scope.DATASET, problem)
         if info.has_manifest:
             numbers = np.concatenate([np.zeros(0, np.int64), *(found.numbers for found in self._passes)])

@@ -34,7 +34,8 @@ from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.record.index import Limits, read_bytes, read_index, scaling_cells, schema_of, write_index
+from beam_nifti.record.index import Limits, check_members, read_bytes, scaling_cells, schema_of, write_index
+from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER
 from beam_nifti.record.tiles import encode_record
@@ -229,8 +230,8 @@ class Conversion:
         try:
             part = shard_at(self.output, name)
             limits = Limits.of_data(part.data, self.output)
-            table, facts = read_index(part.index, columns=["position"], limits=limits, below=self.output)
-            is_usable = any_versions or is_written_here(facts)
+            table, facts = read_sound_index(part.index, self._facts, limits, self.output)
+            is_usable = not [*check_members(table)] and (any_versions or is_written_here(facts))
             is_same = self._making.items() <= facts.items() and table.num_rows == shard.num_examples
             if not (is_same and is_usable and "sha256" in facts and is_intact(part, facts)):
                 return None

@@ -125,7 +125,7 @@ class Opened:
         Extra columns with the name of a column of records, such as "id", are called `manifest_NAME`.
 
         Raises:
-            DatasetError: an index cannot be read, or does not belong to its shard.
+            DatasetError: an index cannot be read, does not belong to its shard, or has other columns.
         """
         names = None if columns is None else sorted(map(self._name_in_index, columns))
         tables = for_each(
@@ -133,6 +133,10 @@ class Opened:
             shards,
             together=storage.is_remote(self.path),
         )
+        for shard, table in zip(shards, tables, strict=True):
+            if table.column_names != tables[0].column_names:
+                path = storage.join(self.path, shard.index)
+                raise DatasetError(f"{path}: has other columns than {shards[0].index}; run beam-nifti verify")
         table = pa.concat_tables(tables).replace_schema_metadata(None).combine_chunks()
         return table.rename_columns(
             [f"manifest_{name}" if self._is_of_record(name) else name for name in table.column_names]

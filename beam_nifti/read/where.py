@@ -269,8 +269,9 @@ class _Evaluation:
         assert operand.numbers is not None
         at = int(np.flatnonzero(operand.numbers == number)[0])
         row, example_id = self._table["row"][at].as_py(), self._table["example_id"][at].as_py()
+        cell = f"{operand.cells[number]!r:.99}"
         return UsageError(
-            f"where is {self._text!r}, but {operand.name} is {operand.cells[number]!r} in row {row} of the "
+            f"where is {self._text!r}, but {operand.name} is {cell} in row {row} of the "
             f"manifest ({example_id}), which is not a number; compare it with strings, in quotes"
         )
 

@@ -40,6 +40,7 @@ _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
 _MOST_ROWS: Final = 1 << 31
+_MOST_NAMES: Final = 1 << 16  # columns of a manifest, and features of a record
 
 _OPTIONAL_FEATURES: Final = ("sources", "members", "positions")
 """Features that a dataset of this version may lack."""
@@ -501,6 +502,8 @@ def _check_names(info: DatasetInfo) -> None:
     }.items():
         if "" in names:
             raise ValueError(f"{what} has an empty name")
+        if len(names) > _MOST_NAMES:
+            raise ValueError(f"{what} has {len(names):,} names, expected at most {_MOST_NAMES:,}")
     if channels is not None and channels != Columns(**columns).paths:
         raise ValueError(
             f"config.channels is {list(channels)}, but config.columns.path is {columns['path']!r}"

@@ -555,6 +555,6 @@ def _is_near(group: pq.RowGroupMetaData, positions: range | None) -> bool:
         return bool(group.num_rows)
     columns = (group.column(i) for i in range(group.num_columns))
     found = next((c.statistics for c in columns if c.path_in_schema == "position"), None)
-    if found is None or not found.has_min_max:
+    if found is None or not found.has_min_max or type(found.min) is not int:  # which the caller refuses
         return bool(group.num_rows)
     return bool(found.min < positions.stop and found.max >= positions.start)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import gzip
 import itertools
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import deflate
 import google_crc32c
 import numpy as np
-from isal import isal_zlib
+from isal import igzip_lib, isal_zlib
 
 from beam_nifti.errors import ShardError
 from beam_nifti.volume.compression import DEFLATE_RATIO, Bytes, compress_gzip, make_buffer
@@ -149,6 +149,8 @@ def _divided(pieces: Iterable[Bytes], sizes: Iterable[int]) -> Iterator[list[Byt
 def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> bytes:
     """The payload of one record, after checking its gzip checksum and both CRCs.
 
+    Unlike `decode_buffer`, it refuses bytes after a gzip member, which other programs read as another member.
+
     Args:
         data: exactly the record's bytes, as an index locates them.
         compressed: whether they are gzip members.
@@ -157,7 +159,7 @@ def decode_record(data: bytes, compressed: bool, most: int = _MOST_PAYLOAD) -> b
     Raises:
         ShardError: the bytes are truncated, damaged, or hold more than one record.
     """
-    return bytes(decode_buffer(memoryview(data), compressed, most))
+    return bytes(decode_buffer(memoryview(data), compressed, most, _inflate_whole))
 
 
 def require_stored_size(size: int, most: int) -> None:
@@ -174,13 +176,19 @@ def require_stored_size(size: int, most: int) -> None:
         raise ShardError(f"has {size:,} bytes according to the index, but can have at most {bound:,}")
 
 
-def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD) -> memoryview:
+def decode_buffer(
+    data: memoryview,
+    compressed: bool,
+    most: int = _MOST_PAYLOAD,
+    inflate: Callable[[memoryview, int], Bytes | bytearray] | None = None,
+) -> memoryview:
     """As `decode_record`, without a copy.
 
     Args:
         data: exactly the record's bytes, as an index locates them.
         compressed: whether they are gzip members.
         most: same as for `decode_record`.
+        inflate: function of a gzip member and its size; None means `inflate_member`.
 
     Returns:
         A part of `data`; if that is compressed, memory of its own, which may be written to.
@@ -189,7 +197,7 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
         ShardError: as `decode_record`.
     """
     if compressed:
-        data = _inflate(data, most + HEADER_BYTES + FOOTER_BYTES)
+        data = _inflate(data, most + HEADER_BYTES + FOOTER_BYTES, inflate or inflate_member)
     if len(data) < HEADER_BYTES + FOOTER_BYTES:
         raise ShardError(f"record is truncated: {len(data)} bytes")
     if _masked_crc(data[:_LENGTH_BYTES]) != data[_LENGTH_BYTES:HEADER_BYTES]:
@@ -203,17 +211,19 @@ def decode_buffer(data: memoryview, compressed: bool, most: int = _MOST_PAYLOAD)
     return payload
 
 
-def _inflate(data: memoryview, most: int) -> memoryview:
+def _inflate(
+    data: memoryview, most: int, inflate: Callable[[memoryview, int], Bytes | bytearray]
+) -> memoryview:
     """The content of the gzip members of a record."""
     members = _members(data, most)
     sizes = [_stated_size(member) for member in members]
     if (total := sum(sizes)) > most:
         raise ShardError(f"the record's gzip holds {total:,} bytes, but the record has at most {most:,}")
     if len(members) == 1:
-        return memoryview(inflate_member(members[0], sizes[0]))
+        return memoryview(inflate(members[0], sizes[0]))
     content, at = make_buffer(total), 0
     for member, size in zip(members, sizes, strict=True):
-        content[at : at + size] = inflate_member(member, size)
+        content[at : at + size] = inflate(member, size)
         at += size
     return content
 
@@ -306,4 +316,19 @@ def inflate_member(member: memoryview, size: int) -> bytearray:
     checksum = _GZIP_FOOTER.unpack_from(member, len(member) - _GZIP_FOOTER.size)[0]
     if len(content) != size or isal_zlib.crc32(content) != checksum:
         raise ShardError(_WRONG_BOUNDS)
+    return content
+
+
+def _inflate_whole(member: memoryview, size: int) -> bytes:
+    """As `inflate_member`, but nothing may follow the end of the member, which igzip tells."""
+    reader = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
+    try:
+        content: bytes = reader.decompress(member, size + 1)
+    except igzip_lib.IsalError as e:  # type: ignore[misc]  # isal's stub calls the class an instance
+        raise ShardError(f"gzip member is damaged ({e})") from e
+    if len(content) != size or not reader.eof:
+        raise ShardError(_WRONG_BOUNDS)
+    if reader.unused_data:
+        after = len(reader.unused_data)
+        raise ShardError(f"{after:,} bytes follow the end of a gzip member, which other programs may read")
     return content

@@ -366,15 +366,27 @@ def test_a_shard_that_is_not_as_it_was_written_is_converted_again(old: Path, tmp
     assert bn.verify(new)
 
 
-def test_a_shard_whose_index_says_less_is_converted_again(old: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda table, facts: (table, {name: fact for name, fact in facts.items() if name != "sha256"}),
+        lambda table, facts: (table.drop_columns(["affine"]), facts),
+        lambda table, facts: (set_cell("shape", 0, [1])(table), facts),
+        lambda table, facts: (set_cell("member_lengths", 0, [1])(table), facts),
+        lambda table, facts: (table.append_column("label", table["label"]), facts),
+    ],
+    ids=["sha256", "affine", "shape", "members", "twice"],
+)
+def test_a_shard_whose_index_no_conversion_writes_is_converted_again(
+    old: Path, tmp_path: Path, edit: Callable[..., Any]
+) -> None:
     new = tmp_path / "new"
     damage(old, 3)
     with pytest.raises(DatasetError):
         convert(old, new)
     repair(old, 3)
     index = new / info_of(old).shards[0].index
-    table, facts = read_index(str(index))
-    write_index(str(index), table, {name: fact for name, fact in facts.items() if name != "sha256"})
+    write_index(str(index), *edit(*read_index(str(index))))
     assert convert(old, new) == 5
     assert bn.verify(new)
 
