@@ -13,7 +13,13 @@ beam_nifti runs in this interpreter, the other sides in that of --peers, which n
 
 A side whose packages are missing is left out, with the reason.
 
-Usage: patches.py [--peers PYTHON] [--case NAME ...] [--side NAME ...] [--repeat N]
+With --threads, it measures instead how many patches beam_nifti feeds with so many threads, each on a core:
+by `PatchDataset`, and by `load_dataset` in batches of two. A thread of `PatchDataset` that is neither on a
+core nor in the queue for one waits for Python's lock. From its own time and its waits follows what it would
+read on a core that nobody else uses, so a busy machine does not matter (but prolongs the waits). This needs
+/proc/PID/schedstat of Linux. For `load_dataset` it is the best of several half seconds, and a lower limit.
+
+Usage: patches.py [--peers PYTHON] [--case NAME ...] [--side NAME ...] [--repeat N] [--threads N ...]
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +48,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 CASES = {"small": ((256, 256, 128), 96, 15), "large": ((512, 512, 300), 128, 7)}
 """Shape, edge of a patch, and how many patches are read."""
+
+SECONDS, PART = 6.0, 0.5
+"""How long patches are fed, and the part of it that is the best for `load_dataset`."""
 
 PER_VOLUME = 8
 """Patches that TorchIO's queue draws from a volume that it has loaded."""
@@ -317,6 +327,72 @@ def read(side: Side, source: Path, folder: Path, case: str) -> dict[str, float]:
     return found
 
 
+def of_thread() -> tuple[int, int, int]:
+    """Nanoseconds of a clock, and of this thread on a core and in the queue for one."""
+    found = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()
+    return time.perf_counter_ns(), int(found[0]), int(found[1])
+
+
+def feed(side: Side, source: Path, folder: Path, case: str, count: int) -> dict[str, float]:
+    """Patches of one volume, read by `PatchDataset` in some threads, each on a core."""
+    import beam_nifti as bn
+
+    side.open(folder, source, 0)  # builds it
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    records = bn.Dataset(folder / "dataset", columns=["image"])
+    patches = bn.PatchDataset(records, bn.Patches((CASES[case][1],) * 3, per_volume=1 << 20), seed=0)
+    numbers = itertools.count()  # next() of it is atomic
+    patches[next(numbers)]
+    spent, end = list[tuple[int, int, int]](), time.perf_counter() + SECONDS
+
+    def work() -> None:
+        before = of_thread()
+        while time.perf_counter() < end:
+            patches[next(numbers)]
+        after = of_thread()
+        spent.append((after[0] - before[0], after[1] - before[1], after[2] - before[2]))
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall, on_core, queued = (sum(times) / 1e6 for times in zip(*spent, strict=True))
+    num_read = next(numbers) - 1
+    return {
+        "cpu": on_core / num_read,
+        "waits": (wall - on_core - queued) / num_read,
+        "rate": count * 1e3 * num_read / (wall - queued),
+    }
+
+
+def feed_tensorflow(side: Side, source: Path, folder: Path, case: str, count: int) -> dict[str, float]:
+    """The same by `load_dataset`."""
+    side.open(folder, source, 0)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])  # before TensorFlow counts them
+    from beam_nifti.reader import load_dataset
+
+    batches = iter(
+        load_dataset(
+            folder / "dataset",
+            batch_size=2,
+            patch=(CASES[case][1],) * 3,
+            patches_per_volume=1 << 20,
+            seed=0,
+        )
+    )
+    next(batches)
+    found, rates, num_read = dict[str, float](), list[float](), 0
+    with measured(found, "all"):
+        end = time.perf_counter() + SECONDS
+        while (start := time.perf_counter()) < end:
+            before = num_read
+            while time.perf_counter() - start < PART:
+                num_read += len(next(batches))
+            rates.append((num_read - before) / (time.perf_counter() - start))
+    return {"tf cpu": found["all cpu"] / num_read, "tf rate": max(rates)}
+
+
 def run(name: str, step: str, case: str, source: Path, folder: Path, peers: str) -> dict[str, float] | str:
     """What a step of a side found, or why it failed."""
     interpreter = peers if SIDES[name].is_peer else sys.executable
@@ -370,6 +446,35 @@ def table(case: str, names: list[str], repeat: int, peers: str, scratch: Path) -
         yield f"| {title} | {' | '.join(cells)} |"
 
 
+def feeding_table(
+    case: str, names: list[str], repeat: int, counts: list[int], scratch: Path
+) -> Iterator[str]:
+    shape, edge, _ = CASES[case]
+    source = scratch / f"{case}.nii"
+    make_source(case, source)
+    yield f"Patches of {edge}³ from {'×'.join(map(str, shape))} int16 by `PatchDataset` and by `load_dataset`"
+    yield ""
+    yield "| | threads | CPU ms | waits ms | patches/s | `load_dataset`: CPU ms | patches/s, at least |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for name in names:
+        results: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            for _, count, step in itertools.product(range(repeat), counts, ("feed", "feed_tensorflow")):
+                result = run(name, f"{step} {count}", case, source, Path(folder), "")
+                if isinstance(result, str):
+                    raise SystemExit(f"{name}: {result}")
+                results[count].append(result)
+        for count, found in results.items():
+            m = {
+                key: [f[key] for f in found if key in f]
+                for key in ("cpu", "waits", "rate", "tf cpu", "tf rate")
+            }
+            cells = [f"{statistics.median(m[key]):.2f}" for key in ("cpu", "waits")]
+            cells += [f"{statistics.median(m['rate']):.0f}"]
+            cells += [f"{statistics.median(m['tf cpu']):.2f}", f"{max(m['tf rate']):.0f}"]
+            yield f"| {SIDES[name].title} | {count} | {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what a random patch costs.")
     parser.add_argument(
@@ -378,6 +483,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--side", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", default=[])
     parser.add_argument("--step", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
@@ -387,12 +493,21 @@ def main() -> None:
             make_source(case, source)
         elif step == "build":
             print(json.dumps(build(SIDES[name], source, folder, CASES[case][1])))
-        else:
+        elif step == "read":
             print(json.dumps(read(SIDES[name], source, folder, case)))
+        else:
+            how, count = step.split()
+            fed = feed if how == "feed" else feed_tensorflow
+            print(json.dumps(fed(SIDES[name], source, folder, case, int(count))))
         return
     with tempfile.TemporaryDirectory() as scratch:
         for case in options.case:
-            for line in table(case, options.side, options.repeat, options.peers, Path(scratch)):
+            if options.threads:
+                names = [name for name in options.side if not SIDES[name].is_peer]
+                lines = feeding_table(case, names, options.repeat, options.threads, Path(scratch))
+            else:
+                lines = table(case, options.side, options.repeat, options.peers, Path(scratch))
+            for line in lines:
                 print(line, flush=True)
             print()
     print(f"{platform.platform()}, {os.cpu_count()} CPUs; Python {platform.python_version()}")

@@ -180,10 +180,12 @@ def read_ranges(path: str, ranges: Sequence[tuple[int, int]], buffer: memoryview
         for end, (offset, size), (following, _) in zip(ends, ranges, (*ranges[1:], (-1, 0)), strict=True):
             if offset + size == following:
                 continue  # they are read together
-            handle.seek(at)
-            if handle.readinto(buffer[begin:end]) < end - begin:  # type: ignore[attr-defined]
-                raise EOFError(f"ends before byte {offset + size}")
-            begin, at = end, following
+            while begin < end:
+                count = os.preadv(handle.fileno(), [buffer[begin:end]], at)
+                if not count:
+                    raise EOFError(f"ends before byte {offset + size}")
+                begin, at = begin + count, at + count
+            at = following
 
 
 @contextlib.contextmanager
