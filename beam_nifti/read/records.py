@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError, unreadable
 from beam_nifti.read.decoding import decode_feature, decode_image, decode_mask
-from beam_nifti.read.opening import Opened
+from beam_nifti.read.opening import Opened, open_dataset, rebuilt
 from beam_nifti.read.split_spec import SplitPart, parse_split
 from beam_nifti.read.where import Condition
 from beam_nifti.record.agreement import ROUNDED, compared_columns, find_disagreements
@@ -62,6 +62,11 @@ class Records:
     table: pa.Table
     columns: tuple[str, ...]
     channels_first: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what is needed to open them again."""
+        opened = self.opened
+        return _reopen, (opened.path, self.splits, self.columns, self.channels_first, opened.digest)
 
     @cached_property
     def shards(self) -> tuple[ShardInfo, ...]:
@@ -356,3 +361,13 @@ def open_records(
         known = {*opened.read_indexes(shards[:1]).column_names, *opened.columns_of_records}
         raise opened.no_column(min(unknown), known)
     return Records(opened, splits, table, columns, channels_first)
+
+
+def _reopen(
+    path: str, splits: Sequence[str], columns: Sequence[str], channels_first: bool, digest: str
+) -> Records:
+    """The records that were pickled."""
+    records = open_records(open_dataset(path), [SplitPart(name) for name in splits], columns, channels_first)
+    if records.opened.digest != digest:
+        raise rebuilt(path)
+    return records
