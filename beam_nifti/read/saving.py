@@ -33,7 +33,7 @@ def save_nifti(
             f"{name} cannot be saved: the record has no usable affine, without which the position of its "
             "voxels is unknown; build the dataset from images, or from Examples with the feature affine"
         )
-    x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
+    x, y, z = agreed_zooms(affine, cells["zooms"] or np.nan).tolist()
     if storage.exists(target):
         _require_replaceable(target, records, overwrite)
     write_nifti(target, voxels, NO_SCALING, affine, (x, y, z))
