@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+
+# PyTorch's threads spin while they wait, and take the cores from the other workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The readers are what imports TensorFlow. Where that is not installed, their doctests cannot be collected;
 # all the others still are.

@@ -103,12 +103,13 @@ def diff(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
 
 def extract(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     """`beam-nifti extract`."""
-    from beam_nifti.inspection.extract import choose_paths, read_volumes
+    from beam_nifti.inspection.extract import choose_paths, read_volumes, refuse_sources
 
     ids = list(dict.fromkeys(options.id))
     paths = choose_paths(ids, options.out, "_mask" if options.mask else "")
     for path in paths:
         require_out(path, overwrite=options.overwrite)
+    refuse_sources(options.output, paths)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))

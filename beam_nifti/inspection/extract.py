@@ -21,6 +21,7 @@ from beam_nifti.errors import ShardError, UsageError, unreadable
 from beam_nifti.inspection.description import describe_records
 from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_record
 from beam_nifti.manifest.image_names import stem_of
+from beam_nifti.read.opening import open_dataset
 from beam_nifti.record.dataset_files import path_of
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
@@ -172,6 +173,20 @@ def choose_paths(example_ids: Sequence[str], out: str | None, suffix: str = "") 
             )
         named[path] = example_id
     return list(named)
+
+
+def refuse_sources(output: str, paths: Sequence[str]) -> None:
+    """Refuse to replace an image that the dataset was built from.
+
+    Raises:
+        UsageError: a path is that of one.
+        DatasetError: the dataset cannot be read.
+    """
+    existing = [path for path in map(storage.absolute, paths) if storage.exists(path)]
+    if existing:
+        opened = open_dataset(storage.absolute(output))
+        for path in existing:
+            opened.require_no_source(path)
 
 
 def file_name(example_id: str, ending: str) -> str:

@@ -56,7 +56,7 @@ class PatchGrid:
 
     `grid[i]` reads one patch, like `Dataset.patch`. Neighbours overlap by at least the requested share, and
     are evenly spaced along each axis. Patches are inside the volume; along an axis on which the volume is
-    smaller than a patch, it is centred.
+    smaller than a patch, it is centred. PyTorch's `DataLoader` accepts a grid, also with several workers.
 
     Attributes:
         corners: sequence of the corners of the patches, as for `Dataset.patch`, in C order.

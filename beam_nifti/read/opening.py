@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.record import dataset_files
 from beam_nifti.record.dataset_files import FILE_NAME, path_of
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.example import TENSOR_FEATURES, label_feature
+from beam_nifti.record.index import SOURCE_LISTS
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 
@@ -109,6 +113,25 @@ class Opened:
                 )
 
         for_each(check, shards, together=is_remote and present is None)
+
+    def require_no_source(self, path: str) -> None:
+        """Refuse to replace an existing file that the dataset was built from, by its size and its time.
+
+        Raises:
+            UsageError: it is one.
+        """
+        found, (sizes, mtimes) = storage.stat(path), self._sources
+        if ((sizes == found.size) & (mtimes == found.mtime)).any():
+            raise UsageError(f"{path}: the dataset was built from this file; choose another path")
+
+    @cached_property
+    def _sources(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Size and time of each file that the dataset was built from, as far as the indexes have them."""
+        table = self.read_indexes(self.info.shards, SOURCE_LISTS)
+        if not set(SOURCE_LISTS) <= set(table.column_names):  # format version 1 has sums
+            return np.empty(0, np.int64), np.empty(0)
+        sizes, mtimes, _ = (pc.list_flatten(table[name]).to_numpy(False) for name in SOURCE_LISTS)
+        return sizes, mtimes
 
     def _size_of(self, shard: ShardInfo, path: str) -> int | None:
         """The size of a shard's file in bytes; None if it does not exist."""

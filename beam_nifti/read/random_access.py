@@ -16,11 +16,10 @@ import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read.grid import PatchGrid
-from beam_nifti.read.opening import Opened, open_dataset, rebuilt
+from beam_nifti.read.opening import Opened, open_dataset
 from beam_nifti.read.order import item_number
 from beam_nifti.read.patches import Box, read_patch
-from beam_nifti.read.records import Element, Records, Rows, open_records, select_records
-from beam_nifti.read.split_spec import SplitPart
+from beam_nifti.read.records import Element, Records, Rows, select_records
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, one_line
@@ -148,9 +147,8 @@ class Dataset:
         return f"<Dataset {one_line(text)}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle its path and the numbers of its records; unpickling reads the index again."""
-        r = self._records
-        return _reopen, (r.opened.path, r.splits, r.columns, r.channels_first, self.digest, self._rows)
+        """Pickle the path, and the numbers of its records; unpickling reads the index again."""
+        return Dataset._of, (self._records, self._rows)
 
     @property
     def path(self) -> str:
@@ -368,13 +366,3 @@ class Dataset:
         if wrong.size:
             raise IndexError(f"there is no record {wrong[0]}: the dataset has {len(self)}")
         return numbers.astype(np.int64)
-
-
-def _reopen(
-    path: str, splits: Sequence[str], columns: Sequence[str], channels_first: bool, digest: str, rows: Rows
-) -> Dataset:
-    """The dataset that was pickled."""
-    records = open_records(open_dataset(path), [SplitPart(name) for name in splits], columns, channels_first)
-    if records.opened.digest != digest:
-        raise rebuilt(path)
-    return Dataset._of(records, rows)

@@ -15,11 +15,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError, unreadable
 from beam_nifti.read.decoding import decode_feature, decode_image, decode_mask
-from beam_nifti.read.opening import Opened
+from beam_nifti.read.opening import Opened, open_dataset, rebuilt
 from beam_nifti.read.split_spec import SplitPart, parse_split
 from beam_nifti.read.where import Condition
 from beam_nifti.record.agreement import ROUNDED, compared_columns, find_disagreements
@@ -31,7 +30,7 @@ from beam_nifti.record.example import (
     decode_example,
     largest_payload,
 )
-from beam_nifti.record.index import SOURCE_LISTS, extra_column, schema_of
+from beam_nifti.record.index import extra_column, schema_of
 from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.compression import make_buffer
@@ -62,6 +61,11 @@ class Records:
     table: pa.Table
     columns: tuple[str, ...]
     channels_first: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what is needed to open them again."""
+        opened = self.opened
+        return _reopen, (opened.path, self.splits, self.columns, self.channels_first, opened.digest)
 
     @cached_property
     def shards(self) -> tuple[ShardInfo, ...]:
@@ -178,15 +182,6 @@ class Records:
     def geometry(self) -> pa.Table:
         """The affine and the voxel sizes of each record, from the index."""
         return self.opened.read_indexes(self.shards, {"affine", "zooms"})
-
-    @cached_property
-    def sources(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Size and time of each file that the dataset was built from, as far as the indexes have them."""
-        table = self.opened.read_indexes(self.opened.info.shards, SOURCE_LISTS)
-        if not set(SOURCE_LISTS) <= set(table.column_names):  # format version 1 has sums
-            return np.empty(0, np.int64), np.empty(0)
-        sizes, mtimes, _ = (pc.list_flatten(table[name]).to_numpy(False) for name in SOURCE_LISTS)
-        return sizes, mtimes
 
     def prepare_patches(self, around_labels: bool) -> None:
         """As `Dataset.prepare_patches`. Without it, each of several threads might read these tables."""
@@ -357,3 +352,13 @@ def open_records(
         known = {*opened.read_indexes(shards[:1]).column_names, *opened.columns_of_records}
         raise opened.no_column(min(unknown), known)
     return Records(opened, splits, table, columns, channels_first)
+
+
+def _reopen(
+    path: str, splits: Sequence[str], columns: Sequence[str], channels_first: bool, digest: str
+) -> Records:
+    """The records that were pickled."""
+    records = open_records(open_dataset(path), [SplitPart(name) for name in splits], columns, channels_first)
+    if records.opened.digest != digest:
+        raise rebuilt(path)
+    return records

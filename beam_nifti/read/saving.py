@@ -33,9 +33,13 @@ def save_nifti(
             f"{name} cannot be saved: the record has no usable affine, without which the position of its "
             "voxels is unknown; build the dataset from images, or from Examples with the feature affine"
         )
-    x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
+    x, y, z = agreed_zooms(affine, cells["zooms"] or np.nan).tolist()
     if storage.exists(target):
-        _require_replaceable(target, records, overwrite)
+        if not overwrite:
+            raise OutputError(
+                f"{target}: already exists; choose another path, or replace it with overwrite=True"
+            )
+        records.opened.require_no_source(target)
     write_nifti(target, voxels, NO_SCALING, affine, (x, y, z))
 
 
@@ -64,12 +68,3 @@ def _in_stored_dtype(name: str, voxels: Voxels) -> Voxels:
             "probabilities or astype('uint8') for labels"
         )
     return voxels.astype(np.float32) if voxels.dtype == np.float16 else voxels
-
-
-def _require_replaceable(path: str, records: Records, overwrite: bool) -> None:
-    """Refuse to replace a file without `overwrite`, and always one that the dataset was built from."""
-    if not overwrite:
-        raise OutputError(f"{path}: already exists; choose another path, or replace it with overwrite=True")
-    found, (sizes, mtimes) = storage.stat(path), records.sources
-    if ((sizes == found.size) & (mtimes == found.mtime)).any():
-        raise UsageError(f"{path}: the dataset was built from this file; choose another path")

@@ -241,6 +241,18 @@ def test_an_image_that_is_there_stays(dataset: Path, extract: Callable[..., str]
     assert nib.load(tmp_path / "sub-0001.nii.gz").shape == (6, 5, 4)
 
 
+def test_an_image_that_the_dataset_was_built_from_stays(
+    dataset: Path, extract: Callable[..., str], tmp_path: Path
+) -> None:
+    (source,) = dataset.parent.glob("cohort/**/sub-0001*.nii.gz")
+    content, link = source.read_bytes(), tmp_path / "sub-0001.nii.gz"
+    link.symlink_to(source)
+    for path in (source, link):
+        found = extract(dataset, "--id", "sub-0001", "--out", str(path), "--overwrite", code=cli.USAGE)
+        assert f"{path}: the dataset was built from this file; choose another path" in found
+    assert source.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

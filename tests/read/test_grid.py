@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,16 @@ def test_gaussian_weights_trust_the_middle_of_a_patch(dataset: Path) -> None:
     assert constant.tolist() == [0] * 18 + [0.5] * 2 + [1] * 18
     assert 0 < gaussian[18] < 0.5 < gaussian[19] < 1
     assert np.allclose(gaussian[18] + gaussian[19], 1)
+
+
+def test_a_pickled_grid_opens_its_dataset_again(dataset: Path) -> None:
+    grid = bn.Dataset(dataset, "train[1:]", columns=["image"], channels_first=True).grid_patches(0, PATCH)
+    grid[0]  # which reads columns of the index that it keeps
+    data = pickle.dumps(grid)
+    assert len(data) < 2000
+    again = pickle.loads(data)
+    assert (again.corners, len(again)) == (grid.corners, len(grid))
+    assert np.array_equal(again[7]["image"], grid[7]["image"])
 
 
 def save_and_load(dataset: Path, volume: Any, path: Path, **options: Any) -> Any:
