@@ -1051,6 +1051,23 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
     assert len(list(Dataset(dataset))) == 4
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        set_cell("offset", 0, None),
+        lambda table: table.drop_columns(["length"]),
+        lambda table: table.append_column("length", table["length"]),
+    ],
+    ids=["empty", "missing", "twice"],
+)
+def test_a_recheck_replaces_a_shard_whose_index_does_not_lead_through_it(
+    study: Path, dataset: Path, edit: Callable[[pa.Table], pa.Table]
+) -> None:
+    edit_index(dataset, edit)
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5, recheck=True)
+    assert problems(dataset) == ()
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.timestamp("us")])
 def test_a_build_takes_nothing_by_positions_that_are_no_numbers(
     study: Path, dataset: Path, kind: pa.DataType
