@@ -31,7 +31,7 @@ from beam_nifti.inspection.diff import compare_datasets
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import plan_build
-from beam_nifti.pipeline.saved_plan import SavedPlan
+from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
@@ -252,6 +252,13 @@ def test_a_plan_that_is_no_file_hides_nothing(dataset: Path, name: str, put: Cal
     assert problems(dataset) == ()
     (dataset / "extra.tfrecord").touch()
     assert any("extra.tfrecord: not in dataset_info.json" in problem for problem in problems(dataset))
+
+
+def test_a_plan_of_more_shards_than_any_dataset_has_is_none(dataset: Path) -> None:
+    (dataset / ".build").mkdir()
+    shards = tuple(f"extra-{number:05d}-of-99999.tfrecord" for number in range((1 << 19) + 1))
+    SavedWrite("0" * 16, ".build", 1, shards=shards).write(str(dataset))
+    assert SavedWrite.read(str(dataset)) is None
 
 
 def test_control_characters_of_a_dataset_are_escaped_in_errors(dataset: Path) -> None:
