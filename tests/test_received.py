@@ -32,7 +32,7 @@ from beam_nifti.inspection.diff import compare_datasets
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import plan_build
-from beam_nifti.pipeline.saved_plan import SavedPlan
+from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.random_access import Dataset
 from beam_nifti.record.dataset_info import content_digest
 from beam_nifti.record.example import decode_example, encode_example, encode_tensor
@@ -265,6 +265,13 @@ def test_a_plan_that_is_no_file_hides_nothing(dataset: Path, name: str, put: Cal
     assert problems(dataset) == ()
     (dataset / "extra.tfrecord").touch()
     assert any("extra.tfrecord: not in dataset_info.json" in problem for problem in problems(dataset))
+
+
+def test_a_plan_of_more_shards_than_any_dataset_has_is_none(dataset: Path) -> None:
+    (dataset / ".build").mkdir()
+    shards = tuple(f"extra-{number:05d}-of-99999.tfrecord" for number in range((1 << 19) + 1))
+    SavedWrite("0" * 16, ".build", 1, shards=shards).write(str(dataset))
+    assert SavedWrite.read(str(dataset)) is None
 
 
 def test_control_characters_of_a_dataset_are_escaped_in_errors(dataset: Path) -> None:
@@ -1062,6 +1069,23 @@ def test_a_build_takes_nothing_from_an_index_that_no_build_writes(study: Path, d
     build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5)
     assert problems(dataset) == ()
     assert len(list(Dataset(dataset))) == 4
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        set_cell("offset", 0, None),
+        lambda table: table.drop_columns(["length"]),
+        lambda table: table.append_column("length", table["length"]),
+    ],
+    ids=["empty", "missing", "twice"],
+)
+def test_a_recheck_replaces_a_shard_whose_index_does_not_lead_through_it(
+    study: Path, dataset: Path, edit: Callable[[pa.Table], pa.Table]
+) -> None:
+    edit_index(dataset, edit)
+    build(study / "manifest.tsv", dataset, num_shards=2, max_bad_fraction=0.5, recheck=True)
+    assert problems(dataset) == ()
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.timestamp("us")])

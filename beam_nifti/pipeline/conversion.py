@@ -276,7 +276,7 @@ class Conversion:
         }
         return replace(self._facts, splits=splits)
 
-    @property
+    @cached_property
     def _facts(self) -> DatasetInfo:
         """The converted dataset without its shards."""
         source, failures = self.source, self.failures

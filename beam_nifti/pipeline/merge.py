@@ -208,10 +208,17 @@ def count_differing(output: str, published: ShardName, made: ShardInfo) -> tuple
 
 
 def _extents_of(part: Part) -> dict[int, tuple[int, int]]:
-    """Offset and length of each record, by position; of those that the file cannot have, of no bytes."""
+    """Offset and length of each record, by position; of those that the file cannot have, of no bytes.
+
+    Raises:
+        ShardError: the index has no such numbers.
+    """
     limits = Limits.of_data(part.data, part.base)
     names = ["position", "offset", "length"]
     table, _ = read_index(part.index, columns=names, limits=limits, below=part.base)
+    kinds = {field.name: field.type for field in table.schema}
+    if kinds != dict.fromkeys(names, pa.int64()) or any(column.null_count for column in table.columns):
+        raise ShardError(f"{part.index}: not an index: {', '.join(names)} are not all numbers")
     return {
         position: (offset, length)
         if 0 <= offset <= limits.data_bytes - length < limits.data_bytes

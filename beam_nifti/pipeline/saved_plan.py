@@ -26,8 +26,7 @@ SAVED_FILES: Final = (f"{BUILD_FOLDER}/{_PLAN_NAME}", f"{BUILD_FOLDER}/{_WRITE_N
 """Paths of both plans in an output."""
 
 _VERSION: Final = 2
-_MOST_SHARDS: Final = 1 << 20  # of all layouts: a dataset_info.json has room for 180,000
-
+_MOST_SHARDS: Final = 1 << 19  # that a plan names: a dataset_info.json has room for 180,000
 
 _DAMAGED: Final = (
     *(storage.FileTooLargeError, ValueError, KeyError, TypeError, AttributeError),
@@ -142,8 +141,8 @@ class SavedPlan:
         kinds = {**hints_of(cls), "info": dict}
         require_keys(facts, kinds, kinds, "")
         layouts = [_layout_of(layout) for layout in facts["layouts"]]
-        if sum(map(_num_shards, layouts)) > _MOST_SHARDS:
-            raise ValueError("its layouts have too many shards")
+        if sum(map(_num_shards, layouts)) + len(facts["published"]) > _MOST_SHARDS:
+            raise ValueError("names too many shards")
         for name in facts["published"]:
             if not (ShardName.parse(name) or revision_of_failures(name)):
                 raise ValueError(f"published has {name!r}, which no build publishes")
@@ -199,6 +198,8 @@ class SavedWrite:
         except (FileNotFoundError, storage.FileTooLargeError, ValueError):
             return None
         saved = cls(**facts | {name: tuple(facts[name]) for name in ("published", "shards")})
+        if len(saved.written) > _MOST_SHARDS:
+            return None
         # Otherwise files of others would be removed.
         are_own = all(ShardName.parse(n) or revision_of_failures(n) for n in saved.written)
         is_known = 1 <= saved.revision <= LAST_REVISION and _is_own(output, saved.root)

@@ -437,6 +437,8 @@ def parse_index(
         if limits is not None:
             require_schema(io.BytesIO(data), _DEEPEST, _MOST_FOOTER_VALUES)
         file = pq.ParquetFile(pa.BufferReader(data))
+        if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+            raise ShardError("has a column twice")
         if known is not None:
             _require_columns(file.schema_arrow, known)
         if limits is not None:
@@ -460,8 +462,6 @@ def _require_columns(schema: pa.Schema, known: Mapping[str, pa.DataType]) -> Non
             raise ShardError(f"has a column {name!r}, which {FILE_NAME} does not name")
         if kind != known[name]:
             raise ShardError(f"column {name} is {str(kind)[:60]}, expected {known[name]}")
-    if len(set(schema.names)) < len(schema.names):
-        raise ShardError("has a column twice")
 
 
 def check_table(
