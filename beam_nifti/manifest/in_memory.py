@@ -43,14 +43,14 @@ def parquet_of(rows: Any, *, hides_cells: bool = False) -> bytes:
     if type(rows).__module__.partition(".")[0] == "pandas" and hasattr(rows, "columns"):
         table = _of_columns(_pandas_columns(rows), problems)
     elif hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__"):
-        table = pa.table(rows)
+        try:
+            table = pa.table(rows)
+        except _UNFIT as e:  # such as a single column
+            raise _no_table(rows) from e
     elif isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
         table = _of_columns(_dict_columns(rows, problems), problems)
     else:
-        raise UsageError(
-            f"the manifest is of type {type(rows).__name__}; give a path, a pandas DataFrame, an Arrow "
-            "table, or an iterable of dicts, one per row"
-        )
+        raise _no_table(rows)
     for name in sorted({name for name in table.column_names if table.column_names.count(name) > 1}):
         problems.add(f"column {name!r} occurs twice; rename one")
     if not table.num_columns:
@@ -63,6 +63,13 @@ def parquet_of(rows: Any, *, hides_cells: bool = False) -> bytes:
         problems.add(f"cannot be a Parquet file: {problems.plain(e)}")
     problems.stop()
     return sink.getvalue()
+
+
+def _no_table(rows: Any) -> UsageError:
+    return UsageError(
+        f"the manifest is of type {type(rows).__name__}; give a path, a pandas DataFrame, an Arrow table, or "
+        "an iterable of dicts, one per row"
+    )
 
 
 def _pandas_columns(frame: Any) -> list[tuple[Any, Any]]:

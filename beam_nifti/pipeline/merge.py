@@ -62,6 +62,7 @@ class ShardMerge:
 
         Raises:
             PartsChangedError: the parts do not hold exactly the expected positions.
+            OutputError: records of a damaged shard would be copied.
         """
         parts = _joined(self.parts)
         try:
@@ -89,6 +90,8 @@ class ShardMerge:
         if kept is not None and kept.is_same_place(name):
             name, facts = kept, known  # unchanged: it keeps its file
         else:
+            if source is None:
+                self._refuse_damaged(records)
             facts = self._finished(records) or self._write(records, source, known)
         for part in (*parts, spare):
             # Another shard may need a part that an earlier build wrote for other shards.
@@ -96,6 +99,18 @@ class ShardMerge:
                 storage.delete(part.index, part.base)
                 storage.delete(part.data, part.base)
         return describe_shard(self.output, name, len(self.expected), facts)
+
+    def _refuse_damaged(self, records: _Records) -> None:
+        """Refuse to copy from a shard that has changed, as the copy would have a sha256 that matches."""
+        target = shard_at(self.output, self.name)
+        for part in {*records.sources}:
+            # The target may be replaced by another attempt, and parts were checked when they were found.
+            is_shard = part.data != target.data and not part.data.endswith(PART_ENDING)
+            if is_shard and not is_intact(part, records.facts[part.data]):
+                raise OutputError(
+                    f"{part.data}: is damaged, so no records of it are copied; use --recheck, which makes "
+                    "all of them from their images"
+                )
 
     def _select(self, parts: Sequence[Part]) -> _Records:
         schema = schema_of(self.record, self.extra_columns)

@@ -175,7 +175,16 @@ def test_what_nests_without_end_is_refused() -> None:
             parquet_of([{"path": "a", "site": [["b"]]}, {"path": "b", "site": cell}])
 
 
-@pytest.mark.parametrize("make", [lambda: {"path": ["a"]}, lambda: 3, lambda: b"path\na\n", lambda: None])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"path": ["a"]},
+        lambda: 3,
+        lambda: b"path\na\n",
+        lambda: None,
+        lambda: pa.chunked_array([["a"]]),
+    ],
+)
 def test_what_is_no_table_is_refused(make: Callable[[], object]) -> None:
     with pytest.raises(UsageError, match="give a path, a pandas DataFrame, an Arrow table"):
         parquet_of(make())

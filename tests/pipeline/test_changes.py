@@ -17,7 +17,7 @@ from apache_beam.pvalue import TaggedOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beam_nifti.errors import BeamNiftiError, TooManyFailures, UsageError
+from beam_nifti.errors import BeamNiftiError, OutputError, TooManyFailures, UsageError
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import open_build
 from beam_nifti.pipeline.parts import Part
@@ -346,6 +346,23 @@ def test_recheck_replaces_a_damaged_shard(own: Path, tmp_path: Path, run: Callab
     said = run("build", more, output, "--recheck", "--workers=1")
     assert "\ncompared 6 examples with their images: none differs\n" in f"\n{said}"
     assert "compared" not in run("build", more, output, "--workers=1")
+
+
+def test_no_records_of_a_damaged_shard_are_copied(own: Path, tmp_path: Path) -> None:
+    """Their copies would be in a shard with a sha256 that matches."""
+    output = tmp_path / "out"
+    build(own, output, examples_per_shard=4)
+    shard = output / info_of(output).shards[1].name
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    write_image(own.parent / name_of(6), brain(SHAPE, seed=6))
+    last = own.read_text().splitlines()[-1]
+    own.write_text(own.read_text() + last.replace("0005", "0006") + "\n")
+    with pytest.raises(OutputError, match=rf"{shard.name}: is damaged, so no records .* use --recheck"):
+        build(own, output, examples_per_shard=4)
+    build(own, output, examples_per_shard=4, recheck=True)
+    assert verify_dataset(str(output), manifest=manifest_of(output), deep=ALL).problems == ()
 
 
 def test_recheck_reports_what_differs_also_where_images_fail(
