@@ -102,6 +102,9 @@ OWN_NAMES: Final = frozenset(
 _PLACES: Final = ("example_id", "position", "offset", "length", *_MEMBERS_SCHEMA.names, "shape")
 """Columns by which a record is found and read."""
 
+_UNREPEATED: Final = ("member_lengths", "mask_positions")
+"""Lists of numbers that hardly repeat: a Parquet dictionary of them would add a third to their bytes."""
+
 _GROUP_ROWS: Final = 1 << 14
 """Rows of a group, which is read without the others: at most a work unit's (5 MB)."""
 
@@ -373,7 +376,12 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str], below: str | 
     """
     sink = io.BytesIO()
     schema = table.schema.with_metadata(facts)
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    repeated = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in schema
+        if field.name not in _UNREPEATED
+    ]
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=repeated) as writer:
         for start in range(0, max(1, table.num_rows), _GROUP_ROWS):
             # In one chunk, as the pages of the file are cut where chunks end.
             group = table.slice(start, _GROUP_ROWS).combine_chunks()
