@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,12 @@ def snapshot(output: Path) -> dict[str, bytes]:
     """The content of every file but the lock."""
     files = (p for p in output.rglob("*") if p.is_file() and p.name != ".lock")
     return {str(p.relative_to(output)): p.read_bytes() for p in files}
+
+
+def state_of(output: Path) -> list[tuple[str, bytes]]:
+    """What a next run finds in an output: all files and folders, but for what is random in their names."""
+    names = {path: re.sub("[0-9a-f]{32}", "*", str(path.relative_to(output))) for path in output.rglob("*")}
+    return sorted((name, path.read_bytes() if path.is_file() else b"") for path, name in names.items())
 
 
 def assert_complete(output: Path, reference: Path) -> None:
@@ -468,6 +475,15 @@ def _build_task(**arguments: Any) -> dict[str, Any]:
     return dataclasses.asdict(build(**arguments).summary)
 
 
+def _code_task(code: str, arguments: Iterable[str]) -> None:
+    """Run Python code; as an error of the task where it exits with a message."""
+    sys.argv[1:] = arguments
+    try:
+        exec(code, {})
+    except SystemExit as e:
+        raise AssertionError(e.code) from e
+
+
 def _merge_task(
     output: str, parts_folder: str, parts: Iterable[tuple[str, str, list[int] | None]], count: int
 ) -> str:
@@ -522,6 +538,7 @@ def _write_large_task(output: str, count: int) -> None:
 
 _TASKS: Mapping[str, Callable[..., Any]] = {
     "build": _build_task,
+    "code": _code_task,
     "convert": _convert_task,
     "merge": _merge_task,
     "write": write_arrays,

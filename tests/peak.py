@@ -5,34 +5,29 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-# VmHWM belongs to the program; ru_maxrss would start at what the parent held when it forked.
-_REPORT = """
-import pathlib, re
-print(re.search(r"VmHWM:\\s*(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-"""
+from tests.build_helpers import fork_server
 
 
 def peak_mib(code: str, *arguments: object) -> float:
-    """Run Python code and return the most memory that its process ever held, in MiB.
+    """Run Python code in a process of its own; the most memory that it held, in MiB.
+
+    The process is a fork, so it begins with what Beam and this package take.
 
     Args:
-        code: may print nothing; an exception in it fails the test.
+        code: an exception in it fails the test.
         arguments: are in its `sys.argv[1:]`.
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("this system has no /proc to read the peak memory of a process from")
-    command = [sys.executable, "-c", code + _REPORT, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout) / 1024
+    ended = fork_server().run("code", code=code, arguments=list(map(str, arguments)))
+    assert ended.status == 0, ended.result
+    return ended.peak_bytes / (1 << 20)
 
 
 _STATUS = Path("/proc/self/status")
