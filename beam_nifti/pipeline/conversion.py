@@ -236,7 +236,7 @@ class Conversion:
         try:
             part = shard_at(self.output, name)
             limits = Limits.of_data(part.data, self.output)
-            table, facts = read_index(part.index, columns=["position"], limits=limits, below=self.output)
+            table, facts = read_index(part.index, limits=limits, below=self.output)
             is_usable = any_versions or is_written_here(facts)
             is_same = self._making.items() <= facts.items() and table.num_rows == shard.num_examples
             if not (is_same and is_usable and "sha256" in facts and is_intact(part, facts)):

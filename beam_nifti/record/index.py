@@ -372,7 +372,7 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str], below: str | 
     """
     sink = io.BytesIO()
     schema = table.schema.with_metadata(facts)
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for start in range(0, max(1, table.num_rows), _GROUP_ROWS):
             # In one chunk, as the pages of the file are cut where chunks end.
             group = table.slice(start, _GROUP_ROWS).combine_chunks()
@@ -435,7 +435,7 @@ def parse_index(
     try:
         if limits is not None:
             require_schema(io.BytesIO(data), _DEEPEST, _MOST_FOOTER_VALUES)
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         if known is not None:
             _require_columns(file.schema_arrow, known)
         if limits is not None:
