@@ -412,7 +412,14 @@ def _read_parquet(path: str, handle: BinaryIO, plain: Collection[str], problems:
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
             if name.strip(BLANKS) in plain:
                 problems.add(f"column {name!r} is of the type {column.type}; give it texts or numbers")
-            values = column.to_pylist()
+            try:
+                values = column.to_pylist()
+            except (ArithmeticError, LookupError, ValueError) as e:  # a year after 9999, an unknown time zone
+                reason = (
+                    f"is of the type {column.type}, and a value of it cannot be read ({problems.plain(e)})"
+                )
+                problems.add(f"column {name!r} {reason}; give it texts or numbers")
+                values = [None] * len(column)
             if any(isinstance(v, bytes) for v in values):
                 problems.warn(f"column {name!r} has bytes that are not UTF-8, so all its cells became base64")
                 values = [v if v is None else base64.b64encode(v).decode() for v in values]

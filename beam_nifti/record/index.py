@@ -381,7 +381,9 @@ def write_index(path: str, table: pa.Table, facts: dict[str, str], below: str | 
         for field in schema
         if field.name not in _UNREPEATED
     ]
-    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=repeated) as writer:
+    with pq.ParquetWriter(
+        sink, schema, compression="zstd", use_dictionary=repeated, write_page_checksum=True
+    ) as writer:
         for start in range(0, max(1, table.num_rows), _GROUP_ROWS):
             # In one chunk, as the pages of the file are cut where chunks end.
             group = table.slice(start, _GROUP_ROWS).combine_chunks()
@@ -444,7 +446,7 @@ def parse_index(
     try:
         if limits is not None:
             require_schema(io.BytesIO(data), _DEEPEST, _MOST_FOOTER_VALUES)
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
             raise ShardError("has a column twice")
         if known is not None:

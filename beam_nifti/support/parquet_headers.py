@@ -1,15 +1,15 @@
 """Checks of the schema, the page sizes and the values of a Parquet file, before Arrow reads it.
 
 Arrow recurses into schemas of any depth, does not compare pages with the footer, and makes as many values as
-a few bytes stand for. Footer and pages begin with Thrift structs in the compact protocol. Source:
-parquet.apache.org/docs/file-format, and its parquet.thrift.
+a few bytes stand for. Statistics that a column cannot have end the process. Footer and pages begin with
+Thrift structs in the compact protocol. Source: parquet.apache.org/docs/file-format, and its parquet.thrift.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,8 +22,13 @@ _DICTIONARY: Final = 7
 _NUM_VALUES: Final = 1
 _DELTA_BYTE_ARRAY: Final = 7  # encodes a text by how much of the last one begins it: no size shows its length
 _MOST: Final = 2**31 - 1  # a size or count is an int32; Arrow takes the low bits of a larger one
-_SCHEMA: Final = 2  # field of the footer: the schema, each group before its children
-_NUM_CHILDREN: Final = 5
+_SCHEMA, _ROW_GROUPS = 2, 4  # fields of the footer: the schema, each group before its children; and the rows
+_TYPE, _REPETITION, _NUM_CHILDREN = 1, 3, 5
+_OPTIONAL, _REPEATED = 1, 2
+_BYTE_ARRAY: Final = 6
+_INT32: Final = 5
+_COLUMNS, _METADATA, _ENCRYPTED, _SIZES = 1, 3, (8, 9), 16
+_NUM_TEXT_BYTES, _HISTOGRAMS = 1, (2, 3)  # in the statistics of sizes: of levels of repetition and definition
 _MAGIC: Final = b"PAR1"
 _END_BYTES: Final = 8  # of the file: the length of the footer, and the magic number
 _INTEGERS: Final = frozenset([4, 5, 6])
@@ -42,7 +47,9 @@ _DEEPEST: Final = 8
 
 
 def require_schema(handle: BinaryIO, deepest: int, most_values: int | None = None) -> None:
-    """Refuse a schema of more than `deepest` levels, which would end the process, or a large footer.
+    """Refuse a large footer, or one that would end the process.
+
+    These are schemas of more than `deepest` levels, and statistics that a column cannot have.
 
     `most_values` limits the values of the footer, each of which takes memory.
 
@@ -57,22 +64,47 @@ def require_schema(handle: BinaryIO, deepest: int, most_values: int | None = Non
         return  # which Arrow refuses, and says why
     handle.seek(before - size)
     reader = _Reader(handle.read(size), most_values)
+    leaves = list[_Leaf]()
     try:
         for number, kind in reader.fields(0):
             if number == _SCHEMA:
-                _require_depth(reader.items(kind, 0, number), reader, deepest)
+                leaves = _read_leaves(reader.items(kind, 0, number), reader, deepest)
+            elif number == _ROW_GROUPS:
+                for _ in reader.items(kind, 0, number):
+                    _check_group(reader, leaves)
             else:
                 reader.skip(kind, 0, number)
     except (IndexError, TypeError) as e:
         raise ValueError(f"its footer is not usable ({e!r})") from e
 
 
-def _require_depth(elements: Iterator[int], reader: _Reader, deepest: int) -> None:
+class _Leaf(NamedTuple):
+    """A column: the most levels of repetition and definition, and whether it has texts or bytes."""
+
+    levels: tuple[int, int]
+    is_text: bool
+
+
+def _read_leaves(elements: Iterator[int], reader: _Reader, deepest: int) -> list[_Leaf]:
     unread = list[int]()  # elements of each group that is open
+    leaves, repetitions = list[_Leaf](), list[int | None]()
     for _ in elements:
-        count = reader.struct(1).get(_NUM_CHILDREN, 0)
+        element = dict[int, Any]()
+        for number, kind in reader.fields(1):
+            if number not in (_TYPE, _REPETITION, _NUM_CHILDREN):
+                reader.skip(kind, 1, number)
+            elif kind == _INT32:
+                element[number] = reader.value(kind, 1)
+            else:  # which Arrow takes for absent
+                raise ValueError(f"its schema has a field {number} of type {kind}")
+        count = element.get(_NUM_CHILDREN, 0)
         if type(count) is not int or not 0 <= count <= _MOST:
             raise ValueError(f"a group of its schema has {count} elements")
+        repetitions[len(unread) :] = [element.get(_REPETITION) if unread else None]  # the root has none
+        if not count and _TYPE in element:
+            num_repeated = repetitions.count(_REPEATED)
+            levels = num_repeated, num_repeated + repetitions.count(_OPTIONAL)
+            leaves.append(_Leaf(levels, element[_TYPE] == _BYTE_ARRAY))
         if unread:
             unread[-1] -= 1
         unread.append(count)
@@ -80,6 +112,41 @@ def _require_depth(elements: Iterator[int], reader: _Reader, deepest: int) -> No
             raise ValueError(f"its columns are nested deeper than the {deepest} levels that they can have")
         while unread and unread[-1] == 0:
             unread.pop()
+    return leaves
+
+
+def _check_group(reader: _Reader, leaves: Sequence[_Leaf]) -> None:
+    for number, kind in reader.fields(1):
+        if number != _COLUMNS:
+            reader.skip(kind, 1, number)
+            continue
+        for place, _ in enumerate(reader.items(kind, 1, number)):
+            for field, inner in reader.fields(2):
+                if field in _ENCRYPTED:
+                    raise ValueError("a column of it is encrypted")
+                if field == _METADATA and inner == _STRUCT:
+                    _check_metadata(reader, leaves[place])
+                else:
+                    reader.skip(inner, 2, field)
+
+
+def _check_metadata(reader: _Reader, leaf: _Leaf) -> None:
+    for number, kind in reader.fields(3):
+        if number != _SIZES or kind != _STRUCT:
+            reader.skip(kind, 3, number)
+            continue
+        for field, inner in reader.fields(4):
+            if field in _HISTOGRAMS:
+                count = 0
+                for each in reader.items(inner, 4, field):
+                    reader.skip(each, 4, field)
+                    count += 1
+                is_possible = count in (0, leaf.levels[_HISTOGRAMS.index(field)] + 1)
+            else:
+                reader.skip(inner, 4, field)
+                is_possible = leaf.is_text or field != _NUM_TEXT_BYTES
+            if not is_possible:
+                raise ValueError("statistics of its sizes are not those of the column")
 
 
 def read_bounded(
@@ -98,10 +165,10 @@ def read_bounded(
         ArrowException: it is no Parquet file.
     """
     # By itself, as `read_table` starts threads, which can bring a short process down at its end.
-    file = pq.ParquetFile(pa.BufferReader(data))
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
     texts = _require_values(file.metadata, data, most, columns)
     if texts:
-        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts)
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts, page_checksum_verification=True)
     groups = range(file.num_row_groups) if groups is None else groups
     names = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
     table = file.read_row_groups(list(groups), columns=names, use_threads=False)
@@ -223,7 +290,7 @@ class _Reader:
 
     def struct(self, depth: int) -> dict[int, Any]:
         """The fields of a struct, by their numbers."""
-        return {number: self._value(kind, depth) for number, kind in self.fields(depth)}
+        return {number: self.value(kind, depth) for number, kind in self.fields(depth)}
 
     def fields(self, depth: int) -> Iterator[tuple[int, int]]:
         """Number and type of each field of a struct.
@@ -262,9 +329,10 @@ class _Reader:
             for inner in self.items(kind, depth, number):
                 self.skip(inner, depth, number)
         else:
-            self._value(kind, depth)
+            self.value(kind, depth)
 
-    def _value(self, kind: int, depth: int) -> Any:
+    def value(self, kind: int, depth: int) -> Any:
+        """A value that is not a list."""
         match kind:
             case 1 | 2:  # true, false
                 return kind == 1

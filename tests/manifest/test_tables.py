@@ -340,6 +340,20 @@ def test_parquet_columns_are_the_texts_of_their_values(tmp_path: Path) -> None:
     assert {name for name, cell in second.items() if cell} == {"site", "label", "flag", "half"}
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1], pa.timestamp("us", "Nowhere/Here")),
+        pa.array([(2**62,)], pa.struct({"time": pa.timestamp("us")})),
+        pa.array([(2**30,)], pa.struct({"day": pa.date32()})),
+    ],
+)
+def test_times_that_python_does_not_have_are_refused(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"path": ["a"], "when": column}), tmp_path / "m.parquet")
+    with pytest.raises(ManifestError, match=r"column 'when' is of the type .* a value of it cannot be read"):
+        read_table(str(tmp_path / "m.parquet"))
+
+
 def test_one_cell_that_is_no_text_makes_base64_of_its_column_and_a_warning(tmp_path: Path) -> None:
     table = pa.table({"path": ["a", "b"], "note": pa.array([b"left", b"\xff"])})
     pq.write_table(table, tmp_path / "m.parquet")

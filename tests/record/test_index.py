@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,8 +16,10 @@ from beam_nifti.errors import ShardError
 from beam_nifti.record.index import (
     SCHEMA,
     IndexEntry,
+    Limits,
     extra_column,
     make_table,
+    parse_index,
     read_index,
     schema_of,
     write_index,
@@ -121,3 +126,42 @@ def test_what_is_no_index(tmp_path: Path, entry: IndexEntry) -> None:
         path.write_bytes(data[:size])
         with pytest.raises(ShardError, match=f"{path}: not an index"):
             read_index(str(path))
+
+
+def flipped(data: bytes, start: int, stop: int) -> Iterator[bytes]:
+    """The data with each bit of a range changed."""
+    for bit in range(8 * start, 8 * stop):
+        changed = bytearray(data)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bytes(changed)
+
+
+def footer_of(data: bytes) -> tuple[int, int]:
+    """Where the footer of a Parquet file begins and ends."""
+    stop = len(data) - 8
+    return stop - int.from_bytes(data[stop : stop + 4], "little"), stop
+
+
+def test_no_change_of_a_footer_ends_the_process(tmp_path: Path) -> None:
+    path, limits = str(tmp_path / "index.parquet"), Limits(1000, 1 << 20)
+    write_index(path, pa.table({"member_lengths": [[1, 2]], "id": ["a"]}), {})
+    data = Path(path).read_bytes()
+    num_refused = 0
+    for changed in flipped(data, *footer_of(data)):
+        try:
+            parse_index(changed, path, limits=limits)
+        except ShardError:
+            num_refused += 1
+    assert num_refused
+
+
+def test_a_changed_cell_is_noticed(tmp_path: Path) -> None:
+    path, table = str(tmp_path / "index.parquet"), pa.table({"mean": [0.1, 0.2], "id": ["a", "b"]})
+    write_index(path, table, {})
+    data = Path(path).read_bytes()
+    num_unnoticed = num_changed = 0
+    for changed in flipped(data, 4, footer_of(data)[0]):
+        num_changed += 1
+        with contextlib.suppress(ShardError):
+            num_unnoticed += not parse_index(changed, path, limits=Limits(1000, 1 << 20))[0].equals(table)
+    assert num_unnoticed < num_changed / 100  # those of the bits that say that there is a checksum
