@@ -73,7 +73,7 @@ class Redirecting(Ranges):
 def serve(folder: Path, handler: type[Plain]) -> Iterator[FaultProxy]:
     """A server of a folder, behind a proxy that counts."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
         thread.start()
         proxy = FaultProxy(server.server_address[1])
         yield proxy

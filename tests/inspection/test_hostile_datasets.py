@@ -31,6 +31,7 @@ from beam_nifti.inspection.diff import compare_datasets
 from beam_nifti.inspection.extract import read_volume
 from beam_nifti.inspection.verify import verify_dataset
 from beam_nifti.random_access import Dataset
+from beam_nifti.record import shard_index
 from beam_nifti.record.dataset_info import DatasetInfo, content_digest
 from beam_nifti.record.index import read_index, write_index
 from beam_nifti.record.tfrecord import decode_record, encode_members
@@ -52,6 +53,9 @@ MOST_GROWTH = 3.0
 FREE_BYTES = 16 << 20
 """Memory that differs from one reading of the same dataset to the next: of threads and allocators."""
 
+KEPT = 16
+"""Parsed indexes."""
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "gzip": {"columns": {"mask": "mask", "label": "label:float,site:string"}, "allow_mixed_shapes": True},
     "native": {"voxel_dtype": "native", "compression": "none", "rescale": "percentile:1,99"},
@@ -61,6 +65,25 @@ ODD: list[Any] = [
     *("a" * 1000, "\ud800", "é", "failures.jsonl", [], [1], [1 << 40] * 3, [None], {}, {"a": 1}, [[[]]]),
 ]
 """Values that are put in the place of others."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once() -> Iterator[None]:
+    """Parse the same bytes once for all that reads a dataset: what comes of them depends on nothing else."""
+    parse, parsed = shard_index.parse_index, dict[tuple[bytes, str], tuple[pa.Table, dict[str, str]]]()
+
+    def parse_index(data: bytes, *arguments: object) -> tuple[pa.Table, dict[str, str]]:
+        key = data, repr(arguments)
+        if key not in parsed:
+            if len(parsed) == KEPT:
+                parsed.clear()
+            parsed[key] = parse(data, *arguments)
+        table, facts = parsed[key]
+        return table, dict(facts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_index, "parse_index", parse_index)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -79,8 +79,8 @@ def test_a_killed_build_continues(
     if (output / "dataset_info.json").exists():
         assert_intact(output)
     done = finished(output)
-    resumed = build_apart(manifest, output)
-    assert resumed.result["complete"]
+    resumed = build(manifest, output)
+    assert resumed.summary.complete
     assert resumed.read == ALL - done
     # A unit's part is closed when the first image of the next unit has been loaded.
     assert len(killed.read & resumed.read) <= UNIT_ROWS + 1
@@ -338,7 +338,7 @@ def test_a_retry_that_is_killed_loses_nothing(
 ) -> None:
     output = shutil.copytree(retry.output, tmp_path / "out")
     assert build_apart(retry.manifest, output, round(share * retry.operations)).was_killed
-    resumed = build_apart(retry.manifest, output)
+    resumed = build(retry.manifest, output)
     assert resumed.read <= BROKEN
     assert_same_but_for_times(output, reference)
 

@@ -446,6 +446,14 @@ def test_what_is_no_dataset_is_refused(elements: list[Any], message: str, tmp_pa
     with pytest.raises((VolumeError, UsageError), match=message):
         write(elements, tmp_path / "out")
     assert not (tmp_path / "out" / "dataset_info.json").exists()
+
+
+@pytest.mark.parametrize(
+    "ids", [["a", ""], ["a", "a"]], ids=["while parts are written", "with all ids known"]
+)
+def test_after_a_refusal_the_output_can_be_written(ids: list[str], tmp_path: Path) -> None:
+    with pytest.raises((VolumeError, UsageError), match="give every record a unique id"):
+        write([(name, {"image": IMAGE}) for name in ids], tmp_path / "out")
     write([record_of("a")], tmp_path / "out")
     assert stray_files(tmp_path / "out") == set()
 
