@@ -30,7 +30,7 @@ from beam_nifti.pipeline.publish import (
     remove_files,
     require_writable_output,
 )
-from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
+from beam_nifti.pipeline.saved_plan import SAVED_FILES, SavedPlan, SavedWrite
 from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
@@ -304,7 +304,8 @@ class Conversion:
             publish_info(info, output)
         if saved := SavedWrite.read(output):
             clean_up(output, saved, info)
-        # A run that was killed here has left it empty.
+        # A run that was killed here has left it empty, or with a plan that a loss of power has damaged.
+        storage.delete(storage.join(output, SAVED_FILES[1]), output)
         storage.delete_folder(storage.join(output, BUILD_FOLDER), output)
         return info
 

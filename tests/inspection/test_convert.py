@@ -419,6 +419,15 @@ def test_a_second_run_changes_nothing(old: Path, tmp_path: Path, monkeypatch: py
     assert when_written(new) == files
 
 
+def test_a_damaged_plan_beside_the_converted_dataset_is_removed(old: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    convert(old, new)
+    (new / ".build").mkdir()
+    (new / ".build/write.json").write_bytes(bytes(9))
+    assert convert(old, new) == 11
+    assert not (new / ".build").exists()
+
+
 def test_workers_do_not_change_the_bytes(old: Path, tmp_path: Path) -> None:
     for workers in (1, 4):
         bn.convert(old, tmp_path / f"{workers}", workers=workers, progress=False)
