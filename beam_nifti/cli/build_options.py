@@ -82,7 +82,7 @@ _HELP: Final[Mapping[str, str]] = {
     "compression": "compression of the shards; default: gzip",
     "shuffle_seed": "shuffle the rows of each split; the same N gives the same order on every machine; "
     "default: the manifest's order",
-    "compression_level": "igzip level; default: 2, which compresses float32 voxels best",
+    "compression_level": "igzip level, 0 (fastest) to 3; default: 2, which compresses float32 voxels best",
     "rescale": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
     "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
     "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: the "
