@@ -77,7 +77,7 @@ _HELP: Final[Mapping[str, str]] = {
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",
     "examples_per_shard": "largest number of examples in a shard; with --frames each, a shard still holds "
-    "at least one whole image; default: chosen from the first image's header, for shards of 128 to 256 MB",
+    "at least one whole image; default: chosen from the first image's header, for shards of about 200 MB",
     "num_shards": "number of shards in each split, instead of --examples-per-shard",
     "compression": "compression of the shards; default: gzip",
     "shuffle_seed": "shuffle the rows of each split; the same N gives the same order on every machine; "
