@@ -66,7 +66,7 @@ PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
         "default": None,
         "type": ["null", "integer"],
         "minimum": 1,
-        "description": "Records per shard. Default: shards of 128 to 256 MB.",
+        "description": "Records per shard. Default: shards of about 200 MB.",
     },
     "num_shards": {
         "default": None,

@@ -64,8 +64,8 @@ _HELP: Final[Mapping[str, str]] = {
     "Default: the column label, if there is one",
     "missing_label": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, "
     "or an empty string; skip: skip and count these rows; default: report an error",
-    "id_column": "unique name of each example; default: participant_id, joined with session_id, else the "
-    "path",
+    "id_column": "column with a unique name for each example; default: participant_id, joined with "
+    "session_id if there is one, or else the path",
     "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must "
     "hold at least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able "
     "to read it; default: names are kept",
@@ -77,12 +77,12 @@ _HELP: Final[Mapping[str, str]] = {
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",
     "examples_per_shard": "largest number of examples in a shard; with --frames each, a shard still holds "
-    "at least one whole image; default: chosen from the first image's header, for shards of 128 to 256 MB",
+    "at least one whole image; default: chosen from the first image's header, for shards of about 200 MB",
     "num_shards": "number of shards in each split, instead of --examples-per-shard",
     "compression": "compression of the shards; default: gzip",
     "shuffle_seed": "shuffle the rows of each split; the same N gives the same order on every machine; "
     "default: the manifest's order",
-    "compression_level": "igzip level; default: 2, which compresses float32 voxels best",
+    "compression_level": "igzip level, 0 (fastest) to 3; default: 2, which compresses float32 voxels best",
     "rescale": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
     "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
     "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: the "
@@ -95,8 +95,8 @@ _HELP: Final[Mapping[str, str]] = {
     "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
     "65535",
     "voxel_dtype": "float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: "
-    "a quarter, 256 levels of [0, 1]; native: as in the file; the reader rescales them to exactly the "
-    "values of float32",
+    "a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the reader rescales to exactly "
+    "the values of float32",
     "frames": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",

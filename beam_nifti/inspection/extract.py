@@ -99,13 +99,14 @@ def read_volumes(output: str, example_ids: Sequence[str]) -> Iterator[StoredVolu
 
     Args:
         output: folder or URL of the dataset.
-        example_ids: name the records.
+        example_ids: ids of the records.
 
     Yields:
-        The volumes, in the order of their names.
+        The volumes, in the order of `example_ids`.
 
     Raises:
-        DatasetError: as `read_volume`. Names that no record has are found before any is read.
+        DatasetError: there is no complete dataset, or a record is missing or damaged. Ids that no record has
+            are found before any record is read.
     """
     output = storage.absolute(output)
     spec = RecordSpec(read_info(output))

@@ -154,7 +154,7 @@ def _refuse_several(root: str, images: Sequence[BidsImage]) -> None:
     among = list(itertools.chain(*several))
     texts = [f"{key} ({_labels(key, among)})" for key in differing]
     raise UsageError(
-        f"{root}: {len(several)} of the participants' sessions have several images, such as "
+        f"{root}: {counted(len(several), 'session', 'have')} several images, such as "
         f"{several[0][0].path} and {several[0][1].path}; they differ in {', '.join(texts)}. "
         f"{_advise(groups, differing)}keep all with --all-images"
     )
@@ -374,6 +374,6 @@ def _refuse_repeated(paths: Sequence[str], participants: Sequence[str], sessions
     several = [found for found in groups.values() if len(found) > 1]
     if several:
         raise UsageError(
-            f"{len(several)} of the participants' sessions have several images, such as {several[0][0]} and "
+            f"{counted(len(several), 'session', 'have')} several images, such as {several[0][0]} and "
             f"{several[0][1]}; give a narrower pattern, or keep all with --all-images"
         )

@@ -61,7 +61,7 @@ class BuildOptions(TypedDict, total=False):
             manifest's column "split", otherwise all rows go to "train".
         stratify: column whose values each keep the shares of `split`. Default: none.
         split_seed: seed of the draw. Default: 0.
-        examples_per_shard: largest number of examples in a shard. Default: for shards of 128 to 256 MB.
+        examples_per_shard: largest number of examples in a shard. Default: for shards of about 200 MB.
         num_shards: number of shards in each split, instead of `examples_per_shard`.
         compression: "gzip" (default) or "none".
         compression_level: level of igzip, 0 (fastest) to 3. Default: 2.
