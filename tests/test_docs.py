@@ -178,7 +178,8 @@ COMMANDS = (
 def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset[str]().union(*map(_flags, ("", *COMMANDS)))
     scripts = {"--fast", "--services", "--all", "--coverage", "--oldest", "--newest"}
-    tools = {"--fix", "--dist", "--peers", "--nobrainer", "--hypothesis-profile"}  # of ruff and pytest
+    tools = {"--fix", "--dist", "--hypothesis-profile"}  # of ruff and pytest
+    scripts |= {"--masks", "--nobrainer", "--peers"}  # of benchmarks/
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers
     job_server = {"--execution-mode-for-batch"}  # Beam's, of Flink
