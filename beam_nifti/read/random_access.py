@@ -331,7 +331,10 @@ class Dataset:
         table = r.opened.read_indexes(r.shards, columns)
         missing = set(columns or ()) - set(table.column_names)
         if missing:
-            raise UsageError(f"{self.path}: the index has no column {min(missing)!r}")
+            raise UsageError(
+                f"{self.path}: the index has no column {min(missing)!r}; `index().column_names` lists those "
+                "that it has"
+            )
         return table.select(columns or table.column_names).take(np.asarray(self._rows, np.int64))
 
     @classmethod

@@ -221,7 +221,7 @@ class _Source:
             }
             _refuse(
                 needs_index | needs_info,
-                f"requires a dataset_info.json, but files of layout={self.layout!r} have none; drop it",
+                f"requires a dataset_info.json, but layout={self.layout!r} has none; drop one of the two",
             )
             return read_files(self.path, self.layout, batching, passes, elements.channels_first)
         if self._choose_engine(any(needs_index.values()), elements.as_dict) == "indexed":
