@@ -336,6 +336,9 @@ def inspect(dataset: Path, record: str | None = None) -> Description:
         dataset: folder or URL of the dataset.
         record: example id of the record; None for the whole dataset.
 
+    Returns:
+        The items of `beam-nifti inspect --json`, which `print` shows as a table.
+
     Raises:
         DatasetError: there is no complete dataset, or it has no such record.
     """
