@@ -143,7 +143,7 @@ def build(
             label_column: column of labels, or several; default: "label".
             split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
             rescale: "minmax" (default), "zscore", "none", or such as ("percentile", 1, 99).
-            orientation: such as "RAS".
+            orientation: axis codes, such as "RAS".
             spacing: voxel size in mm, such as (1, 1, 1).
             shape: (x, y, z) in voxels, to crop and pad to.
             preprocess: your own function from Volume to Volume.
@@ -202,7 +202,7 @@ def check(
         **options: see `beam_nifti.BuildOptions`.
 
     Returns:
-        The findings. False if the build would not be complete, as far as headers show.
+        The findings. Falsy if the build would not be complete, as far as headers show.
 
     Raises:
         UsageError: an option is invalid.
@@ -252,7 +252,7 @@ def verify(
         progress: same as for `build`.
 
     Returns:
-        What was checked. False if something is wrong; `problems` lists it.
+        What was checked. Falsy if something is wrong; `problems` lists it.
 
     Raises:
         UsageError: the records cannot be rebuilt with these arguments.
@@ -336,6 +336,9 @@ def inspect(dataset: Path, record: str | None = None) -> Description:
         dataset: folder or URL of the dataset.
         record: example id of the record; None for the whole dataset.
 
+    Returns:
+        The items of `beam-nifti inspect --json`, which `print` shows as a table.
+
     Raises:
         DatasetError: there is no complete dataset, or it has no such record.
     """
@@ -350,11 +353,11 @@ def diff(before: Path, after: Path) -> Difference:
     """Compare two datasets by dataset_info.json and the indexes.
 
     Args:
-        before: folder or URL of a dataset.
-        after: folder or URL of another dataset.
+        before: folder or URL of the first dataset.
+        after: folder or URL of the second dataset.
 
     Returns:
-        The added, removed and changed records. False if there are none.
+        The differences in records and options. Falsy if there are none.
 
     Raises:
         DatasetError: one of the datasets is not complete.

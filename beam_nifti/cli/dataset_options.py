@@ -143,8 +143,8 @@ def _add_diff(commands: Commands) -> None:
     diff = add_command(
         commands, "diff", "report which examples and options differ between two datasets", _DIFF_EXAMPLES
     )
-    diff.add_argument("before", metavar="BEFORE", help="folder or URL of a dataset")
-    diff.add_argument("after", metavar="AFTER", help="folder or URL of another dataset")
+    diff.add_argument("before", metavar="BEFORE", help="folder or URL of the first dataset")
+    diff.add_argument("after", metavar="AFTER", help="folder or URL of the second dataset")
     diff.add_argument("--json", action="store_true", help="print as JSON, with all ids")
 
 
@@ -159,8 +159,8 @@ def _add_extract(commands: Commands) -> None:
     extract.add_argument(
         "--out",
         metavar="FILE",
-        help=".nii.gz or .nii file; default: ID.nii.gz, or ID_mask.nii.gz with --mask, in the current "
-        "folder; characters of ID that a file name cannot contain become _",
+        help=".nii.gz or .nii file; default: ID.nii.gz, or ID_mask.nii.gz with --mask, in the working "
+        "directory; characters of ID that a file name cannot contain become _",
     )
     extract.add_argument(
         "--mask", action="store_true", help="write the records' masks instead of their images"
@@ -184,8 +184,8 @@ def _add_view(commands: Commands) -> None:
     view.add_argument(
         "--out",
         metavar="FILE",
-        help=".html file; default: ID.html in the current folder; characters of ID that a file name cannot "
-        "contain become _",
+        help=".html file; default: ID.html in the working directory; characters of ID that a file name "
+        "cannot contain become _",
     )
     view.add_argument("--open", action="store_true", help="open the page in the browser")
     add_overwrite(view)
@@ -206,7 +206,7 @@ def _add_card(commands: Commands) -> None:
     )
     card.add_argument("--citation", metavar="TEXT", help="publication to cite; default: none")
     card.add_argument("--url", metavar="URL", help="web page about the dataset; default: none")
-    add_overwrite(card, "the files")
+    add_overwrite(card, "existing files")
 
 
 def _add_report(commands: Commands) -> None:
@@ -220,8 +220,8 @@ def _add_report(commands: Commands) -> None:
     report.add_argument(
         "--out",
         metavar="FILE",
-        help=".html file, replaced if it exists; default: report.html in the current folder; required on a "
-        "cluster, where the workers must be able to write to it",
+        help=".html file, replaced if it exists; default: report.html in the working directory; required on "
+        "a cluster, where the workers must be able to write to it",
     )
     report.add_argument(
         "--pictures",

@@ -52,16 +52,15 @@ class Dataset:
     - every other feature of the records: bytes, a scalar, or an array if there are several numbers.
 
     All columns of the index are taken from there, so a dataset without "image", "mask" and other features
-    reads no record. For every record that is read, the checksum of the gzip member and the CRC-32C of the
-    TFRecord (3 % of the time of a compressed one) are checked, and its id and all that it states itself of
-    these columns are compared.
+    reads no record. For every record that is read, the checksums of the gzip members and the CRC-32C of the
+    TFRecord are checked, and its id and all columns that it also states itself are compared.
 
     Args:
         path: folder or URL of the dataset.
         split: split to read, such as "train"; a slice of it, such as `train[:80%]` or `train[10:20]`; or
             several, such as `train+test`.
         where: condition on columns of the index, such as "age > 60 and site == 'A'", which selects from the
-            records of `split`; `where.Condition` describes it.
+            records of `split`; docs/reading.md describes conditions.
         columns: columns of an element; None means image, label (if the dataset has labels), id, affine and
             zooms.
         channels_first: whether images have the shape (C, X, Y, Z), and masks (1, X, Y, Z).
@@ -233,9 +232,9 @@ class Dataset:
 
         If the record is compressed, only the gzip members that the box touches are read and decompressed,
         and their CRC-32 are checked. If it is uncompressed, only the rows that the box touches are read,
-        without a checksum. From a store, each volume takes one request. Records of a single member are read
-        completely: those of small volumes, and those of datasets without the format feature "members". The
-        first patch of a record also reads and checks the parts of the record that are not voxels.
+        without a checksum. From a store, the image and the mask take one request each. Records of a single
+        member are read completely: those of small volumes, and those of datasets without the format feature
+        "members". The first patch of a record also reads and checks the parts of it that are not voxels.
 
         Args:
             index: number of the record, as in `dataset[index]`.
@@ -255,7 +254,7 @@ class Dataset:
     def grid_patches(
         self, index: SupportsIndex, patch: Sequence[SupportsIndex], overlap: float = 0.5
     ) -> PatchGrid:
-        """Patches that cover a record, for inference. `PatchGrid.stitch` combines the results.
+        """Patches that cover a record, for inference. `PatchGrid.stitch` combines the predictions.
 
         Args:
             index: number of the record, as in `dataset[index]`.
@@ -284,10 +283,10 @@ class Dataset:
 
         Args:
             index: number of the record, as in `dataset[index]`.
-            volume: voxels in the record's shape, with or without a channel axis, which is where the dataset's
+            volume: voxels in the record's shape. It may have a channel axis, which is where the dataset's
                 images have it. Several channels become a 4-D image. Booleans and integers are saved in the
-                smallest dtype that holds them, such as uint8 for labels, and floats in their own; float16
-                becomes float32.
+                smallest dtype that holds them, such as uint8 for labels, and floats in their own dtype;
+                float16 becomes float32.
             path: ends in .nii or .nii.gz; local or a URL.
             overwrite: whether to replace an existing file. A file with the size and the time of one that the
                 dataset was built from is never replaced.
@@ -332,7 +331,10 @@ class Dataset:
         table = r.opened.read_indexes(r.shards, columns)
         missing = set(columns or ()) - set(table.column_names)
         if missing:
-            raise UsageError(f"{self.path}: the index has no column {min(missing)!r}")
+            raise UsageError(
+                f"{self.path}: the index has no column {min(missing)!r}; `index().column_names` lists those "
+                "that it has"
+            )
         return table.select(columns or table.column_names).take(np.asarray(self._rows, np.int64))
 
     @classmethod

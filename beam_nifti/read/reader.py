@@ -93,12 +93,13 @@ def load_dataset(
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
-        shape (B, x, y, z, c), rescaled by `--rescale`; c is 1 unless records have frames, components or
-        channels. y is float32, int64 (a class) or tf.string of shape (B,); a missing one is NaN, -1 or "". A
+        shape (B, x, y, z, c), rescaled by `--rescale`; c is 1 unless records have several frames, components
+        or images. y is float32, int64 (a class) or tf.string of shape (B,); a missing one is NaN, -1 or "". A
         mask is int32 of shape (B, x, y, z, 1). All axes except B are static, unless volumes differ in shape.
 
     Raises:
-        DatasetError: the dataset is incomplete or has no such split. TensorFlow quotes it for later damage.
+        DatasetError: the dataset is incomplete or has no such split. Damage that is found later is an error
+            of TensorFlow that quotes a DatasetError.
         UsageError: arguments cannot be combined, or do not match the dataset; volumes of a batch differ.
     """
     folder = storage.absolute(storage.path_text("path", path))
@@ -220,7 +221,7 @@ class _Source:
             }
             _refuse(
                 needs_index | needs_info,
-                f"requires a dataset_info.json, but files of layout={self.layout!r} have none; drop it",
+                f"requires a dataset_info.json, but layout={self.layout!r} has none; drop one of the two",
             )
             return read_files(self.path, self.layout, batching, passes, elements.channels_first)
         if self._choose_engine(any(needs_index.values()), elements.as_dict) == "indexed":

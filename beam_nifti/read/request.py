@@ -37,7 +37,7 @@ class Elements:
     def __post_init__(self) -> None:
         require_choice("target", self.target, "label", "mask")
         if self.columns is not None and not self.as_dict:
-            raise UsageError("columns requires as_dict=True")
+            raise UsageError(f"columns is {self.columns!r}, but elements are X and y; add as_dict=True")
         if self.columns is not None and not self.columns:
             raise UsageError("columns is empty; give at least one, or None for the default ones")
 

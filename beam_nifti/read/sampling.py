@@ -185,7 +185,7 @@ class PatchDataset:
     """Random patches of the records of a `Dataset`, by number: for PyTorch, Grain or numpy.
 
     The patches of record 0 come first, then those of record 1. `dataset[i]` is the dictionary that
-    `Dataset.patch` returns, and reads no more. The patch depends only on seed, epoch and `i`: it is the same
+    `Dataset.patch` returns, and reads no more than it. It depends only on seed, epoch and `i`: it is the same
     in every process, on every machine, and in `load_dataset`. Like a `Dataset`, it may be used by several
     threads and in forked and spawned processes.
 

@@ -55,7 +55,8 @@ class SplitPart:
         found = round(number * count / 100) if is_share else int(number)
         if abs(number) > (100 if is_share else count):
             raise UsageError(
-                f"split {str(self)!r} reaches beyond the {counted(count, 'record')} of {self.name!r}"
+                f"split {str(self)!r} reaches beyond the {counted(count, 'record')} of {self.name!r}; give "
+                f"numbers up to {count}, or up to 100%"
             )
         return found + count if bound.startswith("-") else found
 

@@ -104,8 +104,8 @@ def no_dataset(output: str, error: OSError | None = None) -> DatasetError:
     if error is not None and error.strerror not in (None, os.strerror(errno.ENOENT)):
         reason = str(error.strerror)  # such as "No such bucket"
     return DatasetError(
-        f"{output}: no complete dataset here ({reason}); check the path, or, if it was interrupted, run the "
-        "same `beam-nifti build`, `beam-nifti convert` or WriteToTFRecord pipeline again"
+        f"{output}: no complete dataset here ({reason}); check the path, or run the interrupted `beam-nifti "
+        "build`, `beam-nifti convert` or WriteToTFRecord pipeline again"
     )
 
 

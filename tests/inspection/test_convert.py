@@ -700,7 +700,7 @@ def test_a_build_into_an_unfinished_conversion_is_refused(old: Path, tmp_path: P
     damage(old, 3)
     with pytest.raises(DatasetError):
         convert(old, tmp_path / "new")
-    with pytest.raises(DatasetError, match=r"if it was interrupted, run the same .*`beam-nifti convert`"):
+    with pytest.raises(DatasetError, match=r"run the interrupted .*`beam-nifti convert`"):
         bn.verify(tmp_path / "new")
     with pytest.raises(
         OutputError, match=r"holds an unfinished `beam-nifti convert` or WriteToTFRecord; run"

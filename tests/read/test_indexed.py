@@ -450,7 +450,7 @@ def test_what_is_gone_is_not_skipped(copy: Path) -> None:
         ({"shard": (2, 2)}, r"shard is \(2, 2\); give \(i, n\)"),
         ({"shuffle": True, "start": 1}, "start requires an order that is known beforehand; give a seed"),
         ({"shuffle": True, "shard": (0, 2)}, "shard requires an order that is known beforehand; give a seed"),
-        ({"columns": ["id"]}, "columns requires as_dict=True"),
+        ({"columns": ["id"]}, "columns is .'id'., but elements are X and y; add as_dict=True"),
         ({"as_dict": True, "columns": []}, "columns is empty; give at least one, or None for"),
         ({"as_dict": True, "columns": ["sex"]}, "records have no column 'sex'"),
         ({"where": "sex == 1"}, "the index has no column 'sex'"),

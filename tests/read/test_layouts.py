@@ -136,7 +136,7 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
     [
         (
             {"split": "test"},
-            "split 'test' requires a dataset_info.json, but files of layout='nobrainer' have none",
+            "split 'test' requires a dataset_info.json, but layout='nobrainer' has none",
         ),
         ({"where": "age > 1"}, "where requires a dataset_info.json"),
         ({"start": 1}, "start requires a dataset_info.json"),
