@@ -81,6 +81,12 @@ class Box:
             for start, stop, size in zip(starts, stops, volume, strict=False)
         )
 
+    def place(self, affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The affine of the box, from that of the volume."""
+        placed = affine.copy()
+        placed[:_SPACE, _SPACE] += affine[:_SPACE, :_SPACE] @ self.corner
+        return placed
+
     def pad(self, part: Array, inside: Sequence[slice], padding: Array) -> Array:
         """The voxels of the box, padded outside the volume.
 
@@ -204,6 +210,8 @@ def _numbers(cell: Any) -> list[float]:
 def read_patch(records: Records, row: int, box: Box) -> Element:
     """The element of a row of the table, with its volumes cropped to a box, and padded outside the volume.
 
+    The affine is that of the box.
+
     Raises:
         DatasetError: the record is missing or damaged.
     """
@@ -215,6 +223,8 @@ def read_patch(records: Records, row: int, box: Box) -> Element:
         patches = {name: _from_volume(records, row, name, element[name], box) for name in names}
     if records.channels_first:
         patches = {name: np.ascontiguousarray(np.moveaxis(p, -1, 0)) for name, p in patches.items()}
+    if "affine" in element:
+        element["affine"] = box.place(element["affine"])
     return {name: patches[name] if name in patches else element[name] for name in records.columns}
 
 

@@ -230,6 +230,8 @@ class Dataset:
     ) -> Element:
         """A patch of a record: like `dataset[index]`, with the image and the mask cropped to a box of voxels.
 
+        The affine is that of the box.
+
         If the record is compressed, only the gzip members that the box touches are read and decompressed,
         and their CRC-32 are checked. If it is uncompressed, only the rows that the box touches are read,
         without a checksum. From a store, the image and the mask take one request each. Records of a single

@@ -16,7 +16,7 @@ from beam_nifti.read.columns import Column, with_bounded_padding
 from beam_nifti.read.opening import Opened
 from beam_nifti.read.order import Order, whole_number
 from beam_nifti.read.random_access import Dataset
-from beam_nifti.read.sampling import PatchDataset, Patches
+from beam_nifti.read.sampling import PatchDataset, Patches, require_patches
 from beam_nifti.record.example import label_feature
 
 Shard: TypeAlias = tuple[int, int] | tf.distribute.InputContext | None
@@ -225,8 +225,10 @@ def group_patches(
         options: fields of `Patches`, by the names of their arguments; None if they are not given.
 
     Raises:
-        UsageError: both forms are given, or options without a patch.
+        UsageError: both forms are given, options without a patch, or `patches` is something else.
     """
+    if patches is not None:
+        require_patches(patches)
     options = {name: value for name, value in options.items() if value is not None}
     given = next(iter({"patch": patch, **options} if patch is not None else options), None)
     if patches is not None and given:

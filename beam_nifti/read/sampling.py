@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import operator
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,8 +41,9 @@ class Patches:
         per_volume: patches per volume and epoch.
         foreground: share of the patches, from 0 to 1, that are drawn around a labelled voxel of the mask. It
             is exact: of any n successive patches, the count differs from `foreground` · n by less than 1.
-            A patch that would reach beyond the volume is moved inside. In volumes without labels, all
-            patches are drawn anywhere.
+            The voxel is in the middle half of the patch along each axis, at random; but a patch that would
+            reach beyond the volume is moved inside. In volumes without labels, all patches are drawn
+            anywhere.
         label_weights: weight of each label, such as {1: 1, 2: 3}. The probability of a label is its weight,
             divided by the sum for all labels of the volume. Labels that are not given have the weight 0, and
             volumes with none of the others count as volumes without labels. None means that all labels except
@@ -101,7 +102,8 @@ class Patches:
     ) -> tuple[int, ...]:
         """Draw the corner of a patch: around a labelled voxel if there is one, otherwise anywhere.
 
-        First the label is drawn, by its weight, then one of its voxels. Anywhere means that all corners with
+        First the label is drawn, by its weight, then one of its voxels, then the voxel's place in the patch.
+        Anywhere means that all corners with
         which the patch is inside the volume are equally likely.
 
         Along an axis on which the volume is smaller than the patch, the volume is centred, as `shape` of a
@@ -120,11 +122,13 @@ class Patches:
         label = self._pick(list(positions), raw[3]) if positions else None
         if positions and label is not None:
             voxel = int(positions[label][_below(len(positions[label]), raw[4])])
-            centre = (voxel // (volume[1] * volume[2]), voxel // volume[2] % volume[1], voxel % volume[2])
-            corner = [
-                min(max(at - length // 2, 0), max(spare, 0))
-                for at, length, spare in zip(centre, self.shape, spares, strict=True)
+            place = (voxel // (volume[1] * volume[2]), voxel // volume[2] % volume[1], voxel % volume[2])
+            # Exactly in the middle, there would be no more patches of a label than it has positions.
+            drawn = [
+                at - length // 2 + _below(2 * (length // 4) + 1, number) - length // 4
+                for at, length, number in zip(place, self.shape, raw, strict=False)
             ]
+            corner = [min(max(at, 0), max(spare, 0)) for at, spare in zip(drawn, spares, strict=True)]
         return tuple(at if spare >= 0 else -(-spare // 2) for at, spare in zip(corner, spares, strict=True))
 
     def _pick(self, labels: Sequence[int], raw: int) -> int | None:
@@ -151,8 +155,7 @@ def _require_weights(given: Any) -> dict[int, float]:
                 f"label_weights has the label {label}; give labels from 1, because patches around the "
                 "background are those that are drawn anywhere"
             )
-        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not (is_number and 0 <= weight <= sys.float_info.max):
+        if not 0 <= _as_float(weight) < math.inf:
             raise UsageError(
                 f"label_weights gives label {label} the weight {weight!r}; give a finite number of at least 0"
             )
@@ -160,6 +163,25 @@ def _require_weights(given: Any) -> dict[int, float]:
     if not any(weights.values()):
         raise UsageError(f"label_weights is {weights}; give at least one label a weight above 0")
     return weights
+
+
+def _as_float(weight: Any) -> float:
+    """A weight as a float; NaN if it is no number."""
+    try:
+        return float(weight) if isinstance(weight, Real) and not isinstance(weight, bool) else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def require_patches(given: Any) -> Patches:
+    """Check that an argument says how patches are drawn.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(given, Patches):
+        raise UsageError(f"patches is {given!r:.80}; give Patches, such as beam_nifti.Patches((96, 96, 96))")
+    return given
 
 
 def _random(count: int, seed: int, *key: int) -> list[int]:
@@ -196,13 +218,18 @@ class PatchDataset:
         epoch: number of the epoch, from 0. Every epoch has different patches.
 
     Raises:
-        UsageError: seed or epoch is not a whole number of at least 0; or `patches.foreground` is above 0, but
+        UsageError: `records` or `patches` is something else; seed or epoch is not a whole number of at least
+            0; or `patches.foreground` is above 0, but
             records have no masks, or the index does not have the positions of labels; or
             `patches.label_weights` has a label that no mask of the dataset has.
     """
 
     def __init__(self, records: Dataset, patches: Patches, *, seed: int, epoch: int = 0) -> None:
-        self.records, self.patches = records, patches
+        if not isinstance(records, Dataset):
+            raise UsageError(
+                f"records is {records!r:.80}; give a Dataset, such as beam_nifti.Dataset('cohort/dataset')"
+            )
+        self.records, self.patches = records, require_patches(patches)
         self._seed, self._epoch = whole_number("seed", seed), whole_number("epoch", epoch)
         for name, number in (("seed", self._seed), ("epoch", self._epoch)):
             if number < 0:

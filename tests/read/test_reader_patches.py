@@ -154,6 +154,7 @@ def test_damaged_records_are_skipped(dataset: Path, tmp_path: Path, caplog: pyte
             {"patch": PATCH, "patches": bn.Patches(PATCH)},
             "patches and patch are two ways to request patches; drop one of them",
         ),
+        ({"patches": (9, 9, 9)}, r"patches is \(9, 9, 9\); give Patches, such as beam_nifti.Patches"),
         ({"patches_per_volume": 2}, "patches_per_volume is 2, but volumes are read as a whole; give a patch"),
         ({"patch": (9, 9)}, "the shape of a patch is"),
         ({"patch": PATCH, "patches_per_volume": 0}, "patches_per_volume is 0; it must be at least 1"),

@@ -89,11 +89,19 @@ def test_labels_and_their_voxels_are_equally_likely() -> None:
     voxels = [(30, 25, 20), (0, 49, 39), (31, 24, 19), (31, 24, 18)]
     flat = np.ravel_multi_index(np.transpose(voxels), volume).astype(np.int32)
     positions = {1: flat[:2], 4: flat[2:]}
-    around = [(26, 20, 14), (0, 40, 28), (27, 19, 13), (27, 19, 12)]
-    corners = [bn.Patches((8, 10, 12)).draw(volume, 7, 1, number, positions) for number in range(count)]
-    found = np.array([corners.count(corner) for corner in around])
+    corners = [bn.Patches((1, 1, 1)).draw(volume, 7, 1, number, positions) for number in range(count)]
+    found = np.array([corners.count(voxel) for voxel in voxels])
     assert found.sum() == count
     assert np.abs(found - count / 4).max() <= 5 * np.sqrt(count / 4)
+
+
+def test_the_voxel_is_anywhere_in_the_middle_half_of_its_patch() -> None:
+    volume, count = (60, 50, 40), 2000
+    position = {1: np.array([np.ravel_multi_index((30, 25, 20), volume)], np.int32)}
+    corners = [bn.Patches((4, 8, 3)).draw(volume, 7, 1, number, position) for number in range(count)]
+    places, counts = np.unique(np.array((30, 25, 20)) - corners, axis=0, return_counts=True)
+    assert places.tolist() == [[x, y, 1] for x in (1, 2, 3) for y in (2, 3, 4, 5, 6)]
+    assert np.abs(counts - count / 15).max() < 5 * np.sqrt(count / 15)
 
 
 weights = st.dictionaries(
@@ -185,6 +193,7 @@ def test_indexes_without_positions_are_said_to_lack_them(records: bn.Dataset, tm
 
 
 def test_a_patch_is_a_part_of_its_record(records: bn.Dataset) -> None:
+    records = bn.Dataset(records.path, columns=["id", "image", "mask", "affine"])
     whole = list(records)
     patches = bn.PatchDataset(records, bn.Patches(PATCH, per_volume=3), seed=4)
     assert len(patches) == len(list(patches)) == 3 * len(SHAPES)
@@ -199,6 +208,9 @@ def test_a_patch_is_a_part_of_its_record(records: bn.Dataset) -> None:
         for name, padding in (("image", whole[number]["image"].min()), ("mask", 0)):
             expected = np.pad(whole[number][name][box], [*pads, (0, 0)], constant_values=padding)
             assert np.array_equal(patch[name], expected)
+        moved = np.eye(4)
+        moved[:3, 3] = corner
+        assert np.allclose(patch["affine"], whole[number]["affine"] @ moved)
     assert np.array_equal(patches[-1]["image"], patches[len(patches) - 1]["image"])
 
 
@@ -229,6 +241,11 @@ def test_grain_takes_the_patches_of_several_epochs(records: bn.Dataset) -> None:
     assert np.array_equal(source[7]["image"], patches.epoch(1)[2]["image"])
     first, *_ = source.batch(5)
     assert first["image"].shape == (5, *PATCH, 1)
+
+
+@pytest.mark.parametrize("number", [np.float32(3), np.float16(3), np.float64(3), np.int8(3), Fraction(3), 3])
+def test_a_weight_is_any_number(number: Any) -> None:
+    assert weighted({1: number}) == weighted({1: 3.0})
 
 
 def weighted(weights: Any) -> bn.Patches:
@@ -262,6 +279,8 @@ def weighted(weights: Any) -> bn.Patches:
         (lambda r: weighted({1: True}), "gives label 1 the weight True"),
         (lambda r: weighted({1: "1"}), "gives label 1 the weight '1'"),
         (lambda r: weighted({1: 0, 2: 0}), r"is \{1: 0.0, 2: 0.0\}; give at least one label a weight above"),
+        (lambda r: bn.PatchDataset("ds", bn.Patches(PATCH), seed=1), "records is 'ds'; give a Dataset, such"),  # type: ignore[arg-type]
+        (lambda r: bn.PatchDataset(r, PATCH, seed=1), r"patches is \(.*; give Patches, such as"),  # type: ignore[arg-type]
         (lambda r: weighted({}), r"label_weights is \{\}; give at least one label"),
         (lambda r: bn.Patches(PATCH, label_weights={1: 1}), "but foreground is 0, so no patch is drawn"),
         (
