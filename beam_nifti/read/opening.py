@@ -19,7 +19,7 @@ from beam_nifti.record import dataset_files
 from beam_nifti.record.dataset_files import FILE_NAME, path_of
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.example import TENSOR_FEATURES, label_feature
-from beam_nifti.record.index import SOURCE_LISTS
+from beam_nifti.record.index import SOURCE_LISTS, SOURCE_SUMS
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 
@@ -127,10 +127,12 @@ class Opened:
     @cached_property
     def _sources(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Size and time of each file that the dataset was built from, as far as the indexes have them."""
-        table = self.read_indexes(self.info.shards, SOURCE_LISTS)
-        if not set(SOURCE_LISTS) <= set(table.column_names):  # format version 1 has sums
-            return np.empty(0, np.int64), np.empty(0)
-        sizes, mtimes, _ = (pc.list_flatten(table[name]).to_numpy(False) for name in SOURCE_LISTS)
+        # Format version 1 has the sum of the sizes of an example's files: of a single file, its size.
+        has_lists = self.info.record_config.has_sources
+        names = SOURCE_LISTS[:2] if has_lists else SOURCE_SUMS
+        table = self.read_indexes(self.info.shards, names)
+        columns = (pc.list_flatten(table[name]) if has_lists else table[name] for name in names)
+        sizes, mtimes = (column.to_numpy(zero_copy_only=False) for column in columns)
         return sizes, mtimes
 
     def _size_of(self, shard: ShardInfo, path: str) -> int | None:

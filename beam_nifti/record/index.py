@@ -69,6 +69,9 @@ _SOURCE_SCHEMA_1: Final = pa.schema([("source_size", pa.int64()), ("source_mtime
 """Columns that format version 1, and what was converted from it, have instead: the sum of all sizes, and the
 mean time of the images. The time of a pair is the mean of its two files."""
 
+SOURCE_SUMS: Final = tuple(_SOURCE_SCHEMA_1.names)
+"""The names of these columns."""
+
 _MEMBERS_SCHEMA: Final = pa.schema([("member_lengths", pa.list_(pa.uint32()))])
 """Column that follows if records are cut: the bytes of each member, which add up to the record's length."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns
-from beam_nifti.errors import DatasetError
+from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.inspection.description import describe_record
 from beam_nifti.inspection.diff import compare_datasets
 from beam_nifti.inspection.extract import read_volume
@@ -91,6 +92,14 @@ def test_it_is_read(dataset: Path) -> None:
     assert patch["mask"].shape == (2, 1, 2, 1)
     for is_there in (False, True):
         records.save_nifti(2, records[2]["mask"], dataset.parent / "a.nii", overwrite=is_there)
+
+
+def test_the_only_file_of_an_example_is_never_replaced(dataset: Path, tmp_path: Path) -> None:
+    records, path = Dataset(dataset, columns=["mask", "source_size", "source_mtime"]), tmp_path / "a.nii"
+    path.write_bytes(bytes(records[2]["source_size"]))  # the sum, which is the size of a single file
+    os.utime(path, (records[2]["source_mtime"],) * 2)
+    with pytest.raises(UsageError, match="the dataset was built from this file"):
+        records.save_nifti(2, records[2]["mask"], path, overwrite=True)
 
 
 def test_every_command_takes_it(dataset: Path, run: Callable[..., str]) -> None:
