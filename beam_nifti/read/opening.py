@@ -119,6 +119,7 @@ class Opened:
 
         Raises:
             UsageError: it is one.
+            DatasetError: an index is damaged.
         """
         found, (sizes, mtimes) = storage.stat(path), self._sources
         if ((sizes == found.size) & (mtimes == found.mtime)).any():
@@ -133,6 +134,11 @@ class Opened:
         table = self.read_indexes(self.info.shards, names)
         columns = (pc.list_flatten(table[name]) if has_lists else table[name] for name in names)
         sizes, mtimes = (column.to_numpy(zero_copy_only=False) for column in columns)
+        if sizes.size != mtimes.size:
+            raise DatasetError(
+                f"{self.path}: the indexes have {sizes.size} {names[0]} and {mtimes.size} {names[1]}; run "
+                "beam-nifti verify"
+            )
         return sizes, mtimes
 
     def _size_of(self, shard: ShardInfo, path: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from hypothesis import strategies as st
 from beam_nifti.cli import main as cli
 from beam_nifti.config import RecordConfig, Sharding
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.inspection.extract import file_name, read_volume, read_volumes
+from beam_nifti.inspection.extract import file_name, read_volume, read_volumes, refuse_sources
 from beam_nifti.volume import load_volume, rescale_volume
 from beam_nifti.volume.nifti_writer import write_nifti
 from beam_nifti.volume.rescale import RescaleRange, Scaling, restore_units
-from tests.datasets import build_dataset, edit_record, info_of
+from tests.datasets import build_dataset, edit_index, edit_info, edit_record, info_of, set_cell
 from tests.images import (
     AFFINE,
     REAL_DTYPES,
@@ -251,6 +252,14 @@ def test_an_image_that_the_dataset_was_built_from_stays(
         found = extract(dataset, "--id", "sub-0001", "--out", str(path), "--overwrite", code=cli.USAGE)
         assert f"{path}: the dataset was built from this file; choose another path" in found
     assert source.read_bytes() == content
+
+
+def test_an_index_that_lacks_the_time_of_a_source_is_named(dataset: Path, tmp_path: Path) -> None:
+    sparse = Path(shutil.copytree(dataset, tmp_path / "sparse"))
+    edit_info(sparse, lambda facts: facts["manifest"].update(path=""))  # as of WriteToTFRecord
+    edit_index(sparse, set_cell("source_mtimes", 0, None))
+    with pytest.raises(DatasetError, match="indexes have 3 source_sizes and 2 source_mtimes; run beam-nifti"):
+        refuse_sources(str(sparse), [str(sparse / "dataset_info.json")])
 
 
 @pytest.mark.parametrize(
