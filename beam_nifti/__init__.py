@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from beam_nifti.random_access import Dataset as Dataset
     from beam_nifti.random_access import PatchDataset as PatchDataset
     from beam_nifti.random_access import Patches as Patches
+    from beam_nifti.random_access import PatchGrid as PatchGrid
     from beam_nifti.reader import load_dataset as load_dataset
     from beam_nifti.transforms import EncodeExample as EncodeExample
     from beam_nifti.transforms import LoadVolume as LoadVolume
@@ -47,7 +48,7 @@ _NAMES_IN = {
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",
-    "random_access": "Dataset PatchDataset Patches",
+    "random_access": "Dataset PatchDataset PatchGrid Patches",
     "reader": "load_dataset",
     "transforms": "EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",
 }

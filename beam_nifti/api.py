@@ -78,7 +78,9 @@ def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
                 result: Any = function(*args, **kwargs)
             return cast("_T", result.reworded(_as_parameters) if hasattr(result, "reworded") else result)
         except BeamNiftiError as e:
-            e.reword(_as_parameters)
+            from beam_nifti.pipeline.parameters import OUTPUT
+
+            e.reword(lambda text: OUTPUT.sub("output", _as_parameters(text)))
             raise
 
     return call
@@ -141,11 +143,13 @@ def build(
             log from time to time.
         **options: see `beam_nifti.BuildOptions`, which lists all of them. The most used are:
             label_column: column of labels, or several; default: "label".
+            mask_column: column of label maps; default: none.
             split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
             rescale: "minmax" (default), "zscore", "none", or such as ("percentile", 1, 99).
             orientation: axis codes, such as "RAS".
             spacing: voxel size in mm, such as (1, 1, 1).
             shape: (x, y, z) in voxels, to crop and pad to.
+            allow_mixed_shapes: whether volumes may have other shapes than the first one.
             preprocess: your own function from Volume to Volume.
             voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
             max_bad_fraction: fraction of volumes that may fail; default: 0.
@@ -153,7 +157,8 @@ def build(
             overwrite: whether to replace a dataset with different options or rows.
 
     Returns:
-        The dataset. For a dry run or a Dataflow template: what is known before the shards are made.
+        The dataset. For a dry run or a Dataflow template: what is known before the shards are made. It has
+        no `splits` then, so `num_examples` is 0; `check` returns the number of examples in each split.
 
     Raises:
         UsageError: an option is invalid.

@@ -204,9 +204,12 @@ class RecordConfig:
         _choose("--compression-level", self.compression_level, COMPRESSION_LEVELS)
         self._check_frames()
         if self.voxel_dtype == "uint8" and not self.is_bounded:
+            within = f" --rescale-within {self.rescale_within}" if self.rescale_within else ""
+            others = "percentile" if within else "percentile or window"
+            method = f" with {others}" if self.method in ("zscore", "none") else ""
             raise UsageError(
-                f"--voxel-dtype uint8 holds only [0, 1], and --rescale {self.rescale} gives values outside "
-                "it; use --clip with percentile or window, or --voxel-dtype float16"
+                f"--voxel-dtype uint8 holds only [0, 1], and --rescale {self.rescale}{within} gives values "
+                f"outside it; use --clip{method}, or --voxel-dtype float16"
             )
         _check_preparation(self)
 

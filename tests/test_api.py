@@ -453,6 +453,10 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
             lambda: bn.build("manifest.tsv", "o", config={"clip": True}),
             "^config is {'clip': True}; give a path",
         ),
+        (
+            lambda: bn.build("manifest.tsv", "out", rescale="none"),
+            "choose another output, or use overwrite=True",
+        ),
         (lambda: bn.build("manifest.tsv", "o", temp_location=""), "^temp_location is empty; was a variable"),
         (lambda: bn.build("manifest.tsv", "o", dry_run="no"), "^dry_run is 'no'; give True or False"),
         (lambda: bn.build("manifest.tsv", "o", dry_run=1), "^dry_run is 1; give True or False"),
@@ -691,7 +695,8 @@ def test_a_process_forked_after_beam_has_run_is_told_to_be_spawned(folder: Path)
 
 def test_the_package_lists_what_it_gives() -> None:
     names = {"build", "check", "verify", "inspect", "diff", "extract", "report", "load_dataset", "Dataset"}
-    assert names | {"BuildOptions"} <= set(dir(bn))
+    assert names | {"BuildOptions", *bn.random_access.__all__} <= set(dir(bn))
+    assert bn.PatchGrid is bn.random_access.PatchGrid
     assert "rescale" in bn.BuildOptions.__annotations__
     with pytest.raises(AttributeError, match="no attribute 'bild'"):
         bn.bild  # noqa: B018

@@ -65,13 +65,32 @@ def test_record_config_refuses_what_no_record_can_have(field: str, value: object
             {"rescale": "zscore", "voxel_dtype": "uint8"},
             r"uint8 holds only \[0, 1\], and --rescale zscore gives",
         ),
-        ({"rescale": "percentile:1,99", "voxel_dtype": "uint8"}, "use --clip with percentile or window"),
-        ({"rescale_within": "nonzero", "voxel_dtype": "uint8"}, "--voxel-dtype uint8"),
+        ({"rescale": "none", "voxel_dtype": "uint8"}, "use --clip with percentile or window, or --voxel"),
+        (
+            {"rescale": "zscore", "rescale_within": "nonzero", "voxel_dtype": "uint8"},
+            "use --clip with percentile, or --voxel-dtype float16",
+        ),
     ],
 )
 def test_rescalings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RecordConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rescale": "percentile:1,99"},
+        {"rescale": "window:0,9"},
+        {"rescale_within": "nonzero"},
+        {"rescale": "percentile:1,99", "rescale_within": "nonzero"},
+    ],
+)
+def test_the_remedy_for_uint8_is_accepted(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"use --clip, or --voxel-dtype float16$"):
+        RecordConfig(**options, voxel_dtype="uint8")
+    for accepted in ({"clip": True, "voxel_dtype": "uint8"}, {"voxel_dtype": "float16"}):
+        RecordConfig(**options, **accepted)
 
 
 def test_equal_rescalings_are_spelled_alike() -> None:

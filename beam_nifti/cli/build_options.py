@@ -46,7 +46,7 @@ The exit code is that of a build with these flags, as far as headers can show.
 """
 
 
-_HELP: Final[Mapping[str, str]] = {
+_HELP: Final = {
     "config": 'TOML file whose keys are option names, such as rescale = "zscore", spacing = [1, 1, 1] or '
     'like = "cohort/dataset"; default: none',
     "like": "use the options that decided the content of this dataset; --preprocess and --anonymous-ids "
@@ -127,6 +127,10 @@ _HELP: Final[Mapping[str, str]] = {
 }
 """Descriptions of the options that no other command has."""
 
+_HELP_OF_CHECK: Final = _HELP | {
+    "temp_location": "folder or URL for temporary files on a cluster; default: the folder of --out"
+}
+
 _OF_COMMANDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "config": {"metavar": "FILE"},
     "like": {"metavar": "DATASET"},
@@ -204,7 +208,7 @@ def add_commands(commands: Commands) -> None:
     for title, (about, names) in _GROUPS.items():
         further = ("json", "out") if title == "running" else ()
         used = [name for name in (*further, *names) if name not in _UNUSED_BY_CHECK]
-        _add_group(check, title, about, used)
+        _add_group(check, title, about, used, _HELP_OF_CHECK)
     about = "Accepted and validated, so that check and build can be given the same flags."
     _add_group(check, WITHOUT_EFFECT, about, _UNUSED_BY_CHECK)
     add_beam(check)
@@ -222,13 +226,19 @@ def add_commands(commands: Commands) -> None:
     add_beam(build)
 
 
-def _add_group(command: argparse.ArgumentParser, title: str, about: str | None, names: Sequence[str]) -> None:
+def _add_group(
+    command: argparse.ArgumentParser,
+    title: str,
+    about: str | None,
+    names: Sequence[str],
+    texts: Mapping[str, str] = _HELP,
+) -> None:
     group = command.add_argument_group(title, about)
     for name in names:
         if name in _SHARED:
             _SHARED[name](group)
         else:
-            group.add_argument(flag_of(name), help=_HELP[name], **_arguments(name))
+            group.add_argument(flag_of(name), help=texts[name], **_arguments(name))
     # The defaults are in `make_config`, which receives only the options that were given.
     command.set_defaults(**dict.fromkeys(OPTIONS))
 

@@ -97,5 +97,5 @@ def add_summary(group: argparse._ActionsContainer) -> None:
         "--summary-json",
         metavar="FILE",
         help="write the status, counts, times and error to this file at the end, even if the command fails: "
-        "a .json file or URL outside OUTPUT; docs/monitoring.md describes the fields; default: none",
+        "a .json file or URL outside the dataset; docs/monitoring.md describes the fields; default: none",
     )

@@ -23,6 +23,7 @@ def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     """`beam-nifti verify`."""
     forget_earlier(options)
     run.output = storage.absolute(options.output)
+    run.manifest = storage.absolute(options.manifest) if options.manifest else None
     report = api.verify(
         options.output,
         manifest=options.manifest,

@@ -75,6 +75,9 @@ def image_folder(info: DatasetInfo) -> str:
 
 def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before, after = (_COMES_ALONG | _flags(config) for config in (was, now))
+    if "--num-shards" in after:
+        # The build may have chosen it, and without either option, a build keeps the shards that there are.
+        before.pop("--examples-per-shard", None)
     return [
         f"{flag} was {before.get(flag, NOT_GIVEN)}, now {after.get(flag, NOT_GIVEN)}"
         for flag in dict.fromkeys([*after, *before])

@@ -23,7 +23,7 @@ _FORMS: Final = {
 }
 """Forms of values on the command line, such as "percentile:LO,HI", with the tuples that stand for them."""
 
-_OUTPUT: Final = re.compile(r"(?<![^ ])OUTPUT(?![^ /,;:.)])")
+OUTPUT: Final = re.compile(r"(?<![^ ])OUTPUT(?![^ /,;:.)])")
 """The output of a build, in a sentence; not a part of a path."""
 
 _EXAMPLE: Final = re.compile(r"(?<=such as )[\w.=]+(?:,[\w.=]+)+$")
@@ -94,5 +94,5 @@ def naming_parameters(**names: str) -> Iterator[None]:
     try:
         yield
     except BeamNiftiError as e:
-        e.reword(lambda text: _OUTPUT.sub("output", as_parameters(text, names)))
+        e.reword(lambda text: OUTPUT.sub("output", as_parameters(text, names)))
         raise

@@ -239,9 +239,7 @@ class Survey(Document):
 
     def __init__(self, facts: Mapping[str, Any], plan: CheckPlan) -> None:
         super().__init__(facts)
-        self.problems = tuple(
-            f"row {p['row']} ({p['example_id']}): {p['message']}" for p in facts["problems"]
-        )
+        self.problems = tuple(map(_problem_text, facts["problems"]))
         self.refusal = plan.refusal
         self._words: Callable[[str], str] = str
         self.ok = not plan.refusal and plan.config.allows_failures(facts["num_bad"], facts["num_images"])
@@ -280,7 +278,7 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield from _listed(title, [f"{kind}: {count:,}" for kind, count in r[name].items()])
     if "?" in r["records"]:
         yield "", "?: headers do not determine the shape after --preprocess or --crop-foreground"
-    bad = [f"row {p['row']} ({p['example_id']}): {p['message']}" for p in r["problems"]]
+    bad = [*map(_problem_text, r["problems"])]
     yield from _listed("would fail", bad, r["num_bad"])
     for noted in r["notes"].values():
         yield "warning", f"{counted(noted['num_images'], 'image')}: {noted['message']}"
@@ -299,6 +297,12 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (found := r["not_suggested"]) and found["flags"]:
         image = f"row {found['row']} ({found['example_id']})"
         yield "not suggested", f"{' '.join(found['flags'])}, with which {image} {found['reason']}"
+
+
+def _problem_text(problem: Mapping[str, Any]) -> str:
+    """What is wrong with an image; its path is not repeated where it is the id."""
+    example_id = problem["example_id"]
+    return f"row {problem['row']} ({example_id}): {problem['message'].removeprefix(f'{example_id}: ')}"
 
 
 def _listed(title: str, lines: Sequence[str], total: int | None = None) -> Iterator[tuple[str, str]]:

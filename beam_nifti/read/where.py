@@ -55,7 +55,8 @@ class Condition:
 
     It consists of columns of the index, numbers, strings, lists, `==`, `!=`, `<`, `<=`, `>`, `>=`, `in`,
     `not in`, `and`, `or`, `not` and parentheses. `column('scan age')` is a column whose name is not a Python
-    name. If a column of strings is compared with numbers, its cells are read as numbers, exactly.
+    name. If a column of strings is compared with numbers, its cells are read as numbers, exactly. Of a column
+    of lists of integers, `3 in mask_labels` and `3 not in mask_labels` are conditions.
     A comparison with a missing cell (null, empty, `n/a` or NaN) is neither true nor false, so it selects no
     record, even after `not`. A comparison with such a text, as in `site == ''`, compares the text of cells.
 
@@ -108,6 +109,11 @@ def _column_of(node: ast.AST) -> str | None:
 def _written(name: str) -> str:
     """The notation of a column in a condition."""
     return name if name.isidentifier() else f"column({name!r})"
+
+
+def _has_integers(kind: pa.DataType) -> bool:
+    """Whether a column of this type consists of lists of integers."""
+    return bool(pa.types.is_list(kind) and pa.types.is_integer(kind.value_type))
 
 
 def _columns_below(node: ast.AST) -> Iterator[str]:
@@ -177,6 +183,8 @@ class _Evaluation:
         return _each(_COMPARISONS[type(op)], one, other)
 
     def _membership(self, left: ast.expr, right: ast.expr, is_negated: bool) -> Any:
+        if (name := _column_of(right)) is not None and pa.types.is_nested(self._column(name).type):
+            return self._holding(left, name, is_negated)
         if not isinstance(right, ast.List | ast.Tuple | ast.Set) or not right.elts:
             raise self._refusal(right)
         as_written = any(map(_is_missing_text, right.elts))
@@ -188,11 +196,24 @@ class _Evaluation:
         among = {self._alike(member, column).cells[0] for member in members}
         return _each(lambda cell, _: (cell in among) != is_negated, column, members[0])
 
+    def _holding(self, left: ast.expr, name: str, is_negated: bool) -> Any:
+        """Whether the lists of a column hold a number."""
+        lists = self._column(name).combine_chunks()
+        number = self._operand(left) if isinstance(left, ast.Constant | ast.UnaryOp) else None
+        if not _has_integers(lists.type) or number is None or not number.is_number:
+            raise self._no_cells(name, lists.type)
+        rows = np.repeat(np.arange(len(lists)), pc.fill_null(pc.list_value_length(lists), 0))
+        found = np.zeros(len(lists), np.bool_)
+        found[rows[np.asarray(pc.list_flatten(lists)) == number.cells[0]]] = True
+        return pa.array(found != is_negated, mask=np.asarray(lists.is_null()))
+
     def _operand(self, node: ast.expr, as_written: bool = False) -> _Operand:
         """One side; missing cells of a column are null, unless cells are compared `as_written`."""
         name = _column_of(node)
         if name is not None:
             values = self._column(name)
+            if pa.types.is_nested(values.type):
+                raise self._no_cells(name, values.type)
             encoded = values.combine_chunks().dictionary_encode("encode")
             cells = encoded.dictionary.to_pylist()
             if not as_written:
@@ -227,12 +248,13 @@ class _Evaluation:
         if name not in self._table.column_names:
             there = ", ".join(self._table.column_names)
             raise UsageError(f"where is {self._text!r}, but the index has no column {name!r}; it has {there}")
-        values = self._table[name]
-        if pa.types.is_nested(values.type):
-            raise UsageError(
-                f"where is {self._text!r}, but each cell of {name} holds several numbers; use other columns"
-            )
-        return values
+        return self._table[name]
+
+    def _no_cells(self, name: str, kind: pa.DataType) -> UsageError:
+        """A use of a column of lists that is not supported."""
+        listed = _written(name)
+        remedy = f"write 3 in {listed} or 3 not in {listed}" if _has_integers(kind) else "use other columns"
+        return UsageError(f"where is {self._text!r}, but each cell of {name} is a list; {remedy}")
 
     def _as_number(self, operand: _Operand, other: _Operand) -> _Operand:
         """Convert a column of strings to numbers; numbers are not changed."""

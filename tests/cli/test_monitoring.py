@@ -116,8 +116,11 @@ def test_a_dry_run_a_check_and_a_verification_tell_too(
     assert (checked["status"], checked["num_volumes"], checked["num_failed"]) == ("failed", 12, 1)
     verified = summarize("verify", output, "--deep=1", "--manifest", cohort)
     assert (verified["num_examples"], verified["num_deep"], verified["num_problems"]) == (12, 1, 0)
+    assert verified["manifest"] == str(cohort)
     (output / read_info(str(output)).shards[0].name).write_bytes(b"")
-    assert summarize("verify", output, code=cli.FAILED)["num_problems"] > 0
+    damaged = summarize("verify", output, code=cli.FAILED)
+    assert damaged["num_problems"] > 0
+    assert damaged["manifest"] is None
 
 
 def test_what_is_refused_or_may_pass_is_told_with_its_error(

@@ -156,6 +156,10 @@ def test_check_takes_every_flag_of_build() -> None:
     assert set(options.flags_of_commands()["build"]) <= set(options.flags_of_commands()["check"])
 
 
+def test_the_options_of_check_do_not_speak_of_an_output_that_it_lacks() -> None:
+    assert not [a.help for a in parser_of("check")._actions if "OUTPUT" in (a.help or "")]
+
+
 NAMED = [(c, f, row) for c, rows in TABLE.items() for f, row in rows.items() if isinstance(row, str)]
 
 

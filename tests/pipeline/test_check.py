@@ -213,12 +213,20 @@ def test_only_the_first_kilobytes_are_read(tmp_path: Path, check: Check) -> None
     assert check(manifest)[0] == 0
 
 
-def test_shapes_that_differ_are_no_failure_where_they_may(tmp_path: Path, check: Check) -> None:
+def test_shapes_that_differ_are_no_failure_where_they_may(
+    tmp_path: Path, check: Check, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_image(tmp_path / "a.nii", brain((6, 5, 4)))
     write_image(tmp_path / "b.nii", brain((6, 5, 5)))
     manifest = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii"}, {"path": "b.nii"}])
     assert check(manifest)[0] == 1
+    assert cli.main(["check", str(manifest), "--quiet"]) == 1
+    assert "would fail    row 2 (b.nii): shape (6, 5, 5)" in capsys.readouterr().out
     assert check(manifest, "--allow-mixed-shapes")[0] == 0
+    capsys.readouterr()
+    build = ["build", str(manifest), str(tmp_path / "out"), "--allow-mixed-shapes", "--dry-run"]
+    assert cli.main(build) == 0
+    assert "volumes  2, the first of 6×5×4 voxels (train 2)" in capsys.readouterr().out
 
 
 def test_the_table_and_the_file_say_the_same(

@@ -268,7 +268,7 @@ def test_what_became_0_and_1_is_kept_beside_a_shard_without_records(tmp_path: Pa
         ({"compression_level": 1}, "--compression-level was 2, now 1"),
         ({"shuffle_seed": 1}, "--shuffle-seed was not given, now 1"),
         ({"examples_per_shard": 5}, "--examples-per-shard was 7, now 5"),
-        ({"num_shards": 2}, "--num-shards was not given, now 2"),
+        ({"num_shards": 2}, r":\n  --num-shards was not given, now 2\nchoose"),
         ({"allow_mixed_shapes": True}, "--allow-mixed-shapes was not given, now given"),
         ({"columns": {"label": "age"}}, "--label-column was label, now age"),
     ],

@@ -461,6 +461,8 @@ def test_channels_masks_and_labels(tmp_path: Path, rescale: str) -> None:
         assert np.array_equal(element["mask"], np.full((6, 5, 4, 1), i))
         assert element["max"].shape == (2,)
     assert Dataset(output, where="sex == 'F' and age > 0.5").ids == ["2_T1w.nii"]
+    assert Dataset(output, where="2 in mask_labels or 0 in mask_labels").ids == ["0_T1w.nii", "2_T1w.nii"]
+    assert [float(y) for _, y in load_dataset(output, where="1 not in mask_labels")] == [0, 1]
 
 
 @pytest.mark.parametrize(

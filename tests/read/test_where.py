@@ -20,6 +20,8 @@ TABLE = pa.table(
         "site": ["A", "B", "", "A"],
         "scan age": ["1", "2", "3", "4"],
         "shape": [[1, 2], [1, 2], [1, 2], [1, 2]],
+        "mask_labels": [[0, 3], [], None, [3, 0, 7]],
+        "zooms": [[1.0], [1.0], [1.0], [1.0]],
     }
 )
 
@@ -60,6 +62,11 @@ def rows(text: str) -> list[int]:
         ("example_id <= 'sub-2'", [1, 2]),
         ("row > label", [2, 4]),
         ("row == age", []),
+        ("3 in mask_labels", [1, 4]),
+        ("not 3 in mask_labels", [2]),
+        ("3 not in mask_labels or row == 3", [2, 3]),
+        ("7.0 in mask_labels and 0 in column('mask_labels')", [4]),
+        ("7.5 in mask_labels or -3 in mask_labels or 1e40 in mask_labels", []),
     ],
 )
 def test_what_a_condition_selects(text: str, expected: list[int]) -> None:
@@ -102,6 +109,21 @@ def test_long_numbers_in_text_are_compared_exactly(cells: list[str], literal: st
     among = [Fraction(cell) == Fraction(literal) for cell in cells]
     assert Condition(f"code in [{literal}, 7]").select(table).tolist() == among
     assert Condition(f"code not in [{literal}, 7]").select(table).tolist() == [not found for found in among]
+
+
+INTEGERS = st.integers(-(2**63), 2**63 - 1) | st.integers(0, 5)
+
+
+@given(st.lists(st.none() | st.lists(INTEGERS, max_size=4), max_size=6), st.data())
+def test_a_number_is_found_in_lists(cells: list[list[int] | None], data: st.DataObject) -> None:
+    known = [number for cell in cells for number in cell or ()]
+    number = data.draw(st.sampled_from(known) | LONG if known else LONG)
+    chunk = pa.array(cells, pa.list_(pa.int64()))
+    table = pa.table({"mask_labels": pa.chunked_array([chunk[:2], chunk[2:]])})
+    expected = [cell is not None and number in cell for cell in cells]
+    assert Condition(f"{number} in mask_labels").select(table).tolist() == expected
+    others = [cell is not None and number not in cell for cell in cells]
+    assert Condition(f"{number} not in mask_labels").select(table).tolist() == others
 
 
 @given(st.lists(LONG.map(float) | st.floats(allow_nan=False), min_size=1, max_size=4), LONG)
@@ -187,7 +209,13 @@ def test_the_columns_that_are_asked_are_known_before() -> None:
         ("__import__('os').system('true') == 0", "is not supported"),
         ("(lambda: 1) == 1", "is not supported"),
         ("sex == 'F'", "has no column 'sex'; it has row, example_id, label, age, site, scan age, shape"),
-        ("shape == 1", "each cell of shape holds several numbers"),
+        ("shape == 1", "each cell of shape is a list; write 3 in shape or 3 not in shape$"),
+        ("mask_labels in [3]", "each cell of mask_labels is a list; write 3 in mask_labels or 3 not in"),
+        ("'3' in mask_labels", "each cell of mask_labels is a list; write 3 in mask_labels or 3 not in"),
+        ("label in mask_labels", "each cell of mask_labels is a list; write 3 in mask_labels or 3 not in"),
+        ("[3, 4] in mask_labels", "each cell of mask_labels is a list; write 3 in mask_labels or 3 not in"),
+        ("1 in zooms", "each cell of zooms is a list; use other columns$"),
+        ("1 in sex", "has no column 'sex'"),
         ("label == '1'", "label is a number; compare it with a number, without quotes"),
         ("site > 1", r"site is 'A' in row 1 of the manifest \(sub-1\), which is not a number"),
     ],
