@@ -371,7 +371,7 @@ def _with_rows(size: int, *columns: Cells) -> tuple[Cells, ...]:
 def _count_steps(order: Order, repeat: int | None, start: int, is_random: bool) -> tf.data.Dataset:
     """The numbers of the steps. If epochs differ, each further pass has the numbers of further epochs."""
     total = None if repeat is None else order.num_steps * repeat
-    if start < 0 or (total is not None and start > total):
+    if total is not None and start > total:
         raise UsageError(
             f"start is {start}, but there are {total} elements in all epochs; raise repeat, or start at 0"
         )

@@ -20,12 +20,11 @@ from beam_nifti.read import sequential
 from beam_nifti.read.indexed import read_indexed
 from beam_nifti.read.layouts import LAYOUTS, read_files
 from beam_nifti.read.opening import open_dataset
-from beam_nifti.read.order import whole_number
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.request import Batching, Elements, Passes, Shard, group_patches, require_choice
 from beam_nifti.read.sampling import Patches
 from beam_nifti.read.split_spec import SplitPart, parse_split
-from beam_nifti.read.state import check_state, describe_state
+from beam_nifti.read.state import check_state, describe_state, require_step
 from beam_nifti.storage import paths as storage
 
 _INDEX_FOLDER: Final = "index"
@@ -164,9 +163,7 @@ def state_after(
         DatasetError: as for `load_dataset`.
         UsageError: as for `load_dataset`, or `step` is below 0.
     """
-    step = whole_number("step", step)
-    if step < 0:
-        raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
+    step = require_step("step", step)
     drawn = group_patches(
         patches,
         patch,
@@ -197,7 +194,7 @@ class _Source:
         require_choice("on_error", self.on_error, "raise", "skip")
         require_choice("engine", self.engine or "indexed", "indexed", "sequential")
         require_choice("layout", self.layout or "plain", *LAYOUTS)
-        object.__setattr__(self, "start", whole_number("start", self.start))
+        object.__setattr__(self, "start", require_step("start", self.start))
 
     def read(self, elements: Elements, batching: Batching, passes: Passes) -> tf.data.Dataset:
         """The dataset that `load_dataset` returns."""

@@ -444,7 +444,7 @@ def test_what_is_gone_is_not_skipped(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": -1}, "start is -1, but there are 11 elements"),
+        ({"start": -1}, "start is -1; give how many elements were consumed, from 0"),
         ({"repeat": 0}, "repeat is 0; give a number of epochs from 1, or True"),
         ({"repeat": -1}, "repeat is -1; give a number"),
         ({"shard": (2, 2)}, r"shard is \(2, 2\); give \(i, n\)"),

@@ -121,7 +121,8 @@ def test_what_does_not_change_the_order_may_be_another(dataset: Path, tmp_path: 
     [
         ({"batch_size": 3}, "start_state is of a run with batch_size 4, but this one has 3; give the arg"),
         ({"seed": 2}, "with seed 1, but this one has 2"),
-        ({"shuffle": False, "seed": None}, "with seed 1, but this one has None"),
+        ({"shuffle": False, "seed": None}, "with shuffle True, but this one has False; give the arguments"),
+        ({"shuffle": False, "patch": (1, 1, 1)}, "with shuffle True, but this one has False"),
         ({"drop_remainder": True}, "with drop_remainder False, but this one has True"),
         ({"shard": (0, 2)}, r"with shard \[0, 1\], but this one has \[0, 2\]"),
         ({"split": "test"}, "with split 'train', but this one has 'test'"),
@@ -130,10 +131,7 @@ def test_what_does_not_change_the_order_may_be_another(dataset: Path, tmp_path: 
         ({"on_error": "skip"}, "start_state and on_error='skip', which does not count every batch, cannot"),
         ({"engine": "sequential"}, "start_state requires the index"),
         ({"seed": None}, "start_state requires an order that is known beforehand; give a seed"),
-        (
-            {"start_state": {"step": 4}},
-            "start_state is {'step': 4}; give the result of state_after of",
-        ),
+        ({"start_state": {"step": 4}}, "start_state has no version; give the result of state_after of this"),
         ({"start_state": "4"}, "start_state is '4'; give the result of state_after"),
     ],
 )
@@ -141,6 +139,26 @@ def test_states_that_do_not_fit(dataset: Path, change: dict[str, Any], message: 
     options = {"start_state": state_after(4, dataset, **ORDER), "repeat": True, **ORDER, **change}
     with pytest.raises(UsageError, match=message):
         load_dataset(dataset, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "start_state is of another version, or has other keys; give the result"),
+        ({"epoch": 2}, "start_state is of another version, or has other keys; give the result"),
+        ({"step": 7.0}, r"the step of start_state is 7\.0; give a whole number"),
+        ({"step": -1}, "the step of start_state is -1; give how many elements were consumed"),
+        (None, "start_state has no step; give the result of state_after"),
+    ],
+)
+def test_states_that_are_incomplete_or_changed(
+    dataset: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    state = state_after(4, dataset, **ORDER) | (change or {})
+    if change is None:
+        del state["step"]
+    with pytest.raises(UsageError, match=message):
+        load_dataset(dataset, start_state=state, repeat=True, **ORDER)
 
 
 def test_a_state_beyond_the_epochs(dataset: Path) -> None:
