@@ -71,7 +71,8 @@ def load_dataset(
         drop_remainder: whether to drop a last batch that is not full, so that B is static.
         label: label that becomes y, or several, for a dictionary; None means the first one as a number.
         repeat: number of epochs; True repeats without end.
-        start: number of elements to skip, counted over all epochs, without reading them.
+        start: number of elements to skip, counted over all epochs, without reading them. Within an epoch, it
+            requires `repeat`.
         shard: (i, n), to read the i-th of every n examples, from 0; or a `tf.distribute.InputContext`.
         where: condition on columns of the index, such as "age > 60 and site == 'A'".
         as_dict: whether elements are dictionaries of `columns`.
@@ -263,11 +264,11 @@ class _Source:
             records,
             order,
             batching,
+            passes,
             reopen=reopen,
-            repeat=passes.epochs,
             start=start,
+            resumes=resumes,
             skips=skips,
-            draw=passes.draw(),
         )
         return examples.map(pack)
 
