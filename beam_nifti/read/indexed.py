@@ -27,7 +27,7 @@ from beam_nifti.read.opening import REMOTE_READS, rebuilt
 from beam_nifti.read.order import Order
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
-from beam_nifti.read.request import Batching
+from beam_nifti.read.request import Batching, Passes
 from beam_nifti.read.sampling import PatchDataset
 from beam_nifti.record.example import TENSOR_FEATURES
 from beam_nifti.storage import paths as storage
@@ -242,28 +242,30 @@ def read_indexed(
     records: Dataset,
     order: Order,
     batching: Batching,
+    passes: Passes,
     *,
     reopen: Callable[[], Dataset],
-    repeat: int | None,
     start: int,
+    resumes: str | None,
     skips: bool,
-    draw: Draw | None,
 ) -> tf.data.Dataset:
     """A dataset whose elements are tuples of tensors, one per column.
 
     Args:
         records: records to read.
-        order: order of the records.
+        order: order of the records, or of the patches of them.
         batching: how records become batches; its size is that of `order`, or None for single records.
+        passes: the epochs, and the patches to draw.
         reopen: function that opens the same records again; it is kept until the process ends.
-        repeat: number of epochs; None repeats without end.
         start: first step, counted over all epochs.
+        resumes: name of the argument that gives it; None if it is 0.
         skips: whether to skip damaged records; the cardinality is then unknown.
-        draw: draws patches of the records, which `order` then counts; None reads whole records.
 
     Raises:
-        UsageError: `start` is beyond the last step, or a batch would have records of different shapes.
+        UsageError: `start` is beyond the last step, or within an epoch without `repeat`; or a batch would
+            have records of different shapes.
     """
+    draw = passes.draw()
     columns = describe_columns(
         records.columns,
         records.info,
@@ -274,7 +276,7 @@ def read_indexed(
     batching.check(records.path, columns)
     if not records.info.has_manifest:
         _require_values(records, [column.name for column in columns if column.needs_value])
-    numbers = _count_steps(order, repeat, start, is_random=order.seed is not None or draw is not None)
+    numbers = _count_steps(order, passes, start, resumes)
     threads = _count_reads(records.path)
     _threads(threads)  # start them here, in a Python thread
     open_steps = partial(_Steps, columns=columns, order=order, batching=batching, skips=skips, draw=draw)
@@ -368,27 +370,47 @@ def _with_rows(size: int, *columns: Cells) -> tuple[Cells, ...]:
     )
 
 
-def _count_steps(order: Order, repeat: int | None, start: int, is_random: bool) -> tf.data.Dataset:
-    """The numbers of the steps. If epochs differ, each further pass has the numbers of further epochs."""
-    total = None if repeat is None else order.num_steps * repeat
-    if start < 0 or (total is not None and start > total):
-        raise UsageError(
-            f"start is {start}, but there are {total} elements in all epochs; raise repeat, or start at 0"
-        )
-    if total is None and order.num_steps:
+def _count_steps(order: Order, passes: Passes, start: int, resumes: str | None) -> tf.data.Dataset:
+    """The numbers of the steps; each further iteration has those of the next epochs.
+
+    Every iteration has the same number of steps, because Keras takes that of the first one for all. Therefore
+    an iteration that starts after its first step is the only one.
+
+    Raises:
+        UsageError: there is no such step, or the iterations would differ.
+    """
+    epoch, given = order.num_steps, f"{resumes} is {'at step ' * (resumes == 'start_state')}{start}"
+    if passes.epochs is None and epoch:
         return tf.data.Dataset.counter(start)
-    total = total or 0
-    steps = tf.data.Dataset.range(start, total)
-    if not is_random:
+    total = epoch * (passes.epochs or 0)
+    is_rest = start > 0 and not isinstance(passes.repeat, bool | np.bool_)
+    if start > total and (is_rest or not epoch):
+        raise UsageError(
+            f"{given}, but there are {total} elements in all epochs; raise repeat, or start at 0"
+        )
+    if not is_rest and start and start % epoch:
+        raise UsageError(
+            f"{given}, within an epoch of {epoch} elements, so the first iteration would be shorter than the "
+            f"next; add repeat=True, or repeat={start // epoch + 1} to read only the rest of this epoch"
+        )
+    length = total - start if is_rest else total
+    steps = tf.data.Dataset.range(start, start + length)
+    if not (passes.is_random or is_rest):
         return steps
-    passes = itertools.count()
+    iterations = itertools.count()
 
     def begin() -> np.int64:
         with _gate:
-            return np.int64(next(passes))
+            number = next(iterations)
+        if is_rest and number:
+            raise UsageError(
+                f"{given}, so this dataset is the rest of a run and can be iterated once; open it again with "
+                "the next start, or use repeat=True"
+            )
+        return np.int64(number)
 
     begun = tf.data.Dataset.from_tensors(0).map(
         lambda _: tf.ensure_shape(tf.numpy_function(begin, [], tf.int64), [])
     )
     every = begun.flat_map(lambda number: steps.map(lambda step: step + number * total))
-    return every.apply(tf.data.experimental.assert_cardinality(max(0, total - start)))
+    return every.apply(tf.data.experimental.assert_cardinality(length))

@@ -20,12 +20,11 @@ from beam_nifti.read import sequential
 from beam_nifti.read.indexed import read_indexed
 from beam_nifti.read.layouts import LAYOUTS, read_files
 from beam_nifti.read.opening import open_dataset
-from beam_nifti.read.order import whole_number
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.request import Batching, Elements, Passes, Shard, group_patches, require_choice
 from beam_nifti.read.sampling import Patches
 from beam_nifti.read.split_spec import SplitPart, parse_split
-from beam_nifti.read.state import check_state, describe_state
+from beam_nifti.read.state import check_state, describe_state, require_step
 from beam_nifti.storage import paths as storage
 
 _INDEX_FOLDER: Final = "index"
@@ -72,7 +71,8 @@ def load_dataset(
         drop_remainder: whether to drop a last batch that is not full, so that B is static.
         label: label that becomes y, or several, for a dictionary; None means the first one as a number.
         repeat: number of epochs; True repeats without end.
-        start: number of elements to skip, counted over all epochs, without reading them.
+        start: number of elements to skip, counted over all epochs, without reading them. Within an epoch, it
+            requires `repeat`.
         shard: (i, n), to read the i-th of every n examples, from 0; or a `tf.distribute.InputContext`.
         where: condition on columns of the index, such as "age > 60 and site == 'A'".
         as_dict: whether elements are dictionaries of `columns`.
@@ -164,9 +164,7 @@ def state_after(
         DatasetError: as for `load_dataset`.
         UsageError: as for `load_dataset`, or `step` is below 0.
     """
-    step = whole_number("step", step)
-    if step < 0:
-        raise UsageError(f"step is {step}; give how many elements were consumed, from 0")
+    step = require_step("step", step)
     drawn = group_patches(
         patches,
         patch,
@@ -197,7 +195,7 @@ class _Source:
         require_choice("on_error", self.on_error, "raise", "skip")
         require_choice("engine", self.engine or "indexed", "indexed", "sequential")
         require_choice("layout", self.layout or "plain", *LAYOUTS)
-        object.__setattr__(self, "start", whole_number("start", self.start))
+        object.__setattr__(self, "start", require_step("start", self.start))
 
     def read(self, elements: Elements, batching: Batching, passes: Passes) -> tf.data.Dataset:
         """The dataset that `load_dataset` returns."""
@@ -266,11 +264,11 @@ class _Source:
             records,
             order,
             batching,
+            passes,
             reopen=reopen,
-            repeat=passes.epochs,
             start=start,
+            resumes=resumes,
             skips=skips,
-            draw=passes.draw(),
         )
         return examples.map(pack)
 

@@ -153,7 +153,7 @@ class Passes:
 
     Attributes:
         patches: patches to draw of each example; None to read it as a whole.
-        epochs: number of epochs; None if there is no end.
+        epochs: number of epochs of an iteration; None if there is no end.
         host: number of this host, from 0, and number of hosts.
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.read.order import Order
+from beam_nifti.read.order import Order, whole_number
 from beam_nifti.read.split_spec import parse_split
 from beam_nifti.record.dataset_info import DatasetInfo
 
@@ -48,6 +48,18 @@ def _digest(info: DatasetInfo, splits: list[str], selects: bool) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def require_step(name: str, value: Any) -> int:
+    """Convert a number of elements that were consumed to a Python integer.
+
+    Raises:
+        UsageError: it is not a whole number of at least 0.
+    """
+    step = whole_number(name, value)
+    if step < 0:
+        raise UsageError(f"{name} is {step}; give how many elements were consumed, from 0")
+    return step
+
+
 def check_state(folder: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> int:
     """The step from which to continue; `expected` is the state of the run that continues.
 
@@ -55,19 +67,30 @@ def check_state(folder: str, state: Mapping[str, Any], expected: Mapping[str, An
         UsageError: `state` is not a state, or that of a run with other arguments.
         DatasetError: the dataset's records are not those of the state.
     """
-    is_state = isinstance(state, Mapping) and state.keys() == expected.keys()
-    if not is_state or state["version"] != _VERSION or not isinstance(state["step"], int):
-        raise UsageError(f"start_state is {state!r}; give the result of state_after of this version")
+    if not isinstance(state, Mapping):
+        raise UsageError(f"start_state is {state!r:.80}; give the result of state_after")
     for name in expected:
-        if name not in _OF_DATASET and state[name] != expected[name]:
-            raise UsageError(
-                f"start_state is of a run with {name} {state[name]!r}, but this one has {expected[name]!r}; "
-                "give the arguments of that run, or start again without start_state"
-            )
+        if name not in state:
+            raise UsageError(f"start_state has no {name}; give the result of state_after of this version")
+    if state["version"] != _VERSION or len(state) > len(expected):
+        raise UsageError(
+            "start_state is of another version, or has other keys; give the result of state_after of this "
+            "version"
+        )
+    step = require_step("the step of start_state", state["step"])
+    for name in expected:
+        then, now = state[name], expected[name]
+        if name in _OF_DATASET or then == now:
+            continue
+        if name == "seed" and None in (then, now):
+            name, then, now = "shuffle", then is not None, now is not None
+        raise UsageError(
+            f"start_state is of a run with {name} {then!r}, but this one has {now!r}; give the arguments of "
+            "that run, or start again without start_state"
+        )
     if state["dataset"] != expected["dataset"]:
         raise DatasetError(
             f"{folder}: its records are not those of start_state: it was rebuilt, or is another dataset; "
             "read the dataset of that run, or start again without start_state"
         )
-    step: int = state["step"]
     return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -67,6 +68,80 @@ def test_the_rest_is_that_of_the_uninterrupted_run(dataset: Path, data: st.DataO
     assert rows(endless.take(len(whole) - step)) == whole[step:]
 
 
+@settings(max_examples=6, deadline=None)
+@given(data=st.data())
+def test_iterations_after_a_whole_epoch_are_the_next_epochs(dataset: Path, data: st.DataObject) -> None:
+    num_hosts = data.draw(st.integers(1, 3), "hosts")
+    order: dict[str, Any] = {
+        "batch_size": data.draw(st.integers(1, 9), "batch"),
+        "drop_remainder": data.draw(st.booleans(), "drop"),
+        "shard": (data.draw(st.integers(0, num_hosts - 1), "host"), num_hosts),
+        "seed": 3,
+        **data.draw(
+            st.sampled_from(
+                [
+                    {"shuffle": True},
+                    {"shuffle": True, "patch": (1, 1, 1)},
+                    {"patch": (1, 1, 1)},
+                    {"seed": None},
+                ]
+            ),
+            "kind",
+        ),
+    }
+    options: dict[str, Any] = {"as_dict": True, "columns": ["image", "row"], **order}
+
+    def read(elements: Any) -> list[tuple[list[int], bytes]]:
+        """Rows and voxels, so that patches count."""
+        return [(e["row"].numpy().tolist(), e["image"].numpy().tobytes()) for e in elements]
+
+    uninterrupted = load_dataset(dataset, "test", **options)
+    epochs = [read(uninterrupted) for _ in range(3)]
+    state = state_after(0, dataset, "test", **order)
+    steps = state["steps_per_epoch"]
+    done = data.draw(st.integers(0, 2), "done")
+    start = data.draw(
+        st.sampled_from([{"start": done * steps}, {"start_state": state | {"step": done * steps}}])
+    )
+    resumed = load_dataset(dataset, "test", **options, **start)
+    assert len(resumed) == steps
+    assert [read(resumed) for _ in epochs[done:]] == epochs[done:]
+
+
+def fit(elements: Any) -> list[int]:
+    """How many elements Keras takes in each of three epochs."""
+    network = tf.keras.Sequential([tf.keras.layers.Flatten(), tf.keras.layers.Dense(1)])
+    network.compile("sgd", "mse")
+    counts = [0]
+
+    class Count(tf.keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            counts.append(int(network.optimizer.iterations))
+
+    network.fit(elements, epochs=3, verbose=0, shuffle=False, callbacks=[Count()])
+    return [after - before for before, after in itertools.pairwise(counts)]
+
+
+def test_keras_takes_whole_epochs_after_a_state(dataset: Path) -> None:
+    """It takes the length of the first epoch for that of all."""
+    state = state_after(6, dataset, **ORDER)
+    assert fit(load_dataset(dataset, start_state=state, **ORDER)) == [6, 6, 6]
+    rest = load_dataset(dataset, start_state=state_after(7, dataset, **ORDER), repeat=2, **ORDER)
+    assert len(rest) == 5
+    with pytest.raises(
+        tf.errors.OpError,
+        match="start_state is at step 7, so this dataset is the rest of a run and can be iterated once; open",
+    ):
+        fit(rest)
+
+
+def test_the_rest_of_a_run_is_not_iterated_again(dataset: Path) -> None:
+    rest = load_dataset(dataset, batch_size=4, start=2, repeat=2)
+    assert len(rows(rest.map(lambda _, y: {"row": y}))) == len(rest) == 10
+    with pytest.raises(tf.errors.OpError, match="start is 2, so this dataset is the rest of a run"):
+        rows(rest)
+
+
 def test_only_the_step_changes_while_a_run_lasts(dataset: Path) -> None:
     assert state_after(0, dataset, **ORDER) | {"step": 7} == state_after(7, dataset, **ORDER)
 
@@ -121,7 +196,8 @@ def test_what_does_not_change_the_order_may_be_another(dataset: Path, tmp_path: 
     [
         ({"batch_size": 3}, "start_state is of a run with batch_size 4, but this one has 3; give the arg"),
         ({"seed": 2}, "with seed 1, but this one has 2"),
-        ({"shuffle": False, "seed": None}, "with seed 1, but this one has None"),
+        ({"shuffle": False, "seed": None}, "with shuffle True, but this one has False; give the arguments"),
+        ({"shuffle": False, "patch": (1, 1, 1)}, "with shuffle True, but this one has False"),
         ({"drop_remainder": True}, "with drop_remainder False, but this one has True"),
         ({"shard": (0, 2)}, r"with shard \[0, 1\], but this one has \[0, 2\]"),
         ({"split": "test"}, "with split 'train', but this one has 'test'"),
@@ -130,11 +206,16 @@ def test_what_does_not_change_the_order_may_be_another(dataset: Path, tmp_path: 
         ({"on_error": "skip"}, "start_state and on_error='skip', which does not count every batch, cannot"),
         ({"engine": "sequential"}, "start_state requires the index"),
         ({"seed": None}, "start_state requires an order that is known beforehand; give a seed"),
-        (
-            {"start_state": {"step": 4}},
-            "start_state is {'step': 4}; give the result of state_after of",
-        ),
+        ({"start_state": {"step": 4}}, "start_state has no version; give the result of state_after of this"),
         ({"start_state": "4"}, "start_state is '4'; give the result of state_after"),
+        (
+            {"repeat": False},
+            "start_state is at step 4, within an epoch of 6 elements, .* or repeat=1 to read",
+        ),
+        (
+            {"start_state": None, "start": 31, "repeat": False},
+            "start is 31, within an .*=True, or repeat=6 to",
+        ),
     ],
 )
 def test_states_that_do_not_fit(dataset: Path, change: dict[str, Any], message: str) -> None:
@@ -143,10 +224,31 @@ def test_states_that_do_not_fit(dataset: Path, change: dict[str, Any], message: 
         load_dataset(dataset, **options)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "start_state is of another version, or has other keys; give the result"),
+        ({"epoch": 2}, "start_state is of another version, or has other keys; give the result"),
+        ({"step": 7.0}, r"the step of start_state is 7\.0; give a whole number"),
+        ({"step": -1}, "the step of start_state is -1; give how many elements were consumed"),
+        (None, "start_state has no step; give the result of state_after"),
+    ],
+)
+def test_states_that_are_incomplete_or_changed(
+    dataset: Path, change: dict[str, Any] | None, message: str
+) -> None:
+    state = state_after(4, dataset, **ORDER) | (change or {})
+    if change is None:
+        del state["step"]
+    with pytest.raises(UsageError, match=message):
+        load_dataset(dataset, start_state=state, repeat=True, **ORDER)
+
+
 def test_a_state_beyond_the_epochs(dataset: Path) -> None:
     state = state_after(99, dataset, **ORDER)
-    with pytest.raises(UsageError, match="start is 99, but there are 6 elements in all epochs; raise repeat"):
-        load_dataset(dataset, start_state=state, **ORDER)
+    message = "start_state is at step 99, but there are 6 elements in all epochs; raise repeat"
+    with pytest.raises(UsageError, match=message):
+        load_dataset(dataset, start_state=state, repeat=1, **ORDER)
     with pytest.raises(UsageError, match="step is -1; give how many elements were consumed"):
         state_after(-1, dataset, **ORDER)
     with pytest.raises(UsageError, match="state_after requires an order that is known beforehand"):
@@ -157,7 +259,7 @@ def test_a_dataset_that_was_built_again(dataset: Path, tmp_path: Path) -> None:
     state = state_after(1, dataset)
     manifest = write_cohort(tmp_path / "cohort", COUNT, shape=(2, 2, 2), split=["train"] * 11 + ["test"])
     build(manifest, tmp_path / "out", num_shards=2)  # of images of another date, to the same records
-    resumed = load_dataset(tmp_path / "out", start_state=state, as_dict=True, columns=["row"])
+    resumed = load_dataset(tmp_path / "out", start_state=state, repeat=1, as_dict=True, columns=["row"])
     assert len(rows(resumed)) == 21
     shutil.rmtree(tmp_path / "out")
     build(manifest, tmp_path / "out", num_shards=2, rescale="none")
