@@ -621,7 +621,7 @@ def test_an_output_that_holds_something_else_stays(
     with unchanged(new), pytest.raises(OutputError, match="holds another dataset than"):
         bn.convert(old, new, progress=False)
     (new / "dataset_info.json").unlink()
-    with unchanged(new), pytest.raises(OutputError, match=r"choose another OUTPUT, or delete it first$"):
+    with unchanged(new), pytest.raises(OutputError, match=r"choose another output, or delete it first$"):
         bn.convert(old, new, progress=False)
     # An unfinished conversion of what the dataset was before.
     damage(old, 3)
