@@ -3,7 +3,7 @@
 200 volumes of make_cohort.py, as .nii.gz and as datasets that are built first (1.3 GB in all). Every way runs
 in a process of its own, one after the other, and passes over all volumes twice; the second pass counts. CPU
 and wall time are a volume's, the peak is the process's resident memory, and "one by number" is the median of
-100 reads in random order. Figures are medians over the rounds. The way of the original procedure is:
+100 reads in random order. Figures are medians over the rounds. Plain tf.data is:
 list_files, flat_map of TFRecordDataset, parse, shuffle, batch.
 
 Usage: read.py [--repeat N] [--cohort-dir DIR]
@@ -120,7 +120,7 @@ class Images:
 
 
 WAYS: dict[str, Way] = {
-    "the original procedure's reader, gzip": ("gzip", original),
+    "plain tf.data, gzip": ("gzip", original),
     "`TFRecordDataset`, tuned, gzip": ("gzip", tuned),
     "`reader.load_dataset`, gzip": ("gzip", reader),
     "`reader.load_dataset`, gzip, native": ("native", reader),
@@ -215,4 +215,4 @@ def compare(ways: dict[str, Way], makers: dict[str, Maker], reference: str) -> N
 
 
 if __name__ == "__main__":
-    compare(WAYS, MAKERS, "of the original")
+    compare(WAYS, MAKERS, "of plain tf.data")

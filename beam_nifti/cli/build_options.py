@@ -69,7 +69,7 @@ _HELP: Final = {
     "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must "
     "hold at least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able "
     "to read it; default: names are kept",
-    "split": "assign participants to splits at random, in these shares, such as "
+    "split": "assign participants to splits at random, in these shares, which sum to 1, such as "
     "train=0.8,validation=0.1,test=0.1; all images of a participant_id go to one split, which does not "
     "change when other participants are added; default: the manifest's column split, or else all go to "
     "train",

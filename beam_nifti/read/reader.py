@@ -81,7 +81,7 @@ def load_dataset(
         pad: whether to pad volumes, or other cells, of different shapes with zeros to the largest of a batch.
         ragged: whether to make a `tf.RaggedTensor` of them instead.
         on_error: "skip" skips damaged records, with a warning for each; the cardinality is then unknown.
-        engine: "indexed" (Python threads) or "sequential" (TensorFlow's graph); None means the faster one.
+        engine: "indexed" (Python threads) or "sequential" (TensorFlow's graph); None selects one.
         start_state: result of `state_after` for the run to continue, instead of `start`.
         layout: layout of TFRecords of other programs: "nobrainer", or "plain" for `image_raw` and `label`.
         patch: (x, y, z) in voxels of random patches to read instead of whole volumes.
