@@ -204,8 +204,8 @@ class Opened:
         """The columns of an element: those in `asked`, without duplicates, or the default ones.
 
         Raises:
-            UsageError: `label` is among them, but the first label is a string. Its number is NaN, which would
-                look like a missing label.
+            UsageError: `label` is among them, but there are no labels, or the first one is a string. The
+                number would be NaN, which would look like a missing label.
         """
         labels = [label_feature(column.name) for column in self.info.labels]
         if asked is None:
@@ -213,6 +213,8 @@ class Opened:
             there = [name for name in _DEFAULT_COLUMNS if name in self.columns_of_records]
             names = (label if name == "label" else name for name in there)
             return tuple(name for name in names if self.info.labelled or name != "label")
+        if "label" in asked and not self.info.labelled:
+            raise UsageError(f"{self.path}: columns has 'label', but the dataset has no labels; drop it")
         if "label" in asked and self.label_is_text:
             raise UsageError(
                 f"{self.path}: the first label is a string, not a number; choose one of: {', '.join(labels)}"

@@ -216,7 +216,8 @@ class Dataset:
         """The positions of some voxels of each label of a record's mask. No record is read.
 
         Returns:
-            For each label except 0, ascending, indices of voxels in C order.
+            For each label except 0, ascending, indices of voxels in C order, the same number for each: of a
+            label with few voxels, some occur more than once.
 
         Raises:
             IndexError: `index` is out of range.

@@ -33,6 +33,7 @@ from beam_nifti.record.example import (
 from beam_nifti.record.index import extra_column, schema_of
 from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
 from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
 from beam_nifti.volume.compression import make_buffer
 
 Element = dict[str, Any]
@@ -319,12 +320,19 @@ def select_records(
         table = table.append_column("id", table["example_id"])
         first = next(iter(opened.info.labels), None)  # `label` is its number
         texts = {"label": extra_column(first.name)} if first and first.kind != "float" else {}
+        if "label" in condition.columns and not opened.info.labelled:
+            raise UsageError(f"where is {where!r}, but {opened.path} has no labels; use other columns")
         if opened.label_is_text and "label" in condition.columns:
             raise UsageError(
                 f"where is {where!r}, but a label of the kind string is not a number; use {texts['label']}, "
                 "which has the text"
             )
-        rows = rows[condition.select(table.take(rows), texts)]
+        selected = rows[condition.select(table.take(rows), texts)]
+        if rows.size and not selected.size:
+            logs.LOGGER.warning(
+                "%s: where is %r, which selects none of %d records", opened.path, where, rows.size
+            )
+        rows = selected
     return records, rows
 
 

@@ -121,7 +121,8 @@ class Patches:
         corner = [_below(max(spare, 0) + 1, number) for spare, number in zip(spares, raw, strict=False)]
         label = self._pick(list(positions), raw[3]) if positions else None
         if positions and label is not None:
-            voxel = int(positions[label][_below(len(positions[label]), raw[4])])
+            voxels = np.unique(positions[label])  # a label with few voxels has some of them more than once
+            voxel = int(voxels[_below(len(voxels), raw[4])])
             place = (voxel // (volume[1] * volume[2]), voxel // volume[2] % volume[1], voxel % volume[2])
             # Exactly in the middle, there would be no more patches of a label than it has positions.
             drawn = [

@@ -75,7 +75,7 @@ def path_text(name: str, value: object) -> str:
     """The text of a path or URL that a caller gives; `name` is the parameter or flag."""
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str):
-        raise UsageError(f"{name} is {one_line(repr(value))}; give a path")
+        raise UsageError(f"{name} is {one_line(repr(value)):.80}; give a path")
     if not path.strip():
         raise UsageError(f"{name} is empty; was a variable not set?")
     if "\0" in path:

@@ -242,7 +242,8 @@ def test_without_labels(tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii")
     build(write_manifest(tmp_path / "manifest.tsv", [{"path": "a.nii"}]), tmp_path / "out")
     assert "label" not in Dataset(tmp_path / "out")[0]
-    assert np.isnan(Dataset(tmp_path / "out", columns=["label"])[0]["label"])
+    with pytest.raises(UsageError, match="columns has 'label', but the dataset has no labels; drop it"):
+        Dataset(tmp_path / "out", columns=["label"])
 
 
 def test_a_first_label_that_is_a_text(tmp_path: Path) -> None:

@@ -233,6 +233,19 @@ def test_an_unlabelled_dataset_gives_images_alone(build: Build, tmp_path: Path) 
     assert bits(images) == bits(preprocessed(manifest))
 
 
+def test_labels_that_do_not_exist_are_not_nan(build: Build, tmp_path: Path) -> None:
+    write_image(tmp_path / "0.nii.gz", brain(SHAPE))
+    output = build(write_manifest(tmp_path / "manifest.tsv", [{"path": "0.nii.gz"}]))
+    for options in ({"columns": ["image", "label"], "as_dict": True}, {"where": "label > 3"}):
+        with pytest.raises(UsageError, match=r"has no labels; (drop it|use other columns)"):
+            load_dataset(output, **options)
+
+
+def test_a_condition_that_selects_nothing_is_logged(dataset: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(load_dataset(dataset, where="label > 99")) == 0
+    assert "where is 'label > 99', which selects none of 12 records" in caplog.text
+
+
 @pytest.mark.parametrize("voxel_dtype", ["float32", "native"])
 def test_volumes_of_different_shapes(build: Build, tmp_path: Path, voxel_dtype: str) -> None:
     shapes = [SHAPE, (3, 4, 5), (7, 2, 2)]

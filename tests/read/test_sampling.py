@@ -88,7 +88,7 @@ def test_labels_and_their_voxels_are_equally_likely() -> None:
     volume, count = (60, 50, 40), 2000
     voxels = [(30, 25, 20), (0, 49, 39), (31, 24, 19), (31, 24, 18)]
     flat = np.ravel_multi_index(np.transpose(voxels), volume).astype(np.int32)
-    positions = {1: flat[:2], 4: flat[2:]}
+    positions = {1: flat[[0, 0, 0, 1]], 4: flat[2:]}
     corners = [bn.Patches((1, 1, 1)).draw(volume, 7, 1, number, positions) for number in range(count)]
     found = np.array([corners.count(voxel) for voxel in voxels])
     assert found.sum() == count
