@@ -123,7 +123,7 @@ _HELP: Final = {
     "dry_run": "print what would be written, kept, rebuilt and deleted; write nothing",
     "temp_location": "folder or URL for temporary files of the build; default: in OUTPUT",
     "metrics_file": "write the contents of --summary-json as Prometheus metrics, for the textfile collector "
-    "of node_exporter: a local .prom file; not with --dry-run; default: none",
+    "of node_exporter: a local .prom file; not written with --dry-run; default: none",
 }
 """Descriptions of the options that no other command has."""
 

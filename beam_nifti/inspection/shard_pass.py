@@ -141,7 +141,7 @@ class ShardPass:
         except (TimeoutError, ConnectionError):
             raise  # a store that keeps failing is no fault of the dataset
         except OSError as e:
-            self._tell(name, f"cannot be read: {e}; {_RESTORE}")
+            self._tell(name, f"cannot be read: {e.strerror or e}; {_RESTORE}")
 
     def _read_index(self) -> pa.Table:
         """The shard's index; without rows if they cannot be used."""

@@ -148,7 +148,7 @@ class Opened:
         except FileNotFoundError:
             return None
         except OSError as e:
-            raise DatasetError(f"{path}: cannot be reached ({e})") from e
+            raise DatasetError(f"{path}: cannot be reached ({e.strerror or e})") from e
 
     def read_indexes(self, shards: Sequence[ShardInfo], columns: Collection[str] | None = None) -> pa.Table:
         """The indexes of some shards, as one table.
@@ -236,7 +236,7 @@ def read_content(path: str) -> bytes:
     try:
         return dataset_files.read_content(path)
     except OSError as e:
-        raise DatasetError(f"{storage.join(path, FILE_NAME)}: cannot be reached ({e})") from e
+        raise DatasetError(f"{storage.join(path, FILE_NAME)}: cannot be reached ({e.strerror or e})") from e
 
 
 def rebuilt(path: str) -> DatasetError:
