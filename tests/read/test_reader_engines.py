@@ -98,7 +98,8 @@ def values_of(cell: Any) -> tuple[bytes, ...]:
     return array.dtype.str.encode(), str(cell.shape).encode(), content
 
 
-OF_ALL = ["image", "label", "id", "affine", "zooms", "intensity_min", "intensity_max", "scl_slope"]
+UNLABELLED = ["image", "id", "affine", "zooms", "intensity_min", "intensity_max", "scl_slope"]
+OF_ALL = [*UNLABELLED, "label"]
 ENDS = ["rescale_low", "rescale_high"]
 
 
@@ -111,7 +112,7 @@ ENDS = ["rescale_low", "rescale_high"]
         ("labels", {"as_dict": True, "columns": [*OF_ALL, "mask", "label/age", "label/sex", "label/name"]}),
         ("tiny", {"batch_size": 2}),
         ("channels", {"batch_size": 2}),
-        ("channels", {"as_dict": True, "batch_size": 2, "columns": [*OF_ALL, "mask"], "repeat": 2}),
+        ("channels", {"as_dict": True, "batch_size": 2, "columns": [*UNLABELLED, "mask"], "repeat": 2}),
         ("native", {"as_dict": True, "columns": [*OF_ALL, "scl_inter"]}),
         ("native", {"as_dict": True}),
         ("percentiles", {"as_dict": True, "columns": ["image", *ENDS], "batch_size": 5}),
