@@ -103,13 +103,7 @@ def load_dataset(
         UsageError: arguments cannot be combined, or do not match the dataset; volumes of a batch differ.
     """
     folder = storage.absolute(storage.path_text("path", path))
-    drawn = group_patches(
-        patches,
-        patch,
-        patches_per_volume=patches_per_volume,
-        foreground=foreground,
-        label_weights=label_weights,
-    )
+    drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
     source = _Source(folder, split, where, start, start_state, on_error, engine, layout)
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
@@ -165,13 +159,7 @@ def state_after(
         UsageError: as for `load_dataset`, or `step` is below 0.
     """
     step = require_step("step", step)
-    drawn = group_patches(
-        patches,
-        patch,
-        patches_per_volume=patches_per_volume,
-        foreground=foreground,
-        label_weights=label_weights,
-    )
+    drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
     passes = Passes(shuffle, seed, shard=shard, patches=drawn)
     records = Dataset(path, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, SupportsIndex, TypeAlias
@@ -215,20 +215,24 @@ class Passes:
 
 
 def group_patches(
-    patches: Patches | None, patch: Sequence[SupportsIndex] | None, **options: Any
+    patches: Patches | None,
+    patch: Sequence[SupportsIndex] | None,
+    patches_per_volume: int | None,
+    foreground: float | None,
+    label_weights: Mapping[int, float] | None,
 ) -> Patches | None:
-    """The patches that arguments of `load_dataset` request.
-
-    Args:
-        patches: the argument `patches`.
-        patch: the argument `patch`.
-        options: fields of `Patches`, by the names of their arguments; None if they are not given.
+    """The patches that these arguments of `load_dataset` request.
 
     Raises:
         UsageError: both forms are given, options without a patch, or `patches` is something else.
     """
     if patches is not None:
         require_patches(patches)
+    options = {
+        "patches_per_volume": patches_per_volume,
+        "foreground": foreground,
+        "label_weights": label_weights,
+    }
     options = {name: value for name, value in options.items() if value is not None}
     given = next(iter({"patch": patch, **options} if patch is not None else options), None)
     if patches is not None and given:
