@@ -383,7 +383,7 @@ def _count_steps(order: Order, passes: Passes, start: int, resumes: str | None) 
     if passes.epochs is None and epoch:
         return tf.data.Dataset.counter(start)
     total = epoch * (passes.epochs or 0)
-    is_rest = start > 0 and not isinstance(passes.repeat, bool | np.bool_)
+    is_rest = start > 0 and passes.has_count
     if start > total and (is_rest or not epoch):
         raise UsageError(
             f"{given}, but there are {total} elements in all epochs; raise repeat, or start at 0"

@@ -170,8 +170,16 @@ class Passes:
             if not self.is_random:
                 raise UsageError(f"seed is {self.seed}, but nothing is shuffled; add shuffle=True")
             object.__setattr__(self, "seed", whole_number("seed", self.seed))
-        object.__setattr__(self, "epochs", _count_epochs(self.repeat))
+        if self.has_count:
+            object.__setattr__(self, "epochs", _require_epochs(self.repeat))
+        else:
+            object.__setattr__(self, "epochs", None if self.repeat else 1)
         object.__setattr__(self, "host", _place_of_host(self.shard))
+
+    @property
+    def has_count(self) -> bool:
+        """Whether `repeat` is a number of epochs, not a switch."""
+        return not isinstance(self.repeat, bool | np.bool_)
 
     @property
     def is_random(self) -> bool:
@@ -253,9 +261,7 @@ def require_choice(name: str, value: str, *choices: str) -> None:
         raise UsageError(f"{name} is {value!r}; choose {' or '.join(map(repr, choices))}")
 
 
-def _count_epochs(repeat: bool | int) -> int | None:
-    if isinstance(repeat, bool | np.bool_):
-        return None if repeat else 1
+def _require_epochs(repeat: int) -> int:
     epochs = whole_number("repeat", repeat)
     if epochs < 1:
         raise UsageError(f"repeat is {epochs}; give a number of epochs from 1, or True to repeat without end")
