@@ -1,0 +1,260 @@
+"""The options that decide the bytes of a record."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Final
+
+from beam_nifti.config.choices import choose
+from beam_nifti.config.columns import LabelColumn
+from beam_nifti.config.preparation import (
+    PREPARATIONS,
+    all_of,
+    check_orientation,
+    check_shape,
+    check_spacing,
+    check_steps,
+    one_or_more,
+)
+from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS
+from beam_nifti.errors import UsageError
+from beam_nifti.support.rules import parse_rule, spell_rule
+from beam_nifti.support.strict_json import dump_json
+
+FORMAT_VERSION: Final = 2
+"""Version of the records, index and dataset_info.json. Source: docs/format.md."""
+
+FORMAT_FEATURES: Final = ("sources", "digests", "members", "positions")
+"""Names of the features of this version that a reader must know. dataset_info.json lists them."""
+
+CONTENT_REVISION: Final = 1
+"""Increases when the same options give different records than before, beyond rounding. Builds do not add to
+datasets of earlier revisions."""
+
+VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
+
+FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
+"""INDEX stands for a number, from 0."""
+
+MASK_DTYPES: Final = ("uint8", "uint16")
+
+COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
+
+COMPRESSIONS: Final = ("gzip", "none")
+
+COMPRESSION_LEVELS: Final = range(4)
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """The options that decide the bytes of one record, apart from its row and its image.
+
+    The fields are those of `BuildOptions`, as text, numbers or tuples; a preparation that is None does not
+    apply. docs/preparation.md describes the preparations in order. The build sets the others:
+
+    Attributes:
+        preprocess_sha256: sha256 of the file that defines the function of `preprocess`, or a tuple of them.
+        channels: columns of the images that are the channels of a record, in order; None if a record has a
+            single image.
+        mask_dtype: dtype of the label map of every record; None if there are no masks.
+        labels: columns whose values have features of their own, with kinds and classes; None if there is
+            only the feature `label`.
+        format_version: format version of the dataset: rows are added to a dataset in the format that it
+            already has.
+    """
+
+    rescale: str = "minmax"
+    voxel_dtype: str = "float32"
+    compression: str = "gzip"
+    compression_level: int = 2
+    frames: str | None = None
+    clip: bool = False
+    rescale_within: str | None = None
+    complex: str | None = None
+    preprocess: str | tuple[str, ...] | None = None
+    preprocess_sha256: str | tuple[str, ...] | None = None
+    orientation: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    crop_foreground: str | None = None
+    shape: tuple[int, int, int] | None = None
+    channels: tuple[str, ...] | None = None
+    mask_dtype: str | None = None
+    labels: tuple[LabelColumn, ...] | None = None
+    format_version: int = FORMAT_VERSION
+    format_features: tuple[str, ...] = FORMAT_FEATURES
+
+    def __post_init__(self) -> None:
+        """Refuse invalid values; give equal values the same spelling."""
+        # Lists come from JSON; 1 and 1.0 are one spacing.
+        if self.spacing is not None:
+            object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
+        for name in ("shape", "channels"):
+            if (values := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(values))
+        object.__setattr__(self, "preprocess", one_or_more(all_of(self.preprocess)))
+        object.__setattr__(self, "preprocess_sha256", one_or_more(self.preprocess_sha256))
+        if self.mask_dtype is not None:
+            choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
+        self._check_rescaling()
+        choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
+        choose("--compression", self.compression, COMPRESSIONS)
+        choose("--compression-level", self.compression_level, COMPRESSION_LEVELS)
+        self._check_frames()
+        if self.voxel_dtype == "uint8" and not self.is_bounded:
+            within = f" --rescale-within {self.rescale_within}" if self.rescale_within else ""
+            others = "percentile" if within else "percentile or window"
+            method = f" with {others}" if self.method in ("zscore", "none") else ""
+            raise UsageError(
+                f"--voxel-dtype uint8 holds only [0, 1], and --rescale {self.rescale}{within} gives values "
+                f"outside it; use --clip{method}, or --voxel-dtype float16"
+            )
+        self._check_preparation()
+
+    def _check_frames(self) -> None:
+        if self.frames is not None and not re.fullmatch(
+            r"all|each|first|mean|0|[1-9]\d{0,8}", self.frames, re.A
+        ):
+            raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
+        if self.frames == "0":
+            object.__setattr__(self, "frames", "first")
+        if self.frames == "each" and self.channels is not None:
+            raise UsageError(
+                "--frames each makes examples of the frames of one image, but --path-column names several "
+                "images; use --frames first, mean or a number"
+            )
+        if self.complex is not None:
+            choose("--complex", self.complex, COMPLEX_PARTS)
+        computed = "--frames mean" if self.frames == "mean" else self.complex and f"--complex {self.complex}"
+        if computed and self.voxel_dtype == "native":
+            raise UsageError(
+                f"--voxel-dtype native stores voxels as in the file, but {computed} computes new ones; use "
+                "--voxel-dtype float32"
+            )
+        if (self.frames, self.complex) == ("mean", "phase"):
+            raise UsageError(
+                "--complex phase gives angles, which --frames mean cannot average; choose one frame"
+            )
+
+    def _check_rescaling(self) -> None:
+        method, numbers = parse_rule("--rescale", self.rescale, RESCALE_METHODS)
+        if numbers and not numbers[0] < numbers[1]:
+            raise UsageError(f"--rescale is {self.rescale!r}; LO must be below HI")
+        if method == "percentile" and not (numbers[0] >= 0 and numbers[1] <= 100):
+            raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
+        object.__setattr__(self, "rescale", spell_rule(method, numbers))
+        if self.rescale_within is not None:
+            selection = parse_rule("--rescale-within", self.rescale_within, SELECTIONS)
+            object.__setattr__(self, "rescale_within", spell_rule(*selection))
+            if method in ("window", "none"):
+                raise UsageError(
+                    f"--rescale-within has no effect on --rescale {self.rescale}, which does not depend on "
+                    "the voxels; drop it"
+                )
+        if self.clip and (method in ("zscore", "none") or not self.has_range):
+            raise UsageError(
+                f"--clip cannot be used with --rescale {self.rescale}, only with percentile, window, or "
+                "minmax with --rescale-within; drop it"
+            )
+
+    def _check_preparation(self) -> None:
+        check_steps(all_of(self.preprocess), all_of(self.preprocess_sha256))
+        if self.orientation is not None:
+            check_orientation(self.orientation)
+        if self.spacing is not None:
+            check_spacing(self.spacing)
+        if self.shape is not None:
+            check_shape(self.shape)
+        if self.crop_foreground is not None:
+            selection = parse_rule("--crop-foreground", self.crop_foreground, SELECTIONS)
+            object.__setattr__(self, "crop_foreground", spell_rule(*selection))
+        if self.voxel_dtype == "native":
+            for name in ("preprocess", "spacing"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"--{name} changes the voxels, but --voxel-dtype native stores them as in the file; "
+                        "use --voxel-dtype float32"
+                    )
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether the index has the facts of each file of an example, and not only their sum and mean."""
+        return self.format_version > 1 and "sources" in self.format_features
+
+    @property
+    def has_members(self) -> bool:
+        """Whether records are cut so that a patch can be read, and the index has the lengths."""
+        return self.format_version > 1 and "members" in self.format_features
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether records have masks, and the index has the positions of some voxels of each label."""
+        is_known = self.format_version > 1 and "positions" in self.format_features
+        return self.mask_dtype is not None and is_known
+
+    @property
+    def method(self) -> str:
+        """The method of `rescale`, without its numbers."""
+        return self.rescale.partition(":")[0]
+
+    @property
+    def rescale_numbers(self) -> tuple[float, ...]:
+        """The two percentiles, or the two ends of the window; else none."""
+        return parse_rule("--rescale", self.rescale, RESCALE_METHODS)[1]
+
+    @property
+    def has_range(self) -> bool:
+        """Whether a record must store which intensities became 0 and 1: its range does not show them."""
+        return self.method in ("percentile", "window", "zscore") or self.rescale_within is not None
+
+    @property
+    def rescaled_dtype(self) -> str:
+        """The dtype that rescaled voxels are rounded to; for native records, by the reader."""
+        return "float32" if self.voxel_dtype == "native" else self.voxel_dtype
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether all rescaled voxels are in [0, 1]."""
+        return self.clip or (self.method == "minmax" and not self.has_range)
+
+    @property
+    def num_channels(self) -> int:
+        """Images per record. Each is rescaled on its own."""
+        return len(self.channels or (None,))
+
+    @property
+    def steps(self) -> tuple[tuple[str, str | None], ...]:
+        """The user's functions in order, each with the sha256 of its file, if known."""
+        names, digests = all_of(self.preprocess), all_of(self.preprocess_sha256)
+        return tuple(zip(names, digests or [None] * len(names), strict=True))
+
+    @property
+    def prepares(self) -> bool:
+        """Whether a volume is changed between loading and rescaling."""
+        return any(getattr(self, name) is not None for name in PREPARATIONS)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that differ if the same image would give different bytes."""
+        return self._fingerprint_at(CONTENT_REVISION)
+
+    @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """The `fingerprint` at each earlier content revision."""
+        return tuple(map(self._fingerprint_at, range(1, CONTENT_REVISION)))
+
+    def _fingerprint_at(self, content_revision: int) -> str:
+        # Options that are None are omitted, so a new option does not change the fingerprint of old datasets.
+        facts = {name: value for name, value in asdict(self).items() if value is not None}
+        del facts["format_features"]
+        if facts.pop("format_version") == 1:
+            facts["format"] = 1
+        if content_revision > 1:
+            facts["content"] = content_revision
+        if self.compression == "none":
+            del facts["compression_level"]
+        if not self.clip:
+            del facts["clip"]
+        return hashlib.sha256(dump_json(facts, sort_keys=True).encode()).hexdigest()[:16]
