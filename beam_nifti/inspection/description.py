@@ -108,7 +108,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
 
 
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
-    """The index's row of one record, with its split, shard and ordinal."""
+    """The index's row of one record, with its split, shard and 0-based number in the shard."""
     return describe_records(output, [example_id])[0]
 
 
@@ -130,7 +130,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
             ordinal = pc.index(table["example_id"], example_id).as_py()
             if ordinal >= 0:
                 (cells,) = table.slice(ordinal, 1).to_pylist()
-                place = {"split": split, "shard": shard.name, "ordinal": ordinal}
+                place = {"split": split, "shard": shard.name, "number_in_shard": ordinal}
                 cells = {f"manifest_{name}" if name in place else name: cell for name, cell in cells.items()}
                 found[example_id] = {"example_id": example_id, **place, **cells}
         if all(example_id in found for example_id in example_ids):

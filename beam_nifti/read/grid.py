@@ -75,6 +75,9 @@ class PatchGrid:
         """The number of patches."""
         return len(self.corners)
 
+    def __repr__(self) -> str:
+        return f"<PatchGrid of {len(self):,} patches of {self.shape} in a volume of {self._volume}>"
+
     def __getitem__(self, index: SupportsIndex) -> Element:
         """Read one patch.
 
