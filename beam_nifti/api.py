@@ -252,7 +252,8 @@ def verify(
             `manifest`, which names the images that are opened.
         preprocess: function of the dataset, as for `build`. `deep` requires it if the dataset was built with
             one, because a function that only the dataset names is never run.
-        anonymous_ids: file of the key that the dataset was built with; required with `manifest`.
+        anonymous_ids: file of the key that the dataset was built with. With `manifest`, a dataset with
+            anonymous ids requires it.
         workers: number of threads. Default: all cores.
         progress: same as for `build`.
 

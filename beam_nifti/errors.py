@@ -244,7 +244,7 @@ class NewerFormatError(DatasetError):
 
 
 def unreadable(what: str, error: Exception) -> DatasetError:
-    """The error where a file or a record of a dataset cannot be read, with its remedy."""
+    """The error for a file or record of a dataset that cannot be read."""
     return DatasetError(f"{what} cannot be read ({error}); run beam-nifti verify")
 
 

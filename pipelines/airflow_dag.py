@@ -1,9 +1,9 @@
 """Datasets on a schedule: the DAG `beam_nifti`, and `make_dag` for more of them. For Airflow 3.
 
-Copy this file into the DAGs folder as it is. docs/airflow.md says how to go on.
+Copy this file into the DAGs folder as it is. docs/airflow.md has the other steps.
 
-The tasks call the command `beam-nifti`, which lives in another environment, or in a container; Airflow's own
-needs nothing but Airflow. The Variable `beam_nifti_command` says where it is.
+The tasks call the command `beam-nifti`, which is installed in another environment, or runs in a container;
+Airflow's own environment needs only Airflow. The Variable `beam_nifti_command` names the command.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 COMMAND: Final = "{{ var.value.get('beam_nifti_command', 'beam-nifti') }}"
 
 FINAL_EXIT_CODES: Final = {
-    1: "volumes that cannot be records, or a dataset that is not right: the lines above name failures.jsonl "
-    "or the problems",
+    1: "too many volumes failed, or the dataset is damaged; see the log above",
     2: "a wrong option, manifest or output, or a path that cannot be read or written",
 }
 """Exit codes of `beam-nifti` for which a retry of the task is useless, and their meaning."""
@@ -156,15 +155,15 @@ def report_arguments(params: Mapping[str, Any]) -> list[str]:
     """The arguments of `beam-nifti` to write the page about the dataset.
 
     Raises:
-        AirflowSkipException: none was asked for.
+        AirflowSkipException: the param `report` is not set.
     """
     if params["report"] is None:
-        raise AirflowSkipException("the param report names no page")
+        raise AirflowSkipException("the param report is not set")
     return ["report", params["output"], f"--out={params['report']}", "--quiet"]
 
 
 class BeamNiftiOperator(BaseOperator):
-    """Runs `beam-nifti`, without a shell, and tells failures that a retry may cure from those it cannot.
+    """Runs `beam-nifti`, without a shell, and distinguishes temporary from permanent failures.
 
     A build that is tried again continues where it stopped. Each asset in `outlets` gets an event that names
     the manifest and the output.
@@ -224,7 +223,7 @@ def make_params(schemas: Mapping[str, Mapping[str, Any]], defaults: Mapping[str,
         TypeError: there is a default for something that is no param.
     """
     if unknown := defaults.keys() - schemas.keys():
-        raise TypeError(f"{', '.join(sorted(unknown))}: no params; choose from {', '.join(schemas)}")
+        raise TypeError(f"unknown params: {', '.join(sorted(unknown))}; choose from {', '.join(schemas)}")
     own = {name: {"default": value} for name, value in defaults.items()}
     return {name: Param(**{**schema, **own.get(name, {})}) for name, schema in schemas.items()}
 
@@ -248,8 +247,8 @@ def new_dag(dag_id: str, schedule: Any, params: dict[str, Param]) -> DAG:
 def make_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
     """A DAG of four tasks: check the manifest, build the dataset, verify it, make a page about it.
 
-    Once the dataset is verified, the asset of the DAG's name is there: a DAG with `schedule=[Asset(dag_id)]`
-    starts then, whatever becomes of the page.
+    `verify` emits an event of the asset named like the DAG, which starts DAGs with
+    `schedule=[Asset(dag_id)]`. The page does not affect it.
 
     Args:
         dag_id: name of the DAG and of its asset.

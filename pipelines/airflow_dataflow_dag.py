@@ -32,13 +32,21 @@ DATAFLOW_PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
     **{name: schema for name, schema in PARAMS.items() if name != "runner"},
     "manifest": {**PARAMS["manifest"], **_BUCKET},
     "output": {**PARAMS["output"], **_BUCKET},
-    "template": {**_BUCKET, "description": "The template's file, as gs://lab/templates/beam-nifti.json."},
-    "container_image": {**_NEEDED, "description": "The template's image, which the workers start too."},
-    "project": {**_NEEDED, "description": "Google Cloud project that pays."},
-    "region": {**_NEEDED, "description": "Of the workers and of the bucket: europe-west1."},
-    "temp_location": {**_BUCKET, "description": "Folder of what is needed only while building."},
-    "machine_type": {**_NEEDED, "default": "n2-standard-4", "description": "Of the workers."},
-    "max_workers": {"type": "integer", "minimum": 1, "default": 10, "description": "At most so many."},
+    "template": {
+        **_BUCKET,
+        "description": "The template's file, such as gs://lab/templates/beam-nifti.json.",
+    },
+    "container_image": {**_NEEDED, "description": "The template's image, which the workers also run."},
+    "project": {**_NEEDED, "description": "Google Cloud project that runs and pays for the job."},
+    "region": {**_NEEDED, "description": "Region of the workers and of the bucket, such as europe-west1."},
+    "temp_location": {**_BUCKET, "description": "Folder for temporary files of the build."},
+    "machine_type": {**_NEEDED, "default": "n2-standard-4", "description": "Machine type of the workers."},
+    "max_workers": {
+        "type": "integer",
+        "minimum": 1,
+        "default": 10,
+        "description": "Largest number of workers.",
+    },
 }
 
 
@@ -100,7 +108,7 @@ def make_dataflow_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> 
     Args:
         dag_id: name of the DAG and of its asset.
         schedule: when it runs, such as "0 2 * * *"; None: when it is triggered.
-        defaults: of the params. With a schedule all are needed that have none.
+        defaults: of the params. With a schedule, every param without a default needs one here.
 
     Raises:
         TypeError: there is a default for something that is no param.

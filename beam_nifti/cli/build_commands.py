@@ -161,7 +161,7 @@ def _print_reuse(reuse: Reuse) -> None:
         if number:
             unless = "" if reuse.is_checked else ", unless their images have changed"
             print_line(f"keep     {counted(number, 'example')} from {what}{unless}")
-    print_line(f"rebuild  {counted(reuse.num_rebuilt, 'example')}")
+    print_line(f"build    {counted(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
         size = bytes_text(sum(shard.num_bytes for shard in reuse.replaced))
         shards = counted(len(reuse.replaced), "shard")

@@ -27,7 +27,8 @@ examples:
   beam-nifti build cohort/manifest.tsv cohort/dataset --dry-run
   beam-nifti build cohort/manifest.tsv cohort/dataset
   beam-nifti build gs://lab/manifest.csv gs://lab/dataset --shuffle-seed 1 \\
-      --runner=DataflowRunner --region=europe-west1 --temp-location=gs://lab/tmp
+      --runner=DataflowRunner --project=lab --region=europe-west1 --temp-location=gs://lab/tmp \\
+      --sdk-container-image=europe-west1-docker.pkg.dev/lab/images/beam-nifti:0.1.0
 
 Run the same command again to continue a stopped build, to add rows that were appended to the manifest, and to
 retry volumes that failed.
@@ -82,7 +83,7 @@ _HELP: Final = {
     "compression": "compression of the shards; default: gzip",
     "shuffle_seed": "shuffle the rows of each split; the same N gives the same order on every machine; "
     "default: the manifest's order",
-    "compression_level": "igzip level, 0 (fastest) to 3; default: 2, which compresses float32 voxels best",
+    "compression_level": "level of igzip, 0 (fastest) to 3; default: 2, which compresses float32 voxels best",
     "rescale": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
     "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
     "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: the "
@@ -94,9 +95,9 @@ _HELP: Final = {
     "--rescale-within; default: keep them as they are",
     "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
     "65535",
-    "voxel_dtype": "float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: "
-    "a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the reader rescales to exactly "
-    "the values of float32",
+    "voxel_dtype": "dtype of the stored voxels: float32 (default); float16, bfloat16: half the size, 11 and "
+    "8 significant bits; uint8: a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the "
+    "reader rescales to exactly the values of float32",
     "frames": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",

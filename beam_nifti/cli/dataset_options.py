@@ -95,8 +95,8 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
-        help="file of the key that the dataset was built with; required for --deep, and to compare with "
-        "--manifest",
+        help="file of the key that the dataset was built with; for a dataset with anonymous ids, --manifest "
+        "and --deep require it; default: none",
     )
     verify.add_argument(
         "--deep",

@@ -71,7 +71,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
 def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
     """The content of README.md, with the header that Hugging Face's hub reads. `about` has a "name"."""
-    name, split = about["name"], next(iter(info.splits))
+    name = about["name"]
     folder = output.rpartition("/")[2]
     header = {"pretty_name": name, "tags": ["nifti", "tfrecord"]}
     header |= _license(about["license"]) if "license" in about else {}
@@ -93,7 +93,7 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         f"dataset = {info.loading_call(folder, shuffle=True)}\n```",
         "With PyTorch, or by number:",
         f"```python\nfrom beam_nifti.random_access import Dataset\n\n"
-        f"records = Dataset({folder!r}, {split!r})\nelement = records[0]\n```",
+        f"records = Dataset({folder!r}, {info.first_split!r})\nelement = records[0]\n```",
         *(f"{title}: {_as_text(about[key])}" for key, title in _FURTHER.items() if key in about),
     ]
     return "\n\n".join(paragraphs) + "\n"

@@ -203,8 +203,8 @@ def _with_label(
         problems = Problems(root)
         for image in texts:
             problems.add(
-                f"{label} of {image.stem} is {records.cell(image, label)!r}, not a finite number (of "
-                "float32), and others are numbers; recode it"
+                f"{label} of {image.stem} is {records.cell(image, label)!r}, not a finite float32 "
+                "number, and others are numbers; recode it"
             )
         problems.stop()
     return labelled, _notes_on_choice(images, labelled, f" without {label}")

@@ -1,4 +1,4 @@
-"""Make a configuration of the options of a call, a file and a dataset; and options of a configuration."""
+"""Make a configuration from the options of a call, a file and a dataset; and options from a configuration."""
 
 from __future__ import annotations
 

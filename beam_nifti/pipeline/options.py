@@ -59,7 +59,7 @@ class BuildOptions(TypedDict, total=False):
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
         split: share of the participants by split, such as {"train": 0.8, "test": 0.2}. Default: the
             manifest's column "split", otherwise all rows go to "train".
-        stratify: column whose values each keep the shares of `split`. Default: none.
+        stratify: column within each of whose values the shares of `split` apply. Default: none.
         split_seed: seed of the draw. Default: 0.
         examples_per_shard: largest number of examples in a shard. Default: for shards of about 200 MB.
         num_shards: number of shards in each split, instead of `examples_per_shard`.

@@ -232,7 +232,7 @@ class Survey(Document):
     Its items are those of `beam-nifti check --json`, whose texts name flags.
 
     Attributes:
-        problems: a sentence for each of the first images that the build would skip.
+        problems: a sentence for each of the first images that would fail.
         refusal: why the build would write nothing; "" if it would write a dataset.
         ok: whether the build would be complete, as far as headers show; also the truth value of the survey.
     """

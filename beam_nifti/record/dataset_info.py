@@ -183,6 +183,12 @@ class DatasetInfo:
         """The shards of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
+    @property
+    def first_split(self) -> str:
+        """The split to show in an example: "train", or else the first one that is not empty."""
+        filled = [name for name, split in self.splits.items() if split.num_examples]
+        return "train" if "train" in filled else next(iter([*filled, *self.splits]))
+
     def loading_call(self, path: str, **further: object) -> str:
         """A call of `reader.load_dataset` that reads this dataset.
 
@@ -190,8 +196,6 @@ class DatasetInfo:
             path: path of the dataset.
             further: arguments besides those that the dataset requires.
         """
-        filled = [name for name, split in self.splits.items() if split.num_examples]
-        split = "train" if "train" in filled else next(iter([*filled, *self.splits]))
         needed: dict[str, object] = {}
         if self.mask_labels is not None:
             needed["target"] = "mask"
@@ -199,7 +203,7 @@ class DatasetInfo:
             needed["label"] = self.labels[0].name
         if self.shape is None and "batch_size" in further:
             needed["pad"] = True
-        words = [repr(path), repr(split), *(f"{k}={v!r}" for k, v in (further | needed).items())]
+        words = [repr(path), repr(self.first_split), *(f"{k}={v!r}" for k, v in (further | needed).items())]
         return f"load_dataset({', '.join(words)})"
 
     @cached_property

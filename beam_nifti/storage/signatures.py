@@ -1,4 +1,4 @@
-"""What a file is that is not what its name promises, by its first bytes."""
+"""Recognizes, by its first bytes, what a file with a misleading name is."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _OTHERS: Final = {
     rb"7z\xbc\xaf\x27\x1c": f"a 7z archive; {_DECOMPRESS}",
     rb"Rar!": f"a RAR archive; {_DECOMPRESS}",
     rb"\x04\x22M\x18": f"an LZ4 file; {_DECOMPRESS}",
-    rb"\x1f\x9d": f"a file of compress (.Z); {_DECOMPRESS}",
+    rb"\x1f\x9d": f"a .Z file; {_DECOMPRESS}",
     rb"\x93NUMPY": "a NumPy array; save it as NIfTI with nibabel",
     rb"MATLAB 5.0": "a MATLAB file; save its volume as NIfTI",
     rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|GIF8": "a picture (PNG, JPEG, TIFF or GIF); leave it out",

@@ -1,4 +1,4 @@
-"""Which store serves a URL, by its scheme. Client libraries are imported when it is first asked."""
+"""Which store serves a URL, by its scheme. Client libraries are imported when a store is first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user should know about images that are used nevertheless. A build prints one warning per kind."""
+"""What a user should know about images that are accepted. A build prints one warning per kind."""
 
 from __future__ import annotations
 

@@ -166,7 +166,9 @@ def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
     if voxels.ndim not in (3, 4) or voxels.size == 0:
         return f"returned voxels of shape {voxels.shape}; return (X, Y, Z) or (X, Y, Z, channels)"
     if not (voxels.flags.c_contiguous and voxels.dtype.isnative):
-        return "returned voxels in another order; return numpy.ascontiguousarray of them, in native bytes"
+        return (
+            "returned voxels in another order; return numpy.ascontiguousarray of them, in native byte order"
+        )
     scaling: object = made.scaling
     if not isinstance(scaling, Scaling):
         return f"returned a scaling that is a {type(scaling).__name__}; return the Scaling that it got"

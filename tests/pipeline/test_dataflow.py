@@ -245,6 +245,24 @@ def test_the_template_offers_every_option_of_the_build() -> None:
     assert required == {"manifest", "output", "sdk_container_image"}
 
 
+def help_text(name: str) -> str:
+    """The help of an option on the command line, in the words of a form."""
+    (action,) = [
+        a for command, p in options.commands() if command == "build" for a in p._actions if a.dest == name
+    ]
+    text = re.sub(r"--([a-z-]+)", lambda found: found[1].replace("-", "_"), str(action.help))
+    switch = "true: " if action.nargs == 0 else ""
+    text = f"{switch}{text.replace('%%', '%').rstrip('.')}."
+    return text[0].upper() + text[1:] if action.nargs != 0 else text
+
+
+def test_a_parameter_has_the_help_of_its_option() -> None:
+    own = {"sdk_container_image", "number_of_worker_harness_threads", "manifest", "output"}
+    own |= {"preprocess", "workers"}  # not repeated in a form, and not of the launcher's machine
+    shown = {p["name"]: p["helpText"] for p in metadata() if p["name"] not in own}
+    assert shown == {name: help_text(name) for name in shown}
+
+
 VALUES = {
     "label_column": "age,sex:class",
     "missing_label": "skip",
