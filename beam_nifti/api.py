@@ -145,7 +145,7 @@ def build(
             label_column: column of labels, or several; default: "label".
             mask_column: column of label maps; default: none.
             split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
-            rescale: "minmax" (default), "zscore", "none", or such as ("percentile", 1, 99).
+            rescale: "minmax" (default), "zscore", "none", or a tuple such as ("percentile", 1, 99).
             orientation: axis codes, such as "RAS".
             spacing: voxel size in mm, such as (1, 1, 1).
             shape: (x, y, z) in voxels, to crop and pad to.
@@ -154,7 +154,7 @@ def build(
             voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
             max_bad_fraction: fraction of volumes that may fail; default: 0.
             workers: number of threads; default: all cores.
-            overwrite: whether to replace a dataset with different options or rows.
+            overwrite: whether to replace a dataset that was built with different options or rows.
 
     Returns:
         The dataset. For a dry run or a Dataflow template: what is known before the shards are made. It has
@@ -407,7 +407,7 @@ def report(
 
     Args:
         dataset: folder or URL of the dataset.
-        out: path or URL of the page, an .html file that is no file of a dataset. An existing file is
+        out: path or URL of the page, an .html file that is not a file of a dataset. An existing file is
             replaced. Default: report.html in the working directory; required on a cluster, whose workers
             must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.

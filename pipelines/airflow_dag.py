@@ -169,9 +169,9 @@ class BeamNiftiOperator(BaseOperator):
     the manifest and the output.
 
     Args:
-        arguments: makes the command's arguments of the run's params.
+        arguments: makes the command's arguments from the run's params.
         command: the program, with its own leading arguments if it has any, quoted as for a shell.
-        kwargs: of every operator.
+        kwargs: keyword arguments of any operator.
     """
 
     template_fields = ("command",)
@@ -220,7 +220,7 @@ def make_params(schemas: Mapping[str, Mapping[str, Any]], defaults: Mapping[str,
     """Params, with some of their defaults replaced.
 
     Raises:
-        TypeError: there is a default for something that is no param.
+        TypeError: there is a default for an unknown param.
     """
     if unknown := defaults.keys() - schemas.keys():
         raise TypeError(f"unknown params: {', '.join(sorted(unknown))}; choose from {', '.join(schemas)}")
@@ -253,10 +253,10 @@ def make_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
     Args:
         dag_id: name of the DAG and of its asset.
         schedule: when it runs, such as "0 2 * * *"; None: when it is triggered.
-        defaults: of the params. With a schedule `manifest` and `output` are needed.
+        defaults: default values of params. With a schedule `manifest` and `output` are needed.
 
     Raises:
-        TypeError: there is a default for something that is no param.
+        TypeError: there is a default for an unknown param.
     """
     dag = new_dag(dag_id, schedule, make_params(PARAMS, defaults))
     check = BeamNiftiOperator(task_id="check_manifest", arguments=check_arguments, dag=dag)

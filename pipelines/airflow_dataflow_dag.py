@@ -1,8 +1,8 @@
 """The DAG `beam_nifti_dataflow`: the build as a Dataflow Flex Template. For Airflow 3.
 
 Copy this file and airflow_dag.py into the DAGs folder of an Airflow with apache-airflow-providers-google and
-apache-airflow-providers-apache-beam. docs/dataflow.md says how the template is made, docs/airflow.md what
-else is to be known.
+apache-airflow-providers-apache-beam. docs/dataflow.md explains how to make the template, and docs/airflow.md
+the rest.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class BuildOnDataflow(DataflowStartFlexTemplateOperator):
     """Starts the template with the run's params, and waits in the triggerer.
 
     Args:
-        kwargs: of every operator.
+        kwargs: keyword arguments of any operator.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class BuildOnDataflow(DataflowStartFlexTemplateOperator):
         )
 
     def execute(self, context: Context) -> Any:
-        """Start the job; the trigger comes back with its end."""
+        """Start the job; the trigger resumes the task when the job ends."""
         params = context["params"]
         self.body = {
             "launchParameter": {
@@ -108,10 +108,10 @@ def make_dataflow_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> 
     Args:
         dag_id: name of the DAG and of its asset.
         schedule: when it runs, such as "0 2 * * *"; None: when it is triggered.
-        defaults: of the params. With a schedule, every param without a default needs one here.
+        defaults: default values of params. With a schedule, every param without a default needs one here.
 
     Raises:
-        TypeError: there is a default for something that is no param.
+        TypeError: there is a default for an unknown param.
     """
     dag = new_dag(dag_id, schedule, make_params(DATAFLOW_PARAMS, defaults))
     check = BeamNiftiOperator(task_id="check_manifest", arguments=template_check_arguments, dag=dag)

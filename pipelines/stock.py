@@ -1,7 +1,7 @@
 """This package's steps with Beam's own `WriteToTFRecord`, which docs/benchmarks.md measures.
 
 Records cross a shuffle, their distribution over shards differs from run to run, and there is no index.
-`minimal.py` has the same steps and the writer of this package.
+`minimal.py` has the writer of this package.
 
 Usage: stock.py MANIFEST OUTPUT_PREFIX [--num_shards N] [Beam's flags]
 """

@@ -47,7 +47,8 @@ examples:
   beam-nifti card cohort/dataset
   beam-nifti card gs://lab/dataset --name 'Brains of Lyon' --license CC-BY-4.0 --overwrite
 
-A build does not update these files: run the command again after a build that changed the dataset.
+A build does not update these files: run the command again with --overwrite after a build that changed the
+dataset.
 
 """
 

@@ -151,7 +151,9 @@ def explain_unknown(argument: str, command: str, further: Iterable[str] = ()) ->
     known = flags_of_commands()
     others = [name for name, flags in known.items() if flag in flags]
     if others:
-        return f"{flag} is an option of {' and '.join(others)}, not of {command}; drop it"
+        *first, last = others
+        which = f"{', '.join(first)} and {last}" if first else last
+        return f"{flag} is an option of {which}, not of {command}; drop it"
     hint = suggest_flag(flag, [*known[command], *further]) or f"see `beam-nifti {command} --help`"
     return f"unknown flag {flag}; {hint}"
 

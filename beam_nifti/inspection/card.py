@@ -86,7 +86,7 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         "NIfTI volumes as TFRecords, written by beam-nifti. Contents:",
         textwrap.indent(_describe(output, info, folder), "    "),
         "`dataset_info.json` has all details, and `index/` has one row per record. Records are "
-        "`tf.train.Example`s of these features, of which the tensors are serialized:",
+        "`tf.train.Example`s with these features; tensors are as `tf.io.serialize_tensor` writes them:",
         "\n".join(("| feature | dtype | shape |", "|---|---|---|", *_feature_rows(info))),
         "With TensorFlow:",
         f"```python\nfrom beam_nifti.reader import load_dataset\n\n"

@@ -209,10 +209,11 @@ def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None)
     counts = pa.Table.from_struct_array(pc.value_counts(records["id"].combine_chunks()))
     twice = counts.filter(pc.greater(counts["counts"], 1)).rename_columns(["id", "times"])
     if twice.num_rows:
-        yield f"index: {twice.num_rows} ids occur more than once: {_named(twice, ['times'])}"
+        yield f"index: {counted(twice.num_rows, 'id', 'occur')} more than once: {_named(twice, ['times'])}"
     both = failures.filter(_is_in(failures, records))
     if both.num_rows:
-        yield f"{failures_file}: {both.num_rows} of its examples are in the shards: {_named(both)}"
+        found = counted(both.num_rows, "example", "are")
+        yield f"{failures_file}: {found} also in the shards: {_named(both)}"
 
 
 def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:

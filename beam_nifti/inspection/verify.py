@@ -272,8 +272,8 @@ class _Verifier:
             num_deep=self._num_deep,
             problems=self._problems.texts(),
             notes=tuple(
-                f"{info.shards[shard].name}: {count} records differ only by rounding from those rebuilt "
-                f"here; the versions differ: {self._versions_of(shard)}"
+                f"{info.shards[shard].name}: {counted(count, 'record', 'differ')} only by rounding from "
+                f"those rebuilt here; the versions differ: {self._versions_of(shard)}"
                 for shard, count in sorted(self._num_rounded.items())
             ),
         )
@@ -443,12 +443,12 @@ class _Verifier:
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))
             if found.num_rows != count:
-                what = "frames" if frames else "lines"
+                has = counted(found.num_rows, "frame" if frames else "line")
                 problems.append(
-                    f"has {found.num_rows} {what}, but {FILE_NAME} gives {count} failures; copy it again"
+                    f"has {has}, but {FILE_NAME} gives {counted(count, 'failure')}; copy it again"
                 )
         except FileNotFoundError:
-            problems.append(f"is missing, but {FILE_NAME} gives {count} failures; copy it again")
+            problems.append(f"is missing, but {FILE_NAME} gives {counted(count, 'failure')}; copy it again")
         except ManifestError as e:
             problems.append("; ".join(e.problems))
         except DatasetError as e:

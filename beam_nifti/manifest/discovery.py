@@ -352,7 +352,7 @@ def _matches(pattern: str) -> list[str]:
     storage.require_text(paths)
     if others:
         raise UsageError(
-            f"{pattern}: matches {len(others)} files whose names do not end like an image's, such as "
+            f"{pattern}: matches {counted(len(others), 'file')} without an image's ending, such as "
             f"{others[0]}; end the pattern in .nii.gz, for example"
         )
     return paths
@@ -362,7 +362,7 @@ def _refuse_some(paths: Sequence[str], participants: Sequence[str]) -> None:
     without = [path for path, participant in zip(paths, participants, strict=True) if not participant]
     if without:
         raise UsageError(
-            f"{len(without)} of {len(paths)} paths name no participant (sub-), such as {without[0]}; "
+            f"{counted(len(without), 'path', 'do')} not name a participant (sub-), such as {without[0]}; "
             "make two manifests, or a narrower pattern"
         )
 

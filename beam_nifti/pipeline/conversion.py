@@ -160,7 +160,7 @@ class Conversion:
             OutputBusyError: another build is writing there.
         """
         output = self.output
-        storage.refuse_read_only(output, "OUTPUT")
+        storage.refuse_unwritable(output, "OUTPUT")
         if not storage.is_remote(output):
             require_writable_output(output)
         with lock.hold(output):

@@ -59,7 +59,9 @@ def find_differences(
     if None not in (was.shape, now.shape) and was.shape != now.shape:
         differences.append(f"the first image had shape {was.shape}, now {now.shape}")
     if was.num_frames and now.num_frames not in (None, was.num_frames):
-        differences.append(f"the first image had {was.num_frames} frames, now {now.num_frames}")
+        differences.append(
+            f"the number of frames of the first image was {was.num_frames}, now {now.num_frames}"
+        )
     if now.config["voxel_dtype"] == was.config["voxel_dtype"] == "native" and was.dtype != now.dtype:
         differences.append(f"the first image had {was.dtype} voxels, now {now.dtype}")
     known = was.manifest

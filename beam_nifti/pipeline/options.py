@@ -87,10 +87,12 @@ class BuildOptions(TypedDict, total=False):
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
-        overwrite: whether to replace a dataset with different options or rows. Default: False.
+        overwrite: whether to replace a dataset that was built with different options or rows. Default: False.
         recheck: whether to rebuild every record, and replace the shards that differ. Default: False.
-        workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores.
-        temp_location: folder or URL of temporary files. Default: in the output.
+        workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores; on a
+            cluster, by the engine's flags, or 32.
+        temp_location: folder or URL of temporary files. Default: in the output; for `check`, the folder of
+            `out`.
         without: options of `like` and `config` to ignore. Default: none.
     """
 
@@ -205,10 +207,11 @@ def _read_names(flag: str, value: object) -> str:
 
 
 def _read_without(flag: str, value: object) -> tuple[str, ...]:
-    names = [name.strip().replace("-", "_") for name in _read_names(flag, value).split(",")]
+    given = [name.strip() for name in _read_names(flag, value).split(",")]
+    names = [name.replace("-", "_") for name in given]
     for name in names:
         if name not in OPTIONS:
-            hint = _hint(name, lambda each: each.replace("_", "-"))
+            hint = _hint(name, str if name in given else lambda each: each.replace("_", "-"))
             raise UsageError(f"{flag} has {name.replace('_', '-')!r}, which is not an option; {hint}")
     return tuple(names)
 

@@ -311,8 +311,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
 
     def _require_only_writer(self, pipeline: beam.Pipeline) -> None:
         output = self._target.output
-        if not output.strip("/"):
-            raise UsageError(f"output is {output}, the root of the file system; choose a folder below it")
+        storage.refuse_unwritable(output, "output")
         outputs = _OUTPUTS.setdefault(pipeline, set())
         if output in outputs:
             raise UsageError(

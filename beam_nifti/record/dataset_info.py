@@ -124,7 +124,7 @@ class DatasetInfo:
         num_failures: volumes that failed.
         failures: name of the file that lists the failed volumes; None if there are none.
         failures_sha256: sha256 of that file, in hex; None in version 1.
-        revision: 1 for a first build, 1 more for every rebuild in the same folder.
+        revision: 1 for a first build, plus 1 each time a build into the same folder changed the dataset.
         versions: versions of the software that wrote it.
         format_version: version of the format.
         format_features: features of the format that a reader must know, by name; empty in version 1.
@@ -273,7 +273,7 @@ class DatasetInfo:
         Args:
             text: content of the file.
             path: path of the file, for errors.
-            is_complete: whether the dataset is complete, not yet to be built.
+            is_complete: whether the dataset is complete; False if it is still to be built.
 
         Raises:
             DatasetError: it is damaged, was changed, has a later format or a key that its version does not

@@ -28,11 +28,11 @@ _OTHERS: Final = {
     rb"CDF[\x01\x02]": f"a MINC image; {_CONVERT_MINC}",
     rb"\x89HDF": f"an HDF5 file; if it is a MINC 2 image, install h5py, and {_CONVERT_MINC}",
     rb"# ==": "the header of a PAR/REC pair; convert it: parrec2nii --compressed IMAGE.PAR",
-    rb"NRRD": f"an NRRD image; {_TO_NIFTI}",
+    rb"NRRD": f"an NRRD image; {_TO_NIFTI}, such as with SimpleITK or 3D Slicer",
     rb"mrtrix image": "an MRtrix image; convert it: mrconvert IMAGE.mif IMAGE.nii.gz",
     rb"MATRIX7": f"an ECAT image; {_TO_NIFTI}",
     rb"\0\x05\x16\x07": "metadata of macOS (a ._ file); leave it out",
-    rb"([^\n=]+ = [^\n]*\n)*ObjectType = ": f"a MetaImage; {_TO_NIFTI}",
+    rb"([^\n=]+ = [^\n]*\n)*ObjectType = ": f"a MetaImage; {_TO_NIFTI}, such as with SimpleITK",
     rb".{128}DICM|[\x02\x08]\0[\0-\x1a]\0([A-Z]{2}|[\0-\x40]\0\0\0)": (
         "a DICOM file; convert its series to NIfTI with dcm2niix"
     ),

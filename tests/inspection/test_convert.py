@@ -629,7 +629,10 @@ def test_an_output_that_holds_something_else_stays(
         convert(old, tmp_path / "other")
     repair(old, 3)
     edit_info(old, lambda facts: facts.update(revision=2))
-    with unchanged(tmp_path / "other"), pytest.raises(OutputError, match="holds an unfinished build, or a conversion"):
+    with (
+        unchanged(tmp_path / "other"),
+        pytest.raises(OutputError, match="holds an unfinished build, or a conversion"),
+    ):
         bn.convert(old, tmp_path / "other", progress=False)
     assert convert(small, tmp_path / "other") == 8
 
