@@ -277,6 +277,7 @@ class Dataset:
         volume: npt.ArrayLike,
         path: str | os.PathLike[str],
         *,
+        on_source_grid: bool = False,
         overwrite: bool = False,
     ) -> None:
         """Save a volume that a model made of a record, such as a prediction, as a NIfTI image in its space.
@@ -291,6 +292,8 @@ class Dataset:
                 smallest dtype that holds them, such as uint8 for labels, and floats in their own dtype;
                 float16 becomes float32.
             path: ends in .nii or .nii.gz; local or a URL.
+            on_source_grid: whether to save it on the grid of the image that the record was made of, by
+                `beam_nifti.restore` with its defaults.
             overwrite: whether to replace an existing file. A file with the size and the time of one that the
                 dataset was built from is never replaced.
 
@@ -298,13 +301,14 @@ class Dataset:
             IndexError: `index` is out of range.
             UsageError: the volume has another shape or another kind of dtype, or the path has another ending
                 or is that of a file that the dataset was built from.
-            DatasetError: the record has no affine.
+            DatasetError: the record has no affine, or the index does not have the grid of its source.
             OutputError: the file exists.
             OSError: the file cannot be written.
         """
         from beam_nifti.read.saving import save_nifti  # loads nibabel
 
-        save_nifti(self._records, self._row(item_number(index, "record")), volume, path, overwrite)
+        row = self._row(item_number(index, "record"))
+        save_nifti(self._records, row, volume, path, on_source_grid=on_source_grid, overwrite=overwrite)
 
     def by_id(self, example_id: str) -> Element:
         """The record with this id.
@@ -312,13 +316,30 @@ class Dataset:
         Raises:
             DatasetError: none of these records has it, or as for `dataset[i]`.
         """
-        row = pc.index(self._records.table["example_id"], example_id).as_py()
+        return self._records.read(self._row_of(example_id))
+
+    def geometry_of(self, example_id: str) -> dict[str, Any]:
+        """Where a record and its source lie in space, as the index has it. No record is read.
+
+        Returns:
+            The shape of the record, and the columns affine, zooms, source_shape and source_affine of the
+            index, if it has them.
+
+        Raises:
+            DatasetError: none of these records has the id.
+        """
+        row = self._row_of(example_id)
+        (cells,) = self._records.geometry.slice(row, 1).to_pylist()
+        return {**cells, "shape": self._records.shape_of(row)}
+
+    def _row_of(self, example_id: str) -> int:
+        row = int(pc.index(self._records.table["example_id"], example_id).as_py())
         if row < 0 or row not in self._rows:
             raise DatasetError(
                 f"{self.path}: no record {example_id!r} among these {len(self)}; look for it in "
                 "`ids`, or in another split"
             )
-        return self._records.read(row)
+        return row
 
     def index(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of the index for these records, in their order: labels for a sampler, ages for a plot.
