@@ -29,14 +29,17 @@ _Positions = npt.NDArray[np.float64]
 _Take = Callable[[Voxels], Voxels]
 
 
-def restore_voxels(voxels: Voxels, grid: Grid, source: Grid, fill: float, *, is_linear: bool) -> Voxels:
+def restore_voxels(
+    voxels: Voxels, grid: Grid, source: Grid, fill: float | Voxels, *, is_linear: bool
+) -> Voxels:
     """The value of a volume at each voxel of its source.
 
     Args:
         voxels: shape (X, Y, Z), or (X, Y, Z, C), on `grid`; floats if `is_linear`. Not modified.
         grid: positions of the voxels.
         source: positions of the voxels of the result.
-        fill: value where the source lies outside the volume. The dtype must be able to hold it.
+        fill: value where the source lies outside the volume, or one for each channel. The dtype must be able
+            to hold it.
         is_linear: whether to interpolate linearly; otherwise the nearest voxel counts, halves up. Within half
             a voxel of the border, the outermost voxel counts.
 

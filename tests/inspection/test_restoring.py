@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 import beam_nifti as bn
+from beam_nifti.cli import main as cli
 from beam_nifti.errors import DatasetError, UsageError
 from tests.datasets import edit_index, set_cell
 from tests.images import AFFINE, brain, write_image, write_manifest
@@ -169,3 +170,38 @@ def test_a_grid_that_is_none_is_refused(
     edit_index(output, set_cell(column, 0, cell))
     with pytest.raises(DatasetError, match=message):
         bn.restore(np.zeros(SHAPE), (output, "sub-0"))
+
+
+@pytest.mark.parametrize("dtype", ["native", "float32"])
+def test_records_are_extracted_on_the_grids_of_their_sources(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    options = {"orientation": "PIR", "crop_foreground": "above:2000", "shape": (12, 14, 9)}
+    output = build(cohort, tmp_path / "out", voxel_dtype=dtype, rescale="none", **options)
+    monkeypatch.chdir(tmp_path)
+    for flags, name in ((["--mask"], "sub-1_mask.nii.gz"), ([], "sub-1.nii.gz")):
+        assert cli.main(["extract", str(output), "--id", "sub-1", "--on-source-grid", *flags]) == cli.SUCCESS
+        source, found = (
+            nib.load(folder) for folder in (cohort / f"1_{'mask' if flags else 'path'}.nii.gz", name)
+        )
+        assert (found.shape, found.get_data_dtype().name) == (
+            SHAPE,
+            "uint8" if flags else {"native": "int16"}.get(dtype, dtype),
+        )
+        assert np.array_equal(found.affine, source.affine)
+        values, expected = np.asarray(found.dataobj), np.asarray(source.dataobj)
+        if not flags:
+            is_labelled = truth(1) > 0
+            assert np.array_equal(values[is_labelled], expected[is_labelled])
+            expected = np.where(values == values.min(), values.min(), expected)
+        assert np.array_equal(values, expected)
+
+
+def test_an_image_without_its_source_is_not_extracted_on_its_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(GOLDEN / "dataset", tmp_path / "dataset")
+    flags = ["--id", "sub-0", "--on-source-grid", "--out", str(tmp_path / "a.nii")]
+    assert cli.main(["extract", str(tmp_path / "dataset"), *flags]) != cli.SUCCESS
+    assert "record 'sub-0': the index has no source_shape and source_affine" in capsys.readouterr().err
+    assert not (tmp_path / "a.nii").exists()
