@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -20,8 +21,11 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.options import Preprocess, read_integer, read_steps
 from beam_nifti.pipeline.parameters import naming_parameters
 from beam_nifti.read.decoding import restore_image
+from beam_nifti.read.grid import PatchGrid
 from beam_nifti.read.opening import open_dataset
+from beam_nifti.read.patches import Box, cut_patch
 from beam_nifti.read.random_access import Dataset
+from beam_nifti.read.records import Element
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, size_text
@@ -53,6 +57,29 @@ class PreparedVolume:
     zooms: npt.NDArray[np.float64]
     volume: Volume
     channels_first: bool = False
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The number of voxels along x, y and z."""
+        return self.volume.voxels.shape[:3]
+
+    def grid_patches(self, patch: Sequence[SupportsIndex], overlap: float = 0.5) -> PatchGrid:
+        """Patches that cover the volume, as `Dataset.grid_patches`.
+
+        A patch is a dictionary of image, affine and zooms, and of mask if there is one.
+
+        Raises:
+            UsageError: as for `Dataset.grid_patches`.
+        """
+        return PatchGrid(self, patch, overlap)
+
+    def read_patch(self, box: Box) -> Element:
+        """The patch in a box of voxels, for `grid_patches`."""
+        config = self.volume.config or RecordConfig()
+        cut = partial(cut_patch, box=box, config=config, channels_first=self.channels_first)
+        masks = {} if self.mask is None else {"mask": cut(self.mask, is_image=False)}
+        image = cut(self.image, is_image=True)
+        return {"image": image, **masks, "affine": box.place(self.affine), "zooms": self.zooms.copy()}
 
     def __repr__(self) -> str:
         mask = "" if self.mask is None else ", with a mask"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.read.grid import PatchGrid
+from beam_nifti.read.grid import PatchGrid, RecordSource
 from beam_nifti.read.opening import Opened, open_dataset
 from beam_nifti.read.order import item_number
 from beam_nifti.read.patches import Box, read_patch
@@ -269,7 +269,8 @@ class Dataset:
             UsageError: `patch` is not three integers of at least 1 or does not fit into memory, or `overlap`
                 is not from 0 to below 1.
         """
-        return PatchGrid(self._records, self._row(item_number(index, "record")), patch, overlap)
+        row = self._row(item_number(index, "record"))
+        return PatchGrid(RecordSource(self._records, row), patch, overlap)
 
     def save_nifti(
         self,

@@ -244,3 +244,19 @@ def test_a_dataset_that_no_build_or_another_version_made_is_refused(plain: Path,
     edit_info(tmp_path / "out", lambda facts: facts["manifest"].update(path=""))
     with pytest.raises(UsageError, match=r"out: WriteToTFRecord wrote it, so the steps .* are unknown"):
         bn.Preparation.of(tmp_path / "out")
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_patches_are_those_of_the_record(images: Path, several: Path, channels_first: bool) -> None:
+    records = bn.Dataset(several, columns=["image", "mask", "affine", "zooms"], channels_first=channels_first)
+    sources = [images / "one.nii.gz", images / "two.nii"]
+    prepared = bn.Preparation.of(records).apply(sources, mask=images / "mask.nii.gz")
+    for shape in ((4, 5, 3), (20, 4, 9)):
+        expected, grid = records.grid_patches(0, shape), prepared.grid_patches(shape)
+        assert grid.corners == expected.corners
+        for one, other in zip(grid, expected, strict=True):
+            assert one.keys() == other.keys()
+            assert all(np.array_equal(one[name], other[name]) for name in one)
+            assert one["image"].flags.c_contiguous
+        stitched = grid.stitch(patch["image"] for patch in pickle.loads(pickle.dumps(grid)))
+        assert np.allclose(stitched, prepared.image, rtol=1e-5, atol=1e-6)
