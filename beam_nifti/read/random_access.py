@@ -20,6 +20,7 @@ from beam_nifti.read.opening import Opened, open_dataset
 from beam_nifti.read.order import item_number
 from beam_nifti.read.patches import Box, read_patch
 from beam_nifti.read.records import Element, Records, Rows, select_records
+from beam_nifti.read.split_spec import choose_fold
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, one_line
@@ -64,11 +65,13 @@ class Dataset:
         columns: columns of an element; None means image, label (if the dataset has labels), id, affine and
             zooms.
         channels_first: whether images have the shape (C, X, Y, Z), and masks (1, X, Y, Z).
+        fold: fold to leave out of "train", or to read as "validation", of a dataset that was built with
+            `--split kfold:N`; from 0.
 
     Raises:
         DatasetError: the dataset is absent or incomplete, or has no such split; or a shard or an index is
             missing, cannot be reached, or does not match dataset_info.json.
-        UsageError: `split`, `where` or `columns` is not valid, or names a column that does not exist.
+        UsageError: `split`, `fold`, `where` or `columns` is not valid, or names a column that does not exist.
     """
 
     def __init__(
@@ -79,8 +82,11 @@ class Dataset:
         where: str | None = None,
         columns: Sequence[str] | None = None,
         channels_first: bool = False,
+        fold: SupportsIndex | None = None,
     ) -> None:
         opened = open_dataset(storage.absolute(storage.path_text("path", path)))
+        if fold is not None:
+            split = choose_fold(opened.path, opened.info, split, fold)
         self._records, self._rows = select_records(opened, split, where, columns, channels_first)
 
     def __len__(self) -> int:

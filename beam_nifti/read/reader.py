@@ -23,7 +23,7 @@ from beam_nifti.read.opening import open_dataset
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.request import Batching, Elements, Passes, Shard, group_patches, require_choice
 from beam_nifti.read.sampling import Patches
-from beam_nifti.read.split_spec import SplitPart, parse_split
+from beam_nifti.read.split_spec import SplitPart, choose_fold, parse_split
 from beam_nifti.read.state import check_state, describe_state, require_step
 from beam_nifti.storage import paths as storage
 
@@ -58,6 +58,7 @@ def load_dataset(
     foreground: float | None = None,
     label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
+    fold: int | None = None,
 ) -> tf.data.Dataset:
     """Open the examples of a dataset for training; docs/reading.md describes the arguments in more detail.
 
@@ -90,6 +91,8 @@ def load_dataset(
         label_weights: weight of each label of the mask among these patches, such as {1: 1, 2: 3}; labels that
             are not given have the weight 0. None means that all labels except 0 have the same weight.
         patches: the four arguments above, as one `Patches`.
+        fold: fold to leave out of "train", or to read as "validation", of a dataset that was built with
+            `--split kfold:N`; from 0.
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
@@ -104,6 +107,12 @@ def load_dataset(
     """
     folder = storage.absolute(storage.path_text("path", path))
     drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
+    if fold is not None:
+        if layout is not None:
+            raise UsageError(
+                f"fold requires a dataset_info.json, but layout={layout!r} has none; drop one of the two"
+            )
+        split = choose_fold(folder, open_dataset(folder).info, split, fold)
     source = _Source(folder, split, where, start, start_state, on_error, engine, layout)
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
@@ -128,6 +137,7 @@ def state_after(
     foreground: float | None = None,
     label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
+    fold: int | None = None,
 ) -> dict[str, Any]:
     """The state of a run after some steps, from which `load_dataset(…, start_state=…)` continues.
 
@@ -150,6 +160,7 @@ def state_after(
         foreground: same as for `load_dataset`.
         label_weights: same as for `load_dataset`.
         patches: same as for `load_dataset`.
+        fold: same as for `load_dataset`.
 
     Returns:
         A dictionary of values for JSON, with `steps_per_epoch` among them.
@@ -161,6 +172,9 @@ def state_after(
     step = require_step("step", step)
     drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
     passes = Passes(shuffle, seed, shard=shard, patches=drawn)
+    if fold is not None:
+        folder = storage.absolute(storage.path_text("path", path))
+        split = choose_fold(folder, open_dataset(folder).info, split, fold)
     records = Dataset(path, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")
     return describe_state(records.info, split, where, order, step, passes.describe_patches())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti.config import (
+    FOLD_PARTS,
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
@@ -164,6 +166,13 @@ class DatasetInfo:
         return bool(self.manifest["path"])
 
     @property
+    def folds(self) -> tuple[str, ...]:
+        """The names of the folds for cross-validation, from fold0; empty if there are none."""
+        names = (f"fold{number}" for number in itertools.count())
+        found = tuple(itertools.takewhile(self.splits.__contains__, names))
+        return found if len(found) > 1 else ()
+
+    @property
     def num_examples(self) -> int:
         """Records in all splits."""
         return sum(s.num_examples for s in self.splits.values())
@@ -193,6 +202,8 @@ class DatasetInfo:
         filled = [name for name, split in self.splits.items() if split.num_examples]
         split = "train" if "train" in filled else next(iter([*filled, *self.splits]))
         needed: dict[str, object] = {}
+        if split in self.folds:
+            split, needed["fold"] = "train", 0
         if self.mask_labels is not None:
             needed["target"] = "mask"
         elif self.labels and self.labels[0].kind == "string":
@@ -225,7 +236,8 @@ class DatasetInfo:
             DatasetError: there is no split of that name.
         """
         if name not in self.splits:
-            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
+            hint = "; give the number of a fold, such as fold=0" if self.folds and name in FOLD_PARTS else ""
+            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}{hint}")
         return self.splits[name]
 
     def label_facts(self) -> dict[str, dict[str, Any]]:
