@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.read.drawing import Drawing, Weighed
 from beam_nifti.read.grid import PatchGrid, RecordSource
 from beam_nifti.read.opening import Opened, open_dataset
-from beam_nifti.read.order import item_number
+from beam_nifti.read.order import item_number, whole_number
 from beam_nifti.read.patches import Box, read_patch
 from beam_nifti.read.records import Element, Records, Rows, select_records
 from beam_nifti.read.split_spec import choose_fold
@@ -347,6 +348,45 @@ class Dataset:
                 "`ids`, or in another split"
             )
         return row
+
+    def draw(
+        self,
+        *,
+        balance: str | None = None,
+        weights: str | None = None,
+        seed: SupportsIndex,
+        epoch: SupportsIndex = 0,
+    ) -> Dataset:
+        """As many records as there are, drawn by weight, in random order; some occur several times.
+
+        The draw depends only on these records, seed and epoch, and is the same as that of `load_dataset`. It
+        is even: a record that is expected 2.5 times is there 2 or 3 times. No record is read.
+
+        Args:
+            balance: column of the index, such as "sex", whose values are all equally likely. Texts are
+                compared as they are.
+            weights: column of the index with the weight of each record: finite numbers of at least 0.
+            seed: seed of the draw, at least 0.
+            epoch: number of the epoch, from 0. Every epoch has another draw.
+
+        Raises:
+            DatasetError: the index cannot be read.
+            UsageError: not exactly one of `balance` and `weights` is given; the index does not have the
+                column; it has no value for a record, or no weight; or seed or epoch is not a whole number of
+                at least 0.
+        """
+        drawing = Drawing.of(balance, weights)
+        if drawing is None:
+            raise UsageError("balance and weights are missing; give one of them")
+        numbers = {name: whole_number(name, n) for name, n in (("seed", seed), ("epoch", epoch))}
+        for name, number in numbers.items():
+            if number < 0:
+                raise UsageError(f"{name} is {number}; it must be at least 0")
+        return self[self.weigh(drawing).draw(**numbers)]
+
+    def weigh(self, drawing: Drawing) -> Weighed:
+        """The weights of the records, for `draw`."""
+        return drawing.weigh(self.index([drawing.column])[drawing.column])
 
     def index(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of the index for these records, in their order: labels for a sampler, ages for a plot.

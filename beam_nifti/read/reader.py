@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read import sequential
+from beam_nifti.read.drawing import Drawing
 from beam_nifti.read.indexed import read_indexed
 from beam_nifti.read.layouts import LAYOUTS, read_files
 from beam_nifti.read.opening import open_dataset
@@ -59,6 +60,8 @@ def load_dataset(
     label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
     fold: int | None = None,
+    balance: str | None = None,
+    weights: str | None = None,
 ) -> tf.data.Dataset:
     """Open the examples of a dataset for training; docs/reading.md describes the arguments in more detail.
 
@@ -93,6 +96,9 @@ def load_dataset(
         patches: the four arguments above, as one `Patches`.
         fold: fold to leave out of "train", or to read as "validation", of a dataset that was built with
             `--split kfold:N`; from 0.
+        balance: column of the index, such as "sex", by whose values examples are drawn, all of them equally
+            likely: as many as there are, some several times. Requires `shuffle`.
+        weights: column of the index with the weight of each example in such a draw.
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
@@ -117,7 +123,7 @@ def load_dataset(
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
         Batching(batch_size, drop_remainder, pad, ragged),
-        Passes(shuffle, seed, repeat, shard, drawn),
+        Passes(shuffle, seed, repeat, shard, drawn, Drawing.of(balance, weights)),
     )
 
 
@@ -138,6 +144,8 @@ def state_after(
     label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
     fold: int | None = None,
+    balance: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """The state of a run after some steps, from which `load_dataset(…, start_state=…)` continues.
 
@@ -161,6 +169,8 @@ def state_after(
         label_weights: same as for `load_dataset`.
         patches: same as for `load_dataset`.
         fold: same as for `load_dataset`.
+        balance: same as for `load_dataset`.
+        weights: same as for `load_dataset`.
 
     Returns:
         A dictionary of values for JSON, with `steps_per_epoch` among them.
@@ -171,13 +181,13 @@ def state_after(
     """
     step = require_step("step", step)
     drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
-    passes = Passes(shuffle, seed, shard=shard, patches=drawn)
+    passes = Passes(shuffle, seed, shard=shard, patches=drawn, drawing=Drawing.of(balance, weights))
     if fold is not None:
         folder = storage.absolute(storage.path_text("path", path))
         split = choose_fold(folder, open_dataset(folder).info, split, fold)
     records = Dataset(path, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")
-    return describe_state(records.info, split, where, order, step, passes.describe_patches())
+    return describe_state(records.info, split, where, order, step, *passes.describe())
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +217,7 @@ class _Source:
             "start_state": self.start_state is not None,
             "shard": passes.shard is not None,
             "patch": passes.patches is not None,
+            **{name: column is not None for name, column in (passes.describe()[1] or {}).items()},
             "where": self.where is not None,
             "on_error": self.on_error != "raise",
             f"split {self.split!r}": parts != (SplitPart(parts[0].name),),
@@ -258,8 +269,7 @@ class _Source:
             if start or skips:
                 other = "start" if start else "on_error='skip', which does not count every batch,"
                 raise UsageError(f"start_state and {other} cannot be combined; drop one of them")
-            drawn = passes.describe_patches()
-            state = describe_state(opened.info, self.split, self.where, order, 0, drawn)
+            state = describe_state(opened.info, self.split, self.where, order, 0, *passes.describe())
             start = check_state(self.path, self.start_state, state)
         reopen = partial(Dataset, self.path, self.split, **chosen)
         examples = read_indexed(
