@@ -178,9 +178,15 @@ class Preparation:
         row = self._row_of(image, mask)
         config = self._config_for(mask, frame)
         with naming_parameters():
-            shape = config.required_shape(self.info.shape)
+            shape = config.required_shape(None) if self.info.shape is None else None
             volume = prepare_volume(load_volume(row, shape=shape, record=config), config, shape, release=True)
             volume = rescale_volume(volume, config)
+        if self.info.shape not in (None, volume.voxels.shape):
+            raise VolumeError(
+                f"{row.path}: shape {volume.voxels.shape}, but the records of {self.dataset} have "
+                f"{self.info.shape}; build a dataset of one shape for all images with shape, or of any with "
+                "allow_mixed_shapes"
+            )
         found = volume.voxels.dtype.name
         if found != self.info.dtype:  # of native voxels
             raise VolumeError(
@@ -225,7 +231,7 @@ class Preparation:
         return replace(config, mask_dtype=None)
 
     def _row_of(self, image: Path | Sequence[Path], mask: Path | None) -> VolumeRow:
-        images = [image] if isinstance(image, str | os.PathLike) else list(image)
+        images = [*image] if isinstance(image, list | tuple) else [image]
         if len(images) != len(self.channels):
             raise UsageError(
                 f"image has {counted(len(images), 'path')}, but a record of {self.dataset} has "

@@ -104,8 +104,8 @@ def choose_fold(path: str, info: DatasetInfo, split: str, fold: object) -> str:
     folds, number = info.folds, whole_number("fold", fold)
     if not folds:
         raise UsageError(
-            f"fold is {number}, but {path} has no folds, only {', '.join(info.splits)}; build it with "
-            "--split kfold:5, or drop fold"
+            f"fold is {number}, but {path} has no folds fold0, fold1 and so on, only "
+            f"{', '.join(info.splits)}; build it with --split kfold:5, or drop fold"
         )
     if split not in FOLD_PARTS:
         raise UsageError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -40,6 +39,7 @@ LEAST_RECORD_BYTES: Final = 16
 
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
+_FOLD: Final = re.compile(r"fold\d+", re.A)
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
 _MOST_ROWS: Final = 1 << 31
 _MOST_NAMES: Final = 1 << 16  # columns of a manifest, and features of a record
@@ -167,10 +167,10 @@ class DatasetInfo:
 
     @property
     def folds(self) -> tuple[str, ...]:
-        """The names of the folds for cross-validation, from fold0; empty if there are none."""
-        names = (f"fold{number}" for number in itertools.count())
-        found = tuple(itertools.takewhile(self.splits.__contains__, names))
-        return found if len(found) > 1 else ()
+        """The names of the folds for cross-validation, from fold0 without a gap; empty if there are none."""
+        named = {name for name in self.splits if _FOLD.fullmatch(name)}
+        folds = tuple(f"fold{number}" for number in range(len(named)))
+        return folds if len(folds) > 1 and named == {*folds} else ()
 
     @property
     def num_examples(self) -> int:

@@ -190,7 +190,7 @@ def test_a_file_that_a_build_would_refuse_is_refused(plain: Path, images: Path, 
         preparation.apply(images / "frames.nii.gz")
     small = write_image(tmp_path / "small.nii", brain((5, 4, 3)))
     with pytest.raises(
-        VolumeError, match=r"small\.nii: shape \(5, 4, 3\), but the first image has \(9, 8, 7\)"
+        VolumeError, match=r"small\.nii: shape \(5, 4, 3\), but the records of .*plain have \(9, 8, 7\)"
     ):
         preparation.apply(small)
     constant = write_image(tmp_path / "constant.nii", np.ones(SHAPE, np.int16))
@@ -222,6 +222,8 @@ def test_arguments_without_effect_and_missing_ones_are_refused(
         bn.Preparation.of(several).apply(one)
     with pytest.raises(UsageError, match=r'mask is missing: .*several was built with crop_foreground="mask"'):
         bn.Preparation.of(several).apply([one, images / "two.nii"])
+    with pytest.raises(UsageError, match=r"image is array\(\[1\]\); give a path"):
+        preparation.apply(np.array([1]))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"plain was built without a function; drop it"):
         bn.Preparation.of(plain, preprocess="a:b")
     with pytest.raises(DatasetError, match="nowhere: no complete dataset here"):

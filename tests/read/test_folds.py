@@ -130,7 +130,7 @@ def test_what_is_no_fold_is_refused(dataset: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "a.nii")
     write_image(tmp_path / "b.nii", brain(seed=3))
     bn.build([{"path": str(tmp_path / "a.nii")}], tmp_path / "one", progress=False)
-    with pytest.raises(UsageError, match=r"one has no folds, only train; build it with --split kfold:5"):
+    with pytest.raises(UsageError, match=r"one has no folds fold0, .*, only train; build it with"):
         bn.Dataset(tmp_path / "one", fold=0)
     rows = [
         {"path": str(tmp_path / f"{n}.nii"), "split": split}
@@ -139,6 +139,10 @@ def test_what_is_no_fold_is_refused(dataset: Path, tmp_path: Path) -> None:
     write_image(tmp_path / "c.nii", brain(seed=4))
     rows.append({"path": str(tmp_path / "c.nii"), "split": "train"})
     bn.build(rows, tmp_path / "both", progress=False)
+    gap = [{**row, "split": split} for row, split in zip(rows, ("fold0", "fold1", "fold3"), strict=True)]
+    bn.build(gap, tmp_path / "gap", progress=False)
+    with pytest.raises(UsageError, match=r"gap has no folds fold0, .*, only fold0, fold1, fold3; build"):
+        bn.Dataset(tmp_path / "gap", fold=0)
     with pytest.raises(
         UsageError, match="has a split 'train' besides its folds; drop fold, and name the folds"
     ):
