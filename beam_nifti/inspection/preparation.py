@@ -96,12 +96,25 @@ class Preparation:
     Attributes:
         dataset: absolute path or URL of the dataset.
         info: contents of its dataset_info.json. Nothing else of the dataset is read.
+        preprocess: names of the functions that the dataset was built with, as the user gave them.
         channels_first: whether the channel axis of prepared volumes is their first.
     """
 
     dataset: str
     info: DatasetInfo
+    preprocess: str | tuple[str, ...] | None = None
     channels_first: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a dataset whose records this version cannot make, or whose functions the user did not name."""
+        if not self.info.has_manifest:
+            raise UsageError(
+                f"{self.dataset}: WriteToTFRecord wrote it, so the steps that made its records are unknown; "
+                "apply those steps to the image"
+            )
+        with naming_parameters():
+            require_same_content(self.dataset, self.info, "Preparation makes records again")
+            require_functions(self.dataset, self.info.record_config, self.preprocess, "Preparation")
 
     @classmethod
     def of(
@@ -130,15 +143,9 @@ class Preparation:
         else:
             path, is_first = storage.absolute(storage.path_text("dataset", dataset)), False
             info = open_dataset(path).info
-        if not info.has_manifest:
-            raise UsageError(
-                f"{path}: WriteToTFRecord wrote it, so the steps that made its records are unknown; call them"
-            )
         with naming_parameters():
-            require_same_content(path, info, "Preparation makes records again")
             named = None if preprocess is None else read_steps(preprocess)
-            require_functions(path, info.record_config, named, "Preparation")
-        return cls(path, info, is_first if channels_first is None else channels_first)
+        return cls(path, info, named, is_first if channels_first is None else channels_first)
 
     def __repr__(self) -> str:
         return f"<Preparation of {self.dataset!r}>"

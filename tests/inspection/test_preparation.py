@@ -142,6 +142,8 @@ def test_functions_run_when_they_are_named(images: Path, tmp_path: Path) -> None
         UsageError, match=r"Preparation runs only a function that you name; .* give preprocess=\["
     ):
         bn.Preparation.of(tmp_path / "out")
+    with pytest.raises(UsageError, match="Preparation runs only a function that you name"):
+        bn.Preparation(str(tmp_path / "out"), bn.Dataset(tmp_path / "out").info)
     with pytest.raises(UsageError, match=r"preprocess is tests\.user_functions:scale; .*out was built with"):
         bn.Preparation.of(tmp_path / "out", preprocess=user_functions.scale)
 
