@@ -106,7 +106,7 @@ class Preparation:
     channels_first: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a dataset whose records this version cannot make, or whose functions the user did not name."""
+        """Refuse a dataset whose records cannot be made here, or whose functions the user did not name."""
         if not self.info.has_manifest:
             raise UsageError(
                 f"{self.dataset}: WriteToTFRecord wrote it, so the steps that made its records are unknown; "
