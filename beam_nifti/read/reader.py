@@ -113,12 +113,7 @@ def load_dataset(
     """
     folder = storage.absolute(storage.path_text("path", path))
     drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
-    if fold is not None:
-        if layout is not None:
-            raise UsageError(
-                f"fold requires a dataset_info.json, but layout={layout!r} has none; drop one of the two"
-            )
-        split = choose_fold(folder, open_dataset(folder).info, split, fold)
+    split = _split_of_fold(folder, split, fold, layout)
     source = _Source(folder, split, where, start, start_state, on_error, engine, layout)
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
@@ -182,12 +177,22 @@ def state_after(
     step = require_step("step", step)
     drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
     passes = Passes(shuffle, seed, shard=shard, patches=drawn, drawing=Drawing.of(balance, weights))
-    if fold is not None:
-        folder = storage.absolute(storage.path_text("path", path))
-        split = choose_fold(folder, open_dataset(folder).info, split, fold)
-    records = Dataset(path, split, where=where, columns=["id"])
+    folder = storage.absolute(storage.path_text("path", path))
+    split = _split_of_fold(folder, split, fold)
+    records = Dataset(folder, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")
     return describe_state(records.info, split, where, order, step, *passes.describe())
+
+
+def _split_of_fold(folder: str, split: str, fold: int | None, layout: str | None = None) -> str:
+    """The split to read; that of a fold, if one is given, names the folds that make it up."""
+    if fold is None:
+        return split
+    if layout is not None:
+        raise UsageError(
+            f"fold requires a dataset_info.json, but layout={layout!r} has none; drop one of the two"
+        )
+    return choose_fold(folder, open_dataset(folder).info, split, fold)
 
 
 @dataclass(frozen=True, slots=True)
