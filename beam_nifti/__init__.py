@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from beam_nifti.errors import TooManyFailures as TooManyFailures
     from beam_nifti.errors import UsageError as UsageError
     from beam_nifti.errors import VolumeError as VolumeError
+    from beam_nifti.inference import Preparation as Preparation
+    from beam_nifti.inference import PreparedVolume as PreparedVolume
+    from beam_nifti.inference import restore as restore
     from beam_nifti.pipeline.options import BuildOptions as BuildOptions
     from beam_nifti.random_access import Dataset as Dataset
     from beam_nifti.random_access import PatchDataset as PatchDataset
@@ -48,6 +51,7 @@ _NAMES_IN = {
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",
+    "inference": "Preparation PreparedVolume restore",
     "random_access": "Dataset PatchDataset PatchGrid Patches",
     "reader": "load_dataset",
     "transforms": "EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",

@@ -25,7 +25,7 @@ ONLY_IMPORTERS = {
         "volume.nifti_writer",
         "reporting.view",
     },
-    "scipy": {"volume.preprocess"},
+    "scipy": {"volume.preprocess", "volume.restoring"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},
@@ -56,7 +56,7 @@ ONLY_IMPORTERS = {
     },
 }
 LAZY_IMPORTERS = {
-    "scipy": {"volume.preprocess"},
+    "scipy": {"volume.preprocess", "volume.restoring"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},
@@ -123,6 +123,7 @@ def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
         ),
         ("reader", "load_dataset get_batched_dataset state_after"),
         ("random_access", "Dataset"),
+        ("inference", "Preparation PreparedVolume restore"),
         (
             "transforms",
             "BuildDataset EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",
@@ -180,7 +181,8 @@ def loaded_by(modules: str) -> set[str]:
             {"apache_beam", "tensorflow", "nibabel", "scipy"},
         ),
         (
-            "beam_nifti.inspection.extract, beam_nifti.inspection.verify, beam_nifti.pipeline.build",
+            "beam_nifti.inference, beam_nifti.inspection.extract, beam_nifti.inspection.verify, "
+            "beam_nifti.pipeline.build",
             {"apache_beam", "tensorflow"},
         ),
         ("beam_nifti.transforms", {"tensorflow"}),

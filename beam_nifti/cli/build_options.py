@@ -72,8 +72,8 @@ _HELP: Final = {
     "to read it; default: names are kept",
     "split": "assign participants to splits at random, in these shares, which sum to 1, such as "
     "train=0.8,validation=0.1,test=0.1; all images of a participant_id go to one split, which does not "
-    "change when other participants are added; default: the manifest's column split, or else all go to "
-    "train",
+    "change when other participants are added. kfold:5 draws fold0 to fold4 for cross-validation, and "
+    "kfold:5,test=0.2 a test set besides; default: the manifest's column split, or else all go to train",
     "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis",
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",

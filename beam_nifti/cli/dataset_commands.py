@@ -112,6 +112,7 @@ def extract(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
         require_out(path, overwrite=options.overwrite)
     refuse_sources(options.output, paths)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
+        volume = volume.on_source_grid() if options.on_source_grid else volume
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
         with while_read():

@@ -27,6 +27,7 @@ _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
   beam-nifti extract gs://lab/dataset --id sub-0003 --out /tmp/sub-0003.nii
+  beam-nifti extract dataset --id sub-0003 --mask --on-source-grid
 
 Voxels are in the image's units. With --voxel-dtype native they are exactly those of the file;
 docs/extract.md gives the precision of the other dtypes.
@@ -165,6 +166,12 @@ def _add_extract(commands: Commands) -> None:
     )
     extract.add_argument(
         "--mask", action="store_true", help="write the records' masks instead of their images"
+    )
+    extract.add_argument(
+        "--on-source-grid",
+        action="store_true",
+        help="write them with shape and affine of the images that the records were made of: preparation is "
+        "undone as far as possible",
     )
     add_overwrite(extract)
 

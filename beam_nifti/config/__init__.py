@@ -1,6 +1,13 @@
 """The options of a build. In: texts, numbers and tuples. Out: frozen dataclasses, checked. No I/O."""
 
-from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
+from beam_nifti.config.build import (
+    FOLD_PARTS,
+    SPLIT_PATTERN,
+    BuildConfig,
+    Sharding,
+    Splitting,
+    fold_shares,
+)
 from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
 from beam_nifti.config.preparation import ORIENTATIONS, PREPARATIONS, spell_steps
 from beam_nifti.config.record import (
@@ -20,6 +27,7 @@ __all__ = [
     "COMPLEX_PARTS",
     "COMPRESSIONS",
     "COMPRESSION_LEVELS",
+    "FOLD_PARTS",
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",
@@ -40,5 +48,6 @@ __all__ = [
     "Sharding",
     "Splitting",
     "Window",
+    "fold_shares",
     "spell_steps",
 ]

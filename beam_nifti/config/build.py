@@ -18,6 +18,14 @@ from beam_nifti.support.strict_json import dump_json
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,127}")
 """Pattern of a split's name. Names of files begin with it, and file systems limit them to 255 characters."""
 
+FOLD_PATTERN: Final = re.compile(r"fold(0|[1-9][0-9]?)")
+"""Pattern of a fold's name."""
+
+FOLD_PARTS: Final = ("train", "validation")
+"""What readers make of folds: all but one, and that one."""
+
+MOST_FOLDS: Final = 100
+
 _SHARES_TOLERANCE: Final = 1e-5
 """Shares such as three times 0.333333 count as a sum of 1."""
 
@@ -70,6 +78,31 @@ class Splitting:
         total = math.fsum(self.shares.values())
         if not abs(total - 1) <= _SHARES_TOLERANCE:
             raise UsageError(f"--split has shares that sum to {total:g}; they must sum to 1")
+
+
+def fold_shares(count: int, others: Mapping[str, float]) -> dict[str, float]:
+    """The shares of folds of equal size, which are called fold0, fold1 and so on, and of other splits.
+
+    Args:
+        count: number of folds.
+        others: shares of splits that belong to no fold, such as "test".
+
+    Raises:
+        UsageError: there are too few or too many folds, or another split has a name that readers use for
+            folds.
+    """
+    if not 2 <= count <= MOST_FOLDS:
+        raise UsageError(f"--split is kfold:{count}; the number of folds is from 2 to {MOST_FOLDS}")
+    for name in others:
+        if name in FOLD_PARTS or FOLD_PATTERN.fullmatch(name):
+            raise UsageError(
+                f"--split names {name!r} besides kfold:{count}, of whose folds readers make train and "
+                "validation; use another name, such as test"
+            )
+    rest = 1 - math.fsum(others.values())
+    if not rest > 0:
+        raise UsageError(f"--split leaves the folds a share of {rest:g}; it must be above 0")
+    return {**{f"fold{number}": rest / count for number in range(count)}, **others}
 
 
 def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:

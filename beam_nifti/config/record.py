@@ -224,6 +224,18 @@ class RecordConfig:
         """Images per record. Each is rescaled on its own."""
         return len(self.channels or (None,))
 
+    def required_shape(self, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
+        """The shape that every volume of a dataset must have; None, or None for an axis, if it may differ.
+
+        `shape` is that of the dataset; None if shapes are mixed.
+        """
+        if shape is None and self.channels is not None:
+            return (None, None, None, self.num_channels)
+        if shape is None and self.frames != "all":
+            # Of mixed shapes the reader knows no more than the one channel of 3-D volumes.
+            return (None, None, None)
+        return shape
+
     @property
     def steps(self) -> tuple[tuple[str, str | None], ...]:
         """The user's functions in order, each with the sha256 of its file, if known."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shlex
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting, spell_
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
+from beam_nifti.inspection.rebuilding import require_functions, require_same_content
 from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_source
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.inspection.table_checks import (
@@ -62,7 +62,6 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
 from beam_nifti.support.process import keep_buffers
 from beam_nifti.support.wording import counted
-from beam_nifti.volume.user_function import load_functions
 
 ALL: Final = 2**63 - 1  # for `deep`: every record
 
@@ -142,12 +141,8 @@ def verify_dataset(
     splitting = Splitting(**drawn) if drawn else None
     record = info.record_config
     if deep:
-        if info.config["fingerprint"] in record.earlier_fingerprints:
-            raise UsageError(
-                f"--deep rebuilds records, but {output} was built by a version of beam-nifti that makes "
-                "different records from the same options; use that version, or drop --deep"
-            )
-        _require_functions(output, record, spell_steps(preprocess))
+        require_same_content(output, info, "--deep rebuilds records", ", or drop --deep")
+        require_functions(output, record, spell_steps(preprocess), "--deep")
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
         raise UsageError(
@@ -195,24 +190,6 @@ def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> di
 def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]:
     """Columns of a manifest that are compared by meaning, not as written."""
     return {columns.label, "split", *(label.name for label in record.labels or ())}
-
-
-def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
-    """Import the functions of a dataset's records, which run only if the user names them."""
-    if named == record.preprocess:
-        load_functions(record)
-        return
-    given = ", ".join(step for step, _ in RecordConfig(preprocess=named).steps)
-    if not record.steps:
-        raise UsageError(f"--preprocess is {given}, but {output} was built without a function; drop it")
-    asked = f"--preprocess is {given}" if named else "--deep runs only a function that you name"
-    built_with = ", then ".join(
-        f"{step}, defined in a file of sha256 {digest}" for step, digest in record.steps
-    )
-    flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
-    raise UsageError(
-        f"{asked}; {output} was built with {built_with}; to import and run that function here, give {flags}"
-    )
 
 
 def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:

@@ -6,6 +6,7 @@ import difflib
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -23,6 +24,7 @@ from beam_nifti.config import (
     VOXEL_DTYPES,
     Percentile,
     Window,
+    fold_shares,
     spell_steps,
 )
 from beam_nifti.errors import UsageError
@@ -57,8 +59,10 @@ class BuildOptions(TypedDict, total=False):
         missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
         id_column: column of unique example ids. Default: participant_id with session_id, else the path.
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
-        split: share of the participants by split, such as {"train": 0.8, "test": 0.2}. Default: the
-            manifest's column "split", otherwise all rows go to "train".
+        split: share of the participants by split, such as {"train": 0.8, "test": 0.2}; or "kfold:5" for
+            the splits fold0 to fold4 of equal shares, of which readers make a training set by their
+            argument `fold`; or "kfold:5,test=0.2". Default: the manifest's column "split", otherwise all
+            rows go to "train".
         stratify: column within each of whose values the shares of `split` apply. Default: none.
         split_seed: seed of the draw. Default: 0.
         examples_per_shard: largest number of examples in a shard. Default: for shards of about 200 MB.
@@ -322,22 +326,28 @@ def _read_frames(flag: str, value: object) -> str:
     return str(value if isinstance(value, str) else read_integer(flag, value, wanted))
 
 
+_KFOLD: Final = re.compile(r"kfold:([0-9]{1,9})", re.A)
+
+
 def _read_split(flag: str, value: object) -> dict[str, float]:
     parts: list[tuple[Any, ...]] = list(value.items()) if isinstance(value, Mapping) else []
     if isinstance(value, str):
         parts = [part.strip().partition("=")[::2] for part in value.split(",")]
-    shares = dict[str, float]()
+    shares, folds = dict[str, float](), list[int]()
     try:
         if not parts:
             raise ValueError
         for name, share in parts:
+            if isinstance(name, str) and (found := _KFOLD.fullmatch(name)) and share == "" and not folds:
+                folds.append(int(found[1]))
+                continue
             if not isinstance(name, str) or name in shares:
                 raise ValueError
             shares[name] = _number(share)
     except ValueError:
         wanted = "give each split once, with its share, such as train=0.8,validation=0.1,test=0.1"
         _refuse(flag, value, wanted)
-    return shares
+    return fold_shares(folds[0], shares) if folds else shares
 
 
 def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[str, ...] | None:
@@ -368,7 +378,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "missing_label": _one_of(MISSING_LABELS),
     "id_column": Option(_read_text, metavar="NAME"),
     "anonymous_ids": Option(storage.path_text, metavar="KEYFILE"),
-    "split": Option(_read_split, metavar="NAME=SHARE,…"),
+    "split": Option(_read_split, metavar="NAME=SHARE,…|kfold:N"),
     "stratify": Option(_read_text, metavar="COLUMN"),
     "split_seed": Option(read_integer, metavar="N"),
     "examples_per_shard": Option(read_integer, metavar="N"),

@@ -162,13 +162,7 @@ class BuildPlan:
     @property
     def required_shape(self) -> tuple[int | None, ...] | None:
         """Shape that every image must be loaded with; None, or None for an axis, if it may differ."""
-        record = self.config.record
-        if self.shape is None and record.channels is not None:
-            return (None, None, None, record.num_channels)
-        if self.shape is None and record.frames != "all":
-            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
-            return (None, None, None)
-        return self.shape
+        return self.config.record.required_shape(self.shape)
 
     @property
     def required_dtype(self) -> str | None:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti.config import (
+    FOLD_PARTS,
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
@@ -38,6 +39,7 @@ LEAST_RECORD_BYTES: Final = 16
 
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
+_FOLD: Final = re.compile(r"fold\d+", re.A)
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
 _MOST_ROWS: Final = 1 << 31
 _MOST_NAMES: Final = 1 << 16  # columns of a manifest, and features of a record
@@ -164,6 +166,13 @@ class DatasetInfo:
         return bool(self.manifest["path"])
 
     @property
+    def folds(self) -> tuple[str, ...]:
+        """The names of the folds for cross-validation, from fold0 without a gap; empty if there are none."""
+        named = {name for name in self.splits if _FOLD.fullmatch(name)}
+        folds = tuple(f"fold{number}" for number in range(len(named)))
+        return folds if len(folds) > 1 and named == {*folds} else ()
+
+    @property
     def num_examples(self) -> int:
         """Records in all splits."""
         return sum(s.num_examples for s in self.splits.values())
@@ -197,6 +206,8 @@ class DatasetInfo:
             further: arguments besides those that the dataset requires.
         """
         needed: dict[str, object] = {}
+        if split in self.folds:
+            split, needed["fold"] = "train", 0
         if self.mask_labels is not None:
             needed["target"] = "mask"
         elif self.labels and self.labels[0].kind == "string":
@@ -229,7 +240,8 @@ class DatasetInfo:
             DatasetError: there is no split of that name.
         """
         if name not in self.splits:
-            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
+            hint = "; give the number of a fold, such as fold=0" if self.folds and name in FOLD_PARTS else ""
+            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}{hint}")
         return self.splits[name]
 
     def label_facts(self) -> dict[str, dict[str, Any]]:

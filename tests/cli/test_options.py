@@ -109,7 +109,14 @@ OTHERS: dict[str, dict[str, Row]] = {
     },
     "inspect": {"--record": ["a"], "--json": [""]},
     "diff": {"--json": [""]},
-    "extract": {"--id": ["b"], "--out": ["x.nii"], "--mask": [""], "--overwrite": ["", "--out=old.nii"]},
+    "extract": {
+        "--id": ["b"],
+        "--out": ["x.nii"],
+        "--mask": [""],
+        "--on-source-grid": "inspection/test_restoring.py::"
+        "test_records_are_extracted_on_the_grids_of_their_sources",
+        "--overwrite": ["", "--out=old.nii"],
+    },
     "view": {
         "--id": "reporting/test_view.py::test_left_is_left",
         "--mask": "reporting/test_view.py::test_left_is_left",
