@@ -18,6 +18,7 @@ from beam_nifti.support.wording import counted
 def write_manifest(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     """`beam-nifti manifest`."""
     from beam_nifti.manifest import discovery
+    from beam_nifti.manifest.msd import find_msd_images
     from beam_nifti.manifest.tables import format_delimited, write_table
 
     out = options.out and storage.absolute(options.out)
@@ -36,6 +37,8 @@ def write_manifest(_: RunSummary, options: argparse.Namespace, __: list[str]) ->
             columns=options.column or (),
             all_images=options.all_images,
         )
+    elif options.source == "msd":
+        found = find_msd_images(options.folder, folder, options.only)
     else:
         found = discovery.find_matching_images(options.pattern, folder, all_images=options.all_images)
     for note in found.notes:

@@ -12,6 +12,7 @@ examples:
   beam-nifti manifest bids study --suffix T1w --label age --out manifest.tsv
   beam-nifti manifest bids study/derivatives/fmriprep --suffix T1w \\
       --entity space=MNI152NLin2009cAsym --entity desc=preproc --out mni.tsv
+  beam-nifti manifest msd Task02_Heart --out heart.tsv
   beam-nifti manifest glob 'scans/**/*.nii.gz' --out manifest.tsv
 
 """
@@ -30,6 +31,18 @@ are reported on standard error.
 
 """
 
+_MSD_EXAMPLES = """\
+examples:
+  beam-nifti manifest msd Task02_Heart --out heart.tsv
+  beam-nifti build heart.tsv dataset --id-column case_id --mask-column mask
+  beam-nifti manifest msd nnUNet_raw/Dataset001_BrainTumour --only train --out tumours.tsv
+  beam-nifti build tumours.tsv dataset --id-column case_id --path-column FLAIR,T1w,T1gd,T2w --mask-column mask
+
+Files that dataset.json lists and that are missing are an error. The options with which build reads the
+manifest, and files that are not used, are reported on standard error.
+
+"""
+
 _GLOB_EXAMPLES = """\
 examples:
   beam-nifti manifest glob 'scans/**/*_T1w.nii.gz' --out manifest.tsv
@@ -39,10 +52,11 @@ examples:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add `manifest` and its two sources."""
+    """Add `manifest` and its sources."""
     manifest = add_command(commands, "manifest", "write a manifest of existing images", _MANIFEST_EXAMPLES)
     sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_bids(sources)
+    _add_msd(sources)
     _add_glob(sources)
 
 
@@ -75,7 +89,20 @@ def _add_bids(sources: Commands) -> None:
         help="column of the same tables to keep in the manifest and in the index of the dataset; may be "
         "repeated; default: none",
     )
-    _add_manifest_output(bids)
+    _add_all_images(bids)
+    _add_output(bids)
+
+
+def _add_msd(sources: Commands) -> None:
+    summary = "write a manifest of a dataset of the Medical Segmentation Decathlon or nnU-Net"
+    msd = add_command(sources, "msd", summary, _MSD_EXAMPLES)
+    msd.add_argument("folder", metavar="DIR", help="folder or URL with dataset.json, imagesTr and labelsTr")
+    msd.add_argument(
+        "--only",
+        choices=("train", "validation", "test"),
+        help="only the cases of this split, such as train, whose cases have masks; default: all",
+    )
+    _add_output(msd)
 
 
 def _add_glob(sources: Commands) -> None:
@@ -87,16 +114,20 @@ def _add_glob(sources: Commands) -> None:
         help="*, ? and […] match parts of a name, ** matches any number of folders. participant_id and "
         "session_id are taken from sub-… and ses-… in the paths",
     )
-    _add_manifest_output(glob)
+    _add_all_images(glob)
+    _add_output(glob)
 
 
-def _add_manifest_output(source: argparse.ArgumentParser) -> None:
+def _add_all_images(source: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--all-images",
         action="store_true",
         help="keep several images of a participant's session, each with a name in a column image_id, for "
         "build --id-column image_id; default: several images are refused",
     )
+
+
+def _add_output(source: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--out",
         metavar="FILE",

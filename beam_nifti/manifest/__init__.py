@@ -1,6 +1,6 @@
 """The table of the cohort. Input: a file, or folders of images. Output: rows with labels and splits.
 
-For other folders: `manifest`, `reading`, `tables`, `in_memory`, `labels`, `discovery`, `image_names`,
+For other folders: `manifest`, `reading`, `tables`, `in_memory`, `labels`, `discovery`, `msd`, `image_names`,
 `pseudonyms` and `redaction`. Users import the names below from here; each is loaded on first use.
 """
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from beam_nifti.errors import UsageError
 from beam_nifti.manifest.bids import MISSING, BidsImage, Records, Study
-from beam_nifti.manifest.image_names import drop_second_halves, stem_of
+from beam_nifti.manifest.image_names import drop_second_halves, is_of_macos, stem_of
 from beam_nifti.manifest.labels import parse_label
 from beam_nifti.manifest.lookalikes import find_lookalikes
 from beam_nifti.manifest.tables import Problems
@@ -83,7 +83,7 @@ def find_bids_images(
         cells = {name: [records.cell(image, column) for image in images] for name, column in copied.items()}
     paths = [storage.join(root, image.path) for image in images]
     storage.require_text(paths)
-    notes += _notes_on_content(paths)
+    notes += notes_on_content(paths)
     table = {"participant_id": [image.participant_id for image in images]}
     if any("ses" in image.entities for image in images):
         table["session_id"] = [image.session_id for image in images]
@@ -292,7 +292,7 @@ def _bare(name: str) -> str:
     return re.sub(r"0*(\d+)", lambda match: str(int(match[1])), name.casefold())
 
 
-def _notes_on_content(paths: Sequence[str]) -> list[str]:
+def notes_on_content(paths: Sequence[str]) -> list[str]:
     """Name the images that are only pointers, as in a clone of a DataLad repository."""
     found = defaultdict[str, list[str]](list)
     for path in itertools.filterfalse(storage.is_remote, paths):
@@ -341,11 +341,11 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
     rows = pa.table(table).sort_by([*order, ("path", "ascending")])
-    return FoundImages(rows, tuple(_notes_on_content(paths)))
+    return FoundImages(rows, tuple(notes_on_content(paths)))
 
 
 def _matches(pattern: str) -> list[str]:
-    paths = [storage.absolute(path) for path in storage.glob(pattern)]
+    paths = [storage.absolute(path) for path in storage.glob(pattern) if not is_of_macos(path)]
     if not paths:
         raise UsageError(f"{pattern}: no file matches")
     others = [path for path in paths if stem_of(path) is None]

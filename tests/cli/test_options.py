@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -85,6 +86,11 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--label": ["age"],
         "--column": ["sex"],
         "--all-images": [""],
+        "--out": ["m.tsv"],
+        "--overwrite": ["", "--out=old.tsv"],
+    },
+    "manifest msd": {
+        "--only": ["train"],
         "--out": ["m.tsv"],
         "--overwrite": ["", "--out=old.tsv"],
     },
@@ -275,6 +281,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_image(root / f"bids/sub-{subject}" / f"{rest.format(subject)}.nii")
     write_image(root / "bids/sub-a/ses-one/anat/sub-a_ses-one_T2w.nii")
     write_image(root / "bids/sub-b/ses-one/anat/sub-b_ses-one_run-2_T1w.nii")
+    listed = {"training": [{"image": "x.nii", "label": "y.nii"}], "test": ["z.nii"]}
+    for name in ("x", "y", "z"):
+        write_image(root / f"msd/{name}.nii")
+    (root / "msd/dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, **listed}))
     write_manifest(
         root / "bids/participants.tsv",
         [{"participant_id": f"sub-{s}", "age": 3 + i, "sex": "F"} for i, s in enumerate("ab")],
@@ -295,6 +305,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BASES: dict[str, list[str]] = {
     "manifest bids": ["bids", "--session=one", "--entity=run=1", "--suffix=T1w"],
+    "manifest msd": ["msd"],
     "manifest glob": ["bids/**/*_T1w.nii"],
     "verify": ["out"],
     "inspect": ["out"],
