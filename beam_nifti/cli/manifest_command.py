@@ -36,6 +36,8 @@ def write_manifest(_: RunSummary, options: argparse.Namespace, __: list[str]) ->
             label=options.label,
             columns=options.column or (),
             all_images=options.all_images,
+            mask_suffix=options.mask_suffix,
+            derivatives=options.derivatives,
         )
     elif options.source == "msd":
         found = find_msd_images(options.folder, folder, options.only)

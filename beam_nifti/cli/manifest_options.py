@@ -22,6 +22,10 @@ examples:
   beam-nifti manifest bids study --suffix T1w --label age --column sex --out manifest.tsv
   beam-nifti manifest bids study --suffix T1w --session baseline --entity run=1 --out manifest.tsv
   beam-nifti manifest bids study --suffix T1w --entity acq= --out manifest.tsv
+  beam-nifti manifest bids study --suffix T1w,FLAIR --entity FLAIR:run=1 --out manifest.tsv
+  beam-nifti build manifest.tsv dataset --path-column T1w,FLAIR
+  beam-nifti manifest bids study --suffix T1w --derivatives fmriprep --mask-suffix mask \\
+      --entity mask:desc=brain --entity mask:space= --out manifest.tsv
   beam-nifti manifest bids study --suffix bold --all-images --out manifest.tsv
   beam-nifti build manifest.tsv dataset --id-column image_id
 
@@ -65,7 +69,13 @@ def _add_bids(sources: Commands) -> None:
     bids.add_argument(
         "folder", metavar="DIR", help="folder or URL of the study, or of one of its derivatives"
     )
-    bids.add_argument("--suffix", required=True, metavar="NAME", help="suffix of the images, such as T1w")
+    bids.add_argument(
+        "--suffix",
+        required=True,
+        metavar="NAME,…",
+        help="suffix of the images, such as T1w; several, such as T1w,FLAIR, make one row per session with a "
+        "column for each, and skip sessions that lack one",
+    )
     bids.add_argument(
         "--session", action="append", metavar="LABEL", help="only images of this session; may be repeated"
     )
@@ -73,8 +83,21 @@ def _add_bids(sources: Commands) -> None:
         "--entity",
         action="append",
         metavar="KEY=LABEL",
-        help="only images with this entity in their name, such as run=1; KEY= for images without KEY; may be "
-        "repeated, for several keys or several labels of one key",
+        help="only images with this entity in their name, such as run=1; KEY= for images without KEY; "
+        "SUFFIX:KEY=LABEL for those of one suffix, such as FLAIR:run=1 or mask:desc=brain; may be repeated, "
+        "for several keys or several labels of one key",
+    )
+    bids.add_argument(
+        "--mask-suffix",
+        metavar="NAME",
+        help="suffix of label maps of the (first) images, such as mask or dseg, for a column mask; images "
+        "without one are skipped; default: no masks",
+    )
+    bids.add_argument(
+        "--derivatives",
+        metavar="NAME",
+        help="where the masks are: a folder of DIR/derivatives, such as fmriprep, or the path or URL of "
+        "another; default: DIR",
     )
     bids.add_argument(
         "--label",

@@ -53,6 +53,10 @@ class BidsImage:
         """Whose it is, and of which session."""
         return self.participant_id, self.session_id
 
+    def has(self, entities: Mapping[str, Collection[str]]) -> bool:
+        """Whether it has one of the labels of each key; "" is that of images without the key."""
+        return all(self.entities.get(key, "") in labels for key, labels in entities.items())
+
     @classmethod
     def parse(cls, path: str) -> BidsImage | None:
         """The image at a path of a study; None if the name is none of BIDS, or not one for its folders.

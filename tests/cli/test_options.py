@@ -83,6 +83,8 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--suffix": ["T2w"],
         "--session": ["one"],
         "--entity": ["run=1"],
+        "--mask-suffix": ["dseg"],
+        "--derivatives": ["fs", "--mask-suffix=dseg"],
         "--label": ["age"],
         "--column": ["sex"],
         "--all-images": [""],
@@ -280,6 +282,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rest in ("ses-one/anat/sub-{}_ses-one_run-1_T1w", "ses-two/anat/sub-{}_ses-two_run-1_T1w"):
             write_image(root / f"bids/sub-{subject}" / f"{rest.format(subject)}.nii")
     write_image(root / "bids/sub-a/ses-one/anat/sub-a_ses-one_T2w.nii")
+    for folder in ("bids", "bids/derivatives/fs"):
+        write_image(root / folder / "sub-a/ses-one/anat/sub-a_ses-one_run-1_dseg.nii")
     write_image(root / "bids/sub-b/ses-one/anat/sub-b_ses-one_run-2_T1w.nii")
     listed = {"training": [{"image": "x.nii", "label": "y.nii"}], "test": ["z.nii"]}
     for name in ("x", "y", "z"):
