@@ -47,6 +47,15 @@ manifest, and files that are not used, are reported on standard error.
 
 """
 
+_TABLE_EXAMPLES = """\
+examples:
+  beam-nifti manifest table manifest.tsv --join participants.tsv --on participant_id --join-columns age,sex \\
+      --out labelled.tsv
+  beam-nifti manifest table manifest.tsv --join clinic.csv --on participant_id=Subject,session_id=Visit \\
+      --join-columns label=Diagnosis --unmatched skip --out labelled.tsv
+
+"""
+
 _GLOB_EXAMPLES = """\
 examples:
   beam-nifti manifest glob 'scans/**/*_T1w.nii.gz' --out manifest.tsv
@@ -61,6 +70,7 @@ def add_commands(commands: Commands) -> None:
     sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_bids(sources)
     _add_msd(sources)
+    _add_table(sources)
     _add_glob(sources)
 
 
@@ -128,6 +138,16 @@ def _add_msd(sources: Commands) -> None:
     _add_output(msd)
 
 
+def _add_table(sources: Commands) -> None:
+    table = add_command(sources, "table", "add columns of another table to a manifest", _TABLE_EXAMPLES)
+    table.add_argument("manifest", metavar="MANIFEST", help=".tsv, .csv, .jsonl or .parquet file or URL")
+    _add_output(
+        table,
+        "file in the folder of MANIFEST, to which its paths are relative; default: TSV on standard output",
+        is_table=True,
+    )
+
+
 def _add_glob(sources: Commands) -> None:
     glob = add_command(sources, "glob", "write a manifest of all images that match a pattern", _GLOB_EXAMPLES)
     glob.add_argument(
@@ -150,13 +170,37 @@ def _add_all_images(source: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output(source: argparse.ArgumentParser) -> None:
+_OUT_HELP = "file; paths of images below its folder are relative; default: standard output, absolute"
+
+
+def _add_output(source: argparse.ArgumentParser, out: str = _OUT_HELP, *, is_table: bool = False) -> None:
     source.add_argument(
-        "--out",
+        "--join",
+        required=is_table,
         metavar="FILE",
-        help=".tsv, .csv, .jsonl or .parquet file; paths of images below its folder are relative; default: "
-        "TSV on standard output, with absolute paths",
+        help=".tsv, .csv, .jsonl or .parquet file or URL of which columns are added, such as participants.tsv"
+        + ("" if is_table else "; default: none"),
     )
+    source.add_argument(
+        "--on",
+        required=is_table,
+        metavar="COLUMN,…",
+        help="column of ids, such as participant_id, or NAME=NAME_IN_FILE if FILE has another name for it, "
+        "such as participant_id=Subject",
+    )
+    source.add_argument(
+        "--join-columns",
+        required=is_table,
+        metavar="COLUMN,…",
+        help="columns of FILE to add, or NEW=NAME to rename one, such as label=Age,sex",
+    )
+    source.add_argument(
+        "--unmatched",
+        choices=("refuse", "keep", "skip"),
+        help="rows of the manifest whose id is not in FILE: refuse them (default), keep them with n/a, or "
+        "skip them",
+    )
+    source.add_argument("--out", metavar="FILE", help=f".tsv, .csv, .jsonl or .parquet {out}")
     add_overwrite(source)
 
 

@@ -24,7 +24,7 @@ _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 
 _LISTED_DEPTH: Final = 6  # folders that are listed, to find images that lie deeper
 _PARTICIPANTS: Final = "participants.tsv"
-_PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
+PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
 _STEM = re.compile(r"(?P<entities>(?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)(?P<suffix>[A-Za-z0-9]+)")
 _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
 
@@ -259,7 +259,7 @@ def _read_records(
         raise UsageError(f"{path}: no column {keys[0]!r}, only {', '.join(table.column_names)}")
     names = [name for name in table.column_names if name not in keys]
     ids = [
-        [_with_prefix(text, _PREFIXES[key]) for text in table[key].to_pylist()]
+        [_with_prefix(text, PREFIXES[key]) for text in table[key].to_pylist()]
         if key in table.column_names
         else [""] * table.num_rows
         for key in keys

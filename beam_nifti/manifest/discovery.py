@@ -14,7 +14,14 @@ import pyarrow as pa
 
 from beam_nifti.errors import UsageError
 from beam_nifti.manifest.bids import MISSING, BidsImage, Records, Study
-from beam_nifti.manifest.bids_choice import counts_text, match_masks, reason_for_none, refuse_several, varying
+from beam_nifti.manifest.bids_choice import (
+    Row,
+    counts_text,
+    match_masks,
+    reason_for_none,
+    refuse_several,
+    varying,
+)
 from beam_nifti.manifest.image_names import drop_second_halves, is_of_macos, stem_of
 from beam_nifti.manifest.labels import parse_label
 from beam_nifti.manifest.lookalikes import find_lookalikes
@@ -73,7 +80,7 @@ def find_bids_images(
     """
     root = storage.absolute(root)
     suffixes = _suffixes_of(suffix, entities or {}, mask_suffix, derivatives, all_images=all_images)
-    own = _OWN | {*suffixes, _MASK} if len(suffixes) > 1 or mask_suffix else _OWN
+    own = _OWN | {*(suffixes if len(suffixes) > 1 else ()), *([_MASK] if mask_suffix else ())}
     for name in columns:
         if name in own:
             raise UsageError(f"--column {name}: the manifest has this column already; drop it")
@@ -116,11 +123,19 @@ def find_bids_images(
     for name, found in files.items():
         table[name] = [path.removeprefix(folder and f"{folder}/") for path in found]
     table |= cells
-    for number, name in enumerate(suffixes):
-        for key, values in varying([row[number] for row in rows]).items():
-            column = key if len(suffixes) == 1 else f"{name}_{key}"
-            table[f"entity_{column}" if column in own | table.keys() | {"split"} else column] = values
+    for column, values in _entity_columns(suffixes, rows).items():
+        table[f"entity_{column}" if column in own | table.keys() | {"split"} else column] = values
     return FoundImages(pa.table(table), tuple(notes))
+
+
+def _entity_columns(suffixes: Sequence[str], rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The labels of entities that differ between images of a suffix; with several suffixes by SUFFIX_KEY."""
+    columns = dict[str, list[str]]()
+    for number, name in enumerate(suffixes):
+        prefix = f"{name}_" if len(suffixes) > 1 else ""
+        found = varying([row[number] for row in rows])
+        columns |= {f"{prefix}{key}": values for key, values in found.items()}
+    return columns
 
 
 def _suffixes_of(
@@ -173,7 +188,7 @@ def _entities_of(
 
 def _choose_rows(
     study: Study, suffixes: Sequence[str], entities: Mapping[str, Sequence[str]], *, all_images: bool
-) -> tuple[list[tuple[BidsImage, ...]], list[str]]:
+) -> tuple[list[Row], list[str]]:
     """The images of each row of the manifest, one of each suffix, and notes on all others."""
     by_suffix, notes = list[list[BidsImage]](), list[str]()
     for suffix in suffixes:

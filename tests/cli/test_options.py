@@ -78,8 +78,16 @@ CHECK: dict[str, Row] = {
     "--summary-json": "cli/test_monitoring.py::test_a_dry_run_a_check_and_a_verification_tell_too",
     "--temp-location": "cli/test_options.py::test_beam_gets_the_temporary_folder_of_check",
 }
+JOINING = "manifest/test_joining.py::"
+JOIN: dict[str, Row] = {
+    "--join": f"{JOINING}test_every_source_can_be_joined",
+    "--on": f"{JOINING}test_ids_of_several_columns",
+    "--join-columns": f"{JOINING}test_chosen_columns_are_added_and_renamed",
+    "--unmatched": f"{JOINING}test_rows_without_a_partner_are_named",
+}
 OTHERS: dict[str, dict[str, Row]] = {
     "manifest bids": {
+        **JOIN,
         "--suffix": ["T2w"],
         "--session": ["one"],
         "--entity": ["run=1"],
@@ -92,11 +100,18 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--overwrite": ["", "--out=old.tsv"],
     },
     "manifest msd": {
+        **JOIN,
         "--only": ["train"],
         "--out": ["m.tsv"],
         "--overwrite": ["", "--out=old.tsv"],
     },
+    "manifest table": {
+        **JOIN,
+        "--out": f"{JOINING}test_every_format_is_joined",
+        "--overwrite": f"{JOINING}test_no_input_is_replaced_and_paths_stay_true",
+    },
     "manifest glob": {
+        **JOIN,
         "--all-images": [""],
         "--out": ["m.tsv"],
         "--overwrite": ["", "--out=old.tsv"],
