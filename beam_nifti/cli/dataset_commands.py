@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
+from dataclasses import asdict
 from pathlib import Path
 
 from beam_nifti import api
@@ -81,6 +82,36 @@ def convert(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             print_line(f"failed   {counted(info.num_failures, 'volume')}, listed in {run.failures_path}")
         call = info.loading_call(output, batch_size=8)
         print_line(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
+    return SUCCESS
+
+
+def withdraw(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    """`beam-nifti withdraw`."""
+    from beam_nifti.inspection.description import withdrawal_text
+
+    forget_earlier(options)
+    run.output, run.manifest = storage.absolute(options.output), storage.absolute(options.manifest)
+    info = api.withdraw(
+        options.output,
+        options.participant,
+        manifest=options.manifest,
+        anonymous_ids=options.anonymous_ids,
+        overwrite=options.overwrite,
+        progress=CommandWatcher(run, options),
+    )
+    run.know(
+        num_examples=info.num_examples,
+        num_failed=info.num_failures,
+        failures_path=storage.join(run.output, info.failures) if info.failures else None,
+        num_shards=len(info.shards),
+        num_bytes=info.num_bytes,
+    )
+    with while_read():
+        print_line(f"withdrawn {withdrawal_text(asdict(info.withdrawals[-1]))}")
+        print_line(
+            f"dataset   {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
+            f"{bytes_text(info.num_bytes)}: {run.output}"
+        )
     return SUCCESS
 
 

@@ -61,6 +61,18 @@ OLD is not changed. The same command continues a conversion that was interrupted
 
 """
 
+_WITHDRAW_EXAMPLES = """\
+examples:
+  beam-nifti withdraw cohort/dataset --participant sub-0003 --manifest cohort/manifest.tsv
+  beam-nifti withdraw dataset --participant sub-0003 --participant sub-0017 --manifest m.tsv \\
+      --anonymous-ids key
+
+The images are not needed. OUTPUT becomes the dataset that a build of the other rows gives. Afterwards drop
+the participants' rows from the manifest: builds into OUTPUT refuse them. The same command continues a
+withdrawal that was interrupted.
+
+"""
+
 _REPORT_EXAMPLES = """\
 examples:
   beam-nifti report cohort/dataset
@@ -76,6 +88,7 @@ def add_commands(commands: Commands) -> None:
     """Add these commands."""
     _add_verify(commands)
     _add_convert(commands)
+    _add_withdraw(commands)
     _add_inspect(commands)
     _add_diff(commands)
     _add_extract(commands)
@@ -128,6 +141,34 @@ def _add_convert(commands: Commands) -> None:
     add_workers(convert, "; each converts one shard at a time")
     add_quiet(convert)
     add_summary(convert)
+
+
+def _add_withdraw(commands: Commands) -> None:
+    summary = "remove participants from a dataset, without the images"
+    withdraw = add_command(commands, "withdraw", summary, _WITHDRAW_EXAMPLES)
+    add_output(withdraw)
+    withdraw.add_argument(
+        "--participant",
+        action="append",
+        required=True,
+        metavar="ID",
+        help="participant_id as in the manifest, or the example's id if the manifest has no participants; "
+        "with anonymous ids also a pseudonym; may be repeated",
+    )
+    withdraw.add_argument(
+        "--manifest",
+        required=True,
+        metavar="MANIFEST",
+        help="table that the dataset was built from, which still has the participants' rows",
+    )
+    withdraw.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="file of the key that the dataset was built with, if its ids are anonymous",
+    )
+    add_overwrite(withdraw, "an unfinished build in OUTPUT, which is discarded")
+    add_quiet(withdraw)
+    add_summary(withdraw)
 
 
 def _add_inspect(commands: Commands) -> None:

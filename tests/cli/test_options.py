@@ -130,6 +130,14 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--quiet": "inspection/test_convert.py::test_the_command",
         "--summary-json": "inspection/test_convert.py::test_the_command",
     },
+    "withdraw": {
+        "--participant": "pipeline/test_withdrawal.py::test_the_command",
+        "--manifest": "pipeline/test_withdrawal.py::test_the_command",
+        "--anonymous-ids": "pipeline/test_withdrawal.py::test_anonymous_ids",
+        "--overwrite": "pipeline/test_withdrawal.py::test_what_may_hold_more_records_is_refused_or_discarded",
+        "--quiet": "pipeline/test_withdrawal.py::test_the_command",
+        "--summary-json": "pipeline/test_withdrawal.py::test_the_command",
+    },
     "inspect": {"--record": ["a"], "--json": [""]},
     "diff": {"--json": [""]},
     "extract": {"--id": ["b"], "--out": ["x.nii"], "--mask": [""], "--overwrite": ["", "--out=old.nii"]},
@@ -373,7 +381,7 @@ SINGLE = [
     for flag, action in parser._option_string_actions.items()
     if flag.startswith("--") and action.nargs is None and not isinstance(action, argparse._AppendAction)
 ]
-REPEATABLE = {"--session", "--entity", "--column", "--id", "--preprocess"}
+REPEATABLE = {"--session", "--entity", "--column", "--participant", "--id", "--preprocess"}
 
 
 @pytest.mark.parametrize(("command", "flag"), SINGLE)
