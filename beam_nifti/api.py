@@ -384,6 +384,63 @@ def withdraw(
 
 
 @_in_python
+def relabel(
+    dataset: Path,
+    manifest: ManifestTable,
+    *,
+    label_column: str | Sequence[str] | None = None,
+    missing_label: str | None = None,
+    anonymous_ids: Path | None = None,
+    overwrite: bool = False,
+    progress: bool | Watcher = True,
+) -> DatasetInfo:
+    """Give the records of a dataset the labels, splits and further columns of a changed manifest.
+
+    The images are not needed. The dataset becomes the one that a build of the manifest gives. The same call
+    continues an interrupted one.
+
+    Args:
+        dataset: folder or URL of the dataset.
+        manifest: same as for `build`: rows with the ids and images of the dataset, in any order.
+        label_column: column of labels, or several, as for `build`. Default: those of the dataset.
+        missing_label: what to do with rows without a label, as for `build`. Default: as in the dataset.
+        anonymous_ids: file of the key that the dataset was built with, if its ids are anonymous.
+        overwrite: whether to discard an unfinished build in the folder.
+        progress: same as for `build`.
+
+    Returns:
+        The dataset as it is now.
+
+    Raises:
+        UsageError: rows have other images than the dataset, or it has records of no row.
+        ManifestError: the manifest cannot be used.
+        DatasetError: there is no complete dataset, it is damaged, or it has no record of a row.
+        OutputError: it holds an unfinished build, or cannot be written.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.progress import no_progress, show_progress
+    from beam_nifti.pipeline.relabeling import relabel_dataset
+    from beam_nifti.record.dataset_info import read_info
+
+    watcher = _watcher(progress)
+    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
+    path, rows = _path_of(manifest), _rows_of(manifest, key)
+    labels = label_column if label_column is None or isinstance(label_column, str) else ",".join(label_column)
+    info = read_info(output)
+    watcher.on_dataset(info)
+    with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
+        return relabel_dataset(
+            output,
+            path,
+            rows=rows,
+            label_column=labels,
+            missing_label=missing_label,
+            anonymous_ids=key,
+            overwrite=overwrite,
+        )
+
+
+@_in_python
 def inspect(dataset: Path, record: str | None = None) -> Description:
     """Describe a dataset or one of its records, from dataset_info.json and the indexes.
 

@@ -41,6 +41,7 @@ from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.pipeline.merge import ShardMerge
 from beam_nifti.pipeline.options import OPTIONS
 from beam_nifti.pipeline.parts import Part, PartFile
+from beam_nifti.pipeline.relabeling import relabel_dataset
 from beam_nifti.pipeline.steps import PartsFn
 from beam_nifti.pipeline.withdrawal import withdraw_people
 from beam_nifti.pipeline.write import WriteToTFRecord
@@ -533,6 +534,11 @@ def _withdraw_task(output: str, people: list[str], manifest: str) -> int:
     return withdraw_people(output, people, manifest).revision
 
 
+def _relabel_task(output: str, manifest: str) -> int:
+    """Relabel a dataset; its revision."""
+    return relabel_dataset(output, manifest).revision
+
+
 def _write_large_task(output: str, count: int) -> None:
     """Write records of a megabyte each."""
     image = random_voxels((64, 64, 64), "float32")
@@ -546,6 +552,7 @@ _TASKS: Mapping[str, Callable[..., Any]] = {
     "build": _build_task,
     "code": _code_task,
     "convert": _convert_task,
+    "relabel": _relabel_task,
     "withdraw": _withdraw_task,
     "merge": _merge_task,
     "write": write_arrays,

@@ -171,7 +171,7 @@ def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
 
 COMMANDS = (
     *("manifest bids", "manifest msd", "manifest table", "manifest glob", "check", "build", "verify"),
-    *("convert", "withdraw", "inspect", "diff", "extract", "view", "card", "report"),
+    *("convert", "relabel", "withdraw", "inspect", "diff", "extract", "view", "card", "report"),
 )
 
 

@@ -132,6 +132,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         "build": build_commands.build,
         "verify": dataset_commands.verify,
         "convert": dataset_commands.convert,
+        "relabel": dataset_commands.relabel,
         "withdraw": dataset_commands.withdraw,
         "inspect": dataset_commands.inspect,
         "diff": dataset_commands.diff,
@@ -160,7 +161,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
             print(file=sys.stderr)  # after ^C
         again = (
             "continues where it stopped"
-            if options.command in ("build", "convert", "withdraw")
+            if options.command in ("build", "convert", "relabel", "withdraw")
             else "starts over"
         )
         logs.LOGGER.warning("stopped; the same command %s", again)

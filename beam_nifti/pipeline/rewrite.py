@@ -19,9 +19,10 @@ from typing import Any, BinaryIO, Final
 import pyarrow as pa
 
 from beam_nifti.config import BuildConfig, Columns, Sharding, Splitting
-from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, ShardError, UsageError
+from beam_nifti.errors import DatasetError, OutputBusyError, ShardError, UsageError
 from beam_nifti.manifest.labels import label_of
 from beam_nifti.manifest.manifest import Manifest, VolumeRow, frame_id
+from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.failures import Failure, failed_frames, ids_are_paths, write_failures
@@ -31,19 +32,21 @@ from beam_nifti.pipeline.parts import (
     RecordFile,
     file_facts,
     is_intact,
-    parts_root,
-    remove_parts,
     shard_at,
 )
 from beam_nifti.pipeline.plan import MAX_UNIT_ROWS, BuildPlan
 from beam_nifti.pipeline.progress import Progress
 from beam_nifti.pipeline.publish import (
-    clean_up,
     files_of,
     next_revision,
     publish_info,
     remove_files,
-    require_writable_output,
+)
+from beam_nifti.pipeline.rewrite_target import (
+    discard_unfinished,
+    end_rewriting,
+    holding,
+    refuse_unknown_files,
 )
 from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.record.dataset_files import (
@@ -51,10 +54,15 @@ from beam_nifti.record.dataset_files import (
     failures_file,
     read_content,
     read_failures_list,
-    revision_of_failures,
 )
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo
-from beam_nifti.record.example import FeatureValue, decode_example, encode_example, label_values
+from beam_nifti.record.example import (
+    FeatureValue,
+    decode_example,
+    encode_example,
+    label_feature,
+    label_values,
+)
 from beam_nifti.record.index import (
     Limits,
     extra_column,
@@ -65,11 +73,12 @@ from beam_nifti.record.index import (
     write_index,
 )
 from beam_nifti.record.shard_index import read_shard_index, read_sound_index
-from beam_nifti.record.sharding import INDEX_FOLDER, ShardName
+from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER, decode_record
 from beam_nifti.record.tiles import encode_record
 from beam_nifti.record.versions import all_versions, record_versions, versions_fact, versions_in
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted, first_few
 
 _REWRITTEN_FACT: Final = "rewritten_for"
@@ -82,6 +91,23 @@ def options_of(info: DatasetInfo) -> tuple[Columns, Splitting | None]:
     """The columns and the drawing of splits with which a dataset's manifest is read."""
     drawn = info.config.get("splitting")
     return Columns(**info.config["columns"]), Splitting(**drawn) if drawn else None
+
+
+def pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
+    """The pseudonyms of a dataset with anonymous ids, by the file of their key.
+
+    Raises:
+        UsageError: the key is missing, another one, or not needed.
+    """
+    check = info.manifest.get("key_check")
+    if check is None and key is not None:
+        raise UsageError(f"{output}: its ids are not anonymous; drop --anonymous-ids")
+    if check is not None and key is None:
+        raise UsageError(f"{output}: its ids are anonymous; give the file of their key with --anonymous-ids")
+    pseudonyms = read_pseudonyms(key) if key else None
+    if pseudonyms and pseudonyms.check != check:
+        raise UsageError(f"{key}: not the key that {output} was built with; give that key")
+    return pseudonyms
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +138,14 @@ class Rewrite:
         info: the same, parsed.
         manifest: manifest of the dataset to make, read with `options_of`. Each of its rows must be in the
             dataset, as a record or as a failure, with the same images.
+        path: path of its file, if that becomes the dataset's; None to keep the one in `info`.
     """
 
     output: str
     content: bytes
     info: DatasetInfo
     manifest: Manifest
+    path: str | None = None
 
     @classmethod
     def require_rewritable(cls, output: str, info: DatasetInfo) -> None:
@@ -142,7 +170,7 @@ class Rewrite:
         info, manifest = self.info, self.manifest
         _, splitting = options_of(info)
         config = BuildConfig(
-            manifest=info.manifest["path"],
+            manifest=self.path or info.manifest["path"],
             output=self.output,
             record=replace(info.record_config, labels=manifest.label_columns or None),
             columns=manifest.columns,
@@ -161,7 +189,7 @@ class Rewrite:
             source_dtype="",
             loaded_dtype=info.dtype,
             key_check=manifest.key_check,
-            manifest_name=info.manifest["path"],
+            manifest_name=manifest.name if self.path else info.manifest["path"],
             num_skipped=manifest.num_skipped,
             num_frames=info.num_frames,
             digest=manifest.digest(),
@@ -172,7 +200,8 @@ class Rewrite:
     @cached_property
     def token(self) -> str:
         """16 hex digits that identify the rewriting."""
-        facts = (self.content, self.plan.digest.encode())
+        described = self.plan.describe()
+        facts = (self.content, dump_json([described.config, described.manifest], sort_keys=True).encode())
         return hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
 
     @cached_property
@@ -256,6 +285,23 @@ class Rewrite:
                         failures.append(self._failure_of(row, [each.frame for each in missing]))
                 yield _NewShard(split, name, tuple(records), tuple(places))
 
+    def require_all(self) -> None:
+        """Refuse a manifest that lacks images of the dataset.
+
+        Raises:
+            UsageError: it does.
+        """
+        ids = {*self._failed, *self._places}
+        if self.info.num_frames:
+            ids = {*self._failed, *(name.rpartition(frame_id("", 0)[:-4])[0] for name in self._places)}
+        kept = self.manifest.ids.take(pa.array(self.manifest.kept_rows()))
+        if lost := sorted(ids.difference(kept.to_pylist())):
+            named = "" if self.manifest.key_check else f" ({first_few(lost, _SHOWN)})"
+            raise UsageError(
+                f"{self.manifest.path}: lacks {counted(len(lost), 'example')} of {self.output}{named}, or "
+                "skips them for want of a label; keep their rows, with --missing-label nan if they have none"
+            )
+
     def _failure_of(self, row: VolumeRow, frames: Sequence[int | None]) -> Failure:
         known = self._failed.get(row.example_id)
         if known is None or tuple(known[3] or row.frames) != tuple(f or 0 for f in frames):
@@ -263,7 +309,7 @@ class Rewrite:
             raise DatasetError(
                 f"{self.output}: has neither a record nor a failure of row {row.row} of the manifest"
                 + ("" if row.pseudonyms else f" ({name})")
-                + "; run beam-nifti verify"
+                + "; build it first, or run beam-nifti verify"
             )
         stage, error, message, wanted = known
         return Failure(replace(row, wanted=wanted), stage, error, message)
@@ -271,9 +317,14 @@ class Rewrite:
     # Writing
 
     def run(self, finish: DatasetInfo, progress: Progress) -> DatasetInfo:
-        """Write and publish the dataset; `opened` must have been entered. `finish` is `facts`, completed.
+        """Write and publish the dataset; `opened` must have been entered.
+
+        Args:
+            finish: `facts`, completed.
+            progress: gets what is written.
 
         Raises:
+            UsageError: a row has other images than its record.
             DatasetError: the present dataset is damaged.
             OutputBusyError: another build has taken the output.
         """
@@ -325,9 +376,10 @@ class Rewrite:
         source = None if any(changed) else self._whole_shard(shard.places)
         if source is not None:
             table = pa.Table.from_pylist(cells, schema=schema)
-            kept = ShardName.parse(source.name)
-            place = next(iter(tables.values()))
-            if kept is not None and kept.is_same_place(shard.name) and table.equals(_bare(place)):
+            kept, old = ShardName.parse(source.name), next(iter(tables.values()))
+            is_same_place = kept is not None and kept.is_same_place(shard.name)
+            is_like = self.facts.config["fingerprint"] == self.info.config["fingerprint"]
+            if is_same_place and is_like and table.equals(_bare(old)):
                 return source, mask_labels(table) if has_masks else set()
             self._delete_index(shard.name)
             was, now = (storage.join(self.output, name) for name in (source.name, str(shard.name)))
@@ -396,9 +448,11 @@ class Rewrite:
         config = self.plan.config.record
         is_compressed = config.compression == "gzip"
         stored = decode_example(decode_record(data, is_compressed))
+        labels = {label_feature(column.name) for column in self.info.labels}
         features: dict[str, FeatureValue] = {
             name: (value,) if isinstance(value, memoryview) else value  # type: ignore[misc]
             for name, value in stored.items()
+            if name not in labels
         }
         payload = encode_example(features | label_values(row))
         level = config.compression_level if is_compressed else None
@@ -505,78 +559,6 @@ class Rewrite:
         if is_strict:
             refuse_unknown_files(output, info)
         ours.write(output)
-
-
-@contextlib.contextmanager
-def holding(output: str) -> Iterator[None]:
-    """Hold a local or remote output that can be written."""
-    storage.refuse_read_only(output, "OUTPUT")
-    if not storage.is_remote(output):
-        require_writable_output(output)
-    with lock.hold(output):
-        yield
-
-
-def end_rewriting(output: str, info: DatasetInfo) -> None:
-    """Remove the files that a published dataset has replaced, if that was not done."""
-    for saved in (SavedPlan.read(output), SavedWrite.read(output)):
-        is_published = saved is not None and (
-            saved.is_of(info) if isinstance(saved, SavedPlan) else saved.revision <= info.revision
-        )
-        if saved is not None and is_published:
-            clean_up(output, saved, info)
-    # A run that was killed here has left it empty.
-    storage.delete_folder(storage.join(output, BUILD_FOLDER), output)
-
-
-def discard_unfinished(output: str, info: DatasetInfo, *, overwrite: bool) -> None:
-    """Remove what builds have left in the output of a published dataset; the lock is held.
-
-    Raises:
-        OutputError: there is an unfinished build, and it may not be discarded.
-    """
-    end_rewriting(output, info)
-    own_root = parts_root(output, None)
-    try:
-        dead = SavedPlan.read(output)
-    except OutputError:
-        if not overwrite:
-            raise
-        dead = None
-    saved = SavedWrite.read(output)
-    if not overwrite and (dead or storage.list_folders(own_root)):
-        raise OutputError(f"{output}: holds an unfinished build; finish it, or use --overwrite to discard it")
-    for unfinished in [found for found in (dead, saved) if found is not None]:
-        for root in unfinished.parts_roots(output):
-            remove_parts(root)
-        remove_files(output, unfinished.written, keep=files_of(info))
-    if dead:
-        name = failures_file(dead.info.revision)
-        if name != info.failures:
-            storage.delete(storage.join(output, name), output)
-    remove_parts(own_root)
-    SavedPlan.remove(output)
-
-
-def refuse_unknown_files(output: str, info: DatasetInfo) -> None:
-    """Refuse files that may be those of earlier revisions, but that no index or plan names.
-
-    Raises:
-        OutputError: there is one.
-    """
-    known = {*files_of(info), *(shard.index for shard in info.shards)}
-    if saved := SavedWrite.read(output):
-        known |= {*saved.written}
-        known |= {shard.index_file for shard in map(ShardName.parse, saved.written) if shard}
-    found = [*storage.list_files(output, "*.tfrecord*")]
-    found += filter(revision_of_failures, storage.list_files(output))
-    indexes = storage.list_files(storage.join(output, INDEX_FOLDER), "*.parquet")
-    found += (f"{INDEX_FOLDER}/{name}" for name in indexes)
-    if unknown := [name for name in found if name not in known]:
-        raise OutputError(
-            f"{output}: holds {counted(len(unknown), 'file')} ({first_few(unknown, _SHOWN)}) that "
-            f"{FILE_NAME} does not name, and that may hold records of earlier revisions; delete them first"
-        )
 
 
 def _bare(table: pa.Table) -> pa.Table:

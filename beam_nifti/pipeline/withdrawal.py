@@ -16,17 +16,12 @@ import pyarrow.parquet
 
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest.manifest import Manifest, frame_id
-from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms, read_pseudonyms
+from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.tables import Problems, read_table
 from beam_nifti.pipeline.progress import current_progress
-from beam_nifti.pipeline.rewrite import (
-    Rewrite,
-    end_rewriting,
-    holding,
-    options_of,
-    refuse_unknown_files,
-)
+from beam_nifti.pipeline.rewrite import Rewrite, options_of, pseudonyms_of
+from beam_nifti.pipeline.rewrite_target import end_rewriting, holding, refuse_unknown_files
 from beam_nifti.record.dataset_files import CROISSANT_FILE, FILE_NAME, read_content
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.shard_index import read_shard_index
@@ -105,7 +100,7 @@ def withdraw_people(
     content = read_content(output)
     info = DatasetInfo.from_json(content, storage.join(output, FILE_NAME))
     Rewrite.require_rewritable(output, info)
-    pseudonyms = _pseudonyms_of(output, info, anonymous_ids)
+    pseudonyms = pseudonyms_of(output, info, anonymous_ids)
     written = _as_written(info, pseudonyms)
     names = {written(name): name for name in participants}
     gone = find_withdrawn(names, info.withdrawn, info.withdrawals)
@@ -133,18 +128,6 @@ def withdraw_people(
         made = rewrite.run(finish, current_progress())
     _tell(path, people, output, made)
     return made
-
-
-def _pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
-    check = info.manifest.get("key_check")
-    if check is None and key is not None:
-        raise UsageError(f"{output}: its ids are not anonymous; drop --anonymous-ids")
-    if check is not None and key is None:
-        raise UsageError(f"{output}: its ids are anonymous; give the file of their key with --anonymous-ids")
-    pseudonyms = read_pseudonyms(key) if key else None
-    if pseudonyms and pseudonyms.check != check:
-        raise UsageError(f"{key}: not the key that {output} was built with; give that key")
-    return pseudonyms
 
 
 def _as_written(info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Callable[[str], str]:

@@ -130,6 +130,14 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--quiet": "inspection/test_convert.py::test_the_command",
         "--summary-json": "inspection/test_convert.py::test_the_command",
     },
+    "relabel": {
+        "--label-column": "pipeline/test_relabeling.py::test_labels_may_be_of_other_columns",
+        "--missing-label": "pipeline/test_relabeling.py::test_rows_are_neither_lost_nor_invented",
+        "--anonymous-ids": "pipeline/test_relabeling.py::test_anonymous_ids",
+        "--overwrite": "pipeline/test_withdrawal.py::test_what_may_hold_more_records_is_refused_or_discarded",
+        "--quiet": "pipeline/test_relabeling.py::test_the_command",
+        "--summary-json": "pipeline/test_relabeling.py::test_the_command",
+    },
     "withdraw": {
         "--participant": "pipeline/test_withdrawal.py::test_the_command",
         "--manifest": "pipeline/test_withdrawal.py::test_the_command",
