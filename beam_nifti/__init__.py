@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from beam_nifti.api import diff as diff
     from beam_nifti.api import extract as extract
     from beam_nifti.api import inspect as inspect
+    from beam_nifti.api import relabel as relabel
     from beam_nifti.api import report as report
     from beam_nifti.api import verify as verify
+    from beam_nifti.api import withdraw as withdraw
     from beam_nifti.config import Percentile as Percentile
     from beam_nifti.config import Window as Window
     from beam_nifti.errors import BeamNiftiError as BeamNiftiError
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_IN = {
-    "api": "build check convert diff extract inspect report verify",
+    "api": "build check convert diff extract inspect relabel report verify withdraw",
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",

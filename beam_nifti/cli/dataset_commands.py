@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beam_nifti import api
 from beam_nifti.cli.printing import all_read, print_line, while_read
@@ -17,6 +19,9 @@ from beam_nifti.support import logs
 from beam_nifti.support.outcomes import FAILED, SUCCESS
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import bytes_text, counted, size_text
+
+if TYPE_CHECKING:
+    from beam_nifti.record.dataset_info import DatasetInfo
 
 
 def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -81,6 +86,65 @@ def convert(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             print_line(f"failed   {counted(info.num_failures, 'volume')}, listed in {run.failures_path}")
         call = info.loading_call(output, batch_size=8)
         print_line(f"read it  from beam_nifti.reader import load_dataset; dataset = {call}")
+    return SUCCESS
+
+
+def relabel(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    """`beam-nifti relabel`."""
+    forget_earlier(options)
+    run.output, run.manifest = storage.absolute(options.output), storage.absolute(options.manifest)
+    info = api.relabel(
+        options.output,
+        options.manifest,
+        label_column=options.label_column,
+        missing_label=options.missing_label,
+        anonymous_ids=options.anonymous_ids,
+        overwrite=options.overwrite,
+        progress=CommandWatcher(run, options),
+    )
+    _know(run, info)
+    with while_read():
+        print_line(
+            f"dataset  {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
+            f"{bytes_text(info.num_bytes)}: {run.output}"
+        )
+    return SUCCESS
+
+
+def _know(run: RunSummary, info: DatasetInfo) -> None:
+    """Note the dataset that was made in the place of another one."""
+    assert run.output is not None
+    run.know(
+        fingerprint=info.config["fingerprint"],
+        num_examples=info.num_examples,
+        num_failed=info.num_failures,
+        failures_path=storage.join(run.output, info.failures) if info.failures else None,
+        num_shards=len(info.shards),
+        num_bytes=info.num_bytes,
+    )
+
+
+def withdraw(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    """`beam-nifti withdraw`."""
+    from beam_nifti.inspection.description import withdrawal_text
+
+    forget_earlier(options)
+    run.output, run.manifest = storage.absolute(options.output), storage.absolute(options.manifest)
+    info = api.withdraw(
+        options.output,
+        options.participant,
+        manifest=options.manifest,
+        anonymous_ids=options.anonymous_ids,
+        overwrite=options.overwrite,
+        progress=CommandWatcher(run, options),
+    )
+    _know(run, info)
+    with while_read():
+        print_line(f"withdrawn {withdrawal_text(asdict(info.withdrawals[-1]))}")
+        print_line(
+            f"dataset   {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
+            f"{bytes_text(info.num_bytes)}: {run.output}"
+        )
     return SUCCESS
 
 

@@ -132,6 +132,8 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         "build": build_commands.build,
         "verify": dataset_commands.verify,
         "convert": dataset_commands.convert,
+        "relabel": dataset_commands.relabel,
+        "withdraw": dataset_commands.withdraw,
         "inspect": dataset_commands.inspect,
         "diff": dataset_commands.diff,
         "extract": dataset_commands.extract,
@@ -157,7 +159,11 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         run.fail(e)
         if sys.stderr.isatty():
             print(file=sys.stderr)  # after ^C
-        again = "continues where it stopped" if options.command in ("build", "convert") else "starts over"
+        again = (
+            "continues where it stopped"
+            if options.command in ("build", "convert", "relabel", "withdraw")
+            else "starts over"
+        )
         logs.LOGGER.warning("stopped; the same command %s", again)
         return TERMINATED if isinstance(e, Terminated) else INTERRUPTED
 

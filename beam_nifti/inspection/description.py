@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -102,6 +102,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
             "path": storage.join(output, info.failures) if info.failures else None,
         },
         "config": dict(info.config),
+        "withdrawals": list(map(asdict, info.withdrawals)),
         "manifest": dict(info.manifest),
         "versions": dict(info.versions),
     }
@@ -286,10 +287,21 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     skipped = manifest.get("num_skipped", 0)
     yield "skipped", f"{counted(skipped, 'row')} without a label" if skipped else "none"
+    for number, withdrawal in enumerate(d["withdrawals"]):
+        yield "" if number else "withdrawn", withdrawal_text(withdrawal)
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
     yield "manifest", f"{manifest['path']}  ({counted(manifest['num_rows'], 'row')}{of_frames}{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
+
+
+def withdrawal_text(withdrawal: Mapping[str, Any]) -> str:
+    """What was removed with participants who were withdrawn, given the fields of a `Withdrawal`."""
+    counts = (counted(withdrawal[f"num_{noun}s"], noun) for noun in ("example", "failure"))
+    people = counted(withdrawal["num_people"], "participant")
+    return (
+        f"{people} with {' and '.join(counts)}, in revision {withdrawal['revision']} ({withdrawal['time']})"
+    )
 
 
 def _option_text(name: str, value: str | Sequence[str | float]) -> str:

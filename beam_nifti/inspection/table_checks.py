@@ -265,3 +265,16 @@ def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[s
     for file in files:
         if file not in known and (temporary_of(file) or file) not in written:
             yield f"{file}: not in {FILE_NAME}, but a program that reads all shards reads it too; delete it"
+
+
+def find_removed(files: Collection[str], info: DatasetInfo) -> Iterator[str]:
+    """Find shards that withdrawals say are removed: files of their names, or shards of the same bytes."""
+    present = {shard.sha256: shard.name for shard in info.shards}
+    for withdrawal in info.withdrawals:
+        for shard in withdrawal.shards:
+            name = shard.name if shard.name in files else present.get(shard.sha256)
+            if name is not None:
+                yield (
+                    f"{name}: holds records of withdrawn participants, and is not removed; give the same "
+                    "`beam-nifti withdraw` again"
+                )

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting, spell_steps
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
@@ -36,6 +37,7 @@ from beam_nifti.inspection.table_checks import (
     check_rows,
     compare_rows,
     failure_rows,
+    find_removed,
     find_strays,
     frame_rows,
     manifest_rows,
@@ -45,8 +47,9 @@ from beam_nifti.inspection.table_checks import (
 from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
+from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames, ids_are_paths
 from beam_nifti.pipeline.resume import unfinished_names
+from beam_nifti.pipeline.withdrawal import people_of, refuse_withdrawn
 from beam_nifti.record.dataset_files import (
     CROISSANT_FILE,
     FILE_NAME,
@@ -58,12 +61,14 @@ from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.sharding import INDEX_FOLDER, Layout
 from beam_nifti.record.versions import record_versions, version_changes
+from beam_nifti.record.withdrawals import find_withdrawn
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
 from beam_nifti.support.process import keep_buffers
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import counted, first_few
 
 ALL: Final = 2**63 - 1  # for `deep`: every record
+_SHOWN: Final = 3  # names in a problem
 
 
 class OnProgress(Protocol):
@@ -236,6 +241,7 @@ class _Verifier:
         self._cells = {} if wanted is None else _compared_cells(info, columns, wanted)
         self._problems = Problems()
         self._passes = list[ShardPass]()
+        self._people = list[str]()  # of failures
         self._lock = threading.Lock()
         self._num_examples = self._num_bytes = self._num_deep = 0
         self._num_rounded: Counter[int] = Counter()
@@ -271,6 +277,7 @@ class _Verifier:
             files += (f"{INDEX_FOLDER}/{name}" for name in indexes)
             # Looked for afterwards: a build that begins in between has made none of the files.
             problems += find_strays(files, self._info, unfinished_names(self._output))
+            problems += find_removed(files, self._info)
         try:
             description = path_of(self._output, CROISSANT_FILE)
             if storage.exists(description):
@@ -352,6 +359,7 @@ class _Verifier:
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         of_columns = check_columns(info.shards, [found.columns for found in self._passes])
         of_labels = check_mask_labels(mask_labels, info)
+        self._check_withdrawn()
         for problem in itertools.chain(of_columns, of_labels, self._check_positions(failures)):
             self._problems.add(Scope.DATASET, problem)
         if info.has_manifest:
@@ -367,8 +375,7 @@ class _Verifier:
                 )
                 return
             rows = frame_rows(rows, [range(frames)] * rows.num_rows)
-        if columns.id is None and "participant_id" not in info.manifest["columns"]:
-            # Paths are the ids then, and the list of failures holds them with the manifest's folder.
+        if ids_are_paths(columns, info.manifest["columns"]):
             folder = storage.dirname(info.manifest["path"])
             records, failures = (relative_ids(t, folder) for t in (records, failures))
             rows = None if rows is None else relative_ids(rows, folder)
@@ -378,6 +385,23 @@ class _Verifier:
             known = pa.concat_tables([records, failures], promote_options="default")
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
+
+    def _check_withdrawn(self) -> None:
+        """Nothing here is of a participant who was withdrawn, nor in the manifest, if there is one."""
+        info, wanted = self._info, self._wanted
+        if not info.withdrawn:
+            return
+        people = {*self._people, *(name for found in self._passes for name in found.people)}
+        if found := find_withdrawn(people, info.withdrawn, info.withdrawals):
+            named = first_few(sorted(found), _SHOWN)
+            what = f"has records or failures of {counted(len(found), 'withdrawn participant')} ({named})"
+            self._problems.add(Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on a sound copy")
+        if wanted is not None:
+            try:
+                refuse_withdrawn(wanted, info)
+            except ManifestError as e:
+                for problem in e.problems:
+                    self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
     def _check_positions(self, failures: pa.Table) -> Iterator[str]:
         """Every split is cut into shards as config.sharding says, if its list of failures tells its rows."""
@@ -417,6 +441,7 @@ class _Verifier:
             listed = read_manifest(path, self._columns, content=content, is_list=True)
             folder = storage.dirname(self._info.manifest["path"])
             found = failure_rows(listed, self._spec.config, [*self._cells], self._wanted, folder)
+            self._people = pc.unique(people_of(listed)).to_pylist()
             if frames:
                 found = frame_rows(found, failed_frames(listed, frames))
             if found.num_rows != count:

@@ -22,6 +22,7 @@ from beam_nifti.pipeline.saved_plan import require_current
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import feature_kinds
 from beam_nifti.record.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
+from beam_nifti.record.withdrawals import Withdrawal
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -103,6 +104,7 @@ class BuildPlan:
         earlier: how the unfinished builds that it continues divide their rows into shards.
         earlier_roots: folders of their parts.
         revision: revision of the dataset.
+        withdrawn, withdrawals: as of the `DatasetInfo` of the published dataset.
     """
 
     config: BuildConfig
@@ -126,6 +128,8 @@ class BuildPlan:
     earlier: tuple[Layout, ...] = ()
     earlier_roots: tuple[str, ...] = ()
     revision: int = 1
+    withdrawn: tuple[str, ...] = ()
+    withdrawals: tuple[Withdrawal, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -207,6 +211,8 @@ class BuildPlan:
             versions=self.versions,
             format_version=config.record.format_version,
             format_features=config.record.format_features,
+            withdrawn=self.withdrawn,
+            withdrawals=self.withdrawals,
         )
 
     def shard_totals(self) -> dict[str, int]:

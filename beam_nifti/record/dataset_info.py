@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from beam_nifti.errors import DatasetError, NewerFormatError, UsageError
 from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, revision_of_failures
 from beam_nifti.record.example import TENSOR_DTYPES
 from beam_nifti.record.sharding import ShardName, count_shards
+from beam_nifti.record.withdrawals import Withdrawal, check_withdrawals, withdrawals_of
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys, require_type
 from beam_nifti.support.strict_json import dump_json, load_json
@@ -47,7 +48,10 @@ _MOST_NAMES: Final = 1 << 16  # columns of a manifest, and features of a record
 _OPTIONAL_FEATURES: Final = ("sources", "members", "positions")
 """Features that a dataset of this version may lack."""
 
-_NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest")
+_WITHDRAWN: Final = ("withdrawn", "withdrawals")
+"""Fields that only a dataset has from which participants were withdrawn."""
+
+_NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest", *_WITHDRAWN)
 _SINCE_THE_FIRST: Final = (
     "rescale",
     "voxel_dtype",
@@ -130,6 +134,8 @@ class DatasetInfo:
         versions: versions of the software that wrote it.
         format_version: version of the format.
         format_features: features of the format that a reader must know, by name; empty in version 1.
+        withdrawn: hashes of the participants that were withdrawn, as of `hash_person`.
+        withdrawals: what was removed with them, by revision.
     """
 
     config: Mapping[str, Any]
@@ -148,6 +154,8 @@ class DatasetInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
+    withdrawn: tuple[str, ...] = ()
+    withdrawals: tuple[Withdrawal, ...] = ()
 
     def __repr__(self) -> str:
         """One line."""
@@ -270,6 +278,8 @@ class DatasetInfo:
             facts["labels"] = self.label_facts()
         if self.mask_labels is None:
             del facts["mask_labels"]
+        facts["withdrawals"] = list(map(asdict, self.withdrawals))
+        facts = {name: fact for name, fact in facts.items() if fact or name not in _WITHDRAWN}
         first = {name: facts.pop(name) for name in ("format_version", "format_features")}
         facts = {**first, **facts}
         if self.format_version == 1:
@@ -337,7 +347,7 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
     """The fields of a DatasetInfo, their types checked."""
     is_first = facts["format_version"] == 1
     kinds = {**hints_of(DatasetInfo), "labels": dict, "splits": dict, "digest": str}
-    required = [f.name for f in fields(DatasetInfo) if f.name not in ("labels", "mask_labels")]
+    required = [f.name for f in fields(DatasetInfo) if f.name not in ("labels", "mask_labels", *_WITHDRAWN)]
     if is_first:
         kinds = {name: kind for name, kind in kinds.items() if name not in _NOT_IN_VERSION_1}
         required = list(
@@ -362,6 +372,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
         "shape": None if facts["shape"] is None else tuple(facts["shape"]),
         "mask_labels": None if mask_labels is None else tuple(mask_labels),
         "format_features": tuple(facts.get("format_features", ())),
+        "withdrawn": tuple(facts.get("withdrawn", ())),
+        "withdrawals": withdrawals_of(facts.get("withdrawals", ())),
     }
     if is_first and facts.get("num_failures"):
         parsed["failures"] = FAILURES_FILE
@@ -464,6 +476,7 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames is {record.frames!r}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
+    check_withdrawals(info.withdrawn, info.withdrawals, info.revision)
     _check_counts(info)
     _check_names(info)
     if info.failures is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -77,18 +78,40 @@ CHECK: dict[str, Row] = {
     "--summary-json": "cli/test_monitoring.py::test_a_dry_run_a_check_and_a_verification_tell_too",
     "--temp-location": "cli/test_options.py::test_beam_gets_the_temporary_folder_of_check",
 }
+JOINING = "manifest/test_joining.py::"
+JOIN: dict[str, Row] = {
+    "--join": f"{JOINING}test_every_source_can_be_joined",
+    "--on": f"{JOINING}test_ids_of_several_columns",
+    "--join-columns": f"{JOINING}test_chosen_columns_are_added_and_renamed",
+    "--unmatched": f"{JOINING}test_rows_without_a_partner_are_named",
+}
 OTHERS: dict[str, dict[str, Row]] = {
     "manifest bids": {
+        **JOIN,
         "--suffix": ["T2w"],
         "--session": ["one"],
         "--entity": ["run=1"],
+        "--mask-suffix": ["dseg"],
+        "--derivatives": ["fs", "--mask-suffix=dseg"],
         "--label": ["age"],
         "--column": ["sex"],
         "--all-images": [""],
         "--out": ["m.tsv"],
         "--overwrite": ["", "--out=old.tsv"],
     },
+    "manifest msd": {
+        **JOIN,
+        "--only": ["train"],
+        "--out": ["m.tsv"],
+        "--overwrite": ["", "--out=old.tsv"],
+    },
+    "manifest table": {
+        **JOIN,
+        "--out": f"{JOINING}test_every_format_is_joined",
+        "--overwrite": f"{JOINING}test_no_input_is_replaced_and_paths_stay_true",
+    },
     "manifest glob": {
+        **JOIN,
         "--all-images": [""],
         "--out": ["m.tsv"],
         "--overwrite": ["", "--out=old.tsv"],
@@ -106,6 +129,22 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--workers": "inspection/test_convert.py::test_workers_do_not_change_the_bytes",
         "--quiet": "inspection/test_convert.py::test_the_command",
         "--summary-json": "inspection/test_convert.py::test_the_command",
+    },
+    "relabel": {
+        "--label-column": "pipeline/test_relabeling.py::test_labels_may_be_of_other_columns",
+        "--missing-label": "pipeline/test_relabeling.py::test_rows_are_neither_lost_nor_invented",
+        "--anonymous-ids": "pipeline/test_relabeling.py::test_anonymous_ids",
+        "--overwrite": "pipeline/test_withdrawal.py::test_what_may_hold_more_records_is_refused_or_discarded",
+        "--quiet": "pipeline/test_relabeling.py::test_the_command",
+        "--summary-json": "pipeline/test_relabeling.py::test_the_command",
+    },
+    "withdraw": {
+        "--participant": "pipeline/test_withdrawal.py::test_the_command",
+        "--manifest": "pipeline/test_withdrawal.py::test_the_command",
+        "--anonymous-ids": "pipeline/test_withdrawal.py::test_anonymous_ids",
+        "--overwrite": "pipeline/test_withdrawal.py::test_what_may_hold_more_records_is_refused_or_discarded",
+        "--quiet": "pipeline/test_withdrawal.py::test_the_command",
+        "--summary-json": "pipeline/test_withdrawal.py::test_the_command",
     },
     "inspect": {"--record": ["a"], "--json": [""]},
     "diff": {"--json": [""]},
@@ -281,7 +320,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rest in ("ses-one/anat/sub-{}_ses-one_run-1_T1w", "ses-two/anat/sub-{}_ses-two_run-1_T1w"):
             write_image(root / f"bids/sub-{subject}" / f"{rest.format(subject)}.nii")
     write_image(root / "bids/sub-a/ses-one/anat/sub-a_ses-one_T2w.nii")
+    for folder in ("bids", "bids/derivatives/fs"):
+        write_image(root / folder / "sub-a/ses-one/anat/sub-a_ses-one_run-1_dseg.nii")
     write_image(root / "bids/sub-b/ses-one/anat/sub-b_ses-one_run-2_T1w.nii")
+    listed = {"training": [{"image": "x.nii", "label": "y.nii"}], "test": ["z.nii"]}
+    for name in ("x", "y", "z"):
+        write_image(root / f"msd/{name}.nii")
+    (root / "msd/dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, **listed}))
     write_manifest(
         root / "bids/participants.tsv",
         [{"participant_id": f"sub-{s}", "age": 3 + i, "sex": "F"} for i, s in enumerate("ab")],
@@ -302,6 +347,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BASES: dict[str, list[str]] = {
     "manifest bids": ["bids", "--session=one", "--entity=run=1", "--suffix=T1w"],
+    "manifest msd": ["msd"],
     "manifest glob": ["bids/**/*_T1w.nii"],
     "verify": ["out"],
     "inspect": ["out"],
@@ -350,7 +396,7 @@ SINGLE = [
     for flag, action in parser._option_string_actions.items()
     if flag.startswith("--") and action.nargs is None and not isinstance(action, argparse._AppendAction)
 ]
-REPEATABLE = {"--session", "--entity", "--column", "--id", "--preprocess"}
+REPEATABLE = {"--session", "--entity", "--column", "--participant", "--id", "--preprocess"}
 
 
 @pytest.mark.parametrize(("command", "flag"), SINGLE)

@@ -289,7 +289,7 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
             "sub-01_T1w is '89+', not a finite",
         ),
         (["participant_id age", "sub-01 NaN"], ["--label=age"], "none of the 3 images has a value of age: "),
-        ([], ["--column=path"], "--column path: every manifest has this column already; drop it"),
+        ([], ["--column=path"], "--column path: the manifest has this column already; drop it"),
         ([], ["--entity=run"], "--entity is 'run'; give a key and a label, such as run=1"),
         ([], ["--entity==1"], "--entity is '=1'"),
         (
