@@ -170,7 +170,18 @@ def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
 
 
 COMMANDS = (
-    *("manifest bids", "manifest glob", "check", "build", "verify", "convert", "inspect", "diff", "extract"),
+    *(
+        "manifest bids",
+        "manifest glob",
+        "check",
+        "analyze",
+        "build",
+        "verify",
+        "convert",
+        "inspect",
+        "diff",
+        "extract",
+    ),
     *("view", "card", "report"),
 )
 

@@ -10,11 +10,13 @@ from beam_nifti.config.record import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     FRAMES,
+    GIVEN_ONLY,
     MASK_DTYPES,
     VOXEL_DTYPES,
     RecordConfig,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
+from beam_nifti.config.statistics import ChannelStatistics, CohortStatistics, LabelStatistics
 
 __all__ = [
     "COMPLEX_PARTS",
@@ -23,6 +25,7 @@ __all__ = [
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",
+    "GIVEN_ONLY",
     "LABEL_KINDS",
     "MASK_DTYPES",
     "MISSING_LABELS",
@@ -33,8 +36,11 @@ __all__ = [
     "SPLIT_PATTERN",
     "VOXEL_DTYPES",
     "BuildConfig",
+    "ChannelStatistics",
+    "CohortStatistics",
     "Columns",
     "LabelColumn",
+    "LabelStatistics",
     "Percentile",
     "RecordConfig",
     "Sharding",

@@ -299,9 +299,9 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
     is_native = config.voxel_dtype == "native"
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         try:
-            intensity, found, rescaled = _rescale(voxels, volume, config)
+            intensity, found, rescaled = _rescale(voxels, volume, config, number)
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
         intensities.append(intensity)
@@ -331,7 +331,7 @@ def require_rescaled(volume: Volume) -> None:
             f"{volume.row.path}: its voxels are {volume.voxels.dtype}, but Rescale made them "
             f"{config.voxel_dtype}; {remedy}"
         )
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         intensity = volume.intensities[number]
         found = np.array([voxels.min(), voxels.max()])
         if config.voxel_dtype == "native":
@@ -346,7 +346,7 @@ def require_rescaled(volume: Volume) -> None:
             )
 
 
-def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
+def images_of(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
     """The voxels of each image, C order."""
     if config.channels is None:
         yield volume.voxels
@@ -356,13 +356,13 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
 
 
 def _rescale(
-    voxels: Voxels, volume: Volume, config: RecordConfig
+    voxels: Voxels, volume: Volume, config: RecordConfig, number: int
 ) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
     intensity = measure(voxels, scaling)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)
-    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask)
+    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask, number)
     if not config.is_bounded:
         require_range(intensity, rescale_range, config.rescaled_dtype)
     if config.voxel_dtype == "native":

@@ -1,0 +1,184 @@
+"""Statistics of a cohort on any runner: `beam-nifti analyze`, and what a build measures before its records.
+
+Create([manifest])   str
+CutRows              tuple of VolumeRow
+Reshuffle            tuple of VolumeRow
+UnpackRows           VolumeRow
+LoadVolume           Volume            ┐
+Preprocess           Volume            │ each with (shard, Failure)
+Measure              CohortMeasure     ┘
+AddUp                CohortMeasure
+WriteMeasured        one file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+from apache_beam.pvalue import AsList
+
+from beam_nifti.config import RecordConfig
+from beam_nifti.errors import (
+    BuildSummary,
+    FailedVolume,
+    ManifestChangedError,
+    TooManyFailures,
+    VolumeError,
+)
+from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.pipeline.cohort import AnalysisPlan
+from beam_nifti.pipeline.failures import Failure, accepting_fraction
+from beam_nifti.pipeline.local_runner import send_whole_elements
+from beam_nifti.pipeline.plan import read_build_manifest
+from beam_nifti.pipeline.progress import current_progress
+from beam_nifti.pipeline.statistics_file import Analysis, Measured
+from beam_nifti.pipeline.steps import FAILURES, LoadVolumeFn, PreprocessFn, guarded, timed
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.wording import counted
+from beam_nifti.volume.cohort import CohortMeasure, measure_volume
+from beam_nifti.volume.volume import Volume
+
+if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+send_whole_elements()
+
+_SHOWN: Final = 5  # failures in an error
+_Values = beam.PCollection[Any]
+
+
+class CutRows(beam.DoFn):
+    """Cut the rows of the measured splits into units of work."""
+
+    def __init__(self, plan: AnalysisPlan) -> None:
+        self._plan = plan
+
+    def process(self, path: str) -> Iterable[tuple[VolumeRow, ...]]:
+        """Yield rows, some at a time.
+
+        Raises:
+            ManifestChangedError: the manifest is no longer the one that was planned for.
+        """
+        plan = self._plan.build
+        manifest = read_build_manifest(path, plan.config)
+        if manifest.digest() != plan.digest:
+            raise ManifestChangedError(path, ["changed since it was read; start again"])
+        for split in self._plan.splits:
+            indices = manifest.row_numbers(split).tolist()
+            for start in range(0, len(indices), self._plan.unit_rows):
+                some = indices[start : start + self._plan.unit_rows]
+                yield tuple(manifest.rows(some, num_frames=plan.num_frames))
+
+
+class MeasureFn(beam.DoFn):
+    """Measure a prepared volume."""
+
+    def __init__(self, config: RecordConfig) -> None:
+        self._config = config
+        self._msec = Metrics.distribution(type(self), "measure-msec")
+        self._progress = current_progress()
+
+    def process(self, volume: Volume) -> Iterable[CohortMeasure]:
+        """Yield its measure."""
+        with timed(self._msec):
+            measure = measure_volume(volume, self._config)
+        self._progress.add(volumes=1)
+        yield measure
+
+
+def _add_up(measures: Iterable[CohortMeasure]) -> CohortMeasure:
+    """The total of measures or of totals, whose order and grouping the runner chooses."""
+    total = CohortMeasure()
+    for measure in measures:
+        total.add(measure)
+    return total
+
+
+def _rows_of(rows: tuple[VolumeRow, ...]) -> Iterable[VolumeRow]:
+    return rows
+
+
+def _write_measured(total: CohortMeasure, failures: Sequence[Failure], plan: AnalysisPlan) -> None:
+    in_order = sorted(failures, key=lambda f: (f.row.row, f.row.position, f.stage))
+    num_failed = sum(len(failure.row.positions) for failure in in_order)
+    folder = storage.dirname(plan.build.config.manifest)
+    failed = tuple(
+        FailedVolume(
+            row=failure.row.row,
+            example_id=failure.row.example_id,
+            path=failure.row.source if failure.row.pseudonyms else storage.join(folder, failure.row.path),
+            stage=failure.stage,
+            error=failure.error,
+            message=failure.message,
+        )
+        for failure in in_order
+    )
+    statistics, problem = None, "no volume could be measured"
+    if total.num_volumes:
+        try:
+            statistics = total.statistics(plan.build.config.record, plan.splits, num_failed)
+            problem = ""
+        except VolumeError as e:
+            problem = str(e)
+    measured = Measured(statistics, problem, failed, num_failed, plan.key)
+    storage.write(plan.path, measured.to_json().encode(), plan.below)
+
+
+def run_analysis(plan: AnalysisPlan, options: PipelineOptions) -> Analysis:
+    """Measure the volumes on an engine. The file of the result stays.
+
+    Raises:
+        TooManyFailures: more volumes failed than `max_bad_fraction` allows.
+        VolumeError: none of them has a voxel to measure.
+    """
+    record, folder = plan.build.config.record, storage.dirname(plan.build.config.manifest)
+    loading = LoadVolumeFn(folder, plan.build.required_shape, plan.build.required_dtype, record)
+    pipeline = beam.Pipeline(options=options)
+    loaded = (
+        pipeline
+        | "Create" >> beam.Create([plan.build.config.manifest], reshuffle=False)  # str
+        | "CutRows" >> beam.ParDo(CutRows(plan)).with_output_types(tuple[VolumeRow, ...])
+        | "Reshuffle" >> beam.Reshuffle().with_output_types(tuple[VolumeRow, ...])  # tuple of VolumeRow
+        | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
+        | "LoadVolume" >> guarded(loading, Volume, folder, release=True)  # Volume
+    )
+    steps, volumes = [loaded], loaded.main
+    if record.prepares:
+        preparing = PreprocessFn(record, plan.build.required_shape, release=True)
+        steps += [volumes | "Preprocess" >> guarded(preparing, Volume, folder, release=True)]  # Volume
+        volumes = steps[-1].main
+    steps += [volumes | "Measure" >> guarded(MeasureFn(record), CohortMeasure, folder, release=True)]
+    failures: _Values = (
+        tuple(step[FAILURES] for step in steps)
+        | "Flatten" >> beam.Flatten().with_output_types(tuple[str, Failure])  # (shard, Failure)
+        | "Failures" >> beam.Values().with_output_types(Failure)  # Failure
+    )
+    (
+        steps[-1].main
+        | "AddUp" >> beam.CombineGlobally(_add_up)  # CohortMeasure
+        | "WriteMeasured" >> beam.Map(_write_measured, AsList(failures), plan)
+    )
+    pipeline.run().wait_until_finish()
+    return _accepted(plan.read(), plan)
+
+
+def _accepted(measured: Measured, plan: AnalysisPlan) -> Analysis:
+    failed, total = measured.num_failed, plan.num_volumes
+    if not plan.build.config.allows_failures(failed, total):
+        lines = [f"{failed} of {counted(total, 'volume')} failed, more than --max-bad-fraction allows:"]
+        lines += [f"row {f.row} ({f.example_id}): {f.message}" for f in measured.failures[:_SHOWN]]
+        if len(measured.failures) > _SHOWN:
+            lines.append(f"and {len(measured.failures) - _SHOWN:,} more")
+        lines.append(f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them")
+        counts: dict[str, dict[str, int]] = {}
+        for failure in measured.failures:
+            of_stage = counts.setdefault(failure.stage, {})
+            of_stage[failure.error] = of_stage.get(failure.error, 0) + 1
+        summary = BuildSummary(0, failed, 0, 0, complete=False, failures=counts)
+        raise TooManyFailures("\n  ".join(lines), summary, measured.failures)
+    if measured.statistics is None:
+        raise VolumeError(f"{plan.build.config.manifest}: {measured.problem}")
+    return Analysis(measured.statistics, measured.failures)
