@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import tomllib
@@ -18,6 +19,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.calls import split_call
 from beam_nifti.support.outcomes import may_pass
+from beam_nifti.support.strict_json import dump_json
 from beam_nifti.volume.user_function import source_sha256
 
 DERIVED: Final = frozenset({"fingerprint", "channels"})
@@ -226,7 +228,8 @@ def value_text(value: Any) -> str:
         return "given"
     if isinstance(value, Mapping) and "num_volumes" in value:
         of_channels = (f"mean {c['mean']:.6g}, std {c['std']:.6g}" for c in value["channels"])
-        return f"of {value['num_volumes']:,} volumes ({'; '.join(of_channels)})"
+        digest = hashlib.sha256(dump_json(value, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{digest}: {value['num_volumes']:,} volumes, {'; '.join(of_channels)}"
     if isinstance(value, Mapping):  # shares of splits, whose order makes no difference
         return ",".join(f"{name}={value_text(each)}" for name, each in sorted(value.items()))
     if isinstance(value, Sequence) and not isinstance(value, str):

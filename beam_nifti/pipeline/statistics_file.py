@@ -121,7 +121,7 @@ def statistics_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if found["num_empty"]:
         yield "empty", f"{counted(found['num_empty'], 'volume')} without a voxel to measure"
     yield "median size", f"{size_text(found['shape'])} voxels of {size_text(found['spacing'])} mm"
-    names = options["channels"].split(",") if "channels" in options else ["cohort"]
+    names = options["channels"].split(",") if "channels" in options else ["intensity"]
     for name, channel in zip(names, found["channels"], strict=True):
         within = f" {options['rescale_within']}" if "rescale_within" in options else ""
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import nibabel as nib
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from beam_nifti.pipeline.cohort import AnalysisPlan
 from beam_nifti.pipeline.configure import make_analysis_config
 from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
 from tests.build_helpers import CUTTING_RUNNER, LOCAL_RUNNER, contents, make_config, make_options, stray_files
-from tests.datasets import edit_info, index_rows, info_of
+from tests.datasets import edit_info, index_rows, info_of, records_of
 from tests.images import Array, brain, name_of, random_voxels, write_cohort, write_image, write_manifest
 
 SPLITS = ("train", "train", "test")
@@ -343,7 +345,7 @@ def test_a_build_refuses_to_change_the_statistics_of_a_dataset(
     output = tmp_path / "out"
     shutil.copytree(built, output)
     other = measure_in(tmp_path / "m.json", manifest, {"rescale_split": "test,train"}).statistics
-    with pytest.raises(OutputError, match=r"--rescale-stats was of 6 volumes .*, now of 9 volumes"):
+    with pytest.raises(OutputError, match=r"--rescale-stats was \w+: 6 volumes, .*, now \w+: 9 volumes"):
         build(manifest, output, rescale_stats=other)
     with pytest.raises(OutputError, match="--rescale-within was not given, now nonzero"):
         build(manifest, output, rescale_within="nonzero")
@@ -569,6 +571,68 @@ def test_a_dry_run_tells_what_would_be_measured(
     said = run("build", manifest, output, *flags)
     assert "measure" not in said
     assert f"keep     {COUNT} examples" in said
+
+
+def test_check_tells_what_would_be_measured(manifest: Path, built: Path) -> None:
+    found = bn.check(manifest, rescale="cohort:zscore", progress=False)
+    assert found["measured"] == {"splits": ["train"], "num_volumes": 6}
+    assert "measure first 6 volumes of train, unless the output has statistics" in str(found)
+    assert "measured" not in bn.check(manifest, like=built, progress=False)
+    with pytest.raises(UsageError, match="the splits are test, train; name those to measure"):
+        bn.check(manifest, rescale="cohort:zscore", rescale_split="other", progress=False)
+
+
+def test_descriptions_have_the_statistics(built: Path, tmp_path: Path) -> None:
+    (channel,) = statistics_of(built).channels
+    described = bn.inspect(built)
+    assert described["config"]["rescale_stats"]["channels"][0]["mean"] == channel.mean
+    assert "statistics    6 volumes of train" in str(described)
+    assert f"  intensity   mean {channel.mean:.6g}, std {channel.std:.6g}, " in str(described)
+    other = tmp_path / "other"
+    shutil.copytree(built, other)
+
+    def change(facts: dict[str, Any]) -> None:
+        facts["config"]["rescale_stats"]["num_empty"] = 1
+
+    edit_info(other, change)
+    assert re.search(
+        "rescale-stats was .{8}: 6 volumes, mean .*, now .{8}: 6 vol", str(bn.diff(built, other))
+    )
+
+
+def test_the_page_has_the_statistics(built: Path) -> None:
+    from beam_nifti.reporting.page import _settings
+
+    settings = dict(_settings(info_of(built)))
+    assert settings["Statistics"]["median size"] == "6×5×4 voxels of 2×2×2.5 mm"
+    assert "rescale_stats" not in settings["Configuration"]
+
+
+def test_the_step_rescales_by_statistics(manifest: Path, built: Path, tmp_path: Path) -> None:
+    statistics = statistics_of(built)
+    with beam.Pipeline(options=make_options()) as pipeline:
+        volumes = pipeline | bn.ReadManifest(manifest) | bn.LoadVolume()
+        records = volumes | bn.Rescale("cohort:zscore", stats=statistics) | bn.EncodeExample()
+        records | bn.WriteToTFRecord(str(tmp_path / "out"), examples_per_shard=99)
+    wanted, found = (
+        {cells["example_id"]: data for cells, data in records_of(o)} for o in (built, tmp_path / "out")
+    )
+    assert found == wanted
+    assert statistics_of(tmp_path / "out") == statistics
+    with pytest.raises(
+        UsageError, match=r'^rescale="cohort:zscore" requires statistics; give them with stats$'
+    ):
+        bn.Rescale("cohort:zscore")
+    with pytest.raises(UsageError, match="stats has no percentile 2"):
+        bn.Rescale(("cohort:percentile", 2, 98), stats=statistics)
+
+
+def test_the_step_refuses_statistics_of_other_voxels(manifest: Path, built: Path) -> None:
+    pipeline = beam.Pipeline(options=make_options())
+    prepared = pipeline | bn.ReadManifest(manifest) | bn.LoadVolume() | bn.Preprocess(spacing=3)
+    prepared | bn.Rescale("cohort:zscore", stats=statistics_of(built))
+    with pytest.raises(Exception, match="was measured with no --spacing, but this build has --spacing 3,3,3"):
+        pipeline.run().wait_until_finish()
 
 
 def test_each_channel_has_its_own_range(mixed: Path, tmp_path: Path) -> None:
