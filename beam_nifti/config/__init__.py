@@ -16,12 +16,13 @@ from beam_nifti.config.record import (
     RecordConfig,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
-from beam_nifti.config.statistics import ChannelStatistics, CohortStatistics, LabelStatistics
+from beam_nifti.config.statistics import FAR, ChannelStatistics, CohortStatistics, LabelStatistics
 
 __all__ = [
     "COMPLEX_PARTS",
     "COMPRESSIONS",
     "COMPRESSION_LEVELS",
+    "FAR",
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",

@@ -10,6 +10,9 @@ from typing import Any, Final
 
 from beam_nifti.support.json_types import require_type
 
+FAR: Final = 5
+"""Standard deviations between the mean of a volume and the cohort's, beyond which the volume is unusual."""
+
 _MOST: Final = 1 << 62  # of anything that is counted
 
 
@@ -23,6 +26,8 @@ class ChannelStatistics:
         max: largest value.
         mean: mean, correctly rounded.
         std: standard deviation of all voxels together, of the population.
+        volume_mean: mean of the means of the volumes, each of which counts alike.
+        volume_std: standard deviation of the means of the volumes.
         percentiles: pairs of a percentile, from 0 to 100, and its value; ascending.
         percentile_error: largest relative error of these values; 0 if they are exact, and then they are those
             of `numpy.percentile`.
@@ -33,6 +38,8 @@ class ChannelStatistics:
     max: float
     mean: float
     std: float
+    volume_mean: float
+    volume_std: float
     percentiles: tuple[tuple[float, float], ...]
     percentile_error: float
 
@@ -94,6 +101,11 @@ class CohortStatistics:
         found._require_possible()
         return found
 
+    def is_far(self, number: int, mean: float) -> bool:
+        """Whether the mean of a volume's voxels in a channel is far from the means of those measured."""
+        channel = self.channels[number]
+        return abs(mean - channel.volume_mean) > FAR * channel.volume_std > 0
+
     def _require_possible(self) -> None:
         counts = [("num_volumes", self.num_volumes, 1), ("num_empty", self.num_empty, 0)]
         counts += [("num_failed", self.num_failed, 0), ("channels", len(self.channels), 1)]
@@ -117,7 +129,8 @@ class CohortStatistics:
 
 
 def _channel_of(facts: Mapping[str, Any]) -> ChannelStatistics:
-    numbers = {name: float(facts[name]) for name in ("min", "max", "mean", "std", "percentile_error")}
+    names = ("min", "max", "mean", "std", "volume_mean", "volume_std", "percentile_error")
+    numbers = {name: float(facts[name]) for name in names}
     percentiles = tuple((float(p), float(value)) for p, value in facts["percentiles"])
     return ChannelStatistics(facts["num_voxels"], percentiles=percentiles, **numbers)
 
@@ -131,7 +144,9 @@ def _is_possible(channel: ChannelStatistics) -> bool:
     percents, values = zip(*channel.percentiles, strict=True) if channel.percentiles else ((), ())
     return (
         channel.min <= channel.mean <= channel.max
-        and 0 <= channel.std <= channel.max - channel.min
+        and channel.min <= channel.volume_mean <= channel.max
+        and max(channel.std, channel.volume_std) <= channel.max - channel.min
+        and min(channel.std, channel.volume_std) >= 0
         and math.isfinite(channel.max - channel.min)
         and 0 <= channel.percentile_error < 1
         and all(a < b for a, b in itertools.pairwise(percents))

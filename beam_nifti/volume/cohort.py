@@ -7,6 +7,7 @@ Sums are exact rational numbers, and histograms are counts, so neither rounds wh
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -262,6 +263,7 @@ class ChannelMeasure:
         low: least value, as float64.
         high: largest value, as float64.
         histogram: their counts.
+        volumes: sums over volumes with selected voxels: their number, their means, and the squares of these.
     """
 
     count: int = 0
@@ -270,6 +272,7 @@ class ChannelMeasure:
     low: float = math.inf
     high: float = -math.inf
     histogram: Histogram = EMPTY
+    volumes: tuple[int, Fraction, Fraction] = (0, Fraction(0), Fraction(0))
 
     @classmethod
     def of(cls, voxels: Voxels, scaling: Scaling) -> ChannelMeasure:
@@ -279,13 +282,16 @@ class ChannelMeasure:
         total, squares = exact_sums(voxels)
         slope, inter, count = Fraction(scaling.slope), Fraction(scaling.inter), voxels.size
         ends = scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)) + 0.0
+        scaled = slope * total + inter * count
+        mean = Fraction(_within(scaled / count, float(ends.min()), float(ends.max())))
         return cls(
             count=count,
-            total=slope * total + inter * count,
+            total=scaled,
             squares=slope * slope * squares + 2 * slope * inter * total + inter * inter * count,
             low=float(ends.min()),
             high=float(ends.max()),
             histogram=Histogram.of(voxels, scaling),
+            volumes=(1, mean, mean * mean),
         )
 
     def add(self, other: ChannelMeasure) -> None:
@@ -295,22 +301,36 @@ class ChannelMeasure:
         self.squares += other.squares
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.histogram = self.histogram.plus(other.histogram)
+        number, means, squares = map(operator.add, self.volumes, other.volumes)
+        self.volumes = number, means, squares
+
+    def _moments(self, count: int, total: Fraction, squares: Fraction) -> tuple[float, float]:
+        """Mean and standard deviation of numbers between `low` and `high`."""
+        mean = total / count
+        deviation = _square_root(squares / count - mean * mean)
+        return _within(mean, self.low, self.high), min(deviation, self.high - self.low)
 
     def statistics(self, percentiles: Sequence[float]) -> ChannelStatistics:
         """The statistics of at least one voxel."""
-        mean = self.total / self.count
-        variance = self.squares / self.count - mean * mean
+        mean, std = self._moments(self.count, self.total, self.squares)
+        volume_mean, volume_std = self._moments(*self.volumes)
         values = np.clip(self.histogram.percentiles(percentiles), self.low, self.high)
         return ChannelStatistics(
             num_voxels=self.count,
             min=self.low,
             max=self.high,
-            # Values are rounded to float64, and the exact mean of equal ones may be beside them.
-            mean=min(max(float(mean), self.low), self.high),
-            std=min(_square_root(variance), self.high - self.low),
+            mean=mean,
+            std=std,
+            volume_mean=volume_mean,
+            volume_std=volume_std,
             percentiles=tuple(zip(percentiles, values.tolist(), strict=True)),
             percentile_error=self.histogram.error,
         )
+
+
+def _within(mean: Fraction, low: float, high: float) -> float:
+    """A mean as float64: values are rounded, and the exact mean of equal ones may be beside them."""
+    return min(max(float(mean), low), high)
 
 
 def _square_root(number: Fraction) -> float:

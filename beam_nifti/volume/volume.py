@@ -23,7 +23,7 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, stored_range
+from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.rescale import (
@@ -298,12 +298,15 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: voxels are NaN or infinite, have no range, or do not fit their dtype.
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
+    notes = list[str]()
     is_native = config.voxel_dtype == "native"
     for number, voxels in enumerate(images_of(volume, config)):
         try:
             intensity, found, rescaled = _rescale(voxels, volume, config, number)
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
+        if _is_far_from_cohort(voxels, volume, config, intensity, number):
+            notes.append("far-from-cohort")
         intensities.append(intensity)
         ranges += [found] if found else []
         if config.channels is None:
@@ -318,8 +321,22 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         scaling=volume.scaling if is_native else Scaling(),
         intensities=tuple(intensities),
         rescale_ranges=tuple(ranges),
+        notes=join_notes([volume.notes, notes]),
         config=config,
     )
+
+
+def _is_far_from_cohort(
+    voxels: Voxels, volume: Volume, config: RecordConfig, intensity: Intensity, number: int
+) -> bool:
+    if config.rescale_stats is None:
+        return False
+    if config.rescale_within is not None:
+        voxels = voxels[select_voxels(voxels, volume.scaling, config.rescale_within, volume.mask)]
+        if voxels.size == 0:
+            return False
+        intensity = measure(voxels, volume.scaling)
+    return config.rescale_stats.is_far(number, intensity.mean)
 
 
 def require_rescaled(volume: Volume) -> None:

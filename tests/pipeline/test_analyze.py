@@ -339,6 +339,20 @@ def test_appended_volumes_are_rescaled_by_the_frozen_statistics(tmp_path: Path) 
     assert statistics_of(tmp_path / "out") == statistics_of(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("within", [None, "nonzero"])
+def test_volumes_far_from_the_cohort_are_counted(
+    tmp_path: Path, run: Callable[..., str], within: str | None
+) -> None:
+    manifest, output = write_cohort(tmp_path / "c", 8), tmp_path / "out"
+    flags = ["--rescale=cohort:zscore", *([f"--rescale-within={within}"] if within else [])]
+    assert "warning" not in run("build", manifest, output, *flags)
+    write_cohort(tmp_path / "c", 2, first=8)
+    write_image(tmp_path / "c" / name_of(9), 7 * brain(seed=9))
+    said = run("build", manifest, output, *flags)
+    assert "1 example: the mean of the voxels that --rescale-within selects is more than 5 standard" in said
+    assert len(index_rows(output)) == 10
+
+
 def test_a_build_refuses_to_change_the_statistics_of_a_dataset(
     manifest: Path, built: Path, tmp_path: Path
 ) -> None:

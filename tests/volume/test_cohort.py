@@ -212,6 +212,17 @@ def test_a_volume_is_measured_in_each_channel_where_it_is_selected(tmp_path: Pat
     assert found.options == (("channels", "T1w,FLAIR"), ("rescale_within", "mask"))
 
 
+def test_each_volume_counts_alike_in_the_mean_of_means() -> None:
+    total, means = ChannelMeasure(), list[float]()
+    for size in (3, 50, 700):
+        voxels = random_voxels((size,), "int16", size)
+        total.add(ChannelMeasure.of(voxels, Scaling(0.3, 2.0)))
+        means.append(float(np.mean(voxels * 0.3 + 2)))
+    found = total.statistics(())
+    assert found.volume_mean == pytest.approx(np.mean(means), rel=1e-12)
+    assert found.volume_std == pytest.approx(np.std(means), rel=1e-12)
+
+
 def test_medians_are_of_volumes() -> None:
     total = CohortMeasure()
     for size, spacing in ((10, 1.0), (20, 2.0), (20, 2.0), (90, 9.0)):
@@ -261,6 +272,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     [
         ("channels.0.mean", 1e9, "channels[0] has num_voxels"),
         ("channels.0.std", -1.0, "which no voxels have"),
+        ("channels.0.volume_std", -1.0, "which no voxels have"),
+        ("channels.0.volume_mean", 1e9, "which no voxels have"),
         ("channels.0.std", "1", "channels[0].std is '1', expected a number"),
         ("channels.0.mean", 10**400, "expected a number"),
         ("channels.0.num_voxels", 0, "channels[0].num_voxels is 0, expected at least 1"),
