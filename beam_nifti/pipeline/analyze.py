@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
-from apache_beam.pvalue import AsList
+from apache_beam.pvalue import AsList, PBegin
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.errors import (
@@ -127,6 +127,47 @@ def _write_measured(total: CohortMeasure, failures: Sequence[Failure], plan: Ana
     storage.write(plan.path, measured.to_json().encode(), plan.below)
 
 
+class MeasureCohort(beam.PTransform[Any, Any]):
+    """The whole graph of an analysis, up to the file of the result."""
+
+    def __init__(self, plan: AnalysisPlan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def expand(self, pipeline: beam.Pipeline | PBegin) -> _Values:
+        """To one None."""
+        plan = self._plan
+        record, folder = plan.build.config.record, storage.dirname(plan.build.config.manifest)
+        loading = LoadVolumeFn(folder, plan.build.required_shape, plan.build.required_dtype, record)
+        loaded = (
+            pipeline
+            | "Create" >> beam.Create([plan.build.config.manifest], reshuffle=False)  # str
+            | "CutRows" >> beam.ParDo(CutRows(plan)).with_output_types(tuple[VolumeRow, ...])
+            | "Reshuffle" >> beam.Reshuffle().with_output_types(tuple[VolumeRow, ...])  # tuple of VolumeRow
+            | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
+            | "LoadVolume" >> guarded(loading, Volume, folder, release=True)  # Volume
+        )
+        steps, volumes = [loaded], loaded.main
+        if record.prepares:
+            preparing = PreprocessFn(record, plan.build.required_shape, release=True)
+            steps += [volumes | "Preprocess" >> guarded(preparing, Volume, folder, release=True)]  # Volume
+            volumes = steps[-1].main
+        measured = volumes | "Measure" >> guarded(
+            MeasureFn(record), CohortMeasure, folder, release=True
+        )  # CohortMeasure
+        failures: _Values = (
+            tuple(step[FAILURES] for step in (*steps, measured))
+            | "Flatten" >> beam.Flatten().with_output_types(tuple[str, Failure])  # (shard, Failure)
+            | "Failures" >> beam.Values().with_output_types(Failure)  # Failure
+        )
+        written: _Values = (
+            measured.main
+            | "AddUp" >> beam.CombineGlobally(_add_up)  # CohortMeasure
+            | "WriteMeasured" >> beam.Map(_write_measured, AsList(failures), plan)  # None
+        )
+        return written
+
+
 def run_analysis(plan: AnalysisPlan, options: PipelineOptions) -> Analysis:
     """Measure the volumes on an engine. The file of the result stays.
 
@@ -134,33 +175,8 @@ def run_analysis(plan: AnalysisPlan, options: PipelineOptions) -> Analysis:
         TooManyFailures: more volumes failed than `max_bad_fraction` allows.
         VolumeError: none of them has a voxel to measure.
     """
-    record, folder = plan.build.config.record, storage.dirname(plan.build.config.manifest)
-    loading = LoadVolumeFn(folder, plan.build.required_shape, plan.build.required_dtype, record)
     pipeline = beam.Pipeline(options=options)
-    loaded = (
-        pipeline
-        | "Create" >> beam.Create([plan.build.config.manifest], reshuffle=False)  # str
-        | "CutRows" >> beam.ParDo(CutRows(plan)).with_output_types(tuple[VolumeRow, ...])
-        | "Reshuffle" >> beam.Reshuffle().with_output_types(tuple[VolumeRow, ...])  # tuple of VolumeRow
-        | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
-        | "LoadVolume" >> guarded(loading, Volume, folder, release=True)  # Volume
-    )
-    steps, volumes = [loaded], loaded.main
-    if record.prepares:
-        preparing = PreprocessFn(record, plan.build.required_shape, release=True)
-        steps += [volumes | "Preprocess" >> guarded(preparing, Volume, folder, release=True)]  # Volume
-        volumes = steps[-1].main
-    steps += [volumes | "Measure" >> guarded(MeasureFn(record), CohortMeasure, folder, release=True)]
-    failures: _Values = (
-        tuple(step[FAILURES] for step in steps)
-        | "Flatten" >> beam.Flatten().with_output_types(tuple[str, Failure])  # (shard, Failure)
-        | "Failures" >> beam.Values().with_output_types(Failure)  # Failure
-    )
-    (
-        steps[-1].main
-        | "AddUp" >> beam.CombineGlobally(_add_up)  # CohortMeasure
-        | "WriteMeasured" >> beam.Map(_write_measured, AsList(failures), plan)
-    )
+    pipeline | "MeasureCohort" >> MeasureCohort(plan)
     pipeline.run().wait_until_finish()
     return _accepted(plan.read(), plan)
 

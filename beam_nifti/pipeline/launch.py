@@ -169,6 +169,7 @@ def run_analysis_on(engine: Engine, rows: bytes | None, out: str | None, watcher
         else:
             base = engine.config.temp_location or storage.dirname(storage.absolute(out or ""))
             folder = storage.join(base, f"beam_nifti-{uuid.uuid4().hex}")
+            stack.callback(storage.delete_folder, folder, base)
         path = storage.join(folder, STATISTICS_NAME)
         plan = plan_cohort(engine.config, rows, path)
         stack.callback(storage.delete, path, folder)

@@ -16,16 +16,21 @@ from typing import Any
 import apache_beam as beam
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 import beam_nifti as bn
 from beam_nifti.config import BuildConfig, CohortStatistics
 from beam_nifti.errors import OutputError, TooManyFailures, UsageError, VolumeError
-from beam_nifti.pipeline.analyze import run_analysis
+from beam_nifti.manifest.in_memory import NAME, parquet_of
+from beam_nifti.pipeline.analyze import MeasureCohort, run_analysis
 from beam_nifti.pipeline.build import open_build, plan_cohort, run_build
 from beam_nifti.pipeline.cohort import AnalysisPlan
 from beam_nifti.pipeline.configure import make_analysis_config
+from beam_nifti.pipeline.launch import run_analysis_on, run_build_on
+from beam_nifti.pipeline.runners import Engine
 from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
+from beam_nifti.pipeline.watcher import Watcher
 from tests.build_helpers import CUTTING_RUNNER, LOCAL_RUNNER, contents, make_config, make_options, stray_files
 from tests.datasets import edit_info, index_rows, info_of, records_of
 from tests.images import Array, brain, name_of, random_voxels, write_cohort, write_image, write_manifest
@@ -127,6 +132,43 @@ def test_the_numbers_depend_on_no_runner(manifest: Path, tmp_path: Path, engine:
     other = measure_in(tmp_path / "other.json", manifest, options, **engine)
     assert one.to_json() == other.to_json()
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+
+
+def test_collections_are_joined_only_where_they_have_one_coder(manifest: Path, tmp_path: Path) -> None:
+    """Flink refuses others."""
+    config = make_analysis_config(str(manifest), {"spacing": 2})
+    pipeline = beam.Pipeline()
+    pipeline | MeasureCohort(plan_cohort(config, None, str(tmp_path / "m.json")))
+    graph = pipeline.to_runner_api().components
+    joined = [t for t in graph.transforms.values() if t.spec.urn == "beam:transform:flatten:v1"]
+    assert joined
+    for transform in joined:
+        assert len({graph.pcollections[name].coder_id for name in transform.inputs.values()}) == 1
+
+
+@pytest.mark.parametrize("is_table", [False, True])
+def test_workers_elsewhere_write_where_the_launcher_reads(
+    manifest: Path, tmp_path: Path, is_table: bool
+) -> None:
+    config = make_analysis_config(str(manifest), {})
+    rows = None
+    if is_table:
+        table = pd.read_csv(manifest, sep="\t", dtype=str)
+        table["path"] = [str(manifest.parent / path) for path in table["path"]]
+        rows, config = parquet_of(table, hides_cells=False), replace(config, manifest=NAME, rows="")
+    engine = Engine(make_options(), config, is_local=False)
+    out = tmp_path / "s.json"
+    found = run_analysis_on(engine, rows, str(out), Watcher(has_progress=False))
+    assert found.statistics == measure_in(tmp_path / "m.json", manifest, {}).statistics
+    assert {path.name for path in tmp_path.iterdir()} == {"s.json", "m.json"}
+    with pytest.raises(UsageError, match="measures the volumes first; run `beam-nifti analyze`"):
+        run_build_on(
+            Engine(
+                make_options(), make_config(manifest, tmp_path / "out", **ZSCORE), False, is_template=True
+            ),
+            None,
+            Watcher(has_progress=False),
+        )
 
 
 def test_the_measured_splits_are_those_that_are_named(manifest: Path, tmp_path: Path) -> None:
