@@ -50,6 +50,7 @@ def build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
     except TooManyFailures as e:
         run.fail(e)
         if watcher.plan is None:  # while the cohort was measured
+            run.know(num_failed=e.summary.num_failed, failures=e.summary.failures)
             return complain(f"{e}\n{_AGAIN}", FAILED)
         with while_read():
             _report(watcher.plan, e.summary, run.counters)

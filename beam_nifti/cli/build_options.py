@@ -221,8 +221,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 """Title, description and options of each group."""
 
 _UNUSED_BY_CHECK: Final = (
-    *("rescale", "rescale_within", "rescale_split", "rescale_stats", "clip", "mask_dtype"),
-    *("shuffle_seed", "compression_level"),
+    *("rescale_within", "clip", "mask_dtype", "shuffle_seed", "compression_level"),
     *("overwrite", "recheck", "dry_run", "metrics_file"),
 )
 

@@ -201,6 +201,8 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if "anonymous_ids" not in without:
         _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
     found = content_options(info.config)
+    if "rescale_stats" in found:
+        found["rescale_stats"] = info.record_config.rescale_stats
     if found["compression"] == "none":
         del found["compression_level"]
     return {n: read_option(n, value) for n, value in found.items() if n in OPTIONS and n != "preprocess"}

@@ -226,8 +226,6 @@ def _read_statistics(flag: str, value: object) -> str | CohortStatistics:
         return value.statistics
     if isinstance(value, CohortStatistics):
         return value
-    if isinstance(value, Mapping):  # of the configuration of a dataset, which has been checked
-        return CohortStatistics.of(value)
     return storage.path_text(flag, value)
 
 

@@ -71,6 +71,9 @@ BUILD: dict[str, Row] = {
     "--metrics-file": "cli/test_monitoring.py::test_prometheus_can_read_the_metrics_of_a_build",
 }
 CHECK: dict[str, Row] = {
+    "--rescale": ["cohort:zscore"],
+    "--rescale-split": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
+    "--rescale-stats": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
     "--json": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--out": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--max-bad-fraction": "pipeline/test_check_and_build.py::test_check_and_build_of_the_command_line_agree",

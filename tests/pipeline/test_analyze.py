@@ -366,6 +366,21 @@ def test_percentiles_clip_and_units_are_restored(manifest: Path, tmp_path: Path)
     assert bn.verify(str(tmp_path / "out"), manifest=str(manifest), deep="all", progress=False)
 
 
+@pytest.mark.parametrize("changes", [{"frames": "each"}, {"frames": "all", "voxel_dtype": "native"}])
+def test_frames_and_native_voxels(mixed: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    columns = {"path": "t", "label": None, "id": None}
+    build(mixed, tmp_path / "out", columns=columns, rescale_within="nonzero", **changes)
+    found = statistics_of(tmp_path / "out")
+    assert found.num_volumes == (18 if changes["frames"] == "each" else 6)
+    frames = np.stack([np.asarray(nib.load(mixed.parent / f"{n}_t.nii").dataobj) for n in range(6)])  # type: ignore[attr-defined]
+    (channel,) = found.channels
+    assert channel.mean == pytest.approx(frames[frames != 0].mean(), rel=1e-12)
+    voxels = bn.Dataset(str(tmp_path / "out"))[0]["image"].squeeze()
+    wanted = (frames[0].astype(np.float64) - channel.mean) / (channel.mean + channel.std - channel.mean)
+    np.testing.assert_array_equal(voxels, (wanted[..., 0] if voxels.ndim == 3 else wanted).astype(np.float32))
+    assert bn.verify(str(tmp_path / "out"), manifest=str(mixed), deep="all", progress=False)
+
+
 def test_appended_volumes_are_rescaled_by_the_frozen_statistics(tmp_path: Path) -> None:
     manifest = write_cohort(tmp_path / "c", 4)
     assert build(manifest, tmp_path / "out") == 4
@@ -403,8 +418,9 @@ def test_a_build_refuses_to_change_the_statistics_of_a_dataset(
     other = measure_in(tmp_path / "m.json", manifest, {"rescale_split": "test,train"}).statistics
     with pytest.raises(OutputError, match=r"--rescale-stats was \w+: 6 volumes, .*, now \w+: 9 volumes"):
         build(manifest, output, rescale_stats=other)
-    with pytest.raises(OutputError, match="--rescale-within was not given, now nonzero"):
+    with pytest.raises(OutputError, match="--rescale-within was not given, now nonzero") as error:
         build(manifest, output, rescale_within="nonzero")
+    assert "--rescale-stats" not in str(error.value)
     with pytest.raises(OutputError, match="--rescale-split was not given, now test"):
         build(manifest, output, rescale_split="test")
     assert contents(output) == contents(built)
@@ -634,6 +650,8 @@ def test_check_tells_what_would_be_measured(manifest: Path, built: Path) -> None
     assert found["measured"] == {"splits": ["train"], "num_volumes": 6}
     assert "measure first 6 volumes of train, unless the output has statistics" in str(found)
     assert "measured" not in bn.check(manifest, like=built, progress=False)
+    both = bn.check(manifest, rescale="cohort:zscore", rescale_split="train,test", progress=False)
+    assert both["measured"]["num_volumes"] == 9
     with pytest.raises(UsageError, match="the splits are test, train; name those to measure"):
         bn.check(manifest, rescale="cohort:zscore", rescale_split="other", progress=False)
 
