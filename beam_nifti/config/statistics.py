@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from beam_nifti.support.json_types import require_type
 
-FAR: Final = 5
-"""Standard deviations between the mean of a volume and the cohort's, beyond which the volume is unusual."""
+FAR: Final = 3
+"""Interquartile ranges from the mean of an unusual volume to the nearest quartile: Tukey's outer fences."""
 
 _MOST: Final = 1 << 62  # of anything that is counted
 
@@ -26,8 +26,8 @@ class ChannelStatistics:
         max: largest value.
         mean: mean, correctly rounded.
         std: standard deviation of all voxels together, of the population.
-        volume_mean: mean of the means of the volumes, each of which counts alike.
-        volume_std: standard deviation of the means of the volumes.
+        volume_quartiles: quartiles of the means of the volumes, each of which counts alike, with a relative
+            error of at most 2**-12.
         percentiles: pairs of a percentile, from 0 to 100, and its value; ascending.
         percentile_error: largest relative error of these values; 0 if they are exact, and then they are those
             of `numpy.percentile`.
@@ -38,10 +38,15 @@ class ChannelStatistics:
     max: float
     mean: float
     std: float
-    volume_mean: float
-    volume_std: float
+    volume_quartiles: tuple[float, float, float]
     percentiles: tuple[tuple[float, float], ...]
     percentile_error: float
+
+    def is_far(self, mean: float) -> bool:
+        """Whether the mean of a volume is more than FAR interquartile ranges from the quartiles of all."""
+        low, _, high = self.volume_quartiles
+        width = high - low
+        return width > 0 and not low - FAR * width <= mean <= high + FAR * width
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,6 @@ class CohortStatistics:
         found._require_possible()
         return found
 
-    def is_far(self, number: int, mean: float) -> bool:
-        """Whether the mean of a volume's voxels in a channel is far from the means of those measured."""
-        channel = self.channels[number]
-        return abs(mean - channel.volume_mean) > FAR * channel.volume_std > 0
-
     def _require_possible(self) -> None:
         counts = [("num_volumes", self.num_volumes, 1), ("num_empty", self.num_empty, 0)]
         counts += [("num_failed", self.num_failed, 0), ("channels", len(self.channels), 1)]
@@ -129,10 +129,13 @@ class CohortStatistics:
 
 
 def _channel_of(facts: Mapping[str, Any]) -> ChannelStatistics:
-    names = ("min", "max", "mean", "std", "volume_mean", "volume_std", "percentile_error")
+    names = ("min", "max", "mean", "std", "percentile_error")
     numbers = {name: float(facts[name]) for name in names}
     percentiles = tuple((float(p), float(value)) for p, value in facts["percentiles"])
-    return ChannelStatistics(facts["num_voxels"], percentiles=percentiles, **numbers)
+    quartiles = _triple(facts["volume_quartiles"])
+    return ChannelStatistics(
+        facts["num_voxels"], volume_quartiles=quartiles, percentiles=percentiles, **numbers
+    )
 
 
 def _triple(numbers: Any) -> tuple[float, float, float]:
@@ -144,13 +147,13 @@ def _is_possible(channel: ChannelStatistics) -> bool:
     percents, values = zip(*channel.percentiles, strict=True) if channel.percentiles else ((), ())
     return (
         channel.min <= channel.mean <= channel.max
-        and channel.min <= channel.volume_mean <= channel.max
-        and max(channel.std, channel.volume_std) <= channel.max - channel.min
-        and min(channel.std, channel.volume_std) >= 0
+        and 0 <= channel.std <= channel.max - channel.min
         and math.isfinite(channel.max - channel.min)
         and 0 <= channel.percentile_error < 1
         and all(a < b for a, b in itertools.pairwise(percents))
         and all(0 <= p <= 100 for p in percents)
-        and list(values) == sorted(values)
-        and all(channel.min <= value <= channel.max for value in values)
+        and all(
+            list(each) == sorted(each) and all(channel.min <= value <= channel.max for value in each)
+            for each in (values, channel.volume_quartiles)
+        )
     )

@@ -6,21 +6,22 @@ Reshuffle            tuple of VolumeRow
 UnpackRows           VolumeRow
 LoadVolume           Volume            ┐
 Preprocess           Volume            │ each with (shard, Failure)
-Measure              CohortMeasure     ┘
+Measure              (VolumeMeans, CohortMeasure) ┘
 AddUp                CohortMeasure
+FindUnusual          UnusualVolume     of VolumeMeans, when all are measured
 WriteMeasured        one file
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
-from apache_beam.pvalue import AsList, PBegin
+from apache_beam.pvalue import AsList, AsSingleton, PBegin
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import ChannelStatistics, RecordConfig
 from beam_nifti.errors import (
     BuildSummary,
     FailedVolume,
@@ -34,7 +35,7 @@ from beam_nifti.pipeline.failures import Failure, accepting_fraction
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.plan import read_build_manifest
 from beam_nifti.pipeline.progress import current_progress
-from beam_nifti.pipeline.statistics_file import Analysis, Measured
+from beam_nifti.pipeline.statistics_file import Analysis, Measured, UnusualVolume
 from beam_nifti.pipeline.steps import FAILURES, LoadVolumeFn, PreprocessFn, guarded, timed
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted
@@ -73,6 +74,15 @@ class CutRows(beam.DoFn):
                 yield tuple(manifest.rows(some, num_frames=plan.num_frames))
 
 
+class VolumeMeans(NamedTuple):
+    """A measured volume: row and position in the manifest, and the mean of each channel that has voxels."""
+
+    row: int
+    position: int
+    example_id: str
+    means: tuple[float | None, ...]
+
+
 class MeasureFn(beam.DoFn):
     """Measure a prepared volume."""
 
@@ -81,12 +91,13 @@ class MeasureFn(beam.DoFn):
         self._msec = Metrics.distribution(type(self), "measure-msec")
         self._progress = current_progress()
 
-    def process(self, volume: Volume) -> Iterable[CohortMeasure]:
-        """Yield its measure."""
+    def process(self, volume: Volume) -> Iterable[tuple[VolumeMeans, CohortMeasure]]:
+        """Yield its means and its measure."""
         with timed(self._msec):
             measure = measure_volume(volume, self._config)
         self._progress.add(volumes=1)
-        yield measure
+        means = tuple(channel.mean if channel.count else None for channel in measure.channels)
+        yield VolumeMeans(volume.row.row, volume.row.position, volume.row.example_id, means), measure
 
 
 def _add_up(measures: Iterable[CohortMeasure]) -> CohortMeasure:
@@ -97,11 +108,37 @@ def _add_up(measures: Iterable[CohortMeasure]) -> CohortMeasure:
     return total
 
 
+def _means_of(measured: tuple[VolumeMeans, CohortMeasure]) -> VolumeMeans:
+    return measured[0]
+
+
+def _measure_of(measured: tuple[VolumeMeans, CohortMeasure]) -> CohortMeasure:
+    return measured[1]
+
+
+def _summarize(total: CohortMeasure) -> tuple[ChannelStatistics | None, ...]:
+    return tuple(channel.statistics(()) if channel.count else None for channel in total.channels)
+
+
+def _find_unusual(
+    volume: VolumeMeans, channels: tuple[ChannelStatistics | None, ...], names: Sequence[str]
+) -> Iterable[tuple[int, UnusualVolume]]:
+    """Yield a volume with its position for each channel in which it is far from the others."""
+    for name, mean, channel in zip(names, volume.means, channels, strict=True):
+        if mean is not None and channel is not None and channel.is_far(mean):
+            yield volume.position, UnusualVolume(volume.row, volume.example_id, name, mean)
+
+
 def _rows_of(rows: tuple[VolumeRow, ...]) -> Iterable[VolumeRow]:
     return rows
 
 
-def _write_measured(total: CohortMeasure, failures: Sequence[Failure], plan: AnalysisPlan) -> None:
+def _write_measured(
+    total: CohortMeasure,
+    failures: Sequence[Failure],
+    unusual: Sequence[tuple[int, UnusualVolume]],
+    plan: AnalysisPlan,
+) -> None:
     in_order = sorted(failures, key=lambda f: (f.row.row, f.row.position, f.stage))
     num_failed = sum(len(failure.row.positions) for failure in in_order)
     folder = storage.dirname(plan.build.config.manifest)
@@ -123,7 +160,9 @@ def _write_measured(total: CohortMeasure, failures: Sequence[Failure], plan: Ana
             problem = ""
         except VolumeError as e:
             problem = str(e)
-    measured = Measured(statistics, problem, failed, num_failed, plan.key)
+    by_row = sorted(unusual, key=lambda found: (found[1].row, found[0], found[1].channel))
+    far = tuple(volume for _, volume in by_row)
+    measured = Measured(statistics, problem, failed, far, num_failed, plan.key)
     storage.write(plan.path, measured.to_json().encode(), plan.below)
 
 
@@ -153,18 +192,27 @@ class MeasureCohort(beam.PTransform[Any, Any]):
             steps += [volumes | "Preprocess" >> guarded(preparing, Volume, folder, release=True)]  # Volume
             volumes = steps[-1].main
         measured = volumes | "Measure" >> guarded(
-            MeasureFn(record), CohortMeasure, folder, release=True
-        )  # CohortMeasure
+            MeasureFn(record), tuple[VolumeMeans, CohortMeasure], folder, release=True
+        )  # (VolumeMeans, CohortMeasure)
         failures: _Values = (
             tuple(step[FAILURES] for step in (*steps, measured))
             | "Flatten" >> beam.Flatten().with_output_types(tuple[str, Failure])  # (shard, Failure)
             | "Failures" >> beam.Values().with_output_types(Failure)  # Failure
         )
-        written: _Values = (
+        total = (
             measured.main
+            | "Measures" >> beam.Map(_measure_of).with_output_types(CohortMeasure)  # CohortMeasure
             | "AddUp" >> beam.CombineGlobally(_add_up)  # CohortMeasure
-            | "WriteMeasured" >> beam.Map(_write_measured, AsList(failures), plan)  # None
         )
+        channels = total | "Summarize" >> beam.Map(_summarize)  # ChannelStatistics of each channel
+        unusual = (
+            measured.main
+            | "Means" >> beam.Map(_means_of).with_output_types(VolumeMeans)  # VolumeMeans
+            | "FindUnusual" >> beam.FlatMap(_find_unusual, AsSingleton(channels), record.channels or ("",))
+        )  # (position, UnusualVolume)
+        written: _Values = total | "WriteMeasured" >> beam.Map(
+            _write_measured, AsList(failures), AsList(unusual), plan
+        )  # None
         return written
 
 
@@ -197,4 +245,4 @@ def _accepted(measured: Measured, plan: AnalysisPlan) -> Analysis:
         raise TooManyFailures("\n  ".join(lines), summary, measured.failures)
     if measured.statistics is None:
         raise VolumeError(f"{plan.build.config.manifest}: {measured.problem}")
-    return Analysis(measured.statistics, measured.failures)
+    return Analysis(measured.statistics, measured.failures, measured.unusual)

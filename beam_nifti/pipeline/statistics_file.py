@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -24,6 +24,23 @@ _SHOWN: Final = 5  # labels and failures that a table shows
 
 
 @dataclass(frozen=True)
+class UnusualVolume:
+    """A measured volume whose voxels are far from those of the others; see `ChannelStatistics.is_far`.
+
+    Attributes:
+        row: number of its row in the manifest, from 1.
+        example_id: id of the example.
+        channel: column of its image; "" if there is only one.
+        mean: mean of its selected voxels, in the image's units.
+    """
+
+    row: int
+    example_id: str
+    channel: str
+    mean: float
+
+
+@dataclass(frozen=True)
 class Measured:
     """What the pipeline of an analysis has found.
 
@@ -31,13 +48,15 @@ class Measured:
         statistics: the statistics; None if there are none.
         problem: why there are none; "" if there are.
         failures: volumes that failed, in the manifest's order.
-        num_failed: their number; with `--frames each`, that of all frames.
+        unusual: volumes that are far from the others, in the manifest's order.
+        num_failed: number of failures; with `--frames each`, that of all frames.
         key: digest of what was measured; see `analyze.key_of`.
     """
 
     statistics: CohortStatistics | None
     problem: str
     failures: tuple[FailedVolume, ...]
+    unusual: tuple[UnusualVolume, ...]
     num_failed: int
     key: str
 
@@ -56,10 +75,16 @@ class Measured:
         require_keys(facts, hints_of(cls), hints_of(cls), "")
         found = facts["statistics"]
         return cls(
-            **facts
-            | {"statistics": None if found is None else CohortStatistics.of(found)}
-            | {"failures": tuple(FailedVolume(**failure) for failure in facts["failures"])}
+            **facts | {"statistics": None if found is None else CohortStatistics.of(found)} | _lists_of(facts)
         )
+
+
+def _lists_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The volumes that a file names."""
+    return {
+        "failures": tuple(FailedVolume(**failure) for failure in facts["failures"]),
+        "unusual": tuple(UnusualVolume(**volume) for volume in facts["unusual"]),
+    }
 
 
 class Analysis(Document):
@@ -70,21 +95,28 @@ class Analysis(Document):
     Attributes:
         statistics: the statistics.
         failures: volumes that failed and are not in the statistics.
+        unusual: volumes in the statistics whose voxels are far from those of the others.
     """
 
-    def __init__(self, statistics: CohortStatistics, failures: tuple[FailedVolume, ...] = ()) -> None:
+    def __init__(
+        self,
+        statistics: CohortStatistics,
+        failures: tuple[FailedVolume, ...] = (),
+        unusual: tuple[UnusualVolume, ...] = (),
+    ) -> None:
         facts = {
             "statistics_version": _VERSION,
             "statistics": asdict(statistics),
             "failures": list(map(asdict, failures)),
+            "unusual": list(map(asdict, unusual)),
         }
         super().__init__(facts)
-        self.statistics, self.failures = statistics, failures
+        self.statistics, self.failures, self.unusual = statistics, failures, unusual
         self._words: Callable[[str], str] = str
 
     def reworded(self, words: Callable[[str], str]) -> Analysis:
         """The analysis with its table changed; the items stay those of the JSON."""
-        analysis = Analysis(self.statistics, self.failures)
+        analysis = Analysis(self.statistics, self.failures, self.unusual)
         analysis._words = words
         return analysis
 
@@ -109,10 +141,20 @@ def _rows_of(analysis: Analysis) -> Iterator[tuple[str, str]]:
     yield from statistics_rows(asdict(found))
     if found.num_failed:
         yield "failed", f"{counted(found.num_failed, 'volume')}, not in the statistics"
-    for failure in analysis.failures[:_SHOWN]:
-        yield "", f"row {failure.row} ({failure.example_id}): {failure.message}"
-    if len(analysis.failures) > _SHOWN:
-        yield "", f"and {len(analysis.failures) - _SHOWN:,} more"
+    failed = [f"row {f.row} ({f.example_id}): {f.message}" for f in analysis.failures]
+    yield from _listed("", failed)
+    unusual = [
+        f"row {v.row} ({v.example_id}): mean {v.mean:.6g}{f' of {v.channel}' if v.channel else ''}"
+        for v in analysis.unusual
+    ]
+    yield from _listed("unusual", unusual)
+
+
+def _listed(title: str, lines: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(lines[:_SHOWN]):
+        yield "" if number else title, line
+    if len(lines) > _SHOWN:
+        yield "", f"and {len(lines) - _SHOWN:,} more"
 
 
 def statistics_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -149,10 +191,14 @@ def parse_statistics(content: str | bytes) -> Analysis:
     require_type(facts, dict, "it")
     if (version := facts.get("statistics_version")) != _VERSION:
         raise ValueError(f"statistics_version is {version!r}, expected {_VERSION}")
-    kinds = {"statistics_version": int, "statistics": dict, "failures": tuple[FailedVolume, ...]}
+    kinds = {
+        "statistics_version": int,
+        "statistics": dict,
+        "failures": tuple[FailedVolume, ...],
+        "unusual": tuple[UnusualVolume, ...],
+    }
     require_keys(facts, kinds, kinds, "")
-    failures = tuple(FailedVolume(**failure) for failure in facts["failures"])
-    return Analysis(CohortStatistics.of(facts["statistics"]), failures)
+    return Analysis(CohortStatistics.of(facts["statistics"]), **_lists_of(facts))
 
 
 def read_statistics(path: str) -> CohortStatistics:

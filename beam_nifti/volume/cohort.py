@@ -7,7 +7,6 @@ Sums are exact rational numbers, and histograms are counts, so neither rounds wh
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -263,7 +262,7 @@ class ChannelMeasure:
         low: least value, as float64.
         high: largest value, as float64.
         histogram: their counts.
-        volumes: sums over volumes with selected voxels: their number, their means, and the squares of these.
+        volume_means: counts of the means of the volumes with selected voxels.
     """
 
     count: int = 0
@@ -272,7 +271,7 @@ class ChannelMeasure:
     low: float = math.inf
     high: float = -math.inf
     histogram: Histogram = EMPTY
-    volumes: tuple[int, Fraction, Fraction] = (0, Fraction(0), Fraction(0))
+    volume_means: Histogram = EMPTY
 
     @classmethod
     def of(cls, voxels: Voxels, scaling: Scaling) -> ChannelMeasure:
@@ -282,17 +281,22 @@ class ChannelMeasure:
         total, squares = exact_sums(voxels)
         slope, inter, count = Fraction(scaling.slope), Fraction(scaling.inter), voxels.size
         ends = scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype)) + 0.0
-        scaled = slope * total + inter * count
-        mean = Fraction(_within(scaled / count, float(ends.min()), float(ends.max())))
-        return cls(
+        found = cls(
             count=count,
-            total=scaled,
+            total=slope * total + inter * count,
             squares=slope * slope * squares + 2 * slope * inter * total + inter * inter * count,
             low=float(ends.min()),
             high=float(ends.max()),
             histogram=Histogram.of(voxels, scaling),
-            volumes=(1, mean, mean * mean),
         )
+        found.volume_means = Histogram.of(np.array([found.mean]), Scaling())
+        return found
+
+    @property
+    def mean(self) -> float:
+        """The mean of at least one voxel, as float64."""
+        # Values are rounded, and the exact mean of equal ones may be beside them.
+        return min(max(float(self.total / self.count), self.low), self.high)
 
     def add(self, other: ChannelMeasure) -> None:
         """Add the voxels of other volumes."""
@@ -301,36 +305,24 @@ class ChannelMeasure:
         self.squares += other.squares
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self.histogram = self.histogram.plus(other.histogram)
-        number, means, squares = map(operator.add, self.volumes, other.volumes)
-        self.volumes = number, means, squares
-
-    def _moments(self, count: int, total: Fraction, squares: Fraction) -> tuple[float, float]:
-        """Mean and standard deviation of numbers between `low` and `high`."""
-        mean = total / count
-        deviation = _square_root(squares / count - mean * mean)
-        return _within(mean, self.low, self.high), min(deviation, self.high - self.low)
+        self.volume_means = self.volume_means.plus(other.volume_means)
 
     def statistics(self, percentiles: Sequence[float]) -> ChannelStatistics:
         """The statistics of at least one voxel."""
-        mean, std = self._moments(self.count, self.total, self.squares)
-        volume_mean, volume_std = self._moments(*self.volumes)
+        variance = self.squares / self.count - (self.total / self.count) ** 2
         values = np.clip(self.histogram.percentiles(percentiles), self.low, self.high)
+        quartiles = np.clip(self.volume_means.percentiles((25, 50, 75)), self.low, self.high)
+        low, median, high = quartiles.tolist()
         return ChannelStatistics(
             num_voxels=self.count,
             min=self.low,
             max=self.high,
-            mean=mean,
-            std=std,
-            volume_mean=volume_mean,
-            volume_std=volume_std,
+            mean=self.mean,
+            std=min(_square_root(variance), self.high - self.low),
+            volume_quartiles=(low, median, high),
             percentiles=tuple(zip(percentiles, values.tolist(), strict=True)),
             percentile_error=self.histogram.error,
         )
-
-
-def _within(mean: Fraction, low: float, high: float) -> float:
-    """A mean as float64: values are rounded, and the exact mean of equal ones may be beside them."""
-    return min(max(float(mean), low), high)
 
 
 def _square_root(number: Fraction) -> float:

@@ -22,9 +22,9 @@ TEXTS: Final = {
         "--crop-foreground cut off labelled voxels of the mask; to keep them, use --crop-foreground mask"
     ),
     "far-from-cohort": (
-        f"the mean of the voxels that --rescale-within selects is more than {FAR} standard deviations from "
-        "the means of the volumes in the statistics; look for wrong units, or use --overwrite to measure the "
-        "cohort again"
+        "the mean of the voxels that --rescale-within selects is far from the means of the volumes in the "
+        f"statistics, by more than {FAR} interquartile ranges; look for wrong units, or use --overwrite to "
+        "measure the cohort again"
     ),
     "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; to keep them, use a larger --shape",
 }

@@ -258,6 +258,20 @@ def test_failures_name_examples_as_the_options_say(tmp_path: Path) -> None:
     assert hidden.statistics == named.statistics
 
 
+def test_unusual_volumes_are_named(tmp_path: Path) -> None:
+    manifest = write_cohort(tmp_path / "c", 9)
+    write_image(manifest.parent / name_of(4), 9 * brain(seed=4))
+    options = {"rescale_within": "nonzero"}
+    found = measure_in(tmp_path / "m.json", manifest, options)
+    mean = float(brain(seed=4)[1:].mean())
+    assert [(v.row, v.example_id, v.channel) for v in found.unusual] == [(5, "sub-0004", "")]
+    assert found.unusual[0].mean == pytest.approx(9 * mean, rel=1e-12)
+    assert f"unusual       row 5 (sub-0004): mean {9 * mean:.6g}" in str(found)
+    other = measure_in(tmp_path / "o.json", manifest, options, runner=CUTTING_RUNNER, workers=2)
+    assert other.to_json() == found.to_json()
+    assert parse_statistics(found.to_json()).unusual == found.unusual
+
+
 def test_too_many_failures_end_it_and_their_number_is_told(mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(TooManyFailures, match=r"3 of 6 volumes failed.*\n.*row 2 \(s1\): 1_s") as error:
         measure_in(tmp_path / "m.json", mixed, {"path_column": "s", "max_bad_fraction": 0.4})
@@ -400,14 +414,14 @@ def test_appended_volumes_are_rescaled_by_the_frozen_statistics(tmp_path: Path) 
 def test_volumes_far_from_the_cohort_are_counted(
     tmp_path: Path, run: Callable[..., str], within: str | None
 ) -> None:
-    manifest, output = write_cohort(tmp_path / "c", 8), tmp_path / "out"
+    manifest, output = write_cohort(tmp_path / "c", 20), tmp_path / "out"
     flags = ["--rescale=cohort:zscore", *([f"--rescale-within={within}"] if within else [])]
     assert "warning" not in run("build", manifest, output, *flags)
-    write_cohort(tmp_path / "c", 2, first=8)
-    write_image(tmp_path / "c" / name_of(9), 7 * brain(seed=9))
+    write_cohort(tmp_path / "c", 2, first=20)
+    write_image(tmp_path / "c" / name_of(21), 7 * brain(seed=9))
     said = run("build", manifest, output, *flags)
-    assert "1 example: the mean of the voxels that --rescale-within selects is more than 5 standard" in said
-    assert len(index_rows(output)) == 10
+    assert "1 example: the mean of the voxels that --rescale-within selects is far from the means" in said
+    assert len(index_rows(output)) == 22
 
 
 def test_a_build_refuses_to_change_the_statistics_of_a_dataset(
@@ -572,7 +586,7 @@ def test_statistics_of_other_voxels_are_refused(
         ("[]", "it is [], expected an object"),
         ("{}", "statistics_version is None, expected 1"),
         ('{"statistics_version": 2}', "statistics_version is 2, expected 1"),
-        ('{"statistics_version": 1, "statistics": {}, "failures": []}', "lacks the key"),
+        ('{"statistics_version": 1, "statistics": {}, "failures": [], "unusual": []}', "lacks the key"),
         ('{"statistics_version": 1, "statistics": {}, "failures": [], "x": 1}', "has a key 'x'"),
     ],
 )

@@ -212,15 +212,22 @@ def test_a_volume_is_measured_in_each_channel_where_it_is_selected(tmp_path: Pat
     assert found.options == (("channels", "T1w,FLAIR"), ("rescale_within", "mask"))
 
 
-def test_each_volume_counts_alike_in_the_mean_of_means() -> None:
+def test_a_volume_is_far_from_the_quartiles_of_others() -> None:
     total, means = ChannelMeasure(), list[float]()
-    for size in (3, 50, 700):
-        voxels = random_voxels((size,), "int16", size)
+    for number in range(20):
+        voxels = random_voxels((300 + 40 * (number % 3),), "uint8", number)
+        voxels = voxels if number else voxels + np.float32(1e6)  # an outlier that would widen a deviation
         total.add(ChannelMeasure.of(voxels, Scaling(0.3, 2.0)))
-        means.append(float(np.mean(voxels * 0.3 + 2)))
+        means.append(float(np.mean(voxels.astype(np.float64) * 0.3 + 2)))
     found = total.statistics(())
-    assert found.volume_mean == pytest.approx(np.mean(means), rel=1e-12)
-    assert found.volume_std == pytest.approx(np.std(means), rel=1e-12)
+    low, median, high = np.percentile(means, (25, 50, 75)).tolist()
+    assert found.volume_quartiles == pytest.approx((low, median, high), rel=PERCENTILE_ERROR)
+    assert [number for number, mean in enumerate(means) if found.is_far(mean)] == [0]
+    width = high - low
+    assert found.is_far(high + 3.05 * width)
+    assert found.is_far(low - 3.05 * width)
+    assert not found.is_far(high + 2.95 * width)
+    assert not replace(found, volume_quartiles=(1.0, 1.0, 1.0)).is_far(9)  # equal volumes tell nothing
 
 
 def test_medians_are_of_volumes() -> None:
@@ -272,8 +279,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     [
         ("channels.0.mean", 1e9, "channels[0] has num_voxels"),
         ("channels.0.std", -1.0, "which no voxels have"),
-        ("channels.0.volume_std", -1.0, "which no voxels have"),
-        ("channels.0.volume_mean", 1e9, "which no voxels have"),
+        ("channels.0.volume_quartiles", [3, 2, 1], "which no voxels have"),
+        ("channels.0.volume_quartiles.2", 1e9, "which no voxels have"),
         ("channels.0.std", "1", "channels[0].std is '1', expected a number"),
         ("channels.0.mean", 10**400, "expected a number"),
         ("channels.0.num_voxels", 0, "channels[0].num_voxels is 0, expected at least 1"),
