@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from beam_nifti.api import analyze as analyze
     from beam_nifti.api import build as build
     from beam_nifti.api import check as check
     from beam_nifti.api import convert as convert
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_IN = {
-    "api": "build check convert diff extract inspect relabel report verify withdraw",
+    "api": "analyze build check convert diff extract inspect relabel report verify withdraw",
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",

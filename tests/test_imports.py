@@ -52,6 +52,7 @@ ONLY_IMPORTERS = {
         "pipeline.check",
         "reporting.report",
         "pipeline.runners",
+        "pipeline.analyze",
         "pipeline.beam_flags",
     },
 }
@@ -119,7 +120,8 @@ def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
     [
         (
             "",
-            "build check verify inspect diff extract report Percentile Window TooManyFailures LoadVolume",
+            "analyze build check verify inspect diff extract report Percentile Window TooManyFailures "
+            "LoadVolume",
         ),
         ("reader", "load_dataset get_batched_dataset state_after"),
         ("random_access", "Dataset"),

@@ -16,7 +16,7 @@ from beam_nifti.cli.common_options import (
     add_summary,
     add_workers,
 )
-from beam_nifti.config import COMPRESSION_LEVELS
+from beam_nifti.config import COMPRESSION_LEVELS, PREPARATIONS
 from beam_nifti.pipeline.options import OPTIONS, flag_of, read_integer, read_number, read_switch
 
 WITHOUT_EFFECT = "without effect on check"
@@ -32,6 +32,17 @@ examples:
 
 Run the same command again to continue a stopped build, to add rows that were appended to the manifest, and to
 retry volumes that failed.
+
+"""
+
+_ANALYZE_EXAMPLES = """\
+examples:
+  beam-nifti analyze cohort/manifest.tsv --rescale-within nonzero --out cohort/statistics.json
+  beam-nifti build cohort/manifest.tsv cohort/dataset --rescale cohort:zscore --rescale-within nonzero \\
+      --rescale-stats cohort/statistics.json
+
+Reads every volume of the split train. The numbers are the same on every runner, with any number of workers.
+`build --rescale cohort:zscore` without --rescale-stats does the same before it writes records.
 
 """
 
@@ -87,10 +98,16 @@ _HELP: Final = {
     "rescale": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
     "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
     "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: the "
-    "mean, and one standard deviation above it; none: keep the image's units",
+    "mean, and one standard deviation above it; cohort:zscore, cohort:percentile:LO,HI: the same of the "
+    "voxels of all volumes together, measured before the first build and kept by later ones; none: keep the "
+    "image's units",
     "rescale_within": "compute range, percentiles, mean and standard deviation from these voxels only: "
     "nonzero; above:T, those above T in the image's units; or mask, those with a label in the mask; "
     "default: all",
+    "rescale_split": "splits whose volumes are measured for cohort:zscore and cohort:percentile; default: "
+    "train",
+    "rescale_stats": "file of `beam-nifti analyze` with the statistics for cohort:zscore and "
+    "cohort:percentile; default: those of the dataset, or else they are measured",
     "clip": "set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax with "
     "--rescale-within; default: keep them as they are",
     "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
@@ -130,6 +147,19 @@ _HELP: Final = {
 
 _HELP_OF_CHECK: Final = _HELP | {
     "temp_location": "folder or URL for temporary files on a cluster; default: the folder of --out"
+}
+
+_HELP_OF_ANALYZE: Final = _HELP | {
+    "rescale": "cohort:percentile:LO,HI also computes these two percentiles; default: cohort:zscore",
+    "rescale_within": "measure these voxels only: nonzero; above:T, those above T in the image's units; or "
+    "mask, those with a label in the mask; default: all",
+    "rescale_split": "splits whose volumes are measured; default: train",
+    "max_bad_fraction": "give statistics if at most this fraction of the volumes (with --frames each, of all "
+    "frames) failed; default: 0",
+    "temp_location": "folder or URL for temporary files on a cluster; default: the folder of --out",
+    "json": "print the statistics as JSON",
+    "out": "also write the statistics as JSON to FILE, which is replaced if it exists, for --rescale-stats; "
+    "required on a cluster",
 }
 
 _OF_COMMANDS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -173,7 +203,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     "voxels": (
         None,
         (
-            *("rescale", "rescale_within", "clip", "mask_dtype"),
+            *("rescale", "rescale_within", "rescale_split", "rescale_stats", "clip", "mask_dtype"),
             *("voxel_dtype", "frames", "complex", "allow_mixed_shapes"),
         ),
     ),
@@ -192,13 +222,30 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 """Title, description and options of each group."""
 
 _UNUSED_BY_CHECK: Final = (
-    *("rescale", "rescale_within", "clip", "mask_dtype", "shuffle_seed", "compression_level"),
+    *("rescale_within", "clip", "mask_dtype", "shuffle_seed", "compression_level"),
     *("overwrite", "recheck", "dry_run", "metrics_file"),
 )
 
 
+_USED_BY_ANALYZE: Final = (
+    *(
+        "config",
+        "like",
+        "without",
+        "path_column",
+        "mask_column",
+        "label_column",
+        "missing_label",
+        "id_column",
+    ),
+    *("anonymous_ids", "split", "stratify", "split_seed", "rescale", "rescale_within", "rescale_split"),
+    *("mask_dtype", "frames", "complex", "allow_mixed_shapes", *PREPARATIONS),
+    *("json", "out", "max_bad_fraction", "workers", "temp_location", "quiet", "summary_json"),
+)
+
+
 def add_commands(commands: Commands) -> None:
-    """Add `check` and `build`."""
+    """Add `check`, `analyze` and `build`."""
     check = add_command(
         commands,
         "check",
@@ -213,6 +260,20 @@ def add_commands(commands: Commands) -> None:
     about = "Accepted and validated, so that check and build can be given the same flags."
     _add_group(check, WITHOUT_EFFECT, about, _UNUSED_BY_CHECK)
     add_beam(check)
+
+    analyze = add_command(
+        commands,
+        "analyze",
+        "measure the intensities, sizes and labels of a cohort",
+        _ANALYZE_EXAMPLES,
+    )
+    analyze.add_argument("manifest", metavar="MANIFEST", help="table of images, as for build")
+    for title, (about, names) in _GROUPS.items():
+        further = ("json", "out") if title == "running" else ()
+        used = [name for name in (*further, *names) if name in _USED_BY_ANALYZE]
+        if used:
+            _add_group(analyze, title, about, used, _HELP_OF_ANALYZE)
+    add_beam(analyze)
 
     build = add_command(commands, "build", "write the dataset that a manifest describes", _BUILD_EXAMPLES)
     build.add_argument(

@@ -17,6 +17,7 @@ from beam_nifti.pipeline.outputs import require_ending, require_out
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import FAILED, SUCCESS
+from beam_nifti.support.process import require_modules
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import bytes_text, counted, size_text
 
@@ -213,7 +214,7 @@ def view(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     from beam_nifti.reporting.view import make_view
 
     require_ending(options.out, ".html")
-    api.require_modules("jinja2", "nilearn")
+    require_modules("jinja2", "nilearn")
     out = options.out or file_name(options.id, ".html")
     path = storage.absolute(out)
     if options.open and storage.is_remote(path):

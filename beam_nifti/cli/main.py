@@ -129,6 +129,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
     commands: dict[str, Callable[[RunSummary, argparse.Namespace, list[str]], int]] = {
         "manifest": manifest_command.write_manifest,
         "check": build_commands.check,
+        "analyze": build_commands.analyze,
         "build": build_commands.build,
         "verify": dataset_commands.verify,
         "convert": dataset_commands.convert,

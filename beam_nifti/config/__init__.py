@@ -17,20 +17,24 @@ from beam_nifti.config.record import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     FRAMES,
+    GIVEN_ONLY,
     MASK_DTYPES,
     VOXEL_DTYPES,
     RecordConfig,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
+from beam_nifti.config.statistics import FAR, ChannelStatistics, CohortStatistics, LabelStatistics
 
 __all__ = [
     "COMPLEX_PARTS",
     "COMPRESSIONS",
     "COMPRESSION_LEVELS",
+    "FAR",
     "FOLD_PARTS",
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",
+    "GIVEN_ONLY",
     "LABEL_KINDS",
     "MASK_DTYPES",
     "MISSING_LABELS",
@@ -41,8 +45,11 @@ __all__ = [
     "SPLIT_PATTERN",
     "VOXEL_DTYPES",
     "BuildConfig",
+    "ChannelStatistics",
+    "CohortStatistics",
     "Columns",
     "LabelColumn",
+    "LabelStatistics",
     "Percentile",
     "RecordConfig",
     "Sharding",

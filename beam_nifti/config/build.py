@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from beam_nifti.config.columns import Columns
-from beam_nifti.config.record import MASK_DTYPES, RecordConfig
+from beam_nifti.config.record import GIVEN_ONLY, MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.support.strict_json import dump_json
 
@@ -119,7 +119,9 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
     else:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
     channels = columns.paths if len(columns.paths) > 1 else None
-    return replace(record, channels=channels, mask_dtype=mask_dtype)
+    record = replace(record, channels=channels, mask_dtype=mask_dtype)
+    record.require_own_statistics()
+    return record
 
 
 @dataclass(frozen=True)
@@ -193,5 +195,8 @@ class BuildConfig:
         }
         for name in ("labels", "format_version", "format_features"):  # which have fields of their own
             del content[name]
+        for name in GIVEN_ONLY:
+            if content[name] is None:
+                del content[name]
         as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

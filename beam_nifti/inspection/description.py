@@ -20,6 +20,7 @@ from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
+from beam_nifti.pipeline.statistics_file import statistics_rows
 from beam_nifti.record.dataset_files import read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.record.index import extra_column
@@ -266,6 +267,11 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
+    if config.get("rescale_stats"):
+        found = config["rescale_stats"]
+        yield "statistics", f"{counted(found['num_volumes'], 'volume')} of {', '.join(found['splits'])}"
+        for name, text in statistics_rows(found):
+            yield f"  {name}" if name else "", text
     if config.get("channels"):
         yield "channels", ", ".join(config["channels"])
     prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]

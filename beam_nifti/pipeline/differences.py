@@ -80,6 +80,8 @@ def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     if "--num-shards" in after:
         # The build may have chosen it, and without either option, a build keeps the shards that there are.
         before.pop("--examples-per-shard", None)
+    if "--rescale-stats" not in after:  # nobody has to give them, and options that need others differ too
+        before.pop("--rescale-stats", None)
     return [
         f"{flag} was {before.get(flag, NOT_GIVEN)}, now {after.get(flag, NOT_GIVEN)}"
         for flag in dict.fromkeys([*after, *before])

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.redaction import redacting
@@ -128,7 +128,23 @@ def read_rows(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Man
     manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
+    _require_measured_splits(config.record, manifest)
     return config, manifest
+
+
+def _require_measured_splits(record: RecordConfig, manifest: Manifest) -> None:
+    """Refuse a rescaling of the cohort by the volumes of a split that there is not."""
+    splits = manifest.split_sizes()
+    if not record.is_of_cohort or record.rescale_stats is not None:
+        return
+    for name in record.measured_splits:
+        if name not in splits:
+            flag = f"--rescale-split is {record.rescale_split}, but"
+            measured = flag if record.rescale_split else f"--rescale {record.rescale} measures train, but"
+            raise UsageError(
+                f"{measured} the splits are {', '.join(splits) or 'none'}; name those to measure with "
+                "--rescale-split"
+            )
 
 
 def _first_volume(

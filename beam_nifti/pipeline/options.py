@@ -21,13 +21,16 @@ from beam_nifti.config import (
     ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
+    SPLIT_PATTERN,
     VOXEL_DTYPES,
+    CohortStatistics,
     Percentile,
     Window,
     fold_shares,
     spell_steps,
 )
 from beam_nifti.errors import UsageError
+from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.wording import one_line
@@ -71,9 +74,13 @@ class BuildOptions(TypedDict, total=False):
         compression_level: level of igzip, 0 (fastest) to 3. Default: 2.
         shuffle_seed: seed that shuffles the rows of each split. Default: the manifest's order.
         rescale: "minmax" (default), "zscore", "none"; `Percentile`, `Window`, ("percentile", low, high),
-            ("window", low, high) or their text. A window is in the image's units.
+            ("window", low, high) or their text. A window is in the image's units. "cohort:zscore" and
+            ("cohort:percentile", low, high) use the voxels of all volumes together.
         rescale_within: voxels that `rescale` measures: "nonzero", "mask", or ("above", T) with T in the
             image's units. Default: all.
+        rescale_split: splits whose volumes are measured for a `rescale` of the cohort. Default: "train".
+        rescale_stats: statistics for a `rescale` of the cohort: the result of `analyze`, or the file that it
+            wrote. Default: the dataset's own; before the first build they are measured.
         clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
@@ -116,6 +123,8 @@ class BuildOptions(TypedDict, total=False):
     shuffle_seed: str | SupportsIndex | None
     rescale: Rule | Percentile | Window | None
     rescale_within: Rule | None
+    rescale_split: Names | None
+    rescale_stats: StrPath | CohortStatistics | Analysis | None
     clip: bool | None
     mask_dtype: str | None
     voxel_dtype: str | None
@@ -208,6 +217,22 @@ def _read_names(flag: str, value: object) -> str:
     if not names or not all(isinstance(name, str) and name.strip() and "," not in name for name in names):
         _refuse(flag, value, wanted)
     return ",".join(map(str, names))
+
+
+def _read_splits(flag: str, value: object) -> str:
+    wanted = "give the name of a split, or a list of them"
+    names = value.split(",") if isinstance(value, str) else _items(value)
+    if not names or not all(isinstance(name, str) and SPLIT_PATTERN.fullmatch(name) for name in names):
+        _refuse(flag, value, wanted)
+    return ",".join(sorted({str(name) for name in names}))
+
+
+def _read_statistics(flag: str, value: object) -> str | CohortStatistics:
+    if isinstance(value, Analysis):
+        return value.statistics
+    if isinstance(value, CohortStatistics):
+        return value
+    return storage.path_text(flag, value)
 
 
 def _read_without(flag: str, value: object) -> tuple[str, ...]:
@@ -388,6 +413,8 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "shuffle_seed": Option(read_integer, metavar="N"),
     "rescale": _rule(RESCALE_METHODS, "METHOD"),
     "rescale_within": _rule(SELECTIONS, "VOXELS"),
+    "rescale_split": Option(_read_splits, metavar="NAME,…"),
+    "rescale_stats": Option(_read_statistics, metavar="FILE"),
     "clip": Option(read_switch),
     "mask_dtype": _one_of(MASK_DTYPES),
     "voxel_dtype": _one_of(VOXEL_DTYPES),

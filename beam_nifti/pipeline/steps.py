@@ -26,7 +26,16 @@ from apache_beam.pvalue import PBegin, TaggedOutput
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.config import MASK_DTYPES, PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
+from beam_nifti.config import (
+    MASK_DTYPES,
+    PREPARATIONS,
+    CohortStatistics,
+    Columns,
+    Percentile,
+    RecordConfig,
+    Splitting,
+    Window,
+)
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.reading import read_manifest
@@ -40,6 +49,7 @@ from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
 from beam_nifti.pipeline.parts import PartFile, PartWriter
 from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.records import Record
+from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import IndexEntry
 from beam_nifti.storage import paths as storage
@@ -54,7 +64,7 @@ send_whole_elements()
 
 FAILURES: Final = "failures"
 _PREPARED: Final = (*PREPARATIONS, "preprocess_sha256")
-_RESCALED: Final = ("rescale", "rescale_within", "clip", "voxel_dtype")
+_RESCALED: Final = ("rescale", "rescale_within", "rescale_stats", "clip", "voxel_dtype")
 _Values = beam.PCollection[Any]
 
 
@@ -223,7 +233,10 @@ class RescaleFn(_VolumeFn):
         """Yield the rescaled volume."""
         with timed(self._msec):
             volume = self._checked(volume)
-            rescaled = rescale_volume(volume, _joined(volume.config, self._config, _RESCALED))
+            config = _joined(volume.config, self._config, _RESCALED)
+            if self.follows_any:
+                config.require_own_statistics()
+            rescaled = rescale_volume(volume, config)
         yield rescaled
 
 
@@ -523,6 +536,8 @@ class Rescale(_Step):
     Args:
         rescale: which intensities become 0 and 1, as in `BuildOptions`.
         within: which voxels are measured, as `rescale_within` of `BuildOptions`; None means all.
+        stats: statistics of the cohort, as `rescale_stats` of `BuildOptions`; required by "cohort:zscore" and
+            ("cohort:percentile", low, high). A file is read here, not by the workers.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
         voxel_dtype: same as in `BuildOptions`.
 
@@ -537,13 +552,16 @@ class Rescale(_Step):
         rescale: Rule | Percentile | Window | None = "minmax",
         *,
         within: Rule | None = None,
+        stats: StrPath | CohortStatistics | Analysis | None = None,
         clip: bool | None = False,
         voxel_dtype: str | None = "float32",
     ) -> None:
         super().__init__()
         given = {"rescale": rescale, "rescale_within": within, "clip": clip, "voxel_dtype": voxel_dtype}
-        with naming_parameters(rescale_within="within"):
-            self._step = RescaleFn(make_record_config(given))
+        with naming_parameters(rescale_within="within", rescale_stats="stats"):
+            config = make_record_config({**given, "rescale_stats": stats})
+            _ = config.cohort_ranges  # an error without statistics, or if they lack a percentile
+            self._step = RescaleFn(config)
 
 
 class EncodeExample(_Step):

@@ -14,6 +14,7 @@ from beam_nifti.config import (
     FOLD_PARTS,
     FORMAT_FEATURES,
     FORMAT_VERSION,
+    GIVEN_ONLY,
     LABEL_KINDS,
     SPLIT_PATTERN,
     BuildConfig,
@@ -213,7 +214,7 @@ class DatasetInfo:
             path: path of the dataset.
             further: arguments besides those that the dataset requires.
         """
-        needed: dict[str, object] = {}
+        split, needed = self.first_split, dict[str, object]()
         if split in self.folds:
             split, needed["fold"] = "train", 0
         if self.mask_labels is not None:
@@ -222,7 +223,7 @@ class DatasetInfo:
             needed["label"] = self.labels[0].name
         if self.shape is None and "batch_size" in further:
             needed["pad"] = True
-        words = [repr(path), repr(self.first_split), *(f"{k}={v!r}" for k, v in (further | needed).items())]
+        words = [repr(path), repr(split), *(f"{k}={v!r}" for k, v in (further | needed).items())]
         return f"load_dataset({', '.join(words)})"
 
     @cached_property
@@ -383,7 +384,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
 def _config_kinds() -> dict[str, Any]:
     """The type of each key of `config`."""
     known = {**hints_of(RecordConfig), **hints_of(BuildConfig)}
-    return {name: known[name] for name in BuildConfig("", "").as_dataset_config()} | {"fingerprint": str}
+    names = (*BuildConfig("", "").as_dataset_config(), *GIVEN_ONLY)
+    return {name: known[name] for name in names} | {"fingerprint": str}
 
 
 def _split_of(name: str, said: Any, facts: Mapping[str, Any]) -> SplitInfo:
@@ -486,7 +488,10 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, but failures_sha256 is {info.failures_sha256!r}")
+    record.require_own_statistics()
     if is_complete:
+        if record.is_of_cohort and record.rescale_stats is None:
+            raise ValueError(f"config.rescale is {record.rescale!r}, but there is no config.rescale_stats")
         if not info.shards or config["sharding"] is None:
             raise ValueError("names no shards, or config.sharding is null")
         _check_sharding(info, Sharding(**config["sharding"]))

@@ -57,11 +57,17 @@ def select_voxels(
 
 
 def find_rescale_range(
-    voxels: Voxels, scaling: Scaling, intensity: Intensity, config: RecordConfig, mask: Voxels | None = None
+    voxels: Voxels,
+    scaling: Scaling,
+    intensity: Intensity,
+    config: RecordConfig,
+    mask: Voxels | None = None,
+    number: int = 0,
 ) -> RescaleRange | None:
     """The intensities of a volume that become 0 and 1; None if they are its range, or nothing is rescaled.
 
-    They are measured in the voxels that the configuration selects.
+    They are measured in the voxels that the configuration selects, or are those of the cohort for the
+    channel `number`.
 
     Raises:
         VolumeError: no voxel is selected, or the two are equal.
@@ -70,6 +76,8 @@ def find_rescale_range(
     """
     if not config.has_range:
         return None
+    if (ranges := config.cohort_ranges) is not None:
+        return RescaleRange(*ranges[number])
     is_part = config.rescale_within is not None
     if config.rescale_within is not None:
         voxels = voxels[select_voxels(voxels, scaling, config.rescale_within, mask)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from beam_nifti.config import FAR
 from beam_nifti.support.wording import counted
 
 TEXTS: Final = {
@@ -20,11 +21,16 @@ TEXTS: Final = {
     "labels-lost-to-crop": (
         "--crop-foreground cut off labelled voxels of the mask; to keep them, use --crop-foreground mask"
     ),
+    "far-from-cohort": (
+        "the mean of the voxels that --rescale-within selects is far from the means of the volumes in the "
+        f"statistics, by more than {FAR} interquartile ranges; look for wrong units, or use --overwrite to "
+        "measure the cohort again"
+    ),
     "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; to keep them, use a larger --shape",
 }
 """A sentence for each note."""
 
-OF_VOXELS: Final = frozenset({"labels-lost-to-crop", "labels-lost-to-shape"})
+OF_VOXELS: Final = frozenset({"far-from-cohort", "labels-lost-to-crop", "labels-lost-to-shape"})
 """Notes that headers do not determine, so `check` does not name their images."""
 
 

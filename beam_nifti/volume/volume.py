@@ -23,7 +23,7 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, stored_range
+from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.rescale import (
@@ -298,12 +298,15 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: voxels are NaN or infinite, have no range, or do not fit their dtype.
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
+    notes = list[str]()
     is_native = config.voxel_dtype == "native"
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         try:
-            intensity, found, rescaled = _rescale(voxels, volume, config)
+            intensity, found, rescaled = _rescale(voxels, volume, config, number)
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
+        if _is_far_from_cohort(voxels, volume, config, intensity, number):
+            notes.append("far-from-cohort")
         intensities.append(intensity)
         ranges += [found] if found else []
         if config.channels is None:
@@ -318,8 +321,22 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         scaling=volume.scaling if is_native else Scaling(),
         intensities=tuple(intensities),
         rescale_ranges=tuple(ranges),
+        notes=join_notes([volume.notes, notes]),
         config=config,
     )
+
+
+def _is_far_from_cohort(
+    voxels: Voxels, volume: Volume, config: RecordConfig, intensity: Intensity, number: int
+) -> bool:
+    if config.rescale_stats is None:
+        return False
+    if config.rescale_within is not None:
+        voxels = voxels[select_voxels(voxels, volume.scaling, config.rescale_within, volume.mask)]
+        if voxels.size == 0:
+            return False
+        intensity = measure(voxels, volume.scaling)
+    return config.rescale_stats.channels[number].is_far(intensity.mean)
 
 
 def require_rescaled(volume: Volume) -> None:
@@ -331,7 +348,7 @@ def require_rescaled(volume: Volume) -> None:
             f"{volume.row.path}: its voxels are {volume.voxels.dtype}, but Rescale made them "
             f"{config.voxel_dtype}; {remedy}"
         )
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         intensity = volume.intensities[number]
         found = np.array([voxels.min(), voxels.max()])
         if config.voxel_dtype == "native":
@@ -346,7 +363,7 @@ def require_rescaled(volume: Volume) -> None:
             )
 
 
-def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
+def images_of(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
     """The voxels of each image, C order."""
     if config.channels is None:
         yield volume.voxels
@@ -356,13 +373,13 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
 
 
 def _rescale(
-    voxels: Voxels, volume: Volume, config: RecordConfig
+    voxels: Voxels, volume: Volume, config: RecordConfig, number: int
 ) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
     intensity = measure(voxels, scaling)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)
-    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask)
+    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask, number)
     if not config.is_bounded:
         require_range(intensity, rescale_range, config.rescaled_dtype)
     if config.voxel_dtype == "native":

@@ -48,6 +48,8 @@ BUILD: dict[str, Row] = {
     "--compression-level": ["1"],
     "--rescale": ["window:-160,240"],
     "--rescale-within": ["above:-5"],
+    "--rescale-split": "pipeline/test_analyze.py::test_the_measured_splits_are_those_that_are_named",
+    "--rescale-stats": "pipeline/test_analyze.py::test_a_build_takes_the_file_of_an_analysis",
     "--clip": ["", "--rescale=percentile:1,99"],
     "--voxel-dtype": ["uint8"],
     "--mask-dtype": ["uint16", "--mask-column=mask"],
@@ -70,6 +72,9 @@ BUILD: dict[str, Row] = {
     "--metrics-file": "cli/test_monitoring.py::test_prometheus_can_read_the_metrics_of_a_build",
 }
 CHECK: dict[str, Row] = {
+    "--rescale": ["cohort:zscore"],
+    "--rescale-split": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
+    "--rescale-stats": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
     "--json": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--out": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--max-bad-fraction": "pipeline/test_check_and_build.py::test_check_and_build_of_the_command_line_agree",
@@ -179,7 +184,39 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--quiet": "reporting/test_report.py::test_the_command",
     },
 }
-TABLE = {"build": BUILD, "check": {**BUILD, **CHECK}, **OTHERS}
+_ANALYZED = "pipeline/test_analyze.py::test_an_option_changes_what_is_measured"
+ANALYZE: dict[str, Row] = {
+    **dict.fromkeys(
+        (
+            *(
+                "--path-column",
+                "--mask-column",
+                "--split",
+                "--stratify",
+                "--split-seed",
+                "--frames",
+                "--complex",
+            ),
+            *(
+                "--rescale",
+                "--rescale-within",
+                "--rescale-split",
+                "--preprocess",
+                "--orientation",
+                "--spacing",
+            ),
+            *("--crop-foreground", "--shape", "--allow-mixed-shapes", "--missing-label", "--label-column"),
+            *("--max-bad-fraction", "--id-column", "--anonymous-ids", "--mask-dtype"),
+        ),
+        _ANALYZED,
+    ),
+    **{flag: BUILD[flag] for flag in ("--config", "--like", "--without", "--quiet")},
+    **{flag: CHECK[flag] for flag in ("--workers", "--temp-location")},
+    "--json": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+    "--out": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+    "--summary-json": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+}
+TABLE = {"analyze": ANALYZE, "build": BUILD, "check": {**BUILD, **CHECK}, **OTHERS}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -436,7 +473,10 @@ def test_no_argument_is_empty(value: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["verify", "out", "--shape=1,2,3"], "--shape is an option of check and build, not of verify"),
+        (
+            ["verify", "out", "--shape=1,2,3"],
+            "--shape is an option of check, analyze and build, not of verify",
+        ),
         (["inspect", "out", "--jsn"], "unknown flag --jsn; did you mean --json?"),
         (["verify", "out", "--manifes=x"], "did you mean --manifest?"),
         (
