@@ -25,7 +25,7 @@ ONLY_IMPORTERS = {
         "volume.nifti_writer",
         "reporting.view",
     },
-    "scipy": {"volume.preprocess"},
+    "scipy": {"volume.resample"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},
@@ -56,7 +56,7 @@ ONLY_IMPORTERS = {
     },
 }
 LAZY_IMPORTERS = {
-    "scipy": {"volume.preprocess"},
+    "scipy": {"volume.resample"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},

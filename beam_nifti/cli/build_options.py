@@ -108,8 +108,11 @@ _HELP: Final = {
     "apply several functions in order",
     "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
     "anterior, superior) or LPS; default: native, as in the file",
-    "spacing": "resample to this voxel size in mm, such as 1,1,1, with linear interpolation and no prior "
-    "smoothing",
+    "spacing": "resample to this voxel size in mm, such as 1,1,1, without prior smoothing",
+    "interpolation": "values between voxel centres. linear (default); nearest: the nearest voxel's, so that "
+    "no new values arise; cubic: by B-splines of order 3, which keep edges sharper and may overshoot",
+    "mask_interpolation": "labels between voxel centres. nearest (default); linear: the label with the "
+    "largest share when each is interpolated linearly, which gives smoother surfaces",
     "crop_foreground": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the "
     "image's units; or mask, those with a label in the mask",
     "shape": "crop and pad around the centre to this many voxels, such as 160,192,160",
@@ -178,7 +181,10 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     ),
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
-        ("preprocess", "orientation", "spacing", "crop_foreground", "shape"),
+        (
+            *("preprocess", "orientation", "spacing", "interpolation", "mask_interpolation"),
+            *("crop_foreground", "shape"),
+        ),
     ),
     "running": (
         None,
@@ -191,7 +197,8 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 """Title, description and options of each group."""
 
 _UNUSED_BY_CHECK: Final = (
-    *("rescale", "rescale_within", "clip", "mask_dtype", "shuffle_seed", "compression_level"),
+    *("rescale", "rescale_within", "clip", "mask_dtype", "interpolation", "mask_interpolation"),
+    *("shuffle_seed", "compression_level"),
     *("overwrite", "recheck", "dry_run", "metrics_file"),
 )
 

@@ -2,7 +2,15 @@
 
 from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
 from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
-from beam_nifti.config.preparation import ORIENTATIONS, PREPARATIONS, spell_steps
+from beam_nifti.config.preparation import (
+    INTERPOLATIONS,
+    MASK_INTERPOLATIONS,
+    ORIENTATIONS,
+    PREPARATIONS,
+    RESAMPLING_DETAILS,
+    RESAMPLINGS,
+    spell_steps,
+)
 from beam_nifti.config.record import (
     COMPLEX_PARTS,
     COMPRESSION_LEVELS,
@@ -11,6 +19,7 @@ from beam_nifti.config.record import (
     FORMAT_VERSION,
     FRAMES,
     MASK_DTYPES,
+    SINCE_FIRST_FORMAT_2,
     VOXEL_DTYPES,
     RecordConfig,
 )
@@ -23,13 +32,18 @@ __all__ = [
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",
+    "INTERPOLATIONS",
     "LABEL_KINDS",
     "MASK_DTYPES",
+    "MASK_INTERPOLATIONS",
     "MISSING_LABELS",
     "ORIENTATIONS",
     "PREPARATIONS",
+    "RESAMPLINGS",
+    "RESAMPLING_DETAILS",
     "RESCALE_METHODS",
     "SELECTIONS",
+    "SINCE_FIRST_FORMAT_2",
     "SPLIT_PATTERN",
     "VOXEL_DTYPES",
     "BuildConfig",

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from beam_nifti.config.columns import Columns
-from beam_nifti.config.record import MASK_DTYPES, RecordConfig
+from beam_nifti.config.record import MASK_DTYPES, SINCE_FIRST_FORMAT_2, RecordConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.support.strict_json import dump_json
 
@@ -77,6 +77,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
     if columns.mask is None:
         for flag, value in (
             ("--mask-dtype", record.mask_dtype),
+            ("--mask-interpolation", record.mask_interpolation),
             ("--rescale-within mask", record.rescale_within == "mask"),
             ("--crop-foreground mask", record.crop_foreground == "mask"),
         ):
@@ -160,5 +161,8 @@ class BuildConfig:
         }
         for name in ("labels", "format_version", "format_features"):  # which have fields of their own
             del content[name]
+        for name in SINCE_FIRST_FORMAT_2:
+            if content[name] is None:
+                del content[name]
         as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

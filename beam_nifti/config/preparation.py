@@ -5,14 +5,27 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
+from beam_nifti.config.choices import choose
 from beam_nifti.errors import UsageError
 from beam_nifti.support.calls import format_call, parse_call, split_call
 
-PREPARATIONS: Final = ("preprocess", "orientation", "spacing", "crop_foreground", "shape")
+PREPARATIONS: Final = (
+    *("preprocess", "orientation", "spacing", "interpolation", "mask_interpolation"),
+    *("crop_foreground", "shape"),
+)
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
+
+RESAMPLINGS: Final = ("spacing",)
+"""Fields of RecordConfig that resample a volume."""
+
+RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation")
+"""Fields of RecordConfig that state how a volume is resampled."""
+
+INTERPOLATIONS: Final = ("linear", "nearest", "cubic")
+MASK_INTERPOLATIONS: Final = ("nearest", "linear")
 
 ORIENTATIONS: Final = frozenset(
     "".join(letters)
@@ -60,6 +73,31 @@ def check_shape(shape: tuple[int, ...]) -> None:
     """Refuse what is not three numbers of voxels."""
     if not (len(shape) == 3 and all(n >= 1 for n in shape)):
         raise UsageError(f"--shape is {_joined(shape)}; give three numbers of voxels, such as 160,192,160")
+
+
+def check_resampling(given: Mapping[str, Any]) -> None:
+    """Refuse ways to resample that are unknown, or have no effect.
+
+    Args:
+        given: values of RESAMPLINGS and RESAMPLING_DETAILS; None means not given.
+    """
+    for name, choices in (("interpolation", INTERPOLATIONS), ("mask_interpolation", MASK_INTERPOLATIONS)):
+        if given[name] is not None:
+            choose(_flag(name), given[name], choices)
+    for name in RESAMPLING_DETAILS:
+        if given[name] is not None and all(given[other] is None for other in RESAMPLINGS):
+            raise UsageError(
+                f"{_flag(name)} has no effect without {_any_of(RESAMPLINGS)}; give one of them, or drop it"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _any_of(names: Sequence[str]) -> str:
+    flags = [_flag(name) for name in names]
+    return " or ".join([", ".join(flags[:-1]), flags[-1]] if flags[1:] else flags)
 
 
 @contextlib.contextmanager

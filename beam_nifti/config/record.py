@@ -11,9 +11,14 @@ from typing import Final
 from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
 from beam_nifti.config.preparation import (
+    INTERPOLATIONS,
+    MASK_INTERPOLATIONS,
     PREPARATIONS,
+    RESAMPLING_DETAILS,
+    RESAMPLINGS,
     all_of,
     check_orientation,
+    check_resampling,
     check_shape,
     check_spacing,
     check_steps,
@@ -35,6 +40,9 @@ CONTENT_REVISION: Final = 1
 datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
+
+SINCE_FIRST_FORMAT_2: Final = ("interpolation", "mask_interpolation")
+"""Fields of RecordConfig that dataset_info.json has only where they are given, unlike the earlier ones."""
 
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
@@ -78,6 +86,8 @@ class RecordConfig:
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
     spacing: tuple[float, float, float] | None = None
+    interpolation: str | None = None
+    mask_interpolation: str | None = None
     crop_foreground: str | None = None
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
@@ -165,18 +175,28 @@ class RecordConfig:
             check_orientation(self.orientation)
         if self.spacing is not None:
             check_spacing(self.spacing)
+        check_resampling({name: getattr(self, name) for name in (*RESAMPLINGS, *RESAMPLING_DETAILS)})
         if self.shape is not None:
             check_shape(self.shape)
         if self.crop_foreground is not None:
             selection = parse_rule("--crop-foreground", self.crop_foreground, SELECTIONS)
             object.__setattr__(self, "crop_foreground", spell_rule(*selection))
         if self.voxel_dtype == "native":
-            for name in ("preprocess", "spacing"):
+            changing = RESAMPLINGS if self.interpolation != "nearest" else ()
+            for name in ("preprocess", *changing):
                 if getattr(self, name) is not None:
+                    nearest = ", or --interpolation nearest" if name in RESAMPLINGS else ""
+                    flag = name.replace("_", "-")
                     raise UsageError(
-                        f"--{name} changes the voxels, but --voxel-dtype native stores them as in the file; "
-                        "use --voxel-dtype float32"
+                        f"--{flag} changes the voxels, but --voxel-dtype native stores them as in the file; "
+                        f"use --voxel-dtype float32{nearest}"
                     )
+        for name, (default, *_) in (
+            ("interpolation", INTERPOLATIONS),
+            ("mask_interpolation", MASK_INTERPOLATIONS),
+        ):
+            if getattr(self, name) == default:  # which has no spelling of its own
+                object.__setattr__(self, name, None)
 
     @property
     def has_sources(self) -> bool:
@@ -229,6 +249,12 @@ class RecordConfig:
         """The user's functions in order, each with the sha256 of its file, if known."""
         names, digests = all_of(self.preprocess), all_of(self.preprocess_sha256)
         return tuple(zip(names, digests or [None] * len(names), strict=True))
+
+    @property
+    def computes(self) -> bool:
+        """Whether a volume's preparation computes new values, and does not only choose among its voxels."""
+        resamples = any(getattr(self, name) is not None for name in RESAMPLINGS)
+        return self.preprocess is not None or (resamples and self.interpolation != "nearest")
 
     @property
     def prepares(self) -> bool:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, fields
 from typing import Any, Final
 
-from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding, Splitting
+from beam_nifti.config import (
+    RESAMPLING_DETAILS,
+    RESAMPLINGS,
+    BuildConfig,
+    Columns,
+    RecordConfig,
+    Sharding,
+    Splitting,
+)
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline.options import FLAG, OPTIONS, flag_of, read_option, read_options
 from beam_nifti.record.dataset_info import read_info
@@ -30,8 +38,14 @@ _MOST_DOTS: Final = 100
 with the square of the number of its dots, and a key ends with its line."""
 
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
-_NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
-"""Options that require another one."""
+_NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
+    ("mask_dtype", {"mask_column"}),
+    ("mask_interpolation", {"mask_column"}),
+    ("split_seed", {"split"}),
+    ("stratify", {"split"}),
+    *((name, set(RESAMPLINGS)) for name in RESAMPLING_DETAILS),
+)
+"""Options that require another one, or one of several."""
 
 
 def make_config(
@@ -106,7 +120,8 @@ def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, 
         left_out |= {other} if name in options else set()
     if options.get("compression") == "none":
         left_out.add("compression_level")
-    left_out |= {name for name, needed in _NEEDS.items() if needed in left_out}
+    remaining = (options.keys() | lower.keys()) - left_out
+    left_out |= {name for name, needed in _NEEDS if needed & left_out and not needed & remaining}
     kept = {name: value for name, value in lower.items() if name not in left_out}
     without = (*options.get("without", ()), *lower.get("without", ()))
     return {**kept, **options, "without": without}

@@ -15,7 +15,9 @@ from beam_nifti.config import (
     COMPLEX_PARTS,
     COMPRESSIONS,
     FRAMES,
+    INTERPOLATIONS,
     MASK_DTYPES,
+    MASK_INTERPOLATIONS,
     MISSING_LABELS,
     ORIENTATIONS,
     RESCALE_METHODS,
@@ -84,6 +86,10 @@ class BuildOptions(TypedDict, total=False):
             "native", which changes nothing.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
             Default: no resampling.
+        interpolation: values between voxel centres: "linear" (default), "nearest", or "cubic", B-splines of
+            order 3.
+        mask_interpolation: labels between voxel centres: "nearest" (default), or "linear", the label with the
+            largest share.
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
@@ -119,6 +125,8 @@ class BuildOptions(TypedDict, total=False):
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
     spacing: Numbers | SupportsFloat | None
+    interpolation: str | None
+    mask_interpolation: str | None
     crop_foreground: Rule | None
     shape: str | Sequence[SupportsIndex] | None
     max_bad_fraction: str | SupportsFloat | None
@@ -384,6 +392,8 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
     "spacing": Option(_read_spacing, metavar="X,Y,Z"),
+    "interpolation": _one_of(INTERPOLATIONS),
+    "mask_interpolation": _one_of(MASK_INTERPOLATIONS),
     "crop_foreground": _rule(SELECTIONS, "RULE"),
     "shape": Option(_read_shape, metavar="X,Y,Z"),
     "max_bad_fraction": Option(read_number, metavar="F"),

@@ -489,6 +489,8 @@ class Preprocess(_Step):
     Args:
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
+        interpolation: how values between voxel centres are computed, as in `BuildOptions`.
+        mask_interpolation: how labels between voxel centres are chosen, as in `BuildOptions`.
         crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
         shape: (X, Y, Z) that volumes are cropped and padded to.
 
@@ -503,6 +505,8 @@ class Preprocess(_Step):
         *,
         orientation: str | None = None,
         spacing: Numbers | SupportsFloat | None = None,
+        interpolation: str | None = None,
+        mask_interpolation: str | None = None,
         crop_foreground: Rule | None = None,
         shape: str | Sequence[SupportsIndex] | None = None,
     ) -> None:
@@ -510,6 +514,8 @@ class Preprocess(_Step):
         given = {
             "orientation": orientation,
             "spacing": spacing,
+            "interpolation": interpolation,
+            "mask_interpolation": mask_interpolation,
             "crop_foreground": crop_foreground,
             "shape": shape,
         }

@@ -6,9 +6,9 @@ The functions that prepare a volume also compute the shape that its header promi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -171,10 +171,34 @@ def keeps_spacing(zooms: npt.ArrayLike, spacing: npt.ArrayLike) -> npt.NDArray[n
     return np.asarray(np.abs(zooms - wanted) <= _KEPT_SPACING * wanted)
 
 
-def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], list[float]]:
-    """A grid of another voxel size around the same centre, and its starts and steps as a part of this one.
+@dataclass(frozen=True, slots=True, eq=False)
+class Resampling:
+    """A grid of other voxels along the axes of an old one.
 
-    Along an axis of n voxels of size z it has `max(1, round(n · z / spacing))` voxels. An axis whose voxel
+    Attributes:
+        grid: the new grid.
+        starts: index in the old grid of the first new voxel, along each axis.
+        steps: distance of new voxels, in old ones; 1.0 for axes that are kept.
+    """
+
+    grid: Grid
+    starts: tuple[float, float, float]
+    steps: tuple[float, float, float]
+
+    @property
+    def changes(self) -> bool:
+        """Whether any axis is resampled."""
+        return self.steps != (1.0, 1.0, 1.0)
+
+    def positions(self, axis: int) -> npt.NDArray[np.float64]:
+        """The indices in the old grid of the new voxels along an axis."""
+        return self.starts[axis] + self.steps[axis] * np.arange(self.grid.shape[axis], dtype=np.float64)
+
+
+def respace(grid: Grid, spacing: Sequence[float]) -> Resampling:
+    """Another voxel size around the same centre.
+
+    Along an axis of n voxels of size z there are `max(1, round(n · z / spacing))` voxels. An axis whose voxel
     size is within a thousandth of the spacing is kept.
     """
     if not min(grid.zooms) > 0:
@@ -189,7 +213,64 @@ def respace(grid: Grid, spacing: Sequence[float]) -> tuple[Grid, list[float], li
             steps[axis] = wanted / zoom
             starts[axis] = (size - 1) / 2 - steps[axis] * (shape[axis] - 1) / 2
     x, y, z = shape
-    return grid.part(starts, (x, y, z), steps), starts, steps
+    return Resampling(grid.part(starts, (x, y, z), steps), _three(starts), _three(steps))
+
+
+def _three(numbers: Sequence[float]) -> tuple[float, float, float]:
+    x, y, z = numbers
+    return x, y, z
+
+
+def fit(grid: Grid, shape: Shape3) -> tuple[Grid, list[int]]:
+    """A grid that is cropped and padded around its centre, and the index in the old grid of its first voxel.
+
+    If the number of voxels to remove or to add is odd, the additional one is at the end of the axis.
+    """
+    starts = [
+        (size - wanted) // 2 if size >= wanted else -((wanted - size) // 2)
+        for size, wanted in zip(grid.shape, shape, strict=True)
+    ]
+    return grid.part(starts, shape), starts
+
+
+class GridStep(NamedTuple):
+    """A preparation: the name of its option, and the grids of a volume before and after it."""
+
+    name: str
+    before: Grid
+    after: Grid
+
+
+def prepared_grids(grid: Grid, record: RecordConfig) -> list[GridStep]:
+    """The grids of an image in the order of its preparations, up to one that depends on voxels.
+
+    A user's function and the crop to the foreground depend on voxels. The function comes first, so with one
+    the list is empty. A crop is followed by `shape` at most, and no step after the crop is listed.
+
+    Raises:
+        VolumeError: an image with this affine cannot be prepared.
+    """
+    steps = list[GridStep]()
+    if record.preprocess is not None:
+        return steps
+    for name, follow in _FOLLOWERS.items():
+        value = getattr(record, name)
+        if value is None:
+            continue
+        if name == "crop_foreground":
+            return steps
+        steps.append(GridStep(name, grid, follow(grid, value)))
+        grid = steps[-1].after
+    return steps
+
+
+_FOLLOWERS: Final[Mapping[str, Callable[[Grid, Any], Grid]]] = {
+    "orientation": lambda grid, code: turn(grid, axes_to(grid, code)),
+    "spacing": lambda grid, spacing: respace(grid, spacing).grid,
+    "crop_foreground": lambda grid, _: grid,
+    "shape": lambda grid, shape: fit(grid, shape)[0],
+}
+"""The grid that follows from another one by each preparation, in order."""
 
 
 def prepared_shape(shape: tuple[int, ...], affine: Affine, record: RecordConfig) -> tuple[int, ...] | None:
@@ -202,8 +283,5 @@ def prepared_shape(shape: tuple[int, ...], affine: Affine, record: RecordConfig)
     if record.crop_foreground is not None:
         return None
     grid = Grid.of(shape, affine)
-    if record.orientation is not None:
-        grid = turn(grid, axes_to(grid, record.orientation))
-    if record.spacing is not None:
-        grid, _, _ = respace(grid, record.spacing)
-    return grid.shape + channels
+    steps = prepared_grids(grid, record)
+    return (steps[-1].after if steps else grid).shape + channels

@@ -55,6 +55,8 @@ BUILD: dict[str, Row] = {
     "--preprocess": ["beam_nifti.volume.preprocess:orient"],
     "--orientation": ["SRA"],
     "--spacing": ["1,1,1"],
+    "--interpolation": ["cubic", "--spacing=1,1,1"],
+    "--mask-interpolation": ["linear", "--spacing=1,1,1.3", "--mask-column=mask"],
     "--crop-foreground": ["above:-1"],
     "--shape": ["9,9,9"],
     "--allow-mixed-shapes": [""],

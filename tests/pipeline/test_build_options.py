@@ -90,6 +90,8 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
     ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
+    ({"spacing": "1,1,1"}, "--interpolation=cubic", ["cubic"]),
+    ({"spacing": "1,1,1", "mask_column": "mask"}, "--mask-interpolation=linear", ["linear"]),
     ({}, "--shape=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--max-bad-fraction=0.25", [0.25, ".25", np.float16(0.25)]),
     ({}, "--overwrite", [True]),

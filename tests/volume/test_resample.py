@@ -1,0 +1,300 @@
+"""Interpolation against scipy, and options of it from the command line to the dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from beam_nifti.config import BuildConfig, Columns, RecordConfig
+from beam_nifti.errors import DatasetError, UsageError
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.volume import Volume
+from beam_nifti.volume import resample as module
+from beam_nifti.volume.grid import Grid, Resampling, prepared_grids, respace
+from beam_nifti.volume.preprocess import orient, prepare_volume, resample
+from beam_nifti.volume.resample import Interpolation, resample_labels, resample_voxels
+from beam_nifti.volume.rescale import Scaling
+from tests.datasets import info_of
+from tests.images import AFFINE, Array, brain, random_voxels, write_image, write_manifest
+from tests.volume.test_prepare import CODES, SHAPE, ZOOMS, places, tilted, volume_of
+
+Run = Callable[..., str]
+ORDERS = {"nearest": 0, "linear": 1, "cubic": 3}
+SIZES = st.tuples(*[st.integers(1, 9)] * 3)
+SEEDS = st.integers(0, 2**32 - 1)
+STEPS = st.tuples(*[st.sampled_from([0.37, 0.5, 0.81, 1.0, 1.3, 2.0, 3.3])] * 3)
+
+
+def values_of(shape: tuple[int, ...], seed: int) -> Array:
+    return np.random.default_rng(seed).normal(100, 300, shape)
+
+
+def by_scipy(values: Array, resampling: Resampling, order: int) -> Array:
+    indices = np.meshgrid(*map(resampling.positions, range(3)), indexing="ij")
+    made: Array = ndimage.map_coordinates(values, indices, order=order, mode="nearest")
+    return made
+
+
+def assert_close(found: Array, expected: Array, values: Array) -> None:
+    """Within the rounding to float32."""
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-7 * np.abs(values).max() * 2
+
+
+# Images
+
+
+@given(SIZES, STEPS, SEEDS, st.sampled_from(sorted(ORDERS)))
+def test_interpolation_is_that_of_scipy(
+    shape: tuple[int, int, int], spacing: tuple[float, ...], seed: int, kind: str
+) -> None:
+    values = values_of(shape, seed)
+    resampling = respace(Grid(shape, np.eye(4)), spacing)
+    made, scaling = resample_voxels(values, Scaling(), resampling, Interpolation(kind))
+    assert scaling.is_identity
+    assert_close(made, by_scipy(values, resampling, ORDERS[kind]), values)
+
+
+@pytest.mark.parametrize("kind", sorted(ORDERS))
+@pytest.mark.parametrize("code", CODES)
+def test_what_an_image_shows_stays_in_its_place(code: str, kind: str) -> None:
+    """An image in another orientation gives the same values at the same places."""
+    volume = volume_of(values_of(SHAPE, 1).astype(np.float32), tilted("RAS"))
+    how = Interpolation(kind)
+    straight = resample(volume, (1.1, 0.7, 1.9), how)  # no ties
+    x, y, z = (straight.zooms[axis] for axis in nib.orientations.axcodes2ornt(code)[:, 0].astype(int))
+    turned = orient(resample(orient(volume, code), (x, y, z), how), "RAS")
+    assert np.allclose(places(turned), places(straight))
+    assert_close(turned.voxels, straight.voxels, volume.voxels)
+
+
+def test_a_cubic_spline_shows_a_landmark_between_voxels() -> None:
+    """The top of a smooth bump, which no voxel has, is where and as high as it was."""
+    top, width = np.array([20.0, 17.4, 31.2]), 7.0
+
+    def bump(volume: Volume) -> Array:
+        squared: Array = ((places(volume) - top) ** 2).sum(axis=-1)
+        return np.exp(-squared / (2 * width**2))
+
+    empty = volume_of(np.zeros((20, 24, 18), np.float32), np.diag([2.0, 1.5, 3.0, 1.0]))
+    made = resample(dataclasses.replace(empty, voxels=bump(empty)), (0.9, 1.1, 0.8), Interpolation("cubic"))
+    assert np.abs(made.voxels - bump(made)).max() < 6e-3
+    assert np.allclose(places(made)[np.unravel_index(made.voxels.argmax(), made.voxels.shape)], top, atol=0.6)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
+def test_nearest_voxels_are_those_of_the_file(dtype: str) -> None:
+    volume = volume_of(random_voxels((*SHAPE, 2), dtype), scaling=Scaling(0.5, 3))
+    made = resample(volume, (0.9, 1.2, 2.0), Interpolation("nearest"))
+    assert (made.voxels.dtype, made.scaling) == (volume.voxels.dtype, volume.scaling)
+    assert made.voxels.flags.c_contiguous
+    indices = np.linalg.inv(volume.affine) @ made.affine
+    where = nib.affines.apply_affine(indices, np.moveaxis(np.indices(made.voxels.shape[:3]), 0, -1))
+    x, y, z = np.moveaxis(np.clip(np.floor(where + 0.5), 0, np.array(SHAPE) - 1).astype(int), -1, 0)
+    assert np.array_equal(made.voxels, volume.voxels[x, y, z])
+
+
+def test_slabs_together_are_as_the_volume_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = volume_of(values_of((90, 11, 9), 2), scaling=Scaling(0.3, -7))
+    whole = resample(volume, (1.3, 1.1, 2.9), Interpolation("cubic")).voxels
+    for name, value in (("_SPLINE_VOXELS", 50), ("_SPLINE_SLICES", 2), ("_COLUMNS", 20)):
+        monkeypatch.setattr(module, name, value)
+    slabs = resample(volume, (1.3, 1.1, 2.9), Interpolation("cubic")).voxels
+    assert_close(slabs, whole, whole)
+
+
+def test_channels_are_resampled_one_by_one() -> None:
+    volume = volume_of(random_voxels((*SHAPE, 3)), scaling=Scaling(2, 1))
+    made = resample(volume, (1, 1, 1), Interpolation("cubic"))
+    for t in range(3):
+        frame = resample(
+            dataclasses.replace(volume, voxels=volume.voxels[..., t]), (1, 1, 1), Interpolation("cubic")
+        )
+        assert np.array_equal(made.voxels[..., t], frame.voxels)
+
+
+@pytest.mark.parametrize("kind", sorted(ORDERS))
+def test_memory_is_the_result_and_some_slices(kind: str) -> None:
+    volume = volume_of(np.ones((300, 96, 96), np.uint8), np.diag([2.0, 2, 2, 1]))
+    resample(volume_of(np.ones((5, 5, 5), np.uint8)), (1, 1, 1), Interpolation(kind))
+    tracemalloc.start()
+    made = resample(volume, (1.7, 1.9, 1.8), Interpolation(kind))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < made.voxels.nbytes + 14e6  # float64 of all voxels would take 22 MB
+
+
+# Masks
+
+
+@given(SIZES, STEPS, SEEDS, st.integers(1, 4))
+def test_a_mask_has_the_label_of_the_largest_share(
+    shape: tuple[int, int, int], spacing: tuple[float, ...], seed: int, most: int
+) -> None:
+    mask = np.random.default_rng(seed).integers(0, most + 1, shape).astype(np.uint16) * 1000
+    resampling = respace(Grid(shape, np.eye(4)), spacing)
+    made = resample_labels(mask, resampling, Interpolation(mask="linear"))
+    labels = np.unique(mask)
+    shares = np.stack([by_scipy((mask == label).astype(np.float64), resampling, 1) for label in labels])
+    chosen = np.take_along_axis(shares, np.searchsorted(labels, made)[np.newaxis], axis=0)[0]
+    assert made.dtype == mask.dtype
+    assert (chosen >= shares.max(axis=0) - 1e-4).all()
+
+
+def test_of_equal_shares_the_largest_label_wins() -> None:
+    mask = np.array([0, 1, 1, 0, 2, 1], np.uint8).reshape(6, 1, 1)
+    made = resample_labels(mask, respace(Grid((6, 1, 1), np.eye(4)), (2, 1, 1)), Interpolation(mask="linear"))
+    assert made.ravel().tolist() == [1, 1, 2]
+
+
+def test_labels_are_mixed_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.random.default_rng(0).integers(0, 4, (9, 8, 7)).astype(np.uint8)
+    resampling = respace(Grid((9, 8, 7), np.eye(4)), (0.8, 1.3, 0.7))
+    whole = resample_labels(mask, resampling, Interpolation(mask="linear"))
+    monkeypatch.setattr("beam_nifti.volume.label_map._CHUNK", 1)
+    assert np.array_equal(resample_labels(mask, resampling, Interpolation(mask="linear")), whole)
+
+
+# Grids
+
+
+def test_the_grids_of_a_preparation_follow_each_other() -> None:
+    record = RecordConfig(orientation="LPS", spacing=(1, 1, 1), shape=(8, 9, 10))
+    volume = volume_of(random_voxels(SHAPE), tilted("RAS"))
+    steps = prepared_grids(Grid.of(SHAPE, volume.affine), record)
+    assert [step.name for step in steps] == ["orientation", "spacing", "shape"]
+    for number, step in enumerate(steps):
+        options = dict.fromkeys(("orientation", "spacing", "shape")[number + 1 :])
+        made = prepare_volume(volume, dataclasses.replace(record, **options))  # type: ignore[arg-type]
+        assert step.after.shape == made.voxels.shape
+        assert np.array_equal(step.after.affine, made.affine)
+        assert step.before is (steps[number - 1].after if number else step.before)
+    assert steps[0].before.zooms == pytest.approx(ZOOMS)
+
+
+def test_the_grids_end_before_one_that_voxels_determine() -> None:
+    grid = Grid.of(SHAPE, tilted())
+    cropped = RecordConfig(spacing=(1, 1, 1), crop_foreground="nonzero", shape=(8, 8, 8))
+    assert [step.name for step in prepared_grids(grid, cropped)] == ["spacing"]
+    assert prepared_grids(grid, RecordConfig(preprocess="a:f", spacing=(1, 1, 1))) == []
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"interpolation": "lanczos", "spacing": (1, 1, 1)},
+            "--interpolation is 'lanczos'; choose one of: linear",
+        ),
+        (
+            {"mask_interpolation": "cubic", "spacing": (1, 1, 1)},
+            "--mask-interpolation is 'cubic'; choose one of",
+        ),
+        ({"interpolation": "linear"}, "--interpolation has no effect without --spacing"),
+        ({"mask_interpolation": "nearest"}, "--mask-interpolation has no effect without --spacing"),
+        (
+            {"interpolation": "cubic", "spacing": (1, 1, 1), "voxel_dtype": "native"},
+            "--spacing changes the voxels, .*use --voxel-dtype float32, or --interpolation nearest$",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}"):
+        RecordConfig(**options)
+
+
+def test_a_mask_interpolation_requires_masks() -> None:
+    record = RecordConfig(spacing=(1, 1, 1), mask_interpolation="linear")
+    with pytest.raises(UsageError, match=r"^--mask-interpolation requires --mask-column"):
+        BuildConfig("m.tsv", "out", record)
+    assert BuildConfig("m.tsv", "out", record, Columns(mask="lesion")).record.mask_interpolation == "linear"
+
+
+def test_the_defaults_are_those_of_datasets_without_these_options() -> None:
+    plain = RecordConfig(spacing=(1, 1, 1))
+    assert RecordConfig(spacing=(1, 1, 1), interpolation="linear", mask_interpolation="nearest") == plain
+    others = [
+        RecordConfig(spacing=(1, 1, 1), **{name: value})  # type: ignore[arg-type]
+        for name, value in (
+            ("interpolation", "cubic"),
+            ("interpolation", "nearest"),
+            ("mask_interpolation", "linear"),
+        )
+    ]
+    assert len({record.fingerprint for record in (plain, *others)}) == 4
+    facts = BuildConfig("m.tsv", "out", plain).as_dataset_config()
+    assert not {"interpolation", "mask_interpolation"} & facts.keys()
+
+
+# Datasets
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    """Images with masks, of voxels of different sizes."""
+    rows = []
+    for number in range(3):
+        affine = AFFINE @ np.diag([1 + number / 4, 1, 1, 1])
+        write_image(tmp_path / f"{number}.nii.gz", brain((9, 8, 7), seed=number), affine=affine)
+        labels = np.random.default_rng(number).integers(0, 4, (9, 8, 7)).astype(np.uint8)
+        write_image(tmp_path / f"{number}_mask.nii.gz", labels, affine=affine)
+        rows.append({"path": f"{number}.nii.gz", "mask": f"{number}_mask.nii.gz"})
+    return write_manifest(tmp_path / "m.tsv", rows)
+
+
+def test_a_dataset_states_how_it_was_resampled(run: Run, cohort: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = [
+        "--spacing=1.5,2,2",
+        "--interpolation=cubic",
+        "--mask-interpolation=linear",
+        "--allow-mixed-shapes",
+    ]
+    run("build", cohort, output, "--mask-column=mask", *flags)
+    assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", cohort)
+    described = run("inspect", output)
+    assert "prepared with spacing 1.5,2,2, interpolation cubic, mask-interpolation linear\n" in described
+    told = run("build", cohort, output, "--mask-column=mask", flags[0], flags[3], code=2)
+    assert "--interpolation was cubic, now not given" in told
+    again = tmp_path / "again"
+    run("build", cohort, again, "--like", output)
+    assert info_of(again).config == info_of(output).config
+    coarse = tmp_path / "coarse"
+    run("build", cohort, coarse, "--like", output, "--without=spacing")
+    assert info_of(coarse).record_config == RecordConfig(mask_dtype="uint8")
+
+
+def test_a_dataset_with_a_way_that_there_is_not_is_refused(run: Run, cohort: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run("build", cohort, output, "--spacing=1.5,2,2", "--interpolation=cubic", "--allow-mixed-shapes")
+    info = info_of(output)
+    for value, message in (
+        ("lanczos", "--interpolation is 'lanczos'"),
+        (3, "config.interpolation is 3, expected text"),
+    ):
+        changed = dataclasses.replace(info, config={**info.config, "interpolation": value})
+        with pytest.raises(DatasetError, match=message):
+            DatasetInfo.from_json(changed.to_json(), "dataset_info.json")
+    assert json.loads(info.to_json())["config"]["interpolation"] == "cubic"
+
+
+def test_native_voxels_can_be_those_of_nearest_neighbours(run: Run, cohort: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    flags = ["--spacing=1.5,2,2", "--interpolation=nearest", "--voxel-dtype=native", "--allow-mixed-shapes"]
+    run("build", cohort, output, *flags)
+    assert info_of(output).dtype == "int16"
+    assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", cohort)
