@@ -109,6 +109,9 @@ _HELP: Final = {
     "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
     "anterior, superior) or LPS; default: native, as in the file",
     "spacing": "resample to this voxel size in mm, such as 1,1,1, without prior smoothing",
+    "resize": "resample the whole field of view to this many voxels, such as 128,128,64",
+    "resize_longest": "resample so that the longest axis has N voxels and the others keep their proportion "
+    "to it, then pad to N×N×N",
     "interpolation": "values between voxel centres. linear (default); nearest: the nearest voxel's, so that "
     "no new values arise; cubic: by B-splines of order 3, which keep edges sharper and may overshoot",
     "mask_interpolation": "labels between voxel centres. nearest (default); linear: the label with the "
@@ -182,8 +185,8 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
         (
-            *("preprocess", "orientation", "spacing", "interpolation", "mask_interpolation"),
-            *("crop_foreground", "shape"),
+            *("preprocess", "orientation", "spacing", "resize", "resize_longest"),
+            *("interpolation", "mask_interpolation", "crop_foreground", "shape"),
         ),
     ),
     "running": (

@@ -13,12 +13,13 @@ from beam_nifti.errors import UsageError
 from beam_nifti.support.calls import format_call, parse_call, split_call
 
 PREPARATIONS: Final = (
-    *("preprocess", "orientation", "spacing", "interpolation", "mask_interpolation"),
+    *("preprocess", "orientation", "spacing", "resize", "resize_longest", "interpolation"),
+    "mask_interpolation",
     *("crop_foreground", "shape"),
 )
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
 
-RESAMPLINGS: Final = ("spacing",)
+RESAMPLINGS: Final = ("spacing", "resize", "resize_longest")
 """Fields of RecordConfig that resample a volume."""
 
 RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation")
@@ -69,17 +70,17 @@ def check_spacing(spacing: tuple[float, ...]) -> None:
         )
 
 
-def check_shape(shape: tuple[int, ...]) -> None:
+def check_shape(flag: str, shape: tuple[int, ...]) -> None:
     """Refuse what is not three numbers of voxels."""
     if not (len(shape) == 3 and all(n >= 1 for n in shape)):
-        raise UsageError(f"--shape is {_joined(shape)}; give three numbers of voxels, such as 160,192,160")
+        raise UsageError(f"{flag} is {_joined(shape)}; give three numbers of voxels, such as 160,192,160")
 
 
 def check_resampling(given: Mapping[str, Any]) -> None:
     """Refuse ways to resample that are unknown, or have no effect.
 
     Args:
-        given: values of RESAMPLINGS and RESAMPLING_DETAILS; None means not given.
+        given: values of PREPARATIONS; None means not given.
     """
     for name, choices in (("interpolation", INTERPOLATIONS), ("mask_interpolation", MASK_INTERPOLATIONS)):
         if given[name] is not None:
@@ -89,6 +90,18 @@ def check_resampling(given: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"{_flag(name)} has no effect without {_any_of(RESAMPLINGS)}; give one of them, or drop it"
             )
+    for name, other in (("spacing", "resize"), ("resize", "resize_longest")):
+        if None not in (given[name], given[other]):
+            raise UsageError(
+                f"{_flag(name)} and {_flag(other)} both decide the number of voxels; drop one of them"
+            )
+    size = given["resize_longest"]
+    if size is not None and size < 1:
+        raise UsageError(f"--resize-longest is {size}; give a number of voxels, such as 128")
+    resized = given["resize"] if size is None else (size, size, size)
+    if resized is not None and resized == given["shape"] and given["crop_foreground"] is None:
+        flag = _flag("resize" if size is None else "resize_longest")
+        raise UsageError(f"--shape has no effect after {flag}, which gives that shape; drop --shape")
 
 
 def _flag(name: str) -> str:

@@ -14,7 +14,6 @@ from beam_nifti.config.preparation import (
     INTERPOLATIONS,
     MASK_INTERPOLATIONS,
     PREPARATIONS,
-    RESAMPLING_DETAILS,
     RESAMPLINGS,
     all_of,
     check_orientation,
@@ -41,7 +40,7 @@ datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
-SINCE_FIRST_FORMAT_2: Final = ("interpolation", "mask_interpolation")
+SINCE_FIRST_FORMAT_2: Final = ("resize", "resize_longest", "interpolation", "mask_interpolation")
 """Fields of RecordConfig that dataset_info.json has only where they are given, unlike the earlier ones."""
 
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
@@ -86,6 +85,8 @@ class RecordConfig:
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
     spacing: tuple[float, float, float] | None = None
+    resize: tuple[int, int, int] | None = None
+    resize_longest: int | None = None
     interpolation: str | None = None
     mask_interpolation: str | None = None
     crop_foreground: str | None = None
@@ -101,7 +102,7 @@ class RecordConfig:
         # Lists come from JSON; 1 and 1.0 are one spacing.
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
-        for name in ("shape", "channels"):
+        for name in ("resize", "shape", "channels"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "preprocess", one_or_more(all_of(self.preprocess)))
@@ -175,9 +176,11 @@ class RecordConfig:
             check_orientation(self.orientation)
         if self.spacing is not None:
             check_spacing(self.spacing)
-        check_resampling({name: getattr(self, name) for name in (*RESAMPLINGS, *RESAMPLING_DETAILS)})
+        if self.resize is not None:
+            check_shape("--resize", self.resize)
         if self.shape is not None:
-            check_shape(self.shape)
+            check_shape("--shape", self.shape)
+        check_resampling({name: getattr(self, name) for name in PREPARATIONS})
         if self.crop_foreground is not None:
             selection = parse_rule("--crop-foreground", self.crop_foreground, SELECTIONS)
             object.__setattr__(self, "crop_foreground", spell_rule(*selection))

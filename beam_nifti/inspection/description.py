@@ -292,10 +292,11 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 
-def _option_text(name: str, value: str | Sequence[str | float]) -> str:
+def _option_text(name: str, value: str | bool | float | Sequence[str | float]) -> str:
     """An option as on the command line."""
-    text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
-    return f"{name.replace('_', '-')} {text}"
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    text = "" if value is True else " " + ",".join(n if isinstance(n, str) else f"{n:g}" for n in items)
+    return f"{name.replace('_', '-')}{text}"
 
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:

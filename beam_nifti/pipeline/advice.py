@@ -218,7 +218,7 @@ def _suggest_orientation(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
 
 def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
     """The voxel size that most images have, in as few digits as keep those from being resampled."""
-    if record.spacing is not None or record.preprocess is not None:
+    if any(value is not None for value in (record.spacing, record.resize, record.preprocess)):
         return {}
     found = tally(kinds, lambda kind: _turned(kind, record).zooms)
     sizes, counts = np.array(list(found)), np.array(list(found.values()))

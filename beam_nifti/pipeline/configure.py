@@ -37,7 +37,11 @@ _MOST_DOTS: Final = 100
 """Limits of a file of options: its bytes, and the dots in a line. The time in which Python parses a key grows
 with the square of the number of its dots, and a key ends with its line."""
 
-_INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
+_INSTEAD: Final = (
+    *(("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard")),
+    *(("spacing", "resize"), ("resize", "spacing")),
+    *(("resize", "resize_longest"), ("resize_longest", "resize")),
+)
 _NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
     ("mask_dtype", {"mask_column"}),
     ("mask_interpolation", {"mask_column"}),

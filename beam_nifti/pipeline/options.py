@@ -86,6 +86,9 @@ class BuildOptions(TypedDict, total=False):
             "native", which changes nothing.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
             Default: no resampling.
+        resize: (x, y, z) in voxels that the whole field of view is resampled to. Default: no resampling.
+        resize_longest: number of voxels that the longest axis is resampled to, and the others by the same
+            factor; then padded to a cube. Default: no resampling.
         interpolation: values between voxel centres: "linear" (default), "nearest", or "cubic", B-splines of
             order 3.
         mask_interpolation: labels between voxel centres: "nearest" (default), or "linear", the label with the
@@ -125,6 +128,8 @@ class BuildOptions(TypedDict, total=False):
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
     spacing: Numbers | SupportsFloat | None
+    resize: str | Sequence[SupportsIndex] | None
+    resize_longest: str | SupportsIndex | None
     interpolation: str | None
     mask_interpolation: str | None
     crop_foreground: Rule | None
@@ -392,6 +397,8 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
     "spacing": Option(_read_spacing, metavar="X,Y,Z"),
+    "resize": Option(_read_shape, metavar="X,Y,Z"),
+    "resize_longest": Option(read_integer, metavar="N"),
     "interpolation": _one_of(INTERPOLATIONS),
     "mask_interpolation": _one_of(MASK_INTERPOLATIONS),
     "crop_foreground": _rule(SELECTIONS, "RULE"),

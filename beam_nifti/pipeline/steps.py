@@ -489,6 +489,9 @@ class Preprocess(_Step):
     Args:
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
+        resize: (X, Y, Z) that the whole field of view is resampled to.
+        resize_longest: voxels that the longest axis is resampled to, and the others by the same factor; then
+            padded to a cube.
         interpolation: how values between voxel centres are computed, as in `BuildOptions`.
         mask_interpolation: how labels between voxel centres are chosen, as in `BuildOptions`.
         crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
@@ -505,6 +508,8 @@ class Preprocess(_Step):
         *,
         orientation: str | None = None,
         spacing: Numbers | SupportsFloat | None = None,
+        resize: str | Sequence[SupportsIndex] | None = None,
+        resize_longest: str | SupportsIndex | None = None,
         interpolation: str | None = None,
         mask_interpolation: str | None = None,
         crop_foreground: Rule | None = None,
@@ -514,6 +519,8 @@ class Preprocess(_Step):
         given = {
             "orientation": orientation,
             "spacing": spacing,
+            "resize": resize,
+            "resize_longest": resize_longest,
             "interpolation": interpolation,
             "mask_interpolation": mask_interpolation,
             "crop_foreground": crop_foreground,

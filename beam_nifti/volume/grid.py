@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Final, NamedTuple
 
 import nibabel as nib
@@ -176,14 +177,18 @@ class Resampling:
     """A grid of other voxels along the axes of an old one.
 
     Attributes:
+        old: the old grid.
         grid: the new grid.
         starts: index in the old grid of the first new voxel, along each axis.
         steps: distance of new voxels, in old ones; 1.0 for axes that are kept.
+        ratios: numerators and denominators of the steps, if both grids have the same centre; otherwise None.
     """
 
+    old: Grid
     grid: Grid
     starts: tuple[float, float, float]
     steps: tuple[float, float, float]
+    ratios: tuple[tuple[int, int], ...] | None = None
 
     @property
     def changes(self) -> bool:
@@ -192,7 +197,13 @@ class Resampling:
 
     def positions(self, axis: int) -> npt.NDArray[np.float64]:
         """The indices in the old grid of the new voxels along an axis."""
-        return self.starts[axis] + self.steps[axis] * np.arange(self.grid.shape[axis], dtype=np.float64)
+        size, numbers = self.grid.shape[axis], np.arange(self.grid.shape[axis])
+        if self.ratios is None:
+            return np.asarray(self.starts[axis] + self.steps[axis] * numbers)
+        # Rounded once, so that what lies in the middle of two voxels does so exactly.
+        numerator, denominator = self.ratios[axis]
+        from_centre = (2 * numbers - (size - 1)) * numerator / (2 * denominator)
+        return np.asarray((self.old.shape[axis] - 1) / 2 + from_centre)
 
 
 def respace(grid: Grid, spacing: Sequence[float]) -> Resampling:
@@ -213,7 +224,31 @@ def respace(grid: Grid, spacing: Sequence[float]) -> Resampling:
             steps[axis] = wanted / zoom
             starts[axis] = (size - 1) / 2 - steps[axis] * (shape[axis] - 1) / 2
     x, y, z = shape
-    return Resampling(grid.part(starts, (x, y, z), steps), _three(starts), _three(steps))
+    return Resampling(grid, grid.part(starts, (x, y, z), steps), _three(starts), _three(steps))
+
+
+def resize(grid: Grid, shape: Shape3) -> Resampling:
+    """So many voxels in the same field of view, whose corners stay in place."""
+    return _by_ratios(grid, shape, tuple(zip(grid.shape, shape, strict=True)))
+
+
+def resize_longest(grid: Grid, size: int) -> Resampling:
+    """So many voxels along the axis that has most, and fewer along the others, around the same centre.
+
+    Voxel sizes are multiplied by the same factor. Along an axis of n voxels there are
+    `max(1, round(n · size / longest))`.
+    """
+    longest = max(grid.shape)
+    x, y, z = (max(1, round(Fraction(n * size, longest))) for n in grid.shape)
+    return _by_ratios(grid, (x, y, z), ((longest, size),) * 3)
+
+
+def _by_ratios(grid: Grid, shape: Shape3, ratios: tuple[tuple[int, int], ...]) -> Resampling:
+    steps = [numerator / denominator for numerator, denominator in ratios]
+    starts = [
+        (old - 1) / 2 - step * (new - 1) / 2 for old, new, step in zip(grid.shape, shape, steps, strict=True)
+    ]
+    return Resampling(grid, grid.part(starts, shape, steps), _three(starts), _three(steps), ratios)
 
 
 def _three(numbers: Sequence[float]) -> tuple[float, float, float]:
@@ -267,6 +302,8 @@ def prepared_grids(grid: Grid, record: RecordConfig) -> list[GridStep]:
 _FOLLOWERS: Final[Mapping[str, Callable[[Grid, Any], Grid]]] = {
     "orientation": lambda grid, code: turn(grid, axes_to(grid, code)),
     "spacing": lambda grid, spacing: respace(grid, spacing).grid,
+    "resize": lambda grid, shape: resize(grid, shape).grid,
+    "resize_longest": lambda grid, size: fit(resize_longest(grid, size).grid, (size, size, size))[0],
     "crop_foreground": lambda grid, _: grid,
     "shape": lambda grid, shape: fit(grid, shape)[0],
 }

@@ -22,6 +22,8 @@ from beam_nifti.volume.grid import (
     axes_to,
     fit,
     is_usable,
+    resize,
+    resize_longest,
     respace,
     turn,
     turn_voxels,
@@ -73,16 +75,21 @@ def prepare_volume(
 def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
     steps: list[Callable[[Volume], Volume]] = []
     count = record.num_channels if record.channels else None
+    how, each = Interpolation.of(record), record.channels is not None
     for name, function in load_functions(record):
         steps.append(partial(apply_function, function=function, name=name, num_channels=count))
     if record.orientation is not None:
         steps.append(partial(orient, code=record.orientation))
     if record.spacing is not None:
-        steps.append(partial(resample, spacing=record.spacing, how=Interpolation.of(record)))
+        steps.append(partial(resample, spacing=record.spacing, how=how))
+    if record.resize is not None:
+        steps.append(partial(resize_to, shape=record.resize, how=how))
+    if record.resize_longest is not None:
+        steps.append(partial(resize_longest_to, size=record.resize_longest, how=how, each=each))
     if record.crop_foreground is not None:
         steps.append(partial(crop_foreground, rule=record.crop_foreground))
     if record.shape is not None:
-        steps.append(partial(crop_or_pad, shape=record.shape, each=record.channels is not None))
+        steps.append(partial(crop_or_pad, shape=record.shape, each=each))
     return steps
 
 
@@ -231,6 +238,21 @@ def resample(volume: Volume, spacing: Sequence[float], how: Interpolation = LINE
     return _resampled(volume, resampling, how, f"--spacing {','.join(f'{n:g}' for n in spacing)}")
 
 
+def resize_to(volume: Volume, shape: Shape3, how: Interpolation = LINEAR) -> Volume:
+    """Resample the whole field of view to so many voxels, as `resample`."""
+    resampling = resize(Grid.of(volume.voxels.shape, volume.affine), shape)
+    return _resampled(volume, resampling, how, f"--resize {','.join(map(str, shape))}")
+
+
+def resize_longest_to(
+    volume: Volume, size: int, how: Interpolation = LINEAR, *, each: bool = False
+) -> Volume:
+    """Resample so that the longest axis has `size` voxels, and pad to a cube, as `crop_or_pad`."""
+    resampling = resize_longest(Grid.of(volume.voxels.shape, volume.affine), size)
+    resized = _resampled(volume, resampling, how, f"--resize-longest {size}")
+    return crop_or_pad(resized, (size, size, size), each=each)
+
+
 def _resampled(volume: Volume, resampling: Resampling, how: Interpolation, option: str) -> Volume:
     grid = resampling.grid
     if not resampling.changes:
@@ -251,10 +273,10 @@ def _require_grid(shape: Shape3, channels: tuple[int, ...], option: str) -> None
     # Though they may be cropped afterwards: an affine that is wrong by a thousand asks for terabytes.
     made = (*shape, *channels)
     if 4 * math.prod(made) > MAX_VOLUME_BYTES:
-        name = option.split()[0]
+        larger = option.startswith("--spacing")
+        remedy = "repair the affine, or use a larger --spacing" if larger else "use fewer voxels"
         raise VolumeError(
-            f"{option} would make shape {made}, more than {MAX_VOLUME_BYTES:,} bytes of float32; repair the "
-            f"affine, or use a larger {name}"
+            f"{option} would make shape {made}, more than {MAX_VOLUME_BYTES:,} bytes of float32; {remedy}"
         )
 
 

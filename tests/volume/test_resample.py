@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import tracemalloc
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from beam_nifti.cli import main as cli
 from beam_nifti.config import BuildConfig, Columns, RecordConfig
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.volume import Volume
 from beam_nifti.volume import resample as module
-from beam_nifti.volume.grid import Grid, Resampling, prepared_grids, respace
-from beam_nifti.volume.preprocess import orient, prepare_volume, resample
+from beam_nifti.volume.grid import Grid, Resampling, prepared_grids, resize, resize_longest, respace
+from beam_nifti.volume.preprocess import orient, prepare_volume, resample, resize_longest_to, resize_to
 from beam_nifti.volume.resample import Interpolation, resample_labels, resample_voxels
 from beam_nifti.volume.rescale import Scaling
 from tests.datasets import info_of
@@ -135,6 +139,78 @@ def test_memory_is_the_result_and_some_slices(kind: str) -> None:
     assert peak < made.voxels.nbytes + 14e6  # float64 of all voxels would take 22 MB
 
 
+# Numbers of voxels
+
+
+@given(SIZES, SIZES, SEEDS, st.sampled_from(sorted(ORDERS)))
+def test_a_resized_volume_is_that_of_scipys_zoom(
+    shape: tuple[int, int, int], wanted: tuple[int, int, int], seed: int, kind: str
+) -> None:
+    values = values_of(shape, seed)
+    resampling = resize(Grid(shape, np.eye(4)), wanted)
+    between = [np.abs(resampling.positions(axis) % 1 - 0.5).min() for axis in range(3)]
+    assume(kind != "nearest" or min(between) > 1e-9)  # where scipy's rounding decides
+    made, _ = resample_voxels(values, Scaling(), resampling, Interpolation(kind))
+    factors = np.array(wanted) / shape
+    expected = ndimage.zoom(values, factors, order=ORDERS[kind], mode="nearest", grid_mode=True)
+    assert_close(made, expected, values)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_of_two_equally_near_voxels_the_later_counts(old: int, new: int) -> None:
+    line = np.arange(old).reshape(old, 1, 1)
+    resampling = resize(Grid((old, 1, 1), np.eye(4)), (new, 1, 1))
+    made, _ = resample_voxels(line, Scaling(), resampling, Interpolation("nearest"))
+    exact = [Fraction((2 * i + 1) * old, 2 * new) for i in range(new)]
+    assert made.ravel().tolist() == [min(old - 1, math.floor(place)) for place in exact]
+
+
+def corners(volume: Volume) -> Array:
+    """The corners of the field of view, in mm."""
+    outer = itertools.product(*((-0.5, size - 0.5) for size in volume.voxels.shape[:3]))
+    made: Array = nib.affines.apply_affine(volume.affine, list(outer))
+    return made
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_resized_volume_has_the_same_field_of_view(code: str) -> None:
+    direction = np.array([1.0, -2.0, 0.5])
+    empty = volume_of(np.zeros(SHAPE, np.float32), tilted(code))
+    volume = dataclasses.replace(empty, voxels=(places(empty) @ direction).astype(np.float32))
+    made = resize_to(volume, (9, 6, 11))
+    assert np.allclose(corners(made), corners(volume))
+    assert np.allclose(made.zooms, nib.affines.voxel_sizes(made.affine))
+    assert nib.aff2axcodes(made.affine) == tuple(code)
+    inner = (slice(1, -1),) * 3  # around which there were voxels
+    assert np.allclose(made.voxels[inner], (places(made) @ direction)[inner], atol=1e-4)
+
+
+def test_a_volume_of_that_size_stays_as_it_is() -> None:
+    volume = volume_of(random_voxels(SHAPE), scaling=Scaling(2, 1))
+    assert resize_to(volume, SHAPE).voxels is volume.voxels
+    assert resize_longest_to(volume, max(SHAPE)).voxels.dtype == np.int16
+
+
+@given(SIZES, st.integers(1, 20), st.sampled_from(CODES))
+def test_the_longest_axis_decides_the_factor_of_all(
+    shape: tuple[int, int, int], size: int, code: str
+) -> None:
+    volume = volume_of(values_of(shape, 0).astype(np.float32), tilted(code))
+    made = resize_longest_to(volume, size)
+    assert made.voxels.shape == (size,) * 3
+    assert np.allclose(np.array(made.zooms) / volume.zooms, max(shape) / size)
+    resampling = resize_longest(Grid.of(shape, volume.affine), size)
+    assert resampling.grid.shape == tuple(max(1, round(Fraction(n * size, max(shape)))) for n in shape)
+    inside, grid = resample_voxels(volume.voxels, Scaling(), resampling, Interpolation())[0], resampling.grid
+    starts = np.linalg.inv(made.affine) @ grid.affine[:, 3]
+    box = tuple(slice(a, a + n) for a, n in zip(np.rint(starts[:3]).astype(int), grid.shape, strict=True))
+    assert np.array_equal(made.voxels[box], inside)
+    assert np.allclose(starts[:3], [s.start for s in box], atol=1e-6)
+    padding = np.ones(made.voxels.shape, bool)
+    padding[box] = False
+    assert (made.voxels[padding] == inside.min()).all()
+
+
 # Masks
 
 
@@ -183,6 +259,20 @@ def test_the_grids_of_a_preparation_follow_each_other() -> None:
     assert steps[0].before.zooms == pytest.approx(ZOOMS)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        RecordConfig(orientation="SRA", resize=(8, 9, 10), shape=(6, 12, 10)),
+        RecordConfig(spacing=(1, 1, 1), resize_longest=11, shape=(6, 12, 10)),
+    ],
+)
+def test_a_resized_volume_has_the_last_of_these_grids(record: RecordConfig) -> None:
+    volume = volume_of(random_voxels(SHAPE), tilted("ILP"))
+    made, steps = prepare_volume(volume, record), prepared_grids(Grid.of(SHAPE, volume.affine), record)
+    assert (len(steps), steps[-1].after.shape) == (3, made.voxels.shape)
+    assert np.allclose(steps[-1].after.affine, made.affine, rtol=0, atol=1e-9)
+
+
 def test_the_grids_end_before_one_that_voxels_determine() -> None:
     grid = Grid.of(SHAPE, tilted())
     cropped = RecordConfig(spacing=(1, 1, 1), crop_foreground="nonzero", shape=(8, 8, 8))
@@ -206,6 +296,22 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
         ),
         ({"interpolation": "linear"}, "--interpolation has no effect without --spacing"),
         ({"mask_interpolation": "nearest"}, "--mask-interpolation has no effect without --spacing"),
+        (
+            {"resize": (9, 9, 9), "voxel_dtype": "native"},
+            "--resize changes the voxels, .*use --voxel-dtype float32, or --interpolation nearest$",
+        ),
+        ({"resize": (9, 9, 0)}, "--resize is 9,9,0; give three numbers of voxels"),
+        ({"resize_longest": 0}, "--resize-longest is 0; give a number of voxels, such as 128"),
+        (
+            {"resize": (9, 9, 9), "resize_longest": 9},
+            "--resize and --resize-longest both decide",
+        ),
+        (
+            {"resize": (9, 9, 9), "spacing": (1, 1, 1)},
+            "--spacing and --resize both decide the number",
+        ),
+        ({"resize": (9, 8, 7), "shape": (9, 8, 7)}, "--shape has no effect after --resize, which gives that"),
+        ({"resize_longest": 9, "shape": (9, 9, 9)}, "--shape has no effect after --resize-longest, which"),
         (
             {"interpolation": "cubic", "spacing": (1, 1, 1), "voxel_dtype": "native"},
             "--spacing changes the voxels, .*use --voxel-dtype float32, or --interpolation nearest$",
@@ -276,6 +382,31 @@ def test_a_dataset_states_how_it_was_resampled(run: Run, cohort: Path, tmp_path:
     coarse = tmp_path / "coarse"
     run("build", cohort, coarse, "--like", output, "--without=spacing")
     assert info_of(coarse).record_config == RecordConfig(mask_dtype="uint8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape", "said"),
+    [
+        (["--resize=8,9,10"], (8, 9, 10), "resize 8,9,10"),
+        (["--resize-longest=12", "--spacing=1,1,1"], (12, 12, 12), "spacing 1,1,1, resize-longest 12"),
+        (["--resize=8,9,10", "--crop-foreground=mask", "--shape=8,9,10"], (8, 9, 10), "resize 8,9,10, crop"),
+    ],
+)
+def test_volumes_of_any_shape_become_ones_of_so_many_voxels(
+    run: Run, cohort: Path, tmp_path: Path, flags: list[str], shape: tuple[int, ...], said: str
+) -> None:
+    output = tmp_path / "out"
+    write_image(tmp_path / "1.nii.gz", brain((5, 4, 12)))
+    write_image(tmp_path / "1_mask.nii.gz", np.ones((5, 4, 12), np.uint8))
+    assert cli.main(["check", str(cohort), "--mask-column=mask", *flags]) == 0
+    run("build", cohort, output, "--mask-column=mask", *flags)
+    assert info_of(output).shape == shape
+    assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", cohort)
+    assert f"prepared with {said}" in run("inspect", output)
+    again = tmp_path / "again"
+    run("build", cohort, again, "--like", output, "--resize=7,7,7")  # which precedes a --resize-longest
+    assert info_of(again).record_config.resize == (7, 7, 7)
+    assert info_of(again).record_config.resize_longest is None
 
 
 def test_a_dataset_with_a_way_that_there_is_not_is_refused(run: Run, cohort: Path, tmp_path: Path) -> None:
