@@ -108,7 +108,7 @@ _HELP: Final = {
     "apply several functions in order",
     "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
     "anterior, superior) or LPS; default: native, as in the file",
-    "spacing": "resample to this voxel size in mm, such as 1,1,1, without prior smoothing",
+    "spacing": "resample to this voxel size in mm, such as 1,1,1",
     "resize": "resample the whole field of view to this many voxels, such as 128,128,64",
     "resize_longest": "resample so that the longest axis has N voxels and the others keep their proportion "
     "to it, then pad to N×N×N",
@@ -116,6 +116,8 @@ _HELP: Final = {
     "no new values arise; cubic: by B-splines of order 3, which keep edges sharper and may overshoot",
     "mask_interpolation": "labels between voxel centres. nearest (default); linear: the label with the "
     "largest share when each is interpolated linearly, which gives smoother surfaces",
+    "antialias": "smooth images with a Gaussian along the axes that get fewer voxels, before resampling; its "
+    "standard deviation is (factor - 1) / 2 voxels",
     "crop_foreground": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the "
     "image's units; or mask, those with a label in the mask",
     "shape": "crop and pad around the centre to this many voxels, such as 160,192,160",
@@ -186,7 +188,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         "Applied to each volume between loading and rescaling, in this order; default: none.",
         (
             *("preprocess", "orientation", "spacing", "resize", "resize_longest"),
-            *("interpolation", "mask_interpolation", "crop_foreground", "shape"),
+            *("interpolation", "mask_interpolation", "antialias", "crop_foreground", "shape"),
         ),
     ),
     "running": (
@@ -201,7 +203,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 
 _UNUSED_BY_CHECK: Final = (
     *("rescale", "rescale_within", "clip", "mask_dtype", "interpolation", "mask_interpolation"),
-    *("shuffle_seed", "compression_level"),
+    *("antialias", "shuffle_seed", "compression_level"),
     *("overwrite", "recheck", "dry_run", "metrics_file"),
 )
 

@@ -14,7 +14,7 @@ from beam_nifti.support.calls import format_call, parse_call, split_call
 
 PREPARATIONS: Final = (
     *("preprocess", "orientation", "spacing", "resize", "resize_longest", "interpolation"),
-    "mask_interpolation",
+    *("mask_interpolation", "antialias"),
     *("crop_foreground", "shape"),
 )
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
@@ -22,7 +22,7 @@ PREPARATIONS: Final = (
 RESAMPLINGS: Final = ("spacing", "resize", "resize_longest")
 """Fields of RecordConfig that resample a volume."""
 
-RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation")
+RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation", "antialias")
 """Fields of RecordConfig that state how a volume is resampled."""
 
 INTERPOLATIONS: Final = ("linear", "nearest", "cubic")
@@ -90,6 +90,11 @@ def check_resampling(given: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"{_flag(name)} has no effect without {_any_of(RESAMPLINGS)}; give one of them, or drop it"
             )
+    if given["antialias"] and given["interpolation"] == "nearest":
+        raise UsageError(
+            "--antialias smooths images before they are interpolated, but --interpolation nearest keeps "
+            "their voxels; drop one of them"
+        )
     for name, other in (("spacing", "resize"), ("resize", "resize_longest")):
         if None not in (given[name], given[other]):
             raise UsageError(

@@ -40,7 +40,7 @@ datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
-SINCE_FIRST_FORMAT_2: Final = ("resize", "resize_longest", "interpolation", "mask_interpolation")
+SINCE_FIRST_FORMAT_2: Final = ("resize", "resize_longest", "interpolation", "mask_interpolation", "antialias")
 """Fields of RecordConfig that dataset_info.json has only where they are given, unlike the earlier ones."""
 
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
@@ -89,6 +89,7 @@ class RecordConfig:
     resize_longest: int | None = None
     interpolation: str | None = None
     mask_interpolation: str | None = None
+    antialias: bool | None = None
     crop_foreground: str | None = None
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
@@ -197,6 +198,7 @@ class RecordConfig:
         for name, (default, *_) in (
             ("interpolation", INTERPOLATIONS),
             ("mask_interpolation", MASK_INTERPOLATIONS),
+            ("antialias", (False, True)),
         ):
             if getattr(self, name) == default:  # which has no spelling of its own
                 object.__setattr__(self, name, None)

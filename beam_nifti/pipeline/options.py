@@ -93,6 +93,7 @@ class BuildOptions(TypedDict, total=False):
             order 3.
         mask_interpolation: labels between voxel centres: "nearest" (default), or "linear", the label with the
             largest share.
+        antialias: whether images are smoothed by a Gaussian before axes get fewer voxels. Default: False.
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
@@ -132,6 +133,7 @@ class BuildOptions(TypedDict, total=False):
     resize_longest: str | SupportsIndex | None
     interpolation: str | None
     mask_interpolation: str | None
+    antialias: bool | None
     crop_foreground: Rule | None
     shape: str | Sequence[SupportsIndex] | None
     max_bad_fraction: str | SupportsFloat | None
@@ -401,6 +403,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "resize_longest": Option(read_integer, metavar="N"),
     "interpolation": _one_of(INTERPOLATIONS),
     "mask_interpolation": _one_of(MASK_INTERPOLATIONS),
+    "antialias": Option(read_switch),
     "crop_foreground": _rule(SELECTIONS, "RULE"),
     "shape": Option(_read_shape, metavar="X,Y,Z"),
     "max_bad_fraction": Option(read_number, metavar="F"),

@@ -494,6 +494,7 @@ class Preprocess(_Step):
             padded to a cube.
         interpolation: how values between voxel centres are computed, as in `BuildOptions`.
         mask_interpolation: how labels between voxel centres are chosen, as in `BuildOptions`.
+        antialias: whether images are smoothed along the axes that get fewer voxels.
         crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
         shape: (X, Y, Z) that volumes are cropped and padded to.
 
@@ -512,6 +513,7 @@ class Preprocess(_Step):
         resize_longest: str | SupportsIndex | None = None,
         interpolation: str | None = None,
         mask_interpolation: str | None = None,
+        antialias: bool | None = None,
         crop_foreground: Rule | None = None,
         shape: str | Sequence[SupportsIndex] | None = None,
     ) -> None:
@@ -523,6 +525,7 @@ class Preprocess(_Step):
             "resize_longest": resize_longest,
             "interpolation": interpolation,
             "mask_interpolation": mask_interpolation,
+            "antialias": antialias,
             "crop_foreground": crop_foreground,
             "shape": shape,
         }

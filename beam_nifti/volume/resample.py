@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -49,15 +49,19 @@ class Interpolation:
     Attributes:
         image: "nearest", "linear" or "cubic".
         mask: "nearest" or "linear".
+        antialias: whether an image is smoothed along the axes that get fewer voxels.
     """
 
     image: str = "linear"
     mask: str = "nearest"
+    antialias: bool = False
 
     @classmethod
     def of(cls, record: RecordConfig) -> Interpolation:
         """That of a configuration."""
-        return cls(record.interpolation or "linear", record.mask_interpolation or "nearest")
+        return cls(
+            record.interpolation or "linear", record.mask_interpolation or "nearest", bool(record.antialias)
+        )
 
 
 LINEAR: Final = Interpolation()
@@ -98,21 +102,28 @@ class _Axis:
         weights: weights of each new voxel, of the old voxels, or with `is_spline` of the coefficients of
             their spline, with two more at each end.
         is_spline: whether the weights are those of coefficients.
+        smoothing: weights (old size, old size) by which old voxels are smoothed before their coefficients are
+            computed; None for none.
     """
 
     weights: sparse.csr_array
     is_spline: bool = False
+    smoothing: sparse.csr_array | None = None
 
     def apply(self, lines: Floats) -> Floats:
         """Interpolate lines (old size, any), which may be changed."""
+        if self.smoothing is not None:
+            lines = self.smoothing @ lines
         made: Floats = self.weights @ (_coefficients(lines) if self.is_spline else lines)
         return made
 
 
 def _axis(size: int, positions: Floats, step: float, how: Interpolation) -> _Axis:
+    smoothing = smoothing_weights(size, (step - 1) / 2) if how.antialias and step > 1.0 else None
     if how.image == "cubic" and step != 1.0:
-        return _Axis(spline_weights(size, positions), is_spline=True)
-    return _Axis(linear_weights(size, positions))
+        return _Axis(spline_weights(size, positions), True, smoothing)
+    weights = linear_weights(size, positions)
+    return _Axis(weights if smoothing is None else weights @ smoothing)
 
 
 def _resample_frame(voxels: Voxels, scaling: Scaling, axes: list[_Axis], made: Voxels) -> None:
@@ -124,7 +135,7 @@ def _resample_frame(voxels: Voxels, scaling: Scaling, axes: list[_Axis], made: V
             made[xs] = _along_y_and_z(_weighted(axes[0].weights, xs, voxels, scaling), axes)
         return
     for xs in split_slices(made.shape[0], largest, _SPLINE_VOXELS, _SPLINE_SLICES):
-        slab = _along_x(axes[0].weights, xs, voxels, scaling)
+        slab = _along_x(axes[0], xs, voxels, scaling)
         for part in split_slices(len(slab), largest, _SPLINE_VOXELS):
             made[xs][part] = _along_y_and_z(slab[part], axes)
 
@@ -155,16 +166,20 @@ def _weighted(weights: sparse.csr_array, rows: slice, slices: Voxels, scaling: S
     return totals
 
 
-def _along_x(weights: sparse.csr_array, rows: slice, slices: Voxels, scaling: Scaling) -> Floats:
+def _along_x(axis: _Axis, rows: slice, slices: Voxels, scaling: Scaling) -> Floats:
     """As `_weighted`, by weights of spline coefficients, which are computed from the slices around."""
-    chosen = weights[rows]
+    chosen = axis.weights[rows]
     first = max(0, int(chosen.indices.min()) - 2 - _REACH)
     last = min(len(slices), int(chosen.indices.max()) - 1 + _REACH)
-    chosen = chosen[:, first : last + 4]
+    smoothing = None if axis.smoothing is None else axis.smoothing[first:last]
+    part = _Axis(chosen[:, first : last + 4], True, smoothing)
+    if smoothing is not None:
+        first, last = int(smoothing.indices.min()), int(smoothing.indices.max()) + 1
+        part = replace(part, smoothing=smoothing[:, first:last])
     made = np.empty((chosen.shape[0], *slices.shape[1:]))
     for ys in split_slices(slices.shape[1], slices.shape[2], _COLUMNS):
         lines = scaling.apply(slices[first:last, ys])
-        made[:, ys] = (chosen @ _coefficients(lines.reshape(last - first, -1))).reshape(made[:, ys].shape)
+        made[:, ys] = part.apply(lines.reshape(last - first, -1)).reshape(made[:, ys].shape)
     return made
 
 
@@ -198,6 +213,20 @@ def spline_weights(size: int, positions: Floats) -> sparse.csr_array:
     u = 1 - t
     shares = [u**3 / 6, (4 - 3 * t * t * (2 - t)) / 6, (4 - 3 * u * u * (2 - u)) / 6, t**3 / 6]
     return _sparse_rows(np.stack(shares), below + 1 + np.arange(4)[:, np.newaxis], size + 4)
+
+
+def smoothing_weights(size: int, deviation: float) -> sparse.csr_array:
+    """The weights of a Gaussian, float64 (size, size), as `scipy.ndimage.gaussian_filter1d` by "nearest".
+
+    Args:
+        size: voxels in the line.
+        deviation: standard deviation in voxels, above 0.
+    """
+    radius = int(_TRUNCATE * deviation + 0.5)
+    offsets = np.arange(-radius, radius + 1)
+    shares = np.exp(-0.5 * (offsets / deviation) ** 2)
+    columns = np.clip(np.arange(size) + offsets[:, np.newaxis], 0, size - 1)
+    return _sparse_rows(np.tile((shares / shares.sum())[:, np.newaxis], size), columns, size)
 
 
 def _sparse_rows(shares: Floats, columns: Floats, size: int) -> sparse.csr_array:

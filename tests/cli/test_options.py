@@ -57,6 +57,7 @@ BUILD: dict[str, Row] = {
     "--spacing": ["1,1,1"],
     "--resize": ["9,9,9"],
     "--resize-longest": ["9"],
+    "--antialias": ["", "--spacing=3,3,3"],
     "--interpolation": ["cubic", "--spacing=1,1,1"],
     "--mask-interpolation": ["linear", "--spacing=1,1,1.3", "--mask-column=mask"],
     "--crop-foreground": ["above:-1"],

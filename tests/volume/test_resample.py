@@ -109,12 +109,15 @@ def test_nearest_voxels_are_those_of_the_file(dtype: str) -> None:
     assert np.array_equal(made.voxels, volume.voxels[x, y, z])
 
 
-def test_slabs_together_are_as_the_volume_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    volume = volume_of(values_of((90, 11, 9), 2), scaling=Scaling(0.3, -7))
-    whole = resample(volume, (1.3, 1.1, 2.9), Interpolation("cubic")).voxels
+@pytest.mark.parametrize("how", [Interpolation("cubic"), Interpolation("cubic", antialias=True)])
+def test_slabs_together_are_as_the_volume_at_once(
+    how: Interpolation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = volume_of(values_of((150, 11, 9), 2), scaling=Scaling(0.3, -7))
+    whole = resample(volume, (4.3, 1.1, 2.9), how).voxels
     for name, value in (("_SPLINE_VOXELS", 50), ("_SPLINE_SLICES", 2), ("_COLUMNS", 20)):
         monkeypatch.setattr(module, name, value)
-    slabs = resample(volume, (1.3, 1.1, 2.9), Interpolation("cubic")).voxels
+    slabs = resample(volume, (4.3, 1.1, 2.9), how).voxels
     assert_close(slabs, whole, whole)
 
 
@@ -211,6 +214,44 @@ def test_the_longest_axis_decides_the_factor_of_all(
     assert (made.voxels[padding] == inside.min()).all()
 
 
+# Smoothing
+
+
+@given(SIZES, SIZES, SEEDS, st.sampled_from(["linear", "cubic"]))
+def test_smoothing_is_that_of_scikit_image(
+    shape: tuple[int, int, int], wanted: tuple[int, int, int], seed: int, kind: str
+) -> None:
+    values = values_of(shape, seed)
+    resampling = resize(Grid(shape, np.eye(4)), wanted)
+    made, _ = resample_voxels(values, Scaling(), resampling, Interpolation(kind, antialias=True))
+    factors = np.array(shape) / wanted
+    smooth = ndimage.gaussian_filter(values, np.maximum(0, (factors - 1) / 2), mode="nearest")
+    expected = ndimage.zoom(smooth, 1 / factors, order=ORDERS[kind], mode="nearest", grid_mode=True)
+    assert_close(made, expected, values)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_stripes_become_grey(kind: str) -> None:
+    """Without smoothing, every third stripe would stay as it is."""
+    stripes = np.resize([0, 90], (60, 1, 1))
+    resampling = resize(Grid((60, 1, 1), np.eye(4)), (20, 1, 1))
+    plain, smooth = (
+        resample_voxels(stripes, Scaling(), resampling, Interpolation(kind, antialias=antialias))[0].ravel()[
+            2:-2
+        ]
+        for antialias in (False, True)
+    )
+    assert np.ptp(plain) > 80
+    assert np.abs(smooth - 45).max() < 2
+
+
+def test_only_axes_that_get_fewer_voxels_are_smoothed() -> None:
+    volume = volume_of(values_of(SHAPE, 4))
+    for spacing in ((1.0, 1.5, 1.1), (2.0, 0.4, 3.0)):
+        plain, smooth = (resample(volume, spacing, Interpolation(antialias=on)) for on in (False, True))
+        assert np.array_equal(plain.voxels, smooth.voxels)
+
+
 # Masks
 
 
@@ -300,6 +341,14 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
             {"resize": (9, 9, 9), "voxel_dtype": "native"},
             "--resize changes the voxels, .*use --voxel-dtype float32, or --interpolation nearest$",
         ),
+        (
+            {"antialias": True},
+            "--antialias has no effect without --spacing, --resize or --resize-longest; give",
+        ),
+        (
+            {"antialias": True, "spacing": (1, 1, 1), "interpolation": "nearest"},
+            "--antialias smooths images before they are interpolated, but --interpolation nearest keeps",
+        ),
         ({"resize": (9, 9, 0)}, "--resize is 9,9,0; give three numbers of voxels"),
         ({"resize_longest": 0}, "--resize-longest is 0; give a number of voxels, such as 128"),
         (
@@ -333,15 +382,17 @@ def test_a_mask_interpolation_requires_masks() -> None:
 def test_the_defaults_are_those_of_datasets_without_these_options() -> None:
     plain = RecordConfig(spacing=(1, 1, 1))
     assert RecordConfig(spacing=(1, 1, 1), interpolation="linear", mask_interpolation="nearest") == plain
+    assert RecordConfig(spacing=(1, 1, 1), antialias=False) == plain
     others = [
         RecordConfig(spacing=(1, 1, 1), **{name: value})  # type: ignore[arg-type]
         for name, value in (
             ("interpolation", "cubic"),
             ("interpolation", "nearest"),
             ("mask_interpolation", "linear"),
+            ("antialias", True),
         )
     ]
-    assert len({record.fingerprint for record in (plain, *others)}) == 4
+    assert len({record.fingerprint for record in (plain, *others)}) == 5
     facts = BuildConfig("m.tsv", "out", plain).as_dataset_config()
     assert not {"interpolation", "mask_interpolation"} & facts.keys()
 
@@ -365,15 +416,19 @@ def cohort(tmp_path: Path) -> Path:
 def test_a_dataset_states_how_it_was_resampled(run: Run, cohort: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     flags = [
-        "--spacing=1.5,2,2",
+        "--spacing=3,2.5,2",
         "--interpolation=cubic",
         "--mask-interpolation=linear",
         "--allow-mixed-shapes",
+        "--antialias",
     ]
     run("build", cohort, output, "--mask-column=mask", *flags)
     assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", cohort)
     described = run("inspect", output)
-    assert "prepared with spacing 1.5,2,2, interpolation cubic, mask-interpolation linear\n" in described
+    assert (
+        "prepared with spacing 3,2.5,2, interpolation cubic, mask-interpolation linear, antialias\n"
+        in described
+    )
     told = run("build", cohort, output, "--mask-column=mask", flags[0], flags[3], code=2)
     assert "--interpolation was cubic, now not given" in told
     again = tmp_path / "again"
