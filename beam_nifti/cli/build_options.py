@@ -118,6 +118,8 @@ _HELP: Final = {
     "largest share when each is interpolated linearly, which gives smoother surfaces",
     "antialias": "smooth images with a Gaussian along the axes that get fewer voxels, before resampling; its "
     "standard deviation is (factor - 1) / 2 voxels",
+    "separate_z": "auto: as in nnU-Net, use nearest neighbours along one axis if its voxels are more than "
+    "three times as long as along another; default: never",
     "crop_foreground": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the "
     "image's units; or mask, those with a label in the mask",
     "shape": "crop and pad around the centre to this many voxels, such as 160,192,160",
@@ -188,7 +190,8 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         "Applied to each volume between loading and rescaling, in this order; default: none.",
         (
             *("preprocess", "orientation", "spacing", "resize", "resize_longest"),
-            *("interpolation", "mask_interpolation", "antialias", "crop_foreground", "shape"),
+            *("interpolation", "mask_interpolation", "antialias", "separate_z"),
+            *("crop_foreground", "shape"),
         ),
     ),
     "running": (
@@ -203,7 +206,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 
 _UNUSED_BY_CHECK: Final = (
     *("rescale", "rescale_within", "clip", "mask_dtype", "interpolation", "mask_interpolation"),
-    *("antialias", "shuffle_seed", "compression_level"),
+    *("antialias", "separate_z", "shuffle_seed", "compression_level"),
     *("overwrite", "recheck", "dry_run", "metrics_file"),
 )
 

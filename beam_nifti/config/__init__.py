@@ -9,6 +9,7 @@ from beam_nifti.config.preparation import (
     PREPARATIONS,
     RESAMPLING_DETAILS,
     RESAMPLINGS,
+    SEPARATE_Z,
     spell_steps,
 )
 from beam_nifti.config.record import (
@@ -43,6 +44,7 @@ __all__ = [
     "RESAMPLING_DETAILS",
     "RESCALE_METHODS",
     "SELECTIONS",
+    "SEPARATE_Z",
     "SINCE_FIRST_FORMAT_2",
     "SPLIT_PATTERN",
     "VOXEL_DTYPES",

@@ -14,7 +14,7 @@ from beam_nifti.support.calls import format_call, parse_call, split_call
 
 PREPARATIONS: Final = (
     *("preprocess", "orientation", "spacing", "resize", "resize_longest", "interpolation"),
-    *("mask_interpolation", "antialias"),
+    *("mask_interpolation", "antialias", "separate_z"),
     *("crop_foreground", "shape"),
 )
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
@@ -22,11 +22,13 @@ PREPARATIONS: Final = (
 RESAMPLINGS: Final = ("spacing", "resize", "resize_longest")
 """Fields of RecordConfig that resample a volume."""
 
-RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation", "antialias")
+RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation", "antialias", "separate_z")
 """Fields of RecordConfig that state how a volume is resampled."""
 
 INTERPOLATIONS: Final = ("linear", "nearest", "cubic")
 MASK_INTERPOLATIONS: Final = ("nearest", "linear")
+SEPARATE_Z: Final = ("never", "auto")
+"""Values of these fields; the first is the default."""
 
 ORIENTATIONS: Final = frozenset(
     "".join(letters)
@@ -82,7 +84,11 @@ def check_resampling(given: Mapping[str, Any]) -> None:
     Args:
         given: values of PREPARATIONS; None means not given.
     """
-    for name, choices in (("interpolation", INTERPOLATIONS), ("mask_interpolation", MASK_INTERPOLATIONS)):
+    for name, choices in (
+        ("interpolation", INTERPOLATIONS),
+        ("mask_interpolation", MASK_INTERPOLATIONS),
+        ("separate_z", SEPARATE_Z),
+    ):
         if given[name] is not None:
             choose(_flag(name), given[name], choices)
     for name in RESAMPLING_DETAILS:
@@ -94,6 +100,12 @@ def check_resampling(given: Mapping[str, Any]) -> None:
         raise UsageError(
             "--antialias smooths images before they are interpolated, but --interpolation nearest keeps "
             "their voxels; drop one of them"
+        )
+    is_nearest = given["interpolation"] == "nearest" and given["mask_interpolation"] in (None, "nearest")
+    if given["separate_z"] == "auto" and is_nearest:
+        raise UsageError(
+            "--separate-z auto has no effect with --interpolation nearest, by which all axes are resampled; "
+            "drop it"
         )
     for name, other in (("spacing", "resize"), ("resize", "resize_longest")):
         if None not in (given[name], given[other]):

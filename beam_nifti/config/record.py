@@ -15,6 +15,7 @@ from beam_nifti.config.preparation import (
     MASK_INTERPOLATIONS,
     PREPARATIONS,
     RESAMPLINGS,
+    SEPARATE_Z,
     all_of,
     check_orientation,
     check_resampling,
@@ -40,7 +41,14 @@ datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
-SINCE_FIRST_FORMAT_2: Final = ("resize", "resize_longest", "interpolation", "mask_interpolation", "antialias")
+SINCE_FIRST_FORMAT_2: Final = (
+    "resize",
+    "resize_longest",
+    "interpolation",
+    "mask_interpolation",
+    "antialias",
+    "separate_z",
+)
 """Fields of RecordConfig that dataset_info.json has only where they are given, unlike the earlier ones."""
 
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
@@ -90,6 +98,7 @@ class RecordConfig:
     interpolation: str | None = None
     mask_interpolation: str | None = None
     antialias: bool | None = None
+    separate_z: str | None = None
     crop_foreground: str | None = None
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
@@ -199,6 +208,7 @@ class RecordConfig:
             ("interpolation", INTERPOLATIONS),
             ("mask_interpolation", MASK_INTERPOLATIONS),
             ("antialias", (False, True)),
+            ("separate_z", SEPARATE_Z),
         ):
             if getattr(self, name) == default:  # which has no spelling of its own
                 object.__setattr__(self, name, None)

@@ -22,6 +22,7 @@ from beam_nifti.config import (
     ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
+    SEPARATE_Z,
     VOXEL_DTYPES,
     Percentile,
     Window,
@@ -94,6 +95,8 @@ class BuildOptions(TypedDict, total=False):
         mask_interpolation: labels between voxel centres: "nearest" (default), or "linear", the label with the
             largest share.
         antialias: whether images are smoothed by a Gaussian before axes get fewer voxels. Default: False.
+        separate_z: "auto" resamples anisotropic volumes by nearest neighbours along the axis of the longest
+            voxels, as nnU-Net. Default: "never".
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
@@ -134,6 +137,7 @@ class BuildOptions(TypedDict, total=False):
     interpolation: str | None
     mask_interpolation: str | None
     antialias: bool | None
+    separate_z: str | None
     crop_foreground: Rule | None
     shape: str | Sequence[SupportsIndex] | None
     max_bad_fraction: str | SupportsFloat | None
@@ -404,6 +408,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "interpolation": _one_of(INTERPOLATIONS),
     "mask_interpolation": _one_of(MASK_INTERPOLATIONS),
     "antialias": Option(read_switch),
+    "separate_z": _one_of(SEPARATE_Z),
     "crop_foreground": _rule(SELECTIONS, "RULE"),
     "shape": Option(_read_shape, metavar="X,Y,Z"),
     "max_bad_fraction": Option(read_number, metavar="F"),

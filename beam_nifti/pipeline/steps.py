@@ -495,6 +495,8 @@ class Preprocess(_Step):
         interpolation: how values between voxel centres are computed, as in `BuildOptions`.
         mask_interpolation: how labels between voxel centres are chosen, as in `BuildOptions`.
         antialias: whether images are smoothed along the axes that get fewer voxels.
+        separate_z: whether anisotropic volumes are resampled by nearest neighbours along one axis, as in
+            `BuildOptions`.
         crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
         shape: (X, Y, Z) that volumes are cropped and padded to.
 
@@ -514,6 +516,7 @@ class Preprocess(_Step):
         interpolation: str | None = None,
         mask_interpolation: str | None = None,
         antialias: bool | None = None,
+        separate_z: str | None = None,
         crop_foreground: Rule | None = None,
         shape: str | Sequence[SupportsIndex] | None = None,
     ) -> None:
@@ -526,6 +529,7 @@ class Preprocess(_Step):
             "interpolation": interpolation,
             "mask_interpolation": mask_interpolation,
             "antialias": antialias,
+            "separate_z": separate_z,
             "crop_foreground": crop_foreground,
             "shape": shape,
         }

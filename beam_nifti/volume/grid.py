@@ -27,6 +27,8 @@ _KEPT_SPACING: Final = 1e-3
 """Relative difference from a requested spacing up to which an axis is not resampled: people and programs
 round voxel sizes, 0.9375 mm to 0.938, and resampling to that would only blur."""
 
+_ANISOTROPIC: Final = 3  # quotient of voxel sizes above which nnU-Net resamples one axis separately
+
 _SINGULAR: Final = 1e-4  # smallest volume of a voxel relative to that of a box with its edges
 
 SAME_PLACE: Final = 0.1
@@ -225,6 +227,21 @@ def respace(grid: Grid, spacing: Sequence[float]) -> Resampling:
             starts[axis] = (size - 1) / 2 - steps[axis] * (shape[axis] - 1) / 2
     x, y, z = shape
     return Resampling(grid, grid.part(starts, (x, y, z), steps), _three(starts), _three(steps))
+
+
+def coarse_axis(resampling: Resampling) -> int | None:
+    """The axis along which voxels are more than three times as long as along another one.
+
+    Those of the old grid decide, or else those of the new one. None if no axis is that long, or several are.
+
+    Source: `resample_data_or_seg_to_spacing` of nnU-Net v2, whose ANISO_THRESHOLD is 3.
+    """
+    for grid in (resampling.old, resampling.grid):
+        zooms = np.asarray(grid.zooms)
+        if zooms.max() > _ANISOTROPIC * zooms.min():
+            longest = np.flatnonzero(keeps_spacing(zooms, zooms.max()))
+            return int(longest[0]) if longest.size == 1 else None
+    return None
 
 
 def resize(grid: Grid, shape: Shape3) -> Resampling:

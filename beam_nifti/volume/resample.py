@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.volume.grid import Resampling
+from beam_nifti.volume.grid import Resampling, coarse_axis
 from beam_nifti.volume.label_map import pick_mixed, pick_nearest
 from beam_nifti.volume.rescale import Scaling, Voxels
 
@@ -50,18 +50,31 @@ class Interpolation:
         image: "nearest", "linear" or "cubic".
         mask: "nearest" or "linear".
         antialias: whether an image is smoothed along the axes that get fewer voxels.
+        separate_z: whether nearest neighbours are used along the `coarse_axis`, if there is one.
     """
 
     image: str = "linear"
     mask: str = "nearest"
     antialias: bool = False
+    separate_z: bool = False
 
     @classmethod
     def of(cls, record: RecordConfig) -> Interpolation:
         """That of a configuration."""
         return cls(
-            record.interpolation or "linear", record.mask_interpolation or "nearest", bool(record.antialias)
+            record.interpolation or "linear",
+            record.mask_interpolation or "nearest",
+            bool(record.antialias),
+            record.separate_z == "auto",
         )
+
+    def positions(self, resampling: Resampling) -> tuple[list[Floats], int | None]:
+        """The positions of new voxels along each axis, and the axis of nearest neighbours, if any."""
+        positions = list(map(resampling.positions, range(3)))
+        axis = coarse_axis(resampling) if self.separate_z else None
+        if axis is not None:
+            positions[axis] = np.floor(positions[axis] + 0.5)
+        return positions, axis
 
 
 LINEAR: Final = Interpolation()
@@ -74,11 +87,12 @@ def resample_voxels(
 
     They are float32 in the image's units; those of nearest neighbours keep dtype and scaling.
     """
-    positions = tuple(map(resampling.positions, range(3)))
+    positions, separate = how.positions(resampling)
     if how.image == "nearest":
         return pick_nearest(voxels, positions), scaling
     shape, channels = voxels.shape[:3], voxels.shape[3:]
-    axes = [_axis(shape[axis], positions[axis], resampling.steps[axis], how) for axis in range(3)]
+    ways = [LINEAR if axis == separate else how for axis in range(3)]  # exact at whole numbers
+    axes = list(map(_axis, shape, positions, resampling.steps, ways))
     frames = voxels.reshape(*shape, -1)
     made = np.empty((*resampling.grid.shape, frames.shape[3]), np.float32)
     # Rescaling refuses what comes of infinite voxels, and of those that float32 cannot hold.
@@ -90,7 +104,7 @@ def resample_voxels(
 
 def resample_labels(mask: Voxels, resampling: Resampling, how: Interpolation) -> Voxels:
     """The labels of a new grid, of shape (X, Y, Z)."""
-    positions = tuple(map(resampling.positions, range(3)))
+    positions, _ = how.positions(resampling)
     return (pick_mixed if how.mask == "linear" else pick_nearest)(mask, positions)
 
 

@@ -58,6 +58,7 @@ BUILD: dict[str, Row] = {
     "--resize": ["9,9,9"],
     "--resize-longest": ["9"],
     "--antialias": ["", "--spacing=3,3,3"],
+    "--separate-z": ["auto", "--spacing=1,1,9"],
     "--interpolation": ["cubic", "--spacing=1,1,1"],
     "--mask-interpolation": ["linear", "--spacing=1,1,1.3", "--mask-column=mask"],
     "--crop-foreground": ["above:-1"],

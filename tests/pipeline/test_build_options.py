@@ -92,6 +92,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
     ({}, "--resize=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--resize-longest=128", [128, "128", np.int64(128)]),
+    ({"spacing": "1,1,1"}, "--separate-z=auto", ["auto"]),
     ({"spacing": "1,1,1"}, "--antialias", [True, np.bool_(True)]),
     ({"spacing": "1,1,1"}, "--interpolation=cubic", ["cubic"]),
     ({"spacing": "1,1,1", "mask_column": "mask"}, "--mask-interpolation=linear", ["linear"]),

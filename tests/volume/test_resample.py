@@ -25,7 +25,15 @@ from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.volume import Volume
 from beam_nifti.volume import resample as module
-from beam_nifti.volume.grid import Grid, Resampling, prepared_grids, resize, resize_longest, respace
+from beam_nifti.volume.grid import (
+    Grid,
+    Resampling,
+    coarse_axis,
+    prepared_grids,
+    resize,
+    resize_longest,
+    respace,
+)
 from beam_nifti.volume.preprocess import orient, prepare_volume, resample, resize_longest_to, resize_to
 from beam_nifti.volume.resample import Interpolation, resample_labels, resample_voxels
 from beam_nifti.volume.rescale import Scaling
@@ -252,6 +260,53 @@ def test_only_axes_that_get_fewer_voxels_are_smoothed() -> None:
         assert np.array_equal(plain.voxels, smooth.voxels)
 
 
+# Anisotropic volumes
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_anisotropic_volume_is_resampled_as_by_nnunet(axis: int) -> None:
+    """Each slice by splines, and the slices by nearest neighbours."""
+    others = [each for each in range(3) if each != axis]
+    shape, wanted = np.full(3, 9), np.full(3, 14)
+    shape[axis], wanted[axis] = 5, 12
+    zooms = np.where(np.arange(3) == axis, 5.0, 1.2)
+    volume = volume_of(values_of(tuple(shape), 3), np.diag([*zooms, 1]))
+    mask = (volume.voxels > 200).astype(np.uint8)
+    how = Interpolation("cubic", "linear", separate_z=True)
+    x, y, z = wanted.tolist()
+    made = resize_to(dataclasses.replace(volume, mask=mask), (x, y, z), how)
+    slices = np.floor((np.arange(12) + 0.5) * 5 / 12).astype(int)
+    factors = (wanted / shape)[others]
+    for values, result, order in ((volume.voxels, made.voxels, 3), (mask.astype(float), made.mask, 1)):
+        expected = np.stack(
+            [
+                ndimage.zoom(values.take(n, axis), factors, order=order, mode="nearest", grid_mode=True)
+                for n in slices
+            ],
+            axis,
+        )
+        assert result is not None
+        assert_close(result, expected if order == 3 else expected >= 0.5, values)
+
+
+@pytest.mark.parametrize(
+    ("zooms", "spacing", "axis"),
+    [
+        ((1.0, 1.0, 3.0), (1.0, 1.0, 1.0), None),
+        ((1.0, 1.0, 3.1), (1.0, 1.0, 1.0), 2),
+        ((4.0, 1.0, 1.2), (1.0, 1.0, 1.0), 0),
+        ((1.0, 1.0, 1.0), (1.0, 5.0, 1.0), 1),
+        ((5.0, 1.0, 1.0), (1.0, 5.0, 1.0), 0),
+        ((0.24, 1.25, 1.2500001), (1.0, 1.0, 1.0), None),
+        ((0.24, 1.25, 1.25), (1.0, 1.0, 9.0), None),
+    ],
+)
+def test_the_axis_of_long_voxels_is_that_of_nnunet(
+    zooms: tuple[float, ...], spacing: tuple[float, ...], axis: int | None
+) -> None:
+    assert coarse_axis(respace(Grid((9, 9, 9), np.diag([*zooms, 1.0])), spacing)) == axis
+
+
 # Masks
 
 
@@ -349,6 +404,12 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
             {"antialias": True, "spacing": (1, 1, 1), "interpolation": "nearest"},
             "--antialias smooths images before they are interpolated, but --interpolation nearest keeps",
         ),
+        ({"separate_z": "always", "spacing": (1, 1, 1)}, "--separate-z is 'always'; choose one of: never"),
+        ({"separate_z": "auto"}, "--separate-z has no effect without --spacing"),
+        (
+            {"separate_z": "auto", "spacing": (1, 1, 1), "interpolation": "nearest"},
+            "--separate-z auto has no effect with --interpolation nearest",
+        ),
         ({"resize": (9, 9, 0)}, "--resize is 9,9,0; give three numbers of voxels"),
         ({"resize_longest": 0}, "--resize-longest is 0; give a number of voxels, such as 128"),
         (
@@ -382,7 +443,7 @@ def test_a_mask_interpolation_requires_masks() -> None:
 def test_the_defaults_are_those_of_datasets_without_these_options() -> None:
     plain = RecordConfig(spacing=(1, 1, 1))
     assert RecordConfig(spacing=(1, 1, 1), interpolation="linear", mask_interpolation="nearest") == plain
-    assert RecordConfig(spacing=(1, 1, 1), antialias=False) == plain
+    assert RecordConfig(spacing=(1, 1, 1), antialias=False, separate_z="never") == plain
     others = [
         RecordConfig(spacing=(1, 1, 1), **{name: value})  # type: ignore[arg-type]
         for name, value in (
@@ -390,9 +451,10 @@ def test_the_defaults_are_those_of_datasets_without_these_options() -> None:
             ("interpolation", "nearest"),
             ("mask_interpolation", "linear"),
             ("antialias", True),
+            ("separate_z", "auto"),
         )
     ]
-    assert len({record.fingerprint for record in (plain, *others)}) == 5
+    assert len({record.fingerprint for record in (plain, *others)}) == 6
     facts = BuildConfig("m.tsv", "out", plain).as_dataset_config()
     assert not {"interpolation", "mask_interpolation"} & facts.keys()
 
@@ -421,14 +483,13 @@ def test_a_dataset_states_how_it_was_resampled(run: Run, cohort: Path, tmp_path:
         "--mask-interpolation=linear",
         "--allow-mixed-shapes",
         "--antialias",
+        "--separate-z=auto",
     ]
     run("build", cohort, output, "--mask-column=mask", *flags)
     assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", cohort)
     described = run("inspect", output)
-    assert (
-        "prepared with spacing 3,2.5,2, interpolation cubic, mask-interpolation linear, antialias\n"
-        in described
-    )
+    options = "interpolation cubic, mask-interpolation linear, antialias, separate-z auto"
+    assert f"prepared with spacing 3,2.5,2, {options}\n" in described
     told = run("build", cohort, output, "--mask-column=mask", flags[0], flags[3], code=2)
     assert "--interpolation was cubic, now not given" in told
     again = tmp_path / "again"
