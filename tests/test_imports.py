@@ -19,13 +19,14 @@ PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
     "nibabel": {
+        "volume.align",
         "volume.formats",
         "volume.geometry",
         "volume.grid",
         "volume.nifti_writer",
         "reporting.view",
     },
-    "scipy": {"volume.resample"},
+    "scipy": {"volume.align", "volume.resample"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},
@@ -56,7 +57,7 @@ ONLY_IMPORTERS = {
     },
 }
 LAZY_IMPORTERS = {
-    "scipy": {"volume.resample"},
+    "scipy": {"volume.align", "volume.resample"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},

@@ -108,6 +108,8 @@ _HELP: Final = {
     "apply several functions in order",
     "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
     "anterior, superior) or LPS; default: native, as in the file",
+    "reference": "resample to the voxel grid of this image, such as a template, by positions in mm; nothing "
+    "is registered",
     "spacing": "resample to this voxel size in mm, such as 1,1,1",
     "resize": "resample the whole field of view to this many voxels, such as 128,128,64",
     "resize_longest": "resample so that the longest axis has N voxels and the others keep their proportion "
@@ -189,7 +191,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
         (
-            *("preprocess", "orientation", "spacing", "resize", "resize_longest"),
+            *("preprocess", "orientation", "reference", "spacing", "resize", "resize_longest"),
             *("interpolation", "mask_interpolation", "antialias", "separate_z"),
             *("crop_foreground", "shape"),
         ),

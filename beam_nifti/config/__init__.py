@@ -3,6 +3,7 @@
 from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
 from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
 from beam_nifti.config.preparation import (
+    EXCLUSIVE,
     INTERPOLATIONS,
     MASK_INTERPOLATIONS,
     ORIENTATIONS,
@@ -10,6 +11,7 @@ from beam_nifti.config.preparation import (
     RESAMPLING_DETAILS,
     RESAMPLINGS,
     SEPARATE_Z,
+    ReferenceGrid,
     spell_steps,
 )
 from beam_nifti.config.record import (
@@ -30,6 +32,7 @@ __all__ = [
     "COMPLEX_PARTS",
     "COMPRESSIONS",
     "COMPRESSION_LEVELS",
+    "EXCLUSIVE",
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",
@@ -53,6 +56,7 @@ __all__ = [
     "LabelColumn",
     "Percentile",
     "RecordConfig",
+    "ReferenceGrid",
     "Sharding",
     "Splitting",
     "Window",

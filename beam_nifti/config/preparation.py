@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from beam_nifti.config.choices import choose
@@ -13,17 +15,23 @@ from beam_nifti.errors import UsageError
 from beam_nifti.support.calls import format_call, parse_call, split_call
 
 PREPARATIONS: Final = (
-    *("preprocess", "orientation", "spacing", "resize", "resize_longest", "interpolation"),
+    *("preprocess", "orientation", "reference", "spacing", "resize", "resize_longest", "interpolation"),
     *("mask_interpolation", "antialias", "separate_z"),
     *("crop_foreground", "shape"),
 )
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
 
-RESAMPLINGS: Final = ("spacing", "resize", "resize_longest")
+RESAMPLINGS: Final = ("reference", "spacing", "resize", "resize_longest")
 """Fields of RecordConfig that resample a volume."""
 
 RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation", "antialias", "separate_z")
 """Fields of RecordConfig that state how a volume is resampled."""
+
+EXCLUSIVE: Final = (
+    *(("spacing", "resize"), ("resize", "resize_longest"), ("reference", "spacing")),
+    *(("reference", "resize"), ("reference", "resize_longest"), ("orientation", "reference")),
+)
+"""Pairs of options of which only one decides."""
 
 INTERPOLATIONS: Final = ("linear", "nearest", "cubic")
 MASK_INTERPOLATIONS: Final = ("nearest", "linear")
@@ -36,6 +44,45 @@ ORIENTATIONS: Final = frozenset(
     for letters in itertools.product(*axes)
 )
 """Codes of the 48 orientations: the direction in which each of the three indices increases, as in nibabel."""
+
+
+@dataclass(frozen=True)
+class ReferenceGrid:
+    """The voxel grid that all volumes are brought to.
+
+    Attributes:
+        shape: (X, Y, Z).
+        affine: 16 numbers, row by row: voxel indices to millimetres in RAS+.
+    """
+
+    shape: tuple[int, int, int]
+    affine: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse other grids than those of images."""
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "affine", tuple(map(float, self.affine)))
+        check_shape("--reference", self.shape)
+        if len(self.affine) != 16 or self.affine[12:] != (0, 0, 0, 1) or not self._has_volume():
+            raise UsageError(
+                f"--reference has the affine {list(self.affine)}; give an image whose affine is finite and "
+                "not singular"
+            )
+
+    def _has_volume(self) -> bool:
+        a, b, c = (self.affine[axis:12:4] for axis in range(3))  # the edges of a voxel
+        sizes = math.prod(math.hypot(*edge) for edge in (a, b, c))
+        normal = (b[1] * c[2] - b[2] * c[1], b[2] * c[0] - b[0] * c[2], b[0] * c[1] - b[1] * c[0])
+        volume = abs(math.fsum(map(operator.mul, a, normal)))
+        return all(map(math.isfinite, self.affine)) and 0 < sizes < math.inf and volume > _SINGULAR * sizes
+
+    def __str__(self) -> str:
+        sizes = (math.hypot(*self.affine[axis:12:4]) for axis in range(3))
+        return f"{'×'.join(map(str, self.shape))} voxels of {'×'.join(f'{n:.4g}' for n in sizes)} mm"
+
+
+_SINGULAR: Final = 1e-4
+"""Smallest volume of a voxel relative to that of a box with its edges."""
 
 _LEAST_SPACING: Final = 1e-6
 """A nanometre, in mm. Quotients of smaller sizes overflow."""
@@ -107,18 +154,29 @@ def check_resampling(given: Mapping[str, Any]) -> None:
             "--separate-z auto has no effect with --interpolation nearest, by which all axes are resampled; "
             "drop it"
         )
-    for name, other in (("spacing", "resize"), ("resize", "resize_longest")):
+    for name, other in EXCLUSIVE:
         if None not in (given[name], given[other]):
             raise UsageError(
-                f"{_flag(name)} and {_flag(other)} both decide the number of voxels; drop one of them"
+                f"{_flag(name)} and {_flag(other)} both decide the positions of voxels; drop one of them"
             )
+    if given["separate_z"] == "auto" and given["reference"] is not None:
+        raise UsageError(
+            "--separate-z auto has no effect with --reference, to which the axes of images may be oblique; "
+            "drop it"
+        )
     size = given["resize_longest"]
     if size is not None and size < 1:
         raise UsageError(f"--resize-longest is {size}; give a number of voxels, such as 128")
-    resized = given["resize"] if size is None else (size, size, size)
-    if resized is not None and resized == given["shape"] and given["crop_foreground"] is None:
-        flag = _flag("resize" if size is None else "resize_longest")
-        raise UsageError(f"--shape has no effect after {flag}, which gives that shape; drop --shape")
+    for name, shape in (
+        ("reference", given["reference"] and given["reference"].shape),
+        ("resize", given["resize"]),
+        ("resize_longest", (size, size, size)),
+    ):
+        is_same = given[name] is not None and shape == given["shape"]
+        if is_same and given["crop_foreground"] is None:
+            raise UsageError(
+                f"--shape has no effect after {_flag(name)}, which gives that shape; drop --shape"
+            )
 
 
 def _flag(name: str) -> str:

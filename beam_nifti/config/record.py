@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Final
@@ -16,6 +17,7 @@ from beam_nifti.config.preparation import (
     PREPARATIONS,
     RESAMPLINGS,
     SEPARATE_Z,
+    ReferenceGrid,
     all_of,
     check_orientation,
     check_resampling,
@@ -42,6 +44,7 @@ datasets of earlier revisions."""
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
 SINCE_FIRST_FORMAT_2: Final = (
+    "reference",
     "resize",
     "resize_longest",
     "interpolation",
@@ -92,6 +95,7 @@ class RecordConfig:
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
+    reference: ReferenceGrid | None = None
     spacing: tuple[float, float, float] | None = None
     resize: tuple[int, int, int] | None = None
     resize_longest: int | None = None
@@ -110,6 +114,8 @@ class RecordConfig:
     def __post_init__(self) -> None:
         """Refuse invalid values; give equal values the same spelling."""
         # Lists come from JSON; 1 and 1.0 are one spacing.
+        if isinstance(self.reference, Mapping):
+            object.__setattr__(self, "reference", ReferenceGrid(**self.reference))
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
         for name in ("resize", "shape", "channels"):

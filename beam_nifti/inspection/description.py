@@ -14,7 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
+from beam_nifti.config import PREPARATIONS, Columns, LabelColumn, ReferenceGrid
 from beam_nifti.errors import DatasetError, ManifestError
 from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
@@ -292,8 +292,10 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 
-def _option_text(name: str, value: str | bool | float | Sequence[str | float]) -> str:
+def _option_text(name: str, value: str | bool | float | Sequence[str | float] | Mapping[str, Any]) -> str:
     """An option as on the command line."""
+    if isinstance(value, Mapping):
+        return f"{name} {ReferenceGrid(**value)}"
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     text = "" if value is True else " " + ",".join(n if isinstance(n, str) else f"{n:g}" for n in items)
     return f"{name.replace('_', '-')}{text}"

@@ -211,14 +211,16 @@ def _suggest_frames(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
 def _suggest_orientation(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
     found = tally(kinds, lambda kind: kind.orientation)
     known = [code for code, _ in found.most_common() if code in ORIENTATIONS]
-    if record.orientation is not None or record.preprocess is not None or not 2 <= len(known) == len(found):
+    if any(getattr(record, name) is not None for name in ("preprocess", "orientation", "reference")):
+        return {}
+    if not 2 <= len(known) == len(found):
         return {}
     return {"orientation": known[0]}
 
 
 def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
     """The voxel size that most images have, in as few digits as keep those from being resampled."""
-    if any(value is not None for value in (record.spacing, record.resize, record.preprocess)):
+    if any(getattr(record, name) is not None for name in ("preprocess", "reference", "spacing", "resize")):
         return {}
     found = tally(kinds, lambda kind: _turned(kind, record).zooms)
     sizes, counts = np.array(list(found)), np.array(list(found.values()))

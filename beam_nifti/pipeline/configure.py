@@ -10,11 +10,13 @@ from dataclasses import asdict, fields
 from typing import Any, Final
 
 from beam_nifti.config import (
+    EXCLUSIVE,
     RESAMPLING_DETAILS,
     RESAMPLINGS,
     BuildConfig,
     Columns,
     RecordConfig,
+    ReferenceGrid,
     Sharding,
     Splitting,
 )
@@ -39,8 +41,7 @@ with the square of the number of its dots, and a key ends with its line."""
 
 _INSTEAD: Final = (
     *(("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard")),
-    *(("spacing", "resize"), ("resize", "spacing")),
-    *(("resize", "resize_longest"), ("resize_longest", "resize")),
+    *((one, other) for pair in EXCLUSIVE for one, other in (pair, pair[::-1]) if "orientation" not in pair),
 )
 _NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
     ("mask_dtype", {"mask_column"}),
@@ -197,6 +198,9 @@ def value_text(value: Any) -> str:
     """The value of an option that was given, as the command line has it."""
     if value is True:
         return "given"
+    if isinstance(value, Mapping) and value.keys() == ReferenceGrid.__dataclass_fields__.keys():
+        affine = ",".join(map(value_text, value["affine"]))
+        return f"{ReferenceGrid(**value)} with the affine {affine}"
     if isinstance(value, Mapping):  # shares of splits, whose order makes no difference
         return ",".join(f"{name}={value_text(each)}" for name, each in sorted(value.items()))
     if isinstance(value, Sequence) and not isinstance(value, str):

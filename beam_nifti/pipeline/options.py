@@ -25,10 +25,11 @@ from beam_nifti.config import (
     SEPARATE_Z,
     VOXEL_DTYPES,
     Percentile,
+    ReferenceGrid,
     Window,
     spell_steps,
 )
-from beam_nifti.errors import UsageError
+from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.wording import one_line
@@ -85,6 +86,8 @@ class BuildOptions(TypedDict, total=False):
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
             "native", which changes nothing.
+        reference: image whose voxel grid all volumes are resampled to, as a path or URL; or its grid,
+            {"shape": (x, y, z), "affine": 16 numbers}. Default: no resampling.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
             Default: no resampling.
         resize: (x, y, z) in voxels that the whole field of view is resampled to. Default: no resampling.
@@ -131,6 +134,7 @@ class BuildOptions(TypedDict, total=False):
     allow_mixed_shapes: bool | None
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
+    reference: StrPath | Mapping[str, Any] | None
     spacing: Numbers | SupportsFloat | None
     resize: str | Sequence[SupportsIndex] | None
     resize_longest: str | SupportsIndex | None
@@ -289,12 +293,15 @@ def _items(value: object) -> list[Any] | None:
     return list(value) if getattr(value, "ndim", 1) == 1 else None
 
 
-def _read_triple(flag: str, value: object, number: Callable[[object], Any], wanted: str) -> tuple[Any, ...]:
+def _read_triple(
+    flag: str, value: object, number: Callable[[object], Any], wanted: str
+) -> tuple[Any, Any, Any]:
     items = value.split(",") if isinstance(value, str) else _items(value)
     try:
         if items is None or len(items) != 3:
             raise ValueError
-        return tuple(map(number, items))
+        x, y, z = map(number, items)
+        return x, y, z
     except ValueError:
         _refuse(flag, value, wanted)
 
@@ -308,6 +315,30 @@ def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
     is_one = isinstance(value, Real) and not isinstance(value, bool)
     wanted = "give three sizes in mm, such as 1,1,1.5"
     return _read_triple(flag, [value] * 3 if is_one else value, _number, wanted)
+
+
+def _read_reference(flag: str, value: object) -> ReferenceGrid:
+    if isinstance(value, ReferenceGrid):
+        return value
+    wanted = 'give the path of an image, or {"shape": (x, y, z), "affine": 16 numbers}'
+    if isinstance(value, Mapping):
+        if value.keys() != {"shape", "affine"}:
+            _refuse(flag, value, wanted)
+        rows = value["affine"]
+        try:
+            rows = rows.tolist() if hasattr(rows, "tolist") else list(rows)
+            affine = tuple(_number(n) for row in rows for n in (row if isinstance(row, Sequence) else [row]))
+        except (TypeError, ValueError):
+            _refuse(flag, value, wanted)
+        return ReferenceGrid(_read_triple(flag, value["shape"], _integer, wanted), affine)
+    from beam_nifti.volume.volume import read_grid  # which loads nibabel
+
+    path = storage.absolute(storage.path_text(flag, value))
+    try:
+        grid = read_grid(path)
+    except VolumeError as e:
+        raise UsageError(f"{flag}: {e}") from e
+    return ReferenceGrid(grid.shape, tuple(grid.affine.ravel().tolist()))
 
 
 def _rule(forms: tuple[str, ...], metavar: str) -> Option:
@@ -402,6 +433,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "allow_mixed_shapes": Option(read_switch),
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
+    "reference": Option(_read_reference, metavar="FILE"),
     "spacing": Option(_read_spacing, metavar="X,Y,Z"),
     "resize": Option(_read_shape, metavar="X,Y,Z"),
     "resize_longest": Option(read_integer, metavar="N"),

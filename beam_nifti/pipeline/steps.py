@@ -16,7 +16,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, SupportsFloat, SupportsIndex
 
@@ -488,6 +488,8 @@ class Preprocess(_Step):
 
     Args:
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
+        reference: image whose voxel grid volumes are resampled to, or the grid, as in `BuildOptions`. The
+            image is read when the step is made.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
         resize: (X, Y, Z) that the whole field of view is resampled to.
         resize_longest: voxels that the longest axis is resampled to, and the others by the same factor; then
@@ -510,6 +512,7 @@ class Preprocess(_Step):
         self,
         *,
         orientation: str | None = None,
+        reference: StrPath | Mapping[str, Any] | None = None,
         spacing: Numbers | SupportsFloat | None = None,
         resize: str | Sequence[SupportsIndex] | None = None,
         resize_longest: str | SupportsIndex | None = None,
@@ -523,6 +526,7 @@ class Preprocess(_Step):
         super().__init__()
         given = {
             "orientation": orientation,
+            "reference": reference,
             "spacing": spacing,
             "resize": resize,
             "resize_longest": resize_longest,

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import RecordConfig, ReferenceGrid
 from beam_nifti.errors import VolumeError
 from beam_nifti.volume.rescale import Voxels
 
@@ -30,6 +30,9 @@ round voxel sizes, 0.9375 mm to 0.938, and resampling to that would only blur.""
 _ANISOTROPIC: Final = 3  # quotient of voxel sizes above which nnU-Net resamples one axis separately
 
 _SINGULAR: Final = 1e-4  # smallest volume of a voxel relative to that of a box with its edges
+
+AT_EDGE: Final = 1e-3  # voxels beyond the field of view that are taken for rounding
+_ROUNDING: Final = 1e-3  # of the position of a voxel, in voxels: headers hold float32
 
 SAME_PLACE: Final = 0.1
 """Distance of voxel centres, in voxels, up to which two images are at the same position: programs
@@ -193,9 +196,9 @@ class Resampling:
     ratios: tuple[tuple[int, int], ...] | None = None
 
     @property
-    def changes(self) -> bool:
-        """Whether any axis is resampled."""
-        return self.steps != (1.0, 1.0, 1.0)
+    def is_exact(self) -> bool:
+        """Whether each new voxel within the old grid lies on an old one."""
+        return self.steps == (1.0, 1.0, 1.0) and all(start.is_integer() for start in self.starts)
 
     def positions(self, axis: int) -> npt.NDArray[np.float64]:
         """The indices in the old grid of the new voxels along an axis."""
@@ -285,6 +288,73 @@ def fit(grid: Grid, shape: Shape3) -> tuple[Grid, list[int]]:
     return grid.part(starts, shape), starts
 
 
+def match_axes(old: Grid, new: Grid) -> tuple[npt.NDArray[Any], Resampling | None]:
+    """How to turn the axes of an old grid, as `axes_to`, so that they run along those of a new one.
+
+    Returns:
+        The turns, and the new grid as a resampling of the turned one; None if their axes are not parallel.
+        Up to a thousandth of a voxel is taken for rounding.
+    """
+    turns: npt.NDArray[Any] = nib.orientations.io_orientation(np.linalg.inv(new.affine) @ old.affine)
+    if np.isnan(turns).any():
+        return np.array(UNTURNED), None
+    turned = turn(old, turns)
+    to_turned = np.linalg.inv(turned.affine) @ new.affine
+    lengths = np.array(new.shape) - 1.0
+    steps, starts = np.diag(to_turned)[:3].copy(), to_turned[:3, 3].copy()
+    drifts = np.abs(to_turned[:3, :3] - np.diag(steps)) @ lengths
+    if drifts.max() > _ROUNDING:
+        return turns, None
+    is_whole = np.abs(steps - 1) * lengths + np.abs(starts - np.rint(starts)) <= _ROUNDING
+    steps, starts = np.where(is_whole, 1.0, steps), np.where(is_whole, np.rint(starts), starts)
+    return turns, Resampling(turned, new, _three(starts.tolist()), _three(steps.tolist()))
+
+
+def covers(old: Grid, new: Grid) -> bool:
+    """Whether all voxel centres of a new grid are within the field of view of an old one."""
+    corners = _corners(np.linalg.inv(old.affine) @ new.affine, [(0, size - 1) for size in new.shape])
+    sizes = np.array(old.shape)
+    return bool((np.abs(corners - (sizes - 1) / 2) <= sizes / 2 + AT_EDGE).all())
+
+
+def overlaps(old: Grid, new: Grid) -> bool:
+    """Whether the box of all voxel centres of a new grid meets the field of view of an old one.
+
+    Two boxes are apart if they are apart along a normal of a face of one, or along one of an edge of each.
+    """
+    to_old = np.linalg.inv(old.affine) @ new.affine
+    edge = 0.5 + AT_EDGE
+    boxes = (
+        _corners(np.eye(4), [(-edge, size - 1 + edge) for size in old.shape]),
+        _corners(to_old, [(0, size - 1) for size in new.shape]),
+    )
+    edges, units = to_old[:3, :3].T, np.eye(3)
+    pairs = itertools.chain(itertools.product(edges, units), itertools.combinations(edges, 2))
+    for normal in (*units, *(np.cross(*pair) for pair in pairs)):
+        one, other = (box @ normal for box in boxes)
+        if one.max() < other.min() or other.max() < one.min():
+            return False
+    return True
+
+
+def _corners(affine: Affine, ends: Sequence[tuple[float, float]]) -> npt.NDArray[np.float64]:
+    return np.asarray(nib.affines.apply_affine(affine, list(itertools.product(*ends))))
+
+
+def reference_grid(reference: ReferenceGrid) -> Grid:
+    """The grid of `RecordConfig.reference`."""
+    return Grid(reference.shape, np.reshape(np.array(reference.affine, np.float64), (4, 4)))
+
+
+def require_overlap(grid: Grid, reference: ReferenceGrid) -> None:
+    """Refuse a grid that has nothing at the positions of a reference."""
+    if not overlaps(grid, reference_grid(reference)):
+        raise VolumeError(
+            "its field of view does not meet that of --reference; correct its affine, register it to the "
+            "reference, or leave it out"
+        )
+
+
 class GridStep(NamedTuple):
     """A preparation: the name of its option, and the grids of a volume before and after it."""
 
@@ -318,6 +388,7 @@ def prepared_grids(grid: Grid, record: RecordConfig) -> list[GridStep]:
 
 _FOLLOWERS: Final[Mapping[str, Callable[[Grid, Any], Grid]]] = {
     "orientation": lambda grid, code: turn(grid, axes_to(grid, code)),
+    "reference": lambda _, reference: reference_grid(reference),
     "spacing": lambda grid, spacing: respace(grid, spacing).grid,
     "resize": lambda grid, shape: resize(grid, shape).grid,
     "resize_longest": lambda grid, size: fit(resize_longest(grid, size).grid, (size, size, size))[0],

@@ -21,11 +21,17 @@ TEXTS: Final = {
         "--crop-foreground cut off labelled voxels of the mask; to keep them, use --crop-foreground mask"
     ),
     "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; to keep them, use a larger --shape",
+    "labels-lost-to-reference": "labelled voxels of the mask lie outside the grid of --reference",
+    "beyond-field-of-view": (
+        "an image ends within the grid of --reference; beyond it, images have their least value and masks 0"
+    ),
 }
 """A sentence for each note."""
 
-OF_VOXELS: Final = frozenset({"labels-lost-to-crop", "labels-lost-to-shape"})
-"""Notes that headers do not determine, so `check` does not name their images."""
+OF_VOXELS: Final = frozenset(
+    {"labels-lost-to-crop", "labels-lost-to-shape", "labels-lost-to-reference", "beyond-field-of-view"}
+)
+"""Notes that a volume gets during its preparation, so `check` does not name their images."""
 
 
 def counter_name(note: str) -> str:

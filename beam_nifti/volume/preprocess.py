@@ -10,9 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from beam_nifti.config import MASK_DTYPES, RecordConfig
+from beam_nifti.config import MASK_DTYPES, RecordConfig, ReferenceGrid
 from beam_nifti.errors import UsageError, VolumeError, is_of_machine
 from beam_nifti.manifest.redaction import describe
+from beam_nifti.volume.align import align_labels, align_voxels, loses_labels
 from beam_nifti.volume.grid import (
     UNTURNED,
     Grid,
@@ -20,8 +21,11 @@ from beam_nifti.volume.grid import (
     Shape3,
     agreed_zooms,
     axes_to,
+    covers,
     fit,
     is_usable,
+    reference_grid,
+    require_overlap,
     resize,
     resize_longest,
     respace,
@@ -80,6 +84,8 @@ def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
         steps.append(partial(apply_function, function=function, name=name, num_channels=count))
     if record.orientation is not None:
         steps.append(partial(orient, code=record.orientation))
+    if record.reference is not None:
+        steps.append(partial(align, reference=record.reference, how=how, each=each))
     if record.spacing is not None:
         steps.append(partial(resample, spacing=record.spacing, how=how))
     if record.resize is not None:
@@ -255,7 +261,7 @@ def resize_longest_to(
 
 def _resampled(volume: Volume, resampling: Resampling, how: Interpolation, option: str) -> Volume:
     grid = resampling.grid
-    if not resampling.changes:
+    if resampling.is_exact:
         return replace(volume, zooms=grid.zooms)
     _require_grid(grid.shape, volume.voxels.shape[3:], option)
     voxels, scaling = resample_voxels(volume.voxels, volume.scaling, resampling, how)
@@ -269,12 +275,37 @@ def _resampled(volume: Volume, resampling: Resampling, how: Interpolation, optio
     )
 
 
+def align(volume: Volume, reference: ReferenceGrid, how: Interpolation, *, each: bool = False) -> Volume:
+    """Interpolate at the positions of the voxels of a reference, as `align_voxels`.
+
+    Raises:
+        VolumeError: the volume has nothing there, or a record cannot hold the result.
+    """
+    old, new = Grid.of(volume.voxels.shape, volume.affine), reference_grid(reference)
+    require_overlap(old, reference)
+    _require_grid(new.shape, volume.voxels.shape[3:], "--reference")
+    voxels, scaling = align_voxels(volume.voxels, volume.scaling, old, new, how, each=each)
+    mask, notes = None, [] if covers(old, new) else ["beyond-field-of-view"]
+    if volume.mask is not None:
+        mask = align_labels(volume.mask, old, new, how)
+        notes += ["labels-lost-to-reference"] if loses_labels(volume.mask, old, new) else []
+    return replace(
+        volume,
+        voxels=voxels,
+        scaling=scaling,
+        affine=new.affine,
+        zooms=new.zooms,
+        mask=mask,
+        notes=join_notes([volume.notes, notes]),
+    )
+
+
 def _require_grid(shape: Shape3, channels: tuple[int, ...], option: str) -> None:
     # Though they may be cropped afterwards: an affine that is wrong by a thousand asks for terabytes.
     made = (*shape, *channels)
     if 4 * math.prod(made) > MAX_VOLUME_BYTES:
-        larger = option.startswith("--spacing")
-        remedy = "repair the affine, or use a larger --spacing" if larger else "use fewer voxels"
+        is_spacing = option.startswith("--spacing")
+        remedy = "repair the affine, or use a larger --spacing" if is_spacing else "use fewer voxels"
         raise VolumeError(
             f"{option} would make shape {made}, more than {MAX_VOLUME_BYTES:,} bytes of float32; {remedy}"
         )

@@ -37,9 +37,12 @@ Source: M. Unser, "Splines: a perfect fit for signal and image processing", IEEE
 (1999), box 2.
 """
 
-_REACH: Final = 28  # voxels beyond which no other matters to a coefficient: _POLE^28 is 1e-16
+REACH: Final = 28  # voxels beyond which no other matters to a coefficient: _POLE^28 is 1e-16
 
-_TRUNCATE: Final = 4.0  # standard deviations at which a Gaussian ends, as in scipy.ndimage
+TRUNCATE: Final = 4.0  # standard deviations at which a Gaussian ends, as in scipy.ndimage
+
+
+SPLINE_ORDERS: Final = {"nearest": 0, "linear": 1, "cubic": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +136,9 @@ class _Axis:
 
 
 def _axis(size: int, positions: Floats, step: float, how: Interpolation) -> _Axis:
+    is_whole = np.array_equal(positions, np.rint(positions))  # where splines are the voxels themselves
     smoothing = smoothing_weights(size, (step - 1) / 2) if how.antialias and step > 1.0 else None
-    if how.image == "cubic" and step != 1.0:
+    if how.image == "cubic" and not is_whole:
         return _Axis(spline_weights(size, positions), True, smoothing)
     weights = linear_weights(size, positions)
     return _Axis(weights if smoothing is None else weights @ smoothing)
@@ -183,8 +187,8 @@ def _weighted(weights: sparse.csr_array, rows: slice, slices: Voxels, scaling: S
 def _along_x(axis: _Axis, rows: slice, slices: Voxels, scaling: Scaling) -> Floats:
     """As `_weighted`, by weights of spline coefficients, which are computed from the slices around."""
     chosen = axis.weights[rows]
-    first = max(0, int(chosen.indices.min()) - 2 - _REACH)
-    last = min(len(slices), int(chosen.indices.max()) - 1 + _REACH)
+    first = max(0, int(chosen.indices.min()) - 2 - REACH)
+    last = min(len(slices), int(chosen.indices.max()) - 1 + REACH)
     smoothing = None if axis.smoothing is None else axis.smoothing[first:last]
     part = _Axis(chosen[:, first : last + 4], True, smoothing)
     if smoothing is not None:
@@ -236,7 +240,7 @@ def smoothing_weights(size: int, deviation: float) -> sparse.csr_array:
         size: voxels in the line.
         deviation: standard deviation in voxels, above 0.
     """
-    radius = int(_TRUNCATE * deviation + 0.5)
+    radius = int(TRUNCATE * deviation + 0.5)
     offsets = np.arange(-radius, radius + 1)
     shares = np.exp(-0.5 * (offsets / deviation) ** 2)
     columns = np.clip(np.arange(size) + offsets[:, np.newaxis], 0, size - 1)

@@ -14,7 +14,14 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.volume.formats import parse_header
-from beam_nifti.volume.grid import Affine, require_same_grid, turn_voxels, turns_between
+from beam_nifti.volume.grid import (
+    Affine,
+    Grid,
+    require_overlap,
+    require_same_grid,
+    turn_voxels,
+    turns_between,
+)
 from beam_nifti.volume.header import (
     VolumeHeader,
     record_layout,
@@ -236,6 +243,11 @@ def _parser(
             if layout.stored_shape is not None:
                 require_shape(path, layout.stored_shape, shape)
             require_dtype(path, header, dtype)
+            if record.reference is not None and record.preprocess is None and number == 0:
+                try:
+                    require_overlap(header.grid, record.reference)
+                except VolumeError as e:
+                    raise VolumeError(f"{path}: {e}") from e
         if first is not None:
             may_turn = is_any or record.orientation is not None
             require_same_grid(path, header.grid, row.path, first.grid, may_turn=may_turn, is_mask=is_mask)
@@ -289,6 +301,15 @@ def load_header(
         images = headers[: record.num_channels]
         _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
     return replace(headers[0], notes=join_notes(header.notes for header in headers))
+
+
+def read_grid(path: str) -> Grid:
+    """The voxel grid of any image, from its header.
+
+    Raises:
+        VolumeError: the file is missing, or is not an image of a known format.
+    """
+    return read_header(path, path, lambda head: parse_header(path, head)).grid
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:

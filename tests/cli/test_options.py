@@ -57,6 +57,7 @@ BUILD: dict[str, Row] = {
     "--spacing": ["1,1,1"],
     "--resize": ["9,9,9"],
     "--resize-longest": ["9"],
+    "--reference": ["6.nii"],
     "--antialias": ["", "--spacing=3,3,3"],
     "--separate-z": ["auto", "--spacing=1,1,9"],
     "--interpolation": ["cubic", "--spacing=1,1,1"],
@@ -217,7 +218,7 @@ def config_of(command: str, folder: Path, *flags: str) -> BuildConfig:
 def words_of(flag: str, row: Row, folder: Path) -> tuple[list[str], list[str]]:
     """An option with its value; and the further options that it is of use with."""
     value, *further = row
-    if flag in ("--anonymous-ids", "--temp-location"):
+    if flag in ("--anonymous-ids", "--temp-location", "--reference"):
         value = str(folder / value)
     if flag == "--missing-label":
         further = ["--label-column=age"]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -35,6 +36,9 @@ from tests.user_functions import change_all_in_place, scale
 STEP = "tests.golden.steps:double"
 SPLIT = {"split": "a=1"}
 MASKS = {"mask_column": "seg"}
+
+REFERENCE = Path(__file__).parent.parent / "golden/version-1/images/1-T1w.nii"
+REFERENCE_GRID = {"shape": nib.load(REFERENCE).shape, "affine": nib.load(REFERENCE).affine}  # type: ignore[attr-defined]
 
 ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--path-column=T1w", ["T1w", ["T1w"], ("T1w",)]),
@@ -90,6 +94,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
     ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
+    ({}, f"--reference={REFERENCE}", [REFERENCE, REFERENCE_GRID]),
     ({}, "--resize=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--resize-longest=128", [128, "128", np.int64(128)]),
     ({"spacing": "1,1,1"}, "--separate-z=auto", ["auto"]),

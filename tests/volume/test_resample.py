@@ -390,22 +390,25 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
             {"mask_interpolation": "cubic", "spacing": (1, 1, 1)},
             "--mask-interpolation is 'cubic'; choose one of",
         ),
-        ({"interpolation": "linear"}, "--interpolation has no effect without --spacing"),
-        ({"mask_interpolation": "nearest"}, "--mask-interpolation has no effect without --spacing"),
+        ({"interpolation": "linear"}, "--interpolation has no effect without --reference, --spacing"),
+        (
+            {"mask_interpolation": "nearest"},
+            "--mask-interpolation has no effect without --reference, --spacing",
+        ),
         (
             {"resize": (9, 9, 9), "voxel_dtype": "native"},
             "--resize changes the voxels, .*use --voxel-dtype float32, or --interpolation nearest$",
         ),
         (
             {"antialias": True},
-            "--antialias has no effect without --spacing, --resize or --resize-longest; give",
+            "--antialias has no effect without --reference, --spacing, --resize or --resize-longest; give",
         ),
         (
             {"antialias": True, "spacing": (1, 1, 1), "interpolation": "nearest"},
             "--antialias smooths images before they are interpolated, but --interpolation nearest keeps",
         ),
         ({"separate_z": "always", "spacing": (1, 1, 1)}, "--separate-z is 'always'; choose one of: never"),
-        ({"separate_z": "auto"}, "--separate-z has no effect without --spacing"),
+        ({"separate_z": "auto"}, "--separate-z has no effect without --reference, --spacing"),
         (
             {"separate_z": "auto", "spacing": (1, 1, 1), "interpolation": "nearest"},
             "--separate-z auto has no effect with --interpolation nearest",
@@ -418,7 +421,7 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
         ),
         (
             {"resize": (9, 9, 9), "spacing": (1, 1, 1)},
-            "--spacing and --resize both decide the number",
+            "--spacing and --resize both decide the positions",
         ),
         ({"resize": (9, 8, 7), "shape": (9, 8, 7)}, "--shape has no effect after --resize, which gives that"),
         ({"resize_longest": 9, "shape": (9, 9, 9)}, "--shape has no effect after --resize-longest, which"),
