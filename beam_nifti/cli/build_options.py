@@ -55,7 +55,7 @@ _HELP: Final = {
     "without": "options of --config and --like to ignore, such as clip,spacing; default: none",
     "path_column": "column of image paths. The images of several comma-separated columns, such as "
     "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have the "
-    "same voxel grid; default: path",
+    "same voxel grid, or --align first; default: path",
     "mask_column": "column of label maps: images of whole numbers on the same voxel grid as the images. "
     "They are prepared like the images, by nearest neighbour, and stored without rescaling; default: none",
     "label_column": "column of labels: numbers, or the names of classes; or several columns, such as "
@@ -108,6 +108,8 @@ _HELP: Final = {
     "apply several functions in order",
     "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
     "anterior, superior) or LPS; default: native, as in the file",
+    "align": "first: resample the other images of an example, and its mask, to the voxel grid of its first "
+    "image, by positions in mm; nothing is registered; default: never, so that other grids are refused",
     "reference": "resample to the voxel grid of this image, such as a template, by positions in mm; nothing "
     "is registered",
     "spacing": "resample to this voxel size in mm, such as 1,1,1",
@@ -191,7 +193,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
         (
-            *("preprocess", "orientation", "reference", "spacing", "resize", "resize_longest"),
+            *("align", "preprocess", "orientation", "reference", "spacing", "resize", "resize_longest"),
             *("interpolation", "mask_interpolation", "antialias", "separate_z"),
             *("crop_foreground", "shape"),
         ),

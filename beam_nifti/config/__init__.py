@@ -3,6 +3,7 @@
 from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
 from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
 from beam_nifti.config.preparation import (
+    ALIGNMENTS,
     EXCLUSIVE,
     INTERPOLATIONS,
     MASK_INTERPOLATIONS,
@@ -29,6 +30,7 @@ from beam_nifti.config.record import (
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
 
 __all__ = [
+    "ALIGNMENTS",
     "COMPLEX_PARTS",
     "COMPRESSIONS",
     "COMPRESSION_LEVELS",

@@ -86,6 +86,11 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         mask_dtype = None
     else:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
+    if record.align is not None and len(columns.files) == 1:
+        raise UsageError(
+            "--align has no effect on a single image; name several in --path-column, or a --mask-column, or "
+            "drop it"
+        )
     channels = columns.paths if len(columns.paths) > 1 else None
     return replace(record, channels=channels, mask_dtype=mask_dtype)
 

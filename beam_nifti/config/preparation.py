@@ -21,11 +21,18 @@ PREPARATIONS: Final = (
 )
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
 
-RESAMPLINGS: Final = ("reference", "spacing", "resize", "resize_longest")
+RESAMPLINGS: Final = ("align", "reference", "spacing", "resize", "resize_longest")
 """Fields of RecordConfig that resample a volume."""
 
-RESAMPLING_DETAILS: Final = ("interpolation", "mask_interpolation", "antialias", "separate_z")
-"""Fields of RecordConfig that state how a volume is resampled."""
+_RESPACINGS: Final = ("spacing", "resize", "resize_longest")
+
+RESAMPLING_DETAILS: Final[Mapping[str, tuple[str, ...]]] = {
+    "interpolation": RESAMPLINGS,
+    "mask_interpolation": RESAMPLINGS,
+    "antialias": RESAMPLINGS,
+    "separate_z": _RESPACINGS,
+}
+"""Fields of RecordConfig that state how a volume is resampled, and those of which each requires one."""
 
 EXCLUSIVE: Final = (
     *(("spacing", "resize"), ("resize", "resize_longest"), ("reference", "spacing")),
@@ -35,6 +42,7 @@ EXCLUSIVE: Final = (
 
 INTERPOLATIONS: Final = ("linear", "nearest", "cubic")
 MASK_INTERPOLATIONS: Final = ("nearest", "linear")
+ALIGNMENTS: Final = ("never", "first")
 SEPARATE_Z: Final = ("never", "auto")
 """Values of these fields; the first is the default."""
 
@@ -129,19 +137,20 @@ def check_resampling(given: Mapping[str, Any]) -> None:
     """Refuse ways to resample that are unknown, or have no effect.
 
     Args:
-        given: values of PREPARATIONS; None means not given.
+        given: values of PREPARATIONS and `align`; None means not given.
     """
     for name, choices in (
         ("interpolation", INTERPOLATIONS),
         ("mask_interpolation", MASK_INTERPOLATIONS),
         ("separate_z", SEPARATE_Z),
+        ("align", ALIGNMENTS),
     ):
         if given[name] is not None:
             choose(_flag(name), given[name], choices)
-    for name in RESAMPLING_DETAILS:
-        if given[name] is not None and all(given[other] is None for other in RESAMPLINGS):
+    for name, needed in RESAMPLING_DETAILS.items():
+        if given[name] is not None and all(given[other] is None for other in needed):
             raise UsageError(
-                f"{_flag(name)} has no effect without {_any_of(RESAMPLINGS)}; give one of them, or drop it"
+                f"{_flag(name)} has no effect without {_any_of(needed)}; give one of them, or drop it"
             )
     if given["antialias"] and given["interpolation"] == "nearest":
         raise UsageError(
@@ -159,11 +168,6 @@ def check_resampling(given: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"{_flag(name)} and {_flag(other)} both decide the positions of voxels; drop one of them"
             )
-    if given["separate_z"] == "auto" and given["reference"] is not None:
-        raise UsageError(
-            "--separate-z auto has no effect with --reference, to which the axes of images may be oblique; "
-            "drop it"
-        )
     size = given["resize_longest"]
     if size is not None and size < 1:
         raise UsageError(f"--resize-longest is {size}; give a number of voxels, such as 128")

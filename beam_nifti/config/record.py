@@ -12,6 +12,7 @@ from typing import Final
 from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
 from beam_nifti.config.preparation import (
+    ALIGNMENTS,
     INTERPOLATIONS,
     MASK_INTERPOLATIONS,
     PREPARATIONS,
@@ -44,6 +45,7 @@ datasets of earlier revisions."""
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
 SINCE_FIRST_FORMAT_2: Final = (
+    "align",
     "reference",
     "resize",
     "resize_longest",
@@ -95,6 +97,7 @@ class RecordConfig:
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
+    align: str | None = None
     reference: ReferenceGrid | None = None
     spacing: tuple[float, float, float] | None = None
     resize: tuple[int, int, int] | None = None
@@ -196,7 +199,7 @@ class RecordConfig:
             check_shape("--resize", self.resize)
         if self.shape is not None:
             check_shape("--shape", self.shape)
-        check_resampling({name: getattr(self, name) for name in PREPARATIONS})
+        check_resampling({name: getattr(self, name) for name in ("align", *PREPARATIONS)})
         if self.crop_foreground is not None:
             selection = parse_rule("--crop-foreground", self.crop_foreground, SELECTIONS)
             object.__setattr__(self, "crop_foreground", spell_rule(*selection))
@@ -215,6 +218,7 @@ class RecordConfig:
             ("mask_interpolation", MASK_INTERPOLATIONS),
             ("antialias", (False, True)),
             ("separate_z", SEPARATE_Z),
+            ("align", ALIGNMENTS),
         ):
             if getattr(self, name) == default:  # which has no spelling of its own
                 object.__setattr__(self, name, None)

@@ -261,7 +261,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", f"and {counted(len(d['shapes']) - _SHOWN_SHAPES, 'more shape')}"
     yield "on disk", ", ".join(f"{dtype} ({count:,})" for dtype, count in d["source_dtypes"].items())
     level = f" level {config['compression_level']}" if config["compression"] == "gzip" else ""
-    frames = "".join(f", {name} {config[name]}" for name in ("frames", "complex") if config.get(name))
+    frames = "".join(
+        f", {name} {config[name]}" for name in ("frames", "complex", "align") if config.get(name)
+    )
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"

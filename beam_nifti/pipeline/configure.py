@@ -12,7 +12,6 @@ from typing import Any, Final
 from beam_nifti.config import (
     EXCLUSIVE,
     RESAMPLING_DETAILS,
-    RESAMPLINGS,
     BuildConfig,
     Columns,
     RecordConfig,
@@ -46,9 +45,10 @@ _INSTEAD: Final = (
 _NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
     ("mask_dtype", {"mask_column"}),
     ("mask_interpolation", {"mask_column"}),
+    ("align", {"mask_column", "path_column"}),
     ("split_seed", {"split"}),
     ("stratify", {"split"}),
-    *((name, set(RESAMPLINGS)) for name in RESAMPLING_DETAILS),
+    *((name, set(needed)) for name, needed in RESAMPLING_DETAILS.items()),
 )
 """Options that require another one, or one of several."""
 

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from beam_nifti.config import (
+    ALIGNMENTS,
     COMPLEX_PARTS,
     COMPRESSIONS,
     FRAMES,
@@ -86,6 +87,8 @@ class BuildOptions(TypedDict, total=False):
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
             "native", which changes nothing.
+        align: "first" resamples the other images of an example, and its mask, to the voxel grid of its first
+            image. Default: "never", so that other grids are refused.
         reference: image whose voxel grid all volumes are resampled to, as a path or URL; or its grid,
             {"shape": (x, y, z), "affine": 16 numbers}. Default: no resampling.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
@@ -134,6 +137,7 @@ class BuildOptions(TypedDict, total=False):
     allow_mixed_shapes: bool | None
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
+    align: str | None
     reference: StrPath | Mapping[str, Any] | None
     spacing: Numbers | SupportsFloat | None
     resize: str | Sequence[SupportsIndex] | None
@@ -433,6 +437,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "allow_mixed_shapes": Option(read_switch),
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
+    "align": _one_of(ALIGNMENTS),
     "reference": Option(_read_reference, metavar="FILE"),
     "spacing": Option(_read_spacing, metavar="X,Y,Z"),
     "resize": Option(_read_shape, metavar="X,Y,Z"),

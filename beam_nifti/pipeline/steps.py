@@ -453,6 +453,11 @@ class LoadVolume(_Step):
             `Columns.path`; None for one image.
         mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
             rows have none.
+        align: "first" brings other images and masks to the voxel grid of the first image, as in
+            `BuildOptions`; None refuses other grids.
+        interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
+        mask_interpolation: how labels between voxel centres are chosen for that, as in `BuildOptions`.
+        antialias: whether images are smoothed for that, as in `BuildOptions`.
 
     Raises:
         UsageError: an argument is invalid. While the pipeline runs: the rows have other images, or a mask
@@ -468,9 +473,22 @@ class LoadVolume(_Step):
         complex: str | None = None,
         channels: Names | None = None,
         mask_dtype: str | None = None,
+        align: str | None = None,
+        interpolation: str | None = None,
+        mask_interpolation: str | None = None,
+        antialias: bool | None = None,
     ) -> None:
         super().__init__()
-        given = {"frames": frames, "complex": complex, "path_column": channels, "mask_dtype": mask_dtype}
+        given = {
+            "frames": frames,
+            "complex": complex,
+            "path_column": channels,
+            "mask_dtype": mask_dtype,
+            "align": align,
+            "interpolation": interpolation,
+            "mask_interpolation": mask_interpolation,
+            "antialias": antialias,
+        }
         with naming_parameters(path_column="channels"):
             config = make_record_config(given)
         if config.frames == "each":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 import nibabel as nib
@@ -43,6 +44,7 @@ def align_voxels(
     channel. They are float32 in the image's units. Those of nearest neighbours keep dtype and scaling, as do
     voxels that lie on those of the old grid.
     """
+    how = replace(how, separate_z=False)
     ufunc = np.fmin if scaling.slope > 0 else np.fmax  # of NaN and a number the number
     least = ufunc.reduce(voxels, axis=(0, 1, 2) if each else None)
     turns, resampling = match_axes(old, new)
@@ -59,6 +61,7 @@ def align_voxels(
 
 def align_labels(mask: Voxels, old: Grid, new: Grid, how: Interpolation) -> Voxels:
     """The labels of a new grid, of shape (X, Y, Z); 0 beyond the field of view of the old one."""
+    how = replace(how, separate_z=False)
     turns, resampling = match_axes(old, new)
     if resampling is None:
         made = _label_oblique(mask, old, new, how)

@@ -91,16 +91,13 @@ def agreed_zooms(affine: Affine, stated: npt.ArrayLike) -> npt.NDArray[np.float6
     return zooms
 
 
-def require_same_grid(
-    name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool, is_mask: bool = False
-) -> None:
+def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid, *, may_turn: bool) -> None:
     """Refuse an image whose voxels are more than a tenth of the smallest voxel size from the first image's.
 
     With `may_turn` its axes may be flipped or in another order.
     """
     turns = turns_between(grid, first)
-    how = ' with interpolation="nearest"' if is_mask else ""
-    remedy = f"resample it to the voxels of {first_name}, such as by nilearn.image.resample_to_img{how}"
+    remedy = f"use --align first, which resamples it to the voxels of {first_name}"
     if turns is not None:
         if may_turn or np.array_equal(turns, UNTURNED):
             return

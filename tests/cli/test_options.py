@@ -57,6 +57,7 @@ BUILD: dict[str, Row] = {
     "--spacing": ["1,1,1"],
     "--resize": ["9,9,9"],
     "--resize-longest": ["9"],
+    "--align": ["first", "--path-column=path,other"],
     "--reference": ["6.nii"],
     "--antialias": ["", "--spacing=3,3,3"],
     "--separate-z": ["auto", "--spacing=1,1,9"],
@@ -190,12 +191,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number == 4:
             voxels = np.stack([voxels] * 2, axis=3)
         write_image(root / f"{number}.nii", voxels)
+        write_image(root / f"other{number}.nii", brain((7, 6, 6), number))
         write_image(root / f"mask{number}.nii", np.ones((6, 5, 4), np.uint8))
         rows.append(
             {
                 "path": f"{number}.nii",
                 "second": f"{(number + 1) % 6}.nii",
                 "mask": f"mask{number}.nii",
+                "other": f"other{number}.nii",
                 "age": "" if number == 1 else number,
                 "name": f"n{number}",
                 "site": "ab"[number % 2],

@@ -94,6 +94,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
     ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
+    (MASKS, "--align=first", ["first"]),
     ({}, f"--reference={REFERENCE}", [REFERENCE, REFERENCE_GRID]),
     ({}, "--resize=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--resize-longest=128", [128, "128", np.int64(128)]),

@@ -17,18 +17,20 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from beam_nifti.cli import main as cli
-from beam_nifti.config import RecordConfig, ReferenceGrid
+from beam_nifti.config import BuildConfig, Columns, RecordConfig, ReferenceGrid
 from beam_nifti.errors import DatasetError, UsageError, VolumeError
 from beam_nifti.pipeline.options import read_option
 from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.volume import Volume
 from beam_nifti.volume import align as module
 from beam_nifti.volume.align import align_labels, align_voxels, loses_labels
 from beam_nifti.volume.grid import Grid, covers, match_axes, overlaps
 from beam_nifti.volume.preprocess import orient, prepare_volume
 from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import Scaling
+from beam_nifti.volume.volume import load_header, load_volume
 from tests.datasets import info_of
-from tests.images import AFFINE, Array, brain, random_voxels, write_image, write_manifest
+from tests.images import AFFINE, Array, brain, random_voxels, row_of, write_image, write_manifest
 from tests.volume.test_prepare import CODES, SHAPE, landmarks, places, tilted, volume_of
 
 Run = Callable[..., str]
@@ -207,7 +209,10 @@ def test_rounding_in_headers_does_not_make_a_grid_oblique() -> None:
         ({"resize_longest": 9}, "--reference and --resize-longest both decide"),
         ({"orientation": "RAS"}, "--orientation and --reference both decide"),
         ({"shape": (8, 9, 7)}, "--shape has no effect after --reference, which gives that shape"),
-        ({"separate_z": "auto"}, "--separate-z auto has no effect with --reference"),
+        (
+            {"separate_z": "auto"},
+            "--separate-z has no effect without --spacing, --resize or",
+        ),
         ({"voxel_dtype": "native"}, "--reference changes the voxels, .*or --interpolation nearest$"),
     ],
 )
@@ -338,3 +343,104 @@ def test_a_reference_in_python(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=r"^--reference (is|has the affine) "):
             read_option("reference", wrong)
+
+
+# The images of an example
+
+
+def pair_of(folder: Path, first: Grid, other: Grid, seed: int = 0, name: str = "0") -> dict[str, str]:
+    """Write an image, another one and a mask on another grid; their cells of a manifest."""
+    rng = np.random.default_rng(seed)
+    write_image(folder / f"{name}_T1w.nii", brain(first.shape, seed), affine=first.affine)
+    voxels = rng.integers(-900, 900, other.shape).astype(np.int16)
+    write_image(folder / f"{name}_T2w.nii", voxels, affine=other.affine, slope=0.5, inter=3.0)
+    labels = rng.integers(1, 5, other.shape).astype(np.uint8)
+    write_image(folder / f"{name}_mask.nii", labels, affine=other.affine)
+    return {kind: f"{name}_{kind}.nii" for kind in ("T1w", "T2w", "mask")}
+
+
+def load_pair(folder: Path, cells: dict[str, str], **options: Any) -> Volume:
+    record = RecordConfig(channels=("T1w", "T2w"), mask_dtype="uint8", align="first", **options)
+    row = row_of(cells["T1w"], other_files=(cells["T2w"], cells["mask"]))
+    load_header(row, str(folder), record)
+    return load_volume(row, str(folder), record=record)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"interpolation": "cubic", "mask_interpolation": "linear"}, {"interpolation": "nearest"}]
+)
+@pytest.mark.parametrize("degrees", [12.0, 31.0])
+def test_other_images_come_to_the_grid_of_the_first(
+    tmp_path: Path, degrees: float, options: dict[str, str]
+) -> None:
+    other = centred((12, 9, 8), tilted("PIR", (1.1, 1.7, 2.9), degrees), TEMPLATE)
+    cells = pair_of(tmp_path, TEMPLATE, other)
+    volume = load_pair(tmp_path, cells, **options)
+    how = Interpolation.of(RecordConfig(align="first", **options))  # type: ignore[arg-type]
+    images = {kind: nib.load(tmp_path / path) for kind, path in cells.items()}
+    grids = {kind: Grid.of(image.shape, image.affine) for kind, image in images.items()}  # type: ignore[attr-defined]
+    voxels = np.asanyarray(images["T2w"].dataobj).astype(np.float64)  # type: ignore[attr-defined]
+    expected, _ = align_voxels(voxels, Scaling(), grids["T2w"], grids["T1w"], how)
+    assert np.array_equal(volume.affine, grids["T1w"].affine)
+    first = np.asanyarray(images["T1w"].dataobj)  # type: ignore[attr-defined]
+    assert np.array_equal(volume.scaling.apply(volume.voxels[..., 0]), first)
+    assert np.allclose(volume.scaling.apply(volume.voxels[..., 1]), expected, rtol=0, atol=1e-3)
+    labels = np.asanyarray(images["mask"].dataobj)  # type: ignore[attr-defined]
+    assert volume.mask is not None
+    assert np.array_equal(volume.mask, align_labels(labels, grids["mask"], grids["T1w"], how))
+    assert volume.notes == (() if covers(grids["T2w"], grids["T1w"]) else ("beyond-other-image",))
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_images_of_one_grid_are_matched_without_interpolation(tmp_path: Path, code: str) -> None:
+    first = Grid(SHAPE, tilted("RAS"))
+    turned = orient(volume_of(np.zeros(SHAPE), first.affine), code)
+    cells = pair_of(tmp_path, first, Grid.of(turned.voxels.shape, turned.affine))
+    volume, same = (load_pair(tmp_path, cells, **options) for options in ({}, {"orientation": "RAS"}))
+    assert np.array_equal(volume.voxels, same.voxels)
+    assert volume.mask is not None
+    assert same.mask is not None
+    assert np.array_equal(volume.mask, same.mask)
+    assert volume.notes == ()
+    plain = RecordConfig(channels=("T1w", "T2w"), mask_dtype="uint8", orientation="RAS")
+    row = row_of(cells["T1w"], other_files=(cells["T2w"], cells["mask"]))
+    assert np.array_equal(load_volume(row, str(tmp_path), record=plain).voxels, volume.voxels)
+
+
+def test_a_dataset_of_aligned_images(run: Run, tmp_path: Path) -> None:
+    rows = []
+    for number in range(4):
+        other = centred((12, 9, 8), tilted("PIR", (1.1, 1.7, 2.9), 10.0 + number), TEMPLATE)
+        if number == 3:
+            other.affine[2, 3] += 100
+        rows.append(pair_of(tmp_path, TEMPLATE, other, number, str(number)))
+    manifest, output = write_manifest(tmp_path / "m.tsv", rows), tmp_path / "out"
+    columns = ["--path-column=T1w,T2w", "--mask-column=mask", "--max-bad-fraction=0.25"]
+    told = run("build", manifest, output, *columns, code=2)
+    assert "0_T2w.nii: shape (12, 9, 8) where 0_T1w.nii has (8, 9, 7); use --align first, which" in told
+    flags = [*columns, "--align=first", "--mask-interpolation=linear"]
+    checked = run("check", manifest, *flags)
+    assert "row 4 (3_T1w.nii): 3_T2w.nii: its field of view does not meet that of 3_T1w.nii" in checked
+    told = run("build", manifest, output, *flags)
+    assert "an image or mask ends within the first image of its example" in told
+    assert info_of(output).shape == (*TEMPLATE.shape, 2)
+    assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", manifest)
+    assert "align first" in run("inspect", output)
+    again = tmp_path / "again"
+    run("build", manifest, again, "--like", output, "--max-bad-fraction=0.25")
+    assert info_of(again).config == info_of(output).config
+
+
+def test_a_single_image_has_nothing_to_align() -> None:
+    record = RecordConfig(align="first")
+    with pytest.raises(UsageError, match=r"^--align has no effect on a single image; name several in"):
+        BuildConfig("m.tsv", "out", record)
+    for columns in (Columns("a,b"), Columns("a", mask="m")):
+        assert BuildConfig("m.tsv", "out", record, columns).record.align == "first"
+    with pytest.raises(UsageError, match=r"^--align is 'last'; choose one of: never, first"):
+        RecordConfig(align="last")
+    assert RecordConfig(align="never") == RecordConfig()
+    assert record.fingerprint != RecordConfig().fingerprint
+    assert not record.prepares  # as it is done where images are loaded
+    with pytest.raises(UsageError, match=r"^--separate-z has no effect without --spacing, --resize or"):
+        RecordConfig(align="first", separate_z="auto")

@@ -390,10 +390,13 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
             {"mask_interpolation": "cubic", "spacing": (1, 1, 1)},
             "--mask-interpolation is 'cubic'; choose one of",
         ),
-        ({"interpolation": "linear"}, "--interpolation has no effect without --reference, --spacing"),
+        (
+            {"interpolation": "linear"},
+            "--interpolation has no effect without --align, --reference, ",
+        ),
         (
             {"mask_interpolation": "nearest"},
-            "--mask-interpolation has no effect without --reference, --spacing",
+            "--mask-interpolation has no effect without --align, --reference, ",
         ),
         (
             {"resize": (9, 9, 9), "voxel_dtype": "native"},
@@ -401,14 +404,14 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
         ),
         (
             {"antialias": True},
-            "--antialias has no effect without --reference, --spacing, --resize or --resize-longest; give",
+            "--antialias has no effect without --align, --reference, --spacing, --resize or",
         ),
         (
             {"antialias": True, "spacing": (1, 1, 1), "interpolation": "nearest"},
             "--antialias smooths images before they are interpolated, but --interpolation nearest keeps",
         ),
         ({"separate_z": "always", "spacing": (1, 1, 1)}, "--separate-z is 'always'; choose one of: never"),
-        ({"separate_z": "auto"}, "--separate-z has no effect without --reference, --spacing"),
+        ({"separate_z": "auto"}, "--separate-z has no effect without --spacing"),
         (
             {"separate_z": "auto", "spacing": (1, 1, 1), "interpolation": "nearest"},
             "--separate-z auto has no effect with --interpolation nearest",
