@@ -44,7 +44,7 @@ datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
-SINCE_FIRST_FORMAT_2: Final = (
+LATER_OPTIONS: Final = (
     "align",
     "reference",
     "resize",
@@ -54,7 +54,7 @@ SINCE_FIRST_FORMAT_2: Final = (
     "antialias",
     "separate_z",
 )
-"""Fields of RecordConfig that dataset_info.json has only where they are given, unlike the earlier ones."""
+"""Options that dataset_info.json contains only if they are given, as it did before they existed."""
 
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""

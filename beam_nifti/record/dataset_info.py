@@ -14,7 +14,7 @@ from beam_nifti.config import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
-    SINCE_FIRST_FORMAT_2,
+    LATER_OPTIONS,
     SPLIT_PATTERN,
     BuildConfig,
     Columns,
@@ -356,7 +356,7 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
 def _config_kinds() -> dict[str, Any]:
     """The type of each key of `config`."""
     known = {**hints_of(RecordConfig), **hints_of(BuildConfig)}
-    names = (*BuildConfig("", "").as_dataset_config(), *SINCE_FIRST_FORMAT_2)
+    names = (*BuildConfig("", "").as_dataset_config(), *LATER_OPTIONS)
     return {name: known[name] for name in names} | {"fingerprint": str}
 
 
