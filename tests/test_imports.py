@@ -19,13 +19,14 @@ PIPELINES = {path.stem: path for path in (ROOT / "pipelines").glob("*.py")}
 
 ONLY_IMPORTERS = {
     "nibabel": {
+        "volume.align",
         "volume.formats",
         "volume.geometry",
         "volume.grid",
         "volume.nifti_writer",
         "reporting.view",
     },
-    "scipy": {"volume.preprocess", "volume.restoring"},
+    "scipy": {"volume.align", "volume.resample", "volume.restoring"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},
@@ -57,7 +58,7 @@ ONLY_IMPORTERS = {
     },
 }
 LAZY_IMPORTERS = {
-    "scipy": {"volume.preprocess", "volume.restoring"},
+    "scipy": {"volume.align", "volume.resample", "volume.restoring"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},

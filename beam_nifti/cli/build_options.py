@@ -67,7 +67,7 @@ _HELP: Final = {
     "without": "options of --config and --like to ignore, such as clip,spacing; default: none",
     "path_column": "column of image paths. The images of several comma-separated columns, such as "
     "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have the "
-    "same voxel grid; default: path",
+    "same voxel grid, or --align first; default: path",
     "mask_column": "column of label maps: images of whole numbers on the same voxel grid as the images. "
     "They are prepared like the images, by nearest neighbour, and stored without rescaling; default: none",
     "label_column": "column of labels: numbers, or the names of classes; or several columns, such as "
@@ -126,8 +126,22 @@ _HELP: Final = {
     "apply several functions in order",
     "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
     "anterior, superior) or LPS; default: native, as in the file",
-    "spacing": "resample to this voxel size in mm, such as 1,1,1, with linear interpolation and no prior "
-    "smoothing",
+    "align": "first: resample the other images of an example, and its mask, to the voxel grid of its first "
+    "image, by positions in mm; nothing is registered; default: never, so that other grids are refused",
+    "reference": "resample to the voxel grid of this image, such as a template, by positions in mm; nothing "
+    "is registered",
+    "spacing": "resample to this voxel size in mm, such as 1,1,1",
+    "resize": "resample the whole field of view to this many voxels, such as 128,128,64",
+    "resize_longest": "resample so that the longest axis has N voxels and the others keep their proportion "
+    "to it, then pad to N×N×N",
+    "interpolation": "values between voxel centres. linear (default); nearest: the nearest voxel's, so that "
+    "no new values arise; cubic: by B-splines of order 3, which keep edges sharper and may overshoot",
+    "mask_interpolation": "labels between voxel centres. nearest (default); linear: the label with the "
+    "largest share when each is interpolated linearly, which gives smoother surfaces",
+    "antialias": "smooth images with a Gaussian along the axes that get fewer voxels, before resampling; its "
+    "standard deviation is (factor - 1) / 2 voxels",
+    "separate_z": "auto: as in nnU-Net, use nearest neighbours along one axis if its voxels are more than "
+    "three times as long as along another; default: never",
     "crop_foreground": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the "
     "image's units; or mask, those with a label in the mask",
     "shape": "crop and pad around the centre to this many voxels, such as 160,192,160",
@@ -209,7 +223,11 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     ),
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
-        ("preprocess", "orientation", "spacing", "crop_foreground", "shape"),
+        (
+            *("align", "preprocess", "orientation", "reference", "spacing", "resize", "resize_longest"),
+            *("interpolation", "mask_interpolation", "antialias", "separate_z"),
+            *("crop_foreground", "shape"),
+        ),
     ),
     "running": (
         None,
@@ -222,7 +240,8 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 """Title, description and options of each group."""
 
 _UNUSED_BY_CHECK: Final = (
-    *("rescale_within", "clip", "mask_dtype", "shuffle_seed", "compression_level"),
+    *("rescale_within", "clip", "mask_dtype", "interpolation", "mask_interpolation", "antialias"),
+    *("separate_z", "shuffle_seed", "compression_level"),
     *("overwrite", "recheck", "dry_run", "metrics_file"),
 )
 

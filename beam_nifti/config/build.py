@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from beam_nifti.config.columns import Columns
-from beam_nifti.config.record import GIVEN_ONLY, MASK_DTYPES, RecordConfig
+from beam_nifti.config.record import LATER_OPTIONS, MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.support.strict_json import dump_json
 
@@ -110,6 +110,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
     if columns.mask is None:
         for flag, value in (
             ("--mask-dtype", record.mask_dtype),
+            ("--mask-interpolation", record.mask_interpolation),
             ("--rescale-within mask", record.rescale_within == "mask"),
             ("--crop-foreground mask", record.crop_foreground == "mask"),
         ):
@@ -118,6 +119,11 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         mask_dtype = None
     else:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
+    if record.align is not None and len(columns.files) == 1:
+        raise UsageError(
+            "--align has no effect on a single image; name several in --path-column, or a --mask-column, or "
+            "drop it"
+        )
     channels = columns.paths if len(columns.paths) > 1 else None
     record = replace(record, channels=channels, mask_dtype=mask_dtype)
     record.require_own_statistics()
@@ -195,7 +201,7 @@ class BuildConfig:
         }
         for name in ("labels", "format_version", "format_features"):  # which have fields of their own
             del content[name]
-        for name in GIVEN_ONLY:
+        for name in LATER_OPTIONS:
             if content[name] is None:
                 del content[name]
         as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples

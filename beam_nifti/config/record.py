@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Final
@@ -12,9 +13,16 @@ from typing import Final
 from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
 from beam_nifti.config.preparation import (
+    ALIGNMENTS,
+    INTERPOLATIONS,
+    MASK_INTERPOLATIONS,
     PREPARATIONS,
+    RESAMPLINGS,
+    SEPARATE_Z,
+    ReferenceGrid,
     all_of,
     check_orientation,
+    check_resampling,
     check_shape,
     check_spacing,
     check_steps,
@@ -38,6 +46,20 @@ datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
+LATER_OPTIONS: Final = (
+    "align",
+    "reference",
+    "resize",
+    "resize_longest",
+    "interpolation",
+    "mask_interpolation",
+    "antialias",
+    "separate_z",
+    "rescale_split",
+    "rescale_stats",
+)
+"""Options that dataset_info.json contains only if they are given, as it did before they existed."""
+
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
 
@@ -51,8 +73,6 @@ COMPRESSION_LEVELS: Final = range(4)
 
 _FLAGS: Final = {"channels": "--path-column", "preprocess_sha256": "a file of --preprocess with sha256"}
 _UNBOUNDED: Final = ("zscore", "cohort:zscore")
-GIVEN_ONLY: Final = ("rescale_split", "rescale_stats")
-"""Options that dataset_info.json has only if they are given."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,15 @@ class RecordConfig:
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
+    align: str | None = None
+    reference: ReferenceGrid | None = None
     spacing: tuple[float, float, float] | None = None
+    resize: tuple[int, int, int] | None = None
+    resize_longest: int | None = None
+    interpolation: str | None = None
+    mask_interpolation: str | None = None
+    antialias: bool | None = None
+    separate_z: str | None = None
     crop_foreground: str | None = None
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
@@ -99,9 +127,11 @@ class RecordConfig:
     def __post_init__(self) -> None:
         """Refuse invalid values; give equal values the same spelling."""
         # Lists come from JSON; 1 and 1.0 are one spacing.
+        if isinstance(self.reference, Mapping):
+            object.__setattr__(self, "reference", ReferenceGrid(**self.reference))
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
-        for name in ("shape", "channels"):
+        for name in ("resize", "shape", "channels"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
         if isinstance(self.rescale_stats, dict):
@@ -183,18 +213,33 @@ class RecordConfig:
             check_orientation(self.orientation)
         if self.spacing is not None:
             check_spacing(self.spacing)
+        if self.resize is not None:
+            check_shape("--resize", self.resize)
         if self.shape is not None:
-            check_shape(self.shape)
+            check_shape("--shape", self.shape)
+        check_resampling({name: getattr(self, name) for name in ("align", *PREPARATIONS)})
         if self.crop_foreground is not None:
             selection = parse_rule("--crop-foreground", self.crop_foreground, SELECTIONS)
             object.__setattr__(self, "crop_foreground", spell_rule(*selection))
         if self.voxel_dtype == "native":
-            for name in ("preprocess", "spacing"):
+            changing = RESAMPLINGS if self.interpolation != "nearest" else ()
+            for name in ("preprocess", *changing):
                 if getattr(self, name) is not None:
+                    nearest = ", or --interpolation nearest" if name in RESAMPLINGS else ""
+                    flag = name.replace("_", "-")
                     raise UsageError(
-                        f"--{name} changes the voxels, but --voxel-dtype native stores them as in the file; "
-                        "use --voxel-dtype float32"
+                        f"--{flag} changes the voxels, but --voxel-dtype native stores them as in the file; "
+                        f"use --voxel-dtype float32{nearest}"
                     )
+        for name, (default, *_) in (
+            ("interpolation", INTERPOLATIONS),
+            ("mask_interpolation", MASK_INTERPOLATIONS),
+            ("antialias", (False, True)),
+            ("separate_z", SEPARATE_Z),
+            ("align", ALIGNMENTS),
+        ):
+            if getattr(self, name) == default:  # which has no spelling of its own
+                object.__setattr__(self, name, None)
 
     @property
     def has_sources(self) -> bool:
@@ -344,6 +389,12 @@ class RecordConfig:
         """The user's functions in order, each with the sha256 of its file, if known."""
         names, digests = all_of(self.preprocess), all_of(self.preprocess_sha256)
         return tuple(zip(names, digests or [None] * len(names), strict=True))
+
+    @property
+    def computes(self) -> bool:
+        """Whether a volume's preparation computes new values, and does not only choose among its voxels."""
+        resamples = any(getattr(self, name) is not None for name in RESAMPLINGS)
+        return self.preprocess is not None or (resamples and self.interpolation != "nearest")
 
     @property
     def prepares(self) -> bool:

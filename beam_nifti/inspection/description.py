@@ -14,7 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
+from beam_nifti.config import PREPARATIONS, Columns, LabelColumn, ReferenceGrid
 from beam_nifti.errors import DatasetError, ManifestError
 from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
@@ -263,7 +263,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", f"and {counted(len(d['shapes']) - _SHOWN_SHAPES, 'more shape')}"
     yield "on disk", ", ".join(f"{dtype} ({count:,})" for dtype, count in d["source_dtypes"].items())
     level = f" level {config['compression_level']}" if config["compression"] == "gzip" else ""
-    frames = "".join(f", {name} {config[name]}" for name in ("frames", "complex") if config.get(name))
+    frames = "".join(
+        f", {name} {config[name]}" for name in ("frames", "complex", "align") if config.get(name)
+    )
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
@@ -310,10 +312,13 @@ def withdrawal_text(withdrawal: Mapping[str, Any]) -> str:
     )
 
 
-def _option_text(name: str, value: str | Sequence[str | float]) -> str:
+def _option_text(name: str, value: str | bool | float | Sequence[str | float] | Mapping[str, Any]) -> str:
     """An option as on the command line."""
-    text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
-    return f"{name.replace('_', '-')} {text}"
+    if isinstance(value, Mapping):
+        return f"{name} {ReferenceGrid(**value)}"
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    text = "" if value is True else " " + ",".join(n if isinstance(n, str) else f"{n:g}" for n in items)
+    return f"{name.replace('_', '-')}{text}"
 
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:

@@ -13,23 +13,28 @@ from numbers import Integral, Real
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from beam_nifti.config import (
+    ALIGNMENTS,
     COMPLEX_PARTS,
     COMPRESSIONS,
     FRAMES,
+    INTERPOLATIONS,
     MASK_DTYPES,
+    MASK_INTERPOLATIONS,
     MISSING_LABELS,
     ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
+    SEPARATE_Z,
     SPLIT_PATTERN,
     VOXEL_DTYPES,
     CohortStatistics,
     Percentile,
+    ReferenceGrid,
     Window,
     fold_shares,
     spell_steps,
 )
-from beam_nifti.errors import UsageError
+from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
@@ -93,8 +98,22 @@ class BuildOptions(TypedDict, total=False):
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
             "native", which changes nothing.
+        align: "first" resamples the other images of an example, and its mask, to the voxel grid of its first
+            image. Default: "never", so that other grids are refused.
+        reference: image whose voxel grid all volumes are resampled to, as a path or URL; or its grid,
+            {"shape": (x, y, z), "affine": 16 numbers}. Default: no resampling.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
             Default: no resampling.
+        resize: (x, y, z) in voxels that the whole field of view is resampled to. Default: no resampling.
+        resize_longest: number of voxels that the longest axis is resampled to, and the others by the same
+            factor; then padded to a cube. Default: no resampling.
+        interpolation: values between voxel centres: "linear" (default), "nearest", or "cubic", B-splines of
+            order 3.
+        mask_interpolation: labels between voxel centres: "nearest" (default), or "linear", the label with the
+            largest share.
+        antialias: whether images are smoothed by a Gaussian before axes get fewer voxels. Default: False.
+        separate_z: "auto" resamples anisotropic volumes by nearest neighbours along the axis of the longest
+            voxels, as nnU-Net. Default: "never".
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
@@ -133,7 +152,15 @@ class BuildOptions(TypedDict, total=False):
     allow_mixed_shapes: bool | None
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
+    align: str | None
+    reference: StrPath | Mapping[str, Any] | None
     spacing: Numbers | SupportsFloat | None
+    resize: str | Sequence[SupportsIndex] | None
+    resize_longest: str | SupportsIndex | None
+    interpolation: str | None
+    mask_interpolation: str | None
+    antialias: bool | None
+    separate_z: str | None
     crop_foreground: Rule | None
     shape: str | Sequence[SupportsIndex] | None
     max_bad_fraction: str | SupportsFloat | None
@@ -302,12 +329,15 @@ def _items(value: object) -> list[Any] | None:
     return list(value) if getattr(value, "ndim", 1) == 1 else None
 
 
-def _read_triple(flag: str, value: object, number: Callable[[object], Any], wanted: str) -> tuple[Any, ...]:
+def _read_triple(
+    flag: str, value: object, number: Callable[[object], Any], wanted: str
+) -> tuple[Any, Any, Any]:
     items = value.split(",") if isinstance(value, str) else _items(value)
     try:
         if items is None or len(items) != 3:
             raise ValueError
-        return tuple(map(number, items))
+        x, y, z = map(number, items)
+        return x, y, z
     except ValueError:
         _refuse(flag, value, wanted)
 
@@ -321,6 +351,30 @@ def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
     is_one = isinstance(value, Real) and not isinstance(value, bool)
     wanted = "give three sizes in mm, such as 1,1,1.5"
     return _read_triple(flag, [value] * 3 if is_one else value, _number, wanted)
+
+
+def _read_reference(flag: str, value: object) -> ReferenceGrid:
+    if isinstance(value, ReferenceGrid):
+        return value
+    wanted = 'give the path of an image, or {"shape": (x, y, z), "affine": 16 numbers}'
+    if isinstance(value, Mapping):
+        if value.keys() != {"shape", "affine"}:
+            _refuse(flag, value, wanted)
+        rows = value["affine"]
+        try:
+            rows = rows.tolist() if hasattr(rows, "tolist") else list(rows)
+            affine = tuple(_number(n) for row in rows for n in (row if isinstance(row, Sequence) else [row]))
+        except (TypeError, ValueError):
+            _refuse(flag, value, wanted)
+        return ReferenceGrid(_read_triple(flag, value["shape"], _integer, wanted), affine)
+    from beam_nifti.volume.volume import read_grid  # which loads nibabel
+
+    path = storage.absolute(storage.path_text(flag, value))
+    try:
+        grid = read_grid(path)
+    except VolumeError as e:
+        raise UsageError(f"{flag}: {e}") from e
+    return ReferenceGrid(grid.shape, tuple(grid.affine.ravel().tolist()))
 
 
 def _rule(forms: tuple[str, ...], metavar: str) -> Option:
@@ -423,7 +477,15 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "allow_mixed_shapes": Option(read_switch),
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
+    "align": _one_of(ALIGNMENTS),
+    "reference": Option(_read_reference, metavar="FILE"),
     "spacing": Option(_read_spacing, metavar="X,Y,Z"),
+    "resize": Option(_read_shape, metavar="X,Y,Z"),
+    "resize_longest": Option(read_integer, metavar="N"),
+    "interpolation": _one_of(INTERPOLATIONS),
+    "mask_interpolation": _one_of(MASK_INTERPOLATIONS),
+    "antialias": Option(read_switch),
+    "separate_z": _one_of(SEPARATE_Z),
     "crop_foreground": _rule(SELECTIONS, "RULE"),
     "shape": Option(_read_shape, metavar="X,Y,Z"),
     "max_bad_fraction": Option(read_number, metavar="F"),

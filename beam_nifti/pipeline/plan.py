@@ -398,9 +398,10 @@ def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) ->
     if record.compression == "gzip":
         # Computed voxels compress like a float32 image. What gzip finds in float32 voxels made of narrow
         # integers, it cannot find in the integers again.
-        is_computed = record.spacing is not None or record.preprocess is not None
         packed = (
-            _ASSUMED_BYTES_WIDE if is_computed else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
+            _ASSUMED_BYTES_WIDE
+            if record.computes
+            else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
         )
         each = min(each, packed * _ASSUMED_SHARE.get(record.voxel_dtype, 1.0))
     return num_voxels * each + _RECORD_OVERHEAD

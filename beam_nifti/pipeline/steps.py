@@ -16,7 +16,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, SupportsFloat, SupportsIndex
 
@@ -466,6 +466,11 @@ class LoadVolume(_Step):
             `Columns.path`; None for one image.
         mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
             rows have none.
+        align: "first" brings other images and masks to the voxel grid of the first image, as in
+            `BuildOptions`; None refuses other grids.
+        interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
+        mask_interpolation: how labels between voxel centres are chosen for that, as in `BuildOptions`.
+        antialias: whether images are smoothed for that, as in `BuildOptions`.
 
     Raises:
         UsageError: an argument is invalid. While the pipeline runs: the rows have other images, or a mask
@@ -481,9 +486,22 @@ class LoadVolume(_Step):
         complex: str | None = None,
         channels: Names | None = None,
         mask_dtype: str | None = None,
+        align: str | None = None,
+        interpolation: str | None = None,
+        mask_interpolation: str | None = None,
+        antialias: bool | None = None,
     ) -> None:
         super().__init__()
-        given = {"frames": frames, "complex": complex, "path_column": channels, "mask_dtype": mask_dtype}
+        given = {
+            "frames": frames,
+            "complex": complex,
+            "path_column": channels,
+            "mask_dtype": mask_dtype,
+            "align": align,
+            "interpolation": interpolation,
+            "mask_interpolation": mask_interpolation,
+            "antialias": antialias,
+        }
         with naming_parameters(path_column="channels"):
             config = make_record_config(given)
         if config.frames == "each":
@@ -501,7 +519,17 @@ class Preprocess(_Step):
 
     Args:
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
+        reference: image whose voxel grid volumes are resampled to, or the grid, as in `BuildOptions`. The
+            image is read when the step is made.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
+        resize: (X, Y, Z) that the whole field of view is resampled to.
+        resize_longest: voxels that the longest axis is resampled to, and the others by the same factor; then
+            padded to a cube.
+        interpolation: how values between voxel centres are computed, as in `BuildOptions`.
+        mask_interpolation: how labels between voxel centres are chosen, as in `BuildOptions`.
+        antialias: whether images are smoothed along the axes that get fewer voxels.
+        separate_z: whether anisotropic volumes are resampled by nearest neighbours along one axis, as in
+            `BuildOptions`.
         crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
         shape: (X, Y, Z) that volumes are cropped and padded to.
 
@@ -515,14 +543,28 @@ class Preprocess(_Step):
         self,
         *,
         orientation: str | None = None,
+        reference: StrPath | Mapping[str, Any] | None = None,
         spacing: Numbers | SupportsFloat | None = None,
+        resize: str | Sequence[SupportsIndex] | None = None,
+        resize_longest: str | SupportsIndex | None = None,
+        interpolation: str | None = None,
+        mask_interpolation: str | None = None,
+        antialias: bool | None = None,
+        separate_z: str | None = None,
         crop_foreground: Rule | None = None,
         shape: str | Sequence[SupportsIndex] | None = None,
     ) -> None:
         super().__init__()
         given = {
             "orientation": orientation,
+            "reference": reference,
             "spacing": spacing,
+            "resize": resize,
+            "resize_longest": resize_longest,
+            "interpolation": interpolation,
+            "mask_interpolation": mask_interpolation,
+            "antialias": antialias,
+            "separate_z": separate_z,
             "crop_foreground": crop_foreground,
             "shape": shape,
         }

@@ -14,8 +14,8 @@ from beam_nifti.config import (
     FOLD_PARTS,
     FORMAT_FEATURES,
     FORMAT_VERSION,
-    GIVEN_ONLY,
     LABEL_KINDS,
+    LATER_OPTIONS,
     SPLIT_PATTERN,
     BuildConfig,
     Columns,
@@ -384,7 +384,7 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
 def _config_kinds() -> dict[str, Any]:
     """The type of each key of `config`."""
     known = {**hints_of(RecordConfig), **hints_of(BuildConfig)}
-    names = (*BuildConfig("", "").as_dataset_config(), *GIVEN_ONLY)
+    names = (*BuildConfig("", "").as_dataset_config(), *LATER_OPTIONS)
     return {name: known[name] for name in names} | {"fingerprint": str}
 
 

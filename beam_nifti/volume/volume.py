@@ -12,9 +12,19 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.align import align_labels, align_voxels
 from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.volume.formats import parse_header
-from beam_nifti.volume.grid import Affine, require_same_grid, turn_voxels, turns_between
+from beam_nifti.volume.grid import (
+    Affine,
+    Grid,
+    covers,
+    overlaps,
+    require_overlap,
+    require_same_grid,
+    turn_voxels,
+    turns_between,
+)
 from beam_nifti.volume.header import (
     VolumeHeader,
     record_layout,
@@ -26,6 +36,7 @@ from beam_nifti.volume.header import (
 from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
+from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import (
     Intensity,
     RescaleRange,
@@ -119,10 +130,10 @@ def load_volume(
             header = image.header
             layout = record_layout(path, header, of_one)
             voxels = take_voxels(image, layout, record.complex)
-        if images:
-            voxels = _turn_onto(images[0].header, voxels, header)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
+        if images:
+            voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
         images.append(_LoadedImage(header, voxels, scaling, image.stats))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
@@ -176,7 +187,8 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
     path = row.files[-1]
     parse = _parser(row, record.num_channels, record, image)
     header, labels, stats = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), stats)
+    brought, _ = _bring_onto(image, labels, Scaling(), header, record, is_mask=True)
+    return _LoadedImage(header, brought, Scaling(), stats)
 
 
 def _assemble(
@@ -205,11 +217,24 @@ def _assemble(
     )
 
 
-def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
-    """The voxels of an image in the axis order of the first image, C order."""
+def _bring_onto(
+    first: VolumeHeader,
+    voxels: Voxels,
+    scaling: Scaling,
+    header: VolumeHeader,
+    record: RecordConfig,
+    *,
+    is_mask: bool = False,
+) -> tuple[Voxels, Scaling]:
+    """The voxels of an image on the grid of the first image, C order, and their scaling."""
     turns = turns_between(header.grid, first.grid)
-    assert turns is not None  # or it has been refused
-    return np.ascontiguousarray(turn_voxels(voxels, turns))
+    if turns is not None:
+        return np.ascontiguousarray(turn_voxels(voxels, turns)), scaling
+    assert record.align is not None  # or it has been refused
+    how = Interpolation.of(record)
+    if is_mask:
+        return align_labels(voxels, header.grid, first.grid, how), scaling
+    return align_voxels(voxels, scaling, header.grid, first.grid, how)
 
 
 def _parser(
@@ -232,16 +257,36 @@ def _parser(
     def parse(head: bytes) -> VolumeHeader:
         header = parse_mask_header(path, head) if is_mask else parse_header(path, head)
         if not (is_mask or is_any):
-            layout = require_storable(path, header, record)
-            if layout.stored_shape is not None:
+            is_aligned = number > 0 and record.align is not None  # so its own shape makes no difference
+            layout = (record_layout if is_aligned else require_storable)(path, header, record)
+            if layout.stored_shape is not None and not is_aligned:
                 require_shape(path, layout.stored_shape, shape)
             require_dtype(path, header, dtype)
+            if record.reference is not None and record.preprocess is None and number == 0:
+                try:
+                    require_overlap(header.grid, record.reference)
+                except VolumeError as e:
+                    raise VolumeError(f"{path}: {e}") from e
+        if first is not None and record.align is not None:
+            return _require_aligned(path, header, row.path, first)
         if first is not None:
             may_turn = is_any or record.orientation is not None
-            require_same_grid(path, header.grid, row.path, first.grid, may_turn=may_turn, is_mask=is_mask)
+            require_same_grid(path, header.grid, row.path, first.grid, may_turn=may_turn)
         return header
 
     return parse
+
+
+def _require_aligned(path: str, header: VolumeHeader, first_path: str, first: VolumeHeader) -> VolumeHeader:
+    """Refuse a header of nothing at the positions of the first image; otherwise return it, with a note."""
+    if not overlaps(header.grid, first.grid):
+        raise VolumeError(
+            f"{path}: its field of view does not meet that of {first_path}; correct its affine, or leave the "
+            "example out"
+        )
+    if covers(header.grid, first.grid) or turns_between(header.grid, first.grid) is not None:
+        return header
+    return replace(header, notes=(*header.notes, "beyond-other-image"))
 
 
 def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> tuple[Voxels, Scaling]:
@@ -289,6 +334,15 @@ def load_header(
         images = headers[: record.num_channels]
         _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
     return replace(headers[0], notes=join_notes(header.notes for header in headers))
+
+
+def read_grid(path: str) -> Grid:
+    """The voxel grid of any image, from its header.
+
+    Raises:
+        VolumeError: the file is missing, or is not an image of a known format.
+    """
+    return read_header(path, path, lambda head: parse_header(path, head)).grid
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:

@@ -58,6 +58,14 @@ BUILD: dict[str, Row] = {
     "--preprocess": ["beam_nifti.volume.preprocess:orient"],
     "--orientation": ["SRA"],
     "--spacing": ["1,1,1"],
+    "--resize": ["9,9,9"],
+    "--resize-longest": ["9"],
+    "--align": ["first", "--path-column=path,other"],
+    "--reference": ["6.nii"],
+    "--antialias": ["", "--spacing=3,3,3"],
+    "--separate-z": ["auto", "--spacing=1,1,9"],
+    "--interpolation": ["cubic", "--spacing=1,1,1"],
+    "--mask-interpolation": ["linear", "--spacing=1,1,1.3", "--mask-column=mask"],
     "--crop-foreground": ["above:-1"],
     "--shape": ["9,9,9"],
     "--allow-mixed-shapes": [""],
@@ -266,12 +274,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number == 4:
             voxels = np.stack([voxels] * 2, axis=3)
         write_image(root / f"{number}.nii", voxels)
+        write_image(root / f"other{number}.nii", brain((7, 6, 6), number))
         write_image(root / f"mask{number}.nii", np.ones((6, 5, 4), np.uint8))
         rows.append(
             {
                 "path": f"{number}.nii",
                 "second": f"{(number + 1) % 6}.nii",
                 "mask": f"mask{number}.nii",
+                "other": f"other{number}.nii",
                 "age": "" if number == 1 else number,
                 "name": f"n{number}",
                 "site": "ab"[number % 2],
@@ -294,7 +304,7 @@ def config_of(command: str, folder: Path, *flags: str) -> BuildConfig:
 def words_of(flag: str, row: Row, folder: Path) -> tuple[list[str], list[str]]:
     """An option with its value; and the further options that it is of use with."""
     value, *further = row
-    if flag in ("--anonymous-ids", "--temp-location"):
+    if flag in ("--anonymous-ids", "--temp-location", "--reference"):
         value = str(folder / value)
     if flag == "--missing-label":
         further = ["--label-column=age"]
@@ -498,6 +508,8 @@ NUMBERS = [
     "--max-bad-fraction={}",
     "--shuffle-seed={}",
     "--shape={},9,10",
+    "--resize=9,{},10",
+    "--resize-longest={}",
     "--spacing=1,{},1",
     "--rescale=window:{},1e99",
     "--rescale-within=above:{}",

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -38,6 +39,9 @@ SPLIT = {"split": "a=1"}
 MASKS = {"mask_column": "seg"}
 COHORT = {"rescale": "cohort:zscore"}
 STATISTICS = str(Path(__file__).parent.parent / "golden/statistics.json")
+
+REFERENCE = Path(__file__).parent.parent / "golden/version-1/images/1-T1w.nii"
+REFERENCE_GRID = {"shape": nib.load(REFERENCE).shape, "affine": nib.load(REFERENCE).affine}  # type: ignore[attr-defined]
 
 ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--path-column=T1w", ["T1w", ["T1w"], ("T1w",)]),
@@ -105,6 +109,14 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
     ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
+    (MASKS, "--align=first", ["first"]),
+    ({}, f"--reference={REFERENCE}", [REFERENCE, REFERENCE_GRID]),
+    ({}, "--resize=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
+    ({}, "--resize-longest=128", [128, "128", np.int64(128)]),
+    ({"spacing": "1,1,1"}, "--separate-z=auto", ["auto"]),
+    ({"spacing": "1,1,1"}, "--antialias", [True, np.bool_(True)]),
+    ({"spacing": "1,1,1"}, "--interpolation=cubic", ["cubic"]),
+    ({"spacing": "1,1,1", "mask_column": "mask"}, "--mask-interpolation=linear", ["linear"]),
     ({}, "--shape=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--max-bad-fraction=0.25", [0.25, ".25", np.float16(0.25)]),
     ({}, "--overwrite", [True]),
