@@ -117,6 +117,9 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
 
             for line in format_groups(summary.reasons, summary.num_failed):
                 print_line(f"         {line}")
+    if plan.config.record.nonfinite is not None:
+        voxels = counted(summary.num_nonfinite, "NaN or infinite voxel")
+        print_line(f"replaced {voxels} of {counted(summary.num_made_finite, 'example')}")
     _print_labels(plan)
     if summary.complete:
         call = read_info(output).loading_call(output, batch_size=8)

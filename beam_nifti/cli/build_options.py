@@ -103,6 +103,8 @@ _HELP: Final = {
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",
     "allow_mixed_shapes": "accept volumes whose shape differs from the first image's",
+    "nonfinite": "what to replace NaN and infinite voxels with, before all that follows. zero: 0; min: the "
+    "least finite voxel of the image; value:V: V, in the image's units; default: error, the volume fails",
     "preprocess": "your own function from Volume to Volume, which the workers must be able to import, such "
     "as mylab.brains:strip or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, to "
     "apply several functions in order",
@@ -178,7 +180,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     ),
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
-        ("preprocess", "orientation", "spacing", "crop_foreground", "shape"),
+        ("nonfinite", "preprocess", "orientation", "spacing", "crop_foreground", "shape"),
     ),
     "running": (
         None,

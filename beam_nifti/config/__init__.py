@@ -2,7 +2,7 @@
 
 from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
 from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
-from beam_nifti.config.preparation import ORIENTATIONS, PREPARATIONS, spell_steps
+from beam_nifti.config.preparation import NONFINITE, ORIENTATIONS, PREPARATIONS, spell_steps
 from beam_nifti.config.record import (
     COMPLEX_PARTS,
     COMPRESSION_LEVELS,
@@ -10,6 +10,7 @@ from beam_nifti.config.record import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     FRAMES,
+    LATER_OPTIONS,
     MASK_DTYPES,
     VOXEL_DTYPES,
     RecordConfig,
@@ -24,8 +25,10 @@ __all__ = [
     "FORMAT_VERSION",
     "FRAMES",
     "LABEL_KINDS",
+    "LATER_OPTIONS",
     "MASK_DTYPES",
     "MISSING_LABELS",
+    "NONFINITE",
     "ORIENTATIONS",
     "PREPARATIONS",
     "RESCALE_METHODS",

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, Final
 
 from beam_nifti.config.columns import Columns
-from beam_nifti.config.record import MASK_DTYPES, RecordConfig
+from beam_nifti.config.record import LATER_OPTIONS, MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.support.strict_json import dump_json
 
@@ -160,5 +160,8 @@ class BuildConfig:
         }
         for name in ("labels", "format_version", "format_features"):  # which have fields of their own
             del content[name]
+        for name in LATER_OPTIONS:
+            if content[name] is None:
+                del content[name]
         as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

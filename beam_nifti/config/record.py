@@ -18,6 +18,7 @@ from beam_nifti.config.preparation import (
     check_spacing,
     check_steps,
     one_or_more,
+    spell_nonfinite,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS
 from beam_nifti.errors import UsageError
@@ -47,6 +48,9 @@ COMPRESSIONS: Final = ("gzip", "none")
 
 COMPRESSION_LEVELS: Final = range(4)
 
+LATER_OPTIONS: Final = ("nonfinite",)
+"""Options that dataset_info.json contains only if they are given, as it did before they existed."""
+
 
 @dataclass(frozen=True)
 class RecordConfig:
@@ -74,6 +78,7 @@ class RecordConfig:
     clip: bool = False
     rescale_within: str | None = None
     complex: str | None = None
+    nonfinite: str | None = None
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
@@ -160,6 +165,8 @@ class RecordConfig:
             )
 
     def _check_preparation(self) -> None:
+        if self.nonfinite is not None:
+            object.__setattr__(self, "nonfinite", spell_nonfinite(self.nonfinite))
         check_steps(all_of(self.preprocess), all_of(self.preprocess_sha256))
         if self.orientation is not None:
             check_orientation(self.orientation)

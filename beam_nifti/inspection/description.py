@@ -24,6 +24,7 @@ from beam_nifti.record.dataset_files import read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.shard_index import read_shard_index
+from beam_nifti.record.totals import RecordTotals
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
 from beam_nifti.support.outcomes import may_pass
@@ -54,7 +55,8 @@ def describe_dataset(output: str) -> dict[str, Any]:
 
     Among them are `splits` (examples, shards and bytes of each), `shape` (None if shapes are mixed; `shapes`
     counts them), `labels` (None if there are none), `label_columns` (of labels with features of their own)
-    and `intensities`, in the images' units.
+    and `intensities`, in the images' units; and `nonfinite` (`num_voxels` that were replaced, `num_examples`
+    that had them) if `--nonfinite` was given.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
@@ -65,8 +67,9 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
     channels = info.config.get("channels") or ("",)
     labels, of_labels = _Numbers(), [_LabelTotals(column) for column in info.labels]
     intensities = defaultdict[str, _Numbers](_Numbers)
-    dtypes, shapes = Counter[str](), Counter[str]()
+    dtypes, shapes, totals = Counter[str](), Counter[str](), RecordTotals()
     for _, _, table in read_indexes(output, info):
+        totals += RecordTotals.of(table)
         labels.add(table["label"])
         for of_label in of_labels:
             of_label.add(table)
@@ -97,6 +100,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
         "label_columns": {of.column.name: of.summary() for of in of_labels},
         "intensities": {name: numbers.summary() for name, numbers in intensities.items()},
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
+        **({"nonfinite": totals.nonfinite()} if info.config.get("nonfinite") else {}),
         "failures": {
             "count": info.num_failures,
             "path": storage.join(output, info.failures) if info.failures else None,
@@ -278,6 +282,12 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         width = max(map(len, d["intensities"])) + 1
         yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
+    if replaced := d.get("nonfinite"):
+        voxels, examples = (
+            counted(replaced["num_voxels"], "voxel"),
+            counted(replaced["num_examples"], "example"),
+        )
+        yield "not finite", f"{voxels} of {examples}, replaced"
     if d["mask_labels"] is not None:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
     yield (

@@ -126,6 +126,8 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
         for number, name in enumerate(spec.config.channels):
             for problem in _check_intensities(voxels[..., number], features, cells, spec.config, number):
                 yield f"channel {name}: {problem}"
+    if spec.config.nonfinite is not None and min(as_list(cells["num_nonfinite"]), default=0) < 0:
+        yield f"the index has num_nonfinite {cells['num_nonfinite']}, which is below 0"
     if spec.config.mask_dtype is not None:
         yield from _check_mask(features, cells, voxels.shape[:3], spec.config)
 
@@ -320,6 +322,12 @@ def check_source(
                 yield f"the index has {name} {said:g}, but {image} has {found:g}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
         yield f"the index has dtype {cells['dtype']}, but its image has {volume.dtype}; {_REMAKE}"
+    if config.nonfinite is not None:
+        replaced, counted = as_list(cells["num_nonfinite"]), list(volume.num_nonfinite)
+        if replaced != counted:
+            yield (
+                f"the index has num_nonfinite {show(replaced)}, but its image has {show(counted)}; {_REMAKE}"
+            )
     if not config.has_sources:
         return
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):

@@ -17,6 +17,7 @@ from beam_nifti.config import (
     FRAMES,
     MASK_DTYPES,
     MISSING_LABELS,
+    NONFINITE,
     ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
@@ -78,6 +79,8 @@ class BuildOptions(TypedDict, total=False):
         complex: how complex images are stored: "magnitude", "phase" (radians), "real-imag". Default: complex
             images are refused.
         allow_mixed_shapes: whether volumes may differ in shape from the first. Default: False.
+        nonfinite: what becomes of NaN and infinite voxels, before everything else: "zero"; "min", the least
+            finite voxel of the image; ("value", V) with V in the image's units. Default: "error".
         preprocess: function from Volume to Volume that the workers can import; or several, in order.
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
@@ -116,6 +119,7 @@ class BuildOptions(TypedDict, total=False):
     frames: str | SupportsIndex | None
     complex: str | None
     allow_mixed_shapes: bool | None
+    nonfinite: Rule | None
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
     spacing: Numbers | SupportsFloat | None
@@ -381,6 +385,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "frames": Option(_read_frames, FRAMES, metavar="|".join(FRAMES)),
     "complex": _one_of(COMPLEX_PARTS),
     "allow_mixed_shapes": Option(read_switch),
+    "nonfinite": _rule(NONFINITE, "RULE"),
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
     "spacing": Option(_read_spacing, metavar="X,Y,Z"),

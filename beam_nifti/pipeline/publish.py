@@ -43,6 +43,7 @@ from beam_nifti.record.dataset_files import (
 from beam_nifti.record.dataset_info import LAST_REVISION, DatasetInfo, ShardInfo, SplitInfo, read_info
 from beam_nifti.record.index import Limits, read_index
 from beam_nifti.record.sharding import INDEX_FOLDER, ShardName
+from beam_nifti.record.totals import RecordTotals
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import disk
 from beam_nifti.storage import paths as storage
@@ -189,7 +190,7 @@ def publish_dataset(
     plan: BuildPlan,
     shards: Sequence[ShardInfo],
     failures: Sequence[Failure],
-    mask_labels: Collection[int] = (),
+    totals: RecordTotals | None = None,
 ) -> BuildSummary:
     """Write the list of failures and, if they are within the limit, dataset_info.json.
 
@@ -200,7 +201,7 @@ def publish_dataset(
     Raises:
         PartsChangedError: a shard or a row is unaccounted for.
     """
-    config = plan.config
+    config, totals = plan.config, totals or RecordTotals()
     by_place = {(n.split, n.index): s for s in shards if (n := ShardName.parse(s.name))}
     splits = {split: [(split, i) for i in range(total)] for split, total in plan.shard_totals().items()}
     missing = {place for places in splits.values() for place in places} - by_place.keys()
@@ -223,6 +224,8 @@ def publish_dataset(
         failures_path=failures_path,
         failures=_count_failures(failures),
         reasons=tuple(group_failures(failures)),
+        num_nonfinite=totals.num_nonfinite,
+        num_made_finite=totals.num_made_finite,
     )
     _write_summary(config.output, summary)
     if not summary.complete:
@@ -237,7 +240,7 @@ def publish_dataset(
         failures_sha256=_digest_of(failures_path, config.output)
         if config.record.format_version > 1
         else None,
-        mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
+        mask_labels=tuple(sorted(totals.mask_labels)) if config.record.mask_dtype else None,
         versions=all_versions(),
     )
     if published is None or not _is_same(info, published):

@@ -482,11 +482,12 @@ class LoadVolume(_Step):
 
 
 class Preprocess(_Step):
-    """Reorient, resample, crop and pad volumes, in this order: from `Volume` to `Volume`.
+    """Make finite, reorient, resample, crop and pad volumes, in this order: from `Volume` to `Volume`.
 
     To apply your own function, add a step: `beam.Map(function)`.
 
     Args:
+        nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
         crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
@@ -501,6 +502,7 @@ class Preprocess(_Step):
     def __init__(
         self,
         *,
+        nonfinite: Rule | None = None,
         orientation: str | None = None,
         spacing: Numbers | SupportsFloat | None = None,
         crop_foreground: Rule | None = None,
@@ -508,6 +510,7 @@ class Preprocess(_Step):
     ) -> None:
         super().__init__()
         given = {
+            "nonfinite": nonfinite,
             "orientation": orientation,
             "spacing": spacing,
             "crop_foreground": crop_foreground,

@@ -51,9 +51,10 @@ from beam_nifti.pipeline.steps import (
     timed,
 )
 from beam_nifti.record.dataset_info import ShardInfo
-from beam_nifti.record.index import IndexEntry, mask_labels, read_index
+from beam_nifti.record.index import IndexEntry, read_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tiles import encode_record
+from beam_nifti.record.totals import RecordTotals
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.volume import Volume
 
@@ -68,7 +69,7 @@ class ShardOutcome:
 
     shard: ShardInfo
     failures: tuple[Failure, ...]
-    mask_labels: frozenset[int] = frozenset()
+    totals: RecordTotals
 
 
 class ReadUnitsFn(beam.DoFn):
@@ -206,10 +207,11 @@ class CommitShards(beam.DoFn):
                 self._differing.inc(num_differing)
         self._committed.inc()
         self._progress.add(shards=1)
-        labels = frozenset[int]()
-        if record.mask_dtype is not None:
-            labels = frozenset(mask_labels(read_index(storage.join(output, info.index), below=output)[0]))
-        yield ShardOutcome(info, tuple(failures.values()), labels)
+        totals = RecordTotals()
+        if columns := RecordTotals.columns(record):
+            table, _ = read_index(storage.join(output, info.index), columns=columns, below=output)
+            totals = RecordTotals.of(table)
+        yield ShardOutcome(info, tuple(failures.values()), totals)
 
 
 class WriteDatasetInfo(beam.DoFn):
@@ -229,8 +231,8 @@ class WriteDatasetInfo(beam.DoFn):
         failures = [f for o in outcomes for f in o.failures]
         require_current(self._plan.config.output, self._plan.identity)
         lock.require_held(self._plan.config.output)
-        labels = {label for o in outcomes for label in o.mask_labels}
-        summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, labels)
+        totals = sum((o.totals for o in outcomes), RecordTotals())
+        summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, totals)
         if self._enforces_limit and not summary.complete:
             raise too_many_failures(summary, self._plan.config)
         yield summary

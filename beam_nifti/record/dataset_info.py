@@ -14,6 +14,7 @@ from beam_nifti.config import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
+    LATER_OPTIONS,
     SPLIT_PATTERN,
     BuildConfig,
     Columns,
@@ -355,7 +356,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
 def _config_kinds() -> dict[str, Any]:
     """The type of each key of `config`."""
     known = {**hints_of(RecordConfig), **hints_of(BuildConfig)}
-    return {name: known[name] for name in BuildConfig("", "").as_dataset_config()} | {"fingerprint": str}
+    names = (*BuildConfig("", "").as_dataset_config(), *LATER_OPTIONS)
+    return {name: known[name] for name in names} | {"fingerprint": str}
 
 
 def _split_of(name: str, said: Any, facts: Mapping[str, Any]) -> SplitInfo:

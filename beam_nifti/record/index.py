@@ -87,10 +87,13 @@ _MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
 _POSITIONS_SCHEMA: Final = pa.schema([("mask_positions", pa.list_(pa.int32()))])
 """Column that follows if records have a mask, unless an earlier version built the dataset."""
 
+_NONFINITE_SCHEMA: Final = pa.schema([("num_nonfinite", pa.int64())])
+"""Column that follows if NaN and infinite voxels were replaced."""
+
 _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 """Column that follows if each frame of an image became a record."""
 
-_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names])
+_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names, *_NONFINITE_SCHEMA.names])
 """Columns that are lists, one number per image, if a record has several images."""
 
 OWN_NAMES: Final = frozenset(
@@ -98,6 +101,7 @@ OWN_NAMES: Final = frozenset(
     for schema in (
         *(SCHEMA, _SOURCE_SCHEMA_1, _MEMBERS_SCHEMA, _SCALING_SCHEMA),
         *(_RANGE_SCHEMA, _MASK_SCHEMA, _POSITIONS_SCHEMA, _FRAME_SCHEMA),
+        _NONFINITE_SCHEMA,
     )
     for name in schema.names
 )
@@ -196,6 +200,7 @@ class IndexEntry:
         mask_labels: labels of the mask, ascending; None if there are no masks.
         mask_positions: some voxels of each label, as `positions_of` gives them; None if there are no masks.
         scaling: scaling of native voxels to the image's units.
+        num_nonfinite: as `Volume.num_nonfinite`.
     """
 
     row: VolumeRow
@@ -209,6 +214,7 @@ class IndexEntry:
     mask_labels: tuple[int, ...] | None = None
     mask_positions: tuple[int, ...] | None = None
     scaling: Scaling = NO_SCALING
+    num_nonfinite: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, volume: Volume) -> IndexEntry:
@@ -225,6 +231,7 @@ class IndexEntry:
             mask_labels=None if volume.mask is None else tuple(labels_of(volume.mask)),
             mask_positions=None if volume.mask is None else tuple(positions_of(volume.mask)),
             scaling=volume.scaling,
+            num_nonfinite=volume.num_nonfinite,
         )
 
 
@@ -305,6 +312,7 @@ def entry_cells(
         "affine": entry.affine,
         **_of_images([asdict(i) for i in entry.intensities], record),
         **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.rescale_ranges], record),
+        **_of_images([{"num_nonfinite": count} for count in entry.num_nonfinite], record),
         "mask_labels": entry.mask_labels,
         "mask_positions": entry.mask_positions,
         **scaling_cells(entry.scaling),
@@ -343,6 +351,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
     fields = [*SCHEMA, *(_MEMBERS_SCHEMA if record.has_members else ())]
     fields += _SCALING_SCHEMA if record.has_members and record.voxel_dtype == "native" else ()
     fields += _RANGE_SCHEMA if record.has_range else ()
+    fields += _NONFINITE_SCHEMA if record.nonfinite is not None else ()
     if not record.has_sources:
         at = SCHEMA.get_field_index("source_sizes")
         fields[at : at + len(_SOURCE_SCHEMA)] = _SOURCE_SCHEMA_1

@@ -57,6 +57,8 @@ class Volume:
         intensities: range, mean and standard deviation of each image, in its units; empty before they
             are measured.
         rescale_ranges: intensities of each image that become 0 and 1; empty if they are its range.
+        num_nonfinite: voxels of each image that were NaN or infinite and were replaced; empty if they are an
+            error.
         notes: keys of `notes.TEXTS` for what a user should know about its files and their processing; a build
             counts them.
         config: options of the steps that processed it, as the configuration of its record; None before the
@@ -73,6 +75,7 @@ class Volume:
     mask: Voxels | None = None
     intensities: tuple[Intensity, ...] = ()
     rescale_ranges: tuple[RescaleRange, ...] = ()
+    num_nonfinite: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     config: RecordConfig | None = None
 
@@ -359,7 +362,12 @@ def _rescale(
     voxels: Voxels, volume: Volume, config: RecordConfig
 ) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
-    intensity = measure(voxels, scaling)
+    remedy = "replace them with --nonfinite, or repair the image"
+    if config.nonfinite is not None:  # so they came after the replacement
+        remedy = (
+            "they came with the preparation, which --nonfinite precedes; repair the function or the image"
+        )
+    intensity = measure(voxels, scaling, remedy)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)
     rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask)

@@ -71,6 +71,8 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--frames=first", ["first", 0, "0"]),
     ({}, "--complex=real-imag", ["real-imag"]),
     ({}, "--allow-mixed-shapes", [True]),
+    ({}, "--nonfinite=value:-1024", ["value:-1024.0", ("value", -1024), ["value", np.float32(-1024)]]),
+    ({}, "--nonfinite=zero", ["zero", ("zero",), ("value", 0), "value:-0"]),
     (
         {},
         "--preprocess=tests.user_functions:change_all_in_place",
@@ -124,7 +126,10 @@ def test_every_option_is_tried_here() -> None:
 
 def test_none_is_not_given() -> None:
     assert make_config("m.tsv", "out", dict.fromkeys(OPTIONS)) == of_command_line()
-    assert make_config("m.tsv", "out", {"clip": False, "orientation": "native"}) == of_command_line()
+    assert (
+        make_config("m.tsv", "out", {"clip": False, "orientation": "native", "nonfinite": "error"})
+        == of_command_line()
+    )
 
 
 def test_the_defaults_can_be_given() -> None:

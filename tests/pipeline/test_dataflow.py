@@ -254,6 +254,7 @@ VALUES = {
     "mask_dtype": "uint16",
     "frames": "all",
     "complex": "magnitude",
+    "nonfinite": "value:-1024",
     "preprocess": "lab.brains:strip",
     "orientation": "LPS",
     "spacing": "1,1,1.5",
