@@ -166,6 +166,7 @@ class BuildSummary:
         reasons: the most frequent reasons of failures.
         num_nonfinite: voxels that were NaN or infinite and were replaced, in all records.
         num_made_finite: records that had such voxels.
+        unmapped_labels: labels that `map_labels` maps to others, but that no mask has.
     """
 
     num_written: int
@@ -178,6 +179,7 @@ class BuildSummary:
     reasons: tuple[FailureGroup, ...] = ()
     num_nonfinite: int = 0
     num_made_finite: int = 0
+    unmapped_labels: tuple[int, ...] = ()
 
 
 class TooManyFailures(BeamNiftiError):

@@ -77,6 +77,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
     if columns.mask is None:
         for flag, value in (
             ("--mask-dtype", record.mask_dtype),
+            ("--map-labels", record.map_labels),
             ("--rescale-within mask", record.rescale_within == "mask"),
             ("--crop-foreground mask", record.crop_foreground == "mask"),
         ):

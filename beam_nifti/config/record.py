@@ -10,6 +10,7 @@ from typing import Final
 
 from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
+from beam_nifti.config.label_map import parse_label_map, spell_label_map
 from beam_nifti.config.preparation import (
     PREPARATIONS,
     all_of,
@@ -48,7 +49,7 @@ COMPRESSIONS: Final = ("gzip", "none")
 
 COMPRESSION_LEVELS: Final = range(4)
 
-LATER_OPTIONS: Final = ("nonfinite",)
+LATER_OPTIONS: Final = ("nonfinite", "map_labels")
 """Options that dataset_info.json contains only if they are given, as it did before they existed."""
 
 
@@ -87,6 +88,7 @@ class RecordConfig:
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
+    map_labels: str | None = None
     labels: tuple[LabelColumn, ...] | None = None
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
@@ -103,6 +105,7 @@ class RecordConfig:
         object.__setattr__(self, "preprocess_sha256", one_or_more(self.preprocess_sha256))
         if self.mask_dtype is not None:
             choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
+        self._check_label_map()
         self._check_rescaling()
         choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         choose("--compression", self.compression, COMPRESSIONS)
@@ -117,6 +120,18 @@ class RecordConfig:
                 f"outside it; use --clip{method}, or --voxel-dtype float16"
             )
         self._check_preparation()
+
+    def _check_label_map(self) -> None:
+        if self.map_labels is None:
+            return
+        object.__setattr__(self, "map_labels", spell_label_map(self.label_map))
+        if self.mask_dtype == MASK_DTYPES[0]:
+            for old, new in self.label_map.items():
+                if new > 255:
+                    raise UsageError(
+                        f"--map-labels maps {old} to {new}, which {self.mask_dtype} cannot hold; use "
+                        f"--mask-dtype {MASK_DTYPES[-1]}"
+                    )
 
     def _check_frames(self) -> None:
         if self.frames is not None and not re.fullmatch(
@@ -225,6 +240,11 @@ class RecordConfig:
     def is_bounded(self) -> bool:
         """Whether all rescaled voxels are in [0, 1]."""
         return self.clip or (self.method == "minmax" and not self.has_range)
+
+    @property
+    def label_map(self) -> dict[int, int]:
+        """The new label of each label of masks that is mapped to another one."""
+        return {} if self.map_labels is None else parse_label_map(self.map_labels)
 
     @property
     def num_channels(self) -> int:

@@ -56,7 +56,8 @@ def describe_dataset(output: str) -> dict[str, Any]:
     Among them are `splits` (examples, shards and bytes of each), `shape` (None if shapes are mixed; `shapes`
     counts them), `labels` (None if there are none), `label_columns` (of labels with features of their own)
     and `intensities`, in the images' units; and `nonfinite` (`num_voxels` that were replaced, `num_examples`
-    that had them) if `--nonfinite` was given.
+    that had them) if `--nonfinite` was given, and `mapped_labels` (`old`, `new`, and the `num_examples` that
+    had the old label) if `--map-labels` was given.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
@@ -100,6 +101,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
         "label_columns": {of.column.name: of.summary() for of in of_labels},
         "intensities": {name: numbers.summary() for name, numbers in intensities.items()},
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
+        **({"mapped_labels": totals.mapped(info.record_config)} if info.config.get("map_labels") else {}),
         **({"nonfinite": totals.nonfinite()} if info.config.get("nonfinite") else {}),
         "failures": {
             "count": info.num_failures,
@@ -290,6 +292,9 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "not finite", f"{voxels} of {examples}, replaced"
     if d["mask_labels"] is not None:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
+    for number, mapped in enumerate(d.get("mapped_labels", ())):
+        text = f"{mapped['old']} to {mapped['new']} in {counted(mapped['num_examples'], 'example')}"
+        yield "" if number else "  mapped", text
     yield (
         "failed",
         f"{counted(failures['count'], 'volume')}: {failures['path']}" if failures["count"] else "none",

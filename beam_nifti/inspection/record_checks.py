@@ -150,6 +150,8 @@ def _check_mask(
         yield f"the mask has shape {mask.shape} of {mask.dtype.name}, expected {shape} of {dtype}"
     elif (found := labels_of(mask)) != cells["mask_labels"]:
         yield f"the mask has the labels {found}, but the index has {cells['mask_labels']}"
+    elif not set(cells.get("mapped_labels") or ()) <= config.label_map.keys():
+        yield f"mapped_labels of the index are {cells['mapped_labels']}, which --map-labels does not map"
     elif config.has_positions and positions_of(mask) != cells["mask_positions"]:
         yield "mask_positions of the index are not those of its mask"
 
@@ -328,6 +330,11 @@ def check_source(
             yield (
                 f"the index has num_nonfinite {show(replaced)}, but its image has {show(counted)}; {_REMAKE}"
             )
+    if config.map_labels is not None and cells["mapped_labels"] != list(volume.mapped_labels or ()):
+        found = show(volume.mapped_labels or ())
+        yield (
+            f"the index has mapped_labels {show(cells['mapped_labels'])}, but its mask has {found}; {_REMAKE}"
+        )
     if not config.has_sources:
         return
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):

@@ -30,7 +30,12 @@ _MOST_DOTS: Final = 100
 with the square of the number of its dots, and a key ends with its line."""
 
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
-_NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
+_NEEDS: Final = {
+    "mask_dtype": "mask_column",
+    "map_labels": "mask_column",
+    "split_seed": "split",
+    "stratify": "split",
+}
 """Options that require another one."""
 
 

@@ -73,6 +73,7 @@ class BuildOptions(TypedDict, total=False):
             image's units. Default: all.
         clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
+        map_labels: labels of masks that become others, all at once, such as {4: 3} or "4=3". Default: none.
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
         frames: frames of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: 4-D images
             are refused.
@@ -115,6 +116,7 @@ class BuildOptions(TypedDict, total=False):
     rescale_within: Rule | None
     clip: bool | None
     mask_dtype: str | None
+    map_labels: str | Mapping[Any, SupportsIndex] | None
     voxel_dtype: str | None
     frames: str | SupportsIndex | None
     complex: str | None
@@ -323,6 +325,18 @@ def _read_frames(flag: str, value: object) -> str:
     return str(value if isinstance(value, str) else read_integer(flag, value, wanted))
 
 
+def _read_label_map(flag: str, value: object) -> str:
+    wanted = "give the new label of each label to change, such as 4=3"
+    if not isinstance(value, Mapping):
+        return _read_text(flag, value, wanted)
+    try:
+        return ",".join(f"{_integer(old)}={_integer(new)}" for old, new in value.items()) or _refuse(
+            flag, value, wanted
+        )
+    except ValueError:
+        _refuse(flag, value, wanted)
+
+
 def _read_split(flag: str, value: object) -> dict[str, float]:
     parts: list[tuple[Any, ...]] = list(value.items()) if isinstance(value, Mapping) else []
     if isinstance(value, str):
@@ -381,6 +395,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "rescale_within": _rule(SELECTIONS, "VOXELS"),
     "clip": Option(read_switch),
     "mask_dtype": _one_of(MASK_DTYPES),
+    "map_labels": Option(_read_label_map, metavar="OLD=NEW,…"),
     "voxel_dtype": _one_of(VOXEL_DTYPES),
     "frames": Option(_read_frames, FRAMES, metavar="|".join(FRAMES)),
     "complex": _one_of(COMPLEX_PARTS),

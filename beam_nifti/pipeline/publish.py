@@ -226,6 +226,7 @@ def publish_dataset(
         reasons=tuple(group_failures(failures)),
         num_nonfinite=totals.num_nonfinite,
         num_made_finite=totals.num_made_finite,
+        unmapped_labels=tuple(sorted(config.record.label_map.keys() - totals.mapped_labels)),
     )
     _write_summary(config.output, summary)
     if not summary.complete:
@@ -313,7 +314,9 @@ def take_summary(output: str) -> BuildSummary | None:
     try:
         facts = read_result(path, _MOST_SUMMARY, output)
         groups = (group | {"examples": tuple(group["examples"])} for group in facts["reasons"])
-        summary = BuildSummary(**facts | {"reasons": tuple(FailureGroup(**group) for group in groups)})
+        reasons = tuple(FailureGroup(**group) for group in groups)
+        unmapped_labels = tuple(facts["unmapped_labels"])
+        summary = BuildSummary(**facts | {"reasons": reasons, "unmapped_labels": unmapped_labels})
     except FileNotFoundError:
         return None
     except (KeyError, TypeError) as e:

@@ -16,7 +16,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, SupportsFloat, SupportsIndex
 
@@ -453,6 +453,7 @@ class LoadVolume(_Step):
             `Columns.path`; None for one image.
         mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
             rows have none.
+        map_labels: labels of masks that become others, as in `BuildOptions`.
 
     Raises:
         UsageError: an argument is invalid. While the pipeline runs: the rows have other images, or a mask
@@ -468,11 +469,17 @@ class LoadVolume(_Step):
         complex: str | None = None,
         channels: Names | None = None,
         mask_dtype: str | None = None,
+        map_labels: str | Mapping[Any, SupportsIndex] | None = None,
     ) -> None:
         super().__init__()
-        given = {"frames": frames, "complex": complex, "path_column": channels, "mask_dtype": mask_dtype}
+        given: dict[str, object] = {
+            **{"frames": frames, "complex": complex, "path_column": channels},
+            **{"mask_dtype": mask_dtype, "map_labels": map_labels},
+        }
         with naming_parameters(path_column="channels"):
             config = make_record_config(given)
+        if config.map_labels is not None and config.mask_dtype is None:
+            raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
         if config.frames == "each":
             raise UsageError(
                 "frames is 'each', which makes several records per row, and only a build can number them; "

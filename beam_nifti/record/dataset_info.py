@@ -442,6 +442,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
             raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
     if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
         raise ValueError("mask_labels are given, but the records have no masks")
+    if record.map_labels is not None and record.mask_dtype is None:
+        raise ValueError(f"config.map_labels is {record.map_labels!r}, but the records have no masks")
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")

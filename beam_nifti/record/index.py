@@ -90,6 +90,9 @@ _POSITIONS_SCHEMA: Final = pa.schema([("mask_positions", pa.list_(pa.int32()))])
 _NONFINITE_SCHEMA: Final = pa.schema([("num_nonfinite", pa.int64())])
 """Column that follows if NaN and infinite voxels were replaced."""
 
+_MAPPED_SCHEMA: Final = pa.schema([("mapped_labels", pa.list_(pa.int64()))])
+"""Column that follows if labels of masks were mapped to others."""
+
 _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 """Column that follows if each frame of an image became a record."""
 
@@ -101,7 +104,7 @@ OWN_NAMES: Final = frozenset(
     for schema in (
         *(SCHEMA, _SOURCE_SCHEMA_1, _MEMBERS_SCHEMA, _SCALING_SCHEMA),
         *(_RANGE_SCHEMA, _MASK_SCHEMA, _POSITIONS_SCHEMA, _FRAME_SCHEMA),
-        _NONFINITE_SCHEMA,
+        *(_NONFINITE_SCHEMA, _MAPPED_SCHEMA),
     )
     for name in schema.names
 )
@@ -200,7 +203,7 @@ class IndexEntry:
         mask_labels: labels of the mask, ascending; None if there are no masks.
         mask_positions: some voxels of each label, as `positions_of` gives them; None if there are no masks.
         scaling: scaling of native voxels to the image's units.
-        num_nonfinite: as `Volume.num_nonfinite`.
+        num_nonfinite, mapped_labels: as of `Volume`.
     """
 
     row: VolumeRow
@@ -215,6 +218,7 @@ class IndexEntry:
     mask_positions: tuple[int, ...] | None = None
     scaling: Scaling = NO_SCALING
     num_nonfinite: tuple[int, ...] = ()
+    mapped_labels: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, volume: Volume) -> IndexEntry:
@@ -232,6 +236,7 @@ class IndexEntry:
             mask_positions=None if volume.mask is None else tuple(positions_of(volume.mask)),
             scaling=volume.scaling,
             num_nonfinite=volume.num_nonfinite,
+            mapped_labels=volume.mapped_labels,
         )
 
 
@@ -313,6 +318,7 @@ def entry_cells(
         **_of_images([asdict(i) for i in entry.intensities], record),
         **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.rescale_ranges], record),
         **_of_images([{"num_nonfinite": count} for count in entry.num_nonfinite], record),
+        "mapped_labels": entry.mapped_labels,
         "mask_labels": entry.mask_labels,
         "mask_positions": entry.mask_positions,
         **scaling_cells(entry.scaling),
@@ -359,6 +365,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
         fields = [f.with_type(pa.list_(f.type)) if f.name in _OF_IMAGES else f for f in fields]
     fields += _MASK_SCHEMA if record.mask_dtype else ()
     fields += _POSITIONS_SCHEMA if record.has_positions else ()
+    fields += _MAPPED_SCHEMA if record.map_labels is not None else ()
     fields += _FRAME_SCHEMA if record.frames == "each" else ()
     return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,13 @@ class RecordTotals:
         num_nonfinite: voxels that were NaN or infinite and were replaced.
         num_made_finite: records that had such voxels.
         mask_labels: labels of the masks.
+        mapped_labels: how many records had a label that was mapped to another one, by that label.
     """
 
     num_nonfinite: int = 0
     num_made_finite: int = 0
     mask_labels: frozenset[int] = frozenset()
+    mapped_labels: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, table: pa.Table) -> RecordTotals:
@@ -34,23 +37,39 @@ class RecordTotals:
             if "num_nonfinite" in names
             else []
         )
+        mapped = (
+            (cell or () for cell in table["mapped_labels"].to_pylist()) if "mapped_labels" in names else ()
+        )
         return cls(
             num_nonfinite=int(sum(counts)),
             num_made_finite=int(np.count_nonzero(counts)),
             mask_labels=frozenset(mask_labels(table)) if "mask_labels" in names else frozenset(),
+            mapped_labels=Counter(label for cell in mapped for label in set(cell)),
         )
 
     @staticmethod
     def columns(record: RecordConfig) -> list[str]:
         """The columns of an index of such records that are added up."""
-        return [name for name in ("num_nonfinite", "mask_labels") if name in schema_of(record).names]
+        return [
+            name
+            for name in ("num_nonfinite", "mask_labels", "mapped_labels")
+            if name in schema_of(record).names
+        ]
 
     def __add__(self, other: RecordTotals) -> RecordTotals:
         return RecordTotals(
             self.num_nonfinite + other.num_nonfinite,
             self.num_made_finite + other.num_made_finite,
             self.mask_labels | other.mask_labels,
+            self.mapped_labels + other.mapped_labels,
         )
+
+    def mapped(self, record: RecordConfig) -> list[dict[str, int]]:
+        """Each label that is mapped, its new label, and how many records had it, as JSON."""
+        return [
+            {"old": old, "new": new, "num_examples": self.mapped_labels[old]}
+            for old, new in sorted(record.label_map.items())
+        ]
 
     def nonfinite(self) -> dict[str, int]:
         """How many voxels were replaced, in how many records, as JSON."""

@@ -54,6 +54,8 @@ class Volume:
         source: files that it was read from, and shape and affine of the first image before any preparation.
         mask: labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None if the manifest has no
             masks.
+        mapped_labels: labels in the file of the mask that were mapped to others, ascending; None if no labels
+            are mapped.
         intensities: range, mean and standard deviation of each image, in its units; empty before they
             are measured.
         rescale_ranges: intensities of each image that become 0 and 1; empty if they are its range.
@@ -73,6 +75,7 @@ class Volume:
     dtype: str
     source: Source
     mask: Voxels | None = None
+    mapped_labels: tuple[int, ...] | None = None
     intensities: tuple[Intensity, ...] = ()
     rescale_ranges: tuple[RescaleRange, ...] = ()
     num_nonfinite: tuple[int, ...] = ()
@@ -164,12 +167,13 @@ def load_frames(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedImage:
-    """One of the images of an example, or its mask."""
+    """One of the images of an example, or its mask with the labels that were mapped."""
 
     header: VolumeHeader
     voxels: Voxels
     scaling: Scaling
     stats: FileStats
+    mapped: tuple[int, ...] = ()
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
@@ -178,8 +182,9 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
         return None
     path = row.files[-1]
     parse = _parser(row, record.num_channels, record, image)
-    header, labels, stats = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    return _LoadedImage(header, _turn_onto(image, labels, header), Scaling(), stats)
+    mask = load_mask(path, storage.join(folder, path), parse, record)
+    labels = _turn_onto(image, mask.labels, mask.header)
+    return _LoadedImage(mask.header, labels, Scaling(), mask.stats, mask.mapped)
 
 
 def _assemble(
@@ -203,6 +208,7 @@ def _assemble(
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
         source=Source(stats, header.shape, affine),
         mask=mask.voxels if mask else None,
+        mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
         notes=join_notes(file.header.notes for file in files),
         config=record,
     )

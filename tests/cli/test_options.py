@@ -50,6 +50,7 @@ BUILD: dict[str, Row] = {
     "--clip": ["", "--rescale=percentile:1,99"],
     "--voxel-dtype": ["uint8"],
     "--mask-dtype": ["uint16", "--mask-column=mask"],
+    "--map-labels": ["1=0", "--mask-column=mask", "--crop-foreground=mask"],
     "--frames": ["first"],
     "--complex": ["magnitude"],
     "--nonfinite": ["zero"],

@@ -66,6 +66,11 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--rescale-within=above:-0.5", ["above:-.5", ("above", -0.5), ["above", np.float64(-0.5)]]),
     ({"rescale": "window:0,1"}, "--clip", [True, np.True_]),
     (MASKS, "--mask-dtype=uint16", ["uint16"]),
+    (
+        MASKS,
+        "--map-labels=4=3,10=0",
+        ["10=0, 4=3", {10: 0, 4: 3}, {"4": "3", 10: np.int8(0)}, "0=0,4=3,10=0"],
+    ),
     ({}, "--voxel-dtype=float16", ["float16"]),
     ({}, "--frames=3", [3, "3", np.int64(3)]),
     ({}, "--frames=first", ["first", 0, "0"]),

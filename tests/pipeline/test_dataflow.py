@@ -252,6 +252,7 @@ VALUES = {
     "rescale_within": "nonzero",
     "voxel_dtype": "native",
     "mask_dtype": "uint16",
+    "map_labels": "4=3,10=0",
     "frames": "all",
     "complex": "magnitude",
     "nonfinite": "value:-1024",
@@ -275,6 +276,7 @@ NEEDED = {
     "stratify": {"split": VALUES["split"]},
     "split_seed": {"split": VALUES["split"]},
     "mask_dtype": {"mask_column": "lesion"},
+    "map_labels": {"mask_column": "lesion"},
 }
 """Parameters without which another one means nothing."""
 
