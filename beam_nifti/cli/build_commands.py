@@ -141,9 +141,11 @@ def _print_labels(plan: BuildPlan) -> None:
 
 def _print_unlabelled(plan: BuildPlan | CheckPlan) -> None:
     if plan.num_skipped:
-        print_line(f"skipped  {counted(plan.num_skipped, 'row')} without a label")
+        print_line(f"skipped  {counted(plan.num_skipped, 'row')} without a {plan.config.columns.lacking}")
     if plan.num_unlabelled:
         print_line(f"kept     {counted(plan.num_unlabelled, 'row')} without a label")
+    if plan.num_unmasked:
+        print_line(f"kept     {counted(plan.num_unmasked, 'row')} without a mask")
 
 
 def _print_estimate(plan: BuildPlan, estimate: Estimate) -> None:

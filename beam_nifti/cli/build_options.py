@@ -64,6 +64,8 @@ _HELP: Final = {
     "Default: the column label, if there is one",
     "missing_label": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, "
     "or an empty string; skip: skip and count these rows; default: report an error",
+    "missing_mask": "what to do with rows whose cell of the mask is empty, n/a or NaN. empty: store a mask "
+    "of zeros; skip: skip and count these rows; default: report an error",
     "id_column": "column with a unique name for each example; default: participant_id, joined with "
     "session_id if there is one, or else the path",
     "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must "
@@ -166,7 +168,10 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         "The command line overrides --config, and --config overrides --like.",
         ("config", "like", "without"),
     ),
-    "manifest columns": (None, ("path_column", "mask_column", "label_column", "missing_label", "id_column")),
+    "manifest columns": (
+        None,
+        ("path_column", "mask_column", "missing_mask", "label_column", "missing_label", "id_column"),
+    ),
     "privacy": (None, ("anonymous_ids",)),
     "splits": (None, ("split", "stratify", "split_seed")),
     "shards": (

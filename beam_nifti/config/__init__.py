@@ -1,7 +1,14 @@
 """The options of a build. In: texts, numbers and tuples. Out: frozen dataclasses, checked. No I/O."""
 
 from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
-from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
+from beam_nifti.config.columns import (
+    LABEL_KINDS,
+    LATER_COLUMNS,
+    MISSING_LABELS,
+    MISSING_MASKS,
+    Columns,
+    LabelColumn,
+)
 from beam_nifti.config.preparation import NONFINITE, ORIENTATIONS, PREPARATIONS, spell_steps
 from beam_nifti.config.record import (
     COMPLEX_PARTS,
@@ -25,9 +32,11 @@ __all__ = [
     "FORMAT_VERSION",
     "FRAMES",
     "LABEL_KINDS",
+    "LATER_COLUMNS",
     "LATER_OPTIONS",
     "MASK_DTYPES",
     "MISSING_LABELS",
+    "MISSING_MASKS",
     "NONFINITE",
     "ORIENTATIONS",
     "PREPARATIONS",

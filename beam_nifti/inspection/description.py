@@ -55,9 +55,9 @@ def describe_dataset(output: str) -> dict[str, Any]:
 
     Among them are `splits` (examples, shards and bytes of each), `shape` (None if shapes are mixed; `shapes`
     counts them), `labels` (None if there are none), `label_columns` (of labels with features of their own)
-    and `intensities`, in the images' units; and `nonfinite` (`num_voxels` that were replaced, `num_examples`
-    that had them) if `--nonfinite` was given, and `mapped_labels` (`old`, `new`, and the `num_examples` that
-    had the old label) if `--map-labels` was given.
+    and `intensities`, in the images' units. If these options were given, there are also `nonfinite`
+    (`num_voxels` that were replaced, `num_examples` that had them), `mapped_labels` (`old`, `new`, and the
+    `num_examples` that had the old label) and, with `--missing-mask empty`, `num_unmasked`.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
@@ -68,9 +68,12 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
     channels = info.config.get("channels") or ("",)
     labels, of_labels = _Numbers(), [_LabelTotals(column) for column in info.labels]
     intensities = defaultdict[str, _Numbers](_Numbers)
+    columns, num_unmasked = info.columns, 0
     dtypes, shapes, totals = Counter[str](), Counter[str](), RecordTotals()
     for _, _, table in read_indexes(output, info):
         totals += RecordTotals.of(table)
+        if columns.missing_mask == "empty" and extra_column(columns.mask or "") in table.column_names:
+            num_unmasked += sum(not cell for cell in table[extra_column(columns.mask or "")].to_pylist())
         labels.add(table["label"])
         for of_label in of_labels:
             of_label.add(table)
@@ -101,6 +104,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
         "label_columns": {of.column.name: of.summary() for of in of_labels},
         "intensities": {name: numbers.summary() for name, numbers in intensities.items()},
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
+        **({"num_unmasked": num_unmasked} if columns.missing_mask == "empty" else {}),
         **({"mapped_labels": totals.mapped(info.record_config)} if info.config.get("map_labels") else {}),
         **({"nonfinite": totals.nonfinite()} if info.config.get("nonfinite") else {}),
         "failures": {
@@ -292,6 +296,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "not finite", f"{voxels} of {examples}, replaced"
     if d["mask_labels"] is not None:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
+    if "num_unmasked" in d:
+        yield "  empty", f"in {counted(d['num_unmasked'], 'example')} without a mask"
     for number, mapped in enumerate(d.get("mapped_labels", ())):
         text = f"{mapped['old']} to {mapped['new']} in {counted(mapped['num_examples'], 'example')}"
         yield "" if number else "  mapped", text
@@ -300,7 +306,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{counted(failures['count'], 'volume')}: {failures['path']}" if failures["count"] else "none",
     )
     skipped = manifest.get("num_skipped", 0)
-    yield "skipped", f"{counted(skipped, 'row')} without a label" if skipped else "none"
+    lacking = Columns(**config["columns"]).lacking
+    yield "skipped", f"{counted(skipped, 'row')} without a {lacking}" if skipped else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
     yield "manifest", f"{manifest['path']}  ({counted(manifest['num_rows'], 'row')}{of_frames}{anonymous})"

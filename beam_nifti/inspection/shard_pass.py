@@ -155,7 +155,12 @@ class ShardPass:
                 self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
             table, facts = parse_index(data, path, limits=limits, known=known)
             self.versions = versions_in(facts)
-            problems = list(check_index(table, facts, shard, self._record, is_sparse=self._spec.is_sparse))
+            is_sparse, may_lack_masks = self._spec.is_sparse, self._spec.info.columns.missing_mask == "empty"
+            problems = list(
+                check_index(
+                    table, facts, shard, self._record, is_sparse=is_sparse, may_lack_masks=may_lack_masks
+                )
+            )
             lacking = {*self._cells.values()}.difference(table.column_names)
             problems += (f"column {name} is missing" for name in sorted(lacking))
         except FileNotFoundError:

@@ -52,6 +52,9 @@ def find_differences(
         # None of its rows was kept or skipped for want of a label, so the option is free to change.
         missing_label = now.config["columns"]["missing_label"]
         before = {**before, "columns": {**before["columns"], "missing_label": missing_label}}
+    if not manifest.lacks_masks(was.manifest["num_rows"]):
+        missing_mask = now.config["columns"].get("missing_mask")
+        before = {**before, "columns": {**before["columns"], "missing_mask": missing_mask}}
     differences = _option_differences(before, now.config)
     differences += _class_differences(was.labels, now.labels)
     if not differences and was.config["fingerprint"] != now.config["fingerprint"]:

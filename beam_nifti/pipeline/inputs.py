@@ -82,6 +82,7 @@ class Inputs:
             manifest_name=manifest.name,
             num_skipped=manifest.num_skipped,
             num_unlabelled=manifest.num_unlabelled,
+            num_unmasked=manifest.num_unmasked,
             num_frames=self.num_frames,
         )
 

@@ -17,6 +17,7 @@ from beam_nifti.config import (
     FRAMES,
     MASK_DTYPES,
     MISSING_LABELS,
+    MISSING_MASKS,
     NONFINITE,
     ORIENTATIONS,
     RESCALE_METHODS,
@@ -56,6 +57,7 @@ class BuildOptions(TypedDict, total=False):
         label_column: NAME, or NAME:KIND with the kind float, class or string; each of several becomes a
             feature of its own. Default: the column "label", if there is one.
         missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
+        missing_mask: rows without a mask: "empty" stores zeros, "skip" skips them. Default: an error.
         id_column: column of unique example ids. Default: participant_id with session_id, else the path.
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
         split: share of the participants by split, such as {"train": 0.8, "test": 0.2}. Default: the
@@ -102,6 +104,7 @@ class BuildOptions(TypedDict, total=False):
     mask_column: str | None
     label_column: Names | None
     missing_label: str | None
+    missing_mask: str | None
     id_column: str | None
     anonymous_ids: StrPath | None
     split: str | Mapping[str, SupportsFloat] | None
@@ -381,6 +384,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "mask_column": Option(_read_text, metavar="NAME"),
     "label_column": Option(_read_names, metavar="NAME[:KIND],…"),
     "missing_label": _one_of(MISSING_LABELS),
+    "missing_mask": _one_of(MISSING_MASKS),
     "id_column": Option(_read_text, metavar="NAME"),
     "anonymous_ids": Option(storage.path_text, metavar="KEYFILE"),
     "split": Option(_read_split, metavar="NAME=SHARE,…"),

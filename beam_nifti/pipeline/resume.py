@@ -120,7 +120,9 @@ def finished_rows(
         return None
     if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:
         return None
-    if any(itertools.chain(check_table(table, (), record), check_members(table))):
+    may_lack_masks = plan.config.columns.missing_mask == "empty"
+    checks = check_table(table, (), record, may_lack_masks=may_lack_masks), check_members(table)
+    if any(itertools.chain(*checks)):
         return None
     if pc.min(table["length"]).as_py() <= 0:
         return None
@@ -145,7 +147,8 @@ def finished_rows(
         ):
             continue
         if check_images:
-            files = now(tuple(storage.join(folder, path) for path in row.files), record, row.version_key)
+            paths = tuple(storage.join(folder, path) for path in row.existing_files)
+            files = now(paths, record, row.version_key)
             if files is None or not files.items() <= found.items():
                 continue
         positions.append(row.position)

@@ -381,7 +381,7 @@ class _ReadRowsFn(beam.DoFn):
         kept = manifest.kept_rows().tolist()
         for start in range(0, len(kept), _ROWS_AT_A_TIME):
             for row in manifest.rows(kept[start : start + _ROWS_AT_A_TIME]):
-                files = [storage.join(manifest.folder, file) for file in row.files]
+                files = [file and storage.join(manifest.folder, file) for file in row.files]
                 yield replace(
                     row,
                     path=files[0],
@@ -398,6 +398,7 @@ _OF_MANIFEST: Final = {
     "id_column": "Columns.id",
     "mask_column": "Columns.mask",
     "missing_label": "Columns.missing_label",
+    "missing_mask": "Columns.missing_mask",
     "split": "splitting",
     "split_seed": "Splitting.seed",
     "stratify": "Splitting.stratify",

@@ -14,6 +14,7 @@ from beam_nifti.config import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
+    LATER_COLUMNS,
     LATER_OPTIONS,
     SPLIT_PATTERN,
     BuildConfig,
@@ -171,8 +172,13 @@ class DatasetInfo:
 
     @property
     def num_skipped(self) -> int:
-        """Rows of the manifest that were skipped because they lack a label."""
+        """Rows of the manifest that were skipped because they lack a label or a mask."""
         return int(self.manifest.get("num_skipped", 0))
+
+    @property
+    def columns(self) -> Columns:
+        """The roles of the manifest's columns."""
+        return Columns(**self.config["columns"])
 
     @property
     def num_bytes(self) -> int:
@@ -338,7 +344,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
             )
     config_kinds = _config_kinds()
     require_keys(facts["config"], config_kinds, _SINCE_THE_FIRST, "config")
-    require_keys(facts["config"]["columns"], hints_of(Columns), hints_of(Columns), "config.columns")
+    roles = hints_of(Columns)
+    require_keys(facts["config"]["columns"], roles, roles.keys() - LATER_COLUMNS, "config.columns")
     require_keys(facts["manifest"], _MANIFEST_KINDS, _MANIFEST_REQUIRED, "manifest")
     mask_labels = facts.get("mask_labels")
     parsed = facts | {

@@ -118,7 +118,6 @@ _UNREPEATED: Final = ("member_lengths", "mask_positions")
 _GROUP_ROWS: Final = 1 << 14
 """Rows of a group, which is read without the others: at most a work unit's (5 MB)."""
 
-
 _FREE_BYTES: Final = 64 << 20
 _FREE_ROWS: Final = 1000
 _ROW_BYTES: Final = 64 << 10
@@ -494,7 +493,12 @@ def _require_columns(schema: pa.Schema, known: Mapping[str, pa.DataType]) -> Non
 
 
 def check_table(
-    table: pa.Table, columns: Collection[str], record: RecordConfig, *, is_sparse: bool = False
+    table: pa.Table,
+    columns: Collection[str],
+    record: RecordConfig,
+    *,
+    is_sparse: bool = False,
+    may_lack_masks: bool = False,
 ) -> Iterator[str]:
     """Find what makes an index unusable.
 
@@ -504,7 +508,9 @@ def check_table(
         record: configuration of the records.
         is_sparse: whether cells may be empty, except those that locate records, as in a dataset without a
             manifest.
+        may_lack_masks: whether examples may lack the file of their mask.
     """
+    num_masks = range(0 if may_lack_masks or is_sparse else 1, 2) if record.mask_dtype else range(1)
     try:
         table.validate(full=True)  # Parquet's text is not checked when it is read
     except pa.ArrowInvalid as e:
@@ -515,7 +521,7 @@ def check_table(
             yield f"column {name} is missing"
     for name in table.column_names:
         may_lack = name not in _PLACES if is_sparse else name in ("label", *_SCALING_SCHEMA.names)
-        yield from _check_column(table, name, record, may_lack=may_lack)
+        yield from _check_column(table, name, record, num_masks, may_lack=may_lack)
 
 
 def check_members(table: pa.Table) -> Iterator[str]:
@@ -532,7 +538,9 @@ def check_members(table: pa.Table) -> Iterator[str]:
             yield f"the members of {name} have {sums[at]} bytes, but it has {length}"
 
 
-def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack: bool) -> Iterator[str]:
+def _check_column(
+    table: pa.Table, name: str, record: RecordConfig, num_masks: range, *, may_lack: bool
+) -> Iterator[str]:
     column = table[name]
     if column.null_count and may_lack:
         table = table.filter(column.is_valid())
@@ -544,10 +552,10 @@ def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack:
         if num_empty and name != "source_versions":
             yield f"column {name} has {num_empty} empty values"
         counts = pc.list_value_length(column).to_numpy()
-        expected = _expected_counts(name, counts, record)
+        expected = _expected_counts(name, counts, record, num_masks)
         if name in SOURCE_LISTS and SOURCE_LISTS[0] in table.column_names:
             of_files = pc.list_value_length(table[SOURCE_LISTS[0]]).to_numpy()
-            expected = _expected_counts(name, of_files, record)
+            expected = _expected_counts(name, of_files, record, num_masks)
         wrong = np.flatnonzero(counts != expected)
         if wrong.size:
             at = int(wrong[0])
@@ -555,11 +563,13 @@ def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack:
             yield f"column {name} of {record_name(at, table)} has {number}"
 
 
-def _expected_counts(name: str, counts: npt.NDArray[np.int64], record: RecordConfig) -> npt.NDArray[np.int64]:
+def _expected_counts(
+    name: str, counts: npt.NDArray[np.int64], record: RecordConfig, num_masks: range
+) -> npt.NDArray[np.int64]:
     """How many values each cell of a column of lists must have: the allowed number nearest to the actual."""
-    least = record.num_channels + (record.mask_dtype is not None)  # each may be a pair
+    least, most = (record.num_channels + num_masks[i] for i in (0, -1))
     bounds = {
-        **dict.fromkeys(SOURCE_LISTS, (least, 2 * least)),
+        **dict.fromkeys(SOURCE_LISTS, (least, 2 * most)),  # as each may be a pair
         **dict.fromkeys(_OF_IMAGES, (record.num_channels,) * 2),
         "source_shape": (3, 5),
         "shape": (3, 4),

@@ -62,6 +62,7 @@ def make_page(
         splits=list(dict.fromkeys(splits.tolist())),
         kinds=list(_kinds(spec, summary, splits)),
         failures=failures,
+        lacking=info.columns.lacking,
         nonfinite=_nonfinite(info, summary),
         settings=dict(_settings(info)),
     )

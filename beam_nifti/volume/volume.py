@@ -177,10 +177,15 @@ class _LoadedImage:
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
-    """The mask of an example whose image has this header, if any; its voxels are labels."""
+    """The mask of an example whose image has this header, if any; its voxels are labels.
+
+    It has no label if the row does not have a mask. Its files are none then.
+    """
     if record.mask_dtype is None:
         return None
     path = row.files[-1]
+    if not path:
+        return _LoadedImage(image, np.zeros(image.space, record.mask_dtype), Scaling(), ())
     parse = _parser(row, record.num_channels, record, image)
     mask = load_mask(path, storage.join(folder, path), parse, record)
     labels = _turn_onto(image, mask.labels, mask.header)
@@ -198,7 +203,7 @@ def _assemble(
     """The volume of these voxels, which were loaded from the files of an example."""
     header, files = images[0].header, [*images, *([mask] if mask else [])]
     dtypes = [image.header.dtype_name for image in images]
-    stats, affine = tuple(file.stats for file in files), tuple(header.affine.ravel().tolist())
+    stats, affine = tuple(file.stats for file in files if file.stats), tuple(header.affine.ravel().tolist())
     return Volume(
         row=row,
         voxels=voxels,
@@ -291,7 +296,7 @@ def load_header(
     """
     record = record or RecordConfig()
     headers = list[VolumeHeader]()
-    for number, path in enumerate(row.files):
+    for number, path in enumerate(row.existing_files):
         parse = _parser(row, number, record, headers[0] if headers else None, shape, dtype, is_any=is_any)
         headers.append(read_header(path, storage.join(folder, path), parse))
     if not is_any:

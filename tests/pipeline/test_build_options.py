@@ -42,6 +42,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--mask-column=seg", ["seg"]),
     ({}, "--label-column=age:float,sex", ["age:float,sex", ("age:float", "sex")]),
     ({}, "--missing-label=nan", ["nan"]),
+    (MASKS, "--missing-mask=empty", ["empty"]),
     ({}, "--id-column=name", ["name", np.str_("name")]),
     ({}, "--anonymous-ids=lab/key", ["lab/key", Path("lab/key")]),
     (

@@ -248,6 +248,7 @@ def test_the_template_offers_every_option_of_the_build() -> None:
 VALUES = {
     "label_column": "age,sex:class",
     "missing_label": "skip",
+    "missing_mask": "empty",
     "rescale": "percentile:0.5,99.5",
     "rescale_within": "nonzero",
     "voxel_dtype": "native",
@@ -276,6 +277,7 @@ NEEDED = {
     "stratify": {"split": VALUES["split"]},
     "split_seed": {"split": VALUES["split"]},
     "mask_dtype": {"mask_column": "lesion"},
+    "missing_mask": {"mask_column": "lesion"},
     "map_labels": {"mask_column": "lesion"},
 }
 """Parameters without which another one means nothing."""
