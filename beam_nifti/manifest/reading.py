@@ -28,7 +28,7 @@ _LONGEST_NAME: Final = 4096
 _MOST_FOLDERS: Final = 100
 """Of paths and ids: what hides them in messages takes a time that grows with both."""
 
-_REMEDIES_OF_MASKS: Final = ", or use --missing-mask empty or skip"
+_REMEDIES_OF_MASKS: Final = ", or use --missing-mask empty or --missing-mask skip"
 _OWN: Final = ("participant_id", "session_id", "split")
 _GIVE_THAT_OF_DATASET: Final = "give the manifest that the dataset was built from"
 

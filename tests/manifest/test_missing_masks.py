@@ -55,7 +55,7 @@ def test_a_missing_mask_is_an_error_that_names_the_remedies(tmp_path: Path) -> N
     manifest = str(cohort(tmp_path))
     with pytest.raises(ManifestError) as refused:
         read_manifest(manifest, Columns(mask="lesion"))
-    remedy = "give the mask's path or drop the row, or use --missing-mask empty or skip"
+    remedy = "give the mask's path or drop the row, or use --missing-mask empty or --missing-mask skip"
     assert list(refused.value.problems) == [f"row {i}: empty lesion; {remedy}" for i in (2, 4)]
 
 
@@ -226,7 +226,8 @@ def test_steps_of_a_pipeline(tmp_path: Path) -> None:
         _ = prepared | EncodeExample() | WriteToTFRecord(tmp_path / "out")
     assert [row["mask_labels"] for row in index_rows(tmp_path / "out")] == [[0, 1, 2], [0], [0, 1, 2], [0]]
     refused = pytest.raises(
-        Exception, match=r"row 2: empty lesion; .* or use Columns.missing_mask=.empty. or skip"
+        Exception,
+        match=r"row 2: empty lesion; .* or use Columns.missing_mask=.empty. or Columns.missing_mask=.skip",
     )
     with refused, beam.Pipeline() as pipeline:
         _ = pipeline | ReadManifest(manifest, columns=Columns(mask="lesion")) | LoadVolume(mask_dtype="uint8")
