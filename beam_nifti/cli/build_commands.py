@@ -153,7 +153,8 @@ def _print_estimate(plan: BuildPlan, estimate: Estimate) -> None:
     most = max(len(positions) for split in plan.split_sizes for positions in plan.shard_ranges(split))
     print_line(f"would write to {plan.config.output}")
     of = " of" if plan.shape else ", the first of"
-    print_line(f"volumes  {plan.num_examples}{of} {size_text(estimate.shape)} voxels ({splits})")
+    up_to = "up to " if plan.config.record.max_frames is not None else ""
+    print_line(f"volumes  {up_to}{plan.num_examples}{of} {size_text(estimate.shape)} voxels ({splits})")
     print_line(f"shards   {plan.num_shards} of up to {counted(most, 'example')}")
     print_line(f"bytes    about {bytes_text(estimate.num_bytes)}, estimated from the first image's header")
     if estimate.reuse:

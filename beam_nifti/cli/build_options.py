@@ -104,6 +104,8 @@ _HELP: Final = {
     "frames": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
+    "max_frames": "for --frames each of images that differ in their number of frames: the most that one may "
+    "have; default: all images must have as many as the first",
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",
     "allow_mixed_shapes": "accept volumes whose shape differs from the first image's",
@@ -182,7 +184,7 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         None,
         (
             *("rescale", "rescale_within", "clip", "mask_dtype", "map_labels"),
-            *("voxel_dtype", "frames", "complex", "allow_mixed_shapes"),
+            *("voxel_dtype", "frames", "max_frames", "complex", "allow_mixed_shapes"),
         ),
     ),
     "preparation": (

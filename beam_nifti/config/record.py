@@ -49,7 +49,10 @@ COMPRESSIONS: Final = ("gzip", "none")
 
 COMPRESSION_LEVELS: Final = range(4)
 
-LATER_OPTIONS: Final = ("nonfinite", "map_labels")
+MOST_FRAMES: Final = 1 << 16
+"""Largest value of `max_frames`: so many positions are looked at for each image."""
+
+LATER_OPTIONS: Final = ("nonfinite", "map_labels", "max_frames")
 """Options that dataset_info.json contains only if they are given, as it did before they existed."""
 
 
@@ -76,6 +79,7 @@ class RecordConfig:
     compression: str = "gzip"
     compression_level: int = 2
     frames: str | None = None
+    max_frames: int | None = None
     clip: bool = False
     rescale_within: str | None = None
     complex: str | None = None
@@ -140,6 +144,11 @@ class RecordConfig:
             raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
         if self.frames == "0":
             object.__setattr__(self, "frames", "first")
+        if self.max_frames is not None:
+            if self.frames != "each":
+                raise UsageError("--max-frames is for --frames each; add that, or drop it")
+            if not 1 <= self.max_frames <= MOST_FRAMES:
+                raise UsageError(f"--max-frames is {self.max_frames}; give 1 to {MOST_FRAMES}")
         if self.frames == "each" and self.channels is not None:
             raise UsageError(
                 "--frames each makes examples of the frames of one image, but --path-column names several "

@@ -309,7 +309,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     lacking = Columns(**config["columns"]).lacking
     yield "skipped", f"{counted(skipped, 'row')} without a {lacking}" if skipped else "none"
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
-    of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
+    up_to = "up to " if config.get("max_frames") else ""
+    of_frames = f" of {up_to}{manifest['num_frames']} frames" if "num_frames" in manifest else ""
     yield "manifest", f"{manifest['path']}  ({counted(manifest['num_rows'], 'row')}{of_frames}{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 

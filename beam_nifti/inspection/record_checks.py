@@ -290,7 +290,7 @@ def check_source(
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
     if config.frames == "each":
-        config = replace(config, frames=str(cells["frame"]))
+        config = replace(config, frames=str(cells["frame"]), max_frames=None)
     try:
         with redacting(row, folder):
             volume = load_volume(row, folder, record=config)

@@ -26,6 +26,7 @@ from beam_nifti.record.tfrecord import EMPTY_MEMBER, require_stored_size
 from beam_nifti.record.tiles import check_cuts
 from beam_nifti.record.versions import versions_in
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.files import frames_of
 
 _READ_BYTES: Final = 1 << 22
 _BATCH_ROWS: Final = 256
@@ -91,6 +92,7 @@ class ShardPass:
     Attributes:
         rows: id, labels, split and these cells of the records, once the shard was read.
         numbers: row numbers of the records in the manifest.
+        lengths: frames of the image of each row, by its number, if images may differ in them.
         positions: positions of the first and the last of the records in the split.
         mask_labels: labels of the masks.
         versions: versions of the software that wrote the records, according to the index.
@@ -115,6 +117,7 @@ class ShardPass:
         self._records = self._read()
         self.rows = no_rows(record, [*self._cells])
         self.numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.lengths = dict[int, int]()
         self.positions: tuple[int, int] | None = None
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
@@ -182,6 +185,9 @@ class ShardPass:
         self.columns = table.column_names
         self.rows = index_rows(table, self._split, self._record, self._cells)
         self.numbers = table["row"].drop_null().to_numpy()
+        if self._record.max_frames is not None:
+            shapes = map(frames_of, table["source_shape"].to_pylist())
+            self.lengths = dict(zip(table["row"].to_pylist(), shapes, strict=True))
         if table.num_rows:
             self.positions = tuple(pc.min_max(table["position"]).as_py().values())
         if self._record.mask_dtype is not None:

@@ -32,6 +32,7 @@ with the square of the number of its dots, and a key ends with its line."""
 _INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
 _NEEDS: Final = {
     "mask_dtype": "mask_column",
+    "max_frames": "frames",
     "map_labels": "mask_column",
     "missing_mask": "mask_column",
     "split_seed": "split",

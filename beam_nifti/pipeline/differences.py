@@ -61,7 +61,8 @@ def find_differences(
         differences.append("this version of beam-nifti makes different records from the same options")
     if None not in (was.shape, now.shape) and was.shape != now.shape:
         differences.append(f"the first image had shape {was.shape}, now {now.shape}")
-    if was.num_frames and now.num_frames not in (None, was.num_frames):
+    is_fixed = was.config.get("max_frames") is None and now.config.get("max_frames") is None
+    if is_fixed and was.num_frames and now.num_frames not in (None, was.num_frames):
         differences.append(f"the first image had {was.num_frames} frames, now {now.num_frames}")
     if now.config["voxel_dtype"] == was.config["voxel_dtype"] == "native" and was.dtype != now.dtype:
         differences.append(f"the first image had {was.dtype} voxels, now {now.dtype}")

@@ -52,6 +52,13 @@ class Failure:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """Frames that an image does not have, with --max-frames, by their positions in the split."""
+
+    positions: tuple[int, ...]
+
+
 def group_failures(failures: Iterable[Failure]) -> list[FailureGroup]:
     """The most frequent reasons of failures, at most five."""
     groups = dict[tuple[str, ...], list[_Words]]()

@@ -79,6 +79,8 @@ class BuildOptions(TypedDict, total=False):
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
         frames: frames of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: 4-D images
             are refused.
+        max_frames: most frames of an image with frames="each", for images that differ in their number.
+            Default: every image has as many as the first.
         complex: how complex images are stored: "magnitude", "phase" (radians), "real-imag". Default: complex
             images are refused.
         allow_mixed_shapes: whether volumes may differ in shape from the first. Default: False.
@@ -122,6 +124,7 @@ class BuildOptions(TypedDict, total=False):
     map_labels: str | Mapping[Any, SupportsIndex] | None
     voxel_dtype: str | None
     frames: str | SupportsIndex | None
+    max_frames: str | SupportsIndex | None
     complex: str | None
     allow_mixed_shapes: bool | None
     nonfinite: Rule | None
@@ -402,6 +405,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "map_labels": Option(_read_label_map, metavar="OLD=NEW,…"),
     "voxel_dtype": _one_of(VOXEL_DTYPES),
     "frames": Option(_read_frames, FRAMES, metavar="|".join(FRAMES)),
+    "max_frames": Option(read_integer, metavar="N"),
     "complex": _one_of(COMPLEX_PARTS),
     "allow_mixed_shapes": Option(read_switch),
     "nonfinite": _rule(NONFINITE, "RULE"),

@@ -191,12 +191,14 @@ def publish_dataset(
     shards: Sequence[ShardInfo],
     failures: Sequence[Failure],
     totals: RecordTotals | None = None,
+    num_absent: int = 0,
 ) -> BuildSummary:
     """Write the list of failures and, if they are within the limit, dataset_info.json.
 
     If they are not, nothing is lost by it: the next run loads only what failed.
 
-    Their order has no effect. One failure may be of an image whose frames are volumes.
+    Their order has no effect. One failure may be of an image whose frames are volumes; `num_absent` frames
+    are not there, because images may have fewer than others.
 
     Raises:
         PartsChangedError: a shard or a row is unaccounted for.
@@ -206,13 +208,14 @@ def publish_dataset(
     splits = {split: [(split, i) for i in range(total)] for split, total in plan.shard_totals().items()}
     missing = {place for places in splits.values() for place in places} - by_place.keys()
     num_written, num_failed = sum(s.num_examples for s in shards), sum(len(f.row.positions) for f in failures)
-    if missing or num_written + num_failed != plan.num_examples:
+    num_expected = plan.num_examples - num_absent
+    if missing or num_written + num_failed != num_expected:
         raise PartsChangedError(
             f"{counted(len(missing), 'shard', 'are')} missing, and {counted(num_written, 'record')} and "
-            f"{counted(num_failed, 'failure')} do not make {counted(plan.num_examples, 'volume')}; run the "
+            f"{counted(num_failed, 'failure')} do not make {counted(num_expected, 'volume')}; run the "
             "build again"
         )
-    complete = config.allows_failures(num_failed, plan.num_examples)
+    complete = config.allows_failures(num_failed, num_expected)
     published = find_info(config.output)
     failures_path = _write_failures(plan, failures, published, complete)
     summary = BuildSummary(

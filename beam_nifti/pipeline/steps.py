@@ -33,7 +33,7 @@ from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti.pipeline.configure import make_record_config
-from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.failures import Absence, Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath
 from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
@@ -45,6 +45,7 @@ from beam_nifti.record.index import IndexEntry
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
 from beam_nifti.support.wording import counted, one_line
+from beam_nifti.volume.files import frames_of
 from beam_nifti.volume.notes import counter_name
 from beam_nifti.volume.preprocess import prepare_volume, require_volume
 from beam_nifti.volume.user_function import load_functions
@@ -130,18 +131,32 @@ class LoadVolumeFn(beam.DoFn):
         """Prepare a thread."""
         keep_buffers()
 
-    def process(self, row: VolumeRow) -> Iterable[Volume]:
-        """Yield the volume; or the volumes of its frames, each made when it is requested."""
+    def process(self, row: VolumeRow) -> Iterable[Any]:
+        """Yield the volume; or the volumes of its frames, each made when it is requested.
+
+        Before these, (shard, Absence) on the output FAILURES if the image has fewer frames than others.
+        """
         _require_columns(row, self._config)
         arguments = row, self._folder, self._shape, self._dtype, self._config
         with timed(self._msec):
             is_split = self._config.frames == "each"
             volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
             volume = next(volumes)
-        self._loaded.inc(len(row.positions))
+        absent = _absent_positions(row, volume)
+        self._loaded.inc(len(row.positions) - len(absent))
+        if absent:
+            yield TaggedOutput(FAILURES, (row.shard, Absence(absent)))
         self._bytes.inc(sum(file.size for files in volume.source.files for file in files))
         yield volume
         yield from volumes
+
+
+def _absent_positions(row: VolumeRow, volume: Volume) -> tuple[int, ...]:
+    """Positions of the wanted frames that an image does not have, by the volume of one of its frames."""
+    if row.num_frames is None:
+        return ()
+    num_frames = frames_of(volume.source.shape)
+    return tuple(row.position + frame for frame in row.frames if frame >= num_frames)
 
 
 def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
@@ -314,9 +329,9 @@ class GuardedFn(beam.DoFn):
 
 
 def guarded(step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False) -> Any:
-    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, Failure)."""
+    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, Failure or Absence)."""
     pardo = beam.ParDo(GuardedFn(step, folder, release=release))
-    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure]})
+    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure | Absence]})
     return typed.with_outputs(FAILURES, main="main")
 
 

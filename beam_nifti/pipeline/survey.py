@@ -161,7 +161,7 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
         return load_header(row, folder, record)
     header = load_header(row, folder, record, build.required_shape, build.required_dtype)
     if record.frames == "each":
-        require_frames(row.path, header, build.num_frames)
+        require_frames(row.path, header, build.num_frames, record)
     return header
 
 

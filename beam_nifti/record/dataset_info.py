@@ -457,6 +457,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
         raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames is {record.frames!r}")
+    if record.max_frames not in (None, num_frames):
+        raise ValueError(f"manifest.num_frames is {num_frames}, but config.max_frames is {record.max_frames}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
     _check_counts(info)
@@ -478,7 +480,10 @@ def _check_sharding(info: DatasetInfo, sharding: Sharding) -> None:
     """Refuse splits that are not cut as `config` states, whichever of them has the failures."""
     for name, split in info.splits.items():
         frames = info.num_frames or 1
-        rows = -(-split.num_examples // frames), (split.num_examples + info.num_failures) // frames
+        most_rows = split.num_examples + info.num_failures
+        if info.record_config.max_frames is None:  # else an image may have a single frame
+            most_rows //= frames
+        rows = -(-split.num_examples // frames), most_rows
         least, most = (count_shards(count, sharding, frames) for count in rows)
         if not least <= len(split.shards) <= most:
             expected = str(least) if least == most else f"{least} to {most}"

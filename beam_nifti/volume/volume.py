@@ -152,7 +152,7 @@ def load_frames(
     parse = _parser(row, 0, record, None, shape, dtype)
     with open_image(row.path, storage.join(folder, row.path), parse) as image:
         header, layout = image.header, record_layout(row.path, image.header, record)
-        require_frames(row.path, header, row.num_frames)
+        require_frames(row.path, header, row.num_frames, record)
         content = image.read_all()
     mask = _load_mask(row, folder, record, header)
     scaling = Scaling() if header.is_complex else header.scaling
@@ -162,7 +162,8 @@ def load_frames(
         voxels = cut_frame(content, frame, header, layout, record.complex)
         return _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
 
-    return map(of_frame, row.frames)  # unlike a generator, it keeps no frame that it has returned
+    frames = [frame for frame in row.frames if frame < header.num_frames]
+    return map(of_frame, frames)  # unlike a generator, it keeps no frame that it has returned
 
 
 @dataclass(frozen=True, slots=True, eq=False)

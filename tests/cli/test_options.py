@@ -53,6 +53,7 @@ BUILD: dict[str, Row] = {
     "--mask-dtype": ["uint16", "--mask-column=mask"],
     "--map-labels": ["1=0", "--mask-column=mask", "--crop-foreground=mask"],
     "--frames": ["first"],
+    "--max-frames": ["2", "--frames=each"],
     "--complex": ["magnitude"],
     "--nonfinite": ["zero"],
     "--preprocess": ["beam_nifti.volume.preprocess:orient"],

@@ -75,6 +75,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--voxel-dtype=float16", ["float16"]),
     ({}, "--frames=3", [3, "3", np.int64(3)]),
     ({}, "--frames=first", ["first", 0, "0"]),
+    ({"frames": "each"}, "--max-frames=400", [400, "400", np.int16(400)]),
     ({}, "--complex=real-imag", ["real-imag"]),
     ({}, "--allow-mixed-shapes", [True]),
     ({}, "--nonfinite=value:-1024", ["value:-1024.0", ("value", -1024), ["value", np.float32(-1024)]]),

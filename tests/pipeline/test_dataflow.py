@@ -255,6 +255,7 @@ VALUES = {
     "mask_dtype": "uint16",
     "map_labels": "4=3,10=0",
     "frames": "all",
+    "max_frames": "400",
     "complex": "magnitude",
     "nonfinite": "value:-1024",
     "preprocess": "lab.brains:strip",
@@ -277,6 +278,7 @@ NEEDED = {
     "stratify": {"split": VALUES["split"]},
     "split_seed": {"split": VALUES["split"]},
     "mask_dtype": {"mask_column": "lesion"},
+    "max_frames": {"frames": "each"},
     "missing_mask": {"mask_column": "lesion"},
     "map_labels": {"mask_column": "lesion"},
 }
