@@ -164,6 +164,9 @@ class BuildSummary:
         failures_path: path of the list of failed volumes; "" if none failed.
         failures: volumes that failed, by step and then by class of the error.
         reasons: the most frequent reasons of failures.
+        num_nonfinite: voxels that were NaN or infinite and were replaced, in all records.
+        num_made_finite: records that had such voxels.
+        unmapped_labels: labels that `map_labels` maps to others, but that no mask has.
     """
 
     num_written: int
@@ -174,6 +177,9 @@ class BuildSummary:
     failures_path: str = ""
     failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     reasons: tuple[FailureGroup, ...] = ()
+    num_nonfinite: int = 0
+    num_made_finite: int = 0
+    unmapped_labels: tuple[int, ...] = ()
 
 
 class TooManyFailures(BeamNiftiError):

@@ -76,6 +76,8 @@ _HELP: Final = {
     "Default: the column label, if there is one",
     "missing_label": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, "
     "or an empty string; skip: skip and count these rows; default: report an error",
+    "missing_mask": "what to do with rows whose cell of the mask is empty, n/a or NaN. empty: store a mask "
+    "of zeros; skip: skip and count these rows; default: report an error",
     "id_column": "column with a unique name for each example; default: participant_id, joined with "
     "session_id if there is one, or else the path",
     "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must "
@@ -112,15 +114,21 @@ _HELP: Final = {
     "--rescale-within; default: keep them as they are",
     "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
     "65535",
+    "map_labels": "labels of masks to replace by others, all at once, such as 4=3 or 4=3,10=0; other labels "
+    "stay; default: none",
     "voxel_dtype": "dtype of the stored voxels: float32 (default); float16, bfloat16: half the size, 11 and "
     "8 significant bits; uint8: a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the "
     "reader rescales to exactly the values of float32",
     "frames": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
+    "max_frames": "for --frames each of images that differ in their number of frames: the most that one may "
+    "have; default: all images must have as many as the first",
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",
     "allow_mixed_shapes": "accept volumes whose shape differs from the first image's",
+    "nonfinite": "what to replace NaN and infinite voxels with, before all that follows. zero: 0; min: the "
+    "least finite voxel of the image; value:V: V, in the image's units; default: error, the volume fails",
     "preprocess": "your own function from Volume to Volume, which the workers must be able to import, such "
     "as mylab.brains:strip or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, to "
     "apply several functions in order",
@@ -207,7 +215,10 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         "The command line overrides --config, and --config overrides --like.",
         ("config", "like", "without"),
     ),
-    "manifest columns": (None, ("path_column", "mask_column", "label_column", "missing_label", "id_column")),
+    "manifest columns": (
+        None,
+        ("path_column", "mask_column", "missing_mask", "label_column", "missing_label", "id_column"),
+    ),
     "privacy": (None, ("anonymous_ids",)),
     "splits": (None, ("split", "stratify", "split_seed")),
     "shards": (
@@ -218,14 +229,14 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         None,
         (
             *("rescale", "rescale_within", "rescale_split", "rescale_stats", "clip", "mask_dtype"),
-            *("voxel_dtype", "frames", "complex", "allow_mixed_shapes"),
+            *("map_labels", "voxel_dtype", "frames", "max_frames", "complex", "allow_mixed_shapes"),
         ),
     ),
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
         (
-            *("align", "preprocess", "orientation", "reference", "spacing", "resize", "resize_longest"),
-            *("interpolation", "mask_interpolation", "antialias", "separate_z"),
+            *("nonfinite", "align", "preprocess", "orientation", "reference", "spacing", "resize"),
+            *("resize_longest", "interpolation", "mask_interpolation", "antialias", "separate_z"),
             *("crop_foreground", "shape"),
         ),
     ),

@@ -8,12 +8,20 @@ from beam_nifti.config.build import (
     Splitting,
     fold_shares,
 )
-from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
+from beam_nifti.config.columns import (
+    LABEL_KINDS,
+    LATER_COLUMNS,
+    MISSING_LABELS,
+    MISSING_MASKS,
+    Columns,
+    LabelColumn,
+)
 from beam_nifti.config.preparation import (
     ALIGNMENTS,
     EXCLUSIVE,
     INTERPOLATIONS,
     MASK_INTERPOLATIONS,
+    NONFINITE,
     ORIENTATIONS,
     PREPARATIONS,
     RESAMPLING_DETAILS,
@@ -50,10 +58,13 @@ __all__ = [
     "FRAMES",
     "INTERPOLATIONS",
     "LABEL_KINDS",
+    "LATER_COLUMNS",
     "LATER_OPTIONS",
     "MASK_DTYPES",
     "MASK_INTERPOLATIONS",
     "MISSING_LABELS",
+    "MISSING_MASKS",
+    "NONFINITE",
     "ORIENTATIONS",
     "PREPARATIONS",
     "RESAMPLINGS",

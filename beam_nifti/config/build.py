@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Final
 
-from beam_nifti.config.columns import Columns
+from beam_nifti.config.columns import LATER_COLUMNS, Columns
 from beam_nifti.config.record import LATER_OPTIONS, MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.support.strict_json import dump_json
@@ -111,6 +111,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         for flag, value in (
             ("--mask-dtype", record.mask_dtype),
             ("--mask-interpolation", record.mask_interpolation),
+            ("--map-labels", record.map_labels),
             ("--rescale-within mask", record.rescale_within == "mask"),
             ("--crop-foreground mask", record.crop_foreground == "mask"),
         ):
@@ -119,6 +120,13 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         mask_dtype = None
     else:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
+        within = {"--rescale-within": record.rescale_within, "--crop-foreground": record.crop_foreground}
+        for flag, rule in within.items():
+            if rule == "mask" and columns.missing_mask == "empty":
+                raise UsageError(
+                    f"--missing-mask empty makes masks without a label, for which {flag} mask fails; use "
+                    f"--missing-mask skip, or another {flag}"
+                )
     if record.align is not None and len(columns.files) == 1:
         raise UsageError(
             "--align has no effect on a single image; name several in --path-column, or a --mask-column, or "
@@ -204,5 +212,8 @@ class BuildConfig:
         for name in LATER_OPTIONS:
             if content[name] is None:
                 del content[name]
+        for name in LATER_COLUMNS:
+            if content["columns"][name] is None:
+                del content["columns"][name]
         as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

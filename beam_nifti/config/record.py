@@ -12,6 +12,7 @@ from typing import Final
 
 from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
+from beam_nifti.config.label_map import parse_label_map, spell_label_map
 from beam_nifti.config.preparation import (
     ALIGNMENTS,
     INTERPOLATIONS,
@@ -27,6 +28,7 @@ from beam_nifti.config.preparation import (
     check_spacing,
     check_steps,
     one_or_more,
+    spell_nonfinite,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS
 from beam_nifti.config.statistics import ChannelStatistics, CohortStatistics
@@ -47,6 +49,9 @@ datasets of earlier revisions."""
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
 LATER_OPTIONS: Final = (
+    "nonfinite",
+    "map_labels",
+    "max_frames",
     "align",
     "reference",
     "resize",
@@ -70,6 +75,9 @@ COMPLEX_PARTS: Final = ("magnitude", "phase", "real-imag")
 COMPRESSIONS: Final = ("gzip", "none")
 
 COMPRESSION_LEVELS: Final = range(4)
+
+MOST_FRAMES: Final = 1 << 16
+"""Largest value of `max_frames`: so many positions are looked at for each image."""
 
 _FLAGS: Final = {"channels": "--path-column", "preprocess_sha256": "a file of --preprocess with sha256"}
 _UNBOUNDED: Final = ("zscore", "cohort:zscore")
@@ -99,11 +107,13 @@ class RecordConfig:
     compression: str = "gzip"
     compression_level: int = 2
     frames: str | None = None
+    max_frames: int | None = None
     clip: bool = False
     rescale_within: str | None = None
     rescale_split: str | None = None
     rescale_stats: CohortStatistics | None = None
     complex: str | None = None
+    nonfinite: str | None = None
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
@@ -120,6 +130,7 @@ class RecordConfig:
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
+    map_labels: str | None = None
     labels: tuple[LabelColumn, ...] | None = None
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
@@ -140,6 +151,7 @@ class RecordConfig:
         object.__setattr__(self, "preprocess_sha256", one_or_more(self.preprocess_sha256))
         if self.mask_dtype is not None:
             choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
+        self._check_label_map()
         self._check_rescaling()
         choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         choose("--compression", self.compression, COMPRESSIONS)
@@ -155,6 +167,18 @@ class RecordConfig:
             )
         self._check_preparation()
 
+    def _check_label_map(self) -> None:
+        if self.map_labels is None:
+            return
+        object.__setattr__(self, "map_labels", spell_label_map(self.label_map))
+        if self.mask_dtype == MASK_DTYPES[0]:
+            for old, new in self.label_map.items():
+                if new > 255:
+                    raise UsageError(
+                        f"--map-labels maps {old} to {new}, which {self.mask_dtype} cannot hold; use "
+                        f"--mask-dtype {MASK_DTYPES[-1]}"
+                    )
+
     def _check_frames(self) -> None:
         if self.frames is not None and not re.fullmatch(
             r"all|each|first|mean|0|[1-9]\d{0,8}", self.frames, re.A
@@ -162,6 +186,11 @@ class RecordConfig:
             raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
         if self.frames == "0":
             object.__setattr__(self, "frames", "first")
+        if self.max_frames is not None:
+            if self.frames != "each":
+                raise UsageError("--max-frames is for --frames each; add that, or drop it")
+            if not 1 <= self.max_frames <= MOST_FRAMES:
+                raise UsageError(f"--max-frames is {self.max_frames}; give 1 to {MOST_FRAMES}")
         if self.frames == "each" and self.channels is not None:
             raise UsageError(
                 "--frames each makes examples of the frames of one image, but --path-column names several "
@@ -208,6 +237,8 @@ class RecordConfig:
             )
 
     def _check_preparation(self) -> None:
+        if self.nonfinite is not None:
+            object.__setattr__(self, "nonfinite", spell_nonfinite(self.nonfinite))
         check_steps(all_of(self.preprocess), all_of(self.preprocess_sha256))
         if self.orientation is not None:
             check_orientation(self.orientation)
@@ -366,6 +397,11 @@ class RecordConfig:
     def is_bounded(self) -> bool:
         """Whether all rescaled voxels are in [0, 1]."""
         return self.clip or (self.method == "minmax" and not self.has_range)
+
+    @property
+    def label_map(self) -> dict[int, int]:
+        """The new label of each label of masks that is mapped to another one."""
+        return {} if self.map_labels is None else parse_label_map(self.map_labels)
 
     @property
     def num_channels(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -69,6 +70,7 @@ from beam_nifti.support.wording import counted, first_few
 
 ALL: Final = 2**63 - 1  # for `deep`: every record
 _SHOWN: Final = 3  # names in a problem
+_ROW: Final = re.compile("[0-9]{1,18}")
 
 
 class OnProgress(Protocol):
@@ -245,6 +247,7 @@ class _Verifier:
         self._lock = threading.Lock()
         self._num_examples = self._num_bytes = self._num_deep = 0
         self._num_rounded: Counter[int] = Counter()
+        self._failed_rows: list[tuple[str, int, Sequence[int]]] = []
 
     def report(self) -> Verification:
         info = self._info
@@ -367,14 +370,15 @@ class _Verifier:
             for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
                 self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
-        if rows is not None and (frames := info.num_frames):
-            if rows.num_rows * frames > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
+        if wanted is not None and rows is not None and (frames := info.num_frames):
+            per_row = self._frames_of_rows((wanted.kept_rows() + 1).tolist(), frames)
+            if sum(map(len, per_row)) > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
                 self._problems.add(
                     Scope.ROWS,
                     f"{FILE_NAME}: num_frames is {frames}, too many for the {records.num_rows} records",
                 )
                 return
-            rows = frame_rows(rows, [range(frames)] * rows.num_rows)
+            rows = frame_rows(rows, per_row)
         if ids_are_paths(columns, info.manifest["columns"]):
             folder = storage.dirname(info.manifest["path"])
             records, failures = (relative_ids(t, folder) for t in (records, failures))
@@ -403,6 +407,15 @@ class _Verifier:
                 for problem in e.problems:
                     self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
+    def _frames_of_rows(self, numbers: Sequence[int], num_frames: int) -> list[Sequence[int]]:
+        """The frames of the image of each row that must be records or failures."""
+        if self._spec.config.max_frames is None:
+            return [range(num_frames)] * len(numbers)
+        lengths = {n: min(length, num_frames) for each in self._passes for n, length in each.lengths.items()}
+        # Of an image without a record, the failures tell; without these, its first frame is missing.
+        failed = {number: frames for _, number, frames in self._failed_rows}
+        return [range(lengths[n]) if n in lengths else failed.get(n, range(1)) for n in numbers]
+
     def _check_positions(self, failures: pa.Table) -> Iterator[str]:
         """Every split is cut into shards as config.sharding says, if its list of failures tells its rows."""
         info, frames = self._info, self._info.num_frames or 1
@@ -410,6 +423,12 @@ class _Verifier:
             return  # which is a problem of its own
         failed, passes = Counter(failures["split"].to_pylist()), iter(self._passes)
         sizes = {name: (split.num_examples + failed[name]) // frames for name, split in info.splits.items()}
+        if self._spec.config.max_frames is not None:
+            rows = {name: {n for split, n, _ in self._failed_rows if split == name} for name in info.splits}
+            for name, split in info.splits.items():
+                for found in itertools.islice(passes, len(split.shards)):
+                    rows[name].update(found.lengths)
+            sizes, passes = {name: len(numbers) for name, numbers in rows.items()}, iter(self._passes)
         layout = Layout(sizes, Sharding(**info.config["sharding"]), frames)
         for name, split in info.splits.items():
             positions = [found.positions for found in itertools.islice(passes, len(split.shards))]
@@ -443,7 +462,11 @@ class _Verifier:
             found = failure_rows(listed, self._spec.config, [*self._cells], self._wanted, folder)
             self._people = pc.unique(people_of(listed)).to_pylist()
             if frames:
-                found = frame_rows(found, failed_frames(listed, frames))
+                failed = failed_frames(listed, frames)
+                texts = listed.table["row"].to_pylist() if "row" in listed.table.column_names else []
+                numbers = (int(text) if _ROW.fullmatch(text) else 0 for text in texts)
+                self._failed_rows = list(zip(listed.splits.to_pylist(), numbers, failed, strict=False))
+                found = frame_rows(found, failed)
             if found.num_rows != count:
                 has = counted(found.num_rows, "frame" if frames else "line")
                 problems.append(

@@ -55,6 +55,9 @@ _INSTEAD: Final = (
 _NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
     ("mask_dtype", {"mask_column"}),
     ("mask_interpolation", {"mask_column"}),
+    ("map_labels", {"mask_column"}),
+    ("missing_mask", {"mask_column"}),
+    ("max_frames", {"frames"}),
     ("align", {"mask_column", "path_column"}),
     ("split_seed", {"split"}),
     ("stratify", {"split"}),
@@ -239,7 +242,8 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     columns = {**asdict(Columns()), **given.pop("columns")}
     splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
     given |= {f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")}
-    given |= {"missing_label": columns["missing_label"], "split": splitting.get("shares")}
+    given |= {name: columns[name] for name in ("missing_label", "missing_mask")}
+    given |= {"split": splitting.get("shares")}
     given |= {"split_seed": splitting.get("seed"), "stratify": splitting.get("stratify"), **sharding}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 

@@ -52,7 +52,9 @@ class Inputs:
     @property
     def num_frames(self) -> int | None:
         """`BuildPlan.num_frames`."""
-        return self.header.num_frames if self.layout.frame == "each" else None
+        if self.layout.frame != "each":
+            return None
+        return self.config.record.max_frames or self.header.num_frames
 
     @property
     def itemsize(self) -> int:
@@ -82,6 +84,7 @@ class Inputs:
             manifest_name=manifest.name,
             num_skipped=manifest.num_skipped,
             num_unlabelled=manifest.num_unlabelled,
+            num_unmasked=manifest.num_unmasked,
             num_frames=self.num_frames,
         )
 
@@ -172,6 +175,8 @@ def _prepared_shape(
     row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
 ) -> tuple[int, ...]:
     """The shape of a record that the header does not determine."""
-    of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
+    of_one = (
+        replace(config.record, frames="first", max_frames=None) if layout.frame == "each" else config.record
+    )
     volume = load_volume(row, manifest.folder, record=of_one)
     return prepare_volume(volume, config.record, release=True).voxels.shape

@@ -21,6 +21,8 @@ from beam_nifti.config import (
     MASK_DTYPES,
     MASK_INTERPOLATIONS,
     MISSING_LABELS,
+    MISSING_MASKS,
+    NONFINITE,
     ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
@@ -65,6 +67,7 @@ class BuildOptions(TypedDict, total=False):
         label_column: NAME, or NAME:KIND with the kind float, class or string; each of several becomes a
             feature of its own. Default: the column "label", if there is one.
         missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
+        missing_mask: rows without a mask: "empty" stores zeros, "skip" skips them. Default: an error.
         id_column: column of unique example ids. Default: participant_id with session_id, else the path.
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
         split: share of the participants by split, such as {"train": 0.8, "test": 0.2}; or "kfold:5" for
@@ -88,12 +91,17 @@ class BuildOptions(TypedDict, total=False):
             wrote. Default: the dataset's own; before the first build they are measured.
         clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
+        map_labels: labels of masks that become others, all at once, such as {4: 3} or "4=3". Default: none.
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
         frames: frames of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: 4-D images
             are refused.
+        max_frames: most frames of an image with frames="each", for images that differ in their number.
+            Default: every image has as many as the first.
         complex: how complex images are stored: "magnitude", "phase" (radians), "real-imag". Default: complex
             images are refused.
         allow_mixed_shapes: whether volumes may differ in shape from the first. Default: False.
+        nonfinite: what becomes of NaN and infinite voxels, before everything else: "zero"; "min", the least
+            finite voxel of the image; ("value", V) with V in the image's units. Default: "error".
         preprocess: function from Volume to Volume that the workers can import; or several, in order.
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
@@ -130,6 +138,7 @@ class BuildOptions(TypedDict, total=False):
     mask_column: str | None
     label_column: Names | None
     missing_label: str | None
+    missing_mask: str | None
     id_column: str | None
     anonymous_ids: StrPath | None
     split: str | Mapping[str, SupportsFloat] | None
@@ -146,10 +155,13 @@ class BuildOptions(TypedDict, total=False):
     rescale_stats: StrPath | CohortStatistics | Analysis | None
     clip: bool | None
     mask_dtype: str | None
+    map_labels: str | Mapping[Any, SupportsIndex] | None
     voxel_dtype: str | None
     frames: str | SupportsIndex | None
+    max_frames: str | SupportsIndex | None
     complex: str | None
     allow_mixed_shapes: bool | None
+    nonfinite: Rule | None
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
     align: str | None
@@ -405,6 +417,18 @@ def _read_frames(flag: str, value: object) -> str:
     return str(value if isinstance(value, str) else read_integer(flag, value, wanted))
 
 
+def _read_label_map(flag: str, value: object) -> str:
+    wanted = "give the new label of each label to change, such as 4=3"
+    if not isinstance(value, Mapping):
+        return _read_text(flag, value, wanted)
+    try:
+        return ",".join(f"{_integer(old)}={_integer(new)}" for old, new in value.items()) or _refuse(
+            flag, value, wanted
+        )
+    except ValueError:
+        _refuse(flag, value, wanted)
+
+
 _KFOLD: Final = re.compile(r"kfold:([0-9]{1,9})", re.A)
 
 
@@ -455,6 +479,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "mask_column": Option(_read_text, metavar="NAME"),
     "label_column": Option(_read_names, metavar="NAME[:KIND],…"),
     "missing_label": _one_of(MISSING_LABELS),
+    "missing_mask": _one_of(MISSING_MASKS),
     "id_column": Option(_read_text, metavar="NAME"),
     "anonymous_ids": Option(storage.path_text, metavar="KEYFILE"),
     "split": Option(_read_split, metavar="NAME=SHARE,…|kfold:N"),
@@ -471,10 +496,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "rescale_stats": Option(_read_statistics, metavar="FILE"),
     "clip": Option(read_switch),
     "mask_dtype": _one_of(MASK_DTYPES),
+    "map_labels": Option(_read_label_map, metavar="OLD=NEW,…"),
     "voxel_dtype": _one_of(VOXEL_DTYPES),
     "frames": Option(_read_frames, FRAMES, metavar="|".join(FRAMES)),
+    "max_frames": Option(read_integer, metavar="N"),
     "complex": _one_of(COMPLEX_PARTS),
     "allow_mixed_shapes": Option(read_switch),
+    "nonfinite": _rule(NONFINITE, "RULE"),
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
     "align": _one_of(ALIGNMENTS),

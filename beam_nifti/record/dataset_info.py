@@ -15,6 +15,7 @@ from beam_nifti.config import (
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
+    LATER_COLUMNS,
     LATER_OPTIONS,
     SPLIT_PATTERN,
     BuildConfig,
@@ -188,8 +189,13 @@ class DatasetInfo:
 
     @property
     def num_skipped(self) -> int:
-        """Rows of the manifest that were skipped because they lack a label."""
+        """Rows of the manifest that were skipped because they lack a label or a mask."""
         return int(self.manifest.get("num_skipped", 0))
+
+    @property
+    def columns(self) -> Columns:
+        """The roles of the manifest's columns."""
+        return Columns(**self.config["columns"])
 
     @property
     def num_bytes(self) -> int:
@@ -364,7 +370,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
             )
     config_kinds = _config_kinds()
     require_keys(facts["config"], config_kinds, _SINCE_THE_FIRST, "config")
-    require_keys(facts["config"]["columns"], hints_of(Columns), hints_of(Columns), "config.columns")
+    roles = hints_of(Columns)
+    require_keys(facts["config"]["columns"], roles, roles.keys() - LATER_COLUMNS, "config.columns")
     require_keys(facts["manifest"], _MANIFEST_KINDS, _MANIFEST_REQUIRED, "manifest")
     mask_labels = facts.get("mask_labels")
     parsed = facts | {
@@ -470,12 +477,16 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
             raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
     if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
         raise ValueError("mask_labels are given, but the records have no masks")
+    if record.map_labels is not None and record.mask_dtype is None:
+        raise ValueError(f"config.map_labels is {record.map_labels!r}, but the records have no masks")
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
         raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames is {record.frames!r}")
+    if record.max_frames not in (None, num_frames):
+        raise ValueError(f"manifest.num_frames is {num_frames}, but config.max_frames is {record.max_frames}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
     check_withdrawals(info.withdrawn, info.withdrawals, info.revision)
@@ -501,7 +512,10 @@ def _check_sharding(info: DatasetInfo, sharding: Sharding) -> None:
     """Refuse splits that are not cut as `config` states, whichever of them has the failures."""
     for name, split in info.splits.items():
         frames = info.num_frames or 1
-        rows = -(-split.num_examples // frames), (split.num_examples + info.num_failures) // frames
+        most_rows = split.num_examples + info.num_failures
+        if info.record_config.max_frames is None:  # else an image may have a single frame
+            most_rows //= frames
+        rows = -(-split.num_examples // frames), most_rows
         least, most = (count_shards(count, sharding, frames) for count in rows)
         if not least <= len(split.shards) <= most:
             expected = str(least) if least == most else f"{least} to {most}"

@@ -108,7 +108,8 @@ def test_one_column_without_a_kind_is_what_it_was(tmp_path: Path) -> None:
     assert [row.label for row in manifest.rows(range(6))] == [10, 9, 9, 2, 10, 2]
     assert {row.labels for row in manifest.rows(range(6))} == {()}
     config = BuildConfig("m", "o", columns=manifest.columns).as_dataset_config()
-    assert config["columns"] == dataclasses.asdict(Columns(label="stage"))
+    known = {"path": "path", "label": "stage", "id": None, "mask": None, "missing_label": None}
+    assert config["columns"] == known
     assert "labels" not in config
 
 

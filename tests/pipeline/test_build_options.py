@@ -49,6 +49,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--mask-column=seg", ["seg"]),
     ({}, "--label-column=age:float,sex", ["age:float,sex", ("age:float", "sex")]),
     ({}, "--missing-label=nan", ["nan"]),
+    (MASKS, "--missing-mask=empty", ["empty"]),
     ({}, "--id-column=name", ["name", np.str_("name")]),
     ({}, "--anonymous-ids=lab/key", ["lab/key", Path("lab/key")]),
     (
@@ -85,11 +86,19 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ),
     ({"rescale": "window:0,1"}, "--clip", [True, np.True_]),
     (MASKS, "--mask-dtype=uint16", ["uint16"]),
+    (
+        MASKS,
+        "--map-labels=4=3,10=0",
+        ["10=0, 4=3", {10: 0, 4: 3}, {"4": "3", 10: np.int8(0)}, "0=0,4=3,10=0"],
+    ),
     ({}, "--voxel-dtype=float16", ["float16"]),
     ({}, "--frames=3", [3, "3", np.int64(3)]),
     ({}, "--frames=first", ["first", 0, "0"]),
+    ({"frames": "each"}, "--max-frames=400", [400, "400", np.int16(400)]),
     ({}, "--complex=real-imag", ["real-imag"]),
     ({}, "--allow-mixed-shapes", [True]),
+    ({}, "--nonfinite=value:-1024", ["value:-1024.0", ("value", -1024), ["value", np.float32(-1024)]]),
+    ({}, "--nonfinite=zero", ["zero", ("zero",), ("value", 0), "value:-0"]),
     (
         {},
         "--preprocess=tests.user_functions:change_all_in_place",
@@ -151,7 +160,10 @@ def test_every_option_is_tried_here() -> None:
 
 def test_none_is_not_given() -> None:
     assert make_config("m.tsv", "out", dict.fromkeys(OPTIONS)) == of_command_line()
-    assert make_config("m.tsv", "out", {"clip": False, "orientation": "native"}) == of_command_line()
+    assert (
+        make_config("m.tsv", "out", {"clip": False, "orientation": "native", "nonfinite": "error"})
+        == of_command_line()
+    )
 
 
 def test_the_defaults_can_be_given() -> None:

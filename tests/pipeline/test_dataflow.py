@@ -266,12 +266,16 @@ def test_a_parameter_has_the_help_of_its_option() -> None:
 VALUES = {
     "label_column": "age,sex:class",
     "missing_label": "skip",
+    "missing_mask": "empty",
     "rescale": "percentile:0.5,99.5",
     "rescale_within": "nonzero",
     "voxel_dtype": "native",
     "mask_dtype": "uint16",
+    "map_labels": "4=3,10=0",
     "frames": "all",
+    "max_frames": "400",
     "complex": "magnitude",
+    "nonfinite": "value:-1024",
     "preprocess": "lab.brains:strip",
     "orientation": "LPS",
     "spacing": "1,1,1.5",
@@ -292,6 +296,9 @@ NEEDED = {
     "stratify": {"split": VALUES["split"]},
     "split_seed": {"split": VALUES["split"]},
     "mask_dtype": {"mask_column": "lesion"},
+    "max_frames": {"frames": "each"},
+    "missing_mask": {"mask_column": "lesion"},
+    "map_labels": {"mask_column": "lesion"},
 }
 """Parameters without which another one means nothing."""
 
