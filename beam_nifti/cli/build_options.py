@@ -258,18 +258,10 @@ _UNUSED_BY_CHECK: Final = (
 
 
 _USED_BY_ANALYZE: Final = (
-    *(
-        "config",
-        "like",
-        "without",
-        "path_column",
-        "mask_column",
-        "label_column",
-        "missing_label",
-        "id_column",
-    ),
-    *("anonymous_ids", "split", "stratify", "split_seed", "rescale", "rescale_within", "rescale_split"),
-    *("mask_dtype", "frames", "complex", "allow_mixed_shapes", *PREPARATIONS),
+    *("config", "like", "without", "path_column", "mask_column", "missing_mask", "label_column"),
+    *("missing_label", "id_column", "anonymous_ids", "split", "stratify", "split_seed", "rescale"),
+    *("rescale_within", "rescale_split", "mask_dtype", "map_labels", "frames", "max_frames", "complex"),
+    *("allow_mixed_shapes", "align", *PREPARATIONS),
     *("json", "out", "max_bad_fraction", "workers", "temp_location", "quiet", "summary_json"),
 )
 

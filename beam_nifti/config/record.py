@@ -306,7 +306,10 @@ class RecordConfig:
     @property
     def measured_options(self) -> tuple[tuple[str, str], ...]:
         """Names and values of the options that decide which voxels statistics of the cohort are of."""
-        names = ("channels", "frames", "complex", *PREPARATIONS, "preprocess_sha256", "rescale_within")
+        names = (
+            *("channels", "frames", "max_frames", "complex", "map_labels", "align", *PREPARATIONS),
+            *("preprocess_sha256", "rescale_within"),
+        )
         given = ((name, getattr(self, name)) for name in names)
         return tuple((name, _spelled(value)) for name, value in given if value is not None)
 
@@ -466,4 +469,6 @@ def _spelled(value: object) -> str:
     """The value of an option as text."""
     if isinstance(value, tuple):
         return ",".join(map(_spelled, value))
+    if isinstance(value, ReferenceGrid):
+        return f"{value} with the affine {_spelled(value.affine)}"
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

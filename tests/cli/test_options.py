@@ -201,25 +201,13 @@ _ANALYZED = "pipeline/test_analyze.py::test_an_option_changes_what_is_measured"
 ANALYZE: dict[str, Row] = {
     **dict.fromkeys(
         (
-            *(
-                "--path-column",
-                "--mask-column",
-                "--split",
-                "--stratify",
-                "--split-seed",
-                "--frames",
-                "--complex",
-            ),
-            *(
-                "--rescale",
-                "--rescale-within",
-                "--rescale-split",
-                "--preprocess",
-                "--orientation",
-                "--spacing",
-            ),
-            *("--crop-foreground", "--shape", "--allow-mixed-shapes", "--missing-label", "--label-column"),
-            *("--max-bad-fraction", "--id-column", "--anonymous-ids", "--mask-dtype"),
+            *("--path-column", "--mask-column", "--split", "--stratify", "--split-seed", "--frames"),
+            *("--max-frames", "--complex", "--rescale", "--rescale-within", "--rescale-split"),
+            *("--nonfinite", "--align", "--preprocess", "--orientation", "--reference", "--spacing"),
+            *("--resize", "--resize-longest", "--interpolation", "--mask-interpolation", "--antialias"),
+            *("--separate-z", "--crop-foreground", "--shape", "--allow-mixed-shapes", "--map-labels"),
+            *("--missing-label", "--missing-mask", "--label-column", "--max-bad-fraction", "--id-column"),
+            *("--anonymous-ids", "--mask-dtype"),
         ),
         _ANALYZED,
     ),

@@ -33,7 +33,16 @@ from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
 from beam_nifti.pipeline.watcher import Watcher
 from tests.build_helpers import CUTTING_RUNNER, LOCAL_RUNNER, contents, make_config, make_options, stray_files
 from tests.datasets import edit_info, index_rows, info_of, records_of
-from tests.images import Array, brain, name_of, random_voxels, write_cohort, write_image, write_manifest
+from tests.images import (
+    AFFINE,
+    Array,
+    brain,
+    name_of,
+    random_voxels,
+    write_cohort,
+    write_image,
+    write_manifest,
+)
 
 SPLITS = ("train", "train", "test")
 COUNT = 9
@@ -195,10 +204,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_image(folder / f"{n}_a.nii", brain((6, 5, 4), n))
         write_image(folder / f"{n}_b.nii", random_voxels((6, 5, 4), "float32", n))
         write_image(folder / f"{n}_m.nii", (brain((6, 5, 4), n) % 3).astype(np.uint8))
-        write_image(folder / f"{n}_t.nii", brain((6, 5, 4, 3), n))
+        write_image(folder / f"{n}_t.nii", brain((6, 5, 4, 3 - n % 2), n))
         write_image(folder / f"{n}_c.nii", random_voxels((6, 5, 4), "complex64", n))
         write_image(folder / f"{n}_s.nii", brain((6 + n % 2, 5, 4), n))
-        cells = {name: f"{n}_{name}.nii" for name in "abmtcs"}
+        write_image(folder / f"{n}_o.nii", brain((6, 5, 4), n), affine=AFFINE @ np.diag([0.75, 1, 1, 1]))
+        holes = random_voxels((6, 5, 4), "float32", n)
+        holes[0] = np.nan
+        write_image(folder / f"{n}_n.nii", holes)
+        cells = {name: f"{n}_{name}.nii" for name in "abmtcson"} | {"l": f"{n}_m.nii" if n else ""}
         age: Any = "" if n == 2 else n
         rows.append(cells | {"path": f"{n}_a.nii", "participant_id": f"s{n}", "site": n % 2, "age": age})
     return write_manifest(folder / "m.tsv", rows)
@@ -221,11 +234,23 @@ AGE = {"label_column": "age"}
         (SPLIT, {"split_seed": 3}),
         (SPLIT, {"stratify": "site"}),
         (SPLIT, {"rescale_split": "test"}),
-        ({"path_column": "t", "frames": "first"}, {"frames": "each"}),
+        ({"path_column": "t", "frames": "first"}, {"frames": "each", "max_frames": 3}),
         ({"path_column": "c", "complex": "phase"}, {"complex": "magnitude"}),
         ({}, {"preprocess": "tests.user_functions:change_all_in_place"}),
         ({}, {"orientation": "SPL"}),
         ({}, {"spacing": 3}),
+        ({}, {"resize": (5, 5, 5)}),
+        ({}, {"resize_longest": 5}),
+        ({}, {"reference": "0_o.nii"}),
+        ({"spacing": 3}, {"interpolation": "cubic"}),
+        ({"spacing": 3}, {"antialias": True}),
+        ({"spacing": (3, 3, 12), "orientation": "RAS"}, {"separate_z": "auto"}),
+        ({"mask_column": "m", "spacing": 3}, {"mask_interpolation": "linear"}),
+        ({"path_column": "n", "nonfinite": "zero"}, {"nonfinite": "value:9"}),
+        ({"mask_column": "m"}, {"map_labels": "2=1"}),
+        ({"mask_column": "l", "missing_mask": "empty"}, {"missing_mask": "skip"}),
+        ({"path_column": "t", "frames": "each", "max_bad_fraction": 0.9}, {"max_frames": 3}),
+        ({}, {"path_column": "a,o", "align": "first"}),
         ({}, {"crop_foreground": "above:900"}),
         ({}, {"shape": (4, 4, 4)}),
         ({"path_column": "s", "max_bad_fraction": 0.5}, {"allow_mixed_shapes": True}),
@@ -235,6 +260,8 @@ AGE = {"label_column": "age"}
 def test_an_option_changes_what_is_measured(
     mixed: Path, tmp_path: Path, before: dict[str, Any], change: dict[str, Any]
 ) -> None:
+    if "reference" in change:
+        change = {"reference": mixed.parent / change["reference"]}
     one = measure_in(tmp_path / "m.json", mixed, before).statistics
     other = measure_in(tmp_path / "m.json", mixed, before | change).statistics
     assert one != other
