@@ -111,7 +111,10 @@ def _joined(earlier: RecordConfig | None, config: RecordConfig, names: Iterable[
     """The configuration of earlier steps with the fields of this one. All steps of a build have the same."""
     if earlier is None or earlier == config:
         return config
-    return replace(earlier, **{name: getattr(config, name) for name in names})
+    chosen = {name: getattr(config, name) for name in names}
+    if chosen.get("nonfinite", "") is None:  # voxels may have been replaced before an alignment
+        del chosen["nonfinite"]
+    return replace(earlier, **chosen)
 
 
 class LoadVolumeFn(beam.DoFn):
@@ -485,6 +488,8 @@ class LoadVolume(_Step):
         map_labels: labels of masks that become others, as in `BuildOptions`.
         align: "first" brings other images and masks to the voxel grid of the first image, as in
             `BuildOptions`; None refuses other grids.
+        nonfinite: what becomes of NaN and infinite voxels before that, as in `BuildOptions`. Without `align`,
+            give it to `Preprocess`.
         interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
         mask_interpolation: how labels between voxel centres are chosen for that, as in `BuildOptions`.
         antialias: whether images are smoothed for that, as in `BuildOptions`.
@@ -505,6 +510,7 @@ class LoadVolume(_Step):
         mask_dtype: str | None = None,
         map_labels: str | Mapping[Any, SupportsIndex] | None = None,
         align: str | None = None,
+        nonfinite: Rule | None = None,
         interpolation: str | None = None,
         mask_interpolation: str | None = None,
         antialias: bool | None = None,
@@ -517,6 +523,7 @@ class LoadVolume(_Step):
             "mask_dtype": mask_dtype,
             "map_labels": map_labels,
             "align": align,
+            "nonfinite": nonfinite,
             "interpolation": interpolation,
             "mask_interpolation": mask_interpolation,
             "antialias": antialias,
@@ -525,6 +532,10 @@ class LoadVolume(_Step):
             config = make_record_config(given)
         if config.map_labels is not None and config.mask_dtype is None:
             raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
+        if config.nonfinite is not None and config.align is None:
+            raise UsageError(
+                f"nonfinite is {config.nonfinite!r}, but no image is aligned; give it to Preprocess instead"
+            )
         if config.frames == "each":
             raise UsageError(
                 "frames is 'each', which makes several records per row, and only a build can number them; "

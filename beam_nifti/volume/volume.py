@@ -35,6 +35,7 @@ from beam_nifti.volume.header import (
 )
 from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
+from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import (
@@ -138,9 +139,12 @@ def load_volume(
             voxels = take_voxels(image, layout, record.complex)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
+        num_replaced = 0
+        if record.align is not None and record.nonfinite is not None:  # or an interpolation would spread them
+            voxels, scaling, num_replaced = _make_finite(path, voxels, scaling, record)
         if images:
             voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
-        images.append(_LoadedImage(header, voxels, scaling, image.stats))
+        images.append(_LoadedImage(header, voxels, scaling, image.stats, num_replaced=num_replaced))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
@@ -186,6 +190,20 @@ class _LoadedImage:
     scaling: Scaling
     stats: FileStats
     mapped: tuple[int, ...] = ()
+    num_replaced: int = 0
+
+
+def _make_finite(
+    path: str, voxels: Voxels, scaling: Scaling, record: RecordConfig
+) -> tuple[Voxels, Scaling, int]:
+    """The voxels of an image without NaN and infinity, their scaling, and how many were replaced."""
+    is_native = record.voxel_dtype == "native"
+    try:
+        found = replace_nonfinite(voxels, scaling, record.nonfinite or "", is_native=is_native)
+    except VolumeError as e:
+        raise VolumeError(f"{path}: {e}") from e
+    finite, scaling, (num_replaced,) = found
+    return finite, scaling, num_replaced
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
@@ -226,6 +244,7 @@ def _assemble(
         source=Source(stats, header.shape, affine),
         mask=mask.voxels if mask else None,
         mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
+        num_nonfinite=tuple(i.num_replaced for i in images) if any(i.num_replaced for i in images) else (),
         notes=join_notes(file.header.notes for file in files),
         config=record,
     )

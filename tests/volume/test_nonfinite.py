@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,17 @@ from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.volume import load_volume, rescale_volume
 from tests.build_helpers import build
 from tests.datasets import SOURCE, edit_index, failures_of, index_rows, info_of, manifest_of, set_cell
-from tests.images import AFFINE, Array, brain, rescaled, row_of, values_of, write_image, write_manifest
+from tests.images import (
+    AFFINE,
+    Array,
+    brain,
+    random_voxels,
+    rescaled,
+    row_of,
+    values_of,
+    write_image,
+    write_manifest,
+)
 
 SHAPE = (6, 5, 4)
 BAD = np.array([np.nan, np.inf, -np.inf])
@@ -266,3 +277,23 @@ def test_the_report_tells_how_many(tmp_path: Path) -> None:
     build(cohort(tmp_path / "c"), tmp_path / "out", nonfinite="zero")
     bn.report(tmp_path / "out", out=tmp_path / "report.html")
     assert "8 NaN or infinite voxels of 2 volumes replaced." in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "cubic"])
+def test_voxels_are_replaced_before_images_are_aligned(tmp_path: Path, interpolation: str) -> None:
+    holes, whole = random_voxels((9, 8, 7), "float32"), random_voxels((9, 8, 7), "float32")
+    holes[2:4, 3] = np.nan
+    whole[2:4, 3] = 0
+    oblique = AFFINE @ np.diag([0.75, 1.25, 1, 1])
+    options = {"channels": ("path", "other"), "align": "first", "nonfinite": "zero"}
+    config = RecordConfig(**options, interpolation=interpolation)
+    made = list[Volume]()
+    for name, voxels in (("holes", holes), ("whole", whole)):
+        write_image(tmp_path / "a.nii", brain((8, 7, 6)))
+        write_image(tmp_path / f"{name}.nii", voxels, affine=oblique)
+        row = replace(row_of(tmp_path / "a.nii"), other_files=(str(tmp_path / f"{name}.nii"),))
+        made.append(prepare_volume(load_volume(row, record=config), config))
+    assert np.array_equal(made[0].voxels, made[1].voxels)
+    assert [volume.num_nonfinite for volume in made] == [(0, 14), (0, 0)]
+    with pytest.raises(UsageError, match="no image is aligned; give it to Preprocess"):
+        LoadVolume(nonfinite="zero")
