@@ -221,7 +221,7 @@ class Preparation:
             number = read_integer("frame", frame)
             if number < 0:
                 raise UsageError(f"frame is {number}; frames are numbered from 0")
-            config = replace(config, frames=str(number))
+            config = replace(config, frames=str(number), max_frames=None)
         elif frame is not None:
             raise UsageError(
                 f"frame is {frame}, but the records of {self.dataset} are not single frames; drop it"
@@ -231,7 +231,8 @@ class Preparation:
                 raise UsageError(f"mask is {mask}, but {self.dataset} was built without masks; drop it")
             return config
         for name in ("rescale_within", "crop_foreground"):
-            if getattr(config, name) == "mask":
+            is_measured = name == "rescale_within" and config.is_of_cohort  # by the build
+            if getattr(config, name) == "mask" and not is_measured:
                 raise UsageError(
                     f'mask is missing: {self.dataset} was built with {name}="mask"; give the mask'
                 )

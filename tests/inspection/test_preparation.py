@@ -29,7 +29,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of an image, another one and a mask on its grid, and an image of three frames."""
     folder = tmp_path_factory.mktemp("images")
     write_image(folder / "one.nii.gz", brain(SHAPE), affine=OBLIQUE, slope=0.5, inter=-3.0)
-    write_image(folder / "two.nii", brain(SHAPE, seed=2).astype(np.float32), affine=OBLIQUE)
+    two = brain(SHAPE, seed=2).astype(np.float32)
+    write_image(folder / "two.nii", two, affine=OBLIQUE)
+    two[2, 3, 4] = np.nan
+    write_image(folder / "gap.nii", two, affine=OBLIQUE)
+    turned = np.array([[0.9, 0.3, 0, 0.5], [-0.3, 0.9, 0, 1], [0, 0.1, 1, 0], [0, 0, 0, 1]])
+    write_image(folder / "other-grid.nii", brain((6, 9, 8), seed=7), affine=OBLIQUE @ turned)
     mask = (brain(SHAPE, seed=3) % 3).astype(np.uint8)
     write_image(folder / "mask.nii.gz", mask, affine=OBLIQUE)
     frames = np.stack([brain(SHAPE, seed=4 + t) for t in range(3)], -1)
@@ -38,6 +43,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_manifest(folder / "frames.csv", [{"path": "frames.nii.gz"}])
     rows = [{"one": "one.nii.gz", "two": "two.nii", "mask": "mask.nii.gz"}]
     write_manifest(folder / "all.csv", rows)
+    write_manifest(folder / "gap.csv", [{**rows[0], "two": "gap.nii"}])
     return folder
 
 
@@ -69,12 +75,16 @@ def preparations(draw: st.DrawFn) -> dict[str, Any]:
     }
     is_native, is_small = options["voxel_dtype"] == "native", options["voxel_dtype"] == "uint8"
     if not is_native:
-        options["spacing"] = draw(st.sampled_from([None, (2.5, 3, 2)]))
-    methods = ["minmax", "percentile:2,98", "window:0,400", *([] if is_small else ["zscore", "none"])]
-    options["rescale"] = draw(st.sampled_from(methods))
+        sizes = [{}, {"spacing": (2.5, 3, 2)}, {"resize": (7, 6, 5)}, {"resize_longest": 9}]
+        options |= (resampling := draw(st.sampled_from(sizes)))
+        if resampling:
+            options["interpolation"] = draw(st.sampled_from([None, "nearest", "cubic"]))
+            options["antialias"] = options["interpolation"] != "nearest" and draw(st.booleans())
+    methods = ["minmax", "percentile:2,98", "window:0,400", "cohort:percentile:2,98"]
+    options["rescale"] = draw(st.sampled_from([*methods, *([] if is_small else ["zscore", "none"])]))
     if options["rescale"] not in ("window:0,400", "none"):
         options["rescale_within"] = draw(st.sampled_from([None, "nonzero"]))
-    is_wide = options["rescale"].partition(":")[0] in ("percentile", "window")
+    is_wide = options["rescale"].partition(":")[0] in ("percentile", "window", "cohort")
     options["clip"] = is_wide or (is_small and options.get("rescale_within") is not None)
     return options
 
@@ -96,10 +106,13 @@ def test_it_is_what_a_build_makes_of_the_image(
         if options["voxel_dtype"] == "native":
             options = {**options, "voxel_dtype": "float32"}
         options |= {"path_column": ["one", "two"], "mask_column": "mask"}
-        image, arguments = [images / "one.nii.gz", images / "two.nii"], {"mask": images / "mask.nii.gz"}
+        options |= {"nonfinite": "min", "map_labels": {2: 7}}
+        if "interpolation" in options:
+            options["mask_interpolation"] = "linear"
+        image, arguments = [images / "one.nii.gz", images / "gap.nii"], {"mask": images / "mask.nii.gz"}
     elif kind != "one":
         options |= {"frames": kind}
-    manifest = images / {"one": "one.csv", "several": "all.csv"}.get(kind, "frames.csv")
+    manifest = images / {"one": "one.csv", "several": "gap.csv"}.get(kind, "frames.csv")
     bn.build(manifest, output, progress=False, workers=1, allow_mixed_shapes=True, **options)
     preparation = bn.Preparation.of(output, channels_first=channels_first)
     for number in range(3 if kind == "each" else 1):
@@ -128,6 +141,40 @@ def test_a_dataset_of_version_1_prepares_what_it_holds(tmp_path: Path) -> None:
     without = preparation.apply(images)
     assert without.mask is None
     assert np.array_equal(without.image, element["image"])
+
+
+def test_images_on_other_grids_are_brought_together(images: Path, tmp_path: Path) -> None:
+    rows = [{"one": str(images / "one.nii.gz"), "two": str(images / "other-grid.nii")}]
+    reference = str(images / "other-grid.nii")
+    options = {"path_column": ["one", "two"], "align": "first", "reference": reference}
+    bn.build(rows, tmp_path / "out", progress=False, **options)
+    (tmp_path / "moved").mkdir()
+    sources = [shutil.copy(path, tmp_path / "moved") for path in rows[0].values()]
+    prepared = bn.Preparation.of(tmp_path / "out").apply(sources)
+    assert_same(tmp_path / "out", prepared)
+    image = bn.restore(prepared.image, prepared)
+    assert image.shape == (*SHAPE, 2)
+    assert np.allclose(image.affine, OBLIQUE)
+
+
+def test_statistics_of_a_cohort_within_masks_need_no_mask(images: Path, tmp_path: Path) -> None:
+    rescaling = {"rescale": "cohort:percentile:1,99", "rescale_within": "mask", "clip": True}
+    rows = [{"path": str(images / "one.nii.gz"), "mask": str(images / "mask.nii.gz")}]
+    bn.build(rows, tmp_path / "out", mask_column="mask", progress=False, **rescaling)
+    preparation = bn.Preparation.of(tmp_path / "out")
+    with_mask = preparation.apply(images / "one.nii.gz", mask=images / "mask.nii.gz")
+    assert_same(tmp_path / "out", with_mask)
+    without = preparation.apply(images / "one.nii.gz")
+    assert np.array_equal(without.image, with_mask.image)
+    assert without.volume.notes == ()
+
+
+def test_runs_of_unequal_length_have_their_own_frames(images: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "short.nii", np.stack([brain(SHAPE, seed=30 + t) for t in range(2)], -1))
+    bn.build(images / "frames.csv", tmp_path / "out", frames="each", max_frames=5, progress=False)
+    preparation = bn.Preparation.of(tmp_path / "out")
+    assert_same(tmp_path / "out", preparation.apply(images / "frames.nii.gz", frame=2), 2)
+    assert preparation.apply(tmp_path / "short.nii", frame=1).image.shape == (*SHAPE, 1)
 
 
 def test_functions_run_when_they_are_named(images: Path, tmp_path: Path) -> None:
