@@ -16,7 +16,13 @@ from beam_nifti.config.record import (
     RecordConfig,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
-from beam_nifti.config.statistics import FAR, ChannelStatistics, CohortStatistics, LabelStatistics
+from beam_nifti.config.statistics import (
+    FAR,
+    LEAST_COMPARED,
+    ChannelStatistics,
+    CohortStatistics,
+    LabelStatistics,
+)
 
 __all__ = [
     "COMPLEX_PARTS",
@@ -28,6 +34,7 @@ __all__ = [
     "FRAMES",
     "GIVEN_ONLY",
     "LABEL_KINDS",
+    "LEAST_COMPARED",
     "MASK_DTYPES",
     "MISSING_LABELS",
     "ORIENTATIONS",

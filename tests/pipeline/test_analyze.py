@@ -259,7 +259,7 @@ def test_failures_name_examples_as_the_options_say(tmp_path: Path) -> None:
 
 
 def test_unusual_volumes_are_named(tmp_path: Path) -> None:
-    manifest = write_cohort(tmp_path / "c", 9)
+    manifest = write_cohort(tmp_path / "c", 20)
     write_image(manifest.parent / name_of(4), 9 * brain(seed=4))
     options = {"rescale_within": "nonzero"}
     found = measure_in(tmp_path / "m.json", manifest, options)
@@ -270,6 +270,9 @@ def test_unusual_volumes_are_named(tmp_path: Path) -> None:
     other = measure_in(tmp_path / "o.json", manifest, options, runner=CUTTING_RUNNER, workers=2)
     assert other.to_json() == found.to_json()
     assert parse_statistics(found.to_json()).unusual == found.unusual
+    fewer = write_cohort(tmp_path / "c", 19)
+    write_image(manifest.parent / name_of(4), 9 * brain(seed=4))
+    assert measure_in(tmp_path / "m.json", fewer, options).unusual == ()
 
 
 def test_too_many_failures_end_it_and_their_number_is_told(mixed: Path, tmp_path: Path) -> None:
