@@ -87,7 +87,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
     channels = columns.paths if len(columns.paths) > 1 else None
     record = replace(record, channels=channels, mask_dtype=mask_dtype)
-    record.require_own_statistics()
+    record.require_own_statistics(columns.mask)
     return record
 
 

@@ -154,10 +154,10 @@ def _write_measured(
         )
         for failure in in_order
     )
-    statistics, problem = None, "no volume could be measured"
+    statistics, problem, config = None, "no volume could be measured", plan.build.config
     if total.num_volumes:
         try:
-            statistics = total.statistics(plan.build.config.record, plan.splits, num_failed)
+            statistics = total.statistics(config.record, plan.splits, num_failed, config.columns.mask)
             problem = ""
         except VolumeError as e:
             problem = str(e)
