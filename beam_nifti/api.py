@@ -141,7 +141,7 @@ def build(
             label_column: column of labels, or several; default: "label".
             mask_column: column of label maps; default: none.
             split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
-            rescale: "minmax" (default), "zscore", "none", or such as ("percentile", 1, 99).
+            rescale: "minmax" (default), "zscore", "none", or a tuple such as ("percentile", 1, 99).
             orientation: axis codes, such as "RAS".
             spacing: voxel size in mm, such as (1, 1, 1).
             shape: (x, y, z) in voxels, to crop and pad to.
@@ -150,7 +150,7 @@ def build(
             voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
             max_bad_fraction: fraction of volumes that may fail; default: 0.
             workers: number of threads; default: all cores.
-            overwrite: whether to replace a dataset with different options or rows.
+            overwrite: whether to replace a dataset that was built with different options or rows.
 
     Returns:
         The dataset. For a dry run or a Dataflow template: what is known before the shards are made. It has
@@ -311,7 +311,8 @@ def verify(
             `manifest`, which names the images that are opened.
         preprocess: function of the dataset, as for `build`. `deep` requires it if the dataset was built with
             one, because a function that only the dataset names is never run.
-        anonymous_ids: file of the key that the dataset was built with; required with `manifest`.
+        anonymous_ids: file of the key that the dataset was built with. With `manifest`, a dataset with
+            anonymous ids requires it.
         workers: number of threads. Default: all cores.
         progress: same as for `build`.
 
@@ -393,6 +394,113 @@ def convert(
 
 
 @_in_python
+def withdraw(
+    dataset: Path,
+    participants: str | Iterable[str],
+    *,
+    manifest: ManifestTable,
+    anonymous_ids: Path | None = None,
+    overwrite: bool = False,
+    progress: bool | Watcher = True,
+) -> DatasetInfo:
+    """Remove participants from a dataset, without the images of the others.
+
+    The dataset becomes the one that a build of the manifest without their rows gives. Everything that it has
+    of them is removed: records, rows of indexes, failures, and files of earlier revisions. Later builds into
+    its folder refuse rows of theirs. The same call continues an interrupted withdrawal.
+
+    Args:
+        dataset: folder or URL of the dataset.
+        participants: their ids, as in the manifest; ids of examples if it has no column participant_id. With
+            anonymous ids also pseudonyms.
+        manifest: manifest that the dataset was built from, with the rows of the participants.
+        anonymous_ids: file of the key that the dataset was built with, if its ids are anonymous.
+        overwrite: whether to discard an unfinished build in the folder, which may hold records of theirs.
+        progress: same as for `build`.
+
+    Returns:
+        The dataset without them. Its last `withdrawals` states what was removed.
+
+    Raises:
+        UsageError: a participant is not in the manifest, or is the only one; or the manifest is not that of
+            the dataset; or the dataset has no manifest.
+        ManifestError: the manifest cannot be read, or its other rows cannot be built from.
+        DatasetError: there is no complete dataset, or it is damaged.
+        OutputError: it holds an unfinished build or files of unknown origin, or cannot be written.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.progress import no_progress, show_progress
+    from beam_nifti.pipeline.withdrawal import withdraw_people
+    from beam_nifti.record.dataset_info import read_info
+
+    watcher = _watcher(progress)
+    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
+    names = [participants] if isinstance(participants, str) else [*participants]
+    path, rows = _path_of(manifest), _rows_of(manifest, key)
+    info = read_info(output)
+    watcher.on_dataset(info)
+    with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
+        return withdraw_people(output, names, path, rows=rows, anonymous_ids=key, overwrite=overwrite)
+
+
+@_in_python
+def relabel(
+    dataset: Path,
+    manifest: ManifestTable,
+    *,
+    label_column: str | Sequence[str] | None = None,
+    missing_label: str | None = None,
+    anonymous_ids: Path | None = None,
+    overwrite: bool = False,
+    progress: bool | Watcher = True,
+) -> DatasetInfo:
+    """Give the records of a dataset the labels, splits and further columns of a changed manifest.
+
+    The images are not needed. The dataset becomes the one that a build of the manifest gives. The same call
+    continues an interrupted one.
+
+    Args:
+        dataset: folder or URL of the dataset.
+        manifest: same as for `build`: rows with the ids and images of the dataset, in any order.
+        label_column: column of labels, or several, as for `build`. Default: those of the dataset.
+        missing_label: what to do with rows without a label, as for `build`. Default: as in the dataset.
+        anonymous_ids: file of the key that the dataset was built with, if its ids are anonymous.
+        overwrite: whether to discard an unfinished build in the folder.
+        progress: same as for `build`.
+
+    Returns:
+        The dataset as it is now.
+
+    Raises:
+        UsageError: rows have other images than the dataset, or it has records of no row.
+        ManifestError: the manifest cannot be used.
+        DatasetError: there is no complete dataset, it is damaged, or it has no record of a row.
+        OutputError: it holds an unfinished build, or cannot be written.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.progress import no_progress, show_progress
+    from beam_nifti.pipeline.relabeling import relabel_dataset
+    from beam_nifti.record.dataset_info import read_info
+
+    watcher = _watcher(progress)
+    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
+    path, rows = _path_of(manifest), _rows_of(manifest, key)
+    labels = label_column if label_column is None or isinstance(label_column, str) else ",".join(label_column)
+    info = read_info(output)
+    watcher.on_dataset(info)
+    with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
+        return relabel_dataset(
+            output,
+            path,
+            rows=rows,
+            label_column=labels,
+            missing_label=missing_label,
+            anonymous_ids=key,
+            overwrite=overwrite,
+        )
+
+
+@_in_python
 def inspect(dataset: Path, record: str | None = None) -> Description:
     """Describe a dataset or one of its records, from dataset_info.json and the indexes.
 
@@ -465,7 +573,7 @@ def report(
 
     Args:
         dataset: folder or URL of the dataset.
-        out: path or URL of the page, an .html file that is no file of a dataset. An existing file is
+        out: path or URL of the page, an .html file that is not a file of a dataset. An existing file is
             replaced. Default: report.html in the working directory; required on a cluster, whose workers
             must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.

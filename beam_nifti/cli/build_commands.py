@@ -147,6 +147,9 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
 
             for line in format_groups(summary.reasons, summary.num_failed):
                 print_line(f"         {line}")
+    if plan.config.record.nonfinite is not None:
+        voxels = counted(summary.num_nonfinite, "NaN or infinite voxel")
+        print_line(f"replaced {voxels} of {counted(summary.num_made_finite, 'example')}")
     _print_labels(plan)
     if summary.complete:
         call = read_info(output).loading_call(output, batch_size=8)
@@ -168,9 +171,11 @@ def _print_labels(plan: BuildPlan) -> None:
 
 def _print_unlabelled(plan: BuildPlan | CheckPlan) -> None:
     if plan.num_skipped:
-        print_line(f"skipped  {counted(plan.num_skipped, 'row')} without a label")
+        print_line(f"skipped  {counted(plan.num_skipped, 'row')} without a {plan.config.columns.lacking}")
     if plan.num_unlabelled:
         print_line(f"kept     {counted(plan.num_unlabelled, 'row')} without a label")
+    if plan.num_unmasked:
+        print_line(f"kept     {counted(plan.num_unmasked, 'row')} without a mask")
 
 
 def _print_estimate(plan: BuildPlan, estimate: Estimate) -> None:
@@ -178,7 +183,8 @@ def _print_estimate(plan: BuildPlan, estimate: Estimate) -> None:
     most = max(len(positions) for split in plan.split_sizes for positions in plan.shard_ranges(split))
     print_line(f"would write to {plan.config.output}")
     of = " of" if plan.shape else ", the first of"
-    print_line(f"volumes  {plan.num_examples}{of} {size_text(estimate.shape)} voxels ({splits})")
+    up_to = "up to " if plan.config.record.max_frames is not None else ""
+    print_line(f"volumes  {up_to}{plan.num_examples}{of} {size_text(estimate.shape)} voxels ({splits})")
     print_line(f"shards   {plan.num_shards} of up to {counted(most, 'example')}")
     if plan.config.record.is_of_cohort and plan.config.record.rescale_stats is None:
         measured = plan.config.record.measured_splits
@@ -195,7 +201,7 @@ def _print_reuse(reuse: Reuse) -> None:
         if number:
             unless = "" if reuse.is_checked else ", unless their images have changed"
             print_line(f"keep     {counted(number, 'example')} from {what}{unless}")
-    print_line(f"rebuild  {counted(reuse.num_rebuilt, 'example')}")
+    print_line(f"build    {counted(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
         size = bytes_text(sum(shard.num_bytes for shard in reuse.replaced))
         shards = counted(len(reuse.replaced), "shard")

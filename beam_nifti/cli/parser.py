@@ -151,8 +151,9 @@ def explain_unknown(argument: str, command: str, further: Iterable[str] = ()) ->
     known = flags_of_commands()
     others = [name for name, flags in known.items() if flag in flags]
     if others:
-        named = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
-        return f"{flag} is an option of {named}, not of {command}; drop it"
+        *first, last = others
+        which = f"{', '.join(first)} and {last}" if first else last
+        return f"{flag} is an option of {which}, not of {command}; drop it"
     hint = suggest_flag(flag, [*known[command], *further]) or f"see `beam-nifti {command} --help`"
     return f"unknown flag {flag}; {hint}"
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Final
 
 from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
+from beam_nifti.config.label_map import parse_label_map, spell_label_map
 from beam_nifti.config.preparation import (
+    ALIGNMENTS,
+    INTERPOLATIONS,
+    MASK_INTERPOLATIONS,
     PREPARATIONS,
+    RESAMPLINGS,
+    SEPARATE_Z,
+    ReferenceGrid,
     all_of,
     check_orientation,
+    check_resampling,
     check_shape,
     check_spacing,
     check_steps,
     one_or_more,
+    spell_nonfinite,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS
 from beam_nifti.config.statistics import ChannelStatistics, CohortStatistics
@@ -38,6 +48,23 @@ datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
+LATER_OPTIONS: Final = (
+    "nonfinite",
+    "map_labels",
+    "max_frames",
+    "align",
+    "reference",
+    "resize",
+    "resize_longest",
+    "interpolation",
+    "mask_interpolation",
+    "antialias",
+    "separate_z",
+    "rescale_split",
+    "rescale_stats",
+)
+"""Options that dataset_info.json contains only if they are given, as it did before they existed."""
+
 FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
 """INDEX stands for a number, from 0."""
 
@@ -49,10 +76,11 @@ COMPRESSIONS: Final = ("gzip", "none")
 
 COMPRESSION_LEVELS: Final = range(4)
 
+MOST_FRAMES: Final = 1 << 16
+"""Largest value of `max_frames`: so many positions are looked at for each image."""
+
 _FLAGS: Final = {"channels": "--path-column", "preprocess_sha256": "a file of --preprocess with sha256"}
 _UNBOUNDED: Final = ("zscore", "cohort:zscore")
-GIVEN_ONLY: Final = ("rescale_split", "rescale_stats")
-"""Options that dataset_info.json has only if they are given."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +107,30 @@ class RecordConfig:
     compression: str = "gzip"
     compression_level: int = 2
     frames: str | None = None
+    max_frames: int | None = None
     clip: bool = False
     rescale_within: str | None = None
     rescale_split: str | None = None
     rescale_stats: CohortStatistics | None = None
     complex: str | None = None
+    nonfinite: str | None = None
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
+    align: str | None = None
+    reference: ReferenceGrid | None = None
     spacing: tuple[float, float, float] | None = None
+    resize: tuple[int, int, int] | None = None
+    resize_longest: int | None = None
+    interpolation: str | None = None
+    mask_interpolation: str | None = None
+    antialias: bool | None = None
+    separate_z: str | None = None
     crop_foreground: str | None = None
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
+    map_labels: str | None = None
     labels: tuple[LabelColumn, ...] | None = None
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
@@ -99,9 +138,11 @@ class RecordConfig:
     def __post_init__(self) -> None:
         """Refuse invalid values; give equal values the same spelling."""
         # Lists come from JSON; 1 and 1.0 are one spacing.
+        if isinstance(self.reference, Mapping):
+            object.__setattr__(self, "reference", ReferenceGrid(**self.reference))
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
-        for name in ("shape", "channels"):
+        for name in ("resize", "shape", "channels"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
         if isinstance(self.rescale_stats, dict):
@@ -110,6 +151,7 @@ class RecordConfig:
         object.__setattr__(self, "preprocess_sha256", one_or_more(self.preprocess_sha256))
         if self.mask_dtype is not None:
             choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
+        self._check_label_map()
         self._check_rescaling()
         choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         choose("--compression", self.compression, COMPRESSIONS)
@@ -125,6 +167,18 @@ class RecordConfig:
             )
         self._check_preparation()
 
+    def _check_label_map(self) -> None:
+        if self.map_labels is None:
+            return
+        object.__setattr__(self, "map_labels", spell_label_map(self.label_map))
+        if self.mask_dtype == MASK_DTYPES[0]:
+            for old, new in self.label_map.items():
+                if new > 255:
+                    raise UsageError(
+                        f"--map-labels maps {old} to {new}, which {self.mask_dtype} cannot hold; use "
+                        f"--mask-dtype {MASK_DTYPES[-1]}"
+                    )
+
     def _check_frames(self) -> None:
         if self.frames is not None and not re.fullmatch(
             r"all|each|first|mean|0|[1-9]\d{0,8}", self.frames, re.A
@@ -132,6 +186,11 @@ class RecordConfig:
             raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
         if self.frames == "0":
             object.__setattr__(self, "frames", "first")
+        if self.max_frames is not None:
+            if self.frames != "each":
+                raise UsageError("--max-frames is for --frames each; add that, or drop it")
+            if not 1 <= self.max_frames <= MOST_FRAMES:
+                raise UsageError(f"--max-frames is {self.max_frames}; give 1 to {MOST_FRAMES}")
         if self.frames == "each" and self.channels is not None:
             raise UsageError(
                 "--frames each makes examples of the frames of one image, but --path-column names several "
@@ -178,23 +237,40 @@ class RecordConfig:
             )
 
     def _check_preparation(self) -> None:
+        if self.nonfinite is not None:
+            object.__setattr__(self, "nonfinite", spell_nonfinite(self.nonfinite))
         check_steps(all_of(self.preprocess), all_of(self.preprocess_sha256))
         if self.orientation is not None:
             check_orientation(self.orientation)
         if self.spacing is not None:
             check_spacing(self.spacing)
+        if self.resize is not None:
+            check_shape("--resize", self.resize)
         if self.shape is not None:
-            check_shape(self.shape)
+            check_shape("--shape", self.shape)
+        check_resampling({name: getattr(self, name) for name in ("align", *PREPARATIONS)})
         if self.crop_foreground is not None:
             selection = parse_rule("--crop-foreground", self.crop_foreground, SELECTIONS)
             object.__setattr__(self, "crop_foreground", spell_rule(*selection))
         if self.voxel_dtype == "native":
-            for name in ("preprocess", "spacing"):
+            changing = RESAMPLINGS if self.interpolation != "nearest" else ()
+            for name in ("preprocess", *changing):
                 if getattr(self, name) is not None:
+                    nearest = ", or --interpolation nearest" if name in RESAMPLINGS else ""
+                    flag = name.replace("_", "-")
                     raise UsageError(
-                        f"--{name} changes the voxels, but --voxel-dtype native stores them as in the file; "
-                        "use --voxel-dtype float32"
+                        f"--{flag} changes the voxels, but --voxel-dtype native stores them as in the file; "
+                        f"use --voxel-dtype float32{nearest}"
                     )
+        for name, (default, *_) in (
+            ("interpolation", INTERPOLATIONS),
+            ("mask_interpolation", MASK_INTERPOLATIONS),
+            ("antialias", (False, True)),
+            ("separate_z", SEPARATE_Z),
+            ("align", ALIGNMENTS),
+        ):
+            if getattr(self, name) == default:  # which has no spelling of its own
+                object.__setattr__(self, name, None)
 
     @property
     def has_sources(self) -> bool:
@@ -232,7 +308,10 @@ class RecordConfig:
 
         `mask_column` is the column of the masks, which selections by them depend on.
         """
-        names = ("channels", "frames", "complex", *PREPARATIONS, "preprocess_sha256", "rescale_within")
+        names = (
+            *("channels", "frames", "max_frames", "complex", "map_labels", "align", *PREPARATIONS),
+            *("preprocess_sha256", "rescale_within"),
+        )
         given = ((name, getattr(self, name)) for name in names)
         options = [(name, _spelled(value)) for name, value in given if value is not None]
         if mask_column is not None and "mask" in (self.rescale_within, self.crop_foreground):
@@ -334,15 +413,38 @@ class RecordConfig:
         return self.clip or (self.method == "minmax" and not self.has_range)
 
     @property
+    def label_map(self) -> dict[int, int]:
+        """The new label of each label of masks that is mapped to another one."""
+        return {} if self.map_labels is None else parse_label_map(self.map_labels)
+
+    @property
     def num_channels(self) -> int:
         """Images per record. Each is rescaled on its own."""
         return len(self.channels or (None,))
+
+    def required_shape(self, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
+        """The shape that every volume of a dataset must have; None, or None for an axis, if it may differ.
+
+        `shape` is that of the dataset; None if shapes are mixed.
+        """
+        if shape is None and self.channels is not None:
+            return (None, None, None, self.num_channels)
+        if shape is None and self.frames != "all":
+            # Of mixed shapes the reader knows no more than the one channel of 3-D volumes.
+            return (None, None, None)
+        return shape
 
     @property
     def steps(self) -> tuple[tuple[str, str | None], ...]:
         """The user's functions in order, each with the sha256 of its file, if known."""
         names, digests = all_of(self.preprocess), all_of(self.preprocess_sha256)
         return tuple(zip(names, digests or [None] * len(names), strict=True))
+
+    @property
+    def computes(self) -> bool:
+        """Whether a volume's preparation computes new values, and does not only choose among its voxels."""
+        resamples = any(getattr(self, name) is not None for name in RESAMPLINGS)
+        return self.preprocess is not None or (resamples and self.interpolation != "nearest")
 
     @property
     def prepares(self) -> bool:
@@ -378,4 +480,6 @@ def _spelled(value: object) -> str:
     """The value of an option as text."""
     if isinstance(value, tuple):
         return ",".join(map(_spelled, value))
+    if isinstance(value, ReferenceGrid):
+        return f"{value} with the affine {_spelled(value.affine)}"
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

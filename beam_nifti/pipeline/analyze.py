@@ -31,7 +31,7 @@ from beam_nifti.errors import (
 )
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.pipeline.cohort import AnalysisPlan
-from beam_nifti.pipeline.failures import Failure, accepting_fraction
+from beam_nifti.pipeline.failures import Absence, Failure, accepting_fraction
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.plan import read_build_manifest
 from beam_nifti.pipeline.progress import current_progress
@@ -130,6 +130,12 @@ def _find_unusual(
             yield volume.position, UnusualVolume(volume.row, volume.example_id, name, mean)
 
 
+def _failures_of(outcome: tuple[str, Failure | Absence]) -> Iterable[Failure]:
+    """Yield a failure; an image with fewer frames than others has not failed."""
+    if isinstance(outcome[1], Failure):
+        yield outcome[1]
+
+
 def _rows_of(rows: tuple[VolumeRow, ...]) -> Iterable[VolumeRow]:
     return rows
 
@@ -197,8 +203,8 @@ class MeasureCohort(beam.PTransform[Any, Any]):
         )  # (VolumeMeans, CohortMeasure)
         failures: _Values = (
             tuple(step[FAILURES] for step in (*steps, measured))
-            | "Flatten" >> beam.Flatten().with_output_types(tuple[str, Failure])  # (shard, Failure)
-            | "Failures" >> beam.Values().with_output_types(Failure)  # Failure
+            | "Flatten" >> beam.Flatten().with_output_types(tuple[str, Failure | Absence])
+            | "Failures" >> beam.FlatMap(_failures_of).with_output_types(Failure)  # Failure
         )
         total = (
             measured.main

@@ -83,7 +83,12 @@ def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
     config, manifest = read_rows(with_absolute_paths(config), rows)
     num_skipped = manifest.num_skipped
     plan = CheckPlan(
-        config, len(manifest) - num_skipped, num_skipped, None, num_unlabelled=manifest.num_unlabelled
+        config,
+        len(manifest) - num_skipped,
+        num_skipped,
+        None,
+        num_unlabelled=manifest.num_unlabelled,
+        num_unmasked=manifest.num_unmasked,
     )
     try:
         inputs = Inputs.of(config, manifest)

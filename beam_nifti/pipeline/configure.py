@@ -1,4 +1,4 @@
-"""Make a configuration of the options of a call, a file and a dataset; and options of a configuration."""
+"""Make a configuration from the options of a call, a file and a dataset; and options from a configuration."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import hashlib
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, fields
 from typing import Any, Final
 
-from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding, Splitting
+from beam_nifti.config import (
+    EXCLUSIVE,
+    RESAMPLING_DETAILS,
+    BuildConfig,
+    Columns,
+    RecordConfig,
+    ReferenceGrid,
+    Sharding,
+    Splitting,
+)
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline.options import FLAG, OPTIONS, flag_of, read_option, read_options
 from beam_nifti.pipeline.statistics_file import read_statistics
@@ -39,9 +48,22 @@ _MOST_DOTS: Final = 100
 """Limits of a file of options: its bytes, and the dots in a line. The time in which Python parses a key grows
 with the square of the number of its dots, and a key ends with its line."""
 
-_INSTEAD: Final = (("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard"))
-_NEEDS: Final = {"mask_dtype": "mask_column", "split_seed": "split", "stratify": "split"}
-"""Options that require another one."""
+_INSTEAD: Final = (
+    *(("examples_per_shard", "num_shards"), ("num_shards", "examples_per_shard")),
+    *((one, other) for pair in EXCLUSIVE for one, other in (pair, pair[::-1]) if "orientation" not in pair),
+)
+_NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
+    ("mask_dtype", {"mask_column"}),
+    ("mask_interpolation", {"mask_column"}),
+    ("map_labels", {"mask_column"}),
+    ("missing_mask", {"mask_column"}),
+    ("max_frames", {"frames"}),
+    ("align", {"mask_column", "path_column"}),
+    ("split_seed", {"split"}),
+    ("stratify", {"split"}),
+    *((name, set(needed)) for name, needed in RESAMPLING_DETAILS.items()),
+)
+"""Options that require another one, or one of several."""
 
 
 def make_config(
@@ -154,7 +176,8 @@ def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, 
         left_out |= {other} if name in options else set()
     if options.get("compression") == "none":
         left_out.add("compression_level")
-    left_out |= {name for name, needed in _NEEDS.items() if needed in left_out}
+    remaining = (options.keys() | lower.keys()) - left_out
+    left_out |= {name for name, needed in _NEEDS if needed & left_out and not needed & remaining}
     kept = {name: value for name, value in lower.items() if name not in left_out}
     without = (*options.get("without", ()), *lower.get("without", ()))
     return {**kept, **options, "without": without}
@@ -219,7 +242,8 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     columns = {**asdict(Columns()), **given.pop("columns")}
     splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
     given |= {f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")}
-    given |= {"missing_label": columns["missing_label"], "split": splitting.get("shares")}
+    given |= {name: columns[name] for name in ("missing_label", "missing_mask")}
+    given |= {"split": splitting.get("shares")}
     given |= {"split_seed": splitting.get("seed"), "stratify": splitting.get("stratify"), **sharding}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
@@ -232,6 +256,9 @@ def value_text(value: Any) -> str:
         of_channels = (f"mean {c['mean']:.6g}, std {c['std']:.6g}" for c in value["channels"])
         digest = hashlib.sha256(dump_json(value, sort_keys=True).encode()).hexdigest()[:8]
         return f"{digest}: {value['num_volumes']:,} volumes, {'; '.join(of_channels)}"
+    if isinstance(value, Mapping) and value.keys() == ReferenceGrid.__dataclass_fields__.keys():
+        affine = ",".join(map(value_text, value["affine"]))
+        return f"{ReferenceGrid(**value)} with the affine {affine}"
     if isinstance(value, Mapping):  # shares of splits, whose order makes no difference
         return ",".join(f"{name}={value_text(each)}" for name, each in sorted(value.items()))
     if isinstance(value, Sequence) and not isinstance(value, str):

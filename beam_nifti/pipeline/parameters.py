@@ -69,7 +69,7 @@ def _literal(name: str, word: str) -> str | None:
     if name == "without" and set(named) <= OPTIONS.keys():
         return f'"{",".join(named)}"'
     heads = {choice.partition(":")[0] for choice in OPTIONS[name].choices} if name in OPTIONS else ()
-    is_value = word.partition(":")[0] in heads or (name == "split" and "=" in word)
+    is_value = word.partition(":")[0] in heads or (name == "split" and re.search("=|^kfold:", word))
     return f'"{word}"' if is_value else None
 
 

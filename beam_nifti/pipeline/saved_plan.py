@@ -130,8 +130,8 @@ class SavedPlan:
         if foreign:  # what is in there is removed when the build ends
             raise OutputError(
                 f"{path}: names the folder {foreign[0]!r} for temporary files, which belongs to no build of "
-                f"{output}; move OUTPUT back if it was moved, choose another OUTPUT, or --overwrite to "
-                "discard what is unfinished"
+                f"{output}; move OUTPUT back if it was moved, choose another OUTPUT, or use --overwrite "
+                "to discard what is unfinished"
             )
         return saved
 

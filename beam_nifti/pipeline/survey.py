@@ -135,7 +135,7 @@ def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, s
         with redacting(row, folder), reading(row.path):
             # An image that the build would make with other options counts too.
             header = header or load_header(row, folder, record, is_any=True)
-            examined = [image_files(storage.join(folder, path)) for path in row.files]
+            examined = [image_files(storage.join(folder, path)) for path in row.existing_files]
             found.source_bytes = sum(storage.stat(file).size for files in examined for file in files)
             # The files of the voxels: headers of pairs are often alike.
             heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
@@ -161,7 +161,7 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
         return load_header(row, folder, record)
     header = load_header(row, folder, record, build.required_shape, build.required_dtype)
     if record.frames == "each":
-        require_frames(row.path, header, build.num_frames)
+        require_frames(row.path, header, build.num_frames, record)
     return header
 
 
@@ -242,7 +242,7 @@ class Survey(Document):
     Its items are those of `beam-nifti check --json`, whose texts name flags.
 
     Attributes:
-        problems: a sentence for each of the first images that the build would skip.
+        problems: a sentence for each of the first images that would fail.
         refusal: why the build would write nothing; "" if it would write a dataset.
         ok: whether the build would be complete, as far as headers show; also the truth value of the survey.
     """

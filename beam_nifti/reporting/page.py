@@ -63,8 +63,18 @@ def make_page(
         splits=list(dict.fromkeys(splits.tolist())),
         kinds=list(_kinds(spec, summary, splits)),
         failures=failures,
+        lacking=info.columns.lacking,
+        nonfinite=_nonfinite(info, summary),
         settings=dict(_settings(info)),
     )
+
+
+def _nonfinite(info: DatasetInfo, summary: Summary) -> tuple[int, int] | None:
+    """How many voxels were replaced because they were not finite, and in how many records."""
+    if not info.config.get("nonfinite"):
+        return None
+    counts = summary.rows["nonfinite"].to_numpy()
+    return int(counts.sum()), int(np.count_nonzero(counts))
 
 
 def _hash(text: str) -> str:

@@ -1,7 +1,7 @@
 """Statistics of many volumes: measured one volume at a time, and added in any order with the same result.
 
 Sums are exact rational numbers, and histograms are counts, so neither rounds when it is added
-(docs/adr/0026-cohort-statistics.md).
+(docs/adr/0029-cohort-statistics.md).
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def find_rescale_range(
             low, high = measured.mean, measured.mean + measured.std
     if not (low < high and math.isfinite(high - low)):
         raise VolumeError(
-            f"--rescale {config.rescale} would map {low:g} onto 0 and {high:g} onto 1, which is no range to "
-            "rescale; leave the image out, or use another --rescale"
+            f"--rescale {config.rescale} would map {low:g} onto 0 and {high:g} onto 1, which is not a usable "
+            "range; leave the image out, or use another --rescale"
         )
     return RescaleRange(low, high)
 

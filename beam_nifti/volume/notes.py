@@ -1,4 +1,4 @@
-"""What a user should know about images that are used nevertheless. A build prints one warning per kind."""
+"""What a user should know about images that are accepted. A build prints one warning per kind."""
 
 from __future__ import annotations
 
@@ -27,10 +27,26 @@ TEXTS: Final = {
         "measure the cohort again"
     ),
     "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; to keep them, use a larger --shape",
+    "labels-lost-to-reference": "labelled voxels of the mask lie outside the grid of --reference",
+    "beyond-field-of-view": (
+        "an image ends within the grid of --reference; beyond it, images have their least value and masks 0"
+    ),
+    "beyond-other-image": (
+        "an image or mask ends within the first image of its example; beyond it, --align gives images their "
+        "least value and masks 0"
+    ),
 }
 """A sentence for each note."""
 
-OF_VOXELS: Final = frozenset({"far-from-cohort", "labels-lost-to-crop", "labels-lost-to-shape"})
+OF_VOXELS: Final = frozenset(
+    {
+        "far-from-cohort",
+        "labels-lost-to-crop",
+        "labels-lost-to-shape",
+        "labels-lost-to-reference",
+        "beyond-field-of-view",
+    }
+)
 """Notes that headers do not determine, so `check` does not name their images."""
 
 

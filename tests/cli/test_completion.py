@@ -43,7 +43,7 @@ def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Se
     ("words", "offered"),
     [
         (["ver"], {"verify"}),
-        (["manifest", ""], {"bids", "glob"}),
+        (["manifest", ""], {"bids", "glob", "msd", "table"}),
         (["build", "--resc"], {"--rescale", "--rescale-within", "--rescale-split", "--rescale-stats"}),
         (["build", "--compression", ""], {"gzip", "none"}),
         (["build", "coh"], {"cohort", "cohort.tsv"}),

@@ -33,7 +33,16 @@ from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
 from beam_nifti.pipeline.watcher import Watcher
 from tests.build_helpers import CUTTING_RUNNER, LOCAL_RUNNER, contents, make_config, make_options, stray_files
 from tests.datasets import edit_info, index_rows, info_of, records_of
-from tests.images import Array, brain, name_of, random_voxels, write_cohort, write_image, write_manifest
+from tests.images import (
+    AFFINE,
+    Array,
+    brain,
+    name_of,
+    random_voxels,
+    write_cohort,
+    write_image,
+    write_manifest,
+)
 
 SPLITS = ("train", "train", "test")
 COUNT = 9
@@ -194,10 +203,15 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_image(folder / f"{n}_a.nii", brain((6, 5, 4), n))
         write_image(folder / f"{n}_b.nii", random_voxels((6, 5, 4), "float32", n))
         write_image(folder / f"{n}_m.nii", (brain((6, 5, 4), n) % 3).astype(np.uint8))
-        write_image(folder / f"{n}_t.nii", brain((6, 5, 4, 3), n))
+        write_image(folder / f"{n}_t.nii", brain((6, 5, 4, 3 - n % 2), n))
+        write_image(folder / f"{n}_f.nii", brain((6, 5, 4, 3), n))
         write_image(folder / f"{n}_c.nii", random_voxels((6, 5, 4), "complex64", n))
         write_image(folder / f"{n}_s.nii", brain((6 + n % 2, 5, 4), n))
-        cells = {name: f"{n}_{name}.nii" for name in "abmtcs"}
+        write_image(folder / f"{n}_o.nii", brain((6, 5, 4), n), affine=AFFINE @ np.diag([0.75, 1, 1, 1]))
+        holes = random_voxels((6, 5, 4), "float32", n)
+        holes[0] = np.nan
+        write_image(folder / f"{n}_n.nii", holes)
+        cells = {name: f"{n}_{name}.nii" for name in "abmtfcson"} | {"l": f"{n}_m.nii" if n else ""}
         age: Any = "" if n == 2 else n
         rows.append(cells | {"path": f"{n}_a.nii", "participant_id": f"s{n}", "site": n % 2, "age": age})
     return write_manifest(folder / "m.tsv", rows)
@@ -231,11 +245,23 @@ AGE = {"label_column": "age"}
         (SPLIT, {"split_seed": 3}),
         (SPLIT, {"stratify": "site"}),
         (SPLIT, {"rescale_split": "test"}),
-        ({"path_column": "t", "frames": "first"}, {"frames": "each"}),
+        ({"path_column": "t", "frames": "first"}, {"frames": "each", "max_frames": 3}),
         ({"path_column": "c", "complex": "phase"}, {"complex": "magnitude"}),
         ({}, {"preprocess": "tests.user_functions:change_all_in_place"}),
         ({}, {"orientation": "SPL"}),
         ({}, {"spacing": 3}),
+        ({}, {"resize": (5, 5, 5)}),
+        ({}, {"resize_longest": 5}),
+        ({}, {"reference": "0_o.nii"}),
+        ({"spacing": 3}, {"interpolation": "cubic"}),
+        ({"spacing": 3}, {"antialias": True}),
+        ({"spacing": (3, 3, 12), "orientation": "RAS"}, {"separate_z": "auto"}),
+        ({"mask_column": "m", "spacing": 3}, {"mask_interpolation": "linear"}),
+        ({"path_column": "n", "nonfinite": "zero"}, {"nonfinite": "value:9"}),
+        ({"mask_column": "m"}, {"map_labels": "2=1"}),
+        ({"mask_column": "l", "missing_mask": "empty"}, {"missing_mask": "skip"}),
+        ({"path_column": "t", "frames": "each", "max_bad_fraction": 0.9}, {"max_frames": 3}),
+        ({}, {"path_column": "a,o", "align": "first"}),
         ({}, {"crop_foreground": "above:900"}),
         ({}, {"shape": (4, 4, 4)}),
         ({"path_column": "s", "max_bad_fraction": 0.5}, {"allow_mixed_shapes": True}),
@@ -245,6 +271,8 @@ AGE = {"label_column": "age"}
 def test_an_option_changes_what_is_measured(
     mixed: Path, tmp_path: Path, before: dict[str, Any], change: dict[str, Any]
 ) -> None:
+    if "reference" in change:
+        change = {"reference": mixed.parent / change["reference"]}
     one = measured_once(tmp_path / "m.json", mixed, before)
     other = measure_in(tmp_path / "m.json", mixed, before | change).statistics
     assert one != other
@@ -395,11 +423,11 @@ def test_percentiles_clip_and_units_are_restored(manifest: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("changes", [{"frames": "each"}, {"frames": "all", "voxel_dtype": "native"}])
 def test_frames_and_native_voxels(mixed: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    columns = {"path": "t", "label": None, "id": None}
+    columns = {"path": "f", "label": None, "id": None}
     build(mixed, tmp_path / "out", columns=columns, rescale_within="nonzero", **changes)
     found = statistics_of(tmp_path / "out")
     assert found.num_volumes == (18 if changes["frames"] == "each" else 6)
-    frames = np.stack([np.asarray(nib.load(mixed.parent / f"{n}_t.nii").dataobj) for n in range(6)])  # type: ignore[attr-defined]
+    frames = np.stack([np.asarray(nib.load(mixed.parent / f"{n}_f.nii").dataobj) for n in range(6)])  # type: ignore[attr-defined]
     (channel,) = found.channels
     assert channel.mean == pytest.approx(frames[frames != 0].mean(), rel=1e-12)
     voxels = bn.Dataset(str(tmp_path / "out"))[0]["image"].squeeze()
@@ -752,6 +780,19 @@ def test_each_channel_has_its_own_range(mixed: Path, tmp_path: Path) -> None:
             mixed, "o", **{**ZSCORE, **changes, "columns": {**columns, "mask": "s"}, "rescale_stats": found}
         )
     assert bn.verify(str(tmp_path / "out"), manifest=str(mixed), deep="all", progress=False)
+
+
+def test_a_reference_elsewhere_is_another(mixed: Path, tmp_path: Path) -> None:
+    """Though it has as many voxels of the same size."""
+    moved = AFFINE + np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    references = [
+        write_image(tmp_path / f"{n}.nii", affine=affine) for n, affine in enumerate((AFFINE, moved))
+    ]
+    found = bn.analyze(mixed, reference=references[0], progress=False, workers=1)
+    given: Any = {"rescale": "cohort:zscore", "rescale_stats": found, "progress": False, "dry_run": True}
+    bn.build(mixed, tmp_path / "out", reference=references[0], **given)
+    with pytest.raises(UsageError, match=r"was measured with reference .*, but this build has reference"):
+        bn.build(mixed, tmp_path / "out", reference=references[1], **given)
 
 
 def test_a_configuration_without_it_has_no_new_keys() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -39,12 +40,16 @@ MASKS = {"mask_column": "seg"}
 COHORT = {"rescale": "cohort:zscore"}
 STATISTICS = str(Path(__file__).parent.parent / "golden/statistics.json")
 
+REFERENCE = Path(__file__).parent.parent / "golden/version-1/images/1-T1w.nii"
+REFERENCE_GRID = {"shape": nib.load(REFERENCE).shape, "affine": nib.load(REFERENCE).affine}  # type: ignore[attr-defined]
+
 ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--path-column=T1w", ["T1w", ["T1w"], ("T1w",)]),
     ({}, "--path-column=T1w,FLAIR", ["T1w,FLAIR", ["T1w", "FLAIR"], np.array(["T1w", "FLAIR"])]),
     ({}, "--mask-column=seg", ["seg"]),
     ({}, "--label-column=age:float,sex", ["age:float,sex", ("age:float", "sex")]),
     ({}, "--missing-label=nan", ["nan"]),
+    (MASKS, "--missing-mask=empty", ["empty"]),
     ({}, "--id-column=name", ["name", np.str_("name")]),
     ({}, "--anonymous-ids=lab/key", ["lab/key", Path("lab/key")]),
     (
@@ -81,11 +86,19 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ),
     ({"rescale": "window:0,1"}, "--clip", [True, np.True_]),
     (MASKS, "--mask-dtype=uint16", ["uint16"]),
+    (
+        MASKS,
+        "--map-labels=4=3,10=0",
+        ["10=0, 4=3", {10: 0, 4: 3}, {"4": "3", 10: np.int8(0)}, "0=0,4=3,10=0"],
+    ),
     ({}, "--voxel-dtype=float16", ["float16"]),
     ({}, "--frames=3", [3, "3", np.int64(3)]),
     ({}, "--frames=first", ["first", 0, "0"]),
+    ({"frames": "each"}, "--max-frames=400", [400, "400", np.int16(400)]),
     ({}, "--complex=real-imag", ["real-imag"]),
     ({}, "--allow-mixed-shapes", [True]),
+    ({}, "--nonfinite=value:-1024", ["value:-1024.0", ("value", -1024), ["value", np.float32(-1024)]]),
+    ({}, "--nonfinite=zero", ["zero", ("zero",), ("value", 0), "value:-0"]),
     (
         {},
         "--preprocess=tests.user_functions:change_all_in_place",
@@ -105,6 +118,14 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
     ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
+    (MASKS, "--align=first", ["first"]),
+    ({}, f"--reference={REFERENCE}", [REFERENCE, REFERENCE_GRID]),
+    ({}, "--resize=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
+    ({}, "--resize-longest=128", [128, "128", np.int64(128)]),
+    ({"spacing": "1,1,1"}, "--separate-z=auto", ["auto"]),
+    ({"spacing": "1,1,1"}, "--antialias", [True, np.bool_(True)]),
+    ({"spacing": "1,1,1"}, "--interpolation=cubic", ["cubic"]),
+    ({"spacing": "1,1,1", "mask_column": "mask"}, "--mask-interpolation=linear", ["linear"]),
     ({}, "--shape=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--max-bad-fraction=0.25", [0.25, ".25", np.float16(0.25)]),
     ({}, "--overwrite", [True]),
@@ -139,7 +160,10 @@ def test_every_option_is_tried_here() -> None:
 
 def test_none_is_not_given() -> None:
     assert make_config("m.tsv", "out", dict.fromkeys(OPTIONS)) == of_command_line()
-    assert make_config("m.tsv", "out", {"clip": False, "orientation": "native"}) == of_command_line()
+    assert (
+        make_config("m.tsv", "out", {"clip": False, "orientation": "native", "nonfinite": "error"})
+        == of_command_line()
+    )
 
 
 def test_the_defaults_can_be_given() -> None:
