@@ -397,7 +397,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
 def _is_far_from_cohort(
     voxels: Voxels, volume: Volume, config: RecordConfig, intensity: Intensity, number: int
 ) -> bool:
-    if config.rescale_stats is None:
+    if config.rescale_stats is None or (config.rescale_within == "mask" and volume.mask is None):
         return False
     if config.rescale_within is not None:
         voxels = voxels[select_voxels(voxels, volume.scaling, config.rescale_within, volume.mask)]

@@ -782,6 +782,27 @@ def test_each_channel_has_its_own_range(mixed: Path, tmp_path: Path) -> None:
     assert bn.verify(str(tmp_path / "out"), manifest=str(mixed), deep="all", progress=False)
 
 
+def test_a_new_image_is_rescaled_without_a_mask(mixed: Path, tmp_path: Path) -> None:
+    columns = {"path": "a", "mask": "m", "label": None, "id": None}
+    build(mixed, tmp_path / "out", columns=columns, rescale_within="mask", orientation="LPS")
+    preparation = bn.Preparation.of(tmp_path / "out")
+    wanted = bn.Dataset(str(tmp_path / "out"))[3]
+    for mask in (None, mixed.parent / "3_m.nii"):
+        found = preparation.apply(mixed.parent / "3_a.nii", mask=mask)
+        np.testing.assert_array_equal(found.image, wanted["image"])
+        assert (found.mask is None) == (mask is None)
+
+
+def test_participants_are_withdrawn_with_the_same_statistics(mixed: Path, tmp_path: Path) -> None:
+    columns = {"path": "a", "mask": None, "label": "site", "id": None}
+    build(mixed, tmp_path / "out", columns=columns)
+    before = statistics_of(tmp_path / "out")
+    bn.withdraw(tmp_path / "out", participants=["s1"], manifest=mixed, progress=False)
+    assert statistics_of(tmp_path / "out") == before
+    assert len(index_rows(tmp_path / "out")) == 5
+    assert bn.verify(tmp_path / "out", progress=False)
+
+
 def test_a_reference_elsewhere_is_another(mixed: Path, tmp_path: Path) -> None:
     """Though it has as many voxels of the same size."""
     moved = AFFINE + np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
