@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,16 @@ from beam_nifti.pipeline.launch import run_analysis_on, run_build_on
 from beam_nifti.pipeline.runners import Engine
 from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
 from beam_nifti.pipeline.watcher import Watcher
-from tests.build_helpers import CUTTING_RUNNER, LOCAL_RUNNER, contents, make_config, make_options, stray_files
+from tests.build_helpers import (
+    CUTTING_RUNNER,
+    LOCAL_RUNNER,
+    assert_complete,
+    build_apart,
+    contents,
+    make_config,
+    make_options,
+    stray_files,
+)
 from tests.datasets import edit_info, index_rows, info_of, records_of
 from tests.images import (
     AFFINE,
@@ -543,6 +553,31 @@ def test_an_overwriting_build_that_ended_is_continued_with_its_statistics(tmp_pa
     kill_before_records(manifest, output, overwrite=True)
     assert build(manifest, output, overwrite=True) == 0
     assert statistics_of(output) != before
+
+
+@pytest.fixture(scope="module")
+def operations(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many operations on files of OUTPUT a build takes."""
+    return build_apart(manifest, tmp_path_factory.mktemp("whole") / "out", **ZSCORE).operations
+
+
+BEFORE_THE_PLAN = 52
+"""Operations on files of OUTPUT until the plan is saved; the statistics are written in the middle."""
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_build_killed_at_any_moment_ends_with_the_same_statistics(
+    manifest: Path, built: Path, tmp_path: Path, operations: int, moment: int
+) -> None:
+    first, last = BEFORE_THE_PLAN * moment // 4, BEFORE_THE_PLAN * (moment + 1) // 4
+    if moment > 3:
+        first, last = BEFORE_THE_PLAN, operations
+    kill_at = random.Random(moment).randrange(first + 1, last + 1)
+    output = tmp_path / "out"
+    assert build_apart(manifest, output, kill_at, **ZSCORE).was_killed
+    assert build_apart(manifest, output, **ZSCORE).status == 0
+    assert_complete(output, built)
+    assert statistics_of(output) == statistics_of(built)
 
 
 def test_too_many_failures_of_a_build_leave_nothing_to_continue(tmp_path: Path) -> None:
