@@ -35,6 +35,7 @@ from apache_beam.transforms.core import _MultiParDo
 from beam_nifti.config import BuildConfig, Columns, RecordConfig, Sharding
 from beam_nifti.errors import BuildSummary
 from beam_nifti.inspection.convert import convert_dataset
+from beam_nifti.pipeline.analyze import run_analysis
 from beam_nifti.pipeline.build import open_build, run_build
 from beam_nifti.pipeline.configure import make_config as combine
 from beam_nifti.pipeline.conversion import Conversion
@@ -133,10 +134,12 @@ def build(
     **changes: Any,
 ) -> Built:
     """Build a dataset in this process, with work units of a few rows."""
-    with open_build(make_config(manifest, output, **changes)) as plan:
+    options = make_options(workers, mode, runner, flags)
+    measure = functools.partial(run_analysis, options=options)
+    with open_build(make_config(manifest, output, **changes), measure=measure) as plan:
         plan = dataclasses.replace(plan, unit_rows=unit_rows)
         with images_read() as read:
-            summary, metrics = run_build(plan, make_options(workers, mode, runner, flags))
+            summary, metrics = run_build(plan, options)
     return Built(summary, metrics.counters, frozenset(read))
 
 

@@ -43,7 +43,13 @@ from beam_nifti.config.record import (
     RecordConfig,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
-from beam_nifti.config.statistics import FAR, ChannelStatistics, CohortStatistics, LabelStatistics
+from beam_nifti.config.statistics import (
+    FAR,
+    LEAST_COMPARED,
+    ChannelStatistics,
+    CohortStatistics,
+    LabelStatistics,
+)
 
 __all__ = [
     "ALIGNMENTS",
@@ -60,6 +66,7 @@ __all__ = [
     "LABEL_KINDS",
     "LATER_COLUMNS",
     "LATER_OPTIONS",
+    "LEAST_COMPARED",
     "MASK_DTYPES",
     "MASK_INTERPOLATIONS",
     "MISSING_LABELS",

@@ -13,6 +13,9 @@ from beam_nifti.support.json_types import require_type
 FAR: Final = 3
 """Interquartile ranges from the mean of an unusual volume to the nearest quartile: Tukey's outer fences."""
 
+LEAST_COMPARED: Final = 20
+"""Volumes without which quartiles are too uncertain to call another volume unusual."""
+
 _MOST: Final = 1 << 62  # of anything that is counted
 
 
@@ -105,6 +108,10 @@ class CohortStatistics:
         )
         found._require_possible()
         return found
+
+    def is_far(self, number: int, mean: float) -> bool:
+        """Whether the mean of a volume in a channel is far from those of enough measured volumes."""
+        return self.num_volumes >= LEAST_COMPARED and self.channels[number].is_far(mean)
 
     def _require_possible(self) -> None:
         counts = [("num_volumes", self.num_volumes, 1), ("num_empty", self.num_empty, 0)]

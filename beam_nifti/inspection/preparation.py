@@ -230,9 +230,9 @@ class Preparation:
             if config.mask_dtype is None:
                 raise UsageError(f"mask is {mask}, but {self.dataset} was built without masks; drop it")
             return config
-        for name in ("rescale_within", "crop_foreground"):
-            is_measured = name == "rescale_within" and config.is_of_cohort  # by the build
-            if getattr(config, name) == "mask" and not is_measured:
+        # A range of the cohort is known without the mask in which it was measured.
+        for name in ("crop_foreground", *(() if config.is_of_cohort else ("rescale_within",))):
+            if getattr(config, name) == "mask":
                 raise UsageError(
                     f'mask is missing: {self.dataset} was built with {name}="mask"; give the mask'
                 )

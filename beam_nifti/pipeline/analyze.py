@@ -21,7 +21,7 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 from apache_beam.pvalue import AsList, AsSingleton, PBegin
 
-from beam_nifti.config import ChannelStatistics, RecordConfig
+from beam_nifti.config import LEAST_COMPARED, ChannelStatistics, RecordConfig
 from beam_nifti.errors import (
     BuildSummary,
     FailedVolume,
@@ -117,7 +117,8 @@ def _measure_of(measured: tuple[VolumeMeans, CohortMeasure]) -> CohortMeasure:
 
 
 def _summarize(total: CohortMeasure) -> tuple[ChannelStatistics | None, ...]:
-    return tuple(channel.statistics(()) if channel.count else None for channel in total.channels)
+    is_enough = total.num_volumes >= LEAST_COMPARED
+    return tuple(c.statistics(()) if is_enough and c.count else None for c in total.channels)
 
 
 def _find_unusual(
@@ -159,10 +160,10 @@ def _write_measured(
         )
         for failure in in_order
     )
-    statistics, problem = None, "no volume could be measured"
+    statistics, problem, config = None, "no volume could be measured", plan.build.config
     if total.num_volumes:
         try:
-            statistics = total.statistics(plan.build.config.record, plan.splits, num_failed)
+            statistics = total.statistics(config.record, plan.splits, num_failed, config.columns.mask)
             problem = ""
         except VolumeError as e:
             problem = str(e)

@@ -199,7 +199,8 @@ def _prepare(decision: Decision) -> None:
         storage.delete(storage.join(output, FILE_NAME), output)
     forget_summary(output)
     saved.write(output)
-    forget_measured(output)  # the saved plan has the statistics
+    if plan.config.record.is_of_cohort:
+        forget_measured(output)  # the saved plan has the statistics
 
 
 def run_build(

@@ -62,7 +62,13 @@ class AnalysisPlan:
     def key(self) -> str:
         """16 hex digits that differ if other volumes are measured, or in another way."""
         plan, record = self.build, self.build.config.record
-        facts: list[Any] = [record.measured_options, record.rescale, self.splits, plan.digest, plan.shape]
+        facts: list[Any] = [
+            record.measured_options(None),
+            record.rescale,
+            self.splits,
+            plan.digest,
+            plan.shape,
+        ]
         facts += [storage.dirname(plan.config.manifest), plan.num_frames, plan.source_dtype, plan.versions]
         facts += [plan.config.columns.files]
         return hashlib.sha256(dump_json(facts, sort_keys=True).encode()).hexdigest()[:16]

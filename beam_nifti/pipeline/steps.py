@@ -253,7 +253,8 @@ class RescaleFn(_VolumeFn):
             volume = self._checked(volume)
             config = _joined(volume.config, self._config, _RESCALED)
             if self.follows_any:
-                config.require_own_statistics()
+                columns = volume.row.columns
+                config.require_own_statistics(None if columns is None else columns.mask)
             rescaled = rescale_volume(volume, config)
         yield rescaled
 

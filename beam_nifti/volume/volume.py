@@ -423,7 +423,7 @@ def _is_far_from_cohort(
         if voxels.size == 0:
             return False
         intensity = measure(voxels, volume.scaling)
-    return config.rescale_stats.channels[number].is_far(intensity.mean)
+    return config.rescale_stats.is_far(number, intensity.mean)
 
 
 def require_rescaled(volume: Volume) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -31,7 +32,16 @@ from beam_nifti.pipeline.launch import run_analysis_on, run_build_on
 from beam_nifti.pipeline.runners import Engine
 from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
 from beam_nifti.pipeline.watcher import Watcher
-from tests.build_helpers import CUTTING_RUNNER, LOCAL_RUNNER, contents, make_config, make_options, stray_files
+from tests.build_helpers import (
+    CUTTING_RUNNER,
+    LOCAL_RUNNER,
+    assert_complete,
+    build_apart,
+    contents,
+    make_config,
+    make_options,
+    stray_files,
+)
 from tests.datasets import edit_info, index_rows, info_of, records_of
 from tests.images import (
     AFFINE,
@@ -130,7 +140,6 @@ def test_percentiles_of_integers_are_those_of_numpy(tmp_path: Path) -> None:
     "engine",
     [
         {"workers": 4},
-        {"workers": 2, "mode": "multi_processing"},
         {"runner": CUTTING_RUNNER},
         {"runner": CUTTING_RUNNER, "workers": 4},
     ],
@@ -205,16 +214,28 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_image(folder / f"{n}_b.nii", random_voxels((6, 5, 4), "float32", n))
         write_image(folder / f"{n}_m.nii", (brain((6, 5, 4), n) % 3).astype(np.uint8))
         write_image(folder / f"{n}_t.nii", brain((6, 5, 4, 3 - n % 2), n))
+        write_image(folder / f"{n}_f.nii", brain((6, 5, 4, 3), n))
         write_image(folder / f"{n}_c.nii", random_voxels((6, 5, 4), "complex64", n))
         write_image(folder / f"{n}_s.nii", brain((6 + n % 2, 5, 4), n))
         write_image(folder / f"{n}_o.nii", brain((6, 5, 4), n), affine=AFFINE @ np.diag([0.75, 1, 1, 1]))
         holes = random_voxels((6, 5, 4), "float32", n)
         holes[0] = np.nan
         write_image(folder / f"{n}_n.nii", holes)
-        cells = {name: f"{n}_{name}.nii" for name in "abmtcson"} | {"l": f"{n}_m.nii" if n else ""}
+        cells = {name: f"{n}_{name}.nii" for name in "abmtfcson"} | {"l": f"{n}_m.nii" if n else ""}
         age: Any = "" if n == 2 else n
         rows.append(cells | {"path": f"{n}_a.nii", "participant_id": f"s{n}", "site": n % 2, "age": age})
     return write_manifest(folder / "m.tsv", rows)
+
+
+_MEASURED = dict[str, CohortStatistics]()
+
+
+def measured_once(path: Path, manifest: Path, options: dict[str, Any]) -> CohortStatistics:
+    """The statistics of `mixed`, which several tests compare with others."""
+    key = repr(options)
+    if key not in _MEASURED:
+        _MEASURED[key] = measure_in(path, manifest, options).statistics
+    return _MEASURED[key]
 
 
 SPLIT = {"split": {"train": 0.5, "test": 0.5}}
@@ -262,7 +283,7 @@ def test_an_option_changes_what_is_measured(
 ) -> None:
     if "reference" in change:
         change = {"reference": mixed.parent / change["reference"]}
-    one = measure_in(tmp_path / "m.json", mixed, before).statistics
+    one = measured_once(tmp_path / "m.json", mixed, before)
     other = measure_in(tmp_path / "m.json", mixed, before | change).statistics
     assert one != other
     assert replace(one, options=()) != replace(other, options=())
@@ -286,7 +307,7 @@ def test_failures_name_examples_as_the_options_say(tmp_path: Path) -> None:
 
 
 def test_unusual_volumes_are_named(tmp_path: Path) -> None:
-    manifest = write_cohort(tmp_path / "c", 9)
+    manifest = write_cohort(tmp_path / "c", 20)
     write_image(manifest.parent / name_of(4), 9 * brain(seed=4))
     options = {"rescale_within": "nonzero"}
     found = measure_in(tmp_path / "m.json", manifest, options)
@@ -297,6 +318,9 @@ def test_unusual_volumes_are_named(tmp_path: Path) -> None:
     other = measure_in(tmp_path / "o.json", manifest, options, runner=CUTTING_RUNNER, workers=2)
     assert other.to_json() == found.to_json()
     assert parse_statistics(found.to_json()).unusual == found.unusual
+    fewer = write_cohort(tmp_path / "c", 19)
+    write_image(manifest.parent / name_of(4), 9 * brain(seed=4))
+    assert measure_in(tmp_path / "m.json", fewer, options).unusual == ()
 
 
 def test_too_many_failures_end_it_and_their_number_is_told(mixed: Path, tmp_path: Path) -> None:
@@ -409,11 +433,11 @@ def test_percentiles_clip_and_units_are_restored(manifest: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("changes", [{"frames": "each"}, {"frames": "all", "voxel_dtype": "native"}])
 def test_frames_and_native_voxels(mixed: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    columns = {"path": "t", "label": None, "id": None}
+    columns = {"path": "f", "label": None, "id": None}
     build(mixed, tmp_path / "out", columns=columns, rescale_within="nonzero", **changes)
     found = statistics_of(tmp_path / "out")
     assert found.num_volumes == (18 if changes["frames"] == "each" else 6)
-    frames = np.stack([np.asarray(nib.load(mixed.parent / f"{n}_t.nii").dataobj) for n in range(6)])  # type: ignore[attr-defined]
+    frames = np.stack([np.asarray(nib.load(mixed.parent / f"{n}_f.nii").dataobj) for n in range(6)])  # type: ignore[attr-defined]
     (channel,) = found.channels
     assert channel.mean == pytest.approx(frames[frames != 0].mean(), rel=1e-12)
     voxels = bn.Dataset(str(tmp_path / "out"))[0]["image"].squeeze()
@@ -529,6 +553,31 @@ def test_an_overwriting_build_that_ended_is_continued_with_its_statistics(tmp_pa
     kill_before_records(manifest, output, overwrite=True)
     assert build(manifest, output, overwrite=True) == 0
     assert statistics_of(output) != before
+
+
+@pytest.fixture(scope="module")
+def operations(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many operations on files of OUTPUT a build takes."""
+    return build_apart(manifest, tmp_path_factory.mktemp("whole") / "out", **ZSCORE).operations
+
+
+BEFORE_THE_PLAN = 52
+"""Operations on files of OUTPUT until the plan is saved; the statistics are written in the middle."""
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_build_killed_at_any_moment_ends_with_the_same_statistics(
+    manifest: Path, built: Path, tmp_path: Path, operations: int, moment: int
+) -> None:
+    first, last = BEFORE_THE_PLAN * moment // 4, BEFORE_THE_PLAN * (moment + 1) // 4
+    if moment > 3:
+        first, last = BEFORE_THE_PLAN, operations
+    kill_at = random.Random(moment).randrange(first + 1, last + 1)
+    output = tmp_path / "out"
+    assert build_apart(manifest, output, kill_at, **ZSCORE).was_killed
+    assert build_apart(manifest, output, **ZSCORE).status == 0
+    assert_complete(output, built)
+    assert statistics_of(output) == statistics_of(built)
 
 
 def test_too_many_failures_of_a_build_leave_nothing_to_continue(tmp_path: Path) -> None:
@@ -758,7 +807,48 @@ def test_each_channel_has_its_own_range(mixed: Path, tmp_path: Path) -> None:
     lows = {tuple(row["rescale_low"]) for row in index_rows(tmp_path / "out")}
     assert lows == {tuple(channel.mean for channel in found.channels)}
     assert [label.label for label in found.labels] == [1, 2]
+    assert found.options == (("channels", "a,b"), ("rescale_within", "mask"), ("mask_column", "m"))
+    with pytest.raises(
+        UsageError, match="was measured with --mask-column m, but this build has --mask-column s"
+    ):
+        make_config(
+            mixed, "o", **{**ZSCORE, **changes, "columns": {**columns, "mask": "s"}, "rescale_stats": found}
+        )
     assert bn.verify(str(tmp_path / "out"), manifest=str(mixed), deep="all", progress=False)
+
+
+def test_a_new_image_is_rescaled_without_a_mask(mixed: Path, tmp_path: Path) -> None:
+    columns = {"path": "a", "mask": "m", "label": None, "id": None}
+    build(mixed, tmp_path / "out", columns=columns, rescale_within="mask", orientation="LPS")
+    preparation = bn.Preparation.of(tmp_path / "out")
+    wanted = bn.Dataset(str(tmp_path / "out"))[3]
+    for mask in (None, mixed.parent / "3_m.nii"):
+        found = preparation.apply(mixed.parent / "3_a.nii", mask=mask)
+        np.testing.assert_array_equal(found.image, wanted["image"])
+        assert (found.mask is None) == (mask is None)
+
+
+def test_participants_are_withdrawn_with_the_same_statistics(mixed: Path, tmp_path: Path) -> None:
+    columns = {"path": "a", "mask": None, "label": "site", "id": None}
+    build(mixed, tmp_path / "out", columns=columns)
+    before = statistics_of(tmp_path / "out")
+    bn.withdraw(tmp_path / "out", participants=["s1"], manifest=mixed, progress=False)
+    assert statistics_of(tmp_path / "out") == before
+    assert len(index_rows(tmp_path / "out")) == 5
+    assert bn.verify(tmp_path / "out", progress=False)
+
+
+def test_a_reference_elsewhere_is_another(mixed: Path, tmp_path: Path) -> None:
+    """Though it has as many voxels of the same size."""
+    moved = AFFINE + np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    references = [
+        write_image(tmp_path / f"{n}.nii", affine=affine) for n, affine in enumerate((AFFINE, moved))
+    ]
+    found = bn.analyze(mixed, reference=references[0], progress=False, workers=1)
+    given: Any = {"rescale": "cohort:zscore", "rescale_stats": found, "progress": False, "dry_run": True}
+    bn.build(mixed, tmp_path / "out", reference=references[0], **given)
+    with pytest.raises(UsageError, match=r"was measured with reference .*, but this build has reference"):
+        bn.build(mixed, tmp_path / "out", reference=references[1], **given)
 
 
 def test_a_configuration_without_it_has_no_new_keys() -> None:

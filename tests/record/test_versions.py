@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from beam_nifti import config
 from beam_nifti.config import RecordConfig
+from beam_nifti.config import record as config
 from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.inspection.record_checks import differ_in_rounding
 from beam_nifti.inspection.verify import ALL, verify_dataset
