@@ -74,8 +74,8 @@ from beam_nifti.record.index import (
 )
 from beam_nifti.record.shard_index import read_shard_index, read_sound_index
 from beam_nifti.record.sharding import ShardName
-from beam_nifti.record.tfrecord import EMPTY_MEMBER, decode_record
-from beam_nifti.record.tiles import encode_record
+from beam_nifti.record.tfrecord import EMPTY_MEMBER, decode_record, encode_members
+from beam_nifti.record.tiles import find_cuts, kept_members
 from beam_nifti.record.versions import all_versions, record_versions, versions_fact, versions_in
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
@@ -447,7 +447,8 @@ class Rewrite:
         """A record with the labels of a row."""
         config = self.plan.config.record
         is_compressed = config.compression == "gzip"
-        stored = decode_example(decode_record(data, is_compressed))
+        was = decode_record(data, is_compressed)
+        stored = decode_example(was)
         labels = {label_feature(column.name) for column in self.info.labels}
         features: dict[str, FeatureValue] = {
             name: (value,) if isinstance(value, memoryview) else value  # type: ignore[misc]
@@ -456,7 +457,9 @@ class Rewrite:
         }
         payload = encode_example(features | label_values(row))
         level = config.compression_level if is_compressed else None
-        encoded = encode_record(payload, level, whole=not config.has_members)
+        cuts = find_cuts(payload, is_compressed) if config.has_members else []
+        kept = kept_members(data, was, payload) if is_compressed and cuts else {}
+        encoded = encode_members((payload,), level, cuts, kept)
         return encoded.pieces, encoded.lengths
 
     def _is_changed(self, was: Mapping[str, Any], row: VolumeRow) -> bool:
