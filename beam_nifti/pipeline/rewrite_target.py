@@ -82,7 +82,8 @@ def refuse_unknown_files(output: str, info: DatasetInfo) -> None:
         known |= {*saved.written}
         known |= {shard.index_file for shard in map(ShardName.parse, saved.written) if shard}
     found = [*storage.list_files(output, "*.tfrecord*")]
-    found += filter(revision_of_failures, storage.list_files(output))
+    names = storage.list_files(output)
+    found += (name for name in names if revision_of_failures(storage.temporary_of(name) or name))
     indexes = storage.list_files(storage.join(output, INDEX_FOLDER), "*.parquet")
     found += (f"{INDEX_FOLDER}/{name}" for name in indexes)
     if unknown := [name for name in found if name not in known]:

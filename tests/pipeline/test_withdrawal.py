@@ -49,7 +49,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
                     **{"participant_id": person, "session_id": session, "path": f"{name}.nii"},
                     **{"second": f"second/{name}.nii", "mask": f"mask/{name}.nii"},
                     **{"bold": f"bold/{name}.nii", "label": i / 2, "site": "ABCDEFG"[i]},
-                    **{"note": f"is {i}", "split": "test" if i in (1, 4) else "train"},
+                    **{
+                        "grade": "" if i == 3 else i,
+                        "note": f"is {i}",
+                        "split": "test" if i in (1, 4) else "train",
+                    },
                 }
             )
     return rows
@@ -84,6 +88,7 @@ CASES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"voxel_dtype": "uint8"},
         {"columns": Columns(label="site", mask="mask"), "sharding": Sharding(examples_per_shard=5)},
     ),
+    "skipped rows": ({}, {"columns": Columns(label="grade:class", missing_label="skip")}),
     "shuffled": ({}, {"allow_mixed_shapes": True, "shuffle_seed": 3}),
     "shards of three": ({}, {"sharding": Sharding(examples_per_shard=3)}),
     "ids": ({}, {"columns": Columns(id="path")}),
