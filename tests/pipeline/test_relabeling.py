@@ -78,7 +78,7 @@ def test_the_dataset_is_that_of_the_changed_manifest(
     assert (info.manifest, info.mask_labels) == (expected.manifest, expected.mask_labels)
     assert info.failures == "failures-r2.jsonl"
     assert (output / info.failures).read_bytes() == (fresh / "failures.jsonl").read_bytes()
-    assert bn.verify(output, manifest=manifest)
+    assert bn.verify(output, manifest=manifest, deep=4)
     assert stray_files(output) == set()
     before = snapshot(output)
     assert bn.relabel(output, manifest, progress=False) == info
