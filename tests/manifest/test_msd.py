@@ -236,3 +236,16 @@ def test_a_build_takes_the_manifest_with_the_options_that_are_reported(
     assert [(row["example_id"], row["source"], row["FLAIR"]) for row in index_rows(dataset)] == [
         (case, f"imagesTr/{case}_0000.nii.gz", f"imagesTr/{case}_0001.nii.gz") for case in ("a", "b")
     ]
+
+
+def test_a_dataset_on_an_object_store_gives_the_same(tmp_path: Path, capsys: Capture) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    root, remote = nnunet(tmp_path), "memory://bucket/raw"
+    MemoryFileSystem.objects.clear()
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        MemoryFileSystem.objects[f"{remote}/{path.relative_to(root)}"] = path.read_bytes(), 1.0
+    here, there = (rows_of(capsys, "msd", place)[0] for place in (str(root), remote))
+    MemoryFileSystem.objects.clear()
+    as_here = [{name: cell.replace(remote, str(root)) for name, cell in row.items()} for row in there]
+    assert as_here == here

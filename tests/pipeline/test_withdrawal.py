@@ -368,6 +368,16 @@ def test_datasets_without_a_manifest_and_of_version_1_are_refused(study: Path, t
         bn.withdraw(tmp_path / "written", "a", manifest=study, progress=False)
 
 
+def test_records_without_a_manifest_do_not_replace_a_dataset_with_withdrawals(
+    study: Path, dataset: Path
+) -> None:
+    bn.withdraw(dataset, "p0", manifest=study, progress=False)
+    with pytest.raises(
+        OutputError, match="holds a dataset from which participants were withdrawn, who are n"
+    ):
+        write_arrays(dataset, ["p0"], overwrite=True)
+
+
 def test_a_converted_dataset(study: Path, tmp_path: Path) -> None:
     version_1 = RecordConfig(format_version=1, format_features=())
     old = build_dataset(study, tmp_path / "old", version_1, max_bad_fraction=0.5)
