@@ -78,10 +78,9 @@ def without(study: Path, people: tuple[str, ...], columns: tuple[str, ...] = ())
 
 CASES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the defaults": ({}, {}),
-    "native": ({"voxel_dtype": "native"}, {}),
-    "a mask": ({"voxel_dtype": "uint8"}, {"columns": Columns(mask="mask")}),
+    "native, shards of three": ({"voxel_dtype": "native"}, {"sharding": Sharding(examples_per_shard=3)}),
     "uncompressed": ({"compression": "none"}, {"columns": Columns(mask="mask")}),
-    "channels": ({"rescale": "percentile:1,99"}, {"columns": Columns(path="path,second")}),
+    "channels, ids": ({"rescale": "percentile:1,99"}, {"columns": Columns(path="path,second", id="path")}),
     "each frame": ({"frames": "each"}, {"columns": Columns(path="bold")}),
     "labels": ({}, {"columns": Columns(label="label:float,site,note:string")}),
     "labels, shards of five": (
@@ -90,8 +89,6 @@ CASES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "skipped rows": ({}, {"columns": Columns(label="grade:class", missing_label="skip")}),
     "shuffled": ({}, {"allow_mixed_shapes": True, "shuffle_seed": 3}),
-    "shards of three": ({}, {"sharding": Sharding(examples_per_shard=3)}),
-    "ids": ({}, {"columns": Columns(id="path")}),
 }
 
 
@@ -151,7 +148,7 @@ def test_the_same_command_continues_after_a_kill_at_any_point(
     run = fork_server().run("withdraw", folder=whole, output=str(whole), **arguments)
     expected = contents(whole)
     assert run.result == 2
-    for kill_at in range(1, run.operations + 1, 19):
+    for kill_at in range(1, run.operations + 1, 29):
         output = shutil.copytree(built, tmp_path / "killed")
         ended = fork_server().run("withdraw", folder=output, kill_at=kill_at, output=str(output), **arguments)
         assert ended.was_killed
